@@ -1,0 +1,196 @@
+"""Configs are frozen dataclasses; here are their doors: command line, JSON, YAML, MLflow, fingerprint.
+
+A job calls :func:`run_job` with its presets. Every preset is a sub-command, every field a flag. The resolved config
+is written as JSON beside what the job makes, and ``--from run.json`` in the preset's place runs it again.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from pipeline.errors import ClipmillError, SettingError
+
+Config = TypeVar("Config")
+Scalar = str | int | float | bool | None
+
+
+def require(ok: bool, field: str, value: object, allowed: str) -> None:
+    """Raise :class:`SettingError` unless ``ok``; ``allowed`` says what would have been right."""
+    if not ok:
+        raise SettingError(field, value, allowed)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Scalar]:
+    """``{"optimizer.lr": 0.001, ...}`` from nested dataclasses; sequences and mappings become JSON text."""
+    flat: dict[str, Scalar] = {}
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name, getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat.update(flatten(value, name + "."))
+        elif value is None or isinstance(value, str | int | float | bool):
+            flat[name] = value
+        else:
+            flat[name] = json.dumps(_plain(value))
+    return flat
+
+
+def to_json(config: Any) -> str:
+    """The config as JSON text that :func:`from_json` reads back to an equal config."""
+    return json.dumps(_plain(config), indent=2) + "\n"
+
+
+def from_json(kind: type[Config], text: str, origin: str = "config") -> Config:
+    """Read ``text`` as a ``kind``.
+
+    Raises:
+        SettingError: not JSON, an unknown key, a wrong type or a value that the dataclass refuses; named by path.
+    """
+    try:
+        return from_plain(kind, json.loads(text), origin)
+    except json.JSONDecodeError as error:
+        raise SettingError(origin, text[:80], f"JSON ({error})") from error
+
+
+def from_yaml(kind: type[Config], path: str | Path) -> Config:
+    """Read a YAML file as a ``kind``; raises :class:`SettingError` as :func:`from_json` does."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError("file", str(path), f"a readable YAML file ({error})") from error
+    try:
+        plain = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingError("file", str(path), f"well-formed YAML ({' '.join(str(error).split())})") from error
+    return from_plain(kind, plain, str(path))
+
+
+def from_plain(kind: type[Config], plain: object, origin: str = "config") -> Config:
+    """Validate plain Python values (as from JSON) against the dataclass ``kind``; extra keys are refused."""
+    try:
+        return _adapter(kind).validate_python(plain, strict=False)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"]) or origin
+        allowed = str(first["msg"])
+        if first["type"] == "unexpected_keyword_argument" and dataclasses.is_dataclass(kind):
+            allowed = "one of " + ", ".join(sorted(field.name for field in dataclasses.fields(kind)))
+        raise SettingError(f"{origin}: {path}", first["input"], allowed) from error
+
+
+def fingerprint(config: Any, exclude: Iterable[str] = ()) -> str:
+    """SHA-256 hex of the config without the flattened names in ``exclude`` (or anything below them)."""
+    left_out = tuple(exclude)
+    kept = {
+        name: value
+        for name, value in flatten(config).items()
+        if not any(name == out or name.startswith(out + ".") for out in left_out)
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def run_job(presets: Mapping[str, tuple[str, Any]], main: Callable[[Any], None]) -> None:
+    """The command line of a job: ``PRESET [--flags]`` or ``--from run.json``, then ``main(config)``.
+
+    Errors that a user can mend are one sentence on stderr: exit code 2 for a setting, 1 for data and storage.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        main(_parse(dict(presets), sys.argv[1:]))
+    except SettingError as error:
+        _stop(error, code=2)
+    except ClipmillError as error:
+        _stop(error, code=1)
+
+
+def writable_folder(field: str, value: str) -> str:
+    """``value`` as an absolute path or URI for output.
+
+    A job that runs through ``ray job submit`` stands in a copy of the working directory that vanishes with it, so a
+    relative folder there would lose the results.
+
+    Raises:
+        SettingError: empty, or relative inside a Ray job.
+    """
+    require(bool(value), field, value, "a folder or an fsspec URI such as s3://bucket/path")
+    if "://" in value:
+        return value
+    inside_ray_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    path = Path(value).expanduser()
+    require(
+        path.is_absolute() or not inside_ray_job,
+        field,
+        value,
+        "an absolute path or a URI (a Ray job's working directory vanishes when the job ends)",
+    )
+    return str(path.absolute())
+
+
+def _parse(presets: dict[str, tuple[str, Any]], arguments: list[str]) -> Any:
+    if arguments and arguments[0] == "--from":
+        return _from_file(presets, arguments[1:])
+    # tyro costs 0.9 s to import: workers that only read configs do without.
+    import tyro
+
+    wanted = arguments[0] if arguments else ""
+    if wanted and not wanted.startswith("-") and wanted not in presets:
+        raise SettingError("preset", wanted, "one of " + ", ".join(presets))
+    program = Path(sys.argv[0]).name
+    return tyro.extras.overridable_config_cli(
+        presets, prog=program, args=arguments, config=(tyro.conf.OmitArgPrefixes,)
+    )
+
+
+def _from_file(presets: dict[str, tuple[str, Any]], arguments: list[str]) -> Any:
+    require(len(arguments) == 1, "--from", " ".join(arguments), "exactly one JSON file that an earlier run wrote")
+    try:
+        plain = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingError("--from", arguments[0], f"a readable JSON file ({error})") from error
+    kinds = {type(config) for _, config in presets.values()}
+    problem: SettingError | None = None
+    for kind in kinds:
+        try:
+            return from_plain(kind, plain, arguments[0])
+        except SettingError as error:
+            problem = error
+    raise problem or SettingError("--from", arguments[0], "a config of this job")
+
+
+def _adapter(kind: type[Config]) -> "TypeAdapter[Config]":
+    _forbid_extra_keys(kind)
+    return TypeAdapter(kind)
+
+
+def _forbid_extra_keys(kind: Any) -> None:
+    if not dataclasses.is_dataclass(kind) or "__pydantic_config__" in vars(kind):
+        return
+    cast(Any, kind).__pydantic_config__ = ConfigDict(extra="forbid")
+    for inner in getattr(kind, "__annotations__", {}).values():
+        for part in (inner, *getattr(inner, "__args__", ())):
+            _forbid_extra_keys(part)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def _stop(error: ClipmillError, code: Literal[1, 2]) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(code)

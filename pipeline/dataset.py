@@ -1,0 +1,63 @@
+"""Dataset cards: what a data set is, where it comes from and how it is evaluated.
+
+A card is one YAML file in the top-level folder ``datasets/``, named as papers name the data set. It holds no code;
+the source that reads the data is named by ``source.kind`` and lives in ``pipeline/sources/``.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import from_yaml, require
+
+CARDS = Path(__file__).resolve().parent.parent / "datasets"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One data set.
+
+    ``source`` is the kind and the options of the source that reads it. ``classes`` and ``templates`` serve zero-shot
+    classification: ``label`` is the key of the sample's json that holds the class name, each template has one ``{}``
+    for it. ``samples`` is the number expected of a complete copy.
+    """
+
+    name: str
+    title: str
+    home: str = ""
+    licence: str = ""
+    description: str = ""
+    source: Mapping[str, Any] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+    label: str = "label"
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        require("kind" in self.source or not self.source, "source", dict(self.source), "a mapping with the key `kind`")
+        for template in self.templates:
+            require(template.count("{}") == 1, "templates", template, "exactly one {} for the class name")
+        require(len(set(self.classes)) == len(self.classes), "classes", self.classes, "distinct class names")
+
+
+def card_names() -> list[str]:
+    """The names of all cards that come with the project, sorted."""
+    return sorted(path.stem for path in CARDS.glob("*.yaml"))
+
+
+def load_card(name: str) -> Card:
+    """The card called ``name``, or in the YAML file at the path ``name``.
+
+    Raises:
+        SettingError: no such card (the known ones are listed), or a key that a card does not have.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else CARDS / f"{name}.yaml"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, card_names(), n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        require(False, "card", name, "a YAML file or one of " + ", ".join(card_names()) + hint)
+    card = from_yaml(Card, path)
+    require(card.name == path.stem, f"{path.name}: name", card.name, f"the file's own name, {path.stem}")
+    return card

@@ -1,0 +1,81 @@
+"""The errors of clipmill, and who is meant to catch each.
+
+    ClipmillError
+      SettingError     a setting is wrong; a job prints the sentence and exits with code 2
+      DataError        stored data is broken, missing or stale; the sentence names the file
+        SnapshotError  a snapshot cannot be read or published
+        SidecarError   a sidecar is missing, or was made from other bytes
+      StorageError     a write failed (disk full, object store refuses); run again to go on
+      SampleError      one sample is bad; caught at a stage's sample boundary and counted, never seen by a user
+"""
+
+from typing import Literal
+
+Status = Literal["failed_to_download", "failed_to_resize"]
+
+
+class ClipmillError(Exception):
+    """Root of every error that clipmill raises on purpose."""
+
+
+class SettingError(ClipmillError, ValueError):
+    """A setting that cannot work, found before a cluster or a GPU was asked for.
+
+    ``allowed`` completes the sentence "allowed: ...", so it says what would have been right.
+    """
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        super().__init__(f"{field}: {_shorten(value)} is not allowed; allowed: {allowed}")
+        self.field = field
+        self.value = value
+        self.allowed = allowed
+
+    def __reduce__(self) -> tuple[type["SettingError"], tuple[str, object, str]]:
+        return SettingError, (self.field, self.value, self.allowed)
+
+
+class DataError(ClipmillError):
+    """Stored data that is broken, missing or stale."""
+
+
+class SnapshotError(DataError):
+    """A snapshot that cannot be read, or a folder that cannot become one."""
+
+
+class SidecarError(DataError):
+    """A sidecar that is missing, or that was made from another tar than the one beside it."""
+
+
+class StorageError(ClipmillError):
+    """A write that did not succeed; nothing half-written is left under a final name."""
+
+
+class SampleError(ClipmillError):
+    """One bad sample.
+
+    ``status`` is img2dataset's word for the row; ``error_class`` is the short reason that counters group by;
+    ``message`` is the sentence kept in the parquet. ``attempts`` counts requests made for a download.
+    """
+
+    def __init__(
+        self,
+        status: Status,
+        error_class: str,
+        message: str,
+        http_status: int | None = None,
+        attempts: int = 0,
+    ) -> None:
+        super().__init__(message)
+        self.status: Status = status
+        self.error_class = error_class
+        self.message = message
+        self.http_status = http_status
+        self.attempts = attempts
+
+    def __reduce__(self) -> tuple[type["SampleError"], tuple[Status, str, str, int | None, int]]:
+        return SampleError, (self.status, self.error_class, self.message, self.http_status, self.attempts)
+
+
+def _shorten(value: object, limit: int = 200) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,1 @@
+"""The format on disk: samples in tar shards, sidecars joined by key, immutable snapshots."""

@@ -1,0 +1,41 @@
+"""A sample: a key and named fields, as one tar holds it. Keys are numbered as img2dataset numbers them."""
+
+import math
+from dataclasses import dataclass
+
+from pipeline.config import require
+
+SHARD_WIDTH = 5
+IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
+
+
+@dataclass(slots=True)
+class Sample:
+    """``fields`` maps the part of the member's name after the key's first dot (``jpg``, ``boxes.json``) to its bytes."""
+
+    key: str
+    fields: dict[str, bytes]
+
+    def image(self) -> bytes | None:
+        """The encoded picture, whatever its format; ``None`` where the sample has none."""
+        return next((self.fields[name] for name in IMAGE_FIELDS if name in self.fields), None)
+
+
+def shard_name(shard_id: int) -> str:
+    """``00017``: img2dataset's zero-padded shard number (more digits from 100,000 shards on)."""
+    return f"{shard_id:0{SHARD_WIDTH}d}"
+
+
+def sample_key(shard_id: int, index: int, rows_per_shard: int) -> str:
+    """img2dataset's key of row ``index`` of a shard: shard number, then the index in as many digits as it may need.
+
+    >>> sample_key(3, 17, 10_000)
+    '000030017'
+    """
+    digits = math.ceil(math.log10(rows_per_shard)) if rows_per_shard > 1 else 0
+    return f"{shard_id * 10**digits + index:0{SHARD_WIDTH + digits}d}"
+
+
+def check_rows_per_shard(value: int) -> None:
+    """Raise ``SettingError`` unless a shard can hold ``value`` rows and their keys stay readable."""
+    require(1 <= value <= 10_000_000, "number_sample_per_shard", value, "1 to 10,000,000")

@@ -1,0 +1,204 @@
+"""Snapshots: immutable manifests of what a data set's folder held at one moment.
+
+``{folder}/_snapshots/{id}.shards.parquet`` lists the shards with counts, bytes and digests; ``{id}.json``, written
+after it, is the small rest and the commit mark. A reader sees a whole snapshot or none. The id starts with a number,
+so the latest is the last in order, and ends in the digest of its content.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from io import BytesIO
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import SnapshotError
+from pipeline.shards.storage import Folder
+from pipeline.shards.writer import ShardStats
+
+SNAPSHOTS = "_snapshots"
+SIZES = "sizes.json"
+ID_DIGITS = 5
+DIGEST_LENGTH = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One tar of a snapshot. ``sidecars`` maps a sidecar's name (``regions``) to the SHA-256 hex of its file."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    sidecars: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def tar(self) -> str:
+        """File name of the tar in the data set's folder."""
+        return f"{self.name}.tar"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What readers see of a data set.
+
+    ``rows`` counts input rows, ``dropped`` those that became no sample, by error class; ``digest`` is the SHA-256 hex
+    of shards and sidecars, so two snapshots with the same samples have the same digest wherever they lie.
+    """
+
+    id: str
+    digest: str
+    created: str
+    parent: str | None
+    folder: str
+    shards: tuple[Shard, ...]
+    fields: tuple[str, ...]
+    card: str | None
+    options: Mapping[str, Any]
+    rows: int
+    dropped: Mapping[str, int]
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def uri(self) -> str:
+        """What :func:`read_snapshot` takes to read this very snapshot again."""
+        return f"{self.folder}@{self.id}"
+
+
+def publish(
+    folder: Folder,
+    stats: Iterable[ShardStats],
+    *,
+    card: str | None,
+    options: Mapping[str, Any],
+) -> Snapshot:
+    """Make the shards that ``stats`` describe the folder's newest snapshot; the latest one becomes its parent.
+
+    Nothing is written when the latest snapshot already says the same. ``sizes.json``, which open_clip reads, appears
+    with it.
+
+    Raises:
+        SnapshotError: no sample in any shard.
+        StorageError: the store refused.
+    """
+    done = sorted(stats, key=lambda one: one.shard)
+    shards = tuple(
+        Shard(name=one.shard, samples=one.successes, bytes=one.bytes, sha256=one.sha256)
+        for one in done
+        if one.successes
+    )
+    dropped: Counter[str] = Counter()
+    for one in done:
+        dropped.update(one.reasons)
+    if not shards:
+        raise SnapshotError(f"{folder.uri}: no row became a sample; the reasons: {dict(dropped)}")
+    fields = sorted({name for one in done for name in one.fields})
+    return publish_shards(
+        folder,
+        shards,
+        fields=tuple(fields),
+        card=card,
+        options=options,
+        rows=sum(one.count for one in done),
+        dropped=dict(dropped),
+    )
+
+
+def publish_shards(
+    folder: Folder,
+    shards: tuple[Shard, ...],
+    *,
+    fields: tuple[str, ...],
+    card: str | None,
+    options: Mapping[str, Any],
+    rows: int,
+    dropped: Mapping[str, int],
+) -> Snapshot:
+    """Publish a list of shards, for jobs that add sidecars or removed shards; otherwise as :func:`publish`."""
+    digest = _digest(shards)
+    ids = snapshot_ids(folder)
+    if ids and ids[-1].endswith(digest[:DIGEST_LENGTH]):
+        return read_snapshot(folder.uri)
+    number = int(ids[-1].split("-")[0]) + 1 if ids else 0
+    snapshot = Snapshot(
+        id=f"{number:0{ID_DIGITS}d}-{digest[:DIGEST_LENGTH]}",
+        digest=digest,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        parent=ids[-1] if ids else None,
+        folder=folder.uri,
+        shards=shards,
+        fields=fields,
+        card=card,
+        options=dict(options),
+        rows=rows,
+        dropped=dict(dropped),
+    )
+    _write(folder, snapshot)
+    return snapshot
+
+
+def snapshot_ids(folder: Folder) -> list[str]:
+    """The ids of a folder's whole snapshots, oldest first."""
+    return [name.removesuffix(".json") for name in folder.folder(SNAPSHOTS).names(".json")]
+
+
+def read_snapshot(uri: str) -> Snapshot:
+    """The latest snapshot of the folder ``uri``, or the one pinned by ``folder@id``.
+
+    Raises:
+        SnapshotError: there is none, or its manifest is broken.
+    """
+    place, _, wanted = uri.rpartition("@") if "@" in uri.rsplit("/", 1)[-1] else (uri, "", "")
+    folder = Folder(place)
+    ids = snapshot_ids(folder)
+    if not ids:
+        raise SnapshotError(f"{place} has no snapshot; make one with jobs/refresh_dataset.py --output-folder {place}")
+    name = wanted or ids[-1]
+    if name not in ids:
+        raise SnapshotError(f"{place} has no snapshot {name}; it has {', '.join(ids[-5:])}")
+    return _read(folder, name)
+
+
+def _digest(shards: tuple[Shard, ...]) -> str:
+    digest = hashlib.sha256()
+    for shard in shards:
+        parts = [shard.name, str(shard.samples), shard.sha256]
+        parts += [f"{name}={value}" for name, value in sorted(shard.sidecars.items())]
+        digest.update(("\t".join(parts) + "\n").encode())
+    return digest.hexdigest()
+
+
+def _write(folder: Folder, snapshot: Snapshot) -> None:
+    manifests = folder.folder(SNAPSHOTS)
+    plain = [{**vars(shard), "sidecars": json.dumps(shard.sidecars)} for shard in snapshot.shards]
+    table = BytesIO()
+    pq.write_table(pa.Table.from_pylist(plain), table)
+    manifests.write_atomic(f"{snapshot.id}.shards.parquet", table.getvalue())
+    folder.write_atomic(SIZES, json.dumps({shard.tar: shard.samples for shard in snapshot.shards}).encode())
+    rest = {name: value for name, value in vars(snapshot).items() if name not in ("shards", "folder")}
+    rest["samples"] = snapshot.samples
+    manifests.write_atomic(f"{snapshot.id}.json", json.dumps(rest, indent=2).encode())
+
+
+def _read(folder: Folder, name: str) -> Snapshot:
+    manifests = folder.folder(SNAPSHOTS)
+    try:
+        plain = json.loads(manifests.read_bytes(f"{name}.json"))
+        rows = pq.read_table(BytesIO(manifests.read_bytes(f"{name}.shards.parquet"))).to_pylist()
+        shards = tuple(Shard(**{**row, "sidecars": json.loads(row["sidecars"])}) for row in rows)
+        plain.pop("samples")
+        snapshot = Snapshot(**{**plain, "fields": tuple(plain["fields"]), "folder": folder.uri, "shards": shards})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SnapshotError(f"{manifests.join(name + '.json')} is not a whole snapshot ({error})") from error
+    if _digest(shards) != snapshot.digest:
+        raise SnapshotError(f"{manifests.join(name + '.json')}: the list of shards does not match its digest")
+    return snapshot

@@ -1,0 +1,182 @@
+"""One door to files, local or remote: a folder with whole reads and all-or-nothing writes.
+
+A write either leaves the complete file under its name or nothing under it. On a local disk that is a temporary name,
+``fsync`` and a rename; on an object store a put is whole by itself. Readers therefore never see half a file.
+"""
+
+import errno
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+
+from pipeline.errors import StorageError
+
+BLOCK = 1 << 20
+TEMPORARY = ".tmp-"
+
+
+class Folder:
+    """A folder at a local path or any fsspec URI (``s3://bucket/path``, ``memory://path``).
+
+    ``uri`` is what a user would type, ``path`` what the file system ``fs`` understands. Nothing is created until the
+    first write. Pickles, so a worker on another node opens the same folder.
+    """
+
+    def __init__(self, uri: str | Path) -> None:
+        text = str(uri)
+        if "://" not in text:
+            text = str(Path(text).expanduser().absolute())
+        self.uri = text.rstrip("/") or "/"
+        self.fs, self.path = _file_system(self.uri)
+        self.is_local = self.fs.protocol in ("file", "local", ("file", "local"))
+
+    def __reduce__(self) -> tuple[type["Folder"], tuple[str]]:
+        return Folder, (self.uri,)
+
+    def __repr__(self) -> str:
+        return f"Folder({self.uri!r})"
+
+    def join(self, name: str) -> str:
+        """The URI of ``name`` in this folder."""
+        return f"{self.uri}/{name}"
+
+    def folder(self, name: str) -> "Folder":
+        """The folder ``name`` below this one."""
+        return Folder(self.join(name))
+
+    def names(self, suffix: str = "") -> list[str]:
+        """Sorted names of the files directly in this folder that end in ``suffix``; temporary ones are left out."""
+        self.fs.invalidate_cache(self.path)
+        try:
+            entries = self.fs.ls(self.path, detail=True)
+        except FileNotFoundError:
+            return []
+        names = (entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
+        return sorted(name for name in names if name.endswith(suffix) and not name.startswith(TEMPORARY))
+
+    def exists(self, name: str) -> bool:
+        """Whether the file or folder ``name`` exists."""
+        self.fs.invalidate_cache(self.path)
+        return bool(self.fs.exists(self._at(name)))
+
+    def size(self, name: str) -> int:
+        """Bytes of the file ``name``; raises ``FileNotFoundError``."""
+        return int(self.fs.size(self._at(name)))
+
+    def open(self, name: str) -> BinaryIO:
+        """The file ``name`` for binary reading; raises ``FileNotFoundError``."""
+        opened: BinaryIO = self.fs.open(self._at(name), "rb")
+        return opened
+
+    def read_bytes(self, name: str) -> bytes:
+        """The whole file ``name``; raises ``FileNotFoundError``."""
+        content: bytes = self.fs.cat_file(self._at(name))
+        return content
+
+    def read_text(self, name: str) -> str:
+        """The whole file ``name`` as UTF-8 text."""
+        return self.read_bytes(name).decode("utf-8")
+
+    def write_atomic(self, name: str, content: bytes | Path) -> None:
+        """Write ``content`` (bytes, or the local file at a path, which is moved or uploaded) under ``name``.
+
+        Raises:
+            StorageError: the disk is full or the store refused; nothing half-written stands under ``name``.
+        """
+        with storage_errors(self.join(name)):
+            if self.is_local:
+                self._write_local(name, content)
+            elif isinstance(content, Path):
+                self.fs.put_file(str(content), self._at(name))
+                content.unlink()
+            else:
+                self.fs.pipe_file(self._at(name), content)
+
+    def delete(self, name: str) -> None:
+        """Delete the file ``name``; a missing one is fine."""
+        try:
+            self.fs.rm_file(self._at(name))
+        except FileNotFoundError:
+            pass
+
+    def remove_temporary(self) -> None:
+        """Delete what killed local writers left under temporary names."""
+        if self.is_local and os.path.isdir(self.path):
+            for leftover in Path(self.path).glob(TEMPORARY + "*"):
+                leftover.unlink(missing_ok=True)
+
+    @contextmanager
+    def scratch_file(self, suffix: str = "") -> Iterator[Path]:
+        """A new local file to fill and hand to :meth:`write_atomic`.
+
+        For a local folder it lies in the folder itself, so that the final rename stays on one disk. It is deleted at
+        the end unless it was moved.
+        """
+        place = None
+        if self.is_local:
+            with storage_errors(self.uri):
+                os.makedirs(self.path, exist_ok=True)
+            place = self.path
+        with storage_errors(self.uri):
+            handle, path = tempfile.mkstemp(prefix=TEMPORARY, suffix=suffix, dir=place)
+            os.close(handle)
+        try:
+            yield Path(path)
+        finally:
+            Path(path).unlink(missing_ok=True)
+
+    def _at(self, name: str) -> str:
+        return f"{self.path.rstrip('/')}/{name}"
+
+    def _write_local(self, name: str, content: bytes | Path) -> None:
+        target = Path(self._at(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, Path):
+            with open(content, "rb") as file:
+                os.fsync(file.fileno())
+            os.chmod(content, 0o644)
+            os.replace(content, target)
+            return
+        handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=target.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 hex of the local file at ``path``."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def storage_errors(place: str) -> Iterator[None]:
+    """Turn the many errors of disks and object stores into one :class:`StorageError` that names the place."""
+    try:
+        yield
+    except OSError as error:
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error) or repr(error)
+        raise StorageError(f"cannot write {place}: {reason}; mend that and run the same command again") from error
+    except Exception as error:
+        # botocore's errors do not share a base with OSError, and importing botocore only to name them costs 0.3 s.
+        if type(error).__module__.partition(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):
+            raise
+        raise StorageError(f"cannot write {place}: {error}; mend that and run the same command again") from error
+
+
+def _file_system(uri: str) -> tuple[Any, str]:
+    fs, path = fsspec.core.url_to_fs(uri)
+    return fs, str(path)

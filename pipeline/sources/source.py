@@ -1,0 +1,69 @@
+"""What a source is: rows of raw input in a fixed order, cut into slices that become shards.
+
+A source is planned once, by the driver, and read many times, by workers on other nodes. So a :class:`Slice` says all
+that is needed to find its rows again, and carries a digest of what they will be: when the input changes, the digest
+does, and a shard made from the old rows is not mistaken for one made from the new.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+from pipeline.errors import SampleError
+from pipeline.shards.storage import Folder
+
+Scalar = str | int | float | bool | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One row of input.
+
+    ``url`` says where the picture is or was. ``image`` holds its encoded bytes where the source has them; where it is
+    ``None`` the downloader fetches ``url``. ``columns`` go into the parquet file and the sample's json; ``members``
+    are further fields of the sample, written as they are. ``problem`` is set where the source could not read the row.
+    """
+
+    url: str
+    caption: str | None = None
+    image: bytes | None = None
+    columns: Mapping[str, Scalar] = field(default_factory=dict)
+    members: Mapping[str, bytes] = field(default_factory=dict)
+    problem: SampleError | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """The rows that become one shard.
+
+    ``digest`` is the SHA-256 hex of what :meth:`Source.rows` will give for it; ``where`` is plain JSON.
+    """
+
+    count: int
+    digest: str
+    where: Mapping[str, str | int]
+
+
+class Source(Protocol):
+    """Rows of one kind of input. Frozen dataclasses whose fields are the command line's options; they pickle."""
+
+    kind: ClassVar[str]
+    has_captions: bool
+
+    def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
+        """Cut the input into slices of at most ``rows_per_shard`` rows, always the same way.
+
+        ``scratch`` is a folder that workers can read too; a source may leave a random-access copy of its rows there.
+
+        Raises:
+            SettingError: the input is missing, empty or has not the columns asked for.
+        """
+        ...
+
+    def rows(self, piece: Slice) -> Iterator[Row]:
+        """The rows of a slice, in order; exactly ``piece.count`` of them, good or with a ``problem``."""
+        ...
+
+    def schema(self) -> Mapping[str, type]:
+        """Names and Python types of the rows' ``columns``."""
+        ...
