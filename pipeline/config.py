@@ -150,7 +150,12 @@ def _parse(presets: dict[str, tuple[str, Any]], arguments: list[str]) -> Any:
 
 
 def _from_file(presets: dict[str, tuple[str, Any]], arguments: list[str]) -> Any:
-    require(len(arguments) == 1, "--from", " ".join(arguments), "exactly one JSON file that an earlier run wrote")
+    require(
+        len(arguments) == 1,
+        "--from",
+        " ".join(arguments),
+        "exactly one JSON file that an earlier run wrote",
+    )
     try:
         plain = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

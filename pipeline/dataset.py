@@ -36,10 +36,25 @@ class Card:
     samples: int | None = None
 
     def __post_init__(self) -> None:
-        require("kind" in self.source or not self.source, "source", dict(self.source), "a mapping with the key `kind`")
+        require(
+            "kind" in self.source or not self.source,
+            "source",
+            dict(self.source),
+            "a mapping with the key `kind`",
+        )
         for template in self.templates:
-            require(template.count("{}") == 1, "templates", template, "exactly one {} for the class name")
-        require(len(set(self.classes)) == len(self.classes), "classes", self.classes, "distinct class names")
+            require(
+                template.count("{}") == 1,
+                "templates",
+                template,
+                "exactly one {} for the class name",
+            )
+        require(
+            len(set(self.classes)) == len(self.classes),
+            "classes",
+            self.classes,
+            "distinct class names",
+        )
 
 
 def card_names() -> list[str]:
@@ -57,7 +72,17 @@ def load_card(name: str) -> Card:
     if not path.is_file():
         near = difflib.get_close_matches(name, card_names(), n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        require(False, "card", name, "a YAML file or one of " + ", ".join(card_names()) + hint)
+        require(
+            False,
+            "card",
+            name,
+            "a YAML file or one of " + ", ".join(card_names()) + hint,
+        )
     card = from_yaml(Card, path)
-    require(card.name == path.stem, f"{path.name}: name", card.name, f"the file's own name, {path.stem}")
+    require(
+        card.name == path.stem,
+        f"{path.name}: name",
+        card.name,
+        f"the file's own name, {path.stem}",
+    )
     return card

@@ -1,12 +1,12 @@
 """The errors of clipmill, and who is meant to catch each.
 
-    ClipmillError
-      SettingError     a setting is wrong; a job prints the sentence and exits with code 2
-      DataError        stored data is broken, missing or stale; the sentence names the file
-        SnapshotError  a snapshot cannot be read or published
-        SidecarError   a sidecar is missing, or was made from other bytes
-      StorageError     a write failed (disk full, object store refuses); run again to go on
-      SampleError      one sample is bad; caught at a stage's sample boundary and counted, never seen by a user
+ClipmillError
+  SettingError     a setting is wrong; a job prints the sentence and exits with code 2
+  DataError        stored data is broken, missing or stale; the sentence names the file
+    SnapshotError  a snapshot cannot be read or published
+    SidecarError   a sidecar is missing, or was made from other bytes
+  StorageError     a write failed (disk full, object store refuses); run again to go on
+  SampleError      one sample is bad; caught at a stage's sample boundary and counted, never seen by a user
 """
 
 from typing import Literal
@@ -72,8 +72,16 @@ class SampleError(ClipmillError):
         self.http_status = http_status
         self.attempts = attempts
 
-    def __reduce__(self) -> tuple[type["SampleError"], tuple[Status, str, str, int | None, int]]:
-        return SampleError, (self.status, self.error_class, self.message, self.http_status, self.attempts)
+    def __reduce__(
+        self,
+    ) -> tuple[type["SampleError"], tuple[Status, str, str, int | None, int]]:
+        return SampleError, (
+            self.status,
+            self.error_class,
+            self.message,
+            self.http_status,
+            self.attempts,
+        )
 
 
 def _shorten(value: object, limit: int = 200) -> str:

@@ -11,7 +11,7 @@ IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 
 @dataclass(slots=True)
 class Sample:
-    """``fields`` maps the part of the member's name after the key's first dot (``jpg``, ``boxes.json``) to its bytes."""
+    """``fields`` maps the part of the member's name after the key's first dot (``jpg``, ``boxes.json``) to bytes."""
 
     key: str
     fields: dict[str, bytes]

@@ -35,9 +35,8 @@ def write_sidecar(folder: Folder, shard: Shard, name: str, table: pa.Table, make
     """
     if "key" not in table.column_names or not name.isidentifier():
         raise SidecarError(f"sidecar {name!r}: needs a plain word as its name and a column `key`")
-    stamped = table.replace_schema_metadata(
-        {**(table.schema.metadata or {}), TAR_DIGEST: shard.sha256, MAKER: maker}
-    )
+    stamps = {TAR_DIGEST: shard.sha256.encode(), MAKER: maker.encode()}
+    stamped = table.replace_schema_metadata({**(table.schema.metadata or {}), **stamps})
     buffer = BytesIO()
     pq.write_table(stamped, buffer)
     folder.write_atomic(sidecar_file(shard, name), buffer.getvalue())

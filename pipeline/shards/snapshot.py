@@ -183,7 +183,10 @@ def _write(folder: Folder, snapshot: Snapshot) -> None:
     table = BytesIO()
     pq.write_table(pa.Table.from_pylist(plain), table)
     manifests.write_atomic(f"{snapshot.id}.shards.parquet", table.getvalue())
-    folder.write_atomic(SIZES, json.dumps({shard.tar: shard.samples for shard in snapshot.shards}).encode())
+    folder.write_atomic(
+        SIZES,
+        json.dumps({shard.tar: shard.samples for shard in snapshot.shards}).encode(),
+    )
     rest = {name: value for name, value in vars(snapshot).items() if name not in ("shards", "folder")}
     rest["samples"] = snapshot.samples
     manifests.write_atomic(f"{snapshot.id}.json", json.dumps(rest, indent=2).encode())
@@ -196,7 +199,14 @@ def _read(folder: Folder, name: str) -> Snapshot:
         rows = pq.read_table(BytesIO(manifests.read_bytes(f"{name}.shards.parquet"))).to_pylist()
         shards = tuple(Shard(**{**row, "sidecars": json.loads(row["sidecars"])}) for row in rows)
         plain.pop("samples")
-        snapshot = Snapshot(**{**plain, "fields": tuple(plain["fields"]), "folder": folder.uri, "shards": shards})
+        snapshot = Snapshot(
+            **{
+                **plain,
+                "fields": tuple(plain["fields"]),
+                "folder": folder.uri,
+                "shards": shards,
+            }
+        )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise SnapshotError(f"{manifests.join(name + '.json')} is not a whole snapshot ({error})") from error
     if _digest(shards) != snapshot.digest:

@@ -172,7 +172,11 @@ def storage_errors(place: str) -> Iterator[None]:
         raise StorageError(f"cannot write {place}: {reason}; mend that and run the same command again") from error
     except Exception as error:
         # botocore's errors do not share a base with OSError, and importing botocore only to name them costs 0.3 s.
-        if type(error).__module__.partition(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):
+        if type(error).__module__.partition(".")[0] not in (
+            "botocore",
+            "aiobotocore",
+            "aiohttp",
+        ):
             raise
         raise StorageError(f"cannot write {place}: {error}; mend that and run the same command again") from error
 

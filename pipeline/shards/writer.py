@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -65,23 +65,34 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Folder, shard_id: int, schema: pa.Schema, unit: str) -> None:
-        self.folder, self.name, self.schema, self.unit = folder, shard_name(shard_id), schema, unit
+        self.folder, self.name, self.schema, self.unit = (
+            folder,
+            shard_name(shard_id),
+            schema,
+            unit,
+        )
         self._started = time.time()
         self._rows: list[Mapping[str, Any]] = []
         self._counts = _Counts()
         self._fields: set[str] = set()
 
-    def __enter__(self) -> "ShardWriter":
+    def __enter__(self) -> Self:
         self._tar_scratch = self.folder.scratch_file(".tar")
         self._table_scratch = self.folder.scratch_file(".parquet")
-        self._tar_path, self._table_path = self._tar_scratch.__enter__(), self._table_scratch.__enter__()
+        self._tar_path, self._table_path = (
+            self._tar_scratch.__enter__(),
+            self._table_scratch.__enter__(),
+        )
         self._tar_file = open(self._tar_path, "wb")
         self._tar = TarWriter(self._tar_file)
         self._table = pq.ParquetWriter(self._table_path, self.schema)
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         try:
             # Closing flushes what is buffered, which fails again where the disk was full before.
@@ -182,11 +193,19 @@ def unit_digest(*parts: str) -> str:
 def parquet_schema(columns: Mapping[str, pa.DataType], hash_name: str | None) -> pa.Schema:
     """img2dataset's parquet columns around the input's own ``columns``, then what clipmill adds about failures."""
     named: list[tuple[str, pa.DataType]] = [*columns.items()]
-    named += [("key", pa.string()), ("status", pa.string()), ("error_message", pa.string())]
+    named += [
+        ("key", pa.string()),
+        ("status", pa.string()),
+        ("error_message", pa.string()),
+    ]
     named += [(name, pa.int32()) for name in ("width", "height", "original_width", "original_height")]
     named += [("exif", pa.string())]
     named += [(hash_name, pa.string())] if hash_name else []
-    named += [("error_class", pa.string()), ("http_status", pa.int32()), ("attempts", pa.int32())]
+    named += [
+        ("error_class", pa.string()),
+        ("http_status", pa.int32()),
+        ("attempts", pa.int32()),
+    ]
     return pa.schema(named)
 
 

@@ -1,0 +1,116 @@
+"""A folder of pictures with captions: ``cat.jpg`` beside ``cat.txt``, or a csv, tsv or jsonl that names the files."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import fsspec
+
+from pipeline.config import require
+from pipeline.errors import SampleError
+from pipeline.shards.storage import Folder
+from pipeline.sources.source import Row, Slice
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureFolder:
+    """Every picture below ``folder``, in the order of their paths.
+
+    The caption of ``a/cat.jpg`` is the text of ``a/cat.txt``, and empty where there is none. With ``label_from_folder``
+    the first folder of the path becomes the column ``label``, as in torchvision's ImageFolder.
+    """
+
+    kind: ClassVar[str] = "folder"
+    has_captions: ClassVar[bool] = True
+
+    folder: str
+    """The folder, at a path or any fsspec URI that every worker can read."""
+    caption_suffix: str = ".txt"
+    """Ending of the caption's file, put in the place of the picture's own."""
+    label_from_folder: bool = True
+    """Keep the first folder of a picture's path as the column `label`."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.folder), "folder", self.folder, "a folder or an fsspec URI")
+        dotted = self.caption_suffix.startswith(".") and self.caption_suffix.lower() not in PICTURES
+        require(
+            dotted,
+            "caption_suffix",
+            self.caption_suffix,
+            "an ending like .txt that is no picture's",
+        )
+
+    def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
+        """See :class:`~pipeline.sources.source.Source`; the digest covers names, sizes and times of the files."""
+        files = self._files()
+        for start in range(0, len(files), rows_per_shard):
+            part = files[start : start + rows_per_shard]
+            name = f"files-{start:09d}.json"
+            digest = hashlib.sha256(json.dumps(part).encode()).hexdigest()
+            scratch.write_atomic(name, json.dumps([file[0] for file in part]).encode())
+            yield Slice(count=len(part), digest=digest, where={"list": scratch.join(name)})
+
+    def rows(self, piece: Slice) -> Iterator[Row]:
+        """See :class:`~pipeline.sources.source.Source`; a file that cannot be read is a row with a problem."""
+        place, _, name = str(piece.where["list"]).rpartition("/")
+        for path in json.loads(Folder(place).read_bytes(name)):
+            yield self._row(path)
+
+    def schema(self) -> Mapping[str, type]:
+        """``label`` where asked for."""
+        return {"label": str} if self.label_from_folder else {}
+
+    @cached_property
+    def _place(self) -> Folder:
+        return Folder(self.folder)
+
+    def _files(self) -> list[tuple[str, str, str]]:
+        """Path below the folder, stamp of the picture, stamp of its caption."""
+        fs, root = fsspec.core.url_to_fs(self._place.uri)
+        require(fs.isdir(root), "folder", self.folder, "an existing folder")
+        found = {path[len(root) :].lstrip("/"): info for path, info in fs.find(root, detail=True).items()}
+        pictures = sorted(path for path in found if path.lower().endswith(PICTURES))
+        require(
+            bool(pictures),
+            "folder",
+            self.folder,
+            "a folder with pictures (" + " ".join(PICTURES) + ")",
+        )
+        return [(path, _stamp(found[path]), _stamp(found.get(self._caption_file(path), {}))) for path in pictures]
+
+    def _caption_file(self, path: str) -> str:
+        return path.rpartition(".")[0] + self.caption_suffix
+
+    def _row(self, path: str) -> Row:
+        label = path.split("/")[0] if "/" in path else ""
+        columns = {"label": label} if self.label_from_folder else {}
+        caption = self._caption(path)
+        try:
+            return Row(
+                url=path,
+                caption=caption,
+                image=self._place.read_bytes(path),
+                columns=columns,
+            )
+        except OSError as error:
+            problem = SampleError("failed_to_download", "unreadable", f"cannot read the file: {error}")
+            return Row(url=path, caption=caption, columns=columns, problem=problem)
+
+    def _caption(self, path: str) -> str:
+        try:
+            return self._place.read_bytes(self._caption_file(path)).decode("utf-8", errors="replace").strip()
+        except OSError:
+            return ""
+
+
+def _stamp(info: Mapping[str, Any]) -> str:
+    changed = next(
+        (info[name] for name in ("ETag", "etag", "mtime", "LastModified", "created") if name in info),
+        "",
+    )
+    return f"{info.get('size', '')}/{changed}"

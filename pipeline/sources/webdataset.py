@@ -1,0 +1,157 @@
+"""Existing WebDataset tars, img2dataset's output included: one tar in, one shard out, fields kept."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import fsspec
+
+from pipeline.config import require
+from pipeline.errors import DataError, SampleError
+from pipeline.shards.sample import IMAGE_FIELDS, Sample
+from pipeline.shards.storage import Folder
+from pipeline.shards.tar import iterate_tar
+from pipeline.sources.source import Row, Scalar, Slice
+
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+# Fields whose content depends on the picture's geometry: a resize would make them wrong.
+GEOMETRY = ("boxes.json", "mask.png")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebDatasetTars:
+    """The samples of existing tars.
+
+    ``tars`` is a folder, one tar, or a brace range ``s3://bucket/{00000..00123}.tar``; parts may be joined by ``::``.
+    The picture is the member jpg, jpeg, png or webp; ``caption_field`` the caption; flat values of the json member
+    named in ``json_columns`` become columns. Other members are kept unless ``keep_members`` says no.
+    """
+
+    kind: ClassVar[str] = "webdataset"
+
+    tars: str
+    """A folder, a tar, or a brace range of tars; several joined by `::`."""
+    caption_field: str | None = "txt"
+    """Member that holds the caption; None for data without captions."""
+    json_columns: tuple[str, ...] = ()
+    """Keys of the json member to keep as columns."""
+    keep_members: bool = True
+    """Keep members other than picture, caption and json as they are."""
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.tars),
+            "tars",
+            self.tars,
+            "a folder, a tar or a brace range of tars",
+        )
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether the samples get a ``txt`` field."""
+        return self.caption_field is not None
+
+    def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
+        """One slice per tar, however many samples it has (at most ``rows_per_shard``, so that keys stay unique)."""
+        for uri in self._uris():
+            count = 0
+            digest = hashlib.sha256()
+            for key, sizes in _headers(uri):
+                digest.update(json.dumps([key, sizes]).encode())
+                count += 1
+            enough = count <= rows_per_shard
+            require(
+                enough,
+                "number_sample_per_shard",
+                rows_per_shard,
+                f"{count} or more, the samples of {uri}",
+            )
+            digest.update(_stamp(uri).encode())
+            yield Slice(count=count, digest=digest.hexdigest(), where={"uri": uri})
+
+    def rows(self, piece: Slice) -> Iterator[Row]:
+        """See :class:`~pipeline.sources.source.Source`; samples without a picture are rows with a problem."""
+        uri = str(piece.where["uri"])
+        place, _, name = uri.rpartition("/")
+        with Folder(place).open(name) as file:
+            for sample in iterate_tar(file, uri):
+                yield self._row(sample)
+
+    def schema(self) -> Mapping[str, type]:
+        """The json columns, as text."""
+        return {name: str for name in self.json_columns}
+
+    def _row(self, sample: Sample) -> Row:
+        plain = _json(sample.fields.get("json"))
+        caption = None
+        if self.caption_field is not None:
+            caption = sample.fields.get(self.caption_field, b"").decode("utf-8", errors="replace")
+        used = (*IMAGE_FIELDS, self.caption_field, "json")
+        members = {name: value for name, value in sample.fields.items() if name not in used}
+        problem = SampleError(
+            "failed_to_download",
+            "no_picture",
+            "the sample has no jpg, jpeg, png or webp member",
+        )
+        return Row(
+            url=str(plain.get("url") or sample.key),
+            caption=caption,
+            image=sample.image(),
+            columns={name: _text(plain.get(name)) for name in self.json_columns},
+            members=members if self.keep_members else {},
+            problem=None if sample.image() is not None else problem,
+        )
+
+    def _uris(self) -> list[str]:
+        uris = [uri for part in self.tars.split("::") for uri in self._expand(part)]
+        require(bool(uris), "tars", self.tars, "a place with at least one .tar")
+        return uris
+
+    def _expand(self, part: str) -> list[str]:
+        match = RANGE.search(part)
+        if match:
+            low, high = match.groups()
+            numbers = range(int(low), int(high) + 1)
+            return [part[: match.start()] + f"{number:0{len(low)}d}" + part[match.end() :] for number in numbers]
+        place = Folder(part)
+        require(bool(place.fs.exists(place.path)), "tars", part, "an existing folder or tar")
+        if not place.fs.isdir(place.path):
+            return [place.uri]
+        return [place.join(name) for name in place.names(".tar")]
+
+
+def _headers(uri: str) -> Iterator[tuple[str, list[tuple[str, int]]]]:
+    place, _, name = uri.rpartition("/")
+    try:
+        with Folder(place).open(name) as file:
+            for sample in iterate_tar(file, uri):
+                yield (
+                    sample.key,
+                    [(field, len(value)) for field, value in sample.fields.items()],
+                )
+    except (FileNotFoundError, DataError) as error:
+        require(False, "tars", uri, f"a whole tar ({error})")
+
+
+def _stamp(uri: str) -> str:
+    fs, path = fsspec.core.url_to_fs(uri)
+    info = fs.info(path)
+    changed = next((info[name] for name in ("ETag", "etag", "mtime") if name in info), "")
+    return f"{info.get('size', '')}/{changed}"
+
+
+def _json(content: bytes | None) -> dict[str, Any]:
+    try:
+        plain = json.loads(content or b"{}")
+    except ValueError:
+        return {}
+    return plain if isinstance(plain, dict) else {}
+
+
+def _text(value: object) -> Scalar:
+    if value is None or isinstance(value, str | int | float | bool):
+        return None if value is None else str(value)
+    return json.dumps(value)

@@ -1,0 +1,143 @@
+"""Make one shard: read its rows, fetch, transform, and write in the order of the input.
+
+Runs in one process without Ray, which only hands out the units. Downloads run in a thread of their own while pictures
+are decoded here; a slow row is waited for in order, with the finished ones behind it held in memory.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import SampleError
+from pipeline.shards.sample import Sample, sample_key, shard_name
+from pipeline.shards.storage import Folder
+from pipeline.shards.writer import ShardStats, ShardWriter, parquet_schema, read_stats
+from pipeline.sources.source import Row, Source
+from pipeline.stages.download import DownloadOptions, download_all
+from pipeline.stages.images import ImageOptions, Picture, transform
+from pipeline.stages.plan import Unit
+
+_ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardOptions:
+    """What a shard is made with."""
+
+    images: ImageOptions = field(default_factory=ImageOptions)
+    downloads: DownloadOptions = field(default_factory=DownloadOptions)
+    number_sample_per_shard: int = 10_000
+
+
+def make_shard(unit: Unit, source: Source, folder: Folder, options: ShardOptions) -> ShardStats:
+    """Make the shard of ``unit`` in ``folder``, or return its stats where it is already whole.
+
+    Raises:
+        StorageError: the disk is full or the store refused.
+    """
+    done = read_stats(folder, shard_name(unit.shard_id))
+    if done is not None and done.unit == unit.digest:
+        return done
+    maker = _Maker(unit, source, options)
+    with ShardWriter(folder, unit.shard_id, maker.schema, unit.digest) as writer:
+        for row, sample in maker.finished():
+            writer.add(row, sample)
+        return writer.commit()
+
+
+class _Maker:
+    """Turns the rows of one unit into parquet rows and samples."""
+
+    def __init__(self, unit: Unit, source: Source, options: ShardOptions) -> None:
+        self._unit, self._source, self._options = unit, source, options
+        self._hash = options.downloads.compute_hash
+        columns = {name: _ARROW[kind] for name, kind in source.schema().items()}
+        if source.has_captions:
+            columns["caption"] = pa.string()
+        self.schema = parquet_schema({**columns, "url": pa.string()}, self._hash)
+
+    def finished(self) -> Iterator[tuple[dict[str, Any], Sample | None]]:
+        """Parquet row and sample of every input row, in order."""
+        ahead: dict[int, tuple[dict[str, Any], Sample | None]] = {}
+        following = 0
+        for index, row, body in self._bodies():
+            ahead[index] = self._finish(index, row, body)
+            while following in ahead:
+                yield ahead.pop(following)
+                following += 1
+
+    def _bodies(self) -> Iterator[tuple[int, Row, bytes | SampleError]]:
+        """Every row with its picture's bytes; those at hand first, then the downloads as they come."""
+        waiting: dict[int, Row] = {}
+        for index, row in enumerate(self._source.rows(self._unit.piece)):
+            if row.problem is not None:
+                yield index, row, row.problem
+            elif row.image is not None:
+                yield index, row, row.image
+            else:
+                waiting[index] = row
+        addresses = [(index, row.url) for index, row in waiting.items()]
+        if not addresses:
+            return
+        for index, result in download_all(addresses, self._options.downloads):
+            yield index, waiting.pop(index), result if isinstance(result, SampleError) else result.body
+
+    def _finish(self, index: int, row: Row, body: bytes | SampleError) -> tuple[dict[str, Any], Sample | None]:
+        key = sample_key(self._unit.shard_id, index, self._options.number_sample_per_shard)
+        record: dict[str, Any] = {**row.columns}
+        if self._source.has_captions:
+            record["caption"] = clean_caption(row.caption)
+        record |= {"url": row.url, "key": key}
+        try:
+            picture = self._picture(row, body)
+        except SampleError as error:
+            return self._failed(record, error), None
+        record |= self._described(picture, body)
+        return record, self._sample(key, row, record, picture)
+
+    def _picture(self, row: Row, body: bytes | SampleError) -> Picture:
+        if isinstance(body, SampleError):
+            raise body
+        try:
+            return transform(body, self._options.images)
+        except SampleError:
+            raise
+        except Exception as error:
+            # The sample boundary: decoders raise whatever they like on hostile input, and one picture is one row.
+            raise SampleError("failed_to_resize", "decode", f"Image decoding error: {error}") from error
+
+    def _failed(self, record: dict[str, Any], error: SampleError) -> dict[str, Any]:
+        return {
+            **record,
+            "status": error.status,
+            "error_message": error.message,
+            "error_class": error.error_class,
+            "http_status": error.http_status,
+            "attempts": error.attempts,
+        }
+
+    def _described(self, picture: Picture, body: bytes | SampleError) -> dict[str, Any]:
+        described: dict[str, Any] = {"status": "success", "error_message": None}
+        for name in ("width", "height", "original_width", "original_height", "exif"):
+            described[name] = getattr(picture, name)
+        if self._hash and isinstance(body, bytes):
+            described[self._hash] = hashlib.new(self._hash, body).hexdigest()
+        return described
+
+    def _sample(self, key: str, row: Row, record: Mapping[str, Any], picture: Picture) -> Sample:
+        fields = {**row.members, self._options.images.encode_format: picture.data}
+        if self._source.has_captions:
+            fields["txt"] = (record["caption"] or "").encode()
+        fields["json"] = json.dumps(record, indent=4).encode()
+        return Sample(key, fields)
+
+
+def clean_caption(caption: str | None) -> str | None:
+    """The caption as it can be stored as UTF-8: lone surrogates and NUL, which other readers choke on, are replaced."""
+    if caption is None:
+        return None
+    return caption.replace("\0", "").encode("utf-8", errors="replace").decode("utf-8")

@@ -1,0 +1,41 @@
+"""Connect a job to Ray: to the cluster it was submitted to, or to a private local one."""
+
+import logging
+import os
+
+from pipeline.config import require
+
+# What every worker needs besides its code: no update checks, one thread per library (Ray counts the cores).
+WORKER_ENVIRONMENT = {"NO_ALBUMENTATIONS_UPDATE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def connect(num_cpus: int | None = None) -> None:
+    """Connect to the cluster named by ``RAY_ADDRESS`` (set inside ``ray job submit``), else start a private one.
+
+    A Ray that happens to run on this machine is not joined unasked. ``num_cpus`` is the size of the private cluster,
+    all cores by default. Does nothing when this process is connected already.
+
+    Raises:
+        SettingError: ``RAY_ADDRESS`` names a cluster that does not answer.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None:
+        # A private cluster on loopback needs no token; without this Ray writes one into the home folder.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    import ray
+
+    if ray.is_initialized():
+        return
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    runtime = {"env_vars": WORKER_ENVIRONMENT}
+    if address is None:
+        ray.init(
+            address="local", num_cpus=num_cpus, include_dashboard=False, runtime_env=runtime, logging_level="ERROR"
+        )
+        return
+    try:
+        ray.init(address=address, runtime_env=runtime, logging_level="ERROR")
+    except ConnectionError as error:
+        require(False, "RAY_ADDRESS", address, f"the address of a running cluster ({error})")

@@ -1,0 +1,170 @@
+"""A source becomes a snapshot: plan the shards, make them as Ray Data tasks, publish what came out.
+
+Each task gets one unit of work, writes its own files and gives back a small row of counts; no picture travels through
+Ray. A task whose worker dies is run again by Ray; a killed job is run again by its user, and finds its whole shards.
+"""
+
+import dataclasses
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import flatten, require
+from pipeline.errors import ClipmillError
+from pipeline.shards.snapshot import Snapshot, publish
+from pipeline.shards.storage import Folder
+from pipeline.shards.writer import ShardStats
+from pipeline.sources.source import Slice, Source
+from pipeline.stages.make_shard import ShardOptions, make_shard
+from pipeline.stages.plan import Plan, Unit, make_plan
+
+logger = logging.getLogger(__name__)
+
+DATA_RESOURCE = "data_worker"
+REPORT_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Where the units run. ``processes_count`` 0 makes the shards in this process, without Ray."""
+
+    processes_count: int | None = None
+    """Shards made at a time; None for as many as the cluster has CPUs, 0 for this process without a cluster."""
+
+    def __post_init__(self) -> None:
+        ok = self.processes_count is None or self.processes_count >= 0
+        require(ok, "processes_count", self.processes_count, "0 or more")
+
+
+def refresh(
+    source: Source, folder: Folder, options: ShardOptions, workers: Workers, card: str | None = None
+) -> Snapshot:
+    """Bring ``source`` into ``folder`` and publish the snapshot; shards that are already whole are kept.
+
+    Raises:
+        SettingError: the input is missing or empty, or the folder holds other work.
+        StorageError: the disk is full or the store refused; the same command goes on from there.
+        SnapshotError: no row became a sample.
+    """
+    shaping = shaping_options(options)
+    plan = make_plan(source, folder, options.number_sample_per_shard, shaping)
+    folder.remove_temporary()
+    logger.info("%d rows in %d shards -> %s", plan.rows, len(plan.units), folder.uri)
+    progress = _Progress(plan)
+    stats = [progress.seen(one) for one in _made(plan, source, folder, options, workers)]
+    folder.remove_temporary()
+    snapshot = publish(folder, stats, card=card, options={"source": flatten(source), **shaping})
+    progress.finish(snapshot)
+    return snapshot
+
+
+def shaping_options(options: ShardOptions) -> dict[str, Any]:
+    """The options that change what a shard holds; how fast and how often to try are left out."""
+    return {**flatten(options.images), "compute_hash": options.downloads.compute_hash}
+
+
+def _made(plan: Plan, source: Source, folder: Folder, options: ShardOptions, workers: Workers) -> Iterator[ShardStats]:
+    if workers.processes_count == 0:
+        return (make_shard(unit, source, folder, options) for unit in plan.units)
+    return _made_by_ray(plan, source, folder, options, workers)
+
+
+def _made_by_ray(
+    plan: Plan, source: Source, folder: Folder, options: ShardOptions, workers: Workers
+) -> Iterator[ShardStats]:
+    import ray
+
+    # One block per unit: Ray Data then retries, places and counts work by the shard.
+    rows = [dataclasses.asdict(unit) for unit in plan.units]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _MakeShards(source, folder, options),
+        batch_size=1,
+        batch_format="pandas",
+        num_cpus=1,
+        compute=ray.data.TaskPoolStrategy(size=workers.processes_count),
+        resources=_data_resource(ray.cluster_resources()),
+    )
+    try:
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pandas", prefetch_batches=0):
+            yield from batch["stats"]
+    except Exception as error:
+        # Ray wraps what a task raised, sometimes twice; the user is to see our sentence.
+        raise _own_error(error) or error from error
+
+
+class _MakeShards:
+    """The function of the Ray Data tasks: a batch of unit rows to a batch of stats."""
+
+    def __init__(self, source: Source, folder: Folder, options: ShardOptions) -> None:
+        self._source, self._folder, self._options = source, folder, options
+
+    def __call__(self, batch: Any) -> Any:
+        import pandas
+
+        stats = []
+        for row in batch.to_dict("records"):
+            unit = Unit(shard_id=int(row["shard_id"]), piece=Slice(**row["piece"]), digest=row["digest"])
+            stats.append(make_shard(unit, self._source, self._folder, self._options))
+        return pandas.DataFrame({"stats": stats})
+
+
+def _data_resource(cluster: dict[str, float]) -> dict[str, float] | None:
+    """Ask for the data nodes of cluster.yaml where the cluster has such nodes, so that GPU nodes are left alone."""
+    return {DATA_RESOURCE: 0.001} if DATA_RESOURCE in cluster else None
+
+
+def _own_error(error: BaseException | None) -> ClipmillError | None:
+    while error is not None:
+        if isinstance(error, ClipmillError):
+            return error
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, ClipmillError):
+            return cause
+        error = error.__cause__ or (cause if isinstance(cause, BaseException) else None)
+    return None
+
+
+class _Progress:
+    """One line every few seconds: rows done, rate, share of successes, time left."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._start = self._told = time.monotonic()
+        self._rows = self._successes = self._bytes = self._fresh = 0
+        self._reasons: Counter[str] = Counter()
+        self._wall = time.time()
+
+    def seen(self, stats: ShardStats) -> ShardStats:
+        self._rows += stats.count
+        self._successes += stats.successes
+        self._reasons.update(stats.reasons)
+        if stats.end_time >= self._wall:
+            self._fresh += stats.count
+            self._bytes += stats.bytes
+        if time.monotonic() - self._told > REPORT_SECONDS:
+            self._told = time.monotonic()
+            self._tell()
+        return stats
+
+    def finish(self, snapshot: Snapshot) -> None:
+        self._tell()
+        for reason, count in self._reasons.most_common():
+            logger.info("dropped %d rows: %s", count, reason)
+        logger.info("snapshot %s: %d samples in %d shards", snapshot.uri, snapshot.samples, len(snapshot.shards))
+
+    def _tell(self) -> None:
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        rate = self._fresh / seconds
+        left = (self._plan.rows - self._rows) / rate if rate else 0.0
+        logger.info(
+            "%d of %d rows, %.0f samples/s, %.1f MB/s, %.1f %% good, %.0f s left",
+            self._rows,
+            self._plan.rows,
+            rate,
+            self._bytes / seconds / 1e6,
+            100 * self._successes / max(self._rows, 1),
+            left,
+        )
