@@ -6,17 +6,30 @@ bytes. Read archives come from anywhere, so a member that is not a plain file wi
 """
 
 import mmap
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 from pipeline.errors import DataError
 from pipeline.shards.sample import Sample
 
 RECORD = 512
+METADATA = re.compile(r"__[^/]*__($|/)")
+
+
+class _WholeTar(tarfile.TarInfo):
+    """Makes tarfile refuse an archive without its end mark, which it would take for a shorter one."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tarfile_)
+        except (tarfile.TruncatedHeaderError, tarfile.EmptyHeaderError) as error:
+            raise tarfile.ReadError("cut off before its end mark") from error
 
 
 class TarWriter:
@@ -49,7 +62,7 @@ def iterate_tar(file: BinaryIO, name: str = "tar") -> Iterator[Sample]:
     sample: Sample | None = None
     seen: set[str] = set()
     try:
-        with tarfile.open(fileobj=file, mode="r|*") as tar:
+        with tarfile.open(fileobj=file, mode="r|*", tarinfo=_WholeTar) as tar:
             for member in tar:
                 split = split_member(member, name)
                 if split is None:
@@ -126,7 +139,7 @@ def split_member(member: tarfile.TarInfo, name: str) -> tuple[str, str] | None:
         raise DataError(f"{name}: {path!r} is not a plain relative name")
     folder, _, last = path.rpartition("/")
     stem, dot, field = last.partition(".")
-    if not dot or not stem or not field or (stem.startswith("__") and stem.endswith("__")):
+    if not dot or not stem or not field or METADATA.match(path):
         return None
     return (f"{folder}/{stem}" if folder else stem), field.lower()
 
@@ -144,7 +157,7 @@ def _index(path: Path) -> list[_Entry]:
     if length < RECORD:
         raise DataError(f"{path}: not a tar ({length} bytes)")
     try:
-        with tarfile.open(path, mode="r:") as tar:
+        with tarfile.open(path, mode="r:", tarinfo=_WholeTar) as tar:
             for member in tar:
                 split = split_member(member, str(path))
                 if split is None:

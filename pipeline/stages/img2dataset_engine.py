@@ -4,6 +4,7 @@ Its files are left as it wrote them. It follows any address a url table names, `
 included, so its requests go through an opener that keeps clipmill's rule about addresses.
 """
 
+import hashlib
 import http.client
 import json
 import logging
@@ -16,12 +17,13 @@ from typing import Any
 from pipeline.config import flatten, require
 from pipeline.errors import StorageError
 from pipeline.shards.snapshot import Snapshot, publish
-from pipeline.shards.storage import Folder
+from pipeline.shards.storage import BLOCK, Folder
 from pipeline.shards.tar import iterate_tar
 from pipeline.shards.writer import STATS, ShardStats
 from pipeline.sources.url_table import UrlTable
 from pipeline.stages.download import DownloadOptions, check_address
 from pipeline.stages.make_shard import ShardOptions
+from pipeline.stages.ray_session import connect
 from pipeline.stages.refresh import Workers, shaping_options
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,8 @@ def refresh_with_img2dataset(
     except ImportError as error:
         require(False, "engine", "img2dataset", f"native, where the package img2dataset does not import ({error})")
     planned = sum(1 for _ in source.slices(options.number_sample_per_shard, folder.folder("_plan")))
+    if workers.processes_count != 0:
+        connect(workers.processes_count)
     img2dataset.main.Downloader = _guarded_downloader(options.downloads)
     img2dataset.main.download(**_arguments(source, folder, options, workers))
     stats = list(_finished(folder))
@@ -151,10 +155,10 @@ def _finished(folder: Folder) -> Iterator[ShardStats]:
 
 def _described(folder: Folder, name: str, plain: dict[str, Any]) -> ShardStats:
     """img2dataset's counts, with the digest and the fields of the tar it wrote."""
-    import hashlib
-
+    digest = hashlib.sha256()
     with folder.open(f"{name}.tar") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(BLOCK):
+            digest.update(block)
     fields: set[str] = set()
     with folder.open(f"{name}.tar") as file:
         for sample in iterate_tar(file, folder.join(f"{name}.tar")):
@@ -167,7 +171,7 @@ def _described(folder: Folder, name: str, plain: dict[str, Any]) -> ShardStats:
         status_dict=plain["status_dict"],
         unit="",
         bytes=folder.size(f"{name}.tar"),
-        sha256=digest,
+        sha256=digest.hexdigest(),
         fields=tuple(sorted(fields)),
         reasons=reasons,
     )

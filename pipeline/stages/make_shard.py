@@ -55,7 +55,7 @@ class _Maker:
     def __init__(self, unit: Unit, source: Source, options: ShardOptions) -> None:
         self._unit, self._source, self._options = unit, source, options
         self._hash = options.downloads.compute_hash
-        columns = {name: _ARROW[kind] for name, kind in source.schema().items()}
+        columns: dict[str, pa.DataType] = {name: _ARROW[kind] for name, kind in source.schema().items()}
         if source.has_captions:
             columns["caption"] = pa.string()
         self.schema = parquet_schema({**columns, "url": pa.string()}, self._hash)

@@ -32,10 +32,10 @@ def connect(num_cpus: int | None = None) -> None:
     runtime = {"env_vars": WORKER_ENVIRONMENT}
     if address is None:
         ray.init(
-            address="local", num_cpus=num_cpus, include_dashboard=False, runtime_env=runtime, logging_level="ERROR"
+            address="local", num_cpus=num_cpus, include_dashboard=False, runtime_env=runtime, logging_level=logging.ERROR
         )
         return
     try:
-        ray.init(address=address, runtime_env=runtime, logging_level="ERROR")
+        ray.init(address=address, runtime_env=runtime, logging_level=logging.ERROR)
     except ConnectionError as error:
         require(False, "RAY_ADDRESS", address, f"the address of a running cluster ({error})")

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from pipeline.config import flatten, require
 from pipeline.errors import ClipmillError
 from pipeline.shards.snapshot import Snapshot, publish
@@ -20,6 +22,7 @@ from pipeline.shards.writer import ShardStats
 from pipeline.sources.source import Slice, Source
 from pipeline.stages.make_shard import ShardOptions, make_shard
 from pipeline.stages.plan import Plan, Unit, make_plan
+from pipeline.stages.ray_session import connect
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +80,7 @@ def _made_by_ray(
 ) -> Iterator[ShardStats]:
     import ray
 
+    connect(workers.processes_count)
     # One block per unit: Ray Data then retries, places and counts work by the shard.
     rows = [dataclasses.asdict(unit) for unit in plan.units]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -85,7 +89,7 @@ def _made_by_ray(
         batch_format="pandas",
         num_cpus=1,
         compute=ray.data.TaskPoolStrategy(size=workers.processes_count),
-        resources=_data_resource(ray.cluster_resources()),
+        resources=_data_resource(dict(ray.cluster_resources())),
     )
     try:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pandas", prefetch_batches=0):
@@ -102,13 +106,11 @@ class _MakeShards:
         self._source, self._folder, self._options = source, folder, options
 
     def __call__(self, batch: Any) -> Any:
-        import pandas
-
         stats = []
         for row in batch.to_dict("records"):
             unit = Unit(shard_id=int(row["shard_id"]), piece=Slice(**row["piece"]), digest=row["digest"])
             stats.append(make_shard(unit, self._source, self._folder, self._options))
-        return pandas.DataFrame({"stats": stats})
+        return {"stats": np.array(stats, dtype=object)}
 
 
 def _data_resource(cluster: dict[str, float]) -> dict[str, float] | None:

@@ -1,0 +1,85 @@
+"""Folders: whole reads, all-or-nothing writes, on disk and in an object store."""
+
+import errno
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import StorageError
+from pipeline.shards.storage import Folder, file_digest
+
+
+@pytest.fixture(params=["disk", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    return Folder(tmp_path / "a" if request.param == "disk" else f"memory://{tmp_path.name}/a")
+
+
+def test_what_is_written_is_read(folder: Folder, tmp_path: Path) -> None:
+    assert folder.names() == [] and not folder.exists("x.txt")
+    folder.write_atomic("x.txt", "café".encode())
+    source = tmp_path / "source"
+    source.write_bytes(b"moved")
+    folder.write_atomic("y.bin", source)
+    folder.folder("inner").write_atomic("z.txt", b"z")
+    assert folder.read_text("x.txt") == "café" and folder.size("y.bin") == 5 and not source.exists()
+    assert folder.names() == ["x.txt", "y.bin"] and folder.names(".bin") == ["y.bin"]
+    with folder.open("y.bin") as file:
+        assert file.read() == b"moved"
+    folder.delete("x.txt")
+    folder.delete("x.txt")
+    assert folder.names() == ["y.bin"]
+
+
+def test_a_missing_file_is_said_so(folder: Folder) -> None:
+    for read in (folder.read_bytes, folder.size, folder.open):
+        with pytest.raises(FileNotFoundError):
+            read("missing")
+
+
+def test_a_folder_pickles(folder: Folder) -> None:
+    assert pickle.loads(pickle.dumps(folder)).uri == folder.uri
+
+
+def test_a_relative_path_is_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Folder("data")
+    monkeypatch.chdir("/")
+    folder.write_atomic("x", b"x")
+    assert (tmp_path / "data" / "x").exists()
+
+
+@pytest.mark.parametrize("step", ["write", "fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file(step: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.write_atomic("x", b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if step == "write":
+        monkeypatch.setattr("os.fdopen", full)
+    else:
+        monkeypatch.setattr(os, step, full)
+    with pytest.raises(StorageError, match="disk is full"):
+        folder.write_atomic("x", b"new")
+    monkeypatch.undo()
+    assert folder.read_bytes("x") == b"old" and folder.names() == ["x"]
+
+
+def test_scratch_files_vanish_and_are_never_listed(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "out")
+    with folder.scratch_file(".tar") as path:
+        path.write_bytes(b"half")
+        assert folder.names() == [] and path.parent == tmp_path / "out"
+    assert not path.exists()
+    (tmp_path / "out" / ".tmp-left-by-a-killed-writer").write_bytes(b"half")
+    folder.remove_temporary()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_file_digest_is_sha256(tmp_path: Path) -> None:
+    (tmp_path / "abc").write_bytes(b"abc")
+    # FIPS 180-2, appendix B.1.
+    assert file_digest(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
