@@ -1,0 +1,1 @@
+"""Shards to batches in a training worker: order, samples, pictures, text, batches."""

@@ -1,0 +1,275 @@
+"""Batches for training and evaluation: a torch DataLoader over an order of sample numbers.
+
+What a batch holds is said by *readers*, one per key: each turns a sample into a value and a list of values into a
+tensor. A sample that a reader cannot read (an undecodable picture, no caption) is replaced by the next readable one of
+its shard, so that batches keep their size and every run makes the same replacement; ``replaced`` counts them.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from pipeline.config import require
+from pipeline.errors import ClipmillError, DataError
+from pipeline.loaders.cache import FileCache
+from pipeline.loaders.images import ImageTransform, crop_words, decode
+from pipeline.loaders.order import Order
+from pipeline.loaders.samples import Samples, UnreadableSample, check_fields
+from pipeline.loaders.text import Tokenizer, caption_field, cut_text, read_caption
+from pipeline.shards.sample import Sample
+from pipeline.shards.snapshot import Snapshot
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, Tensor]
+Place = tuple[int, int]  # epoch, number of the sample in the snapshot
+
+
+class Reader(Protocol):
+    """One key of a batch. Readers pickle: they travel to the loader's processes."""
+
+    @property
+    def fields(self) -> Sequence[str]:
+        """The sample fields that must exist in the snapshot (``image`` for a picture of any format)."""
+        ...
+
+    def read(self, sample: Sample, place: Place) -> Any:
+        """The value of one sample; raises :class:`UnreadableSample`."""
+        ...
+
+    def collate(self, values: list[Any]) -> Tensor:
+        """The batch of ``values``."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageReader:
+    """Pictures as uint8 [B, 3, H, W]; random crops are a pure function of (seed, epoch, sample)."""
+
+    transform: ImageTransform
+    seed: int = 0
+    fields = ("image",)
+
+    def read(self, sample: Sample, place: Place) -> Tensor:
+        """uint8 [3, H, W]."""
+        content = sample.image()
+        if content is None:
+            raise UnreadableSample(f"{sample.key} has no picture")
+        return self.transform(decode(content), crop_words(self.seed, *place) if self.transform.random else None)
+
+    def collate(self, values: list[Tensor]) -> Tensor:
+        """uint8 [B, 3, H, W]."""
+        return torch.stack(values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextReader:
+    """Captions as int64 tokens [B, L], cut at the batch's longest text where the tower allows it."""
+
+    tokenizer: Tokenizer
+    end_of_text: int | None = None
+    caption: str = "txt"
+
+    @property
+    def fields(self) -> Sequence[str]:
+        """The field that holds captions."""
+        return (caption_field(self.caption),)
+
+    def read(self, sample: Sample, place: Place) -> str:
+        """The caption."""
+        return read_caption(sample, self.caption)
+
+    def collate(self, values: list[str]) -> Tensor:
+        """int64 [B, L]."""
+        return cut_text(self.tokenizer(values), self.end_of_text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelReader:
+    """Class numbers as int64 [B]: the place in ``classes`` of the text under ``key`` in the sample's json."""
+
+    classes: tuple[str, ...]
+    key: str = "label"
+    fields = ("json",)
+
+    def read(self, sample: Sample, place: Place) -> int:
+        """The class number."""
+        try:
+            return self.classes.index(str(json.loads(sample.fields["json"])[self.key]))
+        except (KeyError, ValueError, TypeError) as error:
+            raise UnreadableSample(f"{sample.key}.json has no {self.key} among the classes ({error})") from error
+
+    def collate(self, values: list[int]) -> Tensor:
+        """int64 [B]."""
+        return torch.tensor(values, dtype=torch.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How samples are read; nothing here changes which samples a batch holds."""
+
+    loader_workers: int = 4
+    """Processes that decode, for each training worker; 0 decodes in the training process."""
+    prefetch: int = 4
+    """Batches that each of these processes prepares ahead."""
+    open_shards: int = 128
+    """Shards that each process keeps mapped."""
+    cache_folder: str = ""
+    """Where remote shards are kept; empty for $CLIPMILL_CACHE or ~/.cache/clipmill."""
+    cache_gigabytes: float = 100.0
+    """Size limit of that folder."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.loader_workers <= 256, "loader_workers", self.loader_workers, "0 to 256")
+        require(1 <= self.prefetch <= 64, "prefetch", self.prefetch, "1 to 64")
+        require(self.open_shards >= 1, "open_shards", self.open_shards, "1 or more")
+        require(self.cache_gigabytes > 0, "cache_gigabytes", self.cache_gigabytes, "more than 0")
+
+    def cache(self) -> FileCache:
+        """The cache that these settings describe."""
+        return FileCache(self.cache_folder, int(self.cache_gigabytes * 2**30))
+
+
+def training_batches(
+    snapshot: Snapshot,
+    readers: Mapping[str, Reader],
+    order: Order,
+    *,
+    steps: range,
+    rank: int = 0,
+    world: int = 1,
+    config: LoaderConfig,
+) -> Iterator[Batch]:
+    """The batches of one rank for the given steps of ``order``, each with B / world rows.
+
+    Raises:
+        DataError: the snapshot lacks a field, a shard is damaged, or all samples of a shard are unreadable.
+    """
+    return _batches(snapshot, readers, _Steps(order, steps, rank, world), config)
+
+
+def snapshot_batches(
+    snapshot: Snapshot,
+    readers: Mapping[str, Reader],
+    *,
+    batch_size: int,
+    limit: int | None = None,
+    config: LoaderConfig,
+) -> Iterator[Batch]:
+    """The snapshot's first ``limit`` samples in their own order, once; the last batch may be smaller.
+
+    Unreadable samples are left out, not replaced: evaluation must not count one twice. ``replaced`` counts them.
+
+    Raises:
+        DataError: as :func:`training_batches`.
+    """
+    count = snapshot.samples if limit is None else min(limit, snapshot.samples)
+    batches = _batches(snapshot, readers, _InOrder(count, batch_size), config, replace=False)
+    return (batch for batch in batches if len(batch) > 1)
+
+
+class _Steps(Sampler[list[Place]]):
+    def __init__(self, order: Order, steps: range, rank: int, world: int) -> None:
+        self.order, self.steps, self.rank, self.world = order, steps, rank, world
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        for step in self.steps:
+            yield [(epoch, number) for epoch, number in self.order.batch(step, self.rank, self.world).tolist()]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+class _InOrder(Sampler[list[Place]]):
+    def __init__(self, count: int, batch_size: int) -> None:
+        self.count, self.batch_size = count, batch_size
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        numbers = iter(range(self.count))
+        while chunk := list(islice(numbers, self.batch_size)):
+            yield [(0, number) for number in chunk]
+
+    def __len__(self) -> int:
+        return -(-self.count // self.batch_size)
+
+
+class _Readable(Dataset[Batch | ClipmillError]):
+    """Whole batches at a time, so that a batch's text is tokenised and cut together."""
+
+    def __init__(self, samples: Samples, readers: Mapping[str, Reader], replace: bool) -> None:
+        self.samples, self.readers, self.replace = samples, readers, replace
+
+    def __getitems__(self, places: list[Place]) -> Batch | ClipmillError:
+        # The DataLoader would wrap an error of its process into pages of traceback; as a value it stays one sentence.
+        try:
+            return self._batch(places)
+        except ClipmillError as error:
+            return error
+
+    def _batch(self, places: list[Place]) -> Batch:
+        rows = [self._row(place) for place in places]
+        kept = [values for values, _ in rows if values is not None]
+        batch = {key: reader.collate([values[key] for values in kept]) for key, reader in self.readers.items() if kept}
+        batch["replaced"] = torch.tensor(sum(skipped for _, skipped in rows))
+        return batch
+
+    def _row(self, place: Place) -> tuple[dict[str, Any] | None, int]:
+        """The values of the sample at ``place``, or of its replacement, and how many were unreadable before it."""
+        skipped = 0
+        for sample in self.samples.from_here(place[1]):
+            try:
+                return {key: reader.read(sample, place) for key, reader in self.readers.items()}, skipped
+            except UnreadableSample as error:
+                skipped += 1
+                verdict = "replaced" if self.replace else "left out"
+                logger.warning("sample %s is unreadable and is %s: %s", sample.key, verdict, error)
+                if not self.replace:
+                    return None, skipped
+        shard, _ = self.samples.find(place[1])
+        raise DataError(f"{self.samples.snapshot.folder}/{shard.tar}: not one readable sample")
+
+
+def _batches(
+    snapshot: Snapshot,
+    readers: Mapping[str, Reader],
+    sampler: Sampler[list[Place]],
+    config: LoaderConfig,
+    replace: bool = True,
+) -> Iterator[Batch]:
+    check_fields(snapshot, [field for reader in readers.values() for field in reader.fields])
+    samples = Samples(snapshot, config.cache(), config.open_shards)
+    workers = config.loader_workers
+    loader: DataLoader[Batch | ClipmillError] = DataLoader(
+        _Readable(samples, readers, replace),
+        batch_sampler=sampler,
+        num_workers=workers,
+        prefetch_factor=config.prefetch if workers else None,
+        collate_fn=_as_it_is,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_one_thread,
+        generator=torch.Generator(),  # the loader seeds its processes from it; ours must not disturb the model's
+    )
+    return _raising(loader)
+
+
+def _raising(batches: Iterable[Batch | ClipmillError]) -> Iterator[Batch]:
+    for batch in batches:
+        if isinstance(batch, ClipmillError):
+            raise batch
+        yield batch
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _one_thread(worker: int) -> None:
+    # The processes are the parallelism; threads inside each of them would only wait for one another.
+    torch.set_num_threads(1)

@@ -1,0 +1,130 @@
+"""The order of samples: a pure function of (seed, epoch, list of shards).
+
+An epoch permutes the shards and lays them end to end: N samples in a row. The row is cut into L contiguous *lanes* of
+equal length (to within one), and each lane is shuffled in blocks. A lane is an endless stream: its position p belongs
+to epoch p // length. The global batch number s takes the next B/L samples of every lane, lane after lane, and a rank
+takes a contiguous piece of the global batch. So
+
+- the global batches do not depend on the number of workers: a run goes on with more or fewer of them;
+- every lane shows each of its samples exactly once an epoch;
+- a rank reads from few shards at a time, which matters where shards lie in an object store;
+- the position is one number, the samples seen, and nothing has to be replayed to go on from it.
+
+Memory is O(shards + lanes x block). Randomness is Philox's raw words, sorted: unlike the methods of NumPy's
+generators, those are promised to stay the same from version to version.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config import require
+
+Integers = NDArray[np.int64]
+
+SHARDS, BLOCKS = 1, 2  # what a stream of random words is for
+REMEMBERED_EPOCHS = 4
+
+
+def random_words(seed: int, purpose: int, epoch: int, number: int, count: int) -> NDArray[np.uint64]:
+    """``count`` random 64-bit words, a pure function of the other arguments (each 0 to 2**64 - 1)."""
+    generator = np.random.Philox(key=[seed, purpose], counter=[0, 0, epoch, number])
+    words: NDArray[np.uint64] = generator.random_raw(count)
+    return words
+
+
+def permutation(seed: int, purpose: int, epoch: int, number: int, length: int) -> Integers:
+    """A permutation of ``range(length)``, a pure function of the arguments."""
+    words = random_words(seed, purpose, epoch, number, length)
+    return np.argsort(words, kind="stable").astype(np.int64)
+
+
+class Order:
+    """Which samples make up which global batch.
+
+    ``shard_sizes`` are the sample counts of the snapshot's shards, in its order; samples are numbered through in that
+    order. ``lanes`` is reduced to what divides the batch (and to the number of samples, for tiny data).
+
+    Raises:
+        SettingError: no samples, or a batch, a block or a seed out of range.
+    """
+
+    def __init__(
+        self,
+        shard_sizes: Sequence[int],
+        *,
+        seed: int,
+        batch_size: int,
+        lanes: int = 32,
+        shuffle_block: int = 8192,
+    ) -> None:
+        require(batch_size >= 1, "batch_size", batch_size, "1 or more")
+        require(lanes >= 1, "lanes", lanes, "1 or more")
+        require(shuffle_block >= 1, "shuffle_block", shuffle_block, "1 or more")
+        require(0 <= seed < 2**63, "seed", seed, "0 to 2**63 - 1")
+        self.sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self.samples = int(self.sizes.sum())
+        require(self.samples >= 1, "shard_sizes", list(shard_sizes)[:5], "at least one sample")
+        self.seed, self.batch_size, self.shuffle_block = seed, batch_size, shuffle_block
+        self.lanes = _lanes(lanes, batch_size, self.samples)
+        self._first = np.concatenate([[0], np.cumsum(self.sizes)])
+        self._bounds = np.arange(self.lanes + 1) * self.samples // self.lanes
+        self._layout = lru_cache(REMEMBERED_EPOCHS)(self._lay_out)
+        self._shuffled = lru_cache(2 * self.lanes)(self._shuffle)
+
+    def steps(self, epochs: float) -> int:
+        """The least number of global batches in which every sample is seen ``epochs`` times."""
+        longest = int(np.diff(self._bounds).max())
+        return math.ceil(epochs * longest / (self.batch_size // self.lanes))
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Integers:
+        """The rows of rank ``rank`` of ``world`` in global batch ``step``: int64 [B / world, 2] of (epoch, number).
+
+        Raises:
+            SettingError: ``world`` does not divide the batch.
+        """
+        require(self.batch_size % world == 0, "batch_size", self.batch_size, f"a multiple of the {world} workers")
+        per_rank, per_lane = self.batch_size // world, self.batch_size // self.lanes
+        start, stop = rank * per_rank, (rank + 1) * per_rank
+        pieces = []
+        for lane in range(start // per_lane, (stop - 1) // per_lane + 1):
+            low, high = max(start - lane * per_lane, 0), min(stop - lane * per_lane, per_lane)
+            pieces.extend(self._stream(lane, step * per_lane + low, step * per_lane + high))
+        return np.concatenate(pieces)
+
+    def _stream(self, lane: int, start: int, stop: int) -> list[Integers]:
+        """Positions ``start`` to ``stop`` of an endless lane, as pieces that each lie in one block."""
+        length = int(self._bounds[lane + 1] - self._bounds[lane])
+        pieces = []
+        while start < stop:
+            epoch, offset = divmod(start, length)
+            block, inside = divmod(offset, self.shuffle_block)
+            in_block = min(self.shuffle_block, length - block * self.shuffle_block)
+            count = min(stop - start, in_block - inside)
+            numbers = self._shuffled(epoch, lane, block, in_block)[inside : inside + count]
+            pieces.append(np.stack([np.full(count, epoch), numbers], axis=1))
+            start += count
+        return pieces
+
+    def _shuffle(self, epoch: int, lane: int, block: int, length: int) -> Integers:
+        """The sample numbers of one block of one lane, in the order in which they are seen."""
+        within = permutation(self.seed, BLOCKS, epoch, (lane << 40) + block, length)
+        places = self._bounds[lane] + block * self.shuffle_block + within
+        shards, ends = self._layout(epoch)
+        nth = np.searchsorted(ends, places, side="right")
+        shard = shards[nth]
+        return np.asarray(self._first[shard] + places - (ends[nth] - self.sizes[shard]), dtype=np.int64)
+
+    def _lay_out(self, epoch: int) -> tuple[Integers, Integers]:
+        """The shards in the order of an epoch, and where each ends in the row of samples."""
+        shards = permutation(self.seed, SHARDS, epoch, 0, len(self.sizes))
+        return shards, np.cumsum(self.sizes[shards])
+
+
+def _lanes(lanes: int, batch_size: int, samples: int) -> int:
+    """The largest number of lanes that divides the batch and is no more than asked for, or than there are samples."""
+    common = math.gcd(lanes, batch_size)
+    return max(divisor for divisor in range(1, common + 1) if common % divisor == 0 and divisor <= samples)
