@@ -7,6 +7,8 @@ from pipeline.config import require
 
 SHARD_WIDTH = 5
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
+# Fields that say where things are in the picture: a resize would make them wrong.
+GEOMETRIC_FIELDS = ("boxes.json", "mask.png")
 
 
 @dataclass(slots=True)

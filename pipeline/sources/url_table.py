@@ -7,6 +7,7 @@ img2dataset, a slice never reaches over the end of an input file.
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -206,7 +207,7 @@ class UrlTable:
             with fs.open(file, "rb", compression=compression) as opened:
                 read = _READERS[form.removesuffix(".gz")]
                 yield from read(opened, self._columns(), self._texts(), self._refuse_missing)
-        except (pa.ArrowInvalid, UnicodeDecodeError, EOFError) as error:
+        except (pa.ArrowInvalid, OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
             raise SettingError(
                 "url_list",
                 file,

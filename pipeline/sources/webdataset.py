@@ -17,8 +17,6 @@ from pipeline.shards.tar import iterate_tar
 from pipeline.sources.source import Row, Scalar, Slice
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-# Fields whose content depends on the picture's geometry: a resize would make them wrong.
-GEOMETRY = ("boxes.json", "mask.png")
 
 
 @dataclass(frozen=True, kw_only=True)

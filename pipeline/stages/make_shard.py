@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import SampleError
-from pipeline.shards.sample import Sample, sample_key, shard_name
+from pipeline.shards.sample import GEOMETRIC_FIELDS, Sample, sample_key, shard_name
 from pipeline.shards.storage import Folder
 from pipeline.shards.writer import ShardStats, ShardWriter, parquet_schema, read_stats
 from pipeline.sources.source import Row, Source
@@ -94,6 +94,7 @@ class _Maker:
         record |= {"url": row.url, "key": key}
         try:
             picture = self._picture(row, body)
+            _refuse_stale_members(row, picture)
         except SampleError as error:
             return self._failed(record, error), None
         record |= self._described(picture, body)
@@ -134,6 +135,14 @@ class _Maker:
             fields["txt"] = (record["caption"] or "").encode()
         fields["json"] = json.dumps(record, indent=4).encode()
         return Sample(key, fields)
+
+
+def _refuse_stale_members(row: Row, picture: Picture) -> None:
+    """Boxes and masks say where things are in the picture as it was; a resized one would contradict them."""
+    stale = [name for name in GEOMETRIC_FIELDS if name in row.members]
+    if stale and (picture.width, picture.height) != (picture.original_width, picture.original_height):
+        message = f"{stale[0]} would not fit the resized picture; use --resize-mode no"
+        raise SampleError("failed_to_resize", "stale_annotation", message)
 
 
 def clean_caption(caption: str | None) -> str | None:
