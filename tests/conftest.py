@@ -1,0 +1,216 @@
+"""What the tests share: a quiet environment, one Ray for the session, an S3 server and a web server on loopback.
+
+The environment is set here, before ray, torch or botocore are imported, so that worker processes inherit it.
+"""
+
+import os
+import random
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+os.environ.update(
+    {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "HF_HUB_OFFLINE": "1",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MPLBACKEND": "Agg",
+        "NO_ALBUMENTATIONS_UPDATE": "1",
+        "OMP_NUM_THREADS": "1",
+        # Disabled: with tokens on, Ray writes one into the home folder.
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        # A report to Ray Train blocks for up to this long.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Jobs run as sub-processes: `python` must be this one.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+    }
+)
+for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "MLFLOW_TRACKING_URI", "PYTHONDONTWRITEBYTECODE", "RAY_ADDRESS"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Every test starts from the same random state, whichever tests ran before it."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """The Ray of this session; ``environment`` lets a sub-process join it."""
+
+    address: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """This process's environment with ``RAY_ADDRESS`` set to the cluster."""
+        return {**os.environ, "RAY_ADDRESS": self.address}
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_endpoint: str) -> Iterator[RayCluster]:
+    """One Ray for all tests: four logical CPUs and the custom resources of cluster.yaml.
+
+    It starts after the S3 server, so that its workers inherit the server's address.
+    """
+    import ray
+
+    # Sockets lie below this folder and their paths have to be short.
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    context = ray.init(
+        address="local",
+        num_cpus=4,
+        num_gpus=0,
+        resources={"data_worker": 4, "train_worker": 4},
+        object_store_memory=200 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _temp_dir=folder,
+    )
+    yield RayCluster(address=context.address_info["gcs_address"])
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """The address of an in-memory S3 server, also in ``AWS_ENDPOINT_URL`` for this and all later processes."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ["AWS_ENDPOINT_URL"] = f"http://{host}:{port}"
+    yield os.environ["AWS_ENDPOINT_URL"]
+    os.environ.pop("AWS_ENDPOINT_URL", None)
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_endpoint: str) -> str:
+    """The URI of a new, empty bucket: ``s3://test-…``."""
+    import s3fs
+
+    uri = f"s3://test-{uuid.uuid4().hex[:12]}"
+    s3fs.S3FileSystem().mkdir(uri)
+    return uri
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the loopback server answers: a body, or the first ``cut`` bytes of it, after ``delay`` seconds."""
+
+    body: bytes = b""
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    delay: float = 0.0
+    cut: int | None = None
+
+
+Answer = bytes | Reply | Callable[[int], "bytes | Reply"]
+
+
+class WebServer:
+    """Serves a dict of path to bytes, :class:`Reply`, or a function of how often the path was asked for before."""
+
+    def __init__(self, files: Mapping[str, Answer]) -> None:
+        self.files = {"/" + path.lstrip("/"): answer for path, answer in files.items()}
+        self.requests: list[str] = []
+        self._lock = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        """``http://127.0.0.1:port`` without a slash at the end."""
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def stop(self) -> None:
+        """Close the server; idempotent."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def reply(self, path: str) -> Reply:
+        """What ``path`` gets now; counts the request."""
+        with self._lock:
+            before = self.requests.count(path)
+            self.requests.append(path)
+        answer = self.files.get(path, Reply(b"no such file", status=404))
+        if callable(answer):
+            answer = answer(before)
+        return answer if isinstance(answer, Reply) else Reply(answer)
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                reply = server.reply(self.path)
+                time.sleep(reply.delay)
+                try:
+                    self.send_response(reply.status)
+                    for name, value in {"Content-Length": str(len(reply.body)), **reply.headers}.items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    self.wfile.write(reply.body[: reply.cut])
+                except (BrokenPipeError, ConnectionResetError):
+                    pass  # the client gave up, as a test of timeouts makes it do
+
+            def log_message(self, *_: object) -> None:
+                """Stay quiet."""
+
+        return Handler
+
+
+class Serve:
+    """The ``serve`` fixture: call it with the files; ``serve.Reply`` makes answers that are not plain bytes."""
+
+    Reply = Reply
+
+    def __init__(self) -> None:
+        self._servers: list[WebServer] = []
+
+    def __call__(self, files: Mapping[str, Answer]) -> WebServer:
+        """Start a web server with ``files``; it stops when the test ends."""
+        self._servers.append(WebServer(files))
+        return self._servers[-1]
+
+    def stop(self) -> None:
+        """Stop every server."""
+        for server in self._servers:
+            server.stop()
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """``serve({"a.jpg": data, "slow.jpg": serve.Reply(data, delay=2)}).url`` is a web server on loopback."""
+    servers = Serve()
+    yield servers
+    servers.stop()
