@@ -55,23 +55,23 @@ setup: ## Make or refresh .venv from requirements.lock (the other targets do it 
 	echo "$$stamp" > .venv/.installed
 
 demo: setup ## Refresh, pre-train, evaluate on a local Ray and MLflow; ends with a table
-	@python jobs/demo.py $(ARGS)
+	@.venv/bin/python jobs/demo.py $(ARGS)
 
 test: setup ## Run the tests (make test ARGS='tests/shards -k tar')
-	@python -m pytest $(ARGS)
+	@.venv/bin/python -m pytest $(ARGS)
 
 check: setup ## Formatting, lint and types
-	@ruff format --check .
-	@ruff check .
-	@mypy
+	@.venv/bin/ruff format --check .
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy
 
 bench: setup ## Side-by-side speed measurements (minutes; not part of the tests)
-	@for file in tests/benchmarks/*.py; do echo "== $$file"; python "$$file" $(ARGS) || exit 1; done
+	@for file in tests/benchmarks/*.py; do echo "== $$file"; .venv/bin/python "$$file" $(ARGS) || exit 1; done
 
 ui: setup ## Open the MLflow UI on the demo's runs (make ui FOLDER=runs/demo PORT=5000)
 	@test -f "$(FOLDER)/mlflow.db" || { echo "No runs in $(FOLDER) yet: make demo makes some." >&2; exit 1; }
 	@echo "MLflow on http://127.0.0.1:$(PORT) (Ctrl-C ends it)"
-	@mlflow server --backend-store-uri "sqlite:///$(abspath $(FOLDER))/mlflow.db" \
+	@.venv/bin/mlflow server --backend-store-uri "sqlite:///$(abspath $(FOLDER))/mlflow.db" \
 		--artifacts-destination "$(abspath $(FOLDER))/artifacts" --host 127.0.0.1 --port $(PORT)
 
 clean: ## Remove .venv and caches; runs/ stays
