@@ -464,9 +464,7 @@ class _Axis:
     shift: float
 
 
-def _convert(
-    body: bytes, header: Header, geometry: Geometry, orientation: int, options: ImageOptions
-) -> bytes:
+def _convert(body: bytes, header: Header, geometry: Geometry, orientation: int, options: ImageOptions) -> bytes:
     pixels = _resized(body, header, _turned(geometry.resized, orientation), geometry.interpolation, options)
     pixels = _turn(pixels, orientation)
     if len(set(options.background)) > 1 and pixels.ndim == 2:
@@ -514,11 +512,9 @@ def _axis(length: int, factor: int, wanted: int) -> _Axis:
 
 def _resize_scaled(pixels: Pixels, across: _Axis, down: _Axis, size: tuple[int, int]) -> Pixels:
     if across.padding or down.padding:
-        pixels = np.asarray(
-            cv2.copyMakeBorder(pixels, 0, down.padding, 0, across.padding, cv2.BORDER_REPLICATE)
-        )
+        pixels = np.asarray(cv2.copyMakeBorder(pixels, 0, down.padding, 0, across.padding, cv2.BORDER_REPLICATE))
     resized = cv2.resize(pixels, (across.resized, down.resized), interpolation=cv2.INTER_AREA)
-    return np.asarray(resized)[: size[1], : size[0]]
+    return np.asarray(resized, np.uint8)[: size[1], : size[0]]
 
 
 def composite(pixels: Pixels, background: tuple[int, int, int]) -> Pixels:
@@ -584,9 +580,9 @@ def _untouched(body: bytes, options: ImageOptions) -> Picture:
         header: Header | None = read_header(body)
     except SampleError:
         header = None
-    size = (None, None) if header is None else (header.width, header.height)
+    width, height = (header.width, header.height) if header else (None, None)
     text = _exif_json(_read_exif(body, header.kind)) if options.extract_exif and header else None
-    return Picture(body, options.encode_format, *size, *size, text, True)
+    return Picture(body, options.encode_format, width, height, width, height, text, True)
 
 
 # EXIF

@@ -12,7 +12,9 @@ import os
 import socket
 import urllib.request
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
+from importlib import import_module
+from typing import Any, cast
 
 from pipeline.config import flatten, require
 from pipeline.errors import StorageError
@@ -21,7 +23,8 @@ from pipeline.shards.storage import BLOCK, Folder
 from pipeline.shards.tar import iterate_tar
 from pipeline.shards.writer import STATS, ShardStats
 from pipeline.sources.url_table import UrlTable
-from pipeline.stages.download import DownloadOptions, check_address
+from pipeline.stages.addresses import AddressPolicy, AddressRefused
+from pipeline.stages.download import DownloadOptions
 from pipeline.stages.make_shard import ShardOptions
 from pipeline.stages.ray_session import connect
 from pipeline.stages.refresh import Workers, shaping_options
@@ -46,8 +49,8 @@ def refresh_with_img2dataset(
     planned = sum(1 for _ in source.slices(options.number_sample_per_shard, folder.folder("_plan")))
     if workers.processes_count != 0:
         connect(workers.processes_count)
-    img2dataset.main.Downloader = _guarded_downloader(options.downloads)
-    img2dataset.main.download(**_arguments(source, folder, options, workers))
+    cast(Any, package).Downloader = _guarded_downloader(options.downloads)
+    package.download(**_arguments(source, folder, options, workers))
     stats = list(_finished(folder))
     if len(stats) < planned:
         raise StorageError(f"{folder.uri}: img2dataset left {planned - len(stats)} of {planned} shards undone")
@@ -91,8 +94,6 @@ def _arguments(source: UrlTable, folder: Folder, options: ShardOptions, workers:
 
 
 def _guarded_downloader(rules: DownloadOptions) -> Any:
-    from functools import partial
-
     from img2dataset.downloader import Downloader
 
     return partial(_Guarded, Downloader, rules)
@@ -112,12 +113,16 @@ class _Guarded:
 def guarded_opener(rules: DownloadOptions) -> urllib.request.OpenerDirector:
     """An opener for http and https alone that refuses private addresses, also after redirects."""
 
+    policy = AddressPolicy(rules.allow_hosts)
+
     def connect(address: tuple[str, int], *rest: Any, **named: Any) -> socket.socket:
         host, port = address
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         numbers = [str(entry[4][0]) for entry in found]
-        for number in numbers:
-            check_address(number, host, port, rules.allow_hosts)
+        if not policy.allows_name(host, port):
+            numbers = [number for number in numbers if policy.allows_address(number, port)]
+        if not numbers:
+            raise AddressRefused(f"refused: {host} is not a public address")
         # Connecting to the number that was checked leaves no second look-up to lie in.
         return socket.create_connection((numbers[0], port), *rest, **named)
 

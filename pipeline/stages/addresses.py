@@ -1,0 +1,152 @@
+"""Which network addresses a download may connect to.
+
+Urls come from strangers, and a data job runs inside somebody's network. So only public unicast addresses are allowed:
+no private, loopback, link-local, shared (RFC 6598), multicast, reserved or documentation ranges, none of the cloud
+metadata services, and no IPv6 address that carries such an IPv4 one (mapped, 6to4, Teredo, NAT64). The check is made on
+addresses, never on names alone, and the one made when the socket is opened is the one that counts: neither a redirect
+nor a name server that changes its answer gets around it.
+"""
+
+import ipaddress
+import socket
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+from pipeline.errors import SettingError
+
+Address = IPv4Address | IPv6Address
+
+# Azure answers metadata requests on a public address.
+_METADATA = IPv4Address("168.63.129.16")
+_GLOBAL_UNICAST_V6 = IPv6Network("2000::/3")
+_NAT64 = IPv6Network("64:ff9b::/96")
+
+
+class AddressRefused(OSError):
+    """An address that the policy forbids; an OSError, as connectors expect from name look-up and from sockets."""
+
+
+def is_public(address: Address) -> bool:
+    """Whether a stranger may have us connect to ``address``."""
+    if isinstance(address, IPv4Address):
+        return address.is_global and not address.is_multicast and not address.is_reserved and address != _METADATA
+    if address in _NAT64:
+        return is_public(IPv4Address(int(address) & 0xFFFFFFFF))
+    # Mapped and compatible forms lie outside the global unicast range, so they fall with all that is special there.
+    if address not in _GLOBAL_UNICAST_V6 or not address.is_global:
+        return False
+    inner = [address.sixtofour, *(address.teredo or ())]
+    return all(is_public(part) for part in inner if part is not None)
+
+
+def parse_address(text: str) -> Address | None:
+    """The address that ``text`` spells in its one canonical way; None for names, and for 127.1 or 017.0.0.1."""
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None
+
+
+@dataclass(frozen=True)
+class _Rule:
+    name: str
+    network: IPv4Network | IPv6Network | None
+    port: int | None
+
+
+@dataclass(frozen=True)
+class AddressPolicy:
+    """Public addresses, and what ``allow_hosts`` adds to them.
+
+    An entry is a name (``localhost``), an address (``127.0.0.1``, ``::1``) or a network (``10.0.0.0/8``); the first two
+    may end in a port (``localhost:9000``, ``[::1]:80``). A name opens whatever it resolves to, for that name only.
+
+    Raises:
+        SettingError: an entry that is none of these.
+    """
+
+    allow_hosts: tuple[str, ...] = ()
+    _rules: tuple[_Rule, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_rules", tuple(_parse_rule(entry) for entry in self.allow_hosts))
+
+    def allows_name(self, host: str, port: int) -> bool:
+        """Whether ``host`` may resolve to any address at all."""
+        host = host.lower().rstrip(".")
+        return any(rule.name == host and rule.port in (None, port) for rule in self._rules if rule.network is None)
+
+    def allows_address(self, text: str, port: int) -> bool:
+        """Whether a connection to the address spelled ``text`` may be opened; False when it is no canonical address."""
+        address = parse_address(text)
+        if address is None:
+            return False
+        return is_public(address) or any(
+            rule.network is not None and address in rule.network and rule.port in (None, port) for rule in self._rules
+        )
+
+
+def check_address(address: str, host: str, port: int, allow_hosts: tuple[str, ...]) -> None:
+    """Raise :class:`AddressRefused` unless ``address``, to which ``host`` resolved, may be connected to."""
+    policy = AddressPolicy(allow_hosts)
+    if not policy.allows_name(host, port) and not policy.allows_address(address, port):
+        raise AddressRefused("refused: not a public address")
+
+
+class GuardedResolver(AbstractResolver):
+    """Looks names up with ``inner`` and keeps the addresses that the policy allows.
+
+    Addresses that are allowed only because of their name are remembered in ``opened``, for the check at the socket.
+    """
+
+    def __init__(self, policy: AddressPolicy, inner: AbstractResolver) -> None:
+        self._policy = policy
+        self._inner = inner
+        self.opened: set[tuple[str, int]] = set()
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        """Addresses of ``host``; raises :class:`AddressRefused` when it has some but none is allowed."""
+        found = await self._inner.resolve(host, port, family)
+        if self._policy.allows_name(host, port):
+            self.opened.update((result["host"], result["port"]) for result in found)
+            return found
+        allowed = [result for result in found if self._policy.allows_address(result["host"], result["port"])]
+        if found and not allowed:
+            raise AddressRefused("refused: the name resolves to no public address")
+        return allowed
+
+    async def close(self) -> None:
+        """Close the inner resolver."""
+        await self._inner.close()
+
+    def open_socket(
+        self, target: tuple[int, int, int, str, tuple[str, int] | tuple[str, int, int, int]]
+    ) -> socket.socket:
+        """A socket for the very address about to be connected to (getaddrinfo's tuple), or :class:`AddressRefused`."""
+        family, kind, protocol, _, address = target
+        host, port = address[0], address[1]
+        if not self._policy.allows_address(host, port) and (host, port) not in self.opened:
+            raise AddressRefused("refused: not a public address")
+        return socket.socket(family, kind, protocol)
+
+
+def _parse_rule(entry: str) -> _Rule:
+    text, port = entry.strip().lower(), None
+    try:
+        return _Rule("", ipaddress.ip_network(text), None)
+    except ValueError:
+        pass
+    host, colon, digits = text.rpartition(":")
+    if colon and digits.isdigit() and int(digits) < 65536:
+        text, port = host, int(digits)
+    text = text.removeprefix("[").removesuffix("]").rstrip(".")
+    address = parse_address(text)
+    if address is not None:
+        return _Rule("", ipaddress.ip_network(address), port)
+    if not text or not all(character.isalnum() or character in "-._" for character in text):
+        raise SettingError("allow_hosts", entry, "a name, an address or a network such as 10.0.0.0/8, maybe with :port")
+    return _Rule(text, None, port)
