@@ -1,0 +1,52 @@
+"""What an evaluation needs of a model: pictures and texts in one space, and the tokenizer that goes with it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+TEXTS_AT_ONCE = 512
+
+
+class Encoder(Protocol):
+    """Every image-text method here, and any other object with these three."""
+
+    tokenizer: Callable[[list[str]], Tensor]
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """uint8 ``[B, 3, H, W]`` -> L2-normalised float ``[B, D]``."""
+        ...
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """Tokens, int64 ``[B, L]`` -> L2-normalised float ``[B, D]``."""
+        ...
+
+
+@contextmanager
+def inference(model: Encoder, precision: str = "fp32") -> Iterator[torch.device]:
+    """Evaluation mode without gradients; gives the device of the model and puts its mode back at the end.
+
+    ``precision`` "bf16" computes features in bfloat16 where the operation allows; similarities stay float32.
+    """
+    module = model if isinstance(model, nn.Module) else None
+    device = torch.device("cpu")
+    if module is not None:
+        device = next((parameter.device for parameter in module.parameters()), device)
+    was_training = module is not None and module.training
+    if module is not None:
+        module.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            yield device
+    finally:
+        if module is not None:
+            module.train(was_training)
+
+
+def encode_tokens(model: Encoder, tokens: Tensor, device: torch.device) -> Tensor:
+    """Features of many texts, a chunk at a time: int64 ``[N, L]`` -> float32 ``[N, D]`` on ``device``."""
+    chunks = [model.encode_text(chunk.to(device)).float() for chunk in tokens.split(TEXTS_AT_ONCE)]
+    return functional.normalize(torch.cat(chunks), dim=-1)

@@ -1,0 +1,190 @@
+"""Pictures of what a model is trained on and what it does: samples, a similarity matrix, retrieval examples.
+
+Each function gives a matplotlib figure of its own, without pyplot's global state, so it can be called from any thread
+and nothing has to be closed. Captions come from the open web: they are shown as plain text (no TeX), wrapped, cut,
+and what the font cannot draw becomes a box.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FONT = "DejaVu Sans"
+BOX, TICK, CROSS = "\u25a1", "\u2713", "\u2717"
+RIGHT, WRONG = "#1a7f37", "#b3261e"
+MATRIX_SIDE = 24
+
+
+def sample_grid(images: Tensor, captions: Sequence[str], columns: int = 4, title: str = "") -> "Figure":
+    """Pictures, uint8 ``[N, 3, H, W]``, each above its caption."""
+    rows = -(-len(images) // columns)
+    figure = _figure(2.5 * columns, 3.3 * rows + 0.4, title)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for place, axis in enumerate(axes):
+        if place < len(images):
+            _show(axis, images[place])
+            _caption(axis, captions[place], width=30, lines=5)
+        else:
+            axis.axis("off")
+    return figure
+
+
+def similarity_matrix(images: Tensor, captions: Sequence[str], scores: Tensor, title: str = "") -> "Figure":
+    """Cosine similarity of every picture (column) with every caption (row) of a batch; right pairs on the diagonal.
+
+    ``images`` uint8 ``[N, 3, H, W]``, ``scores`` ``[N, N]`` with pictures first; at most 24 pairs are drawn.
+    """
+    count = min(len(images), MATRIX_SIDE)
+    values = scores[:count, :count].float().cpu().numpy().T
+    figure = _figure(4.6 + 0.5 * count, 1.7 + 0.5 * count, title)
+    axis = figure.subplots()
+    drawn = axis.imshow(values, cmap="viridis")
+    axis.set_yticks(range(count), [_lines(text, 44, 1) for text in captions[:count]], fontsize=8)
+    for label in axis.get_yticklabels():
+        label.set_parse_math(False)
+    axis.set_xticks([])
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    for row, column in np.ndindex(count, count):
+        right = row == column
+        ink = "white" if values[row, column] < middle else "black"
+        weight = "bold" if right else "normal"
+        axis.text(
+            column,
+            row,
+            f"{values[row, column]:.2f}",
+            ha="center",
+            va="center",
+            color=ink,
+            fontsize=7,
+            weight=weight,
+        )
+        if right:
+            axis.add_patch(_outline(row))
+    for column in range(count):
+        picture = images[column].cpu().numpy().transpose(1, 2, 0)
+        axis.imshow(picture, extent=(column - 0.46, column + 0.46, -0.6, -1.52))
+    axis.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -1.55))
+    axis.spines[:].set_visible(False)
+    figure.colorbar(drawn, ax=axis, label="cosine similarity", shrink=0.6)
+    return figure
+
+
+def retrieval_examples(
+    images: Tensor, captions: Sequence[str], scores: Tensor, queries: int = 6, top: int = 3, title: str = ""
+) -> "Figure":
+    """For some captions the ``top`` pictures found, and for as many pictures the captions found; right ones green.
+
+    ``images`` uint8 ``[N, 3, H, W]``, ``scores`` ``[N, N]`` with pictures first; pair ``i`` is ``(i, i)``, and equal
+    captions are equally right.
+    """
+    queries = min(queries, len(images))
+    scores = scores.float().cpu()
+    figure = _figure(2.2 * (top + 1) + 6, 2.2 * queries + 0.8, title)
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(2.2 * (top + 1), 6))[0]
+    left.suptitle("caption \u2192 pictures", fontsize=11)
+    right.suptitle("picture \u2192 captions", fontsize=11)
+    _pictures_found(left.subplots(queries, top + 1, squeeze=False), images, captions, scores, top)
+    _captions_found(right.subplots(queries, 2, squeeze=False, width_ratios=(1, 1.9)), images, captions, scores, top)
+    return figure
+
+
+def _pictures_found(
+    axes: "np.ndarray[Any, Any]", images: Tensor, captions: Sequence[str], scores: Tensor, top: int
+) -> None:
+    for query, row in enumerate(axes):
+        row[0].axis("off")
+        _text(row[0], 0.98, 0.5, _lines(captions[query], 26, 7), ha="right", va="center", fontsize=9)
+        order = scores[:, query].argsort(descending=True, stable=True)
+        for axis, found in zip(row[1:], order[:top].tolist(), strict=False):
+            _show(axis, images[found])
+            _frame(axis, captions[found] == captions[query])
+            axis.set_xlabel(f"{float(scores[found, query]):.2f}", fontsize=8, labelpad=2)
+        rank = next(place for place, found in enumerate(order.tolist(), 1) if captions[found] == captions[query])
+        row[1].set_title(f"right one: rank {rank}", fontsize=8, pad=3, loc="left")
+        for axis in row[1 + len(order[:top]) :]:
+            axis.axis("off")
+
+
+def _captions_found(
+    axes: "np.ndarray[Any, Any]", images: Tensor, captions: Sequence[str], scores: Tensor, top: int
+) -> None:
+    # Equal captions would fill the list with one text, so each text is listed once.
+    first = {text: place for place, text in reversed(list(enumerate(captions)))}
+    places = sorted(first.values())
+    for query, (picture, words) in enumerate(axes):
+        _show(picture, images[query])
+        words.axis("off")
+        order = sorted(places, key=lambda place: -float(scores[query, place]))
+        for line, found in enumerate(order[:top]):
+            right = captions[found] == captions[query]
+            text = f"{float(scores[query, found]):.2f}  {TICK if right else CROSS}  "
+            lines = _lines(captions[found], 44, 2).replace("\n", "\n" + " " * 15)
+            height = 1 - (line + 0.5) / top
+            _text(words, 0, height, text + lines, va="center", fontsize=9.5, color=RIGHT if right else WRONG)
+
+
+def readable(text: str) -> str:
+    """``text`` on one line, with a box in place of every character that the figures' font cannot draw."""
+    drawable = _drawable()
+    plain = "".join(letter for letter in text if letter.isprintable() or letter.isspace())
+    return "".join(letter if ord(letter) in drawable else BOX for letter in " ".join(plain.split()))
+
+
+@cache
+def _drawable() -> frozenset[int]:
+    from matplotlib.font_manager import findfont
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(FT2Font(findfont(FONT)).get_charmap())
+
+
+def _lines(text: str, width: int, lines: int) -> str:
+    """At most ``lines`` lines of ``width`` characters; words longer than a line are broken."""
+    wrapped = textwrap.wrap(readable(text[: 4 * width * lines]), width) or ["(no caption)"]
+    if len(wrapped) > lines:
+        wrapped[lines - 1] = wrapped[lines - 1][: width - 2] + " \u2026"
+    return "\n".join(wrapped[:lines])
+
+
+def _figure(width: float, height: float, title: str) -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(readable(title), fontsize=12, parse_math=False)
+    return figure
+
+
+def _show(axis: "Axes", image: Tensor) -> None:
+    axis.imshow(image.cpu().numpy().transpose(1, 2, 0))
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def _caption(axis: "Axes", text: str, width: int, lines: int) -> None:
+    axis.set_xlabel(_lines(text, width, lines), fontsize=8.5, family=FONT, parse_math=False)
+
+
+def _text(axis: "Axes", x: float, y: float, text: str, **style: Any) -> None:
+    axis.text(x, y, text, transform=axis.transAxes, family=FONT, parse_math=False, **style)
+
+
+def _frame(axis: "Axes", right: bool) -> None:
+    for spine in axis.spines.values():
+        spine.set(color=RIGHT if right else WRONG, linewidth=3 if right else 1)
+
+
+def _outline(place: int) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((place - 0.5, place - 0.5), 1, 1, fill=False, edgecolor="white", linewidth=1.5)

@@ -1,0 +1,1 @@
+"""MLflow: the life of a run, what it is made from, its metrics, figures and checkpoints."""

@@ -1,0 +1,118 @@
+"""What MLflow keeps beside a run's numbers: the data it was trained on, and its checkpoints as model versions."""
+
+import json
+import logging
+import time
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
+
+from pipeline.shards.snapshot import Snapshot
+from pipeline.tracking.privacy import masked
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+LONGEST_DIGEST = 36  # MLflow's limit; the whole digest is in the run's tags
+
+
+def log_snapshot(client: "MlflowClient", run_id: str, snapshot: Snapshot, context: str) -> None:
+    """Record ``snapshot`` as an input of the run; saying it again changes nothing.
+
+    It is what MLflow's ``MetaDataset`` comes to, without its guess at the source's type, which warns when two fit.
+    """
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(
+        name=snapshot.card or PurePosixPath(snapshot.folder).name,
+        digest=snapshot.digest[:LONGEST_DIGEST],
+        source_type=urlparse(snapshot.folder).scheme or "local",
+        source=json.dumps({"uri": masked(snapshot.uri)}),
+        profile=json.dumps({"samples": snapshot.samples, "shards": len(snapshot.shards), "rows": snapshot.rows}),
+    )
+    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+
+
+def register(
+    client: "MlflowClient",
+    run_id: str,
+    uri: str,
+    metrics: dict[str, float],
+    step: int,
+    name: str,
+    tags: dict[str, str],
+) -> None:
+    """Make the checkpoint at ``uri`` a version of the registered model ``name``; its files stay where they are.
+
+    A checkpoint that this run has registered before is left alone.
+    """
+    uri = masked(uri)
+    _create_registered_model(client, name)
+    versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    if any(version.tags.get("checkpoint") == uri for version in versions):
+        return
+    told = {key: f"{value:.4f}" for key, value in metrics.items()}
+    model_id = _log_model(client, run_id, uri, metrics, step)
+    version = _create_version(
+        client, run_id, name, uri, model_id, {"checkpoint": uri, "step": str(step), **tags, **told}
+    )
+    logger.info("registered %s as version %s of the model %s", uri, version, name)
+
+
+def _create_registered_model(client: "MlflowClient", name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name, description="Checkpoints of clipmill; open_clip reads their weights.")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _log_model(client: "MlflowClient", run_id: str, uri: str, metrics: dict[str, float], step: int) -> str:
+    """A logged model whose files lie outside of MLflow: the line of the UI's model table; gives its id."""
+    from mlflow.entities import Metric
+
+    run = client.get_run(run_id)
+    model = client.create_logged_model(
+        run.info.experiment_id,
+        name=f"step-{step:08d}",
+        source_run_id=run_id,
+        tags={"mlflow.model.isExternal": "true", "checkpoint": uri},
+        params={"checkpoint": uri, "step": str(step)},
+        model_type="clip",
+    )
+    client.finalize_logged_model(model.model_id, "READY")
+    now = time.time_ns() // 1_000_000
+    if metrics:
+        points = [Metric(key, value, now, step, model_id=model.model_id) for key, value in metrics.items()]
+        client.log_batch(run_id, metrics=points)
+    return str(model.model_id)
+
+
+def _create_version(
+    client: "MlflowClient", run_id: str, name: str, uri: str, model_id: str, tags: dict[str, str]
+) -> str:
+    from mlflow.exceptions import MlflowException
+
+    description = (
+        f"Checkpoint {uri}. Load: open_clip.create_model(architecture, pretrained=<checkpoint>/model.safetensors)."
+    )
+    settings: dict[str, Any] = {
+        "run_id": run_id,
+        "model_id": model_id,
+        "tags": tags,
+        "description": description,
+        "await_creation_for": 0,
+    }
+    try:
+        version = client.create_model_version(name, uri, **settings)
+    except MlflowException as error:
+        # A server does not let a version point into its own disk; then it points to the logged model, whose
+        # parameter says where the files are.
+        if error.error_code != "INVALID_PARAMETER_VALUE":
+            raise
+        version = client.create_model_version(name, f"models:/{model_id}", **settings)
+    return str(version.version)

@@ -1,0 +1,336 @@
+"""The life of an MLflow run: created or continued by the driver, written to by any process that knows its id.
+
+    with runs.start(config.tracking, config, run_id=remembered) as tracker:
+        tracker.log_dataset(snapshot)
+        tracker.log({"train/loss": 2.3}, step=10)
+        tracker.register_checkpoint(uri, {"zeroshot/imagenet/top1": 0.63}, step=100)
+
+A tracker pickles: what arrives in a worker writes into the same run without owning it, so only the driver ends it.
+Logging never waits for the server and never raises because of it; :func:`start` does both, so that a wrong address is
+known before a cluster is asked for.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.config import flatten, require, to_json
+from pipeline.errors import SettingError
+from pipeline.shards.snapshot import Snapshot
+from pipeline.tracking.privacy import masked, masked_value
+from pipeline.tracking.provenance import provenance_tags
+from pipeline.tracking.records import log_snapshot, register
+from pipeline.tracking.store import answers, artifact_location, checked_uri, client, is_refusal
+from pipeline.tracking.system import SystemMetrics
+from pipeline.tracking.writer import Point, Writer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+CONFIG = "config.json"
+PARAMS_AT_ONCE = 100
+LONGEST_PARAM, LONGEST_TAG = 6000, 5000
+FLUSH_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracking:
+    """Where and how a run is recorded."""
+
+    uri: str = ""
+    """MLflow server or sqlite:///FILE; empty: $MLFLOW_TRACKING_URI, else a file in ~/.local/share/clipmill/mlflow."""
+    experiment: str = "clipmill"
+    """Experiment that the run belongs to; runs of one experiment are compared."""
+    run_name: str = ""
+    """Name of the run in the UI; empty for the date and time."""
+    primary_metric: str = "zeroshot/drawn_shapes/top1"
+    """Metric by which the experiment's runs are ranked; more is better."""
+    system_metrics: bool = True
+    """Record CPU, memory, disk, network and GPUs of the driver's machine every ten seconds."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.experiment.strip()), "tracking.experiment", self.experiment, "a name")
+        require(len(self.experiment) <= 500, "tracking.experiment", self.experiment, "at most 500 characters")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunHandle:
+    """All that a process needs to write into a run. May hold a password of the server: never log it."""
+
+    uri: str
+    run_id: str
+
+    def __repr__(self) -> str:
+        return f"RunHandle(uri={masked(self.uri)!r}, run_id={self.run_id!r})"
+
+    def open(self) -> "MlflowTracker":
+        """A tracker that writes into the run and does not own it."""
+        return MlflowTracker(self)
+
+
+class MlflowTracker:
+    """Writes into one run. Made by :func:`start`, which owns the run, or by :meth:`RunHandle.open`."""
+
+    def __init__(self, handle: RunHandle, owns: bool = False) -> None:
+        self.handle, self.owns = handle, owns
+        self._client: MlflowClient = client(handle.uri)
+        self._writer = Writer(self._send, is_refusal, lambda: answers(handle.uri))
+        self._system: SystemMetrics | None = None
+
+    def __reduce__(self) -> tuple[Callable[[RunHandle], "MlflowTracker"], tuple[RunHandle]]:
+        return MlflowTracker, (self.handle,)
+
+    def __enter__(self) -> "MlflowTracker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        interrupted = kind is not None and not issubclass(kind, Exception)
+        self.finish("KILLED" if interrupted else "FAILED" if kind else "FINISHED")
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id of the run; the caller remembers it to continue the run."""
+        return self.handle.run_id
+
+    @property
+    def where(self) -> str:
+        """Where to look: the run's page on a server, or the command that serves a sqlite store."""
+        if self.handle.uri.startswith("http"):
+            experiment = self._client.get_run(self.run_id).info.experiment_id
+            return f"{masked(self.handle.uri).rstrip('/')}/#/experiments/{experiment}/runs/{self.run_id}"
+        return f"mlflow server --backend-store-uri {masked(self.handle.uri)}"
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record metrics at a step; returns at once."""
+        self._writer.put(dict(metrics), step)
+
+    def log_figure(self, name: str, figure: "Figure") -> None:
+        """Keep a figure as the artifact ``figures/{name}.png``."""
+        self._later(lambda: self._client.log_figure(self.run_id, figure, f"figures/{name}.png"), f"figure {name}")
+
+    def log_text(self, name: str, text: str) -> None:
+        """Keep ``text`` as the artifact ``name``."""
+        self._later(lambda: self._client.log_text(self.run_id, text, name), name)
+
+    def log_dataset(self, snapshot: Snapshot, context: str = "training") -> None:
+        """Record a snapshot as input of the run: name, digest, address and size; once, however often it is said."""
+        tags = {f"{context}.snapshot": snapshot.uri, f"{context}.digest": snapshot.digest}
+        self._later(lambda: log_snapshot(self._client, self.run_id, snapshot, context), f"dataset {snapshot.uri}")
+        self.set_tags(tags)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run; secrets in them are masked and long ones cut."""
+        self._later(lambda: self._set_tags(tags), "tags")
+
+    def register_checkpoint(
+        self,
+        uri: str,
+        metrics: Mapping[str, float],
+        step: int,
+        name: str = "clip",
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Make the checkpoint at ``uri`` a version of the registered model ``name``, with its metrics.
+
+        The files stay where they are. A checkpoint that this run has registered before is not registered again.
+        """
+        self._later(
+            lambda: register(self._client, self.run_id, uri, dict(metrics), step, name, dict(tags or {})),
+            f"model version for {masked(uri)}",
+        )
+
+    def watch_node(self, node: str = "") -> None:
+        """Record this machine's system metrics until :meth:`finish`; ``node`` tells several machines apart."""
+        if self._system is None:
+            began = self._client.get_run(self.run_id).info.start_time / 1000
+            self._system = SystemMetrics(self.run_id, self.handle.uri, began, self._writer.put, node)
+
+    def flush(self, seconds: float = FLUSH_SECONDS) -> bool:
+        """Wait until all is sent; ``False`` if it took longer."""
+        return self._writer.flush(seconds)
+
+    def finish(self, status: Status = "FINISHED", seconds: float = FLUSH_SECONDS) -> None:
+        """Send what is left, for at most ``seconds``, and end the run if this tracker owns it."""
+        if self._system is not None:
+            self._system.stop()
+            self._system = None
+        if self.owns:
+            self._later(lambda: self._client.set_terminated(self.run_id, status), f"end of run {self.run_id}")
+        self._writer.close(seconds)
+
+    def _later(self, task: Callable[[], Any], what: str) -> None:
+        self._writer.do(task, what)
+
+    def _send(self, points: list[Point]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [Metric(point.name, point.value, point.time, point.step) for point in points]
+        self._client.log_batch(self.run_id, metrics=metrics)
+
+    def _set_tags(self, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        safe = [RunTag(name, masked_value(name, value)[:LONGEST_TAG]) for name, value in tags.items()]
+        for start in range(0, len(safe), PARAMS_AT_ONCE):
+            self._client.log_batch(self.run_id, tags=safe[start : start + PARAMS_AT_ONCE])
+
+
+class NoTracker:
+    """Has a tracker's methods and keeps what it is told in memory: for tests and runs without MLflow."""
+
+    run_id = ""
+    where = "not tracked"
+
+    def __init__(self) -> None:
+        self.history: list[tuple[int, dict[str, float]]] = []
+        self.figures: list[str] = []
+        self.checkpoints: list[str] = []
+        self.status = "RUNNING"
+
+    def __enter__(self) -> "NoTracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.finish("FAILED" if kind else "FINISHED")
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Remember metrics at a step."""
+        self.history.append((step, dict(metrics)))
+
+    def log_figure(self, name: str, figure: "Figure") -> None:
+        """Remember the figure's name."""
+        self.figures.append(name)
+
+    def log_text(self, name: str, text: str) -> None:
+        """Do nothing."""
+
+    def log_dataset(self, snapshot: Snapshot, context: str = "training") -> None:
+        """Do nothing."""
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Do nothing."""
+
+    def register_checkpoint(
+        self,
+        uri: str,
+        metrics: Mapping[str, float],
+        step: int,
+        name: str = "clip",
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Remember the checkpoint."""
+        self.checkpoints.append(uri)
+
+    def watch_node(self, node: str = "") -> None:
+        """Do nothing."""
+
+    def flush(self, seconds: float = 0.0) -> bool:
+        """Nothing is ever waiting."""
+        return True
+
+    def finish(self, status: Status = "FINISHED", seconds: float = 0.0) -> None:
+        """Remember how the run ended."""
+        self.status = status
+
+
+def start(settings: Tracking, config: Any, run_id: str = "", tags: Mapping[str, str] | None = None) -> MlflowTracker:
+    """Create a run, or continue the run ``run_id``, and record what it is made from.
+
+    ``config`` is the whole resolved config of the job: logged flattened as parameters, to compare, and as the
+    artifact ``config.json``, to run again with ``--from``. A continued run keeps its parameters; those that differ now
+    are listed in the tag ``changed_on_resume``. A remembered run that the store does not have any more becomes a new
+    run, with the old id in the tag ``continues``.
+
+    Raises:
+        SettingError: the tracking server does not answer, or the URI is of no kind that MLflow takes.
+    """
+    uri = checked_uri(settings.uri)
+    store = client(uri)
+    old = _existing(store, run_id)
+    run = _revive(store, old) if old else _create(store, uri, settings)
+    tracker = MlflowTracker(RunHandle(uri=uri, run_id=run.info.run_id), owns=True)
+    changed = _log_params(store, run, config)
+    lost = {"continues": run_id} if run_id and not old else {}
+    tracker._set_tags({**provenance_tags(), **changed, **lost, **(tags or {})})
+    store.log_text(run.info.run_id, masked(to_json(config)), CONFIG)
+    if settings.system_metrics:
+        tracker.watch_node()
+    logger.info("%s run %s; to look at it: %s", "continuing" if old else "new", tracker.run_id, tracker.where)
+    return tracker
+
+
+def _existing(store: "MlflowClient", run_id: str) -> "Run | None":
+    from mlflow.exceptions import MlflowException
+
+    if not run_id:
+        return None
+    with suppress(MlflowException):
+        run = store.get_run(run_id)
+        if run.info.lifecycle_stage == "active":
+            return run
+    logger.warning("run %s is not in the store any more: a new one is made", run_id)
+    return None
+
+
+def _revive(store: "MlflowClient", run: "Run") -> "Run":
+    store.update_run(run.info.run_id, status="RUNNING")
+    return store.get_run(run.info.run_id)
+
+
+def _create(store: "MlflowClient", uri: str, settings: Tracking) -> "Run":
+    name = settings.run_name or time.strftime("%Y-%m-%d %H:%M:%S")
+    experiment = _experiment(store, uri, settings)
+    return store.create_run(experiment, run_name=name)
+
+
+def _experiment(store: "MlflowClient", uri: str, settings: Tracking) -> str:
+    """The id of the experiment, made where it is missing; its tags tell the UI what matters in its runs."""
+    from mlflow.exceptions import MlflowException
+
+    found = store.get_experiment_by_name(settings.experiment)
+    if found is None:
+        try:
+            store.create_experiment(settings.experiment, artifact_location(uri, settings.experiment))
+        except MlflowException as error:  # another driver was faster
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        found = store.get_experiment_by_name(settings.experiment)
+    if found is None or found.lifecycle_stage != "active":
+        allowed = "an experiment that is not deleted (`mlflow experiments restore` brings it back)"
+        raise SettingError("tracking.experiment", settings.experiment, allowed)
+    tags = {
+        "mlflow.experiment.primaryMetric.name": settings.primary_metric,
+        "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
+        "mlflow.experimentKind": "custom_model_development",
+    }
+    for key, value in tags.items():
+        if found.tags.get(key) != value:
+            store.set_experiment_tag(found.experiment_id, key, value)
+    return str(found.experiment_id)
+
+
+def _log_params(store: "MlflowClient", run: "Run", config: Any) -> dict[str, str]:
+    """Log the parameters that the run does not have yet; a tag that lists those whose values are others now."""
+    from mlflow.entities import Param
+
+    wanted = {name: masked_value(name, value)[:LONGEST_PARAM] for name, value in flatten(config).items()}
+    known = run.data.params
+    missing = [Param(name, value) for name, value in wanted.items() if name not in known]
+    for start_at in range(0, len(missing), PARAMS_AT_ONCE):
+        store.log_batch(run.info.run_id, params=missing[start_at : start_at + PARAMS_AT_ONCE])
+    changed = {name: f"{known[name]} -> {value}" for name, value in wanted.items() if known.get(name, value) != value}
+    if changed:
+        logger.warning("the run is continued with other settings: %s", changed)
+    return {"changed_on_resume": json.dumps(changed)} if changed else {}

@@ -1,0 +1,87 @@
+"""Where runs are kept: the tracking URI, its client, and whether it answers."""
+
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlparse
+from urllib.request import getproxies, proxy_bypass
+
+from pipeline.config import require
+from pipeline.tracking.privacy import masked
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+SQLITE = "sqlite:///"
+PROBE_SECONDS = 3.0
+
+
+def default_uri() -> str:
+    """``MLFLOW_TRACKING_URI``, else a sqlite file under the user's data folder, with an absolute path."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if uri:
+        return uri
+    data = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return f"{SQLITE}{Path(data).absolute() / 'clipmill' / 'mlflow' / 'mlflow.db'}"
+
+
+def checked_uri(uri: str) -> str:
+    """The tracking URI to use for the setting ``uri``; empty means :func:`default_uri`.
+
+    Raises:
+        SettingError: a kind of store that MLflow no longer takes, or a server that does not answer.
+    """
+    resolved = uri or default_uri()
+    scheme = resolved.partition(":")[0] if ":" in resolved else ""
+    allowed = "http://..., https://..., sqlite:///FILE, postgresql://..., mysql://... or databricks"
+    kinds = ("http", "https", "sqlite", "databricks", "postgresql", "mysql", "mssql", "uc")
+    require(scheme.partition("+")[0] in kinds or resolved == "databricks", "tracking.uri", masked(resolved), allowed)
+    if resolved.startswith(SQLITE):
+        path = Path(resolved.removeprefix(SQLITE)).absolute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        resolved = f"{SQLITE}{path}"
+    require(answers(resolved), "tracking.uri", masked(resolved), "an MLflow server that answers (is it started?)")
+    return resolved
+
+
+def artifact_location(uri: str, experiment: str) -> str | None:
+    """Where a new experiment's artifacts go: beside a sqlite file; otherwise the server decides (``None``)."""
+    if not uri.startswith(SQLITE):
+        return None
+    folder = Path(uri.removeprefix(SQLITE)).parent / "artifacts"
+    return (folder / "".join(letter if letter.isalnum() else "-" for letter in experiment)).as_uri()
+
+
+def answers(uri: str) -> bool:
+    """Whether somebody listens at an ``http`` URI; always true for stores without a server or behind a proxy."""
+    parsed = urlparse(uri)
+    if parsed.scheme not in ("http", "https") or not parsed.hostname:
+        return True
+    if parsed.scheme in getproxies() and not proxy_bypass(parsed.hostname):
+        return True
+    try:
+        port = parsed.port or (443 if parsed.scheme == "https" else 80)
+        with socket.create_connection((parsed.hostname, port), timeout=PROBE_SECONDS):
+            return True
+    except OSError:
+        return False
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether asking again cannot help: the store understood and said no, or the request was never valid."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return 400 <= error.get_http_status_code() < 500 and error.get_http_status_code() not in (408, 429)
+    return not isinstance(error, OSError)  # requests' and urllib3's network errors are OSErrors
+
+
+def client(uri: str) -> "MlflowClient":
+    """A client of the store at ``uri`` that touches no global setting of MLflow."""
+    # MLflow reports its use to its makers unless told otherwise; what a job does is its user's business.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)

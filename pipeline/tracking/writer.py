@@ -1,0 +1,173 @@
+"""A thread that carries metrics to a tracking server, so that the training step never waits for one.
+
+What is put in is sent in order and in batches. A server that is away is asked again with growing pauses; meanwhile
+the queue grows up to its limit, then the oldest metrics go. What could not be sent is counted and said at the end.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+logger = logging.getLogger(__name__)
+
+AT_ONCE = 1000  # MLflow's limit for metrics in a batch
+LIMIT = 100_000
+LINGER = 0.3  # seconds in which the metrics of several steps gather into one request
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+
+Verdict = Literal["sent", "refused", "away"]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One value of one metric; ``time`` is in milliseconds since 1970."""
+
+    name: str
+    value: float
+    step: int
+    time: int
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Something else to be done in order with the metrics: an upload. ``what`` names it in warnings."""
+
+    run: Callable[[], None]
+    what: str
+
+
+class Writer:
+    """Sends points through ``send`` and runs tasks, in its own daemon thread.
+
+    Args:
+        send: sends at most 1000 points; raises where that fails.
+        is_refusal: tells an error that asking again cannot mend (a bad metric name) from a server that is away.
+        is_there: a quick look whether the server answers at all, made before each request, since the HTTP client
+            below retries for minutes without letting itself be interrupted.
+        limit: points kept while the server is away.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[list[Point]], None],
+        is_refusal: Callable[[Exception], bool],
+        is_there: Callable[[], bool] = lambda: True,
+        limit: int = LIMIT,
+    ) -> None:
+        self._send, self._is_refusal, self._is_there, self._limit = send, is_refusal, is_there, limit
+        self._queue: deque[Point | Task] = deque()
+        self._changed = threading.Condition()
+        self._busy = False
+        self._closing = False
+        self._pause = 0.0
+        self.dropped = 0
+        self._thread = threading.Thread(target=self._work, name="clipmill-tracking", daemon=True)
+        self._thread.start()
+
+    def put(self, metrics: dict[str, float], step: int) -> None:
+        """Queue metrics with the present time; returns at once."""
+        now = time.time_ns() // 1_000_000
+        self._append([Point(name, float(value), step, now) for name, value in metrics.items()])
+
+    def do(self, run: Callable[[], None], what: str) -> None:
+        """Queue a task; returns at once."""
+        self._append([Task(run, what)])
+
+    def flush(self, seconds: float) -> bool:
+        """Wait until all that was queued is sent; ``False`` if that took longer than ``seconds``."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._queue and not self._busy, seconds)
+
+    def close(self, seconds: float) -> int:
+        """Send what is queued for up to ``seconds``, stop, and give the number of metrics that were never sent."""
+        self.flush(seconds)
+        with self._changed:
+            self._closing = True
+            self.dropped += len(self._queue)
+            self._queue.clear()
+            self._changed.notify_all()
+        self._thread.join(timeout=1.0)
+        if self.dropped:
+            logger.warning("%d metrics or figures could not be sent to the tracking server", self.dropped)
+        return self.dropped
+
+    def _append(self, items: "list[Point] | list[Task]") -> None:
+        with self._changed:
+            self._queue.extend(items)
+            while len(self._queue) > self._limit:
+                self._queue.popleft()
+                self.dropped += 1
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._closing)
+                if self._closing:
+                    return
+            time.sleep(LINGER)
+            with self._changed:
+                batch = self._next()
+                self._busy = True
+            verdict = self._try(batch) if batch else "sent"
+            with self._changed:
+                self._busy = False
+                self._put_back(batch if verdict == "away" else [])
+                self._changed.notify_all()
+            self._rest(verdict)
+
+    def _put_back(self, batch: list[Point | Task]) -> None:
+        if self._closing:
+            self.dropped += len(batch)
+        else:
+            self._queue.extendleft(reversed(batch))
+
+    def _next(self) -> list[Point | Task]:
+        """The next task alone, or the points before it; taken off the queue."""
+        batch: list[Point | Task] = []
+        while self._queue and len(batch) < AT_ONCE:
+            if isinstance(self._queue[0], Task) and batch:
+                break
+            batch.append(self._queue.popleft())
+            if isinstance(batch[-1], Task):
+                break
+        return batch
+
+    def _try(self, batch: list[Point | Task]) -> Verdict:
+        try:
+            if not self._is_there():
+                return "away"
+            if isinstance(batch[0], Task):
+                batch[0].run()
+            else:
+                self._send([item for item in batch if isinstance(item, Point)])
+        except Exception as error:  # whatever a server or its client raises must not end the thread
+            return self._judge(batch, error)
+        return "sent"
+
+    def _judge(self, batch: list[Point | Task], error: Exception) -> Verdict:
+        if not self._is_refusal(error):
+            logger.debug("tracking server: %s", error)
+            return "away"
+        if len(batch) > 1:  # one bad name must not take the others with it
+            half = len(batch) // 2
+            verdicts = {self._try(batch[:half]), self._try(batch[half:])}
+            return "away" if "away" in verdicts else "sent"
+        self.dropped += 1
+        what = batch[0].what if isinstance(batch[0], Task) else batch[0].name
+        logger.warning("the tracking server refused %s: %s", what, error)
+        return "refused"
+
+    def _rest(self, verdict: Verdict) -> None:
+        if verdict != "away":
+            self._pause = 0.0
+            return
+        if not self._pause:
+            logger.warning("the tracking server does not answer; training goes on and the metrics are kept")
+        self._pause = min(max(2 * self._pause, FIRST_PAUSE), LONGEST_PAUSE)
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing, self._pause)

@@ -1,0 +1,339 @@
+"""Runs as MLflow's own client reads them back from a sqlite store."""
+
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.artifacts import load_text
+
+from pipeline.config import from_json
+from pipeline.errors import SettingError
+from pipeline.shards.snapshot import Shard, Snapshot
+from pipeline.tracking.runs import MlflowTracker, NoTracker, RunHandle, Tracking, start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    data: str = "s3://bucket/data@00001-abc"
+    steps: int = 10
+    resume: str | None = None
+    hub_token: str = "hunter2"
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    tracking: Tracking = field(default_factory=Tracking)
+
+
+SNAPSHOT = Snapshot(
+    id="00001-abc",
+    digest="0123456789abcdef" * 4,
+    created="2026-01-01T00:00:00+00:00",
+    parent=None,
+    folder="/data/drawn",
+    shards=(Shard(name="00000", samples=7, bytes=1, sha256="0"),),
+    fields=("jpg", "txt"),
+    card="drawn",
+    options={},
+    rows=9,
+    dropped={"x": 2},
+)
+
+
+@pytest.fixture
+def settings(store: str, request: pytest.FixtureRequest) -> Tracking:
+    return Tracking(uri=store, experiment=request.node.name, run_name="first", system_metrics=False)
+
+
+def begin(settings: Tracking, run_id: str = "", **changes: object) -> MlflowTracker:
+    return start(settings, replace(Job(tracking=settings), **changes), run_id)  # type: ignore[arg-type]
+
+
+def test_a_run_records_what_it_is_made_from(settings: Tracking, store: str) -> None:
+    with begin(settings) as tracker:
+        tracker.log_dataset(SNAPSHOT)
+        tracker.log_dataset(SNAPSHOT)
+        tracker.log({"train/loss": 2.5, "train/lr": 1e-3}, 1)
+        tracker.log({"train/loss": 2.0}, 2)
+        tracker.set_tags({"note": "http://u:hunter2@host"})
+    run = MlflowClient(store).get_run(tracker.run_id)
+    assert run.info.status == "FINISHED" and run.info.run_name == "first"
+    assert run.data.params["optimizer.lr"] == "0.001"
+    assert run.data.params["optimizer.betas"] == "[0.9, 0.98]"
+    assert run.data.params["resume"] == "None"
+    assert run.data.params["hub_token"] == "***"
+    assert run.data.metrics == {"train/loss": 2.0, "train/lr": 1e-3}
+    assert run.data.tags["note"] == "http://***@host"
+    assert run.data.tags["training.digest"] == SNAPSHOT.digest
+    assert run.data.tags["host"] == socket.gethostname()
+    (given,) = run.inputs.dataset_inputs
+    assert (given.dataset.name, given.dataset.digest) == ("drawn", SNAPSHOT.digest[:36])
+    assert json.loads(given.dataset.profile) == {"samples": 7, "shards": 1, "rows": 9}
+    assert "/data/drawn@00001-abc" in given.dataset.source
+    assert [(tag.key, tag.value) for tag in given.tags] == [("mlflow.data.context", "training")]
+
+
+def test_the_experiment_says_what_matters(settings: Tracking, store: str) -> None:
+    begin(settings).finish()
+    experiment = MlflowClient(store).get_experiment_by_name(settings.experiment)
+    assert experiment.tags["mlflow.experiment.primaryMetric.name"] == "zeroshot/drawn_shapes/top1"
+    assert experiment.tags["mlflow.experiment.primaryMetric.greaterIsBetter"] == "True"
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    assert experiment.artifact_location.startswith("file:///")
+
+
+def test_the_config_artifact_runs_again(settings: Tracking, store: str) -> None:
+    job = Job(tracking=settings, hub_token="", steps=77, optimizer=Optimizer(lr=5e-4))
+    with start(settings, job) as tracker:
+        pass
+    artifact = MlflowClient(store).get_run(tracker.run_id).info.artifact_uri + "/config.json"
+    assert from_json(Job, load_text(artifact)) == job
+    with begin(settings) as secret:
+        pass
+    text = load_text(MlflowClient(store).get_run(secret.run_id).info.artifact_uri + "/config.json")
+    assert "hunter2" not in text and '"hub_token": "***"' in text
+
+
+def test_many_and_long_params_are_all_logged(settings: Tracking, store: str) -> None:
+    job = {"many": dict.fromkeys(map(str, range(4000)), 1)}
+    wide = replace_many_fields(250)
+    with start(settings, wide) as tracker:
+        pass
+    assert len(MlflowClient(store).get_run(tracker.run_id).data.params) == 250
+
+    @dataclass(frozen=True)
+    class Long:
+        names: dict[str, int]
+
+    with start(settings, Long(job["many"])) as tracker:
+        pass
+    assert len(MlflowClient(store).get_run(tracker.run_id).data.params["names"]) == 6000
+
+
+def replace_many_fields(count: int) -> object:
+    from dataclasses import make_dataclass
+
+    return make_dataclass("Wide", [(f"f{number}", int, number) for number in range(count)], frozen=True)()
+
+
+def test_a_resumed_run_goes_on_as_itself(settings: Tracking, store: str, caplog: pytest.LogCaptureFixture) -> None:
+    first = begin(settings)
+    first.log({"train/loss": 3.0}, 1)
+    first.finish("KILLED")
+    client = MlflowClient(store)
+    assert client.get_run(first.run_id).info.status == "KILLED"
+    second = begin(replace(settings, run_name="other"), first.run_id, steps=20)
+    assert second.run_id == first.run_id
+    assert client.get_run(first.run_id).info.status == "RUNNING"
+    second.log({"train/loss": 2.0}, 2)
+    second.finish()
+    run = client.get_run(first.run_id)
+    assert run.info.status == "FINISHED" and run.info.run_name == "first"
+    assert [point.step for point in client.get_metric_history(first.run_id, "train/loss")] == [1, 2]
+    assert run.data.params["steps"] == "10"
+    assert json.loads(run.data.tags["changed_on_resume"])["steps"] == "10 -> 20"
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+
+
+def test_a_run_that_is_gone_is_replaced_by_a_new_one(settings: Tracking, store: str) -> None:
+    gone = begin(settings)
+    gone.finish()
+    MlflowClient(store).delete_run(gone.run_id)
+    for old in (gone.run_id, "0" * 32):
+        with begin(settings, old) as tracker:
+            pass
+        assert tracker.run_id != old
+        assert MlflowClient(store).get_run(tracker.run_id).data.tags["continues"] == old
+
+
+def test_an_error_fails_the_run_and_an_interrupt_kills_it(settings: Tracking, store: str) -> None:
+    for error, status in ((RuntimeError(), "FAILED"), (KeyboardInterrupt(), "KILLED")):
+        tracker = begin(settings)
+        with pytest.raises(type(error)), tracker:
+            raise error
+        assert MlflowClient(store).get_run(tracker.run_id).info.status == status
+
+
+def write_from_elsewhere(pickled: bytes) -> None:
+    tracker = pickle.loads(pickled)
+    tracker.log({"train/loss": 1.0}, 5)
+    tracker.finish()
+
+
+def test_a_worker_writes_into_the_run_without_ending_it(settings: Tracking, store: str) -> None:
+    with begin(settings) as tracker:
+        process = multiprocessing.get_context("spawn").Process(
+            target=write_from_elsewhere, args=(pickle.dumps(tracker),)
+        )
+        process.start()
+        process.join(60)
+        assert process.exitcode == 0
+        run = MlflowClient(store).get_run(tracker.run_id)
+        assert run.info.status == "RUNNING"
+        assert run.data.metrics == {"train/loss": 1.0}
+
+
+def test_a_checkpoint_becomes_a_model_version_once(settings: Tracking, store: str) -> None:
+    metrics = {"zeroshot/drawn_shapes/top1": 0.5}
+    with begin(settings) as tracker:
+        for uri in ("file:///ckpt/step-00000010", "s3://bucket/ckpt/step-00000020", "file:///ckpt/step-00000010"):
+            tracker.register_checkpoint(uri, metrics, step=int(uri[-2:]), name="checkpoint-test")
+    client = MlflowClient(store)
+    versions = client.search_model_versions("name = 'checkpoint-test'", order_by=["version_number ASC"])
+    assert [version.source for version in versions] == ["file:///ckpt/step-00000010", "s3://bucket/ckpt/step-00000020"]
+    assert {version.run_id for version in versions} == {tracker.run_id}
+    assert versions[0].tags["step"] == "10"
+    assert versions[0].tags["zeroshot/drawn_shapes/top1"] == "0.5000"
+    models = client.search_logged_models([client.get_run(tracker.run_id).info.experiment_id])
+    assert {model.params["checkpoint"] for model in models} == {version.source for version in versions}
+    assert models[0].metrics[0].value == 0.5
+
+
+def test_figures_and_texts_become_artifacts(settings: Tracking, store: str) -> None:
+    from matplotlib.figure import Figure
+
+    with begin(settings) as tracker:
+        tracker.log_figure("samples", Figure())
+        tracker.log_text("notes/a.txt", "hello")
+    client = MlflowClient(store)
+    assert {file.path for file in client.list_artifacts(tracker.run_id)} == {"config.json", "figures", "notes"}
+    (figure,) = client.list_artifacts(tracker.run_id, "figures")
+    assert figure.path == "figures/samples.png" and figure.file_size > 500
+
+
+def test_system_metrics_have_mlflows_names_and_go_on_after_a_resume(
+    settings: Tracking, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    settings = replace(settings, system_metrics=True)
+    with begin(settings) as tracker:
+        time.sleep(1.3)
+    with begin(settings, tracker.run_id):
+        time.sleep(1.3)
+    history = MlflowClient(store).get_metric_history(tracker.run_id, "system/cpu_utilization_percentage")
+    steps = [point.step for point in history]
+    assert len(steps) >= 4 and steps == sorted(steps) and steps[-1] >= 2
+    assert "system/system_memory_usage_percentage" in MlflowClient(store).get_run(tracker.run_id).data.metrics
+
+
+def test_values_that_are_no_numbers_do_not_end_the_logging(settings: Tracking, store: str) -> None:
+    with begin(settings) as tracker:
+        tracker.log({"train/loss": float("nan"), "train/grad_norm": float("inf")}, 1)
+        tracker.log({"train/loss": 1.0, "bad\nname": 1.0}, 2)
+        tracker.log({"train/loss": 0.5}, 3)
+    assert MlflowClient(store).get_run(tracker.run_id).data.metrics["train/loss"] == 0.5
+
+
+@pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "/tmp/mlruns", "ftp://x", "memory"])
+def test_other_kinds_of_store_are_refused(uri: str) -> None:
+    with pytest.raises(SettingError, match="tracking.uri"):
+        start(Tracking(uri=uri), Job())
+
+
+def test_a_server_that_is_not_there_is_known_at_once() -> None:
+    began = time.perf_counter()
+    with pytest.raises(SettingError, match=r"\*\*\*@127.0.0.1:9.*MLflow server that answers"):
+        start(Tracking(uri="http://me:hunter2@127.0.0.1:9"), Job())
+    assert time.perf_counter() - began < 10
+
+
+def test_a_server_that_goes_away_does_not_hold_training_up(caplog: pytest.LogCaptureFixture) -> None:
+    tracker = RunHandle(uri="http://127.0.0.1:9", run_id="0" * 32).open()
+    began = time.perf_counter()
+    for step in range(500):
+        tracker.log({"train/loss": 1.0}, step)
+    tracker.register_checkpoint("s3://b/c", {}, 1)
+    assert time.perf_counter() - began < 1
+    with caplog.at_level(logging.WARNING):
+        tracker.finish(seconds=0.5)
+    assert time.perf_counter() - began < 5
+    assert "501 metrics or figures could not be sent" in caplog.text
+
+
+def test_the_default_store_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.tracking.store import default_uri
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert default_uri() == f"sqlite:///{tmp_path}/clipmill/mlflow/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    assert default_uri() == "http://mlflow:5000"
+
+
+def test_a_handle_does_not_show_its_password() -> None:
+    assert "hunter2" not in repr(RunHandle(uri="http://me:hunter2@h", run_id="1"))
+
+
+def test_no_tracker_has_every_method_of_the_real_one() -> None:
+    public = {name for name in vars(MlflowTracker) if not name.startswith("_")}
+    assert public - {"handle", "owns"} <= {name for name in dir(NoTracker())}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An MLflow server as users start it."""
+    folder = tmp_path_factory.mktemp("server")
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "art")]
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, cwd=folder, env=dict(os.environ))
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=2).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.mark.slow
+def test_a_server_gets_everything_that_a_sqlite_store_gets(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    monkeypatch.chdir(tmp_path)
+    settings = Tracking(uri=server, experiment="served", system_metrics=False)
+    with begin(settings) as tracker:
+        tracker.log({"train/loss": 2.5, "train/nan": float("nan")}, 1)
+        tracker.log_dataset(SNAPSHOT)
+        tracker.log_figure("samples", Figure())
+        tracker.register_checkpoint("file:///ckpt/a", {"zeroshot/x/top1": 0.5}, 1)
+        tracker.register_checkpoint("s3://bucket/ckpt/a", {"zeroshot/x/top1": 0.5}, 1)
+        assert tracker.where.startswith(server) and tracker.run_id in tracker.where
+    client = MlflowClient(server)
+    run = client.get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["train/loss"] == 2.5
+    assert run.inputs.dataset_inputs[0].dataset.name == "drawn"
+    assert [file.path for file in client.list_artifacts(tracker.run_id, "figures")] == ["figures/samples.png"]
+    versions = client.search_model_versions("name = 'clip'", order_by=["version_number ASC"])
+    assert [version.tags["checkpoint"] for version in versions] == ["file:///ckpt/a", "s3://bucket/ckpt/a"]
+    assert versions[0].source.startswith("models:/m-") and versions[1].source == "s3://bucket/ckpt/a"
+    assert not list(tmp_path.iterdir())  # no stray store in the working folder
+    with begin(settings, tracker.run_id):
+        assert client.get_run(tracker.run_id).info.status == "RUNNING"

@@ -1,0 +1,138 @@
+"""The queue against servers that are away, slow, or refuse."""
+
+import logging
+import threading
+import time
+
+import pytest
+
+from pipeline.tracking import writer as module
+from pipeline.tracking.writer import Point, Writer
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LINGER", 0.0)
+    monkeypatch.setattr(module, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(module, "LONGEST_PAUSE", 0.05)
+
+
+class Server:
+    """Keeps what it gets; refuses names that begin with "bad"; can be away."""
+
+    def __init__(self) -> None:
+        self.points: list[Point] = []
+        self.requests = 0
+        self.away = False
+
+    def send(self, points: list[Point]) -> None:
+        self.requests += 1
+        if self.away:
+            raise ConnectionError("away")
+        if any(point.name.startswith("bad") for point in points):
+            raise ValueError("bad name")
+        self.points += points
+
+
+def refuses(error: Exception) -> bool:
+    return isinstance(error, ValueError)
+
+
+def test_metrics_arrive_in_order_and_in_batches() -> None:
+    server = Server()
+    writer = Writer(server.send, refuses)
+    for step in range(2500):
+        writer.put({"loss": step / 10}, step)
+    assert writer.close(10) == 0
+    assert [point.step for point in server.points] == list(range(2500))
+    assert server.points[7].value == 0.7
+    assert server.requests < 2500
+
+
+def test_put_does_not_wait_for_a_slow_server() -> None:
+    gate = threading.Event()
+    writer = Writer(lambda points: gate.wait(5) and None, refuses)
+    start = time.perf_counter()
+    for step in range(1000):
+        writer.put({"loss": 1.0}, step)
+    assert time.perf_counter() - start < 1.0
+    gate.set()
+    assert writer.close(10) == 0
+
+
+def test_nothing_is_lost_while_the_server_is_away_for_a_while(caplog: pytest.LogCaptureFixture) -> None:
+    server = Server()
+    server.away = True
+    writer = Writer(server.send, refuses)
+    for step in range(20):
+        writer.put({"loss": 1.0}, step)
+    while server.requests < 3:
+        time.sleep(0.01)
+    server.away = False
+    assert writer.close(10) == 0
+    assert [point.step for point in server.points] == list(range(20))
+    assert caplog.text.count("does not answer") == 1
+
+
+def test_what_is_never_sent_is_counted_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    server = Server()
+    server.away = True
+    writer = Writer(server.send, refuses, limit=5)
+    with caplog.at_level(logging.WARNING):
+        for step in range(8):
+            writer.put({"loss": 1.0}, step)
+        start = time.perf_counter()
+        dropped = writer.close(0.2)
+    assert time.perf_counter() - start < 3
+    assert dropped == 8
+    assert "8 metrics or figures could not be sent" in caplog.text
+
+
+def test_a_full_queue_loses_the_oldest() -> None:
+    server = Server()
+    there = threading.Event()
+    writer = Writer(server.send, refuses, is_there=there.is_set, limit=5)
+    for step in range(50):
+        writer.put({"loss": 1.0}, step)
+    there.set()
+    dropped = writer.close(10)
+    steps = [point.step for point in server.points]
+    assert steps == sorted(steps) and steps[-1] == 49
+    assert dropped + len(steps) == 50
+
+
+def test_one_refused_metric_does_not_take_the_others_with_it(caplog: pytest.LogCaptureFixture) -> None:
+    server = Server()
+    writer = Writer(server.send, refuses)
+    for step in range(30):
+        writer.put({"bad name" if step == 13 else "loss": 1.0}, step)
+    assert writer.close(10) == 1
+    assert [point.step for point in server.points] == [step for step in range(30) if step != 13]
+    assert "refused bad name" in caplog.text
+
+
+def test_tasks_keep_their_place_and_a_failing_one_is_dropped() -> None:
+    server = Server()
+    seen: list[int] = []
+    writer = Writer(server.send, refuses)
+
+    def fail() -> None:
+        raise ValueError("no")
+
+    writer.put({"a": 1.0}, 1)
+    writer.do(lambda: seen.append(len(server.points)), "look")
+    writer.do(fail, "failing task")
+    writer.put({"a": 1.0}, 2)
+    assert writer.flush(10)
+    assert seen == [1]
+    assert len(server.points) == 2
+    assert writer.close(10) == 1
+
+
+def test_a_server_that_does_not_answer_is_not_asked() -> None:
+    server = Server()
+    writer = Writer(server.send, refuses, is_there=lambda: False)
+    writer.put({"a": 1.0}, 1)
+    assert not writer.flush(0.2)
+    assert writer.close(0.1) == 1
+    assert server.requests == 0
