@@ -28,7 +28,7 @@ class _WholeTar(tarfile.TarInfo):
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
         try:
             return super().fromtarfile(tarfile_)
-        except (tarfile.TruncatedHeaderError, tarfile.EmptyHeaderError) as error:
+        except (tarfile.TruncatedHeaderError, tarfile.EmptyHeaderError) as error:  # type: ignore[attr-defined]
             raise tarfile.ReadError("cut off before its end mark") from error
 
 

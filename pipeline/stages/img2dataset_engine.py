@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
-from typing import Any, cast
+from typing import Any
 
 from pipeline.config import flatten, require
 from pipeline.errors import StorageError
@@ -43,13 +43,14 @@ def refresh_with_img2dataset(
     """
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     try:
-        import img2dataset.main
+        # The package rebinds its name `main` to a function, so plain attribute access does not reach the module.
+        package: Any = import_module("img2dataset.main")
     except ImportError as error:
         require(False, "engine", "img2dataset", f"native, where the package img2dataset does not import ({error})")
     planned = sum(1 for _ in source.slices(options.number_sample_per_shard, folder.folder("_plan")))
     if workers.processes_count != 0:
         connect(workers.processes_count)
-    cast(Any, package).Downloader = _guarded_downloader(options.downloads)
+    package.Downloader = _guarded_downloader(options.downloads)
     package.download(**_arguments(source, folder, options, workers))
     stats = list(_finished(folder))
     if len(stats) < planned:

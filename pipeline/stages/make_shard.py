@@ -4,7 +4,6 @@ Runs in one process without Ray, which only hands out the units. Downloads run i
 are decoded here; a slow row is waited for in order, with the finished ones behind it held in memory.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,11 +16,11 @@ from pipeline.shards.sample import GEOMETRIC_FIELDS, Sample, sample_key, shard_n
 from pipeline.shards.storage import Folder
 from pipeline.shards.writer import ShardStats, ShardWriter, parquet_schema, read_stats
 from pipeline.sources.source import Row, Source
-from pipeline.stages.download import DownloadOptions, download_all
+from pipeline.stages.download import DownloadOptions, digest, download_all
 from pipeline.stages.images import ImageOptions, Picture, transform
 from pipeline.stages.plan import Unit
 
-_ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+_ARROW: Mapping[type, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +48,12 @@ def make_shard(unit: Unit, source: Source, folder: Folder, options: ShardOptions
         return writer.commit()
 
 
+@dataclass(frozen=True, slots=True)
+class _Body:
+    content: bytes
+    digest: str | None
+
+
 class _Maker:
     """Turns the rows of one unit into parquet rows and samples."""
 
@@ -70,41 +75,42 @@ class _Maker:
                 yield ahead.pop(following)
                 following += 1
 
-    def _bodies(self) -> Iterator[tuple[int, Row, bytes | SampleError]]:
+    def _bodies(self) -> Iterator[tuple[int, Row, _Body | SampleError]]:
         """Every row with its picture's bytes; those at hand first, then the downloads as they come."""
         waiting: dict[int, Row] = {}
         for index, row in enumerate(self._source.rows(self._unit.piece)):
             if row.problem is not None:
                 yield index, row, row.problem
             elif row.image is not None:
-                yield index, row, row.image
+                yield index, row, _Body(row.image, digest(row.image, self._hash))
             else:
                 waiting[index] = row
         addresses = [(index, row.url) for index, row in waiting.items()]
         if not addresses:
             return
         for index, result in download_all(addresses, self._options.downloads):
-            yield index, waiting.pop(index), result if isinstance(result, SampleError) else result.body
+            fetched = result if isinstance(result, SampleError) else _Body(result.body, result.digest)
+            yield index, waiting.pop(index), fetched
 
-    def _finish(self, index: int, row: Row, body: bytes | SampleError) -> tuple[dict[str, Any], Sample | None]:
+    def _finish(self, index: int, row: Row, body: _Body | SampleError) -> tuple[dict[str, Any], Sample | None]:
         key = sample_key(self._unit.shard_id, index, self._options.number_sample_per_shard)
         record: dict[str, Any] = {**row.columns}
         if self._source.has_captions:
             record["caption"] = clean_caption(row.caption)
         record |= {"url": row.url, "key": key}
         try:
-            picture = self._picture(row, body)
+            if isinstance(body, SampleError):
+                raise body
+            picture = self._picture(body.content)
             _refuse_stale_members(row, picture)
         except SampleError as error:
             return self._failed(record, error), None
-        record |= self._described(picture, body)
+        record |= self._described(picture, body.digest)
         return record, self._sample(key, row, record, picture)
 
-    def _picture(self, row: Row, body: bytes | SampleError) -> Picture:
-        if isinstance(body, SampleError):
-            raise body
+    def _picture(self, content: bytes) -> Picture:
         try:
-            return transform(body, self._options.images)
+            return transform(content, self._options.images)
         except SampleError:
             raise
         except Exception as error:
@@ -121,12 +127,12 @@ class _Maker:
             "attempts": error.attempts,
         }
 
-    def _described(self, picture: Picture, body: bytes | SampleError) -> dict[str, Any]:
+    def _described(self, picture: Picture, digest: str | None) -> dict[str, Any]:
         described: dict[str, Any] = {"status": "success", "error_message": None}
         for name in ("width", "height", "original_width", "original_height", "exif"):
             described[name] = getattr(picture, name)
-        if self._hash and isinstance(body, bytes):
-            described[self._hash] = hashlib.new(self._hash, body).hexdigest()
+        if self._hash:
+            described[self._hash] = digest
         return described
 
     def _sample(self, key: str, row: Row, record: Mapping[str, Any], picture: Picture) -> Sample:

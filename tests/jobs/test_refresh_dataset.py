@@ -1,0 +1,108 @@
+"""The refresh job as its users start it."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+import webdataset
+
+from pipeline.shards.snapshot import read_snapshot
+
+ROOT = Path(__file__).resolve().parents[2]
+JOB = ROOT / "jobs" / "refresh_dataset.py"
+
+
+def run(*arguments: str) -> None:
+    """The job in this process: the same code as the command, without its start-up."""
+    before, sys.argv = sys.argv, [str(JOB), *arguments]
+    try:
+        runpy.run_path(str(JOB), run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+def test_smoke_makes_a_snapshot_that_webdataset_reads(tmp_path: Path) -> None:
+    run("smoke", "--output-folder", str(tmp_path))
+    snapshot = read_snapshot(str(tmp_path))
+    assert snapshot.samples == 64 and snapshot.options["source"]["size"] == 64
+    pipe = webdataset.WebDataset([str(tmp_path / shard.tar) for shard in snapshot.shards], shardshuffle=False)
+    read = list(pipe.decode("rgb8").to_tuple("jpg", "txt", "json"))
+    assert len(read) == 64 and {picture.shape for picture, _, _ in read} == {(64, 64, 3)}
+    assert all(text and columns["label"] for _, text, columns in read)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["url"], "one of urls, folder"),
+        (["urls", "--url-list", "/no/such.parquet", "--output-folder", "OUT"], "url_list: '/no/such.parquet'"),
+        (["urls", "--url-list", "LIST", "--url-col", "link", "--output-folder", "OUT"], "url_col: 'link'"),
+        (["urls", "--url-list", "EMPTY", "--output-folder", "OUT"], "at least one row"),
+        (["urls", "--url-list", "LIST", "--output-folder", "OUT", "--image-size", "0"], "image_size: 0"),
+        (["urls", "--url-list", "LIST", "--output-folder", "OUT", "--encode-quality", "500"], "encode_quality: 500"),
+        (["urls", "--url-list", "LIST", "--output-folder", "OUT", "--number-sample-per-shard", "0"], "number_sample"),
+        (["urls", "--url-list", "LIST", "--output-folder", "OUT", "--timeout", "-1"], "timeout: -1"),
+        (["folder", "--folder", "/no/such", "--output-folder", "OUT"], "folder: '/no/such'"),
+        (["drawn", "--split", "tset", "--output-folder", "OUT"], "split: 'tset'"),
+        (["drawn", "--engine", "img2dataset", "--output-folder", "OUT"], "engine: 'img2dataset'"),
+        (["card", "drwan", "--output-folder", "OUT"], "card: 'drwan'"),
+        (["card", "BADCARD", "--output-folder", "OUT"], "tilte"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence_before_any_cluster_starts(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame = pandas.DataFrame({"url": ["http://x/a.jpg"]})
+    frame.to_parquet(tmp_path / "list.parquet")
+    frame.iloc[:0].to_parquet(tmp_path / "empty.parquet")
+    (tmp_path / "bad.yaml").write_text("name: bad\ntilte: x\n")
+    places = {"LIST": "list.parquet", "EMPTY": "empty.parquet", "OUT": "out", "BADCARD": "bad.yaml"}
+    monkeypatch.setattr("pipeline.stages.ray_session.connect", pytest.fail)
+    monkeypatch.setattr("pipeline.stages.refresh.connect", pytest.fail)
+    with pytest.raises(SystemExit) as stopped:
+        run(*[str(tmp_path / places[word]) if word in places else word for word in arguments])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and said in error and error.count("\n") <= 2 and "Traceback" not in error
+
+
+def test_an_unknown_flag_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("urls", "--url-lst", "x", "--output-folder", "y")
+    assert stopped.value.code == 2 and "--url-list" in capsys.readouterr().err
+
+
+def command(out: Path, *more: str) -> list[str]:
+    sizes = ["--samples", "400", "--size", "64", "--number-sample-per-shard", "50"]
+    return [sys.executable, str(JOB), "drawn", *sizes, "--output-folder", str(out), *more]
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("0*") if not path.name.endswith(".json")}
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_run_again_it_ends_in_the_same_bytes(tmp_path: Path, ray_cluster: Any) -> None:
+    environment = ray_cluster.environment
+    subprocess.run(command(tmp_path / "whole"), env=environment, check=True, timeout=200)
+    started = subprocess.Popen(command(tmp_path / "cut"), env=environment, start_new_session=True)
+    until = time.monotonic() + 120
+    while not list((tmp_path / "cut").glob("*_stats.json")) and time.monotonic() < until:
+        time.sleep(0.02)
+    os.killpg(started.pid, signal.SIGKILL)
+    started.wait(timeout=30)
+    assert not (tmp_path / "cut" / "_snapshots").exists()
+    subprocess.run(command(tmp_path / "cut"), env=environment, check=True, timeout=200)
+    assert bytes_of(tmp_path / "cut") == bytes_of(tmp_path / "whole")
+    assert not list((tmp_path / "cut").glob(".tmp-*"))
+    digests = {read_snapshot(str(tmp_path / name)).digest for name in ("cut", "whole")}
+    assert len(digests) == 1
+    counts = [json.loads(path.read_text())["count"] for path in sorted((tmp_path / "cut").glob("*_stats.json"))]
+    assert counts == [50] * 8
