@@ -18,8 +18,9 @@ from pipeline.errors import SettingError
 
 Address = IPv4Address | IPv6Address
 
-# Azure answers metadata requests on a public address.
-_METADATA = IPv4Address("168.63.129.16")
+# What Python's own tables leave out, or left out in some versions: protocol assignments with Oracle's metadata service,
+# the 6to4 relays, and the public-looking address on which Azure answers metadata requests.
+_SPECIAL_V4 = tuple(IPv4Network(text) for text in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32"))
 _GLOBAL_UNICAST_V6 = IPv6Network("2000::/3")
 _NAT64 = IPv6Network("64:ff9b::/96")
 
@@ -31,7 +32,8 @@ class AddressRefused(OSError):
 def is_public(address: Address) -> bool:
     """Whether a stranger may have us connect to ``address``."""
     if isinstance(address, IPv4Address):
-        return address.is_global and not address.is_multicast and not address.is_reserved and address != _METADATA
+        unicast = address.is_global and not address.is_multicast and not address.is_reserved
+        return unicast and not any(address in network for network in _SPECIAL_V4)
     if address in _NAT64:
         return is_public(IPv4Address(int(address) & 0xFFFFFFFF))
     # Mapped and compatible forms lie outside the global unicast range, so they fall with all that is special there.

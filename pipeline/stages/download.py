@@ -17,6 +17,7 @@ import email.utils
 import functools
 import hashlib
 import http.client
+import logging
 import queue
 import random
 import re
@@ -41,6 +42,8 @@ from pipeline.config import require
 from pipeline.errors import SampleError
 from pipeline.stages.addresses import AddressPolicy, AddressRefused, GuardedResolver, parse_address
 
+logger = logging.getLogger(__name__)
+
 ERROR_CLASSES = (
     "bad_url",  # not a url
     "policy",  # another scheme, or an address that is not public
@@ -60,6 +63,7 @@ ERROR_CLASSES = (
     "short_read",  # the body ended before its announced end
     "encoding",  # a content encoding that was not asked for and is not understood
     "empty",
+    "unexpected",  # an exception that nobody foresaw; it is logged
 )
 _MAY_PASS = frozenset({"connect", "timeout", "reset", "short_read", "http_429", "http_5xx"})
 
@@ -276,13 +280,20 @@ class Downloader:
         deadline.reschedule(None)
         await self._hosts[host].acquire()
         try:
-            await self._active.acquire()
-            while self._paused():
-                await asyncio.sleep(0.01)
+            await self._wait_for_place()
         except asyncio.CancelledError:
             self._hosts[host].release()
             raise
         deadline.reschedule(loop.time() + left)
+
+    async def _wait_for_place(self) -> None:
+        await self._active.acquire()
+        try:
+            while self._paused():
+                await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            self._active.release()
+            raise
 
     async def _receive(self, response: aiohttp.ClientResponse, attempt: int) -> Download:
         status = response.status
@@ -297,7 +308,7 @@ class Downloader:
             body,
             str(response.url),
             status,
-            response.headers.get("Content-Type", ""),
+            response.headers.get("Content-Type", "").encode("ascii", "replace").decode(),
             attempt,
             digest(body, self._options.compute_hash),
         )
@@ -517,7 +528,7 @@ class _Pump:
     def __init__(self, options: DownloadOptions, resolver: AbstractResolver | None) -> None:
         self._options = options
         self._resolver = resolver
-        self._results: queue.SimpleQueue[tuple[int, Download | BaseException] | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[tuple[int, Download | SampleError] | None] = queue.SimpleQueue()
         self._tasks: set[asyncio.Task[Download]] = set()
         # Each is written by one thread only, so that their difference needs no lock.
         self._received = 0
@@ -533,7 +544,8 @@ class _Pump:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
 
     def run(self, urls: Iterable[tuple[int, str]]) -> Iterator[tuple[int, Download | SampleError]]:
@@ -560,8 +572,6 @@ class _Pump:
         number, outcome = item
         if isinstance(outcome, Download):
             self._taken += len(outcome.body)
-        elif not isinstance(outcome, SampleError):
-            raise outcome
         return number, outcome
 
     def _work(self) -> None:
@@ -597,4 +607,10 @@ class _Pump:
         error = task.exception()
         if error is None:
             self._received += len(task.result().body)
-        self._results.put((number, error or task.result()))
+            self._results.put((number, task.result()))
+        elif isinstance(error, SampleError):
+            self._results.put((number, error))
+        else:
+            # The sample boundary: one url that finds a hole in an HTTP parser is one row, not the end of a crawl.
+            logger.error("url number %d failed unexpectedly", number, exc_info=error)
+            self._results.put((number, SampleError("failed_to_download", "unexpected", type(error).__name__)))
