@@ -81,7 +81,9 @@ def test_the_instance_types_are_what_the_resources_say(config, monkeypatch):
 
 def test_the_jobs_ask_for_the_resources_that_the_nodes_have(config):
     from pipeline.stages.refresh import DATA_RESOURCE
-    from pipeline.training.launch import TRAIN_RESOURCE
+    from pipeline.training.run import Cluster
+
+    train_resource = Cluster().train_resource
 
     nodes = config["available_node_types"]
     named = {
@@ -90,11 +92,11 @@ def test_the_jobs_ask_for_the_resources_that_the_nodes_have(config):
         for resource in node["resources"]
         if resource not in ("CPU", "GPU", "memory")
     }
-    assert named == {DATA_RESOURCE, TRAIN_RESOURCE}
-    assert DATA_RESOURCE in nodes["data"]["resources"] and TRAIN_RESOURCE not in nodes["data"]["resources"]
-    assert TRAIN_RESOURCE in nodes["train"]["resources"] and DATA_RESOURCE not in nodes["train"]["resources"]
+    assert named == {DATA_RESOURCE, train_resource}
+    assert DATA_RESOURCE in nodes["data"]["resources"] and train_resource not in nodes["data"]["resources"]
+    assert train_resource in nodes["train"]["resources"] and DATA_RESOURCE not in nodes["train"]["resources"]
     # On the head they are signs, not places: without CPUs nothing that works is put there.
-    assert nodes["head"]["resources"] == {"CPU": 0, DATA_RESOURCE: 1, TRAIN_RESOURCE: 1}
+    assert nodes["head"]["resources"] == {"CPU": 0, DATA_RESOURCE: 1, train_resource: 1}
 
 
 def test_the_head_is_stable_and_the_data_nodes_are_cheap(config):

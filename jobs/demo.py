@@ -1,0 +1,388 @@
+#!/usr/bin/env python
+"""The whole way on this machine: draw a data set, train a CLIP on it, evaluate it, compare it in MLflow.
+
+    python jobs/demo.py demo
+
+Starts a Ray head and an MLflow server of its own on loopback, submits the jobs with `ray job submit` as one would to
+a cluster, prints a table, and stops what it started, also on Ctrl-C, on errors and when it is killed. Run it again
+and it goes on where it was: what is made already is not made again. `make demo` is the same.
+"""
+
+import ctypes
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from pipeline.config import require, run_job
+from pipeline.errors import ClipmillError
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = Path(sys.executable).parent
+# Every process that the demo starts carries this in its environment, so that the last sweep finds all of them.
+MARK = "CLIPMILL_DEMO"
+ENVIRONMENT = {
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "NO_ALBUMENTATIONS_UPDATE": "1",
+    "OMP_NUM_THREADS": "1",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """How large the demo is and where it lies."""
+
+    folder: str = "runs/demo"
+    """Where data, checkpoints, runs and logs go."""
+    fresh: bool = False
+    """Delete what an earlier demo left in the folder first."""
+    samples: int = 16000
+    """Pictures to draw."""
+    training: str = "demo"
+    """Preset of jobs/pretrain_clip.py."""
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 64, "samples", self.samples, "64 or more")
+
+
+PRESETS = {
+    "demo": ("A few minutes on two cores.", Demo()),
+    "smoke": (
+        "The same way with next to no data: about a minute.",
+        Demo(folder=f"{tempfile.gettempdir()}/clipmill-smoke/demo", samples=64, training="smoke"),
+    ),
+}
+
+
+class StepFailed(ClipmillError):
+    """A program that the demo started ended badly."""
+
+
+class Programs:
+    """The programs that the demo starts: in process groups of their own, logged to files, ended together."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._mark = uuid.uuid4().hex
+        self._servers: list[subprocess.Popen[bytes]] = []
+        self._environment = {**os.environ, **ENVIRONMENT, MARK: self._mark}
+        for name in ("PYTHONDONTWRITEBYTECODE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI"):
+            self._environment.pop(name, None)
+        self._environment["PATH"] = f"{TOOLS}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        # Loopback never goes through a proxy.
+        self._environment["no_proxy"] = self._environment["NO_PROXY"] = "127.0.0.1,localhost"
+
+    def start(self, name: str, command: Sequence[str | Path]) -> subprocess.Popen[bytes]:
+        """Start ``command`` and let it run; its output goes to ``logs/name.log``."""
+        with open(self._logs / f"{name}.log", "wb") as log:
+            server = subprocess.Popen(
+                [str(word) for word in command],
+                cwd=ROOT,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
+        self._servers.append(server)
+        return server
+
+    def wait_until_up(self, name: str, url: str, seconds: float = 120) -> None:
+        """Wait until the server that was started last as ``name`` answers at ``url``."""
+        server, deadline = self._servers[-1], time.monotonic() + seconds
+        while not _answers(url):
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise StepFailed(f"{name} did not come up\n{self._last_lines(name)}")
+            time.sleep(0.2)
+
+    def run(self, name: str, command: Sequence[str | Path]) -> str:
+        """Run ``command`` to its end, showing what it logs now and then; gives back its output."""
+        program = self.start(name, command)
+        with open(self._logs / f"{name}.log", encoding="utf-8", errors="replace") as log:
+            shown = time.monotonic()
+            while program.poll() is None:
+                time.sleep(0.2)
+                if time.monotonic() - shown > 5 and (news := _progress(log)):
+                    print(f"      {news}", flush=True)
+                    shown = time.monotonic()
+        if program.returncode:
+            raise StepFailed(f"{name} failed with exit code {program.returncode}\n{self._last_lines(name)}")
+        return (self._logs / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+
+    def stop(self) -> None:
+        """End everything: servers first and gently, then whatever carries our mark."""
+        for server in reversed(self._servers):
+            if server.poll() is None:
+                server.terminate()
+        for server in self._servers:
+            try:
+                server.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
+                server.wait()
+        left = self._marked()
+        for process in left:
+            _quietly(process.terminate)
+        _, stubborn = psutil.wait_procs(left, timeout=3)
+        for process in stubborn:
+            _quietly(process.kill)
+
+    def _marked(self) -> list[psutil.Process]:
+        """Every process with our mark but this one, which has it not in its own environment."""
+        return [process for process in psutil.process_iter() if _environment_of(process).get(MARK) == self._mark]
+
+    def _last_lines(self, name: str, count: int = 25) -> str:
+        path = self._logs / f"{name}.log"
+        # After this line `ray job submit` says everything once more.
+        once = path.read_text(encoding="utf-8", errors="replace").partition("Status message: ")[0]
+        lines = [line for line in once.splitlines() if not re.search(r"(INFO|ERR) (cli|sdk|job_manager)\.py", line)]
+        return "\n".join(["", *(f"    {line}" for line in lines[-count:]), "", f"all of it: {path}"])
+
+
+def main(run: Demo) -> None:
+    """Servers up, three jobs, one table, servers down."""
+    folder = Path(run.folder).expanduser().absolute()
+    began = time.monotonic()
+    with ExitStack() as stack:
+        stack.enter_context(_signals_end_the_demo())
+        stack.enter_context(_alone_in(folder, run.fresh))
+        programs = Programs(_made(folder / "logs"))
+        stack.callback(_with_signals_ignored, programs.stop)
+        ray, mlflow = _start_servers(stack, programs, folder)
+        results = _run_jobs(run, programs, folder, ray, mlflow)
+        print(_table(results), flush=True)
+    print(_what_next(folder, time.monotonic() - began), flush=True)
+
+
+def _run_jobs(run: Demo, programs: Programs, folder: Path, ray: str, mlflow: str) -> dict[str, Any]:
+    """Draw, train, evaluate the trained model and an untrained one; gives back all that the table shows."""
+    submit = [TOOLS / "ray", "job", "submit", "--address", ray, "--working-dir", ".", "--"]
+    shards, clip = folder / "shards", folder / "clip"
+
+    began = time.monotonic()
+    drawing = ["python", "jobs/refresh_dataset.py", "drawn", "--samples", str(run.samples), "--output-folder", shards]
+    drawn = programs.run("drawing", [*submit, *drawing])
+    _say("2/5", f"{run.samples} pictures drawn by Ray Data into {shards}", began)
+
+    began = time.monotonic()
+    training = ["jobs/pretrain_clip.py", run.training, "--data", shards, "--output-folder", clip, "--uri", mlflow]
+    programs.run("training", [*submit, *training])
+    _say("3/5", f"CLIP trained by Ray Train into {clip}", began)
+
+    began = time.monotonic()
+    run_id = json.loads((clip / "run.json").read_text())["tracking_run"]
+    trained, untrained = folder / "logs" / "trained.json", folder / "logs" / "untrained.json"
+    evaluate = [*submit, "python", "jobs/evaluate.py", "drawn", "--output"]
+    programs.run("evaluation", [*evaluate, trained, "--checkpoint", clip, "--run-id", run_id, "--uri", mlflow])
+    _say("4/5", "the trained model evaluated", began)
+
+    began = time.monotonic()
+    architecture = json.loads((clip / "run.json").read_text())["settings"]["architecture"]
+    programs.run("untrained", [*evaluate, untrained, "--checkpoint", f"{architecture}:untrained"])
+    _say("5/5", f"an untrained {architecture} evaluated", began)
+    return {
+        "trained": json.loads(trained.read_text())["metrics"],
+        "untrained": json.loads(untrained.read_text())["metrics"],
+        "drawing": _last_rate(drawn),
+        "training": _median_metric(mlflow, run_id, "perf/samples_per_second"),
+    }
+
+
+def _start_servers(stack: ExitStack, programs: Programs, folder: Path) -> tuple[str, str]:
+    """A Ray head and an MLflow server; gives back their addresses."""
+    # Sockets lie below Ray's folder and their paths have to be short.
+    scratch = Path(tempfile.mkdtemp(prefix="clipmill-", dir="/tmp"))
+    stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+    gcs, dashboard, client, agent, metrics, tracking = _free_ports(6)
+    began = time.monotonic()
+    mlflow_url, ray_url = f"http://127.0.0.1:{tracking}", f"http://127.0.0.1:{dashboard}"
+    database = f"sqlite:///{folder}/mlflow.db"
+    programs.start(
+        "mlflow",
+        [TOOLS / "mlflow", "server", "--backend-store-uri", database, "--artifacts-destination", folder / "artifacts"]
+        + ["--host", "127.0.0.1", "--port", str(tracking), "--workers", "1"],
+    )
+    programs.start(
+        "ray",
+        [TOOLS / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--temp-dir={scratch}"]
+        + [f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+        + [f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}"]
+        + [f"--ray-client-server-port={client}", f"--num-cpus={max(4, os.cpu_count() or 1)}", "--num-gpus=0"]
+        + ["--object-store-memory=268435456", '--resources={"data_worker": 4, "train_worker": 4}'],
+    )
+    programs.wait_until_up("ray", f"{ray_url}/api/jobs/")
+    programs.wait_until_up("mlflow", f"{mlflow_url}/health")
+    _say("1/5", f"Ray on {ray_url}, MLflow on {mlflow_url}", began)
+    return ray_url, mlflow_url
+
+
+def _last_rate(log: str) -> float | None:
+    """Samples per second that the refresh job told last; None where all shards were there already."""
+    rates = [float(rate) for rate in re.findall(r"rows, (\d+) samples/s", log)]
+    return rates[-1] if rates and rates[-1] > 0 else None
+
+
+def _median_metric(mlflow: str, run_id: str, name: str) -> float | None:
+    """The median of a run's metric over its steps, asked of the MLflow server."""
+    url = f"{mlflow}/api/2.0/mlflow/metrics/get-history?run_id={run_id}&metric_key={name}"
+    with _loopback().open(url, timeout=30) as reply:
+        history = json.load(reply).get("metrics", [])
+    return statistics.median(float(point["value"]) for point in history) if history else None
+
+
+def _table(results: dict[str, Any]) -> str:
+    trained, untrained = results["trained"], results["untrained"]
+    lines = ["", f"{'':32}{'trained':>10}{'untrained':>11}{'chance':>9}{'gain':>9}"]
+    for name, value in trained.items():
+        kind, data, metric = name.split("/")
+        if metric not in ("top1", "i2t_r1", "t2i_r1"):
+            continue
+        title = {
+            "top1": f"zero-shot top-1, {data}",
+            "i2t_r1": f"picture to text R@1, {data}",
+            "t2i_r1": f"text to picture R@1, {data}",
+        }[metric]
+        before, chance = untrained[name], trained[f"{kind}/{data}/chance"]
+        lines.append(f"{title:32}{value:>9.1%} {before:>10.1%}{chance:>9.1%}{100 * (value - before):>+8.1f} ")
+    lines.append("")
+    for title, rate in (("drawing and sharding", results["drawing"]), ("training", results["training"])):
+        lines.append(f"{title:32}" + (f"{rate:,.0f} samples/s" if rate else "done by an earlier demo"))
+    return "\n".join(lines)
+
+
+def _what_next(folder: Path, seconds: float) -> str:
+    shown = os.path.relpath(folder, ROOT) if folder.is_relative_to(ROOT) else str(folder)
+    return f"""
+Done in {seconds:.0f} s; everything is stopped again. Look at the runs and compare them:
+    make ui FOLDER={shown}          then open http://127.0.0.1:5000
+Train longer, on this machine without a cluster:
+    .venv/bin/python jobs/pretrain_clip.py demo --steps 2000 --data {shown}/shards \\
+        --output-folder {shown}/clip-longer --uri sqlite:///{folder}/mlflow.db"""
+
+
+def _answers(url: str) -> bool:
+    try:
+        with _loopback().open(url, timeout=5) as reply:
+            return bool(reply.status == 200)
+    except OSError:
+        return False
+
+
+def _loopback() -> urllib.request.OpenerDirector:
+    """Opens urls past any proxy."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now; held together, so that they differ."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def _progress(log: IO[str]) -> str:
+    """The last thing that our own code logged since the last call, without time and module."""
+    ours = re.findall(r"^\S+ \S+ (?:INFO|WARNING) pipeline\.[\w.]+: (.+)$", log.read(), flags=re.MULTILINE)
+    return ours[-1][:110] if ours else ""
+
+
+def _say(step: str, what: str, began: float) -> None:
+    print(f"{step}  {what} ({time.monotonic() - began:.0f} s)", flush=True)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def _alone_in(folder: Path, fresh: bool) -> Iterator[None]:
+    """Hold the demo's folder; a second demo in the same place would write over the first."""
+    mark = _made(folder) / ".demo"
+    require(
+        mark.exists() or not any(folder.iterdir()),
+        "folder",
+        str(folder),
+        "an empty or missing folder, or one of an earlier demo",
+    )
+    with open(mark, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            require(False, "folder", str(folder), "a folder that no other demo is running in")
+        if fresh:
+            for entry in folder.iterdir():
+                if entry != mark:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        yield
+
+
+@contextmanager
+def _signals_end_the_demo() -> Iterator[None]:
+    """Turn TERM and HUP into an exception, as Ctrl-C is one, so that everything is stopped on the way out."""
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _with_signals_ignored(stop: Any) -> None:
+    """Stopping takes a few seconds, in which an impatient second Ctrl-C must not leave half of it running."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    stop()
+
+
+def _end_with_parent() -> None:
+    """In the child: get TERM when the demo is killed outright, which no handler sees. Linux alone can do it."""
+    if sys.platform == "linux":
+        set_death_signal = 1
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+
+
+def _environment_of(process: psutil.Process) -> dict[str, str]:
+    try:
+        return dict(process.environ())
+    except (psutil.Error, OSError):
+        return {}
+
+
+def _quietly(action: Any) -> None:
+    try:
+        action()
+    except psutil.NoSuchProcess:
+        pass
+
+
+if __name__ == "__main__":
+    run_job(PRESETS, main)
