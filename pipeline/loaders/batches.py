@@ -7,7 +7,7 @@ its shard, so that batches keep their size and every run makes the same replacem
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -146,7 +146,7 @@ def training_batches(
     rank: int = 0,
     world: int = 1,
     config: LoaderConfig,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches of one rank for the given steps of ``order``, each with B / world rows.
 
     Raises:
@@ -242,7 +242,7 @@ def _batches(
     sampler: Sampler[list[Place]],
     config: LoaderConfig,
     replace: bool = True,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     check_fields(snapshot, [field for reader in readers.values() for field in reader.fields])
     samples = Samples(snapshot, config.cache(), config.open_shards)
     workers = config.loader_workers
@@ -259,7 +259,7 @@ def _batches(
     return _raising(loader)
 
 
-def _raising(batches: Iterable[Batch | ClipmillError]) -> Iterator[Batch]:
+def _raising(batches: Iterable[Batch | ClipmillError]) -> Generator[Batch, None, None]:
     for batch in batches:
         if isinstance(batch, ClipmillError):
             raise batch

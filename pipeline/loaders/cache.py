@@ -35,8 +35,8 @@ class FileCache:
     def fetch(self, folder: Folder, name: str, sha256: str = "") -> Path:
         """The local path of the file ``name`` of ``folder``; a local folder's own file is used where it lies.
 
-        ``sha256`` is the expected digest in hex; without one the file is fetched anew by each cache that has not seen
-        this URI and size.
+        ``sha256`` is the expected digest in hex; without one the store's word for the file's version tells whether
+        the cache has it.
 
         Raises:
             DataError: the file is missing, or has other bytes than its digest says.
@@ -61,7 +61,9 @@ class FileCache:
         if sha256:
             return f"{sha256}{Path(name).suffix}"
         try:
-            identity = f"{folder.join(name)} {folder.size(name)}"
+            folder.fs.invalidate_cache(folder.path)
+            # The store's own mark of this version: a file written anew under the same name is another file.
+            identity = f"{folder.join(name)} {folder.fs.ukey(folder.fs._strip_protocol(folder.join(name)))}"
         except FileNotFoundError as error:
             raise DataError(f"{folder.join(name)} is missing") from error
         return hashlib.sha256(identity.encode()).hexdigest() + Path(name).suffix

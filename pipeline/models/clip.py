@@ -1,0 +1,166 @@
+"""Learning Transferable Visual Models From Natural Language Supervision.
+
+Radford, Kim, Hallacy, Ramesh, Goh, Agarwal, Sastry, Askell, Mishkin, Clark, Krueger, Sutskever, 2021, arXiv 2103.00020
+
+The idea: of a batch of pictures and captions, tell which belong together. An image tower and a text tower map both
+into one space; every caption is a class for every picture and the reverse. What is learnt names new classes from
+their description alone. With L2-normalised features x_i of pictures and y_j of captions, B pairs and a learnt
+scale t = exp(s), the loss is (section 2.3, figure 3)
+
+    L = -1/2B sum_i [ log softmax_j(t x_i.y_j) at j = i  +  log softmax_j(t y_i.x_j) at j = i ]
+
+s starts at ln(1 / 0.07) and is held at or below ln 100 (section 2.5). Over W processes each takes its B/W rows
+against all B columns, gathered with their gradients.
+
+Left out: the half precision of the paper's own code (bfloat16 instead), and its gradient checkpointing. Batch
+normalisation in the ResNets uses each process's own rows, so those depend on the number of workers; transformers do
+not.
+
+To hold a run against: zero-shot top-1 on ImageNet, as measured again with open_clip on the released weights, RN50 59.8,
+RN101 62.3, ViT-B/32 63.3, ViT-B/16 68.3, ViT-L/14 75.5, ViT-L/14 at 336 px 76.6 (the paper's 76.2 is the last one).
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.config import require
+from pipeline.loaders.images import ImageTransform
+from pipeline.models.method import Gather, Method, alone
+from pipeline.models.towers import openclip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Architecture and augmentation, with the paper's values."""
+
+    architecture: str = "ViT-B-32"
+    """Any open_clip architecture, or clipmill-tiny, clipmill-small; local-dir:FOLDER and hf-hub:REPO work too."""
+    pretrained: str | None = None
+    """Weights to start from: a tag of the architecture, a file, or a checkpoint folder (path or URI)."""
+    pretrained_towers: bool = False
+    """Start towers of timm and Hugging Face from their own weights."""
+    image_size: int | None = None
+    """Pixels a side, where it is not the architecture's."""
+    crop: Literal["square", "resized"] = "square"
+    """Training crop: the paper's random square, or a box of random area and aspect ratio (open_clip's)."""
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    """Area of a resized crop, as parts of the picture."""
+    flip: float = 0.0
+    """Probability of mirroring a training picture."""
+    temperature: float = 0.07
+    """Initial softmax temperature; ignored where pretrained weights bring theirs."""
+    max_logit_scale: float = 100.0
+    """Upper limit of the learnt scale 1 / temperature."""
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, "temperature", self.temperature, "more than 0")
+        require(self.max_logit_scale >= 1, "max_logit_scale", self.max_logit_scale, "1 or more")
+        require(
+            0 < self.crop_scale[0] <= self.crop_scale[1] <= 1, "crop_scale", self.crop_scale, "0 < low <= high <= 1"
+        )
+        require(0 <= self.flip <= 1, "flip", self.flip, "0 to 1")
+
+
+class Clip(Method):
+    """Two towers of open_clip and the contrastive loss between them."""
+
+    fields = ("image", "text")
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: Config, description: Mapping[str, str] | None = None) -> None:
+        """``description`` is given when weights are restored afterwards, so none are fetched here."""
+        super().__init__(config)
+        card = json.loads(description[openclip.MODEL_CARD]) if description else {}
+        self.model: Any = openclip.create(
+            config.architecture,
+            config.pretrained,
+            image_size=config.image_size,
+            pretrained_towers=config.pretrained_towers,
+            load=description is None,
+            preprocess=card.get("preprocess_cfg"),
+        )
+        self.tokenizer = openclip.tokenizer(config.architecture)
+        self.end_of_text = openclip.end_of_text(self.model, self.tokenizer)
+        if config.pretrained is None:
+            torch.nn.init.constant_(self.logit_scale, math.log(1 / config.temperature))
+        if self.model.logit_bias is not None:
+            self.model.logit_bias.requires_grad_(False)  # a sigmoid loss's; a softmax does not see it
+        pictures = openclip.preprocessing(self.model)
+        self.register_buffer("mean", torch.tensor(pictures["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(pictures["std"]).view(1, 3, 1, 1) * 255, persistent=False)
+
+    @classmethod
+    def smallest(cls) -> Config:
+        """Under two million parameters, nearly all of them in the token table."""
+        return Config(architecture="clipmill-tiny")
+
+    @classmethod
+    def restored(cls, config: Config, description: Mapping[str, str]) -> Self:
+        """The modules without initial weights, for a checkpoint with these text files."""
+        return cls(replace(config, architecture=openclip.register(config.architecture, description)), description)
+
+    def description(self) -> Mapping[str, str]:
+        """What open_clip needs beside ``model.safetensors``."""
+        return openclip.describe(self.model, self.config.architecture, self.config.image_size)
+
+    def transforms(self, train: bool) -> ImageTransform:
+        """The model's own evaluation transform, or the config's random crops."""
+        if not train:
+            return openclip.image_transform(self.model)
+        config = self.config
+        return openclip.image_transform(self.model, crop=config.crop, scale=config.crop_scale, flip=config.flip)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The learnt s, of which exp(s) multiplies the cosines."""
+        scale: Tensor = self.model.logit_scale
+        return scale
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] to L2-normalised float32 [B, D]."""
+        features: Tensor = self.model.encode_image((image.float() - self.mean) / self.std)
+        return functional.normalize(features.float(), dim=-1)
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """Tokens, int64 [B, L], to L2-normalised float32 [B, D]."""
+        return functional.normalize(openclip.encode_text(self.model, text).float(), dim=-1)
+
+    def training_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The contrastive loss of this rank's rows."""
+        image, text = self.encode_image(batch["image"]), self.encode_text(batch["text"])
+        return {"contrastive": contrastive_loss(image, text, self.logit_scale.exp(), self.gather)}
+
+    def after_step(self) -> None:
+        """Hold the scale between 1 and its limit."""
+        with torch.no_grad():
+            self.logit_scale.clamp_(0, math.log(self.config.max_logit_scale))
+
+    def measures(self) -> dict[str, float]:
+        """The scale that multiplies the cosines."""
+        return {"logit_scale": self.logit_scale.exp().item()}
+
+
+def contrastive_loss(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, gather: Gather = alone
+) -> Tensor:
+    """Symmetric cross entropy of local rows against the columns of all ranks; a scalar.
+
+    ``image_features`` and ``text_features`` are L2-normalised float [B, D] of matching pairs, ``logit_scale`` is the
+    positive factor itself. The mean over ranks is the loss of the global batch. Computed in float32 whatever autocast
+    says: the logits reach 100, where bfloat16 has steps of 0.5.
+    """
+    with torch.autocast(image_features.device.type, enabled=False):
+        everything = gather(torch.cat([image_features, text_features], dim=1))  # one collective instead of two
+        all_images, all_texts = everything.chunk(2, dim=1)
+        per_image = (logit_scale * image_features @ all_texts.T).logsumexp(dim=1)
+        per_text = (logit_scale * text_features @ all_images.T).logsumexp(dim=1)
+        matching = logit_scale * (image_features * text_features).sum(dim=1)
+        return ((per_image + per_text) / 2 - matching).mean()

@@ -1,0 +1,151 @@
+"""What the training loop, the evaluations and the checkpoints know of a method.
+
+A method is found by the name of its module, ``pipeline.models.<name>``: there is no list to add it to. Its module has
+a frozen dataclass ``Config`` with the paper's values, and one subclass of :class:`Method` that is built from it.
+"""
+
+import inspect
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+import pipeline.models
+from pipeline.errors import SettingError
+from pipeline.loaders.batches import ImageReader, Reader, TextReader
+from pipeline.loaders.images import ImageTransform
+from pipeline.loaders.text import Tokenizer
+
+Gather = Callable[[Tensor], Tensor]
+"""float [B, D] of this rank -> float [W * B, D] of all ranks in order, with gradients."""
+
+
+def alone(features: Tensor) -> Tensor:
+    """The gather of a single process."""
+    return features
+
+
+class Method(nn.Module, ABC):
+    """A model with its loss.
+
+    ``model`` is the part that another library can open: it is what ``model.safetensors`` of a checkpoint holds, under
+    that library's names. Whatever a method has besides (a projection head for one of its losses) is saved beside it.
+    ``gather`` is set by the loop when several processes share a batch.
+    """
+
+    fields: ClassVar[tuple[str, ...]]
+    """Keys of the batches that :meth:`training_step` reads."""
+
+    config: Any
+    model: nn.Module
+    tokenizer: Tokenizer
+    end_of_text: int | None = None
+    gather: Gather = staticmethod(alone)
+
+    def __init__(self, config: Any) -> None:
+        """A subclass builds its modules here, with the pretrained weights that ``config`` names."""
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    @abstractmethod
+    def smallest(cls) -> Any:
+        """The smallest config that still has every part: what the tests and the smoke presets run."""
+
+    @classmethod
+    def restored(cls, config: Any, description: Mapping[str, str]) -> Self:
+        """The modules without initial weights, which a checkpoint brings; ``description`` are its text files."""
+        return cls(config)
+
+    @abstractmethod
+    def transforms(self, train: bool) -> ImageTransform:
+        """How a picture becomes this method's input; ``train`` adds random augmentation."""
+
+    def readers(self, train: bool, *, seed: int = 0, caption: str = "txt") -> dict[str, Reader]:
+        """How samples become batches with the keys in ``fields``; methods with other keys add theirs."""
+        known: dict[str, Reader] = {"image": ImageReader(transform=self.transforms(train), seed=seed)}
+        if "text" in self.fields:
+            known["text"] = TextReader(tokenizer=self.tokenizer, end_of_text=self.end_of_text, caption=caption)
+        return {key: known[key] for key in self.fields if key in known}
+
+    @abstractmethod
+    def training_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Named losses, scalars whose sum is minimised.
+
+        Each is the mean over this rank's rows of what those rows add to the loss of the global batch, so that the
+        mean over ranks is the loss, and its gradient the gradient, of one process with the whole batch.
+        """
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """:meth:`training_step`, under the name that ``DistributedDataParallel`` calls."""
+        return self.training_step(batch)
+
+    def after_step(self) -> None:  # noqa: B027  # most methods have nothing to do here
+        """Called after every step of the optimiser."""
+
+    def measures(self) -> dict[str, float]:
+        """Numbers worth logging beside the losses, without the prefix ``train/``."""
+        return {}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameters that decay, then those that do not: gains, biases and scalars (CLIP paper, section 2.5)."""
+        named = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        return [
+            {"params": [parameter for name, parameter in named if decays(name, parameter)]},
+            {"params": [parameter for name, parameter in named if not decays(name, parameter)], "weight_decay": 0.0},
+        ]
+
+    def description(self) -> Mapping[str, str]:
+        """Further text files of a checkpoint, by name: what the other library needs beside the weights."""
+        return {}
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies: open_clip's rule, which leaves out gains, biases and scalars."""
+    return parameter.ndim >= 2 and not any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
+
+
+def method_names() -> list[str]:
+    """The methods that exist, sorted."""
+    modules = (module.name for module in pkgutil.iter_modules(pipeline.models.__path__))
+    return sorted(name for name in modules if name not in ("method", "towers", "configs"))
+
+
+def method_class(name: str) -> type[Method]:
+    """The method of the module ``pipeline.models.<name>``.
+
+    Raises:
+        SettingError: there is none; those that exist are listed.
+    """
+    if name not in method_names():
+        raise SettingError("method", name, "one of " + ", ".join(method_names()))
+    module = import_module(f"pipeline.models.{name}")
+    classes: list[type[Any]] = [value for _, value in inspect.getmembers(module, inspect.isclass)]
+    found: list[type[Method]] = [value for value in classes if _is_method_of(value, module.__name__)]
+    assert len(found) == 1, f"{module.__name__} must define exactly one Method, not {found}"
+    return found[0]
+
+
+def config_class(name: str) -> type[Any]:
+    """The config of the method ``name``; raises as :func:`method_class`."""
+    method_class(name)
+    config: type[Any] = import_module(f"pipeline.models.{name}").Config
+    return config
+
+
+def method_name(config: Any) -> str:
+    """The name of the method that ``config`` belongs to."""
+    return type(config).__module__.removeprefix("pipeline.models.").partition(".")[0]
+
+
+def build_method(config: Any) -> Method:
+    """The method that ``config`` describes, built (with its pretrained weights, if it names some)."""
+    build: Callable[[Any], Method] = method_class(method_name(config))
+    return build(config)
+
+
+def _is_method_of(value: type, module: str) -> bool:
+    return issubclass(value, Method) and (value.__module__ + ".").startswith(module + ".")

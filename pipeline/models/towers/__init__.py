@@ -1,0 +1,1 @@
+"""Image and text towers that several methods share; all come from libraries."""

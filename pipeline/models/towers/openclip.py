@@ -1,0 +1,219 @@
+"""open_clip's models: any of its architectures, its pretrained tags, local and remote checkpoints, and the way back.
+
+Nothing of open_clip is copied or changed. Architectures of our own are open_clip model configs in
+``pipeline/models/configs``, registered when this module is imported, and are named like any other.
+"""
+
+import difflib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import open_clip
+from open_clip.transformer import text_global_pool
+from torch import Tensor, nn
+
+from pipeline.config import require
+from pipeline.errors import DataError, SettingError
+from pipeline.loaders.cache import FileCache
+from pipeline.loaders.images import ImageTransform
+from pipeline.shards.storage import Folder
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+WEIGHTS = "model.safetensors"
+MODEL_CARD = "open_clip_config.json"  # what open_clip.create_model("local-dir:FOLDER") reads
+
+open_clip.add_model_config(CONFIGS)
+
+
+def check_architecture(name: str) -> dict[str, Any]:
+    """open_clip's model config of ``name``: one of its names or ours, ``local-dir:FOLDER`` or ``hf-hub:ORG/REPO``.
+
+    Raises:
+        SettingError: not known (near names are given), or a captioning model, which has no place for a CLIP loss.
+    """
+    try:
+        config = open_clip.get_model_config(name if ":" in name else plain_name(name))
+    except (OSError, ValueError) as error:
+        raise SettingError("architecture", name, f"a model config that can be read ({error})") from error
+    if config is None:
+        known = open_clip.list_models()
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or ["ViT-B-32", "RN50"]
+        allowed = f"one of open_clip's {len(known)} architectures, such as {', '.join(near)} (open_clip.list_models())"
+        raise SettingError("architecture", name, allowed)
+    require("multimodal_cfg" not in config, "architecture", name, "an architecture without a caption decoder")
+    return dict(config)
+
+
+def create(
+    architecture: str,
+    pretrained: str | None = None,
+    *,
+    image_size: int | None = None,
+    pretrained_towers: bool = False,
+    load: bool = True,
+    preprocess: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Build an open_clip model.
+
+    ``pretrained`` is a tag of the architecture, or a path or URI of a weights file or of a checkpoint folder.
+    ``pretrained_towers`` starts towers of timm and Hugging Face from their own weights. ``load=False`` builds the
+    modules alone. ``preprocess`` overrides size, mean, std and so on of the pictures.
+
+    Raises:
+        SettingError: no such architecture or weights, or weights that were trained with the other kind of GELU.
+        DataError: a checkpoint that is damaged.
+    """
+    config = check_architecture(architecture)
+    found, found_preprocess = _find(architecture, config, pretrained) if pretrained and load else (None, {})
+    try:
+        with _quiet_root_logger():
+            return cast(
+                nn.Module,
+                open_clip.create_model(
+                    architecture,
+                    pretrained=found,
+                    load_weights=load,
+                    force_image_size=image_size,
+                    force_preprocess_cfg={**found_preprocess, **(preprocess or {})},
+                    pretrained_image=pretrained_towers and load,
+                    pretrained_text=pretrained_towers and load,
+                ),
+            )
+    except RuntimeError as error:
+        problem = str(error).strip().splitlines()[0]
+        raise SettingError("pretrained", pretrained, f"weights that fit {architecture} ({problem})") from error
+
+
+def tokenizer(architecture: str) -> Any:
+    """The tokenizer of ``architecture``: texts to int64 [B, context length]."""
+    with _quiet_root_logger():
+        return open_clip.get_tokenizer(architecture)
+
+
+def plain_name(architecture: str) -> str:
+    """``ViT-B-32`` of ``ViT-B/32``, ``model`` of ``hf-hub:org/model``: a name for a file."""
+    scheme, colon, rest = architecture.partition(":")
+    return rest.rstrip("/").rpartition("/")[2] if colon else scheme.replace("/", "-")
+
+
+def register(architecture: str, description: Mapping[str, str]) -> str:
+    """Make the architecture of a checkpoint known on a machine that may not have it; returns its plain name.
+
+    ``description`` are the text files that :func:`describe` made.
+    """
+    name = plain_name(architecture)
+    if open_clip.get_model_config(name) is None:
+        with TemporaryDirectory() as folder:
+            (Path(folder) / f"{name}.json").write_text(description[f"{name}.json"])
+            open_clip.add_model_config(folder)
+    return name
+
+
+def describe(model: nn.Module, architecture: str, image_size: int | None = None) -> dict[str, str]:
+    """The text files that let open_clip open a folder with ``model.safetensors``.
+
+    One is an architecture for ``open_clip.add_model_config(folder)``, the other makes ``local-dir:`` work.
+    """
+    config = check_architecture(architecture)
+    if image_size is not None:
+        config["vision_cfg"]["image_size"] = image_size
+    card = {"model_cfg": config, "preprocess_cfg": preprocessing(model)}
+    return {f"{plain_name(architecture)}.json": json.dumps(config, indent=4), MODEL_CARD: json.dumps(card, indent=4)}
+
+
+def preprocessing(model: nn.Module) -> dict[str, Any]:
+    """Size, mean, std, interpolation and resize mode of the pictures that ``model`` takes."""
+    return dict(cast(Any, model).visual.preprocess_cfg)
+
+
+def image_transform(model: nn.Module, **training: Any) -> ImageTransform:
+    """The evaluation transform of ``model``; with ``training`` settings (crop, scale, ...), that of training."""
+    settings = preprocessing(model)
+    size = settings["size"]
+    return ImageTransform(
+        size=(size, size) if isinstance(size, int) else (int(size[0]), int(size[1])),
+        fit=settings["resize_mode"],
+        interpolation="bilinear" if settings["interpolation"] == "bilinear" else "bicubic",
+        fill=int(settings.get("fill_color", 0)),
+        **training,
+    )
+
+
+def end_of_text(model: nn.Module, tokenizer: Any) -> int | None:
+    """The token behind which ``model`` sees nothing: text may be cut there. ``None``: it sees the whole width.
+
+    That is so for open_clip's own causal text tower, pooled where the token stands first.
+    """
+    if not isinstance(model, open_clip.CLIP) or model.attn_mask is None:
+        return None
+    if model.text_pool_type == "argmax":
+        token = getattr(tokenizer, "eot_token_id", None)
+        return token if token == model.vocab_size - 1 else None
+    return int(model.text_eos_id) if model.text_pool_type == "eos" else None
+
+
+def encode_text(model: Any, text: Tensor) -> Tensor:
+    """Features of tokens int64 [B, L], not normalised: float [B, D]; L may be less than the tower's context length.
+
+    open_clip's own method takes the full context length only; here its modules run on what there is.
+    """
+    length = text.shape[1]
+    if length == model.context_length:
+        features: Tensor = model.encode_text(text)
+        return features
+    kind = model.transformer.get_cast_dtype()
+    hidden = model.token_embedding(text).to(kind) + model.positional_embedding[:length].to(kind)
+    hidden = model.transformer(hidden, attn_mask=model.attn_mask[:length, :length])
+    pooled = text_global_pool(model.ln_final(hidden), text, model.text_pool_type, eos_token_id=model.text_eos_id)
+    if model.text_projection is None:
+        return cast(Tensor, pooled)
+    if isinstance(model.text_projection, nn.Linear):
+        return cast(Tensor, model.text_projection(pooled))
+    return cast(Tensor, pooled @ model.text_projection)
+
+
+def _find(architecture: str, config: Mapping[str, Any], pretrained: str) -> tuple[str, Mapping[str, Any]]:
+    """What open_clip takes for ``pretrained`` (a tag or a local file), and the pictures it was trained on."""
+    if open_clip.is_pretrained_cfg(architecture, pretrained):
+        _check_activation(architecture, config, pretrained)
+        return pretrained, {}
+    if ":" in architecture and "://" not in architecture:
+        raise SettingError("pretrained", pretrained, f"nothing, since {architecture} brings its own weights")
+    parent, _, name = pretrained.rstrip("/").rpartition("/")
+    folder = Folder(parent or ("/" if pretrained.startswith("/") else "."))
+    if folder.exists(f"{name}/{WEIGHTS}"):
+        folder, name = folder.folder(name), WEIGHTS
+    try:
+        path = FileCache().fetch(folder, name)
+    except DataError as error:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
+        allowed = f"a tag of {architecture} ({tags}), a weights file, or a checkpoint folder with {WEIGHTS}"
+        raise SettingError("pretrained", pretrained, allowed) from error
+    card = json.loads(folder.read_bytes(MODEL_CARD)) if folder.exists(MODEL_CARD) else {}
+    return str(path), {key: value for key, value in card.get("preprocess_cfg", {}).items() if key != "size"}
+
+
+def _check_activation(architecture: str, config: Mapping[str, Any], tag: str) -> None:
+    """OpenAI's weights need QuickGELU; with the usual GELU they load and are silently worse."""
+    weights_quick = bool(open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu", False))
+    model_quick = bool(config.get("quick_gelu", False))
+    if weights_quick != model_quick:
+        right = f"{architecture}-quickgelu" if weights_quick else architecture.removesuffix("-quickgelu")
+        raise SettingError("architecture", architecture, f"{right}, since the weights {tag} were trained with it")
+
+
+@contextmanager
+def _quiet_root_logger() -> Iterator[None]:
+    """open_clip narrates on the root logger, and warns that a model to be trained has random weights."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)

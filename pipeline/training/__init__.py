@@ -1,0 +1,1 @@
+"""One loop for all methods: optimiser, schedule, checkpoints, evaluation beside it, the Ray Train launcher."""

@@ -1,0 +1,286 @@
+"""Checkpoints: a folder for each, whole or not there.
+
+    {run}/checkpoints/step-00000100/model.safetensors   the weights, under open_clip's names where it has the model
+                                    method.safetensors  weights that only the method has, if any
+                                    {architecture}.json, open_clip_config.json  what open_clip needs beside them
+                                    config.json         the method's name and config
+                                    state.pt            the optimiser (plain tensors: loads with weights_only)
+                                    meta.json           step, position, seed; written last: the commit mark
+                                    evaluation.json     results, added by the follower
+
+A folder without ``meta.json`` is half written, or half deleted: readers do not see it, the next start removes it. The
+latest checkpoint is found by listing, so nothing else has to be kept in step with what is there.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.config import from_plain, require, to_json
+from pipeline.errors import DataError, SettingError, StorageError
+from pipeline.loaders.cache import FileCache
+from pipeline.models.method import Method, config_class, method_class, method_name
+from pipeline.shards.storage import Folder, storage_errors
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+PREFIX = "step-"
+MODEL, REST, CONFIG, STATE, META = "model.safetensors", "method.safetensors", "config.json", "state.pt", "meta.json"
+EVALUATION = "evaluation.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meta:
+    """What ``meta.json`` says: the number of steps done, and the position in the order of samples.
+
+    ``evaluate`` marks a checkpoint that waits for an evaluation until it has an ``evaluation.json``; ``snapshot`` is
+    the digest of the data.
+    """
+
+    step: int
+    samples_seen: int
+    batch_size: int
+    lanes: int
+    seed: int
+    snapshot: str
+    evaluate: bool = False
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    description: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint."""
+
+    folder: Folder
+    meta: Meta
+
+    @property
+    def waits(self) -> bool:
+        """Whether an evaluation of it is still to come."""
+        return self.meta.evaluate and not self.folder.exists(EVALUATION)
+
+
+class Checkpoints:
+    """The checkpoints of the run in the folder ``run``."""
+
+    def __init__(self, run: str | Folder) -> None:
+        self.folder = (run if isinstance(run, Folder) else Folder(run)).folder(CHECKPOINTS)
+
+    def at(self, step: int) -> Folder:
+        """The folder of the checkpoint after ``step`` steps."""
+        return self.folder.folder(f"{PREFIX}{step:08d}")
+
+    def whole(self) -> list[Checkpoint]:
+        """All whole checkpoints, oldest first."""
+        found = ((folder, read_meta(folder)) for folder in self._folders())
+        return [Checkpoint(folder, meta) for folder, meta in found if meta is not None]
+
+    def latest(self) -> Checkpoint | None:
+        """The newest whole checkpoint."""
+        for folder in reversed(self._folders()):
+            meta = read_meta(folder)
+            if meta is not None:
+                return Checkpoint(folder, meta)
+        return None
+
+    def save(self, method: Method, optimizer: torch.optim.Optimizer, meta: Meta) -> Checkpoint:
+        """Write a checkpoint; rank 0 only.
+
+        Raises:
+            StorageError: the disk is full or the store refused; what was written so far is not seen by readers.
+        """
+        folder = self.at(meta.step)
+        folder.delete(META)
+        save_weights(method, folder)
+        _save_file(folder, STATE, lambda path: torch.save({"optimizer": optimizer.state_dict()}, path))
+        described = {**method.description(), CONFIG: _config_text(method)}
+        for name, text in described.items():
+            folder.write_atomic(name, text.encode())
+        meta = Meta(**{**asdict(meta), "description": tuple(sorted(method.description()))})
+        folder.write_atomic(META, json.dumps(asdict(meta), indent=2).encode())
+        return Checkpoint(folder, meta)
+
+    def remove_broken(self) -> None:
+        """Delete what a killed process left half written or half deleted."""
+        for folder in self._folders():
+            if not folder.exists(META):
+                logger.warning("removing %s, which was never finished", folder.uri)
+                _remove(folder)
+
+    def prune(self, keep: int) -> None:
+        """Delete all but the newest ``keep`` checkpoints, and those that wait for an evaluation."""
+        for checkpoint in self.whole()[:-keep]:
+            if not checkpoint.waits:
+                _remove(checkpoint.folder)
+
+    def _folders(self) -> list[Folder]:
+        fs = self.folder.fs
+        fs.invalidate_cache(self.folder.path)
+        try:
+            entries = fs.ls(self.folder.path, detail=True)
+        except FileNotFoundError:
+            return []
+        names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory")
+        return [self.folder.folder(name) for name in sorted(names) if name.startswith(PREFIX)]
+
+
+def read_meta(folder: Folder) -> Meta | None:
+    """The meta data of the checkpoint in ``folder``; ``None`` where it is not a whole checkpoint.
+
+    Raises:
+        DataError: ``meta.json`` is there but is none.
+    """
+    try:
+        text = folder.read_text(META)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        return from_plain(Meta, json.loads(text), folder.join(META))
+    except (ValueError, SettingError) as error:
+        raise DataError(f"{folder.join(META)} is not the meta data of a checkpoint ({error})") from error
+
+
+def save_weights(method: Method, folder: Folder) -> None:
+    """Write the weights: those of ``method.model`` under its own names, the others beside them."""
+    rest = {name: tensor for name, tensor in method.state_dict().items() if not name.startswith("model.")}
+    for name, tensors in ((MODEL, method.model.state_dict()), (REST, rest)):
+        if tensors:
+            _save_file(folder, name, lambda path, tensors=tensors: save_file(_plain(tensors), path))
+
+
+def load_method(uri: str, device: torch.device | str = "cpu") -> Method:
+    """A method in evaluation mode.
+
+    ``uri`` is a checkpoint's folder, a run's folder (its latest checkpoint), or ``architecture:weights`` for CLIP, the
+    weights being an open_clip tag or a file: ``ViT-B-32:laion2b_s34b_b79k``.
+
+    Raises:
+        SettingError: none of these.
+        DataError: a checkpoint that is damaged.
+    """
+    folder = Folder(uri)
+    checkpoint = folder if folder.exists(META) else _latest_folder(folder)
+    method = _from_checkpoint(checkpoint) if checkpoint else _from_open_clip(uri)
+    return method.to(device).eval()
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, folder: Folder) -> None:
+    """Give ``optimizer`` the state in ``folder``; nothing is unpickled.
+
+    Raises:
+        DataError: the state is missing, damaged, or of another optimiser.
+    """
+    try:
+        state = torch.load(BytesIO(folder.read_bytes(STATE)), map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        raise DataError(f"{folder.join(STATE)} cannot be read ({_first_line(error)})") from error
+
+
+def write_evaluation(checkpoint: Checkpoint, plain: Mapping[str, Any]) -> None:
+    """Write ``evaluation.json``: the checkpoint no longer waits."""
+    checkpoint.folder.write_atomic(EVALUATION, json.dumps(dict(plain), indent=2).encode())
+
+
+def read_evaluation(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What :func:`write_evaluation` wrote, or ``None``."""
+    try:
+        return dict(json.loads(checkpoint.folder.read_text(EVALUATION)))
+    except FileNotFoundError:
+        return None
+
+
+def _latest_folder(run: Folder) -> Folder | None:
+    latest = Checkpoints(run).latest()
+    return latest.folder if latest else None
+
+
+def _from_checkpoint(folder: Folder) -> Method:
+    meta = read_meta(folder)
+    assert meta is not None
+    try:
+        plain = json.loads(folder.read_text(CONFIG))
+        description = {name: folder.read_text(name) for name in meta.description}
+        config = from_plain(config_class(plain["method"]), plain["config"], folder.join(CONFIG))
+        method = method_class(plain["method"]).restored(config, description)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder.uri} is not a whole checkpoint ({error})") from error
+    _load(method.model, folder, MODEL)
+    if folder.exists(REST):
+        _load(method, folder, REST, elsewhere="model.")
+    return method
+
+
+def _from_open_clip(uri: str) -> Method:
+    architecture, colon, weights = uri.partition(":")
+    if not colon or "/" in architecture or weights.startswith("//"):
+        allowed = "a checkpoint's folder, a run's folder, or ARCHITECTURE:WEIGHTS such as ViT-B-32:laion2b_s34b_b79k"
+        raise SettingError("checkpoint", uri, allowed)
+    # hf-hub:ORG/REPO and local-dir:FOLDER are architectures that bring their weights.
+    whole = architecture in ("hf-hub", "local-dir")
+    plain = {"architecture": uri} if whole else {"architecture": architecture, "pretrained": weights}
+    return method_class("clip")(from_plain(config_class("clip"), plain))
+
+
+def _load(module: nn.Module, folder: Folder, name: str, elsewhere: str | None = None) -> None:
+    """Load a file of weights into ``module``; names that begin with ``elsewhere`` come from another file."""
+    try:
+        tensors = load_file(FileCache().fetch(folder, name))
+        result = module.load_state_dict(tensors, strict=elsewhere is None)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise DataError(f"{folder.join(name)} cannot be read ({_first_line(error)})") from error
+    missing = [name for name in result.missing_keys if elsewhere is None or not name.startswith(elsewhere)]
+    if missing or result.unexpected_keys:
+        raise DataError(f"{folder.join(name)} holds other weights: {(missing + result.unexpected_keys)[:3]}")
+
+
+def _config_text(method: Method) -> str:
+    config = json.loads(to_json(method.config))
+    return json.dumps({"method": method_name(method.config), "config": config}, indent=2)
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # Copies, since safetensors refuses tensors that share memory (tied weights).
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _save_file(folder: Folder, name: str, save: Any) -> None:
+    with folder.scratch_file(Path(name).suffix) as path, storage_errors(folder.join(name)):
+        try:
+            save(path)
+        except (SafetensorError, RuntimeError) as error:  # both libraries' words for a failed write
+            raise StorageError(f"cannot write {folder.join(name)}: {_first_line(error)}") from error
+        folder.write_atomic(name, path)
+
+
+def _remove(folder: Folder) -> None:
+    folder.delete(META)  # first, so that a kill in the middle leaves no checkpoint that seems whole
+    folder.fs.rm(folder.path, recursive=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def check_position(checkpoint: Checkpoint, *, batch_size: int, lanes: int, seed: int, snapshot: str) -> None:
+    """Raise ``SettingError`` unless a run with these settings can go on from ``checkpoint``.
+
+    Its position counts samples in an order that all of them decide.
+    """
+    meta = checkpoint.meta
+    wanted = {"batch_size": batch_size, "lanes": lanes, "seed": seed, "snapshot": snapshot}
+    for name, value in wanted.items():
+        saved = getattr(meta, name)
+        require(saved == value, name, value, f"{saved}, with which {checkpoint.folder.uri} was made")

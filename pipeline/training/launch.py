@@ -1,0 +1,156 @@
+"""Start a run: in this process, or as workers of a Ray cluster through Ray Train.
+
+Ray Train starts the workers, joins them to one process group, and replaces them all when one dies. It keeps no
+checkpoints here: the loop finds the latest one by itself, in the run's folder, so a restart by Ray Train and the same
+command typed again are the same thing.
+"""
+
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+
+from pipeline.config import require
+from pipeline.errors import ClipmillError
+from pipeline.stages.ray_session import connect
+from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.loop import Outcome, TrainingError, run_training
+from pipeline.training.run import Plan
+from pipeline.training.tracker import LogTracker, OpenTracker
+
+logger = logging.getLogger(__name__)
+
+SHARE = 0.001  # of a node's custom resource: it says where to go, not how many fit
+
+
+def finished(plan: Plan) -> Outcome | None:
+    """The outcome of a run that is at its end already, else ``None``."""
+    latest = Checkpoints(plan.run.output_folder).latest()
+    if latest is None or latest.meta.step < plan.steps:
+        return None
+    return Outcome(steps=latest.meta.step, checkpoint=latest.folder.uri)
+
+
+def launch(plan: Plan, open_tracker: OpenTracker = LogTracker) -> Outcome:
+    """Train ``plan`` to its end; a finished run is left as it is.
+
+    Raises:
+        TrainingError: the loss or its gradient was not finite.
+        ClipmillError: data cannot be read, checkpoints cannot be written, settings do not fit the checkpoints.
+    """
+    outcome = finished(plan)
+    if outcome is not None:
+        logger.info("the run in %s is finished: %d steps, %s", plan.run.output_folder, plan.steps, outcome.checkpoint)
+        return outcome
+    outcome = _on_ray(plan, open_tracker) if plan.run.workers else _in_this_process(plan, open_tracker)
+    if outcome.problem:
+        raise TrainingError(outcome.problem)
+    return outcome
+
+
+def evaluation_resources(plan: Plan) -> dict[str, Any]:
+    """Arguments of ``as_ray_task`` for evaluations of this run: a GPU if the cluster has one more than it trains on."""
+    import ray
+
+    cluster = dict(ray.cluster_resources())
+    spare_gpu = cluster.get("GPU", 0) > plan.run.workers
+    return {"num_cpus": 1, "num_gpus": 1 if spare_gpu else 0}
+
+
+def _in_this_process(plan: Plan, open_tracker: OpenTracker) -> Outcome:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _set_up(device)
+    return run_training(plan, device, open_tracker())
+
+
+def _on_ray(plan: Plan, open_tracker: OpenTracker) -> Outcome:
+    # One poll of the workers each half second: the time after which a dead one is noticed.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(plan.run.cluster.start_timeout_seconds)
+    connect()
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.config import FailureConfig
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    cluster = dict(ray.cluster_resources())
+    resources = worker_resources(plan, cluster)
+    _check_room(plan, resources, cluster)
+    with tempfile.TemporaryDirectory(prefix="clipmill-train-") as scratch:
+        trainer = TorchTrainer(
+            cast(Any, train_worker),
+            train_loop_config={"plan": plan, "open_tracker": open_tracker},
+            torch_config=TorchConfig(backend="nccl" if "GPU" in resources else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=plan.run.workers,
+                use_gpu="GPU" in resources,
+                resources_per_worker=resources,
+            ),
+            # Only the controller writes here, which runs beside this driver; the run's own folder is elsewhere.
+            run_config=RunConfig(
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=plan.run.cluster.max_failures, controller_failure_limit=2),
+            ),
+        )
+        try:
+            result: Any = trainer.fit()
+        except TrainingFailedError as error:
+            raise _own_error(error) or error from error
+    outcome: Outcome = result.return_value
+    return outcome
+
+
+def train_worker(config: Mapping[str, Any]) -> Outcome:
+    """What Ray Train runs in each worker; a process group exists."""
+    from ray.train.torch import get_device
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    plan: Plan = config["plan"]
+    device = get_device()
+    _set_up(device, plan.run.cluster.cpus_per_worker)
+    is_first = torch.distributed.get_rank() == 0
+    return run_training(plan, device, config["open_tracker"]() if is_first else LogTracker())
+
+
+def _set_up(device: torch.device, threads: int | None = None) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # what is not bfloat16 runs in TF32
+    elif threads is not None:
+        torch.set_num_threads(threads)
+
+
+def worker_resources(plan: Plan, cluster: Mapping[str, float]) -> dict[str, float]:
+    """What each worker asks of a cluster that has, at this moment, the resources ``cluster``."""
+    wanted = plan.run.cluster
+    resources: dict[str, float] = {"CPU": wanted.cpus_per_worker}
+    if wanted.accelerator == "gpu" or (wanted.accelerator == "auto" and cluster.get("GPU", 0) > 0):
+        resources["GPU"] = 1
+    if wanted.train_resource in cluster:
+        resources[wanted.train_resource] = SHARE
+    return resources
+
+
+def _check_room(plan: Plan, resources: Mapping[str, float], cluster: Mapping[str, float]) -> None:
+    """A cluster that is too small may grow; a private one on this machine cannot, and would wait in vain."""
+    workers = plan.run.workers
+    short = [name for name, each in resources.items() if cluster.get(name, 0) < workers * each]
+    if not short:
+        return
+    name = short[0]
+    has = f"{cluster.get(name, 0):.0f} {name}"
+    fits = int(cluster.get(name, 0) / resources[name])
+    private = "RAY_ADDRESS" not in os.environ
+    require(not private, "workers", workers, f"at most {fits} here, since this machine has {has}; 0 needs no Ray")
+    logger.warning("%d workers do not fit yet: the cluster has %s; waiting for it to grow", workers, has)
+
+
+def _own_error(error: Exception) -> ClipmillError | None:
+    """The sentence that a worker raised, where all of them raised ours or were only waiting for the one that did."""
+    failures = list(getattr(error, "worker_failures", {}).values())
+    causes = [cause for failure in failures for cause in (failure, failure.__cause__)]
+    return next((cause for cause in causes if isinstance(cause, ClipmillError)), None)

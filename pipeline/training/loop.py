@@ -1,0 +1,312 @@
+"""The training loop: one for all methods, the same in one process and in many.
+
+Everything a step does is a function of its number: its samples, their augmentation, its learning rate, and its random
+numbers (dropout), for which the generators are seeded anew in every step. So a checkpoint holds weights, the
+optimiser's state and one number, and a resumed run is, on CPUs, equal bit for bit to one that never stopped.
+"""
+
+import logging
+import time
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import ClipmillError
+from pipeline.loaders.batches import Batch, training_batches
+from pipeline.loaders.order import random_words
+from pipeline.models.method import Method, build_method
+from pipeline.training import distributed
+from pipeline.training.checkpoint import Checkpoint, Checkpoints, Meta, check_position, load_method, load_optimizer
+from pipeline.training.optimizer import make_optimizer
+from pipeline.training.run import Plan
+from pipeline.training.schedule import learning_rate
+from pipeline.training.tracker import Tracker
+
+logger = logging.getLogger(__name__)
+
+STEPS = 4  # purpose of random words, see loaders/order.py
+
+
+class TrainingError(ClipmillError):
+    """Training cannot go on, and starting it again would end the same way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended: its steps, its last checkpoint, and the samples per second of this start."""
+
+    steps: int
+    checkpoint: str
+    samples_per_second: float = 0.0
+    problem: str = ""
+    """Why it stopped early, in all ranks alike."""
+
+
+def run_training(plan: Plan, device: torch.device, tracker: Tracker) -> Outcome:
+    """Train ``plan`` to its end, from its latest checkpoint if it has one; every rank calls this.
+
+    ``tracker`` is used by rank 0. An end that all ranks share (a loss that is no number) is returned, since raising it
+    in a worker would only have the worker replaced and the same steps repeated.
+
+    Raises:
+        SettingError: the checkpoint was made with settings that this run has not.
+        DataError, StorageError: data cannot be read, a checkpoint cannot be written.
+    """
+    training = _Training(plan, device, tracker)
+    try:
+        return training.run()
+    except TrainingError as error:
+        return Outcome(steps=training.done, checkpoint=training.last_checkpoint, problem=str(error))
+
+
+class _Training:
+    """The state of a run in one process: ``done`` steps are behind it."""
+
+    def __init__(self, plan: Plan, device: torch.device, tracker: Tracker) -> None:
+        self.plan, self.config, self.device, self.tracker = plan, plan.run, device, tracker
+        self.rank, self.world = distributed.rank(), distributed.world()
+        self.order = plan.order()
+        self.checkpoints = Checkpoints(plan.run.output_folder)
+        latest = self._latest()
+        self.done = latest.meta.step if latest else 0
+        self.last_checkpoint = latest.folder.uri if latest else ""
+        self.method = self._method(latest).to(device).train()
+        self.method.gather = distributed.gather
+        self.optimizer = make_optimizer(self.config.optimizer, self.method)
+        if latest:
+            load_optimizer(self.optimizer, latest.folder)
+        self.module = distributed.parallel(self.method, device)
+        self.bf16 = self.config.precision == "bf16" or (self.config.precision == "auto" and device.type == "cuda")
+        self.bad_step = torch.tensor(-1, device=device)
+        self.clock = _Clock(self.config.batch_size)
+
+    def run(self) -> Outcome:
+        if self.rank == 0:
+            self._announce()
+        with closing(self._batches()) as batches:
+            while self.done < self.plan.steps:
+                batch = self.clock.waited(batches)
+                self._step(batch)
+        distributed.barrier()
+        if self.rank == 0:
+            self.tracker.flush()
+        speed = self.clock.overall()
+        return Outcome(steps=self.done, checkpoint=self.last_checkpoint, samples_per_second=speed)
+
+    def _step(self, batch: Batch) -> None:
+        """Train on one batch; log and save as often as asked."""
+        torch.manual_seed(step_seed(self.config.seed, self.done, self.rank))
+        rate = self._set_learning_rate()
+        self.clock.unreadable += int(batch.pop("replaced"))
+        on_device = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            losses: dict[str, Tensor] = self.module(on_device)
+        total = torch.stack(list(losses.values())).sum()
+        total.backward()
+        self.done += 1
+        logs, saves = self._logs(), self._saves()
+        norm = self._gradient_norm(measure=logs or saves)
+        self._watch(total, norm)
+        if logs or saves:
+            self._stop_if_not_finite()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.method.after_step()
+        if logs:
+            saves |= self._log({name: loss.detach() for name, loss in losses.items()}, norm, rate)
+        if saves:
+            self._save()
+
+    def _latest(self) -> Checkpoint | None:
+        """The checkpoint to go on from; all ranks agree on it."""
+        if self.rank == 0:
+            self.checkpoints.remove_broken()
+        latest = distributed.from_first(self.checkpoints.latest() if self.rank == 0 else None)
+        if latest:
+            check_position(
+                latest,
+                batch_size=self.config.batch_size,
+                lanes=self.order.lanes,
+                seed=self.config.seed,
+                snapshot=self.plan.snapshot.digest,
+            )
+        return latest
+
+    def _method(self, latest: Checkpoint | None) -> Method:
+        torch.manual_seed(self.config.seed)  # the same initial weights in all ranks
+        return load_method(latest.folder.uri) if latest else build_method(self.plan.method)
+
+    def _batches(self) -> Generator[Batch, None, None]:
+        return training_batches(
+            self.plan.snapshot,
+            self.method.readers(train=True, seed=self.config.seed, caption=self.config.caption),
+            self.order,
+            steps=range(self.done, self.plan.steps),
+            rank=self.rank,
+            world=self.world,
+            config=self.config.loader,
+        )
+
+    def _set_learning_rate(self) -> float:
+        config = self.config
+        peak = config.optimizer.learning_rate
+        rate = learning_rate(self.done, peak=peak, warmup_steps=config.warmup_steps, steps=self.plan.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _gradient_norm(self, measure: bool) -> Tensor | None:
+        """The norm of the whole gradient, which is then clipped where the run asks for it."""
+        gradients = [parameter.grad for parameter in self.method.parameters() if parameter.grad is not None]
+        if self.config.clip_grad_norm is not None:
+            return torch.nn.utils.clip_grad_norm_(self.method.parameters(), self.config.clip_grad_norm)
+        return torch.nn.utils.get_total_norm(gradients) if measure else None
+
+    def _watch(self, total: Tensor, norm: Tensor | None) -> None:
+        """Remember, on the device and without waiting for it, the first step that was not finite."""
+        finite = total.detach().isfinite() & (norm.isfinite() if norm is not None else True)
+        self.bad_step = torch.where((self.bad_step < 0) & ~finite, self.done, self.bad_step)
+
+    def _stop_if_not_finite(self) -> None:
+        """Raise in all ranks if the loss or the gradient of any was no number; before anything of it is saved."""
+        bad = distributed.first_step(self.bad_step)
+        if bad >= 0:
+            kept = self.last_checkpoint or "there is none"
+            raise TrainingError(
+                f"the loss or its gradient is not finite at step {bad}; the last checkpoint ({kept}) is from before. "
+                "A lower learning_rate, a longer warm-up or clip_grad_norm can help, in another output_folder"
+            )
+
+    def _logs(self) -> bool:
+        return self.done % self.config.log_every_steps == 0 or self.done in (1, self.plan.steps)
+
+    def _saves(self) -> bool:
+        every = self.config.checkpoint_every_steps
+        return self._evaluates() or self.done == self.plan.steps or bool(every and self.done % every == 0)
+
+    def _evaluates(self) -> bool:
+        every = self.config.evaluate_every_steps
+        return bool(every) and (self.done % (every or 1) == 0 or self.done == self.plan.steps)
+
+    def _log(self, losses: Mapping[str, Tensor], norm: Tensor | None, rate: float) -> bool:
+        """Log this step; returns whether the minutes between checkpoints are over, by rank 0's clock."""
+        means = distributed.mean_over_ranks(torch.stack(list(losses.values())).float()).tolist()
+        measures = {
+            "loss": sum(means),
+            **dict(zip(losses, means, strict=True)),
+            "lr": rate,
+            "grad_norm": norm.item() if norm is not None else 0.0,
+            **self.method.measures(),
+        }
+        metrics = {f"train/{name}": value for name, value in measures.items()} | self.clock.interval()
+        if self.rank == 0:
+            logger.info(
+                "step %d of %d: loss %.4f, %.0f samples/s",
+                self.done,
+                self.plan.steps,
+                metrics["train/loss"],
+                metrics.get("perf/samples_per_second", 0.0),
+            )
+            self.tracker.log(metrics, self.done)
+        minutes = self.config.checkpoint_every_minutes
+        return distributed.from_first(minutes is not None and self.clock.minutes_since_save() >= minutes)
+
+    def _save(self) -> None:
+        """Write a checkpoint from rank 0; the others go on, and wait for it in their next collective."""
+        self.clock.saved()
+        self.last_checkpoint = self.checkpoints.at(self.done).uri
+        if self.rank != 0:
+            return
+        meta = Meta(
+            step=self.done,
+            samples_seen=self.done * self.config.batch_size,
+            batch_size=self.config.batch_size,
+            lanes=self.order.lanes,
+            seed=self.config.seed,
+            snapshot=self.plan.snapshot.digest,
+            evaluate=self._evaluates(),
+        )
+        self.checkpoints.save(self.method, self.optimizer, meta)
+        self.checkpoints.prune(self.config.keep_checkpoints)
+        logger.info("checkpoint %s", self.last_checkpoint)
+
+    def _announce(self) -> None:
+        config, plan = self.config, self.plan
+        parameters = sum(parameter.numel() for parameter in self.method.parameters())
+        logger.info(
+            "%s, %.1f million parameters, on %s: %d samples in %d shards; steps %d to %d of %d samples, %d in each of "
+            "%d processes, %s in %s",
+            type(self.method).__name__,
+            parameters / 1e6,
+            plan.snapshot.uri,
+            plan.snapshot.samples,
+            len(plan.snapshot.shards),
+            self.done + 1,
+            plan.steps,
+            config.batch_size,
+            config.batch_size // self.world,
+            self.world,
+            self.device,
+            "bfloat16" if self.bf16 else "float32",
+        )
+        if config.warmup_steps >= plan.steps:
+            logger.warning("the warm-up takes %d steps, the run only %d", config.warmup_steps, plan.steps)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of torch's generators for a step in a rank."""
+    return int(random_words(seed, STEPS, step, rank, 1)[0] >> 1)
+
+
+class _Clock:
+    """Where the time goes, between two calls of :meth:`interval`."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.unreadable = 0
+        self._waited = 0.0
+        self._steps = self._counted = 0
+        self._began: float | None = None
+        self._since = self._saved = time.perf_counter()
+
+    def waited(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch; the time until it comes counts as waiting for data."""
+        before = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - before
+        self._steps += 1
+        return batch
+
+    def interval(self) -> dict[str, float]:
+        """Speed since the last call; none from the first one, which lies behind a start and its warm-up."""
+        now = time.perf_counter()
+        seconds, steps, waited = now - self._since, self._steps, self._waited
+        self._since, self._steps, self._waited = now, 0, 0.0
+        measured = {"data/unreadable": float(self.unreadable)}
+        if self._began is None:
+            self._began = now
+            return measured
+        self._counted += steps
+        speed = steps * self.batch_size / seconds
+        return measured | {
+            "perf/samples_per_second": speed,
+            "perf/step_seconds": seconds / steps,
+            "perf/data_wait": waited / seconds,
+        }
+
+    def overall(self) -> float:
+        """Samples per second between the first and the last call of :meth:`interval`; 0 if there was but one."""
+        if self._began is None or not self._counted:
+            return 0.0
+        return self._counted * self.batch_size / (self._since - self._began)
+
+    def minutes_since_save(self) -> float:
+        """Minutes since the start or the last checkpoint."""
+        return (time.perf_counter() - self._saved) / 60
+
+    def saved(self) -> None:
+        """A checkpoint is written now."""
+        self._saved = time.perf_counter()

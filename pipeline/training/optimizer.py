@@ -1,0 +1,42 @@
+"""AdamW with the CLIP paper's values."""
+
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.config import require
+from pipeline.models.method import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2017, arXiv 1711.05101).
+
+    The values are the CLIP paper's for its vision transformers (table 18); its ResNets took beta2 0.999, epsilon 1e-8.
+    """
+
+    learning_rate: float = 5e-4
+    """Peak learning rate, reached at the end of the warm-up."""
+    beta1: float = 0.9
+    beta2: float = 0.98
+    epsilon: float = 1e-6
+    weight_decay: float = 0.2
+    """Not applied to gains, biases and scalars."""
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
+        require(0 <= self.beta1 < 1, "beta1", self.beta1, "0 to less than 1")
+        require(0 <= self.beta2 < 1, "beta2", self.beta2, "0 to less than 1")
+        require(self.epsilon > 0, "epsilon", self.epsilon, "more than 0")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+
+
+def make_optimizer(config: AdamW, method: Method) -> torch.optim.AdamW:
+    """The optimiser over the method's parameter groups."""
+    return torch.optim.AdamW(
+        method.parameter_groups(),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+    )

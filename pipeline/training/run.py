@@ -1,0 +1,234 @@
+"""What a training run is told, and the record by which the same command finds its run again.
+
+``{output_folder}/run.json`` holds what decides the result, the data pinned to a snapshot, and the id of the run in the
+tracker. The same command again goes on; a command that would give another result is refused, and says why.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from pipeline.config import Scalar, flatten, from_plain, require, writable_folder
+from pipeline.errors import DataError, SettingError
+from pipeline.loaders.batches import LoaderConfig
+from pipeline.loaders.order import Order
+from pipeline.loaders.text import caption_field
+from pipeline.models.method import method_name
+from pipeline.shards.snapshot import Snapshot, read_snapshot
+from pipeline.shards.storage import Folder
+from pipeline.training.optimizer import AdamW
+
+logger = logging.getLogger(__name__)
+
+RECORD = "run.json"
+
+# Settings that may change from start to start: where things are, how fast they go, how often something is written.
+FREE = (
+    "output_folder",
+    "data",
+    "workers",
+    "log_every_steps",
+    "checkpoint_every_steps",
+    "checkpoint_every_minutes",
+    "keep_checkpoints",
+    "evaluate_every_steps",
+    "loader",
+    "cluster",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Where the training workers run; nothing here changes the result."""
+
+    cpus_per_worker: int = 1
+    """CPUs that each worker reserves; its threads on a machine without a GPU."""
+    accelerator: Literal["auto", "gpu", "cpu"] = "auto"
+    """One GPU for each worker, or none; auto looks at the nodes that the cluster has when the job starts."""
+    train_resource: str = "train_worker"
+    """Custom resource that workers ask for where the cluster has it (see cluster.yaml), so they land on its nodes."""
+    max_failures: int = 3
+    """Times that dead workers are replaced before the run gives up; -1 for always. Preempted nodes do not count."""
+    start_timeout_seconds: float = 600.0
+    """How long to wait for the workers' nodes, which may have to boot."""
+
+    def __post_init__(self) -> None:
+        require(self.cpus_per_worker >= 1, "cpus_per_worker", self.cpus_per_worker, "1 or more")
+        require(self.max_failures >= -1, "max_failures", self.max_failures, "-1 or more")
+        require(self.start_timeout_seconds > 0, "start_timeout_seconds", self.start_timeout_seconds, "more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How a method is trained; the defaults are the CLIP paper's where it has one (its appendix F)."""
+
+    output_folder: str = ""
+    """Where checkpoints go: an absolute path or any fsspec URI. The same folder again resumes the run in it."""
+    data: str = ""
+    """Snapshot to train on: FOLDER for its latest, or FOLDER@ID."""
+    workers: int = 0
+    """Training processes on the Ray cluster; 0 trains in this process, without Ray."""
+    batch_size: int = 32768
+    """Samples per step, over all workers."""
+    epochs: float = 32.0
+    """Times that every sample is seen."""
+    steps: int | None = None
+    """Steps of the whole run, instead of epochs."""
+    warmup_steps: int = 2000
+    """Steps in which the learning rate rises to its peak."""
+    optimizer: AdamW = field(default_factory=AdamW)
+    clip_grad_norm: float | None = None
+    """Largest norm of the gradient; none in the paper."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Matrix products in bfloat16 or float32; auto is bf16 on GPUs, fp32 elsewhere."""
+    seed: int = 0
+    """Decides initial weights, order and augmentation."""
+    caption: str = "txt"
+    """Field of the captions: txt, or json:KEY."""
+    lanes: int = 32
+    """Places in the data from which a batch is drawn; fewer where the batch cannot be divided so."""
+    shuffle_block: int = 8192
+    """Samples of a lane that are shuffled among each other."""
+    log_every_steps: int = 20
+    checkpoint_every_steps: int | None = None
+    """Steps between checkpoints; one is always written at the end."""
+    checkpoint_every_minutes: float | None = 30.0
+    """Minutes between checkpoints, looked at when metrics are logged."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints that are kept, besides those that wait for an evaluation."""
+    evaluate_every_steps: int | None = None
+    """Steps between evaluations, which run beside the training; the last step is always evaluated."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    cluster: Cluster = field(default_factory=Cluster)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.workers <= 100_000, "workers", self.workers, "0 or more")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        share = max(self.workers, 1)
+        require(self.batch_size % share == 0, "batch_size", self.batch_size, f"a multiple of the {share} workers")
+        require(self.epochs > 0, "epochs", self.epochs, "more than 0")
+        require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
+        require(self.lanes >= 1, "lanes", self.lanes, "1 or more")
+        require(self.shuffle_block >= 1, "shuffle_block", self.shuffle_block, "1 or more")
+        require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "1 or more")
+        require(self.log_every_steps >= 1, "log_every_steps", self.log_every_steps, "1 or more")
+        for name in ("steps", "clip_grad_norm", "checkpoint_every_minutes"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "more than 0, or none")
+        for name in ("checkpoint_every_steps", "evaluate_every_steps"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "1 or more, or none")
+        caption_field(self.caption)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run with everything settled, as each worker gets it: ``method`` is the method's config."""
+
+    method: Any
+    run: Run
+    snapshot: Snapshot
+    steps: int
+
+    def order(self) -> Order:
+        """The order of samples."""
+        return make_order(self.run, self.snapshot)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """The content of ``run.json``."""
+
+    settings: Mapping[str, Scalar]
+    snapshot: str
+    digest: str
+    tracking_run: str = ""
+
+
+def prepare(method: Any, run: Run) -> tuple[Plan, Record]:
+    """Settle a run before anything is started: its folder, its data, its number of steps.
+
+    A new folder gets its ``run.json``; in the folder of an earlier start of the same run, the data stay those of the
+    first start even where the data set has grown since.
+
+    Raises:
+        SettingError: a folder that cannot be used, or one that holds another run.
+        SnapshotError: the data cannot be read.
+    """
+    run = replace(run, output_folder=writable_folder("output_folder", run.output_folder))
+    require(bool(run.data), "data", run.data, "the folder of a snapshot, which jobs/refresh_dataset.py makes")
+    folder = Folder(run.output_folder)
+    earlier = read_record(folder)
+    snapshot = _pinned(run.data, earlier)
+    run = replace(run, data=snapshot.uri)
+    settings = {"method": method_name(method), **flatten(method), **_deciding(run)}
+    record = Record(settings=settings, snapshot=snapshot.uri, digest=snapshot.digest)
+    if earlier is None:
+        write_record(folder, record)
+    else:
+        _check_same(folder, earlier, record)
+        record = earlier
+    steps = run.steps or make_order(run, snapshot).steps(run.epochs)
+    return Plan(method=method, run=run, snapshot=snapshot, steps=steps), record
+
+
+def make_order(run: Run, snapshot: Snapshot) -> Order:
+    """The order of the snapshot's samples that the run's settings decide."""
+    sizes = [shard.samples for shard in snapshot.shards]
+    return Order(sizes, seed=run.seed, batch_size=run.batch_size, lanes=run.lanes, shuffle_block=run.shuffle_block)
+
+
+def read_record(folder: Folder) -> Record | None:
+    """The record of the run in ``folder``, or ``None``.
+
+    Raises:
+        DataError: ``run.json`` is there but is none.
+    """
+    try:
+        plain = json.loads(folder.read_text(RECORD))
+        return from_plain(Record, plain, folder.join(RECORD))
+    except FileNotFoundError:
+        return None
+    except (ValueError, NotADirectoryError) as error:
+        raise DataError(f"{folder.join(RECORD)} was not written by a training run ({error})") from error
+
+
+def write_record(folder: Folder, record: Record) -> None:
+    """Write ``run.json``."""
+    folder.write_atomic(RECORD, json.dumps(asdict(record), indent=2).encode())
+
+
+def _pinned(data: str, earlier: Record | None) -> Snapshot:
+    """The snapshot of the first start; that of ``data`` where this is the first, or where the data were moved."""
+    if earlier is None:
+        return read_snapshot(data)
+    folder, _, snapshot_id = earlier.snapshot.rpartition("@")
+    same_place = "@" not in data.rsplit("/", 1)[-1] and Folder(data).uri == folder
+    snapshot = read_snapshot(earlier.snapshot if same_place else data)
+    if snapshot.digest != earlier.digest:
+        raise SettingError("data", data, f"{earlier.snapshot}, on which the run in this folder is trained")
+    if same_place and snapshot.id != read_snapshot(data).id:
+        logger.info("the data have a newer snapshot; this run stays with %s", snapshot_id)
+    return snapshot
+
+
+def _deciding(run: Run) -> dict[str, Scalar]:
+    settings = flatten(run)
+    return {
+        name: value
+        for name, value in settings.items()
+        if not any(name == free or name.startswith(free + ".") for free in FREE)
+    }
+
+
+def _check_same(folder: Folder, earlier: Record, now: Record) -> None:
+    names = sorted({*earlier.settings, *now.settings})
+    differing = [name for name in names if earlier.settings.get(name) != now.settings.get(name)]
+    if differing:
+        first = differing[0]
+        details = ", ".join(f"{name} {earlier.settings.get(name)}" for name in differing)
+        allowed = f"{earlier.settings.get(first)}, since {folder.uri} holds a run with {details}; or another folder"
+        raise SettingError(first, now.settings.get(first), allowed)

@@ -1,0 +1,34 @@
+"""What training needs of a tracker. MLflow's lives in pipeline.tracking; it arrives as an argument."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """Takes numbers. Logging must not stop a run: a tracker keeps its troubles to itself."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record ``metrics`` at ``step``; returns at once. A step may come twice, after a resume."""
+        ...
+
+    def flush(self) -> object:
+        """Send what is still queued."""
+        ...
+
+
+OpenTracker = Callable[[], Tracker]
+"""Opens the run's tracker in the process that logs, which is rank 0's. It pickles; a tracker need not."""
+
+
+class LogTracker:
+    """Writes numbers to the log, at level DEBUG: for runs without a tracking server."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """One line."""
+        logger.debug("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items())))
+
+    def flush(self) -> None:
+        """Nothing is queued."""
