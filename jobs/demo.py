@@ -11,7 +11,6 @@ and it goes on where it was: what is made already is not made again. `make demo`
 import ctypes
 import fcntl
 import json
-import logging
 import os
 import re
 import shutil
