@@ -49,7 +49,7 @@ setup: ## Make or refresh .venv from requirements.lock (the other targets do it 
 		echo "Refreshing .venv: requirements.lock, pyproject.toml or the folder has changed."; \
 	fi; \
 	quiet=--quiet; if [ -t 2 ]; then quiet=; fi; \
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv && \
+	.venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check uv && \
 	.venv/bin/python -m uv pip install $$quiet --compile-bytecode -r requirements.lock && \
 	.venv/bin/python -m uv pip install --quiet --compile-bytecode --no-deps --no-build-isolation --editable . && \
 	echo "$$stamp" > .venv/.installed
