@@ -161,14 +161,22 @@ class MlflowTracker:
         """Wait until all is sent; ``False`` if it took longer."""
         return self._writer.flush(seconds)
 
+    def close(self, seconds: float = FLUSH_SECONDS) -> None:
+        """Send what is left, for at most ``seconds``; the run stays as it is."""
+        self._stop_watching()
+        self._writer.close(seconds)
+
     def finish(self, status: Status = "FINISHED", seconds: float = FLUSH_SECONDS) -> None:
-        """Send what is left, for at most ``seconds``, and end the run if this tracker owns it."""
+        """:meth:`close`, and end the run if this tracker owns it."""
+        self._stop_watching()
+        if self.owns:
+            self._later(lambda: self._client.set_terminated(self.run_id, status), f"end of run {self.run_id}")
+        self.close(seconds)
+
+    def _stop_watching(self) -> None:
         if self._system is not None:
             self._system.stop()
             self._system = None
-        if self.owns:
-            self._later(lambda: self._client.set_terminated(self.run_id, status), f"end of run {self.run_id}")
-        self._writer.close(seconds)
 
     def _later(self, task: Callable[[], Any], what: str) -> None:
         self._writer.do(task, what)
@@ -191,6 +199,7 @@ class NoTracker:
     """Has a tracker's methods and keeps what it is told in memory: for tests and runs without MLflow."""
 
     run_id = ""
+    handle = None
     where = "not tracked"
 
     def __init__(self) -> None:
@@ -240,6 +249,9 @@ class NoTracker:
         """Nothing is ever waiting."""
         return True
 
+    def close(self, seconds: float = 0.0) -> None:
+        """Do nothing."""
+
     def finish(self, status: Status = "FINISHED", seconds: float = 0.0) -> None:
         """Remember how the run ended."""
         self.status = status
@@ -259,6 +271,8 @@ def start(settings: Tracking, config: Any, run_id: str = "", tags: Mapping[str, 
     uri = checked_uri(settings.uri)
     store = client(uri)
     old = _existing(store, run_id)
+    if run_id and not old:
+        logger.warning("run %s is not in the store any more: a new one is made", run_id)
     run = _revive(store, old) if old else _create(store, uri, settings)
     tracker = MlflowTracker(RunHandle(uri=uri, run_id=run.info.run_id), owns=True)
     changed = _log_params(store, run, config)
@@ -271,6 +285,27 @@ def start(settings: Tracking, config: Any, run_id: str = "", tags: Mapping[str, 
     return tracker
 
 
+def attach(settings: Tracking, run_id: str) -> MlflowTracker:
+    """A tracker that adds to the run ``run_id`` and leaves its state as it is.
+
+    Raises:
+        SettingError: the store has no such run, or does not answer.
+    """
+    uri = checked_uri(settings.uri)
+    found = _existing(client(uri), run_id)
+    require(found is not None, "run_id", run_id, f"a run of {masked(uri)}")
+    return RunHandle(uri=uri, run_id=run_id).open()
+
+
+def open_tracker(
+    settings: Tracking, config: Any, *, run_id: str = "", new: bool = False
+) -> "MlflowTracker | NoTracker":
+    """A tracker that adds to the run ``run_id``, else to a ``new`` one; else one that records nothing."""
+    if run_id:
+        return attach(settings, run_id)
+    return start(settings, config) if new else NoTracker()
+
+
 def _existing(store: "MlflowClient", run_id: str) -> "Run | None":
     from mlflow.exceptions import MlflowException
 
@@ -280,7 +315,6 @@ def _existing(store: "MlflowClient", run_id: str) -> "Run | None":
         run = store.get_run(run_id)
         if run.info.lifecycle_stage == "active":
             return run
-    logger.warning("run %s is not in the store any more: a new one is made", run_id)
     return None
 
 

@@ -1,0 +1,86 @@
+#!/usr/bin/env python
+"""Evaluate a checkpoint: zero-shot classification and image-text retrieval.
+
+    ray job submit --working-dir . -- python jobs/evaluate.py drawn --checkpoint s3://bucket/runs/first
+    python jobs/evaluate.py imagenet --checkpoint ViT-B-32:laion2b_s34b_b79k --zero-shot imagenet=s3://bucket/val
+    python jobs/evaluate.py sets --checkpoint FOLDER --retrieval SHARDS --output result.json
+
+A checkpoint is one of our folders (of a run: its newest), an open_clip architecture with a pretrained tag or file, or
+ARCHITECTURE:untrained for random weights. A set is a dataset card or the folder of a snapshot. With --run-id the
+metrics join that MLflow run, at the checkpoint's step or --step; with --track they make a run of their own.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import tyro
+
+from pipeline.config import require, run_job, writable_folder
+from pipeline.evaluation.models import trained_steps
+from pipeline.evaluation.report import table, write_result
+from pipeline.evaluation.suite import Evaluations
+from pipeline.tracking.follow import evaluate_checkpoint
+from pipeline.tracking.runs import Tracking, open_tracker
+
+DRAWN = Evaluations(zero_shot=("drawn_shapes",), retrieval=("drawn",), samples=2000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """One model, some sets."""
+
+    checkpoint: str
+    """Folder of a checkpoint or a run (path or URI), ARCHITECTURE:TAG, ARCHITECTURE:FILE, or ARCHITECTURE:untrained."""
+    evaluations: Evaluations = field(default_factory=Evaluations)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes a GPU where there is one."""
+    output: str = ""
+    """JSON file to write the metrics to: a path or a URI."""
+    run_id: str = ""
+    """MLflow run that the metrics and figures join."""
+    step: int | None = None
+    """Step to log at; the checkpoint's own where it is not given."""
+    track: bool = False
+    """Make a new MLflow run for this evaluation."""
+    tracking: Tracking = field(default_factory=lambda: Tracking(system_metrics=False))
+
+    def __post_init__(self) -> None:
+        require(not (self.track and self.run_id), "run_id", self.run_id, "either --run-id or --track")
+        require(self.step is None or self.step >= 0, "step", self.step, "0 or more")
+
+
+PRESETS: dict[str, tuple[str, Evaluate]] = {
+    "drawn": ("The sets of the embedded world.", Evaluate(checkpoint=tyro.MISSING, evaluations=DRAWN)),
+    "imagenet": (
+        "ImageNet's 1,000 classes with CLIP's 80 prompts; --zero-shot imagenet=FOLDER names the shards.",
+        Evaluate(checkpoint=tyro.MISSING, evaluations=Evaluations(classes="imagenet", templates="imagenet")),
+    ),
+    "sets": ("The sets that --zero-shot and --retrieval name.", Evaluate(checkpoint=tyro.MISSING)),
+    "smoke": (
+        "An untrained model on a few drawn samples.",
+        Evaluate(
+            checkpoint="clipmill-tiny:untrained",
+            evaluations=Evaluations(zero_shot=("drawn_shapes",), retrieval=("drawn",), samples=48),
+        ),
+    ),
+}
+
+
+def main(run: Evaluate) -> None:
+    """Wire model, sets and tracker; everything is checked before the model is loaded."""
+    sets = run.evaluations.sets()
+    require(bool(sets), "sets", (), "at least one set: --zero-shot or --retrieval with a dataset card or a folder")
+    output = writable_folder("output", run.output) if run.output else ""
+    prepared = run.evaluations.prepare()
+    step = trained_steps(run.checkpoint) if run.step is None else run.step
+    with open_tracker(run.tracking, run, run_id=run.run_id, new=run.track) as tracker:
+        metrics = evaluate_checkpoint(
+            run.checkpoint, run.evaluations, tracker.handle, step or 0, device=run.device, prepared=prepared
+        )
+    print(table(metrics))
+    if output:
+        write_result(output, metrics, {"checkpoint": run.checkpoint, "step": step})
+
+
+if __name__ == "__main__":
+    run_job(PRESETS, main)

@@ -1,0 +1,159 @@
+"""The samples that an evaluation reads: of a snapshot's shards, or straight from the source of a dataset card.
+
+A card whose source has its pictures at hand (the drawn sets, a folder, tars) needs no shards: its rows are read or
+rendered as they are asked for. One whose rows are urls has to be made into a snapshot first.
+"""
+
+import json
+import logging
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+from torch import Tensor
+
+from pipeline.config import require
+from pipeline.dataset import Card, card_names, load_card
+from pipeline.errors import DataError
+from pipeline.loaders.images import ImageTransform, decode
+from pipeline.loaders.samples import Samples, UnreadableSample
+from pipeline.shards.sample import Sample
+from pipeline.shards.snapshot import Snapshot, read_snapshot
+from pipeline.shards.storage import Folder
+from pipeline.sources import open_source
+from pipeline.sources.source import Row, Slice, Source
+
+logger = logging.getLogger(__name__)
+
+ROWS_AT_ONCE = 64  # rows of a source that are read together
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class SnapshotData:
+    """The samples of a snapshot. ``card`` is that of the data set, where it was made from one that is known here."""
+
+    snapshot: Snapshot
+    card: Card | None
+
+    def samples(self, limit: int | None) -> Iterator[Sample]:
+        """All samples, or ``limit`` of them at equal distances, so that sorted shards give every class its share."""
+        samples = Samples(self.snapshot, open_shards=2)
+        return (samples[number] for number in spread(len(samples), limit))
+
+
+@dataclass(frozen=True)
+class CardData:
+    """The samples of a card's source, made when they are read."""
+
+    source: Source
+    card: Card
+
+    def samples(self, limit: int | None) -> Iterator[Sample]:
+        """As :meth:`SnapshotData.samples`, but in runs of up to 64 rows, since a source is read in slices."""
+        with tempfile.TemporaryDirectory() as scratch:
+            together = ROWS_AT_ONCE if limit is None else max(1, min(ROWS_AT_ONCE, limit // 8))
+            slices = list(self.source.slices(together, Folder(scratch)))
+            wanted = None if limit is None else -(-limit // together)
+            rows = (row for number in spread(len(slices), wanted) for row in self._rows(slices[number]))
+            for count, row in enumerate(islice(rows, limit)):
+                yield self._sample(count, row)
+
+    def _rows(self, piece: Slice) -> Iterator[Row]:
+        return self.source.rows(piece)
+
+    def _sample(self, number: int, row: Row) -> Sample:
+        if row.problem is not None:
+            return Sample(f"{number:09d}", {})
+        if row.image is None:
+            raise DataError(f"the card {self.card.name} lists urls; {_download(self.card)}")
+        record = json.dumps({**row.columns, "caption": row.caption}).encode()
+        text = {} if row.caption is None else {"txt": row.caption.encode()}
+        return Sample(f"{number:09d}", {**row.members, "jpg": row.image, "json": record, **text})
+
+
+Data = SnapshotData | CardData
+
+
+def open_data(data: str) -> Data:
+    """The samples at ``data``: a card's name or YAML file, else the URI of a snapshot's folder, ``folder[@id]``.
+
+    Raises:
+        SettingError: a broken card, or options that its source refuses.
+        SnapshotError: neither a card nor a folder with a snapshot.
+    """
+    if data in card_names() or data.endswith((".yaml", ".yml")):
+        given = load_card(data)
+        source = open_source(given.source)
+        require(source.kind != "urls", "data", data, f"a set whose pictures are at hand; {_download(given)}")
+        return CardData(source, given)
+    require(bool(data), "data", data, "a dataset card (" + ", ".join(card_names()) + ") or the folder of a snapshot")
+    snapshot = read_snapshot(data)
+    card = load_card(snapshot.card) if snapshot.card in card_names() else None
+    return SnapshotData(snapshot, card)
+
+
+def _download(card: Card) -> str:
+    return f"`jobs/refresh_dataset.py card {card.name} --output-folder FOLDER` downloads it: evaluate on FOLDER"
+
+
+def spread(count: int, limit: int | None) -> Sequence[int]:
+    """``limit`` of the numbers ``0 ... count - 1`` at equal distances; all of them where ``limit`` is none or more."""
+    if limit is None or limit >= count:
+        return range(count)
+    return [number * count // limit for number in range(limit)]
+
+
+def readable_pictures(
+    samples: Iterator[Sample], transform: ImageTransform, read: Callable[[Sample], Value], threads: int
+) -> Iterator[tuple[Tensor, Value]]:
+    """The picture, uint8 ``[3, H, W]``, of each sample, and what ``read`` gives for it, in order.
+
+    Decoding runs in ``threads`` threads, a few pictures ahead of the reader. Samples without a readable picture are
+    left out, as are those for which ``read`` raises :class:`UnreadableSample`; how many is said at the end.
+
+    Raises:
+        DataError: not one sample is readable.
+    """
+    good = bad = 0
+    reason = ""
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        for future in _ahead(pool, samples, lambda sample: _read(sample, transform, read), 4 * threads):
+            result = future.result()
+            if isinstance(result, UnreadableSample):
+                bad, reason = bad + 1, str(result)
+            else:
+                good += 1
+                yield result
+    if bad:
+        logger.warning("%d of %d samples are unreadable and left out; the last one: %s", bad, good + bad, reason)
+    if not good:
+        raise DataError(f"not one of {bad} samples is readable; the last one: {reason or 'there are none'}")
+
+
+def _read(
+    sample: Sample, transform: ImageTransform, read: Callable[[Sample], Value]
+) -> tuple[Tensor, Value] | UnreadableSample:
+    try:
+        content = sample.image()
+        if content is None:
+            raise UnreadableSample(f"{sample.key} has no picture")
+        return transform(decode(content)), read(sample)
+    except UnreadableSample as error:
+        return error
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, samples: Iterator[Sample], work: Callable[[Sample], Value], distance: int
+) -> Iterator[Future[Value]]:
+    """Futures of ``work`` in the order of ``samples``, at most ``distance`` of them unfinished or unread."""
+    waiting: deque[Future[Value]] = deque()
+    for sample in samples:
+        waiting.append(pool.submit(work, sample))
+        if len(waiting) >= distance:
+            yield waiting.popleft()
+    yield from waiting

@@ -1,0 +1,52 @@
+"""The model that is evaluated, by its address."""
+
+from typing import cast
+
+import torch
+
+from pipeline.config import require
+from pipeline.evaluation.suite import Evaluable
+from pipeline.models.clip import Config
+from pipeline.models.method import Method, build_method
+from pipeline.shards.storage import Folder
+from pipeline.training.checkpoint import Checkpoints, load_method, read_meta
+
+UNTRAINED = ":untrained"
+
+
+def load_model(address: str, device: str = "auto") -> Evaluable:
+    """A method in evaluation mode on ``device`` (``auto``: a GPU where there is one).
+
+    ``address`` is what :func:`pipeline.training.checkpoint.load_method` takes (a checkpoint's or a run's folder, or an
+    open_clip ``ARCHITECTURE:WEIGHTS``), or ``ARCHITECTURE:untrained``: random weights, always the same ones, the
+    baseline that any training has to beat.
+
+    Raises:
+        SettingError: none of these, or a model without towers for pictures and texts.
+        DataError: a damaged checkpoint.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if address.endswith(UNTRAINED):
+        method = _untrained(address.removesuffix(UNTRAINED)).to(device).eval()
+    else:
+        method = load_method(address, device)
+    both = all(callable(getattr(method, name, None)) for name in ("encode_image", "encode_text"))
+    require(both, "checkpoint", address, "a model that encodes pictures and texts")
+    return cast(Evaluable, method)
+
+
+def _untrained(architecture: str) -> Method:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build_method(Config(architecture=architecture))
+
+
+def trained_steps(address: str) -> int | None:
+    """The step at which the checkpoint at ``address`` was made; ``None`` for what is no checkpoint of ours."""
+    folder = Folder(address)
+    meta = read_meta(folder)
+    if meta is None:
+        latest = Checkpoints(folder).latest()
+        meta = latest.meta if latest else None
+    return meta.step if meta else None

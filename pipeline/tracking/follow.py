@@ -1,0 +1,55 @@
+"""Evaluate a checkpoint and record the result in the run that made it, from any process.
+
+The training ranks write a checkpoint and go on; whoever follows them (a Ray task, a spawned process) calls
+:func:`evaluate_checkpoint` with the checkpoint's address and gets numbers back. All arguments pickle.
+"""
+
+from pipeline.evaluation.models import load_model
+from pipeline.evaluation.showcase import model_figures
+from pipeline.evaluation.suite import Evaluations, Prepared, evaluate
+from pipeline.tracking.runs import MlflowTracker, RunHandle
+
+UNTRACKED = ("samples",)  # constants of a set that would be charts of their own
+
+
+def evaluate_checkpoint(
+    checkpoint: str,
+    evaluations: Evaluations,
+    run: RunHandle | None,
+    step: int,
+    *,
+    device: str = "auto",
+    figures: bool = True,
+    prepared: Prepared | None = None,
+) -> dict[str, float]:
+    """The metrics of ``checkpoint``, also logged into ``run`` at ``step``.
+
+    Args:
+        checkpoint: what :func:`pipeline.evaluation.models.load_model` takes.
+        evaluations: which sets.
+        run: the MLflow run to write into, or none.
+        step: the step that the checkpoint was made at.
+        device: where to run the model, ``cpu``, ``cuda`` or ``auto``.
+        figures: also log similarity matrices and retrieval examples of the retrieval sets.
+        prepared: ``evaluations.prepare()``, where the caller has done it already.
+
+    Raises:
+        SettingError: an unknown set or checkpoint.
+        DataError: damaged data.
+    """
+    ready = prepared or evaluations.prepare()
+    model = load_model(checkpoint, device)
+    metrics = evaluate(model, ready)
+    if run is not None:
+        tracker = run.open()
+        log_evaluation(tracker, metrics, step)
+        for name, figure in model_figures(model, ready, f"at step {step}").items() if figures else ():
+            tracker.log_figure(name, figure)
+        tracker.close()
+    return metrics
+
+
+def log_evaluation(tracker: MlflowTracker, metrics: dict[str, float], step: int) -> None:
+    """Log the metrics of :func:`pipeline.evaluation.suite.evaluate`, without the sizes of the sets."""
+    kept = {name: value for name, value in metrics.items() if name.rpartition("/")[2] not in UNTRACKED}
+    tracker.log(kept, step)
