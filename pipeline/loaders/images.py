@@ -158,7 +158,7 @@ def _decode_with_pillow(content: bytes) -> Pixels:
         with warnings.catch_warnings(action="ignore"), Image.open(BytesIO(content)) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise UnreadableSample(f"{picture.width} x {picture.height} pixels")
-            return np.asarray(picture.convert("RGB"))
+            return np.array(picture.convert("RGB"))  # a copy: torch warns about memory it may not write
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UnreadableSample(str(error)) from error
 
