@@ -79,6 +79,7 @@ _PILLOW_ERRORS = (
     TypeError,
     ArithmeticError,
     struct.error,
+    RuntimeError,
     Warning,
 )
 # What libjpeg warns about although the pixels are whole.
@@ -288,7 +289,7 @@ def _check_output(geometry: Geometry, options: ImageOptions) -> None:
 def _jpeg_header(body: bytes) -> Header:
     try:
         height, width, colour, _ = simplejpeg.decode_jpeg_header(body, strict=False)
-    except ValueError:
+    except (ValueError, KeyError):
         # Sampling factors that the TurboJPEG interface has no name for, or damage: Pillow's reader tells.
         return _pillow_header(body)
     return Header("jpeg", width, height, str(colour))
@@ -366,41 +367,37 @@ def _decode(body: bytes, header: Header, shrink: int = 1) -> Pixels:
 
 def _decode_jpeg(body: bytes, header: Header, shrink: int) -> Pixels:
     colour = {"Gray": "GRAY", "CMYK": "CMYK", "YCCK": "CMYK"}.get(header.colour, "BGR")
-    size = -(-header.height // shrink), -(-header.width // shrink)
+    size = -(-header.width // shrink), -(-header.height // shrink)
     try:
-        pixels = simplejpeg.decode_jpeg(body, colour, min_height=size[0], min_width=size[1])
+        pixels = simplejpeg.decode_jpeg(body, colour, min_height=size[1], min_width=size[0])
     except ValueError as error:
-        pixels = _decode_doubtful_jpeg(body, colour, size, str(error).lower())
+        return _decode_doubtful_jpeg(body, header, shrink, str(error).lower())
     if colour == "GRAY":
         return np.asarray(pixels[:, :, 0])
-    return _cmyk_to_bgr(pixels, body) if colour == "CMYK" else np.asarray(pixels)
+    return _cmyk_to_bgr(pixels) if colour == "CMYK" else np.asarray(pixels)
 
 
-def _decode_doubtful_jpeg(body: bytes, colour: str, size: tuple[int, int], warning: str) -> Pixels:
+def _decode_doubtful_jpeg(body: bytes, header: Header, shrink: int, warning: str) -> Pixels:
     """Tell a whole picture with a blemish in its file from one that libjpeg would fill up with grey."""
-    strict = True
     if "premature end of jpeg file" in warning:
         # Only the end mark may be missing; of a progressive file one can not know whether passes are missing too.
-        if b"\xff\xc2" in body[: body.find(b"\xff\xda")]:
+        if body.endswith(b"\xff\xd9") or b"\xff\xc2" in body[: body.find(b"\xff\xda")]:
             _fail("truncated", "Image decoding error: truncated")
-        body += b"\xff\xd9"
-    elif any(harmless in warning for harmless in _HARMLESS_JPEG_WARNINGS):
-        strict = False
-    else:
-        _fail("damaged", "Image decoding error: damaged")
-    try:
-        pixels = simplejpeg.decode_jpeg(body, colour, min_height=size[0], min_width=size[1], strict=strict)
-    except ValueError:
+        return _decode_jpeg(body + b"\xff\xd9", header, shrink)
+    if "premature end" in warning:
         _fail("truncated", "Image decoding error: truncated")
-    return np.asarray(pixels)
+    if not any(harmless in warning for harmless in _HARMLESS_JPEG_WARNINGS):
+        _fail("damaged", "Image decoding error: damaged")
+    # TurboJPEG makes errors of these; OpenCV reads on, but knows no scale.
+    pixels = _decode_with_opencv(body, "jpeg")
+    size = -(-header.width // shrink), -(-header.height // shrink)
+    return pixels if shrink == 1 else np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA))
 
 
-def _cmyk_to_bgr(pixels: Pixels, body: bytes) -> Pixels:
-    # Adobe's writers store the inks inverted and mark the file; colour = (255 - ink) (255 - black) / 255.
-    light = pixels if b"\xff\xee\x00\x0eAdobe" in body else 255 - pixels
-    inks = np.ascontiguousarray(light[:, :, 2::-1])
-    black = cv2.merge([light[:, :, 3]] * 3)
-    return np.asarray(cv2.multiply(inks, black, scale=1 / 255))
+def _cmyk_to_bgr(pixels: Pixels) -> Pixels:
+    # JPEG writers store the inks inverted, so that each value is a share of light: colour = value * black / 255.
+    black = cv2.merge([pixels[:, :, 3]] * 3)
+    return np.asarray(cv2.multiply(np.ascontiguousarray(pixels[:, :, 2::-1]), black, scale=1 / 255))
 
 
 def _decode_with_opencv(body: bytes, kind: str) -> Pixels:
