@@ -1,0 +1,62 @@
+"""How two things stand to each other, read off their boxes and masks."""
+
+import cv2
+import numpy as np
+
+from pipeline.sources.drawn.scenes import Scene, Thing
+
+RELATIONS = ("left of", "right of", "above", "below", "inside", "behind", "in front of")
+PHRASES = {
+    "left of": ("to the left of", "left of", "on the left of"),
+    "right of": ("to the right of", "right of", "on the right of"),
+    "above": ("above", "higher up than"),
+    "below": ("below", "underneath"),
+    "inside": ("inside", "within"),
+    "behind": ("behind", "partly hidden by"),
+    "in front of": ("in front of", "partly covering"),
+}
+HIDING = 0.06
+"""A thing is behind another that hides at least this fraction of it."""
+
+
+def relation_between(scene: Scene, first: int, second: int) -> str | None:
+    """The one relation that holds of the things with these indices, or None.
+
+    Sides are judged by boxes that do not overlap along an axis, the axis being that on which the centres lie farther
+    apart; ``inside`` means that all of the first lies within the outer contour of the second and in front of it;
+    ``behind`` means hidden by it (:data:`HIDING`), and ``in front of`` is its reverse.
+    """
+    one, other = scene.things[first], scene.things[second]
+    beside = _side(one, other)
+    if beside is not None:
+        return beside
+    if one.depth > other.depth:
+        if _within(one, other):
+            return "inside"
+        return "in front of" if _hides(one, other) else None
+    return "behind" if _hides(other, one) and not _within(other, one) else None
+
+
+def _side(one: Thing, other: Thing) -> str | None:
+    x, y, width, height = one.box
+    other_x, other_y, other_width, other_height = other.box
+    across = (other_x + other_width / 2) - (x + width / 2)
+    down = (other_y + other_height / 2) - (y + height / 2)
+    if abs(across) >= abs(down):
+        if x + width <= other_x:
+            return "left of"
+        return "right of" if other_x + other_width <= x else None
+    if y + height <= other_y:
+        return "above"
+    return "below" if other_y + other_height <= y else None
+
+
+def _within(inner: Thing, outer: Thing) -> bool:
+    filled = np.zeros_like(inner.coverage)
+    cv2.fillPoly(filled, outer.outline.subpixels()[:1], 255, cv2.LINE_AA, 4)
+    return not bool((inner.whole & (filled < 128)).any())
+
+
+def _hides(front: Thing, back: Thing) -> bool:
+    covered = np.count_nonzero(front.visible & back.whole)
+    return bool(covered >= HIDING * np.count_nonzero(back.whole))

@@ -1,0 +1,154 @@
+"""The splits: pre-training, the tests that let methods differ, and the small sets that stand for the ones papers use.
+
+    train, val           long-tailed, captioned, 5 % wrong; no held-out pair, no sketch
+    held_out_pairs       label "red star", all pairs that training never shows; seen_pairs the others. Name the label
+                         among all 240 pairs in both, then the two numbers compare
+    shapes               label = shape, every class as often; unseen_style the same as sketches
+    base, novel, rare    like shapes, of the 18 base shapes, the 6 novel ones, the rarest tenth
+    colours, textures, styles    label = that attribute
+    counting             "one thing" ... "six things", all of one shape, none hidden
+    relations            a true caption, a false one with words swapped (column ``negative``), label = relation
+    fine_grained         stars by points, polygons by sides
+    aerial               dozens of tiny things, label = the shape of most
+    digits, digits_real  "0" ... "9" from OpenCV's stroke fonts, and scikit-learn's 8 x 8 scans
+
+``<name>_train`` is a labelled pool for few-shot protocols: the same recipe under its own counter, except that the scans
+of ``digits_real_train`` come from the first 1000 of the 1797. Take the first k samples of each class for shots, and
+another ``seed`` of the source for another draw.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from pipeline.sources.drawn import world
+from pipeline.sources.drawn.draws import Draws
+from pipeline.sources.drawn.relations import RELATIONS, relation_between
+from pipeline.sources.drawn.scenes import (
+    Look,
+    Recipe,
+    Scene,
+    Thing,
+    Wish,
+    finished,
+    make_thing,
+    sample_look,
+    sample_pose,
+    sample_scene,
+)
+
+COUNT_CLASSES = ("one thing", *(f"{number} things" for number in world.NUMBER_WORDS[2:]))
+PAIR_CLASSES = tuple(f"{colour} {shape}" for shape in world.SHAPE_NAMES for colour in world.COLOUR_NAMES)
+RELATION_CLASSES = RELATIONS[:6]
+AERIAL_CLASSES = ("disc", "square", "star", "triangle", "ring", "heart", "arrow", "cross", "bar", "crescent")
+DIGIT_CLASSES = tuple("0123456789")
+
+CAPTIONED = ("train", "val")
+"""The splits whose captions are sometimes wrong."""
+
+_ONE = Recipe(varies=True, counts=(0.7, 0.9, 1.0), main_sizes=(0.0, 0.3, 1.0), alike=0.0, arranged=0.0)
+_SHAPES = replace(_ONE, classes=world.SHAPE_NAMES)
+_PAIR = replace(_ONE, label="pair")
+
+RECIPES: dict[str, Recipe] = {
+    "train": Recipe(),
+    "val": Recipe(),
+    "held_out_pairs": replace(_PAIR, classes=tuple(f"{c} {s}" for s, c in world.held_out_pairs())),
+    "seen_pairs": replace(_PAIR, classes=tuple(f"{c} {s}" for s, c in world.seen_pairs())),
+    "shapes": _SHAPES,
+    "unseen_style": replace(_SHAPES, styles=(world.UNSEEN_STYLE,)),
+    "base": replace(_SHAPES, classes=world.base_shapes()),
+    "novel": replace(_SHAPES, classes=world.novel_shapes()),
+    "rare": replace(_SHAPES, classes=world.RARE_SHAPES),
+    "colours": replace(_ONE, label="colour", classes=world.COLOUR_NAMES, counts=(1.0,)),
+    "textures": replace(_ONE, label="texture", classes=world.TEXTURE_NAMES, counts=(1.0,)),
+    "styles": replace(_ONE, label="style", classes=tuple(world.STYLE_CLASSES.values())),
+    "counting": replace(_ONE, label="count", classes=COUNT_CLASSES, main_sizes=(0.4, 1.0, 1.0), alike=1.0, cap=0.0),
+    "relations": replace(_ONE, label="relation", classes=RELATION_CLASSES, main_sizes=(0.0, 0.6, 1.0)),
+    "fine_grained": replace(
+        _ONE, label="variant", classes=world.FINE_GRAINED, counts=(1.0,), main_sizes=(0.0, 0.0, 1.0)
+    ),
+    "aerial": replace(_ONE, classes=AERIAL_CLASSES),
+}
+PICTURE_SETS = {"digits": DIGIT_CLASSES, "digits_real": DIGIT_CLASSES}
+"""Sets without a scene: pictures of a class and nothing else."""
+
+SMALL_SETS = (
+    "shapes", "colours", "textures", "counting", "relations", "fine_grained", "aerial", "styles",
+    "digits", "digits_real",
+)  # fmt: skip
+SPLITS = (
+    *RECIPES,
+    *PICTURE_SETS,
+    *(f"{name}_train" for name in (*SMALL_SETS, "base")),
+)
+
+
+def recipe_name(split: str) -> str:
+    """The recipe that a split is drawn by: its own, or that of the set whose few-shot pool it is."""
+    return split.removesuffix("_train")
+
+
+def classes_of(split: str) -> tuple[str, ...]:
+    """The class names of a split's labels; for train and val, the shapes."""
+    name = recipe_name(split)
+    if name in PICTURE_SETS:
+        return PICTURE_SETS[name]
+    if name in ("held_out_pairs", "seen_pairs"):
+        return PAIR_CLASSES
+    return RECIPES[name].classes or world.SHAPE_NAMES
+
+
+def wanted_class(split: str, index: int) -> str | None:
+    """The class that sample ``index`` of a split shows; None where classes come as they occur."""
+    name = recipe_name(split)
+    classes = PICTURE_SETS[name] if name in PICTURE_SETS else RECIPES[name].classes
+    return classes[index % len(classes)] if classes else None
+
+
+def scene_of(split: str, draws: Draws, index: int, size: int) -> Scene:
+    """The scene of one sample of a split that has scenes."""
+    name = recipe_name(split)
+    wanted = wanted_class(split, index)
+    if name == "aerial":
+        return _aerial(draws, str(wanted), size)
+    return sample_scene(RECIPES[name], draws, wanted, size, _acceptance(name, wanted))
+
+
+def label_of(split: str, scene: Scene, index: int) -> str:
+    """The class name of a sample, for its column ``label``."""
+    return wanted_class(split, index) or scene.things[scene.main].look.shape
+
+
+def ordered_pair(scene: Scene, relation: str) -> tuple[int, int]:
+    """The indices (subject, object) of a scene of two things, such that the relation holds."""
+    return (0, 1) if relation_between(scene, 0, 1) == relation else (1, 0)
+
+
+def _acceptance(name: str, wanted: str | None) -> Callable[[Scene], bool] | None:
+    if name != "relations":
+        return None
+    return lambda scene: wanted in (relation_between(scene, 0, 1), relation_between(scene, 1, 0))
+
+
+def _aerial(draws: Draws, wanted: str, size: int) -> Scene:
+    """25 to 60 tiny things on a shaken grid, some seven tenths of them of the shape ``wanted``, none touching."""
+    side = 6 + draws.integer(3)
+    cell = size / side
+    stack: list[Thing] = []
+    for row in range(side):
+        for column in range(side):
+            if draws.chance(0.15):
+                continue
+            look = _tiny_look(draws, wanted)
+            pose = sample_pose(draws, look.shape, cell * draws.uniform(0.25, 0.3))
+            shake = [draws.uniform(-0.08, 0.08) * cell for _ in range(2)]
+            centre = ((column + 0.5) * cell - 0.5 + shake[0], (row + 0.5) * cell - 0.5 + shake[1])
+            stack.append(make_thing(look, pose, centre, size))
+    things = finished(stack)
+    main = next((i for i, thing in enumerate(things) if thing.look.shape == wanted), 0)
+    return Scene(size, world.seen_styles()[draws.integer(4)], draws.pick(world.GROUND_NAMES), things, main)
+
+
+def _tiny_look(draws: Draws, wanted: str) -> Look:
+    shape = wanted if draws.chance(0.7) else draws.pick([name for name in AERIAL_CLASSES if name != wanted])
+    return replace(sample_look(draws, Wish(shape=shape), "small"), texture="plain")

@@ -1,0 +1,113 @@
+"""`drawn` as a source of rows: any split of the made-up world, drawn where it is needed."""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from pipeline.config import require, to_json
+from pipeline.shards.storage import Folder
+from pipeline.sources.drawn import digits, sets, truth
+from pipeline.sources.drawn.sample import Sample, Value, columns_of, draw_sample
+from pipeline.sources.drawn.world import NOVEL_SHAPES, WORLD_VERSION
+from pipeline.sources.source import Row, Slice
+
+logger = logging.getLogger(__name__)
+
+SIZES = (64, 512)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """Samples ``first`` to ``first + samples - 1`` of a split.
+
+    Rows carry the picture as JPEG and, in ``boxes.json``, what :mod:`~pipeline.sources.drawn.truth` describes.
+    """
+
+    kind: ClassVar[str] = "drawn"
+    has_captions: ClassVar[bool] = True
+
+    split: str = "train"
+    """What to draw: train, val, a test split or a small set (`shapes`, `digits`, ...), see datasets/drawn*.yaml."""
+    samples: int = 10_000
+    """How many samples. There is no end to them but for `digits_real`: 797, and 1000 in its `_train`."""
+    first: int = 0
+    """Number of the first sample: draw more of the same world later."""
+    size: int = 128
+    """Width and height in pixels, 64 to 512."""
+    seed: int = 0
+    """Another seed is another world of the same kind."""
+    truth: Literal["all", "base", "none"] = "all"
+    """What is told besides the caption: all; nothing of the novel shapes; nothing."""
+    captions: int = 1
+    """Captions per sample, 1 to 5; those after the first are in `boxes.json` only."""
+    questions: int = 4
+    """Questions per sample, 0 to 7."""
+
+    def __post_init__(self) -> None:
+        require(self.split in sets.SPLITS, "split", self.split, "one of " + ", ".join(sets.SPLITS))
+        require(self.samples >= 1, "samples", self.samples, "at least 1")
+        require(self.first >= 0, "first", self.first, "0 or more")
+        require(SIZES[0] <= self.size <= SIZES[1], "size", self.size, f"{SIZES[0]} to {SIZES[1]}")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
+        require(1 <= self.captions <= 5, "captions", self.captions, "1 to 5")
+        require(0 <= self.questions <= 7, "questions", self.questions, "0 to 7")
+        require(self._end() > self.first, "first", self.first, f"less than {self._end()}, the size of {self.split}")
+
+    def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
+        """See :class:`~pipeline.sources.source.Source`; the digest covers the world's version and the options."""
+        end = self._end()
+        if end < self.first + self.samples:
+            logger.warning("%s ends at sample %d; the request for %d is cut", self.split, end, self.samples)
+        for start in range(self.first, end, rows_per_shard):
+            count = min(rows_per_shard, end - start)
+            yield Slice(count=count, digest=self._digest(start, count), where={"start": start})
+
+    def rows(self, piece: Slice) -> Iterator[Row]:
+        """See :class:`~pipeline.sources.source.Source`; no row has a problem."""
+        start = int(piece.where["start"])
+        for index in range(start, start + piece.count):
+            yield self._row(index)
+
+    def schema(self) -> Mapping[str, type]:
+        """The columns of :func:`~pipeline.sources.drawn.sample.columns_of`."""
+        return columns_of(self.split)
+
+    def _end(self) -> int:
+        end = self.first + self.samples
+        if sets.recipe_name(self.split) == "digits_real":
+            return min(end, len(digits.scans(self.split.endswith("_train"))))
+        return end
+
+    def _digest(self, start: int, count: int) -> str:
+        # Where the range began and ends is no part of a slice: a longer request keeps its first shards.
+        one = Drawn(
+            split=self.split,
+            samples=count,
+            first=start,
+            size=self.size,
+            seed=self.seed,
+            truth=self.truth,
+            captions=self.captions,
+            questions=self.questions,
+        )
+        return hashlib.sha256(f"drawn {WORLD_VERSION} {to_json(one)}".encode()).hexdigest()
+
+    def _row(self, index: int) -> Row:
+        sample = draw_sample(self.split, self.seed, index, self.size, self.captions, self.questions)
+        url = f"drawn://{self.split}/{self.seed}/{index}"
+        members = self._members(sample)
+        return Row(url=url, caption=sample.caption, image=sample.image, columns=self._columns(sample), members=members)
+
+    def _members(self, sample: Sample) -> dict[str, bytes]:
+        if sample.record is None or self.truth == "none":
+            return {}
+        record = truth.only_base(sample.record) if self.truth == "base" else sample.record
+        return {"boxes.json": truth.to_bytes(record)}
+
+    def _columns(self, sample: Sample) -> dict[str, Value]:
+        """Without the label where the truth must not be told."""
+        hidden = self.truth == "none" or (self.truth == "base" and sample.columns.get("shape") in NOVEL_SHAPES)
+        secret = ("label", "shape", "variant") if hidden else ()
+        return {name: None if name in secret else value for name, value in sample.columns.items()}
