@@ -1,0 +1,58 @@
+"""The jobs on a cluster of several nodes that has the resource names of cluster.yaml."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.shards.snapshot import read_snapshot
+from pipeline.shards.tar import TarShard
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.slow
+
+# A source whose captions say on which node they were read.
+WHERE = """
+import os, sys, time
+from dataclasses import dataclass
+from typing import ClassVar
+import cv2, numpy
+from pipeline.shards.storage import Folder
+from pipeline.sources.source import Row, Slice
+from pipeline.stages.make_shard import ShardOptions
+from pipeline.stages.refresh import Workers, refresh
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    kind: ClassVar[str] = "where"
+    has_captions: ClassVar[bool] = True
+    def slices(self, rows_per_shard, scratch):
+        for number in range(12):
+            yield Slice(count=1, digest=f"{number:064d}", where={"number": number})
+    def rows(self, piece):
+        time.sleep(0.3)
+        picture = cv2.imencode(".jpg", numpy.zeros((64, 64, 3), numpy.uint8))[1].tobytes()
+        yield Row(url="", caption=os.environ["TEST_NODE"], image=picture)
+    def schema(self):
+        return {}
+
+refresh(Where(), Folder(sys.argv[1]), ShardOptions(number_sample_per_shard=1), Workers())
+"""
+
+
+def test_data_work_goes_to_data_nodes_alone(nodes, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", WHERE, str(tmp_path)],
+        env=nodes.environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    snapshot = read_snapshot(str(tmp_path))
+    assert snapshot.samples == 12
+    captions = {TarShard(tmp_path / f"{shard.name}.tar")[0].fields["txt"] for shard in snapshot.shards}
+    assert captions == {b"data"}
