@@ -1,0 +1,199 @@
+"""The Tux Paint stamps: pictures with alpha and captions in dozens of languages, from a Debian package.
+
+    apt-get install tuxpaint-stamps-default                                  # /usr/share/tuxpaint/stamps
+    apt-get download tuxpaint-stamps-default && dpkg-deb -x *.deb unpacked   # or without root: folder "unpacked"
+
+A stamp is ``animals/birds/crow.png`` with ``crow.txt`` beside it: the first line is English, further lines read
+``de.utf8=Eine Krähe.`` Some stamps have a second picture, ``crow_mirror.png``, that shares the text. Vector pictures
+(``crow.svg``) are not decoded: where no ``.png`` stands in for one, its row has a problem and is counted.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import cv2
+import numpy as np
+from PIL import ImageColor
+
+from pipeline.config import require
+from pipeline.errors import DataError, SampleError
+from pipeline.shards.storage import Folder
+from pipeline.sources.source import Row, Slice
+
+PACKAGE = "tuxpaint-stamps-default"
+INSTALLED = "/usr/share/tuxpaint/stamps"
+MOST_PIXELS = 1 << 26
+"""A PNG that says it is larger is not decoded."""
+
+_TRANSLATION = re.compile(r"([A-Za-z]+(?:[_@-][A-Za-z]+)*)\.utf8=(.*)")
+_PNG_HEADER = b"\x89PNG\r\n\x1a\n"
+_MIRROR = "_mirror"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuxPaintStamps:
+    """The pictures below ``folder``, in the order of their paths, laid on a background; label = top folder."""
+
+    kind: ClassVar[str] = "stamps"
+    has_captions: ClassVar[bool] = True
+
+    folder: str = INSTALLED
+    """The stamps, at a path that every worker has: installed, or where the Debian package was unpacked."""
+    language: str = "en"
+    """Language of the captions: `en`, or a code of the package such as `de`, `pt_BR`, `sr@latin`."""
+    fall_back_to_english: bool = False
+    """Take the English caption where there is no translation; otherwise such captions are empty."""
+    background: str = "white"
+    """Colour below transparent pixels: a CSS name or `#rrggbb`."""
+    split: Literal["all", "train", "held_out"] = "all"
+    """All stamps, or a part by hash of the path; a stamp and its mirror picture fall on the same side."""
+    held_out_share: float = 0.2
+    """The share of stamps that are held out, above 0 and below 1."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.held_out_share < 1, "held_out_share", self.held_out_share, "a number between 0 and 1")
+        try:
+            ImageColor.getrgb(self.background)
+        except ValueError:
+            require(False, "background", self.background, "a CSS colour name or #rrggbb")
+
+    def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
+        """See :class:`~pipeline.sources.source.Source`; the digest covers options, names and the files' content.
+
+        Raises:
+            SettingError: no stamps there, or a language that none of them has.
+        """
+        paths = self._pictures()
+        self._check_language(paths)
+        for start in range(0, len(paths), rows_per_shard):
+            part = paths[start : start + rows_per_shard]
+            name = f"stamps-{self.split}-{start:09d}.json"
+            scratch.write_atomic(name, json.dumps(part).encode())
+            yield Slice(count=len(part), digest=self._digest(part), where={"list": scratch.join(name)})
+
+    def rows(self, piece: Slice) -> Iterator[Row]:
+        """See :class:`~pipeline.sources.source.Source`; a picture that cannot be read is a row with a problem."""
+        place, _, name = str(piece.where["list"]).rpartition("/")
+        for path in json.loads(Folder(place).read_bytes(name)):
+            yield self._row(path)
+
+    def schema(self) -> Mapping[str, type]:
+        """``label`` is the top folder, ``category`` all folders, as in ``animals/birds``."""
+        return {"label": str, "category": str}
+
+    @cached_property
+    def _root(self) -> Path:
+        root = Path(self.folder).expanduser()
+        inside = root / INSTALLED.lstrip("/")
+        return inside if inside.is_dir() else root
+
+    def _pictures(self) -> list[str]:
+        """Sorted paths below the root of this split's pictures."""
+        allowed = f"the folder of the Debian package {PACKAGE} (apt-get install {PACKAGE}), installed or unpacked"
+        require(self._root.is_dir(), "folder", self.folder, allowed)
+        files = {file.relative_to(self._root).as_posix() for file in self._root.rglob("*") if file.is_file()}
+        raster = {path for path in files if path.endswith(".png")}
+        vector = {path for path in files if path.endswith(".svg") and path.removesuffix(".svg") + ".png" not in raster}
+        require(bool(raster), "folder", self.folder, allowed)
+        chosen = sorted(path for path in raster | vector if self.split in ("all", self._side(path)))
+        require(bool(chosen), "held_out_share", self.held_out_share, f"a share that leaves {self.split} not empty")
+        return chosen
+
+    def _side(self, path: str) -> str:
+        """Which split a picture is in: the SHA-256 of the stamp's path, read as a fraction, against the share."""
+        fraction = int.from_bytes(hashlib.sha256(_stamp(path).encode()).digest()[:8], "big") / 2**64
+        return "held_out" if fraction < self.held_out_share else "train"
+
+    def _check_language(self, paths: list[str]) -> None:
+        if self.language == "en":
+            return
+        known = {code for path in paths for code in self._captions(path)}
+        require(self.language in known, "language", self.language, "one of " + ", ".join(sorted(known | {"en"})))
+
+    def _digest(self, part: list[str]) -> str:
+        options = (self.language, self.fall_back_to_english, self.background)
+        digest = hashlib.sha256(json.dumps([options, part]).encode())
+        for path in part:
+            for file in (self._root / path, self._text_file(path)):
+                digest.update(hashlib.sha256(_bytes_of(file) or b"").digest())
+        return digest.hexdigest()
+
+    def _row(self, path: str) -> Row:
+        folders = path.split("/")[:-1]
+        columns = {"label": folders[0] if folders else "", "category": "/".join(folders)}
+        captions = self._captions(path)
+        caption = captions.get(self.language, captions.get("en", "") if self.fall_back_to_english else "")
+        try:
+            return Row(url=path, caption=caption, image=self._picture(path), columns=columns)
+        except SampleError as problem:
+            return Row(url=path, caption=caption, columns=columns, problem=problem)
+
+    def _captions(self, path: str) -> dict[str, str]:
+        """Captions by language code; none where the text is missing."""
+        lines = (_bytes_of(self._text_file(path)) or b"").decode("utf-8-sig", errors="replace").splitlines()
+        captions = {"en": lines[0].strip()} if lines and not _TRANSLATION.match(lines[0]) else {}
+        for line in lines:
+            found = _TRANSLATION.match(line)
+            if found:
+                captions.setdefault(found[1], found[2].strip())
+        return captions
+
+    def _text_file(self, path: str) -> Path:
+        own = (self._root / path).with_suffix(".txt")
+        return own if own.is_file() else self._root / (_stamp(path) + ".txt")
+
+    def _picture(self, path: str) -> bytes:
+        """The picture on the background, as PNG.
+
+        Raises:
+            SampleError: a vector picture, an unreadable file, or bytes that are no PNG.
+        """
+        if path.endswith(".svg"):
+            raise SampleError("failed_to_resize", "vector picture", "svg pictures are not decoded")
+        data = _bytes_of(self._root / path)
+        if data is None:
+            raise SampleError("failed_to_download", "unreadable", f"cannot read the file {path}")
+        red, green, blue = ImageColor.getrgb(self.background)[:3]
+        return _on_background(data, (blue, green, red))
+
+
+def _stamp(path: str) -> str:
+    """The stamp that a picture belongs to: its path without ending and ``_mirror``."""
+    return path.rpartition(".")[0].removesuffix(_MIRROR)
+
+
+def _bytes_of(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return None
+
+
+def _on_background(data: bytes, background: tuple[int, int, int]) -> bytes:
+    """Decode a PNG of any kind, lay it on ``background`` (blue, green, red; 0..255) and encode it as 8-bit PNG."""
+    if not data.startswith(_PNG_HEADER) or len(data) < 24:
+        raise SampleError("failed_to_resize", "not a png", "the file does not begin as a PNG does")
+    width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
+    if width * height > MOST_PIXELS:
+        raise SampleError("failed_to_resize", "too large", f"{width} x {height} pixels, at most {MOST_PIXELS} in all")
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:
+        raise SampleError("failed_to_resize", "undecodable", str(error)) from error
+    if image is None:
+        raise SampleError("failed_to_resize", "undecodable", "the PNG is damaged")
+    peak = 255 if image.dtype == np.uint8 else 65535
+    colour = np.atleast_3d(image).astype(np.float32) * np.float32(255 / peak)
+    alpha = colour[:, :, 3:] / 255 if colour.shape[2] in (2, 4) else np.ones_like(colour[:, :, :1])
+    colour = colour[:, :, :3] if colour.shape[2] >= 3 else np.repeat(colour[:, :, :1], 3, axis=2)
+    blended = np.rint(colour * alpha + np.array(background, np.float32) * (1 - alpha)).astype(np.uint8)
+    encoded, buffer = cv2.imencode(".png", blended)
+    if not encoded:
+        raise DataError("OpenCV cannot encode PNG")
+    return buffer.tobytes()
