@@ -77,7 +77,7 @@ class Evaluations:
     """Classification sets: dataset cards or snapshot folders; NAME=DATA gives a set a name of its own."""
     retrieval: tuple[str, ...] = ()
     """Retrieval sets, named in the same way."""
-    samples: int | None = None
+    evaluation_samples: int | None = None
     """Samples of each set, taken at equal distances; all of them where it is not given."""
     classes: str = "auto"
     """Class names: auto (the card's, or ImageNet's for a set named imagenet), imagenet, or a file of names."""
@@ -85,17 +85,22 @@ class Evaluations:
     """Prompts: auto (the card's), imagenet (80 prompts), imagenet-simple (7), none, or a file of templates with {}."""
     label: str = ""
     """Key of the samples' json that holds the class; empty for the card's; cls for webdataset's member .cls."""
-    batch_size: int = 64
+    evaluation_batch: int = 64
     """Pictures encoded at a time."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    evaluation_precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the towers; similarities are always fp32."""
-    threads: int = 4
+    evaluation_threads: int = 4
     """Threads that decode pictures."""
 
     def __post_init__(self) -> None:
-        require(self.samples is None or self.samples > 0, "samples", self.samples, "1 or more")
-        require(1 <= self.batch_size <= 65_536, "batch_size", self.batch_size, "1 to 65,536")
-        require(1 <= self.threads <= 256, "threads", self.threads, "1 to 256")
+        require(
+            self.evaluation_samples is None or self.evaluation_samples > 0,
+            "evaluation_samples",
+            self.evaluation_samples,
+            "1 or more",
+        )
+        require(1 <= self.evaluation_batch <= 65_536, "evaluation_batch", self.evaluation_batch, "1 to 65,536")
+        require(1 <= self.evaluation_threads <= 256, "evaluation_threads", self.evaluation_threads, "1 to 256")
         for kind in PREFIX:
             names = [one.name for one in self.sets() if one.kind == kind]
             require(len(set(names)) == len(names), kind, names, "sets with different names (NAME=DATA names one)")
@@ -123,7 +128,7 @@ class Evaluations:
             name=name if named else _own_name(data),
             data=data,
             kind=kind,
-            samples=self.samples,
+            samples=self.evaluation_samples,
             classes=self.classes,
             templates=self.templates,
             label=self.label,
@@ -214,10 +219,12 @@ def evaluate(model: Evaluable, prepared: Prepared) -> dict[str, float]:
         if one.kind == "zero_shot":
             texts = (one.classes, one.templates)
             if texts not in vectors:
-                vectors[texts] = classifier(model, *texts, settings.precision)
-            found = zero_shot(model, labelled_batches(model, one, settings), vectors[texts], settings.precision)
+                vectors[texts] = classifier(model, *texts, settings.evaluation_precision)
+            found = zero_shot(
+                model, labelled_batches(model, one, settings), vectors[texts], settings.evaluation_precision
+            )
         else:
-            found = retrieval(model, captioned_batches(model, one, settings), settings.precision)
+            found = retrieval(model, captioned_batches(model, one, settings), settings.evaluation_precision)
         logger.info("%s %s: %s", PREFIX[one.kind], one.name, ", ".join(f"{k} {v:.4g}" for k, v in found.items()))
         metrics |= {f"{PREFIX[one.kind]}/{one.name}/{name}": value for name, value in found.items()}
     return metrics
@@ -227,9 +234,12 @@ def labelled_batches(model: Evaluable, one: PreparedSet, settings: Evaluations) 
     """``image`` uint8 ``[B, 3, H, W]`` and ``label`` int64 ``[B]`` for :func:`zero_shot`."""
     number = {name: place for place, name in reversed(list(enumerate(one.classes)))}
     read = readable_pictures(
-        one.samples(), model.transforms(train=False), lambda sample: read_label(sample, one.label), settings.threads
+        one.samples(),
+        model.transforms(train=False),
+        lambda sample: read_label(sample, one.label),
+        settings.evaluation_threads,
     )
-    for rows in _chunks(read, settings.batch_size):
+    for rows in _chunks(read, settings.evaluation_batch):
         labels = [_class_number(label, number, len(one.classes)) for _, label in rows]
         unknown = sorted({str(label) for (_, label), found in zip(rows, labels, strict=True) if found is None})
         if unknown:
@@ -242,8 +252,8 @@ def labelled_batches(model: Evaluable, one: PreparedSet, settings: Evaluations) 
 
 def captioned_batches(model: Evaluable, one: PreparedSet, settings: Evaluations) -> Iterator[dict[str, Tensor]]:
     """``image`` uint8 ``[B, 3, H, W]``, ``text`` int64 ``[T, L]``, ``owner`` int64 ``[T]`` for :func:`retrieval`."""
-    read = readable_pictures(one.samples(), model.transforms(train=False), read_captions, settings.threads)
-    for rows in _chunks(read, settings.batch_size):
+    read = readable_pictures(one.samples(), model.transforms(train=False), read_captions, settings.evaluation_threads)
+    for rows in _chunks(read, settings.evaluation_batch):
         captions = [caption for _, captions in rows for caption in captions]
         owners = [place for place, (_, captions) in enumerate(rows) for _ in captions]
         yield {

@@ -2,12 +2,17 @@
 
 The training ranks write a checkpoint and go on; whoever follows them (a Ray task, a spawned process) calls
 :func:`evaluate_checkpoint` with the checkpoint's address and gets numbers back. All arguments pickle.
+
+    Follower(output_folder, CheckpointEvaluation(evaluations=evaluations, run=tracker.handle), record)
 """
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from pipeline.evaluation.models import load_model
 from pipeline.evaluation.showcase import model_figures
 from pipeline.evaluation.suite import Evaluations, Prepared, evaluate
-from pipeline.tracking.runs import MlflowTracker, RunHandle
+from pipeline.tracking.runs import RunHandle
 
 UNTRACKED = ("samples",)  # constants of a set that would be charts of their own
 
@@ -42,14 +47,29 @@ def evaluate_checkpoint(
     metrics = evaluate(model, ready)
     if run is not None:
         tracker = run.open()
-        log_evaluation(tracker, metrics, step)
+        tracker.log(charted(metrics), step)
         for name, figure in model_figures(model, ready, f"at step {step}").items() if figures else ():
             tracker.log_figure(name, figure)
         tracker.close()
     return metrics
 
 
-def log_evaluation(tracker: MlflowTracker, metrics: dict[str, float], step: int) -> None:
-    """Log the metrics of :func:`pipeline.evaluation.suite.evaluate`, without the sizes of the sets."""
-    kept = {name: value for name, value in metrics.items() if name.rpartition("/")[2] not in UNTRACKED}
-    tracker.log(kept, step)
+@dataclass(frozen=True, kw_only=True)
+class CheckpointEvaluation:
+    """:func:`evaluate_checkpoint` with everything but the checkpoint and its step decided; it pickles."""
+
+    evaluations: Evaluations
+    run: RunHandle | None = None
+    device: str = "auto"
+    figures: bool = True
+
+    def __call__(self, checkpoint: str, step: int) -> dict[str, float]:
+        """The metrics of the checkpoint at an address, made at a step."""
+        return evaluate_checkpoint(
+            checkpoint, self.evaluations, self.run, step, device=self.device, figures=self.figures
+        )
+
+
+def charted(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of :func:`pipeline.evaluation.suite.evaluate` without the sizes of the sets, which never change."""
+    return {name: value for name, value in metrics.items() if name.rpartition("/")[2] not in UNTRACKED}

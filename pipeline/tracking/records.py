@@ -85,11 +85,20 @@ def _log_model(client: "MlflowClient", run_id: str, uri: str, metrics: dict[str,
         model_type="clip",
     )
     client.finalize_logged_model(model.model_id, "READY")
-    now = time.time_ns() // 1_000_000
     if metrics:
-        points = [Metric(key, value, now, step, model_id=model.model_id) for key, value in metrics.items()]
+        points = [
+            Metric(key, value, _time_of(client, run_id, key, step, value), step, model_id=model.model_id)
+            for key, value in metrics.items()
+        ]
         client.log_batch(run_id, metrics=points)
     return str(model.model_id)
+
+
+def _time_of(client: "MlflowClient", run_id: str, key: str, step: int, value: float) -> int:
+    """When the run logged this value, in ms since 1970, so that the model's is the same point and not a second one."""
+    points = client.get_metric_history(run_id, key)
+    same = (point.timestamp for point in points if point.step == step and point.value == value)
+    return int(next(same, time.time_ns() // 1_000_000))
 
 
 def _create_version(

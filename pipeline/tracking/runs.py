@@ -47,7 +47,7 @@ FLUSH_SECONDS = 60.0
 class Tracking:
     """Where and how a run is recorded."""
 
-    uri: str = ""
+    tracking_uri: str = ""
     """MLflow server or sqlite:///FILE; empty: $MLFLOW_TRACKING_URI, else a file in ~/.local/share/clipmill/mlflow."""
     experiment: str = "clipmill"
     """Experiment that the run belongs to; runs of one experiment are compared."""
@@ -59,8 +59,8 @@ class Tracking:
     """Record CPU, memory, disk, network and GPUs of the driver's machine every ten seconds."""
 
     def __post_init__(self) -> None:
-        require(bool(self.experiment.strip()), "tracking.experiment", self.experiment, "a name")
-        require(len(self.experiment) <= 500, "tracking.experiment", self.experiment, "at most 500 characters")
+        require(bool(self.experiment.strip()), "experiment", self.experiment, "a name")
+        require(len(self.experiment) <= 500, "experiment", self.experiment, "at most 500 characters")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +268,7 @@ def start(settings: Tracking, config: Any, run_id: str = "", tags: Mapping[str, 
     Raises:
         SettingError: the tracking server does not answer, or the URI is of no kind that MLflow takes.
     """
-    uri = checked_uri(settings.uri)
+    uri = checked_uri(settings.tracking_uri)
     store = client(uri)
     old = _existing(store, run_id)
     if run_id and not old:
@@ -291,7 +291,7 @@ def attach(settings: Tracking, run_id: str) -> MlflowTracker:
     Raises:
         SettingError: the store has no such run, or does not answer.
     """
-    uri = checked_uri(settings.uri)
+    uri = checked_uri(settings.tracking_uri)
     found = _existing(client(uri), run_id)
     require(found is not None, "run_id", run_id, f"a run of {masked(uri)}")
     return RunHandle(uri=uri, run_id=run_id).open()
@@ -343,7 +343,7 @@ def _experiment(store: "MlflowClient", uri: str, settings: Tracking) -> str:
         found = store.get_experiment_by_name(settings.experiment)
     if found is None or found.lifecycle_stage != "active":
         allowed = "an experiment that is not deleted (`mlflow experiments restore` brings it back)"
-        raise SettingError("tracking.experiment", settings.experiment, allowed)
+        raise SettingError("experiment", settings.experiment, allowed)
     tags = {
         "mlflow.experiment.primaryMetric.name": settings.primary_metric,
         "mlflow.experiment.primaryMetric.greaterIsBetter": "True",

@@ -36,12 +36,12 @@ def checked_uri(uri: str) -> str:
     scheme = resolved.partition(":")[0] if ":" in resolved else ""
     allowed = "http://..., https://..., sqlite:///FILE, postgresql://..., mysql://... or databricks"
     kinds = ("http", "https", "sqlite", "databricks", "postgresql", "mysql", "mssql", "uc")
-    require(scheme.partition("+")[0] in kinds or resolved == "databricks", "tracking.uri", masked(resolved), allowed)
+    require(scheme.partition("+")[0] in kinds or resolved == "databricks", "tracking_uri", masked(resolved), allowed)
     if resolved.startswith(SQLITE):
         path = Path(resolved.removeprefix(SQLITE)).absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
         resolved = f"{SQLITE}{path}"
-    require(answers(resolved), "tracking.uri", masked(resolved), "an MLflow server that answers (is it started?)")
+    require(answers(resolved), "tracking_uri", masked(resolved), "an MLflow server that answers (is it started?)")
     return resolved
 
 

@@ -27,7 +27,7 @@ def rows(row: MakeRow) -> list[dict[str, bytes]]:
 
 def test_a_card_is_read_straight_from_its_source(colour_model: Any, colour_card: Callable[..., str]) -> None:
     card = colour_card()
-    found = evaluate(colour_model, Evaluations(zero_shot=(card,), retrieval=(card,), batch_size=4).prepare())
+    found = evaluate(colour_model, Evaluations(zero_shot=(card,), retrieval=(card,), evaluation_batch=4).prepare())
     assert found["zeroshot/colours/top1"] == found["zeroshot/colours/mean_per_class"] == 1
     assert found["zeroshot/colours/chance"] == pytest.approx(1 / 3)
     assert found["zeroshot/colours/samples"] == found["retrieval/colours/samples"] == 6
@@ -158,9 +158,9 @@ def test_a_set_without_classes_is_refused(rows: list[dict[str, bytes]], make_sna
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"samples": 0}, "samples"),
-        ({"batch_size": 0}, "batch_size"),
-        ({"threads": 0}, "threads"),
+        ({"evaluation_samples": 0}, "evaluation_samples"),
+        ({"evaluation_batch": 0}, "evaluation_batch"),
+        ({"evaluation_threads": 0}, "evaluation_threads"),
         ({"retrieval": ("a", "b/a")}, "different names"),
         ({"retrieval": ("a=",)}, "data"),
     ],
@@ -232,8 +232,8 @@ def test_shared_classes_are_encoded_once(colour_model: Any, colour_card: Callabl
 
 def test_batch_size_and_threads_change_nothing(colour_card: Callable[..., str], clip: Any) -> None:
     card = colour_card(20)
-    settings = Evaluations(zero_shot=(card,), retrieval=(card,), batch_size=3, threads=1)
-    other = replace(settings, batch_size=64, threads=8)
+    settings = Evaluations(zero_shot=(card,), retrieval=(card,), evaluation_batch=3, evaluation_threads=1)
+    other = replace(settings, evaluation_batch=64, evaluation_threads=8)
     torch.testing.assert_close(
         evaluate(clip, settings.prepare()),
         evaluate(clip, other.prepare()),

@@ -58,7 +58,7 @@ SNAPSHOT = Snapshot(
 
 @pytest.fixture
 def settings(store: str, request: pytest.FixtureRequest) -> Tracking:
-    return Tracking(uri=store, experiment=request.node.name, run_name="first", system_metrics=False)
+    return Tracking(tracking_uri=store, experiment=request.node.name, run_name="first", system_metrics=False)
 
 
 def begin(settings: Tracking, run_id: str = "", **changes: object) -> MlflowTracker:
@@ -192,6 +192,7 @@ def test_a_worker_writes_into_the_run_without_ending_it(settings: Tracking, stor
 def test_a_checkpoint_becomes_a_model_version_once(settings: Tracking, store: str) -> None:
     metrics = {"zeroshot/drawn_shapes/top1": 0.5}
     with begin(settings) as tracker:
+        tracker.log(metrics, step=10)
         for uri in ("file:///ckpt/step-00000010", "s3://bucket/ckpt/step-00000020", "file:///ckpt/step-00000010"):
             tracker.register_checkpoint(uri, metrics, step=int(uri[-2:]), name="checkpoint-test")
     client = MlflowClient(store)
@@ -203,6 +204,8 @@ def test_a_checkpoint_becomes_a_model_version_once(settings: Tracking, store: st
     models = client.search_logged_models([client.get_run(tracker.run_id).info.experiment_id])
     assert {model.params["checkpoint"] for model in models} == {version.source for version in versions}
     assert models[0].metrics[0].value == 0.5
+    history = client.get_metric_history(tracker.run_id, "zeroshot/drawn_shapes/top1")
+    assert [point.step for point in history] == [10, 20]  # the model's value is the run's, not a second point
 
 
 def test_figures_and_texts_become_artifacts(settings: Tracking, store: str) -> None:
@@ -242,14 +245,14 @@ def test_values_that_are_no_numbers_do_not_end_the_logging(settings: Tracking, s
 
 @pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "/tmp/mlruns", "ftp://x", "memory"])
 def test_other_kinds_of_store_are_refused(uri: str) -> None:
-    with pytest.raises(SettingError, match="tracking.uri"):
-        start(Tracking(uri=uri), Job())
+    with pytest.raises(SettingError, match="tracking_uri"):
+        start(Tracking(tracking_uri=uri), Job())
 
 
 def test_a_server_that_is_not_there_is_known_at_once() -> None:
     began = time.perf_counter()
     with pytest.raises(SettingError, match=r"\*\*\*@127.0.0.1:9.*MLflow server that answers"):
-        start(Tracking(uri="http://me:hunter2@127.0.0.1:9"), Job())
+        start(Tracking(tracking_uri="http://me:hunter2@127.0.0.1:9"), Job())
     assert time.perf_counter() - began < 10
 
 
@@ -317,7 +320,7 @@ def test_a_server_gets_everything_that_a_sqlite_store_gets(
     from matplotlib.figure import Figure
 
     monkeypatch.chdir(tmp_path)
-    settings = Tracking(uri=server, experiment="served", system_metrics=False)
+    settings = Tracking(tracking_uri=server, experiment="served", system_metrics=False)
     with begin(settings) as tracker:
         tracker.log({"train/loss": 2.5, "train/nan": float("nan")}, 1)
         tracker.log_dataset(SNAPSHOT)
