@@ -9,6 +9,7 @@ nor a name server that changes its answer gets around it.
 
 import ipaddress
 import socket
+import weakref
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
@@ -101,12 +102,14 @@ class GuardedResolver(AbstractResolver):
     """Looks names up with ``inner`` and keeps the addresses that the policy allows.
 
     Addresses that are allowed only because of their name are remembered in ``opened``, for the check at the socket.
+    ``sockets`` are those handed out and still alive.
     """
 
     def __init__(self, policy: AddressPolicy, inner: AbstractResolver) -> None:
         self._policy = policy
         self._inner = inner
         self.opened: set[tuple[str, int]] = set()
+        self.sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
@@ -133,7 +136,9 @@ class GuardedResolver(AbstractResolver):
         host, port = address[0], address[1]
         if not self._policy.allows_address(host, port) and (host, port) not in self.opened:
             raise AddressRefused("refused: not a public address")
-        return socket.socket(family, kind, protocol)
+        made = socket.socket(family, kind, protocol)
+        self.sockets.add(made)
+        return made
 
 
 def _parse_rule(entry: str) -> _Rule:

@@ -13,6 +13,7 @@ Every failure is a :class:`SampleError` of status "failed_to_download" and one o
 """
 
 import asyncio
+import contextlib
 import email.utils
 import functools
 import hashlib
@@ -218,6 +219,17 @@ class Downloader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._session.close()
+        await self._hang_up()
+
+    async def _hang_up(self) -> None:
+        """End the TLS connections whose other side does not say goodbye, so that the loop can close without them."""
+        alive = [one for one in self._resolver.sockets if one.fileno() != -1]
+        for one in alive:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        patience = time.monotonic() + 1
+        while any(one.fileno() != -1 for one in alive) and time.monotonic() < patience:
+            await asyncio.sleep(0.002)
 
     async def fetch(self, url: str) -> Download:
         """Fetch one url, with retries.

@@ -255,7 +255,7 @@ def read_header(body: bytes) -> Header:
         return _pillow_header(body)
     if body[:512].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"<", b"{"):
         _fail("not_a_picture", "Image decoding error: a text page in place of a picture")
-    _fail("not_a_picture", "Image decoding error: not a picture")
+    _fail("not_a_picture", "Image decoding error: not a picture of a known kind")
 
 
 # Limits

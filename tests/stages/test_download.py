@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime
+import gc
 import gzip
 import hashlib
 import ipaddress
@@ -702,6 +703,7 @@ def test_closing_early_is_quick_and_clean(crowd: Callable[..., Crowd], caplog: p
     outcomes.close()  # type: ignore[attr-defined]
     assert time.monotonic() - began < 1
     assert not [thread for thread in threading.enumerate() if thread.name == "download"]
+    gc.collect()  # an open transport would warn now, and warnings are errors
     assert not caplog.records
 
 
@@ -791,6 +793,31 @@ def test_tls_is_verified(raw: RawServer, certificate: SimpleNamespace, monkeypat
     assert success(url).body == BODY
     other = url.replace("127.0.0.1", "other.test")
     assert failure(other, Names(other_test=[["127.0.0.1"]])).error_class == "tls"
+
+
+def test_closing_early_leaves_no_tls_connection_behind(
+    raw: RawServer, certificate: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = threading.Event()
+
+    def stall(connection: socket.socket, before: int) -> None:
+        connection.sendall(answer(length=10**6) if before % 2 else b"")
+        over.wait(10)
+
+    good, bad = (raw.add(path, reply).replace("http:", "https:") for path, reply in (("/a", answer()), ("/b", stall)))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate.path)
+    raw.socket = context.wrap_socket(raw.socket, server_side=True)
+    trusting = ssl.create_default_context(cadata=certificate.pem)
+    monkeypatch.setattr(download, "_tls_context", lambda: trusting)
+    outcomes = download_all([(0, good), *((number, bad) for number in range(1, 12))], quick(timeout=60.0))
+    assert isinstance(next(outcomes)[1], Download)
+    time.sleep(0.1)
+    began = time.monotonic()
+    outcomes.close()  # type: ignore[attr-defined]
+    gc.collect()  # an open transport would warn now, and warnings are errors
+    assert time.monotonic() - began < 1
+    over.set()
 
 
 def test_plain_http_where_tls_was_asked_for_is_a_tls_failure(raw: RawServer) -> None:
