@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -185,6 +186,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Folder) -> None:
     try:
         state = torch.load(BytesIO(folder.read_bytes(STATE)), map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
+    except UnpicklingError as error:
+        raise DataError(f"{folder.join(STATE)} holds more than plain tensors and is not loaded") from error
     except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
         raise DataError(f"{folder.join(STATE)} cannot be read ({_first_line(error)})") from error
 

@@ -176,9 +176,7 @@ def test_unknown_methods_are_listed() -> None:
 def two_processes(snapshot: Snapshot, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Each rank's losses and gradients of every method."""
     folder = tmp_path_factory.mktemp("ranks")
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), snapshot.folder, str(folder)]) for rank in range(2)
-    ]
+    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), snapshot.folder, str(folder)]) for rank in range(2)]
     assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(2)]
 

@@ -1,0 +1,153 @@
+"""The record of a run: the same command again, another command, other data."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import DataError, SettingError, SnapshotError
+from pipeline.loaders.batches import LoaderConfig
+from pipeline.models.clip import Config
+from pipeline.shards.snapshot import Snapshot
+from pipeline.shards.storage import Folder
+from pipeline.training.optimizer import AdamW
+from pipeline.training.run import Cluster, Run, prepare, read_record, write_record
+
+MakeRun = Callable[..., Run]
+
+
+def test_the_same_command_finds_its_record(run: MakeRun, tiny_config: Config, data: Snapshot) -> None:
+    plan, record = prepare(tiny_config, run())
+    assert plan.snapshot == data and plan.steps == 10 and record.digest == data.digest
+    assert plan.run.data == data.uri
+    folder = Folder(plan.run.output_folder)
+    write_record(folder, replace(record, tracking_run="abc"))
+    again, record = prepare(tiny_config, run())
+    assert again == plan and record.tracking_run == "abc"
+
+
+def test_what_may_change_between_starts(run: MakeRun, tiny_config: Config, tmp_path: Path) -> None:
+    prepare(tiny_config, run())
+    changed = run(
+        workers=2,
+        log_every_steps=7,
+        checkpoint_every_steps=None,
+        checkpoint_every_minutes=None,
+        keep_checkpoints=1,
+        evaluate_every_steps=5,
+        loader=LoaderConfig(loader_workers=3),
+        cluster=Cluster(max_failures=0),
+    )
+    assert prepare(tiny_config, changed)[0].run.workers == 2
+    (tmp_path / "run").rename(tmp_path / "moved")
+    prepare(tiny_config, run(output_folder=str(tmp_path / "moved")))
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"batch_size": 16}, "batch_size"),
+        ({"seed": 1}, "seed"),
+        ({"steps": 11}, "steps"),
+        ({"optimizer": AdamW(learning_rate=1e-4)}, "optimizer.learning_rate"),
+        ({"precision": "bf16"}, "precision"),
+        ({"caption": "json:caption"}, "caption"),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused(
+    run: MakeRun, tiny_config: Config, change: dict[str, object], field: str
+) -> None:
+    prepare(tiny_config, run())
+    with pytest.raises(SettingError, match="or another folder") as caught:
+        prepare(tiny_config, run(**change))
+    assert caught.value.field == field
+
+
+def test_all_differing_settings_are_named(run: MakeRun, tiny_config: Config) -> None:
+    prepare(tiny_config, run())
+    with pytest.raises(SettingError, match=r"a run with flip 0\.0, seed 0; or another folder"):
+        prepare(replace(tiny_config, flip=0.5), run(seed=3))
+
+
+def test_a_run_keeps_its_snapshot(
+    run: MakeRun, tiny_config: Config, make_snapshot: Callable[..., Snapshot], tmp_path: Path, caplog
+) -> None:
+    first = make_snapshot((8,), folder=tmp_path / "data")
+    prepare(tiny_config, run(data=str(tmp_path / "data")))
+    second = make_snapshot((8, 8), folder=tmp_path / "data")
+    assert second.id != first.id
+    with caplog.at_level(logging.INFO):
+        plan, _ = prepare(tiny_config, run(data=str(tmp_path / "data")))
+    assert plan.snapshot.id == first.id and "newer snapshot" in caplog.text
+    with pytest.raises(SettingError, match="on which the run in this folder is trained"):
+        prepare(tiny_config, run(data=second.uri))
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    plan, _ = prepare(tiny_config, run(data=f"{tmp_path}/elsewhere@{first.id}"))
+    assert plan.snapshot.folder == f"{tmp_path}/elsewhere"
+
+
+def test_epochs_become_steps(run: MakeRun, tiny_config: Config) -> None:
+    plan, _ = prepare(tiny_config, run(steps=None, epochs=2))
+    assert plan.steps == 10  # 40 samples, 8 a step
+
+
+def test_a_record_that_is_none(run: MakeRun, tiny_config: Config, tmp_path: Path) -> None:
+    Folder(tmp_path / "run").write_atomic("run.json", b"[1, 2]")
+    with pytest.raises((DataError, SettingError), match=r"run\.json"):
+        prepare(tiny_config, run())
+    assert read_record(Folder(tmp_path / "none")) is None
+
+
+def test_missing_data(run: MakeRun, tiny_config: Config, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="data: '' is not allowed"):
+        prepare(tiny_config, run(data=""))
+    with pytest.raises(SnapshotError, match="has no snapshot"):
+        prepare(tiny_config, run(data=str(tmp_path / "none")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_relative_folder_inside_a_ray_job_is_refused(
+    run: MakeRun, tiny_config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({}))
+    with pytest.raises(SettingError, match="working directory vanishes"):
+        prepare(tiny_config, run(output_folder="results"))
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    assert prepare(tiny_config, run(output_folder="results"))[0].run.output_folder == str(tmp_path / "results")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"batch_size": 0},
+        {"batch_size": 10, "workers": 4},
+        {"workers": -1},
+        {"epochs": 0},
+        {"steps": 0},
+        {"warmup_steps": -1},
+        {"clip_grad_norm": 0.0},
+        {"seed": -1},
+        {"caption": "jpg"},
+        {"lanes": 0},
+        {"shuffle_block": 0},
+        {"log_every_steps": 0},
+        {"checkpoint_every_steps": 0},
+        {"checkpoint_every_minutes": 0},
+        {"keep_checkpoints": 0},
+        {"evaluate_every_steps": 0},
+    ],
+)
+def test_bad_settings_are_named(run: MakeRun, bad: dict[str, object]) -> None:
+    with pytest.raises(SettingError) as caught:
+        run(**bad)
+    assert caught.value.field == next(iter(bad))
+
+
+@pytest.mark.parametrize("bad", [{"cpus_per_worker": 0}, {"max_failures": -2}, {"start_timeout_seconds": 0}])
+def test_bad_cluster_settings(bad: dict[str, int]) -> None:
+    with pytest.raises(SettingError):
+        Cluster(**bad)  # type: ignore[arg-type]

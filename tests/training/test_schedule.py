@@ -1,0 +1,29 @@
+"""The learning rate against the values that the formula gives by hand."""
+
+import pytest
+import torch
+
+from pipeline.training.schedule import learning_rate
+
+
+def test_warm_up_and_cosine_by_hand() -> None:
+    rates = [learning_rate(step, peak=1.0, warmup_steps=4, steps=12) for step in range(12)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[8] == pytest.approx(0.5)  # half-way between 4 and 12
+    assert rates[10] == pytest.approx((1 - 2**-0.5) / 2)
+    assert 0 < rates[11] < 0.05
+
+
+def test_without_warm_up_it_is_torchs_cosine() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.3)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
+    for step in range(20):
+        assert learning_rate(step, peak=0.3, warmup_steps=0, steps=20) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+
+
+def test_a_warm_up_longer_than_the_run() -> None:
+    assert learning_rate(1, peak=1.0, warmup_steps=10, steps=2) == 0.2
