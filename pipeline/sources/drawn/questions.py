@@ -3,7 +3,7 @@
 colour    what colour is the star?                 red           (asked of a shape that occurs once)
 texture   what is the texture of the star?         striped       (likewise)
 shape     what shape is the red thing?             star          (asked of a colour that occurs once)
-count     how many stars are there?                two           (0 is "no")
+count     how many stars are there?                two           (none where there is none)
 side      which is further left, the star or the disc?   star    (both occur once, centres well apart)
 presence  is there a red star?                     yes           (as often no: another colour, or another shape)
 style     what kind of picture is this?            sketch

@@ -157,7 +157,7 @@ TEXTURE_NAMES = tuple(word.name for word in TEXTURES)
 SIZE_NAMES = tuple(word.name for word in SIZES)
 STYLE_NAMES = tuple(word.name for word in STYLES)
 GROUND_NAMES = tuple(word.name for word in GROUNDS)
-NUMBER_WORDS = ("no", "one", "two", "three", "four", "five", "six")
+NUMBER_WORDS = ("none", "one", "two", "three", "four", "five", "six")
 
 NOVEL_SHAPES = ("polygon", "arrow", "house", "crescent", "bolt", "key")
 """Known from captions only; boxes, masks and few-shot labels exist for the other 18. Spread over the frequencies."""
