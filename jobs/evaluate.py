@@ -22,7 +22,7 @@ from pipeline.evaluation.suite import Evaluations
 from pipeline.tracking.follow import evaluate_checkpoint
 from pipeline.tracking.runs import Tracking, open_tracker
 
-DRAWN = Evaluations(zero_shot=("drawn_shapes",), retrieval=("drawn",), evaluation_samples=2000)
+DRAWN = Evaluations(zero_shot=("drawn_shapes",), retrieval=("drawn_val",), evaluation_samples=2000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ PRESETS: dict[str, tuple[str, Evaluate]] = {
         "An untrained model on a few drawn samples.",
         Evaluate(
             checkpoint="clipmill-tiny:untrained",
-            evaluations=Evaluations(zero_shot=("drawn_shapes",), retrieval=("drawn",), evaluation_samples=48),
+            evaluations=Evaluations(zero_shot=("drawn_shapes",), retrieval=("drawn_val",), evaluation_samples=48),
         ),
     ),
 }

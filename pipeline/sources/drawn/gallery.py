@@ -5,6 +5,7 @@ A page is an image, uint8 [height, width, 3], RGB.
 
 import cv2
 import numpy as np
+import simplejpeg
 
 from pipeline.sources.drawn import sets, world
 from pipeline.sources.drawn.draws import Draws
@@ -60,7 +61,7 @@ def sets_page(columns: int = 10, size: int = 96, seed: int = 0) -> Pixels:
         cells = []
         for index in range(columns):
             sample = draw_sample(split, seed, index, size)
-            picture = cv2.imdecode(np.frombuffer(sample.image, np.uint8), cv2.IMREAD_COLOR_RGB)
+            picture = simplejpeg.decode_jpeg(sample.image)
             cells.append(np.vstack([picture, _label(str(sample.columns["label"]), size, 16, 0.3)]))
         rows.append(np.hstack([_label(split, 130, size + 16), *cells]))
     return np.vstack(rows)
