@@ -181,7 +181,8 @@ def _run_jobs(run: Demo, programs: Programs, folder: Path, ray: str, mlflow: str
     shards, clip = folder / "shards", folder / "clip"
 
     began = time.monotonic()
-    drawing = ["python", "jobs/refresh_dataset.py", "drawn", "--samples", str(run.samples), "--output-folder", shards]
+    drawing = ["python", "jobs/refresh_dataset.py", "drawn", "--samples", str(run.samples)]
+    drawing += ["--number-sample-per-shard", "1000", "--output-folder", shards]
     drawn = programs.run("drawing", [*submit, *drawing])
     _say("2/5", f"{run.samples} pictures drawn by Ray Data into {shards}", began)
 
