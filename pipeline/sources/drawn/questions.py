@@ -85,21 +85,23 @@ def _side(scene: Scene, draws: Draws) -> Question | None:
 
 
 def _presence(scene: Scene, draws: Draws) -> Question:
-    """Yes and no alike often; a "no" keeps half of the truth, so that neither word alone gives it away."""
+    """Yes and no alike often; a "no" keeps half of the truth, so that neither word alone gives it away.
+
+    A "no" never asks for a held-out pair: training would learn that there is no such thing.
+    """
     look = draws.pick(scene.things).look
     colour, shape = look.colour, look.shape
     if draws.chance(0.5):
-        colour, shape = (draws.pick(world.COLOUR_NAMES), shape) if draws.chance(0.5) else (colour, _any_shape(draws))
+        if draws.chance(0.5):
+            colour = draws.pick([name for name in world.COLOUR_NAMES if not world.is_held_out(shape, name)])
+        else:
+            shape = draws.pick([name for name in world.SHAPE_NAMES if not world.is_held_out(name, colour)])
     there = any(thing.look.colour == colour and thing.look.shape == shape for thing in scene.things)
     return Question("presence", f"is there {article(colour)} {colour} {shape}?", "yes" if there else "no")
 
 
 def _style(scene: Scene, draws: Draws) -> Question:
     return Question("style", "what kind of picture is this?", world.STYLE_CLASSES[scene.style])
-
-
-def _any_shape(draws: Draws) -> str:
-    return draws.pick(world.SHAPE_NAMES)
 
 
 def _lone(scene: Scene, draws: Draws, key: Callable[[Thing], str]) -> Thing | None:

@@ -89,12 +89,14 @@ def recipe_name(split: str) -> str:
 
 
 def classes_of(split: str) -> tuple[str, ...]:
-    """The class names of a split's labels; for train and val, the shapes."""
+    """The class names that a split's labels are to be told from; for train, val and rare, all shapes."""
     name = recipe_name(split)
     if name in PICTURE_SETS:
         return PICTURE_SETS[name]
     if name in ("held_out_pairs", "seen_pairs"):
         return PAIR_CLASSES
+    if name == "rare":
+        return world.SHAPE_NAMES
     return RECIPES[name].classes or world.SHAPE_NAMES
 
 

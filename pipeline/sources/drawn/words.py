@@ -48,7 +48,7 @@ UNRELATED = (
     "no description available",
     "our summer sale ends on friday",
     "happy birthday to my dear grandmother",
-    "sign up for the newsletter",
+    "join our newsletter today",
     "how to bake bread without an oven",
     "the weather was lovely and the trains were late",
     "screenshot of my desktop",

@@ -249,7 +249,7 @@ def name_colour(red: int, green: int, blue: int) -> str | None:
     hue, saturation, value = colorsys.rgb_to_hsv(red / 255, green / 255, blue / 255)
     for candidate in COLOURS:
         low, high = candidate.hue
-        turned = hue * 360 - (360 if hue * 360 > high else 0) if low < 0 else hue * 360
+        turned = hue * 360 - 360 if low < 0 and hue > 0.5 else hue * 360
         inside = (
             low - 1.5 <= turned <= high + 1.5
             and candidate.saturation[0] - 0.02 <= saturation <= candidate.saturation[1] + 0.02

@@ -1,0 +1,208 @@
+"""The Tux Paint stamps: hand-made folders, hostile ones, and (mark `real`) the package itself."""
+
+import os
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.errors import SettingError
+from pipeline.shards.storage import Folder
+from pipeline.sources.source import Row
+from pipeline.sources.stamps import INSTALLED, TuxPaintStamps
+
+CROW = "A crow.\nde.utf8=Eine Krähe.\nsr@latin.utf8=Vrana.\nfr.utf8=\n"
+
+
+@pytest.fixture
+def stamps(tmp_path: Path) -> Path:
+    """Four stamps of every kind of text and picture."""
+    root = tmp_path / "stamps"
+    for folder in ("animals/birds", "food", "town"):
+        (root / folder).mkdir(parents=True)
+    picture((0, 0, 255, 255)).save(root / "animals/birds/crow.png")
+    picture((0, 0, 255, 255)).save(root / "animals/birds/crow_mirror.png")
+    (root / "animals/birds/crow.txt").write_text(CROW, encoding="utf-8")
+    picture((0, 255, 0, 0)).save(root / "food/pear.png")
+    (root / "food/pear.dat").write_text("nomirror\n")
+    (root / "food/pear.svg").write_text("<svg/>")
+    (root / "town/sign.svg").write_text("<svg/>")
+    (root / "town/sign.txt").write_text("A sign.\n")
+    return root
+
+
+def picture(rgba: tuple[int, int, int, int]) -> Image.Image:
+    return Image.new("RGBA", (6, 4), rgba)
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[..., list[Row]]:
+    def rows(source: TuxPaintStamps, rows_per_shard: int = 100) -> list[Row]:
+        pieces = list(source.slices(rows_per_shard, Folder(tmp_path / "scratch")))
+        found = [row for piece in pieces for row in source.rows(piece)]
+        assert len(found) == sum(piece.count for piece in pieces)
+        return found
+
+    return rows
+
+
+def pixels(row: Row) -> NDArray[np.uint8]:
+    assert row.image is not None
+    return np.asarray(cv2.imdecode(np.frombuffer(row.image, np.uint8), cv2.IMREAD_COLOR_RGB), np.uint8)
+
+
+def test_rows_of_a_small_folder(stamps: Path, read: Callable[..., list[Row]]) -> None:
+    crow, mirror, pear, sign = read(TuxPaintStamps(folder=str(stamps)))
+    assert [crow.url, crow.caption, crow.columns["label"]] == ["animals/birds/crow.png", "A crow.", "animals"]
+    assert crow.columns["category"] == "animals/birds"
+    assert mirror.url.endswith("crow_mirror.png") and mirror.caption == "A crow."
+    assert pear.caption == "" and pear.problem is None
+    assert sign.problem is not None and sign.problem.error_class == "vector picture" and sign.image is None
+    assert sign.caption == "A sign."
+
+
+def test_languages(stamps: Path, read: Callable[..., list[Row]]) -> None:
+    for language, caption in (("de", "Eine Krähe."), ("sr@latin", "Vrana."), ("fr", "")):
+        rows = read(TuxPaintStamps(folder=str(stamps), language=language))
+        assert rows[0].caption == caption and rows[3].caption == ""
+    rows = read(TuxPaintStamps(folder=str(stamps), language="de", fall_back_to_english=True))
+    assert [row.caption for row in rows] == ["Eine Krähe.", "Eine Krähe.", "", "A sign."]
+    with pytest.raises(SettingError, match="language: 'xx'.*de, en, fr, sr@latin"):
+        read(TuxPaintStamps(folder=str(stamps), language="xx"))
+
+
+def test_alpha_lies_on_the_background(stamps: Path, read: Callable[..., list[Row]]) -> None:
+    picture((200, 100, 0, 51)).save(stamps / "food/plum.png")
+    crow, _, pear, plum, _ = read(TuxPaintStamps(folder=str(stamps), background="#204060"))
+    assert (pixels(crow) == (0, 0, 255)).all() and (pixels(pear) == (32, 64, 96)).all()
+    # A fifth of (200, 100, 0) and four fifths of (32, 64, 96).
+    assert (pixels(plum) == (66, 71, 77)).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_every_kind_of_png_agrees_with_pillow(mode: str, tmp_path: Path, read: Callable[..., list[Row]]) -> None:
+    (tmp_path / "s/a").mkdir(parents=True)
+    ramp = np.linspace(0, 255, 48, dtype=np.uint8).reshape(6, 8)
+    if mode == "I;16":
+        image, expected = Image.fromarray(ramp.astype(np.uint16) * 257), np.repeat(ramp[:, :, None], 3, 2)
+    else:
+        colour = Image.fromarray(np.stack([ramp, ramp[::-1], 255 - ramp, ramp.T.reshape(6, 8)], 2), "RGBA")
+        image = colour.convert("RGB").convert(mode) if mode not in ("RGBA", "LA") else colour.convert(mode)
+        white = Image.new("RGBA", image.size, "white")
+        expected = np.asarray(Image.alpha_composite(white, image.convert("RGBA")).convert("RGB"))
+    image.save(tmp_path / "s/a/x.png")
+    (row,) = read(TuxPaintStamps(folder=str(tmp_path / "s")))
+    assert np.abs(pixels(row).astype(int) - expected.astype(int)).max() <= 1
+
+
+def hostile_png(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that claims to be ``width`` x ``height``."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"\0" * 10)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_hostile_folder(stamps: Path, read: Callable[..., list[Row]]) -> None:
+    good = (stamps / "animals/birds/crow.png").read_bytes()
+    hostile = {
+        "empty.png": b"",
+        "fake.png": b"<html>not found</html>",
+        "header.png": good[:20],
+        "huge.png": hostile_png(60_000, 60_000),
+        "zero.png": hostile_png(0, 7),
+        "header_only.png": good[:8] + b"\0" * 40,
+    }
+    for name, data in hostile.items():
+        (stamps / "food" / name).write_bytes(data)
+    (stamps / "food/loop.png").symlink_to("loop.png")
+    (stamps / "food/fake.txt").write_bytes(b"\xef\xbb\xbf\xff\xfe caption\r\nde.utf8=\x00\r\n==\n.utf8=x\n")
+    rows = read(TuxPaintStamps(folder=str(stamps)), 3)
+    bad = {row.url: row.problem.error_class for row in rows if row.problem is not None}
+    assert set(bad) == {f"food/{name}" for name in hostile} | {"town/sign.svg"}
+    assert bad["food/huge.png"] == "too large" and bad["food/fake.png"] == "not a png"
+    assert sum(row.problem is None for row in rows) == 3
+    assert all(isinstance(row.caption, str) for row in rows)
+
+
+def test_a_file_that_vanishes_is_a_problem_of_its_row(stamps: Path, tmp_path: Path) -> None:
+    source = TuxPaintStamps(folder=str(stamps))
+    (piece,) = source.slices(100, Folder(tmp_path / "scratch"))
+    (stamps / "food/pear.png").unlink()
+    problems = [row.problem.error_class for row in source.rows(piece) if row.problem]
+    assert problems == ["unreadable", "vector picture"]
+
+
+def test_the_digest_follows_content_and_options(stamps: Path, tmp_path: Path) -> None:
+    def digest(**options: str) -> str:
+        (piece,) = TuxPaintStamps(folder=str(stamps), **options).slices(100, Folder(tmp_path / "scratch"))  # type: ignore[arg-type]
+        return piece.digest
+
+    first = digest()
+    assert digest() == first
+    os.utime(stamps / "food/pear.png", (1, 1))
+    assert digest() == first
+    others = {digest(background="black"), digest(language="de")}
+    (stamps / "animals/birds/crow.txt").write_text("A raven.\n")
+    assert len({first, digest(), *others}) == 4
+
+
+def test_parts_are_disjoint_and_stay_when_stamps_are_added(tmp_path: Path, read: Callable[..., list[Row]]) -> None:
+    root = tmp_path / "many"
+    (root / "x").mkdir(parents=True)
+
+    def part(split: str) -> set[str]:
+        return {row.url for row in read(TuxPaintStamps(folder=str(root), split=split, held_out_share=0.25))}  # type: ignore[arg-type]
+
+    for number in range(120):
+        picture((1, 2, 3, 255)).save(root / f"x/{number}.png")
+        picture((1, 2, 3, 255)).save(root / f"x/{number}_mirror.png")
+    train, held_out = part("train"), part("held_out")
+    assert not train & held_out and train | held_out == part("all")
+    assert 0.15 < len(held_out) / 240 < 0.35
+    assert {url.replace("_mirror", "") for url in held_out} == {url for url in held_out if "_mirror" not in url}
+    picture((1, 2, 3, 255)).save(root / "x/new.png")
+    assert held_out <= part("held_out") and train <= part("train")
+
+
+def test_missing_and_empty_folders_name_the_package(tmp_path: Path, read: Callable[..., list[Row]]) -> None:
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(SettingError, match="tuxpaint-stamps-default"):
+            read(TuxPaintStamps(folder=str(folder)))
+
+
+def test_an_unpacked_package_is_found(stamps: Path, tmp_path: Path, read: Callable[..., list[Row]]) -> None:
+    inside = tmp_path / "unpacked" / INSTALLED.lstrip("/")
+    inside.parent.mkdir(parents=True)
+    stamps.rename(inside)
+    assert len(read(TuxPaintStamps(folder=str(tmp_path / "unpacked")))) == 4
+
+
+@pytest.mark.parametrize("wrong", [{"background": "reddish"}, {"held_out_share": 0.0}, {"held_out_share": 1.0}])
+def test_wrong_options_are_refused(wrong: dict[str, str | float]) -> None:
+    with pytest.raises(SettingError, match=next(iter(wrong))):
+        TuxPaintStamps(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.real
+def test_the_package_itself(read: Callable[..., list[Row]]) -> None:
+    folder = os.environ.get("TUXPAINT_STAMPS", INSTALLED)
+    if not Path(folder).is_dir():
+        pytest.skip("the Debian package tuxpaint-stamps-default is not here")
+    rows = read(TuxPaintStamps(folder=folder, language="de", fall_back_to_english=True))
+    outcome = Counter(row.problem.error_class if row.problem else "good" for row in rows)
+    assert outcome["good"] > 700 and set(outcome) <= {"good", "vector picture"}
+    assert sum(bool(row.caption) for row in rows) == len(rows)
+    assert len({row.columns["label"] for row in rows}) >= 15
+    (tiger,) = [row for row in rows if row.url == "animals/mammals/cats/tiger.png"]
+    assert tiger.caption == "Ein Tiger." and (pixels(tiger)[0, 0] == 255).all()
