@@ -46,6 +46,9 @@ ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+# What the table shows, of the sets in datasets/.
+SETS = ("drawn_shapes", "drawn_colours", "drawn_textures", "drawn_fine_grained", "drawn_unseen_style")
+PAIRS = "drawn_val"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,8 @@ class Demo:
     """Pictures to draw."""
     training: str = "demo"
     """Preset of jobs/pretrain_clip.py."""
+    evaluation_samples: int = 500
+    """Pictures of each evaluation set."""
 
     def __post_init__(self) -> None:
         require(self.samples >= 64, "samples", self.samples, "64 or more")
@@ -69,7 +74,9 @@ PRESETS = {
     "demo": ("A few minutes on two cores.", Demo()),
     "smoke": (
         "The same way with next to no data: about a minute.",
-        Demo(folder=f"{tempfile.gettempdir()}/clipmill-smoke/demo", samples=64, training="smoke"),
+        Demo(
+            folder=f"{tempfile.gettempdir()}/clipmill-smoke/demo", samples=64, training="smoke", evaluation_samples=48
+        ),
     ),
 }
 
@@ -84,7 +91,7 @@ class Programs:
     def __init__(self, logs: Path) -> None:
         self._logs = logs
         self._mark = uuid.uuid4().hex
-        self._servers: list[subprocess.Popen[bytes]] = []
+        self._programs: dict[str, subprocess.Popen[bytes]] = {}
         self._environment = {**os.environ, **ENVIRONMENT, MARK: self._mark}
         for name in ("PYTHONDONTWRITEBYTECODE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI"):
             self._environment.pop(name, None)
@@ -92,10 +99,10 @@ class Programs:
         # Loopback never goes through a proxy.
         self._environment["no_proxy"] = self._environment["NO_PROXY"] = "127.0.0.1,localhost"
 
-    def start(self, name: str, command: Sequence[str | Path]) -> subprocess.Popen[bytes]:
+    def start(self, name: str, command: Sequence[str | Path]) -> None:
         """Start ``command`` and let it run; its output goes to ``logs/name.log``."""
         with open(self._logs / f"{name}.log", "wb") as log:
-            server = subprocess.Popen(
+            self._programs[name] = subprocess.Popen(
                 [str(word) for word in command],
                 cwd=ROOT,
                 env=self._environment,
@@ -105,20 +112,18 @@ class Programs:
                 start_new_session=True,
                 preexec_fn=_end_with_parent,
             )
-        self._servers.append(server)
-        return server
 
     def wait_until_up(self, name: str, url: str, seconds: float = 120) -> None:
-        """Wait until the server that was started last as ``name`` answers at ``url``."""
-        server, deadline = self._servers[-1], time.monotonic() + seconds
+        """Wait until the server ``name`` answers at ``url``."""
+        deadline = time.monotonic() + seconds
         while not _answers(url):
-            if server.poll() is not None or time.monotonic() > deadline:
+            if self._programs[name].poll() is not None or time.monotonic() > deadline:
                 raise StepFailed(f"{name} did not come up\n{self._last_lines(name)}")
             time.sleep(0.2)
 
-    def run(self, name: str, command: Sequence[str | Path]) -> str:
-        """Run ``command`` to its end, showing what it logs now and then; gives back its output."""
-        program = self.start(name, command)
+    def wait_until_done(self, name: str) -> str:
+        """Wait for the end of the program ``name``, showing what it logs now and then; gives back its output."""
+        program = self._programs[name]
         with open(self._logs / f"{name}.log", encoding="utf-8", errors="replace") as log:
             shown = time.monotonic()
             while program.poll() is None:
@@ -131,16 +136,16 @@ class Programs:
         return (self._logs / f"{name}.log").read_text(encoding="utf-8", errors="replace")
 
     def stop(self) -> None:
-        """End everything: servers first and gently, then whatever carries our mark."""
-        for server in reversed(self._servers):
-            if server.poll() is None:
-                server.terminate()
-        for server in self._servers:
+        """End everything: gently what was started here, then whatever carries our mark."""
+        for program in self._programs.values():
+            if program.poll() is None:
+                program.terminate()
+        for program in self._programs.values():
             try:
-                server.wait(timeout=15)
+                program.wait(timeout=15)
             except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
-                server.wait()
+                os.killpg(program.pid, signal.SIGKILL)
+                program.wait()
         left = self._marked()
         for process in left:
             _quietly(process.terminate)
@@ -183,25 +188,37 @@ def _run_jobs(run: Demo, programs: Programs, folder: Path, ray: str, mlflow: str
     began = time.monotonic()
     drawing = ["python", "jobs/refresh_dataset.py", "drawn", "--samples", str(run.samples)]
     drawing += ["--number-sample-per-shard", "1000", "--output-folder", shards]
-    drawn = programs.run("drawing", [*submit, *drawing])
-    _say("2/5", f"{run.samples} pictures drawn by Ray Data into {shards}", began)
+    programs.start("drawing", [*submit, *drawing])
+    drawn = programs.wait_until_done("drawing")
+    _say("2/4", f"{run.samples} pictures drawn by Ray Data into {shards}", began)
 
     began = time.monotonic()
-    training = ["jobs/pretrain_clip.py", run.training, "--data", shards, "--output-folder", clip, "--uri", mlflow]
-    programs.run("training", [*submit, *training])
-    _say("3/5", f"CLIP trained by Ray Train into {clip}", began)
+    training = [
+        "jobs/pretrain_clip.py",
+        run.training,
+        "--data",
+        shards,
+        "--output-folder",
+        clip,
+        "--tracking-uri",
+        mlflow,
+    ]
+    programs.start("training", [*submit, *training])
+    programs.wait_until_done("training")
+    _say("3/4", f"CLIP trained by Ray Train into {clip}", began)
 
     began = time.monotonic()
-    run_id = json.loads((clip / "run.json").read_text())["tracking_run"]
+    record = json.loads((clip / "run.json").read_text())
+    run_id, architecture = record["tracking_run"], record["settings"]["architecture"]
     trained, untrained = folder / "logs" / "trained.json", folder / "logs" / "untrained.json"
-    evaluate = [*submit, "python", "jobs/evaluate.py", "drawn", "--output"]
-    programs.run("evaluation", [*evaluate, trained, "--checkpoint", clip, "--run-id", run_id, "--uri", mlflow])
-    _say("4/5", "the trained model evaluated", began)
-
-    began = time.monotonic()
-    architecture = json.loads((clip / "run.json").read_text())["settings"]["architecture"]
-    programs.run("untrained", [*evaluate, untrained, "--checkpoint", f"{architecture}:untrained"])
-    _say("5/5", f"an untrained {architecture} evaluated", began)
+    evaluate = [*submit, "python", "jobs/evaluate.py", "sets", "--zero-shot", *SETS, "--retrieval", PAIRS]
+    evaluate += ["--evaluation-samples", str(run.evaluation_samples)]
+    own_run = ["--run-id", run_id, "--tracking-uri", mlflow]
+    programs.start("evaluation", [*evaluate, "--output", trained, "--checkpoint", clip, *own_run])
+    programs.start("untrained", [*evaluate, "--output", untrained, "--checkpoint", f"{architecture}:untrained"])
+    programs.wait_until_done("evaluation")
+    programs.wait_until_done("untrained")
+    _say("4/4", f"evaluated, and an untrained {architecture} beside it", began)
     return {
         "trained": json.loads(trained.read_text())["metrics"],
         "untrained": json.loads(untrained.read_text())["metrics"],
@@ -234,7 +251,7 @@ def _start_servers(stack: ExitStack, programs: Programs, folder: Path) -> tuple[
     )
     programs.wait_until_up("ray", f"{ray_url}/api/jobs/")
     programs.wait_until_up("mlflow", f"{mlflow_url}/health")
-    _say("1/5", f"Ray on {ray_url}, MLflow on {mlflow_url}", began)
+    _say("1/4", f"Ray on {ray_url}, MLflow on {mlflow_url}", began)
     return ray_url, mlflow_url
 
 
@@ -279,7 +296,7 @@ Done in {seconds:.0f} s; everything is stopped again. Look at the runs and compa
     make ui FOLDER={shown}          then open http://127.0.0.1:5000
 Train longer, on this machine without a cluster:
     .venv/bin/python jobs/pretrain_clip.py demo --steps 2000 --data {shown}/shards \\
-        --output-folder {shown}/clip-longer --uri sqlite:///{folder}/mlflow.db"""
+        --output-folder {shown}/clip-longer --tracking-uri sqlite:///{folder}/mlflow.db"""
 
 
 def _answers(url: str) -> bool:
