@@ -19,21 +19,21 @@ state and leave Python's lock while they work.
 """
 
 import functools
-import json
 import math
 import struct
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, Literal, NoReturn, get_args
+from typing import Literal, NoReturn, get_args
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import ExifTags, Image
+from PIL import Image
 
 from pipeline.config import require
 from pipeline.errors import SampleError
+from pipeline.stages.exif import PILLOW_ERRORS, exif_json, orientation_of, read_exif
 
 ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
 Interpolation = Literal["nearest", "linear", "bilinear", "cubic", "bicubic", "area", "lanczos", "lanczos4"]
@@ -66,22 +66,8 @@ _MAX_SHIFT = 0.13
 _MAX_PADDING = 32
 # A progressive JPEG can repeat a whole pass over its pixels in a few bytes; real ones have about ten passes.
 _MAX_JPEG_SCANS = 100
-_MAX_EXIF_TEXT = 1000
 
 _PILLOW_FORMATS = ("GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "JPEG", "MPO")
-# Damaged files make Pillow's parsers raise all of these.
-_PILLOW_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    ArithmeticError,
-    struct.error,
-    RuntimeError,
-    Warning,
-)
 # What libjpeg warns about although the pixels are whole.
 _HARMLESS_JPEG_WARNINGS = (
     "extraneous bytes",
@@ -208,8 +194,8 @@ def transform(body: bytes, options: ImageOptions) -> Picture:
     if options.disable_all_reencoding:
         return _untouched(body, options)
     header = read_header(body)
-    exif = _read_exif(body, header.kind) if options.extract_exif or options.apply_exif_orientation else None
-    orientation = _orientation(exif) if options.apply_exif_orientation else 1
+    exif = read_exif(body, header.kind) if options.extract_exif or options.apply_exif_orientation else None
+    orientation = orientation_of(exif) if options.apply_exif_orientation else 1
     size = _turned((header.width, header.height), orientation)
     _check_limits(size, body, options)
     geometry = plan(*size, options)
@@ -218,7 +204,7 @@ def transform(body: bytes, options: ImageOptions) -> Picture:
     kept = data is not None
     if data is None:
         data = _convert(body, header, geometry, orientation, options)
-    text = _exif_json(exif) if options.extract_exif else None
+    text = exif_json(exif) if options.extract_exif else None
     return Picture(data, options.encode_format, *geometry.final, *geometry.original, text, kept)
 
 
@@ -345,7 +331,7 @@ def _open_with_pillow(body: bytes) -> Image.Image:
         return Image.open(BytesIO(body), formats=_PILLOW_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         _fail("too_many_pixels", "Image decoding error: too many pixels")
-    except _PILLOW_ERRORS:
+    except PILLOW_ERRORS:
         _fail("damaged", "Image decoding error: damaged")
 
 
@@ -431,7 +417,7 @@ def _decode_with_pillow(body: bytes) -> Pixels:
         try:
             picture.load()
             return _pillow_pixels(picture)
-        except _PILLOW_ERRORS:
+        except PILLOW_ERRORS:
             _fail("damaged", "Image decoding error: damaged")
 
 
@@ -578,92 +564,8 @@ def _untouched(body: bytes, options: ImageOptions) -> Picture:
     except SampleError:
         header = None
     width, height = (header.width, header.height) if header else (None, None)
-    text = _exif_json(_read_exif(body, header.kind)) if options.extract_exif and header else None
+    text = exif_json(read_exif(body, header.kind)) if options.extract_exif and header else None
     return Picture(body, options.encode_format, width, height, width, height, text, True)
-
-
-# EXIF
-
-
-def _read_exif(body: bytes, kind: str) -> Image.Exif | None:
-    """The tags of the first picture, empty when there are none, None when they can not be read."""
-    exif = Image.Exif()
-    try:
-        block = _exif_block(body, kind)
-        if block:
-            exif.load(block)
-    except _PILLOW_ERRORS:
-        return None
-    return exif
-
-
-def _exif_block(body: bytes, kind: str) -> bytes:
-    if kind == "tiff":
-        return body
-    if kind == "jpeg":
-        return _jpeg_exif_block(body)
-    if kind not in ("png", "webp"):
-        return b""
-    order, start, name = (">I4s", 8, b"eXIf") if kind == "png" else ("<4sI", 12, b"EXIF")
-    while start + 8 <= len(body):
-        first, second = struct.unpack_from(order, body, start)
-        length, chunk = (first, second) if kind == "png" else (second, first)
-        if chunk == name:
-            return body[start + 8 : start + 8 + length]
-        # PNG ends a chunk with four bytes of checksum, RIFF pads to an even length.
-        start += 8 + length + (4 if kind == "png" else length % 2)
-    return b""
-
-
-def _jpeg_exif_block(body: bytes) -> bytes:
-    start = 2
-    while start + 10 <= len(body) and body[start] == 0xFF and body[start + 1] != 0xDA:
-        length = int.from_bytes(body[start + 2 : start + 4], "big")
-        if body[start + 1] == 0xE1 and body.startswith(b"Exif\0\0", start + 4):
-            return body[start + 4 : start + 2 + length]
-        start += 2 + max(2, length)
-    return b""
-
-
-def _orientation(exif: Image.Exif | None) -> int:
-    value = exif.get(ExifTags.Base.Orientation, 1) if exif else 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def _exif_json(exif: Image.Exif | None) -> str | None:
-    """The tags as a JSON object of strings; keys are img2dataset's: "Image Make", "EXIF FNumber", "GPS GPSDate"."""
-    if exif is None:
-        return None
-    if not exif:
-        return "{}"
-    try:
-        groups = (
-            ("Image", exif, ExifTags.TAGS),
-            ("EXIF", exif.get_ifd(ExifTags.IFD.Exif), ExifTags.TAGS),
-            ("GPS", exif.get_ifd(ExifTags.IFD.GPSInfo), ExifTags.GPSTAGS),
-        )
-        tags = {
-            f"{group} {names[tag]}": text
-            for group, values, names in groups
-            for tag, value in values.items()
-            if tag in names and (text := _exif_text(value)) is not None
-        }
-    except _PILLOW_ERRORS:
-        return None
-    return json.dumps(tags)
-
-
-def _exif_text(value: Any) -> str | None:
-    """One value as text; None for what is binary (maker notes, thumbnails) or too long to be worth keeping."""
-    if isinstance(value, bytes):
-        value = value.decode("ascii", "replace").rstrip("\0")
-    if isinstance(value, tuple):
-        parts = [_exif_text(part) for part in value[:_MAX_EXIF_TEXT]]
-        value = "[" + ", ".join(part or "" for part in parts) + "]"
-    elif hasattr(value, "numerator") and not isinstance(value, int | float):
-        value = str(value.numerator) if value.denominator == 1 else f"{value.numerator}/{value.denominator}"
-    text = str(value).strip("\0 \t\r\n")
-    return text if len(text) <= _MAX_EXIF_TEXT and text.isprintable() else None
 
 
 def _turned(size: tuple[int, int], orientation: int) -> tuple[int, int]:

@@ -1,0 +1,111 @@
+"""EXIF: the tags of a JPEG, PNG, WebP or TIFF as text, and which way up the picture is.
+
+Only the block that holds the tags is looked at; no pixel is decoded. Tags come from strangers and are often damaged:
+what can not be read is left out and never costs the picture.
+"""
+
+import json
+import struct
+from typing import Any
+
+from PIL import ExifTags, Image
+
+# Damaged files make Pillow's parsers raise all of these.
+PILLOW_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    struct.error,
+    RuntimeError,
+    Warning,
+)
+_MAX_TEXT = 1000
+
+
+def read_exif(body: bytes, kind: str) -> Image.Exif | None:
+    """The tags of the first picture, empty when there are none, None when they can not be read."""
+    exif = Image.Exif()
+    try:
+        block = _exif_block(body, kind)
+        if block:
+            exif.load(block)
+    except PILLOW_ERRORS:
+        return None
+    return exif
+
+
+def _exif_block(body: bytes, kind: str) -> bytes:
+    if kind == "tiff":
+        return body
+    if kind == "jpeg":
+        return _jpeg_exif_block(body)
+    if kind not in ("png", "webp"):
+        return b""
+    order, start, name = (">I4s", 8, b"eXIf") if kind == "png" else ("<4sI", 12, b"EXIF")
+    while start + 8 <= len(body):
+        first, second = struct.unpack_from(order, body, start)
+        length, chunk = (first, second) if kind == "png" else (second, first)
+        if chunk == name:
+            return body[start + 8 : start + 8 + length]
+        # PNG ends a chunk with four bytes of checksum, RIFF pads to an even length.
+        start += 8 + length + (4 if kind == "png" else length % 2)
+    return b""
+
+
+def _jpeg_exif_block(body: bytes) -> bytes:
+    start = 2
+    while start + 10 <= len(body) and body[start] == 0xFF and body[start + 1] != 0xDA:
+        length = int.from_bytes(body[start + 2 : start + 4], "big")
+        if body[start + 1] == 0xE1 and body.startswith(b"Exif\0\0", start + 4):
+            return body[start + 4 : start + 2 + length]
+        start += 2 + max(2, length)
+    return b""
+
+
+def orientation_of(exif: Image.Exif | None) -> int:
+    """1 to 8 as EXIF 2.32 numbers them (tag 0x0112); 1, upright, when it is missing, senseless or unreadable."""
+    try:
+        value = exif.get(ExifTags.Base.Orientation, 1) if exif else 1
+    except PILLOW_ERRORS:
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def exif_json(exif: Image.Exif | None) -> str | None:
+    """The tags as a JSON object of strings; keys are img2dataset's: "Image Make", "EXIF FNumber", "GPS GPSDate"."""
+    if exif is None:
+        return None
+    if not exif:
+        return "{}"
+    try:
+        groups = (
+            ("Image", exif, ExifTags.TAGS),
+            ("EXIF", exif.get_ifd(ExifTags.IFD.Exif), ExifTags.TAGS),
+            ("GPS", exif.get_ifd(ExifTags.IFD.GPSInfo), ExifTags.GPSTAGS),
+        )
+        tags = {
+            f"{group} {names[tag]}": text
+            for group, values, names in groups
+            for tag, value in values.items()
+            if tag in names and (text := _exif_text(value)) is not None
+        }
+    except PILLOW_ERRORS:
+        return None
+    return json.dumps(tags)
+
+
+def _exif_text(value: Any) -> str | None:
+    """One value as text; None for what is binary (maker notes, thumbnails) or too long to be worth keeping."""
+    if isinstance(value, bytes):
+        value = value.decode("ascii", "replace").rstrip("\0")
+    if isinstance(value, tuple):
+        parts = [_exif_text(part) for part in value[:_MAX_TEXT]]
+        value = "[" + ", ".join(part or "" for part in parts) + "]"
+    elif hasattr(value, "numerator") and not isinstance(value, int | float):
+        value = str(value.numerator) if value.denominator == 1 else f"{value.numerator}/{value.denominator}"
+    text = str(value).strip("\0 \t\r\n")
+    return text if len(text) <= _MAX_TEXT and text.isprintable() else None
