@@ -103,6 +103,11 @@ class Clip(Method):
         return Config(architecture="clipmill-tiny")
 
     @classmethod
+    def check(cls, config: Config) -> None:
+        """Whether architecture and weights exist and go together."""
+        openclip.check(config.architecture, config.pretrained)
+
+    @classmethod
     def restored(cls, config: Config, description: Mapping[str, str]) -> Self:
         """The modules without initial weights, for a checkpoint with these text files."""
         return cls(replace(config, architecture=openclip.register(config.architecture, description)), description)

@@ -56,6 +56,10 @@ class Method(nn.Module, ABC):
         """The smallest config that still has every part: what the tests and the smoke presets run."""
 
     @classmethod
+    def check(cls, config: Any) -> None:  # noqa: B027  # a config that builds needs no more
+        """Raise ``SettingError`` for what is wrong with ``config`` and can be known before anything is built."""
+
+    @classmethod
     def restored(cls, config: Any, description: Mapping[str, str]) -> Self:
         """The modules without initial weights, which a checkpoint brings; ``description`` are its text files."""
         return cls(config)

@@ -17,8 +17,10 @@ from pipeline.config import require
 from pipeline.errors import ClipmillError
 from pipeline.stages.ray_session import connect
 from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.follow import Follower, Record
 from pipeline.training.loop import Outcome, TrainingError, run_training
 from pipeline.training.run import Plan
+from pipeline.training.submit import Evaluate, as_ray_task, in_a_process, in_this_process
 from pipeline.training.tracker import LogTracker, OpenTracker
 
 logger = logging.getLogger(__name__)
@@ -51,13 +53,21 @@ def launch(plan: Plan, open_tracker: OpenTracker = LogTracker) -> Outcome:
     return outcome
 
 
-def evaluation_resources(plan: Plan) -> dict[str, Any]:
-    """Arguments of ``as_ray_task`` for evaluations of this run: a GPU if the cluster has one more than it trains on."""
+def follower(plan: Plan, evaluate: Evaluate, record: Record | None = None) -> Follower:
+    """What evaluates the checkpoints of ``plan``: in a process, or on the cluster on which the run trains.
+
+    An evaluation gets a GPU where the cluster has one more than the run trains on.
+    """
+    if not plan.run.workers:
+        return Follower(plan.run.output_folder, evaluate, record, in_a_process, in_this_process)
+    connect()
     import ray
 
     cluster = dict(ray.cluster_resources())
-    spare_gpu = cluster.get("GPU", 0) > plan.run.workers
-    return {"num_cpus": 1, "num_gpus": 1 if spare_gpu else 0}
+    resources = worker_resources(plan, cluster)
+    spare_gpu = "GPU" in resources and cluster.get("GPU", 0) > plan.run.workers
+    submit = as_ray_task(num_cpus=1, num_gpus=1 if spare_gpu else 0)
+    return Follower(plan.run.output_folder, evaluate, record, submit)
 
 
 def _in_this_process(plan: Plan, open_tracker: OpenTracker) -> Outcome:

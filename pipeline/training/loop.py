@@ -189,7 +189,8 @@ class _Training:
 
     def _evaluates(self) -> bool:
         every = self.config.evaluate_every_steps
-        return bool(every) and (self.done % (every or 1) == 0 or self.done == self.plan.steps)
+        due = self.done == self.plan.steps or bool(every and self.done % every == 0)
+        return self.plan.evaluates and due
 
     def _log(self, losses: Mapping[str, Tensor], norm: Tensor | None, rate: float) -> bool:
         """Log this step; returns whether the minutes between checkpoints are over, by rank 0's clock."""

@@ -15,7 +15,7 @@ from pipeline.errors import DataError, SettingError
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.loaders.order import Order
 from pipeline.loaders.text import caption_field
-from pipeline.models.method import method_name
+from pipeline.models.method import method_class, method_name
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.training.optimizer import AdamW
@@ -99,7 +99,7 @@ class Run:
     keep_checkpoints: int = 3
     """Newest checkpoints that are kept, besides those that wait for an evaluation."""
     evaluate_every_steps: int | None = None
-    """Steps between evaluations, which run beside the training; the last step is always evaluated."""
+    """Steps between evaluations, which run beside the training; none: only what comes of the last step."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     cluster: Cluster = field(default_factory=Cluster)
 
@@ -126,12 +126,16 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run with everything settled, as each worker gets it: ``method`` is the method's config."""
+    """A run with everything settled, as each worker gets it: ``method`` is the method's config.
+
+    ``evaluates`` says whether somebody will evaluate the checkpoints that are marked for it.
+    """
 
     method: Any
     run: Run
     snapshot: Snapshot
     steps: int
+    evaluates: bool = False
 
     def order(self) -> Order:
         """The order of samples."""
@@ -148,16 +152,17 @@ class Record:
     tracking_run: str = ""
 
 
-def prepare(method: Any, run: Run) -> tuple[Plan, Record]:
+def prepare(method: Any, run: Run, *, evaluates: bool = False) -> tuple[Plan, Record]:
     """Settle a run before anything is started: its folder, its data, its number of steps.
 
     A new folder gets its ``run.json``; in the folder of an earlier start of the same run, the data stay those of the
     first start even where the data set has grown since.
 
     Raises:
-        SettingError: a folder that cannot be used, or one that holds another run.
-        SnapshotError: the data cannot be read.
+        SettingError: a method's setting or a folder that cannot be used, or a folder that holds another run.
+        DataError: the data cannot be read, or have not the fields that the method reads.
     """
+    method_class(method_name(method)).check(method)
     run = replace(run, output_folder=writable_folder("output_folder", run.output_folder))
     require(bool(run.data), "data", run.data, "the folder of a snapshot, which jobs/refresh_dataset.py makes")
     folder = Folder(run.output_folder)
@@ -172,7 +177,13 @@ def prepare(method: Any, run: Run) -> tuple[Plan, Record]:
         _check_same(folder, earlier, record)
         record = earlier
     steps = run.steps or make_order(run, snapshot).steps(run.epochs)
-    return Plan(method=method, run=run, snapshot=snapshot, steps=steps), record
+    return Plan(method=method, run=run, snapshot=snapshot, steps=steps, evaluates=evaluates), record
+
+
+def keep_tracking_run(plan: Plan, record: Record, run_id: str) -> None:
+    """Remember the run's id in the tracker, for the next start of the same command."""
+    if record.tracking_run != run_id:
+        write_record(Folder(plan.run.output_folder), replace(record, tracking_run=run_id))
 
 
 def make_order(run: Run, snapshot: Snapshot) -> Order:

@@ -18,7 +18,7 @@ from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
 from pipeline.config import require
-from pipeline.errors import DataError, SettingError
+from pipeline.errors import SettingError
 from pipeline.loaders.cache import FileCache
 from pipeline.loaders.images import ImageTransform
 from pipeline.shards.storage import Folder
@@ -47,6 +47,13 @@ def check_architecture(name: str) -> dict[str, Any]:
         raise SettingError("architecture", name, allowed)
     require("multimodal_cfg" not in config, "architecture", name, "an architecture without a caption decoder")
     return dict(config)
+
+
+def check(architecture: str, pretrained: str | None) -> None:
+    """Raise as :func:`create` does for an architecture or weights that are not there; nothing is built or fetched."""
+    config = check_architecture(architecture)
+    if pretrained:
+        _place(architecture, config, pretrained)
 
 
 def create(
@@ -179,23 +186,31 @@ def encode_text(model: Any, text: Tensor) -> Tensor:
 
 def _find(architecture: str, config: Mapping[str, Any], pretrained: str) -> tuple[str, Mapping[str, Any]]:
     """What open_clip takes for ``pretrained`` (a tag or a local file), and the pictures it was trained on."""
+    place = _place(architecture, config, pretrained)
+    if place is None:
+        return pretrained, {}
+    folder, name = place
+    card = json.loads(folder.read_bytes(MODEL_CARD)) if folder.exists(MODEL_CARD) else {}
+    pictures = {key: value for key, value in card.get("preprocess_cfg", {}).items() if key != "size"}
+    return str(FileCache().fetch(folder, name)), pictures
+
+
+def _place(architecture: str, config: Mapping[str, Any], pretrained: str) -> tuple[Folder, str] | None:
+    """Folder and name of the file of weights; ``None`` where ``pretrained`` is a tag of open_clip."""
     if open_clip.is_pretrained_cfg(architecture, pretrained):
         _check_activation(architecture, config, pretrained)
-        return pretrained, {}
-    if ":" in architecture and "://" not in architecture:
+        return None
+    if ":" in architecture:
         raise SettingError("pretrained", pretrained, f"nothing, since {architecture} brings its own weights")
     parent, _, name = pretrained.rstrip("/").rpartition("/")
     folder = Folder(parent or ("/" if pretrained.startswith("/") else "."))
     if folder.exists(f"{name}/{WEIGHTS}"):
-        folder, name = folder.folder(name), WEIGHTS
-    try:
-        path = FileCache().fetch(folder, name)
-    except DataError as error:
+        return folder.folder(name), WEIGHTS
+    if not name or not folder.exists(name) or folder.fs.isdir(f"{folder.path}/{name}"):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
         allowed = f"a tag of {architecture} ({tags}), a weights file, or a checkpoint folder with {WEIGHTS}"
-        raise SettingError("pretrained", pretrained, allowed) from error
-    card = json.loads(folder.read_bytes(MODEL_CARD)) if folder.exists(MODEL_CARD) else {}
-    return str(path), {key: value for key, value in card.get("preprocess_cfg", {}).items() if key != "size"}
+        raise SettingError("pretrained", pretrained, allowed)
+    return folder, name
 
 
 def _check_activation(architecture: str, config: Mapping[str, Any], tag: str) -> None:

@@ -1,0 +1,206 @@
+"""The pre-training job: its smoke preset end to end, its presets, its errors."""
+
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+
+from pipeline.config import from_json, run_job, to_json
+from pipeline.shards.snapshot import Snapshot
+from pipeline.tracking.runs import Tracking
+from pipeline.training.checkpoint import Checkpoints, load_method, read_evaluation
+
+JOB = Path(__file__).resolve().parents[2] / "jobs" / "pretrain_clip.py"
+
+
+@pytest.fixture(scope="module")
+def job() -> dict[str, Any]:
+    """The script as a module; tyro wants to find its source."""
+    spec = importlib.util.spec_from_file_location("pretrain_clip_job", JOB)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return vars(module)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
+    """A store of its own: making its tables takes seconds."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    return Tracking(tracking_uri=f"sqlite:///{folder}/mlflow.db", system_metrics=False)
+
+
+def command(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The exit code of the job's command line."""
+    monkeypatch.setattr(sys, "argv", [str(JOB), *words])
+    try:
+        run_job(job["PRESETS"], job["main"])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_smoke(
+    job: dict[str, Any],
+    store: Tracking,
+    make_snapshot: Callable[..., Snapshot],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Drawn, trained, evaluated, recorded; started again it is finished; another setting is another run."""
+    smoke = job["PRESETS"]["smoke"][1]
+    smoke = replace(smoke, tracking=store, run=replace(smoke.run, output_folder=str(tmp_path / "run")))
+    job["main"](smoke)
+    (checkpoint,) = Checkpoints(str(tmp_path / "run")).whole()
+    assert checkpoint.meta.step == 4
+    evaluation = read_evaluation(checkpoint)
+    assert evaluation is not None
+    assert {"zeroshot/drawn_shapes/top1", "retrieval/drawn_val/i2t_r1"} <= set(evaluation["metrics"])
+
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    from mlflow import MlflowClient
+
+    client = MlflowClient(store.tracking_uri)
+    run = client.get_run(record["tracking_run"])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["zeroshot/drawn_shapes/top1"] == evaluation["metrics"]["zeroshot/drawn_shapes/top1"]
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2, 3, 4]
+    assert run.inputs.dataset_inputs[0].dataset.digest == record["digest"][:36]
+    (version,) = client.search_model_versions(f"run_id = '{run.info.run_id}'")
+    assert version.tags["checkpoint"] == checkpoint.folder.uri
+
+    opened = open_clip.create_model(f"local-dir:{checkpoint.folder.path}").eval()
+    method = load_method(checkpoint.folder.uri)
+    tokens = open_clip.get_tokenizer("clipmill-tiny")(["a red star"])
+    assert torch.equal(opened.encode_text(tokens, normalize=True), method.encode_text(tokens))
+
+    data = record["snapshot"]
+    again = replace(smoke, run=replace(smoke.run, data=data))
+    with caplog.at_level("INFO"):
+        job["main"](again)
+    assert "is finished: 4 steps" in caplog.text
+    assert json.loads((tmp_path / "run" / "run.json").read_text()) == record
+
+
+def test_presets_are_the_papers(job: dict[str, Any]) -> None:
+    """Radford et al. 2021, tables 18 to 20 of appendix F."""
+    presets = {name: preset for name, (_, preset) in job["PRESETS"].items()}
+    assert set(presets) == {"paper-vit-b-32", "paper-vit-b-16", "paper-rn50", "one-node", "demo", "smoke"}
+    for name, architecture in {
+        "paper-vit-b-32": "ViT-B-32",
+        "paper-vit-b-16": "ViT-B-16",
+        "paper-rn50": "RN50",
+    }.items():
+        run, method = presets[name].run, presets[name].method
+        assert method.architecture == architecture and method.crop == "square" and method.flip == 0
+        assert (run.batch_size, run.epochs, run.steps, run.warmup_steps) == (32768, 32, None, 2000)
+        assert (run.optimizer.learning_rate, run.optimizer.weight_decay, run.optimizer.beta1) == (5e-4, 0.2, 0.9)
+        betas = (0.999, 1e-8) if name == "paper-rn50" else (0.98, 1e-6)
+        assert (run.optimizer.beta2, run.optimizer.epsilon) == betas
+        assert (method.temperature, method.max_logit_scale) == (0.07, 100)
+
+
+def test_presets_go_through_json(job: dict[str, Any]) -> None:
+    for _, preset in job["PRESETS"].values():
+        assert from_json(job["Pretrain"], to_json(preset)) == preset
+
+
+def test_flags_reach_the_config(
+    job: dict[str, Any], monkeypatch: pytest.MonkeyPatch, make_snapshot: Callable[..., Snapshot], tmp_path: Path
+) -> None:
+    got: list[Any] = []
+    flags = {
+        "data": "/d",
+        "output-folder": "/o",
+        "workers": "2",
+        "batch-size": "64",
+        "epochs": "3",
+        "steps": "7",
+        "architecture": "RN50",
+        "pretrained": "openai",
+        "precision": "bf16",
+        "checkpoint-every-steps": "5",
+        "evaluate-every-steps": "6",
+        "tracking-uri": "sqlite:////x",
+        "experiment": "e",
+        "learning-rate": "0.1",
+        "seed": "9",
+        "caption": "json:title",
+        "loader-workers": "1",
+        "cpus-per-worker": "3",
+    }
+    monkeypatch.setattr(sys, "argv", [str(JOB), "demo", *(word for k, v in flags.items() for word in (f"--{k}", v))])
+    run_job(job["PRESETS"], got.append)
+    run, method = got[0].run, got[0].method
+    assert (run.data, run.output_folder, run.workers, run.batch_size, run.epochs, run.steps) == (
+        "/d",
+        "/o",
+        2,
+        64,
+        3,
+        7,
+    )
+    assert (method.architecture, method.pretrained, run.precision, run.seed) == ("RN50", "openai", "bf16", 9)
+    assert (run.checkpoint_every_steps, run.evaluate_every_steps, run.optimizer.learning_rate) == (5, 6, 0.1)
+    assert (run.loader.loader_workers, run.cluster.cpus_per_worker, run.caption) == (1, 3, "json:title")
+    assert (got[0].tracking.tracking_uri, got[0].tracking.experiment) == ("sqlite:////x", "e")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["papre-vit"], "error: preset: 'papre-vit' is not allowed; allowed: one of paper-vit-b-32"),
+        (["demo", "--output-folder", "{tmp}/run"], "error: data: '' is not allowed"),
+        (["demo", "--data", "{data}"], "error: output_folder: '' is not allowed"),
+        (["demo", "--data", "{tmp}/none", "--output-folder", "{tmp}/run"], "has no snapshot"),
+        (
+            ["demo", "--data", "{data}", "--output-folder", "{tmp}/run", "--architecture", "ViT-B-33"],
+            "error: architecture: 'ViT-B-33' is not allowed",
+        ),
+        (
+            ["demo", "--data", "{data}", "--output-folder", "{tmp}/run", "--zero-shot", "nothing"],
+            "nothing",
+        ),
+    ],
+)
+def test_bad_settings_are_one_sentence(
+    job: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    make_snapshot: Callable[..., Snapshot],
+    tmp_path: Path,
+    words: list[str],
+    message: str,
+) -> None:
+    """Before a cluster or a tracking server is asked for, and before anything is written."""
+    data = make_snapshot((3,)).folder
+    filled = [word.format(tmp=tmp_path, data=data) for word in words]
+    assert command(job, monkeypatch, *filled) in (1, 2)
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and "Traceback" not in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_that_exclude_each_other(
+    job: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found while the command line is read: tyro puts a frame around the sentence."""
+    assert command(job, monkeypatch, "demo", "--workers", "3") == 2
+    said = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
+    assert "batch_size: 256 is not allowed; allowed: a multiple of the 3 workers" in said
+
+
+def test_the_script_can_be_the_entry_point() -> None:
+    assert JOB.read_text().startswith("#!/usr/bin/env python\n")
+    assert os.access(JOB, os.X_OK)
+    assert "ray job submit --working-dir . -- python jobs/pretrain_clip.py" in JOB.read_text()

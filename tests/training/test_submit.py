@@ -1,0 +1,36 @@
+"""Evaluations in processes of their own."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.training.submit import EvaluationFailed, in_a_process
+
+SUBMITTED = """
+import os
+
+def evaluate(uri, step):
+    if step == 1:
+        raise ValueError("no such thing")
+    if step == 2:
+        os._exit(3)
+    return {"zeroshot/colours/top1": step / 10, "process": os.getpid()}
+"""
+
+
+def test_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ends of a process: a result, an exception, a sudden death."""
+    (tmp_path / "submitted_here.py").write_text(SUBMITTED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import submitted_here
+
+    pending = [in_a_process(submitted_here.evaluate, "uri", step) for step in (1, 2, 3)]
+    while not all(one.ready(0.5) for one in pending):
+        pass
+    with pytest.raises(EvaluationFailed, match="ValueError: no such thing"):
+        pending[0].result()
+    with pytest.raises(EvaluationFailed, match="ended with code 3"):
+        pending[1].result()
+    assert pending[2].result()["zeroshot/colours/top1"] == 0.3
+    cancelled = in_a_process(submitted_here.evaluate, "uri", 5)
+    cancelled.cancel()
