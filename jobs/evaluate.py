@@ -22,7 +22,13 @@ from pipeline.evaluation.suite import Evaluations
 from pipeline.tracking.follow import evaluate_checkpoint
 from pipeline.tracking.runs import Tracking, open_tracker
 
-DRAWN = Evaluations(zero_shot=("drawn_shapes",), retrieval=("drawn_val",), evaluation_samples=2000)
+DRAWN = (
+    *("drawn_shapes", "drawn_unseen_style", "drawn_rare", "drawn_novel", "drawn_seen_pairs", "drawn_held_out_pairs"),
+    *("drawn_colours", "drawn_textures", "drawn_styles", "drawn_fine_grained", "drawn_counting", "drawn_relations"),
+    *("drawn_aerial", "drawn_digits", "drawn_digits_real"),
+)
+STAMPS = ("tuxpaint_stamps",)
+FEW = Evaluations(zero_shot=("drawn_shapes",), retrieval=("drawn_val",), evaluation_samples=48)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +56,17 @@ class Evaluate:
 
 
 PRESETS: dict[str, tuple[str, Evaluate]] = {
-    "drawn": ("The sets of the embedded world.", Evaluate(checkpoint=tyro.MISSING, evaluations=DRAWN)),
+    "drawn": (
+        "The small sets of the embedded world, 500 samples of each.",
+        Evaluate(
+            checkpoint=tyro.MISSING,
+            evaluations=Evaluations(zero_shot=DRAWN, retrieval=("drawn_val",), evaluation_samples=500),
+        ),
+    ),
+    "stamps": (
+        "The Tux Paint stamps: their folders as classes, their sentences for retrieval.",
+        Evaluate(checkpoint=tyro.MISSING, evaluations=Evaluations(zero_shot=STAMPS, retrieval=STAMPS)),
+    ),
     "imagenet": (
         "ImageNet's 1,000 classes with CLIP's 80 prompts; --zero-shot imagenet=FOLDER names the shards.",
         Evaluate(checkpoint=tyro.MISSING, evaluations=Evaluations(classes="imagenet", templates="imagenet")),
@@ -58,10 +74,7 @@ PRESETS: dict[str, tuple[str, Evaluate]] = {
     "sets": ("The sets that --zero-shot and --retrieval name.", Evaluate(checkpoint=tyro.MISSING)),
     "smoke": (
         "An untrained model on a few drawn samples.",
-        Evaluate(
-            checkpoint="clipmill-tiny:untrained",
-            evaluations=Evaluations(zero_shot=("drawn_shapes",), retrieval=("drawn_val",), evaluation_samples=48),
-        ),
+        Evaluate(checkpoint="clipmill-tiny:untrained", evaluations=FEW),
     ),
 }
 

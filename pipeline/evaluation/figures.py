@@ -44,30 +44,15 @@ def similarity_matrix(images: Tensor, captions: Sequence[str], scores: Tensor, t
     """
     count = min(len(images), MATRIX_SIDE)
     values = scores[:count, :count].float().cpu().numpy().T
-    figure = _figure(4.6 + 0.5 * count, 1.7 + 0.5 * count, title)
+    figure = _figure(5 + 0.5 * count, 1.7 + 0.5 * count, title)
+    figure.set_layout_engine("compressed")  # the plain one forgets that the cells are square, and cuts the captions
     axis = figure.subplots()
     drawn = axis.imshow(values, cmap="viridis")
-    axis.set_yticks(range(count), [_lines(text, 44, 1) for text in captions[:count]], fontsize=8)
+    axis.set_yticks(range(count), [_lines(text, 34, 2) for text in captions[:count]], fontsize=8)
     for label in axis.get_yticklabels():
         label.set_parse_math(False)
     axis.set_xticks([])
-    middle = (np.nanmin(values) + np.nanmax(values)) / 2
-    for row, column in np.ndindex(count, count):
-        right = row == column
-        ink = "white" if values[row, column] < middle else "black"
-        weight = "bold" if right else "normal"
-        axis.text(
-            column,
-            row,
-            f"{values[row, column]:.2f}",
-            ha="center",
-            va="center",
-            color=ink,
-            fontsize=7,
-            weight=weight,
-        )
-        if right:
-            axis.add_patch(_outline(row))
+    _write_cells(axis, values)
     for column in range(count):
         picture = images[column].cpu().numpy().transpose(1, 2, 0)
         axis.imshow(picture, extent=(column - 0.46, column + 0.46, -0.6, -1.52))
@@ -75,6 +60,20 @@ def similarity_matrix(images: Tensor, captions: Sequence[str], scores: Tensor, t
     axis.spines[:].set_visible(False)
     figure.colorbar(drawn, ax=axis, label="cosine similarity", shrink=0.6)
     return figure
+
+
+def _write_cells(axis: "Axes", values: "np.ndarray[Any, Any]") -> None:
+    """The number in every cell, in the ink that shows; right pairs bold and outlined."""
+    from matplotlib.patches import Rectangle
+
+    plain = np.nan_to_num(values)
+    middle = (plain.min() + plain.max()) / 2
+    for (row, column), value in np.ndenumerate(values):
+        ink = "white" if value < middle else "black"
+        weight = "bold" if row == column else "normal"
+        axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=7, weight=weight)
+        if row == column:
+            axis.add_patch(Rectangle((row - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="white", linewidth=1.5))
 
 
 def retrieval_examples(
@@ -150,7 +149,7 @@ def _lines(text: str, width: int, lines: int) -> str:
     """At most ``lines`` lines of ``width`` characters; words longer than a line are broken."""
     wrapped = textwrap.wrap(readable(text[: 4 * width * lines]), width) or ["(no caption)"]
     if len(wrapped) > lines:
-        wrapped[lines - 1] = wrapped[lines - 1][: width - 2] + " \u2026"
+        wrapped[lines - 1] = wrapped[lines - 1][: width - 2].rstrip() + " \u2026"
     return "\n".join(wrapped[:lines])
 
 
@@ -182,9 +181,3 @@ def _text(axis: "Axes", x: float, y: float, text: str, **style: Any) -> None:
 def _frame(axis: "Axes", right: bool) -> None:
     for spine in axis.spines.values():
         spine.set(color=RIGHT if right else WRONG, linewidth=3 if right else 1)
-
-
-def _outline(place: int) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((place - 0.5, place - 0.5), 1, 1, fill=False, edgecolor="white", linewidth=1.5)

@@ -6,15 +6,13 @@ The training ranks write a checkpoint and go on; whoever follows them (a Ray tas
     Follower(output_folder, CheckpointEvaluation(evaluations=evaluations, run=tracker.handle), record)
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.evaluation.models import load_model
 from pipeline.evaluation.showcase import model_figures
 from pipeline.evaluation.suite import Evaluations, Prepared, evaluate
+from pipeline.tracking.records import charted
 from pipeline.tracking.runs import RunHandle
-
-UNTRACKED = ("samples",)  # constants of a set that would be charts of their own
 
 
 def evaluate_checkpoint(
@@ -68,8 +66,3 @@ class CheckpointEvaluation:
         return evaluate_checkpoint(
             checkpoint, self.evaluations, self.run, step, device=self.device, figures=self.figures
         )
-
-
-def charted(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics of :func:`pipeline.evaluation.suite.evaluate` without the sizes of the sets, which never change."""
-    return {name: value for name, value in metrics.items() if name.rpartition("/")[2] not in UNTRACKED}

@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LONGEST_DIGEST = 36  # MLflow's limit; the whole digest is in the run's tags
+
+
+def charted(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of an evaluation without the sizes of its sets, which would be charts that never change."""
+    return {name: value for name, value in metrics.items() if not name.endswith("/samples")}
 
 
 def log_snapshot(client: "MlflowClient", run_id: str, snapshot: Snapshot, context: str) -> None:
@@ -48,16 +54,14 @@ def register(
 
     A checkpoint that this run has registered before is left alone.
     """
-    uri = masked(uri)
+    uri, metrics = masked(uri), charted(metrics)
     _create_registered_model(client, name)
     versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     if any(version.tags.get("checkpoint") == uri for version in versions):
         return
-    told = {key: f"{value:.4f}" for key, value in metrics.items()}
     model_id = _log_model(client, run_id, uri, metrics, step)
-    version = _create_version(
-        client, run_id, name, uri, model_id, {"checkpoint": uri, "step": str(step), **tags, **told}
-    )
+    tags = {"checkpoint": uri, "step": str(step), **tags}
+    version = _create_version(client, run_id, name, uri, model_id, tags, _description(uri, metrics, step))
     logger.info("registered %s as version %s of the model %s", uri, version, name)
 
 
@@ -73,7 +77,7 @@ def _create_registered_model(client: "MlflowClient", name: str) -> None:
 
 def _log_model(client: "MlflowClient", run_id: str, uri: str, metrics: dict[str, float], step: int) -> str:
     """A logged model whose files lie outside of MLflow: the line of the UI's model table; gives its id."""
-    from mlflow.entities import Metric
+    from mlflow.entities import LoggedModelOutput, Metric
 
     run = client.get_run(run_id)
     model = client.create_logged_model(
@@ -85,6 +89,7 @@ def _log_model(client: "MlflowClient", run_id: str, uri: str, metrics: dict[str,
         model_type="clip",
     )
     client.finalize_logged_model(model.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
     if metrics:
         points = [
             Metric(key, value, _time_of(client, run_id, key, step, value), step, model_id=model.model_id)
@@ -101,14 +106,25 @@ def _time_of(client: "MlflowClient", run_id: str, key: str, step: int, value: fl
     return int(next(same, time.time_ns() // 1_000_000))
 
 
+def _description(uri: str, metrics: dict[str, float], step: int) -> str:
+    """Markdown for the version's page: where it is, how to load it, how good it is."""
+    rows = [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
+    load = "`open_clip.create_model(ARCHITECTURE, pretrained=CHECKPOINT/model.safetensors)`"
+    table = ["", "| metric | value |", "|---|---|", *rows] if rows else []
+    return "\n".join([f"Step {step:,}, checkpoint `{uri}`.", "", f"To load it: {load}", *table])
+
+
 def _create_version(
-    client: "MlflowClient", run_id: str, name: str, uri: str, model_id: str, tags: dict[str, str]
+    client: "MlflowClient",
+    run_id: str,
+    name: str,
+    uri: str,
+    model_id: str,
+    tags: dict[str, str],
+    description: str,
 ) -> str:
     from mlflow.exceptions import MlflowException
 
-    description = (
-        f"Checkpoint {uri}. Load: open_clip.create_model(architecture, pretrained=<checkpoint>/model.safetensors)."
-    )
     settings: dict[str, Any] = {
         "run_id": run_id,
         "model_id": model_id,

@@ -109,7 +109,8 @@ class MlflowTracker:
         """Where to look: the run's page on a server, or the command that serves a sqlite store."""
         if self.handle.uri.startswith("http"):
             experiment = self._client.get_run(self.run_id).info.experiment_id
-            return f"{masked(self.handle.uri).rstrip('/')}/#/experiments/{experiment}/runs/{self.run_id}"
+            page = f"{masked(self.handle.uri).rstrip('/')}/#/experiments/{experiment}/runs/{self.run_id}"
+            return f"{page}?workflowType=machine_learning"  # a new browser shows the pages for agents otherwise
         return f"mlflow server --backend-store-uri {masked(self.handle.uri)}"
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -359,7 +360,9 @@ def _log_params(store: "MlflowClient", run: "Run", config: Any) -> dict[str, str
     """Log the parameters that the run does not have yet; a tag that lists those whose values are others now."""
     from mlflow.entities import Param
 
-    wanted = {name: masked_value(name, value)[:LONGEST_PARAM] for name, value in flatten(config).items()}
+    # How a run is recorded says nothing about it, and would stand out as a difference in every comparison.
+    told = {name: value for name, value in flatten(config).items() if "tracking" not in name.split(".")[:-1]}
+    wanted = {name: masked_value(name, value)[:LONGEST_PARAM] for name, value in told.items()}
     known = run.data.params
     missing = [Param(name, value) for name, value in wanted.items() if name not in known]
     for start_at in range(0, len(missing), PARAMS_AT_ONCE):

@@ -47,6 +47,7 @@ class SystemMetrics:
         return {self._prefix + name: value for name, value in values.items()}
 
     def _work(self) -> None:
+        self.sample()  # the first use of the CPU is measured from here, and reads 0
         while not self._stopped.wait(self._monitor.sampling_interval):
             try:
                 self._put(self.sample(), int(time.time() - self._began))

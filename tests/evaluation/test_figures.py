@@ -55,6 +55,12 @@ def test_any_number_of_samples_fits(count: int) -> None:
         assert image.shape[1] < 2500 and image.shape[0] < 2500
 
 
+def test_a_diverged_model_can_be_drawn() -> None:
+    scores = torch.full((3, 3), float("nan"))
+    png(similarity_matrix(pictures(3), ["a", "b", "c"], scores))
+    png(retrieval_examples(pictures(3), ["a", "b", "c"], scores))
+
+
 def test_text_stays_readable() -> None:
     assert readable("caf\u00e9 \u2013 \u041a\u043e\u0442") == "caf\u00e9 \u2013 \u041a\u043e\u0442"
     assert readable("a \U0001f436\n b") == f"a {BOX} b"
