@@ -28,6 +28,8 @@ from pipeline.shards.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
+TOLD_AT_MOST = 20  # unreadable samples that one process names
+
 Batch = dict[str, Tensor]
 Place = tuple[int, int]  # epoch, number of the sample in the snapshot
 
@@ -205,6 +207,7 @@ class _Readable(Dataset[Batch | ClipmillError]):
 
     def __init__(self, samples: Samples, readers: Mapping[str, Reader], replace: bool) -> None:
         self.samples, self.readers, self.replace = samples, readers, replace
+        self.told = 0
 
     def __getitems__(self, places: list[Place]) -> Batch | ClipmillError:
         # The DataLoader would wrap an error of its process into pages of traceback; as a value it stays one sentence.
@@ -228,12 +231,19 @@ class _Readable(Dataset[Batch | ClipmillError]):
                 return {key: reader.read(sample, place) for key, reader in self.readers.items()}, skipped
             except UnreadableSample as error:
                 skipped += 1
-                verdict = "replaced" if self.replace else "left out"
-                logger.warning("sample %s is unreadable and is %s: %s", sample.key, verdict, error)
+                self._tell(sample.key, error)
                 if not self.replace:
                     return None, skipped
         shard, _ = self.samples.find(place[1])
         raise DataError(f"{self.samples.snapshot.folder}/{shard.tar}: not one readable sample")
+
+    def _tell(self, key: str, error: UnreadableSample) -> None:
+        level = logging.WARNING if self.told < TOLD_AT_MOST else logging.DEBUG
+        self.told += 1
+        verdict = "replaced" if self.replace else "left out"
+        logger.log(level, "sample %s is unreadable and is %s: %s", key, verdict, error)
+        if self.told == TOLD_AT_MOST:
+            logger.warning("further unreadable samples are counted and no longer named")
 
 
 def _batches(

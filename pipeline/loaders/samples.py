@@ -1,5 +1,6 @@
 """The samples of a snapshot by number, read from mapped tars."""
 
+import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
@@ -45,8 +46,9 @@ class Samples:
     def __init__(self, snapshot: Snapshot, cache: FileCache | None = None, open_shards: int = 128) -> None:
         self.snapshot, self.cache, self.open_shards = snapshot, cache or FileCache(), open_shards
         self._ends = list(accumulate(shard.samples for shard in snapshot.shards))
-        self._folder = Folder(snapshot.folder)
         self._open: OrderedDict[str, TarShard] = OrderedDict()
+        self._folder: Folder | None = None
+        self._process = 0
 
     def __reduce__(self) -> tuple[type["Samples"], tuple[Snapshot, FileCache, int]]:
         return Samples, (self.snapshot, self.cache, self.open_shards)
@@ -83,6 +85,9 @@ class Samples:
         return self._open[shard.name]
 
     def _open_tar(self, shard: Shard) -> TarShard:
+        if self._folder is None or self._process != os.getpid():
+            # A client of an object store does not survive the fork into a loader's process.
+            self._folder, self._process = Folder(self.snapshot.folder), os.getpid()
         path = self.cache.fetch(self._folder, shard.tar, shard.sha256)
         if path.stat().st_size != shard.bytes:
             raise DataError(f"{path} has {path.stat().st_size} bytes, the snapshot says {shard.bytes}")

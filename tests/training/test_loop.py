@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from torch import Tensor
@@ -182,6 +183,29 @@ def test_evaluations_and_minutes_decide_what_is_saved(run: MakeRun, tiny_config:
     run_training(plan, CPU, remember())
     found = {one.meta.step: one.waits for one in Checkpoints(plan.run.output_folder).whole()}
     assert found == {4: True, 8: True, 10: True}  # those of the minutes (1, 3, 6, 9) are pruned
+
+
+def test_data_and_checkpoints_in_an_object_store(
+    run: MakeRun, tiny_config: Config, remember: Any, s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Read by forked loader processes through the local cache; written, listed, resumed and pruned on S3."""
+    here = remember()
+    run_training(prepare(tiny_config, run(steps=6))[0], CPU, here)
+    local = run().data
+    store = fsspec.filesystem("s3")
+    store.put(local, f"{s3}/data", recursive=True)
+    monkeypatch.setenv("CLIPMILL_CACHE", str(tmp_path / "cache"))
+    loader = LoaderConfig(loader_workers=2)
+    changes = {"data": f"{s3}/data", "output_folder": f"{s3}/run", "loader": loader, "checkpoint_every_steps": 2}
+    first, second = remember(stop_at=5), remember()
+    with pytest.raises(KeyboardInterrupt):
+        run_training(prepare(tiny_config, run(steps=6, keep_checkpoints=1, **changes))[0], CPU, first)
+    plan, _ = prepare(tiny_config, run(steps=6, keep_checkpoints=1, **changes))
+    outcome = run_training(plan, CPU, second)
+    assert first.series("train/loss") | second.series("train/loss") == here.series("train/loss")
+    assert outcome.checkpoint == f"{s3}/run/checkpoints/step-00000006"
+    assert [name.rpartition("/")[2] for name in store.ls(f"{s3}/run/checkpoints", refresh=True)] == ["step-00000006"]
+    assert load_method(f"{s3}/run").encode_text(torch.zeros(1, 77, dtype=torch.int64)).shape == (1, 32)
 
 
 def test_a_checkpoint_of_another_order_is_refused(plan: Plan, remember: Any) -> None:
