@@ -28,6 +28,7 @@ from pipeline.evaluation.retrieval import retrieval
 from pipeline.evaluation.zero_shot import classifier, zero_shot
 from pipeline.loaders.images import ImageTransform
 from pipeline.loaders.samples import UnreadableSample
+from pipeline.loaders.text import caption_field, read_caption
 from pipeline.shards.sample import Sample
 from pipeline.shards.storage import Folder
 
@@ -62,11 +63,14 @@ class EvaluationSet:
     classes: str = "auto"
     templates: str = "auto"
     label: str = ""
+    caption: str = "auto"
 
     def __post_init__(self) -> None:
         plain = bool(re.fullmatch(r"[\w.\-]+", self.name))
         require(plain, "name", self.name, "letters, digits, '.', '_' and '-' (it is part of the metrics' names)")
         require(self.samples is None or self.samples > 0, "samples", self.samples, "1 or more")
+        if self.caption != "auto":
+            caption_field(self.caption)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +89,8 @@ class Evaluations:
     """Prompts: auto (the card's), imagenet (80 prompts), imagenet-simple (7), none, or a file of templates with {}."""
     label: str = ""
     """Key of the samples' json that holds the class; empty for the card's; cls for webdataset's member .cls."""
+    retrieval_caption: str = "auto"
+    """Where captions are: auto (the list `captions` of the samples' json, else their txt), txt, or json:KEY."""
     evaluation_batch: int = 64
     """Pictures encoded at a time."""
     evaluation_precision: Literal["fp32", "bf16"] = "fp32"
@@ -132,6 +138,7 @@ class Evaluations:
             classes=self.classes,
             templates=self.templates,
             label=self.label,
+            caption=self.retrieval_caption,
         )
 
 
@@ -146,6 +153,7 @@ class PreparedSet:
     classes: tuple[str, ...]
     templates: tuple[str, ...]
     label: str
+    caption: str
 
     def samples(self) -> Iterator[Sample]:
         """The samples to evaluate on."""
@@ -170,7 +178,7 @@ def prepare(wanted: EvaluationSet) -> PreparedSet:
         classes = read_classes(wanted.classes, card, wanted.name)
         templates = read_templates(wanted.templates, card, wanted.name)
     label = wanted.label or (card.label if card else "label")
-    return PreparedSet(wanted.name, wanted.kind, data, wanted.samples, classes, templates, label)
+    return PreparedSet(wanted.name, wanted.kind, data, wanted.samples, classes, templates, label, wanted.caption)
 
 
 def read_classes(setting: str, card: Card | None, name: str) -> tuple[str, ...]:
@@ -252,7 +260,12 @@ def labelled_batches(model: Evaluable, one: PreparedSet, settings: Evaluations) 
 
 def captioned_batches(model: Evaluable, one: PreparedSet, settings: Evaluations) -> Iterator[dict[str, Tensor]]:
     """``image`` uint8 ``[B, 3, H, W]``, ``text`` int64 ``[T, L]``, ``owner`` int64 ``[T]`` for :func:`retrieval`."""
-    read = readable_pictures(one.samples(), model.transforms(train=False), read_captions, settings.evaluation_threads)
+    read = readable_pictures(
+        one.samples(),
+        model.transforms(train=False),
+        lambda sample: read_captions(sample, one.caption),
+        settings.evaluation_threads,
+    )
     for rows in _chunks(read, settings.evaluation_batch):
         captions = [caption for _, captions in rows for caption in captions]
         owners = [place for place, (_, captions) in enumerate(rows) for _ in captions]
@@ -279,14 +292,14 @@ def read_label(sample: Sample, key: str) -> str | int:
     raise DataError(f"sample {sample.key} has no class under {key!r} in its json; its keys: {_some(sorted(record))}")
 
 
-def read_captions(sample: Sample) -> list[str]:
-    """All captions: the list ``captions`` of the json where there is one, else the text.
+def read_captions(sample: Sample, where: str = "auto") -> list[str]:
+    """All captions: the list ``captions`` of the json where there is one, else the text; or what ``where`` names.
 
     Raises:
         UnreadableSample: the sample has no caption.
     """
-    several = _record(sample).get("captions")
-    texts = several if isinstance(several, list) else [sample.fields.get("txt", b"").decode("utf-8", errors="replace")]
+    several = _record(sample).get("captions") if where == "auto" else None
+    texts = several if isinstance(several, list) else [read_caption(sample, "txt" if where == "auto" else where)]
     captions = [text for text in texts if isinstance(text, str) and text.strip()]
     if not captions:
         raise UnreadableSample(f"{sample.key} has no caption")

@@ -52,6 +52,20 @@ def test_several_captions_come_from_the_json(row: MakeRow, colour_model: Any, ma
     assert found["retrieval/shards/chance"] == pytest.approx(1 / 3)
 
 
+def test_captions_can_be_named(row: MakeRow, colour_model: Any, make_snapshot: MakeSnapshot) -> None:
+    snapshot = make_snapshot(
+        [
+            row(name, f"a {other} one", title=f"a {name} one")
+            for name, other in zip(NAMES, NAMES[1:] + NAMES[:1], strict=False)
+        ]
+    )
+    for caption, right in (("json:title", 1.0), ("txt", 0.0)):
+        found = evaluate(colour_model, Evaluations(retrieval=(snapshot.folder,), retrieval_caption=caption).prepare())
+        assert found["retrieval/shards/i2t_r1"] == right
+    with pytest.raises(SettingError, match="caption"):
+        Evaluations(retrieval=(snapshot.folder,), retrieval_caption="title")
+
+
 def test_class_numbers_are_labels_too(
     row: MakeRow, colour_model: Any, make_snapshot: MakeSnapshot, tmp_path: Path
 ) -> None:
