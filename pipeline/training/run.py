@@ -92,6 +92,7 @@ class Run:
     shuffle_block: int = 8192
     """Samples of a lane that are shuffled among each other."""
     log_every_steps: int = 20
+    """Steps between logged metrics; also those at which a loss that is no number is noticed."""
     checkpoint_every_steps: int | None = None
     """Steps between checkpoints; one is always written at the end."""
     checkpoint_every_minutes: float | None = 30.0
