@@ -4,8 +4,10 @@ A job calls :func:`run_job` with its presets. Every preset is a sub-command, eve
 is written as JSON beside what the job makes, and ``--from run.json`` in the preset's place runs it again.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 import os
@@ -144,9 +146,25 @@ def _parse(presets: dict[str, tuple[str, Any]], arguments: list[str]) -> Any:
     if wanted and not wanted.startswith("-") and wanted not in presets:
         raise SettingError("preset", wanted, "one of " + ", ".join(presets))
     program = Path(sys.argv[0]).name
-    return tyro.extras.overridable_config_cli(
-        presets, prog=program, args=arguments, config=(tyro.conf.OmitArgPrefixes,)
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.extras.overridable_config_cli(
+                presets, prog=program, args=arguments, config=(tyro.conf.OmitArgPrefixes,)
+            )
+    except SystemExit as stopped:
+        # tyro draws a box around what a dataclass refused; ours is to be one sentence.
+        own = _setting_error(stopped)
+        if own is not None:
+            raise own from None
+        sys.stderr.write(said.getvalue())
+        raise
+
+
+def _setting_error(error: BaseException | None) -> SettingError | None:
+    while error is not None and not isinstance(error, SettingError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _from_file(presets: dict[str, tuple[str, Any]], arguments: list[str]) -> Any:

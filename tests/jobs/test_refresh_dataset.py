@@ -29,6 +29,7 @@ def run(*arguments: str) -> None:
         sys.argv = before
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its files open
 def test_smoke_makes_a_snapshot_that_webdataset_reads(tmp_path: Path) -> None:
     run("smoke", "--output-folder", str(tmp_path))
     snapshot = read_snapshot(str(tmp_path))
