@@ -36,6 +36,7 @@ from pipeline.errors import ClipmillError
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = Path(sys.executable).parent
+CORES = os.cpu_count() or 1
 # Every process that the demo starts carries this in its environment, so that the last sweep finds all of them.
 MARK = "CLIPMILL_DEMO"
 ENVIRONMENT = {
@@ -187,7 +188,7 @@ def _run_jobs(run: Demo, programs: Programs, folder: Path, ray: str, mlflow: str
 
     began = time.monotonic()
     drawing = ["python", "jobs/refresh_dataset.py", "drawn", "--samples", str(run.samples)]
-    drawing += ["--number-sample-per-shard", "1000", "--output-folder", shards]
+    drawing += ["--number-sample-per-shard", "1000", "--processes-count", str(CORES), "--output-folder", shards]
     programs.start("drawing", [*submit, *drawing])
     drawn = programs.wait_until_done("drawing")
     _say("2/4", f"{run.samples} pictures drawn by Ray Data into {shards}", began)
@@ -246,7 +247,7 @@ def _start_servers(stack: ExitStack, programs: Programs, folder: Path) -> tuple[
         [TOOLS / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--temp-dir={scratch}"]
         + [f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
         + [f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}"]
-        + [f"--ray-client-server-port={client}", f"--num-cpus={max(4, os.cpu_count() or 1)}", "--num-gpus=0"]
+        + [f"--ray-client-server-port={client}", f"--num-cpus={CORES + 2}", "--num-gpus=0"]
         + ["--object-store-memory=268435456", '--resources={"data_worker": 4, "train_worker": 4}'],
     )
     programs.wait_until_up("ray", f"{ray_url}/api/jobs/")
@@ -270,33 +271,32 @@ def _median_metric(mlflow: str, run_id: str, name: str) -> float | None:
 
 
 def _table(results: dict[str, Any]) -> str:
+    """The evaluations, trained beside untrained, and how fast it went."""
     trained, untrained = results["trained"], results["untrained"]
-    lines = ["", f"{'':32}{'trained':>10}{'untrained':>11}{'chance':>9}{'gain':>9}"]
+    titles = {"top1": "zero-shot top-1", "i2t_r1": "picture to text R@1", "t2i_r1": "text to picture R@1"}
+    lines = ["", f"{'':40}{'trained':>9}{'untrained':>11}{'chance':>8}{'gain':>14}"]
     for name, value in trained.items():
         kind, data, metric = name.split("/")
-        if metric not in ("top1", "i2t_r1", "t2i_r1"):
-            continue
-        title = {
-            "top1": f"zero-shot top-1, {data}",
-            "i2t_r1": f"picture to text R@1, {data}",
-            "t2i_r1": f"text to picture R@1, {data}",
-        }[metric]
-        before, chance = untrained[name], trained[f"{kind}/{data}/chance"]
-        lines.append(f"{title:32}{value:>9.1%} {before:>10.1%}{chance:>9.1%}{100 * (value - before):>+8.1f} ")
+        if metric in titles:
+            before, chance = untrained[name], trained[f"{kind}/{data}/chance"]
+            gain = f"{100 * (value - before):+.1f} points"
+            lines.append(f"{titles[metric] + ', ' + data:40}{value:>9.1%}{before:>11.1%}{chance:>8.1%}{gain:>14}")
     lines.append("")
     for title, rate in (("drawing and sharding", results["drawing"]), ("training", results["training"])):
-        lines.append(f"{title:32}" + (f"{rate:,.0f} samples/s" if rate else "done by an earlier demo"))
+        lines.append(f"{title:40}" + (f"{rate:,.0f} samples/s" if rate else "done by an earlier demo"))
     return "\n".join(lines)
 
 
 def _what_next(folder: Path, seconds: float) -> str:
     shown = os.path.relpath(folder, ROOT) if folder.is_relative_to(ROOT) else str(folder)
+    ui = "make ui" if folder == ROOT / Demo.folder else f"make ui FOLDER={shown}"
     return f"""
-Done in {seconds:.0f} s; everything is stopped again. Look at the runs and compare them:
-    make ui FOLDER={shown}          then open http://127.0.0.1:5000
-Train longer, on this machine without a cluster:
-    .venv/bin/python jobs/pretrain_clip.py demo --steps 2000 --data {shown}/shards \\
-        --output-folder {shown}/clip-longer --tracking-uri sqlite:///{folder}/mlflow.db"""
+Done in {seconds:.0f} s, and everything is stopped again. To look at the runs and compare them:
+    {ui}     then open http://127.0.0.1:5000
+Next, train longer beside it, here without a cluster:
+    .venv/bin/python jobs/pretrain_clip.py demo --workers 0 --epochs 20 --data {shown}/shards \\
+        --output-folder {shown}/clip-longer --zero-shot {SETS[0]} --retrieval {PAIRS} \\
+        --tracking-uri sqlite:///{folder}/mlflow.db"""
 
 
 def _answers(url: str) -> bool:
@@ -322,9 +322,11 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _progress(log: IO[str]) -> str:
-    """The last thing that our own code logged since the last call, without time and module."""
-    ours = re.findall(r"^\S+ \S+ (?:INFO|WARNING) pipeline\.[\w.]+: (.+)$", log.read(), flags=re.MULTILINE)
-    return ours[-1][:110] if ours else ""
+    """The last thing that our own code logged since the last call, without time, module and worker."""
+    plain = re.sub(r"\x1b\[\d+m", "", log.read())
+    ours = r"^(?:\S+ \S+ (?:INFO|WARNING) pipeline\.[\w.]+: (.+)|\(RayTrainWorker pid=\d+\) (step .+))$"
+    lines = ["".join(found) for found in re.findall(ours, plain, flags=re.MULTILINE)]
+    return lines[-1][:110] if lines else ""
 
 
 def _say(step: str, what: str, began: float) -> None:

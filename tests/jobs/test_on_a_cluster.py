@@ -56,3 +56,28 @@ def test_data_work_goes_to_data_nodes_alone(nodes, tmp_path):
     assert snapshot.samples == 12
     captions = {TarShard(tmp_path / f"{shard.name}.tar")[0].fields["txt"] for shard in snapshot.shards}
     assert captions == {b"data"}
+
+
+def test_the_jobs_run_on_the_cluster(nodes, tmp_path):
+    """Refresh, then train with a worker on each training node."""
+    shards, run = f"{tmp_path}/shards", f"{tmp_path}/run"
+    drawing = ["smoke", "--output-folder", shards, "--processes-count", "2", "--number-sample-per-shard", "32"]
+    assert "snapshot" in job(nodes, "refresh_dataset.py", *drawing)
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    training = ["smoke", "--data", shards, "--output-folder", run, "--workers", "2", "--tracking-uri", store]
+    assert "2 processes" in job(nodes, "pretrain_clip.py", *training)
+    assert (tmp_path / "run" / "checkpoints" / "step-00000004" / "meta.json").is_file()
+
+
+def job(nodes, name: str, *arguments: str) -> str:
+    """Run a job on the cluster; its output."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "jobs" / name, *arguments],
+        env=nodes.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
