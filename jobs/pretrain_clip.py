@@ -76,7 +76,7 @@ def main(job: Pretrain) -> None:
     with start(job.tracking, job, run_id=record.tracking_run) as tracker:
         keep_tracking_run(plan, record, tracker.run_id)
         tracker.log_dataset(plan.snapshot)
-        tracker.log_figure("samples", snapshot_figure(plan.snapshot))
+        tracker.log_figure("samples", snapshot_figure(plan.snapshot, caption=job.run.caption))
         evaluation = CheckpointEvaluation(evaluations=job.evaluations, run=tracker.handle)
         with follower(plan, evaluation) if evaluates else nullcontext() as beside:
             outcome = launch(plan, tracker.handle.open)

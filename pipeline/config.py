@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -105,6 +106,8 @@ def run_job(presets: Mapping[str, tuple[str, Any]], main: Callable[[Any], None])
     Errors that a user can mend are one sentence on stderr: exit code 2 for a setting, 1 for data and storage.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # `ray job stop` sends TERM: as an exception it lets the job close its MLflow run and end what it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         main(_parse(dict(presets), sys.argv[1:]))
     except SettingError as error:

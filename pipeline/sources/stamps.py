@@ -155,7 +155,7 @@ class TuxPaintStamps:
             SampleError: a vector picture, an unreadable file, or bytes that are no PNG.
         """
         if path.endswith(".svg"):
-            raise SampleError("failed_to_resize", "vector picture", "svg pictures are not decoded")
+            raise SampleError("failed_to_resize", "vector_picture", "svg pictures are not decoded")
         data = _bytes_of(self._root / path)
         if data is None:
             raise SampleError("failed_to_download", "unreadable", f"cannot read the file {path}")
@@ -178,10 +178,10 @@ def _bytes_of(file: Path) -> bytes | None:
 def _on_background(data: bytes, background: tuple[int, int, int]) -> bytes:
     """Decode a PNG of any kind, lay it on ``background`` (blue, green, red; 0..255) and encode it as 8-bit PNG."""
     if not data.startswith(_PNG_HEADER) or len(data) < 24:
-        raise SampleError("failed_to_resize", "not a png", "the file does not begin as a PNG does")
+        raise SampleError("failed_to_resize", "not_a_png", "the file does not begin as a PNG does")
     width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
     if width * height > MOST_PIXELS:
-        raise SampleError("failed_to_resize", "too large", f"{width} x {height} pixels, at most {MOST_PIXELS} in all")
+        raise SampleError("failed_to_resize", "too_large", f"{width} x {height} pixels, at most {MOST_PIXELS} in all")
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error as error:

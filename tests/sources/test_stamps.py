@@ -64,7 +64,7 @@ def test_rows_of_a_small_folder(stamps: Path, read: Callable[..., list[Row]]) ->
     assert crow.columns["category"] == "animals/birds"
     assert mirror.url.endswith("crow_mirror.png") and mirror.caption == "A crow."
     assert pear.caption == "" and pear.problem is None
-    assert sign.problem is not None and sign.problem.error_class == "vector picture" and sign.image is None
+    assert sign.problem is not None and sign.problem.error_class == "vector_picture" and sign.image is None
     assert sign.caption == "A sign."
 
 
@@ -130,7 +130,7 @@ def test_hostile_folder(stamps: Path, read: Callable[..., list[Row]]) -> None:
     rows = read(TuxPaintStamps(folder=str(stamps)), 3)
     bad = {row.url: row.problem.error_class for row in rows if row.problem is not None}
     assert set(bad) == {f"food/{name}" for name in hostile} | {"town/sign.svg"}
-    assert bad["food/huge.png"] == "too large" and bad["food/fake.png"] == "not a png"
+    assert bad["food/huge.png"] == "too_large" and bad["food/fake.png"] == "not_a_png"
     assert sum(row.problem is None for row in rows) == 3
     assert all(isinstance(row.caption, str) for row in rows)
 
@@ -140,7 +140,7 @@ def test_a_file_that_vanishes_is_a_problem_of_its_row(stamps: Path, tmp_path: Pa
     (piece,) = source.slices(100, Folder(tmp_path / "scratch"))
     (stamps / "food/pear.png").unlink()
     problems = [row.problem.error_class for row in source.rows(piece) if row.problem]
-    assert problems == ["unreadable", "vector picture"]
+    assert problems == ["unreadable", "vector_picture"]
 
 
 def test_the_digest_follows_content_and_options(stamps: Path, tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_the_package_itself(read: Callable[..., list[Row]]) -> None:
         pytest.skip("the Debian package tuxpaint-stamps-default is not here")
     rows = read(TuxPaintStamps(folder=folder, language="de", fall_back_to_english=True))
     outcome = Counter(row.problem.error_class if row.problem else "good" for row in rows)
-    assert outcome["good"] > 700 and set(outcome) <= {"good", "vector picture"}
+    assert outcome["good"] > 700 and set(outcome) <= {"good", "vector_picture"}
     assert sum(bool(row.caption) for row in rows) == len(rows)
     assert len({row.columns["label"] for row in rows}) >= 15
     (tiger,) = [row for row in rows if row.url == "animals/mammals/cats/tiger.png"]
