@@ -194,16 +194,9 @@ def _run_jobs(run: Demo, programs: Programs, folder: Path, ray: str, mlflow: str
     _say("2/4", f"{run.samples} pictures drawn by Ray Data into {shards}", began)
 
     began = time.monotonic()
-    training = [
-        "jobs/pretrain_clip.py",
-        run.training,
-        "--data",
-        shards,
-        "--output-folder",
-        clip,
-        "--tracking-uri",
-        mlflow,
-    ]
+    training = ["jobs/pretrain_clip.py", run.training, "--data", shards, "--output-folder", clip]
+    training += ["--cpus-per-worker", str(min(CORES, 8)), "--loader-workers", str(min(max(CORES // 2, 1), 8))]
+    training += ["--tracking-uri", mlflow]
     programs.start("training", [*submit, *training])
     programs.wait_until_done("training")
     _say("3/4", f"CLIP trained by Ray Train into {clip}", began)

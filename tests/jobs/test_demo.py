@@ -85,11 +85,16 @@ def test_an_interrupt_leaves_no_process(run, name):
 
 
 @pytest.mark.slow
-def test_a_failing_job_ends_the_demo_with_its_last_words(run):
-    failing = run("--training", "no-such-preset")
-    output, _ = failing.process.communicate(timeout=250)
-    assert failing.process.returncode == 1
-    assert "training failed" in output and "no-such-preset" in output and "training.log" in output
+def test_a_failing_job_ends_the_demo_with_its_last_words(run, tmp_path):
+    """Where the shards should go lies a file; the demo shows what the refresh job says to that."""
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / ".demo").touch()
+    (folder / "shards").touch()
+    failing = run()
+    output, _ = failing.process.communicate(timeout=200)
+    assert failing.process.returncode == 1, output
+    assert "drawing failed" in output and f"{folder}/shards" in output and "drawing.log" in output
     assert not failing.left()
 
 
