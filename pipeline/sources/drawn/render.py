@@ -48,7 +48,7 @@ def paint_ground(ground: str, style: str, size: int, draws: Draws) -> Pixels:
     pattern = cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA if window > size else cv2.INTER_LINEAR)
     light, dark = _ground_colours(style, draws)
     image = _tinted(pattern, dark, light)
-    for _ in range(draws.integer(6)):
+    for _ in range(draws.integer(5)):
         _stroke(image, draws, style)
     return cv2.bitwise_not(image) if style == "inverted" else image  # type: ignore[return-value]
 
@@ -198,7 +198,7 @@ def _stroke(image: Pixels, draws: Draws, style: str) -> None:
     colour = tuple(round(value + draws.uniform(-spread, spread)) for _ in range(3))
     if style == "sketch":
         colour = (round(value),) * 3
-    thickness = max(1, round(draws.uniform(0.6, 2.6) * _scale(image)))
+    thickness = max(1, round(draws.uniform(0.6, 2.0) * _scale(image)))
     cv2.polylines(image, [np.rint(curve * 16).astype(np.int32)], False, colour, thickness, cv2.LINE_AA, 4)
 
 
@@ -225,7 +225,7 @@ def _tinted(pattern: Pixels, low: Rgb, high: Rgb) -> Pixels:
 def _mark_colour(rgb: Rgb) -> Rgb:
     """Darker marks on light colours, lighter ones on dark, so that the colour keeps its name."""
     luminance = 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2]
-    return _mixed(rgb, (0, 0, 0), 0.5) if luminance > 110 else _mixed(rgb, _WHITE, 0.5)
+    return _mixed(rgb, (0, 0, 0), 0.4) if luminance > 110 else _mixed(rgb, _WHITE, 0.4)
 
 
 def _mixed(one: Rgb, other: Rgb, share: float) -> Rgb:

@@ -22,13 +22,14 @@ NESTS = ("disc", "square", "polygon", "heart", "ring", "cloud", "house", "semici
 """Shapes with room for a small thing inside."""
 
 _TRIES = 6
+_OFF_CENTRE = 0.05
 _FEWEST_PIXELS = 8
 _SHAPE_ODDS = world.cumulate(world.SHAPE_FREQUENCIES.values())
 _TEXTURE_ODDS = world.cumulate(world.TEXTURE_FREQUENCIES.values())
 _SEEN_STYLE_ODDS = world.cumulate(world.STYLE_FREQUENCIES[style] for style in world.seen_styles())
 _VARIANT_ODDS = {count: world.cumulate(odds) for count, odds in world.VARIANT_FREQUENCIES.items()}
 # Odds of (small, medium, large) for the main thing by how many things there are, and for the others.
-_MAIN_SIZES = {1: (0.06, 0.34, 1.0), 2: (0.08, 0.5, 1.0), 3: (0.12, 0.6, 1.0), 4: (0.25, 0.85, 1.0)}
+_MAIN_SIZES = {1: (0.03, 0.15, 1.0), 2: (0.05, 0.3, 1.0), 3: (0.08, 0.45, 1.0), 4: (0.2, 0.8, 1.0)}
 _OTHER_SIZES = (0.5, 0.9, 1.0)
 
 
@@ -106,10 +107,10 @@ class Recipe:
     label: Literal["shape", "variant", "colour", "texture", "style", "pair", "count", "relation"] = "shape"
     varies: bool = False
     classes: tuple[str, ...] = ()
-    counts: tuple[float, ...] = (0.36, 0.62, 0.78, 0.88, 0.95, 1.0)
+    counts: tuple[float, ...] = (0.48, 0.7, 0.82, 0.9, 0.96, 1.0)
     styles: tuple[str, ...] = ()
     alike: float = 0.28
-    arranged: float = 0.4
+    arranged: float = 0.5
     main_sizes: tuple[float, float, float] | None = None
     cap: float = world.OCCLUSION_CAP
 
@@ -170,9 +171,9 @@ def sample_rgb(draws: Draws, name: str) -> tuple[int, int, int]:
 
 def sample_pose(draws: Draws, shape: str, radius: float) -> Pose:
     """Things with an upright mostly stand within some 20 degrees of it, others turn more freely."""
-    steady, spread = (0.75, 0.16) if world.noun(shape).upright else (0.5, 0.22)
+    steady, spread = (0.9, 0.1) if world.noun(shape).upright else (0.85, 0.12)
     angle = draws.normal() * spread if draws.chance(steady) else draws.uniform(0.0, 2 * math.pi)
-    return Pose(radius, angle, draws.uniform(-0.18, 0.18), draws.uniform(0.9, 1.1), draws.chance(0.5))
+    return Pose(radius, angle, draws.uniform(-0.15, 0.15), draws.uniform(0.92, 1.09), draws.chance(0.5))
 
 
 def make_thing(look: Look, pose: Pose, centre: tuple[float, float], size: int) -> Thing:
@@ -310,7 +311,11 @@ def _spot(
     size: int,
 ) -> tuple[float, float]:
     """Where to try a thing; ``first`` is the centre of the one that it is arranged with."""
-    spot = [_between(draws, reach[axis], size - reach[axis]) for axis in (0, 1)]
+    if first is None:
+        # People put what a picture is about near its middle.
+        spot = [size * (0.5 + _OFF_CENTRE * draws.normal()) for _ in range(2)]
+    else:
+        spot = [_between(draws, reach[axis], size - reach[axis]) for axis in (0, 1)]
     if arrangement in ("beside", "stacked"):
         along = 0 if arrangement == "beside" else 1
         low_side = draws.chance(0.5) if first is None else first[along] >= size / 2

@@ -45,7 +45,7 @@ DIGIT_CLASSES = tuple("0123456789")
 CAPTIONED = ("train", "val")
 """The splits whose captions are sometimes wrong."""
 
-_ONE = Recipe(varies=True, counts=(0.7, 0.9, 1.0), main_sizes=(0.0, 0.3, 1.0), alike=0.0, arranged=0.0)
+_ONE = Recipe(varies=True, counts=(0.75, 0.95, 1.0), main_sizes=(0.0, 0.2, 1.0), alike=0.0, arranged=0.0)
 _SHAPES = replace(_ONE, classes=world.SHAPE_NAMES)
 _PAIR = replace(_ONE, label="pair")
 
@@ -62,7 +62,7 @@ RECIPES: dict[str, Recipe] = {
     "colours": replace(_ONE, label="colour", classes=world.COLOUR_NAMES, counts=(1.0,)),
     "textures": replace(_ONE, label="texture", classes=world.TEXTURE_NAMES, counts=(1.0,)),
     "styles": replace(_ONE, label="style", classes=tuple(world.STYLE_CLASSES.values())),
-    "counting": replace(_ONE, label="count", classes=COUNT_CLASSES, main_sizes=(0.4, 1.0, 1.0), alike=1.0, cap=0.0),
+    "counting": replace(_ONE, label="count", classes=COUNT_CLASSES, main_sizes=(0.75, 1.0, 1.0), alike=1.0, cap=0.0),
     "relations": replace(_ONE, label="relation", classes=RELATION_CLASSES, main_sizes=(0.0, 0.6, 1.0)),
     "fine_grained": replace(
         _ONE, label="variant", classes=world.FINE_GRAINED, counts=(1.0,), main_sizes=(0.0, 0.0, 1.0)

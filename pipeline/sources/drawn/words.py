@@ -202,16 +202,16 @@ def describe(look: Look, draws: Draws, named: bool = False, keen: float = 1.0) -
     variant = hypernym = None
     if look.variant is not None and choice < 0.5:
         variant, words = look.variant, look.variant
-    elif choice < 0.7 or (named and choice >= 0.9):
+    elif choice < 0.75 or (named and choice >= 0.92):
         words = noun.name
-    elif choice < 0.9:
+    elif choice < 0.92:
         words = draws.pick(noun.synonyms)
-    elif choice < 0.96:
+    elif choice < 0.97:
         shape, hypernym, words = None, noun.hypernym, noun.hypernym
     else:
         shape, words = None, draws.pick(GENERIC)
-    colour = look.colour if draws.chance(0.62 * keen) or shape is None else None
-    texture = look.texture if draws.chance((0.06 if look.texture == "plain" else 0.5) * keen) else None
+    colour = look.colour if draws.chance(0.52 * keen) or shape is None else None
+    texture = look.texture if draws.chance((0.08 if look.texture == "plain" else 0.62) * keen) else None
     size = look.size if draws.chance((0.06 if look.size == "medium" else 0.22) * keen) else None
     adjectives = tuple(_adjectives(colour, texture, size, draws))
     return Description(shape, variant, hypernym, colour, texture, size, words, adjectives)
@@ -221,9 +221,9 @@ def _adjectives(colour: str | None, texture: str | None, size: str | None, draws
     if size is not None:
         yield draws.pick(_SIZE_WORDS[size])
     if texture is not None:
-        yield draws.pick(_TEXTURE_WORDS[texture])
+        yield _TEXTURE_WORDS[texture][0 if draws.chance(0.75) else 1]
     if colour is not None:
-        yield colour if draws.chance(0.85) else draws.pick(world.colour(colour).synonyms)
+        yield colour if draws.chance(0.8) else draws.pick(world.colour(colour).synonyms)
 
 
 def _write(scene: Scene, draws: Draws, target: int, wrong: bool = False) -> _Line:
@@ -232,7 +232,8 @@ def _write(scene: Scene, draws: Draws, target: int, wrong: bool = False) -> _Lin
     opened = target >= 5 and draws.chance(0.55)
     if opened:
         _open(line, scene, draws)
-    _tell(line, scene, draws, bare=not opened and draws.chance(0.35), target=target, named=wrong)
+    if target < 6 or not draws.chance(0.5) or not _relate_main(line, scene, draws, wrong):
+        _tell(line, scene, draws, bare=not opened and draws.chance(0.35), target=target, named=wrong)
     if target - line.length() >= 2 and draws.chance(0.55):
         _place(line, scene, draws)
     content = draws.shuffled(("others", "relation", "count", "relation"))
@@ -330,6 +331,22 @@ def _relate(line: _Line, scene: Scene, draws: Draws, wrong: bool) -> None:
     line.add(verb + draws.pick(PHRASES[relation]))
     line.add(draws.pick(("the", article(said[1].words()))))
     line.phrase(said[1].words(), "object", [second])
+
+
+def _relate_main(line: _Line, scene: Scene, draws: Draws, wrong: bool) -> bool:
+    """ "a red star to the left of a key": the main thing and another, if both can be told from everything else."""
+    others = [index for index in range(len(scene.things)) if index != scene.main]
+    for second in draws.shuffled(others):
+        relation = relation_between(scene, scene.main, second)
+        said = [_single(scene, index, draws, wrong) for index in (scene.main, second)] if relation else []
+        if relation and said[0] is not None and said[1] is not None:
+            line.add(article(said[0].words()))
+            line.phrase(said[0].words(), "object", [scene.main])
+            line.add(draws.pick(PHRASES[relation]))
+            line.add(article(said[1].words()))
+            line.phrase(said[1].words(), "object", [second])
+            return True
+    return False
 
 
 def _single(scene: Scene, index: int, draws: Draws, named: bool) -> Description | None:

@@ -122,7 +122,7 @@ SIZES: tuple[Word, ...] = (
     Word(name="medium", words=("medium-sized", "middling")),
     Word(name="large", words=("large", "big", "huge")),
 )
-RADII = {"small": (0.09, 0.125), "medium": (0.16, 0.22), "large": (0.27, 0.36)}
+RADII = {"small": (0.09, 0.125), "medium": (0.18, 0.25), "large": (0.32, 0.4)}
 """Radius as a fraction of the picture's side."""
 
 STYLES: tuple[Word, ...] = (
@@ -180,9 +180,9 @@ def long_tail(count: int, exponent: float) -> tuple[float, ...]:
     return tuple(weight / sum(weights) for weight in weights)
 
 
-SHAPE_FREQUENCIES = dict(zip(SHAPE_NAMES, long_tail(24, 0.7), strict=True))
+SHAPE_FREQUENCIES = dict(zip(SHAPE_NAMES, long_tail(24, 0.6), strict=True))
 COLOUR_FREQUENCIES = dict(zip(COLOUR_NAMES, long_tail(10, 0.5), strict=True))
-TEXTURE_FREQUENCIES = dict(zip(TEXTURE_NAMES, (0.4, 0.17, 0.14, 0.11, 0.1, 0.08), strict=True))
+TEXTURE_FREQUENCIES = dict(zip(TEXTURE_NAMES, (0.5, 0.14, 0.11, 0.09, 0.09, 0.07), strict=True))
 STYLE_FREQUENCIES = dict(zip(STYLE_NAMES, (0.36, 0.36, 0.12, 0.16, 0.0), strict=True))
 VARIANT_FREQUENCIES = {4: (0.3, 0.3, 0.2, 0.2), 5: (0.22, 0.3, 0.2, 0.12, 0.16)}
 
