@@ -32,10 +32,23 @@ def connect(num_cpus: int | None = None) -> None:
     runtime = {"env_vars": WORKER_ENVIRONMENT}
     if address is None:
         ray.init(
-            address="local", num_cpus=num_cpus, include_dashboard=False, runtime_env=runtime, logging_level=logging.ERROR
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            runtime_env={**runtime, "worker_process_setup_hook": f"{__name__}.{quiet_worker.__name__}"},
+            logging_level=logging.ERROR,
         )
         return
     try:
         ray.init(address=address, runtime_env=runtime, logging_level=logging.ERROR)
     except ConnectionError as error:
         require(False, "RAY_ADDRESS", address, f"the address of a running cluster ({error})")
+
+
+def quiet_worker() -> None:
+    """Run by Ray in each process of a private cluster, which has no dashboard.
+
+    One of Ray Train's helpers asks the dashboard once a second whether its controller lives, and warns each time.
+    """
+    name = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
+    logging.getLogger(name).setLevel(logging.ERROR)

@@ -118,7 +118,7 @@ def train_worker(config: Mapping[str, Any]) -> Outcome:
     """What Ray Train runs in each worker; a process group exists."""
     from ray.train.torch import get_device
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _speak()
     plan: Plan = config["plan"]
     device = get_device()
     _set_up(device, plan.run.cluster.cpus_per_worker)
@@ -132,6 +132,15 @@ def _set_up(device: torch.device, threads: int | None = None) -> None:
         torch.set_float32_matmul_precision("high")  # what is not bfloat16 runs in TF32
     elif threads is not None:
         torch.set_num_threads(threads)
+
+
+def _speak() -> None:
+    """Log as the jobs do; Ray has put its own handlers on the root logger."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    ours = logging.getLogger("pipeline")
+    ours.handlers, ours.propagate = [handler], False
+    ours.setLevel(logging.INFO)
 
 
 def worker_resources(plan: Plan, cluster: Mapping[str, float]) -> dict[str, float]:

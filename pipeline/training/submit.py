@@ -122,12 +122,15 @@ def as_ray_task(num_cpus: float = 1, num_gpus: float = 0, resources: Mapping[str
     def submit(evaluate: Evaluate, uri: str, step: int) -> Pending:
         import ray
 
-        task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, resources=dict(resources or {}), max_retries=2)(
-            evaluate
-        )
-        return _Task(task.remote(uri, step))
+        # Ray takes functions only, and an evaluation may be any object that can be called.
+        task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, resources=dict(resources or {}), max_retries=2)(_call)
+        return _Task(task.remote(evaluate, uri, step))
 
     return submit
+
+
+def _call(evaluate: Evaluate, uri: str, step: int) -> Mapping[str, float]:
+    return evaluate(uri, step)
 
 
 def _evaluate_into(results: "Connection[Any, Any]", evaluate: Evaluate, uri: str, step: int) -> None:

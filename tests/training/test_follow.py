@@ -126,9 +126,13 @@ def test_a_failing_evaluation_is_tried_twice_and_told(run: Run, caplog: pytest.L
 
 
 def test_ray_tasks(run: Run, ray_cluster: Any) -> None:
-    def evaluate(uri: str, step: int) -> dict[str, float]:
-        return {"top1": 0.5, "step": float(step)}
+    class Evaluate:
+        """An object that can be called, as evaluations with settings are."""
 
+        def __call__(self, uri: str, step: int) -> dict[str, float]:
+            return {"top1": 0.5, "step": float(step)}
+
+    evaluate = Evaluate()
     run.save(7)
     with run.follower(evaluate, as_ray_task(num_cpus=0.5, resources={"train_worker": 0.001})):
         pass
