@@ -37,6 +37,9 @@ from pipeline.errors import ClipmillError
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = Path(sys.executable).parent
 CORES = os.cpu_count() or 1
+# On few cores two processes of one thread each are faster than one of two, above all where others use the cores too:
+# threads wait for each other some hundred times a step, processes once.
+WORKERS = 1 if CORES == 1 else 2 if CORES < 8 else 4
 # Every process that the demo starts carries this in its environment, so that the last sweep finds all of them.
 MARK = "CLIPMILL_DEMO"
 ENVIRONMENT = {
@@ -195,7 +198,8 @@ def _run_jobs(run: Demo, programs: Programs, folder: Path, ray: str, mlflow: str
 
     began = time.monotonic()
     training = ["jobs/pretrain_clip.py", run.training, "--data", shards, "--output-folder", clip]
-    training += ["--cpus-per-worker", str(min(CORES, 8)), "--loader-workers", str(min(max(CORES // 2, 1), 8))]
+    training += ["--workers", str(WORKERS), "--loader-workers", "1"]
+    training += ["--cpus-per-worker", str(min(max(CORES // WORKERS, 1), 4))]
     training += ["--tracking-uri", mlflow]
     programs.start("training", [*submit, *training])
     programs.wait_until_done("training")
@@ -317,8 +321,8 @@ def _free_ports(count: int) -> list[int]:
 def _progress(log: IO[str]) -> str:
     """The last thing that our own code logged since the last call, without time, module and worker."""
     plain = re.sub(r"\x1b\[\d+m", "", log.read())
-    ours = r"^(?:\S+ \S+ (?:INFO|WARNING) pipeline\.[\w.]+: (.+)|\(RayTrainWorker pid=\d+\) (step .+))$"
-    lines = ["".join(found) for found in re.findall(ours, plain, flags=re.MULTILINE)]
+    ours = r"^(?:\(\w+ pid=[^)]+\) )?\S+ \S+ (?:INFO|WARNING) pipeline\.[\w.]+: (.+)$"
+    lines = re.findall(ours, plain, flags=re.MULTILINE)
     return lines[-1][:110] if lines else ""
 
 
