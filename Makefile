@@ -72,7 +72,7 @@ ui: setup ## Open the MLflow UI on the demo's runs (make ui FOLDER=runs/demo POR
 	@test -f "$(FOLDER)/mlflow.db" || { echo "No runs in $(FOLDER) yet: make demo makes some." >&2; exit 1; }
 	@echo "MLflow on http://127.0.0.1:$(PORT) (Ctrl-C ends it)"
 	@.venv/bin/mlflow server --backend-store-uri "sqlite:///$(abspath $(FOLDER))/mlflow.db" \
-		--artifacts-destination "$(abspath $(FOLDER))/artifacts" --host 127.0.0.1 --port $(PORT)
+		--artifacts-destination "$(abspath $(FOLDER))/artifacts" --host 127.0.0.1 --port $(PORT) --workers 1
 
 clean: ## Remove .venv and caches; runs/ stays
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
