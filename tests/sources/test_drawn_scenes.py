@@ -134,7 +134,7 @@ def test_sets_are_balanced_and_show_their_label(split: str) -> None:
 
 def test_aerial_views_hold_dozens_of_tiny_things_that_do_not_touch() -> None:
     for index, scene in enumerate(scenes("aerial", 10, 128)):
-        assert 20 <= len(scene.things) <= 64
+        assert 12 <= len(scene.things) <= 36
         assert np.sum([thing.whole for thing in scene.things], axis=0).max() == 1
         common = Counter(thing.look.shape for thing in scene.things).most_common(1)[0][0]
         assert common == sets.AERIAL_CLASSES[index]

@@ -58,7 +58,7 @@ def finish(image: Pixels, style: str, draws: Draws) -> Pixels:
     if style == "photo":
         return _photographed(image, draws)
     if style == "low contrast":
-        keep, grey = draws.uniform(0.24, 0.42), draws.uniform(110, 190)
+        keep, grey = draws.uniform(0.18, 0.38), draws.uniform(110, 190)
         faded = cv2.addWeighted(image, keep, image, 0.0, grey * (1.0 - keep))
         return _noisy(faded, draws.uniform(0.02, 0.06), draws)  # type: ignore[arg-type]
     if style == "sketch":
@@ -166,7 +166,7 @@ def _photographed(image: Pixels, draws: Draws) -> Pixels:
     coarse = np.array([draws.uniform(0.55, 1.05) for _ in range(9)], np.float32).reshape(3, 3)
     light: Field = np.clip(cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC), 0.4, 1.0)
     lit = cv2.blendLinear(image, np.zeros_like(image), light, np.float32(1) - light)
-    gain = [draws.uniform(0.92, 1.1) for _ in range(3)]
+    gain = [draws.uniform(0.78, 1.2) for _ in range(3)]
     cast = cv2.transform(lit, np.diag(gain))
     blurred = cv2.GaussianBlur(cast, (0, 0), draws.uniform(0.3, 0.9) * _scale(image))
     return _noisy(blurred, draws.uniform(0.05, 0.3), draws)  # type: ignore[arg-type]

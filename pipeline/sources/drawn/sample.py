@@ -70,7 +70,7 @@ def describe_scene(
         first, relation_columns = _say_relation(scene, index, pen)
         columns |= relation_columns
     elif sets.recipe_name(split) == "aerial":
-        first = words.Caption(f"an aerial view of many tiny {columns['label']} shapes")
+        first = words.Caption(f"an aerial view of many tiny {columns['label']}s")
     else:
         first = words.write_caption(scene, pen, _wrong(split))
     columns["caption_true"] = first.truthful

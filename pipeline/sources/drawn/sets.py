@@ -39,7 +39,7 @@ from pipeline.sources.drawn.scenes import (
 COUNT_CLASSES = ("one thing", *(f"{number} things" for number in world.NUMBER_WORDS[2:]))
 PAIR_CLASSES = tuple(f"{colour} {shape}" for shape in world.SHAPE_NAMES for colour in world.COLOUR_NAMES)
 RELATION_CLASSES = RELATIONS[:6]
-AERIAL_CLASSES = ("disc", "square", "star", "triangle", "ring", "heart", "arrow", "cross", "bar", "crescent")
+AERIAL_CLASSES = ("disc", "square", "star", "triangle", "ring", "heart", "arrow", "gear", "bar", "crescent")
 DIGIT_CLASSES = tuple("0123456789")
 
 CAPTIONED = ("train", "val")
@@ -61,7 +61,7 @@ RECIPES: dict[str, Recipe] = {
     "rare": replace(_SHAPES, classes=world.RARE_SHAPES),
     "colours": replace(_ONE, label="colour", classes=world.COLOUR_NAMES, counts=(1.0,)),
     "textures": replace(_ONE, label="texture", classes=world.TEXTURE_NAMES, counts=(1.0,)),
-    "styles": replace(_ONE, label="style", classes=tuple(world.STYLE_CLASSES.values())),
+    "styles": replace(_ONE, label="style", classes=tuple(world.STYLE_CLASSES[style] for style in world.seen_styles())),
     "counting": replace(_ONE, label="count", classes=COUNT_CLASSES, main_sizes=(0.75, 1.0, 1.0), alike=1.0, cap=0.0),
     "relations": replace(_ONE, label="relation", classes=RELATION_CLASSES, main_sizes=(0.0, 0.6, 1.0)),
     "fine_grained": replace(
@@ -133,13 +133,13 @@ def _acceptance(name: str, wanted: str | None) -> Callable[[Scene], bool] | None
 
 
 def _aerial(draws: Draws, wanted: str, size: int) -> Scene:
-    """25 to 60 tiny things on a shaken grid, some seven tenths of them of the shape ``wanted``, none touching."""
-    side = 6 + draws.integer(3)
+    """Some 15 to 40 tiny things on a shaken grid, most of them of the shape ``wanted``, none touching."""
+    side = 4 + draws.integer(3)
     cell = size / side
     stack: list[Thing] = []
     for row in range(side):
         for column in range(side):
-            if draws.chance(0.15):
+            if draws.chance(0.1):
                 continue
             look = _tiny_look(draws, wanted)
             pose = sample_pose(draws, look.shape, cell * draws.uniform(0.25, 0.3))
@@ -152,5 +152,5 @@ def _aerial(draws: Draws, wanted: str, size: int) -> Scene:
 
 
 def _tiny_look(draws: Draws, wanted: str) -> Look:
-    shape = wanted if draws.chance(0.7) else draws.pick([name for name in AERIAL_CLASSES if name != wanted])
+    shape = wanted if draws.chance(0.85) else draws.pick([name for name in AERIAL_CLASSES if name != wanted])
     return replace(sample_look(draws, Wish(shape=shape), "small"), texture="plain")

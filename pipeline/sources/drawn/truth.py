@@ -1,6 +1,6 @@
 """What is known of a sample, as the JSON of its member ``boxes.json``.
 
-    {"version": 1, "width": 128, "height": 128,          pixels of the picture that the boxes and masks are measured in
+    {"version": 2, "width": 128, "height": 128,          pixels of the picture that the boxes and masks are measured in
      "objects": [{"id": 0, "label": "star", "variant": "six-pointed star" or null, "supercategory": "symbol",
                   "colour": "red", "texture": "plain", "size": "large",
                   "bbox": [x, y, width, height],         COCO's convention: pixels, top left, around the visible part

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 
-WORLD_VERSION = 1
+WORLD_VERSION = 2
 
 OCCLUSION_CAP = 0.4
 """No object is hidden by others by more than this fraction of its own pixels."""
@@ -95,17 +95,18 @@ SHAPES: tuple[Noun, ...] = (
     Noun(name="spiral", synonyms=("coil", "swirl"), hypernym="symbol"),
 )
 
+# Regions that almost touch: a lamp's cast or a faded print makes neighbours hard to tell apart, as in photographs.
 COLOURS: tuple[Colour, ...] = (
-    Colour(name="red", synonyms=("scarlet", "crimson"), hue=(-10, 8), saturation=(0.75, 1), value=(0.62, 0.95)),
-    Colour(name="blue", synonyms=("azure", "cobalt"), hue=(205, 240), saturation=(0.65, 1), value=(0.5, 0.95)),
-    Colour(name="green", synonyms=("emerald", "leafy green"), hue=(95, 150), saturation=(0.5, 0.95), value=(0.4, 0.8)),
-    Colour(name="yellow", synonyms=("golden", "lemon"), hue=(49, 60), saturation=(0.75, 1), value=(0.85, 1)),
-    Colour(name="black", synonyms=("jet black", "inky"), hue=(0, 360), saturation=(0, 0.3), value=(0.02, 0.16)),
-    Colour(name="white", synonyms=("ivory", "snowy"), hue=(0, 360), saturation=(0, 0.06), value=(0.93, 1)),
-    Colour(name="orange", synonyms=("amber", "tangerine"), hue=(22, 36), saturation=(0.8, 1), value=(0.85, 1)),
-    Colour(name="purple", synonyms=("violet", "plum"), hue=(268, 292), saturation=(0.5, 0.9), value=(0.42, 0.8)),
-    Colour(name="pink", synonyms=("rose", "salmon"), hue=(318, 342), saturation=(0.3, 0.6), value=(0.9, 1)),
-    Colour(name="brown", synonyms=("chestnut", "chocolate"), hue=(15, 32), saturation=(0.5, 0.8), value=(0.28, 0.55)),
+    Colour(name="red", synonyms=("scarlet", "crimson"), hue=(-12, 11), saturation=(0.62, 1), value=(0.66, 0.98)),
+    Colour(name="blue", synonyms=("azure", "cobalt"), hue=(195, 250), saturation=(0.45, 1), value=(0.4, 0.95)),
+    Colour(name="green", synonyms=("emerald", "leafy green"), hue=(76, 170), saturation=(0.4, 0.95), value=(0.3, 0.85)),
+    Colour(name="yellow", synonyms=("golden", "lemon"), hue=(46, 66), saturation=(0.5, 1), value=(0.78, 1)),
+    Colour(name="black", synonyms=("jet black", "inky"), hue=(0, 360), saturation=(0, 0.45), value=(0.02, 0.2)),
+    Colour(name="white", synonyms=("ivory", "snowy"), hue=(0, 360), saturation=(0, 0.09), value=(0.87, 1)),
+    Colour(name="orange", synonyms=("amber", "tangerine"), hue=(18, 39), saturation=(0.65, 1), value=(0.78, 1)),
+    Colour(name="purple", synonyms=("violet", "plum"), hue=(258, 298), saturation=(0.4, 0.9), value=(0.34, 0.85)),
+    Colour(name="pink", synonyms=("rose", "salmon"), hue=(308, 342), saturation=(0.22, 0.62), value=(0.86, 1)),
+    Colour(name="brown", synonyms=("chestnut", "chocolate"), hue=(12, 38), saturation=(0.4, 0.8), value=(0.26, 0.6)),
 )
 
 TEXTURES: tuple[Word, ...] = (
