@@ -46,7 +46,9 @@ PAPER = Run(
     workers=128, precision="bf16", evaluate_every_steps=5000, cluster=GPUS, loader=LoaderConfig(loader_workers=8)
 )
 ONE_NODE = replace(PAPER, workers=8, batch_size=4096, optimizer=AdamW(learning_rate=1e-3, weight_decay=0.1))
-DEMO = Run(workers=1, batch_size=256, epochs=4, warmup_steps=40, optimizer=AdamW(learning_rate=2e-3), log_every_steps=5)
+DEMO = Run(
+    workers=1, batch_size=128, epochs=6, warmup_steps=75, optimizer=AdamW(learning_rate=3e-3), log_every_steps=25
+)
 SMALL = Config(architecture="clipmill-small", crop="resized", crop_scale=(0.7, 1.0))
 SMOKE = replace(
     DEMO, workers=0, batch_size=16, steps=4, warmup_steps=1, log_every_steps=1, loader=LoaderConfig(loader_workers=0)
