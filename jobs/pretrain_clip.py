@@ -47,7 +47,7 @@ PAPER = Run(
 )
 ONE_NODE = replace(PAPER, workers=8, batch_size=4096, optimizer=AdamW(learning_rate=1e-3, weight_decay=0.1))
 DEMO = Run(
-    workers=1, batch_size=128, epochs=6, warmup_steps=75, optimizer=AdamW(learning_rate=3e-3), log_every_steps=25
+    workers=1, batch_size=128, epochs=4, warmup_steps=50, optimizer=AdamW(learning_rate=3e-3), log_every_steps=25
 )
 SMALL = Config(architecture="clipmill-small", crop="resized", crop_scale=(0.7, 1.0))
 SMOKE = replace(
