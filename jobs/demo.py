@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -46,7 +47,8 @@ ENVIRONMENT = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "NO_ALBUMENTATIONS_UPDATE": "1",
     "OMP_NUM_THREADS": "1",
-    "RAY_AUTH_MODE": "disabled",
+    # Ray listens on all of the machine's addresses: without a token everybody near could run code here.
+    "RAY_AUTH_MODE": "token",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
@@ -96,8 +98,9 @@ class Programs:
         self._logs = logs
         self._mark = uuid.uuid4().hex
         self._programs: dict[str, subprocess.Popen[bytes]] = {}
-        self._environment = {**os.environ, **ENVIRONMENT, MARK: self._mark}
-        for name in ("PYTHONDONTWRITEBYTECODE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI"):
+        self._token = secrets.token_hex(16)
+        self._environment = {**os.environ, **ENVIRONMENT, MARK: self._mark, "RAY_AUTH_TOKEN": self._token}
+        for name in ("PYTHONDONTWRITEBYTECODE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
             self._environment.pop(name, None)
         self._environment["PATH"] = f"{TOOLS}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         # Loopback never goes through a proxy.
@@ -120,7 +123,7 @@ class Programs:
     def wait_until_up(self, name: str, url: str, seconds: float = 120) -> None:
         """Wait until the server ``name`` answers at ``url``."""
         deadline = time.monotonic() + seconds
-        while not _answers(url):
+        while not _answers(url, self._token):
             if self._programs[name].poll() is not None or time.monotonic() > deadline:
                 raise StepFailed(f"{name} did not come up\n{self._last_lines(name)}")
             time.sleep(0.2)
@@ -249,7 +252,7 @@ def _start_servers(stack: ExitStack, programs: Programs, folder: Path) -> tuple[
     )
     programs.wait_until_up("ray", f"{ray_url}/api/jobs/")
     programs.wait_until_up("mlflow", f"{mlflow_url}/health")
-    _say("1/4", f"Ray on {ray_url}, MLflow on {mlflow_url}", began)
+    _say("1/4", f"Ray and MLflow are up; to look on: {mlflow_url}", began)
     return ray_url, mlflow_url
 
 
@@ -296,9 +299,10 @@ Next, train longer beside it, here without a cluster:
         --tracking-uri sqlite:///{folder}/mlflow.db"""
 
 
-def _answers(url: str) -> bool:
+def _answers(url: str, token: str) -> bool:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
     try:
-        with _loopback().open(url, timeout=5) as reply:
+        with _loopback().open(request, timeout=5) as reply:
             return bool(reply.status == 200)
     except OSError:
         return False
@@ -362,6 +366,7 @@ def _signals_end_the_demo() -> Iterator[None]:
     """Turn TERM and HUP into an exception, as Ctrl-C is one, so that everything is stopped on the way out."""
 
     def leave(number: int, _frame: object) -> None:
+        print(f"\nstopping, on {signal.Signals(number).name}; the same command goes on from here", flush=True)
         raise SystemExit(128 + number)
 
     before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}

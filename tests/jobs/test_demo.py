@@ -35,7 +35,7 @@ class Run:
 
     def wait_for_servers(self) -> None:
         line = self.process.stdout.readline()
-        assert "Ray on http://127.0.0.1:" in line, line + self.process.stdout.read()
+        assert "Ray and MLflow are up" in line, line + self.process.stdout.read()
 
     def left(self) -> list[psutil.Process]:
         """The demo's processes that are still there."""
