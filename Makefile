@@ -15,8 +15,6 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 unexport PYTHONDONTWRITEBYTECODE
 # A cluster that the shell happens to point at is not ours to use.
 unexport RAY_ADDRESS RAY_JOB_HEADERS
-# One machine, loopback only: no token, and none written into the home folder.
-export RAY_AUTH_MODE := disabled
 export RAY_USAGE_STATS_ENABLED := 0
 export RAY_TRAIN_V2_ENABLED := 1
 # The second engine's resizer looks for updates when it is imported.
@@ -55,7 +53,7 @@ setup: ## Make or refresh .venv from requirements.lock (the other targets do it 
 	echo "$$stamp" > .venv/.installed
 
 demo: setup ## Refresh, pre-train, evaluate on a local Ray and MLflow; ends with a table
-	@.venv/bin/python jobs/demo.py $(ARGS)
+	@.venv/bin/python jobs/demo.py demo $(ARGS)
 
 test: setup ## Run the tests (make test ARGS='tests/shards -k tar')
 	@.venv/bin/python -m pytest $(ARGS)

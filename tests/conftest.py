@@ -39,8 +39,9 @@ os.environ.update(
         "MPLBACKEND": "Agg",
         "NO_ALBUMENTATIONS_UPDATE": "1",
         "OMP_NUM_THREADS": "1",
-        # Disabled: with tokens on, Ray writes one into the home folder.
-        "RAY_AUTH_MODE": "disabled",
+        # Ray listens on every address of this machine; a token from here is not written into the home folder.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": uuid.uuid4().hex,
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         # A report to Ray Train blocks for up to this long.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",

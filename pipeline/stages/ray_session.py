@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 
 from pipeline.config import require
 
@@ -22,8 +23,9 @@ def connect(num_cpus: int | None = None) -> None:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
-        # A private cluster on loopback needs no token; without this Ray writes one into the home folder.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # Ray listens on all of the machine's addresses and asks for a token; given one here, it writes none into the
+        # home folder.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
     import ray
 
     if ray.is_initialized():
