@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import flatten, require
+from pipeline.config import flatten, from_json, require, to_json
 from pipeline.errors import ClipmillError
 from pipeline.shards.snapshot import Snapshot, publish
 from pipeline.shards.storage import Folder
@@ -93,7 +93,7 @@ def _made_by_ray(
     )
     try:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pandas", prefetch_batches=0):
-            yield from batch["stats"]
+            yield from (from_json(ShardStats, text) for text in batch["stats"])
     except Exception as error:
         # Ray wraps what a task raised, sometimes twice; the user is to see our sentence.
         raise _own_error(error) or error from error
@@ -109,7 +109,8 @@ class _MakeShards:
         stats = []
         for row in batch.to_dict("records"):
             unit = Unit(shard_id=int(row["shard_id"]), piece=Slice(**row["piece"]), digest=row["digest"])
-            stats.append(make_shard(unit, self._source, self._folder, self._options))
+            stats.append(to_json(make_shard(unit, self._source, self._folder, self._options)))
+        # As text: Ray warns of every block of Python objects, which it has to pickle.
         return {"stats": np.array(stats, dtype=object)}
 
 
