@@ -52,7 +52,7 @@ setup: ## Make or refresh .venv from requirements.lock (the other targets do it 
 	.venv/bin/python -m uv pip install --quiet --compile-bytecode --no-deps --no-build-isolation --editable . && \
 	echo "$$stamp" > .venv/.installed
 
-demo: setup ## Refresh, pre-train, evaluate on a local Ray and MLflow; ends with a table
+demo: setup ## Refresh, pre-train, evaluate on a local Ray and MLflow; ends with a table (again from the start: ARGS=--fresh)
 	@.venv/bin/python jobs/demo.py demo $(ARGS)
 
 test: setup ## Run the tests (make test ARGS='tests/shards -k tar')
