@@ -73,7 +73,8 @@ class _Training:
         latest = self._latest()
         self.done = latest.meta.step if latest else 0
         self.last_checkpoint = latest.folder.uri if latest else ""
-        self.method = self._method(latest).to(device).train()
+        # Convolutions are 1.4 times as fast on a CPU with channels last, and tensor cores want them so.
+        self.method = self._method(latest).to(device).to(memory_format=torch.channels_last).train()
         self.method.gather = distributed.gather
         self.optimizer = make_optimizer(self.config.optimizer, self.method)
         if latest:

@@ -179,7 +179,8 @@ def test_clipping_limits_the_step(run: MakeRun, tiny_config: Config, remember: A
 
 def test_evaluations_and_minutes_decide_what_is_saved(run: MakeRun, tiny_config: Config, remember: Any) -> None:
     changes = {"checkpoint_every_steps": None, "evaluate_every_steps": 4, "keep_checkpoints": 1}
-    plan = prepare(tiny_config, run(checkpoint_every_minutes=1e-9, log_every_steps=3, **changes))[0]
+    settings = run(checkpoint_every_minutes=1e-9, log_every_steps=3, **changes)
+    plan = prepare(tiny_config, settings, evaluates=True)[0]
     run_training(plan, CPU, remember())
     found = {one.meta.step: one.waits for one in Checkpoints(plan.run.output_folder).whole()}
     assert found == {4: True, 8: True, 10: True}  # those of the minutes (1, 3, 6, 9) are pruned
