@@ -195,7 +195,9 @@ class _Training:
 
     def _log(self, losses: Mapping[str, Tensor], norm: Tensor | None, rate: float) -> bool:
         """Log this step; returns whether the minutes between checkpoints are over, by rank 0's clock."""
-        means = distributed.mean_over_ranks(torch.stack(list(losses.values())).float()).tolist()
+        unreadable = torch.tensor(float(self.clock.unreadable), device=self.device)
+        gathered = torch.stack([*losses.values(), unreadable]).float()
+        *means, unreadable_each = distributed.mean_over_ranks(gathered).tolist()
         measures = {
             "loss": sum(means),
             **dict(zip(losses, means, strict=True)),
@@ -204,6 +206,7 @@ class _Training:
             **self.method.measures(),
         }
         metrics = {f"train/{name}": value for name, value in measures.items()} | self.clock.interval()
+        metrics["data/unreadable"] = unreadable_each * self.world
         if self.rank == 0:
             logger.info(
                 "step %d of %d: loss %.4f, %.0f samples/s",
@@ -287,14 +290,12 @@ class _Clock:
         now = time.perf_counter()
         seconds, steps, waited = now - self._since, self._steps, self._waited
         self._since, self._steps, self._waited = now, 0, 0.0
-        measured = {"data/unreadable": float(self.unreadable)}
         if self._began is None:
             self._began = now
-            return measured
+            return {}
         self._counted += steps
-        speed = steps * self.batch_size / seconds
-        return measured | {
-            "perf/samples_per_second": speed,
+        return {
+            "perf/samples_per_second": steps * self.batch_size / seconds,
             "perf/step_seconds": seconds / steps,
             "perf/data_wait": waited / seconds,
         }

@@ -14,6 +14,7 @@ from pipeline.config import Scalar, flatten, from_plain, require, writable_folde
 from pipeline.errors import DataError, SettingError
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.loaders.order import Order
+from pipeline.loaders.samples import check_fields
 from pipeline.loaders.text import caption_field
 from pipeline.models.method import method_class, method_name
 from pipeline.shards.snapshot import Snapshot, read_snapshot
@@ -169,6 +170,7 @@ def prepare(method: Any, run: Run, *, evaluates: bool = False) -> tuple[Plan, Re
     folder = Folder(run.output_folder)
     earlier = read_record(folder)
     snapshot = _pinned(run.data, earlier)
+    _check_readable(snapshot, method, run)
     run = replace(run, data=snapshot.uri)
     settings = {"method": method_name(method), **flatten(method), **_deciding(run)}
     record = Record(settings=settings, snapshot=snapshot.uri, digest=snapshot.digest)
@@ -211,6 +213,12 @@ def read_record(folder: Folder) -> Record | None:
 def write_record(folder: Folder, record: Record) -> None:
     """Write ``run.json``."""
     folder.write_atomic(RECORD, json.dumps(asdict(record), indent=2).encode())
+
+
+def _check_readable(snapshot: Snapshot, method: Any, run: Run) -> None:
+    """Pictures and captions, which every snapshot names alike; the loop checks what else a method reads."""
+    places = {"image": "image", "text": caption_field(run.caption)}
+    check_fields(snapshot, [places[key] for key in method_class(method_name(method)).fields if key in places])
 
 
 def _pinned(data: str, earlier: Record | None) -> Snapshot:

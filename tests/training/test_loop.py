@@ -22,6 +22,7 @@ from torch import Tensor
 from pipeline.errors import SettingError
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.models.clip import Clip, Config, contrastive_loss
+from pipeline.shards.snapshot import Snapshot
 from pipeline.training.checkpoint import Checkpoints, load_method
 from pipeline.training.loop import Outcome, run_training, step_seed
 from pipeline.training.run import Plan, Run, prepare
@@ -81,6 +82,16 @@ def test_a_resume_in_the_middle_of_an_epoch_is_exact(plan: Plan, remember: Any, 
         assert first.series(name) | second.series(name) == whole.series(name)
     weights = [load_method(end.checkpoint).state_dict() for end in (expected, outcome)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_unreadable_samples_are_counted(
+    run: MakeRun, tiny_config: Config, remember: Any, make_snapshot: Callable[..., Snapshot]
+) -> None:
+    spoilt = make_snapshot((20, 20), spoil={number: {"jpg": b"", "txt": b"x"} for number in (3, 11, 30)})
+    tracker = remember()
+    run_training(prepare(tiny_config, run(data=spoilt.folder, steps=10))[0], CPU, tracker)
+    counts = tracker.series("data/unreadable")
+    assert counts[10] == 2 * 3 and counts[5] == 3  # two epochs of five steps
 
 
 def test_loader_processes_do_not_change_a_run(plan: Plan, remember: Any, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from pipeline.errors import DataError, SettingError, SnapshotError
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.models.clip import Config
-from pipeline.shards.snapshot import Snapshot
+from pipeline.shards.snapshot import Snapshot, publish_shards
 from pipeline.shards.storage import Folder
 from pipeline.training.optimizer import AdamW
 from pipeline.training.run import Cluster, Run, prepare, read_record, write_record
@@ -107,6 +107,18 @@ def test_missing_data(run: MakeRun, tiny_config: Config, tmp_path: Path) -> None
     with pytest.raises(SnapshotError, match="has no snapshot"):
         prepare(tiny_config, run(data=str(tmp_path / "none")))
     assert not (tmp_path / "run").exists()
+
+
+def test_data_without_captions(run: MakeRun, tiny_config: Config, data: Snapshot, tmp_path: Path) -> None:
+    """Known before a worker starts, and nothing is left behind."""
+    bare = tmp_path / "bare"
+    publish_shards(
+        Folder(bare), data.shards, fields=("jpg", "json"), card=None, options={}, rows=data.samples, dropped={}
+    )
+    with pytest.raises(DataError, match="no field txt; its samples have: jpg, json"):
+        prepare(tiny_config, run(data=str(bare)))
+    assert not (tmp_path / "run").exists()
+    prepare(tiny_config, run(data=str(bare), caption="json:caption"))
 
 
 def test_a_relative_folder_inside_a_ray_job_is_refused(
