@@ -291,12 +291,12 @@ def _what_next(folder: Path, seconds: float) -> str:
     shown = os.path.relpath(folder, ROOT) if folder.is_relative_to(ROOT) else str(folder)
     ui = "make ui" if folder == ROOT / Demo.folder else f"make ui FOLDER={shown}"
     return f"""
-Done in {seconds:.0f} s, and everything is stopped again. To look at the runs and compare them:
+Done in {seconds:.0f} s, and everything is stopped again. To look at the runs and compare them, in another terminal:
     {ui}     then open http://127.0.0.1:5000
-Next, train longer beside it, here without a cluster:
+Next, while that is open, train longer and watch the two runs side by side:
     .venv/bin/python jobs/pretrain_clip.py demo --workers 0 --epochs 20 --data {shown}/shards \\
         --output-folder {shown}/clip-longer --zero-shot {SETS[0]} --retrieval {PAIRS} \\
-        --tracking-uri sqlite:///{folder}/mlflow.db"""
+        --tracking-uri http://127.0.0.1:5000"""
 
 
 def _answers(url: str, token: str) -> bool:
