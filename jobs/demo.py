@@ -147,9 +147,11 @@ class Programs:
         for program in self._programs.values():
             if program.poll() is None:
                 program.terminate()
+        # One deadline for all of them: on a busy machine each would use up its own.
+        deadline = time.monotonic() + 15
         for program in self._programs.values():
             try:
-                program.wait(timeout=15)
+                program.wait(timeout=max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 os.killpg(program.pid, signal.SIGKILL)
                 program.wait()
