@@ -8,9 +8,10 @@ The same command again goes on from the last whole checkpoint, also with another
 in this process, without Ray. The sets of --zero-shot and --retrieval are evaluated beside the training.
 """
 
-import tempfile
+import logging
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from tempfile import TemporaryDirectory
 
 from pipeline.config import run_job
 from pipeline.evaluation.showcase import snapshot_figure
@@ -28,6 +29,8 @@ from pipeline.training.launch import follower, launch
 from pipeline.training.optimizer import AdamW
 from pipeline.training.run import Cluster, Run, keep_tracking_run, prepare
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain:
@@ -38,7 +41,7 @@ class Pretrain:
     evaluations: Evaluations = field(default_factory=Evaluations)
     tracking: Tracking = field(default_factory=Tracking)
     draw: int = 0
-    """Without --data: samples of the embedded world to train on, drawn into a temporary folder."""
+    """Without --data: samples of the embedded world to train on, drawn into a folder that goes when the job ends."""
 
 
 GPUS = Cluster(accelerator="gpu", cpus_per_worker=10)
@@ -71,8 +74,15 @@ PRESETS = {
 
 
 def main(job: Pretrain) -> None:
-    """Settle the run, then train it, evaluate it beside the training and register what came out."""
-    job = drawn(job) if job.draw else job
+    """Train in the places that the job names; a job that draws its data does without."""
+    with TemporaryDirectory(prefix="clipmill-pretrain-") if job.draw else nullcontext("") as scratch:
+        pretrain(drawn(job, scratch) if job.draw else job, keeps=bool(job.run.output_folder))
+    if job.draw and not job.run.output_folder:
+        logger.info("the run's folder was temporary and is gone; with --output-folder FOLDER it is kept")
+
+
+def pretrain(job: Pretrain, keeps: bool = True) -> None:
+    """Settle the run, then train it, evaluate it beside the training and register what came out, if it ``keeps`` it."""
     evaluates = bool(job.evaluations.prepare().sets)
     plan, record = prepare(job.method, job.run, evaluates=evaluates)
     with start(job.tracking, job, run_id=record.tracking_run) as tracker:
@@ -83,16 +93,16 @@ def main(job: Pretrain) -> None:
         with follower(plan, evaluation) if evaluates else nullcontext() as beside:
             outcome = launch(plan, tracker.handle.open)
         metrics = beside.results.get(outcome.steps, {}) if beside else {}
-        tracker.register_checkpoint(outcome.checkpoint, metrics, outcome.steps)
+        if keeps:
+            tracker.register_checkpoint(outcome.checkpoint, metrics, outcome.steps)
 
 
-def drawn(job: Pretrain) -> Pretrain:
-    """The job with places that it was not given: drawn data and a folder for the run, both temporary."""
-    folder = tempfile.mkdtemp(prefix="clipmill-pretrain-")
+def drawn(job: Pretrain, scratch: str) -> Pretrain:
+    """The job with places in ``scratch`` where it was given none: data that are drawn now, and the run's folder."""
     if not job.run.data:
         options = ShardOptions(images=ImageOptions(resize_mode="no", skip_reencode=True), number_sample_per_shard=32)
-        refresh(Drawn(samples=job.draw, size=64), Folder(f"{folder}/data"), options, Workers(processes_count=0))
-    places = {"data": job.run.data or f"{folder}/data", "output_folder": job.run.output_folder or f"{folder}/run"}
+        refresh(Drawn(samples=job.draw, size=64), Folder(f"{scratch}/data"), options, Workers(processes_count=0))
+    places = {"data": job.run.data or f"{scratch}/data", "output_folder": job.run.output_folder or f"{scratch}/run"}
     return replace(job, run=replace(job.run, **places))
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from pipeline.config import from_json, run_job, to_json
+from pipeline.errors import DataError
+from pipeline.evaluation.suite import Evaluations
 from pipeline.shards.snapshot import Snapshot
 from pipeline.tracking.runs import Tracking
 from pipeline.training.checkpoint import Checkpoints, load_method, read_evaluation
@@ -83,12 +86,40 @@ def test_smoke(
     tokens = open_clip.get_tokenizer("clipmill-tiny")(["a red star"])
     assert torch.equal(opened.encode_text(tokens, normalize=True), method.encode_text(tokens))
 
-    data = record["snapshot"]
-    again = replace(smoke, run=replace(smoke.run, data=data))
+    assert not Path(record["snapshot"].rpartition("@")[0]).exists()  # what was drawn goes with the job
     with caplog.at_level("INFO"):
-        job["main"](again)
+        job["main"](smoke)
     assert "is finished: 4 steps" in caplog.text
     assert json.loads((tmp_path / "run" / "run.json").read_text()) == record
+
+
+def test_a_drawing_job_leaves_nothing_in_the_temporary_folder(
+    job: dict[str, Any],
+    store: Tracking,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    """Nor a model version that would point to a checkpoint which is gone; also where the training fails."""
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    smoke = job["PRESETS"]["smoke"][1]
+    settings = replace(smoke.run, steps=1, log_every_steps=1)
+    smoke = replace(smoke, tracking=replace(store, experiment="left"), run=settings, evaluations=Evaluations())
+    with caplog.at_level("INFO"):
+        job["main"](smoke)
+    assert "is gone; with --output-folder FOLDER it is kept" in caplog.text
+    client = MlflowClient(store.tracking_uri)
+    experiment = client.get_experiment_by_name("left")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED" and not client.search_model_versions(f"run_id = '{run.info.run_id}'")
+
+    monkeypatch.setitem(job, "launch", lambda *_: (_ for _ in ()).throw(DataError("a damaged shard")))
+    with pytest.raises(DataError, match="a damaged shard"):
+        job["main"](smoke)
+    assert not list(tmp_path.glob("clipmill-pretrain-*"))
 
 
 def test_presets_are_the_papers(job: dict[str, Any]) -> None:
