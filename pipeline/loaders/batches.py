@@ -7,6 +7,7 @@ its shard, so that batches keep their size and every run makes the same replacem
 
 import json
 import logging
+import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -28,6 +29,7 @@ from pipeline.shards.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_WORKERS = 4
 TOLD_AT_MOST = 20  # unreadable samples that one process names
 
 Batch = dict[str, Tensor]
@@ -117,8 +119,8 @@ class LabelReader:
 class LoaderConfig:
     """How samples are read; nothing here changes which samples a batch holds."""
 
-    loader_workers: int = 4
-    """Processes that decode, for each training worker; 0 decodes in the training process."""
+    loader_workers: int | None = None
+    """Processes that decode for each training worker; 0 decodes in it; none is four, or fewer where cores are fewer."""
     prefetch: int = 4
     """Batches that each of these processes prepares ahead."""
     open_shards: int = 128
@@ -129,14 +131,24 @@ class LoaderConfig:
     """Size limit of that folder."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.loader_workers <= 256, "loader_workers", self.loader_workers, "0 to 256")
+        workers = self.loader_workers
+        require(workers is None or 0 <= workers <= 256, "loader_workers", workers, "0 to 256, or none")
         require(1 <= self.prefetch <= 64, "prefetch", self.prefetch, "1 to 64")
         require(self.open_shards >= 1, "open_shards", self.open_shards, "1 or more")
         require(self.cache_gigabytes > 0, "cache_gigabytes", self.cache_gigabytes, "more than 0")
 
+    def processes(self) -> int:
+        """How many processes decode for this one."""
+        return min(DEFAULT_WORKERS, cores()) if self.loader_workers is None else self.loader_workers
+
     def cache(self) -> FileCache:
         """The cache that these settings describe."""
         return FileCache(self.cache_folder, int(self.cache_gigabytes * 2**30))
+
+
+def cores() -> int:
+    """The cores on which this process may run."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def training_batches(
@@ -255,7 +267,7 @@ def _batches(
 ) -> Generator[Batch, None, None]:
     check_fields(snapshot, [field for reader in readers.values() for field in reader.fields])
     samples = Samples(snapshot, config.cache(), config.open_shards)
-    workers = config.loader_workers
+    workers = config.processes()
     loader: DataLoader[Batch | ClipmillError] = DataLoader(
         _Readable(samples, readers, replace),
         batch_sampler=sampler,

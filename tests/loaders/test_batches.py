@@ -1,6 +1,7 @@
 """Batches: contents, determinism, resume, unreadable samples."""
 
 import logging
+import os
 from pathlib import Path
 
 import open_clip
@@ -126,6 +127,17 @@ def test_the_models_randomness_is_not_touched(make_snapshot, tmp_path: Path) -> 
     before = torch.get_rng_state()
     batches(make_snapshot(), range(2))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("allowed", "processes"), [({0}, 1), ({1, 5}, 2), (set(range(64)), 4)])
+def test_the_default_number_of_processes_fits_the_cores(
+    monkeypatch: pytest.MonkeyPatch, allowed: set[int], processes: int
+) -> None:
+    """What taskset or a container's cpuset allows; a number that somebody asks for is left as it is."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: allowed)
+    assert LoaderConfig().processes() == processes
+    assert LoaderConfig(loader_workers=7).processes() == 7
+    assert LoaderConfig(loader_workers=0).processes() == 0
 
 
 @pytest.mark.parametrize("bad", [{"loader_workers": -1}, {"prefetch": 0}, {"open_shards": 0}, {"cache_gigabytes": 0}])
