@@ -15,6 +15,7 @@ import torch
 
 from pipeline.config import require
 from pipeline.errors import ClipmillError
+from pipeline.loaders.batches import LoaderConfig, cores
 from pipeline.stages.ray_session import connect
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.follow import Follower, Record
@@ -72,8 +73,17 @@ def follower(plan: Plan, evaluate: Evaluate, record: Record | None = None) -> Fo
 
 def _in_this_process(plan: Plan, open_tracker: OpenTracker) -> Outcome:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _set_up(device)
+    _set_up(device, own_threads(plan.run.loader))
     return run_training(plan, device, open_tracker())
+
+
+def own_threads(loader: LoaderConfig) -> int | None:
+    """torch's threads for a training in this process: the cores that its loader leaves, at least one.
+
+    More threads than free cores wait for one another in every operation, which can cost most of the speed. ``None``
+    where ``OMP_NUM_THREADS`` has decided already. Workers on Ray have ``cpus_per_worker`` threads instead.
+    """
+    return None if "OMP_NUM_THREADS" in os.environ else max(1, cores() - loader.processes())
 
 
 def _on_ray(plan: Plan, open_tracker: OpenTracker) -> Outcome:

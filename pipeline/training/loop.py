@@ -243,7 +243,7 @@ class _Training:
         parameters = sum(parameter.numel() for parameter in self.method.parameters())
         logger.info(
             "%s, %.1f million parameters, on %s: %d samples in %d shards; steps %d to %d of %d samples, %d in each of "
-            "%d processes, %s in %s",
+            "%d processes on %s, each with %d threads and %d loader processes, in %s",
             type(self.method).__name__,
             parameters / 1e6,
             plan.snapshot.uri,
@@ -255,6 +255,8 @@ class _Training:
             config.batch_size // self.world,
             self.world,
             self.device,
+            torch.get_num_threads(),
+            config.loader.processes(),
             "bfloat16" if self.bf16 else "float32",
         )
         if config.warmup_steps >= plan.steps:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from pipeline.errors import DataError, SettingError
+from pipeline.loaders.batches import LoaderConfig
 from pipeline.models.clip import Config
 from pipeline.training.checkpoint import Checkpoints
-from pipeline.training.launch import _own_error, finished, follower, launch, worker_resources
+from pipeline.training.launch import _own_error, finished, follower, launch, own_threads, worker_resources
 from pipeline.training.loop import Outcome, TrainingError
 from pipeline.training.optimizer import AdamW
 from pipeline.training.run import Cluster, Run, prepare
@@ -41,6 +43,32 @@ def test_a_loss_that_is_no_number_is_an_error(run: MakeRun, tiny_config: Config,
     plan, _ = prepare(tiny_config, run(optimizer=AdamW(learning_rate=1e30), warmup_steps=0))
     with pytest.raises(TrainingError, match="not finite"):
         launch(plan, remember)
+
+
+def test_a_training_in_this_process_leaves_cores_to_its_loader(
+    run: MakeRun,
+    tiny_config: Config,
+    remember: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """And a user's OMP_NUM_THREADS is left alone. Here the loader has none: all the cores are the training's."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    threads = {None: 2, 0: 6, 1: 5, 5: 1, 8: 1}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert {own_threads(LoaderConfig(loader_workers=workers)) for workers in threads} == {None}
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert {workers: own_threads(LoaderConfig(loader_workers=workers)) for workers in threads} == threads
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    before = torch.get_num_threads()
+    try:
+        with caplog.at_level("INFO"):
+            launch(prepare(tiny_config, run(steps=1))[0], remember)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert "1 processes on cpu, each with 2 threads and 0 loader processes, in float32" in caplog.text
 
 
 def test_workers_ask_for_what_the_cluster_has(run: MakeRun, tiny_config: Config) -> None:
