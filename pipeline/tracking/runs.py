@@ -25,7 +25,7 @@ from pipeline.shards.snapshot import Snapshot
 from pipeline.tracking.privacy import masked, masked_value
 from pipeline.tracking.provenance import provenance_tags
 from pipeline.tracking.records import log_snapshot, register
-from pipeline.tracking.store import answers, artifact_location, checked_uri, client, is_refusal
+from pipeline.tracking.store import answers, artifact_location, checked_uri, client, is_refusal, needs_a_server
 from pipeline.tracking.system import SystemMetrics
 from pipeline.tracking.writer import Point, Writer
 
@@ -41,6 +41,9 @@ CONFIG = "config.json"
 PARAMS_AT_ONCE = 100
 LONGEST_PARAM, LONGEST_TAG = 6000, 5000
 FLUSH_SECONDS = 60.0
+THROUGH_A_SERVER = (
+    "as --tracking-uri the address of the server through which it was made, and through which its files go"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,13 +270,16 @@ def start(settings: Tracking, config: Any, run_id: str = "", tags: Mapping[str, 
     run, with the old id in the tag ``continues``.
 
     Raises:
-        SettingError: the tracking server does not answer, or the URI is of no kind that MLflow takes.
+        SettingError: the tracking server does not answer, or the URI is of no kind that MLflow takes, or the
+            experiment is one that only its server can write files into.
     """
     uri = checked_uri(settings.tracking_uri)
     store = client(uri)
     old = _existing(store, run_id)
     if run_id and not old:
         logger.warning("run %s is not in the store any more: a new one is made", run_id)
+    if old:
+        _check_reached(uri, old)
     run = _revive(store, old) if old else _create(store, uri, settings)
     tracker = MlflowTracker(RunHandle(uri=uri, run_id=run.info.run_id), owns=True)
     changed = _log_params(store, run, config)
@@ -290,11 +296,13 @@ def attach(settings: Tracking, run_id: str) -> MlflowTracker:
     """A tracker that adds to the run ``run_id`` and leaves its state as it is.
 
     Raises:
-        SettingError: the store has no such run, or does not answer.
+        SettingError: the store has no such run, does not answer, or cannot write the run's files.
     """
     uri = checked_uri(settings.tracking_uri)
     found = _existing(client(uri), run_id)
-    require(found is not None, "run_id", run_id, f"a run of {masked(uri)}")
+    if found is None:
+        raise SettingError("run_id", run_id, f"a run of {masked(uri)}")
+    _check_reached(uri, found)
     return RunHandle(uri=uri, run_id=run_id).open()
 
 
@@ -317,6 +325,11 @@ def _existing(store: "MlflowClient", run_id: str) -> "Run | None":
         if run.info.lifecycle_stage == "active":
             return run
     return None
+
+
+def _check_reached(uri: str, run: "Run") -> None:
+    reached = not needs_a_server(uri, run.info.artifact_uri)
+    require(reached, "run_id", run.info.run_id, THROUGH_A_SERVER)
 
 
 def _revive(store: "MlflowClient", run: "Run") -> "Run":
@@ -345,6 +358,8 @@ def _experiment(store: "MlflowClient", uri: str, settings: Tracking) -> str:
     if found is None or found.lifecycle_stage != "active":
         allowed = "an experiment that is not deleted (`mlflow experiments restore` brings it back)"
         raise SettingError("experiment", settings.experiment, allowed)
+    reached = not needs_a_server(uri, found.artifact_location)
+    require(reached, "experiment", settings.experiment, f"another name, or {THROUGH_A_SERVER}")
     tags = {
         "mlflow.experiment.primaryMetric.name": settings.primary_metric,
         "mlflow.experiment.primaryMetric.greaterIsBetter": "True",

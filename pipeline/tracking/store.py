@@ -53,6 +53,15 @@ def artifact_location(uri: str, experiment: str) -> str | None:
     return (folder / "".join(letter if letter.isalnum() else "-" for letter in experiment)).as_uri()
 
 
+def needs_a_server(uri: str, location: str) -> bool:
+    """Whether the artifact ``location`` is only reached through a server, and the store at ``uri`` is none.
+
+    Such are the experiments that were made through a server, seen from its own database.
+    """
+    parsed = urlparse(location)
+    return parsed.scheme == "mlflow-artifacts" and not parsed.netloc and not uri.startswith("http")
+
+
 def answers(uri: str) -> bool:
     """Whether somebody listens at an ``http`` URI; always true for stores without a server or behind a proxy."""
     parsed = urlparse(uri)

@@ -22,7 +22,7 @@ from mlflow.artifacts import load_text
 from pipeline.config import from_json
 from pipeline.errors import SettingError
 from pipeline.shards.snapshot import Shard, Snapshot
-from pipeline.tracking.runs import MlflowTracker, NoTracker, RunHandle, Tracking, start
+from pipeline.tracking.runs import MlflowTracker, NoTracker, RunHandle, Tracking, attach, start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +244,25 @@ def test_values_that_are_no_numbers_do_not_end_the_logging(settings: Tracking, s
         tracker.log({"train/loss": 1.0, "bad\nname": 1.0}, 2)
         tracker.log({"train/loss": 0.5}, 3)
     assert MlflowClient(store).get_run(tracker.run_id).data.metrics["train/loss"] == 0.5
+
+
+def test_a_servers_experiment_is_not_written_to_through_its_database(settings: Tracking, store: str) -> None:
+    """Its files go through the server: one sentence, for a new run, a continued one and one that is added to."""
+    client = MlflowClient(store)
+    experiment = client.create_experiment(settings.experiment, artifact_location="mlflow-artifacts:/7")
+    run_id = client.create_run(experiment).info.run_id
+    remedy = "as --tracking-uri the address of the server"
+    with pytest.raises(SettingError, match=f"^experiment: '{settings.experiment}' .*: another name, or {remedy}"):
+        begin(settings)
+    for goes_on in (begin, attach):
+        with pytest.raises(SettingError, match=f"^run_id: '{run_id}' is not allowed; allowed: {remedy}"):
+            goes_on(settings, run_id)
+    assert [run.info.run_id for run in client.search_runs([experiment])] == [run_id]
+
+
+def test_adding_to_a_run_that_is_not_there(settings: Tracking) -> None:
+    with pytest.raises(SettingError, match="run_id: '0+' is not allowed; allowed: a run of sqlite"):
+        attach(settings, "0" * 32)
 
 
 @pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "/tmp/mlruns", "ftp://x", "memory"])
