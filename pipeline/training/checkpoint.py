@@ -72,6 +72,11 @@ class Checkpoint:
         """Whether an evaluation of it is still to come."""
         return self.meta.evaluate and not self.folder.exists(EVALUATION)
 
+    @property
+    def is_there(self) -> bool:
+        """Whether it has not been removed meanwhile."""
+        return self.folder.exists(META)
+
 
 class Checkpoints:
     """The checkpoints of the run in the folder ``run``."""
@@ -120,10 +125,19 @@ class Checkpoints:
                 logger.warning("removing %s, which was never finished", folder.uri)
                 _remove(folder)
 
-    def prune(self, keep: int) -> None:
-        """Delete all but the newest ``keep`` checkpoints, and those that wait for an evaluation."""
-        for checkpoint in self.whole()[:-keep]:
-            if not checkpoint.waits:
+    def prune(self, keep: int, keep_waiting: int) -> None:
+        """Delete all but the newest ``keep`` checkpoints and, of the older ones, those that wait for an evaluation.
+
+        Of these, ``keep_waiting`` stay: the oldest, at which an evaluation may be at work, and the newest of the rest.
+        """
+        older = self.whole()[:-keep]
+        waiting = [checkpoint for checkpoint in older if checkpoint.waits]
+        dropped = waiting[1 : 1 + max(0, len(waiting) - keep_waiting)]
+        for checkpoint in older:
+            if checkpoint in dropped:
+                message = "removing %s before it was evaluated: %d older checkpoints wait, and %d may"
+                logger.warning(message, checkpoint.folder.uri, len(waiting), keep_waiting)
+            if checkpoint in dropped or checkpoint not in waiting:
                 _remove(checkpoint.folder)
 
     def _folders(self) -> list[Folder]:

@@ -96,13 +96,17 @@ class Follower:
             metrics = {name: float(value) for name, value in pending.result().items()}
             if self.record is not None:
                 self.record(uri, step, metrics)
-            write_evaluation(checkpoint, {"step": step, "metrics": metrics})
             self.results[step] = metrics
+            if checkpoint.is_there:
+                write_evaluation(checkpoint, {"step": step, "metrics": metrics})
         except Exception as error:  # an evaluation's failure is reported and must not end the training
             self._failed(checkpoint, error)
 
     def _failed(self, checkpoint: Checkpoint, error: Exception) -> None:
         uri = checkpoint.folder.uri
+        if not checkpoint.is_there:
+            logger.warning("%s was removed before its evaluation ended", uri)
+            return
         if self._attempts[uri] < ATTEMPTS:
             logger.warning("the evaluation of %s failed and is tried again: %s", uri, error)
             return

@@ -235,7 +235,7 @@ class _Training:
             evaluate=self._evaluates(),
         )
         self.checkpoints.save(self.method, self.optimizer, meta)
-        self.checkpoints.prune(self.config.keep_checkpoints)
+        self.checkpoints.prune(self.config.keep_checkpoints, self.config.keep_waiting)
         logger.info("checkpoint %s", self.last_checkpoint)
 
     def _announce(self) -> None:

@@ -34,6 +34,7 @@ FREE = (
     "checkpoint_every_steps",
     "checkpoint_every_minutes",
     "keep_checkpoints",
+    "keep_waiting",
     "evaluate_every_steps",
     "loader",
     "cluster",
@@ -100,6 +101,8 @@ class Run:
     """Minutes between checkpoints, looked at when metrics are logged."""
     keep_checkpoints: int = 3
     """Newest checkpoints that are kept, besides those that wait for an evaluation."""
+    keep_waiting: int = 10
+    """Older checkpoints that are kept for an evaluation to come; more pile up where evaluations end or are too slow."""
     evaluate_every_steps: int | None = None
     """Steps between evaluations, which run beside the training; none: only what comes of the last step."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -116,6 +119,7 @@ class Run:
         require(self.lanes >= 1, "lanes", self.lanes, "1 or more")
         require(self.shuffle_block >= 1, "shuffle_block", self.shuffle_block, "1 or more")
         require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "1 or more")
+        require(self.keep_waiting >= 1, "keep_waiting", self.keep_waiting, "1 or more")
         require(self.log_every_steps >= 1, "log_every_steps", self.log_every_steps, "1 or more")
         for name in ("steps", "clip_grad_norm", "checkpoint_every_minutes"):
             value = getattr(self, name)

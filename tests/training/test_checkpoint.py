@@ -72,15 +72,31 @@ def test_life_of_checkpoints(place: str, method: Clip) -> None:
 
     checkpoints.remove_broken()
     assert not checkpoints.at(12).names()
-    checkpoints.prune(keep=1)
+    checkpoints.prune(keep=1, keep_waiting=10)
     assert [found.meta.step for found in checkpoints.whole()] == [2, 10]  # 2 still waits for its evaluation
     waiting = checkpoints.whole()[0]
     assert waiting.waits and read_evaluation(waiting) is None
     write_evaluation(waiting, {"step": 2, "metrics": {"a": 1.0}})
     assert not waiting.waits and read_evaluation(waiting) == {"step": 2, "metrics": {"a": 1.0}}
-    checkpoints.prune(keep=1)
+    checkpoints.prune(keep=1, keep_waiting=10)
     assert [found.meta.step for found in checkpoints.whole()] == [10]
     assert not checkpoints.at(2).names()
+
+
+def test_waiting_checkpoints_are_bounded(tmp_path: Path, method: Clip, caplog: pytest.LogCaptureFixture) -> None:
+    """The oldest may be under evaluation and stays; those after it go, each with a sentence."""
+    checkpoints = Checkpoints(str(tmp_path))
+    left = []
+    for step in range(1, 9):
+        checkpoints.save(method, stepped(method), meta(step, evaluate=step != 2))
+        checkpoints.prune(keep=2, keep_waiting=step + 1)
+        checkpoints.prune(keep=2, keep_waiting=3)
+        left.append([found.meta.step for found in checkpoints.whole()])
+    assert left[3:] == [[1, 3, 4], [1, 3, 4, 5], [1, 3, 4, 5, 6], [1, 4, 5, 6, 7], [1, 5, 6, 7, 8]]
+    told = [record.getMessage() for record in caplog.records]
+    assert [message.split(" before it was evaluated: ")[0][-1] for message in told] == ["3", "4"]
+    checkpoints.prune(keep=2, keep_waiting=1)
+    assert [found.meta.step for found in checkpoints.whole()] == [1, 7, 8]
 
 
 def test_state_loads_without_unpickling(tmp_path: Path, method: Clip) -> None:

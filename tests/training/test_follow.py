@@ -1,6 +1,7 @@
 """Evaluations beside the training: found, done once, tried again, finished after a restart."""
 
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Mapping
@@ -123,6 +124,28 @@ def test_a_failing_evaluation_is_tried_twice_and_told(run: Run, caplog: pytest.L
     assert run.recorded == [(2, {"top1": 1.0})]
     assert read_evaluation(run.checkpoints.whole()[0]) == {"step": 1, "error": "out of memory"}
     assert "step-00000001 failed: out of memory" in caplog.text
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_checkpoint_that_is_removed_while_it_is_evaluated(
+    run: Run, fails: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Is not tried again, and its folder does not come back."""
+    calls: list[int] = []
+
+    def evaluate(uri: str, step: int) -> dict[str, float]:
+        calls.append(step)
+        shutil.rmtree(run.checkpoints.at(1).path)
+        if fails:
+            raise FileNotFoundError(uri)
+        return {"top1": 1.0}
+
+    run.save(1)
+    with caplog.at_level(logging.WARNING), run.follower(evaluate) as follower:
+        pass
+    assert calls == [1] and follower.results == ({} if fails else {1: {"top1": 1.0}})
+    assert ("was removed before its evaluation ended" in caplog.text) == fails
+    assert not Path(run.checkpoints.at(1).path).exists()
 
 
 def test_ray_tasks(run: Run, ray_cluster: Any) -> None:

@@ -37,6 +37,7 @@ def test_what_may_change_between_starts(run: MakeRun, tiny_config: Config, tmp_p
         checkpoint_every_steps=None,
         checkpoint_every_minutes=None,
         keep_checkpoints=1,
+        keep_waiting=2,
         evaluate_every_steps=5,
         loader=LoaderConfig(loader_workers=3),
         cluster=Cluster(max_failures=0),
@@ -150,6 +151,7 @@ def test_a_relative_folder_inside_a_ray_job_is_refused(
         {"checkpoint_every_steps": 0},
         {"checkpoint_every_minutes": 0},
         {"keep_checkpoints": 0},
+        {"keep_waiting": 0},
         {"evaluate_every_steps": 0},
     ],
 )
