@@ -14,7 +14,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +24,15 @@ from pipeline.shards.snapshot import Snapshot
 from pipeline.tracking.privacy import masked, masked_value
 from pipeline.tracking.provenance import provenance_tags
 from pipeline.tracking.records import log_snapshot, register
-from pipeline.tracking.store import answers, artifact_location, checked_uri, client, is_refusal, needs_a_server
+from pipeline.tracking.store import (
+    answers,
+    artifact_location,
+    checked_uri,
+    client,
+    is_refusal,
+    needs_a_server,
+    spoken_to,
+)
 from pipeline.tracking.system import SystemMetrics
 from pipeline.tracking.writer import Point, Writer
 
@@ -274,6 +281,11 @@ def start(settings: Tracking, config: Any, run_id: str = "", tags: Mapping[str, 
             experiment is one that only its server can write files into.
     """
     uri = checked_uri(settings.tracking_uri)
+    with spoken_to(uri):
+        return _start(uri, settings, config, run_id, tags or {})
+
+
+def _start(uri: str, settings: Tracking, config: Any, run_id: str, tags: Mapping[str, str]) -> MlflowTracker:
     store = client(uri)
     old = _existing(store, run_id)
     if run_id and not old:
@@ -284,7 +296,7 @@ def start(settings: Tracking, config: Any, run_id: str = "", tags: Mapping[str, 
     tracker = MlflowTracker(RunHandle(uri=uri, run_id=run.info.run_id), owns=True)
     changed = _log_params(store, run, config)
     lost = {"continues": run_id} if run_id and not old else {}
-    tracker._set_tags({**provenance_tags(), **changed, **lost, **(tags or {})})
+    tracker._set_tags({**provenance_tags(), **changed, **lost, **tags})
     store.log_text(run.info.run_id, masked(to_json(config)), CONFIG)
     if settings.system_metrics:
         tracker.watch_node()
@@ -299,7 +311,8 @@ def attach(settings: Tracking, run_id: str) -> MlflowTracker:
         SettingError: the store has no such run, does not answer, or cannot write the run's files.
     """
     uri = checked_uri(settings.tracking_uri)
-    found = _existing(client(uri), run_id)
+    with spoken_to(uri):
+        found = _existing(client(uri), run_id)
     if found is None:
         raise SettingError("run_id", run_id, f"a run of {masked(uri)}")
     _check_reached(uri, found)
@@ -320,11 +333,13 @@ def _existing(store: "MlflowClient", run_id: str) -> "Run | None":
 
     if not run_id:
         return None
-    with suppress(MlflowException):
+    try:
         run = store.get_run(run_id)
-        if run.info.lifecycle_stage == "active":
-            return run
-    return None
+    except MlflowException as error:
+        if not is_refusal(error):
+            raise
+        return None
+    return run if run.info.lifecycle_stage == "active" else None
 
 
 def _check_reached(uri: str, run: "Run") -> None:

@@ -2,12 +2,15 @@
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 from urllib.request import getproxies, proxy_bypass
 
 from pipeline.config import require
+from pipeline.errors import SettingError
 from pipeline.tracking.privacy import masked
 
 if TYPE_CHECKING:
@@ -86,11 +89,29 @@ def is_refusal(error: Exception) -> bool:
     return not isinstance(error, OSError)  # requests' and urllib3's network errors are OSErrors
 
 
+@contextmanager
+def spoken_to(uri: str) -> Iterator[None]:
+    """Raise ``SettingError``, one sentence, where the store at ``uri`` fails to do what is asked within the block."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        if is_refusal(error):
+            raise
+        why = masked((str(error).strip() or repr(error)).splitlines()[0])
+        allowed = f"an MLflow store that answers (this one does not: {why})"
+        raise SettingError("tracking_uri", masked(uri), allowed) from error
+
+
 def client(uri: str) -> "MlflowClient":
     """A client of the store at ``uri`` that touches no global setting of MLflow."""
     # MLflow reports its use to its makers unless told otherwise; what a job does is its user's business.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    # By itself it asks a dead server for more than four minutes, and cannot be interrupted; Writer asks again anyway.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)

@@ -1,7 +1,7 @@
 """A thread that carries metrics to a tracking server, so that the training step never waits for one.
 
 What is put in is sent in order and in batches. A server that is away is asked again with growing pauses; meanwhile
-the queue grows up to its limit, then the oldest metrics go. What could not be sent is counted and said at the end.
+the queue grows up to its limit, then the oldest metrics go. What could not be sent is said in a sentence at the end.
 """
 
 import logging
@@ -9,15 +9,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 logger = logging.getLogger(__name__)
 
+NAMED = 10  # tasks and refusals that are named
 AT_ONCE = 1000  # MLflow's limit for metrics in a batch
 LIMIT = 100_000
 LINGER = 0.3  # seconds in which the metrics of several steps gather into one request
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+PATIENCE = 16.0  # the pause at which who waits for the queue gives up: the server has been away for about as long
 
 Verdict = Literal["sent", "refused", "away"]
 
@@ -38,6 +40,33 @@ class Task:
 
     run: Callable[[], None]
     what: str
+
+
+@dataclass
+class Lost:
+    """What was never sent: values of metrics by number and steps, tasks by name."""
+
+    values: int = 0
+    steps: tuple[int, int] = (0, 0)
+    tasks: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return self.values + len(self.tasks)
+
+    def __str__(self) -> str:
+        first, last = self.steps
+        values = [f"{self.values} values of metrics at steps {first} to {last}"] if self.values else []
+        more = len(self.tasks) - NAMED
+        return ", ".join([*values, *self.tasks[:NAMED], *([f"{more} more"] if more > 0 else [])])
+
+    def add(self, item: Point | Task) -> None:
+        """Count one more."""
+        if isinstance(item, Task):
+            self.tasks.append(item.what)
+            return
+        first, last = self.steps if self.values else (item.step, item.step)
+        self.steps = min(first, item.step), max(last, item.step)
+        self.values += 1
 
 
 class Writer:
@@ -61,10 +90,12 @@ class Writer:
         self._send, self._is_refusal, self._is_there, self._limit = send, is_refusal, is_there, limit
         self._queue: deque[Point | Task] = deque()
         self._changed = threading.Condition()
-        self._busy = False
+        self._under_way: list[Point | Task] = []
         self._closing = False
+        self._away = False
         self._pause = 0.0
-        self.dropped = 0
+        self._refused = 0
+        self.lost = Lost()
         self._thread = threading.Thread(target=self._work, name="clipmill-tracking", daemon=True)
         self._thread.start()
 
@@ -78,29 +109,40 @@ class Writer:
         self._append([Task(run, what)])
 
     def flush(self, seconds: float) -> bool:
-        """Wait until all that was queued is sent; ``False`` if that took longer than ``seconds``."""
+        """Wait until all that was queued is sent; ``False`` if ``seconds`` are not enough or the server stays away."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._queue and not self._busy, seconds)
+            self._pause = 0.0  # a server that was away is asked at once
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._is_empty() or self._pause >= PATIENCE, seconds)
+            return self._is_empty()
 
     def close(self, seconds: float) -> int:
-        """Send what is queued for up to ``seconds``, stop, and give the number of metrics that were never sent."""
+        """Send what is queued for up to ``seconds``, stop, and give the number of items that were never sent.
+
+        One that the server has not answered yet counts as not sent. Closing again does nothing.
+        """
+        if self._closing:
+            return len(self.lost)
         self.flush(seconds)
         with self._changed:
             self._closing = True
-            self.dropped += len(self._queue)
+            for item in [*self._under_way, *self._queue]:
+                self.lost.add(item)
             self._queue.clear()
             self._changed.notify_all()
         self._thread.join(timeout=1.0)
-        if self.dropped:
-            logger.warning("%d metrics or figures could not be sent to the tracking server", self.dropped)
-        return self.dropped
+        if self.lost:
+            logger.warning("not logged, since the tracking server did not take it: %s", self.lost)
+        return len(self.lost)
+
+    def _is_empty(self) -> bool:
+        return not self._queue and not self._under_way
 
     def _append(self, items: "list[Point] | list[Task]") -> None:
         with self._changed:
             self._queue.extend(items)
             while len(self._queue) > self._limit:
-                self._queue.popleft()
-                self.dropped += 1
+                self.lost.add(self._queue.popleft())
             self._changed.notify_all()
 
     def _work(self) -> None:
@@ -111,20 +153,16 @@ class Writer:
                     return
             time.sleep(LINGER)
             with self._changed:
-                batch = self._next()
-                self._busy = True
-            verdict = self._try(batch) if batch else "sent"
+                if self._closing:
+                    return
+                batch = self._under_way = self._next()
+            verdict = self._try(batch)
             with self._changed:
-                self._busy = False
-                self._put_back(batch if verdict == "away" else [])
+                if verdict == "away" and not self._closing:
+                    self._queue.extendleft(reversed(batch))
+                self._under_way = []
                 self._changed.notify_all()
             self._rest(verdict)
-
-    def _put_back(self, batch: list[Point | Task]) -> None:
-        if self._closing:
-            self.dropped += len(batch)
-        else:
-            self._queue.extendleft(reversed(batch))
 
     def _next(self) -> list[Point | Task]:
         """The next task alone, or the points before it; taken off the queue."""
@@ -157,17 +195,24 @@ class Writer:
             half = len(batch) // 2
             verdicts = {self._try(batch[:half]), self._try(batch[half:])}
             return "away" if "away" in verdicts else "sent"
-        self.dropped += 1
+        self.lost.add(batch[0])
         what = batch[0].what if isinstance(batch[0], Task) else batch[0].name
-        logger.warning("the tracking server refused %s: %s", what, error)
+        self._refused += 1
+        if self._refused <= NAMED:
+            logger.warning("the tracking server refused %s: %s", what, error)
+        if self._refused == NAMED:
+            logger.warning("further refusals are only counted")
         return "refused"
 
     def _rest(self, verdict: Verdict) -> None:
-        if verdict != "away":
-            self._pause = 0.0
-            return
-        if not self._pause:
+        """Tell when the server goes and comes back, and wait before it is asked again."""
+        away = verdict == "away"
+        if away and not self._away:
             logger.warning("the tracking server does not answer; training goes on and the metrics are kept")
-        self._pause = min(max(2 * self._pause, FIRST_PAUSE), LONGEST_PAUSE)
+        if self._away and not away:
+            logger.warning("the tracking server answers again; %d items were lost meanwhile", len(self.lost))
         with self._changed:
-            self._changed.wait_for(lambda: self._closing, self._pause)
+            self._away = away
+            self._pause = min(max(2 * self._pause, FIRST_PAUSE), LONGEST_PAUSE) if away else 0.0
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._closing or not self._pause, self._pause)

@@ -48,8 +48,8 @@ class Outcome:
 def run_training(plan: Plan, device: torch.device, tracker: Tracker) -> Outcome:
     """Train ``plan`` to its end, from its latest checkpoint if it has one; every rank calls this.
 
-    ``tracker`` is used by rank 0. An end that all ranks share (a loss that is no number) is returned, since raising it
-    in a worker would only have the worker replaced and the same steps repeated.
+    ``tracker`` is used by rank 0, and closed at the end. An end that all ranks share (a loss that is no number) is
+    returned, since raising it in a worker would only have the worker replaced and the same steps repeated.
 
     Raises:
         SettingError: the checkpoint was made with settings that this run has not.
@@ -60,6 +60,8 @@ def run_training(plan: Plan, device: torch.device, tracker: Tracker) -> Outcome:
         return training.run()
     except TrainingError as error:
         return Outcome(steps=training.done, checkpoint=training.last_checkpoint, problem=str(error))
+    finally:
+        tracker.close()
 
 
 class _Training:
@@ -92,8 +94,6 @@ class _Training:
                 batch = self.clock.waited(batches)
                 self._step(batch)
         distributed.barrier()
-        if self.rank == 0:
-            self.tracker.flush()
         speed = self.clock.overall()
         return Outcome(steps=self.done, checkpoint=self.last_checkpoint, samples_per_second=speed)
 

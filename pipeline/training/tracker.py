@@ -14,8 +14,8 @@ class Tracker(Protocol):
         """Record ``metrics`` at ``step``; returns at once. A step may come twice, after a resume."""
         ...
 
-    def flush(self) -> object:
-        """Send what is still queued."""
+    def close(self) -> object:
+        """Send what is still queued; nothing more will come."""
         ...
 
 
@@ -30,5 +30,5 @@ class LogTracker:
         """One line."""
         logger.debug("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items())))
 
-    def flush(self) -> None:
+    def close(self) -> None:
         """Nothing is queued."""

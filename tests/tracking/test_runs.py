@@ -8,12 +8,15 @@ import pickle
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -288,7 +291,31 @@ def test_a_server_that_goes_away_does_not_hold_training_up(caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING):
         tracker.finish(seconds=0.5)
     assert time.perf_counter() - began < 5
-    assert "501 metrics or figures could not be sent" in caplog.text
+    assert "500 values of metrics at steps 0 to 499, model version for s3://b/c" in caplog.text
+
+
+class _Broken(BaseHTTPRequestHandler):
+    """Accepts every connection and answers no request; a server that is dying, or a proxy before a dead one."""
+
+    def do_GET(self) -> None:
+        self.close_connection = True
+
+    do_POST = do_GET
+
+
+@pytest.mark.parametrize("goes_on", [begin, attach])
+def test_a_server_that_dies_at_the_start_is_one_sentence(monkeypatch: pytest.MonkeyPatch, goes_on: Any) -> None:
+    """Also for a run that is remembered: it is not taken for one that the store has lost."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Broken)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        settings = Tracking(tracking_uri=f"http://127.0.0.1:{server.server_port}", system_metrics=False)
+        with pytest.raises(SettingError, match=r"^tracking_uri: .*an MLflow store that answers \(this one.*\)$"):
+            goes_on(settings, "0" * 32)
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_the_default_store_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

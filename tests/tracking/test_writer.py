@@ -72,6 +72,7 @@ def test_nothing_is_lost_while_the_server_is_away_for_a_while(caplog: pytest.Log
     assert writer.close(10) == 0
     assert [point.step for point in server.points] == list(range(20))
     assert caplog.text.count("does not answer") == 1
+    assert caplog.text.count("answers again; 0 items were lost meanwhile") == 1
 
 
 def test_what_is_never_sent_is_counted_and_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -85,7 +86,46 @@ def test_what_is_never_sent_is_counted_and_said(caplog: pytest.LogCaptureFixture
         dropped = writer.close(0.2)
     assert time.perf_counter() - start < 3
     assert dropped == 8
-    assert "8 metrics or figures could not be sent" in caplog.text
+    assert "did not take it: 8 values of metrics at steps 0 to 7" in caplog.text
+
+
+def test_what_was_lost_is_one_sentence(caplog: pytest.LogCaptureFixture) -> None:
+    """Metrics by number and steps, ten other things by name; also what hangs in a request that has no end."""
+    hung = threading.Event()
+    writer = Writer(lambda points: hung.wait(20) and None, refuses)
+    writer.put({"loss": 1.0, "lr": 0.1}, 7)
+    while not writer._under_way:
+        time.sleep(0.01)
+    writer.put({"loss": 1.0}, 9)
+    for number in range(12):
+        writer.do(lambda: None, f"figure {number}")
+    assert writer.close(0.1) == 15
+    assert writer.close(0.1) == 15
+    hung.set()
+    (message,) = (record.getMessage() for record in caplog.records)
+    figures = ", ".join(f"figure {number}" for number in range(10))
+    assert message.endswith(f"did not take it: 3 values of metrics at steps 7 to 9, {figures}, 2 more")
+
+
+def test_an_end_without_a_server_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that rests is asked at once; one that stays away is given up after some questions."""
+    monkeypatch.setattr(module, "PATIENCE", 0.05)
+    server = Server()
+    server.away = True
+    writer = Writer(server.send, refuses)
+    writer.put({"loss": 1.0}, 1)
+    while server.requests < 5:
+        time.sleep(0.01)
+    monkeypatch.setattr(module, "LONGEST_PAUSE", 60.0)
+    monkeypatch.setattr(module, "FIRST_PAUSE", 60.0)
+    time.sleep(0.2)
+    asked = server.requests
+    start = time.perf_counter()
+    assert not writer.flush(30)
+    assert server.requests == asked + 1
+    server.away = False
+    assert writer.flush(30) and len(server.points) == 1
+    assert time.perf_counter() - start < 5
 
 
 def test_a_full_queue_loses_the_oldest() -> None:
@@ -109,6 +149,15 @@ def test_one_refused_metric_does_not_take_the_others_with_it(caplog: pytest.LogC
     assert writer.close(10) == 1
     assert [point.step for point in server.points] == [step for step in range(30) if step != 13]
     assert "refused bad name" in caplog.text
+
+
+def test_refusals_without_end_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """As those of a server that has lost the run."""
+    writer = Writer(Server().send, refuses)
+    for step in range(50):
+        writer.put({"bad": 1.0}, step)
+    assert writer.close(10) == 50
+    assert caplog.text.count("refused bad") == 10 and caplog.text.count("only counted") == 1
 
 
 def test_tasks_keep_their_place_and_a_failing_one_is_dropped() -> None:

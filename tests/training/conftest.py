@@ -21,13 +21,15 @@ class Remember:
     def __init__(self, stop_at: int | None = None) -> None:
         self.history: dict[int, dict[str, float]] = {}
         self.stop_at = stop_at
+        self.closed = 0
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self.history[step] = dict(metrics)
         if step == self.stop_at:
             raise KeyboardInterrupt
 
-    def flush(self) -> None: ...
+    def close(self) -> None:
+        self.closed += 1
 
     def series(self, name: str) -> dict[int, float]:
         """One metric by step."""

@@ -103,7 +103,7 @@ def test_a_killed_ray_worker_is_replaced(
                 (tmp_path / "killed").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        def flush(self) -> None: ...
+        def close(self) -> None: ...
 
     plan, _ = prepare(tiny_config, run(workers=2))
     outcome = launch(plan, ToFile)

@@ -44,7 +44,7 @@ def moved(plan: Plan, folder: Path) -> Plan:
 def test_what_a_run_leaves(plan: Plan, remember: Any) -> None:
     tracker = remember()
     outcome = run_training(plan, CPU, tracker)
-    assert outcome.steps == 10 and outcome.samples_per_second > 0 and not outcome.problem
+    assert outcome.steps == 10 and outcome.samples_per_second > 0 and not outcome.problem and tracker.closed == 1
     whole = Checkpoints(plan.run.output_folder).whole()
     assert [found.meta.step for found in whole] == [4, 8, 10]
     assert outcome.checkpoint == whole[-1].folder.uri
@@ -77,6 +77,7 @@ def test_a_resume_in_the_middle_of_an_epoch_is_exact(plan: Plan, remember: Any, 
         run_training(again, CPU, first)
     torch.manual_seed(99)  # whatever state the new process has
     outcome = run_training(again, CPU, second)
+    assert first.closed == second.closed == 1
     assert sorted(second.history) == [5, 6, 7, 8, 9, 10]
     for name in ("train/loss", "train/grad_norm", "train/logit_scale", "train/lr"):
         assert first.series(name) | second.series(name) == whole.series(name)
@@ -243,7 +244,7 @@ class _Print:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         print(json.dumps([step, dict(metrics)]), flush=True)
 
-    def flush(self) -> None: ...
+    def close(self) -> None: ...
 
 
 def _train(pickled: str, rank: int, world: int) -> Outcome:
