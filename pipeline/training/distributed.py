@@ -61,17 +61,37 @@ def barrier() -> None:
 
 
 def parallel(module: nn.Module, device: torch.device) -> nn.Module:
-    """``module`` with its gradients averaged over ranks; the module itself when the process is alone."""
-    if world() == 1:
-        return module
-    return DistributedDataParallel(
-        module,
-        device_ids=[device] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        # Without this, gradients are grouped anew after the first step, and a resumed run would add those of three
-        # or more ranks in another order than one that never stopped. On a GPU speed counts for more.
-        find_unused_parameters=device.type == "cpu",
-    )
+    """``module`` with the same weights in all ranks and, on GPUs, its gradients averaged while they are computed.
+
+    On CPUs it is the module itself, for :func:`average_gradients`: ``DistributedDataParallel`` groups gradients anew
+    after its first step, and a resumed run would add those of three or more ranks in another order than one that never
+    stopped. On a GPU speed counts for more.
+    """
+    if world() > 1 and device.type == "cuda":
+        return DistributedDataParallel(module, device_ids=[device], gradient_as_bucket_view=True)
+    if world() > 1:
+        for tensor in (*module.parameters(), *module.buffers()):
+            values = tensor.detach().contiguous()
+            distributed.broadcast(values, 0)
+            tensor.detach().copy_(values)
+    return module
+
+
+def average_gradients(module: nn.Module) -> None:
+    """Replace the gradients of what :func:`parallel` gave by their mean over ranks; all ranks must call.
+
+    Does nothing where ``DistributedDataParallel`` has done so, or the process is alone. A parameter without a gradient
+    must be one in all ranks.
+    """
+    if world() == 1 or isinstance(module, DistributedDataParallel):
+        return
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(together)
+    together /= world()
+    means = together.split([gradient.numel() for gradient in gradients])
+    for gradient, mean in zip(gradients, means, strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 class _Gather(torch.autograd.Function):

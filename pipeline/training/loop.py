@@ -107,6 +107,7 @@ class _Training:
             losses: dict[str, Tensor] = self.module(on_device)
         total = torch.stack(list(losses.values())).sum()
         total.backward()
+        distributed.average_gradients(self.module)
         self.done += 1
         logs, saves = self._logs(), self._saves()
         norm = self._gradient_norm(measure=logs or saves)
