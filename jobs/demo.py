@@ -65,7 +65,7 @@ class Demo:
     """Where data, checkpoints, runs and logs go."""
     fresh: bool = False
     """Delete what an earlier demo left in the folder first."""
-    samples: int = 16000
+    samples: int = 20000
     """Pictures to draw."""
     training: str = "demo"
     """Preset of jobs/pretrain_clip.py."""

@@ -54,6 +54,8 @@ class Config:
     """Area of a resized crop, as parts of the picture."""
     flip: float = 0.0
     """Probability of mirroring a training picture."""
+    text_start: Literal["paper", "bag_of_words"] = "paper"
+    """Initial text transformer: random as in the paper, or at first the mean of the words, for runs of minutes."""
     temperature: float = 0.07
     """Initial softmax temperature; ignored where pretrained weights bring theirs."""
     max_logit_scale: float = 100.0
@@ -91,6 +93,8 @@ class Clip(Method):
         self.end_of_text = openclip.end_of_text(self.model, self.tokenizer)
         if config.pretrained is None:
             torch.nn.init.constant_(self.logit_scale, math.log(1 / config.temperature))
+            if config.text_start == "bag_of_words":
+                openclip.start_as_bag_of_words(self.model)
         if self.model.logit_bias is not None:
             self.model.logit_bias.requires_grad_(False)  # a sigmoid loss's; a softmax does not see it
         pictures = openclip.preprocessing(self.model)

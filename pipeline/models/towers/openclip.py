@@ -1,7 +1,8 @@
 """open_clip's models: any of its architectures, its pretrained tags, local and remote checkpoints, and the way back.
 
 Nothing of open_clip is copied or changed. Architectures of our own are open_clip model configs in
-``pipeline/models/configs``, registered when this module is imported, and are named like any other.
+``pipeline/models/configs``, registered when this module is imported (with the tower that timm does not have), and are
+named like any other.
 """
 
 import difflib
@@ -14,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import open_clip
+import torch
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
@@ -21,6 +23,7 @@ from pipeline.config import require
 from pipeline.errors import SettingError
 from pipeline.loaders.cache import FileCache
 from pipeline.loaders.images import ImageTransform
+from pipeline.models.towers import convnet  # noqa: F401 - timm's registry learns of it
 from pipeline.shards.storage import Folder
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -162,6 +165,28 @@ def end_of_text(model: nn.Module, tokenizer: Any) -> int | None:
         token = getattr(tokenizer, "eot_token_id", None)
         return token if token == model.vocab_size - 1 else None
     return int(model.text_eos_id) if model.text_pool_type == "eos" else None
+
+
+def start_as_bag_of_words(model: Any) -> None:
+    """Let every layer of the text transformer begin as the mean of the words before it.
+
+    Queries start at zero, so attention is even; values and output are the identity, so it adds the mean word; the MLP
+    adds nothing; positions and the two boundary tokens are zero. From there all of it learns. With random layers the
+    captions of a small tower start out nearly alike, and most of a run of minutes goes into pulling them apart.
+
+    Raises:
+        SettingError: not open_clip's own text transformer.
+    """
+    require(isinstance(model, open_clip.CLIP), "text_start", "bag_of_words", "paper, for this text tower")
+    with torch.no_grad():
+        model.positional_embedding.zero_()
+        model.token_embedding.weight[-2:] = 0
+        for block in model.transformer.resblocks:
+            queries, _, values = block.attn.in_proj_weight.chunk(3)
+            queries.zero_()
+            nn.init.eye_(values)
+            nn.init.eye_(block.attn.out_proj.weight)
+            nn.init.zeros_(block.mlp.c_proj.weight)
 
 
 def encode_text(model: Any, text: Tensor) -> Tensor:
