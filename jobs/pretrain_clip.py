@@ -50,7 +50,7 @@ PAPER = Run(
 )
 ONE_NODE = replace(PAPER, workers=8, batch_size=4096, optimizer=AdamW(learning_rate=1e-3, weight_decay=0.1))
 DEMO = Run(
-    workers=1, batch_size=128, epochs=5, warmup_steps=80, optimizer=AdamW(learning_rate=1e-3), log_every_steps=25
+    workers=1, batch_size=256, epochs=4, warmup_steps=30, optimizer=AdamW(learning_rate=1.5e-3), log_every_steps=25
 )
 SMALL = Config(architecture="clipmill-small", text_start="bag_of_words")
 SMOKE = replace(

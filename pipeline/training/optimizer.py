@@ -39,4 +39,5 @@ def make_optimizer(config: AdamW, method: Method) -> torch.optim.AdamW:
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
         weight_decay=config.weight_decay,
+        fused=True,
     )
