@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import pytest
+import timm
 import torch
 from open_clip.loss import ClipLoss
 from PIL import Image
@@ -110,6 +111,34 @@ def test_gelu_towers_of_other_kinds(tmp_path: Path) -> None:
     assert features.shape == (2, 16) and torch.allclose(features.norm(dim=-1), torch.ones(2))
     assert list(method.description()) == [f"{tmp_path.name}.json", "open_clip_config.json"]
     assert method.transforms(False).size == (32, 32)
+
+
+def test_a_bag_of_words_start_is_the_closed_form() -> None:
+    """A text's feature is the projection of its last word's place with the mean of the normalised words before it."""
+    torch.manual_seed(0)
+    method = Clip(Config(architecture="clipmill-small", text_start="bag_of_words")).eval()
+    model, tokens = method.model, method.tokenizer(["a red square on a field"])
+    length = int(tokens.argmax()) + 1
+    words = torch.nn.functional.layer_norm(model.token_embedding(tokens[0, :length]), (64,))
+    hidden = model.token_embedding(tokens[0, length - 1]) + words.mean(dim=0)
+    expected = torch.nn.functional.layer_norm(hidden, (64,)) @ model.text_projection
+    actual = method.encode_text(tokens[:, :length])[0]
+    torch.testing.assert_close(actual, expected / expected.norm(), rtol=1e-4, atol=1e-5)
+    method.encode_text(tokens).sum().backward()
+    assert model.transformer.resblocks[0].attn.in_proj_weight.grad[:64].abs().max() > 0, "queries can leave zero"
+
+
+def test_a_bag_of_words_start_needs_open_clips_text_tower() -> None:
+    with pytest.raises(SettingError, match="text_start"):
+        openclip.start_as_bag_of_words(torch.nn.Linear(2, 2))
+
+
+def test_small_image_tower_is_built_by_open_clip_and_takes_other_sizes() -> None:
+    model = open_clip.create_model("clipmill-small", force_image_size=96).eval()
+    assert type(model.visual.trunk).__name__ == "ConvNet"
+    assert model.encode_image(torch.zeros(2, 3, 96, 96)).shape == (2, 128)
+    with pytest.raises(ValueError, match="no pretrained weights"):
+        timm.create_model("clipmill_convnet", pretrained=True)
 
 
 def test_scale_starts_and_stays_where_the_paper_says() -> None:

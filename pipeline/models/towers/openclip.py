@@ -187,6 +187,7 @@ def start_as_bag_of_words(model: Any) -> None:
             nn.init.eye_(values)
             nn.init.eye_(block.attn.out_proj.weight)
             nn.init.zeros_(block.mlp.c_proj.weight)
+            nn.init.zeros_(block.mlp.c_proj.bias)
 
 
 def encode_text(model: Any, text: Tensor) -> Tensor:
