@@ -9,6 +9,7 @@ from itertools import accumulate
 from pipeline.errors import DataError
 from pipeline.loaders.cache import FileCache
 from pipeline.shards.sample import IMAGE_FIELDS, Sample
+from pipeline.shards.selection import Indices, read_selection
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import TarShard
@@ -34,7 +35,7 @@ def check_fields(snapshot: Snapshot, wanted: Collection[str]) -> None:
 
 
 class Samples:
-    """Random access to a snapshot's samples, numbered through its shards in order.
+    """Random access to a snapshot's samples, those that its selections show, numbered through its shards in order.
 
     At most ``open_shards`` tars are mapped at a time; those of a remote folder are fetched whole into ``cache``. An
     instance belongs to one process; it pickles as what it was made from.
@@ -46,7 +47,7 @@ class Samples:
     def __init__(self, snapshot: Snapshot, cache: FileCache | None = None, open_shards: int = 128) -> None:
         self.snapshot, self.cache, self.open_shards = snapshot, cache or FileCache(), open_shards
         self._ends = list(accumulate(shard.samples for shard in snapshot.shards))
-        self._open: OrderedDict[str, TarShard] = OrderedDict()
+        self._open: OrderedDict[str, tuple[TarShard, Indices | None]] = OrderedDict()
         self._folder: Folder | None = None
         self._process = 0
 
@@ -58,14 +59,14 @@ class Samples:
 
     def __getitem__(self, number: int) -> Sample:
         shard, index = self.find(number)
-        return self._tar(shard)[index]
+        tar, selection = self._tar(shard)
+        return tar[index if selection is None else int(selection[index])]
 
     def from_here(self, number: int) -> Iterator[Sample]:
         """Every sample of the shard that holds ``number`` once, beginning there and going round."""
         shard, index = self.find(number)
-        tar = self._tar(shard)
-        for step in range(len(tar)):
-            yield tar[(index + step) % len(tar)]
+        for step in range(shard.samples):
+            yield self[number - index + (index + step) % shard.samples]
 
     def find(self, number: int) -> tuple[Shard, int]:
         """The shard of sample ``number``, and its index there."""
@@ -75,7 +76,7 @@ class Samples:
         shard = self.snapshot.shards[at]
         return shard, number - (self._ends[at] - shard.samples)
 
-    def _tar(self, shard: Shard) -> TarShard:
+    def _tar(self, shard: Shard) -> tuple[TarShard, Indices | None]:
         if shard.name not in self._open:
             self._open[shard.name] = self._open_tar(shard)
             if len(self._open) > self.open_shards:
@@ -84,7 +85,7 @@ class Samples:
         self._open.move_to_end(shard.name)
         return self._open[shard.name]
 
-    def _open_tar(self, shard: Shard) -> TarShard:
+    def _open_tar(self, shard: Shard) -> tuple[TarShard, Indices | None]:
         if self._folder is None or self._process != os.getpid():
             # A client of an object store does not survive the fork into a loader's process.
             self._folder, self._process = Folder(self.snapshot.folder), os.getpid()
@@ -92,6 +93,6 @@ class Samples:
         if path.stat().st_size != shard.bytes:
             raise DataError(f"{path} has {path.stat().st_size} bytes, the snapshot says {shard.bytes}")
         tar = TarShard(path)
-        if len(tar) != shard.samples:
-            raise DataError(f"{path} holds {len(tar)} samples, the snapshot says {shard.samples}")
-        return tar
+        if len(tar) != shard.stored:
+            raise DataError(f"{path} holds {len(tar)} samples, the snapshot says {shard.stored}")
+        return tar, read_selection(self._folder, shard)

@@ -29,13 +29,23 @@ DIGEST_LENGTH = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One tar of a snapshot. ``sidecars`` maps a sidecar's name (``regions``) to the SHA-256 hex of its file."""
+    """One tar of a snapshot. ``sidecars`` maps a sidecar's name (``regions``) to the SHA-256 hex of its file.
+
+    ``samples`` counts what readers see, ``stored`` what the tar holds. They differ where ``selection``, the SHA-256
+    hex of a file of positions, hides or repeats some (see ``selection.py``); ``bytes`` and ``sha256`` are the tar's.
+    """
 
     name: str
     samples: int
     bytes: int
     sha256: str
     sidecars: Mapping[str, str] = field(default_factory=dict)
+    selection: str = ""
+    stored: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.selection:
+            object.__setattr__(self, "stored", self.samples)
 
     @property
     def tar(self) -> str:
@@ -47,8 +57,9 @@ class Shard:
 class Snapshot:
     """What readers see of a data set.
 
-    ``rows`` counts input rows, ``dropped`` those that became no sample, by error class; ``digest`` is the SHA-256 hex
-    of shards and sidecars, so two snapshots with the same samples have the same digest wherever they lie.
+    ``rows`` counts input rows, ``dropped`` those that became no sample, by error class; ``changes`` tells what differs
+    from the parent, by kind. ``digest`` is the SHA-256 hex of shards, selections and sidecars, so two snapshots with
+    the same samples have the same digest wherever they lie.
     """
 
     id: str
@@ -62,10 +73,11 @@ class Snapshot:
     options: Mapping[str, Any]
     rows: int
     dropped: Mapping[str, int]
+    changes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
-        """Number of samples in all shards."""
+        """Number of samples that readers see."""
         return sum(shard.samples for shard in self.shards)
 
     @property
@@ -122,8 +134,9 @@ def publish_shards(
     options: Mapping[str, Any],
     rows: int,
     dropped: Mapping[str, int],
+    changes: Mapping[str, int] | None = None,
 ) -> Snapshot:
-    """Publish a list of shards, for jobs that add sidecars or removed shards; otherwise as :func:`publish`."""
+    """Publish a list of shards, for jobs that add sidecars or hide samples; otherwise as :func:`publish`."""
     digest = _digest(shards)
     ids = snapshot_ids(folder)
     if ids and ids[-1].endswith(digest[:DIGEST_LENGTH]):
@@ -141,6 +154,7 @@ def publish_shards(
         options=dict(options),
         rows=rows,
         dropped=dict(dropped),
+        changes=dict(changes or {}),
     )
     _write(folder, snapshot)
     return snapshot
@@ -172,6 +186,7 @@ def _digest(shards: tuple[Shard, ...]) -> str:
     digest = hashlib.sha256()
     for shard in shards:
         parts = [shard.name, str(shard.samples), shard.sha256]
+        parts += [f"selection={shard.selection}"] if shard.selection else []
         parts += [f"{name}={value}" for name, value in sorted(shard.sidecars.items())]
         digest.update(("\t".join(parts) + "\n").encode())
     return digest.hexdigest()

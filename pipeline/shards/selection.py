@@ -1,0 +1,103 @@
+"""Selections: which of a tar's samples readers see.
+
+Filters, opt-outs and rows that left their source hide samples without touching a tar; a list that names a sample
+twice repeats it. ``{folder}/_selections/{sha256}.parquet`` holds one column ``index``: positions in the tar,
+ascending. Named by their content, selections can be shared by snapshots and written again at no risk.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+from io import BytesIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.errors import DataError
+from pipeline.shards.sample import Sample
+from pipeline.shards.snapshot import Shard
+from pipeline.shards.storage import Folder
+from pipeline.shards.tar import iterate_tar
+
+SELECTIONS = "_selections"
+Indices = NDArray[np.int32]
+
+
+def select(folder: Folder, shard: Shard, keep: NDArray[np.bool_] | NDArray[np.integer]) -> Shard:
+    """``shard`` with only those of its visible samples that ``keep`` names; the selection is written.
+
+    ``keep`` is a mask bool [samples], or positions int [any] among the visible samples, ascending, repeats allowed.
+
+    Raises:
+        ValueError: a mask of another length, positions out of range or out of order.
+        DataError: the shard's present selection is missing or damaged.
+        StorageError: the store refused.
+    """
+    positions = np.asarray(keep)
+    if positions.dtype == np.bool_:
+        if len(positions) != shard.samples:
+            raise ValueError(f"a mask of {len(positions)} for {shard.samples} samples of {shard.tar}")
+        positions = np.flatnonzero(positions)
+    if positions.size and (positions[0] < 0 or positions[-1] >= shard.samples or (np.diff(positions) < 0).any()):
+        raise ValueError(f"positions in {shard.tar} have to ascend within 0 to {shard.samples - 1}")
+    present = read_selection(folder, shard)
+    indices = (positions if present is None else present[positions]).astype(np.int32)
+    if len(indices) == shard.stored and (np.diff(indices) == 1).all():
+        return replace(shard, samples=shard.stored, selection="")
+    return replace(shard, samples=len(indices), selection=write_selection(folder, indices))
+
+
+def write_selection(folder: Folder, indices: Indices) -> str:
+    """Store positions int32 [any], ascending; returns the SHA-256 hex that names the file.
+
+    Raises:
+        StorageError: the store refused.
+    """
+    buffer = BytesIO()
+    pq.write_table(pa.table({"index": pa.array(indices, pa.int32())}), buffer)
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    place = folder.folder(SELECTIONS)
+    if not place.exists(f"{digest}.parquet"):
+        place.write_atomic(f"{digest}.parquet", buffer.getvalue())
+    return digest
+
+
+def read_selection(folder: Folder, shard: Shard) -> Indices | None:
+    """Positions in the tar that readers of ``shard`` see, int32 [samples]; ``None``: all of them.
+
+    Raises:
+        DataError: the selection is missing, damaged, or does not fit the shard.
+    """
+    if not shard.selection:
+        return None
+    place, file = folder.folder(SELECTIONS), f"{shard.selection}.parquet"
+    try:
+        content = place.read_bytes(file)
+    except FileNotFoundError as error:
+        raise DataError(f"{place.join(file)} is missing; {shard.tar} cannot be read without it") from error
+    if hashlib.sha256(content).hexdigest() != shard.selection:
+        raise DataError(f"{place.join(file)} is damaged: its bytes do not match its name")
+    indices: Indices = pq.read_table(BytesIO(content))["index"].to_numpy()
+    if len(indices) != shard.samples or (len(indices) and indices[-1] >= shard.stored):
+        raise DataError(f"{place.join(file)} does not fit {shard.tar} with {shard.samples} of {shard.stored} samples")
+    return indices
+
+
+def read_samples(folder: Folder, shard: Shard) -> Iterator[Sample]:
+    """The visible samples of ``shard`` in order, front to back through the tar, local or remote; repeats included.
+
+    Raises:
+        DataError: as :func:`read_selection` and :func:`pipeline.shards.tar.iterate_tar`.
+    """
+    indices = read_selection(folder, shard)
+    times = np.ones(shard.stored, np.int64) if indices is None else np.bincount(indices, minlength=shard.stored)
+    count = 0
+    with folder.open(shard.tar) as file:
+        for sample in iterate_tar(file, folder.join(shard.tar)):
+            if count < len(times):
+                yield from [sample] * int(times[count])
+            count += 1
+    if count != shard.stored:
+        raise DataError(f"{folder.join(shard.tar)} holds {count} samples, the snapshot says {shard.stored}")
