@@ -56,6 +56,7 @@ def gradients(method: Method, batch: dict[str, Tensor], module: torch.nn.Module 
     torch.manual_seed(0)
     total = torch.stack(list((module or method)(batch).values())).sum()
     total.backward()
+    distributed.average_gradients(module or method)
     found = {name: value.grad for name, value in method.named_parameters() if value.grad is not None}
     return {"loss": total.detach(), **found}
 
