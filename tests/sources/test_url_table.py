@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 
 import pandas
+import pyarrow as pa
 import pytest
 
 from pipeline.errors import SettingError
 from pipeline.shards.storage import Folder
+from pipeline.sources import url_table
 from pipeline.sources.source import Row, Slice
 from pipeline.sources.url_table import UrlTable
 
@@ -143,3 +145,20 @@ def test_reserved_and_repeated_columns_are_refused() -> None:
         UrlTable(url_list="x.csv", save_additional_columns=("width",))
     with pytest.raises(SettingError, match="once"):
         UrlTable(url_list="x.csv", caption_col="a", save_additional_columns=("a",))
+
+
+def test_the_digest_sees_values_and_not_arrows_layout() -> None:
+    texts = ["a", None, "", "bc", "ü" * 3, "d"]
+    whole = pa.table({"url": texts, "n": [1, 2, 3, 4, 5, None]})
+    chunked = pa.concat_tables([whole.slice(0, 2), whole.slice(2, 1), whole.slice(3)])
+    cut = pa.concat_tables([pa.table({"url": ["x"], "n": [0]}), whole]).slice(1)
+    wide = whole.set_column(0, "url", whole["url"].cast(pa.large_string()))
+    coded = whole.set_column(0, "url", whole["url"].dictionary_encode())
+    assert len({url_table._digest(table) for table in (whole, chunked, cut, wide, coded)}) == 1
+    moved = (
+        ["a", "", None, "bc", "ü" * 3, "d"],
+        ["a", None, "", "b", "c" + "ü" * 3, "d"],
+        ["ab", None, "", "c", "ü" * 3, "d"],
+    )
+    others = [whole.set_column(0, "url", pa.array(other)) for other in moved]
+    assert len({url_table._digest(table) for table in (whole, *others)}) == 4
