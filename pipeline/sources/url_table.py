@@ -311,22 +311,22 @@ def _digest(table: pa.Table) -> str:
     """
     digest = hashlib.sha256()
     for name in table.column_names:
-        column = table[name]
+        column: Any = table[name]  # pyarrow's own types know too few of its functions
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
         digest.update(json.dumps([name, len(column)]).encode())
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            lengths = pc.fill_null(pc.binary_length(column.cast(pa.large_string())), -1)
-            digest.update(lengths.to_numpy().astype("<i8"))
+            lengths: Any = pc.binary_length(column.cast(pa.large_string()))
+            digest.update(lengths.fill_null(-1).to_numpy().astype("<i8"))
             digest.update(b"".join(_text_bytes(chunk) for chunk in column.chunks))
         else:
             digest.update(json.dumps([_scalar(value) for value in column.to_pylist()]).encode())
     return digest.hexdigest()
 
 
-def _text_bytes(chunk: pa.Array) -> bytes:
+def _text_bytes(chunk: Any) -> bytes:
     """The texts of a chunk one after another, nulls as nothing."""
-    filled = pc.fill_null(chunk.cast(pa.large_string()), "")
+    filled = chunk.cast(pa.large_string()).fill_null("")
     _, offsets, data = filled.buffers()
     if data is None:
         return b""
