@@ -4,8 +4,9 @@
     ray job submit --working-dir . -- python jobs/refresh_dataset.py urls --url-list s3://bucket/list.parquet \
         --url-col url --caption-col caption --output-folder s3://bucket/cc3m --image-size 256 --resize-mode border
 
-The first word names the source: urls, folder, webdataset, drawn, stamps, or card for a card of datasets/. The same
-command run again goes on where it was stopped; options and layout are img2dataset's where it has them.
+The first word names the source: urls, folder, webdataset, hugging-face, drawn, stamps, or card for a card of
+datasets/. The same command run again goes on where it was stopped; options and layout are img2dataset's where it
+has them.
 """
 
 import getpass
@@ -21,6 +22,7 @@ from pipeline.shards.storage import Folder
 from pipeline.sources import open_source
 from pipeline.sources.drawn.source import Drawn
 from pipeline.sources.folder import PictureFolder
+from pipeline.sources.hugging_face import HuggingFaceParquet
 from pipeline.sources.source import Source
 from pipeline.sources.stamps import TuxPaintStamps
 from pipeline.sources.url_table import UrlTable
@@ -68,6 +70,13 @@ class Tars(Refresh):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Parquet(Refresh):
+    """Read parquet files that hold their pictures."""
+
+    source: HuggingFaceParquet
+
+
+@dataclass(frozen=True, kw_only=True)
 class World(Refresh):
     """Draw samples of the embedded world."""
 
@@ -101,6 +110,10 @@ PRESETS: dict[str, tuple[str, Refresh]] = {
     "webdataset": (
         "Existing WebDataset tars, img2dataset's too; pictures stay as they are unless you say otherwise.",
         Tars(source=WebDatasetTars(tars=tyro.MISSING), output_folder=tyro.MISSING, options=AS_IT_IS),
+    ),
+    "hugging-face": (
+        "Parquet files with the pictures inside, as Hugging Face stores image data sets.",
+        Parquet(source=HuggingFaceParquet(parquet=tyro.MISSING), output_folder=tyro.MISSING),
     ),
     "drawn": (
         "Samples of the embedded world, drawn as they are needed.",

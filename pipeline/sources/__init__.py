@@ -15,6 +15,7 @@ KINDS = {
     "folder": ("pipeline.sources.folder", "PictureFolder"),
     "webdataset": ("pipeline.sources.webdataset", "WebDatasetTars"),
     "drawn": ("pipeline.sources.drawn.source", "Drawn"),
+    "hugging-face": ("pipeline.sources.hugging_face", "HuggingFaceParquet"),
     "stamps": ("pipeline.sources.stamps", "TuxPaintStamps"),
 }
 

@@ -1,0 +1,219 @@
+"""Parquet files with the pictures inside, as Hugging Face stores image data sets.
+
+A picture is a struct ``{bytes, path}`` (Hugging Face's feature ``Image``) or plain bytes; the caption is a text or a
+list of texts, of which the first is taken. Rows are read by row group, so that a worker holds a few pictures at a time.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config import require
+from pipeline.errors import SampleError, SettingError
+from pipeline.shards.storage import Folder
+from pipeline.shards.writer import reserved_columns
+from pipeline.sources.source import Row, Scalar, Slice
+
+BATCH_ROWS = 32  # pictures held at a time
+FEATURES = b"huggingface"  # where the package `datasets` describes its columns in a parquet file's metadata
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceParquet:
+    """The rows of parquet files that hold their pictures.
+
+    A class label (Hugging Face's feature ``ClassLabel``, a number) among the additional columns becomes its name.
+    A picture given only by an http address is downloaded.
+    """
+
+    kind: ClassVar[str] = "hugging-face"
+
+    parquet: str
+    """A parquet file, a folder of them, or a pattern such as `data/train-*.parquet`; a path or any fsspec URI."""
+    image_col: str = "image"
+    """Column with the pictures."""
+    caption_col: str | None = "text"
+    """Column with the captions; None for data without."""
+    url_col: str | None = None
+    """Column with the pictures' addresses, where there is one."""
+    save_additional_columns: tuple[str, ...] = ()
+    """Columns to keep in the shards' json and parquet."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.parquet), "parquet", self.parquet, "a parquet file, a folder or a pattern")
+        reserved = sorted(set(self.save_additional_columns) & set(reserved_columns()))
+        require(not reserved, "save_additional_columns", reserved, "columns with names that the shards do not use")
+        names = self._columns
+        require(len(set(names)) == len(names), "save_additional_columns", names, "each column once")
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether the samples get a ``txt`` field."""
+        return self.caption_col is not None
+
+    def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
+        """Runs of rows of one file; the digest covers the file's size, time and footer, not its pictures."""
+        first: pa.Schema | None = None
+        total = 0
+        for file in self._files:
+            rows, schema, stamp = self._footer(file)
+            self._check(file, schema)
+            first = first or schema
+            same = [schema.field(name).type for name in self._columns] == [
+                first.field(name).type for name in self._columns
+            ]
+            require(same, "parquet", file, "columns of the same types as in the first file")
+            total += rows
+            for start in range(0, rows, rows_per_shard):
+                count = min(rows_per_shard, rows - start)
+                digest = hashlib.sha256(json.dumps([stamp, start, count, self._columns]).encode()).hexdigest()
+                yield Slice(count=count, digest=digest, where={"uri": file, "start": start, "count": count})
+        require(total > 0, "parquet", self.parquet, "files with at least one row")
+
+    def rows(self, piece: Slice) -> Iterator[Row]:
+        """See :class:`~pipeline.sources.source.Source`; reads only the row groups that the slice touches."""
+        uri = str(piece.where["uri"])
+        start, end = int(piece.where["start"]), int(piece.where["start"]) + int(piece.where["count"])
+        place, _, name = uri.rpartition("/")
+        with Folder(place).open(name) as opened:
+            file = pq.ParquetFile(opened)
+            names = _class_names(file.schema_arrow)
+            groups, position = _groups(file, start, end)
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=list(self._columns)):
+                inside = batch.slice(max(0, start - position), max(0, end - max(start, position)))
+                for offset, values in enumerate(inside.to_pylist(), start=max(start, position)):
+                    yield self._row(values, f"{name}#{offset}", names)
+                position += batch.num_rows
+
+    def schema(self) -> Mapping[str, type]:
+        """The additional columns; numbers and booleans stay what they are, class labels and the rest become text."""
+        _, schema, _ = self._footer(self._files[0])
+        self._check(self._files[0], schema)
+        names = _class_names(schema)
+        return {
+            name: str if name in names else _python_type(schema.field(name).type)
+            for name in self.save_additional_columns
+        }
+
+    def _row(self, values: Mapping[str, Any], place: str, names: Mapping[str, list[str]]) -> Row:
+        picture, path = _picture(values[self.image_col])
+        address = values[self.url_col] if self.url_col else path
+        to_fetch = picture is None and str(address).startswith(("http://", "https://"))
+        problem = SampleError("failed_to_download", "no_picture", "the row has neither bytes nor an http address")
+        return Row(
+            url=str(address or place),
+            caption=_caption(values[self.caption_col]) if self.caption_col else None,
+            image=picture,
+            columns={name: _scalar(values[name], names.get(name)) for name in self.save_additional_columns},
+            problem=None if picture is not None or to_fetch else problem,
+        )
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        given = (self.image_col, self.caption_col, self.url_col, *self.save_additional_columns)
+        return tuple(name for name in given if name is not None)
+
+    @cached_property
+    def _files(self) -> list[str]:
+        fs, path = fsspec.core.url_to_fs(self.parquet)
+        if "*" in path:
+            found = sorted(fs.glob(path))
+        elif fs.isdir(path):
+            found = sorted(file for file in fs.find(path, maxdepth=1) if file.endswith(".parquet"))
+        else:
+            found = [path] if fs.exists(path) else []
+        require(bool(found), "parquet", self.parquet, "an existing parquet file, a folder of them, or a pattern")
+        return [Folder(fs.unstrip_protocol(file).removeprefix("file://")).uri for file in map(str, found)]
+
+    def _footer(self, file: str) -> tuple[int, pa.Schema, str]:
+        """Number of rows, columns, and what changes when the file does."""
+        fs, path = fsspec.core.url_to_fs(file)
+        try:
+            with fs.open(path, "rb") as opened:
+                parquet = pq.ParquetFile(opened)
+                groups = [parquet.metadata.row_group(index) for index in range(parquet.num_row_groups)]
+                sizes = [(group.num_rows, group.total_byte_size) for group in groups]
+                stamp = json.dumps([_stamp(fs.info(path)), sizes])
+                return parquet.metadata.num_rows, parquet.schema_arrow, stamp
+        except (pa.ArrowInvalid, OSError) as error:
+            raise SettingError("parquet", file, f"a whole parquet file ({' '.join(str(error).split())})") from error
+
+    def _check(self, file: str, schema: pa.Schema) -> None:
+        asked = [("image_col", self.image_col), ("caption_col", self.caption_col), ("url_col", self.url_col)]
+        asked += [("save_additional_columns", name) for name in self.save_additional_columns]
+        for option, column in asked:
+            present = column is None or column in schema.names
+            require(present, option, column, f"a column of {file}: " + ", ".join(schema.names))
+        pictures = [field.name for field in schema if _holds_pictures(field.type)]
+        allowed = "a column of structs with bytes and path, or of bytes; the file has: " + (
+            ", ".join(pictures) or "none"
+        )
+        require(self.image_col in pictures, "image_col", self.image_col, allowed)
+
+
+def _groups(file: pq.ParquetFile, start: int, end: int) -> tuple[list[int], int]:
+    """The row groups with rows from ``start`` to ``end``, and the number of the first one's first row."""
+    groups, first, position = [], 0, 0
+    for index in range(file.num_row_groups):
+        count = file.metadata.row_group(index).num_rows
+        if position < end and position + count > start:
+            first = position if not groups else first
+            groups.append(index)
+        position += count
+    return groups, first
+
+
+def _holds_pictures(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(kind.field(index).name == "bytes" for index in range(kind.num_fields))
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _picture(value: Any) -> tuple[bytes | None, str | None]:
+    if isinstance(value, Mapping):
+        return value.get("bytes"), value.get("path")
+    return value, None
+
+
+def _caption(value: Any) -> str:
+    while isinstance(value, list):
+        value = value[0] if value else None
+    return "" if value is None else str(value)
+
+
+def _scalar(value: Any, names: list[str] | None) -> Scalar:
+    if names is not None and isinstance(value, int):
+        return names[value] if 0 <= value < len(names) else None  # -1 is an unknown label
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else json.dumps(value, default=str)
+
+
+def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """The names of the columns that are class labels, from what the package ``datasets`` left in the metadata."""
+    try:
+        features = json.loads((schema.metadata or {}).get(FEATURES, b"{}"))["info"]["features"]
+        labels = {name: kind for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
+        return {name: [str(one) for one in kind["names"]] for name, kind in labels.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _python_type(kind: pa.DataType) -> type:
+    if pa.types.is_boolean(kind):
+        return bool
+    if pa.types.is_integer(kind):
+        return int
+    return float if pa.types.is_floating(kind) else str
+
+
+def _stamp(info: Mapping[str, Any]) -> str:
+    changed = next((info[name] for name in ("ETag", "etag", "mtime", "LastModified", "created") if name in info), "")
+    return f"{info.get('size', '')}/{changed}"
