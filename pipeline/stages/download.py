@@ -42,31 +42,11 @@ from yarl import URL
 from pipeline.config import require
 from pipeline.errors import SampleError
 from pipeline.stages.addresses import AddressPolicy, AddressRefused, GuardedResolver, parse_address
+from pipeline.stages.failure import ERROR_CLASSES as ERROR_CLASSES
+from pipeline.stages.failure import TRANSIENT as TRANSIENT
+from pipeline.stages.failure import Failure
 
 logger = logging.getLogger(__name__)
-
-ERROR_CLASSES = (
-    "bad_url",  # not a url
-    "policy",  # another scheme, or an address that is not public
-    "dns",  # the name does not resolve
-    "connect",  # refused or unreachable
-    "tls",  # no valid certificate, or no common protocol
-    "timeout",  # the attempt took longer than allowed
-    "reset",  # the connection broke
-    "protocol",  # the answer is not HTTP
-    "http_3xx",  # a redirect to nowhere
-    "http_4xx",
-    "http_429",
-    "http_5xx",
-    "too_many_redirects",
-    "optout",  # the publisher's X-Robots-Tag forbids this use
-    "too_large",
-    "short_read",  # the body ended before its announced end
-    "encoding",  # a content encoding that was not asked for and is not understood
-    "empty",
-    "unexpected",  # an exception that nobody foresaw; it is logged
-)
-_MAY_PASS = frozenset({"connect", "timeout", "reset", "short_read", "http_429", "http_5xx"})
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_URL = 16_384
@@ -137,20 +117,6 @@ class Download:
     content_type: str
     attempts: int
     digest: str | None
-
-
-class _Failure(Exception):
-    """One attempt's failure, before it is known whether another attempt follows."""
-
-    def __init__(
-        self, error_class: str, message: str, http_status: int | None = None, retry_after: float = 0.0
-    ) -> None:
-        super().__init__(message)
-        self.error_class = error_class
-        self.message = message
-        self.http_status = http_status
-        self.retry_after = retry_after
-        self.may_pass = error_class in _MAY_PASS
 
 
 def download_all(
@@ -240,7 +206,7 @@ class Downloader:
         for attempt in range(1, self._options.retries + 2):
             try:
                 return await self._attempt(url, attempt)
-            except _Failure as failure:
+            except Failure as failure:
                 if attempt > self._options.retries or not failure.may_pass:
                     raise SampleError(
                         "failed_to_download", failure.error_class, failure.message, failure.http_status, attempt
@@ -254,7 +220,7 @@ class Downloader:
             async with asyncio.timeout(self._options.timeout) as deadline:
                 return await self._follow(parse_url(text), attempt, deadline)
         except TimeoutError as error:
-            raise _Failure("timeout", "timed out") from error
+            raise Failure("timeout", "timed out") from error
         except (aiohttp.ClientError, OSError) as error:
             raise _classify(error) from error
 
@@ -272,7 +238,7 @@ class Downloader:
                 self._active.release()
                 self._hosts[host].release()
             url = _join(url, location)
-        raise _Failure("too_many_redirects", "too many redirects")
+        raise Failure("too_many_redirects", "too many redirects")
 
     def _checked_host(self, url: URL) -> str:
         host, port = url.host or "", url.port or 0
@@ -282,7 +248,7 @@ class Downloader:
         if ":" in host or last.isdigit() or re.fullmatch(r"0x[0-9a-f]*", last, re.IGNORECASE):
             literal = host.partition("%")[0]
             if parse_address(literal) is None or not self._policy.allows_address(host, port):
-                raise _Failure("policy", "refused: not a public address")
+                raise Failure("policy", "refused: not a public address")
         return host
 
     async def _wait_for_turn(self, host: str, deadline: asyncio.Timeout) -> None:
@@ -312,10 +278,10 @@ class Downloader:
         if not 200 <= status < 300:
             raise _refused(response)
         if self._directives and self._opted_out(response.headers.getall("X-Robots-Tag", ())):
-            raise _Failure("optout", "Use of image disallowed by X-Robots-Tag directive", status)
+            raise Failure("optout", "Use of image disallowed by X-Robots-Tag directive", status)
         body = await self._read(response)
         if not body:
-            raise _Failure("empty", "empty body", status)
+            raise Failure("empty", "empty body", status)
         return Download(
             body,
             str(response.url),
@@ -431,16 +397,16 @@ def parse_url(text: str) -> URL:
     text = text.strip() if isinstance(text, str) else ""
     scheme = _SCHEME.match(text)
     if scheme is None or len(text) > _MAX_URL:
-        raise _Failure("bad_url", "not a url")
+        raise Failure("bad_url", "not a url")
     if scheme[1].lower() not in ("http", "https"):
-        raise _Failure("policy", "only http and https are fetched")
+        raise Failure("policy", "only http and https are fetched")
     try:
         url = URL(text, encoded=_WELL_FORMED.fullmatch(text) is not None)
         if not url.host or not url.port:
-            raise _Failure("bad_url", "not a url")
+            raise Failure("bad_url", "not a url")
         return url.with_user(None) if url.raw_user is not None or url.raw_password is not None else url
     except ValueError as error:
-        raise _Failure("bad_url", "not a url") from error
+        raise Failure("bad_url", "not a url") from error
 
 
 def _join(url: URL, location: str) -> URL:
@@ -450,45 +416,44 @@ def _join(url: URL, location: str) -> URL:
     try:
         joined = url.join(URL(location, encoded=_WELL_FORMED.fullmatch(location) is not None))
     except ValueError as error:
-        raise _Failure("bad_url", "redirected to what is not a url") from error
+        raise Failure("bad_url", "redirected to what is not a url") from error
     return parse_url(str(joined))
 
 
-def _classify(error: Exception) -> _Failure:
+def _classify(error: Exception) -> Failure:
     cause = getattr(error, "os_error", None) or error.__cause__
     if isinstance(error, AddressRefused) or isinstance(cause, AddressRefused):
-        return _Failure("policy", "refused: not a public address")
+        return Failure("policy", "refused: not a public address")
     match error:
         case aiohttp.ClientConnectorDNSError():
-            failure = _Failure("dns", "name does not resolve")
-            failure.may_pass = getattr(cause, "errno", None) == socket.EAI_AGAIN
-            return failure
+            again = getattr(cause, "errno", None) == socket.EAI_AGAIN
+            return Failure("dns_again" if again else "dns", "name does not resolve")
         case aiohttp.ClientSSLError() | ssl.SSLError():
-            return _Failure("tls", "no verified TLS connection")
+            return Failure("tls", "no verified TLS connection")
         case aiohttp.ClientConnectorError():
-            return _Failure("connect", "connection failed")
+            return Failure("connect", "connection failed")
         case aiohttp.ClientPayloadError():
             broken = isinstance(cause, ConnectionError)
-            return _Failure("reset", "connection reset") if broken else _Failure("short_read", "incomplete body")
+            return Failure("reset", "connection reset") if broken else Failure("short_read", "incomplete body")
         case aiohttp.InvalidURL():
-            return _Failure("bad_url", "not a url")
+            return Failure("bad_url", "not a url")
         case aiohttp.ServerDisconnectedError() | aiohttp.ClientOSError() | OSError():
-            return _Failure("reset", "connection reset")
+            return Failure("reset", "connection reset")
         case _:
-            return _Failure("protocol", "malformed HTTP answer")
+            return Failure("protocol", "malformed HTTP answer")
 
 
-def _refused(response: aiohttp.ClientResponse) -> _Failure:
+def _refused(response: aiohttp.ClientResponse) -> Failure:
     status = response.status
     phrase = http.client.responses.get(status, "Unknown")
     error_class = "http_429" if status == 429 else f"http_{min(max(status // 100, 3), 5)}xx"
     wait = _retry_after(response.headers.get("Retry-After", ""))
-    return _Failure(error_class, f"HTTP Error {status}: {phrase}", status, wait)
+    return Failure(error_class, f"HTTP Error {status}: {phrase}", status, wait)
 
 
-def _too_large(response: aiohttp.ClientResponse) -> _Failure:
+def _too_large(response: aiohttp.ClientResponse) -> Failure:
     response.close()
-    return _Failure("too_large", "body too large", response.status)
+    return Failure("too_large", "body too large", response.status)
 
 
 def _retry_after(value: str) -> float:
@@ -521,17 +486,17 @@ class _Inflater:
         if name in ("gzip", "x-gzip", "deflate"):
             # 32: the header tells gzip from zlib.
             return cls(32 + zlib.MAX_WBITS, status)
-        raise _Failure("encoding", "unknown content encoding", status)
+        raise Failure("encoding", "unknown content encoding", status)
 
     def __call__(self, data: bytes, most: int) -> bytes:
         try:
             return self._stream.decompress(data, most)
         except zlib.error as error:
-            raise _Failure("encoding", "damaged content encoding", self._status) from error
+            raise Failure("encoding", "damaged content encoding", self._status) from error
 
     def finish(self) -> None:
         if not self._stream.eof:
-            raise _Failure("short_read", "incomplete body", self._status)
+            raise Failure("short_read", "incomplete body", self._status)
 
 
 class _Pump:
