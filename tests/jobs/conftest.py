@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ class Nodes:
 
     cluster: Any
     train: tuple[Any, Any]
+    add: Callable[[str, str], Any]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -48,6 +49,6 @@ def nodes(s3_endpoint: str) -> Iterator[Nodes]:
         cluster = Cluster(initialize_head=True, connect=False, head_node_args={**head, "env_vars": {NODE: "head"}})
         add("data", "data_worker")
         train = (add("train-0", "train_worker"), add("train-1", "train_worker"))
-    yield Nodes(cluster, train)
+    yield Nodes(cluster, train, add)
     cluster.shutdown()
     shutil.rmtree(folder, ignore_errors=True)

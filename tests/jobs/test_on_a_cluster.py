@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,10 +54,30 @@ def test_data_work_goes_to_data_nodes_alone(nodes, tmp_path):
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
-    snapshot = read_snapshot(str(tmp_path))
-    assert snapshot.samples == 12
-    captions = {TarShard(tmp_path / f"{shard.name}.tar")[0].fields["txt"] for shard in snapshot.shards}
-    assert captions == {b"data"}
+    assert read_snapshot(str(tmp_path)).samples == 12
+    assert captions_in(tmp_path) == {b"data"}
+
+
+def test_a_data_node_that_dies_costs_nothing(nodes, tmp_path):
+    """Of two data nodes one is killed in the middle; all shards are there, the rest of them from the other node."""
+    doomed = nodes.add("doomed", "data_worker")
+    job = subprocess.Popen(
+        [sys.executable, "-c", WHERE.replace("sleep(0.3)", "sleep(1)"), str(tmp_path)],
+        env=nodes.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    try:
+        wait_for(lambda: b"doomed" in captions_in(tmp_path), seconds=120)
+        nodes.cluster.remove_node(doomed, allow_graceful=False)
+        _, errors = job.communicate(timeout=200)
+    finally:
+        job.kill()
+    assert job.returncode == 0, errors
+    assert read_snapshot(str(tmp_path)).samples == 12
+    assert captions_in(tmp_path) == {b"data", b"doomed"}
+    assert not list(tmp_path.rglob("*.tmp*"))
 
 
 def test_the_jobs_run_on_the_cluster(nodes, tmp_path):
@@ -67,6 +89,19 @@ def test_the_jobs_run_on_the_cluster(nodes, tmp_path):
     training = ["smoke", "--data", shards, "--output-folder", run, "--workers", "2", "--tracking-uri", store]
     assert "2 processes" in job(nodes, "pretrain_clip.py", *training)
     assert (tmp_path / "run" / "checkpoints" / "step-00000004" / "meta.json").is_file()
+
+
+def captions_in(folder: Path) -> set[bytes]:
+    """The captions of the finished shards."""
+    return {TarShard(path.parent / f"{path.name[:5]}.tar")[0].fields["txt"] for path in folder.glob("*_stats.json")}
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    """Wait until ``condition`` holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
 
 
 def job(nodes, name: str, *arguments: str) -> str:
