@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import SnapshotError
+from pipeline.shards.interchange import write_indexes
 from pipeline.shards.storage import Folder
 from pipeline.shards.writer import ShardStats
 
 SNAPSHOTS = "_snapshots"
-SIZES = "sizes.json"
 ID_DIGITS = 5
 DIGEST_LENGTH = 12
 
@@ -95,8 +95,8 @@ def publish(
 ) -> Snapshot:
     """Make the shards that ``stats`` describe the folder's newest snapshot; the latest one becomes its parent.
 
-    Nothing is written when the latest snapshot already says the same. ``sizes.json``, which open_clip reads, appears
-    with it.
+    Nothing is written when the latest snapshot already says the same. The index files that other tools read appear
+    with it (see ``interchange.py``).
 
     Raises:
         SnapshotError: no sample in any shard.
@@ -198,10 +198,7 @@ def _write(folder: Folder, snapshot: Snapshot) -> None:
     table = BytesIO()
     pq.write_table(pa.Table.from_pylist(plain), table)
     manifests.write_atomic(f"{snapshot.id}.shards.parquet", table.getvalue())
-    folder.write_atomic(
-        SIZES,
-        json.dumps({shard.tar: shard.samples for shard in snapshot.shards}).encode(),
-    )
+    write_indexes(folder, snapshot, table.getvalue())
     rest = {name: value for name, value in vars(snapshot).items() if name not in ("shards", "folder")}
     rest["samples"] = snapshot.samples
     manifests.write_atomic(f"{snapshot.id}.json", json.dumps(rest, indent=2).encode())

@@ -160,7 +160,8 @@ class HuggingFaceParquet:
 
 def _groups(file: pq.ParquetFile, start: int, end: int) -> tuple[list[int], int]:
     """The row groups with rows from ``start`` to ``end``, and the number of the first one's first row."""
-    groups, first, position = [], 0, 0
+    groups: list[int] = []
+    first = position = 0
     for index in range(file.num_row_groups):
         count = file.metadata.row_group(index).num_rows
         if position < end and position + count > start:

@@ -1,0 +1,202 @@
+"""Index files by which other tools find a snapshot's shards: ``sizes.json``, a wids index, a Croissant card.
+
+They lie in ``{folder}/_snapshots/{id}/``, each naming the tars by a relative path, and are written just before the
+manifest that makes the snapshot visible. open_clip looks for ``sizes.json`` beside the tars, so it is there too, but
+for folders that img2dataset made: it takes every ``*.json`` beside its tars for one of its marks, and its resume would
+fail. These tools know nothing of selections, so the counts are of what the tars hold.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pipeline.dataset import Card, card_names, load_card
+from pipeline.shards.sample import IMAGE_FIELDS
+from pipeline.shards.storage import Folder
+
+if TYPE_CHECKING:
+    from pipeline.shards.snapshot import Shard, Snapshot
+
+SIZES, WIDS, CROISSANT = "sizes.json", "wids.json", "croissant.json"
+UP = "../../"  # from `_snapshots/{id}/` to the tars
+LISTED_SHARDS = 10_000  # a Croissant card lists up to this many tars; of larger snapshots it names the manifest alone
+FOREIGN_ENGINES = ("img2dataset", "adopted")
+CROISSANT_VERSION = "http://mlcommons.org/croissant/1.0"
+# The context that the Croissant 1.0 specification prescribes (appendix "JSON-LD context").
+CONTEXT: Mapping[str, Any] = {
+    "@language": "en",
+    "@vocab": "https://schema.org/",
+    "citeAs": "cr:citeAs",
+    "column": "cr:column",
+    "conformsTo": "dct:conformsTo",
+    "cr": "http://mlcommons.org/croissant/",
+    "data": {"@id": "cr:data", "@type": "@json"},
+    "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
+    "dct": "http://purl.org/dc/terms/",
+    "equivalentProperty": "cr:equivalentProperty",
+    "examples": {"@id": "cr:examples", "@type": "@json"},
+    "extract": "cr:extract",
+    "field": "cr:field",
+    "fileObject": "cr:fileObject",
+    "fileProperty": "cr:fileProperty",
+    "fileSet": "cr:fileSet",
+    "format": "cr:format",
+    "includes": "cr:includes",
+    "isLiveDataset": "cr:isLiveDataset",
+    "jsonPath": "cr:jsonPath",
+    "key": "cr:key",
+    "md5": "cr:md5",
+    "parentField": "cr:parentField",
+    "path": "cr:path",
+    "rai": "http://mlcommons.org/croissant/RAI/",
+    "recordSet": "cr:recordSet",
+    "references": "cr:references",
+    "regex": "cr:regex",
+    "repeated": "cr:repeated",
+    "replace": "cr:replace",
+    "samplingRate": "cr:samplingRate",
+    "sc": "https://schema.org/",
+    "separator": "cr:separator",
+    "source": "cr:source",
+    "subField": "cr:subField",
+    "transform": "cr:transform",
+}
+MEDIA = {
+    "jpg": "image/jpeg",
+    "jpeg": "image/jpeg",
+    "png": "image/png",
+    "webp": "image/webp",
+    "txt": "text/plain",
+    "json": "application/json",
+}
+
+
+def write_indexes(folder: Folder, snapshot: "Snapshot", manifest: bytes) -> None:
+    """Write the index files of ``snapshot``, whose list of shards is the parquet file ``manifest``.
+
+    Raises:
+        StorageError: the store refused.
+    """
+    place = folder.folder(f"_snapshots/{snapshot.id}")
+    sizes = json.dumps(shard_sizes(snapshot.shards)).encode()
+    place.write_atomic(SIZES, sizes)
+    place.write_atomic(WIDS, json.dumps(wids_index(snapshot), indent=2).encode())
+    card = croissant_card(snapshot, hashlib.sha256(manifest).hexdigest())
+    place.write_atomic(CROISSANT, json.dumps(card, indent=2, ensure_ascii=False).encode())
+    if snapshot.options.get("engine") not in FOREIGN_ENGINES:
+        folder.write_atomic(SIZES, sizes)
+
+
+def shard_sizes(shards: "tuple[Shard, ...]") -> dict[str, int]:
+    """open_clip's ``sizes.json``: tar to number of samples in it."""
+    return {shard.tar: shard.stored for shard in shards}
+
+
+def wids_index(snapshot: "Snapshot") -> dict[str, Any]:
+    """The index that ``wids.ShardListDataset`` opens, local or remote."""
+    shards = [
+        {"url": UP + shard.tar, "nsamples": shard.stored, "filesize": shard.bytes, "sha256": shard.sha256}
+        for shard in snapshot.shards
+    ]
+    name = snapshot.card or snapshot.folder.rsplit("/", 1)[-1]
+    return {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name, "shardlist": shards}
+
+
+def croissant_card(snapshot: "Snapshot", manifest_sha256: str) -> dict[str, Any]:
+    """A Croissant 1.0 description (JSON-LD): licence, files with their hashes, fields of the samples."""
+    card = _card(snapshot)
+    listed = snapshot.shards if len(snapshot.shards) <= LISTED_SHARDS else ()
+    sets = _file_sets(snapshot, listed)
+    return {
+        "@context": CONTEXT,
+        "@type": "sc:Dataset",
+        "name": card.name,
+        "description": _description(card, snapshot, bool(listed)),
+        "conformsTo": CROISSANT_VERSION,
+        **({"license": card.licence} if card.licence else {}),
+        **({"url": card.home} if card.home else {}),
+        "version": f"{int(snapshot.id.split('-')[0])}.0.0",
+        "datePublished": snapshot.created,
+        "distribution": [_manifest(snapshot, manifest_sha256), *map(_tar, listed), *sets.values()],
+        "recordSet": [_record_set(field) for field in sets],
+    }
+
+
+def _card(snapshot: "Snapshot") -> Card:
+    if snapshot.card in card_names():
+        return load_card(str(snapshot.card))
+    name = snapshot.card or snapshot.folder.rsplit("/", 1)[-1]
+    return Card(name=name, title=name)
+
+
+def _description(card: Card, snapshot: "Snapshot", listed: bool) -> str:
+    said = card.description or card.title
+    counts = f"{snapshot.samples} samples in {len(snapshot.shards)} WebDataset tars; snapshot {snapshot.id}."
+    missing = "" if listed else f" The tars and their SHA-256 are listed in {snapshot.id}.shards.parquet."
+    return f"{said} {counts}{missing}".strip()
+
+
+def _manifest(snapshot: "Snapshot", sha256: str) -> dict[str, Any]:
+    file = f"{snapshot.id}.shards.parquet"
+    return {
+        "@type": "cr:FileObject",
+        "@id": file,
+        "name": file,
+        "description": "The shards with their counts, bytes, SHA-256 and selections.",
+        "contentUrl": f"../{file}",
+        "encodingFormat": "application/x-parquet",
+        "sha256": sha256,
+    }
+
+
+def _tar(shard: "Shard") -> dict[str, Any]:
+    return {
+        "@type": "cr:FileObject",
+        "@id": shard.tar,
+        "name": shard.tar,
+        "contentUrl": UP + shard.tar,
+        "contentSize": f"{shard.bytes} B",
+        "encodingFormat": "application/x-tar",
+        "sha256": shard.sha256,
+    }
+
+
+def _file_sets(snapshot: "Snapshot", listed: "tuple[Shard, ...]") -> dict[str, dict[str, Any]]:
+    """For each field of the samples, the members of the tars that hold it."""
+    sets = {}
+    for field in snapshot.fields if listed else ():
+        # `*.json` would take the members `.boxes.json` too; keys end in a digit.
+        ambiguous = any(other.endswith(f".{field}") for other in snapshot.fields)
+        sets[field] = {
+            "@type": "cr:FileSet",
+            "@id": f"{field}-files",
+            "name": f"{field}-files",
+            "containedIn": [{"@id": shard.tar} for shard in listed],
+            "encodingFormat": MEDIA.get(field.rpartition(".")[2], "application/octet-stream"),
+            "includes": f"*[0-9].{field}" if ambiguous else f"*.{field}",
+        }
+    return sets
+
+
+def _record_set(field: str) -> dict[str, Any]:
+    """Records of key and content; equal keys belong to one sample."""
+    name = field.replace(".", "-")
+    source = {"fileSet": {"@id": f"{field}-files"}}
+    kind = "sc:ImageObject" if field in (*IMAGE_FIELDS, "mask.png") else "sc:Text"
+    key = {
+        "@type": "cr:Field",
+        "@id": f"{name}/key",
+        "name": f"{name}/key",
+        "description": "What the members of one sample share.",
+        "dataType": "sc:Text",
+        "source": {**source, "extract": {"fileProperty": "filename"}, "transform": {"regex": r"^([^.]+)\."}},
+    }
+    content = {
+        "@type": "cr:Field",
+        "@id": f"{name}/content",
+        "name": f"{name}/content",
+        "dataType": kind,
+        "source": {**source, "extract": {"fileProperty": "content"}},
+    }
+    return {"@type": "cr:RecordSet", "@id": name, "name": name, "key": {"@id": f"{name}/key"}, "field": [key, content]}
