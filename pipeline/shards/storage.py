@@ -19,6 +19,12 @@ from pipeline.errors import StorageError
 
 BLOCK = 1 << 20
 TEMPORARY = ".tmp-"
+S3_ATTEMPTS = 10
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk is full",
+    errno.EFBIG: "the file is longer than the disk or a limit of this process (ulimit -f) allows",
+}
 
 
 class Folder:
@@ -168,7 +174,7 @@ def storage_errors(place: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error) or repr(error)
+        reason = _FULL.get(error.errno or 0) or str(error) or repr(error)
         raise StorageError(f"cannot write {place}: {reason}; mend that and run the same command again") from error
     except Exception as error:
         # botocore's errors do not share a base with OSError, and importing botocore only to name them costs 0.3 s.
@@ -181,6 +187,20 @@ def storage_errors(place: str) -> Iterator[None]:
         raise StorageError(f"cannot write {place}: {error}; mend that and run the same command again") from error
 
 
+def store_options(scheme: str, seconds: float = 60.0) -> dict[str, Any]:
+    """How fsspec's file system of ``scheme`` is to be opened: patient where its defaults give up early.
+
+    S3 is asked again (throttled, 5xx, broken connections) for about a minute and a half before a job stops; botocore's
+    own variables win. ``seconds`` is how long one answer may take.
+    """
+    if scheme not in ("s3", "s3a"):
+        return {}
+    attempts = int(os.environ.get("AWS_MAX_ATTEMPTS", S3_ATTEMPTS))
+    retries = {"mode": os.environ.get("AWS_RETRY_MODE", "standard"), "total_max_attempts": attempts}
+    return {"config_kwargs": {"retries": retries, "connect_timeout": min(10.0, seconds), "read_timeout": seconds}}
+
+
 def _file_system(uri: str) -> tuple[Any, str]:
-    fs, path = fsspec.core.url_to_fs(uri)
+    scheme = uri.partition("://")[0] if "://" in uri and "::" not in uri else ""
+    fs, path = fsspec.core.url_to_fs(uri, **store_options(scheme))
     return fs, str(path)

@@ -7,9 +7,13 @@ whole process, and connections are kept alive. img2dataset's options keep their 
   for a free connection does not count.
 * Only http and https are fetched, and only from public addresses (see ``addresses.py``); ``allow_hosts`` opens more.
 * Bodies are capped while they arrive, after decompression. A body shorter than announced is a failure, never a picture.
-* Retries wait, and are made only for what may pass. ``X-Robots-Tag`` is obeyed before the body is read.
+* Retries wait, and are made only for what may pass. ``X-Robots-Tag`` is obeyed before the body is read, and
+  robots.txt, where it is asked for, before anything else.
+* What is no picture by its first bytes is refused before the rest arrives.
+* Stores (``s3://bucket/a.jpg``) and local files are read only where the options open them.
 
-Every failure is a :class:`SampleError` of status "failed_to_download" and one of the classes in ``ERROR_CLASSES``.
+Every failure is a :class:`SampleError` of one of the classes in ``ERROR_CLASSES``; its status is "failed_to_download",
+and "failed_to_resize" for what is no picture, as in img2dataset's tables.
 """
 
 import asyncio
@@ -17,8 +21,8 @@ import contextlib
 import email.utils
 import functools
 import hashlib
-import http.client
 import logging
+import math
 import queue
 import random
 import re
@@ -28,10 +32,9 @@ import ssl
 import threading
 import time
 import zlib
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal, Self
 
@@ -44,12 +47,18 @@ from pipeline.errors import SampleError
 from pipeline.stages.addresses import AddressPolicy, AddressRefused, GuardedResolver, parse_address
 from pipeline.stages.failure import ERROR_CLASSES as ERROR_CLASSES
 from pipeline.stages.failure import TRANSIENT as TRANSIENT
-from pipeline.stages.failure import Failure
+from pipeline.stages.failure import Failure, http_failure
+from pipeline.stages.fetch_store import Stores, store_threads
+from pipeline.stages.robots import MAX_BYTES as ROBOTS_BYTES
+from pipeline.stages.robots import Robots
+from pipeline.stages.sniff import ENOUGH, refuse_other_things
+from pipeline.stages.turns import Turns
 
 logger = logging.getLogger(__name__)
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_URL = 16_384
+_ROBOTS_REDIRECTS = 5
 # Characters that may stand in a url as they are (RFC 3986); such urls are sent exactly as given, signatures included.
 _WELL_FORMED = re.compile(r"[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]*")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*):")
@@ -76,8 +85,12 @@ class DownloadOptions:
     """The longest wait, also when a server's Retry-After asks for more."""
     thread_count: int = 256
     """Requests at a time in one worker (connections; there are no threads)."""
+    retry_for: float = 300.0
+    """No further attempt starts later than this many seconds after the first one failed."""
     connections_per_host: int = 16
     """Requests at a time to one host."""
+    host_pause: float = 0.0
+    """Seconds between the starts of two requests to one host, in each worker."""
     max_bytes: int = 32 * 2**20
     """Refuse longer bodies (counted after decompression)."""
     max_redirects: int = 5
@@ -85,8 +98,18 @@ class DownloadOptions:
     """Name of the crawler, sent in User-Agent and matched against X-Robots-Tag."""
     disallowed_header_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
     """X-Robots-Tag directives that forbid the use; none = do not look."""
+    robots_txt: bool = False
+    """Ask every host for its robots.txt first and obey it, Crawl-delay included."""
+    max_crawl_delay: float = 5.0
+    """The longest Crawl-delay in seconds that is kept to."""
+    pictures_only: bool = True
+    """Refuse what is no picture of a known kind by its first bytes, before the rest is fetched."""
     allow_hosts: tuple[str, ...] = ()
     """Names, addresses or networks outside the public internet that may be fetched from, maybe with a port."""
+    allow_stores: tuple[str, ...] = ()
+    """Stores that urls may name, read with this machine's credentials: s3 (all of it), or s3://bucket/prefix."""
+    allow_local_root: str | None = None
+    """Folder below which urls may name local files (file:///… or a path)."""
     compute_hash: Literal["sha256", "md5", "sha512"] | None = "sha256"
     """Digest of the body as received."""
 
@@ -104,12 +127,33 @@ class DownloadOptions:
         require(plain, "user_agent_token", token, "one word of printable ASCII, or none")
         names = (None, "sha256", "md5", "sha512")
         require(self.compute_hash in names, "compute_hash", self.compute_hash, "sha256, md5, sha512 or none")
+        require(self.retry_for >= 0, "retry_for", self.retry_for, "0 or more seconds")
+        require(0 <= self.host_pause <= 3600, "host_pause", self.host_pause, "0 to 3600 seconds")
+        require(0 <= self.max_crawl_delay <= 3600, "max_crawl_delay", self.max_crawl_delay, "0 to 3600 seconds")
         AddressPolicy(self.allow_hosts)
+        Stores(self.allow_stores, self.allow_local_root, self.max_bytes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Known:
+    """What is known of a body before it is asked for.
+
+    With ``etag`` or ``last_modified``, as an earlier answer gave them, a body that has not changed is not sent again.
+    ``expected`` is the digest that it has to have, as "sha256:0123…" (sha256, md5 or sha512; case does not matter).
+    """
+
+    etag: str | None = None
+    last_modified: str | None = None
+    expected: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """A body that arrived whole. ``url`` is the one that answered, ``digest`` that of ``body`` (hex)."""
+    """A body that arrived whole. ``url`` is the one that answered, ``digest`` that of ``body`` (hex).
+
+    ``etag`` and ``last_modified`` are what the server said about this version, for the next refresh. Where such were
+    given (see :class:`Known`) and still hold, ``not_modified`` is true, ``http_status`` 304 and ``body`` empty.
+    """
 
     body: bytes
     url: str
@@ -117,12 +161,22 @@ class Download:
     content_type: str
     attempts: int
     digest: str | None
+    etag: str | None = None
+    last_modified: str | None = None
+
+    @property
+    def not_modified(self) -> bool:
+        """Whether the body is still the one that was known, so that it was not sent."""
+        return self.http_status == 304
+
+
+Request = tuple[int, str] | tuple[int, str, Known]
 
 
 def download_all(
-    urls: Iterable[tuple[int, str]], options: DownloadOptions, resolver: AbstractResolver | None = None
+    urls: Iterable[Request], options: DownloadOptions, resolver: AbstractResolver | None = None
 ) -> Iterator[tuple[int, Download | SampleError]]:
-    """Fetch ``(number, url)`` pairs; yield ``(number, outcome)`` in order of completion.
+    """Fetch ``(number, url)`` pairs or ``(number, url, known)``; yield ``(number, outcome)`` in order of completion.
 
     The network runs in a thread of its own while the caller works on what it got. ``urls`` is read lazily, in the
     caller's thread, never more than four times ``thread_count`` ahead of what was taken; requests pause while 256 MiB
@@ -148,11 +202,13 @@ class Downloader:
         self._options = options
         self._policy = AddressPolicy(options.allow_hosts)
         self._resolver = GuardedResolver(self._policy, resolver or SystemResolver())
-        self._paused = paused or (lambda: False)
-        self._active = asyncio.Semaphore(options.thread_count)
-        self._hosts: defaultdict[str, asyncio.Semaphore] = defaultdict(
-            lambda: asyncio.Semaphore(options.connections_per_host)
+        self._turns = Turns(
+            options.thread_count, options.connections_per_host, options.host_pause, paused or (lambda: False)
         )
+        self._stores = Stores(options.allow_stores, options.allow_local_root, options.max_bytes)
+        self._robots: Robots | None = None
+        if options.robots_txt:
+            self._robots = Robots(self._get_robots, options.user_agent_token, options.max_crawl_delay)
         self._token = (options.user_agent_token or "").strip().lower() or None
         self._directives = frozenset(word.strip().lower() for word in options.disallowed_header_directives)
 
@@ -184,6 +240,8 @@ class Downloader:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._robots is not None:
+            await self._robots.close()
         await self._session.close()
         await self._hang_up()
 
@@ -197,47 +255,96 @@ class Downloader:
         while any(one.fileno() != -1 for one in alive) and time.monotonic() < patience:
             await asyncio.sleep(0.002)
 
-    async def fetch(self, url: str) -> Download:
+    async def fetch(self, url: str, known: Known | None = None) -> Download:
         """Fetch one url, with retries.
 
         Raises:
             SampleError: status "failed_to_download"; classes as in ``ERROR_CLASSES``.
         """
+        known, give_up = known or Known(), math.inf
         for attempt in range(1, self._options.retries + 2):
             try:
-                return await self._attempt(url, attempt)
+                return await self._attempt(url, known, attempt)
             except Failure as failure:
-                if attempt > self._options.retries or not failure.may_pass:
-                    raise SampleError(
-                        "failed_to_download", failure.error_class, failure.message, failure.http_status, attempt
-                    ) from failure
+                now = time.monotonic()
+                give_up = min(give_up, now + self._options.retry_for)
                 pause = _pause(attempt, failure.retry_after, self._options)
+                if attempt > self._options.retries or not failure.may_pass or now + pause > give_up:
+                    raise SampleError(
+                        failure.status, failure.error_class, failure.message, failure.http_status, attempt
+                    ) from failure
             await asyncio.sleep(pause)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    async def _attempt(self, text: str, attempt: int) -> Download:
+    async def _attempt(self, text: str, known: Known, attempt: int) -> Download:
         try:
             async with asyncio.timeout(self._options.timeout) as deadline:
-                return await self._follow(parse_url(text), attempt, deadline)
+                if isinstance(text, str) and self._stores.serve(text):
+                    return await self._read_store(text, known, attempt, deadline)
+                return await self._follow(parse_url(text), known, attempt, deadline)
         except TimeoutError as error:
             raise Failure("timeout", "timed out") from error
         except (aiohttp.ClientError, OSError) as error:
             raise _classify(error) from error
 
-    async def _follow(self, url: URL, attempt: int, deadline: asyncio.Timeout) -> Download:
+    async def _read_store(self, text: str, known: Known, attempt: int, deadline: asyncio.Timeout) -> Download:
+        host = self._stores.host(text)
+        await self._wait_for_turn(host, deadline)
+        try:
+            call = functools.partial(self._stores.read, text, self._options.timeout)
+            stored = await asyncio.get_running_loop().run_in_executor(store_threads(), call)
+        finally:
+            self._turns.release(host)
+        etag, changed = _validator(stored.etag), _validator(stored.last_modified)
+        if etag is not None and etag == known.etag:
+            return Download(b"", text, 304, "", attempt, None, etag, changed)
+        if stored.body and self._options.pictures_only:
+            refuse_other_things(stored.body[:ENOUGH], None)
+        return self._finished(stored.body, known, Download(b"", text, 200, "", attempt, None, etag, changed))
+
+    async def _follow(self, url: URL, known: Known, attempt: int, deadline: asyncio.Timeout) -> Download:
         """Redirects are followed here, so that every hop's scheme and address pass the same checks."""
+        headers = _conditions(known)
         for _ in range(self._options.max_redirects + 1):
             host = self._checked_host(url)
+            if self._robots is not None:
+                await self._obey_robots(self._robots, url, host, deadline)
             await self._wait_for_turn(host, deadline)
             try:
-                async with self._session.get(url, allow_redirects=False) as response:
+                async with self._session.get(url, allow_redirects=False, headers=headers) as response:
                     location = response.headers.get("Location") if response.status in _REDIRECTS else None
                     if location is None:
-                        return await self._receive(response, attempt)
+                        return await self._receive(response, attempt, known)
             finally:
-                self._active.release()
-                self._hosts[host].release()
+                self._turns.release(host)
             url = _join(url, location)
+        raise Failure("too_many_redirects", "too many redirects")
+
+    async def _obey_robots(self, robots: Robots, url: URL, host: str, deadline: asyncio.Timeout) -> None:
+        with _stopped(deadline):
+            pause = await robots.check(url)
+        if pause:
+            self._turns.slow_down(host, pause)
+
+    async def _get_robots(self, url: URL) -> tuple[int, bytes]:
+        """Status and first bytes of a robots.txt, by the same checked way that pictures go."""
+        try:
+            async with asyncio.timeout(self._options.timeout) as deadline:
+                for _ in range(_ROBOTS_REDIRECTS + 1):
+                    host = self._checked_host(url)
+                    await self._wait_for_turn(host, deadline)
+                    try:
+                        async with self._session.get(url, allow_redirects=False) as response:
+                            location = response.headers.get("Location") if response.status in _REDIRECTS else None
+                            if location is None:
+                                return response.status, await _read_start(response, ROBOTS_BYTES)
+                    finally:
+                        self._turns.release(host)
+                    url = _join(url, location)
+        except TimeoutError as error:
+            raise Failure("timeout", "timed out") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise _classify(error) from error
         raise Failure("too_many_redirects", "too many redirects")
 
     def _checked_host(self, url: URL) -> str:
@@ -252,44 +359,37 @@ class Downloader:
         return host
 
     async def _wait_for_turn(self, host: str, deadline: asyncio.Timeout) -> None:
-        """Take a place at the host, then one among all; the clock of the attempt stands still meanwhile."""
-        loop = asyncio.get_running_loop()
-        left = (deadline.when() or 0.0) - loop.time()
-        deadline.reschedule(None)
-        await self._hosts[host].acquire()
-        try:
-            await self._wait_for_place()
-        except asyncio.CancelledError:
-            self._hosts[host].release()
-            raise
-        deadline.reschedule(loop.time() + left)
+        """Take a turn at the host; the clock of the attempt stands still meanwhile."""
+        with _stopped(deadline):
+            await self._turns.take(host)
 
-    async def _wait_for_place(self) -> None:
-        await self._active.acquire()
-        try:
-            while self._paused():
-                await asyncio.sleep(0.01)
-        except asyncio.CancelledError:
-            self._active.release()
-            raise
-
-    async def _receive(self, response: aiohttp.ClientResponse, attempt: int) -> Download:
-        status = response.status
-        if not 200 <= status < 300:
-            raise _refused(response)
-        if self._directives and self._opted_out(response.headers.getall("X-Robots-Tag", ())):
+    async def _receive(self, response: aiohttp.ClientResponse, attempt: int, known: Known) -> Download:
+        status, headers = response.status, response.headers
+        unchanged = status == 304 and bool(known.etag or known.last_modified)
+        if not 200 <= status < 300 and not unchanged:
+            raise http_failure(status, _retry_after(headers.get("Retry-After", "")))
+        if self._directives and self._opted_out(headers.getall("X-Robots-Tag", ())):
             raise Failure("optout", "Use of image disallowed by X-Robots-Tag directive", status)
-        body = await self._read(response)
-        if not body:
-            raise Failure("empty", "empty body", status)
-        return Download(
-            body,
+        about = Download(
+            b"",
             str(response.url),
             status,
-            response.headers.get("Content-Type", "").encode("ascii", "replace").decode(),
+            headers.get("Content-Type", "").encode("ascii", "replace").decode(),
             attempt,
-            digest(body, self._options.compute_hash),
+            None,
+            _validator(headers.get("ETag")) or (known.etag if unchanged else None),
+            _validator(headers.get("Last-Modified")) or (known.last_modified if unchanged else None),
         )
+        return about if unchanged else self._finished(await self._read(response), known, about)
+
+    def _finished(self, body: bytes, known: Known, about: Download) -> Download:
+        if not body:
+            raise Failure("empty", "empty body", about.http_status)
+        if known.expected is not None:
+            algorithm, _, expected = known.expected.partition(":")
+            if digest(body, algorithm) != expected.strip().lower():
+                raise Failure("hash_mismatch", "hash mismatch", about.http_status)
+        return replace(about, body=body, digest=digest(body, self._options.compute_hash))
 
     def _opted_out(self, values: Iterable[str]) -> bool:
         """img2dataset's reading: ``[token:] directive, directive``; a token other than ours does not concern us."""
@@ -305,16 +405,50 @@ class Downloader:
         if (response.content_length or 0) > most:
             raise _too_large(response)
         inflate = _Inflater.for_encoding(response.headers.get("Content-Encoding", ""), response.status)
-        chunks, size = [], 0
+        chunks, size, looking = [], 0, self._options.pictures_only
         async for chunk in response.content.iter_any():
             part = inflate(chunk, most - size + 1) if inflate else chunk
             size += len(part)
             if size > most:
                 raise _too_large(response)
             chunks.append(part)
+            if looking and size >= ENOUGH:
+                refuse_other_things(b"".join(chunks)[:ENOUGH], response.status)
+                looking = False
         if inflate:
             inflate.finish()
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+async def _read_start(response: aiohttp.ClientResponse, most: int) -> bytes:
+    """The first ``most`` bytes of a body, of which there may be more."""
+    inflate = _Inflater.for_encoding(response.headers.get("Content-Encoding", ""), response.status)
+    start = bytearray()
+    async for chunk in response.content.iter_any():
+        start += inflate(chunk, most - len(start) + 1) if inflate else chunk
+        if len(start) >= most:
+            break
+    return bytes(start[:most])
+
+
+@contextlib.contextmanager
+def _stopped(deadline: asyncio.Timeout) -> Iterator[None]:
+    """The clock of an attempt stands still inside."""
+    loop = asyncio.get_running_loop()
+    left = (deadline.when() or 0.0) - loop.time()
+    deadline.reschedule(None)
+    yield
+    deadline.reschedule(loop.time() + left)
+
+
+def _validator(value: str | None) -> str | None:
+    """An ETag or Last-Modified that can be kept and sent back; servers say whatever they like."""
+    return value if value is not None and re.fullmatch(r"[\x20-\x7e]{1,512}", value) else None
+
+
+def _conditions(known: Known) -> dict[str, str] | None:
+    pairs = ("If-None-Match", _validator(known.etag)), ("If-Modified-Since", _validator(known.last_modified))
+    return {name: value for name, value in pairs if value is not None} or None
 
 
 class SystemResolver(AbstractResolver):
@@ -443,14 +577,6 @@ def _classify(error: Exception) -> Failure:
             return Failure("protocol", "malformed HTTP answer")
 
 
-def _refused(response: aiohttp.ClientResponse) -> Failure:
-    status = response.status
-    phrase = http.client.responses.get(status, "Unknown")
-    error_class = "http_429" if status == 429 else f"http_{min(max(status // 100, 3), 5)}xx"
-    wait = _retry_after(response.headers.get("Retry-After", ""))
-    return Failure(error_class, f"HTTP Error {status}: {phrase}", status, wait)
-
-
 def _too_large(response: aiohttp.ClientResponse) -> Failure:
     response.close()
     return Failure("too_large", "body too large", response.status)
@@ -458,9 +584,9 @@ def _too_large(response: aiohttp.ClientResponse) -> Failure:
 
 def _retry_after(value: str) -> float:
     """Seconds that a Retry-After header asks for (RFC 9110, 10.2.3: seconds or a date); 0 when it says neither."""
-    if value.strip().isdigit():
-        return float(value)
     try:
+        if re.fullmatch(r"\s*[0-9]{1,10}\s*", value):
+            return float(value)
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except (ValueError, OverflowError):
         return 0.0
@@ -525,12 +651,12 @@ class _Pump:
             self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
 
-    def run(self, urls: Iterable[tuple[int, str]]) -> Iterator[tuple[int, Download | SampleError]]:
+    def run(self, urls: Iterable[Request]) -> Iterator[tuple[int, Download | SampleError]]:
         source, window, outstanding, more = iter(urls), 4 * self._options.thread_count, 0, True
         batch = max(1, window // 16)
         while True:
             if more and outstanding <= window - batch:
-                part = [pair for _, pair in zip(range(batch), source, strict=False)]
+                part = [request for _, request in zip(range(batch), source, strict=False)]
                 more = len(part) == batch
                 outstanding += len(part)
                 self._loop.call_soon_threadsafe(self._begin, part)
@@ -571,9 +697,9 @@ class _Pump:
     def _is_full(self) -> bool:
         return self._received - self._taken > _MAX_WAITING_BYTES
 
-    def _begin(self, pairs: list[tuple[int, str]]) -> None:
-        for number, url in pairs:
-            task = self._loop.create_task(self._downloader.fetch(url))
+    def _begin(self, requests: list[Request]) -> None:
+        for number, *what in requests:
+            task = self._loop.create_task(self._downloader.fetch(*what))
             self._tasks.add(task)
             task.add_done_callback(functools.partial(self._finish, number))
 

@@ -4,6 +4,9 @@ The class goes into the parquet column ``error_class`` and into the counts of ``
 has the table for readers.
 """
 
+import http.client
+from typing import Literal
+
 ERROR_CLASSES = (
     "bad_url",  # not a url
     "policy",  # another scheme, an address that is not public, or a file outside the named root
@@ -26,6 +29,7 @@ ERROR_CLASSES = (
     "too_large",
     "short_read",  # the body ended before its announced end
     "encoding",  # a content encoding that was not asked for and is not understood
+    "missing",  # no such local file
     "empty",
     "hash_mismatch",  # not the bytes that the table says
     "store",  # an object store or a disk failed in another way
@@ -61,7 +65,7 @@ class Failure(Exception):
         message: str,
         http_status: int | None = None,
         retry_after: float = 0.0,
-        status: str = "failed_to_download",
+        status: Literal["failed_to_download", "failed_to_resize"] = "failed_to_download",
     ) -> None:
         super().__init__(message)
         self.error_class = error_class
@@ -74,3 +78,10 @@ class Failure(Exception):
     def may_pass(self) -> bool:
         """Whether another attempt is worth making."""
         return self.error_class in TRANSIENT
+
+
+def http_failure(status: int, retry_after: float = 0.0) -> Failure:
+    """The failure that an HTTP status other than 2xx is, in urllib's words (which img2dataset's tables have)."""
+    phrase = http.client.responses.get(status, "Unknown")
+    error_class = "http_429" if status == 429 else f"http_{min(max(status // 100, 3), 5)}xx"
+    return Failure(error_class, f"HTTP Error {status}: {phrase}", status, retry_after)

@@ -29,7 +29,7 @@ from pipeline.stages import download
 from pipeline.stages.download import Download, Downloader, DownloadOptions, download_all, parse_url
 
 BODY = b"\xff\xd8\xff" + bytes(range(256)) * 40
-QUICK: dict[str, Any] = {"allow_hosts": ("127.0.0.1",), "timeout": 3.0, "retry_delay": 0.01}
+QUICK: dict[str, Any] = {"allow_hosts": ("127.0.0.1",), "timeout": 3.0, "retry_delay": 0.01, "pictures_only": False}
 
 
 def quick(**changes: Any) -> DownloadOptions:
@@ -722,10 +722,10 @@ def test_an_unforeseen_exception_costs_one_row(
 ) -> None:
     server, receive = crowd(), Downloader._receive
 
-    async def stumble(self: Downloader, response: Any, attempt: int) -> Download:
+    async def stumble(self: Downloader, response: Any, *rest: Any) -> Download:
         if response.url.path == "/3":
             raise ZeroDivisionError("a hole in a parser")
-        return await receive(self, response, attempt)
+        return await receive(self, response, *rest)
 
     monkeypatch.setattr(Downloader, "_receive", stumble)
     outcomes = dict(download_all([(number, server.url(number)) for number in range(6)], quick()))
