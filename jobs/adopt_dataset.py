@@ -1,0 +1,81 @@
+#!/usr/bin/env python
+"""Make a snapshot of shards that img2dataset or another tool wrote, where they lie, without copying or changing them.
+
+    ray job submit --working-dir . -- python jobs/adopt_dataset.py folder s3://bucket/laion400m
+
+Only `_snapshots/` is added, so img2dataset can go on in the folder; the same command then adopts what is new. Tars that
+img2dataset has not marked as done are left out. A killed adoption goes on where it was.
+"""
+
+import getpass
+import logging
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from pipeline.config import run_job, writable_folder
+from pipeline.dataset import load_card
+from pipeline.shards.adopt import find_shards
+from pipeline.shards.storage import Folder
+from pipeline.stages.refresh import Workers
+from pipeline.stages.shard_tasks import run_tasks
+from pipeline.stages.smoke import drawn_snapshot
+
+logger = logging.getLogger("adopt_dataset")
+
+SMOKE = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/adopted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adopt:
+    """A folder with tars."""
+
+    folder: tyro.conf.Positional[str]
+    """The folder with the tars: a path or any fsspec URI."""
+    card: str | None = None
+    """Dataset card that describes the samples: a name of datasets/ or a YAML file."""
+    skip_damaged: bool = False
+    """Leave out tars that are damaged, in place of stopping."""
+    workers: Workers = field(default_factory=Workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Smoke(Adopt):
+    """As the job, on tars that it draws first."""
+
+
+PRESETS: dict[str, tuple[str, Adopt]] = {
+    "folder": ("The tars directly in a folder.", Adopt(folder=tyro.MISSING)),
+    "smoke": (
+        "Forty-eight drawn samples in plain tars, in this process.",
+        Smoke(folder=SMOKE, card="drawn", workers=Workers(processes_count=0)),
+    ),
+}
+
+
+def main(run: Adopt) -> None:
+    """Wire folder and workers."""
+    folder = Folder(writable_folder("folder", run.folder))
+    card = load_card(run.card).name if run.card else None
+    if isinstance(run, Smoke):
+        draw(folder)
+    adoption = find_shards(folder)
+    if adoption.unfinished:
+        logger.warning("%d tars are not marked as done and left out", len(adoption.unfinished))
+    learnt = [text for _, text in run_tasks(adoption.learn, len(adoption.names), run.workers)]
+    snapshot = adoption.publish(learnt, card, run.skip_damaged)
+    print(f"{snapshot.uri}: {snapshot.samples} samples in {len(snapshot.shards)} shards")
+
+
+def draw(folder: Folder) -> None:
+    """Plain tars without anything beside them, as another tool would have left them."""
+    with tempfile.TemporaryDirectory() as drawn:
+        drawn_snapshot(Folder(drawn), samples=48)
+        for tar in Path(drawn).glob("*.tar"):
+            folder.write_atomic(tar.name, tar.read_bytes())
+
+
+if __name__ == "__main__":
+    run_job(PRESETS, main)
