@@ -212,7 +212,7 @@ def parquet_schema(columns: Mapping[str, pa.DataType], hash_name: str | None) ->
 def reserved_columns() -> Sequence[str]:
     """Names that an input column must not have, since the parquet file and the json use them."""
     names = parquet_schema({}, None).names
-    return (*names, "caption", "url", "md5", "sha256", "sha512")
+    return (*names, "caption", "url", "md5", "sha256", "sha512", "etag", "last_modified")
 
 
 def _stats_json(stats: ShardStats) -> bytes:

@@ -22,6 +22,7 @@ class Row:
     ``url`` says where the picture is or was. ``image`` holds its encoded bytes where the source has them; where it is
     ``None`` the downloader fetches ``url``. ``columns`` go into the parquet file and the sample's json; ``members``
     are further fields of the sample, written as they are. ``problem`` is set where the source could not read the row.
+    ``expected`` is the digest ("sha256:0123…") that the body at ``url`` has to have; None for any.
     """
 
     url: str
@@ -30,6 +31,7 @@ class Row:
     columns: Mapping[str, Scalar] = field(default_factory=dict)
     members: Mapping[str, bytes] = field(default_factory=dict)
     problem: SampleError | None = None
+    expected: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,6 +60,8 @@ class UrlTable:
     """Column with the captions."""
     save_additional_columns: tuple[str, ...] = ()
     """Columns to keep in the shards' json and parquet."""
+    verify_hash: str | None = None
+    """COLUMN:sha256, :md5 or :sha512: refuse bodies whose digest is not the hex text in that column."""
     input_format: str | None = None
     """parquet, csv, tsv, json or jsonl, each but parquet also with .gz."""
 
@@ -72,6 +74,9 @@ class UrlTable:
         )
         known = self.input_format is None or self.input_format in FORMATS
         require(known, "input_format", self.input_format, "one of " + ", ".join(FORMATS))
+        column, _, algorithm = (self.verify_hash or "-:md5").rpartition(":")
+        known = bool(column) and algorithm in ("sha256", "md5", "sha512")
+        require(known, "verify_hash", self.verify_hash, "COLUMN:sha256, COLUMN:md5 or COLUMN:sha512")
         reserved = sorted(set(self.save_additional_columns) & set(reserved_columns()))
         require(
             not reserved,
@@ -158,14 +163,28 @@ class UrlTable:
             url=_text(values[self.url_col]) or "",
             caption=_text(values[self.caption_col]) or "" if self.caption_col else None,
             columns={name: _scalar(values[name]) for name in self.save_additional_columns},
+            expected=self._expected(values),
         )
+
+    def _expected(self, values: Mapping[str, Any]) -> str | None:
+        if self.verify_hash is None:
+            return None
+        column, _, algorithm = self.verify_hash.rpartition(":")
+        # As in img2dataset, a row without a hash matches nothing.
+        return f"{algorithm}:{_text(values[column]) or ''}"
 
     def _columns(self) -> tuple[str, ...]:
         caption = (self.caption_col,) if self.caption_col else ()
-        return (self.url_col, *caption, *self.save_additional_columns)
+        named = (self.url_col, *caption, *self.save_additional_columns)
+        column = self._hash_column
+        return named if column is None or column in named else (*named, column)
+
+    @property
+    def _hash_column(self) -> str | None:
+        return self.verify_hash.rpartition(":")[0] if self.verify_hash else None
 
     def _texts(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.url_col, self.caption_col) if name)
+        return tuple(dict.fromkeys(name for name in (self.url_col, self.caption_col, self._hash_column) if name))
 
     def files(self) -> list[str]:
         """Paths of the input files on the table's file system, sorted.
@@ -217,7 +236,7 @@ class UrlTable:
             ) from error
 
     def _refuse_missing(self, available: list[str]) -> None:
-        asked = [("url_col", self.url_col), ("caption_col", self.caption_col)]
+        asked = [("url_col", self.url_col), ("caption_col", self.caption_col), ("verify_hash", self._hash_column)]
         asked += [("save_additional_columns", name) for name in self.save_additional_columns]
         for field, column in asked:
             present = column is None or column in available

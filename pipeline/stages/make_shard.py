@@ -6,7 +6,7 @@ are decoded here; a slow row is waited for in order, with the finished ones behi
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -16,11 +16,12 @@ from pipeline.shards.sample import GEOMETRIC_FIELDS, Sample, sample_key, shard_n
 from pipeline.shards.storage import Folder
 from pipeline.shards.writer import ShardStats, ShardWriter, parquet_schema, read_stats
 from pipeline.sources.source import Row, Source
-from pipeline.stages.download import DownloadOptions, digest, download_all
+from pipeline.stages.decode_apart import Apart, needs_care
+from pipeline.stages.download import Download, DownloadOptions, Known, digest, download_all
 from pipeline.stages.images import ImageOptions, Picture, transform
 from pipeline.stages.plan import Unit
 
-_ARROW: Mapping[type, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+ARROW_TYPES: Mapping[type, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ def make_shard(unit: Unit, source: Source, folder: Folder, options: ShardOptions
     if done is not None and done.unit == unit.digest:
         return done
     maker = _Maker(unit, source, options)
-    with ShardWriter(folder, unit.shard_id, maker.schema, unit.digest) as writer:
+    with maker.apart, ShardWriter(folder, unit.shard_id, maker.schema, unit.digest) as writer:
         for row, sample in maker.finished():
             writer.add(row, sample)
         return writer.commit()
@@ -52,6 +53,14 @@ def make_shard(unit: Unit, source: Source, folder: Folder, options: ShardOptions
 class _Body:
     content: bytes
     digest: str | None
+    http_status: int | None = None
+    attempts: int = 0
+    validators: Mapping[str, str | None] = field(default_factory=dict)
+
+    @staticmethod
+    def of(fetched: Download) -> "_Body":
+        validators = {"last_modified": fetched.last_modified, "etag": fetched.etag}
+        return _Body(fetched.body, fetched.digest, fetched.http_status, fetched.attempts, validators)
 
 
 class _Maker:
@@ -60,10 +69,15 @@ class _Maker:
     def __init__(self, unit: Unit, source: Source, options: ShardOptions) -> None:
         self._unit, self._source, self._options = unit, source, options
         self._hash = options.downloads.compute_hash
-        columns: dict[str, pa.DataType] = {name: _ARROW[kind] for name, kind in source.schema().items()}
+        self.apart = Apart(options.images)
+        columns: dict[str, pa.DataType] = {name: ARROW_TYPES[kind] for name, kind in source.schema().items()}
         if source.has_captions:
             columns["caption"] = pa.string()
         self.schema = parquet_schema({**columns, "url": pa.string()}, self._hash)
+        if _fetches(source):
+            # What the server said about this version of the picture, for the next refresh.
+            for name in ("last_modified", "etag"):
+                self.schema = self.schema.append(pa.field(name, pa.string()))
 
     def finished(self) -> Iterator[tuple[dict[str, Any], Sample | None]]:
         """Parquet row and sample of every input row, in order."""
@@ -85,12 +99,14 @@ class _Maker:
                 yield index, row, _Body(row.image, digest(row.image, self._hash))
             else:
                 waiting[index] = row
-        addresses = [(index, row.url) for index, row in waiting.items()]
-        if not addresses:
+        requests = [(index, row.url, Known(expected=row.expected)) for index, row in waiting.items()]
+        if not requests:
             return
-        for index, result in download_all(addresses, self._options.downloads):
-            fetched = result if isinstance(result, SampleError) else _Body(result.body, result.digest)
-            yield index, waiting.pop(index), fetched
+        downloads = self._options.downloads
+        if self._options.images.disable_all_reencoding:
+            downloads = replace(downloads, pictures_only=False)
+        for index, result in download_all(requests, downloads):
+            yield index, waiting.pop(index), result if isinstance(result, SampleError) else _Body.of(result)
 
     def _finish(self, index: int, row: Row, body: _Body | SampleError) -> tuple[dict[str, Any], Sample | None]:
         key = sample_key(self._unit.shard_id, index, self._options.number_sample_per_shard)
@@ -104,12 +120,15 @@ class _Maker:
             picture = self._picture(body.content)
             _refuse_stale_members(row, picture)
         except SampleError as error:
-            return self._failed(record, error), None
+            return self._failed(record, error, body), None
         record |= self._described(picture, body.digest)
-        return record, self._sample(key, row, record, picture)
+        # The validators stay out of the sample, whose bytes are the same whichever server sent it.
+        return {**record, **body.validators}, self._sample(key, row, record, picture)
 
     def _picture(self, content: bytes) -> Picture:
         try:
+            if needs_care(content):
+                return self.apart.transform(content)
             return transform(content, self._options.images)
         except SampleError:
             raise
@@ -117,14 +136,15 @@ class _Maker:
             # The sample boundary: decoders raise whatever they like on hostile input, and one picture is one row.
             raise SampleError("failed_to_resize", "decode", f"Image decoding error: {error}") from error
 
-    def _failed(self, record: dict[str, Any], error: SampleError) -> dict[str, Any]:
+    def _failed(self, record: dict[str, Any], error: SampleError, body: _Body | SampleError) -> dict[str, Any]:
         return {
             **record,
             "status": error.status,
             "error_message": error.message,
             "error_class": error.error_class,
-            "http_status": error.http_status,
-            "attempts": error.attempts,
+            # Of the download, also where what came by it was no good.
+            "http_status": body.http_status,
+            "attempts": body.attempts,
         }
 
     def _described(self, picture: Picture, digest: str | None) -> dict[str, Any]:
@@ -141,6 +161,11 @@ class _Maker:
             fields["txt"] = (record["caption"] or "").encode()
         fields["json"] = json.dumps(record, indent=4).encode()
         return Sample(key, fields)
+
+
+def _fetches(source: Source) -> bool:
+    """Whether the rows are urls to download; a source may stand for a part of another, its ``base``."""
+    return getattr(source, "base", source).kind == "urls"
 
 
 def _refuse_stale_members(row: Row, picture: Picture) -> None:
