@@ -7,7 +7,8 @@ same geometry. The order of the work differs, because the input is hostile and p
    every limit is applied before any pixel is allocated;
 2. JPEG is decoded by libjpeg-turbo, in the default mode straight to a half, a quarter or an eighth of the size when
    that still leaves ``_MARGIN`` times the wanted size; PNG and WebP by OpenCV; all other kinds by Pillow;
-3. OpenCV resizes (area when shrinking, Lanczos when growing, unless told otherwise), crops or pads, and encodes.
+3. OpenCV resizes (area when shrinking, Lanczos when growing, unless told otherwise), crops or pads, and encodes. In
+   the default mode area averaging takes a faster way (see ``_shrink``).
 
 What comes out is 8 bits deep: grey stays one channel (as img2dataset leaves it), all else is RGB. Alpha is composited
 on the background, 16-bit values are scaled down, palettes expanded, CMYK converted, and of an animation only the first
@@ -64,6 +65,9 @@ _MARGIN = 2.0
 # ... and when the far edge lands this near, in output pixels, to where a full decode would put it.
 _MAX_SHIFT = 0.13
 _MAX_PADDING = 32
+# Between these the area filter is replaced by one that is three times as fast (see ``_shrink``); nearer to 1 more would
+# be lost than is won.
+_FAST_SHRINK = (1.4, 4.0)
 # A progressive JPEG can repeat a whole pass over its pixels in a few bytes; real ones have about ten passes.
 _MAX_JPEG_SCANS = 100
 
@@ -471,6 +475,8 @@ def _resized(
         pixels = composite(pixels, options.background)
     if pixels.shape[:2] == size[::-1]:
         return pixels
+    if interpolation == "area" and header.colour and not options.exact:
+        return _shrink(pixels, size)
     return np.asarray(cv2.resize(pixels, size, interpolation=_INTERPOLATIONS[interpolation]))
 
 
@@ -496,8 +502,18 @@ def _axis(length: int, factor: int, wanted: int) -> _Axis:
 def _resize_scaled(pixels: Pixels, across: _Axis, down: _Axis, size: tuple[int, int]) -> Pixels:
     if across.padding or down.padding:
         pixels = np.asarray(cv2.copyMakeBorder(pixels, 0, down.padding, 0, across.padding, cv2.BORDER_REPLICATE))
-    resized = cv2.resize(pixels, (across.resized, down.resized), interpolation=cv2.INTER_AREA)
-    return np.asarray(resized, np.uint8)[: size[1], : size[0]]
+    return _shrink(pixels, (across.resized, down.resized))[: size[1], : size[0]]
+
+
+def _shrink(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """The area filter at a third of its cost: a straight-line resize to twice ``size``, then the mean of 2 x 2.
+
+    OpenCV has vector instructions for these two, but averages any other area one number at a time.
+    """
+    shrinks = pixels.shape[1] / size[0], pixels.shape[0] / size[1]
+    if _FAST_SHRINK[0] <= min(shrinks) and max(shrinks) <= _FAST_SHRINK[1]:
+        pixels = np.asarray(cv2.resize(pixels, (2 * size[0], 2 * size[1]), interpolation=cv2.INTER_LINEAR))
+    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA))
 
 
 def composite(pixels: Pixels, background: tuple[int, int, int]) -> Pixels:
