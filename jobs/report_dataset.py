@@ -1,0 +1,100 @@
+#!/usr/bin/env python
+"""Write a page about a snapshot: what was dropped and why, sizes, captions, samples, duplicates, changes, hosts.
+
+    ray job submit --working-dir . -- python jobs/report_dataset.py snapshot --data s3://bucket/cc3m \
+        --output s3://bucket/cc3m/report.html
+    python jobs/report_dataset.py snapshot --data data/drawn --processes-count 0
+
+The page is one HTML file that needs no network. It also becomes an artifact of an MLflow run that has the snapshot as
+its input; --no-track leaves that out.
+"""
+
+import getpass
+import logging
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from pipeline.config import require, run_job, writable_folder
+from pipeline.shards.snapshot import read_snapshot
+from pipeline.shards.storage import Folder
+from pipeline.sources.drawn.source import Drawn
+from pipeline.sources.source import Source
+from pipeline.stages.dataset_statistics import Measuring, measure
+from pipeline.stages.images import ImageOptions
+from pipeline.stages.make_shard import ShardOptions
+from pipeline.stages.refresh import Workers, refresh
+from pipeline.tracking.dataset_report import make_report, report_page
+from pipeline.tracking.runs import Tracking, open_tracker
+
+logger = logging.getLogger("jobs.report_dataset")
+
+ARTIFACT = "report.html"
+SMOKE_FOLDER = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/report"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportDataset:
+    """Which snapshot, how much of it, and where the page goes."""
+
+    data: str
+    """Folder of the data set (path or URI) for its latest snapshot, or FOLDER@SNAPSHOT_ID."""
+    output: str = "report.html"
+    """HTML file, at a path or any fsspec URI; empty for MLflow alone."""
+    draw: int = 0
+    """Draw this many samples of the embedded world into the folder first."""
+    measuring: Measuring = field(default_factory=Measuring)
+    workers: Workers = field(default_factory=Workers)
+    track: bool = True
+    """Keep the page in MLflow."""
+    tracking: Tracking = field(
+        default_factory=lambda: Tracking(
+            experiment="clipmill-data", primary_metric="data/samples", system_metrics=False
+        )
+    )
+
+    def __post_init__(self) -> None:
+        require(self.output == "" or self.output.endswith(".html"), "output", self.output, "a file that ends in .html")
+        require(bool(self.output) or self.track, "output", self.output, "a file, where --no-track is given")
+        require(self.draw >= 0, "draw", self.draw, "0 or more")
+
+
+PRESETS = {
+    "snapshot": ("A report of a snapshot.", ReportDataset(data=tyro.MISSING)),
+    "smoke": (
+        "A report of sixty-four drawn samples in the temporary folder, in this process.",
+        ReportDataset(
+            data=SMOKE_FOLDER,
+            output=f"{SMOKE_FOLDER}.html",
+            draw=64,
+            workers=Workers(processes_count=0),
+            track=False,
+        ),
+    ),
+}
+
+
+def main(run: ReportDataset) -> None:
+    """Wire snapshot, measuring, page and tracker."""
+    output = writable_folder("output", run.output) if run.output else ""
+    if run.draw:
+        as_it_is = ShardOptions(images=ImageOptions(resize_mode="no", skip_reencode=True))
+        source: Source = Drawn(samples=run.draw, size=64)  # type: ignore[assignment]
+        refresh(source, Folder(run.data), as_it_is, run.workers)
+    snapshot = read_snapshot(run.data)
+    with open_tracker(run.tracking, run, new=run.track) as tracker:
+        statistics = measure(snapshot, run.measuring, run.workers)
+        page = report_page(make_report(snapshot, statistics, run.measuring))
+        tracker.log_dataset(snapshot, "report")
+        tracker.log_text(ARTIFACT, page)
+        tracker.log({"data/samples": statistics.visible, "data/rows": snapshot.rows}, step=0)
+    if output:
+        folder, _, name = output.rpartition("/")
+        Folder(folder or Path("/")).write_atomic(name, page.encode())
+        logger.info("%s: %d samples, %.1f MB", output, statistics.visible, len(page) / 1e6)
+
+
+if __name__ == "__main__":
+    run_job(PRESETS, main)
