@@ -6,23 +6,24 @@ bytes. Read archives come from anywhere, so a member that is not a plain file wi
 """
 
 import mmap
+import os
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, Self
 
 from pipeline.errors import DataError
 from pipeline.shards.sample import Sample
+from pipeline.shards.tar_headers import NO_PLAIN_FILE, RECORD, read_headers
 
-RECORD = 512
 METADATA = re.compile(r"__[^/]*__($|/)")
+PLAIN = re.compile(r"([0-9A-Za-z-][0-9A-Za-z_-]*)\.([0-9a-z_.]+)")  # nearly all names; just a short cut
 
 
 class _WholeTar(tarfile.TarInfo):
-    """Makes tarfile refuse an archive without its end mark, which it would take for a shorter one."""
+    """Makes tarfile refuse an archive with a spoilt header or no end mark, which it would take for a shorter one."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
@@ -30,6 +31,8 @@ class _WholeTar(tarfile.TarInfo):
             return super().fromtarfile(tarfile_)
         except (tarfile.TruncatedHeaderError, tarfile.EmptyHeaderError) as error:  # type: ignore[attr-defined]
             raise tarfile.ReadError("cut off before its end mark") from error
+        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"a spoilt header: {error}") from error
 
 
 class TarWriter:
@@ -83,59 +86,85 @@ def iterate_tar(file: BinaryIO, name: str = "tar") -> Iterator[Sample]:
         yield sample
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    key: str
-    fields: dict[str, tuple[int, int]]
-
-
 class TarShard:
     """A local, uncompressed tar with random access to its samples.
 
-    The headers are read once; the contents stay on disk behind a memory map, so that an open shard costs its index
-    only. Not thread-safe while it is being built; reads are.
+    The headers are read once, without the help of tarfile, which would take ten times as long; the contents stay on
+    disk behind a memory map, so that an open shard costs its index only. Safe to read from several threads.
 
     Raises:
-        DataError: as :func:`iterate_tar`; also when a member reaches past the end of the file.
+        DataError: as :func:`iterate_tar`; also for sparse files and for headers that tarfile would put up with.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._entries = _index(self.path)
-        self.keys = [entry.key for entry in self._entries]
         with open(self.path, "rb") as file:
+            length = os.fstat(file.fileno()).st_size
+            if length < RECORD:
+                raise DataError(f"{path}: not a tar ({length} bytes)")
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.keys: list[str] = []
+        self._fields: list[dict[str, tuple[int, int]]] = []
+        self._index()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.keys)
 
     def __getitem__(self, index: int) -> Sample:
-        entry = self._entries[index]
-        fields = {field: self._map[start : start + size] for field, (start, size) in entry.fields.items()}
-        return Sample(entry.key, fields)
+        places = self._fields[index]
+        fields = {field: self._map[start:stop] for field, (start, stop) in places.items()}
+        return Sample(self.keys[index], fields)
 
     def field_names(self, index: int) -> tuple[str, ...]:
         """The names of the fields of sample ``index``, without reading them."""
-        return tuple(self._entries[index].fields)
+        return tuple(self._fields[index])
 
     def close(self) -> None:
         """Release the memory map; reading afterwards raises ``ValueError``."""
         self._map.close()
+
+    def _index(self) -> None:
+        name, last = str(self.path), None
+        seen: set[str] = set()
+        fields: dict[str, tuple[int, int]] = {}
+        for path, start, size in read_headers(self._map, name):
+            split = split_path(path, name)
+            if split is None:
+                continue
+            key, field = split
+            if key != last:
+                _check_new(key, seen, name)
+                last, fields = key, {}
+                self.keys.append(key)
+                self._fields.append(fields)
+            if field in fields:
+                raise DataError(f"{name}: {key} has two members .{field}")
+            fields[field] = (start, start + size)
 
 
 def split_member(member: tarfile.TarInfo, name: str) -> tuple[str, str] | None:
     """``(key, field)`` of a tar member; ``None`` for folders, and for names webdataset skips too.
 
     Raises:
-        DataError: an absolute name, a parent folder in it, a link or a device.
+        DataError: an absolute name, a parent folder in it, a link, a device or a sparse file.
     """
-    path = member.name
     if member.isdir():
         return None
-    if not member.isreg():
-        raise DataError(f"{name}: {path!r} is a link or a device; a shard holds plain files only")
-    parts = path.split("/")
-    if path.startswith("/") or ".." in parts or "\0" in path or "\\" in path:
+    if not member.isreg() or member.issparse():
+        raise DataError(f"{name}: {member.name!r} is {NO_PLAIN_FILE}")
+    return split_path(member.name, name)
+
+
+def split_path(path: str, name: str) -> tuple[str, str] | None:
+    """``(key, field)`` of a file's path in a tar; ``None`` for names webdataset skips too.
+
+    Raises:
+        DataError: an absolute name, or a parent folder in it.
+    """
+    plain = PLAIN.fullmatch(path)
+    if plain is not None:
+        return plain[1], plain[2]
+    if path.startswith("/") or ".." in path.split("/") or "\0" in path or "\\" in path:
         raise DataError(f"{name}: {path!r} is not a plain relative name")
     folder, _, last = path.rpartition("/")
     stem, dot, field = last.partition(".")
@@ -148,30 +177,3 @@ def _check_new(key: str, seen: set[str], name: str) -> None:
     if key in seen:
         raise DataError(f"{name}: the members of {key} are not together")
     seen.add(key)
-
-
-def _index(path: Path) -> list[_Entry]:
-    entries: list[_Entry] = []
-    seen: set[str] = set()
-    length = path.stat().st_size
-    if length < RECORD:
-        raise DataError(f"{path}: not a tar ({length} bytes)")
-    try:
-        with tarfile.open(path, mode="r:", tarinfo=_WholeTar) as tar:
-            for member in tar:
-                split = split_member(member, str(path))
-                if split is None:
-                    continue
-                key, field = split
-                if not entries or entries[-1].key != key:
-                    _check_new(key, seen, str(path))
-                    entries.append(_Entry(key, {}))
-                if field in entries[-1].fields:
-                    raise DataError(f"{path}: {key} has two members .{field}")
-                if member.offset_data + member.size > length:
-                    raise DataError(f"{path}: cut off in the middle of {member.name}")
-                entries[-1].fields[field] = (member.offset_data, member.size)
-                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-    except tarfile.TarError as error:
-        raise DataError(f"{path}: not a whole tar ({error})") from error
-    return entries
