@@ -6,6 +6,7 @@ what can not be read is left out and never costs the picture.
 
 import json
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 from PIL import ExifTags, Image
@@ -57,13 +58,25 @@ def _exif_block(body: bytes, kind: str) -> bytes:
 
 
 def _jpeg_exif_block(body: bytes) -> bytes:
-    start = 2
-    while start + 10 <= len(body) and body[start] == 0xFF and body[start + 1] != 0xDA:
-        length = int.from_bytes(body[start + 2 : start + 4], "big")
-        if body[start + 1] == 0xE1 and body.startswith(b"Exif\0\0", start + 4):
-            return body[start + 4 : start + 2 + length]
-        start += 2 + max(2, length)
+    for marker, start, end in jpeg_segments(body):
+        if marker == 0xE1 and body.startswith(b"Exif\0\0", start):
+            return body[start:end]
     return b""
+
+
+def jpeg_segments(body: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker (second byte), start and end of the content of a JPEG's segments, up to the header of its first scan.
+
+    Ends early at what has no length (fill bytes, restart marks): libjpeg may read on there, so nothing is known.
+    """
+    start, marker = 2, 0
+    while start + 10 <= len(body) and body[start] == 0xFF and marker != 0xDA:
+        marker = body[start + 1]
+        if not 0xC0 <= marker <= 0xFE or 0xD0 <= marker <= 0xD9:
+            return
+        end = start + 2 + max(2, (body[start + 2] << 8) + body[start + 3])
+        yield marker, start + 4, end
+        start = end
 
 
 def orientation_of(exif: Image.Exif | None) -> int:

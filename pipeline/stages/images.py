@@ -34,7 +34,7 @@ from PIL import Image
 
 from pipeline.config import require
 from pipeline.errors import SampleError
-from pipeline.stages.exif import PILLOW_ERRORS, exif_json, orientation_of, read_exif
+from pipeline.stages.exif import PILLOW_ERRORS, exif_json, jpeg_segments, orientation_of, read_exif
 
 ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
 Interpolation = Literal["nearest", "linear", "bilinear", "cubic", "bicubic", "area", "lanczos", "lanczos4"]
@@ -261,9 +261,21 @@ def _check_limits(size: tuple[int, int], body: bytes, options: ImageOptions) -> 
         _fail("too_large", "image area too large")
     if long / short > options.max_aspect_ratio:
         _fail("aspect_ratio", "aspect ratio too large")
-    scans = body.count(b"\xff\xda") if body.startswith(b"\xff\xd8") else 1
+    scans = _jpeg_scans(body) if body.startswith(b"\xff\xd8") else 1
     if scans > _MAX_JPEG_SCANS and scans * area > options.max_pixels:
         _fail("too_many_pixels", "Image decoding error: too many passes")
+
+
+def _jpeg_scans(body: bytes) -> int:
+    """At most how many scans a decoder would go through."""
+    components = -1
+    for marker, start, _ in jpeg_segments(body):
+        if marker in (0xC0, 0xC1):
+            components = body[start + 5]
+        elif marker == 0xDA and components == body[start]:
+            # A sequential picture whose first scan has all components ends with it; no need to read the rest.
+            return 1
+    return body.count(b"\xff\xda")
 
 
 def _check_output(geometry: Geometry, options: ImageOptions) -> None:

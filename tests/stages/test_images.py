@@ -668,6 +668,19 @@ def test_many_passes_over_many_pixels_are_refused() -> None:
     assert transform(body, ImageOptions()).width == 256
 
 
+def test_passes_are_counted_unless_the_first_must_be_the_last() -> None:
+    sequential, progressive = encoded(drawing(64, 64)), encoded(drawing(64, 64), progressive=True)
+    decoy = b"\xff\xda\0\x02"
+    assert images._jpeg_scans(sequential + decoy * 500) == 1
+    assert images._jpeg_scans(progressive + decoy * 500) > 500
+    # A whole sequential header in a comment, where a walk that believes a fill byte's "length" would look.
+    hidden = sequential[2 : sequential.index(b"\xff\xda") + 14]
+    disguised = b"\xff\xd8\xff\xff\xfe\0\x10" + bytes(14) + progressive[2:] + hidden
+    assert images._jpeg_scans(disguised + decoy * 500) > 500
+    for body in (sequential, progressive, b"\xff\xd8\xff", disguised):
+        assert images._jpeg_scans(body) <= body.count(b"\xff\xda") or body is sequential
+
+
 def test_what_the_format_can_not_hold_is_told() -> None:
     body = encoded(np.zeros((2, 20_000, 3), np.uint8), "PNG")
     error = failure(body, resize_mode="no", encode_format="webp")
