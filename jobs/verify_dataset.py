@@ -1,0 +1,91 @@
+#!/usr/bin/env python
+"""Re-hash and count a snapshot, and say what is wrong with which shard.
+
+    ray job submit --working-dir . -- python jobs/verify_dataset.py snapshot s3://bucket/cc3m
+    python jobs/verify_dataset.py snapshot data/cc3m@00002-5d1b2c3a4e5f --decode --json problems.json
+
+Tars, parquet files, sidecars, selections and manifests are read once; --decode opens every picture too. One line for
+each shard with a problem. Exit code 0 where all is well, 1 where anything is wrong.
+"""
+
+import getpass
+import json
+import tempfile
+from dataclasses import dataclass, field
+
+import tyro
+
+from pipeline.config import run_job, writable_folder
+from pipeline.errors import DataError
+from pipeline.shards.snapshot import read_snapshot
+from pipeline.shards.storage import Folder
+from pipeline.shards.verify import Decode, Verification, folder_problems
+from pipeline.stages.refresh import Workers
+from pipeline.stages.shard_tasks import run_tasks
+from pipeline.stages.smoke import drawn_snapshot
+
+SMOKE = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/verified"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """One snapshot."""
+
+    data: tyro.conf.Positional[str]
+    """The folder of a snapshot (its latest) or FOLDER@ID; a path or any fsspec URI."""
+    decode: bool = False
+    """Decode every picture too."""
+    json: str = ""
+    """JSON file to write the findings to: a path or a URI."""
+    workers: Workers = field(default_factory=Workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Smoke(Verify):
+    """As the job, on a snapshot that it draws first."""
+
+
+PRESETS: dict[str, tuple[str, Verify]] = {
+    "snapshot": ("The snapshot in a folder.", Verify(data=tyro.MISSING)),
+    "smoke": (
+        "A small drawn snapshot, in this process.",
+        Smoke(data=SMOKE, decode=True, workers=Workers(processes_count=0)),
+    ),
+}
+
+
+def main(run: Verify) -> None:
+    """Wire snapshot, checks and workers."""
+    output = writable_folder("json", run.json) if run.json else ""
+    if isinstance(run, Smoke):
+        drawn_snapshot(Folder(run.data))
+    snapshot = read_snapshot(run.data)
+    checks = Verification(snapshot=snapshot, decode=decoder() if run.decode else None)
+    wrong: dict[str, list[str]] = {}
+    for number, text in run_tasks(checks.check, len(snapshot.shards), run.workers):
+        problems = json.loads(text)
+        if problems:
+            wrong[snapshot.shards[number].name] = problems
+            print(f"{snapshot.shards[number].name}: {'; '.join(problems)}", flush=True)
+    around = folder_problems(Folder(snapshot.folder), snapshot)
+    for problem in around:
+        print(problem)
+    if output:
+        found = {"snapshot": snapshot.uri, "shards": len(snapshot.shards), "problems": wrong, "folder": around}
+        place, _, name = output.rpartition("/")
+        Folder(place).write_atomic(name, json.dumps(found, indent=2).encode())
+    if wrong or around:
+        shards = f"{len(wrong)} of {len(snapshot.shards)} shards are wrong"
+        raise DataError(f"{snapshot.uri}: {shards}, and {len(around)} things around them")
+    print(f"{snapshot.uri}: {snapshot.samples} samples in {len(snapshot.shards)} shards, all well")
+
+
+def decoder() -> Decode:
+    """The decoder that training uses; it brings torch, so only where it is wanted."""
+    from pipeline.loaders.images import decode
+
+    return decode
+
+
+if __name__ == "__main__":
+    run_job(PRESETS, main)
