@@ -1,0 +1,1 @@
+"""Cleaning: filters that decide which samples of a snapshot readers see, each with its paper's numbers."""

@@ -1,0 +1,95 @@
+"""A hook for classifiers: safety, aesthetics, watermarks, whatever gives a score.
+
+``--classifier package.module:function`` names a function of one batch of at most 256 samples that returns one float per
+sample: float32 [n]. With ``classifier_input`` "embeddings" it gets the image embeddings, L2-normalised float32 [n, D],
+from the sidecar ``embeddings``; with "pictures" a list of n encoded pictures (bytes). It is imported in every worker,
+so it has to be importable there (``ray job submit --working-dir .`` takes the working folder along), and it should
+load its weights once, outside the function. LAION-5B's own thresholds (arXiv 2210.08402): unsafe from 0.5 on, aesthetic
+from 5 on.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config import require
+from pipeline.errors import DataError
+from pipeline.stages.filters.filter import Filter, Step, Verdict
+from pipeline.stages.filters.view import Floats, ShardView
+
+BATCH = 256
+Score = Callable[[Any], Sequence[float] | NDArray[np.floating]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier(Filter):
+    """Drop what scores outside the bounds: ``classifier``; ``no_embedding`` or ``no_picture`` where there is none."""
+
+    name: ClassVar[str] = "classifier"
+    classifier: str = ""
+    """``package.module:function``."""
+    classifier_input: Literal["embeddings", "pictures"] = "embeddings"
+    min_classifier_score: float = -float("inf")
+    max_classifier_score: float = float("inf")
+
+    def check(self) -> None:
+        """A function that can be imported, and a bound."""
+        load_function(self.classifier)
+        bounded = np.isfinite([self.min_classifier_score, self.max_classifier_score]).any()
+        require(bool(bounded), "min_classifier_score", self.min_classifier_score, "a bound here or as the maximum")
+
+    def judge(self, view: ShardView, step: Step) -> Verdict:
+        """Scores of the samples that have what the classifier reads."""
+        scores = np.zeros(len(view), np.float32)
+        missing = np.zeros(len(view), bool)
+        for rows, batch, there in self._batches(view):
+            missing[rows] = ~there
+            if there.any():
+                scores[rows[there]] = self._scores(batch, int(there.sum()))
+        outside = ~((scores >= self.min_classifier_score) & (scores <= self.max_classifier_score))
+        lacks = "no_picture" if self.classifier_input == "pictures" else "no_embedding"
+        return Verdict({lacks: missing, "classifier": outside})
+
+    def _scores(self, batch: Any, count: int) -> Floats:
+        scores = np.asarray(load_function(self.classifier)(batch), np.float32)
+        if scores.shape != (count,):
+            raise DataError(f"classifier {self.classifier} gave scores of shape {scores.shape} for {count} samples")
+        return scores
+
+    def _batches(self, view: ShardView) -> Iterator[tuple[NDArray[np.int64], Any, NDArray[np.bool_]]]:
+        """Row numbers, what the classifier gets, and which rows that is for."""
+        if self.classifier_input == "embeddings":
+            embeddings = view.embeddings(text=False)
+            for start in range(0, len(view), BATCH):
+                there = embeddings.present[start : start + BATCH]
+                rows = np.arange(start, start + len(there))
+                yield rows, embeddings.image[rows[there]], there
+            return
+        pictures = view.pictures()
+        for start in range(0, len(view), BATCH):
+            batch = [picture for picture, _ in zip(pictures, range(min(BATCH, len(view) - start)), strict=False)]
+            there = np.array([picture is not None for picture in batch], bool)
+            yield np.arange(start, start + len(batch)), [picture for picture in batch if picture is not None], there
+
+
+@functools.cache
+def load_function(name: str) -> Score:
+    """The function that ``package.module:function`` names.
+
+    Raises:
+        SettingError: there is none.
+    """
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        require(False, "classifier", name, f"package.module:function ({error})")
+        raise
+    require(callable(found), "classifier", name, "package.module:function, something that can be called")
+    loaded: Score = found
+    return loaded

@@ -1,0 +1,219 @@
+"""Near duplicates by perceptual hash: pictures that look the same at 32 pixels.
+
+The hash is the 64-bit DCT hash of Zauner (2010, "Implementation and benchmarking of perceptual image hash functions"),
+as the imagehash package has it: of the 32×32 grey picture's cosine transform the 8×8 lowest frequencies, one bit each
+for above their median. Two pictures are near where at most ``max_hamming`` bits differ; clusters are what such pairs
+join, and the first of a cluster in the snapshot's order is kept. (The threshold is no paper's number.)
+
+Pairs are found without comparing all: the bits are cut into blocks, and two hashes that differ in d bits agree in all
+but d blocks. So for every choice of that many blocks the hashes are sorted by these blocks alone, and only equal
+neighbours are compared; by the pigeonhole principle no pair is missed. The hashes of the whole data set (12 bytes a
+sample, about 40 while sorting) have to fit into the memory of one worker: 100 million take 4 GB.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import cv2
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.config import require
+from pipeline.errors import SampleError
+from pipeline.stages.filters.duplicates import Positions, duplicates_table, in_duplicates
+from pipeline.stages.filters.filter import Filter, Step, Verdict
+from pipeline.stages.filters.view import ShardView
+from pipeline.stages.images import read_header
+
+SIDE, LOW = 32, 8
+MAX_PIXELS = 100_000_000
+BATCH = 1024
+Hashes = NDArray[np.uint64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerceptualDuplicates(Filter):
+    """Drop pictures that look like an earlier one: ``near_duplicate``. Those that cannot be decoded stay."""
+
+    name: ClassVar[str] = "near_duplicates"
+    max_hamming: int = 4
+
+    def check(self) -> None:
+        """Up to a quarter of the bits; farther apart, chance pairs are the rule."""
+        require(0 <= self.max_hamming <= 16, "max_hamming", self.max_hamming, "0 to 16 bits")
+
+    def prepare(self, step: Step) -> None:
+        """Hashes by shard, the distinct ones of all, pairs by choice of blocks, clusters."""
+        step.each_shard("hashes", _hashes)
+        step.each_part("distinct", 1, _distinct)
+        masks = self._masks(step)
+        step.each_part("pairs", len(masks), self._pairs)
+        step.each_part("duplicates", 1, self._clusters)
+
+    def judge(self, view: ShardView, step: Step) -> Verdict:
+        """By the table of duplicates."""
+        return Verdict({"near_duplicate": in_duplicates(view, step, 1)})
+
+    def _masks(self, step: Step) -> list[int]:
+        count = sum(shard.samples for shard in step.shards)
+        return block_masks(self.max_hamming, count)
+
+    def _pairs(self, step: Step, number: int) -> pa.Table:
+        hashes = step.read("distinct", 0, columns=["hash"])["hash"].to_numpy()
+        left, right = pairs_within(hashes, self._masks(step)[number], self.max_hamming)
+        return pa.table({"left": left.astype(np.int32), "right": right.astype(np.int32)})
+
+    def _clusters(self, step: Step, number: int) -> pa.Table:
+        distinct = step.read("distinct", 0)
+        tables = [table for _, table in step.read_all("pairs", len(self._masks(step)))]
+        pairs = pa.concat_tables(tables)
+        label = join_pairs(len(distinct), pairs["left"].to_numpy(), pairs["right"].to_numpy())
+        hashes, first = distinct["hash"].to_numpy(), distinct["first"].to_numpy()
+        # The distinct hashes are in order of their first sample, so a cluster's smallest number leads to its first.
+        kept_of, sorter = first[label], np.argsort(hashes)
+        ranked = hashes[sorter]
+        dropped, kept = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for shard, table in step.read_all("hashes", len(step.shards)):
+            position = (shard << 32) + table["index"].to_numpy().astype(np.int64)
+            stays = kept_of[sorter[np.searchsorted(ranked, table["hash"].to_numpy())]]
+            dropped.append(position[stays != position])
+            kept.append(stays[stays != position])
+        return duplicates_table(np.concatenate(dropped), np.concatenate(kept))
+
+
+def perceptual_hashes(grey: NDArray[np.uint8]) -> Hashes:
+    """Hashes uint64 [n] of grey pictures uint8 [n, 32, 32]; the first bit is the mean's."""
+    low = _COSINES @ grey.astype(np.float64) @ _COSINES.T
+    flat = low.reshape(len(grey), LOW * LOW)
+    bits = flat > np.median(flat, axis=1, keepdims=True)
+    hashes: Hashes = np.packbits(bits, axis=1).view(">u8").astype(np.uint64).reshape(len(grey))
+    return hashes
+
+
+def grey_thumbnail(image: bytes) -> NDArray[np.uint8] | None:
+    """The picture as uint8 [32, 32]; ``None`` where it cannot be decoded or is too large."""
+    try:
+        header = read_header(image)
+    except SampleError:
+        return None
+    if header.width * header.height > MAX_PIXELS:
+        return None
+    # Half-size and smaller decodes come almost free from the JPEG's own transform.
+    shrink = min(header.width, header.height) // (4 * SIDE)
+    flag = next((flag for factor, flag in _REDUCED if shrink >= factor), cv2.IMREAD_GRAYSCALE)
+    try:
+        pixels = cv2.imdecode(np.frombuffer(image, np.uint8), flag)
+    except cv2.error:
+        return None
+    small: NDArray[np.uint8] | None = None if pixels is None else _shrunk(pixels)
+    return small
+
+
+def block_masks(distance: int, count: int) -> list[int]:
+    """Masks of bits: two hashes at most ``distance`` apart agree under at least one of them.
+
+    The number of blocks is the one that costs ``count`` hashes the least: more blocks, more sorts, fewer comparisons.
+    """
+
+    def cost(blocks: int) -> float:
+        bits = 64 * (blocks - distance) / blocks
+        return math.comb(blocks, distance) * (count * math.log2(count + 2) + count**2 / 2**bits)
+
+    blocks = min(range(distance + 1, distance + 7), key=cost)
+    edges = [64 * number // blocks for number in range(blocks + 1)]
+    parts = [sum(1 << bit for bit in range(low, high)) for low, high in itertools.pairwise(edges)]
+    return [sum(chosen) for chosen in itertools.combinations(parts, blocks - distance)]
+
+
+def pairs_within(hashes: Hashes, mask: int, distance: int) -> tuple[Positions, Positions]:
+    """Places int64 of the pairs of distinct ``hashes`` that agree under ``mask`` and differ in few bits."""
+    keys = hashes & np.uint64(mask)
+    order = np.argsort(keys, kind="stable")
+    keys, ranked = keys[order], hashes[order]
+    left, right = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for start, end in _steps(keys):
+        near = np.bitwise_count(ranked[start] ^ ranked[end]) <= distance
+        left.append(order[start[near]])
+        right.append(order[end[near]])
+    return np.concatenate(left), np.concatenate(right)
+
+
+def join_pairs(count: int, left: NDArray[np.integer], right: NDArray[np.integer]) -> Positions:
+    """The smallest number int64 [count] in each one's cluster: union-find, all pairs at once."""
+    label = np.arange(count)
+    while True:
+        low = np.minimum(label[left], label[right])
+        before = label.copy()
+        # Hook both ends and their present roots below the smaller root, then let every path point at its root.
+        for ends in (left, right):
+            np.minimum.at(label, before[ends], low)
+            np.minimum.at(label, ends, low)
+        while (label[label] != label).any():
+            label = label[label]
+        if (label == before).all():
+            return label
+
+
+def _steps(keys: Hashes) -> Iterator[tuple[Positions, Positions]]:
+    """Places of all pairs of equal keys in sorted ``keys``: neighbours, then those two apart, and so on."""
+    start = np.arange(len(keys))
+    for step in itertools.count(1):
+        start = start[start < len(keys) - step]
+        start = start[keys[start] == keys[start + step]]
+        if not len(start):
+            return
+        yield start, start + step
+
+
+def _hashes(view: ShardView) -> pa.Table:
+    hashes, places = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
+    batch: list[tuple[int, NDArray[np.uint8]]] = []
+    for place, image in zip(view.positions, view.pictures(), strict=True):
+        small = None if image is None else grey_thumbnail(image)
+        if small is not None:
+            batch.append((int(place), small))
+        if len(batch) == BATCH:
+            _add(batch, hashes, places)
+    _add(batch, hashes, places)
+    return pa.table({"hash": np.concatenate(hashes), "index": np.concatenate(places).astype(np.int32)})
+
+
+def _add(batch: list[tuple[int, NDArray[np.uint8]]], hashes: list[Hashes], places: list[Positions]) -> None:
+    if batch:
+        hashes.append(perceptual_hashes(np.stack([small for _, small in batch])))
+        places.append(np.array([place for place, _ in batch]))
+        batch.clear()
+
+
+def _distinct(step: Step, number: int) -> pa.Table:
+    """Distinct hashes with the position of the first sample that has each, in the order of those."""
+    hashes, positions = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
+    for shard, table in step.read_all("hashes", len(step.shards)):
+        hashes.append(table["hash"].to_numpy())
+        positions.append((shard << 32) + table["index"].to_numpy().astype(np.int64))
+    distinct, first = np.unique(np.concatenate(hashes), return_index=True)
+    order = np.argsort(first)
+    return pa.table({"hash": distinct[order], "first": np.concatenate(positions)[first[order]]})
+
+
+def _shrunk(pixels: NDArray[Any]) -> NDArray[np.uint8]:
+    method = cv2.INTER_AREA if min(pixels.shape) > SIDE else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(pixels, (SIDE, SIDE), interpolation=method), np.uint8)
+
+
+def _cosines() -> NDArray[np.float64]:
+    """The lowest rows of the unscaled DCT-II, float64 [8, 32]."""
+    angle = np.pi * np.outer(np.arange(LOW), 2 * np.arange(SIDE) + 1) / (2 * SIDE)
+    return 2 * np.cos(angle)
+
+
+_COSINES = _cosines()
+_REDUCED = (
+    (8, cv2.IMREAD_REDUCED_GRAYSCALE_8),
+    (4, cv2.IMREAD_REDUCED_GRAYSCALE_4),
+    (2, cv2.IMREAD_REDUCED_GRAYSCALE_2),
+)

@@ -1,0 +1,230 @@
+"""Filter a snapshot: judge every visible sample, publish what is left as a new snapshot.
+
+Filters run in the order in which they are named, each on what the earlier ones left. Neighbours that need no look at
+all shards share one pass. Tables lie in ``{folder}/_filters/{id}/``; ``reasons/{number}.parquet`` tells, for every
+visible sample of the parent's shard of that number: ``key``, ``reason`` ("" = kept, else ``filter.reason``) and
+``times``, how often it is seen. The id is made of parent and options, so the same command finds its own work after a
+kill.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config import flatten, require
+from pipeline.errors import SnapshotError
+from pipeline.shards.selection import select
+from pipeline.shards.sidecar import write_sidecar
+from pipeline.shards.snapshot import Shard, Snapshot, publish_shards, read_snapshot
+from pipeline.shards.storage import Folder
+from pipeline.stages.filters.filter import Filter, Step, read_table, table_file, write_table
+from pipeline.stages.filters.view import ShardView
+from pipeline.stages.refresh import Workers
+from pipeline.stages.shard_tasks import run_tasks
+
+logger = logging.getLogger(__name__)
+
+FILTERS = "_filters"
+REASONS = "reasons"
+CAPTIONS = "captions"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The snapshot that was published, the one it came from, and samples dropped by ``filter.reason``, in order."""
+
+    snapshot: Snapshot
+    parent: Snapshot
+    dropped: Mapping[str, int]
+    names: tuple[str, ...]
+
+    def funnel(self) -> list[tuple[str, str, int, int]]:
+        """Filter, reason, samples dropped, samples left; the parent's samples first. Filters without drops have "-"."""
+        left = self.parent.samples
+        rows = [("", "", 0, left)]
+        for name in self.names:
+            reasons = {key: count for key, count in self.dropped.items() if key.split(".")[0] == name}
+            for key, count in (reasons or {f"{name}.-": 0}).items():
+                left -= count
+                rows.append((name, key.split(".", 1)[1], count, left))
+        return rows
+
+
+def filter_snapshot(
+    parent: Snapshot, filters: Sequence[Filter], workers: Workers, captions_sidecar: bool = False
+) -> Outcome:
+    """Publish the snapshot of ``parent``'s samples that pass all ``filters``.
+
+    When the folder's latest snapshot is already what the same filters made of ``parent``, or of its own parent, it is
+    taken as it is. ``captions_sidecar`` writes the cleaned captions beside each tar, as the sidecar ``captions``.
+
+    Raises:
+        SettingError: no filter, one twice, or options that cannot work.
+        DataError: a shard, a sidecar or a list that a filter needs is missing or broken.
+        SnapshotError: no sample is left.
+    """
+    _check(filters)
+    options = _options(filters)
+    done = _already(parent, options)
+    if done is not None:
+        return done
+    folder = Folder(parent.folder)
+    work = folder.folder(FILTERS).folder(_identity(parent, options))
+    last = _judge_all(parent, folder, work, filters, workers)
+    finish = functools.partial(_finish, folder, parent.shards, last, captions_sidecar)
+    results = sorted((number, json.loads(text)) for number, text in run_tasks(finish, len(parent.shards), workers))
+    shards = tuple(Shard(**result["shard"]) for _, result in results if result["shard"]["samples"])
+    counts = sum((Counter(result["reasons"]) for _, result in results), Counter())
+    seen = sum((Counter(result["changes"]) for _, result in results), Counter())
+    dropped = _in_order(counts, filters)
+    if not shards:
+        raise SnapshotError(f"{parent.uri}: no sample is left by the filters: {dropped}")
+    snapshot = publish_shards(
+        folder,
+        shards,
+        fields=parent.fields,
+        card=parent.card,
+        options={**parent.options, "filters": options, "filters_parent": parent.id, "filters_folder": work.uri},
+        rows=parent.rows,
+        dropped=dict(Counter(parent.dropped) + Counter(dropped)),
+        changes={name: seen[name] for name in ("kept", "removed", "added") if seen[name]},
+    )
+    return Outcome(snapshot=snapshot, parent=parent, dropped=dropped, names=tuple(one.name for one in filters))
+
+
+def read_reasons(snapshot: Snapshot) -> Iterator[tuple[str, pa.Table]]:
+    """Shard name and reasons table of every shard that a filter run judged, for reports.
+
+    Raises:
+        SnapshotError: ``snapshot`` was not made by filters, or their tables are gone.
+    """
+    place = snapshot.options.get("filters_folder")
+    if place is None:
+        raise SnapshotError(f"{snapshot.uri} was not made by filters; use jobs/filter_dataset.py")
+    work, parent = Folder(place), read_snapshot(f"{snapshot.folder}@{snapshot.options['filters_parent']}")
+    for number, shard in enumerate(parent.shards):
+        yield shard.name, read_table(work.folder(REASONS), table_file(number))
+
+
+def _check(filters: Sequence[Filter]) -> None:
+    names = [one.name for one in filters]
+    require(bool(names), "steps", names, "one filter or more")
+    require(len(set(names)) == len(names), "steps", names, "each filter once; run the job again for a second time")
+    for one in filters:
+        one.check()
+
+
+def _options(filters: Sequence[Filter]) -> list[dict[str, Any]]:
+    return [{"name": one.name, **flatten(one)} for one in filters]
+
+
+def _identity(parent: Snapshot, options: Sequence[Mapping[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps([parent.id, parent.digest, options]).encode()).hexdigest()[:16]
+
+
+def _already(parent: Snapshot, options: Sequence[Mapping[str, Any]]) -> Outcome | None:
+    """The outcome of an earlier run of the same filters that published the folder's latest snapshot."""
+    latest = read_snapshot(parent.folder)
+    if latest.options.get("filters") != options or parent.id not in (latest.id, latest.options["filters_parent"]):
+        return None
+    logger.info("%s is already what these filters leave; nothing to do", latest.uri)
+    origin = read_snapshot(f"{latest.folder}@{latest.options['filters_parent']}")
+    names = tuple(str(one["name"]) for one in options)
+    new = Counter(latest.dropped) - Counter(origin.dropped)
+    return Outcome(snapshot=latest, parent=origin, dropped=dict(new), names=names)
+
+
+def _judge_all(parent: Snapshot, folder: Folder, work: Folder, filters: Sequence[Filter], workers: Workers) -> Folder:
+    """Judge by all filters in turn; returns the folder of the last reasons."""
+    before: Folder | None = None
+    groups = list(_passes(filters))
+    for number, group in enumerate(groups):
+        names = "-".join(one.name for one in group)
+        last = number == len(groups) - 1
+        place = work.folder(f"{number:02d}-{group[0].name}")
+        step = Step(folder, parent.shards, place, before, workers)
+        logger.info("filters %s over %d shards", names.replace("-", ", "), len(parent.shards))
+        group[0].prepare(step)
+        target = work.folder(REASONS) if last else place.folder(REASONS)
+        judge = functools.partial(_judge, step, tuple(group), target)
+        for _ in run_tasks(judge, len(parent.shards), workers):
+            pass
+        before = target
+    assert before is not None
+    return before
+
+
+def _passes(filters: Sequence[Filter]) -> Iterator[list[Filter]]:
+    """Neighbours that can share a pass: only the first of a pass may look at all shards."""
+    group: list[Filter] = []
+    for one in filters:
+        if group and one.looks_at_all():
+            yield group
+            group = []
+        group.append(one)
+    yield group
+
+
+def _judge(step: Step, group: tuple[Filter, ...], target: Folder, number: int) -> str:
+    """Write the reasons for one shard: those of earlier passes, and of this one's filters in turn."""
+    if target.exists(table_file(number)):
+        return ""
+    shard = step.shards[number]
+    reasons, times = _known(step, number)
+    view = step.view(number)
+    for one in group:
+        verdict = one.judge(view, step)
+        if verdict.times is not None:
+            times[view.positions] *= verdict.times
+        keep = np.ones(len(view), bool)
+        for reason, drop in verdict.drops.items():
+            reasons[view.positions[drop & keep]] = f"{one.name}.{reason}"
+            keep &= ~drop
+        view = view.narrowed(keep)
+    times[reasons != ""] = 0
+    keys = ShardView(step.folder, shard).keys()
+    columns = {"key": pa.array(keys, pa.string()), "reason": pa.array(reasons, pa.string()).dictionary_encode()}
+    write_table(target, table_file(number), pa.table({**columns, "times": pa.array(times, pa.int32())}))
+    return ""
+
+
+def _known(step: Step, number: int) -> tuple[Any, Any]:
+    if step.before is None:
+        samples = step.shards[number].samples
+        return np.full(samples, "", object), np.ones(samples, np.int32)
+    table = read_table(step.before, table_file(number))
+    return np.array(table["reason"].to_pylist(), object), table["times"].to_numpy().copy()
+
+
+def _finish(folder: Folder, shards: tuple[Shard, ...], reasons: Folder, captions: bool, number: int) -> str:
+    """The shard as the new snapshot has it, with its counts, as JSON."""
+    shard, table = shards[number], read_table(reasons, table_file(number))
+    times = table["times"].to_numpy()
+    left = select(folder, shard, np.repeat(np.arange(shard.samples), times)) if shard.samples else shard
+    if captions and left.samples:
+        left = _with_captions(folder, left)
+    counts = Counter(reason for reason in table["reason"].to_pylist() if reason)
+    kept = int((times > 0).sum())
+    changes = {"kept": kept, "removed": shard.samples - kept, "added": int(times.sum()) - kept}
+    return json.dumps({"shard": asdict(left), "reasons": counts, "changes": changes})
+
+
+def _with_captions(folder: Folder, shard: Shard) -> Shard:
+    """``shard`` with the cleaned captions of all that its tar holds as a sidecar."""
+    whole = ShardView(folder, replace(shard, samples=shard.stored, selection=""))
+    table = pa.table({"key": pa.array(whole.keys(), pa.string()), "caption": pa.array(whole.captions(), pa.string())})
+    digest = write_sidecar(folder, shard, CAPTIONS, table, maker="ftfy")
+    return replace(shard, sidecars={**shard.sidecars, CAPTIONS: digest})
+
+
+def _in_order(counts: Counter[str], filters: Sequence[Filter]) -> dict[str, int]:
+    place = {one.name: number for number, one in enumerate(filters)}
+    return {key: counts[key] for key in sorted(counts, key=lambda key: (place[key.split(".")[0]], key))}

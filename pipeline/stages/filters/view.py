@@ -1,0 +1,225 @@
+"""What a filter sees of a shard: captions, sizes, digests, pictures and embeddings of the samples still in.
+
+Columns come from the shard's parquet where it has one, which costs a small read; otherwise from the tar.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.errors import DataError, SampleError
+from pipeline.shards.sample import Sample
+from pipeline.shards.selection import read_selection
+from pipeline.shards.sidecar import read_sidecar
+from pipeline.shards.snapshot import Shard
+from pipeline.shards.storage import Folder
+from pipeline.shards.tar import iterate_tar
+from pipeline.stages.filters.captions import clean_text
+from pipeline.stages.images import read_header
+
+EMBEDDINGS_JOB = "jobs/embed_dataset.py"
+Mask = NDArray[np.bool_]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """L2-normalised rows float32 [n, D] for image and text, and whether each sample has them, bool [n].
+
+    Rows of samples without are zero.
+    """
+
+    image: Floats
+    text: Floats | None
+    present: Mask
+
+
+class ShardView:
+    """The samples of ``shard`` at ``positions`` among its visible ones (ascending int64 [n]; all by default)."""
+
+    def __init__(self, folder: Folder, shard: Shard, positions: NDArray[np.int64] | None = None) -> None:
+        self.folder, self.shard = folder, shard
+        self._stored = _Stored(folder, shard)
+        self._selection = read_selection(folder, shard)
+        self.positions = np.arange(shard.samples) if positions is None else positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def narrowed(self, keep: Mask) -> "ShardView":
+        """The view of the samples that the mask bool [n] keeps; what was read is shared."""
+        view = object.__new__(ShardView)
+        view.__dict__.update(self.__dict__)
+        view.positions = self.positions[keep]
+        return view
+
+    @property
+    def indices(self) -> NDArray[np.int64]:
+        """Positions in the tar, ascending int64 [n]; repeats where the parent snapshot repeats samples."""
+        return self.positions if self._selection is None else self._selection[self.positions].astype(np.int64)
+
+    def keys(self) -> list[str]:
+        """Sample keys [n]."""
+        return self._rows("key") or []
+
+    def captions(self, cleaned: bool = True) -> list[str]:
+        """Captions [n], "" where there is none; ``cleaned`` by :func:`clean_text` or as they are stored."""
+        found = self._rows("caption") if self._stored.has("caption") else None
+        plain = [text or "" for text in found] if found is not None else [""] * len(self)
+        return [clean_text(text) for text in plain] if cleaned else plain
+
+    def column(self, name: str) -> list[Any]:
+        """Values [n] of a column of the shard's parquet, or of the samples' json.
+
+        Raises:
+            DataError: the shard has no such column.
+        """
+        found = self._rows(name)
+        if found is None:
+            names = ", ".join(self._stored.names())
+            raise DataError(f"{self.folder.join(self.shard.tar)} has no column {name!r}; it has {names}")
+        return found
+
+    def sizes(self, original: bool = True) -> NDArray[np.int64]:
+        """Width and height int64 [n, 2], of the picture as it was found (if known) or as it is stored; 0: unknown."""
+        prefix = "original_" if original and self._stored.has("original_width") else ""
+        pairs = [self._rows(f"{prefix}{side}") or [0] * len(self) for side in ("width", "height")]
+        return np.array([[value or 0 for value in one] for one in pairs], np.int64).T.reshape(len(self), 2)
+
+    def digests(self) -> list[bytes]:
+        """SHA-256 [n] of the pictures as they were downloaded (if the shard knows them) or as they are stored."""
+        known = self._rows("sha256") if self._stored.has("sha256") else None
+        if known is not None and all(known):
+            return [bytes.fromhex(text) for text in known]
+        return [hashlib.sha256(picture or b"").digest() for picture in self.pictures()]
+
+    def pictures(self) -> Iterator[bytes | None]:
+        """Encoded pictures, one per sample in order; ``None`` for a sample without.
+
+        Raises:
+            DataError: the tar's keys are not those of the shard's parquet.
+        """
+        wanted, keys, following = self.indices, self.keys(), 0
+        for index, sample in enumerate(self._stored.samples()):
+            while following < len(wanted) and wanted[following] == index:
+                if sample.key != keys[following]:
+                    raise DataError(f"{self.folder.join(self.shard.tar)}: its parquet lists other keys than the tar")
+                following += 1
+                yield sample.image()
+            if following == len(wanted):
+                return
+
+    def embeddings(self, name: str = "embeddings", text: bool = True) -> Embeddings:
+        """The samples' rows of the sidecar ``name``; raises :class:`SidecarError` where it is missing or stale."""
+        table = read_sidecar(self.folder, self.shard, name, EMBEDDINGS_JOB)
+        keys = pa.array(self.keys(), pa.string())
+        rows = pc.index_in(keys, value_set=table["key"].combine_chunks())
+        image, present = _vectors(table["image"], rows)
+        if not text or "text" not in table.column_names:
+            return Embeddings(image, None, present)
+        words, spoken = _vectors(table["text"], rows)
+        return Embeddings(image, words, present & spoken)
+
+    def _rows(self, name: str) -> list[Any] | None:
+        column = self._stored.column(name)
+        taken: list[Any] | None = (
+            None if column is None else column.take(pa.array(self.indices, pa.int64())).to_pylist()
+        )
+        return taken
+
+
+class _Stored:
+    """The columns of all samples in a tar, in its order; read when first asked for."""
+
+    def __init__(self, folder: Folder, shard: Shard) -> None:
+        self._folder, self._shard = folder, shard
+        self._columns: dict[str, Any] = {}
+        self._file: pq.ParquetFile | None = None
+        self._good: Any | None = None
+        self._opened = False
+
+    def samples(self) -> Iterator[Sample]:
+        with self._folder.open(self._shard.tar) as file:
+            yield from iterate_tar(file, self._folder.join(self._shard.tar))
+
+    def has(self, name: str) -> bool:
+        return name in self.names()
+
+    def names(self) -> list[str]:
+        self._open()
+        return list(self._columns) if self._file is None else self._file.schema_arrow.names
+
+    def column(self, name: str) -> Any | None:
+        self._open()
+        if name not in self._columns and self._file is not None and name in self._file.schema_arrow.names:
+            values = self._file.read(columns=[name])[name]
+            self._columns[name] = values if self._good is None else values.filter(self._good)
+        return self._columns.get(name)
+
+    def _open(self) -> None:
+        if self._opened:
+            return
+        self._opened = True
+        self._file = self._open_table()
+        if self._file is None:
+            table = pa.Table.from_pylist([_described(sample) for sample in self.samples()])
+            self._columns = {name: table[name] for name in table.column_names}
+
+    def _open_table(self) -> pq.ParquetFile | None:
+        """The shard's parquet, if its good rows are as many as the tar's samples."""
+        try:
+            content = self._folder.open(f"{self._shard.name}.parquet")
+        except FileNotFoundError:
+            return None
+        file = pq.ParquetFile(content)
+        names = file.schema_arrow.names
+        if "status" in names:
+            self._good = pc.equal(file.read(columns=["status"])["status"], pa.scalar("success"))
+        rows = file.metadata.num_rows if self._good is None else pc.sum(self._good).as_py()
+        return file if rows == self._shard.stored and "key" in names else None
+
+
+def _described(sample: Sample) -> dict[str, Any]:
+    """What a parquet row would say, taken from the sample itself."""
+    try:
+        plain = json.loads(sample.fields.get("json", b"{}"))
+    except ValueError:
+        plain = {}
+    scalars = plain.items() if isinstance(plain, dict) else ()
+    row: dict[str, Any] = {name: str(value) for name, value in scalars if isinstance(value, str | int | float)}
+    for name in ("width", "height", "original_width", "original_height"):
+        if name in row:
+            row[name] = int(float(row[name]))
+    image = sample.image() or b""
+    if "txt" in sample.fields:
+        row["caption"] = sample.fields["txt"].decode("utf-8", "replace")
+    if "width" not in row:
+        row["width"], row["height"] = _size(image)
+    return {**row, "key": sample.key}
+
+
+def _size(image: bytes) -> tuple[int, int]:
+    try:
+        header = read_header(image)
+    except SampleError:
+        return 0, 0
+    return header.width, header.height
+
+
+def _vectors(column: Any, rows: Any) -> tuple[Floats, Mask]:
+    """The lists of ``column`` at ``rows`` (null: none) as float32 [n, D], and which of them are there."""
+    taken = column.combine_chunks().take(rows)
+    present: Mask = pc.is_valid(taken).to_numpy(zero_copy_only=False)
+    flat = taken.drop_null().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    dimension = len(flat) // max(int(present.sum()), 1)
+    vectors = np.zeros((len(taken), dimension), np.float32)
+    vectors[present] = flat.reshape(-1, dimension) if dimension else 0
+    return vectors, present
