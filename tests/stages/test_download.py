@@ -1,7 +1,9 @@
 """The downloader against servers on loopback: honest, broken, slow, greedy and hostile ones."""
 
 import asyncio
+import contextlib
 import datetime
+import email.utils
 import gc
 import gzip
 import hashlib
@@ -26,7 +28,8 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 
 from pipeline.errors import SampleError, SettingError
 from pipeline.stages import download
-from pipeline.stages.download import Download, Downloader, DownloadOptions, download_all, parse_url
+from pipeline.stages.download import Download, Downloader, DownloadOptions, Known, download_all, parse_url
+from pipeline.stages.turns import Turns
 
 BODY = b"\xff\xd8\xff" + bytes(range(256)) * 40
 QUICK: dict[str, Any] = {"allow_hosts": ("127.0.0.1",), "timeout": 3.0, "retry_delay": 0.01, "pictures_only": False}
@@ -841,6 +844,15 @@ def test_plain_http_where_tls_was_asked_for_is_a_tls_failure(raw: RawServer) -> 
         ("user_agent_token", "two words"),
         ("user_agent_token", "line\r\nX-Evil: 1"),
         ("compute_hash", "crc32"),
+        ("retry_for", -1.0),
+        ("host_pause", -1.0),
+        ("max_crawl_delay", -1.0),
+        ("allow_stores", ("file",)),
+        ("allow_stores", ("http",)),
+        ("allow_stores", ("simplecache::s3://bucket",)),
+        ("allow_stores", ("nosuchstore://bucket",)),
+        ("allow_local_root", "/"),
+        ("allow_local_root", "/no/such/folder"),
         ("allow_hosts", ("http://x/",)),
     ],
 )
@@ -852,3 +864,265 @@ def test_senseless_options_are_refused(field: str, value: Any) -> None:
 def test_a_url_keeps_its_host_and_loses_its_password() -> None:
     url = parse_url("https://user:pw@Example.com:8443/a%20b?x=%2F")
     assert str(url) == "https://Example.com:8443/a%20b?x=%2F"
+
+
+# Pictures only
+
+
+def test_a_page_is_refused_before_it_has_arrived(raw: RawServer) -> None:
+    closed = threading.Event()
+
+    def script(connection: socket.socket, _: int) -> None:
+        connection.sendall(answer(b"<!doctype html><title>Not here</title>", length=10**7))
+        if connection.recv(1) == b"":  # waits until the client hangs up, long before its time is over
+            closed.set()
+
+    error = fetch(raw.add("/a.jpg", script), pictures_only=True, timeout=60.0, retries=3)
+    assert isinstance(error, SampleError)
+    assert (error.status, error.error_class) == ("failed_to_resize", "not_a_picture")
+    assert (error.http_status, error.attempts) == (200, 1)
+    assert closed.wait(10)
+
+
+def test_pictures_pass_however_they_are_cut(raw: RawServer) -> None:
+    def script(connection: socket.socket, _: int) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        whole = answer()
+        connection.sendall(whole[: -len(BODY) + 1])
+        for byte in BODY[1:20]:
+            time.sleep(0.002)
+            connection.sendall(bytes([byte]))
+        connection.sendall(BODY[20:])
+
+    assert success(raw.add("/a", script), pictures_only=True).body == BODY
+    packed = raw.add("/b", answer(gzip.compress(BODY), Content_Encoding="gzip"))
+    assert success(packed, pictures_only=True).body == BODY
+    page = raw.add("/c", answer(gzip.compress(b" <html>" * 10), Content_Encoding="gzip"))
+    assert getattr(fetch(page, pictures_only=True), "error_class", "") == "not_a_picture"
+
+
+# What is known before
+
+
+def test_validators_are_kept_and_asked_with(raw: RawServer) -> None:
+    version = {"ETag": '"v1"', "Last_Modified": "Sun, 22 Nov 2026 08:00:00 GMT"}
+    url = raw.add("/a", answer(**version))
+    got = success(url)
+    assert (got.etag, got.last_modified, got.not_modified) == ('"v1"', version["Last_Modified"], False)
+
+    raw.add("/a", answer(b"", "304 Not Modified", ETag='"v1"'))
+    known = Known(etag=got.etag, last_modified=got.last_modified)
+    ((_, again),) = download_all([(0, url, known)], quick())
+    assert isinstance(again, Download) and again.not_modified
+    assert (again.body, again.etag, again.last_modified) == (b"", got.etag, got.last_modified)
+    assert 'If-None-Match: "v1"\r\n' in raw.heads[-1]
+    assert "If-Modified-Since: Sun, 22 Nov 2026 08:00:00 GMT\r\n" in raw.heads[-1]
+    assert "If-None-Match" not in raw.heads[0]
+
+
+def test_validators_that_can_not_be_sent_back_are_dropped(raw: RawServer) -> None:
+    got = success(raw.add("/a", answer(ETag='"\u00e9\u00e9"', Last_Modified="x" * 5000)))
+    assert (got.etag, got.last_modified) == (None, None)
+    evil = Known(etag='"a"\r\nX-Evil: 1', last_modified="\0")
+    ((_, outcome),) = download_all([(0, raw.add("/b", answer()), evil)], quick())
+    assert isinstance(outcome, Download)
+    assert "Evil" not in raw.heads[-1] and "If-" not in raw.heads[-1]
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "md5", "sha512"])
+def test_a_body_has_to_have_the_expected_digest(raw: RawServer, algorithm: str) -> None:
+    url, right = raw.add("/a", answer()), hashlib.new(algorithm, BODY).hexdigest()
+    expected = [right, right.upper() + " ", right[:-1], "", "0" * len(right)]
+    requests = [(number, url, Known(expected=f"{algorithm}:{text}")) for number, text in enumerate(expected)]
+    outcomes = dict(download_all(requests, quick(compute_hash=None, retries=3)))
+    assert {number for number, outcome in outcomes.items() if isinstance(outcome, Download)} == {0, 1}
+    for number in (2, 3, 4):
+        error = outcomes[number]
+        assert isinstance(error, SampleError)
+        assert (error.status, error.message, error.attempts) == ("failed_to_download", "hash mismatch", 1)
+        assert (error.error_class, error.http_status) == ("hash_mismatch", 200)
+
+
+# Politeness and patience
+
+
+def test_a_host_is_asked_no_faster_than_its_pause(crowd: Callable[..., Crowd]) -> None:
+    server = crowd()
+    began = time.monotonic()
+    urls = [(number, server.url(number)) for number in range(6)]
+    assert all(isinstance(outcome, Download) for _, outcome in download_all(urls, quick(host_pause=0.1, timeout=0.3)))
+    assert time.monotonic() - began >= 0.5
+
+
+def test_a_pause_holds_for_each_host_alone() -> None:
+    async def starts() -> list[float]:
+        turns, moments = Turns(10, 10, 0.0, lambda: False), []
+        turns.slow_down("slow", 30.0)
+        loop = asyncio.get_running_loop()
+        await turns.take("slow")
+        waiting = loop.create_task(turns.take("slow"))
+        for number in range(10):
+            await turns.take(f"host {number % 3}")
+            moments.append(loop.time())
+            turns.release(f"host {number % 3}")
+        assert not waiting.done()
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        turns.release("slow")
+        return moments
+
+    assert len(asyncio.run(starts())) == 10
+
+
+def test_patience_ends(raw: RawServer) -> None:
+    url = raw.add("/a", answer(b"", "500 Internal Server Error"))
+    assert failure(url, retries=100, retry_for=0.2, retry_delay=0.05).attempts < 10
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high"),
+    [
+        ("7", 7, 7),
+        (" 120 ", 120, 120),
+        (email.utils.format_datetime(datetime.datetime(2100, 1, 1, tzinfo=datetime.UTC), usegmt=True), 10**9, 10**10),
+        ("Sun, 06 Nov 1994 08:49:37 GMT", 0, 0),
+        ("Sunday, 06-Nov-94 08:49:37 GMT", 0, 0),
+        ("", 0, 0),
+        ("soon", 0, 0),
+        ("-5", 0, 0),
+        ("1e9", 0, 0),
+        ("\u00b2", 0, 0),
+        ("9" * 5000, 0, 0),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(value: str, low: float, high: float) -> None:
+    assert low <= download._retry_after(value) <= high
+
+
+def test_a_server_that_is_down_for_a_while_loses_nothing(raw: RawServer) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    late = threading.Timer(0.7, lambda: None)
+    server = RawServer.__new__(RawServer)
+
+    def rise() -> None:
+        socketserver.ThreadingTCPServer.__init__(server, ("127.0.0.1", port), RawHandler)
+        server.scripts, server.heads, server.lock, server.connections = {}, [], threading.Lock(), 0
+        for number in range(40):
+            server.add(f"/{number}", answer(BODY + bytes([number])))
+        server.serve_forever(0.02)
+
+    late.function = rise
+    late.start()
+    options = quick(retries=12, retry_delay=0.05, max_retry_delay=0.3)
+    outcomes = dict(download_all([(n, f"http://127.0.0.1:{port}/{n}") for n in range(40)], options))
+    server.shutdown()
+    server.server_close()
+    late.join()
+    assert [getattr(outcomes[n], "body", None) for n in range(40)] == [BODY + bytes([n]) for n in range(40)]
+
+
+def test_every_tenth_request_reset_loses_nothing(raw: RawServer) -> None:
+    count = itertools.count()
+
+    def script(connection: socket.socket, _: int) -> None:
+        if next(count) % 10 == 9:
+            connection.sendall(answer()[:500])
+            time.sleep(0.01)
+            reset(connection)
+        else:
+            connection.sendall(answer())
+
+    urls = [(n, raw.add(f"/{n}", script)) for n in range(60)]
+    outcomes = dict(download_all(urls, quick(retries=5)))
+    assert all(isinstance(outcome, Download) and outcome.body == BODY for outcome in outcomes.values())
+    assert any(outcome.attempts > 1 for outcome in outcomes.values())
+
+
+# More hostility
+
+
+def test_what_comes_after_a_body_does_not_answer_the_next_request(raw: RawServer) -> None:
+    forged = answer(b"forged")
+    first = raw.add("/keep1", answer() + forged)
+    second = raw.add("/keep2", answer(b"honest"))
+    options = quick(thread_count=1)
+    for _ in range(3):
+        outcomes = dict(download_all([(0, first), (1, second), (2, second)], options))
+        assert {getattr(outcomes[n], "body", b"honest") for n in (1, 2)} == {b"honest"}
+
+
+def test_interim_answers_without_end_meet_the_deadline(raw: RawServer) -> None:
+    def script(connection: socket.socket, _: int) -> None:
+        for _ in range(200):
+            connection.sendall(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+            time.sleep(0.01)
+
+    assert failure(raw.add("/a", script), timeout=0.3).error_class in ("timeout", "protocol", "reset")
+
+
+def test_a_flood_of_headers_costs_little(raw: RawServer) -> None:
+    sent = []
+
+    def script(connection: socket.socket, _: int) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\n")
+        for number in range(300_000):
+            line = b"X-%d: %s\r\n" % (number, b"a" * 200)
+            connection.sendall(line)
+            sent.append(len(line))
+
+    assert failure(raw.add("/a", script), timeout=2.0).error_class in ("protocol", "timeout")
+    assert sum(sent) < 40 * 2**20
+
+
+def test_a_redirect_does_not_lead_into_stores_or_files(raw: RawServer, tmp_path: Path) -> None:
+    (tmp_path / "secret.jpg").write_bytes(BODY)
+    for place in (f"file://{tmp_path}/secret.jpg", "memory://bucket/a.jpg", f"{tmp_path}/secret.jpg"):
+        url = raw.add("/a", answer(b"", "302 Found", Location=place))
+        raw.scripts.setdefault(
+            f"{tmp_path}/secret.jpg", lambda connection, _: connection.sendall(answer(b"", "404 No"))
+        )
+        error = failure(url, allow_stores=("memory",), allow_local_root=str(tmp_path))
+        assert error.error_class in ("policy", "http_4xx")
+
+
+class Families(AbstractResolver):
+    """One name with the addresses given, of either family."""
+
+    def __init__(self, *addresses: str) -> None:
+        self.addresses = addresses
+
+    async def resolve(self, host: str, port: int = 0, family: int = socket.AF_UNSPEC) -> list[ResolveResult]:
+        return [
+            ResolveResult(
+                hostname=host,
+                host=address,
+                port=port,
+                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
+                proto=0,
+                flags=0,
+            )
+            for address in self.addresses
+        ]
+
+    async def close(self) -> None:
+        pass
+
+
+def test_a_dead_ipv6_address_gives_way_to_ipv4(raw: RawServer) -> None:
+    url = raw.add("/a", answer()).replace("127.0.0.1", "both.test")
+    assert success(url, Families("::1", "127.0.0.1"), allow_hosts=("both.test",)).body == BODY
+
+
+def test_a_silent_address_does_not_use_up_the_time(raw: RawServer) -> None:
+    # A listener whose queue is full answers no further connection, as a firewall that drops packets.
+    with socket.socket(socket.AF_INET6) as silent, contextlib.ExitStack() as fillers:
+        silent.bind(("::1", raw.port))
+        silent.listen(0)
+        for _ in range(4):
+            filler = fillers.enter_context(socket.socket(socket.AF_INET6))
+            filler.setblocking(False)
+            filler.connect_ex(("::1", raw.port))
+        url = raw.add("/a", answer()).replace("127.0.0.1", "both.test")
+        assert success(url, Families("::1", "127.0.0.1"), allow_hosts=("both.test",), timeout=3.0).body == BODY
