@@ -56,6 +56,20 @@ def test_same_samples_give_same_bytes_whatever_the_order_of_fields() -> None:
     assert packed(SAMPLES) == packed(turned)
 
 
+@pytest.mark.parametrize("count", [0, 1, 7, 40])
+def test_bytes_are_those_of_tarfile(count: int) -> None:
+    keys = ["000000001", "größe/ö" * 3, "a" * 95 + "/" + "b" * 60, "\udcff"]
+    samples = [Sample(f"{keys[one % 4]}{one}", {"jpg": b"x" * (one * 137), "txt": b""}) for one in range(count)]
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in samples:
+            for field, content in sample.fields.items():
+                member = tarfile.TarInfo(f"{sample.key}.{field}")
+                member.size, member.mode, member.uname, member.gname = len(content), 0o444, "clipmill", "clipmill"
+                tar.addfile(member, io.BytesIO(content))
+    assert packed(samples) == file.getvalue()
+
+
 def test_webdataset_reads_what_we_write(tmp_path: Path) -> None:
     path = tmp_path / "00000.tar"
     path.write_bytes(packed(SAMPLES))
