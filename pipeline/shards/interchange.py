@@ -88,6 +88,13 @@ def write_indexes(folder: Folder, snapshot: "Snapshot", manifest: bytes) -> None
         folder.write_atomic(SIZES, sizes)
 
 
+def delete_indexes(folder: Folder, snapshot_id: str) -> None:
+    """Delete the index files of a snapshot; missing ones are fine. ``sizes.json`` beside the tars is the latest's."""
+    place = folder.folder(f"_snapshots/{snapshot_id}")
+    if place.fs.exists(place.path):
+        place.fs.rm(place.path, recursive=True)
+
+
 def shard_sizes(shards: "tuple[Shard, ...]") -> dict[str, int]:
     """open_clip's ``sizes.json``: tar to number of samples in it."""
     return {shard.tar: shard.stored for shard in shards}
