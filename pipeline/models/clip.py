@@ -32,7 +32,8 @@ from torch.nn import functional
 
 from pipeline.config import require
 from pipeline.loaders.images import ImageTransform
-from pipeline.models.method import Gather, Method, alone
+from pipeline.models.losses import contrastive_loss
+from pipeline.models.method import Method
 from pipeline.models.towers import openclip
 
 
@@ -155,21 +156,3 @@ class Clip(Method):
     def measures(self) -> dict[str, float]:
         """The scale that multiplies the cosines."""
         return {"logit_scale": self.logit_scale.exp().item()}
-
-
-def contrastive_loss(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, gather: Gather = alone
-) -> Tensor:
-    """Symmetric cross entropy of local rows against the columns of all ranks; a scalar.
-
-    ``image_features`` and ``text_features`` are L2-normalised float [B, D] of matching pairs, ``logit_scale`` is the
-    positive factor itself. The mean over ranks is the loss of the global batch. Computed in float32 whatever autocast
-    says: the logits reach 100, where bfloat16 has steps of 0.5.
-    """
-    with torch.autocast(image_features.device.type, enabled=False):
-        everything = gather(torch.cat([image_features, text_features], dim=1))  # one collective instead of two
-        all_images, all_texts = everything.chunk(2, dim=1)
-        per_image = (logit_scale * image_features @ all_texts.T).logsumexp(dim=1)
-        per_text = (logit_scale * text_features @ all_images.T).logsumexp(dim=1)
-        matching = logit_scale * (image_features * text_features).sum(dim=1)
-        return ((per_image + per_text) / 2 - matching).mean()

@@ -18,14 +18,7 @@ from pipeline.errors import SettingError
 from pipeline.loaders.batches import ImageReader, Reader, TextReader
 from pipeline.loaders.images import ImageTransform
 from pipeline.loaders.text import Tokenizer
-
-Gather = Callable[[Tensor], Tensor]
-"""float [B, D] of this rank -> float [W * B, D] of all ranks in order, with gradients."""
-
-
-def alone(features: Tensor) -> Tensor:
-    """The gather of a single process."""
-    return features
+from pipeline.models.losses import ALONE, Exchange, Gather, alone
 
 
 class Method(nn.Module, ABC):
@@ -33,7 +26,7 @@ class Method(nn.Module, ABC):
 
     ``model`` is the part that another library can open: it is what ``model.safetensors`` of a checkpoint holds, under
     that library's names. Whatever a method has besides (a projection head for one of its losses) is saved beside it.
-    ``gather`` is set by the loop when several processes share a batch.
+    ``gather`` and ``exchange`` are set by the loop when several processes share a batch.
     """
 
     fields: ClassVar[tuple[str, ...]]
@@ -44,6 +37,7 @@ class Method(nn.Module, ABC):
     tokenizer: Tokenizer
     end_of_text: int | None = None
     gather: Gather = staticmethod(alone)
+    exchange: Exchange = ALONE
 
     def __init__(self, config: Any) -> None:
         """A subclass builds its modules here, with the pretrained weights that ``config`` names."""
@@ -115,7 +109,7 @@ def decays(name: str, parameter: Tensor) -> bool:
 def method_names() -> list[str]:
     """The methods that exist, sorted."""
     modules = (module.name for module in pkgutil.iter_modules(pipeline.models.__path__))
-    return sorted(name for name in modules if name not in ("method", "towers", "configs"))
+    return sorted(name for name in modules if name not in ("method", "losses", "towers", "configs"))
 
 
 def method_class(name: str) -> type[Method]:

@@ -1,10 +1,12 @@
 """Several processes that share a batch; every function also works in a process alone."""
 
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.models.losses import ALONE, Exchange, Visit
 
 Value = TypeVar("Value")
 
@@ -26,6 +28,17 @@ def gather(features: Tensor) -> Tensor:
     mean over ranks and ``DistributedDataParallel`` averages parameters' gradients, that is the exact gradient.
     """
     return cast(Tensor, _Gather.apply(features)) if world() > 1 else features
+
+
+def exchange(kind: Literal["gather", "ring"]) -> Exchange:
+    """How a tiled loss of this rank sees the texts of all: gathered at once, or passed from rank to rank.
+
+    Gathered, a rank holds the features of the whole batch; in a ring only its own and a neighbour's, in as many smaller
+    messages as there are ranks, sent while the tiles of the last ones are computed.
+    """
+    if world() == 1:
+        return ALONE
+    return _Gathered() if kind == "gather" else _Ring()
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
@@ -97,22 +110,78 @@ def average_gradients(module: nn.Module) -> None:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, features: Tensor) -> Tensor:
-        features = features.contiguous()
-        everything = features.new_empty(world() * len(features), *features.shape[1:])
-        distributed.all_gather_into_tensor(everything, features)
-        return everything
+        return _from_all(features)
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> Tensor:
-        everything = gradients[0].contiguous()
-        if everything.is_cuda:
-            mine = everything.new_empty(len(everything) // world(), *everything.shape[1:])
-            distributed.reduce_scatter_tensor(mine, everything)
-            return mine
-        # gloo has no reduce-scatter for all types; the sum of everything is the same for these small tensors.
-        everything = everything.clone()
-        distributed.all_reduce(everything)
-        return everything.chunk(world())[rank()]
+        return _sum_of_mine(gradients[0].contiguous().clone())
+
+
+class _Gathered:
+    """An exchange in which every rank sees all columns at once."""
+
+    def __init__(self) -> None:
+        self.world = world()
+
+    def visit(self, columns: Tensor, carried: Tensor, work: Visit, combine: Literal["sum", "logsumexp"]) -> Tensor:
+        """Gather, work, and combine what all ranks carry."""
+        carried = carried.repeat(self.world, *[1] * (carried.ndim - 1))
+        work(_from_all(columns), carried, rank() * len(columns))
+        if combine == "sum":
+            return _sum_of_mine(carried)
+        largest = carried.clone()
+        distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+        distributed.all_reduce(carried.sub_(largest).exp_())
+        return carried.log_().add_(largest).chunk(self.world)[rank()]
+
+
+class _Ring:
+    """An exchange in which the columns and what they carry go round all ranks and come home."""
+
+    def __init__(self) -> None:
+        self.world = world()
+
+    def visit(self, columns: Tensor, carried: Tensor, work: Visit, combine: Literal["sum", "logsumexp"]) -> Tensor:
+        """Work on one rank's columns while the next ones arrive; what is carried is combined on its way."""
+        columns, carried = columns.contiguous(), carried.contiguous()
+        for hop in range(self.world):
+            last = hop == self.world - 1
+            arriving, underway = (columns, []) if last else self._pass_on(columns, 0)
+            work(columns, carried, None if hop else 0)
+            carried, carrying = self._pass_on(carried, 1) if carried.numel() else (carried, [])
+            for request in (*underway, *carrying):
+                request.wait()
+            columns = arriving
+        return carried
+
+    def _pass_on(self, tensor: Tensor, tag: int) -> tuple[Tensor, list[distributed.Work]]:
+        """Begin to send to the next rank and to receive from the one before."""
+        arriving = torch.empty_like(tensor)
+        following, preceding = (rank() + 1) % self.world, (rank() - 1) % self.world
+        messages = [
+            distributed.P2POp(distributed.isend, tensor, following, tag=tag),
+            distributed.P2POp(distributed.irecv, arriving, preceding, tag=tag),
+        ]
+        return arriving, distributed.batch_isend_irecv(messages)
+
+
+def _from_all(features: Tensor) -> Tensor:
+    """[B, ...] of this rank to [W * B, ...] of all, in the order of ranks."""
+    features = features.contiguous()
+    everything = features.new_empty(world() * len(features), *features.shape[1:])
+    distributed.all_gather_into_tensor(everything, features)
+    return everything
+
+
+def _sum_of_mine(everything: Tensor) -> Tensor:
+    """[W * B, ...] of every rank to the sum over ranks of this rank's [B, ...]; changes ``everything``."""
+    if everything.is_cuda:
+        mine = everything.new_empty(len(everything) // world(), *everything.shape[1:])
+        distributed.reduce_scatter_tensor(mine, everything)
+        return mine
+    # gloo has no reduce-scatter for all types; the sum of everything is the same for these small tensors.
+    distributed.all_reduce(everything)
+    return everything.chunk(world())[rank()]
 
 
 def _together() -> bool:

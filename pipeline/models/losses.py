@@ -1,0 +1,218 @@
+"""Contrastive losses over the pairs of all ranks: softmax (InfoNCE) and sigmoid (SigLIP), in tiles.
+
+With features x_i of pictures and y_j of texts, B pairs on W ranks, a scale t and a bias b, the logits are
+S = t x_i.y_j (+ b), and the losses of the global batch
+
+    softmax:  1/2B sum_i [ log sum_j exp S_ij + log sum_j exp S_ji - 2 S_ii ]      van den Oord et al., arXiv 1807.03748
+    sigmoid:  1/B sum_ij softplus(-z_ij S_ij),  z_ij = 1 where i = j, else -1      Zhai et al., arXiv 2303.15343
+
+The tiled losses never hold more of S than one tile. The forward pass keeps the logarithms of the sums over rows and
+columns; the backward pass computes the tiles again, and their slopes from these. That is four matrix products of the
+size of S in all, where the plain softmax loss has six, and memory linear in B. (Memory: Cheng et al., Inf-CL, arXiv
+2410.17243.)
+
+Each rank owns the rows of its pictures. It needs the texts of all: how they come to it, and how their sums and
+gradients go back, is an :class:`Exchange`: gathered at once, or passed round a ring (arXiv 2303.15343, section 3.3).
+Pictures do not travel.
+
+A rank's value is the mean over its own pairs, so that the mean over ranks is the loss of the global batch. A gradient
+is that of the sum of all ranks' values, as with a gather that has gradients: averaged over ranks, those of all
+parameters (scale and bias too) are exact. All of it is computed in float32 (float64 stays) whatever autocast says,
+since logits reach 100, where bfloat16 has steps of 0.5.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+Gather = Callable[[Tensor], Tensor]
+"""float [B, D] of this rank -> float [W * B, D] of all ranks in order, with gradients."""
+
+Visit = Callable[[Tensor, Tensor, int | None], None]
+"""Called with columns [n, C], what they carry [n, ...], which it changes in place, and where this rank's own begin."""
+
+TILE = 1024
+
+
+class Exchange(Protocol):
+    """How the columns of all ranks meet the rows of this one; no gradients pass through it."""
+
+    world: int
+    """Ranks, each with the same number of columns."""
+
+    def visit(self, columns: Tensor, carried: Tensor, work: Visit, combine: Literal["sum", "logsumexp"]) -> Tensor:
+        """Call ``work`` with the columns of all ranks, in one or more parts; all ranks must call.
+
+        ``columns`` [b, C] are this rank's, ``carried`` [b, ...] the neutral element of ``combine`` for each. Returns
+        what all ranks' ``work`` has made of it for this rank's columns. ``work`` is told where this rank's own columns
+        begin in the part, or ``None`` where they are not in it.
+        """
+
+
+class Alone:
+    """The exchange of a single process."""
+
+    world = 1
+
+    def visit(self, columns: Tensor, carried: Tensor, work: Visit, combine: Literal["sum", "logsumexp"]) -> Tensor:
+        """All columns are here."""
+        work(columns, carried, 0)
+        return carried
+
+
+ALONE = Alone()
+
+
+def alone(features: Tensor) -> Tensor:
+    """The gather of a single process."""
+    return features
+
+
+def contrastive_loss(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, gather: Gather = alone
+) -> Tensor:
+    """The softmax loss at once, for small batches: local rows against the columns of all ranks; a scalar.
+
+    ``image_features`` and ``text_features`` are L2-normalised float [B, D] of matching pairs, ``logit_scale`` is the
+    positive factor itself. Memory grows with the square of the batch.
+    """
+    with torch.autocast(image_features.device.type, enabled=False):
+        everything = gather(torch.cat([image_features, text_features], dim=1))  # one collective instead of two
+        all_images, all_texts = everything.chunk(2, dim=1)
+        per_image = (logit_scale * image_features @ all_texts.T).logsumexp(dim=1)
+        per_text = (logit_scale * text_features @ all_images.T).logsumexp(dim=1)
+        matching = logit_scale * (image_features * text_features).sum(dim=1)
+        return ((per_image + per_text) / 2 - matching).mean()
+
+
+def tiled_contrastive_loss(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, exchange: Exchange = ALONE, tile: int = TILE
+) -> Tensor:
+    """The softmax loss in tiles of ``tile`` x ``tile`` logits; arguments and result as :func:`contrastive_loss`."""
+    image_features, text_features, logit_scale = _at_least_float32(image_features, text_features, logit_scale)
+    return cast(Tensor, _Softmax.apply(image_features, text_features, logit_scale, exchange, tile))
+
+
+def tiled_sigmoid_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    exchange: Exchange = ALONE,
+    tile: int = TILE,
+) -> Tensor:
+    """The sigmoid loss in tiles; ``logit_bias`` is added to the scaled products, the rest as for the softmax."""
+    tensors = _at_least_float32(image_features, text_features, logit_scale, logit_bias)
+    return cast(Tensor, _Sigmoid.apply(*tensors, exchange, tile))
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, images: Tensor, texts: Tensor, scale: Tensor, exchange: Exchange, tile: int) -> Tensor:
+        factor = scale.reshape(())
+        over_texts = images.new_full((len(images),), -torch.inf)
+
+        def add(columns: Tensor, over_images: Tensor, own: int | None) -> None:
+            for rows, part, logits, _ in _tiles(images, columns, factor, own, tile):
+                over_texts[rows] = torch.logaddexp(over_texts[rows], logits.logsumexp(dim=1))
+                over_images[part] = torch.logaddexp(over_images[part], logits.logsumexp(dim=0))
+
+        with torch.autocast(images.device.type, enabled=False):
+            over_images = exchange.visit(texts, torch.full_like(over_texts, -torch.inf), add, "logsumexp")
+            matching = factor * (images * texts).sum(dim=1)
+        context.save_for_backward(images, texts, scale, over_texts, over_images)
+        context.exchange, context.tile = exchange, tile
+        return ((over_texts + over_images) / 2 - matching).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        images, texts, scale, over_texts, over_images = context.saved_tensors
+        factor, share = scale.reshape(()), slope / len(images)
+        to_images = torch.zeros_like(images)
+
+        def add(columns: Tensor, to_texts: Tensor, own: int | None) -> None:
+            features, sums, weights = columns[:, :-2], columns[:, -2], columns[:, -1]
+            for rows, part, logits, diagonal in _tiles(images, features, factor, own, context.tile):
+                by_columns = (logits - sums[part]).exp_().mul_(weights[part])
+                slopes = logits.sub_(over_texts[rows, None]).exp_().mul_(share / 2).add_(by_columns)
+                slopes.diagonal(diagonal).sub_(share)
+                _add_products(slopes, to_images[rows], features[part], to_texts[part], images[rows], factor)
+
+        # A column's weight is its own rank's, so that ranks may weigh their losses differently.
+        weights = (share / 2).expand(len(texts), 1)
+        columns = torch.cat([texts, over_images[:, None], weights], dim=1)
+        with torch.autocast(images.device.type, enabled=False):
+            to_texts = context.exchange.visit(columns, torch.zeros_like(images), add, "sum")
+        to_scale = (to_images * images).sum().reshape(scale.shape)
+        return to_images.mul_(factor), to_texts, to_scale, None, None
+
+
+class _Sigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        context: Any, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, exchange: Exchange, tile: int
+    ) -> Tensor:
+        factor, shift = scale.reshape(()), bias.reshape(())
+        per_image = images.new_zeros(len(images))
+
+        def add(columns: Tensor, _: Tensor, own: int | None) -> None:
+            for rows, _part, logits, diagonal in _tiles(images, columns, factor, own, tile):
+                logits.add_(shift).diagonal(diagonal).neg_()
+                per_image[rows] += functional.softplus(logits).sum(dim=1)
+
+        with torch.autocast(images.device.type, enabled=False):
+            exchange.visit(texts, texts.new_empty(len(texts), 0), add, "sum")
+        context.save_for_backward(images, texts, scale, bias)
+        context.exchange, context.tile = exchange, tile
+        return per_image.mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        images, texts, scale, bias = context.saved_tensors
+        factor, shift, share = scale.reshape(()), bias.reshape(()), slope / len(images)
+        to_images, to_bias = torch.zeros_like(images), torch.zeros_like(share)
+
+        def add(columns: Tensor, to_texts: Tensor, own: int | None) -> None:
+            for rows, part, logits, diagonal in _tiles(images, columns, factor, own, context.tile):
+                logits.add_(shift).diagonal(diagonal).neg_()
+                slopes = logits.sigmoid_().mul_(share)
+                slopes.diagonal(diagonal).neg_()
+                to_bias.add_(slopes.sum())
+                _add_products(slopes, to_images[rows], columns[part], to_texts[part], images[rows], factor)
+
+        with torch.autocast(images.device.type, enabled=False):
+            to_texts = context.exchange.visit(texts, torch.zeros_like(images), add, "sum")
+        to_scale = (to_images * images).sum().reshape(scale.shape)
+        return to_images.mul_(factor), to_texts, to_scale, to_bias.reshape(bias.shape), None, None
+
+
+def _tiles(
+    images: Tensor, columns: Tensor, factor: Tensor, own: int | None, tile: int
+) -> Iterator[tuple[slice, slice, Tensor, int]]:
+    """Rows, columns and logits of every tile, and the number of its diagonal on which pairs match (perhaps outside)."""
+    for row in range(0, len(images), tile):
+        rows = slice(row, row + tile)
+        scaled = images[rows] * factor
+        for column in range(0, len(columns), tile):
+            part = slice(column, column + tile)
+            yield rows, part, scaled @ columns[part].T, (len(columns) if own is None else own + row - column)
+
+
+def _add_products(
+    slopes: Tensor, to_images: Tensor, texts: Tensor, to_texts: Tensor, images: Tensor, factor: Tensor
+) -> None:
+    """Add a tile's part of both gradients, to that of the images without the factor."""
+    to_images.addmm_(slopes, texts)
+    to_texts.addmm_(slopes.T, images * factor)
+
+
+def _at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """``tensors`` in the first one's precision, or in float32 where that is less."""
+    kind = torch.promote_types(tensors[0].dtype, torch.float32)
+    return tuple(tensor.to(kind) for tensor in tensors)
