@@ -4,6 +4,8 @@
     ray job submit --working-dir . -- python jobs/refresh_dataset.py urls --url-list s3://bucket/list.parquet \
         --url-col url --caption-col caption --output-folder s3://bucket/cc3m --image-size 256 --resize-mode border
 
+    python jobs/refresh_dataset.py urls … --parent latest --opt-out s3://bucket/opt-out.txt     # what has changed since
+
 The first word names the source: urls, folder, webdataset, hugging-face, drawn, stamps, or card for a card of
 datasets/. The same command run again goes on where it was stopped; options and layout are img2dataset's where it
 has them.
@@ -18,6 +20,7 @@ import tyro
 
 from pipeline.config import require, run_job, writable_folder
 from pipeline.dataset import load_card
+from pipeline.errors import SettingError
 from pipeline.shards.storage import Folder
 from pipeline.sources import open_source
 from pipeline.sources.drawn.source import Drawn
@@ -30,7 +33,9 @@ from pipeline.sources.webdataset import WebDatasetTars
 from pipeline.stages.images import ImageOptions
 from pipeline.stages.img2dataset_engine import refresh_with_img2dataset
 from pipeline.stages.make_shard import ShardOptions
+from pipeline.stages.progress import Floor
 from pipeline.stages.refresh import Workers, refresh
+from pipeline.stages.renewal import Renewal
 
 AS_IT_IS = ShardOptions(images=ImageOptions(resize_mode="no", skip_reencode=True))
 SMOKE_FOLDER = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/drawn"
@@ -46,6 +51,8 @@ class Refresh:
     """native, or the real img2dataset package (urls only)."""
     options: ShardOptions = field(default_factory=ShardOptions)
     workers: Workers = field(default_factory=Workers)
+    renewal: Renewal = field(default_factory=Renewal)
+    floor: Floor = field(default_factory=Floor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +148,16 @@ def main(run: Refresh) -> None:
     folder = Folder(writable_folder("output_folder", run.output_folder))
     card = load_card(run.card) if isinstance(run, FromCard) else None
     source: Source = open_source(card.source) if card else run.source  # type: ignore[attr-defined]
-    ours = run.engine == "native"
-    require(ours or isinstance(source, UrlTable), "engine", run.engine, "native for any source but urls")
-    (refresh if ours else refresh_with_img2dataset)(
-        source, folder, run.options, run.workers, card.name if card else None
-    )
+    name = card.name if card else None
+    if run.engine == "native":
+        refresh(source, folder, run.options, run.workers, name, renewal=run.renewal, floor=run.floor)
+        return
+    if not isinstance(source, UrlTable):
+        raise SettingError("engine", run.engine, "native for any source but urls")
+    plain = not run.renewal.asked and run.floor == Floor()
+    allowed = "native with --parent, --opt-out, --retry-failed, --purge or --minimum-success"
+    require(plain, "engine", run.engine, allowed)
+    refresh_with_img2dataset(source, folder, run.options, run.workers, name)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import SnapshotError
-from pipeline.shards.interchange import write_indexes
+from pipeline.shards.interchange import delete_indexes, write_indexes
 from pipeline.shards.storage import Folder
 from pipeline.shards.writer import ShardStats
 
@@ -95,7 +95,8 @@ def publish(
 ) -> Snapshot:
     """Make the shards that ``stats`` describe the folder's newest snapshot; the latest one becomes its parent.
 
-    Nothing is written when the latest snapshot already says the same. The index files that other tools read appear
+    Nothing is written when a snapshot already says the same, be it an older one: what was made of it since (a refresh,
+    a filter) stays the newest. The index files that other tools read appear
     with it (see ``interchange.py``).
 
     Raises:
@@ -113,6 +114,9 @@ def publish(
         dropped.update(one.reasons)
     if not shards:
         raise SnapshotError(f"{folder.uri}: no row became a sample; the reasons: {dict(dropped)}")
+    published = _with_digest(folder, _digest(shards))
+    if published is not None:
+        return published
     fields = sorted({name for one in done for name in one.fields})
     return publish_shards(
         folder,
@@ -135,11 +139,16 @@ def publish_shards(
     rows: int,
     dropped: Mapping[str, int],
     changes: Mapping[str, int] | None = None,
+    always: bool = False,
 ) -> Snapshot:
-    """Publish a list of shards, for jobs that add sidecars or hide samples; otherwise as :func:`publish`."""
+    """Publish a list of shards, for jobs that add sidecars or hide samples; otherwise as :func:`publish`.
+
+    Only the latest snapshot counts as saying the same; with ``always`` not even that, for changes without a trace in
+    the shards, such as rows that failed once more.
+    """
     digest = _digest(shards)
     ids = snapshot_ids(folder)
-    if ids and ids[-1].endswith(digest[:DIGEST_LENGTH]):
+    if ids and ids[-1].endswith(digest[:DIGEST_LENGTH]) and not always:
         return read_snapshot(folder.uri)
     number = int(ids[-1].split("-")[0]) + 1 if ids else 0
     snapshot = Snapshot(
@@ -180,6 +189,19 @@ def read_snapshot(uri: str) -> Snapshot:
     if name not in ids:
         raise SnapshotError(f"{place} has no snapshot {name}; it has {', '.join(ids[-5:])}")
     return _read(folder, name)
+
+
+def _with_digest(folder: Folder, digest: str) -> Snapshot | None:
+    ids = [name for name in snapshot_ids(folder) if name.endswith(digest[:DIGEST_LENGTH])]
+    return _read(folder, ids[-1]) if ids else None
+
+
+def delete_snapshot(folder: Folder, name: str) -> None:
+    """Delete the manifest of one snapshot, its commit mark first; a missing one is fine."""
+    manifests = folder.folder(SNAPSHOTS)
+    manifests.delete(f"{name}.json")
+    manifests.delete(f"{name}.shards.parquet")
+    delete_indexes(folder, name)
 
 
 def _digest(shards: tuple[Shard, ...]) -> str:

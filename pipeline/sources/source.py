@@ -50,7 +50,11 @@ class Source(Protocol):
     """Rows of one kind of input. Frozen dataclasses whose fields are the command line's options; they pickle."""
 
     kind: ClassVar[str]
-    has_captions: bool
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether the rows have captions, and the samples a ``txt`` field."""
+        ...
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
         """Cut the input into slices of at most ``rows_per_shard`` rows, always the same way.

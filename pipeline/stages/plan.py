@@ -1,7 +1,8 @@
 """The plan of a data job: one unit of work per shard, with a digest of its input and of the options that shape it.
 
 Plan and row copies lie in ``{folder}/_plan/``. The same input and options give the same plan, so the same command
-finds its own work again after a kill; another plan in the same folder is refused rather than mixed in.
+finds its own work again after a kill; another plan in the same folder is refused rather than mixed in. A refresh has a
+plan of its own, ``{folder}/_plan/{parent}/``, named by the snapshot it starts from: a folder has a chain of plans.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import require
 from pipeline.shards.sample import check_rows_per_shard
+from pipeline.shards.snapshot import snapshot_ids
 from pipeline.shards.storage import Folder
 from pipeline.shards.writer import unit_digest
 from pipeline.sources.source import Slice, Source
@@ -22,6 +24,18 @@ from pipeline.sources.source import Slice, Source
 PLANS = "_plan"
 PLAN_FILE = "plan.parquet"
 PLAN_DIGEST = b"clipmill.plan"
+PLAN_FIRST = b"clipmill.first"
+ROOT = ""
+FIRST = "first"
+_SCHEMA = pa.schema(
+    {
+        "shard_id": pa.int64(),
+        "count": pa.int64(),
+        "digest": pa.string(),
+        "slice_digest": pa.string(),
+        "where": pa.string(),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,31 +68,56 @@ def make_plan(source: Source, folder: Folder, rows_per_shard: int, options: Mapp
     Raises:
         SettingError: the input is missing or empty, or the folder holds the work of another plan.
     """
+    plan = plan_of(source, folder.folder(PLANS), rows_per_shard, options)
+    known = read_plan(folder, ROOT)
+    started = known is not None or folder.folder(f"{PLANS}/{FIRST}").exists(PLAN_FILE) or bool(snapshot_ids(folder))
+    allowed = "an empty folder, or one that the same input and options began (this one holds other work"
+    allowed += "; --parent latest takes over what has changed since its newest snapshot)"
+    same = known.digest == plan.digest if known else not started
+    require(same, "output_folder", folder.uri, allowed)
+    if known is None:
+        write_plan(folder, ROOT, plan)
+    return plan
+
+
+def plan_of(
+    source: Source, scratch: Folder, rows_per_shard: int, options: Mapping[str, object], first: int = 0
+) -> Plan:
+    """The plan of reading ``source`` into shards numbered from ``first``; nothing is written but what it needs."""
     check_rows_per_shard(rows_per_shard)
     shaping = json.dumps({**options, "number_sample_per_shard": rows_per_shard}, sort_keys=True)
-    units = tuple(_units(source.slices(rows_per_shard, folder.folder(PLANS)), shaping))
+    units = tuple(_units(source.slices(rows_per_shard, scratch), shaping, first))
     digest = hashlib.sha256("\n".join(unit.digest for unit in units).encode()).hexdigest()
-    _refuse_other(folder, digest)
-    _write(folder, digest, units)
     return Plan(digest=digest, units=units)
 
 
-def _units(slices: Iterator[Slice], shaping: str) -> Iterator[Unit]:
-    for number, piece in enumerate(slices):
+def _units(slices: Iterator[Slice], shaping: str, first: int) -> Iterator[Unit]:
+    for number, piece in enumerate(slices, first):
         yield Unit(shard_id=number, piece=piece, digest=unit_digest(str(number), piece.digest, shaping))
 
 
-def _refuse_other(folder: Folder, digest: str) -> None:
-    plans = folder.folder(PLANS)
-    if not plans.exists(PLAN_FILE):
-        return
-    metadata = pq.read_schema(BytesIO(plans.read_bytes(PLAN_FILE))).metadata or {}
-    known = metadata.get(PLAN_DIGEST, b"").decode()
-    allowed = "an empty folder, or one that the same input and options began (this one holds other work)"
-    require(known == digest, "output_folder", folder.uri, allowed)
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """A plan that was written down: its digest, the number of its first shard, and the numbers of all."""
+
+    digest: str
+    first: int
+    shards: tuple[int, ...]
 
 
-def _write(folder: Folder, digest: str, units: tuple[Unit, ...]) -> None:
+def read_plan(folder: Folder, name: str) -> Known | None:
+    """The plan called ``name`` (:data:`ROOT`, :data:`FIRST`, or the snapshot whose refresh it is), if there is one."""
+    place = _place(folder, name)
+    if not place.exists(PLAN_FILE):
+        return None
+    table = pq.read_table(BytesIO(place.read_bytes(PLAN_FILE)), columns=["shard_id"])
+    metadata = table.schema.metadata or {}
+    digest, first = metadata.get(PLAN_DIGEST, b"").decode(), int(metadata.get(PLAN_FIRST, b"0"))
+    return Known(digest=digest, first=first, shards=tuple(table["shard_id"].to_numpy().tolist()))
+
+
+def write_plan(folder: Folder, name: str, plan: Plan, first: int = 0) -> None:
+    """Write a plan down."""
     rows = [
         {
             "shard_id": unit.shard_id,
@@ -87,9 +126,13 @@ def _write(folder: Folder, digest: str, units: tuple[Unit, ...]) -> None:
             "slice_digest": unit.piece.digest,
             "where": json.dumps(unit.piece.where),
         }
-        for unit in units
+        for unit in plan.units
     ]
-    table = pa.Table.from_pylist(rows).replace_schema_metadata({PLAN_DIGEST: digest.encode()})
+    metadata = {PLAN_DIGEST: plan.digest.encode(), PLAN_FIRST: str(first).encode()}
     content = BytesIO()
-    pq.write_table(table, content)
-    folder.folder(PLANS).write_atomic(PLAN_FILE, content.getvalue())
+    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA.with_metadata(metadata)), content)
+    _place(folder, name).write_atomic(PLAN_FILE, content.getvalue())
+
+
+def _place(folder: Folder, name: str) -> Folder:
+    return folder.folder(f"{PLANS}/{name}" if name else PLANS)

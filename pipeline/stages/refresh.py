@@ -6,8 +6,6 @@ Ray. A task whose worker dies is run again by Ray; a killed job is run again by 
 
 import dataclasses
 import logging
-import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +20,16 @@ from pipeline.shards.writer import ShardStats
 from pipeline.sources.source import Slice, Source
 from pipeline.stages.make_shard import ShardOptions, make_shard
 from pipeline.stages.plan import Plan, Unit, make_plan
+from pipeline.stages.progress import Floor, Progress
+from pipeline.stages.purge import finish_purge, purge
 from pipeline.stages.ray_session import connect
+from pipeline.stages.renewal import Renewal, prepare, publish_renewal
 
 logger = logging.getLogger(__name__)
 
 DATA_RESOURCE = "data_worker"
-REPORT_SECONDS = 10.0
+FROM_NOTHING = Renewal()
+NO_FLOOR = Floor()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,25 +45,69 @@ class Workers:
 
 
 def refresh(
-    source: Source, folder: Folder, options: ShardOptions, workers: Workers, card: str | None = None
+    source: Source,
+    folder: Folder,
+    options: ShardOptions,
+    workers: Workers,
+    card: str | None = None,
+    *,
+    renewal: Renewal = FROM_NOTHING,
+    floor: Floor = NO_FLOOR,
 ) -> Snapshot:
     """Bring ``source`` into ``folder`` and publish the snapshot; shards that are already whole are kept.
+
+    With a ``renewal`` the folder's newest snapshot is taken over, and only what differs from it is fetched; where
+    nothing differs nothing is written, and that snapshot is given back.
 
     Raises:
         SettingError: the input is missing or empty, or the folder holds other work.
         StorageError: the disk is full or the store refused; the same command goes on from there.
+        DataError: what the folder holds is damaged.
         SnapshotError: no row became a sample.
+        TooManyFailures: fewer rows than ``floor`` wants became samples.
     """
     shaping = shaping_options(options)
+    if finish_purge(folder) or renewal.asked:
+        return _renew(source, folder, options, workers, card, renewal, floor)
     plan = make_plan(source, folder, options.number_sample_per_shard, shaping)
     folder.remove_temporary()
+    stats = _finished_shards(plan, source, folder, options, workers, floor)
+    snapshot = publish(folder, stats, card=card, options={"source": flatten(source), **shaping})
+    logger.info("snapshot %s: %d samples in %d shards", snapshot.uri, snapshot.samples, len(snapshot.shards))
+    return snapshot
+
+
+def _renew(
+    source: Source,
+    folder: Folder,
+    options: ShardOptions,
+    workers: Workers,
+    card: str | None,
+    renewal: Renewal,
+    floor: Floor,
+) -> Snapshot:
+    shaping = shaping_options(options)
+    prepared = prepare(source, folder, options, shaping, renewal)
+    if isinstance(prepared, Snapshot):
+        snapshot = prepared
+    else:
+        folder.remove_temporary()
+        stats = _finished_shards(prepared.plan, prepared.source, folder, options, workers, floor)
+        options_kept = {"source": flatten(source), **shaping}
+        snapshot = publish_renewal(prepared, folder, stats, card, options_kept)
+        logger.info("snapshot %s: %d samples; %s", snapshot.uri, snapshot.samples, dict(snapshot.changes))
+    return purge(folder, snapshot) if renewal.purge else snapshot
+
+
+def _finished_shards(
+    plan: Plan, source: Source, folder: Folder, options: ShardOptions, workers: Workers, floor: Floor
+) -> list[ShardStats]:
     logger.info("%d rows in %d shards -> %s", plan.rows, len(plan.units), folder.uri)
-    progress = _Progress(plan)
+    progress = Progress(plan.rows, floor)
     stats = [progress.seen(one) for one in _made(plan, source, folder, options, workers)]
     folder.remove_temporary()
-    snapshot = publish(folder, stats, card=card, options={"source": flatten(source), **shaping})
-    progress.finish(snapshot)
-    return snapshot
+    progress.finish()
+    return stats
 
 
 def shaping_options(options: ShardOptions) -> dict[str, Any]:
@@ -70,7 +116,7 @@ def shaping_options(options: ShardOptions) -> dict[str, Any]:
 
 
 def _made(plan: Plan, source: Source, folder: Folder, options: ShardOptions, workers: Workers) -> Iterator[ShardStats]:
-    if workers.processes_count == 0:
+    if workers.processes_count == 0 or not plan.units:
         return (make_shard(unit, source, folder, options) for unit in plan.units)
     return _made_by_ray(plan, source, folder, options, workers)
 
@@ -128,46 +174,3 @@ def _own_error(error: BaseException | None) -> ClipmillError | None:
             return cause
         error = error.__cause__ or (cause if isinstance(cause, BaseException) else None)
     return None
-
-
-class _Progress:
-    """One line every few seconds: rows done, rate, share of successes, time left."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._start = self._told = time.monotonic()
-        self._rows = self._successes = self._bytes = self._fresh = 0
-        self._reasons: Counter[str] = Counter()
-        self._wall = time.time()
-
-    def seen(self, stats: ShardStats) -> ShardStats:
-        self._rows += stats.count
-        self._successes += stats.successes
-        self._reasons.update(stats.reasons)
-        if stats.end_time >= self._wall:
-            self._fresh += stats.count
-            self._bytes += stats.bytes
-        if time.monotonic() - self._told > REPORT_SECONDS:
-            self._told = time.monotonic()
-            self._tell()
-        return stats
-
-    def finish(self, snapshot: Snapshot) -> None:
-        self._tell()
-        for reason, count in self._reasons.most_common():
-            logger.info("dropped %d rows: %s", count, reason)
-        logger.info("snapshot %s: %d samples in %d shards", snapshot.uri, snapshot.samples, len(snapshot.shards))
-
-    def _tell(self) -> None:
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        rate = self._fresh / seconds
-        left = (self._plan.rows - self._rows) / rate if rate else 0.0
-        logger.info(
-            "%d of %d rows, %.0f samples/s, %.1f MB/s, %.1f %% good, %.0f s left",
-            self._rows,
-            self._plan.rows,
-            rate,
-            self._bytes / seconds / 1e6,
-            100 * self._successes / max(self._rows, 1),
-            left,
-        )
