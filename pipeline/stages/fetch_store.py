@@ -79,7 +79,7 @@ class Stores:
             handle = _open_below(self._root, path)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise Failure("missing", "no such file") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
             raise Failure("policy", "not a file that may be read") from error
         with os.fdopen(handle, "rb") as file:
             about = os.fstat(handle)
@@ -149,9 +149,10 @@ def _root(folder: str) -> Path:
 
 def _open_below(root: Path, path: str) -> int:
     """A descriptor of the regular file at ``path`` (absolute, or relative to ``root``), which lies below ``root``."""
-    resolved = (root / path).resolve(strict=True)
+    resolved = (root / path).resolve()
     if not resolved.is_relative_to(root):
         raise PermissionError("outside the root")
+    resolved = resolved.resolve(strict=True)
     # Without links and without waiting: a pipe that nobody writes to must not hold us up.
     handle = os.open(resolved, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     opened = os.fstat(handle)
