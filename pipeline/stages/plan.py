@@ -27,15 +27,13 @@ PLAN_DIGEST = b"clipmill.plan"
 PLAN_FIRST = b"clipmill.first"
 ROOT = ""
 FIRST = "first"
-_SCHEMA = pa.schema(
-    {
-        "shard_id": pa.int64(),
-        "count": pa.int64(),
-        "digest": pa.string(),
-        "slice_digest": pa.string(),
-        "where": pa.string(),
-    }
-)
+_TYPES: Mapping[str, pa.DataType] = {
+    "shard_id": pa.int64(),
+    "count": pa.int64(),
+    "digest": pa.string(),
+    "slice_digest": pa.string(),
+    "where": pa.string(),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +126,12 @@ def write_plan(folder: Folder, name: str, plan: Plan, first: int = 0) -> None:
         }
         for unit in plan.units
     ]
-    metadata = {PLAN_DIGEST: plan.digest.encode(), PLAN_FIRST: str(first).encode()}
+    metadata: dict[bytes | str, bytes | str] = {
+        PLAN_DIGEST: plan.digest.encode(),
+        PLAN_FIRST: str(first).encode(),
+    }
     content = BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA.with_metadata(metadata)), content)
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(_TYPES, metadata=metadata)), content)
     _place(folder, name).write_atomic(PLAN_FILE, content.getvalue())
 
 

@@ -76,8 +76,7 @@ def finish_purge(folder: Folder) -> bool:
 
 def _hides(folder: Folder, name: str, shard: Shard | None) -> bool:
     if shard is None:
-        stats = read_stats(folder, name)
-        return stats is not None and stats.successes > 0
+        return _stored(folder, name) > 0
     indices = read_selection(folder, shard)
     return indices is not None and len(np.unique(indices)) < shard.stored
 
@@ -130,8 +129,7 @@ def _publish(folder: Folder, before: Snapshot, names: Mapping[str, str]) -> Snap
 
 
 def _stored(folder: Folder, name: str) -> int:
-    stats = read_stats(folder, name)
-    return stats.successes if stats else 0
+    return read_rows(folder, name)["status"].to_pylist().count("success")
 
 
 def _seen(rewritten: Mapping[str, Shard | None]) -> int:
