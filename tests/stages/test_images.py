@@ -249,6 +249,18 @@ def test_a_scaled_decode_does_not_move_pixels(length: int, wanted: int, factor: 
     assert np.abs(found - expected).mean() < 0.15 * np.abs(np.diff(expected)).mean()
 
 
+@pytest.mark.parametrize("size", [(640, 480), (801, 599), (333, 250), (1000, 300)])
+def test_the_fast_shrink_stays_by_the_area_filter_and_moves_nothing(size: tuple[int, int]) -> None:
+    pixels = photo(*size)
+    for shrink in (1.2, 1.5, 2.5, 3.1, 4.0, 5.0):
+        wanted = round(size[0] / shrink), round(size[1] / shrink)
+        found, expected = images._shrink(pixels, wanted), cv2.resize(pixels, wanted, interpolation=cv2.INTER_AREA)
+        assert found.shape == expected.shape
+        assert psnr(found, expected) >= 36
+        mirrored = images._shrink(np.ascontiguousarray(pixels[::-1, ::-1]), wanted)[::-1, ::-1]
+        assert np.abs(found.astype(int) - mirrored).max() <= 2
+
+
 # Kinds of pictures. Four squares: red, green / blue, half grey
 
 
