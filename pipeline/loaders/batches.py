@@ -10,20 +10,21 @@ import logging
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from pipeline.config import require
 from pipeline.errors import ClipmillError, DataError
 from pipeline.loaders.cache import FileCache
-from pipeline.loaders.images import ImageTransform, crop_words, decode
+from pipeline.loaders.images import ImageTransform, crop_words
 from pipeline.loaders.order import Order
 from pipeline.loaders.samples import Samples, UnreadableSample, check_fields
-from pipeline.loaders.text import Tokenizer, caption_field, cut_text, read_caption
+from pipeline.loaders.text import Tokenizer, caption_field, cut_text, faster, read_caption
 from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Snapshot
 
@@ -66,11 +67,12 @@ class ImageReader:
         content = sample.image()
         if content is None:
             raise UnreadableSample(f"{sample.key} has no picture")
-        return self.transform(decode(content), crop_words(self.seed, *place) if self.transform.random else None)
+        return self.transform.read(content, crop_words(self.seed, *place) if self.transform.random else None)
 
     def collate(self, values: list[Tensor]) -> Tensor:
-        """uint8 [B, 3, H, W]."""
-        return torch.stack(values)
+        """uint8 [B, 3, H, W], in a loader's process in memory that it shares with the training process."""
+        stacked: Tensor = default_collate(values)
+        return stacked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,11 @@ class TextReader:
 
     def collate(self, values: list[str]) -> Tensor:
         """int64 [B, L]."""
-        return cut_text(self.tokenizer(values), self.end_of_text)
+        return cut_text(self._faster(values), self.end_of_text)
+
+    @cached_property
+    def _faster(self) -> Tokenizer:
+        return faster(self.tokenizer)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,11 @@
 A picture stays uint8 until it is on the training device, where the model normalises it: a quarter of the bytes
 through shared memory and over PCIe. The resize is antialiased bicubic, as Pillow's and open_clip's, to within one
 level; it runs on torch's vectorised uint8 kernel, five times faster than Pillow's.
+
+For training, a JPEG of which a box much larger than the result is asked for is decoded at a half, a quarter or an
+eighth of its size, which libjpeg does in the frequency domain. What remains is at least 1.25 times the result; the
+box lies on the pixels of the smaller picture, so nothing is shifted. Measured in tests/loaders/test_images.py: 38 dB
+or more on average against Pillow's bicubic of the same box of the whole picture. Evaluation decodes whole pictures.
 """
 
 import math
@@ -29,6 +34,8 @@ Box = tuple[int, int, int, int]
 CROPS = 3  # purpose of random words, see order.py
 MAX_PIXELS = 64_000_000  # a shard's pictures are small; more is an attack or a mistake
 ATTEMPTS = 10
+SHRINKS = (8, 4, 2)  # 1 / what libjpeg decodes to with vector instructions; 3/8, 5/8 and so on are slower than 1
+MARGIN = 1.25  # of a picture decoded smaller over the result; with less, sharp photographs fall to 36 dB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +79,43 @@ class ImageTransform:
             tensor = self._centre(pixels)
         else:
             assert words is not None, "a random crop needs random words"
-            top, left, height, width = self._box(pixels.shape[0], pixels.shape[1], _uniforms(words[1:]))
-            tensor = resize(pixels[top : top + height, left : left + width], self.size, self.interpolation)
+            tensor = self._cut(pixels, self.box(pixels.shape[0], pixels.shape[1], words))
+        return self._flipped(tensor, words)
+
+    def read(self, content: bytes, words: NDArray[np.uint64] | None = None) -> Tensor:
+        """The encoded picture ``content`` to uint8 [3, height, width]: as decoding and calling, or faster.
+
+        Raises:
+            UnreadableSample: as :func:`decode`.
+        """
+        size = None if self.crop == "centre" or words is None else _jpeg_size(content)
+        if size is not None and words is not None:
+            box, shrink = self._place(*size, words)
+            pixels = _decode_smaller(content, size, shrink) if shrink > 1 else None
+            if pixels is not None:
+                top, left, height, width = (length // shrink for length in box)
+                return self._flipped(self._cut(pixels, (top, left, height, width)), words)
+        return self(decode(content), words)
+
+    def box(self, height: int, width: int, words: NDArray[np.uint64]) -> Box:
+        """(top, left, height, width) of the part of a picture that a random crop shows."""
+        return self._place(height, width, words)[0]
+
+    def _place(self, height: int, width: int, words: NDArray[np.uint64]) -> tuple[Box, int]:
+        """The box, and how many times smaller the picture may be decoded: its edges are multiples of that."""
+        top, left, box_height, box_width = self._box(height, width, _uniforms(words[1:]))
+        ratio = min(box_height / self.size[0], box_width / self.size[1]) / MARGIN
+        shrink = next((shrink for shrink in SHRINKS if ratio >= shrink), 1)
+        snapped = tuple(length - length % shrink for length in (top, left, box_height, box_width))
+        return (snapped[0], snapped[1], snapped[2], snapped[3]), shrink
+
+    def _cut(self, pixels: Pixels, box: Box) -> Tensor:
+        top, left, height, width = box
+        return resize(pixels[top : top + height, left : left + width], self.size, self.interpolation)
+
+    def _flipped(self, tensor: Tensor, words: NDArray[np.uint64] | None) -> Tensor:
         if self.flip and words is not None and _uniforms(words[:1])[0] < self.flip:
-            tensor = tensor.flip(-1)
+            return tensor.flip(-1)
         return tensor
 
     def _box(self, height: int, width: int, uniform: list[float]) -> Box:
@@ -129,7 +169,7 @@ def random_resized_box(
 
 def resize(pixels: Pixels, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
     """uint8 [H, W, 3] to uint8 [3, height, width], antialiased."""
-    tensor = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
     if tuple(tensor.shape[1:]) == size:
         return tensor.contiguous()
     return functional.interpolate(tensor[None], size=size, mode=interpolation, antialias=True)[0].contiguous()
@@ -150,6 +190,27 @@ def decode(content: bytes) -> Pixels:
         except ValueError:
             pass  # CMYK, or damage that Pillow judges
     return _decode_with_pillow(content)
+
+
+def _jpeg_size(content: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG that may be decoded smaller; ``None`` for what :func:`decode` has to judge."""
+    if content[:2] != b"\xff\xd8":
+        return None
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(content)
+    except ValueError:
+        return None
+    return (height, width) if height * width <= MAX_PIXELS else None
+
+
+def _decode_smaller(content: bytes, size: tuple[int, int], shrink: int) -> Pixels | None:
+    """The JPEG at 1 / ``shrink`` of its size, rounded up; ``None`` where the decoder cannot."""
+    height, width = (-(-length // shrink) for length in size)
+    try:
+        pixels: Pixels = simplejpeg.decode_jpeg(content, min_height=height, min_width=width)
+    except ValueError:
+        return None
+    return pixels if pixels.shape[:2] == (height, width) else None
 
 
 def _decode_with_pillow(content: bytes) -> Pixels:

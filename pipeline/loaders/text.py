@@ -1,8 +1,11 @@
 """Captions to tokens."""
 
+import copy
 import json
-from typing import Protocol
+import re
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,11 +13,72 @@ from pipeline.errors import SettingError
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.shards.sample import Sample
 
+REMEMBERED_WORDS = 100_000
+LONGEST_REMEMBERED = 64  # characters: what is longer is an address or an attack, and comes once
+# Nothing in such a text is for ftfy or html to mend: printable ASCII without "&", and ordinary white space.
+CLEAN = re.compile(r"[ !-%'-~\t\n]*")
+
 
 class Tokenizer(Protocol):
     """What open_clip's tokenizers are: texts to int64 [B, L], each row padded to the tower's context length."""
 
     def __call__(self, texts: list[str]) -> Tensor: ...
+
+
+def faster(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer that gives the same tokens in less time, where one is known; else ``tokenizer`` itself."""
+    kind = type(tokenizer)
+    if (kind.__module__, kind.__name__) != ("open_clip.tokenizer", "SimpleTokenizer"):
+        return tokenizer
+    # Other clean-ups and other ways to shorten a text than cutting it stay with open_clip.
+    known: Any = tokenizer
+    plain = known.clean_fn.__name__ == "_clean_lower" and known.reduction_fn is None
+    return WordTokenizer(known) if plain and (known.context_length or 0) >= 2 else tokenizer
+
+
+class WordTokenizer:
+    """open_clip's byte-pair tokenizer with a memory for words and a short cut for plain ASCII.
+
+    Its pattern never matches across white space, so that a text's tokens are its words' tokens in a row. ``tokenizer``
+    is not changed.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = copy.copy(tokenizer)
+        self._special = {text: text for text in map(tokenizer.decoder.get, tokenizer.all_special_ids)}
+        self._words: dict[str, list[int]] = {}
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """int64 [B, context length]."""
+        known = self._tokenizer
+        tokens = np.zeros((len(texts), known.context_length), np.int64)
+        for row, text in zip(tokens, texts, strict=True):
+            found = self._encode(text, known.context_length - 2)
+            row[: len(found) + 2] = [known.sot_token_id, *found, known.eot_token_id]
+        return torch.from_numpy(tokens)
+
+    def _encode(self, text: str, limit: int) -> list[int]:
+        clean = " ".join(text.split()).lower() if CLEAN.fullmatch(text) else self._tokenizer.clean_fn(text)
+        found: list[int] = []
+        for word in clean.split(" "):
+            tokens = self._words.get(word)
+            found.extend(self._learn(word) if tokens is None else tokens)
+            if len(found) >= limit:
+                break
+        return found[:limit]
+
+    def _learn(self, word: str) -> list[int]:
+        known = self._tokenizer
+        known.cache = dict(self._special)  # where open_clip would keep every part of a word that it ever met
+        tokens: list[int] = []
+        for part in known.pat.findall(word):
+            letters = "".join(known.byte_encoder[byte] for byte in part.encode("utf-8"))
+            tokens.extend(known.encoder[piece] for piece in known.bpe(letters).split(" "))
+        if len(self._words) >= REMEMBERED_WORDS:
+            self._words.clear()
+        if len(word) <= LONGEST_REMEMBERED:
+            self._words[word] = tokens
+        return tokens
 
 
 def caption_field(caption: str) -> str:

@@ -2,12 +2,14 @@
 
 from io import BytesIO
 
+import cv2
 import numpy as np
 import open_clip
 import pytest
 import simplejpeg
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 from torchvision.transforms import RandomResizedCrop
 
 from pipeline.errors import SettingError
@@ -61,11 +63,77 @@ def test_training_resize_is_pillows_bicubic_of_the_same_box() -> None:
     transform = ImageTransform(size=(64, 64), crop="resized", scale=(0.2, 1.0))
     for number, (height, width) in enumerate(SIZES):
         pixels, words = photo(height, width), crop_words(5, 1, number)
-        uniform = ((words[1:] >> np.uint64(11)) * 2.0**-53).tolist()
-        top, left, box_height, box_width = random_resized_box(height, width, (0.2, 1.0), (3 / 4, 4 / 3), uniform)
+        top, left, box_height, box_width = transform.box(height, width, words)
         box = Image.fromarray(pixels).crop((left, top, left + box_width, top + box_height))
         expected = np.asarray(box.resize((64, 64), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
         assert signal_to_noise(transform(pixels, words).numpy(), expected) > 45
+
+
+def test_boxes_are_the_random_ones_on_the_grid_of_the_smaller_picture() -> None:
+    transform = ImageTransform(size=(64, 64), crop="resized", scale=(0.2, 1.0))
+    met = set()
+    for number in range(300):
+        side, words = 80 + 5 * number, crop_words(0, 0, number)
+        uniform = ((words[1:] >> np.uint64(11)) * 2.0**-53).tolist()
+        exact = random_resized_box(side, side + 30, (0.2, 1.0), (3 / 4, 4 / 3), uniform)
+        ratio = min(exact[2], exact[3]) / 64
+        grid = next((grid for grid in (8, 4, 2) if ratio >= 1.25 * grid), 1)
+        assert transform.box(side, side + 30, words) == tuple(length // grid * grid for length in exact)
+        met.add(grid)
+    assert met == {1, 2, 4, 8}
+
+
+@pytest.mark.parametrize("subsampling", ["420", "444"])
+def test_pictures_decoded_smaller_are_near_pillows_bicubic_of_the_same_box(subsampling: str) -> None:
+    """Real photographs, from the JPEG's bytes; the boxes' sides are 2.5 times the result's and more."""
+    for scale, limits in [((0.9, 1.0), (38, 34)), ((0.4, 1.0), (38, 34))]:
+        transform = ImageTransform(size=(150, 150), crop="resized", scale=scale, flip=0.5)
+        found = []
+        for number in range(30):
+            for picture in load_sample_images().images:
+                content = simplejpeg.encode_jpeg(picture, quality=95, colorsubsampling=subsampling)
+                words = crop_words(number, 0, 0)
+                top, left, height, width = box = transform.box(*picture.shape[:2], words)
+                if min(height, width) < 2.5 * 150:
+                    continue
+                assert [length % 2 for length in box] == [0, 0, 0, 0]
+                whole = Image.open(BytesIO(content)).crop((left, top, left + width, top + height))
+                expected = np.asarray(whole.resize((150, 150), Image.Resampling.BICUBIC))
+                if words[0] < 2**63:
+                    expected = expected[:, ::-1]
+                found.append(signal_to_noise(transform.read(content, words).numpy().transpose(1, 2, 0), expected))
+        assert len(found) > 5
+        assert np.mean(found) > limits[0] and min(found) > limits[1], (np.mean(found), min(found))
+
+
+@pytest.mark.parametrize("shrink", [2, 4, 8])
+def test_all_reductions_are_in_place(shrink: int) -> None:
+    """A smooth picture with odd sides: a shift of a pixel would cost 15 dB."""
+    smooth = cv2.GaussianBlur(photo(100, 140), (0, 0), 3)
+    large = cv2.resize(smooth, (1403, 1001), interpolation=cv2.INTER_CUBIC)
+    size = (round(1001 / shrink / 1.4), round(1403 / shrink / 1.4))
+    transform = ImageTransform(size=size, crop="resized", scale=(0.9, 1.0), ratio=(1.3, 1.5))
+    for number in range(8):
+        words, content = crop_words(0, 1, number), simplejpeg.encode_jpeg(large, quality=98)
+        top, left, height, width = box = transform.box(1001, 1403, words)
+        assert not any(length % shrink for length in box)
+        whole = Image.open(BytesIO(content)).crop((left, top, left + width, top + height))
+        expected = np.asarray(whole.resize(size[::-1], Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        assert signal_to_noise(transform.read(content, words).numpy(), expected) > 45
+
+
+def test_reading_is_decoding_and_transforming_wherever_nothing_is_gained() -> None:
+    pixels, words = photo(300, 400), crop_words(0, 0, 0)
+    small = ImageTransform(size=(40, 40), crop="resized")
+    for content, transform in [
+        (simplejpeg.encode_jpeg(pixels), ImageTransform(size=(200, 200), crop="resized", flip=0.5)),
+        (simplejpeg.encode_jpeg(pixels), ImageTransform(size=(40, 40))),
+        (encoded(Image.fromarray(pixels), "PNG"), small),
+    ]:
+        assert torch.equal(transform.read(content, words), transform(decode(content), words))
+    for broken in (b"", b"\xff\xd8", simplejpeg.encode_jpeg(pixels)[:2000]):
+        with pytest.raises(UnreadableSample):
+            small.read(broken, words)
 
 
 def test_random_boxes_are_distributed_as_torchvisions() -> None:
