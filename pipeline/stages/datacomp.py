@@ -6,6 +6,7 @@ billion uids costs no memory. Writing goes by ranges of uids, each small enough 
 """
 
 import functools
+import hashlib
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,13 @@ class UidList(Filter):
             ordered = (high[1:] > high[:-1]) | ((high[1:] == high[:-1]) & (low[1:] >= low[:-1]))
             require(bool(ordered.all()), "uids", self.uids, "a list that is sorted")
             before = block[-1:]
+
+    def input_digest(self) -> str:
+        """Of the uids."""
+        listed, digest = read_uids(self.uids), hashlib.sha256()
+        for start in range(0, len(listed), CHECKED_ROWS):
+            digest.update(listed[start : start + CHECKED_ROWS].tobytes())
+        return digest.hexdigest()
 
     def judge(self, view: ShardView, step: Step) -> Verdict:
         """Count each sample's uid in the list."""

@@ -39,6 +39,7 @@ class MetaClip(Filter):
     """Balance captions over entries: ``no_entry`` without any, ``balanced`` where all its entries are too frequent."""
 
     name: ClassVar[str] = "metaclip"
+    scratch: ClassVar[tuple[str, ...]] = ("matches", "counts")
     entries: str = ""
     """The list: a JSON list of strings, or a text file with one entry a line; local or any fsspec URI."""
     entry_limit: int = 20_000
@@ -49,6 +50,10 @@ class MetaClip(Filter):
         """A list that can be read, a limit."""
         require(self.entry_limit >= 1, "entry_limit", self.entry_limit, "1 or more")
         read_entries(self.entries)
+
+    def input_digest(self) -> str:
+        """Of the entries."""
+        return hashlib.sha256("\n".join(read_entries(self.entries)).encode("utf-8", "surrogatepass")).hexdigest()
 
     def prepare(self, step: Step) -> None:
         """Matches by shard, counts by groups of shards, counts of all."""

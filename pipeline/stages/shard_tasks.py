@@ -4,13 +4,16 @@ The function takes the number of its unit, writes its own files and gives back a
 Ray. It has to find its work already done where an earlier run did it. Used by the stages that read snapshots.
 """
 
+import base64
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
+from pipeline.errors import ClipmillError
 from pipeline.stages.ray_session import connect
-from pipeline.stages.refresh import Workers, _data_resource, _own_error
+from pipeline.stages.refresh import Workers, _data_resource
 
 
 def run_tasks(task: Callable[[int], str], count: int, workers: Workers) -> Iterator[tuple[int, str]]:
@@ -29,6 +32,7 @@ def _run_by_ray(task: Callable[[int], str], count: int, workers: Workers) -> Ite
     import ray
 
     connect(workers.processes_count)
+    processes = workers.processes_count and min(workers.processes_count, count)
     # One block per unit: Ray Data then retries, places and counts work by the unit.
     dataset = ray.data.from_items([{"number": number} for number in range(count)], override_num_blocks=count)
     results = dataset.map_batches(
@@ -36,23 +40,32 @@ def _run_by_ray(task: Callable[[int], str], count: int, workers: Workers) -> Ite
         batch_size=1,
         batch_format="numpy",
         num_cpus=1,
-        compute=ray.data.TaskPoolStrategy(size=workers.processes_count),
+        compute=ray.data.TaskPoolStrategy(size=processes),
         resources=_data_resource(dict(ray.cluster_resources())),
     )
-    try:
-        for batch in results.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-            yield from zip(map(int, batch["number"]), map(str, batch["text"]), strict=True)
-    except Exception as error:
-        # Ray wraps what a task raised, sometimes twice; the user is to see our sentence.
-        raise _own_error(error) or error from error
+    for batch in results.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+        for number, text, error in zip(batch["number"], batch["text"], batch["error"], strict=True):
+            if error:
+                raise pickle.loads(base64.b64decode(error))
+            yield int(number), str(text)
 
 
 class _Run:
-    """The function of the Ray Data tasks: a batch of numbers to a batch of texts."""
+    """The function of the Ray Data tasks: a batch of numbers to a batch of texts.
+
+    Our own errors travel beside the texts: Ray wraps what a task raises, and may lose the original on the way.
+    """
 
     def __init__(self, task: Callable[[int], str]) -> None:
         self._task = task
 
     def __call__(self, batch: Any) -> Any:
-        texts = [self._task(int(number)) for number in batch["number"]]
-        return {"number": batch["number"], "text": np.array(texts, dtype=object)}
+        results = [self._try(int(number)) for number in batch["number"]]
+        texts, errors = (np.array(part, dtype=object) for part in zip(*results, strict=True))
+        return {"number": batch["number"], "text": texts, "error": errors}
+
+    def _try(self, number: int) -> tuple[str, str]:
+        try:
+            return self._task(number), ""
+        except ClipmillError as error:
+            return "", base64.b64encode(pickle.dumps(error)).decode()

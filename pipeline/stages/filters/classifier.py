@@ -34,14 +34,14 @@ class Classifier(Filter):
     classifier: str = ""
     """``package.module:function``."""
     classifier_input: Literal["embeddings", "pictures"] = "embeddings"
-    min_classifier_score: float = -float("inf")
-    max_classifier_score: float = float("inf")
+    min_classifier_score: float | None = None
+    max_classifier_score: float | None = None
 
     def check(self) -> None:
         """A function that can be imported, and a bound."""
         load_function(self.classifier)
-        bounded = np.isfinite([self.min_classifier_score, self.max_classifier_score]).any()
-        require(bool(bounded), "min_classifier_score", self.min_classifier_score, "a bound here or as the maximum")
+        least, most = self.min_classifier_score, self.max_classifier_score
+        require(least is not None or most is not None, "min_classifier_score", least, "a bound here or as the maximum")
 
     def judge(self, view: ShardView, step: Step) -> Verdict:
         """Scores of the samples that have what the classifier reads."""
@@ -51,7 +51,12 @@ class Classifier(Filter):
             missing[rows] = ~there
             if there.any():
                 scores[rows[there]] = self._scores(batch, int(there.sum()))
-        outside = ~((scores >= self.min_classifier_score) & (scores <= self.max_classifier_score))
+        # Scores that are NaN lie outside of any bound.
+        outside = np.isnan(scores)
+        if self.min_classifier_score is not None:
+            outside |= scores < self.min_classifier_score
+        if self.max_classifier_score is not None:
+            outside |= scores > self.max_classifier_score
         lacks = "no_picture" if self.classifier_input == "pictures" else "no_embedding"
         return Verdict({lacks: missing, "classifier": outside})
 

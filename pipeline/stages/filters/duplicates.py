@@ -25,6 +25,7 @@ class ExactDuplicates(Filter):
     """Drop pictures that came before: ``duplicate``."""
 
     name: ClassVar[str] = "exact_duplicates"
+    scratch: ClassVar[tuple[str, ...]] = ("digests",)
 
     def prepare(self, step: Step) -> None:
         """Digests by shard, then duplicates by part."""

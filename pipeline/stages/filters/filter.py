@@ -84,6 +84,12 @@ class Filter:
     """The base of filters: no look at all shards, every sample stays."""
 
     name: ClassVar[str]
+    scratch: ClassVar[tuple[str, ...]] = ()
+    """Tables of ``prepare`` that nobody needs when the run is over."""
+
+    def input_digest(self) -> str:
+        """SHA-256 hex of what else decides, beside the options and the snapshot: a list's content."""
+        return ""
 
     def check(self) -> None:
         """Raise :class:`SettingError` for options that cannot work, before anything is read."""

@@ -40,6 +40,7 @@ class PerceptualDuplicates(Filter):
     """Drop pictures that look like an earlier one: ``near_duplicate``. Those that cannot be decoded stay."""
 
     name: ClassVar[str] = "near_duplicates"
+    scratch: ClassVar[tuple[str, ...]] = ("hashes", "distinct", "pairs")
     max_hamming: int = 4
 
     def check(self) -> None:

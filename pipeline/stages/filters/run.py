@@ -7,6 +7,7 @@ visible sample of the parent's shard of that number: ``key``, ``reason`` ("" = k
 kill.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -97,6 +98,7 @@ def filter_snapshot(
         dropped=dict(Counter(parent.dropped) + Counter(dropped)),
         changes={name: seen[name] for name in ("kept", "removed", "added") if seen[name]},
     )
+    _clear(work, filters)
     return Outcome(snapshot=snapshot, parent=parent, dropped=dropped, names=tuple(one.name for one in filters))
 
 
@@ -114,6 +116,18 @@ def read_reasons(snapshot: Snapshot) -> Iterator[tuple[str, pa.Table]]:
         yield shard.name, read_table(work.folder(REASONS), table_file(number))
 
 
+def read_duplicates(snapshot: Snapshot) -> Iterator[tuple[str, pa.Table]]:
+    """Tables of the duplicates that the run behind ``snapshot`` found, each with the name of its filter.
+
+    Columns: shard, index, kept_shard, kept_index; numbers of the parent's shards and places among their visible
+    samples.
+    """
+    place = snapshot.options.get("filters_folder")
+    for name in [one["name"] for one in snapshot.options.get("filters", ())]:
+        folder = Folder(f"{place}/{name}/duplicates")
+        yield from ((name, read_table(folder, file)) for file in folder.names(".parquet"))
+
+
 def _check(filters: Sequence[Filter]) -> None:
     names = [one.name for one in filters]
     require(bool(names), "steps", names, "one filter or more")
@@ -123,7 +137,7 @@ def _check(filters: Sequence[Filter]) -> None:
 
 
 def _options(filters: Sequence[Filter]) -> list[dict[str, Any]]:
-    return [{"name": one.name, **flatten(one)} for one in filters]
+    return [{"name": one.name, **flatten(one), "input_digest": one.input_digest()} for one in filters]
 
 
 def _identity(parent: Snapshot, options: Sequence[Mapping[str, Any]]) -> str:
@@ -149,7 +163,7 @@ def _judge_all(parent: Snapshot, folder: Folder, work: Folder, filters: Sequence
     for number, group in enumerate(groups):
         names = "-".join(one.name for one in group)
         last = number == len(groups) - 1
-        place = work.folder(f"{number:02d}-{group[0].name}")
+        place = work.folder(group[0].name)
         step = Step(folder, parent.shards, place, before, workers)
         logger.info("filters %s over %d shards", names.replace("-", ", "), len(parent.shards))
         group[0].prepare(step)
@@ -160,6 +174,14 @@ def _judge_all(parent: Snapshot, folder: Folder, work: Folder, filters: Sequence
         before = target
     assert before is not None
     return before
+
+
+def _clear(work: Folder, filters: Sequence[Filter]) -> None:
+    """Delete the tables that were only on the way, which can be as large as the sidecars they come from."""
+    for one in filters:
+        for name in one.scratch:
+            with contextlib.suppress(FileNotFoundError):
+                work.fs.rm(work.folder(one.name).folder(name).path, recursive=True)
 
 
 def _passes(filters: Sequence[Filter]) -> Iterator[list[Filter]]:

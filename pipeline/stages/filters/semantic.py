@@ -7,7 +7,8 @@ the one less typical of its cluster stays. (Ties: the first in the snapshot's or
 
 The paper makes 50,000 clusters of LAION-440M, which is one for 8,800 samples, the default here; it tunes epsilon to the
 share that is to be kept, so the default is only a start. Centroids are learnt from at most ``kmeans_samples``
-embeddings. Rows travel between shards and clusters through files that hold the embeddings once more (float16).
+embeddings. Rows travel between shards and clusters through files that hold the embeddings once more (float16)
+until the run is over.
 """
 
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class SemanticDuplicates(Filter):
     """Drop pictures that show what another one shows: ``semantic_duplicate``; ``no_embedding`` where there is none."""
 
     name: ClassVar[str] = "semantic_duplicates"
+    scratch: ClassVar[tuple[str, ...]] = ("assigned",)
     epsilon: float = 0.05
     clusters: int | None = None
     """Number of k-means clusters; one for 8,800 samples by default."""

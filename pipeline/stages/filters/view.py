@@ -217,9 +217,12 @@ def _size(image: bytes) -> tuple[int, int]:
 def _vectors(column: Any, rows: Any) -> tuple[Floats, Mask]:
     """The lists of ``column`` at ``rows`` (null: none) as float32 [n, D], and which of them are there."""
     taken = column.combine_chunks().take(rows)
-    present: Mask = pc.is_valid(taken).to_numpy(zero_copy_only=False)
+    present: Mask = pc.is_valid(taken).to_numpy(zero_copy_only=False).copy()
     flat = taken.drop_null().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     dimension = len(flat) // max(int(present.sum()), 1)
     vectors = np.zeros((len(taken), dimension), np.float32)
     vectors[present] = flat.reshape(-1, dimension) if dimension else 0
+    # The embedding job marks what it could not embed by NaN.
+    present &= ~np.isnan(vectors).any(axis=1)
+    vectors[~present] = 0
     return vectors, present

@@ -154,7 +154,7 @@ def test_semantic_duplicates_follow_the_papers_algorithm(make_data: Any):
     vectors = rows[present].astype(np.float32)
     found = reasons(snapshot, SemanticDuplicates(epsilon=0.1, clusters=1))
     # With one cluster the algorithm can be written down in a few lines.
-    (centroid,) = Path(snapshot.folder).glob("_filters/*/*/centroids/*.parquet")
+    (centroid,) = Path(snapshot.folder).glob("_filters/*/semantic_duplicates/centroids/*.parquet")
     centre = np.array(pq.read_table(centroid)["centroid"].to_pylist()[0], np.float32)
     assert centre @ vectors.mean(0) > 0.99 * np.linalg.norm(vectors.mean(0))
     order = np.lexsort((present, vectors @ centre))
@@ -177,6 +177,13 @@ def test_semantic_duplicates_are_found_within_clusters(make_data: Any, monkeypat
 def test_a_missing_sidecar_names_the_job(make_data: Any):
     with pytest.raises(SidecarError, match="make it with jobs/embed_dataset.py"):
         filter_snapshot(make_data(["a"]), [ClipScore()], HERE)
+
+
+def test_embeddings_that_are_nan_are_none(make_data: Any):
+    snapshot, rows = make_data(["a"] * 3), np.eye(3)
+    rows[1] = np.nan
+    make_data.add_embeddings(snapshot, rows, rows)
+    assert reasons(snapshot, ClipScore()) == ["", "clip_score.no_score", ""]
 
 
 def scored(make_data: Any, scores: list[float]) -> Snapshot:

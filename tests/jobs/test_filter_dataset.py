@@ -1,0 +1,84 @@
+"""The filter job as its users start it."""
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.config import from_json, to_json
+from pipeline.shards.snapshot import Snapshot, read_snapshot
+from pipeline.stages.datacomp import UID
+
+ROOT = Path(__file__).resolve().parents[2]
+JOB = ROOT / "jobs" / "filter_dataset.py"
+
+
+def run(*arguments: str) -> None:
+    """The job in this process: the same code as the command, without its start-up."""
+    before, sys.argv = sys.argv, [str(JOB), *arguments]
+    try:
+        runpy.run_path(str(JOB), run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+def test_smoke_ends_with_the_funnel(capsys):
+    run("smoke")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[0] == "parent" and lines[1].split()[-3:] == ["64", "100.0", "%"]
+    assert "near_duplicates" in lines[-2] and "samples" in lines[-1]
+
+
+def test_several_filters_in_the_order_given(make_snapshot: Callable[..., Snapshot], tmp_path, capsys):
+    parent = make_snapshot(sizes=(7, 5, 8), folder=tmp_path / "data")
+    (tmp_path / "entries.txt").write_text("very\nyellow\n")
+    steps = ("custom", "--steps", "metaclip", "size", "length", "--entries", str(tmp_path / "entries.txt"))
+    options = ("--min-side", "72", "--min-words", "6", "--processes-count", "0", "--captions-sidecar")
+    run(*steps, *options, "--data", parent.folder)
+    snapshot = read_snapshot(parent.folder)
+    # Caption n is "a very … very COLOUR picture number n" with n % 5 times "very"; every fourth is yellow.
+    named = [number for number in range(20) if number % 5 or number % 4 == 3]
+    assert snapshot.dropped["metaclip.no_entry"] == 20 - len(named)
+    assert snapshot.samples == sum(number % 5 >= 1 for number in named)
+    assert [one["name"] for one in snapshot.options["filters"]] == ["metaclip", "size", "length"]
+    assert all(set(shard.sidecars) == {"captions"} for shard in snapshot.shards)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows[1:5]] == ["parent", "metaclip", "size", "length"]
+
+
+def test_uid_lists_out(make_snapshot: Callable[..., Snapshot], tmp_path):
+    parent = make_snapshot(sizes=(3, 2), folder=tmp_path / "data")
+    place = str(tmp_path / "uids.npy")
+    # The pictures' numbers stand in for uids: 0 to 4, as hex.
+    arguments = ("--data", parent.folder, "--write-uids", place, "--uid-column", "number", "--processes-count", "0")
+    run("custom", "--steps", "length", "--min-words", "1", *arguments)
+    assert np.load(place).tolist() == np.array([(0, number) for number in range(5)], UID).tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["laion"], "data: ''"),
+        (["laion", "--data", "/no/such"], "has no snapshot"),
+        (["custom", "--data", "DATA"], "steps: []"),
+        (["custom", "--data", "DATA", "--steps", "lenght"], "steps: 'lenght'"),
+        (["metaclip", "--data", "DATA", "--entries", "/no/such"], "entries: '/no/such'"),
+        (["laion", "--data", "DATA", "--processes-count", "0"], "jobs/embed_dataset.py"),
+        (["datacomp-basic", "--data", "DATA", "--max-aspect", "0"], "max_aspect: 0"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(arguments, said, make_snapshot: Callable[..., Snapshot], tmp_path, capsys):
+    parent = make_snapshot(sizes=(2,), folder=tmp_path / "data")
+    with pytest.raises(SystemExit) as stopped:
+        run(*[parent.folder if part == "DATA" else part for part in arguments])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code in (1, 2) and error.startswith("error: ") and said in error
+
+
+def test_presets_are_plain_json():
+    presets = runpy.run_path(str(JOB))["PRESETS"]
+    for _, job in presets.values():
+        assert from_json(type(job), to_json(job)) == job
