@@ -58,8 +58,8 @@ from pipeline.stages.plan import FIRST, PLAN_FILE, PLANS, Known, Plan, plan_of, 
 logger = logging.getLogger(__name__)
 
 LATEST = "latest"
-RETRYABLE = TRANSIENT | {"dns", "opt_out"}
-"""Failures that --retry-failed fetches again; rows still on the opt-out list are not among them."""
+RETRYABLE = TRANSIENT | {"dns"}
+"""Failures that --retry-failed fetches again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,10 +157,16 @@ def _difference(
     scratch: Path,
 ) -> Difference:
     here, there = Partitions(scratch, "source"), Partitions(scratch, "shards")
-    for found in source_records(source, pieces, opt_out, options.downloads.compute_hash):
-        here.add(found)
+    out = [TO_HIDE, OPTED_OUT, failures.state("opt_out")]
+    urls = [np.zeros(0, np.uint64)]
     for found in ledger.records(source, opt_out, failures):
         there.add(found)
+        urls.append(found["url"][np.isin(found["state"], out)])
+    opted_out = np.unique(np.concatenate(urls))
+    for found in source_records(source, pieces, opt_out, options.downloads.compute_hash):
+        # With another caption, or without the list, it is still the picture that was asked to go.
+        found["state"][np.isin(found["url"], opted_out)] = LISTED
+        here.add(found)
     return compare(here, there, failures.mask(RETRYABLE if renewal.retry_failed else ()))
 
 

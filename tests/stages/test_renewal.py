@@ -211,8 +211,14 @@ def test_opted_out_rows_are_hidden_and_never_fetched(world: World) -> None:
         == second
     )
     assert numbers(read_snapshot(first.uri)) == list(range(8))
-    # Without the list what was hidden stays hidden; what was never fetched is tried only on request.
-    assert world.refresh(range(11)) == second and world.asked() == []
+    # Without the list, and with other captions, what was opted out stays out.
+    assert world.refresh(range(11), Renewal(retry_failed=True)) == second and world.asked() == []
+    said = {0: "other 0", 9: "other 9", 4: "other 4"}
+    third = world.refresh(range(11), Renewal(retry_failed=True), said)
+    assert world.asked() == [4] and numbers(third) == [1, 4, 5, 6, 7, 8] and third.dropped == {"opt_out": 5}
+    purged = world.refresh(range(11), Renewal(purge=True), said)
+    assert world.refresh(range(11), Renewal(retry_failed=True), {0: "third 0"}).digest != purged.digest
+    assert world.asked() == [4] and numbers(read_snapshot(world.folder.uri)) == [1, 4, 5, 6, 7, 8]
 
 
 def test_a_whole_host_and_a_prefix_opt_out(world: World) -> None:
