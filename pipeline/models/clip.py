@@ -12,6 +12,9 @@ scale t = exp(s), the loss is (section 2.3, figure 3)
 s starts at ln(1 / 0.07) and is held at or below ln 100 (section 2.5). Over W processes each takes its B/W rows
 against all B columns, gathered with their gradients.
 
+With ``loss="sigmoid"`` it is SigLIP (Zhai, Mustafa, Kolesnikov, Beyer, 2023, arXiv 2303.15343): every pair is a yes or
+no of its own, with a learnt bias; t starts at 10 and the bias at -10. See ``pipeline.models.losses`` for both.
+
 Left out: the half precision of the paper's own code (bfloat16 instead), and its gradient checkpointing. Batch
 normalisation in the ResNets uses each process's own rows, so those depend on the number of workers; transformers do
 not.
@@ -32,8 +35,8 @@ from torch.nn import functional
 
 from pipeline.config import require
 from pipeline.loaders.images import ImageTransform
-from pipeline.models.losses import contrastive_loss
-from pipeline.models.method import Method
+from pipeline.models.losses import TILE, contrastive_loss, tiled_contrastive_loss, tiled_sigmoid_loss
+from pipeline.models.method import EmbeddingMethod
 from pipeline.models.towers import openclip
 
 
@@ -57,13 +60,23 @@ class Config:
     """Probability of mirroring a training picture."""
     text_start: Literal["paper", "bag_of_words"] = "paper"
     """Initial text transformer: random as in the paper, or at first the mean of the words, for runs of minutes."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """The paper's, or SigLIP's."""
+    loss_tile: int = TILE
+    """Logits of a larger batch are computed in tiles of so many rows and columns, never all at once."""
     temperature: float = 0.07
     """Initial softmax temperature; ignored where pretrained weights bring theirs."""
+    sigmoid_scale: float = 10.0
+    """Initial scale of the sigmoid loss, as its paper has it; ignored where pretrained weights bring theirs."""
+    sigmoid_bias: float = -10.0
+    """Initial bias of the sigmoid loss; ignored where pretrained weights bring one."""
     max_logit_scale: float = 100.0
     """Upper limit of the learnt scale 1 / temperature."""
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, "temperature", self.temperature, "more than 0")
+        require(self.sigmoid_scale > 0, "sigmoid_scale", self.sigmoid_scale, "more than 0")
+        require(self.loss_tile >= 1, "loss_tile", self.loss_tile, "1 or more")
         require(self.max_logit_scale >= 1, "max_logit_scale", self.max_logit_scale, "1 or more")
         require(
             0 < self.crop_scale[0] <= self.crop_scale[1] <= 1, "crop_scale", self.crop_scale, "0 < low <= high <= 1"
@@ -71,7 +84,7 @@ class Config:
         require(0 <= self.flip <= 1, "flip", self.flip, "0 to 1")
 
 
-class Clip(Method):
+class Clip(EmbeddingMethod):
     """Two towers of open_clip and the contrastive loss between them."""
 
     fields = ("image", "text")
@@ -89,15 +102,19 @@ class Clip(Method):
             pretrained_towers=config.pretrained_towers,
             load=description is None,
             preprocess=card.get("preprocess_cfg"),
+            logit_bias=config.sigmoid_bias if config.loss == "sigmoid" else None,
         )
         self.tokenizer = openclip.tokenizer(config.architecture)
         self.end_of_text = openclip.end_of_text(self.model, self.tokenizer)
         if config.pretrained is None:
-            torch.nn.init.constant_(self.logit_scale, math.log(1 / config.temperature))
+            scale = config.sigmoid_scale if config.loss == "sigmoid" else 1 / config.temperature
+            torch.nn.init.constant_(self.logit_scale, math.log(scale))
             if config.text_start == "bag_of_words":
                 openclip.start_as_bag_of_words(self.model)
-        if self.model.logit_bias is not None:
-            self.model.logit_bias.requires_grad_(False)  # a sigmoid loss's; a softmax does not see it
+        if (bias := self._logit_bias()) is not None:
+            bias.requires_grad_(config.loss == "sigmoid")  # a softmax does not see it
+            if config.loss == "sigmoid" and not bias.any():  # open_clip's zero, for weights that bring none
+                torch.nn.init.constant_(bias, config.sigmoid_bias)
         pictures = openclip.preprocessing(self.model)
         self.register_buffer("mean", torch.tensor(pictures["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(pictures["std"]).view(1, 3, 1, 1) * 255, persistent=False)
@@ -143,10 +160,27 @@ class Clip(Method):
         """Tokens, int64 [B, L], to L2-normalised float32 [B, D]."""
         return functional.normalize(openclip.encode_text(self.model, text).float(), dim=-1)
 
-    def training_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def embed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The features of pictures and captions."""
+        return {"image": self.encode_image(batch["image"]), "text": self.encode_text(batch["text"])}
+
+    def compare(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The contrastive loss of this rank's rows."""
-        image, text = self.encode_image(batch["image"]), self.encode_text(batch["text"])
-        return {"contrastive": contrastive_loss(image, text, self.logit_scale.exp(), self.gather)}
+        return {"contrastive": self._contrastive(embeddings["image"], embeddings["text"], self.logit_scale.exp())}
+
+    def _contrastive(self, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        tile = self.config.loss_tile
+        if self.config.loss == "sigmoid":
+            bias = self._logit_bias()
+            assert bias is not None
+            return tiled_sigmoid_loss(image, text, scale, bias, self.exchange, tile)
+        if len(image) * self.exchange.world > tile:
+            return tiled_contrastive_loss(image, text, scale, self.exchange, tile)
+        return contrastive_loss(image, text, scale, self.gather)
+
+    def _logit_bias(self) -> Tensor | None:
+        bias: Tensor | None = self.model.logit_bias
+        return bias
 
     def after_step(self) -> None:
         """Hold the scale between 1 and its limit."""
@@ -154,5 +188,6 @@ class Clip(Method):
             self.logit_scale.clamp_(0, math.log(self.config.max_logit_scale))
 
     def measures(self) -> dict[str, float]:
-        """The scale that multiplies the cosines."""
-        return {"logit_scale": self.logit_scale.exp().item()}
+        """The scale that multiplies the cosines, and the bias that a sigmoid loss adds."""
+        bias = self._logit_bias() if self.config.loss == "sigmoid" else None
+        return {"logit_scale": self.logit_scale.exp().item(), **({} if bias is None else {"logit_bias": bias.item()})}

@@ -101,6 +101,26 @@ class Method(nn.Module, ABC):
         return {}
 
 
+class EmbeddingMethod(Method):
+    """A method whose losses compare embeddings that each row gives without the others.
+
+    Since the two are apart, a batch too large for memory can go through the towers in parts: see
+    ``pipeline.training.gradient_cache``.
+    """
+
+    @abstractmethod
+    def embed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Float tensors [B, ...], a row of which depends on that row of ``batch`` (and on random numbers) alone."""
+
+    @abstractmethod
+    def compare(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The losses of :meth:`training_step`, of all of this rank's rows as :meth:`embed` gives them."""
+
+    def training_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Embed, then compare."""
+        return self.compare(self.embed(batch))
+
+
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies: open_clip's rule, which leaves out gains, biases and scalars."""
     return parameter.ndim >= 2 and not any(part in name for part in ("bn", "ln", "bias", "logit_scale"))

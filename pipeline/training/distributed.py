@@ -73,14 +73,15 @@ def barrier() -> None:
         distributed.barrier()
 
 
-def parallel(module: nn.Module, device: torch.device) -> nn.Module:
+def parallel(module: nn.Module, device: torch.device, whole: bool = True) -> nn.Module:
     """``module`` with the same weights in all ranks and, on GPUs, its gradients averaged while they are computed.
 
-    On CPUs it is the module itself, for :func:`average_gradients`: ``DistributedDataParallel`` groups gradients anew
-    after its first step, and a resumed run would add those of three or more ranks in another order than one that never
-    stopped. On a GPU speed counts for more.
+    It is the module itself, for :func:`average_gradients`, where a step has several backward passes instead of a
+    ``whole`` one, and on CPUs: ``DistributedDataParallel`` groups gradients anew after its first step, and a resumed
+    run would add those of three or more ranks in another order than one that never stopped. On a GPU speed counts for
+    more.
     """
-    if world() > 1 and device.type == "cuda":
+    if world() > 1 and device.type == "cuda" and whole:
         return DistributedDataParallel(module, device_ids=[device], gradient_as_bucket_view=True)
     if world() > 1:
         for tensor in (*module.parameters(), *module.buffers()):

@@ -17,9 +17,10 @@ from torch import Tensor
 from pipeline.errors import ClipmillError
 from pipeline.loaders.batches import Batch, training_batches
 from pipeline.loaders.order import random_words
-from pipeline.models.method import Method, build_method
+from pipeline.models.method import EmbeddingMethod, Method, build_method
 from pipeline.training import distributed
 from pipeline.training.checkpoint import Checkpoint, Checkpoints, Meta, check_position, load_method, load_optimizer
+from pipeline.training.gradient_cache import backward_in_parts, normalises_batches
 from pipeline.training.optimizer import make_optimizer
 from pipeline.training.run import Plan
 from pipeline.training.schedule import learning_rate
@@ -78,10 +79,13 @@ class _Training:
         # Convolutions are 1.4 times as fast on a CPU with channels last, and tensor cores want them so.
         self.method = self._method(latest).to(device).to(memory_format=torch.channels_last).train()
         self.method.gather = distributed.gather
+        self.method.exchange = distributed.exchange(self.config.exchange)
         self.optimizer = make_optimizer(self.config.optimizer, self.method)
         if latest:
             load_optimizer(self.optimizer, latest.folder)
-        self.module = distributed.parallel(self.method, device)
+        rows = self.config.batch_size // self.world
+        self.part = self.config.micro_batch if (self.config.micro_batch or rows) < rows else None
+        self.module = distributed.parallel(self.method, device, whole=self.part is None)
         self.bf16 = self.config.precision == "bf16" or (self.config.precision == "auto" and device.type == "cuda")
         self.bad_step = torch.tensor(-1, device=device)
         self.clock = _Clock(self.config.batch_size)
@@ -103,10 +107,8 @@ class _Training:
         rate = self._set_learning_rate()
         self.clock.unreadable += int(batch.pop("replaced"))
         on_device = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            losses: dict[str, Tensor] = self.module(on_device)
+        losses = self._backward(on_device)
         total = torch.stack(list(losses.values())).sum()
-        total.backward()
         distributed.average_gradients(self.module)
         self.done += 1
         logs, saves = self._logs(), self._saves()
@@ -118,9 +120,22 @@ class _Training:
         self.optimizer.zero_grad()
         self.method.after_step()
         if logs:
-            saves |= self._log({name: loss.detach() for name, loss in losses.items()}, norm, rate)
+            saves |= self._log(losses, norm, rate)
         if saves:
             self._save()
+
+    def _backward(self, batch: Batch) -> dict[str, Tensor]:
+        """The losses, with their gradients added to the parameters; the batch at once or in parts."""
+        if self.part is not None:
+            assert isinstance(self.method, EmbeddingMethod)
+            return backward_in_parts(self.method, batch, self.part, self._precision)
+        with self._precision():
+            losses: dict[str, Tensor] = self.module(batch)
+        torch.stack(list(losses.values())).sum().backward()
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def _latest(self) -> Checkpoint | None:
         """The checkpoint to go on from; all ranks agree on it."""
@@ -262,6 +277,8 @@ class _Training:
         )
         if config.warmup_steps >= plan.steps:
             logger.warning("the warm-up takes %d steps, the run only %d", config.warmup_steps, plan.steps)
+        if self.part is not None and normalises_batches(self.method):
+            logger.warning("batch normalisation sees %d rows at a time, not a worker's whole share", self.part)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

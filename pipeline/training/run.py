@@ -16,7 +16,7 @@ from pipeline.loaders.batches import LoaderConfig
 from pipeline.loaders.order import Order
 from pipeline.loaders.samples import check_fields
 from pipeline.loaders.text import caption_field
-from pipeline.models.method import method_class, method_name
+from pipeline.models.method import EmbeddingMethod, method_class, method_name
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.training.optimizer import AdamW
@@ -30,6 +30,8 @@ FREE = (
     "output_folder",
     "data",
     "workers",
+    "micro_batch",
+    "exchange",
     "log_every_steps",
     "checkpoint_every_steps",
     "checkpoint_every_minutes",
@@ -74,6 +76,11 @@ class Run:
     """Training processes on the Ray cluster; 0 trains in this process, without Ray."""
     batch_size: int = 32768
     """Samples per step, over all workers."""
+    micro_batch: int | None = None
+    """Rows of a worker that go through the towers at once, where all of them need too much memory; costs a third more
+    time, and changes the result by rounding alone (and what batch normalisation and dropout draw, as workers do)."""
+    exchange: Literal["gather", "ring"] = "gather"
+    """How workers see each other's features in a loss by tiles: all at once, or passed round, which takes less room."""
     epochs: float = 32.0
     """Times that every sample is seen."""
     steps: int | None = None
@@ -113,6 +120,8 @@ class Run:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         share = max(self.workers, 1)
         require(self.batch_size % share == 0, "batch_size", self.batch_size, f"a multiple of the {share} workers")
+        micro = self.micro_batch
+        require(micro is None or micro >= 1, "micro_batch", micro, "1 or more, or none")
         require(self.epochs > 0, "epochs", self.epochs, "more than 0")
         require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
@@ -168,7 +177,12 @@ def prepare(method: Any, run: Run, *, evaluates: bool = False) -> tuple[Plan, Re
         SettingError: a method's setting or a folder that cannot be used, or a folder that holds another run.
         DataError: the data cannot be read, or have not the fields that the method reads.
     """
-    method_class(method_name(method)).check(method)
+    kind = method_class(method_name(method))
+    kind.check(method)
+    cached = run.micro_batch is None or issubclass(kind, EmbeddingMethod)
+    require(
+        cached, "micro_batch", run.micro_batch, f"none, since the losses of {method_name(method)} need whole batches"
+    )
     run = replace(run, output_folder=writable_folder("output_folder", run.output_folder))
     require(bool(run.data), "data", run.data, "the folder of a snapshot, which jobs/refresh_dataset.py makes")
     folder = Folder(run.output_folder)

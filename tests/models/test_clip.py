@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from open_clip.loss import ClipLoss
+from open_clip.loss import ClipLoss, SigLipLoss
 from PIL import Image
 from torch import Tensor
 
@@ -150,6 +151,49 @@ def test_scale_starts_and_stays_where_the_paper_says() -> None:
         assert method.measures()["logit_scale"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.fixture
+def sigmoid() -> Clip:
+    torch.manual_seed(0)
+    return Clip(replace(Clip.smallest(), loss="sigmoid", loss_tile=3))
+
+
+def test_the_sigmoid_loss_starts_as_its_paper_says_and_learns_a_bias(sigmoid: Clip) -> None:
+    assert sigmoid.measures() == {"logit_scale": pytest.approx(10.0), "logit_bias": -10.0}
+    assert not decays("model.logit_bias", sigmoid.model.logit_bias)
+    tokens = sigmoid.tokenizer(["a red square", "a blue disc", "a cat", "a dog"])
+    pictures = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    loss = sigmoid({"image": pictures, "text": tokens})["contrastive"]
+    features = sigmoid.encode_image(pictures), sigmoid.encode_text(tokens)
+    expected = SigLipLoss()(*features, sigmoid.logit_scale.exp(), sigmoid.model.logit_bias)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert sigmoid.model.logit_bias.grad.abs() > 0 and sigmoid.logit_scale.grad.abs() > 0
+
+
+def test_open_clip_opens_a_sigmoid_checkpoint_and_so_do_we(sigmoid: Clip, tmp_path: Path) -> None:
+    torch.nn.init.constant_(sigmoid.model.logit_bias, -7.5)
+    meta = Meta(step=1, samples_seen=8, batch_size=8, lanes=1, seed=0, snapshot="0" * 64)
+    folder = Checkpoints(str(tmp_path)).save(sigmoid, make_optimizer(AdamW(), sigmoid), meta).folder.path
+    assert open_clip.create_model(f"local-dir:{folder}").logit_bias.item() == -7.5
+    assert load_method(folder).measures() == sigmoid.measures()
+    again = Clip(Config(architecture="clipmill-tiny", pretrained=folder, loss="sigmoid"))
+    assert again.measures()["logit_bias"] == -7.5 and again.model.logit_bias.requires_grad
+
+
+def test_softmax_weights_go_on_with_a_sigmoid(exported: Path) -> None:
+    """Their scale stays; the bias they have not starts as in the paper, not at open_clip's zero."""
+    method = Clip(Config(architecture="clipmill-tiny", pretrained=str(exported), loss="sigmoid"))
+    assert method.measures() == {"logit_scale": pytest.approx(1 / 0.07), "logit_bias": -10.0}
+
+
+def test_a_batch_larger_than_a_tile_has_the_same_loss(tiny: Clip) -> None:
+    torch.manual_seed(0)
+    image, text = (torch.nn.functional.normalize(torch.randn(7, 32), dim=1) for _ in range(2))
+    tiles = Clip(replace(Clip.smallest(), loss_tile=3))
+    values = [method.compare({"image": image, "text": text})["contrastive"].detach() for method in (tiny, tiles)]
+    torch.testing.assert_close(values[0], values[1])
+
+
 def test_weight_decay_leaves_out_what_open_clip_leaves_out(tiny: Clip) -> None:
     def exclude(name: str, parameter: Tensor) -> bool:  # open_clip_train/main.py
         return parameter.ndim < 2 or "bn" in name or "ln" in name or "bias" in name or "logit_scale" in name
@@ -234,7 +278,15 @@ def test_weights_of_another_architecture_are_refused(exported: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "bad", [{"temperature": 0.0}, {"max_logit_scale": 0.5}, {"crop_scale": (0.0, 1.0)}, {"flip": 1.5}]
+    "bad",
+    [
+        {"temperature": 0.0},
+        {"max_logit_scale": 0.5},
+        {"crop_scale": (0.0, 1.0)},
+        {"flip": 1.5},
+        {"loss_tile": 0},
+        {"sigmoid_scale": 0.0},
+    ],
 )
 def test_bad_settings(bad: dict[str, float]) -> None:
     with pytest.raises(SettingError):

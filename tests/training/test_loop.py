@@ -149,6 +149,44 @@ def test_two_ranks_train_as_one_and_go_on_from_one(plan: Plan, remember: Any, tm
         torch.testing.assert_close(ends[1][name], ends[0][name], rtol=1e-2, atol=2e-4)
 
 
+def test_a_batch_in_parts_trains_as_a_whole_one(
+    run: MakeRun, tiny_config: Config, remember: Any, tmp_path: Path
+) -> None:
+    whole, parts = remember(), remember()
+    run_training(prepare(tiny_config, run(steps=5))[0], CPU, whole)
+    run_training(prepare(tiny_config, run(steps=5, micro_batch=3, output_folder=str(tmp_path / "b")))[0], CPU, parts)
+    for name in ("train/loss", "train/grad_norm", "train/logit_scale"):
+        assert parts.series(name) == pytest.approx(whole.series(name), rel=2e-3), name
+
+
+def test_a_resume_in_parts_is_exact(run: MakeRun, dropout_config: Config, remember: Any, tmp_path: Path) -> None:
+    plan = prepare(dropout_config, run(steps=8, micro_batch=3))[0]
+    whole, second, again = remember(), remember(), moved(plan, tmp_path / "again")
+    run_training(plan, CPU, whole)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(again, CPU, remember(stop_at=6))
+    run_training(again, CPU, second)
+    assert {step: whole.history[step]["train/grad_norm"] for step in second.history} == second.series("train/grad_norm")
+    assert sorted(second.history) == [5, 6, 7, 8]
+
+
+def test_two_ranks_in_parts_with_tiles_round_a_ring_train_as_one(
+    run: MakeRun, tiny_config: Config, remember: Any, tmp_path: Path
+) -> None:
+    whole = remember()
+    config = replace(tiny_config, loss="sigmoid", loss_tile=3)
+    plan = prepare(config, run(steps=4, micro_batch=3, exchange="ring"))[0]
+    run_training(plan, CPU, whole)
+    wide = moved(plan, tmp_path / "wide")
+    output = [rank.communicate(timeout=200) for rank in [start(wide, tmp_path, rank, 2) for rank in range(2)]]
+    assert [errors for _, errors in output] == ["", ""]
+    logged = dict(json.loads(line) for line in output[0][0].splitlines())
+    assert sorted(logged) == [1, 2, 3, 4]
+    for step, metrics in logged.items():
+        for name in ("train/loss", "train/grad_norm", "train/logit_scale", "train/logit_bias"):
+            assert metrics[name] == pytest.approx(whole.history[step][name], rel=2e-3), (step, name)
+
+
 @pytest.mark.slow
 def test_a_resume_of_three_ranks_is_exact(run: MakeRun, tiny_config: Config, tmp_path: Path) -> None:
     """Bit for bit, though the sum of three numbers depends on their order."""

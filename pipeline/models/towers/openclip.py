@@ -67,12 +67,14 @@ def create(
     pretrained_towers: bool = False,
     load: bool = True,
     preprocess: Mapping[str, Any] | None = None,
+    logit_bias: float | None = None,
 ) -> nn.Module:
     """Build an open_clip model.
 
     ``pretrained`` is a tag of the architecture, or a path or URI of a weights file or of a checkpoint folder.
     ``pretrained_towers`` starts towers of timm and Hugging Face from their own weights. ``load=False`` builds the
-    modules alone. ``preprocess`` overrides size, mean, std and so on of the pictures.
+    modules alone. ``preprocess`` overrides size, mean, std and so on of the pictures. ``logit_bias`` adds the parameter
+    of a sigmoid loss, with this value.
 
     Raises:
         SettingError: no such architecture or weights, or weights that were trained with the other kind of GELU.
@@ -92,6 +94,7 @@ def create(
                     force_preprocess_cfg={**found_preprocess, **(preprocess or {})},
                     pretrained_image=pretrained_towers and load,
                     pretrained_text=pretrained_towers and load,
+                    **({} if logit_bias is None else {"init_logit_bias": logit_bias}),
                 ),
             )
     except RuntimeError as error:
@@ -132,6 +135,8 @@ def describe(model: nn.Module, architecture: str, image_size: int | None = None)
     config = check_architecture(architecture)
     if image_size is not None:
         config["vision_cfg"]["image_size"] = image_size
+    if cast(Any, model).logit_bias is not None:
+        config.setdefault("init_logit_bias", 0.0)  # the weights bring the value
     card = {"model_cfg": config, "preprocess_cfg": preprocessing(model)}
     return {f"{plain_name(architecture)}.json": json.dumps(config, indent=4), MODEL_CARD: json.dumps(card, indent=4)}
 
