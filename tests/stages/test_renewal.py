@@ -308,7 +308,11 @@ def stopping(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     monkeypatch.setattr(Folder, "delete", delete)
 
 
-def until_done(world: World, monkeypatch: pytest.MonkeyPatch, steps: int, run: Any) -> bool:
+def last_of(world: World) -> Snapshot:
+    return read_snapshot(world.folder.uri)
+
+
+def until_done(monkeypatch: pytest.MonkeyPatch, steps: int, run: Any) -> bool:
     """Stop ``run`` after so many writes, then run it to its end; whether it was stopped."""
     with monkeypatch.context() as patch:
         stopping(patch, steps)
@@ -322,50 +326,28 @@ def until_done(world: World, monkeypatch: pytest.MonkeyPatch, steps: int, run: A
 
 
 def test_stopped_after_any_write_a_refresh_ends_in_the_same_bytes(
-    tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_in(name: str, steps: int | None) -> tuple[bool, dict[str, Any]]:
-        (tmp_path / name).mkdir()
-        world = World(tmp_path / name, lambda files: server)
-        world._reply, world.server, world.busy = serve.Reply, server, {3}
-        answers.clear()
-        answers.append(world)
-        world.refresh(range(8))
-        world.busy = set()
-        renewal = Renewal(parent="latest", opt_out=world.opt_out(world.url(1)).opt_out, retry_failed=True)
+    world.busy = {3}
+    first = world.refresh(range(8))
+    world.busy = set()
+    renewal = Renewal(parent="latest", opt_out=world.opt_out(world.url(1)).opt_out, retry_failed=True)
 
-        def run() -> Snapshot:
-            return world.refresh([*range(2, 13), 1], renewal, captions={6: "six 6"})
-
-        if steps is None:
-            run()
-            stopped = False
-        else:
-            stopped = until_done(world, monkeypatch, steps, run)
+    def refreshed(steps: int) -> tuple[bool, dict[str, Any]]:
+        world.folder = Folder(shutil.copytree(world.out, tmp_path / f"cut-{steps}"))
+        stopped = until_done(
+            monkeypatch, steps, lambda: world.refresh([*range(2, 13), 1], renewal, captions={6: "six 6"})
+        )
         last = read_snapshot(world.folder.uri)
         assert len(snapshot_ids(world.folder)) == 2 and numbers(last) == list(range(2, 13))
-        return stopped, {"bytes": shard_bytes(world.out), "digest": last.digest, "changes": last.changes}
+        assert last.parent == first.id
+        return stopped, {"bytes": shard_bytes(Path(world.folder.path)), "digest": last.digest, "changes": last.changes}
 
-    answers: list[World] = []
-
-    class _Serve:
-        Reply = serve.Reply
-
-        def __call__(self, files: Any) -> Any:
-            return server
-
-    server = serve({f"{number}.jpg": (lambda n: lambda _: answers[0]._answer(n)(0))(number) for number in range(30)})
-    real = World.__init__
-
-    def init(self: World, place: Path, _: Any) -> None:
-        holder = _Serve()
-        real(self, place, holder)
-
-    monkeypatch.setattr(World, "__init__", init)
-    _, whole = run_in("whole", None)
+    stopped, whole = refreshed(1000)
+    assert not stopped and changes(last_of(world), added=5, changed=1, removed=1, kept=4, opt_out=1, retried=1)
     steps, stopped = 0, True
     while stopped:
-        stopped, cut = run_in(f"cut-{steps}", steps)
+        stopped, cut = refreshed(steps)
         assert cut == whole, steps
         steps += 1
     assert steps > 12
