@@ -94,6 +94,7 @@ def write_rows(
         values: dict[str, Any] = {
             "url": row.url,
             "caption": clean_caption(row.caption),
+            "expected": row.expected,
             "listed": listed,
             "index": index,
         }
@@ -130,11 +131,17 @@ def _fresh(source: Source, found: Difference, pieces: Sequence[Slice]) -> Iterat
 def _schema(source: Source) -> pa.Schema:
     columns = [(COLUMN + name, ARROW_TYPES[kind]) for name, kind in source.schema().items()]
     fixed: list[tuple[str, pa.DataType]] = [("listed", pa.bool_()), ("index", pa.int64())]
-    fixed += [(name, pa.string()) for name in ("url", "caption", "where", "slice", "body")]
+    fixed += [(name, pa.string()) for name in ("url", "caption", "expected", "where", "slice", "body")]
     return pa.schema(fixed + columns)
 
 
 def _stored(values: Mapping[str, Any]) -> Row:
     columns = {name.removeprefix(COLUMN): value for name, value in values.items() if name.startswith(COLUMN)}
     listed = SampleError("failed_to_download", "opt_out", "on the opt-out list") if values["listed"] else None
-    return Row(url=values["url"], caption=values["caption"], columns=columns, problem=listed)
+    return Row(
+        url=values["url"],
+        caption=values["caption"],
+        columns=columns,
+        problem=listed,
+        expected=values["expected"],
+    )
