@@ -81,7 +81,7 @@ def main(run: ReportDataset) -> None:
     output = writable_folder("output", run.output) if run.output else ""
     if run.draw:
         as_it_is = ShardOptions(images=ImageOptions(resize_mode="no", skip_reencode=True))
-        source: Source = Drawn(samples=run.draw, size=64)  # type: ignore[assignment]
+        source: Source = Drawn(samples=run.draw, size=64)
         refresh(source, Folder(run.data), as_it_is, run.workers)
     snapshot = read_snapshot(run.data)
     with open_tracker(run.tracking, run, new=run.track) as tracker:

@@ -28,12 +28,14 @@ from pipeline.shards.selection import read_samples
 from pipeline.shards.sidecar import read_sidecar, sidecar_file
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
+from pipeline.stages.filters.language import identify
 from pipeline.stages.images import ImageOptions, read_header, transform
-from pipeline.stages.ray_session import connect
 from pipeline.stages.refresh import Workers
 from pipeline.stages.regions import Region, read_regions
+from pipeline.stages.shard_tasks import run_tasks
 
 EXACT_ROWS = 1_000_000
+IDENTIFIED = 20_000
 CANDIDATES = 4
 MESSAGES = 3
 LONGEST_CAPTION, LONGEST_MESSAGE = 600, 300
@@ -186,6 +188,8 @@ class Measuring:
     """Longer side of a shown picture in pixels."""
     seed: int = 0
     """Another seed shows other pictures."""
+    languages: bool = True
+    """Identify the languages of some captions, where no sidecar has a column ``language``."""
 
     def __post_init__(self) -> None:
         require(0 <= self.samples <= 1000, "samples", self.samples, "0 to 1000")
@@ -200,6 +204,7 @@ class Shares:
     shown: int
     rows: int
     pictures: int
+    captions: int
 
 
 def measure(snapshot: Snapshot, options: Measuring, workers: Workers) -> Statistics:
@@ -208,7 +213,8 @@ def measure(snapshot: Snapshot, options: Measuring, workers: Workers) -> Statist
     Raises:
         DataError: a shard or a sidecar is missing, damaged or stale.
     """
-    parts = _in_this_process(snapshot, options) if workers.processes_count == 0 else _by_ray(snapshot, options, workers)
+    texts = run_tasks(_MeasureShard(snapshot, options), len(snapshot.shards), workers)
+    parts = (from_json(Statistics, text) for _, text in texts)
     return reduce(lambda one, other: merge(one, other, options.samples), parts, Statistics())
 
 
@@ -219,6 +225,7 @@ def shares(snapshot: Snapshot, options: Measuring) -> Shares:
         shown=_limit(CANDIDATES * options.samples, stored),
         rows=_limit(EXACT_ROWS, max(snapshot.rows, stored)),
         pictures=_limit(EXACT_ROWS, stored),
+        captions=_limit(IDENTIFIED, stored),
     )
 
 
@@ -296,7 +303,10 @@ class _Counted:
         if image is not None:
             self._compare(sample.key, image)
         order = hashlib.sha256(f"{self._options.seed}:{sample.key}".encode()).hexdigest()
-        if int(order[:16], 16) < self._limits.shown:
+        chance = int(order[:16], 16)
+        if chance < self._limits.captions and self._options.languages and not self._languages:
+            self._identify(sample)
+        if chance < self._limits.shown:
             shown = _shown(sample, order, self._options.thumbnail_size)
             self._shown += [shown] if shown else []
 
@@ -325,6 +335,11 @@ class _Counted:
             self._put("score", self._scores[sample.key])
         if sample.key in self._languages:
             self._spoken[self._languages[sample.key]] += 1
+
+    def _identify(self, sample: Sample) -> None:
+        text = sample.fields.get("txt", b"")[:LONGEST_CAPTION].decode("utf-8", errors="ignore").strip()
+        if text:
+            self._spoken[identify(text)[0]] += 1
 
     def _count_picture(self, image: bytes) -> None:
         self._bytes += len(image)
@@ -505,37 +520,15 @@ def _columns(folder: Folder, shard: Shard, name: str) -> list[str]:
         return [LANGUAGE]  # let reading it say what is wrong
 
 
-def _in_this_process(snapshot: Snapshot, options: Measuring) -> Iterator[Statistics]:
-    folder, limits = Folder(snapshot.folder), shares(snapshot, options)
-    return (measure_shard(folder, shard, options, limits) for shard in snapshot.shards)
+class _MeasureShard:
+    """The task of measuring one shard of a snapshot; gives the statistics as JSON text."""
 
+    def __init__(self, snapshot: Snapshot, options: Measuring) -> None:
+        self._folder, self._shards = Folder(snapshot.folder), snapshot.shards
+        self._options, self._limits = options, shares(snapshot, options)
 
-def _by_ray(snapshot: Snapshot, options: Measuring, workers: Workers) -> Iterator[Statistics]:
-    import ray
-
-    connect(workers.processes_count)
-    rows = [{"shard": to_json(shard)} for shard in snapshot.shards]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _MeasureShards(Folder(snapshot.folder), options, shares(snapshot, options)),
-        batch_size=1,
-        batch_format="pandas",
-        num_cpus=1,
-        compute=ray.data.TaskPoolStrategy(size=workers.processes_count),
-    )
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pandas", prefetch_batches=0):
-        yield from (from_json(Statistics, text) for text in batch["statistics"])
-
-
-class _MeasureShards:
-    """The function of the Ray Data tasks: a batch of shards to a batch of statistics, both as JSON text."""
-
-    def __init__(self, folder: Folder, options: Measuring, limits: Shares) -> None:
-        self._folder, self._options, self._limits = folder, options, limits
-
-    def __call__(self, batch: Any) -> Any:
-        shards = [from_json(Shard, text) for text in batch["shard"]]
-        measured = [measure_shard(self._folder, shard, self._options, self._limits) for shard in shards]
-        return {"statistics": np.array([to_json(one) for one in measured], dtype=object)}
+    def __call__(self, number: int) -> str:
+        return to_json(measure_shard(self._folder, self._shards[number], self._options, self._limits))
 
 
 def _sum(one: Mapping[Any, int], other: Mapping[Any, int]) -> dict[Any, int]:

@@ -300,7 +300,8 @@ def _languages(languages: Mapping[str, int]) -> str:
         f'<td class="number">{_share(count, total)}</td>{_meter(count, total)}</tr>'
         for name, count in named
     ]
-    return _table("Languages of the captions", ("language", "#samples", "#share", "~"), rows)
+    title = f"Languages of {_number(total)} captions; an identifier is often wrong about very short ones"
+    return _table(title, ("language", "#samples", "#share", "~"), rows)
 
 
 def _samples_section(statistics: Statistics) -> str:

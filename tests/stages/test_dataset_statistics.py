@@ -214,6 +214,20 @@ def test_scores_and_languages_come_from_sidecars(make_snapshot: Make) -> None:
     assert (score.least, score.most) == pytest.approx((0.0, 0.6), abs=1e-3)
 
 
+def test_languages_are_identified_where_nobody_told_them(make_snapshot: Make) -> None:
+    image = next(read_samples(Folder(make_snapshot((1,)).folder), make_snapshot((1,)).shards[0])).fields["jpg"]
+    captions = (
+        "Ein alter Mann sitzt auf einer Bank und liest die Zeitung",
+        "An old man is sitting on a bench and reading the newspaper",
+        "Un vieil homme est assis sur un banc et lit le journal",
+        "",
+    )
+    spoil = {number: {"jpg": image, "txt": text.encode()} for number, text in enumerate(captions)}
+    snapshot = make_snapshot((4,), spoil=spoil)
+    assert measure(snapshot, Measuring(), HERE).languages == {"de": 1, "en": 1, "fr": 1}
+    assert measure(snapshot, Measuring(languages=False), HERE).languages == {}
+
+
 def test_a_missing_sidecar_names_the_job(make_snapshot: Make) -> None:
     snapshot = make_snapshot((2,))
     again = publish_again(snapshot, [replace(snapshot.shards[0], sidecars={"embeddings": "0" * 64})])
