@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import require
-from pipeline.shards.sample import check_rows_per_shard
+from pipeline.shards.sample import check_rows_per_shard, shard_name
 from pipeline.shards.snapshot import snapshot_ids
 from pipeline.shards.storage import Folder
-from pipeline.shards.writer import unit_digest
+from pipeline.shards.writer import STATS, unit_digest
 from pipeline.sources.source import Slice, Source
 
 PLANS = "_plan"
@@ -58,10 +58,13 @@ class Plan:
         return sum(unit.piece.count for unit in self.units)
 
 
-def make_plan(source: Source, folder: Folder, rows_per_shard: int, options: Mapping[str, object]) -> Plan:
+def make_plan(
+    source: Source, folder: Folder, rows_per_shard: int, options: Mapping[str, object], replace: bool = False
+) -> Plan:
     """Plan the work of reading ``source`` into ``folder`` and write the plan down.
 
-    ``options`` are those that change a shard's bytes.
+    ``options`` are those that change a shard's bytes. With ``replace`` another plan gives way to this one, as long as
+    nothing of it has been published.
 
     Raises:
         SettingError: the input is missing or empty, or the folder holds the work of another plan.
@@ -72,10 +75,21 @@ def make_plan(source: Source, folder: Folder, rows_per_shard: int, options: Mapp
     allowed = "an empty folder, or one that the same input and options began (this one holds other work"
     allowed += "; --parent latest takes over what has changed since its newest snapshot)"
     same = known.digest == plan.digest if known else not started
-    require(same, "output_folder", folder.uri, allowed)
-    if known is None:
+    replace = replace and not snapshot_ids(folder)
+    require(same or replace, "output_folder", folder.uri, allowed)
+    if known is not None and known.digest != plan.digest:
+        drop_shards(folder, known, plan)
+    if known is None or known.digest != plan.digest:
         write_plan(folder, ROOT, plan)
     return plan
+
+
+def drop_shards(folder: Folder, known: "Known", plan: Plan | None) -> None:
+    """Delete the shards of a plan that was never published, but for those whose numbers ``plan`` has too."""
+    kept = {unit.shard_id for unit in plan.units} if plan else set()
+    for number in sorted(set(known.shards) - kept):
+        for ending in (STATS, ".tar", ".parquet"):
+            folder.delete(shard_name(number) + ending)
 
 
 def plan_of(

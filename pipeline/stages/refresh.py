@@ -67,9 +67,9 @@ def refresh(
         TooManyFailures: fewer rows than ``floor`` wants became samples.
     """
     shaping = shaping_options(options)
-    if finish_purge(folder) or renewal.asked:
+    if finish_purge(folder) or (renewal.asked and not renewal.begins(folder)):
         return _renew(source, folder, options, workers, card, renewal, floor)
-    plan = make_plan(source, folder, options.number_sample_per_shard, shaping)
+    plan = make_plan(source, folder, options.number_sample_per_shard, shaping, replace=renewal.asked)
     folder.remove_temporary()
     stats = _finished_shards(plan, source, folder, options, workers, floor)
     snapshot = publish(folder, stats, card=card, options={"source": flatten(source), **shaping})

@@ -23,7 +23,7 @@ from pipeline.shards.sample import shard_name
 from pipeline.shards.selection import read_selection, select, write_selection
 from pipeline.shards.snapshot import Shard, Snapshot, publish_shards, read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder
-from pipeline.shards.writer import STATS, ShardStats, read_stats
+from pipeline.shards.writer import ShardStats, read_stats
 from pipeline.sources.source import Slice, Source
 from pipeline.stages.comparison import (
     LISTED,
@@ -53,7 +53,7 @@ from pipeline.stages.ledger import (
 )
 from pipeline.stages.make_shard import ShardOptions, clean_caption
 from pipeline.stages.opt_out import OptOut, read_opt_out
-from pipeline.stages.plan import FIRST, PLAN_FILE, PLANS, Known, Plan, plan_of, read_plan, write_plan
+from pipeline.stages.plan import FIRST, PLAN_FILE, PLANS, ROOT, Known, Plan, drop_shards, plan_of, read_plan, write_plan
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,11 @@ class Renewal:
     def asked(self) -> bool:
         """Whether this is more than a first refresh; each of the four says that the newest snapshot counts."""
         return self != Renewal()
+
+    def begins(self, folder: Folder) -> bool:
+        """Whether there is nothing to go on from, nor an opt-out list: a refresh from nothing, then."""
+        opted_out = self.opt_out is not None or read_plan(folder, FIRST) is not None
+        return self.parent in (None, LATEST) and not opted_out and not snapshot_ids(folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,10 +219,11 @@ def _replace(folder: Folder, name: str, known: Known | None, plan: Plan, first: 
     """Write plan and rows down; shards of an earlier plan that was never published give way."""
     if known is not None and known.digest != plan.digest:
         logger.info("the source has changed since this refresh began; it is planned anew")
-        for number in sorted(set(known.shards) - {unit.shard_id for unit in plan.units}):
-            delete_shard(folder, shard_name(number))
-    if name == FIRST:
+        drop_shards(folder, known, plan)
+    begun = read_plan(folder, ROOT) if name == FIRST else None
+    if begun is not None:
         # What was begun without an opt-out list must not be gone on with.
+        drop_shards(folder, begun, plan)
         folder.folder(PLANS).delete(PLAN_FILE)
     folder.folder(f"{PLANS}/{name}").write_atomic(ROWS_FILE, rows)
     if known is None or known.digest != plan.digest:
@@ -227,16 +233,9 @@ def _replace(folder: Folder, name: str, known: Known | None, plan: Plan, first: 
 def _discard(folder: Folder, name: str, known: Known | None) -> None:
     """Take back a plan that was never published, now that the source is again what it was."""
     if known is not None:
-        for number in known.shards:
-            delete_shard(folder, shard_name(number))
+        drop_shards(folder, known, None)
         for file in (PLAN_FILE, ROWS_FILE):
             folder.folder(f"{PLANS}/{name}").delete(file)
-
-
-def delete_shard(folder: Folder, name: str) -> None:
-    """Delete a shard's files, its commit mark first."""
-    for ending in (STATS, ".tar", ".parquet"):
-        folder.delete(name + ending)
 
 
 def publish_renewal(

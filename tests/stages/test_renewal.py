@@ -372,6 +372,53 @@ def test_a_list_that_changed_before_publication_is_planned_anew(world: World, mo
     assert {path.name for path in world.out.glob("*.tar")} == {shard.tar for shard in snapshot.shards}
 
 
+def test_a_first_refresh_goes_on_with_what_was_begun_and_follows_a_changed_list(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stopping(patch, 9)  # the copy of the rows, the plan, two whole shards
+        with pytest.raises(Killed):
+            world.refresh(range(20), Renewal())
+    world.asked()
+    with pytest.raises(SettingError, match="--parent latest"):
+        world.refresh(range(9), Renewal())
+    with monkeypatch.context() as patch:
+        stopping(patch, 9)
+        with pytest.raises(Killed):
+            world.refresh(range(9))
+    # Only what the two lists differ in is fetched: the last row of the shorter one.
+    assert 0 not in world.asked()
+    # An opt-out list at this point makes it another plan, and nothing of the first is left over.
+    snapshot = world.refresh(range(5), world.opt_out(world.url(1)))
+    assert numbers(snapshot) == [0, 2, 3, 4]
+    assert {path.name for path in world.out.glob("*.tar")} == {shard.tar for shard in snapshot.shards}
+
+
+def test_purge_moves_sidecars_and_keeps_repeats(world: World) -> None:
+    import dataclasses
+
+    import pyarrow as pa
+
+    from pipeline.shards.selection import select
+    from pipeline.shards.sidecar import read_sidecar, write_sidecar
+
+    first = world.refresh(range(4))
+    keys = [sample.key for sample in read_samples(world.folder, first.shards[0])]
+    table = pa.table({"key": keys, "length": [0, 1, 2, 3]})
+    digest = write_sidecar(world.folder, first.shards[0], "lengths", table, "a rule")
+    shard = dataclasses.replace(first.shards[0], sidecars={"lengths": digest})
+    shard = select(world.folder, shard, np.array([0, 2, 2]))
+    plain = {"fields": first.fields, "card": None, "options": first.options, "rows": 4, "dropped": {}}
+    publish_shards(world.folder, (shard,), **plain)
+    purged = world.refresh(range(4), Renewal(purge=True))
+    assert captions(purged) == ["number 0", "number 2", "number 2"] and purged.shards[0].stored == 2
+    moved = read_sidecar(world.folder, purged.shards[0], "lengths", "x", "a rule")
+    assert moved["length"].to_pylist() == [0, 2] and not (world.out / "00000.lengths.parquet").exists()
+    world.asked()
+    # What the filter hid is forgotten as a picture, not as a row.
+    assert world.refresh(range(4)) == purged and world.asked() == []
+
+
 def test_purge_takes_the_bytes_from_disk(world: World) -> None:
     world.refresh(range(10))
     hidden = world.opt_out(world.url(1), world.url(4), world.url(5), world.url(6), world.url(7))
