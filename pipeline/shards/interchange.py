@@ -125,7 +125,11 @@ def croissant_card(snapshot: "Snapshot", manifest_sha256: str) -> dict[str, Any]
         **({"url": card.home} if card.home else {}),
         "version": f"{int(snapshot.id.split('-')[0])}.0.0",
         "datePublished": snapshot.created,
-        "distribution": [_manifest(snapshot, manifest_sha256), *map(_tar, listed), *sets.values()],
+        "distribution": [
+            _manifest(snapshot, manifest_sha256),
+            *(_tar(snapshot, shard) for shard in listed),
+            *sets.values(),
+        ],
         "recordSet": [_record_set(field) for field in sets],
     }
 
@@ -157,12 +161,14 @@ def _manifest(snapshot: "Snapshot", sha256: str) -> dict[str, Any]:
     }
 
 
-def _tar(shard: "Shard") -> dict[str, Any]:
+def _tar(snapshot: "Snapshot", shard: "Shard") -> dict[str, Any]:
     return {
         "@type": "cr:FileObject",
         "@id": shard.tar,
         "name": shard.tar,
-        "contentUrl": UP + shard.tar,
+        # By way of the snapshot's own folder: mlcroissant keeps what it has extracted under the address as it is
+        # written, and would take the `../../00000.tar` of one data set for that of another.
+        "contentUrl": f"../{snapshot.id}/{UP}{shard.tar}",
         "contentSize": f"{shard.bytes} B",
         "encodingFormat": "application/x-tar",
         "sha256": shard.sha256,

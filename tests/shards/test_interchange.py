@@ -138,7 +138,7 @@ def test_the_croissant_card_names_files_that_are_there(make_snapshot: MakeSnapsh
     }
     assert "http://purl.org/dc/terms/conformsTo" in ours
     files = [entry for entry in card["distribution"] if entry["@type"] == "cr:FileObject"]
-    assert len(files) == 4
+    assert len(files) == 4 and all(snapshot.id in entry["contentUrl"] for entry in files)
     for entry in files:
         content = (indexes(snapshot) / entry["contentUrl"]).read_bytes()
         assert hashlib.sha256(content).hexdigest() == entry["sha256"]
