@@ -14,6 +14,7 @@ paper's code draws from a global random state; everything else is equal to it.)
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +32,6 @@ from pipeline.stages.filters.view import ShardView
 PUNCTUATION = ",.;:?!`"
 CHUNK = 1_000
 SHARDS_PER_COUNT = 256
-_SPACED = str.maketrans({**{mark: f" {mark} " for mark in PUNCTUATION}, **dict.fromkeys("\t\n\r", " ")})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,11 @@ class MetaClip(Filter):
 
 def spaced(text: str) -> str:
     """``text`` between spaces, with spaces around its punctuation and for its tabs and line ends."""
-    return f" {text} ".translate(_SPACED)
+    # Seven replacements that find nothing are three times as fast as one str.translate.
+    text = f" {text} "
+    for mark in PUNCTUATION:
+        text = text.replace(mark, f" {mark} ")
+    return text.replace("\t", " ").replace("\n", " ").replace("\r", " ")
 
 
 def spaced_entry(entry: str) -> str:
@@ -111,7 +115,8 @@ class EntryAutomaton:
         matches = self._automaton.find_matches_as_indexes("\n".join(lines), overlapping=True)
         if not matches:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        found = np.array(matches, np.int64)
+        flat = itertools.chain.from_iterable(matches)
+        found = np.fromiter(flat, np.int64, 3 * len(matches)).reshape(-1, 3)
         ends = np.cumsum([len(line) + 1 for line in lines])
         rows = np.searchsorted(ends, found[:, 1], side="right")
         both = np.unique(rows << 32 | found[:, 0])
