@@ -151,7 +151,10 @@ def test_the_croissant_card_names_files_that_are_there(make_snapshot: MakeSnapsh
         assert record["key"]["@id"] in {field["@id"] for field in record["field"]}
 
 
-def test_mlcroissant_reads_pictures_and_captions_through_the_card(make_snapshot: MakeSnapshot) -> None:
+def test_mlcroissant_reads_pictures_and_captions_through_the_card(
+    make_snapshot: MakeSnapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CROISSANT_CACHE", str(tmp_path))
     mlcroissant = pytest.importorskip("mlcroissant", reason="not a dependency: it brings stubs that change our types")
     snapshot = make_snapshot()
     dataset = mlcroissant.Dataset(jsonld=str(indexes(snapshot) / "croissant.json"))
