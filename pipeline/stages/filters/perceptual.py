@@ -7,8 +7,9 @@ join, and the first of a cluster in the snapshot's order is kept. (The threshold
 
 Pairs are found without comparing all: the bits are cut into blocks, and two hashes that differ in d bits agree in all
 but d blocks. So for every choice of that many blocks the hashes are sorted by these blocks alone, and only equal
-neighbours are compared; by the pigeonhole principle no pair is missed. The hashes of the whole data set (12 bytes a
-sample, about 40 while sorting) have to fit into the memory of one worker: 100 million take 4 GB.
+neighbours are compared; by the pigeonhole principle no pair is missed. The hashes of the whole data set (16 bytes a
+sample with its place, about 50 while they are sorted) have to fit into the memory of one worker: some 5 GB for 100
+million, by arithmetic.
 """
 
 import itertools
