@@ -41,6 +41,7 @@ def refresh_with_img2dataset(
         SettingError: the package is not installed (it does not import on Python 3.13), or an option it has not.
         StorageError: it left shards undone.
     """
+    _refuse_what_it_lacks(source, options.downloads)
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     try:
         # The package rebinds its name `main` to a function, so plain attribute access does not reach the module.
@@ -78,6 +79,7 @@ def _arguments(source: UrlTable, folder: Folder, options: ShardOptions, workers:
         "user_agent_token": downloads.user_agent_token,
         "disallowed_header_directives": list(downloads.disallowed_header_directives),
         "compute_hash": downloads.compute_hash,
+        "verify_hash": source.verify_hash.rsplit(":", 1) if source.verify_hash else None,
         "extract_exif": images.extract_exif,
         "image_size": images.image_size,
         "resize_mode": images.resize_mode,
@@ -92,6 +94,18 @@ def _arguments(source: UrlTable, folder: Folder, options: ShardOptions, workers:
         "max_image_area": images.max_image_area,
         "max_aspect_ratio": images.max_aspect_ratio,
     }
+
+
+def _refuse_what_it_lacks(source: UrlTable, downloads: DownloadOptions) -> None:
+    """Promises to publishers and ways around the web must not be dropped in silence."""
+    same = source.verify_hash is None or source.verify_hash.rpartition(":")[2] == downloads.compute_hash
+    require(
+        same, "verify_hash", source.verify_hash, f"img2dataset's: of the kind of compute_hash {downloads.compute_hash}"
+    )
+    plain = DownloadOptions()
+    for name in ("robots_txt", "host_pause", "allow_stores", "allow_local_root"):
+        value = getattr(downloads, name)
+        require(value == getattr(plain, name), name, value, "the engine native; img2dataset has no such option")
 
 
 def _guarded_downloader(rules: DownloadOptions) -> Any:

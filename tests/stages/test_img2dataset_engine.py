@@ -1,7 +1,9 @@
 """Ours beside the real img2dataset: the same layout on the same urls, and its engine under our rules."""
 
+import hashlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.errors import SnapshotError
+from pipeline.errors import SettingError, SnapshotError
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import TarShard
@@ -99,6 +101,34 @@ def test_its_engine_keeps_our_rule_about_addresses(table: UrlTable, tmp_path: Pa
     closed = ShardOptions(images=OPTIONS.images, number_sample_per_shard=5)
     with pytest.raises(SnapshotError, match="no row became a sample"):
         refresh_with_img2dataset(table, Folder(tmp_path / "out"), closed, Workers())
+
+
+def test_expected_hashes_mean_the_same(table: UrlTable, tmp_path: Path, ray_cluster: Any) -> None:
+    frame = pandas.read_parquet(table.url_list)
+    right = [hashlib.sha256(picture(number)).hexdigest() for number in range(8)]
+    frame["digest"] = [right[0], right[2], right[2], None, right[4].upper()[:10], *right[5:8], right[0], right[1]]
+    frame.to_parquet(table.url_list)
+    checked = replace(table, verify_hash="digest:sha256")
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    refresh(checked, Folder(ours), OPTIONS, Workers(processes_count=0))
+    refresh_with_img2dataset(checked, Folder(theirs), OPTIONS, Workers())
+    told = []
+    for place in (ours, theirs):
+        rows = [row for shard in ("00000", "00001") for row in pq.read_table(place / f"{shard}.parquet").to_pylist()]
+        told.append({row["key"]: (row["status"], row["error_message"] == "hash mismatch") for row in rows})
+    assert told[0] == told[1] and sum(mismatch for _, mismatch in told[0].values()) == 4
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("robots_txt", True), ("host_pause", 1.0), ("allow_stores", ("memory",)), ("allow_local_root", "/tmp")],
+)
+def test_what_it_lacks_is_refused(table: UrlTable, tmp_path: Path, field: str, value: Any) -> None:
+    asked = replace(OPTIONS, downloads=replace(OPTIONS.downloads, **{field: value}))
+    with pytest.raises(SettingError, match=field):
+        refresh_with_img2dataset(table, Folder(tmp_path / "out"), asked, Workers())
+    with pytest.raises(SettingError, match="verify_hash"):
+        refresh_with_img2dataset(replace(table, verify_hash="url:md5"), Folder(tmp_path / "out"), OPTIONS, Workers())
 
 
 @pytest.mark.parametrize(
