@@ -29,6 +29,7 @@ from pipeline.tracking.privacy import masked
 
 GROUPS, HOSTS, REASONS, LANGUAGES = 8, 25, 40, 15
 MOST_BARS = 40
+TALLEST = 1.5
 JOINERS = "\u200c\u200d"  # Persian, Indic scripts and emoji need them
 STEPS = {DOWNLOAD: "not downloaded", RESIZE: "not decoded or resized", FILTER: "filtered or hidden"}
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -51,6 +52,7 @@ p { max-width: 75ch; margin: 0.4rem 0; }
 .facts dd { margin: 0; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 0.92rem; }
+table:not(:has(.meter)) { max-width: 60rem; }
 caption { text-align: left; color: var(--faint); padding: 0.3rem 0; }
 th, td { text-align: left; padding: 0.3rem 0.7rem 0.3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 bdi { overflow-wrap: anywhere; }
@@ -68,7 +70,7 @@ svg.chart { width: 100%; height: auto; display: block; }
 figcaption { font-size: 0.85rem; color: var(--faint); overflow-wrap: anywhere; }
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 11.5rem), 1fr)); gap: 0.8rem; }
 .samples .words { color: var(--ink); margin: 0.4rem 0 0.2rem; max-height: 7.6em; overflow: hidden; }
-.picture { position: relative; overflow: hidden; background: #808080; border-radius: 4px; line-height: 0; }
+.picture { position: relative; margin: 0 auto; overflow: hidden; background: #808080; border-radius: 4px; }
 .picture img { width: 100%; height: auto; display: block; }
 .picture svg { position: absolute; inset: 0; width: 100%; height: 100%;
   filter: drop-shadow(0 0 1px #000000); }
@@ -315,10 +317,13 @@ def _samples_section(statistics: Statistics) -> str:
 
 def _figure(shown: Shown, note: str = "") -> str:
     caption = _foreign(shown.caption, 300) if plain(shown.caption) else "<em>no caption</em>"
+    # Tall pictures are shown narrower, so that none fills the screen; boxes stay where they belong.
+    narrow = min(100.0, 100 * TALLEST * shown.width / max(shown.height, 1))
     labels = [region.label for region in shown.regions if plain(region.label)]
     listed = "".join(f"<li>{_foreign(label, 60)}</li>" for label in labels)
     return (
-        f'<figure><div class="picture"><img alt="{_text(shown.caption, 150) or "picture without a caption"}" '
+        f'<figure><div class="picture" style="width: {narrow:.1f}%">'
+        f'<img alt="{_text(shown.caption, 150) or "picture without a caption"}" '
         f'loading="lazy" width="{shown.width}" height="{shown.height}" '
         f'src="data:image/jpeg;base64,{html.escape(shown.thumbnail, quote=True)}">{_overlay(shown)}</div>'
         f'<figcaption><div class="words">{caption}</div>'
@@ -354,10 +359,12 @@ def _duplicates_section(report: Report) -> str:
         return _section("Duplicates", f"<p>No two{sampled or ' pictures'} have the same bytes.</p>")
     words = (
         f"<p>{_number(spare)} of {_number(compared)} pictures ({_share(spare, compared)}){sampled} repeat an earlier "
-        f"one byte for byte (SHA-256), in {_number(len(repeated))} groups. The largest:</p>"
+        f"one byte for byte (SHA-256), in groups: {_number(len(repeated))}. The largest:</p>"
     )
     figures = "".join(
-        _figure(shown, f"<strong>{_number(copies.count)} times</strong>: {_text(', '.join(copies.keys), 120)}; ")
+        _figure(
+            shown, f"<strong>{_number(copies.count)} times</strong>, also {_text(', '.join(copies.keys[1:]), 120)}; "
+        )
         for copies, shown in report.groups
         if shown
     )

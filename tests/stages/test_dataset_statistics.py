@@ -32,6 +32,7 @@ from pipeline.stages.dataset_statistics import (
     measure,
     measure_shard,
     merge,
+    merge_all,
     shares,
 )
 from pipeline.stages.refresh import Workers
@@ -106,6 +107,7 @@ def test_any_order_gives_the_same_and_so_does_json(make_snapshot: Make) -> None:
     ]
     pairs = merge(parts[0], merge(parts[1], parts[2], 5), 5)
     assert all(to_json(result) == to_json(results[0]) for result in [*results, merge(pairs, Statistics(), 5)])
+    assert merge_all(iter(parts), 5) == results[0] and merge_all([], 5) == Statistics()
     assert from_json(Statistics, to_json(results[0])) == results[0]
 
 

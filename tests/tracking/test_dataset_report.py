@@ -145,7 +145,7 @@ def test_what_it_says(hostile: str) -> None:
         assert words in text, words
     assert "There is no earlier" not in text and "samples removed1" in text
     # 11 one-coloured pictures in three greys.
-    assert "8 of 11 pictures" in text and "in 3 groups" in text
+    assert "8 of 11 pictures" in text and "in groups: 3" in text
 
 
 def test_boxes_lie_over_the_pictures(hostile: str) -> None:
