@@ -11,6 +11,7 @@ import pytest
 from pipeline.errors import DataError, SettingError, SnapshotError
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.models.clip import Config
+from pipeline.models.method import Method
 from pipeline.shards.snapshot import Snapshot, publish_shards
 from pipeline.shards.storage import Folder
 from pipeline.training.optimizer import AdamW
@@ -33,6 +34,8 @@ def test_what_may_change_between_starts(run: MakeRun, tiny_config: Config, tmp_p
     prepare(tiny_config, run())
     changed = run(
         workers=2,
+        micro_batch=2,
+        exchange="ring",
         log_every_steps=7,
         checkpoint_every_steps=None,
         checkpoint_every_minutes=None,
@@ -71,6 +74,17 @@ def test_all_differing_settings_are_named(run: MakeRun, tiny_config: Config) -> 
     prepare(tiny_config, run())
     with pytest.raises(SettingError, match=r"a run with flip 0\.0, seed 0; or another folder"):
         prepare(replace(tiny_config, flip=0.5), run(seed=3))
+
+
+def test_parts_of_a_batch_need_a_method_that_embeds(
+    run: MakeRun, tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Whole(Method):
+        """Its losses cannot be had apart from its towers."""
+
+    monkeypatch.setattr("pipeline.training.run.method_class", lambda name: Whole)
+    with pytest.raises(SettingError, match="micro_batch: 2 is not allowed; allowed: none, since"):
+        prepare(tiny_config, run(micro_batch=2))
 
 
 def test_a_run_keeps_its_snapshot(
@@ -152,6 +166,7 @@ def test_a_relative_folder_inside_a_ray_job_is_refused(
         {"checkpoint_every_minutes": 0},
         {"keep_checkpoints": 0},
         {"keep_waiting": 0},
+        {"micro_batch": 0},
         {"evaluate_every_steps": 0},
     ],
 )
