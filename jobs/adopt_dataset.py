@@ -19,8 +19,7 @@ from pipeline.config import run_job, writable_folder
 from pipeline.dataset import load_card
 from pipeline.shards.adopt import find_shards
 from pipeline.shards.storage import Folder
-from pipeline.stages.refresh import Workers
-from pipeline.stages.shard_tasks import run_tasks
+from pipeline.stages.shard_tasks import Workers, run_tasks
 from pipeline.stages.smoke import drawn_snapshot
 
 logger = logging.getLogger("adopt_dataset")
@@ -64,7 +63,7 @@ def main(run: Adopt) -> None:
     adoption = find_shards(folder)
     if adoption.unfinished:
         logger.warning("%d tars are not marked as done and left out", len(adoption.unfinished))
-    learnt = [text for _, text in run_tasks(adoption.learn, len(adoption.names), run.workers)]
+    learnt = [text for _, text in run_tasks(adoption.learn, range(len(adoption.names)), run.workers)]
     snapshot = adoption.publish(learnt, card, run.skip_damaged)
     print(f"{snapshot.uri}: {snapshot.samples} samples in {len(snapshot.shards)} shards")
 

@@ -20,7 +20,7 @@ from pipeline.evaluation.embedder import LoadEmbedder, Precision
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.stages.embeddings import EmbedOptions, Export, embed
-from pipeline.stages.refresh import Workers
+from pipeline.stages.shard_tasks import Workers
 from pipeline.stages.smoke import drawn_snapshot
 
 SMOKE = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/embedded"

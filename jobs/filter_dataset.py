@@ -23,7 +23,8 @@ from pipeline.stages.filters.run import Outcome, filter_snapshot
 from pipeline.stages.filters.size import Size
 from pipeline.stages.images import ImageOptions
 from pipeline.stages.make_shard import ShardOptions
-from pipeline.stages.refresh import Workers, refresh
+from pipeline.stages.refresh import refresh
+from pipeline.stages.shard_tasks import Workers
 
 
 @dataclass(frozen=True, kw_only=True)

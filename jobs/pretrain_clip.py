@@ -22,7 +22,8 @@ from pipeline.shards.storage import Folder
 from pipeline.sources.drawn.source import Drawn
 from pipeline.stages.images import ImageOptions
 from pipeline.stages.make_shard import ShardOptions
-from pipeline.stages.refresh import Workers, refresh
+from pipeline.stages.refresh import refresh
+from pipeline.stages.shard_tasks import Workers
 from pipeline.tracking.follow import CheckpointEvaluation
 from pipeline.tracking.runs import Tracking, start
 from pipeline.training.launch import follower, launch

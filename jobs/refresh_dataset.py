@@ -34,8 +34,9 @@ from pipeline.stages.images import ImageOptions
 from pipeline.stages.img2dataset_engine import refresh_with_img2dataset
 from pipeline.stages.make_shard import ShardOptions
 from pipeline.stages.progress import Floor
-from pipeline.stages.refresh import Workers, refresh
+from pipeline.stages.refresh import refresh
 from pipeline.stages.renewal import Renewal
+from pipeline.stages.shard_tasks import Workers
 
 AS_IT_IS = ShardOptions(images=ImageOptions(resize_mode="no", skip_reencode=True))
 SMOKE_FOLDER = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/drawn"

@@ -25,7 +25,8 @@ from pipeline.sources.source import Source
 from pipeline.stages.dataset_statistics import Measuring, measure
 from pipeline.stages.images import ImageOptions
 from pipeline.stages.make_shard import ShardOptions
-from pipeline.stages.refresh import Workers, refresh
+from pipeline.stages.refresh import refresh
+from pipeline.stages.shard_tasks import Workers
 from pipeline.tracking.dataset_report import make_report, report_page
 from pipeline.tracking.runs import Tracking, open_tracker
 

@@ -20,8 +20,7 @@ from pipeline.errors import DataError
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.shards.verify import Decode, Verification, folder_problems
-from pipeline.stages.refresh import Workers
-from pipeline.stages.shard_tasks import run_tasks
+from pipeline.stages.shard_tasks import Workers, run_tasks
 from pipeline.stages.smoke import drawn_snapshot
 
 SMOKE = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/verified"
@@ -62,7 +61,7 @@ def main(run: Verify) -> None:
     snapshot = read_snapshot(run.data)
     checks = Verification(snapshot=snapshot, decode=decoder() if run.decode else None)
     wrong: dict[str, list[str]] = {}
-    for number, text in run_tasks(checks.check, len(snapshot.shards), run.workers):
+    for number, text in run_tasks(checks.check, range(len(snapshot.shards)), run.workers):
         problems = json.loads(text)
         if problems:
             wrong[snapshot.shards[number].name] = problems

@@ -80,7 +80,7 @@ def test_the_instance_types_are_what_the_resources_say(config, monkeypatch):
 
 
 def test_the_jobs_ask_for_the_resources_that_the_nodes_have(config):
-    from pipeline.stages.refresh import DATA_RESOURCE
+    from pipeline.stages.shard_tasks import DATA_RESOURCE
     from pipeline.training.run import Cluster
 
     train_resource = Cluster().train_resource

@@ -30,9 +30,8 @@ from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
 from pipeline.stages.filters.language import identify
 from pipeline.stages.images import ImageOptions, read_header, transform
-from pipeline.stages.refresh import Workers
-from pipeline.stages.regions import Region, read_regions
-from pipeline.stages.shard_tasks import run_tasks
+from pipeline.stages.outlines import Region, read_regions
+from pipeline.stages.shard_tasks import Workers, run_tasks
 
 EXACT_ROWS = 1_000_000
 IDENTIFIED = 20_000
@@ -213,7 +212,7 @@ def measure(snapshot: Snapshot, options: Measuring, workers: Workers) -> Statist
     Raises:
         DataError: a shard or a sidecar is missing, damaged or stale.
     """
-    texts = run_tasks(_MeasureShard(snapshot, options), len(snapshot.shards), workers)
+    texts = run_tasks(_MeasureShard(snapshot, options), range(len(snapshot.shards)), workers)
     parts = (from_json(Statistics, text) for _, text in texts)
     return merge_all(parts, options.samples)
 

@@ -32,8 +32,7 @@ from pipeline.shards.snapshot import Shard, Snapshot, publish_shards, read_snaps
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import iterate_tar
 from pipeline.stages.ray_session import connect
-from pipeline.stages.refresh import Workers, _data_resource
-from pipeline.stages.shard_tasks import run_tasks
+from pipeline.stages.shard_tasks import Workers, data_resource, run_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +167,7 @@ class Export:
             SidecarError: the snapshot has no features of this name.
             StorageError: the store refused.
         """
-        return sum(int(rows) for _, rows in run_tasks(self.write_file, self.files, workers))
+        return sum(int(rows) for _, rows in run_tasks(self.write_file, range(self.files), workers))
 
     @property
     def files(self) -> int:
@@ -241,7 +240,7 @@ def _embedded_by_ray(
         num_cpus=places.threads,
         num_gpus=1 if places.gpu else None,
         compute=ray.data.ActorPoolStrategy(size=places.count),
-        resources=None if places.gpu else _data_resource(dict(ray.cluster_resources())),
+        resources=None if places.gpu else data_resource(dict(ray.cluster_resources())),
     )
     for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
         for number, digest, error in zip(batch["number"], batch["digest"], batch["error"], strict=True):

@@ -27,7 +27,8 @@ from pipeline.stages.addresses import AddressPolicy, AddressRefused
 from pipeline.stages.download import DownloadOptions
 from pipeline.stages.make_shard import ShardOptions
 from pipeline.stages.ray_session import connect
-from pipeline.stages.refresh import Workers, shaping_options
+from pipeline.stages.refresh import shaping_options
+from pipeline.stages.shard_tasks import Workers
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,8 @@ from pipeline.shards.storage import Folder
 from pipeline.sources import open_source
 from pipeline.stages.images import ImageOptions
 from pipeline.stages.make_shard import ShardOptions
-from pipeline.stages.refresh import Workers, refresh
+from pipeline.stages.refresh import refresh
+from pipeline.stages.shard_tasks import Workers
 
 
 def drawn_snapshot(folder: Folder, samples: int = 64, rows_per_shard: int = 16) -> Snapshot:

@@ -40,7 +40,8 @@ from pipeline.stages.images import ImageOptions
 from pipeline.stages.make_shard import ShardOptions, make_shard
 from pipeline.stages.plan import make_plan
 from pipeline.stages.ray_session import connect
-from pipeline.stages.refresh import Workers, refresh, shaping_options
+from pipeline.stages.refresh import refresh, shaping_options
+from pipeline.stages.shard_tasks import Workers
 
 ROUNDS = 3
 FEW_ROWS = 10_000

@@ -17,7 +17,8 @@ from pipeline.sources.hugging_face import HuggingFaceParquet
 from pipeline.sources.source import Row
 from pipeline.stages.images import ImageOptions
 from pipeline.stages.make_shard import ShardOptions
-from pipeline.stages.refresh import Workers, refresh
+from pipeline.stages.refresh import refresh
+from pipeline.stages.shard_tasks import Workers
 
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 

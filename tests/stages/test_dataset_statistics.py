@@ -35,7 +35,7 @@ from pipeline.stages.dataset_statistics import (
     merge_all,
     shares,
 )
-from pipeline.stages.refresh import Workers
+from pipeline.stages.shard_tasks import Workers
 
 HERE = Workers(processes_count=0)
 Make = Callable[..., Snapshot]

@@ -20,7 +20,7 @@ from pipeline.shards.selection import select
 from pipeline.shards.snapshot import Snapshot, publish_shards, read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder, file_digest
 from pipeline.stages.embeddings import EmbedOptions, Export, embed, read_features
-from pipeline.stages.refresh import Workers
+from pipeline.stages.shard_tasks import Workers
 
 HERE = Workers(processes_count=0)
 MakeSnapshot = Callable[..., Snapshot]

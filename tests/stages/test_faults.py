@@ -31,7 +31,8 @@ from pipeline.sources.url_table import UrlTable
 from pipeline.stages.download import DownloadOptions
 from pipeline.stages.images import ImageOptions
 from pipeline.stages.make_shard import ShardOptions
-from pipeline.stages.refresh import Workers, refresh
+from pipeline.stages.refresh import refresh
+from pipeline.stages.shard_tasks import Workers
 
 ROOT = Path(__file__).resolve().parents[2]
 BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"

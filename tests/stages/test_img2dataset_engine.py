@@ -21,7 +21,8 @@ from pipeline.sources.url_table import UrlTable
 from pipeline.stages.download import DownloadOptions
 from pipeline.stages.images import ImageOptions
 from pipeline.stages.make_shard import ShardOptions
-from pipeline.stages.refresh import Workers, refresh
+from pipeline.stages.refresh import refresh
+from pipeline.stages.shard_tasks import Workers
 
 pytest.importorskip("imghdr", reason="img2dataset does not import on Python 3.13")
 

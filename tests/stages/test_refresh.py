@@ -31,7 +31,8 @@ from pipeline.sources.webdataset import WebDatasetTars
 from pipeline.stages.download import DownloadOptions
 from pipeline.stages.images import ImageOptions
 from pipeline.stages.make_shard import ShardOptions
-from pipeline.stages.refresh import Workers, refresh
+from pipeline.stages.refresh import refresh
+from pipeline.stages.shard_tasks import Workers
 
 HERE = Workers(processes_count=0)
 LOOPBACK = DownloadOptions(allow_hosts=("127.0.0.1",), timeout=5.0)

@@ -24,8 +24,9 @@ from pipeline.stages.download import DownloadOptions
 from pipeline.stages.images import ImageOptions
 from pipeline.stages.make_shard import ShardOptions
 from pipeline.stages.progress import Floor
-from pipeline.stages.refresh import Workers, refresh
+from pipeline.stages.refresh import refresh
 from pipeline.stages.renewal import Renewal
+from pipeline.stages.shard_tasks import Workers
 
 HERE = Workers(processes_count=0)
 LATEST = Renewal(parent="latest")

@@ -14,7 +14,7 @@ from pipeline.shards.selection import select
 from pipeline.shards.snapshot import Snapshot, publish_shards
 from pipeline.shards.storage import Folder
 from pipeline.stages.dataset_statistics import Measuring, measure
-from pipeline.stages.refresh import Workers
+from pipeline.stages.shard_tasks import Workers
 from pipeline.tracking.dataset_report import make_report, plain, report_page
 
 Make = Callable[..., Snapshot]

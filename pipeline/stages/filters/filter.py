@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from pipeline.shards.snapshot import Shard
 from pipeline.shards.storage import Folder
 from pipeline.stages.filters.view import ShardView
-from pipeline.stages.refresh import Workers
-from pipeline.stages.shard_tasks import run_tasks
+from pipeline.stages.shard_tasks import Workers, run_tasks
 
 SMALL_ROW_GROUP = 4096
 
@@ -76,7 +75,7 @@ class Step:
         return ((number, self.read(name, number, **options)) for number in range(count))
 
     def _each(self, name: str, count: int, make: Callable[[int], pa.Table]) -> None:
-        for _ in run_tasks(functools.partial(_written, self.work, name, make), count, self.workers):
+        for _ in run_tasks(functools.partial(_written, self.work, name, make), range(count), self.workers):
             pass
 
 

@@ -28,8 +28,7 @@ from pipeline.shards.snapshot import Shard, Snapshot, publish_shards, read_snaps
 from pipeline.shards.storage import Folder
 from pipeline.stages.filters.filter import Filter, Step, read_table, table_file, write_table
 from pipeline.stages.filters.view import ShardView
-from pipeline.stages.refresh import Workers
-from pipeline.stages.shard_tasks import run_tasks
+from pipeline.stages.shard_tasks import Workers, run_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +80,8 @@ def filter_snapshot(
     work = folder.folder(FILTERS).folder(_identity(parent, options))
     last = _judge_all(parent, folder, work, filters, workers)
     finish = functools.partial(_finish, folder, parent.shards, last, captions_sidecar)
-    results = sorted((number, json.loads(text)) for number, text in run_tasks(finish, len(parent.shards), workers))
+    finished = run_tasks(finish, range(len(parent.shards)), workers)
+    results = sorted((number, json.loads(text)) for number, text in finished)
     shards = tuple(Shard(**result["shard"]) for _, result in results if result["shard"]["samples"])
     counts = sum((Counter(result["reasons"]) for _, result in results), Counter())
     seen = sum((Counter(result["changes"]) for _, result in results), Counter())
@@ -169,7 +169,7 @@ def _judge_all(parent: Snapshot, folder: Folder, work: Folder, filters: Sequence
         group[0].prepare(step)
         target = work.folder(REASONS) if last else place.folder(REASONS)
         judge = functools.partial(_judge, step, tuple(group), target)
-        for _ in run_tasks(judge, len(parent.shards), workers):
+        for _ in run_tasks(judge, range(len(parent.shards)), workers):
             pass
         before = target
     assert before is not None

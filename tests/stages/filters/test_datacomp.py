@@ -13,7 +13,7 @@ from pipeline.shards.storage import Folder
 from pipeline.stages.datacomp import UID, UidList, bisect, parse_uids, write_uids
 from pipeline.stages.filters.length import Length
 from pipeline.stages.filters.run import filter_snapshot
-from pipeline.stages.refresh import Workers
+from pipeline.stages.shard_tasks import Workers
 
 HERE = Workers(processes_count=0)
 

@@ -27,7 +27,7 @@ from pipeline.stages.filters.perceptual import (
 )
 from pipeline.stages.filters.run import filter_snapshot, read_reasons
 from pipeline.stages.filters.semantic import SemanticDuplicates, closest_before
-from pipeline.stages.refresh import Workers
+from pipeline.stages.shard_tasks import Workers
 
 HERE = Workers(processes_count=0)
 

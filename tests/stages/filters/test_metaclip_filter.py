@@ -12,7 +12,7 @@ from pipeline.errors import SettingError
 from pipeline.stages import metaclip
 from pipeline.stages.filters.run import filter_snapshot, read_reasons
 from pipeline.stages.metaclip import MetaClip, draw, read_entries
-from pipeline.stages.refresh import Workers
+from pipeline.stages.shard_tasks import Workers
 
 HERE = Workers(processes_count=0)
 ENTRIES = ["red", "green", "blue", "a red", "rare"]

@@ -26,7 +26,7 @@ from pipeline.stages.filters.semantic import SemanticDuplicates
 from pipeline.stages.filters.text import Text
 from pipeline.stages.filters.view import ShardView
 from pipeline.stages.metaclip import MetaClip
-from pipeline.stages.refresh import Workers
+from pipeline.stages.shard_tasks import Workers
 
 HERE = Workers(processes_count=0)
 CAPTIONS = [f"a photograph of {number} red cars" if number % 4 else "no" for number in range(20)]

@@ -20,7 +20,7 @@ from pipeline.stages.filters.run import filter_snapshot, read_reasons
 from pipeline.stages.filters.size import Size
 from pipeline.stages.filters.text import Text
 from pipeline.stages.filters.view import ShardView
-from pipeline.stages.refresh import Workers
+from pipeline.stages.shard_tasks import Workers
 
 HERE = Workers(processes_count=0)
 

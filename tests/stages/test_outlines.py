@@ -9,7 +9,7 @@ import pytest
 from pipeline.shards.sample import Sample
 from pipeline.sources.drawn.sample import draw_sample
 from pipeline.sources.drawn.truth import mask_from_runs, run_lengths
-from pipeline.stages.regions import MOST_REGIONS, read_regions
+from pipeline.stages.outlines import MOST_REGIONS, read_regions
 
 
 def sample(things: object = None, **fields: bytes) -> Sample:
