@@ -139,10 +139,12 @@ def publish_shards(
     rows: int,
     dropped: Mapping[str, int],
     changes: Mapping[str, int] | None = None,
+    parent: str | None = None,
     always: bool = False,
 ) -> Snapshot:
     """Publish a list of shards, for jobs that add sidecars or hide samples; otherwise as :func:`publish`.
 
+    ``parent`` is the id of the snapshot that they were made from, where that is not the latest.
     Only the latest snapshot counts as saying the same; with ``always`` not even that, for changes without a trace in
     the shards, such as rows that failed once more.
     """
@@ -155,7 +157,7 @@ def publish_shards(
         id=f"{number:0{ID_DIGITS}d}-{digest[:DIGEST_LENGTH]}",
         digest=digest,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        parent=ids[-1] if ids else None,
+        parent=parent or (ids[-1] if ids else None),
         folder=folder.uri,
         shards=shards,
         fields=fields,

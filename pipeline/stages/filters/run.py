@@ -97,6 +97,7 @@ def filter_snapshot(
         rows=parent.rows,
         dropped=dict(Counter(parent.dropped) + Counter(dropped)),
         changes={name: seen[name] for name in ("kept", "removed", "added") if seen[name]},
+        parent=parent.id,
     )
     _clear(work, filters)
     return Outcome(snapshot=snapshot, parent=parent, dropped=dropped, names=tuple(one.name for one in filters))

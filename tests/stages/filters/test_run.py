@@ -117,6 +117,7 @@ def test_the_same_command_twice_writes_nothing(make_data: Any):
     assert len(snapshot_ids(Folder(parent.folder))) == 2
     other = filter_snapshot(parent, [Length(min_words=1, min_characters=0)], HERE)
     assert captions_seen(other.snapshot) == CAPTIONS and len(snapshot_ids(Folder(parent.folder))) == 3
+    assert other.snapshot.parent == parent.id, "the one it was made from, not the latest"
 
 
 def test_a_list_with_other_content_is_other_work(make_data: Any, tmp_path):
