@@ -10,6 +10,7 @@ open_clip's memory and at most 1.1 times its time.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import re
@@ -72,6 +73,7 @@ def peak(device: str, first: bool = False) -> float:
     """Peak memory in MB since the ``first`` call, which gives what is held then; waits for the GPU."""
     if device != "cuda":
         if first:
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed is not there to be used again
             Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew, see proc(5)
         peak_line = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         assert peak_line
