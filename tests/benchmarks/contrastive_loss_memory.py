@@ -1,7 +1,7 @@
 """Value and gradient of the contrastive losses in tiles, against the plain formulas and open_clip's losses.
 
-    python tests/benchmarks/contrastive_loss.py                    # 4,096 pairs of 512 numbers on one CPU thread
-    python tests/benchmarks/contrastive_loss.py --pairs 32768 --device cuda --rounds 5
+    python tests/benchmarks/contrastive_loss_memory.py                    # 4,096 pairs of 512 numbers on one CPU thread
+    python tests/benchmarks/contrastive_loss_memory.py --pairs 32768 --device cuda --rounds 5
 
 Every measurement is a process of its own, in turns. Time is processor time (on a GPU, the wall time of a synchronised
 call); memory is what the peak of the resident set (on a GPU, of what is allocated) rises by over imports and features.
