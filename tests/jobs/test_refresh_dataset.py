@@ -67,7 +67,7 @@ def test_a_wrong_setting_is_one_sentence_before_any_cluster_starts(
     (tmp_path / "bad.yaml").write_text("name: bad\ntilte: x\n")
     places = {"LIST": "list.parquet", "EMPTY": "empty.parquet", "OUT": "out", "BADCARD": "bad.yaml"}
     monkeypatch.setattr("pipeline.stages.ray_session.connect", pytest.fail)
-    monkeypatch.setattr("pipeline.stages.refresh.connect", pytest.fail)
+    monkeypatch.setattr("pipeline.stages.shard_tasks.connect", pytest.fail)
     with pytest.raises(SystemExit) as stopped:
         run(*[str(tmp_path / places[word]) if word in places else word for word in arguments])
     error = capsys.readouterr().err
