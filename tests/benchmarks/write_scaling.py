@@ -83,19 +83,20 @@ def wall(work: Callable[[Folder], object]) -> float:
 
 def through_ray(samples: int, processes: int, folder: Folder) -> None:
     """The job as it is."""
-    refresh(Drawn(samples=samples), folder, options(), Workers(processes_count=processes))
+    refresh(Drawn(samples=samples), folder, options(samples), Workers(processes_count=processes))
 
 
 def through_pool(samples: int, pool: ProcessPoolExecutor, folder: Folder) -> None:
     """The same units in a plain pool of processes, one submitted for each."""
     source = Drawn(samples=samples)
-    plan = make_plan(source, folder, options().number_sample_per_shard, shaping_options(options()))
-    list(pool.map(partial(make_shard, source=source, folder=folder, options=options()), plan.units))
+    shaping = shaping_options(options(samples))
+    plan = make_plan(source, folder, options(samples).number_sample_per_shard, shaping)
+    list(pool.map(partial(make_shard, source=source, folder=folder, options=options(samples)), plan.units))
 
 
-def options() -> ShardOptions:
-    """Shards of 250, so that two workers finish at about the same time."""
-    return ShardOptions(images=AS_IT_IS, number_sample_per_shard=250)
+def options(samples: int) -> ShardOptions:
+    """Eight shards: two workers finish at about the same time, and a shard takes seconds, as real ones do."""
+    return ShardOptions(images=AS_IT_IS, number_sample_per_shard=max(samples // 8, 1))
 
 
 def measure_speed(samples: int) -> None:
@@ -110,7 +111,7 @@ def measure_speed(samples: int) -> None:
             plain.append(wall(partial(through_pool, samples, pool)))
             one.append(wall(partial(through_ray, samples, 1)))
     rate = samples / statistics.median(two), samples / statistics.median(one)
-    print_line("write_scaling", *rate, "samples/s", samples, f"drawn, 128 px, {ROUNDS} rounds")
+    print_line("write_scaling", *rate, "samples/s", samples, f"drawn, 128 px, 8 shards, {ROUNDS} rounds")
     seconds = statistics.median(two), statistics.median(plain)
     print_line("ray_overhead", *seconds, "s", samples, f"2 processes each, {ROUNDS} rounds")
 
