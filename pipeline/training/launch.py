@@ -18,6 +18,7 @@ from pipeline.errors import ClipmillError
 from pipeline.loaders.batches import LoaderConfig, cores
 from pipeline.stages.ray_session import connect
 from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.elastic import join_those_that_share
 from pipeline.training.follow import Follower, Record
 from pipeline.training.loop import Outcome, TrainingError, run_training
 from pipeline.training.run import Plan
@@ -48,7 +49,7 @@ def launch(plan: Plan, open_tracker: OpenTracker = LogTracker) -> Outcome:
     if outcome is not None:
         logger.info("the run in %s is finished: %d steps, %s", plan.run.output_folder, plan.steps, outcome.checkpoint)
         return outcome
-    outcome = _on_ray(plan, open_tracker) if plan.run.workers else _in_this_process(plan, open_tracker)
+    outcome = _on_ray(plan, open_tracker) if plan.run.most_workers else _in_this_process(plan, open_tracker)
     if outcome.problem:
         raise TrainingError(outcome.problem)
     return outcome
@@ -59,14 +60,14 @@ def follower(plan: Plan, evaluate: Evaluate, record: Record | None = None) -> Fo
 
     An evaluation gets a GPU where the cluster has one more than the run trains on.
     """
-    if not plan.run.workers:
+    if not plan.run.most_workers:
         return Follower(plan.run.output_folder, evaluate, record, in_a_process, in_this_process)
     connect()
     import ray
 
     cluster = dict(ray.cluster_resources())
     resources = worker_resources(plan, cluster)
-    spare_gpu = "GPU" in resources and cluster.get("GPU", 0) > plan.run.workers
+    spare_gpu = "GPU" in resources and cluster.get("GPU", 0) > plan.run.most_workers
     submit = as_ray_task(num_cpus=1, num_gpus=1 if spare_gpu else 0)
     return Follower(plan.run.output_folder, evaluate, record, submit)
 
@@ -92,9 +93,9 @@ def _on_ray(plan: Plan, open_tracker: OpenTracker) -> Outcome:
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(plan.run.cluster.start_timeout_seconds)
     connect()
     import ray
-    from ray.train import RunConfig, ScalingConfig
+    from ray.train import RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.config import FailureConfig
+    from ray.train.v2.api.config import FailureConfig, ScalingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     cluster = dict(ray.cluster_resources())
@@ -106,9 +107,10 @@ def _on_ray(plan: Plan, open_tracker: OpenTracker) -> Outcome:
             train_loop_config={"plan": plan, "open_tracker": open_tracker},
             torch_config=TorchConfig(backend="nccl" if "GPU" in resources else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=plan.run.workers,
+                num_workers=_number(plan),
                 use_gpu="GPU" in resources,
                 resources_per_worker=resources,
+                elastic_resize_monitor_interval_s=plan.run.cluster.resize_seconds,
             ),
             # Only the controller writes here, which runs beside this driver; the run's own folder is elsewhere.
             run_config=RunConfig(
@@ -132,6 +134,8 @@ def train_worker(config: Mapping[str, Any]) -> Outcome:
     plan: Plan = config["plan"]
     device = get_device()
     _set_up(device, plan.run.cluster.cpus_per_worker)
+    if not join_those_that_share(plan.run.batch_size):
+        return Outcome(steps=0, checkpoint="")
     is_first = torch.distributed.get_rank() == 0
     return run_training(plan, device, config["open_tracker"]() if is_first else LogTracker())
 
@@ -166,7 +170,7 @@ def worker_resources(plan: Plan, cluster: Mapping[str, float]) -> dict[str, floa
 
 def _check_room(plan: Plan, resources: Mapping[str, float], cluster: Mapping[str, float]) -> None:
     """A cluster that is too small may grow; a private one on this machine cannot, and would wait in vain."""
-    workers = plan.run.workers
+    workers = plan.run.fewest_workers
     short = [name for name, each in resources.items() if cluster.get(name, 0) < workers * each]
     if not short:
         return
@@ -176,6 +180,11 @@ def _check_room(plan: Plan, resources: Mapping[str, float], cluster: Mapping[str
     private = "RAY_ADDRESS" not in os.environ
     require(not private, "workers", workers, f"at most {fits} here, since this machine has {has}; 0 needs no Ray")
     logger.warning("%d workers do not fit yet: the cluster has %s; waiting for it to grow", workers, has)
+
+
+def _number(plan: Plan) -> int | tuple[int, int]:
+    fewest, most = plan.run.fewest_workers, plan.run.most_workers
+    return most if fewest == most else (fewest, most)
 
 
 def _own_error(error: Exception) -> ClipmillError | None:

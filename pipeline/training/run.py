@@ -24,6 +24,7 @@ from pipeline.training.optimizer import AdamW
 logger = logging.getLogger(__name__)
 
 RECORD = "run.json"
+MOST_WORKERS = 100_000
 
 # Settings that may change from start to start: where things are, how fast they go, how often something is written.
 FREE = (
@@ -57,11 +58,15 @@ class Cluster:
     """Times that dead workers are replaced before the run gives up; -1 for always. Preempted nodes do not count."""
     start_timeout_seconds: float = 600.0
     """How long to wait for the workers' nodes, which may have to boot."""
+    resize_seconds: float = 60.0
+    """Seconds between looks for room for more workers, where their number is a range; the more start from the latest
+    checkpoint, so that the work since then is done again."""
 
     def __post_init__(self) -> None:
         require(self.cpus_per_worker >= 1, "cpus_per_worker", self.cpus_per_worker, "1 or more")
         require(self.max_failures >= -1, "max_failures", self.max_failures, "-1 or more")
-        require(self.start_timeout_seconds > 0, "start_timeout_seconds", self.start_timeout_seconds, "more than 0")
+        for name in ("start_timeout_seconds", "resize_seconds"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +77,9 @@ class Run:
     """Where checkpoints go: an absolute path or any fsspec URI. The same folder again resumes the run in it."""
     data: str = ""
     """Snapshot to train on: FOLDER for its latest, or FOLDER@ID."""
-    workers: int = 0
-    """Training processes on the Ray cluster; 0 trains in this process, without Ray."""
+    workers: int | str = 0
+    """Training processes on the Ray cluster; 0 trains in this process, without Ray. 2:8 takes as many of two to eight
+    as the cluster has room for, and more or fewer as it grows or loses nodes."""
     batch_size: int = 32768
     """Samples per step, over all workers."""
     micro_batch: int | None = None
@@ -116,9 +122,9 @@ class Run:
     cluster: Cluster = field(default_factory=Cluster)
 
     def __post_init__(self) -> None:
-        require(0 <= self.workers <= 100_000, "workers", self.workers, "0 or more")
+        require(_is_number_or_range(self.workers), "workers", self.workers, "0 or more, or a range such as 2:8")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
-        share = max(self.workers, 1)
+        share = max(self.fewest_workers, 1)
         require(self.batch_size % share == 0, "batch_size", self.batch_size, f"a multiple of the {share} workers")
         micro = self.micro_batch
         require(micro is None or micro >= 1, "micro_batch", micro, "1 or more, or none")
@@ -137,6 +143,16 @@ class Run:
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "1 or more, or none")
         caption_field(self.caption)
+
+    @property
+    def fewest_workers(self) -> int:
+        """The least number of workers that this run trains with; 0 without Ray."""
+        return int(str(self.workers).partition(":")[0])
+
+    @property
+    def most_workers(self) -> int:
+        """The largest number of workers; that of :attr:`fewest_workers` where it is fixed."""
+        return int(str(self.workers).rpartition(":")[2])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +247,13 @@ def read_record(folder: Folder) -> Record | None:
 def write_record(folder: Folder, record: Record) -> None:
     """Write ``run.json``."""
     folder.write_atomic(RECORD, json.dumps(asdict(record), indent=2).encode())
+
+
+def _is_number_or_range(workers: int | str) -> bool:
+    fewest, colon, most = str(workers).partition(":")
+    if not (fewest.isdecimal() and (most.isdecimal() or not colon)):
+        return False
+    return 1 <= int(fewest) <= int(most) <= MOST_WORKERS if colon else int(fewest) <= MOST_WORKERS
 
 
 def _check_readable(snapshot: Snapshot, method: Any, run: Run) -> None:
