@@ -2,6 +2,7 @@
 
     {run}/checkpoints/step-00000100/model.safetensors   the weights, under open_clip's names where it has the model
                                     method.safetensors  weights that only the method has, if any
+                                    model_ema.safetensors, method_ema.safetensors  the same, averaged over steps, if any
                                     {architecture}.json, open_clip_config.json  what open_clip needs beside them
                                     config.json         the method's name and config
                                     state.pt            the optimiser (plain tensors: loads with weights_only)
@@ -9,13 +10,15 @@
                                     evaluation.json     results, added by the follower
 
 A folder without ``meta.json`` is half written, or half deleted: readers do not see it, the next start removes it. The
-latest checkpoint is found by listing, so nothing else has to be kept in step with what is there.
+latest checkpoint is found by listing, so nothing else has to be kept in step with what is there. Writing is apart from
+copying: a :class:`Content` is all of a checkpoint in CPU memory, which writer.py writes while training goes on.
 """
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
@@ -38,7 +41,9 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 PREFIX = "step-"
 MODEL, REST, CONFIG, STATE, META = "model.safetensors", "method.safetensors", "config.json", "state.pt", "meta.json"
+MODEL_EMA, REST_EMA = "model_ema.safetensors", "method_ema.safetensors"
 EVALUATION = "evaluation.json"
+INNER = "model."  # what the names of the weights in ``model.safetensors`` begin with in the method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,20 @@ class Meta:
     evaluate: bool = False
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     description: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """All of a checkpoint, in CPU memory that nobody else changes, no two tensors in the same.
+
+    ``weights``, and ``ema`` (their moving average), have the method's own names; ``texts`` are its text files.
+    """
+
+    meta: Meta
+    weights: Mapping[str, Tensor]
+    texts: Mapping[str, str]
+    optimizer: Mapping[str, Any] | None = None
+    ema: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,20 +121,22 @@ class Checkpoints:
         return None
 
     def save(self, method: Method, optimizer: torch.optim.Optimizer, meta: Meta) -> Checkpoint:
-        """Write a checkpoint; rank 0 only.
+        """Write a checkpoint of a method in this process, here and now; raises as :meth:`write`."""
+        described, texts = text_files(method)
+        meta = replace(meta, description=described)
+        state = optimizer.state_dict()
+        return self.write(Content(meta=meta, weights=_copies(method.state_dict()), texts=texts, optimizer=state))
+
+    def write(self, content: Content) -> Checkpoint:
+        """Write a checkpoint; rank 0 only. Written again, after an error, it begins anew.
 
         Raises:
             StorageError: the disk is full or the store refused; what was written so far is not seen by readers.
         """
-        folder = self.at(meta.step)
-        folder.delete(META)
-        save_weights(method, folder)
-        _save_file(folder, STATE, lambda path: torch.save({"optimizer": optimizer.state_dict()}, path))
-        described = {**method.description(), CONFIG: _config_text(method)}
-        for name, text in described.items():
-            folder.write_atomic(name, text.encode())
-        meta = Meta(**{**asdict(meta), "description": tuple(sorted(method.description()))})
-        folder.write_atomic(META, json.dumps(asdict(meta), indent=2).encode())
+        folder, meta = self.at(content.meta.step), content.meta
+        with storage_errors(folder.uri):
+            folder.delete(META)
+            write_content(folder, content)
         return Checkpoint(folder, meta)
 
     def remove_broken(self) -> None:
@@ -125,12 +146,19 @@ class Checkpoints:
                 logger.warning("removing %s, which was never finished", folder.uri)
                 _remove(folder)
 
-    def prune(self, keep: int, keep_waiting: int) -> None:
-        """Delete all but the newest ``keep`` checkpoints and, of the older ones, those that wait for an evaluation.
+    def prune(
+        self, keep: int, keep_waiting: int, *, best: int = 0, metric: str = "", every_steps: int | None = None
+    ) -> None:
+        """Delete all but the newest ``keep`` checkpoints and, of the older ones, those that are kept for a reason.
 
-        Of these, ``keep_waiting`` stay: the oldest, at which an evaluation may be at work, and the newest of the rest.
+        These are multiples of ``every_steps``, the ``best`` ones by ``metric`` of their evaluation (see :func:`score`),
+        and those that wait for an evaluation. Of the last, ``keep_waiting`` stay: the oldest, at which an evaluation
+        may be at work, and the newest of the rest.
         """
-        older = self.whole()[:-keep]
+        whole = self.whole()
+        prized = {one.meta.step for one in best_first(whole, metric)[:best]} if best else set()
+        pinned = {one.meta.step for one in whole if every_steps and one.meta.step % every_steps == 0}
+        older = [one for one in whole[:-keep] if one.meta.step not in prized | pinned]
         waiting = [checkpoint for checkpoint in older if checkpoint.waits]
         dropped = waiting[1 : 1 + max(0, len(waiting) - keep_waiting)]
         for checkpoint in older:
@@ -167,28 +195,76 @@ def read_meta(folder: Folder) -> Meta | None:
         raise DataError(f"{folder.join(META)} is not the meta data of a checkpoint ({error})") from error
 
 
-def save_weights(method: Method, folder: Folder) -> None:
-    """Write the weights: those of ``method.model`` under its own names, the others beside them."""
-    rest = {name: tensor for name, tensor in method.state_dict().items() if not name.startswith("model.")}
-    for name, tensors in ((MODEL, method.model.state_dict()), (REST, rest)):
-        if tensors:
-            _save_file(folder, name, lambda path, tensors=tensors: save_file(_plain(tensors), path))
+def write_content(folder: Folder, content: Content) -> None:
+    """Write all files of a checkpoint, the commit mark last; raises as :meth:`Checkpoints.write`."""
+    for average, names in ((content.weights, (MODEL, REST)), (content.ema, (MODEL_EMA, REST_EMA))):
+        for name, tensors in zip(names, _split(average or {}), strict=True):
+            if tensors:
+                _save_file(folder, name, lambda path, tensors=tensors: save_file(tensors, path))
+    if content.optimizer is not None:
+        _save_file(folder, STATE, lambda path: torch.save({"optimizer": content.optimizer}, path))
+    for name, text in content.texts.items():
+        folder.write_atomic(name, text.encode())
+    folder.write_atomic(META, json.dumps(asdict(content.meta), indent=2).encode())
 
 
-def load_method(uri: str, device: torch.device | str = "cpu") -> Method:
-    """A method in evaluation mode.
+def text_files(method: Method) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The names of the method's description, and the text files of its checkpoint: these and its config."""
+    description = dict(method.description())
+    return tuple(sorted(description)), {**description, CONFIG: _config_text(method)}
+
+
+def score(checkpoint: Checkpoint, metric: str) -> float | None:
+    """``metric`` of its evaluation, higher being better; ``None`` where it has none that is a number.
+
+    A minus before the name says that lower is better: ``-zeroshot/drawn_shapes/calibration_error``.
+    """
+    sign, name = (-1.0, metric[1:]) if metric.startswith("-") else (1.0, metric)
+    value = (read_evaluation(checkpoint) or {}).get("metrics", {}).get(name)
+    return sign * value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def best_first(checkpoints: Iterable[Checkpoint], metric: str) -> list[Checkpoint]:
+    """Those that have ``metric``, the best first; of equals the newer."""
+    scored = [(score(one, metric), one.meta.step, one) for one in checkpoints]
+    known = [(value, step, one) for value, step, one in scored if value is not None]
+    return [one for _, _, one in sorted(known, key=lambda entry: entry[:2], reverse=True)]
+
+
+def load_method(uri: str, device: torch.device | str = "cpu", *, ema: bool = False) -> Method:
+    """A method in evaluation mode; with ``ema``, the moving average of its weights.
 
     ``uri`` is a checkpoint's folder, a run's folder (its latest checkpoint), or ``architecture:weights`` for CLIP, the
     weights being an open_clip tag or a file: ``ViT-B-32:laion2b_s34b_b79k``.
 
     Raises:
-        SettingError: none of these.
+        SettingError: none of these, or it has no average.
         DataError: a checkpoint that is damaged.
     """
-    folder = Folder(uri)
-    checkpoint = folder if folder.exists(META) else _latest_folder(folder)
-    method = _from_checkpoint(checkpoint) if checkpoint else _from_open_clip(uri)
+    folder = checkpoint_folder(uri)
+    require(not ema or bool(folder and folder.exists(MODEL_EMA)), "ema", ema, f"False, since {uri} has no {MODEL_EMA}")
+    method = _from_checkpoint(folder, ema) if folder else _from_open_clip(uri)
     return method.to(device).eval()
+
+
+def checkpoint_folder(uri: str) -> Folder | None:
+    """The checkpoint at ``uri``, or the latest one of the run there; ``None`` where there is neither."""
+    folder = Folder(uri)
+    if folder.exists(META):
+        return folder
+    latest = Checkpoints(folder).latest()
+    return latest.folder if latest else None
+
+
+def read_weights(folder: Folder, *, ema: bool = False) -> dict[str, Tensor]:
+    """All weights of a checkpoint on the CPU, or their moving average, by the method's names; empty if it has none.
+
+    Raises:
+        DataError: a file that is damaged.
+    """
+    inner, rest = (MODEL_EMA, REST_EMA) if ema else (MODEL, REST)
+    weights = {INNER + name: tensor for name, tensor in _read_tensors(folder, inner).items()}
+    return weights | _read_tensors(folder, rest)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Folder) -> None:
@@ -219,12 +295,7 @@ def read_evaluation(checkpoint: Checkpoint) -> dict[str, Any] | None:
         return None
 
 
-def _latest_folder(run: Folder) -> Folder | None:
-    latest = Checkpoints(run).latest()
-    return latest.folder if latest else None
-
-
-def _from_checkpoint(folder: Folder) -> Method:
+def _from_checkpoint(folder: Folder, ema: bool) -> Method:
     meta = read_meta(folder)
     assert meta is not None
     try:
@@ -234,9 +305,10 @@ def _from_checkpoint(folder: Folder) -> Method:
         method = method_class(plain["method"]).restored(config, description)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{folder.uri} is not a whole checkpoint ({error})") from error
-    _load(method.model, folder, MODEL)
-    if folder.exists(REST):
-        _load(method, folder, REST, elsewhere="model.")
+    inner, rest = (MODEL_EMA, REST_EMA) if ema else (MODEL, REST)
+    _load(method.model, folder, inner)
+    if folder.exists(rest):
+        _load(method, folder, rest, elsewhere=INNER)
     return method
 
 
@@ -253,10 +325,10 @@ def _from_open_clip(uri: str) -> Method:
 
 def _load(module: nn.Module, folder: Folder, name: str, elsewhere: str | None = None) -> None:
     """Load a file of weights into ``module``; names that begin with ``elsewhere`` come from another file."""
+    tensors = load_tensors(folder, name)
     try:
-        tensors = load_file(FileCache().fetch(folder, name))
         result = module.load_state_dict(tensors, strict=elsewhere is None)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except RuntimeError as error:
         raise DataError(f"{folder.join(name)} cannot be read ({_first_line(error)})") from error
     missing = [name for name in result.missing_keys if elsewhere is None or not name.startswith(elsewhere)]
     if missing or result.unexpected_keys:
@@ -268,8 +340,26 @@ def _config_text(method: Method) -> str:
     return json.dumps({"method": method_name(method.config), "config": config}, indent=2)
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # Copies, since safetensors refuses tensors that share memory (tied weights).
+def load_tensors(folder: Folder, name: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU; raises ``DataError`` where it is damaged or missing."""
+    try:
+        return load_file(FileCache().fetch(folder, name))
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{folder.join(name)} cannot be read ({_first_line(error)})") from error
+
+
+def _read_tensors(folder: Folder, name: str) -> dict[str, Tensor]:
+    return load_tensors(folder, name) if folder.exists(name) else {}
+
+
+def _split(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Those of ``method.model`` under its own names, and the others."""
+    inner = {name.removeprefix(INNER): tensor for name, tensor in weights.items() if name.startswith(INNER)}
+    return inner, {name: tensor for name, tensor in weights.items() if not name.startswith(INNER)}
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # safetensors refuses tensors that share memory (tied weights), and those whose rows are not in order.
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
