@@ -200,7 +200,9 @@ def write_content(folder: Folder, content: Content) -> None:
     for average, names in ((content.weights, (MODEL, REST)), (content.ema, (MODEL_EMA, REST_EMA))):
         for name, tensors in zip(names, _split(average or {}), strict=True):
             if tensors:
-                _save_file(folder, name, lambda path, tensors=tensors: save_file(tensors, path))
+                # safetensors refuses tensors whose rows are not in order (channels last).
+                ordered = {key: tensor.contiguous() for key, tensor in tensors.items()}
+                _save_file(folder, name, lambda path, ordered=ordered: save_file(ordered, path))
     if content.optimizer is not None:
         _save_file(folder, STATE, lambda path: torch.save({"optimizer": content.optimizer}, path))
     for name, text in content.texts.items():
@@ -276,10 +278,19 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Folder) -> None:
     try:
         state = torch.load(BytesIO(folder.read_bytes(STATE)), map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
+        _lay_out(optimizer)
     except UnpicklingError as error:
         raise DataError(f"{folder.join(STATE)} holds more than plain tensors and is not loaded") from error
     except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
         raise DataError(f"{folder.join(STATE)} cannot be read ({_first_line(error)})") from error
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Give the state its parameters' order in memory: fused optimisers step through both alike, unchecked."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def write_evaluation(checkpoint: Checkpoint, plain: Mapping[str, Any]) -> None:
@@ -359,8 +370,8 @@ def _split(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # safetensors refuses tensors that share memory (tied weights), and those whose rows are not in order.
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    # Tied weights are written twice, since safetensors refuses tensors that share memory.
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def _save_file(folder: Folder, name: str, save: Any) -> None:

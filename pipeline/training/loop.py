@@ -25,6 +25,7 @@ from pipeline.training.optimizer import make_optimizer
 from pipeline.training.run import Plan
 from pipeline.training.schedule import learning_rate
 from pipeline.training.tracker import Tracker
+from pipeline.training.writer import Writer
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ def run_training(plan: Plan, device: torch.device, tracker: Tracker) -> Outcome:
     except TrainingError as error:
         return Outcome(steps=training.done, checkpoint=training.last_checkpoint, problem=str(error))
     finally:
+        training.writer.close()
         tracker.close()
 
 
@@ -73,6 +75,7 @@ class _Training:
         self.rank, self.world = distributed.rank(), distributed.world()
         self.order = plan.order()
         self.checkpoints = Checkpoints(plan.run.output_folder)
+        self.writer = Writer(self.checkpoints, plan.run.saving, plan.run.keep_checkpoints, plan.run.keep_waiting)
         latest = self._latest()
         self.done = latest.meta.step if latest else 0
         self.last_checkpoint = latest.folder.uri if latest else ""
@@ -97,6 +100,7 @@ class _Training:
             while self.done < self.plan.steps:
                 batch = self.clock.waited(batches)
                 self._step(batch)
+        self.writer.finish()
         distributed.barrier()
         speed = self.clock.overall()
         return Outcome(steps=self.done, checkpoint=self.last_checkpoint, samples_per_second=speed)
@@ -222,7 +226,7 @@ class _Training:
             **self.method.measures(),
         }
         metrics = {f"train/{name}": value for name, value in measures.items()} | self.clock.interval()
-        metrics["data/unreadable"] = unreadable_each * self.world
+        metrics |= {"data/unreadable": unreadable_each * self.world, **self.writer.measures()}
         if self.rank == 0:
             logger.info(
                 "step %d of %d: loss %.4f, %.0f samples/s",
@@ -236,7 +240,7 @@ class _Training:
         return distributed.from_first(minutes is not None and self.clock.minutes_since_save() >= minutes)
 
     def _save(self) -> None:
-        """Write a checkpoint from rank 0; the others go on, and wait for it in their next collective."""
+        """Copy what a checkpoint holds; a thread of rank 0 writes it while all go on."""
         self.clock.saved()
         self.last_checkpoint = self.checkpoints.at(self.done).uri
         if self.rank != 0:
@@ -250,9 +254,7 @@ class _Training:
             snapshot=self.plan.snapshot.digest,
             evaluate=self._evaluates(),
         )
-        self.checkpoints.save(self.method, self.optimizer, meta)
-        self.checkpoints.prune(self.config.keep_checkpoints, self.config.keep_waiting)
-        logger.info("checkpoint %s", self.last_checkpoint)
+        self.writer.save(self.method, self.method.state_dict(), self.optimizer.state_dict(), meta)
 
     def _announce(self) -> None:
         config, plan = self.config, self.plan

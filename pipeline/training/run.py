@@ -20,6 +20,7 @@ from pipeline.models.method import EmbeddingMethod, method_class, method_name
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.training.optimizer import AdamW
+from pipeline.training.writer import Saving
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ FREE = (
     "checkpoint_every_minutes",
     "keep_checkpoints",
     "keep_waiting",
+    "saving",
     "evaluate_every_steps",
     "loader",
     "cluster",
@@ -116,6 +118,7 @@ class Run:
     """Newest checkpoints that are kept, besides those that wait for an evaluation."""
     keep_waiting: int = 10
     """Older checkpoints that are kept for an evaluation to come; more pile up where evaluations end or are too slow."""
+    saving: Saving = field(default_factory=Saving)
     evaluate_every_steps: int | None = None
     """Steps between evaluations, which run beside the training; none: only what comes of the last step."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)

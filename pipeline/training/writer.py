@@ -69,7 +69,7 @@ class Writer:
     def __init__(self, checkpoints: Checkpoints, saving: Saving, keep: int, keep_waiting: int) -> None:
         self.checkpoints, self.saving = checkpoints, saving
         self.keep, self.keep_waiting = keep, keep_waiting
-        self.waited = 0.0
+        self._measures: dict[str, float] = {}
         self._staging = Staging()
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
@@ -82,13 +82,15 @@ class Writer:
         optimizer: Mapping[str, Any] | None,
         meta: Meta,
         ema: Mapping[str, Tensor] | None = None,
-    ) -> float:
-        """Copy what a checkpoint holds and begin to write it; returns the seconds waited for the one before.
+    ) -> None:
+        """Copy what a checkpoint holds and begin to write it, once the one before is written.
 
         Raises:
             StorageError: the one before could not be written.
         """
-        waited = self.finish()
+        began = time.perf_counter()
+        self.finish()
+        waited = time.perf_counter() - began
         described, texts = text_files(method)
         tree = {"weights": weights, "ema": ema, "optimizer": optimizer}
         copied, ready = self._staging.copy(tree)
@@ -96,20 +98,22 @@ class Writer:
         self._thread = threading.Thread(target=self._write, args=(content, ready), name="clipmill-checkpoint")
         self._thread.daemon = True  # an exit that does not come by close() must not wait for a store
         self._thread.start()
-        return waited
+        copying = time.perf_counter() - began - waited
+        self._measures = {"perf/checkpoint_wait": waited, "perf/checkpoint_copy": copying}
 
-    def finish(self) -> float:
-        """Wait for the checkpoint under way; returns the seconds. Raises as :meth:`save`."""
-        began = time.perf_counter()
+    def finish(self) -> None:
+        """Wait for the checkpoint under way. Raises as :meth:`save`."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        waited = time.perf_counter() - began
-        self.waited += waited
         if self._error is not None:
             error, self._error = self._error, None
             raise error
-        return waited
+
+    def measures(self) -> dict[str, float]:
+        """Seconds that the training waited for the checkpoint before, and copied; once for each checkpoint."""
+        measures, self._measures = self._measures, {}
+        return measures
 
     def close(self) -> None:
         """End, whether all is well or not: the checkpoint under way is tried once more at most, nothing is raised."""
@@ -185,7 +189,8 @@ class Staging:
     def _buffer(self, tensor: Tensor, place: str) -> Tensor:
         known = self._buffers.get(place)
         if known is None or known.shape != tensor.shape or known.dtype != tensor.dtype:
-            known = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            # The same order in memory (channels last), since fused optimisers step through state and weights alike.
+            known = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False)
             self._buffers[place] = known
         return known
 

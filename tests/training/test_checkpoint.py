@@ -141,6 +141,25 @@ def test_overwriting_is_never_seen_half(tmp_path: Path, method: Clip, monkeypatc
     assert os.listdir(tmp_path / "checkpoints") == []
 
 
+def test_a_state_in_another_order_of_memory_steps_alike(tmp_path: Path) -> None:
+    """Fused optimisers trust state and weights to lie alike: a contiguous state of channels-last weights does not."""
+    weights = [torch.arange(2.0 * 3 * 4 * 4).view(2, 3, 4, 4).to(memory_format=torch.channels_last) for _ in range(2)]
+    ends = []
+    for weight, other in zip(weights, (False, True), strict=True):
+        weight.requires_grad_()
+        optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+        weight.grad = torch.sin(weight.detach())
+        optimizer.step()
+        if other:
+            plain = optimizer.state_dict()
+            state = {key: value.contiguous() for key, value in plain["state"][0].items()}
+            torch.save({"optimizer": {**plain, "state": {0: state}}}, tmp_path / "state.pt")
+            load_optimizer(optimizer, Folder(tmp_path))
+        optimizer.step()
+        ends.append(weight.detach())
+    assert torch.equal(*ends)
+
+
 def test_broken_meta_data_are_named(tmp_path: Path, method: Clip) -> None:
     saved = Checkpoints(str(tmp_path)).save(method, stepped(method), meta(1))
     for text in ("{", '{"step": "many"}', json.dumps({**vars(meta(1)), "surprise": 1})):
