@@ -21,6 +21,7 @@ from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.elastic import join_those_that_share
 from pipeline.training.follow import Follower, Record
 from pipeline.training.loop import Outcome, TrainingError, run_training
+from pipeline.training.preemption import RayNotice
 from pipeline.training.run import Plan
 from pipeline.training.submit import Evaluate, as_ray_task, in_a_process, in_this_process
 from pipeline.training.tracker import LogTracker, OpenTracker
@@ -90,7 +91,8 @@ def own_threads(loader: LoaderConfig) -> int | None:
 def _on_ray(plan: Plan, open_tracker: OpenTracker) -> Outcome:
     # One poll of the workers each half second: the time after which a dead one is noticed.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(plan.run.cluster.start_timeout_seconds)
+    patience, starts = _patience(plan)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(patience)
     connect()
     import ray
     from ray.train import RunConfig
@@ -115,7 +117,9 @@ def _on_ray(plan: Plan, open_tracker: OpenTracker) -> Outcome:
             # Only the controller writes here, which runs beside this driver; the run's own folder is elsewhere.
             run_config=RunConfig(
                 storage_path=scratch,
-                failure_config=FailureConfig(max_failures=plan.run.cluster.max_failures, controller_failure_limit=2),
+                failure_config=FailureConfig(
+                    max_failures=plan.run.cluster.max_failures, controller_failure_limit=starts
+                ),
             ),
         )
         try:
@@ -137,7 +141,7 @@ def train_worker(config: Mapping[str, Any]) -> Outcome:
     if not join_those_that_share(plan.run.batch_size):
         return Outcome(steps=0, checkpoint="")
     is_first = torch.distributed.get_rank() == 0
-    return run_training(plan, device, config["open_tracker"]() if is_first else LogTracker())
+    return run_training(plan, device, config["open_tracker"]() if is_first else LogTracker(), RayNotice())
 
 
 def _set_up(device: torch.device, threads: int | None = None) -> None:
@@ -180,6 +184,17 @@ def _check_room(plan: Plan, resources: Mapping[str, float], cluster: Mapping[str
     private = "RAY_ADDRESS" not in os.environ
     require(not private, "workers", workers, f"at most {fits} here, since this machine has {has}; 0 needs no Ray")
     logger.warning("%d workers do not fit yet: the cluster has %s; waiting for it to grow", workers, has)
+
+
+def _patience(plan: Plan) -> tuple[float, int]:
+    """Seconds to wait for workers that were asked for, and how often to ask again when they did not come.
+
+    A range of workers is asked for by what the cluster seems to have, which may count a node that has just died: it is
+    better to look again soon than to wait for that one.
+    """
+    cluster = plan.run.cluster
+    is_range = plan.run.fewest_workers < plan.run.most_workers
+    return (cluster.resize_seconds, 20) if is_range else (cluster.start_timeout_seconds, 2)
 
 
 def _number(plan: Plan) -> int | tuple[int, int]:

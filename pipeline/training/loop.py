@@ -22,6 +22,7 @@ from pipeline.training import distributed
 from pipeline.training.checkpoint import Checkpoint, Checkpoints, Meta, check_position, load_method, load_optimizer
 from pipeline.training.gradient_cache import backward_in_parts, normalises_batches
 from pipeline.training.optimizer import make_optimizer
+from pipeline.training.preemption import Notice, never
 from pipeline.training.run import Plan
 from pipeline.training.schedule import learning_rate
 from pipeline.training.tracker import Tracker
@@ -47,17 +48,18 @@ class Outcome:
     """Why it stopped early, in all ranks alike."""
 
 
-def run_training(plan: Plan, device: torch.device, tracker: Tracker) -> Outcome:
+def run_training(plan: Plan, device: torch.device, tracker: Tracker, notice: Notice = never) -> Outcome:
     """Train ``plan`` to its end, from its latest checkpoint if it has one; every rank calls this.
 
-    ``tracker`` is used by rank 0, and closed at the end. An end that all ranks share (a loss that is no number) is
-    returned, since raising it in a worker would only have the worker replaced and the same steps repeated.
+    ``tracker`` is used by rank 0, and closed at the end; ``notice`` is asked by rank 0 when it logs. An end that all
+    ranks share (a loss that is no number) is returned, since raising it in a worker would only have the worker replaced
+    and the same steps repeated.
 
     Raises:
         SettingError: the checkpoint was made with settings that this run has not.
         DataError, StorageError: data cannot be read, a checkpoint cannot be written.
     """
-    training = _Training(plan, device, tracker)
+    training = _Training(plan, device, tracker, notice)
     try:
         return training.run()
     except TrainingError as error:
@@ -70,8 +72,8 @@ def run_training(plan: Plan, device: torch.device, tracker: Tracker) -> Outcome:
 class _Training:
     """The state of a run in one process: ``done`` steps are behind it."""
 
-    def __init__(self, plan: Plan, device: torch.device, tracker: Tracker) -> None:
-        self.plan, self.config, self.device, self.tracker = plan, plan.run, device, tracker
+    def __init__(self, plan: Plan, device: torch.device, tracker: Tracker, notice: Notice) -> None:
+        self.plan, self.config, self.device, self.tracker, self.notice = plan, plan.run, device, tracker, notice
         self.rank, self.world = distributed.rank(), distributed.world()
         self.order = plan.order()
         self.checkpoints = Checkpoints(plan.run.output_folder)
@@ -214,7 +216,7 @@ class _Training:
         return self.plan.evaluates and due
 
     def _log(self, losses: Mapping[str, Tensor], norm: Tensor | None, rate: float) -> bool:
-        """Log this step; returns whether the minutes between checkpoints are over, by rank 0's clock."""
+        """Log this step; returns whether rank 0 wants a checkpoint: by its clock, or before a node is taken away."""
         unreadable = torch.tensor(float(self.clock.unreadable), device=self.device)
         gathered = torch.stack([*losses.values(), unreadable]).float()
         *means, unreadable_each = distributed.mean_over_ranks(gathered).tolist()
@@ -237,7 +239,8 @@ class _Training:
             )
             self.tracker.log(metrics, self.done)
         minutes = self.config.checkpoint_every_minutes
-        return distributed.from_first(minutes is not None and self.clock.minutes_since_save() >= minutes)
+        due = minutes is not None and self.clock.minutes_since_save() >= minutes
+        return distributed.from_first(self.rank == 0 and (self.notice() or due))
 
     def _save(self) -> None:
         """Copy what a checkpoint holds; a thread of rank 0 writes it while all go on."""

@@ -61,8 +61,8 @@ class Cluster:
     start_timeout_seconds: float = 600.0
     """How long to wait for the workers' nodes, which may have to boot."""
     resize_seconds: float = 60.0
-    """Seconds between looks for room for more workers, where their number is a range; the more start from the latest
-    checkpoint, so that the work since then is done again."""
+    """Where the number of workers is a range: seconds between looks for room for more, and the time that those found
+    have to start. All start from the latest checkpoint, so that the work since then is done again."""
 
     def __post_init__(self) -> None:
         require(self.cpus_per_worker >= 1, "cpus_per_worker", self.cpus_per_worker, "1 or more")
@@ -109,7 +109,8 @@ class Run:
     shuffle_block: int = 8192
     """Samples of a lane that are shuffled among each other."""
     log_every_steps: int = 20
-    """Steps between logged metrics; also those at which a loss that is no number is noticed."""
+    """Steps between logged metrics; also those at which a loss that is no number is noticed, and the notice that a node
+    will be taken away, before which a checkpoint is written."""
     checkpoint_every_steps: int | None = None
     """Steps between checkpoints; one is always written at the end."""
     checkpoint_every_minutes: float | None = 30.0

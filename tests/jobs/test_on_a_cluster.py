@@ -1,5 +1,7 @@
 """The jobs on a cluster of several nodes that has the resource names of cluster.yaml."""
 
+import os
+import re
 import subprocess
 import sys
 import time
@@ -90,6 +92,89 @@ def test_the_jobs_run_on_the_cluster(nodes, tmp_path):
     training = ["smoke", "--data", shards, "--output-folder", run, "--workers", "2", "--tracking-uri", store]
     assert "2 processes" in job(nodes, "pretrain_clip.py", *training)
     assert (tmp_path / "run" / "checkpoints" / "step-00000004" / "meta.json").is_file()
+
+
+def test_training_follows_the_nodes_that_there_are(nodes, tmp_path):
+    """A node of three is lost, another one comes, then the cluster ends; another cluster ends the run, in one run."""
+    from mlflow import MlflowClient
+
+    shards, run, store = f"{tmp_path}/shards", tmp_path / "run", f"sqlite:///{tmp_path}/mlflow.db"
+    job(nodes, "refresh_dataset.py", "smoke", "--output-folder", shards)
+    words = ["smoke", "--data", shards, "--output-folder", str(run), "--tracking-uri", store, "--steps", "500"]
+    words += ["--checkpoint-every-steps", "10", "--resize-seconds", "10", "--no-system-metrics"]
+    doomed = nodes.add("doomed", "train_worker")
+    with (tmp_path / "log").open("w") as log:
+        training = subprocess.Popen(
+            [sys.executable, ROOT / "jobs" / "pretrain_clip.py", *words, "--workers", "1:3", "--cpus-per-worker", "2"],
+            env=nodes.environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+    def groups() -> list[str]:
+        return re.findall(r"Started training worker group of size (\d)", (tmp_path / "log").read_text())
+
+    def steps() -> list[int]:
+        return [int(mark.parent.name.removeprefix("step-")) for mark in run.rglob("meta.json")]
+
+    try:
+        wait_for(lambda: groups() == ["3"] and len(steps()) > 0, seconds=120)
+        nodes.cluster.remove_node(doomed, allow_graceful=False)
+        before = max(steps())
+        wait_for(lambda: groups() == ["3", "2"] and max(steps()) > before, seconds=120)
+        nodes.add("late", "train_worker")
+        wait_for(lambda: groups() == ["3", "2", "3"], seconds=120)
+        before = max(steps())
+        wait_for(lambda: max(steps()) > before, seconds=120)
+    finally:
+        training.kill()
+        training.wait()
+    assert "2 of 3 workers train" in (tmp_path / "log").read_text()
+    before = max(steps())
+    assert before < 500
+    alone = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    last = [sys.executable, ROOT / "jobs" / "pretrain_clip.py", *words, "--workers", "1"]
+    ended = subprocess.run(last, env=alone, capture_output=True, text=True, timeout=250)
+    assert ended.returncode == 0, ended.stderr
+    client = MlflowClient(store)
+    (found,) = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    assert found.info.status == "FINISHED" and max(steps()) == 500
+    logged = [point.step for point in client.get_metric_history(found.info.run_id, "train/loss")]
+    # What a killed process had not sent yet is missing from the curve, not from the training.
+    assert len(set(logged)) > 450 and max(logged) == 500 and f"steps {before + 1} to 500" in ended.stderr
+
+
+def test_a_node_with_notice_is_left_with_a_checkpoint(nodes, tmp_path):
+    """No checkpoint is due before the end; one is written when a node is drained, and the run goes on from it."""
+    shards, run, store = f"{tmp_path}/shards", tmp_path / "run", f"sqlite:///{tmp_path}/mlflow.db"
+    job(nodes, "refresh_dataset.py", "smoke", "--output-folder", shards)
+    words = ["smoke", "--data", shards, "--output-folder", str(run), "--tracking-uri", store, "--steps", "2000"]
+    words += ["--checkpoint-every-minutes", "600", "--log-every-steps", "20", "--no-system-metrics"]
+    spot = nodes.add("spot", "spot")
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        training = subprocess.Popen(
+            [sys.executable, ROOT / "jobs" / "pretrain_clip.py", *words, "--workers", "1", "--train-resource", "spot"],
+            env=nodes.environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        wait_for(lambda: "step 20 of 2000" in log.read_text(), seconds=120)
+        assert not list(run.rglob("meta.json"))
+        # The notice first, then the end, as a cloud has it; Ray itself only passes the notice on.
+        notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--node-id", spot.node_id]
+        drain = [Path(sys.executable).parent / "ray", "drain-node", "--address", nodes.cluster.address, *notice]
+        subprocess.run([*drain, "--deadline-remaining-seconds", "600"], check=True, timeout=60, capture_output=True)
+        wait_for(lambda: list(run.rglob("meta.json")), seconds=60)
+        nodes.add("other-spot", "spot")
+        nodes.cluster.remove_node(spot, allow_graceful=False)
+        (saved,) = (int(mark.parent.name.removeprefix("step-")) for mark in run.rglob("meta.json"))
+        wait_for(lambda: f"steps {saved + 1} to 2000" in log.read_text(), seconds=120)
+    finally:
+        training.kill()
+        training.wait()
+    assert "is about to be taken away: writing a checkpoint now" in log.read_text()
 
 
 def captions_in(folder: Path) -> set[bytes]:
