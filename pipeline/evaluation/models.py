@@ -8,8 +8,7 @@ from pipeline.config import require
 from pipeline.evaluation.suite import Evaluable
 from pipeline.models.clip import Config
 from pipeline.models.method import Method, build_method
-from pipeline.shards.storage import Folder
-from pipeline.training.checkpoint import Checkpoints, load_method, read_meta
+from pipeline.training.checkpoint import checkpoint_folder, load_method, read_meta
 
 UNTRAINED = ":untrained"
 
@@ -44,9 +43,6 @@ def _untrained(architecture: str) -> Method:
 
 def trained_steps(address: str) -> int | None:
     """The step at which the checkpoint at ``address`` was made; ``None`` for what is no checkpoint of ours."""
-    folder = Folder(address)
-    meta = read_meta(folder)
-    if meta is None:
-        latest = Checkpoints(folder).latest()
-        meta = latest.meta if latest else None
+    folder = checkpoint_folder(address)
+    meta = read_meta(folder) if folder else None
     return meta.step if meta else None

@@ -43,6 +43,7 @@ PREFIX = "step-"
 MODEL, REST, CONFIG, STATE, META = "model.safetensors", "method.safetensors", "config.json", "state.pt", "meta.json"
 MODEL_EMA, REST_EMA = "model_ema.safetensors", "method_ema.safetensors"
 EVALUATION = "evaluation.json"
+EMA = ":ema"  # behind the address of a checkpoint: the moving average of its weights
 INNER = "model."  # what the names of the weights in ``model.safetensors`` begin with in the method
 
 
@@ -226,6 +227,13 @@ def score(checkpoint: Checkpoint, metric: str) -> float | None:
     return sign * value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
+def stored_score(uri: str, metric: str) -> float | None:
+    """:func:`score` of the checkpoint at an address; that of weights as trained is not the one of their average."""
+    folder = None if uri.endswith(EMA) else checkpoint_folder(uri)
+    meta = read_meta(folder) if folder else None
+    return score(Checkpoint(folder, meta), metric) if folder and meta else None
+
+
 def best_first(checkpoints: Iterable[Checkpoint], metric: str) -> list[Checkpoint]:
     """Those that have ``metric``, the best first; of equals the newer."""
     scored = [(score(one, metric), one.meta.step, one) for one in checkpoints]
@@ -237,13 +245,14 @@ def load_method(uri: str, device: torch.device | str = "cpu", *, ema: bool = Fal
     """A method in evaluation mode; with ``ema``, the moving average of its weights.
 
     ``uri`` is a checkpoint's folder, a run's folder (its latest checkpoint), or ``architecture:weights`` for CLIP, the
-    weights being an open_clip tag or a file: ``ViT-B-32:laion2b_s34b_b79k``.
+    weights being an open_clip tag or a file: ``ViT-B-32:laion2b_s34b_b79k``. ``FOLDER:ema`` is another way to ask for
+    the average.
 
     Raises:
         SettingError: none of these, or it has no average.
         DataError: a checkpoint that is damaged.
     """
-    folder = checkpoint_folder(uri)
+    folder, ema = checkpoint_folder(uri), ema or uri.endswith(EMA)
     require(not ema or bool(folder and folder.exists(MODEL_EMA)), "ema", ema, f"False, since {uri} has no {MODEL_EMA}")
     method = _from_checkpoint(folder, ema) if folder else _from_open_clip(uri)
     return method.to(device).eval()
@@ -251,7 +260,7 @@ def load_method(uri: str, device: torch.device | str = "cpu", *, ema: bool = Fal
 
 def checkpoint_folder(uri: str) -> Folder | None:
     """The checkpoint at ``uri``, or the latest one of the run there; ``None`` where there is neither."""
-    folder = Folder(uri)
+    folder = Folder(uri.removesuffix(EMA))
     if folder.exists(META):
         return folder
     latest = Checkpoints(folder).latest()
