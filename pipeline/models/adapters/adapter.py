@@ -1,0 +1,172 @@
+"""What the six methods and their baselines have in common: a frozen CLIP, class names, and a few learned tensors.
+
+A method is a module of this package with a frozen dataclass ``Config`` and one subclass of :class:`Adapter`. It is
+built for some class names, and bound to others where it can be (a learned context is, a cache of labelled pictures is
+not). Its ``state_dict`` holds what it learned and nothing of CLIP.
+"""
+
+import inspect
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import pipeline.models.adapters as package
+from pipeline.config import require
+from pipeline.errors import SettingError
+from pipeline.models.adapters.text import TextTower
+from pipeline.models.clip import Clip
+
+SHARED = ("adapter", "prompts", "text", "vision")
+
+
+class Classifier(Protocol):
+    """Makes class vectors, float [C, D] of unit length: :func:`pipeline.evaluation.zero_shot.classifier`."""
+
+    def __call__(self, model: Any, classes: Sequence[str], templates: Sequence[str]) -> Tensor: ...
+
+
+class FrozenClip:
+    """A CLIP that nothing learns in; it is held outside of modules, so no ``state_dict`` and no optimiser sees it.
+
+    ``classifier`` makes zero-shot class vectors; it belongs to the evaluations, and so is handed in.
+    """
+
+    def __init__(self, method: Clip, classifier: Classifier) -> None:
+        self.method = method.eval().requires_grad_(False)
+        self.model: Any = method.model
+        self._classifier = classifier
+
+    @property
+    def device(self) -> torch.device:
+        """Where CLIP is."""
+        return self.method.mean.device
+
+    @property
+    def scale(self) -> float:
+        """The factor of the cosines, exp(logit_scale): 100 in OpenAI's weights."""
+        return float(self.method.logit_scale.exp())
+
+    @property
+    def features(self) -> int:
+        """The width D of the joint space."""
+        return int(self.class_vectors(("a", "b"), ("{}",)).shape[1])
+
+    def text_tower(self) -> TextTower:
+        """The text tower, for learned prompts; raises ``SettingError`` as :class:`TextTower`."""
+        return TextTower(self.model, self.method.tokenizer)
+
+    def class_vectors(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """The zero-shot classifier: float32 [C, D], unit length."""
+        return self._classifier(self.method, classes, templates).detach()
+
+    def normalised(self, pictures: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] to what the image tower takes."""
+        return (pictures.float() - self.method.mean) / self.method.std
+
+    @torch.no_grad()
+    def raw_features(self, pictures: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] to float32 [B, D], not normalised: some methods average or blend before they normalise."""
+        features: Tensor = self.model.encode_image(self.normalised(pictures.to(self.device)))
+        return features.float()
+
+
+class Adapter(nn.Module, ABC):
+    """A method of adaptation, for the class names that it is bound to."""
+
+    reads: ClassVar[Literal["features", "pixels"]] = "features"
+    """What :meth:`logits` takes: raw image features, float [B, D], or pictures, uint8 [B, 3, H, W]."""
+    learns: ClassVar[bool] = True
+    """Whether there is anything to train by gradients."""
+    config: Any
+    clip: FrozenClip
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+
+    def __init__(self, config: Any, clip: FrozenClip, classes: Sequence[str], templates: Sequence[str]) -> None:
+        """Built for ``classes``, whose number and names decide what some methods learn."""
+        super().__init__()
+        check_classes(classes)
+        self.config, self.clip = config, clip
+        self.learned_classes = tuple(classes)
+        self.build()
+        self.to(clip.device)
+        self.bind(classes, templates)
+
+    @property
+    def rebinds(self) -> bool:
+        """Whether what was learned serves other class names too."""
+        return True
+
+    @abstractmethod
+    def build(self) -> None:
+        """Make the parameters, for ``learned_classes``."""
+
+    def bind(self, classes: Sequence[str], templates: Sequence[str]) -> None:
+        """Classify into ``classes`` from now on; ``templates`` hold one ``{}`` each, for methods that use them.
+
+        Raises:
+            SettingError: class names that are none, doubled or too long, or a method that cannot be bound again.
+        """
+        check_classes(classes)
+        same = tuple(classes) == self.learned_classes
+        require(same or self.rebinds, "classes", tuple(classes), "those that it was trained with")
+        self.classes, self.templates = tuple(classes), tuple(templates)
+        self.rebind()
+
+    @abstractmethod
+    def rebind(self) -> None:
+        """Make what depends on ``classes`` and ``templates``; nothing of it is learned or saved."""
+
+    @abstractmethod
+    def logits(self, images: Tensor) -> Tensor:
+        """What ``reads`` says, to float [B, C]."""
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy with labels int64 [B]."""
+        return functional.cross_entropy(self.logits(images), labels)
+
+    def head(self) -> Tensor | None:
+        """Class vectors, float [C, D] of unit length, that classify as this method does; ``None`` if none can."""
+        return None
+
+
+def unit(features: Tensor) -> Tensor:
+    """float [..., D] of length one, in single precision at least."""
+    return functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+
+
+def check_classes(classes: Sequence[str]) -> None:
+    """Raise ``SettingError`` unless there are two class names or more, none empty and none twice."""
+    require(len(classes) >= 2, "classes", tuple(classes), "two class names or more")
+    require(all(name.strip() for name in classes), "classes", tuple(classes), "names that are not empty")
+    plain = [" ".join(name.replace("_", " ").split()).lower() for name in classes]
+    doubled = next((name for name, key in zip(classes, plain, strict=True) if plain.count(key) > 1), None)
+    require(
+        doubled is None, "classes", doubled, "names that occur once; blanks, underscores and case do not tell apart"
+    )
+
+
+def adapter_names() -> list[str]:
+    """The methods that exist, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name not in SHARED)
+
+
+def adapter_class(name: str) -> type[Adapter]:
+    """The method of the module ``pipeline.models.adapters.<name>``.
+
+    Raises:
+        SettingError: there is none; those that exist are listed.
+    """
+    if name not in adapter_names():
+        raise SettingError("method", name, "one of " + ", ".join(adapter_names()))
+    module = import_module(f"{package.__name__}.{name}")
+    found = [value for _, value in inspect.getmembers(module, inspect.isclass) if value.__module__ == module.__name__]
+    adapters: list[type[Adapter]] = [value for value in found if issubclass(value, Adapter)]
+    assert len(adapters) == 1, f"{module.__name__} must define exactly one Adapter, not {adapters}"
+    return adapters[0]

@@ -1,0 +1,102 @@
+"""Prompts of class names around a learned context, as CoOp lays them out.
+
+With M context rows v, the name's tokens n and the full stop, after the start and before the end of text:
+
+    end     v1 ... vM  n  .
+    middle  v1 ... v(M//2)  n  v(M//2 + 1) ... vM  .
+    front   n  v1 ... vM  .
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.config import require
+from pipeline.models.adapters.text import Rows, TextTower, group
+
+Position = Literal["end", "middle", "front"]
+
+NO_SLOT = -1
+SPREAD = 0.02  # standard deviation of random context, as of CLIP's own token embeddings
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many context rows all classes share at the start of their prompts, and what follows for each class."""
+
+    shared: int
+    rows: list[Rows]
+
+
+def lay_out(
+    tower: TextTower,
+    classes: Sequence[str],
+    context: int,
+    position: Position = "end",
+    *,
+    class_specific: bool = False,
+    words: Sequence[int] = (),
+) -> Layout:
+    """Prompts with ``context`` learned rows for each of ``classes``.
+
+    ``class_specific`` rows differ from class to class, so nothing but the start of text is shared. ``words`` are tokens
+    that stand between context and name.
+
+    Raises:
+        SettingError: a prompt is longer than the tower's context; the class is named.
+    """
+    leading = {"end": context, "middle": context // 2, "front": 0}[position]
+    shared = 0 if class_specific else leading
+    tokens, slots = [], []
+    for name in classes:
+        plain = " ".join(name.replace("_", " ").split())
+        sentence, length = [*words, *tower.encode(f"{plain}.")], len(words) + len(tower.encode(plain))
+        if position == "end":
+            length = len(sentence)
+        before = list(range(shared, leading))
+        after = list(range(leading, context))
+        pieces = [*before, *[NO_SLOT] * length, *after, *[NO_SLOT] * (len(sentence) - length), NO_SLOT]
+        written = [*[0] * len(before), *sentence[:length], *[0] * len(after), *sentence[length:], tower.end]
+        room = tower.length - 1 - shared
+        require(
+            len(pieces) <= room, "classes", name, f"a name that fits {tower.length} tokens with {context} of context"
+        )
+        tokens.append(written)
+        slots.append(pieces)
+    return Layout(shared, group(tokens, slots))
+
+
+def initial_context(
+    tower: TextTower,
+    rows: int,
+    phrase: str | None,
+    classes: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The context before training: float [M, width], or [C, M, width] with ``classes``.
+
+    The token embeddings of ``phrase``, which then decides M, or normal random numbers with deviation 0.02.
+
+    Raises:
+        SettingError: no rows, more than the tower's context has, or a phrase without words.
+    """
+    if phrase is not None:
+        words = tower.encode(phrase.replace("_", " "))
+        require(len(words) > 0, "start", phrase, "one word or more, or none for a random start")
+        with torch.no_grad():
+            start = tower.embed(torch.tensor(words, device=tower.parts.positional_embedding.device)).clone()
+        return start if classes is None else start.expand(classes, -1, -1).clone()
+    require(1 <= rows <= tower.length - 4, "context", rows, f"1 to {tower.length - 4}")
+    shape = (rows, tower.width) if classes is None else (classes, rows, tower.width)
+    random = torch.randn(shape, generator=generator) * SPREAD
+    return random.to(tower.parts.positional_embedding.device)
+
+
+def start_of_text(tower: TextTower) -> Tensor:
+    """The embedding that every prompt begins with: float [1, 1, width]."""
+    with torch.no_grad():
+        device = tower.parts.positional_embedding.device
+        return tower.embed(torch.tensor([[tower.start]], device=device))
