@@ -176,7 +176,14 @@ class _Training:
     def _set_learning_rate(self) -> float:
         config = self.config
         peak = config.optimizer.learning_rate
-        rate = learning_rate(self.done, peak=peak, warmup_steps=config.warmup_steps, steps=self.plan.steps)
+        rate = learning_rate(
+            self.done,
+            peak=peak,
+            warmup_steps=config.warmup_steps,
+            steps=self.plan.steps,
+            first=config.optimizer.first_learning_rate,
+            final=config.optimizer.final_learning_rate,
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate

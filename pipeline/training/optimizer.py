@@ -17,6 +17,10 @@ class AdamW:
 
     learning_rate: float = 5e-4
     """Peak learning rate, reached at the end of the warm-up."""
+    first_learning_rate: float = 0.0
+    """Where the warm-up begins."""
+    final_learning_rate: float = 0.0
+    """Where the rate falls to."""
     beta1: float = 0.9
     beta2: float = 0.98
     epsilon: float = 1e-6
@@ -25,6 +29,8 @@ class AdamW:
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
+        for name in ("first_learning_rate", "final_learning_rate"):
+            require(0 <= getattr(self, name) <= self.learning_rate, name, getattr(self, name), "0 to learning_rate")
         require(0 <= self.beta1 < 1, "beta1", self.beta1, "0 to less than 1")
         require(0 <= self.beta2 < 1, "beta2", self.beta2, "0 to less than 1")
         require(self.epsilon > 0, "epsilon", self.epsilon, "more than 0")

@@ -27,3 +27,10 @@ def test_without_warm_up_it_is_torchs_cosine() -> None:
 
 def test_a_warm_up_longer_than_the_run() -> None:
     assert learning_rate(1, peak=1.0, warmup_steps=10, steps=2) == 0.2
+
+
+def test_rates_between_a_first_and_a_final_one() -> None:
+    """As SLIP's recipe: a line from 1e-6 to the peak, then half a cosine down to 1e-5."""
+    rates = [learning_rate(step, peak=3e-3, warmup_steps=10, steps=110, first=1e-6, final=1e-5) for step in range(111)]
+    assert rates[0] == pytest.approx(1e-6 + (3e-3 - 1e-6) / 10) and rates[9] == pytest.approx(3e-3)
+    assert rates[60] == pytest.approx((3e-3 + 1e-5) / 2) and rates[110] == pytest.approx(1e-5)
