@@ -96,6 +96,8 @@ def averaged(run: Averaging) -> Average:
         return wise_ft(zero_shot, fine_tuned, run.alpha, load)
     if run.kind == "uniform":
         return uniform_soup(run.checkpoints, load)
+    sets = run.evaluations.sets()
+    require(bool(sets), "zero_shot", (), "at least one set that has the metric: --zero-shot or --retrieval")
     prepared = run.evaluations.prepare()
     known = {address: stored_score(address, run.metric) for address in run.checkpoints}
     found = {address: value for address, value in known.items() if value is not None}
