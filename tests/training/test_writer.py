@@ -1,5 +1,8 @@
 """Checkpoints written beside the training: what is copied, what waits, what is tried again, what ends the run."""
 
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +13,7 @@ import torch
 
 from pipeline.config import from_json, to_json
 from pipeline.errors import SettingError, StorageError
+from pipeline.evaluation.models import trained_steps
 from pipeline.models.clip import Clip
 from pipeline.shards.storage import Folder
 from pipeline.training import writer as writing
@@ -114,6 +118,59 @@ def test_the_next_checkpoint_waits_for_the_one_before(method: Clip, held: thread
     assert writer.measures()["perf/checkpoint_wait"] > 0.1
     writer.close()
     assert [found.meta.step for found in Checkpoints(str(tmp_path)).whole()] == [1, 2]
+
+
+KILLED = """
+import os, signal, sys
+from pipeline.models.clip import Clip
+from pipeline.shards.storage import Folder
+from pipeline.training.checkpoint import Checkpoints, Meta
+from pipeline.training.writer import Saving, Writer
+
+method, whole = Clip(Clip.smallest()), Folder.write_atomic
+writer = Writer(Checkpoints(sys.argv[1]), Saving(), keep=1, keep_waiting=1)
+
+def deadly(self, name, content):
+    if name == sys.argv[2] and "step-00000002" in self.uri:
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole(self, name, content)
+
+Folder.write_atomic = deadly
+for step in (1, 2):
+    meta = Meta(step=step, samples_seen=8, batch_size=8, lanes=2, seed=0, snapshot="d" * 64)
+    writer.save(method, method.state_dict(), {"state": {}}, meta)
+writer.finish()
+"""
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "meta.json"])
+def test_a_kill_in_mid_write_leaves_the_one_before(name: str, tmp_path: Path) -> None:
+    """The thread is killed, with its process, before the first file and before the commit mark."""
+    process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), name], timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    checkpoints = Checkpoints(str(tmp_path))
+    assert [found.meta.step for found in checkpoints.whole()] == [1]
+    assert load_method(str(tmp_path)).logit_scale.isfinite()
+    checkpoints.remove_broken()
+    assert not checkpoints.at(2).names()
+
+
+def test_averaged_weights_are_loaded_when_asked_for(method: Clip, tmp_path: Path) -> None:
+    average = {
+        name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in method.state_dict().items()
+    }
+    writer = Writer(Checkpoints(str(tmp_path)), Saving(), keep=1, keep_waiting=1)
+    writer.save(method, method.state_dict(), None, meta(1), ema=average)
+    writer.finish()
+    plain, scale = load_method(str(tmp_path)), method.model.logit_scale
+    assert torch.equal(plain.model.logit_scale, scale)
+    for averaged in (load_method(str(tmp_path), ema=True), load_method(f"{tmp_path}:ema")):
+        assert torch.equal(averaged.model.logit_scale, scale + 1)
+    assert trained_steps(f"{tmp_path}:ema") == 1 == trained_steps(str(tmp_path))
+    writer.save(method, method.state_dict(), None, meta(2))
+    writer.finish()
+    with pytest.raises(SettingError, match=r"ema: True is not allowed.*no model_ema\.safetensors"):
+        load_method(f"{tmp_path}:ema")
 
 
 def test_an_outage_of_the_store_loses_nothing(
