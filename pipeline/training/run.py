@@ -203,6 +203,8 @@ def prepare(method: Any, run: Run, *, evaluates: bool = False) -> tuple[Plan, Re
     require(
         cached, "micro_batch", run.micro_batch, f"none, since the losses of {method_name(method)} need whole batches"
     )
+    best = run.saving.keep_best
+    require(evaluates or not best, "keep_best", best, "0, since no evaluation is asked for that could tell the best")
     run = replace(run, output_folder=writable_folder("output_folder", run.output_folder))
     require(bool(run.data), "data", run.data, "the folder of a snapshot, which jobs/refresh_dataset.py makes")
     folder = Folder(run.output_folder)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,15 @@ def test_the_best_and_every_nth_are_kept(method: Clip, tmp_path: Path) -> None:
     assert stored_score(checkpoints.at(7).uri, "zeroshot/x/top1") is None
     assert left(best=1, metric="-zeroshot/x/top1", every_steps=5) == [3, 5, 7]
     assert left(best=2, metric="missing") == [7]
+
+
+def test_the_best_need_evaluations(run: Any) -> None:
+    settings = run(saving=Saving(keep_best=1, keep_best_metric="zeroshot/x/top1"))
+    with pytest.raises(SettingError, match="keep_best: 1 is not allowed.*no evaluation"):
+        prepare(Clip.smallest(), settings)
+    plan, record = prepare(Clip.smallest(), settings, evaluates=True)
+    assert not any(name.startswith("saving") for name in record.settings)
+    assert prepare(Clip.smallest(), replace(settings, saving=Saving()))[0].run.output_folder == plan.run.output_folder
 
 
 def test_staging_keeps_order_and_uses_its_memory_again() -> None:
