@@ -38,12 +38,10 @@ def lay_out(
     position: Position = "end",
     *,
     class_specific: bool = False,
-    words: Sequence[int] = (),
 ) -> Layout:
     """Prompts with ``context`` learned rows for each of ``classes``.
 
-    ``class_specific`` rows differ from class to class, so nothing but the start of text is shared. ``words`` are tokens
-    that stand between context and name.
+    ``class_specific`` rows differ from class to class, so nothing but the start of text is shared.
 
     Raises:
         SettingError: a prompt is longer than the tower's context; the class is named.
@@ -53,9 +51,8 @@ def lay_out(
     tokens, slots = [], []
     for name in classes:
         plain = " ".join(name.replace("_", " ").split())
-        sentence, length = [*words, *tower.encode(f"{plain}.")], len(words) + len(tower.encode(plain))
-        if position == "end":
-            length = len(sentence)
+        sentence = tower.encode(f"{plain}.")
+        length = len(sentence) if position == "end" else len(tower.encode(plain))
         before = list(range(shared, leading))
         after = list(range(leading, context))
         pieces = [*before, *[NO_SLOT] * length, *after, *[NO_SLOT] * (len(sentence) - length), NO_SLOT]
@@ -87,12 +84,43 @@ def initial_context(
         words = tower.encode(phrase.replace("_", " "))
         require(len(words) > 0, "start", phrase, "one word or more, or none for a random start")
         with torch.no_grad():
-            start = tower.embed(torch.tensor(words, device=tower.parts.positional_embedding.device)).clone()
-        return start if classes is None else start.expand(classes, -1, -1).clone()
+            start = tower.embed(torch.tensor(words, device=tower.parts.positional_embedding.device)).float()
+        return start.clone() if classes is None else start.repeat(classes, 1, 1)
     require(1 <= rows <= tower.length - 4, "context", rows, f"1 to {tower.length - 4}")
     shape = (rows, tower.width) if classes is None else (classes, rows, tower.width)
     random = torch.randn(shape, generator=generator) * SPREAD
     return random.to(tower.parts.positional_embedding.device)
+
+
+def first_rows(
+    tower: TextTower, rows: int, phrase: str | None, generator: torch.Generator | None = None
+) -> tuple[Tensor, list[int]]:
+    """The first ``rows`` words of ``phrase`` as a context, float [rows, width], and the tokens of its other words.
+
+    A phrase with fewer words than that, or none, gives a random context and no further words, as MaPLe's code does.
+    """
+    tokens = tower.encode(phrase.replace("_", " ")) if phrase is not None else []
+    if rows > len(tokens):
+        return initial_context(tower, rows, None, None, generator), []
+    return initial_context(tower, rows, phrase, None, generator)[:rows].clone(), tokens[rows:]
+
+
+def deep_class_vectors(
+    tower: TextTower,
+    layout: Layout,
+    first: Tensor,
+    words: Sequence[int],
+    deep: Sequence[Tensor],
+    classes_at_once: int | None = None,
+) -> Tensor:
+    """Classes' features, float [C, D] and not normalised, with rows of their own in several layers.
+
+    ``first`` [b, width] are those of the first layer, followed by ``words``; ``deep`` those of the next layers.
+    """
+    device = tower.parts.positional_embedding.device
+    rest = tower.embed(torch.tensor([list(words)], dtype=torch.int64, device=device))
+    shared = torch.cat([start_of_text(tower), first[None], rest], dim=1)
+    return tower.features(shared, layout.rows, deep=deep, classes_at_once=classes_at_once)[0]
 
 
 def start_of_text(tower: TextTower) -> Tensor:

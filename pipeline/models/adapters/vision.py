@@ -1,0 +1,51 @@
+"""open_clip's vision transformer with learned rows beside the picture's tokens, in its first layers or in all.
+
+The rows of the first layer stand behind the class token and the patches and go through the layer norm before the
+transformer, as MaPLe has it; from the second layer on, each layer with prompts of its own puts them in the place of
+what came out of the last one. They are cut off before pooling, so that averaging towers average patches alone.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+
+from pipeline.config import require
+
+
+class VisionTower:
+    """``model``'s vision transformer, which stays as it is.
+
+    Raises:
+        SettingError: not open_clip's own vision transformer (ResNets and timm's towers have no rows to add to).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        visual: Any = model.visual
+        fits = isinstance(visual, VisionTransformer) and visual.transformer.batch_first
+        require(fits, "model", type(visual).__name__, "a CLIP with open_clip's vision transformer, for learned rows")
+        self.visual = visual
+        self.width: int = visual.transformer.width
+        self.layers = len(visual.transformer.resblocks)
+
+    def features(self, pictures: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+        """Features, not normalised: float [B, D].
+
+        Args:
+            pictures: float [B, 3, H, W], normalised.
+            prompts: for each layer from the first on, float [b, width]; layers after the last let the rows go on.
+        """
+        visual = self.visual
+        # Layer norm acts on each row alone, so the rows may as well be normalised apart.
+        first = [visual.ln_pre(prompts[0]).expand(len(pictures), -1, -1)] if len(prompts) else []
+        hidden = torch.cat([visual._embeds(pictures), *first], dim=1)
+        for number, block in enumerate(visual.transformer.resblocks):
+            if 1 <= number < len(prompts):
+                rows = prompts[number].expand(len(pictures), -1, -1)
+                hidden = torch.cat([hidden[:, : -rows.shape[1]], rows], dim=1)
+            hidden = block(hidden)
+        kept = hidden[:, : hidden.shape[1] - len(prompts[0])] if len(prompts) else hidden
+        pooled, _ = visual._pool(kept)
+        return cast(Tensor, pooled if visual.proj is None else pooled @ visual.proj)
