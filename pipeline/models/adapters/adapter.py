@@ -8,7 +8,8 @@ not). Its ``state_dict`` holds what it learned and nothing of CLIP.
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -18,7 +19,7 @@ from torch.nn import functional
 
 import pipeline.models.adapters as package
 from pipeline.config import require
-from pipeline.errors import SettingError
+from pipeline.errors import DataError, SettingError
 from pipeline.models.adapters.text import TextTower
 from pipeline.models.clip import Clip
 
@@ -76,6 +77,24 @@ class FrozenClip:
         return features.float()
 
 
+@dataclass(frozen=True)
+class Shots:
+    """A few labelled pictures: raw features of several views of each, float [N, V, D], and labels, int64 [N]."""
+
+    features: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        fits = self.features.ndim == 3 and len(self.features) == len(self.labels) > 0
+        require(fits, "shots", tuple(self.features.shape), "features [N, V, D] with as many labels, one or more")
+        if not bool(self.features.isfinite().all()):
+            raise DataError("the features of the shots hold numbers that are not finite: embed the pictures again")
+
+    def first_view(self) -> Tensor:
+        """Raw features of each picture's first view, float [N, D]: of validation pictures, the only one."""
+        return self.features[:, 0]
+
+
 class Adapter(nn.Module, ABC):
     """A method of adaptation, for the class names that it is bound to."""
 
@@ -126,6 +145,19 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def logits(self, images: Tensor) -> Tensor:
         """What ``reads`` says, to float [B, C]."""
+
+    def prepare(self, shots: Shots) -> None:  # noqa: B027  # most methods learn from batches alone
+        """Take in the shots before any training."""
+
+    def select(self, shots: Shots, validation: Shots) -> None:  # noqa: B027  # most have nothing left to choose
+        """Choose, after the training, what is chosen by pictures that are neither shots nor test."""
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what ``state_dict`` gave; raises ``DataError`` where it does not fit."""
+        try:
+            self.load_state_dict(dict(tensors))
+        except RuntimeError as error:
+            raise DataError(f"these tensors are not of this {type(self).__name__}: {str(error).strip()}") from error
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy with labels int64 [B]."""

@@ -8,8 +8,8 @@ in the space of word embeddings (section 3.2):
 g is CLIP's text tower, f its image tower and s its scale, all frozen; cross-entropy over the classes. The context is
 unified (the same for all classes) or class-specific (CSC); the name stands at its end, in its middle or before it.
 
-To hold a run against: ImageNet with RN50 and 1/2/4/8/16 shots, 57.15/57.81/59.99/61.56/62.95 (zero-shot 58.18); base to
-new over 11 sets with ViT-B/16, 82.69 / 63.22, H 71.66 (CoCoOp's table 1).
+To hold a run against: ImageNet with RN50 and 1/2/4/8/16 shots, 57.15/57.81/59.99/61.56/62.95 (zero-shot 58.18); base
+to new over 11 sets with ViT-B/16, 82.69 / 63.22, H 71.66 (CoCoOp's table 1).
 
 Left out: half precision (the reference trains in fp16 without loss scaling, and can diverge); here the context is
 float32. The shared part of the prompts is computed once and pads are not, which changes nothing: see ``text.py``.

@@ -1,11 +1,11 @@
 """IVLP: independent learned rows in both towers, the uncoupled baseline of MaPLe's paper.
 
 Khattak, Rasheed, Maaz, Khan, Khan, 2022, arXiv 2210.03117, table 1 ("independent V-L prompting"): as MaPLe, but the
-image tower's rows V_i are learned by themselves instead of being linear images of the text tower's P_i. With no rows in
-the image tower it is deep language prompting; with none in the text tower see ``vpt.py``.
+image tower's rows V_i are learned by themselves instead of being linear images of the text tower's P_i. With no rows
+in the image tower it is deep language prompting; with none in the text tower see ``vpt.py``.
 
-To hold a run against: base to new over 11 sets with ViT-B/16, 82.15 / 74.07, H 77.90; language alone (4 rows, depth 12)
-81.72 / 73.81, H 77.56.
+To hold a run against: base to new over 11 sets with ViT-B/16, 82.15 / 74.07, H 77.90; language alone (4 rows, depth
+12) 81.72 / 73.81, H 77.56.
 """
 
 from dataclasses import dataclass

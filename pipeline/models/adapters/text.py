@@ -1,10 +1,10 @@
 """open_clip's causal text tower, fed with embeddings; every class shares the work of its prompt's start.
 
 A learned prompt is ``[start of text | shared rows | rows of the class]``. Under the causal mask the states of the
-shared rows do not depend on what follows, so they are computed once (or once per picture, where they depend on one) and
-give their keys and values to all classes. The rows of a class end with its end-of-text token, behind which nothing
-matters; classes with as many rows go through the tower together, so nothing is padded; and in the last layer the end of
-text alone asks. All of this is exact.
+shared rows do not depend on what follows, so they are computed once (or once per picture, where they depend on one)
+and give their keys and values to all classes. The rows of a class end with its end-of-text token, behind which
+nothing matters; classes with as many rows go through the tower together, so nothing is padded; and in the last layer
+the end of text alone asks. All of this is exact.
 """
 
 from collections.abc import Sequence

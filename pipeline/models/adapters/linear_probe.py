@@ -1,0 +1,111 @@
+"""Linear probe: logistic regression on CLIP's image features, the baseline of CoOp's paper.
+
+Radford et al. 2021, arXiv 2103.00020, section 3.1.3 and appendix A.3: L-BFGS with at most 1,000 iterations; the
+strength of the L2 penalty is chosen by validation pictures. The choice is that of CoOp's code: seven values of C from
+1e6 to 1e-6, then eight halvings (in log C) around the best. It knows nothing of class names, so that with few shots
+it loses to zero-shot.
+
+To hold a run against: ImageNet with RN50 and 1/2/4/8/16 shots, 22.17/31.90/41.20/49.52/56.13.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import require
+from pipeline.models.adapters.adapter import Adapter, Shots, unit
+
+COARSE = (1e6, 1e4, 1e2, 1.0, 1e-2, 1e-4, 1e-6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """As CoOp's code has it."""
+
+    iterations: int = 1000
+    """At most so many iterations of L-BFGS."""
+    halvings: int = 8
+    """Steps of the finer search for C."""
+
+    def __post_init__(self) -> None:
+        require(self.iterations >= 1, "iterations", self.iterations, "1 or more")
+        require(self.halvings >= 0, "halvings", self.halvings, "0 or more")
+
+
+class LinearProbe(Adapter):
+    """Logistic regression on unit features."""
+
+    learns = False
+    config: Config
+    weight: Tensor
+    bias: Tensor
+
+    @property
+    def rebinds(self) -> bool:
+        """A row of weights belongs to its class."""
+        return False
+
+    def build(self) -> None:
+        """Zeros; :meth:`select` fits them."""
+        classes = len(self.learned_classes)
+        self.register_buffer("weight", torch.zeros(classes, self.clip.features))
+        self.register_buffer("bias", torch.zeros(classes))
+
+    def rebind(self) -> None:
+        """Nothing depends on the names."""
+
+    def select(self, shots: Shots, validation: Shots) -> None:
+        """Fit all views of the shots, with the penalty that is best on ``validation``."""
+        views = shots.features.shape[1]
+        inputs, targets = _numpy(unit(shots.features.flatten(0, 1))), _numpy(shots.labels.repeat_interleave(views))
+        held, wanted = _numpy(unit(validation.first_view())), _numpy(validation.labels)
+
+        def fit(logarithm: float) -> tuple[float, Any]:
+            fitted = _regression(10**logarithm, self.config.iterations).fit(inputs, targets)
+            return float(np.mean(fitted.predict(held) == wanted)), fitted
+
+        self._take(_best(fit, self.config.halvings))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Raw features [B, D] to float [B, C]."""
+        return unit(images) @ self.weight.to(images.dtype).T + self.bias.to(images.dtype)
+
+    def _take(self, fitted: Any) -> None:
+        """Weights by class; of two classes scikit-learn has one row. Classes without shots never win."""
+        weight, bias = torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
+        if len(weight) == 1:
+            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+        classes = torch.from_numpy(fitted.classes_)
+        self.weight.zero_()
+        self.bias.fill_(float("-inf"))
+        self.weight[classes], self.bias[classes] = weight.to(self.weight), bias.to(self.bias)
+
+
+def _best(fit: Callable[[float], tuple[float, Any]], halvings: int) -> Any:
+    """The best model of a coarse search over log10 C and a finer one, a decade to either side of the best."""
+    logarithms = [math.log10(strength) for strength in COARSE]
+    tried = {logarithm: fit(logarithm) for logarithm in logarithms}
+    centre = max(logarithms, key=lambda logarithm: tried[logarithm][0])
+    low, high = centre - 1, centre + 1
+    for _ in range(halvings):
+        for end in (low, high):
+            if end not in tried:
+                tried[end] = fit(end)
+        middle = (low + high) / 2
+        low, high = (low, middle) if tried[low][0] > tried[high][0] else (middle, high)
+    return max(tried.values(), key=lambda found: found[0])[1]
+
+
+def _regression(strength: float, iterations: int) -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=strength, max_iter=iterations, solver="lbfgs")
+
+
+def _numpy(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().numpy()
