@@ -17,16 +17,23 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipeline.shards.snapshot import Shard, publish_shards, read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.sources.url_table import UrlTable
+from pipeline.stages.filters.duplicates import parts_of, search_part, sorted_digests
+from pipeline.stages.filters.filter import Step, table_file, write_table
+from pipeline.stages.filters.view import ShardView
 from pipeline.stages.plan import make_plan
+from pipeline.stages.shard_tasks import Workers
 
 FILE_ROWS = 1_000_000
 ROWS_PER_SHARD = 10_000
@@ -82,18 +89,72 @@ def manifest(folder: Folder, rows: int) -> None:
         notes |= {"shards": len(snapshot.shards), "bytes": size_of(Path(folder.path, "_snapshots"))}
 
 
+@dataclass(frozen=True)
+class Digests:
+    """A shard's view as the search sees it: every hundredth picture of the set is that of half its number."""
+
+    number: int
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """All of the shard."""
+        return np.arange(ROWS_PER_SHARD)
+
+    def __len__(self) -> int:
+        return ROWS_PER_SHARD
+
+    def digests(self) -> list[bytes]:
+        """16 bytes for each picture, a mix of its number (splitmix64), and 16 more that nobody reads."""
+        rows = self.number * ROWS_PER_SHARD + self.positions
+        words = np.where(rows % 100 == 0, rows // 2, rows).astype(np.uint64)
+        mixed = np.stack([_mixed(words), _mixed(words + np.uint64(2**63)), words, words], axis=1)
+        return [row.tobytes() for row in mixed]
+
+
+def duplicates(folder: Folder, rows: int) -> None:
+    """Sort the digests of all shards into bins, then search each part of the bins."""
+    shards = tuple(
+        Shard(name=f"{number:05d}", samples=ROWS_PER_SHARD, bytes=0, sha256="")
+        for number in range(rows // ROWS_PER_SHARD)
+    )
+    step = Step(folder, shards, folder.folder("work"), None, Workers(processes_count=0))
+    notes: dict[str, object] = {}
+    with measured("duplicates", rows, notes):
+        for number in range(len(shards)):
+            write_table(step.work, f"digests/{table_file(number)}", sorted_digests(cast(ShardView, Digests(number))))
+        parts = parts_of(step)
+        step.each_part("duplicates", parts, search_part)
+        found = sum(len(table) for _, table in step.read_all("duplicates", parts))
+        special = np.arange(0, rows, 100)
+        assert found == int(np.count_nonzero(special // 2 % 100)), found
+        notes |= {"found": found, "parts": parts, "bytes": size_of(Path(step.work.path))}
+
+
+def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    mixed = words + np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
 def main() -> None:
     """All parts in a temporary folder, one after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=10 * FILE_ROWS)
-    rows = parser.parse_args().rows // FILE_ROWS * FILE_ROWS
+    parser.add_argument("--parts", nargs="+", choices=("plan", "manifest", "duplicates"))
+    arguments = parser.parse_args()
+    rows, parts = arguments.rows // FILE_ROWS * FILE_ROWS, arguments.parts or ("plan", "manifest", "duplicates")
     place = Path(tempfile.mkdtemp(prefix="clipmill-plan-"))
     try:
-        (place / "tables").mkdir()
-        write_tables(place / "tables", rows)
         folder = Folder(str(place / "out"))
-        plan(place / "tables", folder, rows)
-        manifest(folder, rows)
+        if "plan" in parts:
+            (place / "tables").mkdir()
+            write_tables(place / "tables", rows)
+            plan(place / "tables", folder, rows)
+        if "manifest" in parts:
+            manifest(folder, rows)
+        if "duplicates" in parts:
+            duplicates(folder, rows)
     finally:
         shutil.rmtree(place)
 

@@ -29,8 +29,8 @@ class ExactDuplicates(Filter):
 
     def prepare(self, step: Step) -> None:
         """Digests by shard, then duplicates by part."""
-        step.each_shard("digests", _digests)
-        step.each_part("duplicates", parts_of(step), _duplicates)
+        step.each_shard("digests", sorted_digests)
+        step.each_part("duplicates", parts_of(step), search_part)
 
     def judge(self, view: ShardView, step: Step) -> Verdict:
         """By the tables of duplicates."""
@@ -76,7 +76,8 @@ def in_duplicates(view: ShardView, step: Step, parts: int) -> NDArray[np.bool_]:
     return np.isin(view.positions, np.concatenate(found))
 
 
-def _digests(view: ShardView) -> pa.Table:
+def sorted_digests(view: ShardView) -> pa.Table:
+    """The first 16 bytes of a shard's digests, in the order of their bins."""
     raw = np.frombuffer(b"".join(digest[:16] for digest in view.digests()), ">u8").reshape(len(view), 2)
     high, low = raw[:, 0].astype(np.uint64), raw[:, 1].astype(np.uint64)
     bins = (high >> np.uint64(52)).astype(np.int32)
@@ -85,7 +86,8 @@ def _digests(view: ShardView) -> pa.Table:
     return pa.table({name: values[order] for name, values in columns.items()})
 
 
-def _duplicates(step: Step, part: int) -> pa.Table:
+def search_part(step: Step, part: int) -> pa.Table:
+    """The duplicates whose digests lie in the bins of ``part``."""
     table = gather(step, "digests", bins_of_part(part, parts_of(step)))
     high, low, position = (table[name].to_numpy() for name in ("high", "low", "position"))
     order = np.lexsort((position, low, high))
