@@ -12,6 +12,7 @@ or more on average against Pillow's bicubic of the same box of the whole picture
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Literal
@@ -138,6 +139,28 @@ class ImageTransform:
         choose = max if self.fit == "longest" else min
         shrink = choose(height / self.size[0], width / self.size[1])
         return max(round(height / shrink), 1), max(round(width / shrink), 1)
+
+
+def read_crops(content: bytes, crops: Sequence[tuple[ImageTransform, NDArray[np.uint64]]]) -> list[Tensor]:
+    """Several random crops of the picture ``content``, each a transform with its random words, from one decoding.
+
+    A JPEG is decoded as small as the crop allows that needs the most pixels.
+
+    Raises:
+        UnreadableSample: as :func:`decode`.
+    """
+    size = _jpeg_size(content)
+    if size is not None:
+        places = [transform._place(*size, words) for transform, words in crops]
+        shrink = min(shrink for _, shrink in places)
+        pixels = _decode_smaller(content, size, shrink) if shrink > 1 else None
+        if pixels is not None:
+            # A box lies on multiples of its own shrink, so of the smallest one too: all are powers of two.
+            boxes = [(top // shrink, left // shrink, h // shrink, w // shrink) for (top, left, h, w), _ in places]
+            cut = [transform._cut(pixels, box) for (transform, _), box in zip(crops, boxes, strict=True)]
+            return [crop._flipped(tensor, words) for (crop, words), tensor in zip(crops, cut, strict=True)]
+    pixels = decode(content)
+    return [transform(pixels, words) for transform, words in crops]
 
 
 def crop_words(seed: int, epoch: int, number: int) -> NDArray[np.uint64]:

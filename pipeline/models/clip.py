@@ -27,7 +27,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ class Config:
 class Clip(EmbeddingMethod):
     """Two towers of open_clip and the contrastive loss between them."""
 
-    fields = ("image", "text")
+    fields: ClassVar[tuple[str, ...]] = ("image", "text")
     mean: Tensor
     std: Tensor
 

@@ -46,7 +46,7 @@ def command(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch, *words: str) -
     """The exit code of the job's command line."""
     monkeypatch.setattr(sys, "argv", [str(JOB), *words])
     try:
-        run_job(job["PRESETS"], job["main"])
+        run_job(job["PRESETS"], job["run_pretraining"])
     except SystemExit as end:
         return int(end.code or 0)
     return 0
@@ -62,7 +62,7 @@ def test_smoke(
     """Drawn, trained, evaluated, recorded; started again it is finished; another setting is another run."""
     smoke = job["PRESETS"]["smoke"][1]
     smoke = replace(smoke, tracking=store, run=replace(smoke.run, output_folder=str(tmp_path / "run")))
-    job["main"](smoke)
+    job["run_pretraining"](smoke)
     (checkpoint,) = Checkpoints(str(tmp_path / "run")).whole()
     assert checkpoint.meta.step == 4
     evaluation = read_evaluation(checkpoint)
@@ -88,7 +88,7 @@ def test_smoke(
 
     assert not Path(record["snapshot"].rpartition("@")[0]).exists()  # what was drawn goes with the job
     with caplog.at_level("INFO"):
-        job["main"](smoke)
+        job["run_pretraining"](smoke)
     assert "is finished: 4 steps" in caplog.text
     assert json.loads((tmp_path / "run" / "run.json").read_text()) == record
 
@@ -108,7 +108,7 @@ def test_a_drawing_job_leaves_nothing_in_the_temporary_folder(
     settings = replace(smoke.run, steps=1, log_every_steps=1)
     smoke = replace(smoke, tracking=replace(store, experiment="left"), run=settings, evaluations=Evaluations())
     with caplog.at_level("INFO"):
-        job["main"](smoke)
+        job["run_pretraining"](smoke)
     assert "is gone; with --output-folder FOLDER it is kept" in caplog.text
     client = MlflowClient(store.tracking_uri)
     experiment = client.get_experiment_by_name("left")
@@ -116,9 +116,11 @@ def test_a_drawing_job_leaves_nothing_in_the_temporary_folder(
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED" and not client.search_model_versions(f"run_id = '{run.info.run_id}'")
 
-    monkeypatch.setitem(job, "launch", lambda *_: (_ for _ in ()).throw(DataError("a damaged shard")))
+    monkeypatch.setattr(
+        "pipeline.tracking.pretraining.launch", lambda *_: (_ for _ in ()).throw(DataError("a damaged shard"))
+    )
     with pytest.raises(DataError, match="a damaged shard"):
-        job["main"](smoke)
+        job["run_pretraining"](smoke)
     assert not list(tmp_path.glob("clipmill-pretrain-*"))
 
 

@@ -1,0 +1,70 @@
+"""The SLIP job: its smoke preset end to end, and its presets against the paper."""
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+
+from pipeline.config import from_json, to_json
+from pipeline.tracking.runs import Tracking
+from pipeline.training.checkpoint import Checkpoints, load_method, read_evaluation
+
+JOB = Path(__file__).resolve().parents[2] / "jobs" / "pretrain_slip.py"
+
+
+@pytest.fixture(scope="module")
+def job() -> dict[str, Any]:
+    spec = importlib.util.spec_from_file_location("pretrain_slip_job", JOB)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return vars(module)
+
+
+def test_smoke(job: dict[str, Any], tmp_path: Path) -> None:
+    """Trained and evaluated; the encoder opens in open_clip, the head is in the checkpoint beside it."""
+    smoke = job["PRESETS"]["smoke"][1]
+    store = Tracking(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", system_metrics=False)
+    job["run_pretraining"](replace(smoke, tracking=store, run=replace(smoke.run, output_folder=str(tmp_path / "run"))))
+    (checkpoint,) = Checkpoints(str(tmp_path / "run")).whole()
+    assert checkpoint.meta.step == 4
+    evaluation = read_evaluation(checkpoint)
+    assert evaluation is not None and "zeroshot/drawn_shapes/top1" in evaluation["metrics"]
+    opened = open_clip.create_model(f"local-dir:{checkpoint.folder.path}").eval()
+    method = load_method(checkpoint.folder.uri)
+    tokens = open_clip.get_tokenizer("clipmill-tiny")(["a red star"])
+    assert torch.equal(opened.encode_text(tokens, normalize=True), method.encode_text(tokens))
+    assert not torch.equal(method.state_dict()["head.first_norm.mean"], torch.zeros(64))  # it has seen batches
+
+
+def test_presets_are_the_papers(job: dict[str, Any]) -> None:
+    """Mu et al. 2021, section 4.1, as their code has it."""
+    presets = {name: preset for name, (_, preset) in job["PRESETS"].items()}
+    epochs = {"paper-vit-s": 25, "paper-vit-b": 25, "paper-vit-l": 25, "cc3m-vit-b": 40, "cc12m-vit-b": 35}
+    for name, count in epochs.items():
+        run, method = presets[name].run, presets[name].method
+        optimizer = run.optimizer
+        assert (run.batch_size, run.epochs) == (4096, count)
+        assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.epsilon) == (3e-3, 0.1, 1e-8)
+        assert (optimizer.first_learning_rate, optimizer.final_learning_rate) == (1e-6, 1e-5)
+        assert (optimizer.beta1, optimizer.beta2) == (0.9, 0.98)
+        assert (method.crop, method.crop_scale, method.view_scale, method.flip) == ("resized", (0.5, 1), (0.08, 1), 0)
+        assert (method.ssl_hidden, method.ssl_width, method.ssl_temperature, method.self_supervision) == (
+            4096,
+            256,
+            0.1,
+            1,
+        )
+        width = open_clip.get_model_config(method.architecture)["vision_cfg"]["width"]
+        assert width == {"s": 384, "b": 768, "l": 1024}[name[-1]]
+
+
+def test_presets_go_through_json(job: dict[str, Any]) -> None:
+    for _, preset in job["PRESETS"].values():
+        assert from_json(job["Pretrain"], to_json(preset)) == preset
