@@ -142,11 +142,15 @@ Answer = bytes | Reply | Callable[[int], "bytes | Reply"]
 
 
 class WebServer:
-    """Serves a dict of path to bytes, :class:`Reply`, or a function of how often the path was asked for before."""
+    """Serves a dict of path to bytes, :class:`Reply`, or a function of how often the path was asked for before.
+
+    A reply with an ``ETag`` that the client knows is answered with 304.
+    """
 
     def __init__(self, files: Mapping[str, Answer]) -> None:
         self.files = {"/" + path.lstrip("/"): answer for path, answer in files.items()}
         self.requests: list[str] = []
+        self.statuses: list[int] = []
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
@@ -180,6 +184,10 @@ class WebServer:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 reply = server.reply(self.path)
+                tag = reply.headers.get("ETag")
+                if tag is not None and self.headers.get("If-None-Match") == tag:
+                    reply = Reply(status=304, headers=reply.headers)
+                server.statuses.append(reply.status)
                 time.sleep(reply.delay)
                 try:
                     self.send_response(reply.status)

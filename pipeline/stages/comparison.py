@@ -23,6 +23,9 @@ HELD_RECORDS = 2_000_000
 RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("url", "<u8"), ("body", "<u8"), ("place", "<i8"), ("state", "u1")])
 """One row: its digest in two halves, digests of url and picture (0: unknown), where it is, and its state."""
 
+STALE = np.uint64(2**64 - 1)
+"""In place of a stored picture's digest: it has changed where it came from."""
+
 INDEX_BITS = 24
 # States of rows in shards; a failure is FAILED plus the number of its class.
 VISIBLE, GONE, HIDDEN, OPTED_OUT, TO_HIDE, FAILED = range(6)
@@ -104,6 +107,7 @@ class Partitions:
 class Difference:
     """What is to be done. ``fresh`` are places in the source, the others in the shards, all ascending.
 
+    Of those that are ``gone``, the ``replaced`` have changed where they came from, and never come back.
     ``fresh_listed`` says of each fresh row whether it is on the opt-out list; ``failures`` counts, by state, the known
     failures that stay; ``hidden`` the rows of the source whose samples are hidden.
     """
@@ -111,6 +115,7 @@ class Difference:
     fresh: Places = field(default_factory=lambda: np.zeros(0, np.int64))
     fresh_listed: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
     gone: Places = field(default_factory=lambda: np.zeros(0, np.int64))
+    replaced: Places = field(default_factory=lambda: np.zeros(0, np.int64))
     opted_out: Places = field(default_factory=lambda: np.zeros(0, np.int64))
     back: Places = field(default_factory=lambda: np.zeros(0, np.int64))
     rows: int = 0
@@ -130,7 +135,7 @@ def compare(source: Partitions, shards: Partitions, again: NDArray[np.bool_]) ->
     """The difference of two sides; ``again`` bool [256] says which failures are to be fetched again, by state."""
     parts = [_compare(source.read(number), shards.read(number), again) for number in range(PARTITIONS)]
     total = Difference()
-    for name in ("gone", "opted_out", "back"):
+    for name in ("gone", "replaced", "opted_out", "back"):
         setattr(total, name, np.sort(np.concatenate([getattr(part.found, name) for part in parts])))
     fresh = np.concatenate([part.found.fresh for part in parts])
     order = np.argsort(fresh)
@@ -157,6 +162,7 @@ def _compare(source: Records, shards: Records, again: NDArray[np.bool_]) -> _Par
     at_source, at_shards = _pairs(source, shards)
     here, there = source[at_source], shards[at_shards]
     other_body = (here["body"] != 0) & (there["body"] != 0) & (here["body"] != there["body"])
+    other_body |= there["body"] == STALE
     other_body &= (there["state"] == VISIBLE) | (there["state"] == GONE)
     retried = again[there["state"]] & (here["state"] != LISTED)
     answered = ~other_body & ~retried
@@ -171,6 +177,7 @@ def _compare(source: Records, shards: Records, again: NDArray[np.bool_]) -> _Par
         fresh=fresh["place"],
         fresh_listed=fresh["state"] == LISTED,
         gone=gone["place"],
+        replaced=gone["place"][gone["body"] == STALE],
         opted_out=shards["place"][shards["state"] == TO_HIDE],
         back=there["place"][answered & (there["state"] == GONE)],
         rows=len(source),

@@ -7,7 +7,7 @@ far, beside the plan of the refresh that hid it: a row that left the source may 
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
 
@@ -27,6 +27,7 @@ from pipeline.stages.comparison import (
     GONE,
     HIDDEN,
     OPTED_OUT,
+    STALE,
     TO_HIDE,
     VISIBLE,
     Places,
@@ -40,6 +41,8 @@ from pipeline.stages.plan import PLANS
 HIDDEN_FILE = "hidden.parquet"
 HASHES = ("sha256", "md5", "sha512")
 OTHER = "other"
+REPLACED = "changed"
+"""Why a picture is hidden that has changed where it came from: no row of a source is answered by it any more."""
 _REASONS = {"gone": GONE, "opt_out": OPTED_OUT}
 
 
@@ -72,11 +75,15 @@ class Failures:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The shards of ``folder`` with numbers below ``first``, as readers of ``parent`` see them."""
+    """The shards of ``folder`` with numbers below ``first``, as readers of ``parent`` see them.
+
+    ``stale`` has the positions of pictures that have changed where they came from, by the number of their shard.
+    """
 
     folder: Folder
     parent: Snapshot | None
     first: int
+    stale: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)
 
     def records(self, source: Source, opt_out: OptOut, failures: Failures) -> Iterator[Records]:
         """Records of all rows, shard by shard; identified by what ``source`` would give for them.
@@ -113,7 +120,10 @@ class Ledger:
         states[listed & good & (states == GONE)] = OPTED_OUT
         classes = _values(table, "error_class")
         states[~good] = [failures.state(classes[index]) for index in np.flatnonzero(~good)]
-        return records(zip(*values, strict=True), bodies, place(number, 0) + at.astype(np.int64), states)
+        found = records(zip(*values, strict=True), bodies, place(number, 0) + at.astype(np.int64), states)
+        found["body"][good & np.isin(at, self.stale.get(number, ()))] = STALE
+        replaced = [position for position, reason in (reasons or {}).items() if reason == REPLACED]
+        return found[~(good & np.isin(at, replaced))]
 
     def _stored_states(self, shard: Shard | None, stored: int, reasons: Mapping[int, str]) -> NDArray[np.uint8]:
         states = np.full(stored, HIDDEN, np.uint8)

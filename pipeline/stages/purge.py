@@ -34,7 +34,7 @@ from pipeline.shards.snapshot import (
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import iterate_tar
 from pipeline.shards.writer import STATS, ShardStats, ShardWriter, read_stats, unit_digest
-from pipeline.stages.ledger import next_number, read_hidden, read_rows, shard_numbers
+from pipeline.stages.ledger import REPLACED, next_number, read_hidden, read_rows, shard_numbers
 from pipeline.stages.plan import PLAN_FILE, PLANS
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ def _write(
                 raise DataError(f"{folder.join(old + '.tar')} and {old}.parquet do not list the same samples")
             if position in visible:
                 writer.add(row, sample)
-            elif reasons.get(position) != "gone":
+            elif reasons.get(position) not in ("gone", REPLACED):
                 writer.add(_tombstone(row, reasons.get(position, "hidden")), None)
         return writer.commit()
 

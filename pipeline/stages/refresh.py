@@ -69,7 +69,7 @@ def _renew(
     floor: Floor,
 ) -> Snapshot:
     shaping = shaping_options(options)
-    prepared = prepare(source, folder, options, shaping, renewal)
+    prepared = prepare(source, folder, options, shaping, renewal, workers)
     if isinstance(prepared, Snapshot):
         snapshot = prepared
     else:

@@ -42,6 +42,7 @@ from pipeline.stages.delta import ROWS_FILE, Delta, write_rows
 from pipeline.stages.download import digest
 from pipeline.stages.failure import TRANSIENT
 from pipeline.stages.ledger import (
+    REPLACED,
     Failures,
     Ledger,
     body_digests,
@@ -54,6 +55,8 @@ from pipeline.stages.ledger import (
 from pipeline.stages.make_shard import ShardOptions, clean_caption
 from pipeline.stages.opt_out import OptOut, read_opt_out
 from pipeline.stages.plan import FIRST, PLAN_FILE, PLANS, ROOT, Known, Plan, drop_shards, plan_of, read_plan, write_plan
+from pipeline.stages.revalidation import Stale, Which, forget, revalidate
+from pipeline.stages.shard_tasks import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +75,15 @@ class Renewal:
     """List (.txt or .parquet) of urls, url prefixes, hosts, digests or keys: hidden at once and never fetched again."""
     retry_failed: bool = False
     """Fetch again the rows whose failure may pass (time-outs, resets, 429, 5xx, names that did not resolve)."""
+    revalidate: Which = "none"
+    """Ask again for stored pictures, whose bytes may have changed behind the same url: of `known` validators (ETag or
+    date) on the condition that they differ, or `all`, which fetches what has none in order to compare it."""
     purge: bool = False
     """Delete hidden samples from disk; older snapshots that show them go too."""
 
     @property
     def asked(self) -> bool:
-        """Whether this is more than a first refresh; each of the four says that the newest snapshot counts."""
+        """Whether this is more than a first refresh; each of these says that the newest snapshot counts."""
         return self != Renewal()
 
     def begins(self, folder: Folder) -> bool:
@@ -100,9 +106,16 @@ class Prepared:
 
 
 def prepare(
-    source: Source, folder: Folder, options: ShardOptions, shaping: Mapping[str, Any], renewal: Renewal
+    source: Source,
+    folder: Folder,
+    options: ShardOptions,
+    shaping: Mapping[str, Any],
+    renewal: Renewal,
+    workers: Workers,
 ) -> Prepared | Snapshot:
     """Compare ``source`` with the folder's shards and plan the refresh; a snapshot where nothing is to be done.
+
+    ``workers`` ask again for stored pictures, where the renewal wants that.
 
     Raises:
         SettingError: the input, the parent or the opt-out list cannot be used.
@@ -114,23 +127,28 @@ def prepare(
         _refuse_other_shape(parent, shaping)
     name = parent.id if parent else FIRST
     known = read_plan(folder, name)
-    ledger = Ledger(folder, parent, known.first if known else next_number(folder) if parent else 0)
+    place = folder.folder(f"{PLANS}/{name}")
+    asks = parent is not None and parent.id == snapshot_ids(folder)[-1] and renewal.revalidate != "none"
+    stale: Stale = {}
+    if parent is not None and asks:
+        stale = revalidate(folder, parent, place, options.downloads, opt_out, renewal.revalidate, workers)
+    ledger = Ledger(folder, parent, known.first if known else next_number(folder) if parent else 0, stale)
     failures = Failures()
     with tempfile.TemporaryDirectory(prefix="clipmill-") as scratch:
         pieces = list(source.slices(options.number_sample_per_shard, Folder(f"{scratch}/source")))
         found = _difference(source, pieces, ledger, opt_out, failures, options, renewal, Path(scratch))
         rows = Path(scratch) / ROWS_FILE
-        beside = folder.folder(f"{PLANS}/{name}")
-        write_rows(rows, source, found, pieces, beside, options.number_sample_per_shard, options.downloads.compute_hash)
+        write_rows(rows, source, found, pieces, place, options.number_sample_per_shard, options.downloads.compute_hash)
         plan = _planned(source, Folder(scratch), found, options, shaping, ledger.first)
         if parent is not None and parent.id != snapshot_ids(folder)[-1]:
             return _finished(folder, parent, known, plan)
         if parent is not None and found.empty:
             logger.info("nothing has changed since snapshot %s", parent.uri)
             _discard(folder, name, known)
+            forget(place)
             return parent
         _replace(folder, name, known, plan, ledger.first, rows)
-    delta = Delta(base=source, table=beside.join(ROWS_FILE))
+    delta = Delta(base=source, table=place.join(ROWS_FILE))
     return Prepared(name=name, parent=parent, found=found, failures=failures, opt_out=opt_out, source=delta, plan=plan)
 
 
@@ -186,10 +204,16 @@ def source_records(
         for row in source.rows(piece):
             caption = (clean_caption(row.caption),) if source.has_captions else ()
             values.append((row.url, *caption, *(row.columns.get(name) for name in columns)))
-            bodies.append(digest(row.image, hash_name) if row.image is not None else None)
+            bodies.append(digest(row.image, hash_name) if row.image is not None else _expected(row.expected, hash_name))
         listed = opt_out.matches([str(value[0]) for value in values], bodies)
         states = np.where(listed, LISTED, WANTED).astype(np.uint8)
         yield records(values, bodies, place(number, 0) + np.arange(len(values)), states)
+
+
+def _expected(expected: str | None, hash_name: str | None) -> str | None:
+    """The digest that a row's picture has to have, where it is of the kind that is stored: another one is a change."""
+    algorithm, _, hexadecimal = (expected or "").partition(":")
+    return hexadecimal.lower() if hexadecimal and algorithm == hash_name else None
 
 
 def _planned(
@@ -293,7 +317,8 @@ def _hidden(folder: Folder, prepared: Prepared, listed: Mapping[str, NDArray[np.
     hidden = read_hidden(folder, prepared.parent)
     for shard, position in _pairs(prepared.found.back):
         hidden[shard].pop(position, None)
-    for reason, where in (("gone", prepared.found.gone), ("opt_out", prepared.found.opted_out)):
+    found = prepared.found
+    for reason, where in (("gone", found.gone), (REPLACED, found.replaced), ("opt_out", found.opted_out)):
         for shard, position in _pairs(where):
             hidden.setdefault(shard, {})[position] = reason
     for name, mask in listed.items():

@@ -108,10 +108,10 @@ class TipAdapter(Adapter):
     def logits(self, images: Tensor) -> Tensor:
         """Raw features [B, D] to float [B, C]."""
         features = unit(images)
-        alpha, beta = self.choice.tolist()
-        evidence = class_sums(affinity_weights(features, self.keys, beta), self.values, len(self.classes))
+        alpha, beta = (float(value) for value in self.choice)
+        evidence: Tensor = class_sums(affinity_weights(features, self.keys, beta), self.values, len(self.classes))
         zero_shot: Tensor = self.clip.scale * features @ self.vectors.to(features.dtype).T
-        return alpha * evidence + zero_shot
+        return zero_shot + alpha * evidence
 
     @torch.no_grad()
     def search(self, validation: Shots) -> tuple[float, float, float]:
