@@ -55,6 +55,10 @@ class RayJobs:
                 raise AlreadyThere(id) from error
             raise Unreachable(_first_line(error)) from error
 
+    def stop(self, id: str) -> None:
+        """Ask Ray to end the job: SIGTERM, and SIGKILL some seconds later."""
+        self._ask(lambda: self._client.stop_job(id))
+
     def log(self, id: str) -> str:
         """What the job wrote; empty where its log is gone with its node."""
         try:

@@ -77,6 +77,10 @@ class Cluster(Protocol):
         """Submit a job's command; raises :class:`AlreadyThere` and :class:`Refused`."""
         ...
 
+    def stop(self, id: str) -> None:
+        """Ask a job to end."""
+        ...
+
     def log(self, id: str) -> str:
         """What a job has written."""
         ...
@@ -142,6 +146,17 @@ class Scheduler:
                 self._record(replace(fire, state="lost", ended=now, message="Ray does not know the job any more"))
             elif seen is not None and fire.state in OPEN:
                 self._follow(fire, seen, now)
+                self._stop_if_late(job, known[fire.id], now)
+
+    def _stop_if_late(self, job: ScheduledJob, fire: Fire, now: datetime) -> None:
+        """Stop a fire that runs longer than it may; asked once, and again by every later tick until Ray has done it."""
+        longest = job.stop_after_minutes
+        if longest is None or fire.state != "running" or fire.submitted is None:
+            return
+        if now >= fire.submitted + timedelta(minutes=longest):
+            self._cluster.stop(fire.id)
+            if not fire.message:
+                self._record(replace(fire, message=f"stopped since it ran longer than {longest:g} minutes"))
 
     def _follow(self, fire: Fire, seen: Submitted, now: datetime) -> None:
         states: dict[str, State] = {"SUCCEEDED": "succeeded", "FAILED": "failed", "STOPPED": "stopped"}
@@ -159,7 +174,7 @@ class Scheduler:
                 submitted=submitted,
                 ended=seen.ended or now,
                 exit_code=seen.exit_code,
-                message=seen.message,
+                message=fire.message if state == "stopped" and fire.message else seen.message,
                 snapshot=published[-1] if published else "",
             )
         )

@@ -57,6 +57,8 @@ class ScheduledJob:
     """How late a fire may still be submitted, after a restart or an outage; only the last one missed is."""
     when_running: Literal["skip", "wait"] = "skip"
     """What becomes of a fire while an earlier one runs: left out, or submitted when that has ended."""
+    stop_after_minutes: float | None = None
+    """A fire that runs longer is stopped, so that a job that hangs does not keep its next fires from starting."""
     retries: int = 0
     """Further attempts of a fire that failed, unless the next fire is due."""
     retry_delay_minutes: float = 5
@@ -66,6 +68,8 @@ class ScheduledJob:
         require(bool(self.command.strip()), "command", self.command, "what `ray job submit --` would run")
         require(self.misfire_grace_minutes >= 0, "misfire_grace_minutes", self.misfire_grace_minutes, "0 or more")
         require(self.misfire_grace_minutes <= 40_320, "misfire_grace_minutes", self.misfire_grace_minutes, "four weeks")
+        longest = self.stop_after_minutes
+        require(longest is None or longest > 0, "stop_after_minutes", longest, "more than 0, or none")
         require(0 <= self.retries <= 10, "retries", self.retries, "0 to 10")
         require(self.retry_delay_minutes >= 0, "retry_delay_minutes", self.retry_delay_minutes, "0 or more")
         require(self.num_cpus >= 0, "num_cpus", self.num_cpus, "0 or more")

@@ -213,13 +213,8 @@ def test_a_store_that_is_gone_is_a_sentence(faulty: FaultyProxy, s3: str, monkey
 def test_a_refresh_among_faults_equals_one_without(
     faulty: FaultyProxy, serve: Any, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def picture(number: int) -> bytes:
-        pixels = np.random.default_rng(number).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-        encoded: bytes = simplejpeg.encode_jpeg(pixels)
-        return encoded
-
     def answer(number: int, before: int) -> Any:
-        body, kind = picture(number), number % 10
+        body, kind = coloured(number), number % 10
         if before < 2 and kind in (3, 7):
             return serve.Reply(b"", 503, {"Retry-After": "0"}) if kind == 3 else serve.Reply(body, cut=len(body) // 2)
         return serve.Reply(b"gone", 404) if kind == 9 else body
@@ -241,6 +236,54 @@ def test_a_refresh_among_faults_equals_one_without(
     assert disturbed.digest == quiet.digest
     for name in Folder(tmp_path / "quiet").names(".tar") + Folder(tmp_path / "quiet").names(".parquet"):
         assert Folder(f"{s3}/data").read_bytes(name) == Folder(tmp_path / "quiet").read_bytes(name), name
+
+
+class Flaky:
+    """Pictures of a server that is down from the tenth request on, for a while, or that resets every tenth."""
+
+    def __init__(self, serve: Any, tmp_path: Path) -> None:
+        self.serve, self.asked, self.out = serve, itertools.count(), tmp_path
+        self.kind, self.down_for = "", 0.0
+        self.down_since = 0.0
+        answers = {f"{number}.jpg": functools.partial(self.answer, number) for number in range(60)}
+        self.server = serve(answers)
+        self.table = tmp_path / "list.csv"
+        self.table.write_text("url\n" + "".join(f"{self.server.url}/{number}.jpg\n" for number in range(60)))
+
+    def answer(self, number: int, before: int) -> Any:
+        body, count = coloured(number), next(self.asked)
+        if self.kind == "reset" and count % 10 == 9:
+            return self.serve.Reply(body, cut=0)
+        if self.kind == "down" and count >= 10:
+            self.down_since = self.down_since or time.monotonic()
+            if time.monotonic() < self.down_since + self.down_for:
+                return self.serve.Reply(b"", 503)
+        return body
+
+    def refresh(self, name: str) -> Any:
+        downloads = DownloadOptions(allow_hosts=("127.0.0.1",), retries=20, retry_delay=0.05, max_retry_delay=0.5)
+        options = ShardOptions(images=ImageOptions(image_size=32), downloads=downloads, number_sample_per_shard=10)
+        return refresh(UrlTable(url_list=str(self.table)), Folder(self.out / name), options, Workers(processes_count=0))
+
+
+@pytest.mark.parametrize("kind", ["down", "reset"])
+def test_a_web_server_that_is_down_for_a_while_or_resets_changes_nothing(kind: str, serve: Any, tmp_path: Path) -> None:
+    site = Flaky(serve, tmp_path)
+    quiet = site.refresh("quiet")
+    site.kind, site.down_for = kind, 2.0
+    site.server.requests.clear()
+    disturbed = site.refresh("disturbed")
+    assert disturbed.samples == 60 and disturbed.digest == quiet.digest
+    assert len(site.server.requests) >= 60 + 6
+    for path in sorted((tmp_path / "quiet").glob("*.tar")):
+        assert (tmp_path / "disturbed" / path.name).read_bytes() == path.read_bytes()
+
+
+def coloured(number: int) -> bytes:
+    """A small JPEG."""
+    pixels = np.random.default_rng(number).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    encoded: bytes = simplejpeg.encode_jpeg(pixels)
+    return encoded
 
 
 # A disk that fills up

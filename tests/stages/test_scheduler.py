@@ -20,6 +20,7 @@ class FakeRay:
     def __init__(self) -> None:
         self.list: dict[str, Submitted] = {}
         self.environments: dict[str, dict[str, str]] = {}
+        self.stopped: list[str] = []
         self.away = self.refuses = self.dies_after = False
         self.now = NOON
 
@@ -42,6 +43,9 @@ class FakeRay:
 
     def log(self, id: str) -> str:
         return "INFO snapshot s3://b/x@00001-aaaaaaaaaaaa: 3\nINFO snapshot s3://b/x@00002-0123456789ab: 5 samples in"
+
+    def stop(self, id: str) -> None:
+        self.stopped.append(id)
 
     def end(self, id: str, status: str = "SUCCEEDED", code: int = 0) -> None:
         self.list[id] = replace(self.list[id], status=status, ended=self.now, exit_code=code, message=f"it {status}")
@@ -247,3 +251,20 @@ def test_other_people_s_jobs_do_not_count() -> None:
         id="raysubmit_1", status="RUNNING", started=NOON, ended=None, exit_code=None, message="", metadata={}
     )
     assert world.tick(0) == ["raysubmit_1", "a-20261122T1200Z"]
+
+
+def test_a_job_that_hangs_is_stopped_and_the_next_fire_starts() -> None:
+    world = World(stop_after_minutes=30, retries=2)
+    world.tick(0)
+    world.tick(29)
+    assert world.ray.stopped == []
+    world.tick(30)
+    assert world.ray.stopped == ["a-20261122T1200Z"] and world.states() == {"a-20261122T1200Z": "running"}
+    world.restart()
+    world.tick(31)
+    assert world.ray.stopped == ["a-20261122T1200Z"] * 2  # asked again until it is done
+    world.ray.end("a-20261122T1200Z", "STOPPED", 143)
+    world.tick(32)
+    (fire,) = world.history.saved.values()
+    assert (fire.state, fire.message) == ("stopped", "stopped since it ran longer than 30 minutes")
+    assert world.tick(60) == ["a-20261122T1200Z", "a-20261122T1300Z"]
