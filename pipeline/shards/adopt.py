@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import require
 from pipeline.errors import DataError, SnapshotError, StorageError
+from pipeline.shards.lease import lease
 from pipeline.shards.snapshot import SNAPSHOTS, Shard, Snapshot, publish_shards, read_snapshot, snapshot_ids
 from pipeline.shards.storage import BLOCK, Folder
 from pipeline.shards.tar import iterate_tar
@@ -80,8 +81,9 @@ class Adoption:
             logger.warning("left out: %s", problem)
         good = {name: (entry, text) for name, (entry, text) in plain.items() if "problem" not in entry}
         stats = [ShardStats(**{**entry, "fields": tuple(entry["fields"])}) for _, (entry, _) in sorted(good.items())]
-        snapshot = self._publish(stats, card)
-        self._remember({name: text for name, (_, text) in good.items()})
+        with lease(self.folder, "an adoption"):
+            snapshot = self._publish(stats, card)
+            self._remember({name: text for name, (_, text) in good.items()})
         return snapshot
 
     def _publish(self, stats: list[ShardStats], card: str | None) -> Snapshot:

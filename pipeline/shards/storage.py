@@ -104,6 +104,24 @@ class Folder:
             else:
                 self.fs.pipe_file(self._at(name), content)
 
+    def create(self, name: str, content: bytes) -> bool:
+        """Write the file ``name`` unless there is one already; returns whether this call wrote it.
+
+        Of several callers one succeeds, where the store can do that: local disks and S3 can.
+
+        Raises:
+            StorageError: the disk is full or the store refused.
+        """
+        with storage_errors(self.join(name)):
+            try:
+                if self.is_local:
+                    self._create_local(Path(self._at(name)), content)
+                else:
+                    self.fs.pipe_file(self._at(name), content, mode="create")
+            except FileExistsError:
+                return False
+        return True
+
     def delete(self, name: str) -> None:
         """Delete the file ``name``; a missing one is fine."""
         try:
@@ -139,6 +157,14 @@ class Folder:
 
     def _at(self, name: str) -> str:
         return f"{self.path.rstrip('/')}/{name}"
+
+    @staticmethod
+    def _create_local(target: Path, content: bytes) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=TEMPORARY, dir=target.parent) as file:
+            file.write(content)
+            file.flush()
+            os.link(file.name, target)  # whole from the first moment, and never over another
 
     def _write_local(self, name: str, content: bytes | Path) -> None:
         target = Path(self._at(name))

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import require
 from pipeline.errors import ClipmillError, DataError, SidecarError
+from pipeline.shards.lease import lease
 from pipeline.shards.sample import Sample
 from pipeline.shards.selection import read_samples
 from pipeline.shards.sidecar import MAKER, TAR_DIGEST, read_sidecar, sidecar_file, write_sidecar
@@ -98,14 +99,16 @@ def embed(
     Raises:
         SidecarError: features of another model are there.
         DataError: a damaged shard.
-        StorageError: the store refused; the same command goes on from there.
+        StorageError: the store refused (the same command goes on from there), or another job is at work in the folder.
     """
     digests: dict[tuple[str, str], str] = {}
-    for number, digest in _embedded(snapshot, make, options, workers, use_gpu):
-        shard = snapshot.shards[number]
-        digests[shard.name, shard.sha256] = digest
-        logger.info("%d of %d shards have features, %s the last", len(digests), len(snapshot.shards), shard.name)
-    return _publish(snapshot, digests, options.name)
+    with lease(Folder(snapshot.folder), "an embedding") as held:
+        for number, digest in _embedded(snapshot, make, options, workers, use_gpu):
+            shard = snapshot.shards[number]
+            digests[shard.name, shard.sha256] = digest
+            logger.info("%d of %d shards have features, %s the last", len(digests), len(snapshot.shards), shard.name)
+        held.check()
+        return _publish(snapshot, digests, options.name)
 
 
 def embed_shard(

@@ -18,6 +18,7 @@ from typing import Any
 
 from pipeline.config import flatten, require
 from pipeline.errors import StorageError
+from pipeline.shards.lease import lease
 from pipeline.shards.snapshot import Snapshot, publish
 from pipeline.shards.storage import BLOCK, Folder
 from pipeline.shards.tar import iterate_tar
@@ -49,6 +50,13 @@ def refresh_with_img2dataset(
         package: Any = import_module("img2dataset.main")
     except ImportError as error:
         require(False, "engine", "img2dataset", f"native, where the package img2dataset does not import ({error})")
+    with lease(folder, "a refresh"):
+        return _refreshed(package, source, folder, options, workers, card)
+
+
+def _refreshed(
+    package: Any, source: UrlTable, folder: Folder, options: ShardOptions, workers: Workers, card: str | None
+) -> Snapshot:
     planned = sum(1 for _ in source.slices(options.number_sample_per_shard, folder.folder("_plan")))
     if workers.processes_count != 0:
         connect(workers.processes_count)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.config import flatten, from_json, to_json
+from pipeline.shards.lease import Lease, lease
 from pipeline.shards.snapshot import Snapshot, publish
 from pipeline.shards.storage import Folder
 from pipeline.shards.writer import ShardStats
@@ -43,17 +44,33 @@ def refresh(
 
     Raises:
         SettingError: the input is missing or empty, or the folder holds other work.
-        StorageError: the disk is full or the store refused; the same command goes on from there.
+        StorageError: the disk is full or the store refused (the same command goes on from there), or another job is at
+            work in the folder.
         DataError: what the folder holds is damaged.
         SnapshotError: no row became a sample.
         TooManyFailures: fewer rows than ``floor`` wants became samples.
     """
+    with lease(folder, "a refresh") as held:
+        if finish_purge(folder) or (renewal.asked and not renewal.begins(folder)):
+            return _renew(source, folder, options, workers, card, renewal, floor, held)
+        return _first(source, folder, options, workers, card, renewal, floor, held)
+
+
+def _first(
+    source: Source,
+    folder: Folder,
+    options: ShardOptions,
+    workers: Workers,
+    card: str | None,
+    renewal: Renewal,
+    floor: Floor,
+    held: Lease,
+) -> Snapshot:
     shaping = shaping_options(options)
-    if finish_purge(folder) or (renewal.asked and not renewal.begins(folder)):
-        return _renew(source, folder, options, workers, card, renewal, floor)
     plan = make_plan(source, folder, options.number_sample_per_shard, shaping, replace=renewal.asked)
     folder.remove_temporary()
     stats = _finished_shards(plan, source, folder, options, workers, floor)
+    held.check()
     snapshot = publish(folder, stats, card=card, options={"source": flatten(source), **shaping})
     logger.info("snapshot %s: %d samples in %d shards", snapshot.uri, snapshot.samples, len(snapshot.shards))
     return snapshot
@@ -67,6 +84,7 @@ def _renew(
     card: str | None,
     renewal: Renewal,
     floor: Floor,
+    held: Lease,
 ) -> Snapshot:
     shaping = shaping_options(options)
     prepared = prepare(source, folder, options, shaping, renewal, workers)
@@ -75,6 +93,7 @@ def _renew(
     else:
         folder.remove_temporary()
         stats = _finished_shards(prepared.plan, prepared.source, folder, options, workers, floor)
+        held.check()
         options_kept = {"source": flatten(source), **shaping}
         snapshot = publish_renewal(prepared, folder, stats, card, options_kept)
         logger.info("snapshot %s: %d samples; %s", snapshot.uri, snapshot.samples, dict(snapshot.changes))

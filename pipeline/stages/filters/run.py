@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from pipeline.config import flatten, require
 from pipeline.errors import SnapshotError
+from pipeline.shards.lease import Lease, lease
 from pipeline.shards.selection import select
 from pipeline.shards.sidecar import write_sidecar
 from pipeline.shards.snapshot import Shard, Snapshot, publish_shards, read_snapshot
@@ -70,12 +71,25 @@ def filter_snapshot(
         SettingError: no filter, one twice, or options that cannot work.
         DataError: a shard, a sidecar or a list that a filter needs is missing or broken.
         SnapshotError: no sample is left.
+        StorageError: the store refused, or another job is at work in the folder.
     """
     _check(filters)
     options = _options(filters)
     done = _already(parent, options)
     if done is not None:
         return done
+    with lease(Folder(parent.folder), "a filter run") as held:
+        return _filtered(parent, filters, options, workers, captions_sidecar, held)
+
+
+def _filtered(
+    parent: Snapshot,
+    filters: Sequence[Filter],
+    options: list[dict[str, Any]],
+    workers: Workers,
+    captions_sidecar: bool,
+    held: Lease,
+) -> Outcome:
     folder = Folder(parent.folder)
     work = folder.folder(FILTERS).folder(_identity(parent, options))
     last = _judge_all(parent, folder, work, filters, workers)
@@ -88,6 +102,7 @@ def filter_snapshot(
     dropped = _in_order(counts, filters)
     if not shards:
         raise SnapshotError(f"{parent.uri}: no sample is left by the filters: {dropped}")
+    held.check()
     snapshot = publish_shards(
         folder,
         shards,
