@@ -199,7 +199,7 @@ def _run_jobs(run: Demo, programs: Programs, folder: Path, ray: str, mlflow: str
     drawing += ["--number-sample-per-shard", "1000", "--processes-count", str(CORES), "--output-folder", shards]
     programs.start("drawing", [*submit, *drawing])
     drawn = programs.wait_until_done("drawing")
-    _say("2/4", f"{run.samples} pictures drawn by Ray Data into {shards}", began)
+    _say("2/4", f"{run.samples} pictures drawn by Ray into {shards}", began)
 
     began = time.monotonic()
     training = ["jobs/pretrain_clip.py", run.training, "--data", shards, "--output-folder", clip]

@@ -1,21 +1,23 @@
-"""Run a function once per unit of work, here or as Ray Data tasks.
+"""Run a function once per unit of work, here or as Ray tasks.
 
 The function takes its unit, writes its own files and gives back a small text; no picture travels through Ray. It has
-to find its work already done where an earlier run did it. Every stage that works by the shard runs through here.
+to find its work already done where an earlier run did it, so that a task whose node dies is simply run again. Every
+stage that works by the shard runs through here.
 """
 
-import base64
+import itertools
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
-
 from pipeline.config import require
-from pipeline.errors import ClipmillError
+from pipeline.errors import ClipmillError, StorageError
 from pipeline.stages.ray_session import connect
 
+MAX_DEATHS = 10
+"""Times that a unit is run again because its worker or node died."""
+SPARE = 8
 DATA_RESOURCE = "data_worker"
 """What the data nodes of cluster.yaml have, and tasks ask for."""
 
@@ -55,50 +57,54 @@ def _run_by_ray(task: Callable[[Unit], str], units: Sequence[Unit], workers: Wor
     import ray
 
     connect(workers.processes_count)
-    # Ray warns of a pool that is larger than the work.
-    processes = workers.processes_count and min(workers.processes_count, len(units))
-    # One block per unit: Ray Data then retries, places and counts work by the unit.
-    rows = [{"number": number, "unit": _packed(unit)} for number, unit in enumerate(units)]
-    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _Run(task),
-        batch_size=1,
-        batch_format="numpy",
-        num_cpus=1,
-        compute=ray.data.TaskPoolStrategy(size=processes),
-        resources=data_resource(dict(ray.cluster_resources())),
-    )
-    for batch in results.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-        for number, text, error in zip(batch["number"], batch["text"], batch["error"], strict=True):
-            if error:
-                raise _unpacked(error)
-            yield int(number), str(text)
+    cluster = dict(ray.cluster_resources())
+    options = {"num_cpus": 1, "resources": data_resource(cluster), "max_retries": MAX_DEATHS, "name": _name_of(task)}
+    run: Any = ray.remote(_attempt).options(**options)
+    shared, waiting = ray.put(task), iter(enumerate(units))
+    running: dict[Any, int] = {}
+    try:
+        while True:
+            room = _window(workers, dict(ray.cluster_resources())) - len(running)
+            running |= {run.remote(shared, unit): number for number, unit in itertools.islice(waiting, max(room, 0))}
+            if not running:
+                return
+            for done in ray.wait(list(running))[0]:
+                number = running.pop(done)
+                yield number, _result(done, number)
+    finally:
+        for left in running:
+            ray.cancel(left, force=True)
 
 
-class _Run:
-    """The function of the Ray Data tasks: a batch of units to a batch of texts.
-
-    Our own errors travel beside the texts: Ray wraps what a task raises, and may lose the original on the way.
-    """
-
-    def __init__(self, task: Callable[[Any], str]) -> None:
-        self._task = task
-
-    def __call__(self, batch: Any) -> Any:
-        results = [self._try(unit) for unit in batch["unit"]]
-        texts, errors = (np.array(part, dtype=object) for part in zip(*results, strict=True))
-        return {"number": batch["number"], "text": texts, "error": errors}
-
-    def _try(self, unit: str) -> tuple[str, str]:
-        try:
-            return self._task(_unpacked(unit)), ""
-        except ClipmillError as error:
-            return "", _packed(error)
+def _attempt(task: Callable[[Any], str], unit: Any) -> tuple[str, bytes]:
+    """A unit's text, or our own error beside it: Ray wraps what a task raises, and may lose the original on the way."""
+    try:
+        return task(unit), b""
+    except ClipmillError as error:
+        return "", pickle.dumps(error)
 
 
-def _packed(value: object) -> str:
-    """As text: Ray warns of every block of Python objects, which it has to pickle."""
-    return base64.b64encode(pickle.dumps(value)).decode()
+def _result(done: Any, number: int) -> str:
+    import ray
+
+    try:
+        text, error = ray.get(done)
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as death:
+        died = f"unit {number} took its worker with it {MAX_DEATHS + 1} times ({str(death).splitlines()[0]})"
+        raise StorageError(f"{died}: give the workers more memory, or fewer a node") from death
+    if error:
+        raise pickle.loads(error)
+    return str(text)
 
 
-def _unpacked(text: str) -> Any:
-    return pickle.loads(base64.b64decode(text))
+def _window(workers: Workers, cluster: Mapping[str, float]) -> int:
+    """How many units Ray has at a time: one for each CPU, and some that wait, for which an autoscaler starts nodes."""
+    if workers.processes_count is not None:
+        return workers.processes_count
+    return 2 * int(cluster.get("CPU", 1)) + SPARE
+
+
+def _name_of(task: object) -> str:
+    """What Ray's dashboard calls the tasks, and counts their progress by."""
+    inner = getattr(task, "func", task)
+    return str(getattr(inner, "__name__", type(inner).__name__)).lstrip("_")
