@@ -132,10 +132,9 @@ def _place(entry: str) -> tuple[str, str]:
     known = scheme in fsspec.available_protocols() and scheme not in _NO_STORES
     require(known and "::" not in entry, "allow_stores", entry, allowed)
     try:
-        kind = fsspec.get_filesystem_class(scheme)
-    except ImportError:
-        kind = None
-    require(kind is not None, "allow_stores", entry, "a scheme whose package is installed")
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        require(False, "allow_stores", entry, f"a scheme whose package is installed ({error})")
     return scheme, f"{rest.strip('/')}/" if mark and rest.strip("/") else ""
 
 

@@ -1,7 +1,9 @@
 """Urls of stores and local files: what was opened is read, everything else is refused, and the caps hold."""
 
 import hashlib
+import json
 import os
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -213,3 +215,54 @@ def test_errors_of_stores_become_classes(
 def test_only_stores_can_be_opened(entry: str) -> None:
     with pytest.raises(SettingError, match="allow_stores"):
         DownloadOptions(allow_stores=(entry,))
+
+
+# Google's store
+
+
+@pytest.fixture
+def google(serve: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A server with the answers of Google's store that a read asks for; every object has an ETag."""
+    core = pytest.importorskip("gcsfs", reason="not a dependency: it brings gRPC").core
+    name = "pictures/a.jpg"
+    about = {"kind": "storage#object", "bucket": "bucket", "name": name, "size": str(len(JPEG)), "etag": "CJ4="}
+    about |= {"updated": "2026-11-01T00:00:00.000Z", "contentType": "image/jpeg"}
+    item = "bucket/o/pictures%2Fa.jpg"
+    server = serve(
+        {
+            f"storage/v1/b/{item}?": serve.Reply(
+                json.dumps(about).encode(), headers={"Content-Type": "application/json"}
+            ),
+            f"storage/v1/b/{item}": serve.Reply(
+                json.dumps(about).encode(), headers={"Content-Type": "application/json"}
+            ),
+            f"download/storage/v1/b/{item}?alt=media": JPEG,
+        }
+    )
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+    monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+    monkeypatch.setitem(
+        sys.modules["fsspec.registry"]._registry, "gs", core.GCSFileSystem
+    )  # without its gRPC probe of the bucket
+    core.GCSFileSystem.clear_instance_cache()
+    yield server
+    core.GCSFileSystem.clear_instance_cache()
+
+
+def test_googles_store_is_read(google: Any) -> None:
+    outcome = fetch("gs://bucket/pictures/a.jpg", allow_stores=("gs://bucket/pictures",))
+    assert isinstance(outcome, Download), outcome
+    assert outcome.body == JPEG and outcome.etag == "CJ4="
+    again = fetch("gs://bucket/pictures/a.jpg", Known(etag="CJ4="), allow_stores=("gs",))
+    assert isinstance(again, Download) and again.not_modified
+    assert failure("gs://bucket/pictures/b.jpg", allow_stores=("gs",)).error_class in ("missing", "http_4xx")
+    assert failure("gs://other/a.jpg", allow_stores=("gs://bucket",)).error_class == "policy"
+
+
+def test_a_store_whose_package_is_missing_is_named_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(scheme: str) -> Any:
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
+    with pytest.raises(SettingError, match="allow_stores: 'gs'.*Please install gcsfs"):
+        DownloadOptions(allow_stores=("gs",))
