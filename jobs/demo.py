@@ -94,8 +94,8 @@ class StepFailed(ClipmillError):
 class Programs:
     """The programs that the demo starts: in process groups of their own, logged to files, ended together."""
 
-    def __init__(self, logs: Path) -> None:
-        self._logs = logs
+    def __init__(self, logs: Path, interrupt: "Interrupt") -> None:
+        self._logs, self._interrupt = logs, interrupt
         self._mark = uuid.uuid4().hex
         self._programs: dict[str, subprocess.Popen[bytes]] = {}
         self._token = secrets.token_hex(16)
@@ -124,6 +124,7 @@ class Programs:
         """Wait until the server ``name`` answers at ``url``."""
         deadline = time.monotonic() + seconds
         while not _answers(url, self._token):
+            self._interrupt.check()
             if self._programs[name].poll() is not None or time.monotonic() > deadline:
                 raise StepFailed(f"{name} did not come up\n{self._last_lines(name)}")
             time.sleep(0.2)
@@ -135,6 +136,7 @@ class Programs:
             shown = time.monotonic()
             while program.poll() is None:
                 time.sleep(0.2)
+                self._interrupt.check()
                 if time.monotonic() - shown > 5 and (news := _progress(log)):
                     print(f"      {news}", flush=True)
                     shown = time.monotonic()
@@ -179,9 +181,9 @@ def main(run: Demo) -> None:
     folder = Path(run.folder).expanduser().absolute()
     began = time.monotonic()
     with ExitStack() as stack:
-        stack.enter_context(_signals_end_the_demo())
+        interrupt = stack.enter_context(_signals_end_the_demo())
         stack.enter_context(_alone_in(folder, run.fresh))
-        programs = Programs(_made(folder / "logs"))
+        programs = Programs(_made(folder / "logs"), interrupt)
         stack.callback(_with_signals_ignored, programs.stop)
         ray, mlflow = _start_servers(stack, programs, folder)
         results = _run_jobs(run, programs, folder, ray, mlflow)
@@ -363,17 +365,36 @@ def _alone_in(folder: Path, fresh: bool) -> Iterator[None]:
         yield
 
 
+class Interrupt:
+    """The signal that came, if any: noted by the handler, acted upon where the demo waits.
+
+    An exception raised in the handler itself would be lost where Python cannot let it through, such as in a finaliser.
+    """
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def note(self, number: int, _frame: object) -> None:
+        """The handler."""
+        self._number = number
+
+    def check(self) -> None:
+        """Leave the program if a signal came; everything is stopped on the way out."""
+        if self._number:
+            name = signal.Signals(self._number).name
+            print(f"\nstopping, on {name}; the same command goes on from here", flush=True)
+            raise SystemExit(128 + self._number)
+
+
 @contextmanager
-def _signals_end_the_demo() -> Iterator[None]:
-    """Turn TERM and HUP into an exception, as Ctrl-C is one, so that everything is stopped on the way out."""
-
-    def leave(number: int, _frame: object) -> None:
-        print(f"\nstopping, on {signal.Signals(number).name}; the same command goes on from here", flush=True)
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+def _signals_end_the_demo() -> Iterator[Interrupt]:
+    """Let INT, TERM and HUP end the demo where it waits next, at most a few seconds later."""
+    interrupt = Interrupt()
+    before = {
+        number: signal.signal(number, interrupt.note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     try:
-        yield
+        yield interrupt
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

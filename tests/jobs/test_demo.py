@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -49,7 +50,8 @@ class Run:
 
     def end(self) -> None:
         for process in self.left():
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self.process.wait()
         self.process.stdout.close()
 
@@ -75,7 +77,12 @@ def test_an_interrupt_leaves_no_process(run, name):
     interrupted.wait_for_servers()
     assert len(interrupted.left()) > 5
     interrupted.process.send_signal(number)
-    code = interrupted.process.wait(timeout=60)
+    try:
+        code = interrupted.process.wait(timeout=100)
+    except subprocess.TimeoutExpired:
+        left = [" ".join(process.cmdline())[:100] for process in interrupted.left()]
+        interrupted.process.kill()
+        pytest.fail(f"still there: {left}; it said {interrupted.process.stdout.read()}")
     assert code == (-number if number == signal.SIGKILL else 128 + number)
     # After SIGKILL nobody waits for the servers: the system tells them, and they take their seconds.
     deadline = time.monotonic() + (30 if number == signal.SIGKILL else 0)
