@@ -1,9 +1,11 @@
 """Several processes that share a batch; every function also works in a process alone."""
 
+from collections.abc import Iterable
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.models.losses import ALONE, Exchange, Visit
@@ -71,6 +73,19 @@ def barrier() -> None:
     """Wait for all ranks."""
     if world() > 1:
         distributed.barrier()
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """What this rank holds of each tensor, in the same memory: all of it, or its part of a sharded one."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def like(whole: Tensor, tensor: Tensor) -> Tensor:
+    """``whole``, which every rank has, as this rank holds ``tensor``: on its device, in its type, sharded as it is."""
+    whole = whole.to(tensor.device, tensor.dtype)
+    if not isinstance(tensor, DTensor):
+        return whole
+    return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 def parallel(module: nn.Module, device: torch.device, whole: bool = True) -> nn.Module:

@@ -19,8 +19,17 @@ from pipeline.loaders.batches import Batch, training_batches
 from pipeline.loaders.order import random_words
 from pipeline.models.method import EmbeddingMethod, Method, build_method
 from pipeline.training import distributed
-from pipeline.training.checkpoint import Checkpoint, Checkpoints, Meta, check_position, load_method, load_optimizer
+from pipeline.training.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    Meta,
+    check_position,
+    load_method,
+    load_optimizer,
+    read_weights,
+)
 from pipeline.training.gradient_cache import backward_in_parts, normalises_batches
+from pipeline.training.moving_average import MovingAverage
 from pipeline.training.optimizer import make_optimizer
 from pipeline.training.preemption import Notice, never
 from pipeline.training.run import Plan
@@ -88,10 +97,12 @@ class _Training:
         self.optimizer = make_optimizer(self.config.optimizer, self.method)
         if latest:
             load_optimizer(self.optimizer, latest.folder)
+        self.average = self._moving_average(latest)
         rows = self.config.batch_size // self.world
         self.part = self.config.micro_batch if (self.config.micro_batch or rows) < rows else None
         self.module = distributed.parallel(self.method, device, whole=self.part is None)
         self.bf16 = self.config.precision == "bf16" or (self.config.precision == "auto" and device.type == "cuda")
+        self.skipped = torch.zeros((), device=device)
         self.bad_step = torch.tensor(-1, device=device)
         self.clock = _Clock(self.config.batch_size)
 
@@ -125,6 +136,8 @@ class _Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.method.after_step()
+        if self.average is not None:
+            self.average.update(self.done, self.skipped)
         if logs:
             saves |= self._log(losses, norm, rate)
         if saves:
@@ -161,6 +174,14 @@ class _Training:
     def _method(self, latest: Checkpoint | None) -> Method:
         torch.manual_seed(self.config.seed)  # the same initial weights in all ranks
         return load_method(latest.folder.uri) if latest else build_method(self.plan.method)
+
+    def _moving_average(self, latest: Checkpoint | None) -> MovingAverage | None:
+        if self.config.ema_decay is None:
+            return None
+        average = MovingAverage(self.method, self.config.ema_decay)
+        if latest:
+            average.restore(read_weights(latest.folder, ema=True))
+        return average
 
     def _batches(self) -> Generator[Batch, None, None]:
         return training_batches(
@@ -264,7 +285,8 @@ class _Training:
             snapshot=self.plan.snapshot.digest,
             evaluate=self._evaluates(),
         )
-        self.writer.save(self.method, self.method.state_dict(), self.optimizer.state_dict(), meta)
+        averages = self.average.state_dict() if self.average is not None else None
+        self.writer.save(self.method, self.method.state_dict(), self.optimizer.state_dict(), meta, averages)
 
     def _announce(self) -> None:
         config, plan = self.config, self.plan

@@ -98,6 +98,9 @@ class Run:
     optimizer: AdamW = field(default_factory=AdamW)
     clip_grad_norm: float | None = None
     """Largest norm of the gradient; none in the paper."""
+    ema_decay: float | None = None
+    """Keep a moving average of the weights beside them, of which so much remains in every step (0.9999); less in the
+    first steps. Checkpoints hold both; evaluate FOLDER:ema."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Matrix products in bfloat16 or float32; auto is bf16 on GPUs, fp32 elsewhere."""
     seed: int = 0
@@ -143,6 +146,8 @@ class Run:
         for name in ("steps", "clip_grad_norm", "checkpoint_every_minutes"):
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "more than 0, or none")
+        decay = self.ema_decay
+        require(decay is None or 0 <= decay < 1, "ema_decay", decay, "0 to less than 1, or none")
         for name in ("checkpoint_every_steps", "evaluate_every_steps"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "1 or more, or none")
