@@ -113,7 +113,11 @@ def publish(
     for one in done:
         dropped.update(one.reasons)
     if not shards:
-        raise SnapshotError(f"{folder.uri}: no row became a sample; the reasons: {dict(dropped)}")
+        messages: Counter[str] = Counter()
+        for one in done:
+            messages.update({text: times for text, times in one.status_dict.items() if text != "success"})
+        often = "".join(f"; most often: {text}" for text, _ in messages.most_common(1))
+        raise SnapshotError(f"{folder.uri}: no row became a sample; the reasons: {dict(dropped)}{often}")
     published = _with_digest(folder, _digest(shards))
     if published is not None:
         return published
