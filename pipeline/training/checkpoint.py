@@ -52,7 +52,7 @@ class Meta:
     """What ``meta.json`` says: the number of steps done, and the position in the order of samples.
 
     ``evaluate`` marks a checkpoint that waits for an evaluation until it has an ``evaluation.json``; ``snapshot`` is
-    the digest of the data.
+    the digest of the data. ``skipped_steps`` had no finite loss or gradient, the last ``skipped_in_row`` among them.
     """
 
     step: int
@@ -62,6 +62,8 @@ class Meta:
     seed: int
     snapshot: str
     evaluate: bool = False
+    skipped_steps: int = 0
+    skipped_in_row: int = 0
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     description: tuple[str, ...] = ()
 

@@ -52,12 +52,13 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def first_step(step: Tensor) -> int:
-    """The least of the ranks' step numbers that is not negative, -1 if there is none; all ranks must call."""
-    value = torch.where(step < 0, torch.iinfo(torch.int64).max, step)
-    if world() > 1:
-        distributed.all_reduce(value, distributed.ReduceOp.MIN)
-    return -1 if int(value) == torch.iinfo(torch.int64).max else int(value)
+def any_rank(flag: Tensor) -> Tensor:
+    """Bool []: whether ``flag`` is true in any rank; all ranks must call."""
+    if world() == 1:
+        return flag
+    count = flag.float()
+    distributed.all_reduce(count)
+    return count > 0
 
 
 def from_first(value: Value) -> Value:

@@ -30,10 +30,11 @@ from pipeline.training.checkpoint import (
 )
 from pipeline.training.gradient_cache import backward_in_parts, normalises_batches
 from pipeline.training.moving_average import MovingAverage
-from pipeline.training.optimizer import make_optimizer
+from pipeline.training.optimizer import make_optimizer, take_step
 from pipeline.training.preemption import Notice, never
 from pipeline.training.run import Plan
 from pipeline.training.schedule import learning_rate
+from pipeline.training.skipping import Skipping
 from pipeline.training.tracker import Tracker
 from pipeline.training.writer import Writer
 
@@ -102,8 +103,9 @@ class _Training:
         self.part = self.config.micro_batch if (self.config.micro_batch or rows) < rows else None
         self.module = distributed.parallel(self.method, device, whole=self.part is None)
         self.bf16 = self.config.precision == "bf16" or (self.config.precision == "auto" and device.type == "cuda")
-        self.skipped = torch.zeros((), device=device)
-        self.bad_step = torch.tensor(-1, device=device)
+        before = (latest.meta.skipped_steps, latest.meta.skipped_in_row) if latest else (0, 0)
+        self.skipping = Skipping(self.method, self.config.max_skipped_steps, device, *before)
+        self.warned = before[0]
         self.clock = _Clock(self.config.batch_size)
 
     def run(self) -> Outcome:
@@ -124,20 +126,20 @@ class _Training:
         rate = self._set_learning_rate()
         self.clock.unreadable += int(batch.pop("replaced"))
         on_device = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+        self.skipping.before_step()
         losses = self._backward(on_device)
         total = torch.stack(list(losses.values())).sum()
         distributed.average_gradients(self.module)
         self.done += 1
+        norm = self._clipped_norm()
+        skipped = self.skipping.after_backward(self.done, total, norm)
         logs, saves = self._logs(), self._saves()
-        norm = self._gradient_norm(measure=logs or saves)
-        self._watch(total, norm)
         if logs or saves:
-            self._stop_if_not_finite()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            self._stop_if_too_many_skipped()
+        take_step(self.optimizer, skipped)
         self.method.after_step()
         if self.average is not None:
-            self.average.update(self.done, self.skipped)
+            self.average.update(self.done, skipped)
         if logs:
             saves |= self._log(losses, norm, rate)
         if saves:
@@ -209,22 +211,18 @@ class _Training:
             group["lr"] = rate
         return rate
 
-    def _gradient_norm(self, measure: bool) -> Tensor | None:
+    def _clipped_norm(self) -> Tensor:
         """The norm of the whole gradient, which is then clipped where the run asks for it."""
         gradients = [parameter.grad for parameter in self.method.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         if self.config.clip_grad_norm is not None:
-            return torch.nn.utils.clip_grad_norm_(self.method.parameters(), self.config.clip_grad_norm)
-        return torch.nn.utils.get_total_norm(gradients) if measure else None
+            torch.nn.utils.clip_grads_with_norm_(self.method.parameters(), self.config.clip_grad_norm, norm)
+        return norm
 
-    def _watch(self, total: Tensor, norm: Tensor | None) -> None:
-        """Remember, on the device and without waiting for it, the first step that was not finite."""
-        finite = total.detach().isfinite() & (norm.isfinite() if norm is not None else True)
-        self.bad_step = torch.where((self.bad_step < 0) & ~finite, self.done, self.bad_step)
-
-    def _stop_if_not_finite(self) -> None:
-        """Raise in all ranks if the loss or the gradient of any was no number; before anything of it is saved."""
-        bad = distributed.first_step(self.bad_step)
-        if bad >= 0:
+    def _stop_if_too_many_skipped(self) -> None:
+        """Raise in all ranks if more steps in a row than allowed had no finite loss or gradient in one of them."""
+        bad = self.skipping.too_many_since()
+        if bad is not None:
             kept = self.last_checkpoint or "there is none"
             raise TrainingError(
                 f"the loss or its gradient is not finite at step {bad}; the last checkpoint ({kept}) is from before. "
@@ -243,7 +241,7 @@ class _Training:
         due = self.done == self.plan.steps or bool(every and self.done % every == 0)
         return self.plan.evaluates and due
 
-    def _log(self, losses: Mapping[str, Tensor], norm: Tensor | None, rate: float) -> bool:
+    def _log(self, losses: Mapping[str, Tensor], norm: Tensor, rate: float) -> bool:
         """Log this step; returns whether rank 0 wants a checkpoint: by its clock, or before a node is taken away."""
         unreadable = torch.tensor(float(self.clock.unreadable), device=self.device)
         gathered = torch.stack([*losses.values(), unreadable]).float()
@@ -252,7 +250,8 @@ class _Training:
             "loss": sum(means),
             **dict(zip(losses, means, strict=True)),
             "lr": rate,
-            "grad_norm": norm.item() if norm is not None else 0.0,
+            "grad_norm": norm.item(),
+            "skipped_steps": self.skipping.counts()[0],
             **self.method.measures(),
         }
         metrics = {f"train/{name}": value for name, value in measures.items()} | self.clock.interval()
@@ -266,9 +265,17 @@ class _Training:
                 metrics.get("perf/samples_per_second", 0.0),
             )
             self.tracker.log(metrics, self.done)
+            self._warn_of_skipped()
         minutes = self.config.checkpoint_every_minutes
         due = minutes is not None and self.clock.minutes_since_save() >= minutes
         return distributed.from_first(self.rank == 0 and (self.notice() or due))
+
+    def _warn_of_skipped(self) -> None:
+        total, row = self.skipping.counts()
+        if total > self.warned:
+            message = "%d steps were left out, %d of them the last ones: their loss or gradient was not finite"
+            logger.warning(message, total, row)
+        self.warned = total
 
     def _save(self) -> None:
         """Copy what a checkpoint holds; a thread of rank 0 writes it while all go on."""
@@ -276,7 +283,10 @@ class _Training:
         self.last_checkpoint = self.checkpoints.at(self.done).uri
         if self.rank != 0:
             return
+        total, row = self.skipping.counts()
         meta = Meta(
+            skipped_steps=total,
+            skipped_in_row=row,
             step=self.done,
             samples_seen=self.done * self.config.batch_size,
             batch_size=self.config.batch_size,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from pipeline.config import require
 from pipeline.models.method import Method
@@ -47,3 +48,13 @@ def make_optimizer(config: AdamW, method: Method) -> torch.optim.AdamW:
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+def take_step(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
+    """Step, unless ``skipped``, float32 [] on the parameters' device, is 1; the gradients are gone in any case.
+
+    Fused optimisers look at ``found_inf`` themselves, on the device, for ``torch.amp.GradScaler``.
+    """
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad()

@@ -34,6 +34,7 @@ FREE = (
     "workers",
     "micro_batch",
     "exchange",
+    "max_skipped_steps",
     "log_every_steps",
     "checkpoint_every_steps",
     "checkpoint_every_minutes",
@@ -98,6 +99,8 @@ class Run:
     optimizer: AdamW = field(default_factory=AdamW)
     clip_grad_norm: float | None = None
     """Largest norm of the gradient; none in the paper."""
+    max_skipped_steps: int = 10
+    """Steps in a row that may be left out because their loss or gradient is no number; with one more the run stops."""
     ema_decay: float | None = None
     """Keep a moving average of the weights beside them, of which so much remains in every step (0.9999); less in the
     first steps. Checkpoints hold both; evaluate FOLDER:ema."""
@@ -112,7 +115,7 @@ class Run:
     shuffle_block: int = 8192
     """Samples of a lane that are shuffled among each other."""
     log_every_steps: int = 20
-    """Steps between logged metrics; also those at which a loss that is no number is noticed, and the notice that a node
+    """Steps between logged metrics; also those at which too many skipped steps are noticed, and the notice that a node
     will be taken away, before which a checkpoint is written."""
     checkpoint_every_steps: int | None = None
     """Steps between checkpoints; one is always written at the end."""
@@ -136,6 +139,8 @@ class Run:
         micro = self.micro_batch
         require(micro is None or micro >= 1, "micro_batch", micro, "1 or more, or none")
         require(self.epochs > 0, "epochs", self.epochs, "more than 0")
+        skips = self.max_skipped_steps
+        require(skips >= 0, "max_skipped_steps", skips, "0 (stop at the first) or more")
         require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
         require(self.lanes >= 1, "lanes", self.lanes, "1 or more")

@@ -40,7 +40,7 @@ def test_the_same_command_again_goes_on_and_then_says_that_it_is_finished(
 
 
 def test_a_loss_that_is_no_number_is_an_error(run: MakeRun, tiny_config: Config, remember: Any) -> None:
-    plan, _ = prepare(tiny_config, run(optimizer=AdamW(learning_rate=1e30), warmup_steps=0))
+    plan, _ = prepare(tiny_config, run(optimizer=AdamW(learning_rate=1e30), warmup_steps=0, max_skipped_steps=0))
     with pytest.raises(TrainingError, match="not finite"):
         launch(plan, remember)
 

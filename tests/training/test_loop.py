@@ -56,6 +56,7 @@ def test_what_a_run_leaves(plan: Plan, remember: Any) -> None:
         "train/contrastive",
         "train/lr",
         "train/grad_norm",
+        "train/skipped_steps",
         "train/logit_scale",
         "perf/samples_per_second",
         "perf/step_seconds",
@@ -224,7 +225,9 @@ def test_what_is_no_number_stops_before_it_is_saved(
         return loss * torch.nan if what == "loss" else loss + (images.sum() * 0).sqrt() * 0
 
     monkeypatch.setattr("pipeline.models.clip.contrastive_loss", spoilt)
-    plan = prepare(tiny_config, run(log_every_steps=5, checkpoint_every_steps=2, keep_checkpoints=9))[0]
+    plan = prepare(
+        tiny_config, run(log_every_steps=5, checkpoint_every_steps=2, keep_checkpoints=9, max_skipped_steps=0)
+    )[0]
     outcome = run_training(plan, CPU, remember())
     assert f"not finite at step {bad_step}" in outcome.problem
     last = 8 if bad_step == 10 else 2

@@ -1,0 +1,54 @@
+"""Steps whose loss or gradient is no number are left out as if they had not been; nothing waits for the device.
+
+All ranks leave out the same steps. The optimiser does so itself where it is told through ``found_inf``, as
+``torch.amp.GradScaler`` tells it; the buffers that a forward pass changes (running statistics) are put back here.
+"""
+
+import torch
+from torch import Tensor
+
+from pipeline.models.method import Method
+from pipeline.training import distributed
+
+
+class Skipping:
+    """Finds the steps to leave out, and counts them; more than ``limit`` in a row are too many.
+
+    ``total`` were left out before, the last ``row`` steps among them.
+    """
+
+    def __init__(self, method: Method, limit: int, device: torch.device, total: int = 0, row: int = 0) -> None:
+        saved = {id(tensor) for tensor in method.state_dict(keep_vars=True).values()}
+        self._buffers = [buffer for buffer in method.buffers() if id(buffer) in saved]
+        self._kept: list[Tensor] = []
+        self.limit = limit
+        self._total, self._row = torch.tensor(total, device=device), torch.tensor(row, device=device)
+        self._too_many = torch.tensor(-1, device=device)
+
+    def before_step(self) -> None:
+        """Remember what the forward pass will change."""
+        self._kept = [buffer.detach().clone() for buffer in self._buffers]
+
+    @torch.no_grad()
+    def after_backward(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
+        """Float32 [], 1 if this step is left out, else 0; all ranks must call.
+
+        ``loss`` is this rank's, ``norm`` that of the gradient of all.
+        """
+        bad = distributed.any_rank(~(loss.detach().isfinite() & norm.isfinite()))
+        for buffer, kept in zip(self._buffers, self._kept, strict=True):
+            buffer.copy_(torch.where(bad, kept, buffer))
+        self._total += bad
+        self._row = (self._row + 1) * bad
+        first = step + 1 - self._row
+        self._too_many = torch.where((self._too_many < 0) & (self._row > self.limit), first, self._too_many)
+        return bad.float()
+
+    def too_many_since(self) -> int | None:
+        """The first step of a row that is too long; waits for the device."""
+        step = int(self._too_many)
+        return step if step >= 0 else None
+
+    def counts(self) -> tuple[int, int]:
+        """Steps that were left out, and how many of them are the last ones; waits for the device."""
+        return int(self._total), int(self._row)
