@@ -102,6 +102,8 @@ class Adapter(nn.Module, ABC):
     """What :meth:`logits` takes: raw image features, float [B, D], or pictures, uint8 [B, 3, H, W]."""
     learns: ClassVar[bool] = True
     """Whether there is anything to train by gradients."""
+    per_picture: ClassVar[bool] = False
+    """Whether every picture has class vectors of its own."""
     config: Any
     clip: FrozenClip
     classes: tuple[str, ...]
@@ -151,6 +153,10 @@ class Adapter(nn.Module, ABC):
 
     def select(self, shots: Shots, validation: Shots) -> None:  # noqa: B027  # most have nothing left to choose
         """Choose, after the training, what is chosen by pictures that are neither shots nor test."""
+
+    def choices(self) -> dict[str, float]:
+        """What :meth:`select` chose, by name."""
+        return {}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what ``state_dict`` gave; raises ``DataError`` where it does not fit."""

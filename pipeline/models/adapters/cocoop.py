@@ -49,6 +49,7 @@ class Config:
 class CoCoOp(Adapter):
     """A learned context that every picture moves."""
 
+    per_picture = True
     config: Config
 
     def build(self) -> None:

@@ -44,6 +44,7 @@ class LinearProbe(Adapter):
     config: Config
     weight: Tensor
     bias: Tensor
+    strength: Tensor
 
     @property
     def rebinds(self) -> bool:
@@ -55,6 +56,7 @@ class LinearProbe(Adapter):
         classes = len(self.learned_classes)
         self.register_buffer("weight", torch.zeros(classes, self.clip.features))
         self.register_buffer("bias", torch.zeros(classes))
+        self.register_buffer("strength", torch.zeros((), dtype=torch.float64))
 
     def rebind(self) -> None:
         """Nothing depends on the names."""
@@ -71,6 +73,10 @@ class LinearProbe(Adapter):
 
         self._take(_best(fit, self.config.halvings))
 
+    def choices(self) -> dict[str, float]:
+        """The chosen ``C``."""
+        return {"C": float(self.strength)}
+
     def logits(self, images: Tensor) -> Tensor:
         """Raw features [B, D] to float [B, C]."""
         return unit(images) @ self.weight.to(images.dtype).T + self.bias.to(images.dtype)
@@ -81,6 +87,7 @@ class LinearProbe(Adapter):
         if len(weight) == 1:
             weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
         classes = torch.from_numpy(fitted.classes_)
+        self.strength.fill_(fitted.C)
         self.weight.zero_()
         self.bias.fill_(float("-inf"))
         self.weight[classes], self.bias[classes] = weight.to(self.weight), bias.to(self.bias)

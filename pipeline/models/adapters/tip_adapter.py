@@ -105,6 +105,11 @@ class TipAdapter(Adapter):
             alpha, beta, _ = self.search(validation)
             self.choice.copy_(torch.tensor([alpha, beta]))
 
+    def choices(self) -> dict[str, float]:
+        """``alpha`` and ``beta``, where they were searched for."""
+        alpha, beta = self.choice.tolist()
+        return {"alpha": alpha, "beta": beta} if self.config.search else {}
+
     def logits(self, images: Tensor) -> Tensor:
         """Raw features [B, D] to float [B, C]."""
         features = unit(images)

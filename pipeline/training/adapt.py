@@ -1,0 +1,291 @@
+"""Adapt a frozen CLIP from a few labelled pictures: one runner for all methods of ``pipeline.models.adapters``.
+
+    adapted = adapt("coop", coop.Config(), paper_recipe("coop", 16), clip, classes, templates, train, validation)
+    accuracy(adapted.adapter, test)
+
+What is chosen (the epoch, Tip-Adapter's alpha and beta, the linear probe's C) is chosen by validation pictures; test
+pictures are no argument here. The order of pictures, their views and crops are pure functions of (seed, epoch), so two
+runs with the same arguments on the same machine end in the same bits.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.config import require
+from pipeline.errors import DataError, SettingError
+from pipeline.loaders.images import ImageTransform, crop_words
+from pipeline.loaders.order import permutation, random_words
+from pipeline.models.adapters.adapter import Adapter, FrozenClip, Shots, adapter_class
+from pipeline.models.towers import openclip
+from pipeline.training.adapt_recipes import Recipe, make_optimizer
+
+logger = logging.getLogger(__name__)
+
+PICTURES, CHOSEN_VIEWS = 5, 6  # purposes of random words, see pipeline/loaders/order.py
+FEATURES_AT_ONCE, PIXELS_AT_ONCE, PROMPTS_AT_ONCE = 4096, 64, 2048
+
+Log = Callable[[Mapping[str, float], int], object]
+"""Takes the numbers of an epoch and its number, from 1 on: ``Tracker.log`` is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """Pictures with class numbers, int64 [N]: as raw features, float [N, V, D] of V views, as encoded files, or both.
+
+    Methods that read features need these: of the shots all views are used, of validation and test pictures the first.
+    Methods that read pixels need the files.
+    """
+
+    labels: Tensor
+    features: Tensor | None = None
+    pictures: Sequence[bytes] | None = None
+
+    def __post_init__(self) -> None:
+        require(len(self.labels) > 0, "labels", len(self.labels), "one picture or more")
+        if self.features is not None:
+            Shots(self.features, self.labels)
+        if self.pictures is not None:
+            require(len(self.pictures) == len(self.labels), "pictures", len(self.pictures), f"{len(self.labels)}")
+        require(self.features is not None or self.pictures is not None, "data", "empty", "features or pictures")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def shots(self) -> Shots:
+        """The features; raises ``SettingError`` where there are none."""
+        if self.features is None:
+            raise SettingError("data", "pictures alone", "features, for a method that reads features")
+        return Shots(self.features, self.labels)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Counts, int64 [C] each: pictures of a class that were classified right, and all of it."""
+
+    right: Tensor
+    seen: Tensor
+    loss: float
+    """Mean cross-entropy."""
+
+    @property
+    def top1(self) -> float:
+        """Part of the pictures that was classified right, 0 to 1."""
+        return int(self.right.sum()) / int(self.seen.sum())
+
+    @property
+    def mean_per_class(self) -> float:
+        """The mean of the classes' own, over those that occur."""
+        occurs = self.seen > 0
+        return float((self.right[occurs] / self.seen[occurs]).double().mean())
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A method that has learned, and how it came about."""
+
+    method: str
+    config: Any
+    recipe: Recipe | None
+    seed: int
+    adapter: Adapter
+    chosen: Mapping[str, float]
+    """What validation pictures decided: ``epoch`` (from 1), ``alpha``, ``beta``, ``C``; empty where nothing is."""
+    history: tuple[Mapping[str, float], ...]
+    """For each epoch ``epoch``, ``train/loss``, ``train/lr``, ``validation/top1``, ``validation/loss``."""
+
+
+def adapt(
+    method: str,
+    config: Any,
+    recipe: Recipe | None,
+    clip: FrozenClip,
+    classes: Sequence[str],
+    templates: Sequence[str],
+    train: Labelled,
+    validation: Labelled,
+    *,
+    seed: int = 0,
+    log: Log | None = None,
+) -> Adapted:
+    """Build ``method`` for ``classes``, train it, and choose by ``validation`` what there is to choose.
+
+    Args:
+        method: a module of ``pipeline.models.adapters``.
+        config: its ``Config``; where that has a ``seed``, it is set to ``seed``.
+        recipe: how it learns, such as :func:`paper_recipe` gives; ``None`` for methods that do not.
+        clip: on the device that is to compute.
+        classes: the names of the labels 0, 1, ...
+        templates: prompts with a ``{}``, for the methods that use them.
+        train: the shots.
+        validation: pictures of the same classes that are neither shots nor test.
+        seed: of the start, the order, views and crops.
+        log: takes each epoch's numbers.
+
+    Raises:
+        SettingError: what the method refuses, labels that are no classes, data that it cannot read, or a rate at which
+            the loss is not finite any more.
+    """
+    kind = adapter_class(method)
+    if hasattr(config, "seed"):
+        config = replace(config, seed=seed)
+    adapter = kind(config, clip, classes, templates)
+    for name, data in (("train", train), ("validation", validation)):
+        _check(name, data, adapter)
+    if adapter.reads == "features":
+        adapter.prepare(_on(train.shots(), clip.device))
+    history: list[Mapping[str, float]] = []
+    chosen: dict[str, float] = {}
+    if adapter.learns:
+        require(recipe is not None, "recipe", None, f"a recipe, for {method} learns by gradients")
+        assert recipe is not None
+        chosen["epoch"] = _Training(adapter, recipe, train, validation, seed, log).run(history)
+    if adapter.reads == "features":
+        adapter.select(_on(train.shots(), clip.device), _on(validation.shots(), clip.device))
+    chosen |= adapter.choices()
+    return Adapted(method, config, recipe, seed, adapter.eval(), chosen, tuple(history))
+
+
+@torch.no_grad()
+def accuracy(adapter: Adapter, data: Labelled) -> Accuracy:
+    """Classify ``data`` into the classes that ``adapter`` is bound to; of equal logits the lower class wins.
+
+    Raises:
+        SettingError: labels that are no classes, or data that the method cannot read.
+    """
+    _check("data", data, adapter)
+    images = _Images(adapter, data)
+    count = len(adapter.classes)
+    right, seen, loss = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64), 0.0
+    for numbers in np.array_split(np.arange(len(data)), -(-len(data) // _at_once(adapter))):
+        labels = data.labels[torch.from_numpy(numbers)]
+        logits = adapter.logits(images.plain(numbers)).float()
+        loss += float(functional.cross_entropy(logits, labels.to(logits.device), reduction="sum"))
+        hits = logits.argmax(dim=1).cpu() == labels.cpu()
+        seen += torch.bincount(labels.cpu(), minlength=count)
+        right += torch.bincount(labels.cpu()[hits], minlength=count)
+    return Accuracy(right, seen, loss / len(data))
+
+
+class _Training:
+    """The epochs of one method."""
+
+    def __init__(
+        self, adapter: Adapter, recipe: Recipe, train: Labelled, validation: Labelled, seed: int, log: Log | None
+    ) -> None:
+        self.adapter, self.recipe, self.train, self.validation = adapter, recipe, train, validation
+        self.seed, self.log = seed, log
+        self.images = _Images(adapter, train, recipe, seed)
+        self.optimizer = make_optimizer(recipe, adapter.parameters())
+
+    def run(self, history: list[Mapping[str, float]]) -> int:
+        """All epochs; leaves the adapter as it was after the chosen one, and gives that one's number from 1 on."""
+        best: tuple[float, float] | None = None
+        chosen, kept = self.recipe.epochs, None
+        for epoch in range(self.recipe.epochs):
+            numbers = {"epoch": float(epoch + 1), **self._epoch(epoch)}
+            if self.recipe.select == "validation":
+                found = accuracy(self.adapter, self.validation)
+                numbers |= {"validation/top1": found.top1, "validation/loss": found.loss}
+                if best is None or (found.top1, -found.loss) > best:
+                    best, chosen = (found.top1, -found.loss), epoch + 1
+                    kept = {name: tensor.clone() for name, tensor in self.adapter.state_dict().items()}
+            history.append(numbers)
+            if self.log is not None:
+                self.log(numbers, epoch + 1)
+        if kept is not None:
+            self.adapter.restore(kept)
+        return chosen
+
+    def _epoch(self, epoch: int) -> dict[str, float]:
+        steps = self.recipe.steps(len(self.train))
+        total = torch.zeros((), dtype=torch.float64)
+        for step, numbers in enumerate(self._batches(epoch, steps)):
+            rate = self.recipe.rate(epoch, step, steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            total += self._step(numbers, epoch)
+        return {"train/loss": float(total) / steps, "train/lr": rate}
+
+    def _step(self, numbers: Any, epoch: int) -> float:
+        labels = self.train.labels[torch.from_numpy(numbers)].to(self.adapter.clip.device)
+        loss = self.adapter.loss(self.images.view(numbers, epoch), labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        value = float(loss.detach())
+        if not np.isfinite(value):
+            rate = self.recipe.learning_rate
+            raise SettingError("learning_rate", rate, f"a rate that keeps the loss finite (epoch {epoch + 1}: {value})")
+        self.optimizer.step()
+        return value
+
+    def _batches(self, epoch: int, steps: int) -> Iterator[Any]:
+        order = permutation(self.seed, PICTURES, epoch, 0, len(self.train))
+        size = self.recipe.batch_size
+        return (order[step * size : (step + 1) * size] for step in range(steps))
+
+
+class _Images:
+    """What an adapter reads of labelled pictures, by their numbers."""
+
+    def __init__(self, adapter: Adapter, data: Labelled, recipe: Recipe | None = None, seed: int = 0) -> None:
+        self.device, self.seed = adapter.clip.device, seed
+        self.features = data.shots().features.to(self.device) if adapter.reads == "features" else None
+        if self.features is None:
+            assert data.pictures is not None
+            self.pictures = data.pictures
+            self.still = openclip.image_transform(adapter.clip.model)
+            if recipe is not None:
+                crop = {"crop": "resized", "scale": recipe.crop_scale, "flip": recipe.flip}
+                self.random = openclip.image_transform(adapter.clip.model, **crop)
+
+    def plain(self, numbers: Any) -> Tensor:
+        """The first view, or the transform of evaluation."""
+        if self.features is not None:
+            return self.features[torch.from_numpy(numbers).to(self.device), 0]
+        return self._read(self.still, numbers, None)
+
+    def view(self, numbers: Any, epoch: int) -> Tensor:
+        """One of the views, or a random crop: a pure function of (seed, epoch, number)."""
+        if self.features is None:
+            return self._read(self.random, numbers, epoch)
+        views = random_words(self.seed, CHOSEN_VIEWS, epoch, 0, len(self.features))
+        chosen = (views % np.uint64(self.features.shape[1])).astype(np.int64)[numbers]
+        rows = torch.from_numpy(np.stack([numbers, chosen])).to(self.device)
+        return self.features[rows[0], rows[1]]
+
+    def _read(self, transform: ImageTransform, numbers: Any, epoch: int | None) -> Tensor:
+        words = [None if epoch is None else crop_words(self.seed, epoch, int(number)) for number in numbers]
+        contents = [self.pictures[int(number)] for number in numbers]
+        pictures = [transform.read(content, word) for content, word in zip(contents, words, strict=True)]
+        return torch.stack(pictures).to(self.device)
+
+
+def _check(name: str, data: Labelled, adapter: Adapter) -> None:
+    """Raise ``SettingError`` unless ``data`` is what ``adapter`` reads, and labelled with its classes."""
+    has = data.features if adapter.reads == "features" else data.pictures
+    kind = type(adapter).__name__
+    require(has is not None, name, "other data", f"{adapter.reads} of pictures, which {kind} reads")
+    if data.features is not None and adapter.reads == "features":
+        width = adapter.clip.features
+        if data.features.shape[-1] != width:
+            raise DataError(f"{name}: features of width {data.features.shape[-1]}, and this CLIP's have {width}")
+    low, high, classes = int(data.labels.min()), int(data.labels.max()), len(adapter.classes)
+    require(0 <= low and high < classes, name, (low, high), f"labels from 0 to {classes - 1}")
+
+
+def _at_once(adapter: Adapter) -> int:
+    """Pictures that go through ``adapter`` together, for a bounded memory."""
+    if adapter.reads == "pixels":
+        return PIXELS_AT_ONCE
+    return max(1, PROMPTS_AT_ONCE // len(adapter.classes)) if adapter.per_picture else FEATURES_AT_ONCE
+
+
+def _on(shots: Shots, device: torch.device) -> Shots:
+    return Shots(shots.features.to(device), shots.labels.to(device))
