@@ -38,6 +38,7 @@ from pipeline.loaders.images import ImageTransform
 from pipeline.models.losses import TILE, contrastive_loss, tiled_contrastive_loss, tiled_sigmoid_loss
 from pipeline.models.method import EmbeddingMethod
 from pipeline.models.towers import openclip
+from pipeline.models.towers.layers import Layer, layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +182,10 @@ class Clip(EmbeddingMethod):
     def _logit_bias(self) -> Tensor | None:
         bias: Tensor | None = self.model.logit_bias
         return bias
+
+    def layers(self) -> Mapping[str, Layer]:
+        """Both towers' weights; the scale, the bias and what other methods add are in none."""
+        return {f"model.{name}": layer for name, layer in layers(self.model).items()}
 
     def after_step(self) -> None:
         """Hold the scale between 1 and its limit."""

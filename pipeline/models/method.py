@@ -7,7 +7,7 @@ a frozen dataclass ``Config`` with the paper's values, and one subclass of :clas
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, ClassVar, Self
 
@@ -19,6 +19,7 @@ from pipeline.loaders.batches import ImageReader, Reader, TextReader
 from pipeline.loaders.images import ImageTransform
 from pipeline.loaders.text import Tokenizer
 from pipeline.models.losses import ALONE, Exchange, Gather, alone
+from pipeline.models.towers.layers import Layer, blocks
 
 
 class Method(nn.Module, ABC):
@@ -95,6 +96,14 @@ class Method(nn.Module, ABC):
             {"params": [parameter for name, parameter in named if decays(name, parameter)]},
             {"params": [parameter for name, parameter in named if not decays(name, parameter)], "weight_decay": 0.0},
         ]
+
+    def layers(self) -> Mapping[str, Layer]:
+        """Which of the two towers a parameter is in, by its name, and how deep; none of what is in neither."""
+        return {}
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """The repeated parts of the model, which are compiled, computed again or sharded one by one."""
+        return list(blocks(self.model).values())
 
     def description(self) -> Mapping[str, str]:
         """Further text files of a checkpoint, by name: what the other library needs beside the weights."""

@@ -30,7 +30,7 @@ from pipeline.training.checkpoint import (
 )
 from pipeline.training.gradient_cache import backward_in_parts, normalises_batches
 from pipeline.training.moving_average import MovingAverage
-from pipeline.training.optimizer import make_optimizer, take_step
+from pipeline.training.optimizer import make_optimizer, set_rate, take_step
 from pipeline.training.preemption import Notice, never
 from pipeline.training.run import Plan
 from pipeline.training.schedule import learning_rate
@@ -207,8 +207,7 @@ class _Training:
             first=config.optimizer.first_learning_rate,
             final=config.optimizer.final_learning_rate,
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         return rate
 
     def _clipped_norm(self) -> Tensor:

@@ -24,7 +24,7 @@ from pipeline.models.method import Method, build_method, config_class, method_cl
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.training import distributed
 from pipeline.training.checkpoint import Checkpoints, Meta, load_method
-from pipeline.training.optimizer import AdamW, make_optimizer
+from pipeline.training.optimizer import AdamW, make_optimizer, rate_scales
 
 EVERY = pytest.mark.parametrize("name", method_names())
 BATCH = 8
@@ -102,6 +102,22 @@ def test_every_trainable_parameter_is_in_one_group(name: str) -> None:
     assert {id(parameter) for parameter in grouped} == {
         id(parameter) for parameter in method.parameters() if parameter.requires_grad
     }
+
+
+@EVERY
+def test_layer_decay_divides_the_groups_and_drops_nothing(name: str) -> None:
+    method = build(name)
+    groups = make_optimizer(AdamW(layer_decay=0.5, text_rate=0.1), method).param_groups
+    names = {id(parameter): parameter_name for parameter_name, parameter in method.named_parameters()}
+    found = {names[id(parameter)]: group for group in groups for parameter in group["params"]}
+    assert set(found) == {key for key, parameter in method.named_parameters() if parameter.requires_grad}
+    scales = rate_scales(AdamW(layer_decay=0.5, text_rate=0.1), method)
+    decays = {
+        names[id(value)]: group.get("weight_decay") for group in method.parameter_groups() for value in group["params"]
+    }
+    for key, group in found.items():
+        assert group["rate_scale"] == scales.get(key, 1.0), key
+        assert group["weight_decay"] == (AdamW().weight_decay if decays[key] is None else decays[key]), key
 
 
 @EVERY

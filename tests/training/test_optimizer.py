@@ -1,11 +1,18 @@
 """The optimiser against the update rule written out."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
 from pipeline.errors import SettingError
-from pipeline.models.method import Method
+from pipeline.models.clip import Config
+from pipeline.models.method import Method, build_method
+from pipeline.training.checkpoint import Checkpoints, read_weights
+from pipeline.training.loop import run_training
 from pipeline.training.optimizer import AdamW, make_optimizer
+from pipeline.training.run import Run, prepare
 
 
 class TwoParameters(Method):
@@ -32,8 +39,40 @@ def test_one_step_by_hand() -> None:
     assert method.bias.item() == pytest.approx(3.0 + 0.1, rel=1e-5)
 
 
+def test_layers_step_at_their_own_rates(tiny_config: Config, run: Callable[..., Run], remember: Any) -> None:
+    """The first step of Adam moves each weight by its rate, so the rates can be read from a run of one step."""
+    optimizer = AdamW(learning_rate=1e-3, layer_decay=0.5, text_rate=0.1, weight_decay=0, epsilon=1e-30)
+    settings = run(steps=1, warmup_steps=0, optimizer=optimizer)
+    run_training(prepare(tiny_config, settings)[0], torch.device("cpu"), remember())
+    torch.manual_seed(settings.seed)
+    before, after = build_method(tiny_config).state_dict(), read_weights(Checkpoints(settings.output_folder).at(1))
+    moved = {name: float((after[name] - tensor).abs().max()) for name, tensor in before.items()}
+    expected = {"model.logit_scale": 1.0, "model.visual.proj": 1.0, "model.visual.conv1.weight": 0.125}
+    expected |= {"model.text_projection": 0.1, "model.transformer.resblocks.1.mlp.c_fc.weight": 0.05}
+    for name, scale in expected.items():
+        assert moved[name] == pytest.approx(1e-3 * scale, rel=1e-2), name
+
+
+def test_without_decay_the_groups_are_the_methods(tiny_config: Config) -> None:
+    """So that checkpoints of earlier runs fit."""
+    method = build_method(tiny_config)
+    groups = make_optimizer(AdamW(), method).param_groups
+    assert [group["params"] for group in groups] == [group["params"] for group in method.parameter_groups()]
+
+
 @pytest.mark.parametrize(
-    "bad", [{"learning_rate": 0}, {"beta1": 1.0}, {"beta2": -0.1}, {"epsilon": 0}, {"weight_decay": -1}]
+    "bad",
+    [
+        {"layer_decay": 0},
+        {"layer_decay": 1.1},
+        {"image_rate": 0},
+        {"text_rate": -1},
+        {"learning_rate": 0},
+        {"beta1": 1.0},
+        {"beta2": -0.1},
+        {"epsilon": 0},
+        {"weight_decay": -1},
+    ],
 )
 def test_bad_settings(bad: dict[str, float]) -> None:
     with pytest.raises(SettingError):

@@ -1,0 +1,85 @@
+"""The layers of a tower: the blocks that it repeats, and how deep each of its weights lies.
+
+Any tower is looked through, whichever library it is of. A block is what stands with its like in a list of modules; of
+lists within lists (the stages of a ConvNeXt) the inner ones count. For towers of timm the depth is timm's own.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
+
+Tower = Literal["image", "text"]
+
+# What comes before the first block, in open_clip's and Hugging Face's names: convolutions, tables, their norms.
+_STEM = re.compile(r"(^|\.)((conv|bn)\d|ln_pre|\w*embed\w*|cls_\w+|patch\w*|stem)(\.|$)")
+_SCALARS = ("logit_scale", "logit_bias")
+
+
+class Layer(NamedTuple):
+    """Where a weight lies: in which tower, and how many layers of that lie above it, up to its output."""
+
+    tower: Tower
+    above: int
+
+
+def blocks(module: nn.Module) -> dict[str, nn.Module]:
+    """The repeated blocks of a model, by name, in the order in which they are registered."""
+    found: dict[str, nn.Module] = {}
+    for name, container in module.named_modules():
+        if isinstance(container, nn.ModuleList | nn.Sequential):
+            kinds = Counter(type(child) for child in container.children())
+            for key, child in container.named_children():
+                repeated = kinds[type(child)] > 1 or name.endswith("resblocks")  # a transformer may have one alone
+                if repeated and any(True for _ in child.children()):
+                    found[f"{name}.{key}"] = child
+    return {name: block for name, block in found.items() if not any(other.startswith(name + ".") for other in found)}
+
+
+def layers(model: nn.Module) -> dict[str, Layer]:
+    """The place of each parameter of an open_clip model, but for its scalars, which belong to no tower.
+
+    As in BEiT's fine-tuning: embeddings are layer 0, block i (from 0) layer i + 1, all behind the blocks the last one.
+    """
+    names = [name for name, _ in model.named_parameters() if name not in _SCALARS]
+    image = {name for name in names if name.startswith("visual.")}
+    towers: dict[Tower, list[str]] = {
+        "image": [name for name in names if name in image],
+        "text": [name for name in names if name not in image],
+    }
+    known = blocks(model)
+    found: dict[str, Layer] = {}
+    for tower, members in towers.items():
+        depths = _depths(members, known) | (_timm_depths(model) if tower == "image" else {})
+        deepest = max(depths.values(), default=0)
+        found |= {name: Layer(tower, deepest - depth) for name, depth in depths.items()}
+    return found
+
+
+def _depths(names: list[str], known: Mapping[str, nn.Module]) -> dict[str, int]:
+    block_of = {name: next((block for block in known if name.startswith(block + ".")), None) for name in names}
+    order = {block: number for number, block in enumerate(block for block in known if block in block_of.values())}
+    last = len(order) + 1
+
+    def depth(name: str) -> int:
+        block = block_of[name]
+        if block is not None:
+            return order[block] + 1
+        return 0 if _STEM.search(name) else last
+
+    return {name: depth(name) for name in names}
+
+
+def _timm_depths(model: Any) -> dict[str, int]:
+    """The depths that timm gives the weights of its trunk; what open_clip puts behind that lies with the last ones."""
+    visual = model.visual
+    if not hasattr(getattr(visual, "trunk", None), "group_matcher"):
+        return {}
+    from timm.models import group_parameters  # heavy, and there already where a tower is timm's
+
+    trunk: dict[str, int] = group_parameters(visual.trunk, visual.trunk.group_matcher(coarse=False), reverse=True)
+    depths = {f"visual.trunk.{name}": depth for name, depth in trunk.items()}
+    last = max(depths.values())
+    return depths | {f"visual.head.{name}": last for name, _ in visual.head.named_parameters()}
