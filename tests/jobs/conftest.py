@@ -1,13 +1,18 @@
-"""A Ray of several nodes on this machine, with the kinds of node of cluster.yaml."""
+"""The jobs as users type them, and a Ray of several nodes on this machine, with the kinds of node of cluster.yaml."""
 
+import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+JOBS = Path(__file__).resolve().parents[2] / "jobs"
 
 # Which node a worker process is on: its raylet has this in its environment.
 NODE = "TEST_NODE"
@@ -52,3 +57,34 @@ def nodes(s3_endpoint: str) -> Iterator[Nodes]:
     yield Nodes(cluster, train, add)
     cluster.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def load_job(name: str, module_name: str = "job") -> dict[str, Any]:
+    """What the script ``jobs/{name}.py`` defines; as a module, since tyro wants to find its source."""
+    spec = importlib.util.spec_from_file_location(module_name, JOBS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return vars(module)
+
+
+Type = Callable[..., int]
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Type:
+    """``job("export_model", "smoke")`` types a command line in an empty folder and gives the exit code."""
+
+    def run(name: str, *words: str) -> int:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [str(JOBS / f"{name}.py"), *words])
+            patch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+            try:
+                load_job(name, "__main__")
+            except SystemExit as end:
+                return int(end.code or 0)
+            return 0
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    return run

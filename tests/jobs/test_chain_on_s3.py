@@ -14,8 +14,7 @@ from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.stages.embeddings import read_features
 from pipeline.stages.filters.run import read_reasons
-
-JOBS = Path(__file__).resolve().parents[2] / "jobs"
+from tests.jobs.conftest import JOBS
 
 pytestmark = pytest.mark.slow
 

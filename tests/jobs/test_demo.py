@@ -1,7 +1,6 @@
 """jobs/demo.py: it leaves no process behind, however it ends, and its folder is its own."""
 
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -13,12 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-JOB = Path(__file__).resolve().parents[2] / "jobs" / "demo.py"
+from tests.jobs.conftest import JOBS, load_job
+
+JOB = JOBS / "demo.py"
 
 
 @pytest.fixture(scope="module")
 def demo() -> dict:
-    return runpy.run_path(str(JOB), run_name="demo")
+    return load_job("demo")
 
 
 class Run:

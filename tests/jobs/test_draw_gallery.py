@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from pipeline.sources.drawn import gallery, sets, world
-
-JOB = Path(__file__).resolve().parents[2] / "jobs/draw_gallery.py"
+from tests.jobs.conftest import JOBS
 
 
 def draw(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(JOB), *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, str(JOBS / "draw_gallery.py"), *arguments], capture_output=True, text=True, timeout=120
+    )
 
 
 def test_a_page_is_written(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """The embedding job as its users start it."""
 
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +9,25 @@ import pytest
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.stages.smoke import drawn_snapshot
-
-JOB = Path(__file__).resolve().parents[2] / "jobs" / "embed_dataset.py"
-
-
-def run(*arguments: str) -> int:
-    before, sys.argv = sys.argv, [str(JOB), *arguments]
-    try:
-        runpy.run_path(str(JOB), run_name="__main__")
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    finally:
-        sys.argv = before
-    return 0
+from tests.jobs.conftest import Type
 
 
-def test_smoke_embeds_and_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_smoke_embeds_and_exports(job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["smoke", "--data", str(tmp_path / "data"), "--export", str(tmp_path / "features")]
-    assert run(*words) == 0
+    assert job("embed_dataset", *words) == 0
     assert "64 rows in 1 files" in capsys.readouterr().out
     images = np.load(tmp_path / "features" / "img_emb" / "img_emb_0.npy")
     assert images.shape[0] == 64 and images.dtype == np.float16
     np.testing.assert_allclose(np.linalg.norm(images.astype(np.float32), axis=1), 1, atol=2e-3)
     first = read_snapshot(str(tmp_path / "data"))
-    assert run(*words) == 0 and read_snapshot(str(tmp_path / "data")) == first
+    assert job("embed_dataset", *words) == 0 and read_snapshot(str(tmp_path / "data")) == first
 
 
 def test_on_a_cluster_a_wrong_checkpoint_is_one_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_cluster: Any
+    job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_cluster: Any
 ) -> None:
     drawn_snapshot(Folder(tmp_path), samples=4)
-    assert run("snapshot", "--data", str(tmp_path), "--checkpoint", "nowhere") == 2
+    assert job("embed_dataset", "snapshot", "--data", str(tmp_path), "--checkpoint", "nowhere") == 2
     said = capsys.readouterr().err
     assert "checkpoint: 'nowhere'" in said and "Traceback" not in said
 
@@ -56,8 +42,8 @@ def test_on_a_cluster_a_wrong_checkpoint_is_one_sentence(
     ],
 )
 def test_wrong_settings_are_one_sentence(
-    arguments: list[str], said: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], said: str, code: int, job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(*[str(tmp_path) if word == "EMPTY" else word for word in arguments]) == code
+    assert job("embed_dataset", *[str(tmp_path) if word == "EMPTY" else word for word in arguments]) == code
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error

@@ -1,55 +1,18 @@
 """The evaluation job as users type it: a table, a JSON file, an MLflow run; wrong options in one sentence."""
 
-import importlib.util
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.config import run_job
+from tests.jobs.conftest import Type, load_job
 
-JOB = Path(__file__).resolve().parents[2] / "jobs" / "evaluate.py"
 FEW = ["--evaluation-samples", "32", "--evaluation-batch", "16"]
 
-Evaluate = Callable[..., int]
 
-
-@pytest.fixture(scope="module")
-def job() -> dict[str, Any]:
-    """The script as a module; tyro wants to find its source."""
-    spec = importlib.util.spec_from_file_location("evaluate_job", JOB)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return vars(module)
-
-
-@pytest.fixture
-def evaluate(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Evaluate:
-    """``evaluate(*words)`` types the job's command line in an empty folder and gives the exit code."""
-
-    def run(*words: str) -> int:
-        monkeypatch.setattr(sys, "argv", [str(JOB), *words])
-        try:
-            run_job(job["PRESETS"], job["main"])
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    return run
-
-
-def test_smoke_prints_a_table_and_writes_json(
-    evaluate: Evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert evaluate("smoke", "--output", "result.json") == 0
+def test_smoke_prints_a_table_and_writes_json(job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job("evaluate", "smoke", "--output", "result.json") == 0
     table = capsys.readouterr().out
     assert "drawn_shapes" in table and "top-1" in table
     assert "drawn_val" in table and "i2t R@1" in table
@@ -60,27 +23,30 @@ def test_smoke_prints_a_table_and_writes_json(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json"]  # no tracking unless asked for
 
 
-def test_a_run_of_its_own_and_more_metrics_in_it(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_a_run_of_its_own_and_more_metrics_in_it(job: Type, tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path}/mlflow.db"
     common = ["--tracking-uri", store, "--experiment", "tried", *FEW]
-    assert evaluate("smoke", "--track", *common) == 0
+    assert job("evaluate", "smoke", "--track", *common) == 0
     client = MlflowClient(store)
     (run,) = client.search_runs([client.get_experiment_by_name("tried").experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.params["checkpoint"] == "clipmill-tiny:untrained"
     assert run.data.tags["mlflow.source.name"] == "jobs/evaluate.py"
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"config.json", "figures"}
-    assert evaluate("smoke", "--run-id", run.info.run_id, "--step", "7", "--zero-shot", "drawn_colours", *common) == 0
+    assert (
+        job("evaluate", "smoke", "--run-id", run.info.run_id, "--step", "7", "--zero-shot", "drawn_colours", *common)
+        == 0
+    )
     (point,) = client.get_metric_history(run.info.run_id, "zeroshot/drawn_colours/top1")
     assert point.step == 7
     assert client.get_run(run.info.run_id).info.status == "FINISHED"
 
 
 @pytest.mark.parametrize("preset", ["drawn", "stamps", "imagenet", "sets", "smoke"])
-def test_presets_name_sets_that_exist(job: dict[str, Any], preset: str) -> None:
+def test_presets_name_sets_that_exist(preset: str) -> None:
     from pipeline.dataset import load_card
 
-    for one in job["PRESETS"][preset][1].evaluations.sets():
+    for one in load_job("evaluate")["PRESETS"][preset][1].evaluations.sets():
         card = load_card(one.data)
         assert card.classes or one.kind == "retrieval"
 
@@ -100,9 +66,9 @@ def test_presets_name_sets_that_exist(job: dict[str, Any], preset: str) -> None:
     ],
 )
 def test_wrong_options_are_one_sentence(
-    arguments: list[str], sentence: str, evaluate: Evaluate, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], sentence: str, job: Type, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate(*arguments) in (1, 2)
+    assert job("evaluate", *arguments) in (1, 2)
     out, error = capsys.readouterr()
     assert sentence in " ".join(error.replace("│", " ").split()) and "Traceback" not in error
     assert out == ""

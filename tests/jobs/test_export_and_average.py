@@ -1,51 +1,18 @@
 """The jobs that make something of checkpoints, as users type them."""
 
-import importlib.util
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from pipeline.config import run_job
 from pipeline.models.clip import Clip
 from pipeline.training.checkpoint import Checkpoints, Meta, load_method, write_evaluation
 from pipeline.training.optimizer import AdamW, make_optimizer
+from tests.jobs.conftest import Type
 
-JOBS = Path(__file__).resolve().parents[2] / "jobs"
 METRIC = "zeroshot/drawn_shapes/top1"
 FEW = ["--zero-shot", "drawn_shapes", "--evaluation-samples", "24", "--metric", METRIC]
-
-
-def module(name: str) -> dict[str, Any]:
-    """The script as a module; tyro wants to find its source."""
-    spec = importlib.util.spec_from_file_location(f"{name}_job", JOBS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = loaded
-    spec.loader.exec_module(loaded)
-    return vars(loaded)
-
-
-@pytest.fixture
-def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
-    """``job("export_model", "smoke")`` types a command line in an empty folder and gives the exit code."""
-
-    def run(name: str, *words: str) -> int:
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
-        loaded = module(name)
-        try:
-            run_job(loaded["PRESETS"], loaded["main"])
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    return run
 
 
 @pytest.fixture
@@ -60,7 +27,7 @@ def runs(tmp_path: Path) -> list[str]:
     return [str(tmp_path / f"run-{number}") for number in range(2)]
 
 
-def test_smoke_presets(job: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_smoke_presets(job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert job("export_model", "smoke") == 0
     assert "preprocessor_config.json" in capsys.readouterr().out
     assert job("average_checkpoints", "smoke") == 0
@@ -69,7 +36,7 @@ def test_smoke_presets(job: Callable[..., int], tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_export_to_a_store(job: Callable[..., int], runs: list[str], s3: str, tmp_path: Path) -> None:
+def test_export_to_a_store(job: Type, runs: list[str], s3: str, tmp_path: Path) -> None:
     import s3fs
     from transformers import CLIPModel
 
@@ -81,7 +48,7 @@ def test_export_to_a_store(job: Callable[..., int], runs: list[str], s3: str, tm
     assert any(name.endswith("open_clip_config.json") for name in s3fs.S3FileSystem().ls(f"{s3}/other"))
 
 
-def test_averages_are_checkpoints(job: Callable[..., int], runs: list[str], tmp_path: Path) -> None:
+def test_averages_are_checkpoints(job: Type, runs: list[str], tmp_path: Path) -> None:
     both = [load_method(run).state_dict()["model.visual.proj"] for run in runs]
     assert job("average_checkpoints", "wise-ft", "--checkpoints", *runs, "--alpha", "0.25", "--output", "wise") == 0
     made = load_method(str(tmp_path / "wise")).state_dict()["model.visual.proj"]
@@ -115,7 +82,7 @@ def test_averages_are_checkpoints(job: Callable[..., int], runs: list[str], tmp_
     ],
 )
 def test_wrong_options_are_one_sentence(
-    words: list[str], sentence: str, job: Callable[..., int], runs: list[str], capsys: pytest.CaptureFixture[str]
+    words: list[str], sentence: str, job: Type, runs: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert job(*[word.replace("RUN", runs[0]) for word in words]) in (1, 2)
     error = " ".join(capsys.readouterr().err.replace("│", " ").split())

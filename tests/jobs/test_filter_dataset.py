@@ -1,9 +1,6 @@
 """The filter job as its users start it."""
 
-import runpy
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,33 +8,22 @@ import pytest
 from pipeline.config import from_json, to_json
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.stages.datacomp import UID
-
-ROOT = Path(__file__).resolve().parents[2]
-JOB = ROOT / "jobs" / "filter_dataset.py"
+from tests.jobs.conftest import Type, load_job
 
 
-def run(*arguments: str) -> None:
-    """The job in this process: the same code as the command, without its start-up."""
-    before, sys.argv = sys.argv, [str(JOB), *arguments]
-    try:
-        runpy.run_path(str(JOB), run_name="__main__")
-    finally:
-        sys.argv = before
-
-
-def test_smoke_ends_with_the_funnel(capsys):
-    run("smoke")
+def test_smoke_ends_with_the_funnel(job: Type, capsys):
+    assert job("filter_dataset", "smoke") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[0] == "parent" and lines[1].split()[-3:] == ["64", "100.0", "%"]
     assert "near_duplicates" in lines[-2] and "samples" in lines[-1]
 
 
-def test_several_filters_in_the_order_given(make_snapshot: Callable[..., Snapshot], tmp_path, capsys):
+def test_several_filters_in_the_order_given(job: Type, make_snapshot: Callable[..., Snapshot], tmp_path, capsys):
     parent = make_snapshot(sizes=(7, 5, 8), folder=tmp_path / "data")
     (tmp_path / "entries.txt").write_text("very\nyellow\n")
     steps = ("custom", "--steps", "metaclip", "size", "length", "--entries", str(tmp_path / "entries.txt"))
     options = ("--min-side", "72", "--min-words", "6", "--processes-count", "0", "--captions-sidecar")
-    run(*steps, *options, "--data", parent.folder)
+    assert job("filter_dataset", *steps, *options, "--data", parent.folder) == 0
     snapshot = read_snapshot(parent.folder)
     # Caption n is "a very … very COLOUR picture number n" with n % 5 times "very"; every fourth is yellow.
     named = [number for number in range(20) if number % 5 or number % 4 == 3]
@@ -49,12 +35,12 @@ def test_several_filters_in_the_order_given(make_snapshot: Callable[..., Snapsho
     assert [row[0] for row in rows[1:5]] == ["parent", "metaclip", "size", "length"]
 
 
-def test_uid_lists_out(make_snapshot: Callable[..., Snapshot], tmp_path):
+def test_uid_lists_out(job: Type, make_snapshot: Callable[..., Snapshot], tmp_path):
     parent = make_snapshot(sizes=(3, 2), folder=tmp_path / "data")
     place = str(tmp_path / "uids.npy")
     # The pictures' numbers stand in for uids: 0 to 4, as hex.
     arguments = ("--data", parent.folder, "--write-uids", place, "--uid-column", "number", "--processes-count", "0")
-    run("custom", "--steps", "length", "--min-words", "1", *arguments)
+    assert job("filter_dataset", "custom", "--steps", "length", "--min-words", "1", *arguments) == 0
     assert np.load(place).tolist() == np.array([(0, number) for number in range(5)], UID).tolist()
 
 
@@ -70,15 +56,15 @@ def test_uid_lists_out(make_snapshot: Callable[..., Snapshot], tmp_path):
         (["datacomp-basic", "--data", "DATA", "--max-aspect", "0"], "max_aspect: 0"),
     ],
 )
-def test_what_is_wrong_is_one_sentence(arguments, said, make_snapshot: Callable[..., Snapshot], tmp_path, capsys):
+def test_what_is_wrong_is_one_sentence(
+    arguments, said, job: Type, make_snapshot: Callable[..., Snapshot], tmp_path, capsys
+):
     parent = make_snapshot(sizes=(2,), folder=tmp_path / "data")
-    with pytest.raises(SystemExit) as stopped:
-        run(*[parent.folder if part == "DATA" else part for part in arguments])
+    code = job("filter_dataset", *[parent.folder if part == "DATA" else part for part in arguments])
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stopped.value.code in (1, 2) and error.startswith("error: ") and said in error
+    assert code in (1, 2) and error.startswith("error: ") and said in error
 
 
 def test_presets_are_plain_json():
-    presets = runpy.run_path(str(JOB))["PRESETS"]
-    for _, job in presets.values():
-        assert from_json(type(job), to_json(job)) == job
+    for _, preset in load_job("filter_dataset")["PRESETS"].values():
+        assert from_json(type(preset), to_json(preset)) == preset

@@ -12,8 +12,9 @@ import pytest
 
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.tar import TarShard
+from tests.jobs.conftest import JOBS
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = JOBS.parent
 
 pytestmark = pytest.mark.slow
 
@@ -105,7 +106,7 @@ def test_training_follows_the_nodes_that_there_are(nodes, tmp_path):
     doomed = nodes.add("doomed", "train_worker")
     with (tmp_path / "log").open("w") as log:
         training = subprocess.Popen(
-            [sys.executable, ROOT / "jobs" / "pretrain_clip.py", *words, "--workers", "1:3", "--cpus-per-worker", "2"],
+            [sys.executable, JOBS / "pretrain_clip.py", *words, "--workers", "1:3", "--cpus-per-worker", "2"],
             env=nodes.environment,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -133,7 +134,7 @@ def test_training_follows_the_nodes_that_there_are(nodes, tmp_path):
     before = max(steps())
     assert before < 500
     alone = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    last = [sys.executable, ROOT / "jobs" / "pretrain_clip.py", *words, "--workers", "1"]
+    last = [sys.executable, JOBS / "pretrain_clip.py", *words, "--workers", "1"]
     ended = subprocess.run(last, env=alone, capture_output=True, text=True, timeout=250)
     assert ended.returncode == 0, ended.stderr
     client = MlflowClient(store)
@@ -154,7 +155,7 @@ def test_a_node_with_notice_is_left_with_a_checkpoint(nodes, tmp_path):
     log = tmp_path / "log"
     with log.open("w") as output:
         training = subprocess.Popen(
-            [sys.executable, ROOT / "jobs" / "pretrain_clip.py", *words, "--workers", "1", "--train-resource", "spot"],
+            [sys.executable, JOBS / "pretrain_clip.py", *words, "--workers", "1", "--train-resource", "spot"],
             env=nodes.environment,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -193,7 +194,7 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
 def job(nodes, name: str, *arguments: str) -> str:
     """Run a job on the cluster; its output."""
     done = subprocess.run(
-        [sys.executable, ROOT / "jobs" / name, *arguments],
+        [sys.executable, JOBS / name, *arguments],
         env=nodes.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

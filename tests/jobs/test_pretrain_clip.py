@@ -1,6 +1,5 @@
 """The pre-training job: its smoke preset end to end, its presets, its errors."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -20,19 +19,14 @@ from pipeline.evaluation.suite import Evaluations
 from pipeline.shards.snapshot import Snapshot
 from pipeline.tracking.runs import Tracking
 from pipeline.training.checkpoint import Checkpoints, load_method, read_evaluation
+from tests.jobs.conftest import JOBS, Type, load_job
 
-JOB = Path(__file__).resolve().parents[2] / "jobs" / "pretrain_clip.py"
+JOB = JOBS / "pretrain_clip.py"
 
 
 @pytest.fixture(scope="module")
-def job() -> dict[str, Any]:
-    """The script as a module; tyro wants to find its source."""
-    spec = importlib.util.spec_from_file_location("pretrain_clip_job", JOB)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return vars(module)
+def script() -> dict[str, Any]:
+    return load_job("pretrain_clip")
 
 
 @pytest.fixture(scope="module")
@@ -42,27 +36,17 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
     return Tracking(tracking_uri=f"sqlite:///{folder}/mlflow.db", system_metrics=False)
 
 
-def command(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    """The exit code of the job's command line."""
-    monkeypatch.setattr(sys, "argv", [str(JOB), *words])
-    try:
-        run_job(job["PRESETS"], job["run_pretraining"])
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
 def test_smoke(
-    job: dict[str, Any],
+    script: dict[str, Any],
     store: Tracking,
     make_snapshot: Callable[..., Snapshot],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Drawn, trained, evaluated, recorded; started again it is finished; another setting is another run."""
-    smoke = job["PRESETS"]["smoke"][1]
+    smoke = script["PRESETS"]["smoke"][1]
     smoke = replace(smoke, tracking=store, run=replace(smoke.run, output_folder=str(tmp_path / "run")))
-    job["run_pretraining"](smoke)
+    script["run_pretraining"](smoke)
     (checkpoint,) = Checkpoints(str(tmp_path / "run")).whole()
     assert checkpoint.meta.step == 4
     evaluation = read_evaluation(checkpoint)
@@ -88,13 +72,13 @@ def test_smoke(
 
     assert not Path(record["snapshot"].rpartition("@")[0]).exists()  # what was drawn goes with the job
     with caplog.at_level("INFO"):
-        job["run_pretraining"](smoke)
+        script["run_pretraining"](smoke)
     assert "is finished: 4 steps" in caplog.text
     assert json.loads((tmp_path / "run" / "run.json").read_text()) == record
 
 
 def test_a_drawing_job_leaves_nothing_in_the_temporary_folder(
-    job: dict[str, Any],
+    script: dict[str, Any],
     store: Tracking,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -104,11 +88,11 @@ def test_a_drawing_job_leaves_nothing_in_the_temporary_folder(
     from mlflow import MlflowClient
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    smoke = job["PRESETS"]["smoke"][1]
+    smoke = script["PRESETS"]["smoke"][1]
     settings = replace(smoke.run, steps=1, log_every_steps=1)
     smoke = replace(smoke, tracking=replace(store, experiment="left"), run=settings, evaluations=Evaluations())
     with caplog.at_level("INFO"):
-        job["run_pretraining"](smoke)
+        script["run_pretraining"](smoke)
     assert "is gone; with --output-folder FOLDER it is kept" in caplog.text
     client = MlflowClient(store.tracking_uri)
     experiment = client.get_experiment_by_name("left")
@@ -120,13 +104,13 @@ def test_a_drawing_job_leaves_nothing_in_the_temporary_folder(
         "pipeline.tracking.pretraining.launch", lambda *_: (_ for _ in ()).throw(DataError("a damaged shard"))
     )
     with pytest.raises(DataError, match="a damaged shard"):
-        job["run_pretraining"](smoke)
+        script["run_pretraining"](smoke)
     assert not list(tmp_path.glob("clipmill-pretrain-*"))
 
 
-def test_presets_are_the_papers(job: dict[str, Any]) -> None:
+def test_presets_are_the_papers(script: dict[str, Any]) -> None:
     """Radford et al. 2021, tables 18 to 20 of appendix F."""
-    presets = {name: preset for name, (_, preset) in job["PRESETS"].items()}
+    presets = {name: preset for name, (_, preset) in script["PRESETS"].items()}
     assert set(presets) == {"paper-vit-b-32", "paper-vit-b-16", "paper-rn50", "one-node", "demo", "smoke"}
     for name, architecture in {
         "paper-vit-b-32": "ViT-B-32",
@@ -142,13 +126,13 @@ def test_presets_are_the_papers(job: dict[str, Any]) -> None:
         assert (method.temperature, method.max_logit_scale) == (0.07, 100)
 
 
-def test_presets_go_through_json(job: dict[str, Any]) -> None:
-    for _, preset in job["PRESETS"].values():
-        assert from_json(job["Pretrain"], to_json(preset)) == preset
+def test_presets_go_through_json(script: dict[str, Any]) -> None:
+    for _, preset in script["PRESETS"].values():
+        assert from_json(script["Pretrain"], to_json(preset)) == preset
 
 
 def test_flags_reach_the_config(
-    job: dict[str, Any], monkeypatch: pytest.MonkeyPatch, make_snapshot: Callable[..., Snapshot], tmp_path: Path
+    script: dict[str, Any], monkeypatch: pytest.MonkeyPatch, make_snapshot: Callable[..., Snapshot], tmp_path: Path
 ) -> None:
     got: list[Any] = []
     flags = {
@@ -172,7 +156,7 @@ def test_flags_reach_the_config(
         "cpus-per-worker": "3",
     }
     monkeypatch.setattr(sys, "argv", [str(JOB), "demo", *(word for k, v in flags.items() for word in (f"--{k}", v))])
-    run_job(job["PRESETS"], got.append)
+    run_job(script["PRESETS"], got.append)
     run, method = got[0].run, got[0].method
     assert (run.data, run.output_folder, run.workers, run.batch_size, run.epochs, run.steps) == (
         "/d",
@@ -207,8 +191,7 @@ def test_flags_reach_the_config(
     ],
 )
 def test_bad_settings_are_one_sentence(
-    job: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
+    job: Type,
     capsys: pytest.CaptureFixture[str],
     make_snapshot: Callable[..., Snapshot],
     tmp_path: Path,
@@ -218,7 +201,7 @@ def test_bad_settings_are_one_sentence(
     """Before a cluster or a tracking server is asked for, and before anything is written."""
     data = make_snapshot((3,)).folder
     filled = [word.format(tmp=tmp_path, data=data) for word in words]
-    assert command(job, monkeypatch, *filled) in (1, 2)
+    assert job("pretrain_clip", *filled) in (1, 2)
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1 and "Traceback" not in said
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,5 @@
 """The SLIP job: its smoke preset end to end, and its presets against the paper."""
 
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,25 +11,21 @@ import torch
 from pipeline.config import from_json, to_json
 from pipeline.tracking.runs import Tracking
 from pipeline.training.checkpoint import Checkpoints, load_method, read_evaluation
-
-JOB = Path(__file__).resolve().parents[2] / "jobs" / "pretrain_slip.py"
+from tests.jobs.conftest import load_job
 
 
 @pytest.fixture(scope="module")
-def job() -> dict[str, Any]:
-    spec = importlib.util.spec_from_file_location("pretrain_slip_job", JOB)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return vars(module)
+def script() -> dict[str, Any]:
+    return load_job("pretrain_slip")
 
 
-def test_smoke(job: dict[str, Any], tmp_path: Path) -> None:
+def test_smoke(script: dict[str, Any], tmp_path: Path) -> None:
     """Trained and evaluated; the encoder opens in open_clip, the head is in the checkpoint beside it."""
-    smoke = job["PRESETS"]["smoke"][1]
+    smoke = script["PRESETS"]["smoke"][1]
     store = Tracking(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", system_metrics=False)
-    job["run_pretraining"](replace(smoke, tracking=store, run=replace(smoke.run, output_folder=str(tmp_path / "run"))))
+    script["run_pretraining"](
+        replace(smoke, tracking=store, run=replace(smoke.run, output_folder=str(tmp_path / "run")))
+    )
     (checkpoint,) = Checkpoints(str(tmp_path / "run")).whole()
     assert checkpoint.meta.step == 4
     evaluation = read_evaluation(checkpoint)
@@ -43,9 +37,9 @@ def test_smoke(job: dict[str, Any], tmp_path: Path) -> None:
     assert not torch.equal(method.state_dict()["head.first_norm.mean"], torch.zeros(64))  # it has seen batches
 
 
-def test_presets_are_the_papers(job: dict[str, Any]) -> None:
+def test_presets_are_the_papers(script: dict[str, Any]) -> None:
     """Mu et al. 2021, section 4.1, as their code has it."""
-    presets = {name: preset for name, (_, preset) in job["PRESETS"].items()}
+    presets = {name: preset for name, (_, preset) in script["PRESETS"].items()}
     epochs = {"paper-vit-s": 25, "paper-vit-b": 25, "paper-vit-l": 25, "cc3m-vit-b": 40, "cc12m-vit-b": 35}
     for name, count in epochs.items():
         run, method = presets[name].run, presets[name].method
@@ -65,6 +59,6 @@ def test_presets_are_the_papers(job: dict[str, Any]) -> None:
         assert width == {"s": 384, "b": 768, "l": 1024}[name[-1]]
 
 
-def test_presets_go_through_json(job: dict[str, Any]) -> None:
-    for _, preset in job["PRESETS"].values():
-        assert from_json(job["Pretrain"], to_json(preset)) == preset
+def test_presets_go_through_json(script: dict[str, Any]) -> None:
+    for _, preset in script["PRESETS"].values():
+        assert from_json(script["Pretrain"], to_json(preset)) == preset

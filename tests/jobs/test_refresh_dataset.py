@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -15,23 +14,12 @@ import pytest
 import webdataset
 
 from pipeline.shards.snapshot import read_snapshot
-
-ROOT = Path(__file__).resolve().parents[2]
-JOB = ROOT / "jobs" / "refresh_dataset.py"
-
-
-def run(*arguments: str) -> None:
-    """The job in this process: the same code as the command, without its start-up."""
-    before, sys.argv = sys.argv, [str(JOB), *arguments]
-    try:
-        runpy.run_path(str(JOB), run_name="__main__")
-    finally:
-        sys.argv = before
+from tests.jobs.conftest import JOBS, Type
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its files open
-def test_smoke_makes_a_snapshot_that_webdataset_reads(tmp_path: Path) -> None:
-    run("smoke", "--output-folder", str(tmp_path))
+def test_smoke_makes_a_snapshot_that_webdataset_reads(job: Type, tmp_path: Path) -> None:
+    assert job("refresh_dataset", "smoke", "--output-folder", str(tmp_path)) == 0
     snapshot = read_snapshot(str(tmp_path))
     assert snapshot.samples == 64 and snapshot.options["source"]["size"] == 64
     pipe = webdataset.WebDataset([str(tmp_path / shard.tar) for shard in snapshot.shards], shardshuffle=False)
@@ -59,7 +47,12 @@ def test_smoke_makes_a_snapshot_that_webdataset_reads(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_setting_is_one_sentence_before_any_cluster_starts(
-    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    said: str,
+    job: Type,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     frame = pandas.DataFrame({"url": ["http://x/a.jpg"]})
     frame.to_parquet(tmp_path / "list.parquet")
@@ -68,21 +61,20 @@ def test_a_wrong_setting_is_one_sentence_before_any_cluster_starts(
     places = {"LIST": "list.parquet", "EMPTY": "empty.parquet", "OUT": "out", "BADCARD": "bad.yaml"}
     monkeypatch.setattr("pipeline.stages.ray_session.connect", pytest.fail)
     monkeypatch.setattr("pipeline.stages.shard_tasks.connect", pytest.fail)
-    with pytest.raises(SystemExit) as stopped:
-        run(*[str(tmp_path / places[word]) if word in places else word for word in arguments])
+    typed = [str(tmp_path / places[word]) if word in places else word for word in arguments]
+    assert job("refresh_dataset", *typed) == 2
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and said in error and error.count("\n") <= 2 and "Traceback" not in error
+    assert said in error and error.count("\n") <= 2 and "Traceback" not in error
 
 
-def test_an_unknown_flag_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        run("urls", "--url-lst", "x", "--output-folder", "y")
-    assert stopped.value.code == 2 and "--url-list" in capsys.readouterr().err
+def test_an_unknown_flag_exits_with_2(job: Type, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job("refresh_dataset", "urls", "--url-lst", "x", "--output-folder", "y") == 2
+    assert "--url-list" in capsys.readouterr().err
 
 
 def command(out: Path, *more: str) -> list[str]:
     sizes = ["--samples", "400", "--size", "64", "--number-sample-per-shard", "50"]
-    return [sys.executable, str(JOB), "drawn", *sizes, "--output-folder", str(out), *more]
+    return [sys.executable, str(JOBS / "refresh_dataset.py"), "drawn", *sizes, "--output-folder", str(out), *more]
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:

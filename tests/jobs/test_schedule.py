@@ -1,6 +1,5 @@
 """The schedule job as users type it; once with a Ray of its own and its job server."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -12,15 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.config import run_job
+from tests.jobs.conftest import Type
 
-ROOT = Path(__file__).resolve().parents[2]
-JOB = ROOT / "jobs" / "schedule.py"
 # Fires this very minute, whenever that is, and after a restart within a day.
 TIMETABLE = """
 jobs:
@@ -32,34 +28,6 @@ jobs:
     misfire_grace_minutes: 60
     environment_from: [WHO]
 """
-Type = Callable[..., int]
-
-
-@pytest.fixture(scope="module")
-def job() -> dict[str, Any]:
-    """The script as a module; tyro wants to find its source."""
-    spec = importlib.util.spec_from_file_location("schedule_job", JOB)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return vars(module)
-
-
-@pytest.fixture
-def schedule(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Type:
-    """``schedule(*words)`` types the job's command line in an empty folder and gives the exit code."""
-
-    def run(*words: str) -> int:
-        monkeypatch.setattr(sys, "argv", [str(JOB), *words])
-        try:
-            run_job(job["PRESETS"], job["main"])
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
-
-    monkeypatch.chdir(tmp_path)
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +55,15 @@ def job_server() -> Iterator[str]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_smoke_shows_coming_fires(schedule: Type, capsys: pytest.CaptureFixture[str]) -> None:
-    assert schedule("smoke") == 0
+def test_smoke_shows_coming_fires(job: Type, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job("schedule", "smoke") == 0
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 3 and all(line.startswith("refresh-drawn") and "Sun" in line for line in lines)
 
 
 @pytest.mark.slow
 def test_a_fire_is_submitted_to_ray_once(
-    schedule: Type, job_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: Type, job_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WHO", "me")
     now = datetime.now(UTC)
@@ -105,13 +73,13 @@ def test_a_fire_is_submitted_to_ray_once(
     (tmp_path / "times.yaml").write_text(TIMETABLE.format(minute=now.minute, hour=now.hour, folder=code))
     store = f"sqlite:///{tmp_path}/mlflow.db"
     words = ["run", "times.yaml", "--once", "--address", job_server, "--tracking-uri", store]
-    wait_for(lambda: schedule(*words) == 0)
+    wait_for(lambda: job("schedule", *words) == 0)
     client = MlflowClient(store)
     experiment = client.get_experiment_by_name("clipmill-schedule")
     assert experiment is not None
 
     def ended() -> bool:
-        assert schedule(*words) == 0
+        assert job("schedule", *words) == 0
         (run,) = client.search_runs([experiment.experiment_id])
         return run.info.status not in ("RUNNING", "SCHEDULED")
 
@@ -124,7 +92,7 @@ def test_a_fire_is_submitted_to_ray_once(
     assert tags["schedule.exit_code"] == "0" and run.data.metrics["schedule/duration_seconds"] > 0
     # A new history, as after a loss of MLflow's disk: Ray's own list stops a second submission.
     other = f"sqlite:///{tmp_path}/other.db"
-    assert schedule(*words[:-1], other) == 0
+    assert job("schedule", *words[:-1], other) == 0
     from ray.job_submission import JobSubmissionClient
 
     (submitted,) = (one for one in JobSubmissionClient(job_server).list_jobs() if one.submission_id)
@@ -150,11 +118,11 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     ],
 )
 def test_wrong_options_are_one_sentence(
-    words: list[str], sentence: str, schedule: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], sentence: str, job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     right = "jobs: [{name: a, cron: '0 3 * * *', command: x"
     (tmp_path / "right.yaml").write_text(right + "}]")
     (tmp_path / "wrong.yaml").write_text(right + ", colour: red}]")
-    assert schedule(*words) in (1, 2)
+    assert job("schedule", *words) in (1, 2)
     error = capsys.readouterr().err
     assert sentence in " ".join(error.replace("│", " ").split()) and "Traceback" not in error

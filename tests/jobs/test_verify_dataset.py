@@ -1,8 +1,6 @@
 """The verifying job as its users start it: what it prints, its JSON, its exit code."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,33 +8,24 @@ import pytest
 
 from pipeline.shards.storage import Folder
 from pipeline.stages.smoke import drawn_snapshot
-
-JOB = Path(__file__).resolve().parents[2] / "jobs" / "verify_dataset.py"
-
-
-def run(*arguments: str) -> int:
-    before, sys.argv = sys.argv, [str(JOB), *arguments]
-    try:
-        runpy.run_path(str(JOB), run_name="__main__")
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    finally:
-        sys.argv = before
-    return 0
+from tests.jobs.conftest import Type
 
 
-def test_smoke_finds_a_drawn_snapshot_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("smoke", str(tmp_path)) == 0
+def test_smoke_finds_a_drawn_snapshot_well(job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job("verify_dataset", "smoke", str(tmp_path)) == 0
     assert "64 samples in 4 shards, all well" in capsys.readouterr().out
 
 
 def test_damage_is_one_line_a_shard_and_exit_code_1(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_cluster: Any
+    job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_cluster: Any
 ) -> None:
     drawn_snapshot(Folder(tmp_path / "set"), samples=12, rows_per_shard=4)
     (tmp_path / "set" / "00001.tar").write_bytes(b"short")
     (tmp_path / "set" / "00002.parquet").unlink()
-    assert run("snapshot", str(tmp_path / "set"), "--json", str(tmp_path / "found.json"), "--decode") == 1
+    assert (
+        job("verify_dataset", "snapshot", str(tmp_path / "set"), "--json", str(tmp_path / "found.json"), "--decode")
+        == 1
+    )
     said = capsys.readouterr()
     lines = sorted(said.out.splitlines())
     assert len(lines) == 2 and lines[0].startswith("00001: 00001.tar is truncated: 5 bytes")
@@ -46,6 +35,6 @@ def test_damage_is_one_line_a_shard_and_exit_code_1(
     assert sorted(found["problems"]) == ["00001", "00002"] and found["folder"] == [] and found["shards"] == 3
 
 
-def test_no_snapshot_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("snapshot", str(tmp_path)) == 1
+def test_no_snapshot_is_one_sentence(job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job("verify_dataset", "snapshot", str(tmp_path)) == 1
     assert "has no snapshot" in capsys.readouterr().err
