@@ -42,6 +42,7 @@ def layers(model: nn.Module) -> dict[str, Layer]:
     """The place of each parameter of an open_clip model, but for its scalars, which belong to no tower.
 
     As in BEiT's fine-tuning: embeddings are layer 0, block i (from 0) layer i + 1, all behind the blocks the last one.
+    (timm counts the norm behind the blocks to the last of them.)
     """
     names = [name for name, _ in model.named_parameters() if name not in _SCALARS]
     image = {name for name in names if name.startswith("visual.")}
@@ -73,7 +74,7 @@ def _depths(names: list[str], known: Mapping[str, nn.Module]) -> dict[str, int]:
 
 
 def _timm_depths(model: Any) -> dict[str, int]:
-    """The depths that timm gives the weights of its trunk; what open_clip puts behind that lies with the last ones."""
+    """The depths that timm gives the weights of its trunk; open_clip's projection lies above, as a classifier."""
     visual = model.visual
     if not hasattr(getattr(visual, "trunk", None), "group_matcher"):
         return {}
@@ -81,5 +82,5 @@ def _timm_depths(model: Any) -> dict[str, int]:
 
     trunk: dict[str, int] = group_parameters(visual.trunk, visual.trunk.group_matcher(coarse=False), reverse=True)
     depths = {f"visual.trunk.{name}": depth for name, depth in trunk.items()}
-    last = max(depths.values())
-    return depths | {f"visual.head.{name}": last for name, _ in visual.head.named_parameters()}
+    above = max(depths.values()) + 1
+    return depths | {f"visual.head.{name}": above for name, _ in visual.head.named_parameters()}
