@@ -6,6 +6,10 @@
 
 A checkpoint is what jobs/evaluate.py takes. Each shard gets a file of its own and is done once: the same command goes
 on where it was stopped, after a refresh only new shards are read, and --name keeps several models' features apart.
+
+    ... jobs/embed_dataset.py views --data s3://bucket/pets --checkpoint ViT-B-16:openai --views 10
+
+keeps raw image features of the picture and ten random crops of it instead, which few-shot methods train from.
 """
 
 import getpass
@@ -16,12 +20,13 @@ from typing import Literal
 import tyro
 
 from pipeline.config import require, run_job, writable_folder
-from pipeline.evaluation.embedder import LoadEmbedder, Precision
+from pipeline.evaluation.embedder import LoadEmbedder, Precision, Views
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.stages.embeddings import EmbedOptions, Export, embed
 from pipeline.stages.shard_tasks import Workers
 from pipeline.stages.smoke import drawn_snapshot
+from pipeline.stages.view_features import NAME
 
 SMOKE = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/embedded"
 
@@ -50,12 +55,27 @@ class Embed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmbedViews(Embed):
+    """Raw features of several views of every picture."""
+
+    options: EmbedOptions = field(default_factory=lambda: EmbedOptions(name=NAME, batch_size=32))
+    views: Views = field(default_factory=Views)
+
+    def __post_init__(self) -> None:
+        require(not self.export, "export", self.export, "nothing: features of views are not exported")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Smoke(Embed):
     """As the job, on a snapshot that it draws first."""
 
 
 PRESETS: dict[str, tuple[str, Embed]] = {
     "snapshot": ("The snapshot in a folder.", Embed(data=tyro.MISSING, checkpoint=tyro.MISSING)),
+    "views": (
+        "Raw features of each picture and of random crops of it, for few-shot methods.",
+        EmbedViews(data=tyro.MISSING, checkpoint=tyro.MISSING),
+    ),
     "smoke": (
         "Sixty-four drawn samples by an untrained model, in this process.",
         Smoke(
@@ -73,7 +93,8 @@ def main(run: Embed) -> None:
     export = writable_folder("export", run.export) if run.export else ""
     if isinstance(run, Smoke):
         drawn_snapshot(Folder(run.data))
-    model = LoadEmbedder(checkpoint=run.checkpoint, device=run.device, precision=run.precision)
+    views = run.views if isinstance(run, EmbedViews) else None
+    model = LoadEmbedder(checkpoint=run.checkpoint, device=run.device, precision=run.precision, views=views)
     use_gpu = None if run.device == "auto" else run.device == "cuda"
     snapshot = embed(read_snapshot(run.data), model, run.options, run.workers, use_gpu)
     print(f"{snapshot.uri}: {run.options.name} of {sum(shard.stored for shard in snapshot.shards)} samples")

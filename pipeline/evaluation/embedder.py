@@ -1,9 +1,9 @@
 """A model that turns stored pictures and captions into features: what ``stages/embeddings.py`` is handed."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -11,14 +11,43 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.config import require
 from pipeline.evaluation.encoder import inference
 from pipeline.evaluation.models import load_model
 from pipeline.evaluation.suite import Evaluable
-from pipeline.loaders.images import decode
+from pipeline.evaluation.zero_shot import classifier
+from pipeline.loaders.images import crop_words, decode, read_crops
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.loaders.text import cut_text
+from pipeline.models.adapters.adapter import FrozenClip
+from pipeline.models.clip import Clip
 
 Precision = Literal["fp32", "bf16"]
+VIEWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """Which views of a picture are embedded: view 0 as in evaluation, then random crops.
+
+    View v of a sample is a pure function of (seed, v, key): more views leave the first ones as they are.
+    """
+
+    views: int = 10
+    """Random crops of every picture; 0 for pictures that are only tested on."""
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    """Area of a random crop, as parts of the picture; the default is Tip-Adapter's, CoOp has 0.08 to 1."""
+    flip: float = 0.5
+    """Probability of a mirrored crop."""
+    seed: int = 0
+    """Of the crops."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.views <= 1000, "views", self.views, "0 to 1000")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, "crop_scale", self.crop_scale, "0 < low <= high <= 1")
+        require(0 <= self.flip <= 1, "flip", self.flip, "0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,24 +57,36 @@ class LoadEmbedder:
     checkpoint: str
     device: str = "auto"
     precision: Precision = "fp32"
+    views: Views | None = None
+    """Raw features of several views in the place of unit features and captions."""
 
-    def __call__(self, threads: int) -> "ModelEmbedder":
-        """``threads`` is the number of CPU threads for the model, where no GPU computes."""
+    def __call__(self, threads: int) -> "ModelEmbedder | ViewEmbedder":
+        """``threads`` is the number of CPU threads for the model, where no GPU computes.
+
+        Raises:
+            SettingError: no such checkpoint; or views asked of a model that is no CLIP.
+        """
         model = load_model(self.checkpoint, self.device)
         if not torch.cuda.is_available() or self.device == "cpu":
             torch.set_num_threads(threads)
-        return ModelEmbedder(model, self.precision)
+        if self.views is None:
+            return ModelEmbedder(model, self.precision)
+        require(isinstance(model, Clip), "checkpoint", self.checkpoint, "a CLIP, for raw features of views")
+        return ViewEmbedder(model, self.views, self.precision)
 
 
 class ModelEmbedder:
     """A model with its own transform of evaluation and its own tokenizer."""
+
+    facts: Mapping[str, str | int] = {}
+    reads_text = True
 
     def __init__(self, model: Evaluable, precision: Precision = "fp32") -> None:
         self._model, self._precision = model, precision
         self._transform = model.transforms(train=False)
         self.maker = digest_of(model, repr(self._transform), precision)
 
-    def prepare(self, picture: bytes) -> Tensor | None:
+    def prepare(self, picture: bytes, key: str = "") -> Tensor | None:
         """The picture as uint8 [3, H, W]; ``None`` where it cannot be decoded."""
         try:
             return self._transform(decode(picture))
@@ -62,6 +103,50 @@ class ModelEmbedder:
         tokens = cut_text(self._model.tokenizer(list(texts)), getattr(self._model, "end_of_text", None))
         with inference(self._model, self._precision) as device:
             return _normalised(self._model.encode_text(tokens.to(device)))
+
+
+class ViewEmbedder:
+    """A CLIP that gives raw features, as few-shot methods want them, of several views of each picture."""
+
+    reads_text = False
+
+    def __init__(self, model: Evaluable, views: Views, precision: Precision = "fp32") -> None:
+        """``model`` is a :class:`Clip`."""
+        self._model, self._precision, self._views = model, precision, views
+        self._clip = FrozenClip(cast(Clip, model), classifier)
+        self._still = model.transforms(train=False)
+        self._random = replace(self._still, crop="resized", scale=views.crop_scale, flip=views.flip)
+        settings = (repr(self._still), repr(self._random) if views.views else "", repr(views.seed), precision)
+        self.maker = digest_of(model, "raw views", str(views.views), *settings)
+        self.facts: Mapping[str, str | int] = {
+            "views": 1 + views.views,
+            "still": settings[0],
+            "random": settings[1],
+            "seed": views.seed,
+        }
+
+    def prepare(self, picture: bytes, key: str) -> Tensor | None:
+        """The views as uint8 [V, 3, H, W]; ``None`` where the picture cannot be decoded."""
+        number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+        words = [crop_words(self._views.seed, view, number) for view in range(1, 1 + self._views.views)]
+        try:
+            still = self._still.read(picture)
+            crops = read_crops(picture, [(self._random, word) for word in words]) if words else []
+            return torch.stack([still, *crops])
+        except UnreadableSample:
+            return None
+
+    def encode_image(self, pictures: Sequence[Tensor]) -> NDArray[np.float32]:
+        """uint8 B x [V, 3, H, W] -> raw features [B, V, D]."""
+        views = torch.cat(list(pictures))
+        with inference(self._model, self._precision):
+            features = torch.cat([self._clip.raw_features(part).cpu() for part in views.split(VIEWS_AT_ONCE)])
+        raw: NDArray[np.float32] = features.unflatten(0, (len(pictures), -1)).numpy()
+        return raw
+
+    def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """No text has views."""
+        raise AssertionError("views are of pictures alone")
 
 
 def digest_of(model: Evaluable, *settings: str) -> str:

@@ -2,7 +2,8 @@
 
 ``00017.embeddings.parquet`` has a row for every sample that the tar stores, hidden ones too, so that it outlives
 selections: ``key``, ``image`` and ``text``, L2-normalised float16 [D]; NaN where a sample has no readable picture or no
-caption. The model is whatever has the few methods of :class:`Embedder`; the job brings it.
+caption. The model is whatever has the few methods of :class:`Embedder`; the job brings it. One that gives several
+views of a picture has a row of V x D numbers for each: see ``view_features.py``.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -38,6 +39,7 @@ from pipeline.stages.shard_tasks import Workers, data_resource, run_tasks
 logger = logging.getLogger(__name__)
 
 JOB = "jobs/embed_dataset.py"
+FACTS = b"clipmill.facts"
 MOST_THREADS = 4  # of a worker without a GPU: more workers use the cores better than more threads
 Features = NDArray[np.float16]
 
@@ -46,13 +48,20 @@ class Embedder(Protocol):
     """What this stage needs of a model; ``maker`` is the digest of its weights and of what is done to its input."""
 
     maker: str
+    facts: Mapping[str, str | int]
+    """What readers of the features should know of them, such as ``views``; kept with them."""
+    reads_text: bool
+    """Whether captions get features too."""
 
-    def prepare(self, picture: bytes) -> Any | None:
-        """The picture as :meth:`encode_image` wants it, ``None`` where it cannot be read; called from many threads."""
+    def prepare(self, picture: bytes, key: str) -> Any | None:
+        """The picture as :meth:`encode_image` wants it, ``None`` where it cannot be read; called from many threads.
+
+        What is random about it depends on the sample's ``key`` alone.
+        """
         ...
 
     def encode_image(self, pictures: Sequence[Any]) -> NDArray[np.float32]:
-        """L2-normalised features [B, D]."""
+        """Features [B, D], L2-normalised; or raw features [B, V, D] of several views."""
         ...
 
     def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -118,7 +127,7 @@ def embed_shard(
     done = _finished(folder, shard, embedder.maker, options)
     if done is not None:
         return done
-    with_text = "txt" in fields
+    with_text = "txt" in fields and embedder.reads_text
     keys: list[str] = []
     parts: dict[str, list[NDArray[np.float32] | None]] = {"image": [], "text": []}
     with folder.open(shard.tar) as file, ThreadPoolExecutor(threads, thread_name_prefix="prepare") as pool:
@@ -130,10 +139,13 @@ def embed_shard(
                 parts["text"] += _some(embedder.encode_text, [_caption(sample) for sample, _ in batch])
     if len(keys) != shard.stored:
         raise DataError(f"{folder.join(shard.tar)} holds {len(keys)} samples, the snapshot says {shard.stored}")
-    width = next((len(row) for part in parts.values() for row in part if row is not None), 1)
+    width = next((row.size for part in parts.values() for row in part if row is not None), 1)
     kinds = ("image", "text") if with_text else ("image",)
-    columns = {"key": pa.array(keys, pa.string()), **{kind: _column(parts[kind], width) for kind in kinds}}
-    return write_sidecar(folder, shard, options.name, pa.table(columns), embedder.maker)
+    columns = {"key": pa.array(keys, pa.string()), **{kind: _column(parts[kind], keys, width) for kind in kinds}}
+    table = pa.table(columns)
+    if embedder.facts:
+        table = table.replace_schema_metadata({FACTS: json.dumps(dict(embedder.facts)).encode()})
+    return write_sidecar(folder, shard, options.name, table, embedder.maker)
 
 
 def read_features(folder: Folder, shard: Shard, name: str = "embeddings") -> ShardFeatures:
@@ -145,8 +157,8 @@ def read_features(folder: Folder, shard: Shard, name: str = "embeddings") -> Sha
     table = read_sidecar(folder, shard, name, JOB)
     if not {"key", "image"} <= set(table.column_names):
         raise SidecarError(f"{folder.join(sidecar_file(shard, name))} holds no features; make them with {JOB}")
-    text = _matrix(table["text"]) if "text" in table.column_names else None
-    return ShardFeatures([str(key) for key in table["key"].to_pylist()], _matrix(table["image"]), text)
+    text = matrix(table["text"]) if "text" in table.column_names else None
+    return ShardFeatures([str(key) for key in table["key"].to_pylist()], matrix(table["image"]), text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,9 +199,9 @@ class Export:
         ending = f"{number:0{len(str(self.files))}d}"
         if not images:
             return "0"
-        self._write_matrix("img_emb", ending, images)
+        self._writematrix("img_emb", ending, images)
         if texts[0] is not None:
-            self._write_matrix("text_emb", ending, texts)
+            self._writematrix("text_emb", ending, texts)
         content = BytesIO()
         pq.write_table(pa.Table.from_pandas(_uniform(pd.json_normalize(rows)), preserve_index=False), content)
         self.folder.folder("metadata").write_atomic(f"metadata_{ending}.parquet", content.getvalue())
@@ -211,7 +223,7 @@ class Export:
                 if not np.isnan(features.image[row, 0]) and (text is None or not np.isnan(text[0])):
                     yield sample.key, features.image[row], text, sample
 
-    def _write_matrix(self, kind: str, ending: str, rows: list[Any]) -> None:
+    def _writematrix(self, kind: str, ending: str, rows: list[Any]) -> None:
         content = BytesIO()
         np.save(content, np.stack(rows))
         self.folder.folder(kind).write_atomic(f"{kind}_{ending}.npy", content.getvalue())
@@ -335,7 +347,7 @@ def _prepared(
 
 def _prepare(embedder: Embedder, sample: Sample) -> Any | None:
     picture = sample.image()
-    return None if picture is None else embedder.prepare(picture)
+    return None if picture is None else embedder.prepare(picture, sample.key)
 
 
 def _some(
@@ -352,14 +364,22 @@ def _caption(sample: Sample) -> str | None:
     return None if content is None else content.decode("utf-8", errors="replace")
 
 
-def _column(rows: list[NDArray[np.float32] | None], width: int) -> Any:
+def _column(rows: list[NDArray[np.float32] | None], keys: Sequence[str], width: int) -> Any:
     """Lists of ``width`` float16; NaN for ``None``, since null lists of fixed size do not survive parquet."""
     empty = np.full(width, np.nan, np.float16)
-    values = np.concatenate([empty[:0], *(empty if row is None else row.astype(np.float16) for row in rows)])
-    return pa.FixedSizeListArray.from_arrays(pa.array(values, pa.float16()), width)
+    parts = [empty if row is None else _half(row, key) for row, key in zip(rows, keys, strict=True)]
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate([empty[:0], *parts]), pa.float16()), width)
 
 
-def _matrix(column: Any) -> Features:
+def _half(row: NDArray[np.float32], key: str) -> Features:
+    with np.errstate(over="ignore"):
+        half: Features = row.astype(np.float16).ravel()
+    if not np.isfinite(half).all():
+        raise DataError(f"sample {key}: the model gives features that are not finite, or too large for half precision")
+    return half
+
+
+def matrix(column: Any) -> Features:
     array = column.combine_chunks()
     rows: Features = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, array.type.list_size)
     return rows

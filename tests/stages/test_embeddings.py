@@ -2,8 +2,8 @@
 
 import io
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,10 @@ class Colours:
     """A model whose features are easily computed another way: the mean colour, and the counts of three letters."""
 
     maker: str = "colours-1"
+    facts: Mapping[str, str | int] = field(default_factory=dict)
+    reads_text: bool = True
 
-    def prepare(self, picture: bytes) -> NDArray[np.float32] | None:
+    def prepare(self, picture: bytes, key: str) -> NDArray[np.float32] | None:
         try:
             return np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"), np.float32)
         except OSError:

@@ -1,0 +1,25 @@
+"""Features for few-shot methods, made by the embedding job."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.shards.snapshot import read_snapshot
+from pipeline.shards.storage import Folder
+from pipeline.stages.smoke import drawn_snapshot
+from pipeline.stages.view_features import read_views
+
+
+def test_raw_features_of_views(job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drawn_snapshot(Folder(tmp_path), samples=4)
+    words = ["views", "--data", str(tmp_path), "--checkpoint", "clipmill-tiny:untrained", "--views", "2"]
+    assert job("embed_dataset", *words, "--processes-count", "0") == 0
+    assert "views of 4 samples" in capsys.readouterr().out
+    assert read_views(read_snapshot(str(tmp_path))).features.shape[:2] == (4, 3)
+
+
+def test_views_are_not_exported(job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["views", "--data", str(tmp_path), "--checkpoint", "x", "--export", str(tmp_path / "out")]
+    assert job("embed_dataset", *words) == 2
+    assert "export:" in capsys.readouterr().err
