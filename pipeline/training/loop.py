@@ -19,6 +19,7 @@ from pipeline.loaders.batches import Batch, training_batches
 from pipeline.loaders.order import random_words
 from pipeline.models.method import EmbeddingMethod, Method, build_method
 from pipeline.training import distributed
+from pipeline.training.blocks import compile_each, recompute_each
 from pipeline.training.checkpoint import (
     Checkpoint,
     Checkpoints,
@@ -95,6 +96,10 @@ class _Training:
         self.method = self._method(latest).to(device).to(memory_format=torch.channels_last).train()
         self.method.gather = distributed.gather
         self.method.exchange = distributed.exchange(self.config.exchange)
+        if self.config.checkpoint_activations:
+            recompute_each(self.method.blocks())
+        if self.config.compile_blocks:
+            compile_each(self.method.blocks())
         self.optimizer = make_optimizer(self.config.optimizer, self.method)
         if latest:
             load_optimizer(self.optimizer, latest.folder)

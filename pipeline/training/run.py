@@ -35,6 +35,8 @@ FREE = (
     "micro_batch",
     "exchange",
     "max_skipped_steps",
+    "checkpoint_activations",
+    "compile_blocks",
     "log_every_steps",
     "checkpoint_every_steps",
     "checkpoint_every_minutes",
@@ -106,6 +108,11 @@ class Run:
     first steps. Checkpoints hold both; evaluate FOLDER:ema."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Matrix products in bfloat16 or float32; auto is bf16 on GPUs, fp32 elsewhere."""
+    checkpoint_activations: bool = False
+    """Keep of each block of the towers its input alone and compute it again for the gradient: less memory for a third
+    more time, the same result."""
+    compile_blocks: bool = False
+    """Compile the towers' blocks with torch.compile: a slow first step, faster ones behind it."""
     seed: int = 0
     """Decides initial weights, order and augmentation."""
     caption: str = "txt"
