@@ -6,14 +6,11 @@ caption. The model is whatever has the few methods of :class:`Embedder`; the job
 views of a picture has a row of V x D numbers for each: see ``view_features.py``.
 """
 
-import hashlib
 import json
 import logging
-import os
-import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import BytesIO
 from itertools import accumulate, islice
 from typing import Any, Protocol
@@ -25,22 +22,19 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.config import require
-from pipeline.errors import ClipmillError, DataError, SidecarError
-from pipeline.shards.lease import lease
+from pipeline.errors import DataError, SidecarError
 from pipeline.shards.sample import Sample
 from pipeline.shards.selection import read_samples
-from pipeline.shards.sidecar import MAKER, TAR_DIGEST, read_sidecar, sidecar_file, write_sidecar
-from pipeline.shards.snapshot import Shard, Snapshot, publish_shards, read_snapshot
+from pipeline.shards.sidecar import read_sidecar, sidecar_file
+from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
-from pipeline.shards.tar import iterate_tar
-from pipeline.stages.ray_session import connect
-from pipeline.stages.shard_tasks import Workers, data_resource, run_tasks
+from pipeline.stages.annotate import Annotation, annotate
+from pipeline.stages.shard_tasks import Workers, run_tasks
 
 logger = logging.getLogger(__name__)
 
 JOB = "jobs/embed_dataset.py"
 FACTS = b"clipmill.facts"
-MOST_THREADS = 4  # of a worker without a GPU: more workers use the cores better than more threads
 Features = NDArray[np.float16]
 
 
@@ -110,42 +104,47 @@ def embed(
         DataError: a damaged shard.
         StorageError: the store refused (the same command goes on from there), or another job is at work in the folder.
     """
-    digests: dict[tuple[str, str], str] = {}
-    with lease(Folder(snapshot.folder), "an embedding") as held:
-        for number, digest in _embedded(snapshot, make, options, workers, use_gpu):
-            shard = snapshot.shards[number]
-            digests[shard.name, shard.sha256] = digest
-            logger.info("%d of %d shards have features, %s the last", len(digests), len(snapshot.shards), shard.name)
-        held.check()
-        return _publish(snapshot, digests, options.name)
+    load = LoadShardEmbedder(make, tuple(snapshot.fields), options.batch_size)
+    annotation = Annotation(name=options.name, overwrite=options.overwrite)
+    return annotate(snapshot, load, annotation, workers, use_gpu)
 
 
-def embed_shard(
-    folder: Folder, shard: Shard, fields: Iterable[str], embedder: Embedder, options: EmbedOptions, threads: int = 4
-) -> str:
-    """Write the sidecar of one shard, unless it is there; returns its SHA-256 hex. Raises as :func:`embed`."""
-    done = _finished(folder, shard, embedder.maker, options)
-    if done is not None:
-        return done
-    with_text = "txt" in fields and embedder.reads_text
-    keys: list[str] = []
-    parts: dict[str, list[NDArray[np.float32] | None]] = {"image": [], "text": []}
-    with folder.open(shard.tar) as file, ThreadPoolExecutor(threads, thread_name_prefix="prepare") as pool:
-        samples = iterate_tar(file, folder.join(shard.tar))
-        for batch in _prepared(samples, options.batch_size, pool, embedder):
-            keys += [sample.key for sample, _ in batch]
-            parts["image"] += _some(embedder.encode_image, [future.result() for _, future in batch])
-            if with_text:
-                parts["text"] += _some(embedder.encode_text, [_caption(sample) for sample, _ in batch])
-    if len(keys) != shard.stored:
-        raise DataError(f"{folder.join(shard.tar)} holds {len(keys)} samples, the snapshot says {shard.stored}")
-    width = next((row.size for part in parts.values() for row in part if row is not None), 1)
-    kinds = ("image", "text") if with_text else ("image",)
-    columns = {"key": pa.array(keys, pa.string()), **{kind: _column(parts[kind], keys, width) for kind in kinds}}
-    table = pa.table(columns)
-    if embedder.facts:
-        table = table.replace_schema_metadata({FACTS: json.dumps(dict(embedder.facts)).encode()})
-    return write_sidecar(folder, shard, options.name, table, embedder.maker)
+@dataclass(frozen=True)
+class LoadShardEmbedder:
+    """Loads what makes a shard's features with the embedder that ``make`` loads, of samples with these ``fields``."""
+
+    make: MakeEmbedder
+    fields: tuple[str, ...]
+    batch_size: int
+
+    def __call__(self, threads: int) -> "ShardEmbedder":
+        embedder = self.make(threads)
+        return ShardEmbedder(embedder, "txt" in self.fields and embedder.reads_text, self.batch_size, threads)
+
+
+class ShardEmbedder:
+    """The features of a shard's samples as a table; decodes ahead in ``threads`` threads."""
+
+    def __init__(self, embedder: Embedder, with_text: bool, batch_size: int, threads: int) -> None:
+        self._embedder, self._with_text, self._batch_size, self._threads = embedder, with_text, batch_size, threads
+        self.maker = embedder.maker
+
+    def table(self, samples: Iterator[Sample], shard: Shard) -> pa.Table:
+        """Columns ``key``, ``image`` and, where captions are encoded, ``text``."""
+        embedder = self._embedder
+        keys: list[str] = []
+        parts: dict[str, list[NDArray[np.float32] | None]] = {"image": [], "text": []}
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="prepare") as pool:
+            for batch in _prepared(samples, self._batch_size, pool, embedder):
+                keys += [sample.key for sample, _ in batch]
+                parts["image"] += _some(embedder.encode_image, [future.result() for _, future in batch])
+                if self._with_text:
+                    parts["text"] += _some(embedder.encode_text, [_caption(sample) for sample, _ in batch])
+        width = next((row.size for part in parts.values() for row in part if row is not None), 1)
+        kinds = ("image", "text") if self._with_text else ("image",)
+        columns = {"key": pa.array(keys, pa.string()), **{kind: _column(parts[kind], keys, width) for kind in kinds}}
+        facts = {FACTS: json.dumps(dict(embedder.facts)).encode()} if embedder.facts else None
+        return pa.table(columns).replace_schema_metadata(facts)
 
 
 def read_features(folder: Folder, shard: Shard, name: str = "embeddings") -> ShardFeatures:
@@ -229,108 +228,6 @@ class Export:
         self.folder.folder(kind).write_atomic(f"{kind}_{ending}.npy", content.getvalue())
 
 
-def _embedded(
-    snapshot: Snapshot, make: MakeEmbedder, options: EmbedOptions, workers: Workers, use_gpu: bool | None
-) -> Iterator[tuple[int, str]]:
-    if workers.processes_count != 0:
-        yield from _embedded_by_ray(snapshot, make, options, workers, use_gpu)
-        return
-    work = _EmbedShards(make, snapshot, options, os.cpu_count() or 1)
-    yield from ((number, work.digest(number)) for number in range(len(snapshot.shards)))
-
-
-def _embedded_by_ray(
-    snapshot: Snapshot, make: MakeEmbedder, options: EmbedOptions, workers: Workers, use_gpu: bool | None
-) -> Iterator[tuple[int, str]]:
-    import ray
-
-    connect()
-    places = _places(workers.processes_count, use_gpu, len(snapshot.shards))
-    rows = [{"number": number} for number in range(len(snapshot.shards))]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _EmbedShards,
-        fn_constructor_args=(make, snapshot, options, places.threads),
-        batch_size=1,
-        batch_format="numpy",
-        num_cpus=places.threads,
-        num_gpus=1 if places.gpu else None,
-        compute=ray.data.ActorPoolStrategy(size=places.count),
-        resources=None if places.gpu else data_resource(dict(ray.cluster_resources())),
-    )
-    for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-        for number, digest, error in zip(batch["number"], batch["digest"], batch["error"], strict=True):
-            if error:
-                raise pickle.loads(error)
-            yield int(number), str(digest)
-
-
-@dataclass(frozen=True)
-class _Places:
-    count: int
-    threads: int
-    gpu: bool
-
-
-def _places(asked: int | None, use_gpu: bool | None, shards: int) -> _Places:
-    """How many actors, each with how many CPUs: one for each GPU, or on CPUs some of a few threads."""
-    import ray
-
-    cluster = dict(ray.cluster_resources())
-    sizes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    cpus, smallest = int(cluster.get("CPU", 1)), min([size for size in sizes if size] or [1])
-    gpus = int(cluster.get("GPU", 0))
-    if gpus if use_gpu is None else use_gpu:
-        require(gpus > 0, "device", "cuda", "cpu: the cluster has no GPU")
-        count = min(asked or gpus, shards)
-        return _Places(count, max(1, min(8, smallest, cpus // max(gpus, 1))), True)
-    count = min(asked or max(1, cpus // min(MOST_THREADS, smallest)), shards)
-    return _Places(count, max(1, min(MOST_THREADS, smallest, cpus // count)), False)
-
-
-class _EmbedShards:
-    """The actor: holds the model; a batch of shard numbers to a batch of digests."""
-
-    def __init__(self, make: MakeEmbedder, snapshot: Snapshot, options: EmbedOptions, threads: int) -> None:
-        self._make, self._snapshot, self._options, self._threads = make, snapshot, options, threads
-        self._embedder: Embedder | None = None
-
-    def digest(self, number: int) -> str:
-        folder, shard = Folder(self._snapshot.folder), self._snapshot.shards[number]
-        # Loaded with the first shard: what is wrong with a checkpoint is lost on the way where __init__ raises it.
-        self._embedder = self._embedder or self._make(self._threads)
-        return embed_shard(folder, shard, self._snapshot.fields, self._embedder, self._options, self._threads)
-
-    def __call__(self, batch: Any) -> Any:
-        digests, errors = [], []
-        for number in batch["number"]:
-            try:
-                digests.append(self.digest(int(number)))
-                errors.append(b"")
-            except ClipmillError as error:
-                # As a value: of what an actor raises, Ray gives back the text alone.
-                digests.append("")
-                errors.append(pickle.dumps(error))
-        return {"number": batch["number"], "digest": np.array(digests, object), "error": np.array(errors, object)}
-
-
-def _finished(folder: Folder, shard: Shard, maker: str, options: EmbedOptions) -> str | None:
-    """The digest of the sidecar that is there already, of the same tar and maker."""
-    file = sidecar_file(shard, options.name)
-    try:
-        content = folder.read_bytes(file)
-        metadata = pq.read_schema(BytesIO(content)).metadata or {}
-    except (FileNotFoundError, pa.ArrowInvalid):
-        return None
-    if metadata.get(TAR_DIGEST) != shard.sha256.encode():
-        return None
-    if metadata.get(MAKER) == maker.encode():
-        return hashlib.sha256(content).hexdigest()
-    if not options.overwrite:
-        ways = "--overwrite replaces it, another --name keeps both"
-        raise SidecarError(f"{folder.join(file)} holds the features of another model; {ways}")
-    return None
-
-
 def _prepared(
     samples: Iterator[Sample], size: int, pool: ThreadPoolExecutor, embedder: Embedder
 ) -> Iterator[list[tuple[Sample, "Future[Any]"]]]:
@@ -383,28 +280,6 @@ def matrix(column: Any) -> Features:
     array = column.combine_chunks()
     rows: Features = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, array.type.list_size)
     return rows
-
-
-def _publish(snapshot: Snapshot, digests: dict[tuple[str, str], str], name: str) -> Snapshot:
-    """The newest snapshot with the new sidecars, by tar: it may have been published while the features were made."""
-    latest = read_snapshot(snapshot.folder)
-    shards = []
-    for shard in latest.shards:
-        digest = digests.get((shard.name, shard.sha256))
-        shards.append(replace(shard, sidecars={**shard.sidecars, name: digest}) if digest else shard)
-    bare = sum(name not in shard.sidecars for shard in shards)
-    if bare:
-        logger.warning("%s has %d shards without %s; run again to add them", latest.uri, bare, name)
-    return publish_shards(
-        Folder(snapshot.folder),
-        tuple(shards),
-        fields=latest.fields,
-        card=latest.card,
-        options=latest.options,
-        rows=latest.rows,
-        dropped=latest.dropped,
-        changes={f"{name}_added": sum(shard.stored for shard in shards if name in shard.sidecars)},
-    )
 
 
 def _described(sample: Sample, with_caption: bool) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def test_finished_shards_are_not_read_again(snapshot: Snapshot, monkeypatch: pyt
 
 def test_another_model_is_refused_or_put_beside_or_replaces(snapshot: Snapshot) -> None:
     first = run(snapshot)
-    with pytest.raises(SidecarError, match="another model; --overwrite"):
+    with pytest.raises(SidecarError, match="another model or other settings; --overwrite"):
         run(first, maker="colours-2")
     beside = run(first, maker="colours-2", name="other")
     assert all(sorted(shard.sidecars) == ["embeddings", "other"] for shard in beside.shards)

@@ -99,7 +99,7 @@ def test_other_models_other_views_and_other_tars_are_refused(snapshot: Snapshot,
     for other in ("another model", maker(3)):
         with pytest.raises(SidecarError, match="was made by .*, not .*; make it again"):
             read_views(made, other)
-    with pytest.raises(SidecarError, match="another model; --overwrite"):
+    with pytest.raises(SidecarError, match="other settings; --overwrite"):
         views_of(snapshot, seed=1)
     embedded = embed(made, LoadEmbedder(checkpoint=TINY, device="cpu"), EmbedOptions(), HERE)
     with pytest.raises(SidecarError, match="no features of views"):

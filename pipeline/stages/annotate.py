@@ -1,0 +1,217 @@
+"""Sidecars for a whole snapshot: one for each shard, made on the cluster's CPUs or GPUs, each made once.
+
+What is made of a shard's samples, a table with a column ``key``, is an :class:`Annotator`'s business: features,
+pseudo boxes, features of regions. The job brings it, as a function that loads it in the process that will use it.
+"""
+
+import hashlib
+import logging
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from io import BytesIO
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config import require
+from pipeline.errors import ClipmillError, DataError, SidecarError
+from pipeline.shards.lease import lease
+from pipeline.shards.sample import Sample
+from pipeline.shards.sidecar import MAKER, TAR_DIGEST, sidecar_file, write_sidecar
+from pipeline.shards.snapshot import Shard, Snapshot, publish_shards, read_snapshot
+from pipeline.shards.storage import Folder
+from pipeline.shards.tar import iterate_tar
+from pipeline.stages.ray_session import connect
+from pipeline.stages.shard_tasks import Workers, data_resource
+
+logger = logging.getLogger(__name__)
+
+MOST_THREADS = 4  # of a worker without a GPU: more workers use the cores better than more threads
+
+
+class Annotator(Protocol):
+    """Makes the table of one shard; ``maker`` is the digest of all that decides what comes out, such as weights."""
+
+    maker: str
+
+    def table(self, samples: Iterator[Sample], shard: Shard) -> pa.Table:
+        """A row for every sample, in their order, with its ``key``; raises ``DataError`` for what cannot be used."""
+        ...
+
+
+MakeAnnotator = Callable[[int], Annotator]
+"""Loads the annotator in the process that will use it, for a number of CPU threads; pickles."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annotation:
+    """How the sidecars are called, and whether those of another maker are replaced."""
+
+    name: str
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.name.isidentifier(), "name", self.name, "a plain word")
+
+
+def annotate(
+    snapshot: Snapshot, make: MakeAnnotator, annotation: Annotation, workers: Workers, use_gpu: bool | None = None
+) -> Snapshot:
+    """Give every shard of ``snapshot`` its sidecar and publish that; shards that have it are not read again.
+
+    ``use_gpu`` ``None``: where the cluster has GPUs.
+
+    Raises:
+        SidecarError: a sidecar of this name by another maker is there.
+        DataError: a damaged shard.
+        StorageError: the store refused (the same command goes on from there), or another job is at work in the folder.
+    """
+    digests: dict[tuple[str, str], str] = {}
+    with lease(Folder(snapshot.folder), f"the making of {annotation.name}") as held:
+        for number, digest in _annotated(snapshot, make, annotation, workers, use_gpu):
+            shard = snapshot.shards[number]
+            digests[shard.name, shard.sha256] = digest
+            done, total = len(digests), len(snapshot.shards)
+            logger.info("%d of %d shards have %s, %s the last", done, total, annotation.name, shard.name)
+        held.check()
+        return _publish(snapshot, digests, annotation.name)
+
+
+def annotate_shard(folder: Folder, shard: Shard, annotator: Annotator, annotation: Annotation) -> str:
+    """Write the sidecar of one shard, unless it is there; returns its SHA-256 hex. Raises as :func:`annotate`."""
+    done = _finished(folder, shard, annotator.maker, annotation)
+    if done is not None:
+        return done
+    with folder.open(shard.tar) as file:
+        table = annotator.table(iterate_tar(file, folder.join(shard.tar)), shard)
+    if len(table) != shard.stored:
+        raise DataError(f"{folder.join(shard.tar)} holds {len(table)} samples, the snapshot says {shard.stored}")
+    return write_sidecar(folder, shard, annotation.name, table, annotator.maker)
+
+
+def _annotated(
+    snapshot: Snapshot, make: MakeAnnotator, annotation: Annotation, workers: Workers, use_gpu: bool | None
+) -> Iterator[tuple[int, str]]:
+    if workers.processes_count != 0:
+        yield from _annotated_by_ray(snapshot, make, annotation, workers, use_gpu)
+        return
+    work = _AnnotateShards(make, snapshot, annotation, os.cpu_count() or 1)
+    yield from ((number, work.digest(number)) for number in range(len(snapshot.shards)))
+
+
+def _annotated_by_ray(
+    snapshot: Snapshot, make: MakeAnnotator, annotation: Annotation, workers: Workers, use_gpu: bool | None
+) -> Iterator[tuple[int, str]]:
+    import ray
+
+    connect()
+    places = _places(workers.processes_count, use_gpu, len(snapshot.shards))
+    rows = [{"number": number} for number in range(len(snapshot.shards))]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _AnnotateShards,
+        fn_constructor_args=(make, snapshot, annotation, places.threads),
+        batch_size=1,
+        batch_format="numpy",
+        num_cpus=places.threads,
+        num_gpus=1 if places.gpu else None,
+        compute=ray.data.ActorPoolStrategy(size=places.count),
+        resources=None if places.gpu else data_resource(dict(ray.cluster_resources())),
+    )
+    for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+        for number, digest, error in zip(batch["number"], batch["digest"], batch["error"], strict=True):
+            if error:
+                raise pickle.loads(error)
+            yield int(number), str(digest)
+
+
+@dataclass(frozen=True)
+class _Places:
+    count: int
+    threads: int
+    gpu: bool
+
+
+def _places(asked: int | None, use_gpu: bool | None, shards: int) -> _Places:
+    """How many actors, each with how many CPUs: one for each GPU, or on CPUs some of a few threads."""
+    import ray
+
+    cluster = dict(ray.cluster_resources())
+    sizes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    cpus, smallest = int(cluster.get("CPU", 1)), min([size for size in sizes if size] or [1])
+    gpus = int(cluster.get("GPU", 0))
+    if gpus if use_gpu is None else use_gpu:
+        require(gpus > 0, "device", "cuda", "cpu: the cluster has no GPU")
+        count = min(asked or gpus, shards)
+        return _Places(count, max(1, min(8, smallest, cpus // max(gpus, 1))), True)
+    count = min(asked or max(1, cpus // min(MOST_THREADS, smallest)), shards)
+    return _Places(count, max(1, min(MOST_THREADS, smallest, cpus // count)), False)
+
+
+class _AnnotateShards:
+    """The actor: holds the annotator; a batch of shard numbers to a batch of digests."""
+
+    def __init__(self, make: MakeAnnotator, snapshot: Snapshot, annotation: Annotation, threads: int) -> None:
+        self._make, self._snapshot, self._annotation, self._threads = make, snapshot, annotation, threads
+        self._annotator: Annotator | None = None
+
+    def digest(self, number: int) -> str:
+        # Loaded with the first shard: what is wrong with a checkpoint is lost on the way where __init__ raises it.
+        self._annotator = self._annotator or self._make(self._threads)
+        shard = self._snapshot.shards[number]
+        return annotate_shard(Folder(self._snapshot.folder), shard, self._annotator, self._annotation)
+
+    def __call__(self, batch: Any) -> Any:
+        digests, errors = [], []
+        for number in batch["number"]:
+            try:
+                digests.append(self.digest(int(number)))
+                errors.append(b"")
+            except ClipmillError as error:
+                # As a value: of what an actor raises, Ray gives back the text alone.
+                digests.append("")
+                errors.append(pickle.dumps(error))
+        return {"number": batch["number"], "digest": np.array(digests, object), "error": np.array(errors, object)}
+
+
+def _finished(folder: Folder, shard: Shard, maker: str, annotation: Annotation) -> str | None:
+    """The digest of the sidecar that is there already, of the same tar and maker."""
+    file = sidecar_file(shard, annotation.name)
+    try:
+        content = folder.read_bytes(file)
+        metadata = pq.read_schema(BytesIO(content)).metadata or {}
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return None
+    if metadata.get(TAR_DIGEST) != shard.sha256.encode():
+        return None
+    if metadata.get(MAKER) == maker.encode():
+        return hashlib.sha256(content).hexdigest()
+    if not annotation.overwrite:
+        ways = "--overwrite replaces it, another --name keeps both"
+        raise SidecarError(f"{folder.join(file)} was made with another model or other settings; {ways}")
+    return None
+
+
+def _publish(snapshot: Snapshot, digests: dict[tuple[str, str], str], name: str) -> Snapshot:
+    """The newest snapshot with the new sidecars, by tar: it may have been published while they were made."""
+    latest = read_snapshot(snapshot.folder)
+    shards = []
+    for shard in latest.shards:
+        digest = digests.get((shard.name, shard.sha256))
+        shards.append(replace(shard, sidecars={**shard.sidecars, name: digest}) if digest else shard)
+    bare = sum(name not in shard.sidecars for shard in shards)
+    if bare:
+        logger.warning("%s has %d shards without %s; run again to add them", latest.uri, bare, name)
+    return publish_shards(
+        Folder(snapshot.folder),
+        tuple(shards),
+        fields=latest.fields,
+        card=latest.card,
+        options=latest.options,
+        rows=latest.rows,
+        dropped=latest.dropped,
+        changes={f"{name}_added": sum(shard.stored for shard in shards if name in shard.sidecars)},
+    )
