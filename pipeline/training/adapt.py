@@ -22,6 +22,7 @@ from pipeline.config import require
 from pipeline.errors import DataError, SettingError
 from pipeline.loaders.images import ImageTransform, crop_words
 from pipeline.loaders.order import permutation, random_words
+from pipeline.loaders.samples import UnreadableSample
 from pipeline.models.adapters.adapter import Adapter, FrozenClip, Shots, adapter_class
 from pipeline.models.towers import openclip
 from pipeline.training.adapt_recipes import Recipe, make_optimizer
@@ -152,7 +153,6 @@ def adapt(
     return Adapted(method, config, recipe, seed, adapter.eval(), chosen, tuple(history))
 
 
-@torch.no_grad()
 def accuracy(adapter: Adapter, data: Labelled) -> Accuracy:
     """Classify ``data`` into the classes that ``adapter`` is bound to; of equal logits the lower class wins.
 
@@ -163,13 +163,14 @@ def accuracy(adapter: Adapter, data: Labelled) -> Accuracy:
     images = _Images(adapter, data)
     count = len(adapter.classes)
     right, seen, loss = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64), 0.0
-    for numbers in np.array_split(np.arange(len(data)), -(-len(data) // _at_once(adapter))):
-        labels = data.labels[torch.from_numpy(numbers)]
-        logits = adapter.logits(images.plain(numbers)).float()
-        loss += float(functional.cross_entropy(logits, labels.to(logits.device), reduction="sum"))
-        hits = logits.argmax(dim=1).cpu() == labels.cpu()
-        seen += torch.bincount(labels.cpu(), minlength=count)
-        right += torch.bincount(labels.cpu()[hits], minlength=count)
+    with adapter.still():
+        for numbers in np.array_split(np.arange(len(data)), -(-len(data) // _at_once(adapter))):
+            labels = data.labels[torch.from_numpy(numbers)].cpu()
+            logits = adapter.logits(images.plain(numbers)).float().cpu()
+            loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+            hits = logits.argmax(dim=1) == labels
+            seen += torch.bincount(labels, minlength=count)
+            right += torch.bincount(labels[hits], minlength=count)
     return Accuracy(right, seen, loss / len(data))
 
 
@@ -211,6 +212,7 @@ class _Training:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             total += self._step(numbers, epoch)
+        self._require_finite(all(bool(learned.isfinite().all()) for learned in self.adapter.parameters()), epoch)
         return {"train/loss": float(total) / steps, "train/lr": rate}
 
     def _step(self, numbers: Any, epoch: int) -> float:
@@ -219,11 +221,13 @@ class _Training:
         self.optimizer.zero_grad()
         loss.backward()
         value = float(loss.detach())
-        if not np.isfinite(value):
-            rate = self.recipe.learning_rate
-            raise SettingError("learning_rate", rate, f"a rate that keeps the loss finite (epoch {epoch + 1}: {value})")
+        self._require_finite(np.isfinite(value), epoch)
         self.optimizer.step()
         return value
+
+    def _require_finite(self, finite: bool, epoch: int) -> None:
+        allowed = f"a rate at which all stays finite: in epoch {epoch + 1} it did not"
+        require(finite, "learning_rate", self.recipe.learning_rate, allowed)
 
     def _batches(self, epoch: int, steps: int) -> Iterator[Any]:
         order = permutation(self.seed, PICTURES, epoch, 0, len(self.train))
@@ -263,7 +267,10 @@ class _Images:
     def _read(self, transform: ImageTransform, numbers: Any, epoch: int | None) -> Tensor:
         words = [None if epoch is None else crop_words(self.seed, epoch, int(number)) for number in numbers]
         contents = [self.pictures[int(number)] for number in numbers]
-        pictures = [transform.read(content, word) for content, word in zip(contents, words, strict=True)]
+        try:
+            pictures = [transform.read(content, word) for content, word in zip(contents, words, strict=True)]
+        except UnreadableSample as error:
+            raise DataError(f"one of the pictures {numbers.tolist()} cannot be read: {error}") from error
         return torch.stack(pictures).to(self.device)
 
 

@@ -8,7 +8,8 @@ not). Its ``state_dict`` holds what it learned and nothing of CLIP.
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar, Literal, Protocol
@@ -102,6 +103,8 @@ class Adapter(nn.Module, ABC):
     """What :meth:`logits` takes: raw image features, float [B, D], or pictures, uint8 [B, 3, H, W]."""
     learns: ClassVar[bool] = True
     """Whether there is anything to train by gradients."""
+    learns_vectors: ClassVar[bool] = False
+    """Whether there are learned class vectors that all pictures share: :meth:`class_vectors`."""
     per_picture: ClassVar[bool] = False
     """Whether every picture has class vectors of its own."""
     config: Any
@@ -114,6 +117,7 @@ class Adapter(nn.Module, ABC):
         super().__init__()
         check_classes(classes)
         self.config, self.clip = config, clip
+        self._kept: Tensor | None = None
         self.learned_classes = tuple(classes)
         self.build()
         self.to(clip.device)
@@ -147,6 +151,24 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def logits(self, images: Tensor) -> Tensor:
         """What ``reads`` says, to float [B, C]."""
+
+    def class_vectors(self) -> Tensor:
+        """float [C, D] of unit length, for methods with class vectors that all pictures share."""
+        raise SettingError("method", type(self).__name__, "one whose class vectors are learned and shared by pictures")
+
+    def vectors_now(self) -> Tensor:
+        """:meth:`class_vectors`, made anew unless :meth:`still` keeps them."""
+        return self.class_vectors() if self._kept is None else self._kept
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Nothing learns in here, so class vectors are made once: for evaluation, which has many batches."""
+        with torch.no_grad():
+            self._kept = self.class_vectors() if self.learns_vectors else None
+            try:
+                yield
+            finally:
+                self._kept = None
 
     def prepare(self, shots: Shots) -> None:  # noqa: B027  # most methods learn from batches alone
         """Take in the shots before any training."""

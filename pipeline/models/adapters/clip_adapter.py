@@ -49,6 +49,7 @@ class Config:
 class ClipAdapter(Adapter):
     """Bottlenecks behind CLIP's towers."""
 
+    learns_vectors = True
     config: Config
 
     def build(self) -> None:
@@ -66,7 +67,7 @@ class ClipAdapter(Adapter):
     def logits(self, images: Tensor) -> Tensor:
         """Raw features [B, D] to float [B, C]."""
         features = images if self.visual is None else _blend(self.visual, images, self.config.ratio)
-        return self.clip.scale * unit(features) @ self.class_vectors().to(images.dtype).T
+        return self.clip.scale * unit(features) @ self.vectors_now().to(images.dtype).T
 
     def class_vectors(self) -> Tensor:
         """float [C, D], unit length."""

@@ -69,7 +69,7 @@ class CoCoOp(Adapter):
         """Lay out the prompts of the class names; the context takes the templates' place."""
         self.layout = lay_out(self.tower, self.classes, len(self.context))
 
-    def class_vectors(self, features: Tensor) -> Tensor:
+    def vectors_of(self, features: Tensor) -> Tensor:
         """Unit image features [B, D] to float [B, C, D], unit length: a classifier for each picture."""
         context = self.context + self.meta_net(features)[:, None]
         shared = torch.cat([start_of_text(self.tower).expand(len(features), -1, -1), context], dim=1)
@@ -79,4 +79,4 @@ class CoCoOp(Adapter):
     def logits(self, images: Tensor) -> Tensor:
         """Raw features [B, D] to float [B, C]."""
         features = unit(images)
-        return self.clip.scale * torch.einsum("bd,bcd->bc", features, self.class_vectors(features))
+        return self.clip.scale * torch.einsum("bd,bcd->bc", features, self.vectors_of(features))

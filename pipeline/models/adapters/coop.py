@@ -51,6 +51,7 @@ class Config:
 class CoOp(Adapter):
     """A learned context for CLIP's text tower."""
 
+    learns_vectors = True
     config: Config
 
     @property
@@ -81,7 +82,7 @@ class CoOp(Adapter):
 
     def logits(self, images: Tensor) -> Tensor:
         """Raw features [B, D] to float [B, C]."""
-        return self.clip.scale * unit(images) @ self.class_vectors().T
+        return self.clip.scale * unit(images) @ self.vectors_now().T
 
     def head(self) -> Tensor:
         """The class vectors: once trained, CoOp costs no more than a linear classifier."""

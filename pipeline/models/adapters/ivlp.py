@@ -50,6 +50,7 @@ class IndependentPrompts(Adapter):
     """Learned rows in both towers, each by itself."""
 
     reads = "pixels"
+    learns_vectors = True
     config: Config
 
     def build(self) -> None:
@@ -77,7 +78,7 @@ class IndependentPrompts(Adapter):
     def logits(self, images: Tensor) -> Tensor:
         """Pictures, uint8 [B, 3, H, W], to float [B, C]."""
         features = self.vision.features(self.clip.normalised(images), list(self.rows))
-        return self.clip.scale * unit(features) @ self.class_vectors().T
+        return self.clip.scale * unit(features) @ self.vectors_now().T
 
 
 def random_rows(layers: int, length: int, width: int, generator: torch.Generator) -> nn.ParameterList:

@@ -62,8 +62,13 @@ class LinearProbe(Adapter):
         """Nothing depends on the names."""
 
     def select(self, shots: Shots, validation: Shots) -> None:
-        """Fit all views of the shots, with the penalty that is best on ``validation``."""
-        views = shots.features.shape[1]
+        """Fit all views of the shots, with the penalty that is best on ``validation``.
+
+        Raises:
+            SettingError: shots of a single class.
+        """
+        views, present = shots.features.shape[1], len(shots.labels.unique())
+        require(present >= 2, "shots", present, "shots of two classes or more, for a linear probe")
         inputs, targets = _numpy(unit(shots.features.flatten(0, 1))), _numpy(shots.labels.repeat_interleave(views))
         held, wanted = _numpy(unit(validation.first_view())), _numpy(validation.labels)
 

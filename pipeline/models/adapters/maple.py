@@ -52,6 +52,7 @@ class MaPLe(Adapter):
     """Learned rows in both towers, coupled."""
 
     reads = "pixels"
+    learns_vectors = True
     config: Config
 
     def build(self) -> None:
@@ -87,4 +88,4 @@ class MaPLe(Adapter):
         maps = [self.first_map, *self.maps]
         rows = [each(prompt) for each, prompt in zip(maps, [self.context, *self.deep], strict=True)]
         features = self.vision.features(self.clip.normalised(images), rows)
-        return self.clip.scale * unit(features) @ self.class_vectors().T
+        return self.clip.scale * unit(features) @ self.vectors_now().T

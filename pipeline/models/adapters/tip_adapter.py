@@ -103,7 +103,7 @@ class TipAdapter(Adapter):
         """Choose alpha and beta by the accuracy on ``validation``; of equal ones the first on the grid."""
         if self.config.search:
             alpha, beta, _ = self.search(validation)
-            self.choice.copy_(torch.tensor([alpha, beta]))
+            self.choice.copy_(torch.tensor([alpha, beta], dtype=torch.float64))
 
     def choices(self) -> dict[str, float]:
         """``alpha`` and ``beta``, where they were searched for."""
