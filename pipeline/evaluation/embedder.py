@@ -21,6 +21,7 @@ from pipeline.loaders.samples import UnreadableSample
 from pipeline.loaders.text import cut_text
 from pipeline.models.adapters.adapter import FrozenClip
 from pipeline.models.clip import Clip
+from pipeline.models.towers.weights import add_weights
 
 Precision = Literal["fp32", "bf16"]
 VIEWS_AT_ONCE = 256
@@ -153,10 +154,7 @@ def digest_of(model: Evaluable, *settings: str) -> str:
     """SHA-256 hex of all weights and buffers by name, of the tokenizer's kind, and of ``settings``."""
     digest = hashlib.sha256(repr([type(model.tokenizer).__name__, *settings]).encode())
     state = model.state_dict() if isinstance(model, nn.Module) else {}
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digest.update(memoryview(plain))
+    add_weights(digest, state)
     return digest.hexdigest()
 
 

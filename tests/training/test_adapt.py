@@ -1,88 +1,36 @@
 """The runner: what learns and what stays, what decides and what does not, and every wrong input."""
 
 import inspect
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import simplejpeg
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from pipeline.errors import DataError, SettingError
-from pipeline.evaluation.zero_shot import classifier
 from pipeline.loaders.order import permutation
 from pipeline.models.adapters import coop, tip_adapter, tip_adapter_f
-from pipeline.models.adapters.adapter import Adapter, FrozenClip, adapter_class, adapter_names
-from pipeline.models.clip import Clip, Config
+from pipeline.models.adapters.adapter import Adapter, FrozenClip, adapter_class
 from pipeline.training import adapt as runner
-from pipeline.training.adapt import Accuracy, Adapted, Labelled, accuracy, adapt
-from pipeline.training.adapt_recipes import Recipe, paper_config, paper_recipe
-
-NAMES = ("red", "green", "blue")
-TEMPLATES = ("a photo of a {}.",)
-METHODS = adapter_names()
-LEARNERS = [name for name in METHODS if adapter_class(name).learns]
-MODEL = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 48, "head_width": 24, "patch_size": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2},
-}
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> FrozenClip:
-    folder = tmp_path_factory.mktemp("clip")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL}))
-    torch.manual_seed(0)
-    return FrozenClip(Clip(Config(architecture=f"local-dir:{folder}")), classifier)
-
-
-@pytest.fixture(scope="module")
-def make_data(clip: FrozenClip) -> Callable[..., Labelled]:
-    """``make_data(count, seed, views)``: pictures that are mostly red, green or blue, and their features."""
-
-    def make(count: int, seed: int, views: int = 1) -> Labelled:
-        random = np.random.default_rng(seed)
-        labels = torch.arange(count) % 3
-        pixels = random.integers(0, 120, (count, 32, 32, 3))
-        pixels[np.arange(count), :, :, labels.numpy()] += 90
-        files = [simplejpeg.encode_jpeg(one.astype(np.uint8)) for one in pixels]
-        still = clip.method.transforms(train=False)
-        features = clip.raw_features(torch.stack([still.read(file) for file in files]))
-        noise = 0.1 * torch.randn(count, views, features.shape[1], generator=torch.Generator().manual_seed(seed))
-        return Labelled(labels=labels, features=features[:, None] + noise, pictures=files)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def sets(make_data: Callable[..., Labelled]) -> tuple[Labelled, Labelled, Labelled]:
-    """Shots with three views, validation and test pictures."""
-    return make_data(12, 0, views=3), make_data(9, 1), make_data(30, 2)
-
-
-def small(method: str) -> Any:
-    config = paper_config(method)
-    shallow = {name: 2 for name in ("depth", "text_depth", "vision_depth") if hasattr(config, name)}
-    return replace(config, **shallow)
-
-
-def short(method: str, **changes: Any) -> Recipe | None:
-    recipe = paper_recipe(method, 4)
-    values = {"epochs": 3, "batch_size": min(recipe.batch_size, 4), "learning_rate": 0.01} if recipe else {}
-    return replace(recipe, **{**values, **changes}) if recipe else None
-
-
-def run(clip: FrozenClip, method: str, train: Labelled, validation: Labelled, **more: Any) -> Adapted:
-    recipe = more.pop("recipe", None) or short(method)
-    return adapt(method, small(method), recipe, clip, NAMES, TEMPLATES, train, validation, **{"seed": 1, **more})
+from pipeline.training.adapt import Accuracy, Labelled, accuracy, adapt
+from pipeline.training.adapt_recipes import Recipe
+from tests.training.few_shot import (  # noqa: F401
+    LEARNERS,
+    METHODS,
+    NAMES,
+    TEMPLATES,
+    clip_fixture,
+    make_data_fixture,
+    run,
+    sets_fixture,
+    short,
+    small,
+)
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -23,6 +24,7 @@ from pipeline.config import require
 from pipeline.errors import DataError, SettingError
 from pipeline.models.adapters.text import TextTower
 from pipeline.models.clip import Clip
+from pipeline.models.towers.weights import weights_digest
 
 SHARED = ("adapter", "prompts", "text", "vision")
 
@@ -58,6 +60,11 @@ class FrozenClip:
     def features(self) -> int:
         """The width D of the joint space."""
         return int(self.class_vectors(("a", "b"), ("{}",)).shape[1])
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 hex of all its weights: what was learned around one CLIP means nothing to another."""
+        return weights_digest(self.model.state_dict())
 
     def text_tower(self) -> TextTower:
         """The text tower, for learned prompts; raises ``SettingError`` as :class:`TextTower`."""

@@ -73,7 +73,7 @@ class LinearProbe(Adapter):
         held, wanted = _numpy(unit(validation.first_view())), _numpy(validation.labels)
 
         def fit(logarithm: float) -> tuple[float, Any]:
-            fitted = _regression(10**logarithm, self.config.iterations).fit(inputs, targets)
+            fitted = regression(10**logarithm, self.config.iterations).fit(inputs, targets)
             return float(np.mean(fitted.predict(held) == wanted)), fitted
 
         self._take(_best(fit, self.config.halvings))
@@ -87,15 +87,10 @@ class LinearProbe(Adapter):
         return unit(images) @ self.weight.to(images.dtype).T + self.bias.to(images.dtype)
 
     def _take(self, fitted: Any) -> None:
-        """Weights by class; of two classes scikit-learn has one row. Classes without shots never win."""
-        weight, bias = torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
-        if len(weight) == 1:
-            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-        classes = torch.from_numpy(fitted.classes_)
         self.strength.fill_(fitted.C)
-        self.weight.zero_()
-        self.bias.fill_(float("-inf"))
-        self.weight[classes], self.bias[classes] = weight.to(self.weight), bias.to(self.bias)
+        weight, bias = class_rows(fitted, len(self.bias))
+        self.weight.copy_(weight)
+        self.bias.copy_(bias)
 
 
 def _best(fit: Callable[[float], tuple[float, Any]], halvings: int) -> Any:
@@ -113,10 +108,21 @@ def _best(fit: Callable[[float], tuple[float, Any]], halvings: int) -> Any:
     return max(tried.values(), key=lambda found: found[0])[1]
 
 
-def _regression(strength: float, iterations: int) -> Any:
+def regression(strength: float, iterations: int) -> Any:
+    """scikit-learn's logistic regression with an L2 penalty of 1 / ``strength``, to be fitted by L-BFGS."""
     from sklearn.linear_model import LogisticRegression
 
     return LogisticRegression(C=strength, max_iter=iterations, solver="lbfgs")
+
+
+def class_rows(fitted: Any, classes: int) -> tuple[Tensor, Tensor]:
+    """Weights [C, D] and biases [C] of a fitted :func:`regression`; classes that it has not seen never win."""
+    weight, bias = torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
+    if len(weight) == 1:  # of two classes scikit-learn has one row
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    seen = torch.from_numpy(fitted.classes_)
+    weights = weight.new_zeros(classes, weight.shape[1]).index_copy(0, seen, weight)
+    return weights, bias.new_full((classes,), -torch.inf).index_copy(0, seen, bias)
 
 
 def _numpy(tensor: Tensor) -> Any:

@@ -123,6 +123,20 @@ def deep_class_vectors(
     return tower.features(shared, layout.rows, deep=deep, classes_at_once=classes_at_once)[0]
 
 
+@torch.no_grad()
+def nearest_words(tower: TextTower, context: Tensor, count: int = 3) -> list[list[tuple[str, float]]]:
+    """For each row of ``context``, float [M, width], the ``count`` words with the nearest embeddings, and how far.
+
+    By Euclidean distance, as CoOp's paper reads its contexts (section 4.3); few of them make sense there. A word is a
+    token: "</w>" ends one that is not the beginning of a longer word.
+    """
+    table = tower.parts.token_embedding.weight.float()
+    distances = torch.cdist(context.float().to(table.device), table)
+    nearest = distances.topk(min(count, len(table)), largest=False)
+    rows = zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True)
+    return [[(tower.word(token), far) for token, far in zip(*row, strict=True)] for row in rows]
+
+
 def start_of_text(tower: TextTower) -> Tensor:
     """The embedding that every prompt begins with: float [1, 1, width]."""
     with torch.no_grad():

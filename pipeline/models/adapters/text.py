@@ -78,6 +78,11 @@ class TextTower:
         """The tokens of ``text``, without start and end; never cut."""
         return cast(list[int], self.tokenizer.encode(text))
 
+    def word(self, token: int) -> str:
+        """What ``token`` stands for."""
+        known: Any = getattr(self.tokenizer, "decoder", None)
+        return str(known[token]) if known is not None and token in known else str(token)
+
     @property
     def start(self) -> int:
         """The token that every text begins with."""
