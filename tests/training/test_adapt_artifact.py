@@ -82,7 +82,7 @@ def test_a_class_specific_context_is_refused_elsewhere(clip: FrozenClip, sets: A
 
 
 def test_the_words_nearest_to_a_context_are_its_own_before_it_learns(clip: FrozenClip) -> None:
-    """The words "a photo of a" are nearest to themselves, at no distance; then by brute force over the whole vocabulary."""
+    """The words "a photo of a" are nearest to themselves, at no distance; the next ones by brute force."""
     adapter = coop.CoOp(coop.Config(start="a photo of a"), clip, NAMES, ())
     rows = [line.split("\t") for line in words_table(adapter).splitlines()]
     assert rows[0] == ["class", "vector", "word_1", "distance_1", "word_2", "distance_2", "word_3", "distance_3"]
