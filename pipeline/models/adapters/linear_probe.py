@@ -87,10 +87,25 @@ class LinearProbe(Adapter):
         return unit(images) @ self.weight.to(images.dtype).T + self.bias.to(images.dtype)
 
     def _take(self, fitted: Any) -> None:
-        self.strength.fill_(fitted.C)
         weight, bias = class_rows(fitted, len(self.bias))
         self.weight.copy_(weight)
         self.bias.copy_(bias)
+        self.strength.fill_(fitted.C)
+
+
+def class_rows(fitted: Any, classes: int) -> tuple[Tensor, Tensor]:
+    """Weights float64 [C, D] and biases [C] of scikit-learn's model; classes without shots never win.
+
+    Of two classes it has one row, for the second against the first.
+    """
+    rows, biases = torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
+    if len(rows) == 1:
+        rows, biases = torch.cat([-rows, rows]) / 2, torch.cat([-biases, biases]) / 2
+    weight = torch.zeros(classes, rows.shape[1], dtype=torch.float64)
+    bias = torch.full((classes,), float("-inf"), dtype=torch.float64)
+    present = torch.from_numpy(fitted.classes_)
+    weight[present], bias[present] = rows.double(), biases.double()
+    return weight, bias
 
 
 def _best(fit: Callable[[float], tuple[float, Any]], halvings: int) -> Any:
@@ -109,6 +124,7 @@ def _best(fit: Callable[[float], tuple[float, Any]], halvings: int) -> Any:
 
 
 def regression(strength: float, iterations: int) -> Any:
+    """scikit-learn's logistic regression by L-BFGS, with the penalty 1 / ``strength``."""
     """scikit-learn's logistic regression with an L2 penalty of 1 / ``strength``, to be fitted by L-BFGS."""
     from sklearn.linear_model import LogisticRegression
 
