@@ -93,21 +93,6 @@ class LinearProbe(Adapter):
         self.strength.fill_(fitted.C)
 
 
-def class_rows(fitted: Any, classes: int) -> tuple[Tensor, Tensor]:
-    """Weights float64 [C, D] and biases [C] of scikit-learn's model; classes without shots never win.
-
-    Of two classes it has one row, for the second against the first.
-    """
-    rows, biases = torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
-    if len(rows) == 1:
-        rows, biases = torch.cat([-rows, rows]) / 2, torch.cat([-biases, biases]) / 2
-    weight = torch.zeros(classes, rows.shape[1], dtype=torch.float64)
-    bias = torch.full((classes,), float("-inf"), dtype=torch.float64)
-    present = torch.from_numpy(fitted.classes_)
-    weight[present], bias[present] = rows.double(), biases.double()
-    return weight, bias
-
-
 def _best(fit: Callable[[float], tuple[float, Any]], halvings: int) -> Any:
     """The best model of a coarse search over log10 C and a finer one, a decade to either side of the best."""
     logarithms = [math.log10(strength) for strength in COARSE]
@@ -124,7 +109,6 @@ def _best(fit: Callable[[float], tuple[float, Any]], halvings: int) -> Any:
 
 
 def regression(strength: float, iterations: int) -> Any:
-    """scikit-learn's logistic regression by L-BFGS, with the penalty 1 / ``strength``."""
     """scikit-learn's logistic regression with an L2 penalty of 1 / ``strength``, to be fitted by L-BFGS."""
     from sklearn.linear_model import LogisticRegression
 
