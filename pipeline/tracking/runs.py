@@ -15,6 +15,8 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -141,6 +143,10 @@ class MlflowTracker:
         self._later(lambda: log_snapshot(self._client, self.run_id, snapshot, context), f"dataset {snapshot.uri}")
         self.set_tags(tags)
 
+    def log_file(self, name: str, content: bytes) -> None:
+        """Keep ``content`` as the artifact ``name``."""
+        self._later(lambda: self._log_file(PurePosixPath(name), content), name)
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run; secrets in them are masked and long ones cut."""
         self._later(lambda: self._set_tags(tags), "tags")
@@ -198,6 +204,12 @@ class MlflowTracker:
         metrics = [Metric(point.name, point.value, point.time, point.step) for point in points]
         self._client.log_batch(self.run_id, metrics=metrics)
 
+    def _log_file(self, name: PurePosixPath, content: bytes) -> None:
+        with TemporaryDirectory(prefix="clipmill-artifact-") as folder:
+            path = Path(folder) / name.name
+            path.write_bytes(content)
+            self._client.log_artifact(self.run_id, str(path), str(name.parent) if name.parent.name else None)
+
     def _set_tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
@@ -234,6 +246,9 @@ class NoTracker:
         self.figures.append(name)
 
     def log_text(self, name: str, text: str) -> None:
+        """Do nothing."""
+
+    def log_file(self, name: str, content: bytes) -> None:
         """Do nothing."""
 
     def log_dataset(self, snapshot: Snapshot, context: str = "training") -> None:

@@ -11,7 +11,7 @@ by its own rows, as if it were on another worker. Its running statistics see eve
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -22,38 +22,48 @@ from pipeline.models.method import EmbeddingMethod
 Precision = Callable[[], AbstractContextManager[object]]
 """Makes the autocast of a forward pass; a new one each time, since it remembers weights that it has cast."""
 
+Phase = Callable[[str], AbstractContextManager[object]]
+"""Told when the ``forward`` and the ``backward`` part of a step begin and end."""
+
 
 def backward_in_parts(
-    method: EmbeddingMethod, batch: Mapping[str, Tensor], rows: int, precision: Precision
+    method: EmbeddingMethod,
+    batch: Mapping[str, Tensor],
+    rows: int,
+    precision: Precision,
+    phase: Phase = nullcontext,
 ) -> dict[str, Tensor]:
     """Add the gradient of the batch's losses to the parameters; returns the losses.
 
     ``rows`` of ``batch`` go through :meth:`EmbeddingMethod.embed` at once. Parameters must not be wrapped in
-    ``DistributedDataParallel``, which would average them after every part.
+    ``DistributedDataParallel``, which would average them after every part. The second forward pass belongs to the
+    backward part.
     """
     split = zip(*(values.split(rows) for values in batch.values()), strict=True)
     parts = [dict(zip(batch, values, strict=True)) for values in split]
     device = next(method.parameters()).device
     embedded: list[dict[str, Tensor]] = []
     states = []
-    with torch.no_grad(), _kept_statistics(method):
-        for part in parts:
-            states.append(_random_state(device))
-            with precision():
-                embedded.append(method.embed(part))
-    leaves = {key: torch.cat([part[key] for part in embedded]).requires_grad_() for key in embedded[0]}
-    del embedded
-    with precision():
-        losses = method.compare(leaves)
-    torch.stack(list(losses.values())).sum().backward()
-    slopes = {key: leaf.grad.split(rows) for key, leaf in leaves.items() if leaf.grad is not None}
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for number, part in enumerate(parts):
-            _set_random_state(states[number], device)
-            with precision():
-                again = method.embed(part)
-            learns = [key for key in slopes if again[key].requires_grad]  # a locked tower's do not
-            torch.autograd.backward([again[key] for key in learns], [slopes[key][number] for key in learns])
+    with phase("forward"):
+        with torch.no_grad(), _kept_statistics(method):
+            for part in parts:
+                states.append(_random_state(device))
+                with precision():
+                    embedded.append(method.embed(part))
+        leaves = {key: torch.cat([part[key] for part in embedded]).requires_grad_() for key in embedded[0]}
+        del embedded
+        with precision():
+            losses = method.compare(leaves)
+    with phase("backward"):
+        torch.stack(list(losses.values())).sum().backward()
+        slopes = {key: leaf.grad.split(rows) for key, leaf in leaves.items() if leaf.grad is not None}
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for number, part in enumerate(parts):
+                _set_random_state(states[number], device)
+                with precision():
+                    again = method.embed(part)
+                learns = [key for key in slopes if again[key].requires_grad]  # a locked tower's do not
+                torch.autograd.backward([again[key] for key in learns], [slopes[key][number] for key in learns])
     return {name: loss.detach() for name, loss in losses.items()}
 
 

@@ -6,8 +6,7 @@ optimiser's state and one number, and a resumed run is, on CPUs, equal bit for b
 """
 
 import logging
-import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -30,6 +29,7 @@ from pipeline.training.checkpoint import (
     read_weights,
 )
 from pipeline.training.gradient_cache import backward_in_parts, normalises_batches
+from pipeline.training.measure import Profile, make_clock, memory, sizes, tower_norms, towers
 from pipeline.training.moving_average import MovingAverage
 from pipeline.training.optimizer import make_optimizer, set_rate, take_step
 from pipeline.training.preemption import Notice, never
@@ -94,6 +94,11 @@ class _Training:
         self.last_checkpoint = latest.folder.uri if latest else ""
         # Convolutions are 1.4 times as fast on a CPU with channels last, and tensor cores want them so.
         self.method = self._method(latest).to(device).to(memory_format=torch.channels_last).train()
+        self.bf16 = self.config.precision == "bf16" or (self.config.precision == "auto" and device.type == "cuda")
+        settings, counts = (self.config.batch_size, self.config.measuring), self.rank == 0
+        self.clock = make_clock(*settings, self.method, device, bf16=self.bf16, counts=counts)
+        self.profile = Profile(self.config.measuring.profiled() if self.rank == 0 else range(0), self.clock, tracker)
+        self.towers = towers(self.method)
         self.method.gather = distributed.gather
         self.method.exchange = distributed.exchange(self.config.exchange)
         if self.config.checkpoint_activations:
@@ -107,19 +112,20 @@ class _Training:
         rows = self.config.batch_size // self.world
         self.part = self.config.micro_batch if (self.config.micro_batch or rows) < rows else None
         self.module = distributed.parallel(self.method, device, whole=self.part is None)
-        self.bf16 = self.config.precision == "bf16" or (self.config.precision == "auto" and device.type == "cuda")
         before = (latest.meta.skipped_steps, latest.meta.skipped_in_row) if latest else (0, 0)
         self.skipping = Skipping(self.method, self.config.max_skipped_steps, device, *before)
         self.warned = before[0]
-        self.clock = _Clock(self.config.batch_size)
 
     def run(self) -> Outcome:
         if self.rank == 0:
             self._announce()
         with closing(self._batches()) as batches:
             while self.done < self.plan.steps:
+                self.profile.before_step(self.done + 1)
                 batch = self.clock.waited(batches)
                 self._step(batch)
+                self.profile.after_step(self.done)
+        self.profile.close(self.done)
         self.writer.finish()
         distributed.barrier()
         speed = self.clock.overall()
@@ -130,34 +136,42 @@ class _Training:
         torch.manual_seed(step_seed(self.config.seed, self.done, self.rank))
         rate = self._set_learning_rate()
         self.clock.unreadable += int(batch.pop("replaced"))
-        on_device = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+        self.clock.worked(batch)
+        with self.clock.phase("copy"):
+            on_device = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
         self.skipping.before_step()
         losses = self._backward(on_device)
         total = torch.stack(list(losses.values())).sum()
-        distributed.average_gradients(self.module)
+        with self.clock.phase("exchange"):
+            distributed.average_gradients(self.module)
         self.done += 1
-        norm = self._clipped_norm()
-        skipped = self.skipping.after_backward(self.done, total, norm)
         logs, saves = self._logs(), self._saves()
+        norms = tower_norms(self.method, self.towers) if logs else {}
+        with self.clock.phase("optimizer"):
+            norms[""] = norm = self._clipped_norm()
+            skipped = self.skipping.after_backward(self.done, total, norm)
         if logs or saves:
             self._stop_if_too_many_skipped()
-        take_step(self.optimizer, skipped)
-        self.method.after_step()
-        if self.average is not None:
-            self.average.update(self.done, skipped)
+        with self.clock.phase("optimizer"):
+            take_step(self.optimizer, skipped)
+            self.method.after_step()
+            if self.average is not None:
+                self.average.update(self.done, skipped)
         if logs:
-            saves |= self._log(losses, norm, rate)
+            saves |= self._log(losses, norms, rate)
         if saves:
-            self._save()
+            with self.clock.phase("save"):
+                self._save()
 
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses, with their gradients added to the parameters; the batch at once or in parts."""
         if self.part is not None:
             assert isinstance(self.method, EmbeddingMethod)
-            return backward_in_parts(self.method, batch, self.part, self._precision)
-        with self._precision():
+            return backward_in_parts(self.method, batch, self.part, self._precision, self.clock.phase)
+        with self.clock.phase("forward"), self._precision():
             losses: dict[str, Tensor] = self.module(batch)
-        torch.stack(list(losses.values())).sum().backward()
+        with self.clock.phase("backward"):
+            torch.stack(list(losses.values())).sum().backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
     def _precision(self) -> torch.autocast:
@@ -245,7 +259,7 @@ class _Training:
         due = self.done == self.plan.steps or bool(every and self.done % every == 0)
         return self.plan.evaluates and due
 
-    def _log(self, losses: Mapping[str, Tensor], norm: Tensor, rate: float) -> bool:
+    def _log(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor], rate: float) -> bool:
         """Log this step; returns whether rank 0 wants a checkpoint: by its clock, or before a node is taken away."""
         unreadable = torch.tensor(float(self.clock.unreadable), device=self.device)
         gathered = torch.stack([*losses.values(), unreadable]).float()
@@ -254,12 +268,12 @@ class _Training:
             "loss": sum(means),
             **dict(zip(losses, means, strict=True)),
             "lr": rate,
-            "grad_norm": norm.item(),
+            **{f"grad_norm/{place}".rstrip("/"): norm for place, norm in _numbers(norms).items()},
             "skipped_steps": self.skipping.counts()[0],
             **self.method.measures(),
         }
         metrics = {f"train/{name}": value for name, value in measures.items()} | self.clock.interval()
-        metrics |= {"data/unreadable": unreadable_each * self.world, **self.writer.measures()}
+        metrics |= {"data/unreadable": unreadable_each * self.world, **memory(self.device), **self.writer.measures()}
         if self.rank == 0:
             logger.info(
                 "step %d of %d: loss %.4f, %.0f samples/s",
@@ -304,12 +318,11 @@ class _Training:
 
     def _announce(self) -> None:
         config, plan = self.config, self.plan
-        parameters = sum(parameter.numel() for parameter in self.method.parameters())
         logger.info(
-            "%s, %.1f million parameters, on %s: %d samples in %d shards; steps %d to %d of %d samples, %d in each of "
+            "%s, %s, on %s: %d samples in %d shards; steps %d to %d of %d samples, %d in each of "
             "%d processes on %s, each with %d threads and %d loader processes, in %s",
             type(self.method).__name__,
-            parameters / 1e6,
+            sizes(self.method, self.towers),
             plan.snapshot.uri,
             plan.snapshot.samples,
             len(plan.snapshot.shards),
@@ -334,50 +347,6 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(random_words(seed, STEPS, step, rank, 1)[0] >> 1)
 
 
-class _Clock:
-    """Where the time goes, between two calls of :meth:`interval`."""
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self.unreadable = 0
-        self._waited = 0.0
-        self._steps = self._counted = 0
-        self._began: float | None = None
-        self._since = self._saved = time.perf_counter()
-
-    def waited(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch; the time until it comes counts as waiting for data."""
-        before = time.perf_counter()
-        batch = next(batches)
-        self._waited += time.perf_counter() - before
-        self._steps += 1
-        return batch
-
-    def interval(self) -> dict[str, float]:
-        """Speed since the last call; none from the first one, which lies behind a start and its warm-up."""
-        now = time.perf_counter()
-        seconds, steps, waited = now - self._since, self._steps, self._waited
-        self._since, self._steps, self._waited = now, 0, 0.0
-        if self._began is None:
-            self._began = now
-            return {}
-        self._counted += steps
-        return {
-            "perf/samples_per_second": steps * self.batch_size / seconds,
-            "perf/step_seconds": seconds / steps,
-            "perf/data_wait": waited / seconds,
-        }
-
-    def overall(self) -> float:
-        """Samples per second between the first and the last call of :meth:`interval`; 0 if there was but one."""
-        if self._began is None or not self._counted:
-            return 0.0
-        return self._counted * self.batch_size / (self._since - self._began)
-
-    def minutes_since_save(self) -> float:
-        """Minutes since the start or the last checkpoint."""
-        return (time.perf_counter() - self._saved) / 60
-
-    def saved(self) -> None:
-        """A checkpoint is written now."""
-        self._saved = time.perf_counter()
+def _numbers(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Scalars by name; waits for the device once."""
+    return dict(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True))

@@ -19,6 +19,7 @@ from pipeline.loaders.text import caption_field
 from pipeline.models.method import EmbeddingMethod, method_class, method_name
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.shards.storage import Folder
+from pipeline.training.measure import Measuring
 from pipeline.training.optimizer import AdamW
 from pipeline.training.writer import Saving
 
@@ -43,6 +44,7 @@ FREE = (
     "keep_checkpoints",
     "keep_waiting",
     "saving",
+    "measuring",
     "evaluate_every_steps",
     "loader",
     "cluster",
@@ -135,6 +137,7 @@ class Run:
     saving: Saving = field(default_factory=Saving)
     evaluate_every_steps: int | None = None
     """Steps between evaluations, which run beside the training; none: only what comes of the last step."""
+    measuring: Measuring = field(default_factory=Measuring)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     cluster: Cluster = field(default_factory=Cluster)
 

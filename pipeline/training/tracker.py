@@ -14,6 +14,10 @@ class Tracker(Protocol):
         """Record ``metrics`` at ``step``; returns at once. A step may come twice, after a resume."""
         ...
 
+    def log_file(self, name: str, content: bytes) -> None:
+        """Keep ``content`` as the artifact ``name``, which may have folders; returns at once."""
+        ...
+
     def close(self) -> object:
         """Send what is still queued; nothing more will come."""
         ...
@@ -29,6 +33,10 @@ class LogTracker:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """One line."""
         logger.debug("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items())))
+
+    def log_file(self, name: str, content: bytes) -> None:
+        """Files are not kept."""
+        logger.warning("%s (%d bytes) is not kept, since the run is not tracked", name, len(content))
 
     def close(self) -> None:
         """Nothing is queued."""

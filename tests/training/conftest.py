@@ -23,11 +23,15 @@ class Remember:
         self.history: dict[int, dict[str, float]] = {}
         self.stop_at = stop_at
         self.closed = 0
+        self.files: dict[str, bytes] = {}
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self.history[step] = dict(metrics)
         if step == self.stop_at:
             raise KeyboardInterrupt
+
+    def log_file(self, name: str, content: bytes) -> None:
+        self.files[name] = content
 
     def close(self) -> None:
         self.closed += 1

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from pipeline.errors import SettingError
 from pipeline.models import clip
@@ -39,7 +40,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], what: str = "loss")
 
     def spoilt(images: Tensor, *others: Any) -> Tensor:
         nonlocal calls
-        calls += 1
+        calls += not isinstance(images, FakeTensor)  # which only count a step's work
         loss = sound(images, *others)
         if calls not in steps:
             return loss
