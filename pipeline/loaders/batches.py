@@ -7,7 +7,6 @@ its shard, so that batches keep their size and every run makes the same replacem
 
 import json
 import logging
-import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from pipeline.config import require
 from pipeline.errors import ClipmillError, DataError
 from pipeline.loaders.cache import FileCache
+from pipeline.loaders.cores import cores
 from pipeline.loaders.images import ImageTransform, crop_words
 from pipeline.loaders.order import Order
 from pipeline.loaders.samples import Samples, UnreadableSample, check_fields
@@ -150,11 +150,6 @@ class LoaderConfig:
     def cache(self) -> FileCache:
         """The cache that these settings describe."""
         return FileCache(self.cache_folder, int(self.cache_gigabytes * 2**30))
-
-
-def cores() -> int:
-    """The cores on which this process may run."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def training_batches(

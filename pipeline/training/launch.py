@@ -15,7 +15,8 @@ import torch
 
 from pipeline.config import require
 from pipeline.errors import ClipmillError
-from pipeline.loaders.batches import LoaderConfig, cores
+from pipeline.loaders.batches import LoaderConfig
+from pipeline.loaders.cores import cores
 from pipeline.stages.ray_session import connect
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.elastic import join_those_that_share

@@ -220,8 +220,12 @@ def test_figures_and_texts_become_artifacts(settings: Tracking, store: str) -> N
     with begin(settings) as tracker:
         tracker.log_figure("samples", Figure())
         tracker.log_text("notes/a.txt", "hello")
+        tracker.log_file("profiles/trace.json.gz", b"\x1f\x8b")
+        tracker.log_file("top.bin", b"123")
     client = MlflowClient(store)
-    assert {file.path for file in client.list_artifacts(tracker.run_id)} == {"config.json", "figures", "notes"}
+    names = {"config.json", "figures", "notes", "profiles", "top.bin"}
+    assert {file.path for file in client.list_artifacts(tracker.run_id)} == names
+    assert Path(client.download_artifacts(tracker.run_id, "profiles/trace.json.gz")).read_bytes() == b"\x1f\x8b"
     (figure,) = client.list_artifacts(tracker.run_id, "figures")
     assert figure.path == "figures/samples.png" and figure.file_size > 500
 
