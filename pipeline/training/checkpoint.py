@@ -29,12 +29,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pipeline.config import from_plain, require, to_json
 from pipeline.errors import DataError, SettingError, StorageError
 from pipeline.loaders.cache import FileCache
 from pipeline.models.method import Method, config_class, method_class, method_name
 from pipeline.shards.storage import Folder, storage_errors
+from pipeline.training import distributed
 
 logger = logging.getLogger(__name__)
 
@@ -288,12 +290,26 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Folder) -> None:
     """
     try:
         state = torch.load(BytesIO(folder.read_bytes(STATE)), map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(_divided(state["optimizer"], optimizer))
         _lay_out(optimizer)
     except UnpicklingError as error:
         raise DataError(f"{folder.join(STATE)} holds more than plain tensors and is not loaded") from error
     except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
         raise DataError(f"{folder.join(STATE)} cannot be read ({_first_line(error)})") from error
+
+
+def _divided(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimiser's state as its parameters are: this rank's part where they are sharded."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def part(number: int, value: Any) -> Any:
+        parameter = parameters[number] if number < len(parameters) else None
+        if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
+            return distributed.like(value, parameter)
+        return value
+
+    entries = state["state"].items()
+    return {**state, "state": {number: {key: part(number, one[key]) for key in one} for number, one in entries}}
 
 
 def _lay_out(optimizer: torch.optim.Optimizer) -> None:

@@ -5,10 +5,13 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.models.losses import ALONE, Exchange, Visit
+from pipeline.models.method import Method
 
 Value = TypeVar("Value")
 
@@ -81,12 +84,17 @@ def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
-def like(whole: Tensor, tensor: Tensor) -> Tensor:
-    """``whole``, which every rank has, as this rank holds ``tensor``: on its device, in its type, sharded as it is."""
-    whole = whole.to(tensor.device, tensor.dtype)
+def whole(tensor: Tensor) -> Tensor:
+    """All of ``tensor``, which may be sharded: then all ranks must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(complete: Tensor, tensor: Tensor) -> Tensor:
+    """``complete``, which every rank has, as this rank holds ``tensor``: its type, its device, sharded as it is."""
+    complete = complete.to(tensor.device, tensor.dtype)
     if not isinstance(tensor, DTensor):
-        return whole
-    return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        return complete
+    return distribute_tensor(complete.contiguous(), tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 def parallel(module: nn.Module, device: torch.device, whole: bool = True) -> nn.Module:
@@ -99,29 +107,58 @@ def parallel(module: nn.Module, device: torch.device, whole: bool = True) -> nn.
     """
     if world() > 1 and device.type == "cuda" and whole:
         return DistributedDataParallel(module, device_ids=[device], gradient_as_bucket_view=True)
-    if world() > 1:
-        for tensor in (*module.parameters(), *module.buffers()):
-            values = tensor.detach().contiguous()
-            distributed.broadcast(values, 0)
-            tensor.detach().copy_(values)
+    _agree(module)
     return module
+
+
+def shard(method: Method) -> Method:
+    """Divide the weights among the ranks (FSDP2): each block is gathered while it is computed, the rest for a step.
+
+    Gradients are averaged and divided on the way back, so an optimiser made afterwards steps on this rank's part. All
+    of it travels in float32: autocast decides what is computed in bfloat16, as without sharding. Scalars cannot be
+    divided; :func:`average_gradients` averages theirs. A process alone has nothing to divide. All ranks must call.
+    """
+    if world() == 1:
+        return method
+    _agree(method)
+    mesh = init_device_mesh(next(method.parameters()).device.type, (world(),))
+    for block in method.blocks():
+        fully_shard(block, mesh=mesh)
+    scalars = {parameter for parameter in method.parameters() if parameter.ndim == 0}
+    fully_shard(method, mesh=mesh, ignored_params=scalars)
+    for name in ("embed", "compare"):  # the doors of gradient caching, besides forward
+        if hasattr(method, name):
+            register_fsdp_forward_method(method, name)
+    return method
 
 
 def average_gradients(module: nn.Module) -> None:
     """Replace the gradients of what :func:`parallel` gave by their mean over ranks; all ranks must call.
 
-    Does nothing where ``DistributedDataParallel`` has done so, or the process is alone. A parameter without a gradient
-    must be one in all ranks.
+    Does nothing where ``DistributedDataParallel`` or :func:`shard` has done so, or the process is alone. A parameter
+    without a gradient must be one in all ranks.
     """
     if world() == 1 or isinstance(module, DistributedDataParallel):
         return
-    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    found = (parameter.grad for parameter in module.parameters())
+    gradients = [gradient for gradient in found if gradient is not None and not isinstance(gradient, DTensor)]
+    if not gradients:
+        return
     together = torch.cat([gradient.flatten() for gradient in gradients])
     distributed.all_reduce(together)
     together /= world()
     means = together.split([gradient.numel() for gradient in gradients])
     for gradient, mean in zip(gradients, means, strict=True):
         gradient.copy_(mean.view_as(gradient))
+
+
+def _agree(module: nn.Module) -> None:
+    """Give all ranks the first one's weights."""
+    if world() > 1:
+        for tensor in (*module.parameters(), *module.buffers()):
+            values = tensor.detach().contiguous()
+            distributed.broadcast(values, 0)
+            tensor.detach().copy_(values)
 
 
 class _Gather(torch.autograd.Function):

@@ -36,6 +36,7 @@ FREE = (
     "micro_batch",
     "exchange",
     "max_skipped_steps",
+    "sharding",
     "checkpoint_activations",
     "compile_blocks",
     "log_every_steps",
@@ -110,6 +111,9 @@ class Run:
     first steps. Checkpoints hold both; evaluate FOLDER:ema."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Matrix products in bfloat16 or float32; auto is bf16 on GPUs, fp32 elsewhere."""
+    sharding: Literal["none", "full"] = "none"
+    """full divides weights, gradients and the optimiser's state among the workers (FSDP2), for models that do not fit
+    one of them; slower where they do. Checkpoints are the same."""
     checkpoint_activations: bool = False
     """Keep of each block of the towers its input alone and compute it again for the gradient: less memory for a third
     more time, the same result."""

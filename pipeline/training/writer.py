@@ -24,6 +24,7 @@ from pipeline.config import require
 from pipeline.errors import StorageError
 from pipeline.models.method import Method
 from pipeline.shards.storage import storage_errors
+from pipeline.training import distributed
 from pipeline.training.checkpoint import Checkpoints, Content, Meta, text_files
 
 logger = logging.getLogger(__name__)
@@ -92,8 +93,7 @@ class Writer:
         self.finish()
         waited = time.perf_counter() - began
         described, texts = text_files(method)
-        tree = {"weights": weights, "ema": ema, "optimizer": optimizer}
-        copied, ready = self._staging.copy(tree)
+        copied, ready = self._staging.copy(_tree(weights, optimizer, ema))
         content = Content(meta=replace(meta, description=described), texts=texts, **copied)
         self._thread = threading.Thread(target=self._write, args=(content, ready), name="clipmill-checkpoint")
         self._thread.daemon = True  # an exit that does not come by close() must not wait for a store
@@ -162,6 +162,28 @@ class Writer:
             logger.warning("older checkpoints stay until the next one is written: %s", error)
 
 
+def assist(
+    weights: Mapping[str, Tensor], optimizer: Mapping[str, Any] | None, ema: Mapping[str, Tensor] | None = None
+) -> None:
+    """What the other ranks do while rank 0 saves: they give their parts of sharded tensors."""
+    _give(_tree(weights, optimizer, ema))
+
+
+def _tree(
+    weights: Mapping[str, Tensor], optimizer: Mapping[str, Any] | None, ema: Mapping[str, Tensor] | None
+) -> dict[str, Any]:
+    """What is copied, in the order in which all ranks go through it."""
+    return {"weights": weights, "ema": ema, "optimizer": optimizer}
+
+
+def _give(value: Any) -> None:
+    if isinstance(value, Tensor):
+        distributed.whole(value)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            _give(item)
+
+
 class Staging:
     """CPU memory for a checkpoint's tensors, used again for each checkpoint."""
 
@@ -179,7 +201,8 @@ class Staging:
 
     def _copy(self, value: Any, place: str) -> Any:
         if isinstance(value, Tensor):
-            return self._buffer(value, place).copy_(value.detach(), non_blocking=True)
+            value = distributed.whole(value.detach())
+            return self._buffer(value, place).copy_(value, non_blocking=True)
         if isinstance(value, Mapping):
             return {key: self._copy(item, f"{place}/{key}") for key, item in value.items()}
         if isinstance(value, list | tuple):
