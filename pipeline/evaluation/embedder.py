@@ -150,9 +150,9 @@ class ViewEmbedder:
         raise AssertionError("views are of pictures alone")
 
 
-def digest_of(model: Evaluable, *settings: str) -> str:
-    """SHA-256 hex of all weights and buffers by name, of the tokenizer's kind, and of ``settings``."""
-    digest = hashlib.sha256(repr([type(model.tokenizer).__name__, *settings]).encode())
+def digest_of(model: object, *settings: str) -> str:
+    """SHA-256 hex of all weights and buffers by name, of the tokenizer's kind if there is one, and of ``settings``."""
+    digest = hashlib.sha256(repr([type(getattr(model, "tokenizer", None)).__name__, *settings]).encode())
     state = model.state_dict() if isinstance(model, nn.Module) else {}
     add_weights(digest, state)
     return digest.hexdigest()

@@ -28,13 +28,12 @@ from pipeline.shards.selection import read_samples
 from pipeline.shards.sidecar import read_sidecar, sidecar_file
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
-from pipeline.stages.annotate import Annotation, annotate
+from pipeline.stages.annotate import FACTS, Annotation, annotate
 from pipeline.stages.shard_tasks import Workers, run_tasks
 
 logger = logging.getLogger(__name__)
 
 JOB = "jobs/embed_dataset.py"
-FACTS = b"clipmill.facts"
 Features = NDArray[np.float16]
 
 
@@ -277,6 +276,7 @@ def _half(row: NDArray[np.float32], key: str) -> Features:
 
 
 def matrix(column: Any) -> Features:
+    """float16 [N, D] of a column of lists of one length."""
     array = column.combine_chunks()
     rows: Features = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, array.type.list_size)
     return rows

@@ -17,7 +17,8 @@ from pipeline.shards.selection import read_selection
 from pipeline.shards.sidecar import read_sidecar, sidecar_file
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
-from pipeline.stages.embeddings import FACTS, JOB, matrix
+from pipeline.stages.annotate import FACTS
+from pipeline.stages.embeddings import JOB, matrix
 
 NAME = "views"
 MAKE = f"{JOB} views"

@@ -1,0 +1,109 @@
+#!/usr/bin/env python
+"""CLIP features of the regions of every picture, as a sidecar from which ViLD's image branch learns.
+
+    ray job submit --working-dir . -- python jobs/extract_region_features.py proposals \
+        --data s3://bucket/lvis-train --teacher ViT-B-32:openai --proposer s3://bucket/runs/rpn --classes lvis_base
+
+Each shard gets a file of its own and is done once: the same command goes on where it was stopped. While it works, the
+features of regions that cover an annotated object are compared with the names of the classes; the share that is right
+is logged for every shard and as a metric, and below --floor the job stops.
+"""
+
+import getpass
+import tempfile
+from dataclasses import dataclass, field
+
+import tyro
+
+from pipeline.config import require, run_job
+from pipeline.dataset import load_card
+from pipeline.evaluation.regions import LoadRegionModel, ProposerOptions
+from pipeline.shards.snapshot import read_snapshot
+from pipeline.shards.storage import Folder
+from pipeline.stages.regions import Check, RegionOptions, extract_regions, read_regions
+from pipeline.stages.shard_tasks import Workers
+from pipeline.stages.smoke import drawn_snapshot
+from pipeline.tracking.runs import Tracking, open_tracker
+
+SMOKE = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/regions"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extract:
+    """One snapshot, one teacher, one proposer."""
+
+    data: str
+    """The folder of a snapshot (its latest) or FOLDER@ID; a path or any fsspec URI."""
+    model: LoadRegionModel
+    classes: str = ""
+    """Card whose class names the features are checked by, those of annotated (base) classes; none is no check."""
+    options: RegionOptions = field(default_factory=RegionOptions)
+    workers: Workers = field(default_factory=Workers)
+    track: bool = True
+    """Log what was found to MLflow."""
+    tracking: Tracking = field(
+        default_factory=lambda: Tracking(
+            experiment="clipmill-data", primary_metric="regions/accuracy", system_metrics=False
+        )
+    )
+
+    def __post_init__(self) -> None:
+        require(bool(self.data), "data", self.data, "the folder of a snapshot, which jobs/refresh_dataset.py makes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Smoke(Extract):
+    """As the job, on a snapshot that it draws first."""
+
+
+PRESETS: dict[str, tuple[str, Extract]] = {
+    "boxes": (
+        "Features of the boxes that the data have.",
+        Extract(data=tyro.MISSING, model=LoadRegionModel(teacher=tyro.MISSING)),
+    ),
+    "proposals": (
+        "Features of 300 proposals of each picture: ViLD's setting.",
+        Extract(
+            data=tyro.MISSING,
+            model=LoadRegionModel(teacher=tyro.MISSING, proposer=ProposerOptions(proposer=tyro.MISSING)),
+        ),
+    ),
+    "smoke": (
+        "Sixty-four drawn samples by an untrained model, in this process.",
+        Smoke(
+            data=f"{SMOKE}/data",
+            model=LoadRegionModel(teacher="clipmill-tiny:untrained"),
+            classes="drawn_base",
+            options=RegionOptions(floor=0.0),
+            workers=Workers(processes_count=0),
+            track=False,
+        ),
+    ),
+}
+
+
+def main(run: Extract) -> None:
+    """Wire snapshot, models, check and tracker."""
+    classes = load_card(run.classes).classes if run.classes else ()
+    if isinstance(run, Smoke):
+        drawn_snapshot(Folder(run.data))
+    use_gpu = None if run.model.device == "auto" else run.model.device == "cuda"
+    with open_tracker(run.tracking, run, new=run.track) as tracker:
+        snapshot = extract_regions(read_snapshot(run.data), run.model, classes, run.options, run.workers, use_gpu)
+        folder = Folder(snapshot.folder)
+        found = [read_regions(folder, shard, run.options.name) for shard in snapshot.shards]
+        tracker.log_dataset(snapshot, "regions")
+        for number, shard in enumerate(found):
+            check = shard.check
+            tracker.log({"regions/shard_accuracy": check.accuracy, "regions/shard_matched": check.matched}, number)
+        whole = sum((shard.check for shard in found), Check())
+        count = sum(shard.regions for shard in found)
+        metrics = {"regions/accuracy": whole.accuracy, "regions/matched": whole.matched, "regions/count": count}
+        tracker.log(metrics, len(found))
+    print(f"{snapshot.uri}: {count} regions of {sum(shard.stored for shard in snapshot.shards)} pictures")
+    if whole.matched:
+        print(f"{whole.right} of {whole.matched} that cover an object ({whole.accuracy:.1%}) are nearest to its name")
+
+
+if __name__ == "__main__":
+    run_job(PRESETS, main)

@@ -1,0 +1,240 @@
+"""A proposer and a CLIP that turn stored pictures into regions with features: what ``stages/regions.py`` is handed."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+import torchvision
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.config import require
+from pipeline.errors import SettingError
+from pipeline.evaluation.embedder import Precision, digest_of
+from pipeline.evaluation.encoder import inference
+from pipeline.evaluation.models import load_model
+from pipeline.evaluation.suite import Evaluable
+from pipeline.evaluation.zero_shot import classifier
+from pipeline.loaders.images import decode
+from pipeline.loaders.samples import UnreadableSample
+from pipeline.models.clip import Clip
+from pipeline.models.towers.crops import CropRule, crop_boxes, cut_crops
+from pipeline.shards.objects import read_objects
+from pipeline.shards.sample import Sample
+from pipeline.stages.regions import Proposals
+from pipeline.training.checkpoint import load_method
+
+CROPS_AT_ONCE = 1024
+GIVEN, TORCHVISION = "boxes", "torchvision:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProposerOptions:
+    """Which regions of a picture are kept."""
+
+    proposer: str = GIVEN
+    """boxes: those of the data (boxes.json); torchvision:NAME or torchvision:NAME=FILE: a detector of torchvision, with
+    its published weights or those in a file; else a checkpoint of a method that proposes, such as jobs/train_vild.py
+    makes."""
+    most: int = 300
+    """Regions of each picture at most, the best first."""
+    smallest: float = 2.0
+    """Pixels: shorter sides are left out."""
+    labels: tuple[str, ...] = ()
+    """Where the data's boxes are taken: only those with these labels; all where none is named."""
+
+    def __post_init__(self) -> None:
+        require(1 <= self.most <= 10_000, "most", self.most, "1 to 10,000")
+        require(self.smallest >= 1, "smallest", self.smallest, "1 pixel or more")
+
+
+class Proposer(Protocol):
+    """Proposes regions; ``maker`` is the digest of what decides them."""
+
+    maker: str
+
+    def __call__(self, pictures: Sequence[Tensor], samples: Sequence[Sample]) -> list[Proposals]:
+        """The regions of pictures uint8 [3, H, W] on the model's device."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadRegionModel:
+    """Loads teacher and proposer where it is called."""
+
+    teacher: str
+    proposer: ProposerOptions = field(default_factory=ProposerOptions)
+    crop: CropRule = field(default_factory=CropRule)
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    """Prompts of the class names by which features are checked."""
+    device: str = "auto"
+    precision: Precision = "fp32"
+
+    def __call__(self, threads: int) -> "ClipRegions":
+        """``threads`` is the number of CPU threads for the models, where no GPU computes.
+
+        Raises:
+            SettingError: no such checkpoint or detector, or a teacher that is no CLIP.
+        """
+        model = load_model(self.teacher, self.device)
+        require(isinstance(model, Clip), "teacher", self.teacher, "a CLIP")
+        clip = cast(Clip, model)
+        if clip.mean.device.type == "cpu":
+            torch.set_num_threads(threads)
+        return ClipRegions(clip, make_proposer(self.proposer, clip.mean.device), self)
+
+
+class ClipRegions:
+    """A CLIP and a proposer as the stage wants them."""
+
+    def __init__(self, clip: Clip, proposer: Proposer, settings: LoadRegionModel) -> None:
+        self._clip = clip.to(memory_format=torch.channels_last)
+        self._propose, self._settings = proposer, settings
+        self._size = clip.transforms(train=False).size[0]
+        facts = {"proposer": proposer.maker, "crop": asdict(settings.crop), "precision": settings.precision}
+        teacher = digest_of(cast(Evaluable, clip), str(self._size))
+        options = {"most": settings.proposer.most, "smallest": settings.proposer.smallest}
+        width = self._encoded(torch.zeros((1, 3, self._size, self._size), dtype=torch.uint8)).shape[1]
+        self.facts: Mapping[str, Any] = {**facts, **options, "teacher": teacher, "width": width}
+        self.maker = hashlib.sha256(repr(sorted(self.facts.items())).encode()).hexdigest()
+
+    def prepare(self, picture: bytes) -> Tensor | None:
+        """uint8 [3, H, W]; ``None`` where it cannot be decoded."""
+        try:
+            return torch.from_numpy(decode(picture)).permute(2, 0, 1)
+        except UnreadableSample:
+            return None
+
+    def shape(self, picture: Tensor) -> tuple[int, int]:
+        """Height and width."""
+        return picture.shape[1], picture.shape[2]
+
+    def propose(self, pictures: Sequence[Tensor], samples: Sequence[Sample]) -> list[Proposals]:
+        """The best regions that are large enough, inside their picture."""
+        options = self._settings.proposer
+        device = self._clip.mean.device
+        with inference(cast(Evaluable, self._clip)):
+            proposed = self._propose([picture.to(device) for picture in pictures], samples)
+        shapes = [self.shape(picture) for picture in pictures]
+        return [_kept(one, *shape, options) for one, shape in zip(proposed, shapes, strict=True)]
+
+    def encode(self, pictures: Sequence[Tensor], boxes: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float32]]:
+        """The features of all scales of each box, added and normalised: [n, D] of each picture."""
+        rule, device = self._settings.crop, self._clip.mean.device
+        crops = []
+        for picture, some in zip(pictures, boxes, strict=True):
+            here, places = picture.to(device), torch.from_numpy(some)
+            height, width = self.shape(picture)
+            for scale in rule.scales:
+                cut = crop_boxes(places, scale, height, width, rule.outside)
+                crops.append(cut_crops(here, cut.to(device), self._size, rule.shape))
+        if not sum(len(some) for some in crops):
+            return [np.empty((0, self.facts["width"]), np.float32) for _ in boxes]
+        encoded = self._encoded(torch.cat(crops)).float()
+        parts = iter(encoded.split([len(some) for some in boxes for _ in rule.scales]))
+        sums = [torch.stack([next(parts) for _ in rule.scales]).sum(dim=0) for _ in boxes]
+        return [functional.normalize(one, dim=-1).cpu().numpy() for one in sums]
+
+    def _encoded(self, crops: Tensor) -> Tensor:
+        """uint8 [N, 3, size, size] to features [N, D], of unit length or raw as the rule says."""
+        clip = self._clip
+        with inference(cast(Evaluable, clip), self._settings.precision):
+            crops = crops.to(clip.mean.device)
+            parts = [
+                clip.encode_image(some)
+                if self._settings.crop.average == "unit"
+                else clip.model.encode_image((some.float() - clip.mean) / clip.std).float()
+                for some in crops.split(CROPS_AT_ONCE)
+            ]
+        return torch.cat(parts)
+
+    def class_vectors(self, classes: Sequence[str]) -> NDArray[np.float32]:
+        """The zero-shot classifier of these names: [C, D]."""
+        with inference(cast(Evaluable, self._clip)):
+            vectors: NDArray[np.float32] = (
+                classifier(cast(Evaluable, self._clip), list(classes), self._settings.templates).float().cpu().numpy()
+            )
+        return vectors
+
+
+def make_proposer(options: ProposerOptions, device: torch.device) -> Proposer:
+    """The proposer that ``options`` name.
+
+    Raises:
+        SettingError: there is none of that name.
+    """
+    if options.proposer == GIVEN:
+        return GivenBoxes(options.labels)
+    if options.proposer.startswith(TORCHVISION):
+        return Detector(options.proposer.removeprefix(TORCHVISION), device)
+    return Checkpoint(options.proposer, device)
+
+
+class GivenBoxes:
+    """The boxes that came with the data, all with a score of one."""
+
+    def __init__(self, labels: Sequence[str] = ()) -> None:
+        self._labels = frozenset(labels)
+        self.maker = "boxes.json " + " ".join(sorted(self._labels))
+
+    def __call__(self, pictures: Sequence[Tensor], samples: Sequence[Sample]) -> list[Proposals]:
+        """Raises ``DataError`` for a sample without boxes."""
+        return [self._of(sample, picture) for sample, picture in zip(samples, pictures, strict=True)]
+
+    def _of(self, sample: Sample, picture: Tensor) -> Proposals:
+        things = read_objects(sample)
+        things.check_size(picture.shape[1], picture.shape[2], sample.key)
+        kept = [n for n, label in enumerate(things.labels) if not self._labels or label in self._labels]
+        return Proposals(things.boxes[kept], np.ones(len(kept)))
+
+
+class Detector:
+    """The detections of one of torchvision's models, whatever their class."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        """``NAME`` loads its published weights, ``NAME=FILE`` those in a file."""
+        name, _, file = name.partition("=")
+        if name not in torchvision.models.list_models(module=torchvision.models.detection):
+            known = ", ".join(torchvision.models.list_models(module=torchvision.models.detection))
+            raise SettingError("proposer", name, f"one of {known}")
+        weights = {"weights": None, "weights_backbone": None} if file else {"weights": "DEFAULT"}
+        model: Any = torchvision.models.get_model(name, **weights)
+        if file:
+            model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        self._model = model.to(device).eval()
+        self.maker = digest_of(self._model, name)
+
+    def __call__(self, pictures: Sequence[Tensor], samples: Sequence[Sample]) -> list[Proposals]:
+        """Boxes by score; the model resizes and normalises by itself."""
+        found = self._model([picture.float() / 255 for picture in pictures])
+        return [_proposals(one["boxes"], one["scores"]) for one in found]
+
+
+class Checkpoint:
+    """The proposals of a method of ours."""
+
+    def __init__(self, address: str, device: torch.device) -> None:
+        method: Any = load_method(address, str(device))
+        require(callable(getattr(method, "propose", None)), "proposer", address, "a method that proposes regions")
+        self._method = method.eval()
+        self.maker = digest_of(method)
+
+    def __call__(self, pictures: Sequence[Tensor], samples: Sequence[Sample]) -> list[Proposals]:
+        """As the method orders them."""
+        return [_proposals(boxes, scores) for boxes, scores in self._method.propose(pictures)]
+
+
+def _proposals(boxes: Tensor, scores: Tensor) -> Proposals:
+    return Proposals(boxes.double().cpu().numpy(), scores.double().cpu().numpy())
+
+
+def _kept(proposed: Proposals, height: int, width: int, options: ProposerOptions) -> Proposals:
+    """The best ``most`` of those that are numbers, and large enough inside the picture."""
+    boxes = np.clip(proposed.boxes, 0, [width, height, width, height])
+    large = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= options.smallest).all(axis=1))  # no NaN is
+    order = large[np.argsort(-proposed.scores[large], kind="stable")][: options.most]
+    return Proposals(boxes[order], proposed.scores[order])

@@ -1,0 +1,153 @@
+"""Many crops of one picture at once, on the device that encodes them: what region features are made of.
+
+The resize is Pillow's antialiased bicubic, to within one level of 255. On a GPU it is two matrix products for all boxes
+of a picture, whose matrices hold the filter's weights; on a CPU torch's vectorised uint8 kernel, box by box.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.config import require
+
+BOXES_AT_ONCE = 128
+"""Of one picture in the matrix products, whose results between take 3 x size x width floats a box."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropRule:
+    """What of a picture is shown to the tower for a box; part of the identity of stored features."""
+
+    scales: tuple[float, ...] = (1.0, 1.5)
+    """Sides of the crops in those of the box, around the same centre (ViLD, section 3.2)."""
+    shape: Literal["warp", "centre", "pad"] = "warp"
+    """How a crop becomes square: stretched, cut to its middle (as CLIP's transform does) or with black bars."""
+    outside: Literal["cut", "black"] = "cut"
+    """Where an enlarged box leaves the picture: it ends at the border, or what is outside is black."""
+    average: Literal["unit", "raw"] = "unit"
+    """Features of the scales are added as unit vectors, or as they are; the sum is normalised."""
+
+    def __post_init__(self) -> None:
+        require(len(self.scales) >= 1 and min(self.scales) > 0, "scales", self.scales, "one or more, more than 0")
+
+
+def crop_boxes(boxes: Tensor, scale: float, height: int, width: int, outside: str = "cut") -> Tensor:
+    """Boxes float [N, 4] (x1, y1, x2, y2 in pixels) to whole pixels around them, enlarged: int64 [N, 4], never empty.
+
+    Edges are rounded outwards, but not for what is less than a thousandth of a pixel.
+    """
+    boxes = boxes.double()
+    centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * scale
+    first = torch.floor(centre - half + 1e-3).long()
+    last = torch.ceil(centre + half - 1e-3).long()
+    limits = torch.tensor([width, height], device=boxes.device)
+    if outside == "cut":
+        first = torch.minimum(first.clamp(min=0), limits - 1)
+        last = torch.minimum(last, limits)
+    return torch.cat([first, torch.maximum(last, first + 1)], dim=1)
+
+
+def cut_crops(picture: Tensor, boxes: Tensor, size: int, shape: str = "warp") -> Tensor:
+    """Crops of ``picture``, uint8 [3, H, W], at ``boxes``, int64 [N, 4], as uint8 [N, 3, size, size].
+
+    What a box has outside of the picture is black.
+    """
+    if not len(boxes):
+        return picture.new_empty((0, 3, size, size))
+    if picture.device.type == "cpu":
+        return torch.stack([_cut(picture, box, size, shape) for box in boxes.tolist()])
+    return torch.cat([_multiply(picture, some, size, shape) for some in boxes.split(BOXES_AT_ONCE)])
+
+
+def _cut(picture: Tensor, box: list[int], size: int, shape: str) -> Tensor:
+    """One crop on a CPU."""
+    left, top, right, bottom = box
+    height, width = picture.shape[1:]
+    crop = picture[:, max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
+    around = (max(-left, 0), max(right - width, 0), max(-top, 0), max(bottom - height, 0))
+    if any(around):
+        missing = (
+            around[0],
+            right - left - crop.shape[2] - around[0],
+            around[2],
+            bottom - top - crop.shape[1] - around[2],
+        )
+        crop = functional.pad(crop, missing)
+    target = _target(bottom - top, right - left, size, shape)
+    resized = functional.interpolate(crop[None], size=target, mode="bicubic", antialias=True)[0]
+    if target == (size, size):
+        return resized
+    out = picture.new_zeros((3, size, size))
+    (rows, from_rows), (columns, from_columns) = (_overlap(length, size) for length in target)
+    out[:, rows, columns] = resized[:, from_rows, from_columns]
+    return out
+
+
+def _target(height: int, width: int, size: int, shape: str) -> tuple[int, int]:
+    """The size to which a crop is resized before its middle is cut or it is padded."""
+    if shape == "warp":
+        return size, size
+    side = min(height, width) if shape == "centre" else max(height, width)
+    return max(1, int(size * height / side)), max(1, int(size * width / side))
+
+
+def _offset(length: int, size: int) -> int:
+    """Where in a resized side of ``length`` the result of ``size`` begins; negative where there is a bar before it."""
+    return round((length - size) / 2) if length >= size else -((size - length) // 2)
+
+
+def _overlap(length: int, size: int) -> tuple[slice, slice]:
+    """The places in the result and in the resized crop that belong together."""
+    offset = _offset(length, size)
+    if length >= size:
+        return slice(0, size), slice(offset, offset + size)
+    return slice(-offset, length - offset), slice(0, length)
+
+
+def _multiply(picture: Tensor, boxes: Tensor, size: int, shape: str) -> Tensor:
+    """All crops by two matrix products, columns first and rounded in between, as Pillow does it."""
+    targets = torch.tensor([_target(y2 - y1, x2 - x1, size, shape) for x1, y1, x2, y2 in boxes.tolist()]).to(
+        boxes.device
+    )
+    rows = _weights(boxes[:, 1], boxes[:, 3], targets[:, 0], size, picture.shape[1])
+    columns = _weights(boxes[:, 0], boxes[:, 2], targets[:, 1], size, picture.shape[2])
+    pixels = picture.to(rows.dtype)
+    narrow = torch.einsum("nsw,chw->nchs", columns, pixels).round().clamp(0, 255)
+    crops = torch.einsum("nth,nchs->ncts", rows, narrow)
+    return crops.round().clamp(0, 255).to(torch.uint8)
+
+
+def _weights(first: Tensor, last: Tensor, target: Tensor, size: int, limit: int) -> Tensor:
+    """The bicubic filter as matrices, float32 [N, size, limit]: rows for results, columns for the picture's pixels.
+
+    Pillow's: the filter (a = -1/2) is stretched by the factor of a reduction, its weights are normalised over the
+    pixels of the box; those of them outside of the picture are black, so their weights are left out afterwards.
+    """
+    offsets = torch.tensor([_offset(length, size) for length in target.tolist()], device=first.device)
+    places = torch.arange(size, device=first.device) + offsets[:, None]
+    step = ((last - first).double() / target)[:, None]
+    stretch = step.clamp(min=1.0)
+    centres = (places + 0.5) * step
+    # All pixels of the box, inside the picture or not, take part in the normalisation.
+    longest = int((last - first).max())
+    pixels = torch.arange(longest, device=first.device)
+    distance = (pixels + 0.5 - centres[:, :, None]) / stretch[:, :, None]
+    weights = _bicubic(distance) * (pixels < (last - first)[:, None])[:, None]
+    weights = weights / weights.sum(dim=2, keepdim=True).clamp(min=1e-12)
+    weights = weights * ((places >= 0) & (places < target[:, None]))[:, :, None]
+    found = (first[:, None] + pixels)[:, None].expand(weights.shape)
+    inside = (found >= 0) & (found < limit)
+    matrix = weights.new_zeros((*weights.shape[:2], limit))
+    matrix.scatter_add_(2, found.clamp(0, limit - 1), weights * inside)
+    return matrix.float()
+
+
+def _bicubic(distance: Tensor) -> Tensor:
+    """Keys' filter with a = -1/2 (1981), which is 0 from a distance of 2 on."""
+    x = distance.abs()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))

@@ -1,0 +1,115 @@
+"""What is known of the things in a picture: the member ``boxes.json``, COCO's conventions per sample.
+
+    {"width": 640, "height": 480,                        pixels of the picture that boxes and masks are measured in
+     "objects": [{"label": "cat", "bbox": [x, y, width, height],
+                  "segmentation": polygons, or {"size": [height, width], "counts": runs or COCO's string},
+                  "iscrowd": 0, "area": 812.5, "id": 17}],
+     "negative": ["dog"],                                labels known not to be there (LVIS)
+     "incomplete": ["cat"]}                              labels of which only some are marked (LVIS)
+
+Everything but ``width``, ``height``, ``objects``, ``label`` and ``bbox`` may be missing. Whoever wrote the file is not
+trusted: boxes are cut to the picture, and those that then have no area, or were no numbers, are left out and counted.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import DataError
+from pipeline.shards.sample import Sample
+
+FIELD = "boxes.json"
+MOST_OBJECTS = 10_000
+SMALLEST = 1e-3
+"""Pixels: a box with a shorter side has no area."""
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The things in one picture of ``height`` x ``width`` pixels; the lists belong together.
+
+    ``boxes`` are x1, y1, x2, y2 in pixels, float64 [N, 4], inside the picture; ``left_out`` counts unusable ones.
+    """
+
+    height: int
+    width: int
+    boxes: NDArray[np.float64]
+    labels: tuple[str, ...]
+    segmentations: tuple[Any, ...] = ()
+    crowd: tuple[bool, ...] = ()
+    negative: tuple[str, ...] = ()
+    incomplete: tuple[str, ...] = ()
+    left_out: int = 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def check_size(self, height: int, width: int, key: str) -> None:
+        """Raise ``DataError`` unless the picture of sample ``key`` has the size that the boxes are measured in."""
+        if (height, width) != (self.height, self.width):
+            sizes = f"{width} x {height} pixels, its boxes are measured in {self.width} x {self.height}"
+            raise DataError(f"the picture of sample {key} has {sizes}: refresh with --resize-mode no")
+
+
+def read_objects(sample: Sample) -> Objects:
+    """The objects of ``sample``.
+
+    Raises:
+        DataError: no ``boxes.json``, or one that is none; the key is named.
+    """
+    content = sample.fields.get(FIELD)
+    if content is None:
+        raise DataError(f"sample {sample.key} has no {FIELD}: these data have no boxes")
+    try:
+        record = json.loads(content)
+        height, width = int(record["height"]), int(record["width"])
+        things = record["objects"]
+        if not (height > 0 and width > 0 and isinstance(things, list) and len(things) <= MOST_OBJECTS):
+            raise ValueError(f"{width} x {height} pixels, {type(things).__name__} of objects")
+        return _objects(things, record, height, width)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise DataError(f"{FIELD} of sample {sample.key} is not as described ({error!r})") from error
+
+
+def _objects(things: Sequence[Mapping[str, Any]], record: Mapping[str, Any], height: int, width: int) -> Objects:
+    boxes = [inside(corners(thing["bbox"]), height, width) for thing in things]
+    kept = [(box, thing) for box, thing in zip(boxes, things, strict=True) if box is not None]
+    return Objects(
+        height=height,
+        width=width,
+        boxes=np.array([box for box, _ in kept], np.float64).reshape(-1, 4),
+        labels=tuple(str(thing["label"]) for _, thing in kept),
+        segmentations=tuple(thing.get("segmentation") for _, thing in kept),
+        crowd=tuple(bool(thing.get("iscrowd", 0)) for _, thing in kept),
+        negative=tuple(str(label) for label in record.get("negative", ())),
+        incomplete=tuple(str(label) for label in record.get("incomplete", ())),
+        left_out=len(things) - len(kept),
+    )
+
+
+def corners(bbox: Sequence[float]) -> NDArray[np.float64]:
+    """COCO's x, y, width, height to x1, y1, x2, y2."""
+    x, y, width, height = (float(value) for value in bbox)
+    return np.array([x, y, x + width, y + height])
+
+
+def inside(box: NDArray[np.float64], height: int, width: int) -> NDArray[np.float64] | None:
+    """The part of a box (x1, y1, x2, y2) that is in the picture; ``None`` where there is none, or no number."""
+    if not np.isfinite(box).all():
+        return None
+    cut: NDArray[np.float64] = np.clip(box, 0, [width, height, width, height])
+    return cut if (cut[2:] - cut[:2] > SMALLEST).all() else None
+
+
+def overlaps(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Intersection over union of boxes x1, y1, x2, y2: [N, 4] and [M, 4] to [N, M]."""
+    low = np.maximum(first[:, None, :2], second[None, :, :2])
+    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
+    shared = (high - low).clip(0).prod(axis=2)
+    areas = (first[:, 2:] - first[:, :2]).prod(axis=1)[:, None] + (second[:, 2:] - second[:, :2]).prod(axis=1)[None]
+    overlap: NDArray[np.float64] = shared / np.maximum(areas - shared, 1e-12)
+    return overlap

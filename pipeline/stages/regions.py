@@ -1,0 +1,308 @@
+"""Features of regions as a sidecar: what ViLD's image branch learns from (Gu, Lin, Kuo, Cui, 2021, section 3.2).
+
+``00017.regions.parquet`` has a row for every sample that the tar stores: ``key``, ``height`` and ``width`` of the
+picture, ``boxes`` (x1, y1, x2, y2 as fractions of its sides, float32, one after the other), ``scores`` of the
+proposals, and ``features``, L2-normalised float16 [n, D] as bytes in C order. Boxes and features are of the picture as
+it is stored, so an augmentation that moves the picture moves the boxes and leaves the features. A picture without
+proposals, or one that cannot be read, has none.
+
+Boxes that no longer belong to their features are the failure that goes unseen: training goes on and novel classes
+stay at half their score. So each shard is checked while it is made. Where a proposal covers an object of a class that
+the annotations name, the feature is compared with the class names' text features; the share that is right is kept
+with the shard, and below a floor the job stops.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.config import require
+from pipeline.errors import DataError, SidecarError
+from pipeline.shards.objects import FIELD, overlaps, read_objects
+from pipeline.shards.sample import Sample
+from pipeline.shards.sidecar import read_sidecar, sidecar_file
+from pipeline.shards.snapshot import Shard, Snapshot
+from pipeline.shards.storage import Folder
+from pipeline.stages.annotate import FACTS, Annotation, annotate
+from pipeline.stages.shard_tasks import Workers
+
+logger = logging.getLogger(__name__)
+
+JOB = "jobs/extract_region_features.py"
+MATCHED = 0.5  # intersection over union from which on a proposal shows an object
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """Boxes x1, y1, x2, y2 in pixels, float64 [n, 4], the best first, and their scores float64 [n]."""
+
+    boxes: NDArray[np.float64]
+    scores: NDArray[np.float64]
+
+
+class RegionModel(Protocol):
+    """What this stage needs: a proposer and an image tower; ``maker`` is the digest of both and of the crop rule."""
+
+    maker: str
+    facts: Mapping[str, Any]
+    """What readers should know: ``teacher``, ``proposer``, ``crop``, ``width`` D; kept with the features."""
+
+    def prepare(self, picture: bytes) -> Any | None:
+        """The decoded picture, ``None`` where it cannot be read; called from many threads."""
+        ...
+
+    def shape(self, picture: Any) -> tuple[int, int]:
+        """Its height and width."""
+        ...
+
+    def propose(self, pictures: Sequence[Any], samples: Sequence[Sample]) -> list[Proposals]:
+        """The regions of each picture."""
+        ...
+
+    def encode(self, pictures: Sequence[Any], boxes: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float32]]:
+        """L2-normalised features [n, D] of each picture's boxes."""
+        ...
+
+    def class_vectors(self, classes: Sequence[str]) -> NDArray[np.float32]:
+        """L2-normalised text features [C, D]."""
+        ...
+
+
+class MakeRegionModel(Protocol):
+    """Loads the model in the process that will use it, for a number of CPU threads; pickles."""
+
+    def __call__(self, threads: int) -> RegionModel: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionOptions:
+    """How the features are kept and checked."""
+
+    name: str = "regions"
+    """Name of the sidecar: a plain word, so that those of several models can lie side by side."""
+    pictures_at_once: int = 8
+    """Pictures whose regions are encoded together."""
+    overwrite: bool = False
+    """Replace the features of another model or other settings."""
+    floor: float = 0.1
+    """Least zero-shot accuracy of a shard's features on regions that cover an object of ``classes``; 0 never stops."""
+    least_matched: int = 50
+    """Regions that must cover one before the floor counts."""
+
+    def __post_init__(self) -> None:
+        require(self.name.isidentifier(), "name", self.name, "a plain word")
+        require(self.pictures_at_once >= 1, "pictures_at_once", self.pictures_at_once, "1 or more")
+        require(0 <= self.floor <= 1, "floor", self.floor, "0 to 1")
+        require(self.least_matched >= 1, "least_matched", self.least_matched, "1 or more")
+
+
+@dataclass(frozen=True)
+class Check:
+    """How often a feature was nearest to the name of the object that its region covers."""
+
+    matched: int = 0
+    right: int = 0
+
+    def __add__(self, other: "Check") -> "Check":
+        return Check(self.matched + other.matched, self.right + other.right)
+
+    @property
+    def accuracy(self) -> float:
+        """The share that is right; 0 where nothing matched."""
+        return self.right / self.matched if self.matched else 0.0
+
+
+@dataclass(frozen=True)
+class Regions:
+    """One sample's regions: boxes float32 [n, 4] as fractions of the picture, scores [n], features float16 [n, D]."""
+
+    boxes: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    features: NDArray[np.float16]
+
+
+class ShardRegions:
+    """The regions of a shard's stored samples, by key."""
+
+    def __init__(self, table: pa.Table, facts: Mapping[str, Any]) -> None:
+        self._table, self.facts = table, facts
+        self._rows = {str(key): row for row, key in enumerate(table["key"].to_pylist())}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, key: str) -> Regions:
+        """Raises ``SidecarError`` for a sample without a row."""
+        if key not in self._rows:
+            raise SidecarError(f"sample {key} has no row among its shard's regions; make them again with {JOB}")
+        row = {name: self._table[name][self._rows[key]].as_py() for name in ("boxes", "scores", "features")}
+        features = np.frombuffer(row["features"], np.float16).reshape(-1, int(self.facts["width"]))
+        boxes = np.array(row["boxes"], np.float32).reshape(-1, 4)
+        if len(boxes) != len(features):
+            raise SidecarError(
+                f"sample {key} has {len(boxes)} boxes and {len(features)} features; make them with {JOB}"
+            )
+        return Regions(boxes, np.array(row["scores"], np.float32), features)
+
+    @property
+    def check(self) -> Check:
+        """What was found when they were made."""
+        return Check(int(self.facts["matched"]), int(self.facts["right"]))
+
+    @property
+    def regions(self) -> int:
+        """The number of regions of all samples."""
+        return sum(len(scores or ()) for scores in self._table["scores"].to_pylist())
+
+
+def extract_regions(
+    snapshot: Snapshot,
+    make: MakeRegionModel,
+    classes: Sequence[str],
+    options: RegionOptions,
+    workers: Workers,
+    use_gpu: bool | None = None,
+) -> Snapshot:
+    """Give every shard its regions and publish that; shards that have them are not read again.
+
+    ``classes`` are the names of annotated classes by which the features are checked; none where nothing is annotated.
+
+    Raises:
+        SidecarError: those of another model, proposer or crop are there.
+        DataError: a damaged shard, or features that do not fit their boxes.
+        StorageError: the store refused (the same command goes on from there), or another job is at work in the folder.
+    """
+    load = LoadRegionMaker(make, tuple(classes), options)
+    return annotate(snapshot, load, Annotation(name=options.name, overwrite=options.overwrite), workers, use_gpu)
+
+
+def read_regions(folder: Folder, shard: Shard, name: str = "regions", maker: str | None = None) -> ShardRegions:
+    """The regions of ``shard``'s stored samples.
+
+    Raises:
+        SidecarError: missing, of another tar, by another maker, or no regions.
+    """
+    table = read_sidecar(folder, shard, name, JOB, maker)
+    facts = json.loads((table.schema.metadata or {}).get(FACTS, b"{}"))
+    if not {"width", "matched", "right"} <= set(facts) or not {"boxes", "scores", "features"} <= set(
+        table.column_names
+    ):
+        raise SidecarError(f"{folder.join(sidecar_file(shard, name))} holds no regions; make it with {JOB}")
+    return ShardRegions(table, facts)
+
+
+@dataclass(frozen=True)
+class LoadRegionMaker:
+    """Loads what makes a shard's table."""
+
+    make: MakeRegionModel
+    classes: tuple[str, ...]
+    options: RegionOptions
+
+    def __call__(self, threads: int) -> "RegionMaker":
+        return RegionMaker(self.make(threads), self.classes, self.options, threads)
+
+
+class RegionMaker:
+    """The regions of a shard's samples as a table; decodes ahead in ``threads`` threads."""
+
+    def __init__(self, model: RegionModel, classes: tuple[str, ...], options: RegionOptions, threads: int) -> None:
+        self._model, self._classes, self._options, self._threads = model, classes, options, threads
+        self._vectors = model.class_vectors(classes) if classes else None
+        self.maker = model.maker
+
+    def table(self, samples: Iterator[Sample], shard: Shard) -> pa.Table:
+        """The sidecar's rows; raises ``DataError`` where the check fails."""
+        rows: list[dict[str, Any]] = []
+        found = Check()
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="prepare") as pool:
+            for batch in _decoded(samples, self._options.pictures_at_once, pool, self._model):
+                made, check = self._rows(batch)
+                rows += made
+                found += check
+        self._judge(found, shard)
+        facts = {**self._model.facts, "matched": found.matched, "right": found.right}
+        return pa.Table.from_pylist(rows, schema=pa.schema(COLUMNS)).replace_schema_metadata({FACTS: json.dumps(facts).encode()})
+
+    def _rows(self, batch: Sequence[tuple[Sample, Any | None]]) -> tuple[list[dict[str, Any]], Check]:
+        readable = [(sample, picture) for sample, picture in batch if picture is not None]
+        samples, pictures = [sample for sample, _ in readable], [picture for _, picture in readable]
+        proposals = self._model.propose(pictures, samples) if readable else []
+        features = self._model.encode(pictures, [one.boxes for one in proposals]) if readable else []
+        made, found = {}, Check()
+        for sample, picture, proposed, encoded in zip(samples, pictures, proposals, features, strict=True):
+            made[sample.key] = _row(sample.key, self._model.shape(picture), proposed, encoded)
+            found += self._checked(sample, self._model.shape(picture), proposed, encoded)
+        return [made.get(sample.key) or _empty(sample.key) for sample, _ in batch], found
+
+    def _checked(
+        self, sample: Sample, shape: tuple[int, int], proposed: Proposals, encoded: NDArray[np.float32]
+    ) -> Check:
+        """Compares the features of regions that cover an annotated object with the names of the classes."""
+        if self._vectors is None or FIELD not in sample.fields or not len(proposed.boxes):
+            return Check()
+        things = read_objects(sample)
+        things.check_size(*shape, sample.key)
+        known = [number for number, label in enumerate(things.labels) if label in self._classes]
+        if not known:
+            return Check()
+        shared = overlaps(proposed.boxes, things.boxes[known])
+        covering = shared.max(axis=1) >= MATCHED
+        truth = [self._classes.index(things.labels[known[thing]]) for thing in shared.argmax(axis=1)]
+        guesses = (encoded @ self._vectors.T).argmax(axis=1)
+        return Check(int(covering.sum()), int((covering & (guesses == np.array(truth))).sum()))
+
+    def _judge(self, found: Check, shard: Shard) -> None:
+        where = f"{shard.name}: {found.right} of {found.matched} regions that cover an object are nearest to its name"
+        logger.info("%s (%.1f %%)", where, 100 * found.accuracy)
+        if found.matched >= self._options.least_matched and found.accuracy < self._options.floor:
+            raise DataError(
+                f"{where}, less than floor {self._options.floor}: the boxes do not fit the pictures, or this teacher "
+                "does not know these classes"
+            )
+
+
+COLUMNS: dict[str, Any] = {
+    "key": pa.string(),
+    "height": pa.int32(),
+    "width": pa.int32(),
+    "boxes": pa.list_(pa.float32()),
+    "scores": pa.list_(pa.float32()),
+    "features": pa.binary(),
+}
+
+
+def _row(key: str, shape: tuple[int, int], proposed: Proposals, encoded: NDArray[np.float32]) -> dict[str, Any]:
+    height, width = shape
+    fractions = (proposed.boxes / [width, height, width, height]).astype(np.float32)
+    boxes, scores = fractions.reshape(-1).tolist(), proposed.scores.astype(np.float32).tolist()
+    features = np.ascontiguousarray(encoded, np.float16).tobytes()
+    return {"key": key, "height": height, "width": width, "boxes": boxes, "scores": scores, "features": features}
+
+
+def _empty(key: str) -> dict[str, Any]:
+    return {"key": key, "height": 0, "width": 0, "boxes": [], "scores": [], "features": b""}
+
+
+def _decoded(
+    samples: Iterator[Sample], size: int, pool: ThreadPoolExecutor, model: RegionModel
+) -> Iterator[list[tuple[Sample, Any | None]]]:
+    """Batches with their pictures; the next batch is being decoded while one is worked on."""
+
+    def begin(sample: Sample) -> tuple[Sample, Any]:
+        content = sample.image()
+        return sample, None if content is None else pool.submit(model.prepare, content)
+
+    ahead = [begin(sample) for sample in islice(samples, size)]
+    while ahead:
+        following = [begin(sample) for sample in islice(samples, size)]
+        yield [(sample, future.result() if future is not None else None) for sample, future in ahead]
+        ahead = following

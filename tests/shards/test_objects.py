@@ -1,0 +1,66 @@
+"""Boxes as they are stored: what cannot be used is left out and counted, what is none is said so."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.errors import DataError
+from pipeline.shards.objects import overlaps, read_objects
+from pipeline.shards.sample import Sample
+
+
+def sample(*boxes: Any, **more: Any) -> Sample:
+    things = [{"label": f"thing {number}", "bbox": box} for number, box in enumerate(boxes)]
+    record = {"width": 40, "height": 30, "objects": things, **more}
+    return Sample("0007", {"boxes.json": json.dumps(record).encode()})
+
+
+def test_boxes_are_corners_inside_the_picture() -> None:
+    things = read_objects(sample([5, 6, 10, 4], [-5, 20, 10, 20], [30.5, 0, 20, 30]))
+    np.testing.assert_array_equal(things.boxes, [[5, 6, 15, 10], [0, 20, 5, 30], [30.5, 0, 40, 30]])
+    assert things.labels == ("thing 0", "thing 1", "thing 2") and things.left_out == 0
+
+
+def test_boxes_without_area_outside_or_without_numbers_are_counted() -> None:
+    bad = ([5, 6, 0, 4], [5, 6, -3, 4], [50, 6, 5, 5], [float("nan"), 0, 5, 5], [0, 0, float("inf"), 5])
+    things = read_objects(sample(*bad, [1, 1, 2, 2]))
+    assert things.labels == ("thing 5",) and things.left_out == 5
+
+
+def test_no_objects_are_legal() -> None:
+    assert read_objects(sample()).boxes.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"{}", b'{"width": 4, "height": 0, "objects": []}', b'{"width": 4, "height": 4, "objects": {}}']
+    + [b'{"width": 4, "height": 4, "objects": [{"label": "a", "bbox": [1, 2, 3]}]}']
+    + [b'{"width": 4, "height": 4, "objects": [{"bbox": [1, 2, 3, 4]}]}', b"[" * 100_000],
+)
+def test_what_is_no_record_is_one_sentence(content: bytes) -> None:
+    with pytest.raises(DataError, match="sample 0007"):
+        read_objects(Sample("0007", {"boxes.json": content}))
+
+
+def test_data_without_boxes_are_said_so() -> None:
+    with pytest.raises(DataError, match="sample 0007 has no boxes.json"):
+        read_objects(Sample("0007", {}))
+
+
+def test_overlaps_are_torchvisions() -> None:
+    torch = pytest.importorskip("torch")
+    from torchvision.ops import box_iou
+
+    low = np.random.default_rng(0).uniform(0, 20, (2, 9, 2))
+    boxes = np.concatenate([low, low + np.random.default_rng(1).uniform(0.1, 15, (2, 9, 2))], axis=2)
+    expected = box_iou(torch.from_numpy(boxes[0]), torch.from_numpy(boxes[1])).numpy()
+    np.testing.assert_allclose(overlaps(boxes[0], boxes[1]), expected, atol=1e-12)
+
+
+def test_a_picture_of_another_size_is_refused() -> None:
+    things = read_objects(sample([1, 1, 2, 2]))
+    things.check_size(30, 40, "0007")
+    with pytest.raises(DataError, match="20 x 15 pixels, its boxes are measured in 40 x 30"):
+        things.check_size(15, 20, "0007")
