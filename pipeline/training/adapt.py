@@ -5,11 +5,16 @@
 
 What is chosen (the epoch, Tip-Adapter's alpha and beta, the linear probe's C) is chosen by validation pictures; test
 pictures are no argument here. The order of pictures, their views and crops are pure functions of (seed, epoch), so two
-runs with the same arguments on the same machine end in the same bits.
+runs with the same arguments on the same machine, with as many threads, end in the same bits.
+
+In a process group all ranks call with the same arguments. The classes of a learned prompt are spread over them: each
+rank runs the text tower for its own and gathers the features of all, and the gradients are those of one process. It is
+for a thousand classes and a large tower; methods without learned prompts do the same work in every rank.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +29,9 @@ from pipeline.loaders.images import ImageTransform, crop_words
 from pipeline.loaders.order import permutation, random_words
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.models.adapters.adapter import Adapter, FrozenClip, Shots, adapter_class
+from pipeline.models.adapters.text import Spread, TextTower
 from pipeline.models.towers import openclip
+from pipeline.training import distributed
 from pipeline.training.adapt_recipes import Recipe, make_optimizer
 
 logger = logging.getLogger(__name__)
@@ -146,7 +153,8 @@ def adapt(
     if adapter.learns:
         require(recipe is not None, "recipe", None, f"a recipe, for {method} learns by gradients")
         assert recipe is not None
-        chosen["epoch"] = _Training(adapter, recipe, train, validation, seed, log).run(history)
+        with _spread(adapter):
+            chosen["epoch"] = _Training(adapter, recipe, train, validation, seed, log).run(history)
     if adapter.reads == "features":
         adapter.select(_on(train.shots(), clip.device), _on(validation.shots(), clip.device))
     chosen |= adapter.choices()
@@ -193,9 +201,10 @@ class _Training:
             numbers = {"epoch": float(epoch + 1), **self._epoch(epoch)}
             if self.recipe.select == "validation":
                 found = accuracy(self.adapter, self.validation)
-                numbers |= {"validation/top1": found.top1, "validation/loss": found.loss}
-                if best is None or (found.top1, -found.loss) > best:
-                    best, chosen = (found.top1, -found.loss), epoch + 1
+                top1, loss = distributed.from_first((found.top1, found.loss))
+                numbers |= {"validation/top1": top1, "validation/loss": loss}
+                if best is None or (top1, -loss) > best:
+                    best, chosen = (top1, -loss), epoch + 1
                     kept = {name: tensor.clone() for name, tensor in self.adapter.state_dict().items()}
             history.append(numbers)
             if self.log is not None:
@@ -222,6 +231,7 @@ class _Training:
         loss.backward()
         value = float(loss.detach())
         self._require_finite(np.isfinite(value), epoch)
+        distributed.average_gradients(self.adapter)
         self.optimizer.step()
         return value
 
@@ -285,6 +295,20 @@ def _check(name: str, data: Labelled, adapter: Adapter) -> None:
             raise DataError(f"{name}: features of width {data.features.shape[-1]}, and this CLIP's have {width}")
     low, high, classes = int(data.labels.min()), int(data.labels.max()), len(adapter.classes)
     require(0 <= low and high < classes, name, (low, high), f"labels from 0 to {classes - 1}")
+
+
+@contextmanager
+def _spread(adapter: Adapter) -> Iterator[None]:
+    """Share the classes of a learned prompt with the other processes of the group, where there is one."""
+    tower = getattr(adapter, "tower", None)
+    if not isinstance(tower, TextTower) or distributed.world() == 1:
+        yield
+        return
+    tower.spread = Spread(distributed.rank(), distributed.world(), distributed.gather)
+    try:
+        yield
+    finally:
+        tower.spread = None  # whoever uses it later may be alone
 
 
 def _at_once(adapter: Adapter) -> int:

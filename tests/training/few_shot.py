@@ -1,8 +1,8 @@
 """A tiny CLIP and pictures that are mostly red, green or blue, for the tests of adaptation."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,36 +27,35 @@ MODEL = {
 }
 
 
-@pytest.fixture(scope="module", name="clip")
-def clip_fixture(tmp_path_factory: pytest.TempPathFactory) -> FrozenClip:
-    folder = tmp_path_factory.mktemp("clip")
+def make_clip(folder: Path) -> FrozenClip:
+    """Random weights, always the same ones."""
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL}))
     torch.manual_seed(0)
     return FrozenClip(Clip(Config(architecture=f"local-dir:{folder}")), classifier)
 
 
-@pytest.fixture(scope="module", name="make_data")
-def make_data_fixture(clip: FrozenClip) -> Callable[..., Labelled]:
-    """``make_data(count, seed, views)``: pictures that are mostly red, green or blue, and their features."""
+def make_pictures(clip: FrozenClip, count: int, seed: int, views: int = 1, classes: int = 3) -> Labelled:
+    """Noise with more red, green or blue in it, and raw features of each picture, a little apart in each view."""
+    random = np.random.default_rng(seed)
+    labels = torch.arange(count) % classes
+    pixels = random.integers(0, 120, (count, 32, 32, 3))
+    pixels[np.arange(count), :, :, labels.numpy() % 3] += 90
+    files = [simplejpeg.encode_jpeg(one.astype(np.uint8)) for one in pixels]
+    still = clip.method.transforms(train=False)
+    features = clip.raw_features(torch.stack([still.read(file) for file in files]))
+    noise = 0.1 * torch.randn(count, views, features.shape[1], generator=torch.Generator().manual_seed(seed))
+    return Labelled(labels=labels, features=features[:, None] + noise, pictures=files)
 
-    def make(count: int, seed: int, views: int = 1) -> Labelled:
-        random = np.random.default_rng(seed)
-        labels = torch.arange(count) % 3
-        pixels = random.integers(0, 120, (count, 32, 32, 3))
-        pixels[np.arange(count), :, :, labels.numpy()] += 90
-        files = [simplejpeg.encode_jpeg(one.astype(np.uint8)) for one in pixels]
-        still = clip.method.transforms(train=False)
-        features = clip.raw_features(torch.stack([still.read(file) for file in files]))
-        noise = 0.1 * torch.randn(count, views, features.shape[1], generator=torch.Generator().manual_seed(seed))
-        return Labelled(labels=labels, features=features[:, None] + noise, pictures=files)
 
-    return make
+@pytest.fixture(scope="module", name="clip")
+def clip_fixture(tmp_path_factory: pytest.TempPathFactory) -> FrozenClip:
+    return make_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module", name="sets")
-def sets_fixture(make_data: Callable[..., Labelled]) -> tuple[Labelled, Labelled, Labelled]:
+def sets_fixture(clip: FrozenClip) -> tuple[Labelled, Labelled, Labelled]:
     """Shots with three views, validation and test pictures."""
-    return make_data(12, 0, views=3), make_data(9, 1), make_data(30, 2)
+    return make_pictures(clip, 12, 0, views=3), make_pictures(clip, 9, 1), make_pictures(clip, 30, 2)
 
 
 def small(method: str) -> Any:

@@ -21,7 +21,6 @@ from tests.training.few_shot import (  # noqa: F401
     NAMES,
     TEMPLATES,
     clip_fixture,
-    make_data_fixture,
     run,
     sets_fixture,
     short,

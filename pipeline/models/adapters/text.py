@@ -4,10 +4,11 @@ A learned prompt is ``[start of text | shared rows | rows of the class]``. Under
 shared rows do not depend on what follows, so they are computed once (or once per picture, where they depend on one)
 and give their keys and values to all classes. The rows of a class end with its end-of-text token, behind which
 nothing matters; classes with as many rows go through the tower together, so nothing is padded; and in the last layer
-the end of text alone asks. All of this is exact.
+the end of text alone asks. Classes can be spread over workers, each of which runs its own and gathers the features of
+all. All of this is exact.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -53,6 +54,37 @@ def group(tokens: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]) -> li
     return found
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Workers that share the classes: every one has the same pictures and parameters.
+
+    ``gather`` is float [n, ...] of this worker to [world * n, ...] of all, in the order of ranks; its gradient is the
+    sum over workers. With gradients of parameters averaged over workers, these are exactly those of a worker alone.
+    """
+
+    rank: int
+    world: int
+    gather: Callable[[Tensor], Tensor]
+
+    def own(self, rows: Sequence[Rows]) -> list[Rows]:
+        """The rows of this worker's classes: every ``world``-th, so that all get short and long names alike."""
+        start, own = 0, []
+        for part in rows:
+            places = torch.arange(len(part.classes))[(self.rank - start) % self.world :: self.world]
+            if len(places):
+                own.append(Rows(part.classes[places], part.tokens[places], part.slots[places]))
+            start += len(part.classes)
+        return own
+
+    def together(self, own: Tensor, count: int) -> Tensor:
+        """This worker's features [B, n, D] to those of all ``count`` classes [B, count, D], in the order of rows."""
+        most = -(-count // self.world)
+        padded = functional.pad(own, (0, 0, 0, most - own.shape[1]))
+        gathered = self.gather(padded.transpose(0, 1).contiguous())
+        places = torch.arange(count, device=own.device)
+        return gathered[places % self.world * most + places // self.world].transpose(0, 1)
+
+
 class TextTower:
     """The parts of ``model``'s text tower, which stays as it is.
 
@@ -73,6 +105,7 @@ class TextTower:
         self.width: int = parts.positional_embedding.shape[1]
         # What keys and values can be shared with; other blocks see whole prompts, cut behind their end.
         self.shares = all(type(block) is ResidualAttentionBlock for block in self.blocks)
+        self.spread: Spread | None = None
 
     def encode(self, text: str) -> list[int]:
         """The tokens of ``text``, without start and end; never cut."""
@@ -116,7 +149,27 @@ class TextTower:
             deep: for each layer from the second on, float [b, width] that takes the place of rows 1 to b there.
             classes_at_once: more classes go through the tower in parts, whose activations are computed again for the
                 gradient instead of being kept.
+
+        Raises:
+            SettingError: fewer classes than workers that share them.
         """
+        order = torch.cat([part.classes for part in rows]).argsort().to(shared.device)
+        if self.spread is None:
+            return self._parts(shared, rows, context, deep, classes_at_once)[:, order]
+        world = self.spread.world
+        require(world <= len(order), "workers", world, f"at most {len(order)}, the number of classes")
+        own = self._parts(shared, self.spread.own(rows), context, deep, classes_at_once)
+        return self.spread.together(own, len(order))[:, order]
+
+    def _parts(
+        self,
+        shared: Tensor,
+        rows: Sequence[Rows],
+        context: Tensor | None,
+        deep: Sequence[Tensor],
+        classes_at_once: int | None,
+    ) -> Tensor:
+        """Features of all ``rows``, in their order."""
         run = self._suffixes if self.shares else self._whole
         known: Any = self._keys_and_values(shared, deep) if self.shares else (shared, deep)
         parts = [part for one in rows for part in one.split(classes_at_once or len(one.classes))]
@@ -128,8 +181,7 @@ class TextTower:
                 features.append(checkpoint(run, embedded, known, shared.shape[1], use_reentrant=False))
             else:
                 features.append(run(embedded, known, shared.shape[1]))
-        order = torch.cat([part.classes for part in parts]).argsort().to(shared.device)
-        return torch.cat(features, dim=1)[:, order]
+        return torch.cat(features, dim=1)
 
     def _embedded(self, rows: Rows, context: Tensor | None) -> Tensor:
         """float [B, N, S, width]: tokens' embeddings, with context rows where ``slots`` say so."""
