@@ -17,7 +17,7 @@ from pipeline.errors import ClipmillError
 from pipeline.loaders.batches import Batch, training_batches
 from pipeline.loaders.order import random_words
 from pipeline.models.method import EmbeddingMethod, Method, build_method, method_class, method_name
-from pipeline.training import distributed
+from pipeline.training import distributed, fp8
 from pipeline.training.blocks import compile_each, recompute_each
 from pipeline.training.checkpoint import (
     Checkpoint,
@@ -42,6 +42,9 @@ from pipeline.training.writer import Writer, assist
 logger = logging.getLogger(__name__)
 
 STEPS = 4  # purpose of random words, see loaders/order.py
+
+
+NUMBERS = {(False, False): "float32", (False, True): "bfloat16", (True, True): "float8 and bfloat16"}
 
 
 class TrainingError(ClipmillError):
@@ -96,13 +99,17 @@ class _Training:
         self.shards = self.config.sharding == "full" and self.world > 1
         form = torch.contiguous_format if self.shards else torch.channels_last  # shards are of rows
         self.method = self._method(latest).to(device).to(memory_format=form).train()
-        self.bf16 = self.config.precision == "bf16" or (self.config.precision == "auto" and device.type == "cuda")
+        precision = self.config.precision
+        self.bf16 = precision in ("bf16", "fp8") or (precision == "auto" and device.type == "cuda")
         settings, counts = (self.config.batch_size, self.config.measuring), self.rank == 0
         self.clock = make_clock(*settings, self.method, device, bf16=self.bf16, counts=counts)
         self.profile = Profile(self.config.measuring.profiled() if self.rank == 0 else range(0), self.clock, tracker)
         self.towers = towers(self.method)
         self.method.gather = distributed.gather
         self.method.exchange = distributed.exchange(self.config.exchange)
+        if precision == "fp8":
+            fp8.check_device(device)
+            fp8.convert(self.method.blocks())
         if self.config.checkpoint_activations:
             recompute_each(self.method.blocks())
         if self.config.compile_blocks:
@@ -344,7 +351,7 @@ class _Training:
             self.device,
             torch.get_num_threads(),
             config.loader.processes(),
-            "bfloat16" if self.bf16 else "float32",
+            NUMBERS[config.precision == "fp8", self.bf16],
         )
         if config.warmup_steps >= plan.steps:
             logger.warning("the warm-up takes %d steps, the run only %d", config.warmup_steps, plan.steps)

@@ -19,6 +19,7 @@ from pipeline.loaders.text import caption_field
 from pipeline.models.method import EmbeddingMethod, method_class, method_name
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.shards.storage import Folder
+from pipeline.training.fp8 import check_installed
 from pipeline.training.measure import Measuring
 from pipeline.training.optimizer import AdamW
 from pipeline.training.writer import Saving
@@ -109,8 +110,9 @@ class Run:
     ema_decay: float | None = None
     """Keep a moving average of the weights beside them, of which so much remains in every step (0.9999); less in the
     first steps. Checkpoints hold both; evaluate FOLDER:ema."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Matrix products in bfloat16 or float32; auto is bf16 on GPUs, fp32 elsewhere."""
+    precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
+    """Matrix products in bfloat16 or float32 (on GPUs TF32); auto is bf16 on GPUs, fp32 elsewhere. fp8 is bf16 with
+    linear layers in eight bits, with torchao on GPUs like the H100; it pays with --compile-blocks only."""
     sharding: Literal["none", "full"] = "none"
     """full divides weights, gradients and the optimiser's state among the workers (FSDP2), for models that do not fit
     one of them; slower where they do. Checkpoints are the same."""
@@ -227,6 +229,8 @@ def prepare(method: Any, run: Run, *, evaluates: bool = False) -> tuple[Plan, Re
     require(
         cached, "micro_batch", run.micro_batch, f"none, since the losses of {method_name(method)} need whole batches"
     )
+    if run.precision == "fp8":
+        check_installed()
     best = run.saving.keep_best
     require(evaluates or not best, "keep_best", best, "0, since no evaluation is asked for that could tell the best")
     run = replace(run, output_folder=writable_folder("output_folder", run.output_folder))
