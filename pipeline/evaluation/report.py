@@ -13,13 +13,19 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
         *("t2i_r1", "t2i_r5", "t2i_r10", "t2i_median_rank"),
         *("chance", "samples"),
     ),
+    "linear_probe": ("top1", "top5", "mean_per_class", "chance", "samples", "trained_on"),
 }
-PLAIN = {"samples": ",.0f", "i2t_median_rank": ".1f", "t2i_median_rank": ".1f"}
-TITLES = {"zeroshot": "zero-shot", "mean_per_class": "per class"}
+PLAIN = {"samples": ",.0f", "trained_on": ",.0f", "i2t_median_rank": ".1f", "t2i_median_rank": ".1f"}
+TITLES = {
+    "zeroshot": "zero-shot",
+    "linear_probe": "linear probe",
+    "mean_per_class": "per class",
+    "trained_on": "trained on",
+}
 
 
 def table(metrics: Mapping[str, float]) -> str:
-    """The metrics of :func:`pipeline.evaluation.suite.evaluate`, a line for each set; shares in percent."""
+    """The metrics of evaluations and of linear probes, a line for each set; shares in percent."""
     parts = []
     for kind, columns in COLUMNS.items():
         sets = list(dict.fromkeys(name.split("/")[1] for name in metrics if name.startswith(f"{kind}/")))

@@ -129,9 +129,9 @@ class Evaluations:
         return Prepared(self, tuple(prepare(one) for one in self.sets()))
 
     def _set(self, kind: Kind, text: str) -> EvaluationSet:
-        name, named, data = text.partition("=") if re.match(r"[\w.\-]+=", text) else ("", "", text)
+        name, data = name_and_data(text)
         return EvaluationSet(
-            name=name if named else _own_name(data),
+            name=name,
             data=data,
             kind=kind,
             samples=self.evaluation_samples,
@@ -228,9 +228,8 @@ def evaluate(model: Evaluable, prepared: Prepared) -> dict[str, float]:
             texts = (one.classes, one.templates)
             if texts not in vectors:
                 vectors[texts] = classifier(model, *texts, settings.evaluation_precision)
-            found = zero_shot(
-                model, labelled_batches(model, one, settings), vectors[texts], settings.evaluation_precision
-            )
+            batches = labelled_batches(model.transforms(train=False), one, settings)
+            found = zero_shot(model, batches, vectors[texts], settings.evaluation_precision)
         else:
             found = retrieval(model, captioned_batches(model, one, settings), settings.evaluation_precision)
         logger.info("%s %s: %s", PREFIX[one.kind], one.name, ", ".join(f"{k} {v:.4g}" for k, v in found.items()))
@@ -238,12 +237,12 @@ def evaluate(model: Evaluable, prepared: Prepared) -> dict[str, float]:
     return metrics
 
 
-def labelled_batches(model: Evaluable, one: PreparedSet, settings: Evaluations) -> Iterator[dict[str, Tensor]]:
+def labelled_batches(transform: ImageTransform, one: PreparedSet, settings: Evaluations) -> Iterator[dict[str, Tensor]]:
     """``image`` uint8 ``[B, 3, H, W]`` and ``label`` int64 ``[B]`` for :func:`zero_shot`."""
     number = {name: place for place, name in reversed(list(enumerate(one.classes)))}
     read = readable_pictures(
         one.samples(),
-        model.transforms(train=False),
+        transform,
         lambda sample: read_label(sample, one.label),
         settings.evaluation_threads,
     )
@@ -321,10 +320,12 @@ def _class_number(label: str | int, number: Mapping[str, int], classes: int) -> 
     return label if isinstance(label, int) and 0 <= label < classes else None
 
 
-def _own_name(data: str) -> str:
-    """``drawn_shapes`` of a card's name or file, ``val`` of ``s3://bucket/val@00001-abc``."""
+def name_and_data(text: str) -> tuple[str, str]:
+    """``("val", "s3://bucket/val@1")`` of ``s3://bucket/val@1``, ``("it", "drawn_shapes")`` of ``it=drawn_shapes``."""
+    name, named, data = text.partition("=") if re.match(r"[\w.\-]+=", text) else ("", "", text)
     last = PurePosixPath(data.rstrip("/")).name
-    return re.sub(r"[^\w.\-]", "-", last.removesuffix(".yaml").removesuffix(".yml").partition("@")[0])
+    own = re.sub(r"[^\w.\-]", "-", last.removesuffix(".yaml").removesuffix(".yml").partition("@")[0])
+    return (name if named else own), data
 
 
 def _lines_of(field: str, place: str, allowed: str) -> tuple[str, ...]:

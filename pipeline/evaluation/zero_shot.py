@@ -55,7 +55,7 @@ def zero_shot(
         ``top1``, ``top5``, ``mean_per_class`` (top-1, averaged over the classes that occur) and ``chance`` (top-1 of
         a blind guess), all in 0 ... 1; ``samples``.
     """
-    counts = _Counts(len(class_vectors))
+    counts = Counts(len(class_vectors))
     with inference(model, precision) as device:
         weights = class_vectors.to(device).float()
         for batch in batches:
@@ -79,7 +79,7 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
     return ahead.sum(dim=1)
 
 
-class _Counts:
+class Counts:
     """Per-class tallies, int64 ``[C]``: all that is kept of the pictures seen."""
 
     def __init__(self, classes: int) -> None:
@@ -87,11 +87,13 @@ class _Counts:
         self.seen, self.first, self.among = torch.zeros(3, classes, dtype=torch.int64).unbind()
 
     def add(self, ranks: Tensor, labels: Tensor) -> None:
+        """Count pictures by :func:`label_ranks`, int64 ``[B]``, and their labels, int64 ``[B]``."""
         self.seen += torch.bincount(labels, minlength=self.classes)
         self.first += torch.bincount(labels[ranks == 0], minlength=self.classes)
         self.among += torch.bincount(labels[ranks < TOP], minlength=self.classes)
 
     def metrics(self) -> dict[str, float]:
+        """What :func:`zero_shot` returns."""
         total = int(self.seen.sum())
         require(total > 0, "batches", total, "one picture or more")
         occurring = self.seen > 0

@@ -1,0 +1,403 @@
+"""Linear probing: how much of what an image tower knows a linear classifier can read.
+
+Two protocols, both on frozen features of the tower before its projection into the space shared with texts:
+
+- ``clip``: Radford et al. 2021, arXiv 2103.00020, section 3.2 and appendix A.3. Logistic regression by L-BFGS with at
+  most 1,000 iterations, on one view of each picture. The penalty is chosen on validation pictures out of 97 values
+  from 1e-6 to 1e6, eight a decade: every sixteenth first, then the interval around the best is halved until it is one
+  step wide. The last fit has training and validation pictures together.
+- ``slip``: Mu et al. 2021, arXiv 2112.12750, section 4.2, which is MoCo v3's: 90 epochs of SGD with momentum 0.9 in
+  batches of 1,024, no penalty, random resized crops that are mirrored half of the time, a cosine from 0.1 x 16 / 256
+  (the released code scales by a sixteenth of what the batch would give). Features of ``views`` crops of each picture
+  are made once and taken in turn; the paper draws a new one in every epoch, which ``views=90`` is.
+
+To hold a run against: ImageNet with the ``slip`` protocol, ViT-B/16 after 25 epochs of YFCC15M, CLIP 66.5, SLIP 72.1.
+With ``clip``, the paper's table 10 has ImageNet at 76.1 for ViT-B/32 and 80.2 for ViT-B/16.
+"""
+
+import hashlib
+import logging
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.config import require
+from pipeline.errors import SettingError
+from pipeline.evaluation.data import CardData, Data, open_data
+from pipeline.evaluation.encoder import inference
+from pipeline.evaluation.suite import (
+    IMAGENET,
+    Evaluable,
+    Evaluations,
+    PreparedSet,
+    labelled_batches,
+    name_and_data,
+    read_classes,
+    read_label,
+)
+from pipeline.evaluation.zero_shot import Counts, label_ranks
+from pipeline.loaders.images import ImageTransform, Pixels, crop_words
+from pipeline.loaders.order import permutation
+from pipeline.models.adapters.adapter import Shots
+from pipeline.models.adapters.linear_probe import class_rows, regression
+from pipeline.models.clip import Clip
+from pipeline.models.towers.unprojected import unprojected
+from pipeline.sources import open_source
+from pipeline.sources.drawn.sets import SPLITS
+from pipeline.sources.drawn.source import Drawn
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "linear_probe"
+ORDER, HELD_OUT = 7, 8  # purposes of random words, see pipeline/loaders/order.py
+DECADES, WIDEST, FINEST = 6, 2.0, 1 / 8  # the penalty is sought in 10 ** (-6 ... 6)
+Chosen = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """How a linear classifier is made."""
+
+    protocol: Literal["clip", "slip"] = "clip"
+    """L-BFGS with a penalty chosen on validation pictures, or SGD on random crops."""
+    features: Literal["tower", "joint"] = "tower"
+    """What the tower gives before its projection, or the unit features that are compared with texts."""
+    held_out: float = 0.2
+    """Share of each class that is held out where no pictures are named: to choose the penalty, and for the test."""
+    iterations: int = 1000
+    """At most so many iterations of L-BFGS."""
+    epochs: int = 90
+    """Epochs of SGD."""
+    learning_rate: float = 0.1 * 16 / 256
+    """Where SGD begins; it falls to zero along a cosine."""
+    momentum: float = 0.9
+    batch: int = 1024
+    """Pictures in a step of SGD."""
+    views: int = 8
+    """Random crops of every picture for SGD."""
+    seed: int = 0
+    """Of crops, order, first weights, and of what is held out."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.held_out < 1, "held_out", self.held_out, "more than 0, less than 1")
+        for name in ("iterations", "epochs", "batch", "views"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
+        require(0 <= self.momentum < 1, "momentum", self.momentum, "0 to less than 1")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSets:
+    """The pictures, as cards or folders of snapshots; every tuple but the first may be empty."""
+
+    data: tuple[str, ...] = ()
+    """Sets to learn from; NAME=DATA names one. A drawn set with a labelled pool is tested, and the pool learnt from."""
+    test: tuple[str, ...] = ()
+    """Sets to test on, one for each; without, a share of each class of the data."""
+    validation: tuple[str, ...] = ()
+    """Sets that choose the penalty, one for each; without, a share of each class of what is left."""
+    classes: str = "auto"
+    """Class names: auto (the card's, ImageNet's for a set named imagenet, else all labels of the data) or a file."""
+    label: str = ""
+    """Key of the samples' json that holds the class; empty for the card's; cls for webdataset's member .cls."""
+    train_samples: int | None = None
+    """Pictures of each set to learn from, at equal distances; all of them where it is not given."""
+    test_samples: int | None = None
+    """Pictures of each set to test on."""
+    encoding_batch: int = 64
+    """Pictures encoded at a time."""
+    encoding_precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the tower."""
+    decoding_threads: int = 4
+    """Threads that decode pictures."""
+
+    def __post_init__(self) -> None:
+        for name in ("test", "validation"):
+            many = len(getattr(self, name))
+            require(many in (0, len(self.data)), name, many, f"none, or one for each of the {len(self.data)} of data")
+        self.settings()
+
+    def settings(self) -> Evaluations:
+        """How pictures are read and encoded, for what the evaluations share."""
+        return Evaluations(
+            evaluation_batch=self.encoding_batch,
+            evaluation_precision=self.encoding_precision,
+            evaluation_threads=self.decoding_threads,
+        )
+
+    def prepare(self) -> "tuple[PreparedProbe, ...]":
+        """Find data and classes.
+
+        Raises:
+            SettingError: an unknown set, or class names that are none.
+            DataError: a broken snapshot.
+        """
+        tests, validations = self.test or ("",) * len(self.data), self.validation or ("",) * len(self.data)
+        together = zip(self.data, tests, validations, strict=True)
+        prepared = tuple(self._prepared(*one) for one in together)
+        names = [one.name for one in prepared]
+        require(len(set(names)) == len(names), "data", names, "sets with different names")
+        return prepared
+
+    def _prepared(self, data: str, test: str, validation: str) -> "PreparedProbe":
+        name, place = name_and_data(data)
+        opened = open_data(place)
+        pool = None if test else pool_of(opened)
+        card = opened.card
+        label = self.label or (card.label if card else "label")
+
+        def of(what: Data, limit: int | None) -> PreparedSet:
+            return PreparedSet(name, "zero_shot", what, limit, classes, (), label, "auto")
+
+        classes = self._classes(opened, name, label)
+        return PreparedProbe(
+            name=name,
+            train=of(pool or opened, self.train_samples),
+            validation=of(open_data(validation), None) if validation else None,
+            test=of(open_data(test) if test else opened, self.test_samples) if test or pool else None,
+            classes=classes,
+        )
+
+    def _classes(self, data: Data, name: str, label: str) -> tuple[str, ...]:
+        if self.classes != "auto" or (data.card and data.card.classes) or name in IMAGENET:
+            return read_classes(self.classes, data.card, name)
+        return tuple(sorted({str(read_label(sample, label)) for sample in data.samples(None)}))
+
+
+@dataclass(frozen=True)
+class PreparedProbe:
+    """A set with its pictures found; ``None`` for what is held out of the training pictures."""
+
+    name: str
+    train: PreparedSet
+    validation: PreparedSet | None
+    test: PreparedSet | None
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear classifier: ``weight`` float [C, D], ``bias`` float [C], and how it came about."""
+
+    weight: Tensor
+    bias: Tensor
+    chosen: Chosen
+
+    def logits(self, features: Tensor) -> Tensor:
+        """float [N, D] to float [N, C], in the classifier's precision."""
+        return features.to(self.weight) @ self.weight.T + self.bias
+
+
+def pool_of(data: Data) -> CardData | None:
+    """The labelled pool that belongs to a small set of the embedded world, of as many samples; else ``None``."""
+    if not isinstance(data, CardData) or not isinstance(data.source, Drawn):
+        return None
+    split = f"{data.source.split}_train"
+    settings = {field.name: getattr(data.source, field.name) for field in fields(Drawn)}
+    return CardData(open_source({"kind": "drawn", **settings, "split": split}), data.card) if split in SPLITS else None
+
+
+def linear_probe(model: Evaluable, sets: tuple[PreparedProbe, ...], settings: Evaluations, probe: Probe) -> Chosen:
+    """Probe on all sets: ``{"linear_probe/<set>/top1": ..., ".../mean_per_class": ..., ".../log10_c": ...}``.
+
+    Raises:
+        SettingError: a tower whose features before the projection are not known here; data with fewer than two classes.
+        DataError: no readable sample, a label that is none of the classes.
+    """
+    metrics: Chosen = {}
+    for one in sets:
+        found = _probe_one(model, one, settings, probe)
+        logger.info("%s %s: %s", PREFIX, one.name, ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        metrics |= {f"{PREFIX}/{one.name}/{name}": value for name, value in found.items()}
+    return metrics
+
+
+def _probe_one(model: Evaluable, one: PreparedProbe, settings: Evaluations, probe: Probe) -> Chosen:
+    def features(what: PreparedSet, views: int = 0) -> Shots:
+        return embed(model, what, settings, probe, views)
+
+    train = features(one.train, probe.views if probe.protocol == "slip" else 0)
+    if one.test is not None:
+        test = features(one.test)
+    else:
+        train, test = split(train, probe.held_out, probe.seed)
+    validation = features(one.validation) if one.validation is not None else None
+    fitted = fit(train, validation, len(one.classes), probe)
+    counts = Counts(len(one.classes))
+    counts.add(label_ranks(fitted.logits(test.first_view()), test.labels), test.labels)
+    return {**counts.metrics(), "trained_on": float(len(train.labels)), **fitted.chosen}
+
+
+def fit(train: Shots, validation: Shots | None, classes: int, probe: Probe) -> Linear:
+    """A classifier by the probe's protocol.
+
+    Raises:
+        SettingError: pictures of a single class.
+    """
+    present = len(train.labels.unique())
+    require(present >= 2, "data", present, "pictures of two classes or more, for a linear probe")
+    if probe.protocol == "slip":
+        return by_sgd(train, classes, probe)
+    return by_regression(train, validation, classes, probe)
+
+
+def by_regression(train: Shots, validation: Shots | None, classes: int, probe: Probe) -> Linear:
+    """CLIP's: choose C on ``validation``, or on a share of each class, then fit both together."""
+    part, held = (train, validation) if validation is not None else split(train, probe.held_out, probe.seed)
+    fitted: dict[float, Any] = {}
+
+    def score(logarithm: float) -> float:
+        nearest = min(fitted, key=lambda other: abs(other - logarithm), default=None)
+        start = None if nearest is None else fitted[nearest]
+        fitted[logarithm] = _regressed(part, logarithm, probe, start)
+        guesses = fitted[logarithm].predict(held.first_view().double().numpy())
+        return float((torch.from_numpy(guesses) == held.labels).double().mean())
+
+    logarithm = search(score)
+    last = _regressed(
+        joined(train, validation), logarithm, probe, None if validation is not None else fitted[logarithm]
+    )
+    return Linear(*class_rows(last, classes), {"log10_c": logarithm, "iterations": float(last.n_iter_.max())})
+
+
+def search(score: Callable[[float], float]) -> float:
+    """The best of 97 values of log10 C; of equals the smallest, which has the strongest penalty.
+
+    All but the first look is at the two neighbours of the best so far, at half of the distance each time.
+    """
+    step = WIDEST
+    scores = {step * place: score(step * place) for place in range(-3, 4)}
+    while step > FINEST:
+        step /= 2
+        best = _best(scores)
+        for side in (best - step, best + step):
+            if abs(side) <= DECADES and side not in scores:
+                scores[side] = score(side)
+    return _best(scores)
+
+
+def by_sgd(train: Shots, classes: int, probe: Probe) -> Linear:
+    """SLIP's and MoCo v3's: SGD through the views in turn."""
+    features, labels = train.features, train.labels
+    generator = torch.Generator().manual_seed(probe.seed)
+    weight = (0.01 * torch.randn(classes, features.shape[2], generator=generator)).requires_grad_()
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.SGD([weight, bias], lr=probe.learning_rate, momentum=probe.momentum)
+    for epoch in range(probe.epochs):
+        optimizer.param_groups[0]["lr"] = probe.learning_rate * (1 + math.cos(math.pi * epoch / probe.epochs)) / 2
+        order = torch.from_numpy(permutation(probe.seed, ORDER, epoch, 0, len(labels)))
+        for rows in order.split(probe.batch):
+            logits = features[rows, epoch % features.shape[1]].float() @ weight.T + bias
+            optimizer.zero_grad()
+            functional.cross_entropy(logits, labels[rows]).backward()
+            optimizer.step()
+    return Linear(weight.detach(), bias.detach(), {})
+
+
+def embed(model: Evaluable, one: PreparedSet, settings: Evaluations, probe: Probe, views: int = 0) -> Shots:
+    """Features, float32 [N, V, D] on the CPU: of the evaluation's view, or of ``views`` random crops.
+
+    A crop is a pure function of (seed, view, picture).
+    """
+    still = model.transforms(train=False)
+    looks: list[ImageTransform] = [still]
+    if views:
+        looks = [random_view(still, probe.seed, view) for view in range(views)]
+    read = [_one_look(model, one, settings, look, probe.features) for look in looks]
+    return Shots(torch.stack([features for features, _ in read], dim=1), read[0][1])
+
+
+def tower_features(model: Evaluable, pictures: Tensor, kind: str = "tower") -> Tensor:
+    """uint8 [B, 3, H, W] on the model's device to float [B, D].
+
+    Raises:
+        SettingError: a model whose image tower is not known here, where its own features are asked for.
+    """
+    if kind == "joint":
+        return functional.normalize(model.encode_image(pictures), dim=-1)
+    if not isinstance(model, Clip):
+        raise SettingError("features", kind, f"joint, for {type(model).__name__}, whose image tower is not known here")
+    return unprojected(cast(Any, model.model).visual, (pictures.float() - model.mean) / model.std)
+
+
+def split(shots: Shots, share: float, seed: int) -> tuple[Shots, Shots]:
+    """Two parts; ``share`` of each class, rounded down, is in the second.
+
+    Raises:
+        SettingError: no class has enough pictures for one of them to be held out.
+    """
+    order = torch.from_numpy(permutation(seed, HELD_OUT, 0, 0, len(shots.labels)))
+    labels = shots.labels[order]
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        places = (labels == label).nonzero().squeeze(1)
+        held[places[: int(share * len(places))]] = True
+    enough = bool(held.any())
+    require(enough, "held_out", share, "a larger share, more pictures, or pictures of their own to choose by")
+    return _take(shots, order[~held].sort().values), _take(shots, order[held].sort().values)
+
+
+def joined(first: Shots, second: Shots | None) -> Shots:
+    """All pictures of both."""
+    if second is None:
+        return first
+    return Shots(torch.cat([first.features, second.features]), torch.cat([first.labels, second.labels]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomView(ImageTransform):
+    """A crop whose random words come from the picture itself."""
+
+    seed: int = 0
+    view: int = 0
+
+    def __call__(self, pixels: Pixels, words: Any = None) -> Tensor:
+        """uint8 [H, W, 3] to uint8 [3, height, width]."""
+        digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()
+        return super().__call__(pixels, crop_words(self.seed, self.view, int.from_bytes(digest[:8], "big")))
+
+
+def random_view(still: ImageTransform, seed: int, view: int) -> RandomView:
+    """SLIP's crop for linear probing: torchvision's defaults, mirrored half of the time."""
+    settings = {field.name: getattr(still, field.name) for field in fields(ImageTransform)}
+    return RandomView(**{**settings, "crop": "resized", "scale": (0.08, 1.0), "flip": 0.5}, seed=seed, view=view)
+
+
+def _one_look(
+    model: Evaluable, one: PreparedSet, settings: Evaluations, look: ImageTransform, kind: str
+) -> tuple[Tensor, Tensor]:
+    features, labels = [], []
+    for batch in labelled_batches(look, one, settings):
+        with inference(model, settings.evaluation_precision) as device:
+            features.append(tower_features(model, batch["image"].to(device), kind).float().cpu())
+        labels.append(batch["label"])
+    return torch.cat(features), torch.cat(labels)
+
+
+def _regressed(shots: Shots, logarithm: float, probe: Probe, start: Any = None) -> Any:
+    """A fitted regression, which began at ``start``, another one of the same classes."""
+    from sklearn.exceptions import ConvergenceWarning
+
+    # Double precision, as scikit-learn's L-BFGS had it for the paper.
+    inputs, targets = shots.features.flatten(0, 1).double(), shots.labels.repeat_interleave(shots.features.shape[1])
+    model = regression(10**logarithm, probe.iterations)
+    if start is not None:
+        model.set_params(warm_start=True)
+        model.coef_, model.intercept_ = start.coef_, start.intercept_
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+        return model.fit(inputs.numpy(), targets.numpy())
+
+
+def _best(scores: dict[float, float]) -> float:
+    return max(sorted(scores), key=lambda place: scores[place])
+
+
+def _take(shots: Shots, places: Tensor) -> Shots:
+    return Shots(shots.features[places], shots.labels[places])
