@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.loaders.text import cut_text
+
 TEXTS_AT_ONCE = 512
 
 
@@ -47,6 +49,11 @@ def inference(model: Encoder, precision: str = "fp32") -> Iterator[torch.device]
 
 
 def encode_tokens(model: Encoder, tokens: Tensor, device: torch.device) -> Tensor:
-    """Features of many texts, a chunk at a time: int64 ``[N, L]`` -> float32 ``[N, D]`` on ``device``."""
-    chunks = [model.encode_text(chunk.to(device)).float() for chunk in tokens.split(TEXTS_AT_ONCE)]
+    """Features of many texts, a chunk at a time: int64 ``[N, L]`` -> float32 ``[N, D]`` on ``device``.
+
+    Pads behind the longest text of a chunk are cut off where the model sees nothing of them.
+    """
+    end = getattr(model, "end_of_text", None)
+    parts = (cut_text(chunk, end).to(device) for chunk in tokens.split(TEXTS_AT_ONCE))
+    chunks = [model.encode_text(part).float() for part in parts]
     return functional.normalize(torch.cat(chunks), dim=-1)

@@ -56,7 +56,7 @@ class FrozenClip:
         """The factor of the cosines, exp(logit_scale): 100 in OpenAI's weights."""
         return float(self.method.logit_scale.exp())
 
-    @property
+    @cached_property
     def features(self) -> int:
         """The width D of the joint space."""
         return int(self.class_vectors(("a", "b"), ("{}",)).shape[1])
