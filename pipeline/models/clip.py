@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.config import require
@@ -39,6 +39,7 @@ from pipeline.models.losses import TILE, contrastive_loss, tiled_contrastive_los
 from pipeline.models.method import EmbeddingMethod
 from pipeline.models.towers import openclip
 from pipeline.models.towers.layers import Layer, layers
+from pipeline.models.towers.locked import lock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,17 @@ class Config:
     """Initial bias of the sigmoid loss; ignored where pretrained weights bring one."""
     max_logit_scale: float = 100.0
     """Upper limit of the learnt scale 1 / temperature."""
+    context_length: int | None = None
+    """Tokens of a text, where they are not the architecture's; positions of other weights are interpolated."""
+    patch_dropout: float = 0.0
+    """Share of a training picture's patches that a vision transformer does not see (FLIP has 0.5 and 0.75)."""
+    lock_image: bool = False
+    """Train the texts alone, against an image tower that stays as it is (LiT)."""
+    lock_image_unlocked: int = 0
+    """Layers of a locked image tower that learn: 1 is what lies behind the blocks, 2 the last block as well."""
+    lock_text: bool = False
+    """The same for the text tower."""
+    lock_text_unlocked: int = 0
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, "temperature", self.temperature, "more than 0")
@@ -83,6 +95,18 @@ class Config:
             0 < self.crop_scale[0] <= self.crop_scale[1] <= 1, "crop_scale", self.crop_scale, "0 < low <= high <= 1"
         )
         require(0 <= self.flip <= 1, "flip", self.flip, "0 to 1")
+        require(0 <= self.patch_dropout < 1, "patch_dropout", self.patch_dropout, "0 to less than 1")
+        for name in ("image_size", "context_length"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "1 or more, or none")
+        for name in ("lock_image", "lock_text"):
+            unlocked, locked = getattr(self, f"{name}_unlocked"), getattr(self, name)
+            require(unlocked >= 0, f"{name}_unlocked", unlocked, "0 or more")
+            require(locked or not unlocked, f"{name}_unlocked", unlocked, f"0 without {name}")
+            brings = bool(self.pretrained or self.pretrained_towers or ":" in self.architecture)
+            require(
+                brings or not locked, name, locked, "False, since nothing is learnt in random weights: --pretrained"
+            )
 
 
 class Clip(EmbeddingMethod):
@@ -104,8 +128,10 @@ class Clip(EmbeddingMethod):
             load=description is None,
             preprocess=card.get("preprocess_cfg"),
             logit_bias=config.sigmoid_bias if config.loss == "sigmoid" else None,
+            context_length=config.context_length,
+            patch_dropout=config.patch_dropout,
         )
-        self.tokenizer = openclip.tokenizer(config.architecture)
+        self.tokenizer = openclip.tokenizer(config.architecture, config.context_length)
         self.end_of_text = openclip.end_of_text(self.model, self.tokenizer)
         if config.pretrained is None:
             scale = config.sigmoid_scale if config.loss == "sigmoid" else 1 / config.temperature
@@ -116,6 +142,7 @@ class Clip(EmbeddingMethod):
             bias.requires_grad_(config.loss == "sigmoid")  # a softmax does not see it
             if config.loss == "sigmoid" and not bias.any():  # open_clip's zero, for weights that bring none
                 torch.nn.init.constant_(bias, config.sigmoid_bias)
+        self._still = self._locked()
         pictures = openclip.preprocessing(self.model)
         self.register_buffer("mean", torch.tensor(pictures["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(pictures["std"]).view(1, 3, 1, 1) * 255, persistent=False)
@@ -128,7 +155,7 @@ class Clip(EmbeddingMethod):
     @classmethod
     def check(cls, config: Config) -> None:
         """Whether architecture and weights exist and go together."""
-        openclip.check(config.architecture, config.pretrained)
+        openclip.check(config.architecture, config.pretrained, config.patch_dropout)
 
     @classmethod
     def restored(cls, config: Config, description: Mapping[str, str]) -> Self:
@@ -137,7 +164,25 @@ class Clip(EmbeddingMethod):
 
     def description(self) -> Mapping[str, str]:
         """What open_clip needs beside ``model.safetensors``."""
-        return openclip.describe(self.model, self.config.architecture, self.config.image_size)
+        config = self.config
+        return openclip.describe(self.model, config.architecture, config.image_size, config.context_length)
+
+    def _locked(self) -> tuple[nn.Module, ...]:
+        """Lock what the config says; the modules that stay in evaluation mode, with their statistics, because of it."""
+        config = self.config
+        still: list[nn.Module] = []
+        if config.lock_image:
+            still += lock(self.model, "image", config.lock_image_unlocked)
+        if config.lock_text:
+            still += lock(self.model, "text", config.lock_text_unlocked)
+        return tuple(still)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, but for what is locked."""
+        super().train(mode)
+        for module in self._still:
+            module.eval()
+        return self
 
     def transforms(self, train: bool) -> ImageTransform:
         """The model's own evaluation transform, or the config's random crops."""

@@ -52,9 +52,13 @@ def check_architecture(name: str) -> dict[str, Any]:
     return dict(config)
 
 
-def check(architecture: str, pretrained: str | None) -> None:
+def check(architecture: str, pretrained: str | None, patch_dropout: float = 0.0) -> None:
     """Raise as :func:`create` does for an architecture or weights that are not there; nothing is built or fetched."""
     config = check_architecture(architecture)
+    is_resnet = isinstance(config["vision_cfg"].get("layers"), list)
+    require(
+        not (is_resnet and patch_dropout), "patch_dropout", patch_dropout, f"0, since {architecture} has no patches"
+    )
     if pretrained:
         _place(architecture, config, pretrained)
 
@@ -68,44 +72,51 @@ def create(
     load: bool = True,
     preprocess: Mapping[str, Any] | None = None,
     logit_bias: float | None = None,
+    context_length: int | None = None,
+    patch_dropout: float = 0.0,
 ) -> nn.Module:
     """Build an open_clip model.
 
     ``pretrained`` is a tag of the architecture, or a path or URI of a weights file or of a checkpoint folder.
     ``pretrained_towers`` starts towers of timm and Hugging Face from their own weights. ``load=False`` builds the
     modules alone. ``preprocess`` overrides size, mean, std and so on of the pictures. ``logit_bias`` adds the parameter
-    of a sigmoid loss, with this value.
+    of a sigmoid loss, with this value. Where ``image_size`` or ``context_length`` is not that of the weights, open_clip
+    interpolates their positions: pictures' with antialiased bicubic, texts' linearly. ``patch_dropout`` is the share of
+    patches that is left out in training.
 
     Raises:
-        SettingError: no such architecture or weights, or weights that were trained with the other kind of GELU.
+        SettingError: no such architecture or weights, weights that were trained with the other kind of GELU, or patch
+            dropout for a tower that has none.
         DataError: a checkpoint that is damaged.
     """
     config = check_architecture(architecture)
     found, found_preprocess = _find(architecture, config, pretrained) if pretrained and load else (None, {})
     try:
         with _quiet_root_logger():
-            return cast(
-                nn.Module,
-                open_clip.create_model(
-                    architecture,
-                    pretrained=found,
-                    load_weights=load,
-                    force_image_size=image_size,
-                    force_preprocess_cfg={**found_preprocess, **(preprocess or {})},
-                    pretrained_image=pretrained_towers and load,
-                    pretrained_text=pretrained_towers and load,
-                    **({} if logit_bias is None else {"init_logit_bias": logit_bias}),
-                ),
+            model = open_clip.create_model(
+                architecture,
+                pretrained=found,
+                load_weights=load,
+                force_image_size=image_size,
+                force_context_length=context_length,
+                force_patch_dropout=patch_dropout or None,
+                force_preprocess_cfg={**found_preprocess, **(preprocess or {})},
+                pretrained_image=pretrained_towers and load,
+                pretrained_text=pretrained_towers and load,
+                **({} if logit_bias is None else {"init_logit_bias": logit_bias}),
             )
     except RuntimeError as error:
         problem = str(error).strip().splitlines()[0]
         raise SettingError("pretrained", pretrained, f"weights that fit {architecture} ({problem})") from error
+    drops = any(type(module).__name__.startswith("PatchDropout") for module in model.visual.modules())
+    require(drops or not patch_dropout, "patch_dropout", patch_dropout, f"0, since {architecture} has no patches")
+    return cast(nn.Module, model)
 
 
-def tokenizer(architecture: str) -> Any:
-    """The tokenizer of ``architecture``: texts to int64 [B, context length]."""
+def tokenizer(architecture: str, context_length: int | None = None) -> Any:
+    """The tokenizer of ``architecture``: texts to int64 [B, context length], its own unless another is given."""
     with _quiet_root_logger():
-        return open_clip.get_tokenizer(architecture)
+        return open_clip.get_tokenizer(architecture, context_length=context_length)
 
 
 def plain_name(architecture: str) -> str:
@@ -127,7 +138,9 @@ def register(architecture: str, description: Mapping[str, str]) -> str:
     return name
 
 
-def describe(model: nn.Module, architecture: str, image_size: int | None = None) -> dict[str, str]:
+def describe(
+    model: nn.Module, architecture: str, image_size: int | None = None, context_length: int | None = None
+) -> dict[str, str]:
     """The text files that let open_clip open a folder with ``model.safetensors``.
 
     One is an architecture for ``open_clip.add_model_config(folder)``, the other makes ``local-dir:`` work.
@@ -135,6 +148,8 @@ def describe(model: nn.Module, architecture: str, image_size: int | None = None)
     config = check_architecture(architecture)
     if image_size is not None:
         config["vision_cfg"]["image_size"] = image_size
+    if context_length is not None:
+        config["text_cfg"]["context_length"] = context_length
     if cast(Any, model).logit_bias is not None:
         config.setdefault("init_logit_bias", 0.0)  # the weights bring the value
     card = {"model_cfg": config, "preprocess_cfg": preprocessing(model)}
