@@ -5,7 +5,7 @@ the source that reads the data is named by ``source.kind`` and lives in ``pipeli
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,26 @@ from typing import Any
 from pipeline.config import from_yaml, require
 
 CARDS = Path(__file__).resolve().parent.parent / "datasets"
+PARTS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewShot:
+    """How papers on few-shot learning use a data set.
+
+    ``parts`` says, for ``train``, ``val`` and ``test``, which options of the card's source are others there; without
+    ``val``, validation pictures are taken from ``train``, without ``train`` the set is only tested on. ``templates``
+    are the prompts where they are not the card's own. ``names`` says how the class names were made.
+    """
+
+    parts: Mapping[str, Mapping[str, Any]]
+    templates: tuple[str, ...] = ()
+    names: str = ""
+
+    def __post_init__(self) -> None:
+        require(set(self.parts) <= set(PARTS), "parts", list(self.parts), "some of " + ", ".join(PARTS))
+        require("test" in self.parts, "parts", list(self.parts), "test among them")
+        check_templates(self.templates)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +41,8 @@ class Card:
 
     ``source`` is the kind and the options of the source that reads it. ``classes`` and ``templates`` serve zero-shot
     classification: ``label`` is the key of the sample's json that holds the class name, each template has one ``{}``
-    for it. ``samples`` is the number expected of a complete copy.
+    for it. ``samples`` is the number expected of a complete copy. ``few_shot`` is there where papers learn from a few
+    of its pictures.
     """
 
     name: str
@@ -34,6 +55,7 @@ class Card:
     templates: tuple[str, ...] = ()
     label: str = "label"
     samples: int | None = None
+    few_shot: FewShot | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -42,19 +64,19 @@ class Card:
             dict(self.source),
             "a mapping with the key `kind`",
         )
-        for template in self.templates:
-            require(
-                template.count("{}") == 1,
-                "templates",
-                template,
-                "exactly one {} for the class name",
-            )
+        check_templates(self.templates)
         require(
             len(set(self.classes)) == len(self.classes),
             "classes",
             self.classes,
             "distinct class names",
         )
+
+
+def check_templates(templates: Iterable[str]) -> None:
+    """Raise ``SettingError`` unless each has one ``{}``."""
+    for template in templates:
+        require(template.count("{}") == 1, "templates", template, "exactly one {} for the class name")
 
 
 def card_names() -> list[str]:

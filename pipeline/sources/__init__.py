@@ -1,4 +1,4 @@
-"""Raw rows: url tables, folders of pictures, WebDataset tars, the drawn world, the Tux Paint stamps.
+"""Raw rows: url tables, folders of pictures, WebDataset tars, split files, the drawn world, the Tux Paint stamps.
 
 Each source is one frozen dataclass in a module of its own; a dataset card names it by ``kind``.
 """
@@ -16,6 +16,8 @@ KINDS = {
     "webdataset": ("pipeline.sources.webdataset", "WebDatasetTars"),
     "drawn": ("pipeline.sources.drawn.source", "Drawn"),
     "hugging-face": ("pipeline.sources.hugging_face", "HuggingFaceParquet"),
+    "picked": ("pipeline.sources.picked", "Picked"),
+    "split-file": ("pipeline.sources.split_file", "SplitFile"),
     "stamps": ("pipeline.sources.stamps", "TuxPaintStamps"),
 }
 

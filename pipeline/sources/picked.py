@@ -1,0 +1,56 @@
+"""Some rows of other sources, by their numbers: the few pictures that a few-shot method learns from."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+from pipeline.config import require
+from pipeline.shards.storage import Folder
+from pipeline.sources.source import Row, Slice, Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picked:
+    """Rows ``numbers`` of ``sources``, in the order in which they are given; their captions are left out."""
+
+    kind: ClassVar[str] = "picked"
+    has_captions: ClassVar[bool] = False
+
+    sources: Sequence[Mapping[str, Any]]
+    """Kind and options of each, as a dataset card has them."""
+    numbers: Sequence[tuple[int, int]]
+    """Which source, and which of its rows, both from 0."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.sources), "sources", (), "one source or more")
+        require(bool(self.numbers), "numbers", (), "one row or more")
+
+    def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
+        """See :class:`~pipeline.sources.source.Source`; a slice holds the slices of one row that it is made of."""
+        pieces = [list(source.slices(1, scratch.folder(str(place)))) for place, source in enumerate(self._opened)]
+        for start in range(0, len(self.numbers), rows_per_shard):
+            part = [(source, pieces[source][row]) for source, row in self.numbers[start : start + rows_per_shard]]
+            digest = hashlib.sha256(repr([piece.digest for _, piece in part]).encode()).hexdigest()
+            where = [[source, piece.digest, dict(piece.where)] for source, piece in part]
+            yield Slice(count=len(part), digest=digest, where={"rows": json.dumps(where)})
+
+    def rows(self, piece: Slice) -> Iterator[Row]:
+        """See :class:`~pipeline.sources.source.Source`."""
+        for source, digest, where in json.loads(str(piece.where["rows"])):
+            for row in self._opened[source].rows(Slice(count=1, digest=digest, where=where)):
+                shown = {name: value for name, value in row.columns.items() if name in self.schema()}
+                yield Row(url=row.url, image=row.image, columns=shown, problem=row.problem)
+
+    def schema(self) -> Mapping[str, type]:
+        """The columns that all sources have."""
+        first, *others = (source.schema() for source in self._opened)
+        return {name: kind for name, kind in first.items() if all(other.get(name) is kind for other in others)}
+
+    @cached_property
+    def _opened(self) -> list[Source]:
+        from pipeline.sources import open_source  # which imports this module by its name
+
+        return [open_source(options) for options in self.sources]

@@ -1,0 +1,172 @@
+"""Labelled pictures in the order of a published split, as papers on few-shot learning read them.
+
+    json      CoOp's split files: {"train": [[path, label, class name], ...], "val": [...], "test": [...]}
+    aircraft  FGVC-Aircraft's own: variants.txt, and images_variant_{train,val,test}.txt with lines "0034309 707-320"
+    folders   a folder of pictures for each class, in sorted order; the file of class names has lines "n01440764 tench"
+              in the order of the labels, and without one the sorted folders' own names are the classes
+
+Shots are drawn by a number in this order, so (split file, seed) decides which pictures they are, everywhere. ImageNet
+has no split file: the reference reads its folders in the order that the file system gives, which differs between
+machines; sorted, they are the same everywhere, and not the same as the papers'.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+from pipeline.config import require
+from pipeline.errors import DataError, SampleError
+from pipeline.shards.storage import Folder
+from pipeline.sources.source import Row, Scalar, Slice
+
+Part = Literal["train", "val", "test"]
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture: its path below the folder, the number and the name of its class."""
+
+    path: str
+    number: int
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitFile:
+    """One part of a split; see the module."""
+
+    kind: ClassVar[str] = "split-file"
+    has_captions: ClassVar[bool] = False
+
+    folder: str = ""
+    """The data set's own folder, at a path or any fsspec URI that every worker can read."""
+    pictures: str = ""
+    """Folder in it that the paths of the split begin in."""
+    format: Literal["json", "aircraft", "folders"] = "json"
+    """How the split is written down, see pipeline/sources/split_file.py."""
+    split: str = ""
+    """File in the folder with the split, or with the class names where the format is folders."""
+    part: Part = "train"
+    """Which part of a split file."""
+    home: str = ""
+    """Where the split file comes from."""
+    renames: Mapping[str, str] = field(default_factory=dict)
+    """Class names in the split file, or the folders of classes, and what they are called in prompts."""
+    leave_out: tuple[str, ...] = ()
+    """Class names whose pictures are left out."""
+
+    def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
+        """See :class:`~pipeline.sources.source.Source`; the digest covers the split, not the pictures."""
+        items = self.items
+        for start in range(0, len(items), rows_per_shard):
+            part = items[start : start + rows_per_shard]
+            digest = hashlib.sha256(repr((self.folder, self.pictures, part)).encode()).hexdigest()
+            yield Slice(count=len(part), digest=digest, where={"start": start})
+
+    def rows(self, piece: Slice) -> Iterator[Row]:
+        """See :class:`~pipeline.sources.source.Source`; a picture that cannot be read is a row with a problem."""
+        start = int(piece.where["start"])
+        for item in self.items[start : start + piece.count]:
+            yield self._row(item)
+
+    def schema(self) -> Mapping[str, type]:
+        """The class by name, and its number in the split."""
+        return {"label": str, "class_number": int}
+
+    @cached_property
+    def items(self) -> tuple[Item, ...]:
+        """What the split lists, in its order; no picture is opened.
+
+        Raises:
+            SettingError: no folder, or no split file in it.
+            DataError: a split file that is broken, or names one class with several numbers.
+        """
+        require(bool(self.folder), "folder", self.folder, f"the data set's folder, with {self.split or 'its pictures'}")
+        read = {"json": self._read_json, "aircraft": self._read_aircraft, "folders": self._read_folders}[self.format]
+        found = (Item(item.path, item.number, self.renames.get(item.name, item.name)) for item in read())
+        items = tuple(item for item in found if item.name not in self.leave_out)
+        require(bool(items), "folder", self.folder, f"a folder with pictures for {self.part}")
+        self._check(items)
+        return items
+
+    @cached_property
+    def _place(self) -> Folder:
+        return Folder(self.folder)
+
+    def _text(self, name: str) -> str:
+        try:
+            return self._place.read_text(name)
+        except FileNotFoundError as error:
+            comes = f"{self.home}; " if self.home else "the data set's home; "
+            allowed = f"a folder with the file {name}, which comes from {comes}a split made anew is another one"
+            require(False, "folder", self.folder, allowed)
+            raise AssertionError from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self._place.join(name)} is no text ({error})") from error
+
+    def _read_json(self) -> Iterator[Item]:
+        where = self._place.join(self.split)
+        try:
+            content: Any = json.loads(self._text(self.split))
+            rows = [(path, label, name) for path, label, name in content[self.part]]
+        except (ValueError, KeyError, TypeError) as error:
+            form = "{'train': [[path, label, class name], ...], 'val': ..., 'test': ...}"
+            raise DataError(f"{where} is no split file of the form {form} ({error!r})") from error
+        for path, label, name in rows:
+            whole = isinstance(path, str) and isinstance(label, int) and isinstance(name, str)
+            if not whole or label < 0 or path.startswith("/") or ".." in path.split("/"):
+                raise DataError(f"{where}: {[path, label, name]} is no [path below the folder, label, class name]")
+            yield Item(path, label, name)
+
+    def _read_aircraft(self) -> Iterator[Item]:
+        names = {line.strip(): number for number, line in enumerate(self._text(self.split).splitlines())}
+        listing = f"images_variant_{self.part}.txt"
+        for line in self._text(listing).splitlines():
+            picture, _, name = line.strip().partition(" ")
+            if name not in names:
+                raise DataError(f"{self._place.join(listing)}: the variant {name!r} is not in {self.split}")
+            yield Item(f"{picture}.jpg", names[name], name)
+
+    def _read_folders(self) -> Iterator[Item]:
+        root = self._place.folder(self.pictures) if self.pictures else self._place
+        require(root.fs.isdir(root.path), "folder", self.folder, f"a folder with {self.pictures or 'pictures'} in it")
+        base = str(root.path).rstrip("/") + "/"
+        below = sorted(path.split(base, 1)[-1] for path in root.fs.find(root.path))
+        paths = [path for path in below if path.lower().endswith(PICTURES) and "/" in path]
+        names = self._names(sorted({path.split("/")[0] for path in paths}))
+        for path in paths:
+            folder = path.split("/")[0]
+            if folder in names:
+                yield Item(path, *names[folder])
+
+    def _names(self, folders: list[str]) -> dict[str, tuple[int, str]]:
+        """Number and name of each class by its folder; folders called 0, 1, ... are numbers of labels (ImageNet V2)."""
+        if not self.split:
+            return {folder: (number, folder) for number, folder in enumerate(folders)}
+        lines = [line.strip().partition(" ") for line in self._text(self.split).splitlines() if line.strip()]
+        numbered = all(folder.isdigit() for folder in folders)
+        return {
+            str(number) if numbered else folder: (number, self.renames.get(folder, name.strip()))
+            for number, (folder, _, name) in enumerate(lines)
+        }
+
+    def _check(self, items: tuple[Item, ...]) -> None:
+        """One name for a number; two numbers for a name are told by whoever makes prompts of them."""
+        names: dict[int, str] = {}
+        for item in items:
+            if names.setdefault(item.number, item.name) != item.name:
+                both = f"{names[item.number]!r} and {item.name!r}"
+                raise DataError(f"{self._place.join(self.split)} calls the class {item.number} {both}")
+
+    def _row(self, item: Item) -> Row:
+        path = f"{self.pictures.rstrip('/')}/{item.path}" if self.pictures else item.path
+        columns: dict[str, Scalar] = {"label": item.name, "class_number": item.number}
+        try:
+            return Row(url=path, image=self._place.read_bytes(path), columns=columns)
+        except OSError as error:
+            problem = SampleError("failed_to_download", "unreadable", f"cannot read the file: {error}")
+            return Row(url=path, columns=columns, problem=problem)
