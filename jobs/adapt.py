@@ -1,0 +1,205 @@
+#!/usr/bin/env python
+"""Adapt a CLIP from a few labelled pictures, by the protocols of the papers: methods x data sets x shots x seeds.
+
+    python jobs/adapt.py few-shot --model runs/first --methods zero_shot coop tip_adapter_f \
+        --data drawn_fine_grained drawn_shapes --shots 1 2 4 8 16 --seeds 1 2 3 --output runs/few-shot
+    ray job submit --working-dir . -- python jobs/adapt.py base-to-new --model ViT-B-16:openai \
+        --methods coop cocoop maple --data oxford_pets dtd --root s3://bucket/datasets --output s3://bucket/pets
+
+A method takes settings of its own and of its recipe: coop:class_specific=true,epochs=50. A data set is a card with
+`few_shot`; those with split files are looked for in --root, which holds folders as CoOp's DATASETS.md names them.
+Trials run side by side on the cluster (--workers 0: one after the other, here); the same command again goes on.
+"""
+
+import getpass
+import tempfile
+from dataclasses import dataclass, field
+from typing import Literal
+
+import tyro
+
+from pipeline.config import require, run_job, writable_folder
+from pipeline.evaluation.adaptation import (
+    ZERO_SHOT,
+    Protocol,
+    TrialRunner,
+    check,
+    frozen_clip,
+    parse_spec,
+    plan_trials,
+    prepare,
+    run_trials,
+)
+from pipeline.evaluation.embedder import LoadEmbedder, Precision, Views
+from pipeline.evaluation.few_shot import draw, read_data_set
+from pipeline.models.adapters.adapter import adapter_class
+from pipeline.shards.storage import Folder
+from pipeline.stages.shard_tasks import Workers
+from pipeline.tracking.adaptation import Record
+from pipeline.tracking.runs import Tracking
+
+SMOKE = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/adapted"
+MOST_SHOTS = (16,)
+ELEVEN = (
+    *("imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft"),
+    *("sun397", "dtd", "eurosat", "ucf101"),
+)
+SHIFTED = ("imagenet_v2", "imagenet_sketch", "imagenet_a", "imagenet_r")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapt:
+    """One model; every method on every data set, with every number of shots and every seed."""
+
+    model: str
+    """What jobs/evaluate.py takes as a checkpoint; it has to be a CLIP."""
+    methods: tuple[str, ...]
+    """Names of pipeline/models/adapters, each with :key=value,... for what is not as in its paper."""
+    data: tuple[str, ...]
+    """Dataset cards to learn from, with `few_shot`."""
+    output: str
+    """Folder for pictures, features, results, adapters, table and plot; a path or a URI."""
+    protocol: Protocol = "few_shot"
+    """few_shot: test on the classes learned; base_to_new: learn half of them; cross and generalise: test on targets."""
+    targets: tuple[str, ...] = ()
+    """Cards that are only tested on: other data sets (cross), or the same classes under a shift (generalise)."""
+    shots: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Labelled pictures of each class; a class that has fewer gives all it has."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """Of the drawing of shots and of the training."""
+    root: str = ""
+    """Folder that holds the folders of data sets with split files."""
+    samples: int | None = None
+    """Pictures of each part of a drawn set, in place of the card's number."""
+    views: Views = field(default_factory=Views)
+    """Views of each shot, for methods that read features."""
+    precision: Precision = "fp32"
+    """Arithmetic of the image tower when features are made."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where trials compute."""
+    keep_adapters: bool = True
+    """Keep what each trial learned, below OUTPUT/adapters."""
+    workers: Workers = field(default_factory=Workers)
+    track: bool = True
+    """Record the job as an MLflow run, with a child for each trial."""
+    tracking: Tracking = field(default_factory=lambda: Tracking(system_metrics=False))
+
+    def __post_init__(self) -> None:
+        for name in ("methods", "data", "shots", "seeds"):
+            chosen = getattr(self, name)
+            if not isinstance(chosen, tuple):  # a preset's place for what the command line has to give
+                continue
+            require(len(chosen) > 0, name, chosen, "one or more")
+            require(len(set(chosen)) == len(chosen), name, chosen, "each once")
+        require(all(shots >= 1 for shots in self.shots), "shots", self.shots, "1 or more; zero_shot has none")
+        require(all(0 <= seed < 2**32 for seed in self.seeds), "seeds", self.seeds, "0 to 2**32 - 1")
+        require(self.samples is None or self.samples >= 1, "samples", self.samples, "1 or more")
+        needs = self.protocol in ("cross", "generalise")
+        require(needs == bool(self.targets), "targets", self.targets, "cards, with cross and generalise alone")
+
+
+PRESETS: dict[str, tuple[str, Adapt]] = {
+    "few-shot": (
+        "1 to 16 pictures of each class, tested on the same classes.",
+        Adapt(model=tyro.MISSING, methods=tyro.MISSING, data=tyro.MISSING, output=tyro.MISSING),
+    ),
+    "base-to-new": (
+        "Learn half of the classes, test on them and on the others, and report the harmonic mean.",
+        Adapt(
+            model=tyro.MISSING,
+            methods=tyro.MISSING,
+            data=tyro.MISSING,
+            output=tyro.MISSING,
+            protocol="base_to_new",
+            shots=MOST_SHOTS,
+        ),
+    ),
+    "cross": (
+        "Learn ImageNet's classes, test on the ten other data sets.",
+        Adapt(
+            model=tyro.MISSING,
+            methods=tyro.MISSING,
+            data=ELEVEN[:1],
+            targets=ELEVEN[1:],
+            output=tyro.MISSING,
+            protocol="cross",
+            shots=MOST_SHOTS,
+        ),
+    ),
+    "generalise": (
+        "Learn ImageNet's classes, test on ImageNet V2, Sketch, A and R.",
+        Adapt(
+            model=tyro.MISSING,
+            methods=tyro.MISSING,
+            data=ELEVEN[:1],
+            targets=SHIFTED,
+            output=tyro.MISSING,
+            protocol="generalise",
+            shots=MOST_SHOTS,
+        ),
+    ),
+    "smoke": (
+        "Two methods and zero-shot on a few drawn pictures by an untrained model, in this process.",
+        Adapt(
+            model="clipmill-tiny:untrained",
+            methods=(ZERO_SHOT, "tip_adapter_f", "coop:epochs=2,context=4"),
+            data=("drawn_fine_grained",),
+            output=SMOKE,
+            shots=(1, 2),
+            seeds=(1,),
+            samples=36,
+            views=Views(views=2),
+            workers=Workers(processes_count=0),
+        ),
+    ),
+}
+
+
+def main(run: Adapt) -> None:
+    """Wire model, data sets and trials; all that can be wrong is looked at before anything is drawn or embedded."""
+    folder = Folder(writable_folder("output", run.output))
+    specs = {spec.text: spec for spec in map(parse_spec, run.methods)}
+    learned, tested = (
+        {data.name: data for data in (read_data_set(name, run.root, run.samples) for name in names)}
+        for names in (run.data, run.targets)
+    )
+    sets = {**tested, **learned}
+    trials = plan_trials(run.protocol, list(specs.values()), list(learned), run.shots, run.seeds)
+    drawings = {
+        name: [draw(sets[name], trial.shots, trial.seed) for trial in trials if trial.shots and trial.data == name]
+        for name in sets
+    }
+    clip = frozen_clip(run.model, run.device)
+    for (name, _), trial in {(one.data, one.method): one for one in trials}.items():
+        others = {key: one for key, one in tested.items() if key != name}
+        check(trial, specs[trial.method], clip, sets[name], others)
+    embedder = LoadEmbedder(checkpoint=run.model, device=run.device, precision=run.precision, views=run.views)
+    reads = {adapter_class(spec.method).reads for spec in specs.values()}
+    use_gpu = None if run.device == "auto" else run.device == "cuda"
+    with Record(run.tracking, run, folder, run.track) as record:
+        ready = {
+            name: prepare(
+                data,
+                drawings[name],
+                folder.folder("data").folder(name),
+                embedder if "features" in reads else None,
+                run.workers,
+                use_gpu,
+            )
+            for name, data in sets.items()
+        }
+        runner = TrialRunner(
+            embedder=embedder,
+            ready=ready,
+            specs=specs,
+            targets=tuple(tested),
+            output=folder.uri,
+            clip=clip.digest,
+            keep_adapters=run.keep_adapters,
+        )
+        results = run_trials(runner, trials, run.workers, record.add)
+        print(record.conclude(results, f"{run.protocol.replace('_', ' ')}, {run.model}"))
+
+
+if __name__ == "__main__":
+    run_job(PRESETS, main)

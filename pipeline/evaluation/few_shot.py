@@ -1,0 +1,181 @@
+"""The protocols of few-shot papers: which pictures are shots, which classes are new, and what is reported.
+
+Shots are drawn as CoOp's code draws them (Zhou et al. 2022, arXiv 2109.01134; its library Dassl): a generator seeded
+with the seed (1, 2 and 3 in the papers) takes ``shots`` pictures of every class, without repeats, class by class in
+the order in which the split first names them; then min(shots, 4) validation pictures of every class in the same way.
+A class with fewer pictures gives all it has. Base and new classes are those of CoCoOp (arXiv 2203.05557, section
+4.1): the first half of the labels, rounded up, and the rest.
+"""
+
+import math
+import random
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import require
+from pipeline.dataset import PARTS, Card, load_card
+from pipeline.errors import DataError
+from pipeline.evaluation.suite import DEFAULT_TEMPLATES
+from pipeline.shards.storage import Folder
+from pipeline.sources import open_source
+from pipeline.sources.drawn.sets import wanted_class
+from pipeline.sources.drawn.source import Drawn
+from pipeline.sources.source import Source
+from pipeline.sources.split_file import SplitFile
+
+VALIDATION_SHOTS = 4
+FEWEST = 4  # classes of base-to-new: two to tell apart in each half
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """A data set as its split lists it; nothing of it is read yet.
+
+    ``sources`` has the options of the source of each part, ``labels`` the class numbers of its rows in their order;
+    ``classes`` the names of the numbers 0, 1, ...
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+    sources: Mapping[str, Mapping[str, Any]]
+    labels: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What one seed draws: parts and numbers of rows, of the shots and of the validation pictures."""
+
+    train: tuple[tuple[str, int], ...]
+    validation: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Class numbers of the base classes and of the new ones, in order."""
+
+    base: tuple[int, ...]
+    new: tuple[int, ...]
+
+
+def read_data_set(name: str, root: str = "", samples: int | None = None) -> DataSet:
+    """What the split of the card ``name`` lists.
+
+    Args:
+        name: a dataset card's name or YAML file.
+        root: folder that holds the data sets' own folders, for cards with split files.
+        samples: pictures of each part of a drawn set, where not the card's own number.
+
+    Raises:
+        SettingError: an unknown card, one without parts, a missing folder or split file, no classes or one, class
+            names that occur twice.
+        DataError: a broken split file.
+    """
+    card = load_card(name)
+    if card.few_shot is None:
+        require(False, "data", name, "a card with `few_shot`, which says what is learned from and tested on")
+        raise AssertionError
+    sources = {part: _options(card, part, root, samples) for part in PARTS if part in card.few_shot.parts}
+    listed = {part: _listed(open_source(options), card) for part, options in sources.items()}
+    classes, labels = _dense(card, listed)
+    require(len(classes) > 1, "classes", classes, f"two class names or more, for {name}")
+    doubled = next((one for one in classes if classes.count(one) > 1), None)
+    allowed = f"names that occur once; `renames` in the source of the card {name} tells them apart"
+    require(doubled is None, "classes", doubled, allowed)
+    templates = card.few_shot.templates or card.templates or DEFAULT_TEMPLATES
+    return DataSet(name=card.name, classes=classes, templates=templates, sources=sources, labels=labels)
+
+
+def draw(data: DataSet, shots: int, seed: int) -> Drawing:
+    """The shots and validation pictures of ``seed``; a class with fewer gives all it has.
+
+    Where the data set has no validation pictures they are taken from the training pictures that are no shots.
+
+    Raises:
+        SettingError: no training pictures, or no validation pictures are left.
+    """
+    require(shots >= 1, "shots", shots, "1 or more")
+    require("train" in data.labels, "data", data.name, "a data set with training pictures: this one is tested on alone")
+    generator = random.Random(seed)
+    labels = data.labels["train"]
+    train = draw_numbers(labels, range(len(labels)), shots, generator)
+    wanted = min(shots, VALIDATION_SHOTS)
+    part = "val" if "val" in data.labels else "train"
+    taken = set(train) if part == "train" else set()
+    rest = [number for number in range(len(data.labels[part])) if number not in taken]
+    validation = draw_numbers(data.labels[part], rest, wanted, generator)
+    allowed = f"fewer, so that pictures of {data.name} are left to choose by"
+    require(bool(validation), "shots", shots, allowed)
+    return Drawing(tuple(("train", one) for one in train), tuple((part, one) for one in validation))
+
+
+def draw_numbers(labels: Sequence[int], among: Iterable[int], shots: int, generator: random.Random) -> list[int]:
+    """``shots`` of the rows ``among`` of every class without repeats, or all where there are fewer."""
+    groups: dict[int, list[int]] = {}
+    for number in among:
+        groups.setdefault(labels[number], []).append(number)
+    drawn = (group if len(group) < shots else generator.sample(group, shots) for group in groups.values())
+    return [number for group in drawn for number in group]
+
+
+def halves(classes: int) -> Halves:
+    """Base and new class numbers.
+
+    Raises:
+        SettingError: fewer than four classes: in each half there have to be two to tell apart.
+    """
+    require(classes >= FEWEST, "classes", classes, f"{FEWEST} classes or more, for base-to-new needs two in each half")
+    base = -(-classes // 2)
+    return Halves(tuple(range(base)), tuple(range(base, classes)))
+
+
+def harmonic_mean(base: float, new: float) -> float:
+    """2bn / (b + n), 0 where one of them is."""
+    return 2 * base * new / (base + new) if base > 0 and new > 0 else 0.0
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and standard deviation of a sample (n - 1); NaN for the deviation of one value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def _options(card: Card, part: str, root: str, samples: int | None) -> dict[str, Any]:
+    assert card.few_shot is not None
+    options = {**card.source, **card.few_shot.parts[part]}
+    if options["kind"] == "drawn" and samples is not None:
+        options["samples"] = samples
+    if options["kind"] == SplitFile.kind and root:
+        options["folder"] = Folder(root).join(str(options["folder"]))
+    return options
+
+
+def _listed(source: Source, card: Card) -> list[tuple[int | None, str]]:
+    """Class number, where the source has one, and class name of every row."""
+    if isinstance(source, SplitFile):
+        return [(item.number, item.name) for item in source.items]
+    if isinstance(source, Drawn):
+        named = [wanted_class(source.split, source.first + number) for number in range(source.samples)]
+        return [(None, name) for name in named if name is not None]
+    raise DataError(f"{card.name}: the pictures of the source {source.kind} have no order that a split could name")
+
+
+def _dense(
+    card: Card, listed: Mapping[str, list[tuple[int | None, str]]]
+) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]]]:
+    """Class names in the order of their numbers, and the rows' labels as places among them.
+
+    Classes of which no part has a picture are left out: ImageNet-A has 200 of ImageNet's classes.
+    """
+    order = {name: number for number, name in enumerate(card.classes)}
+    names: dict[int, str] = {}
+    numbers: dict[str, list[int]] = {}
+    for part, rows in listed.items():
+        numbers[part] = [order[name] if number is None else number for number, name in rows]
+        for number, (_, name) in zip(numbers[part], rows, strict=True):
+            if names.setdefault(number, name) != name:
+                raise DataError(f"{card.name} calls the class {number} both {names[number]!r} and {name!r}")
+    place = {number: at for at, number in enumerate(sorted(names))}
+    labels = {part: tuple(place[number] for number in found) for part, found in numbers.items()}
+    return tuple(names[number] for number in sorted(names)), labels
