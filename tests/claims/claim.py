@@ -1,0 +1,42 @@
+"""What a claim is, and the small trainings that the claims are measured on."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+Metrics = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Of two numbers of a seed's metrics, the second is larger; or ``test`` says what else must hold of them."""
+
+    text: str
+    baseline: Callable[[Metrics], float]
+    result: Callable[[Metrics], float]
+    test: Callable[[float, float], bool] = lambda baseline, result: result > baseline
+
+    def verdict(self, seeds: Sequence[Metrics]) -> str:
+        """``yes`` where it holds for every seed, else for how many of them."""
+        held = sum(self.test(self.baseline(one), self.result(one)) for one in seeds)
+        return "yes" if held == len(seeds) else "no" if not held else f"for {held} of {len(seeds)} seeds"
+
+
+def named(*names: str) -> Callable[[Metrics], float]:
+    """The mean of these metrics."""
+    return lambda metrics: sum(metrics[name] for name in names) / len(names)
+
+
+def run(job: str, *words: str | Path) -> None:
+    """A job of the project, as one types it; what is done already is not done again."""
+    subprocess.run([sys.executable, ROOT / "jobs" / f"{job}.py", *map(str, words)], check=True, cwd=ROOT)
+
+
+def drawn(folder: Path, samples: int) -> Path:
+    """A snapshot of drawn scenes of 64 pixels a side."""
+    words = ("--samples", str(samples), "--size", "64", "--number-sample-per-shard", "1000", "--processes-count", "1")
+    run("refresh_dataset", "drawn", *words, "--output-folder", folder)
+    return folder
