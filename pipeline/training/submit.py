@@ -2,12 +2,16 @@
 
 import json
 import multiprocessing
+import os
+import pickle
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
 from pipeline.errors import ClipmillError
+
+GIVES_WAY = 10  # niceness of an evaluation's process: the training that it shares the machine with comes first
 
 Evaluate = Callable[[str, int], Mapping[str, float]]
 """Evaluates the checkpoint at a URI, made at a step: metric names and values. It pickles."""
@@ -66,7 +70,7 @@ def in_a_process(evaluate: Evaluate, uri: str, step: int) -> Pending:
     """Run an evaluation in a new process; for a training without Ray."""
     context = multiprocessing.get_context("spawn")  # a fork would share the trainer's threads and locks
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_evaluate_into, args=(theirs, evaluate, uri, step), daemon=True)
+    process = context.Process(target=_evaluate_into, args=(theirs, pickle.dumps(evaluate), uri, step), daemon=True)
     process.start()
     theirs.close()
     return _Process(process, ours)
@@ -133,8 +137,11 @@ def _call(evaluate: Evaluate, uri: str, step: int) -> Mapping[str, float]:
     return evaluate(uri, step)
 
 
-def _evaluate_into(results: "Connection[Any, Any]", evaluate: Evaluate, uri: str, step: int) -> None:
+def _evaluate_into(results: "Connection[Any, Any]", pickled: bytes, uri: str, step: int) -> None:
+    if hasattr(os, "nice"):
+        os.nice(GIVES_WAY)  # before all that the evaluation imports
     try:
+        evaluate: Evaluate = pickle.loads(pickled)  # made by this job, not read from data
         answer: tuple[str, Any] = ("metrics", dict(evaluate(uri, step)))
     except Exception as error:  # it is reported by the follower, in the driver's log
         answer = ("error", f"{type(error).__name__}: {error}")

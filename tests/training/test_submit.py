@@ -1,10 +1,11 @@
 """Evaluations in processes of their own."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from pipeline.training.submit import EvaluationFailed, in_a_process
+from pipeline.training.submit import GIVES_WAY, EvaluationFailed, in_a_process
 
 SUBMITTED = """
 import os
@@ -14,7 +15,7 @@ def evaluate(uri, step):
         raise ValueError("no such thing")
     if step == 2:
         os._exit(3)
-    return {"zeroshot/colours/top1": step / 10, "process": os.getpid()}
+    return {"zeroshot/colours/top1": step / 10, "niceness": os.nice(0)}
 """
 
 
@@ -31,6 +32,8 @@ def test_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pending[0].result()
     with pytest.raises(EvaluationFailed, match="ended with code 3"):
         pending[1].result()
-    assert pending[2].result()["zeroshot/colours/top1"] == 0.3
+    metrics = pending[2].result()
+    assert metrics["zeroshot/colours/top1"] == 0.3
+    assert metrics["niceness"] == min(19, os.nice(0) + GIVES_WAY)  # the training comes first
     cancelled = in_a_process(submitted_here.evaluate, "uri", 5)
     cancelled.cancel()
