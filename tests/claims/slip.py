@@ -1,7 +1,7 @@
 """SLIP against CLIP with limited data and equal epochs (Mu et al. 2021, table 1 and section 5).
 
-Both have the same towers, crop, optimiser and number of epochs; SLIP sees two more views of every picture. What the
-self-supervised views may change is chosen for pictures of 64 pixels on the seed 100, which is none of those reported.
+Both have the same towers, crop, optimiser and number of epochs; SLIP sees two more views of every picture. How strongly
+those are changed was fixed for pictures of 64 pixels whose captions name colours, before anything was measured.
 """
 
 from pathlib import Path
