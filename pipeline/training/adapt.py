@@ -141,6 +141,7 @@ def adapt(
             the loss is not finite any more.
     """
     kind = adapter_class(method)
+    require(0 <= seed < 2**63, "seed", seed, "0 to 2**63 - 1")
     if hasattr(config, "seed"):
         config = replace(config, seed=seed)
     adapter = kind(config, clip, classes, templates)
@@ -226,7 +227,9 @@ class _Training:
 
     def _step(self, numbers: Any, epoch: int) -> float:
         labels = self.train.labels[torch.from_numpy(numbers)].to(self.adapter.clip.device)
-        loss = self.adapter.loss(self.images.view(numbers, epoch), labels)
+        images, low = self.images.view(numbers, epoch), self.recipe.precision == "bf16"
+        with torch.autocast(labels.device.type, torch.bfloat16, enabled=low):
+            loss = self.adapter.loss(images, labels)
         self.optimizer.zero_grad()
         loss.backward()
         value = float(loss.detach())

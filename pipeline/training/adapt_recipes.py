@@ -64,6 +64,8 @@ class Recipe:
     """Area of a random crop, for methods that read pixels; 0.5 to 1 in Tip-Adapter."""
     flip: float = 0.5
     """Probability of a mirrored picture, for these."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the towers while it learns; what is learned is float32 in any case."""
     select: Literal["validation", "last"] = "validation"
     """Take the epoch with the best validation accuracy (of equals, the least loss), or the last as the papers do."""
 

@@ -252,6 +252,7 @@ def test_what_cannot_be(clip: FrozenClip, sets: Any) -> None:
         (lambda: run(clip, "zero_shot", train, wide), DataError, "validation: features of width 25.*have 24"),
         (lambda: run(clip, "vpt", broken, validation), DataError, "cannot be read"),
         (lambda: run(clip, "linear_probe", one, validation), SettingError, "shots of two classes or more"),
+        (lambda: run(clip, "coop", train, validation, seed=-1), SettingError, "seed: -1"),
         (lambda: run(clip, "no_method", train, validation, recipe=Recipe()), SettingError, "one of clip_adapter"),
         (lambda: Labelled(labels=train.labels), SettingError, "features or pictures"),
         (lambda: Labelled(labels=train.labels[:0], pictures=[]), SettingError, "one picture or more"),
@@ -262,6 +263,15 @@ def test_what_cannot_be(clip: FrozenClip, sets: Any) -> None:
     for make, kind, said in cases:
         with pytest.raises(kind, match=said):
             make()
+
+
+@pytest.mark.parametrize("method", LEARNERS)
+def test_half_precision_learns_the_same_within_its_own(method: str, clip: FrozenClip, sets: Any) -> None:
+    """What is learned stays float32; the first loss is that of float32 to two digits, and not to all."""
+    low, full = (run(clip, method, sets[0], sets[1], recipe=short(method, precision=p)) for p in ("bf16", "fp32"))
+    assert all(parameter.dtype == torch.float32 for parameter in low.adapter.parameters())
+    first, other = low.history[0]["train/loss"], full.history[0]["train/loss"]
+    assert first == pytest.approx(other, rel=0.05, abs=0.05) and first != other
 
 
 @pytest.mark.parametrize("method", LEARNERS)
