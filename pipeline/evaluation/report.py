@@ -13,6 +13,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
         *("t2i_r1", "t2i_r5", "t2i_r10", "t2i_median_rank"),
         *("chance", "samples"),
     ),
+    "classification": ("top1", "top5", "mean_per_class", "chance", "samples"),
     "linear_probe": ("top1", "top5", "mean_per_class", "chance", "samples", "trained_on"),
 }
 PLAIN = {"samples": ",.0f", "trained_on": ",.0f", "i2t_median_rank": ".1f", "t2i_median_rank": ".1f"}

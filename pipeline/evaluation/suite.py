@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import PurePosixPath
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar, cast
 
 import torch
 import yaml
@@ -25,7 +25,7 @@ from pipeline.errors import DataError, SettingError
 from pipeline.evaluation.data import Data, open_data, readable_pictures
 from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.retrieval import retrieval
-from pipeline.evaluation.zero_shot import classifier, zero_shot
+from pipeline.evaluation.zero_shot import WithHead, classifier, own_head, zero_shot
 from pipeline.loaders.images import ImageTransform
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.loaders.text import caption_field, read_caption
@@ -35,9 +35,9 @@ from pipeline.shards.storage import Folder
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
-Kind = Literal["zero_shot", "retrieval"]
+Kind = Literal["zero_shot", "retrieval", "classification"]
 
-PREFIX: Mapping[Kind, str] = {"zero_shot": "zeroshot", "retrieval": "retrieval"}
+PREFIX: Mapping[Kind, str] = {"zero_shot": "zeroshot", "retrieval": "retrieval", "classification": "classification"}
 IMAGENET = ("imagenet", "imagenet_v2", "imagenet_sketch")  # the sets with all of ImageNet's 1,000 classes
 DEFAULT_TEMPLATES = ("a photo of a {}.",)  # section 3.1.4 of the CLIP paper
 CLASSES = "auto, imagenet, or a file with one name a line (or a YAML or JSON list)"
@@ -81,6 +81,8 @@ class Evaluations:
     """Classification sets: dataset cards or snapshot folders; NAME=DATA gives a set a name of its own."""
     retrieval: tuple[str, ...] = ()
     """Retrieval sets, named in the same way."""
+    classification: tuple[str, ...] = ()
+    """Classification sets for the own head of a fine-tuned model, named in the same way."""
     evaluation_samples: int | None = None
     """Samples of each set, taken at equal distances; all of them where it is not given."""
     classes: str = "auto"
@@ -116,6 +118,7 @@ class Evaluations:
         asked: tuple[tuple[Kind, str], ...] = (
             *(("zero_shot", text) for text in self.zero_shot),
             *(("retrieval", text) for text in self.retrieval),
+            *(("classification", text) for text in self.classification),
         )
         return tuple(self._set(kind, text) for kind, text in asked)
 
@@ -174,7 +177,7 @@ def prepare(wanted: EvaluationSet) -> PreparedSet:
     card = data.card
     classes: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
-    if wanted.kind == "zero_shot":
+    if wanted.kind != "retrieval":
         classes = read_classes(wanted.classes, card, wanted.name)
         templates = read_templates(wanted.templates, card, wanted.name)
     label = wanted.label or (card.label if card else "label")
@@ -230,11 +233,20 @@ def evaluate(model: Evaluable, prepared: Prepared) -> dict[str, float]:
                 vectors[texts] = classifier(model, *texts, settings.evaluation_precision)
             batches = labelled_batches(model.transforms(train=False), one, settings)
             found = zero_shot(model, batches, vectors[texts], settings.evaluation_precision)
+        elif one.kind == "classification":
+            batches = labelled_batches(model.transforms(train=False), one, settings)
+            found = own_head(_with_head(model, one), batches, one.classes, settings.evaluation_precision)
         else:
             found = retrieval(model, captioned_batches(model, one, settings), settings.evaluation_precision)
         logger.info("%s %s: %s", PREFIX[one.kind], one.name, ", ".join(f"{k} {v:.4g}" for k, v in found.items()))
         metrics |= {f"{PREFIX[one.kind]}/{one.name}/{name}": value for name, value in found.items()}
     return metrics
+
+
+def _with_head(model: Evaluable, one: PreparedSet) -> WithHead:
+    has = callable(getattr(model, "classify", None))
+    require(has, "classification", one.name, "none, since the model has no head: jobs/finetune.py trains one")
+    return cast(WithHead, model)
 
 
 def labelled_batches(transform: ImageTransform, one: PreparedSet, settings: Evaluations) -> Iterator[dict[str, Tensor]]:

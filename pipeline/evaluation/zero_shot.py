@@ -7,6 +7,7 @@ again, and a picture belongs to the class whose mean is nearest. The paper's ViT
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -64,6 +65,41 @@ def zero_shot(
                 ranks = label_ranks(features @ weights.T, batch["label"].to(device))
             counts.add(ranks.cpu(), batch["label"].cpu())
     return counts.metrics()
+
+
+def own_head(
+    model: "WithHead", batches: Iterable[Mapping[str, Tensor]], classes: Sequence[str], precision: str = "fp32"
+) -> dict[str, float]:
+    """Classify by the head that a model was fine-tuned with; the rest as :func:`zero_shot`.
+
+    ``classes`` are the names of the labels, in any order and as many as wanted of those that the head tells apart.
+
+    Raises:
+        SettingError: a class that the head does not know.
+    """
+    known = {name: number for number, name in enumerate(model.classes)}
+    unknown = [name for name in classes if name not in known]
+    require(not unknown, "classes", unknown[:5], "those of the model's head")
+    places = torch.tensor([known[name] for name in classes])
+    counts = Counts(len(classes))
+    with inference(model, precision) as device:
+        for batch in batches:
+            logits = model.classify(batch["image"].to(device)).float().cpu()[:, places]
+            counts.add(label_ranks(logits, batch["label"].cpu()), batch["label"].cpu())
+    return counts.metrics()
+
+
+class WithHead(Encoder, Protocol):
+    """A model with a classifier of its own."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of its classes."""
+        ...
+
+    def classify(self, image: Tensor) -> Tensor:
+        """uint8 ``[B, 3, H, W]`` -> logits ``[B, C]``."""
+        ...
 
 
 def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from pipeline.errors import ClipmillError, DataError
 from pipeline.loaders.cache import FileCache
 from pipeline.loaders.cores import cores
 from pipeline.loaders.images import ImageTransform, crop_words
+from pipeline.loaders.mixture import MixedOrder, MixedSamples, TrainingData, open_samples
 from pipeline.loaders.order import Order
 from pipeline.loaders.samples import Samples, UnreadableSample, check_fields
 from pipeline.loaders.text import Tokenizer, caption_field, cut_text, faster, read_caption
@@ -103,7 +104,10 @@ class TextReader:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelReader:
-    """Class numbers as int64 [B]: the place in ``classes`` of the text under ``key`` in the sample's json."""
+    """Class numbers as int64 [B]: the place in ``classes`` of what is under ``key`` in the sample's json.
+
+    A whole number that is no class name is a place itself.
+    """
 
     classes: tuple[str, ...]
     key: str = "label"
@@ -112,13 +116,20 @@ class LabelReader:
     def read(self, sample: Sample, place: Place) -> int:
         """The class number."""
         try:
-            return self.classes.index(str(json.loads(sample.fields["json"])[self.key]))
+            value = json.loads(sample.fields["json"])[self.key]
+            if type(value) is int and str(value) not in self._numbers and 0 <= value < len(self.classes):
+                return value
+            return self._numbers[str(value)]
         except (KeyError, ValueError, TypeError) as error:
             raise UnreadableSample(f"{sample.key}.json has no {self.key} among the classes ({error})") from error
 
     def collate(self, values: list[int]) -> Tensor:
         """int64 [B]."""
         return torch.tensor(values, dtype=torch.int64)
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.classes)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +164,9 @@ class LoaderConfig:
 
 
 def training_batches(
-    snapshot: Snapshot,
+    snapshot: TrainingData,
     readers: Mapping[str, Reader],
-    order: Order,
+    order: Order | MixedOrder,
     *,
     steps: range,
     rank: int = 0,
@@ -191,7 +202,7 @@ def snapshot_batches(
 
 
 class _Steps(Sampler[list[Place]]):
-    def __init__(self, order: Order, steps: range, rank: int, world: int) -> None:
+    def __init__(self, order: Order | MixedOrder, steps: range, rank: int, world: int) -> None:
         self.order, self.steps, self.rank, self.world = order, steps, rank, world
 
     def __iter__(self) -> Iterator[list[Place]]:
@@ -218,7 +229,7 @@ class _InOrder(Sampler[list[Place]]):
 class _Readable(Dataset[Batch | ClipmillError]):
     """Whole batches at a time, so that a batch's text is tokenised and cut together."""
 
-    def __init__(self, samples: Samples, readers: Mapping[str, Reader], replace: bool) -> None:
+    def __init__(self, samples: Samples | MixedSamples, readers: Mapping[str, Reader], replace: bool) -> None:
         self.samples, self.readers, self.replace = samples, readers, replace
         self.told = 0
 
@@ -247,8 +258,7 @@ class _Readable(Dataset[Batch | ClipmillError]):
                 self._tell(sample.key, error)
                 if not self.replace:
                     return None, skipped
-        shard, _ = self.samples.find(place[1])
-        raise DataError(f"{self.samples.snapshot.folder}/{shard.tar}: not one readable sample")
+        raise DataError(f"{self.samples.where(place[1])}: not one readable sample")
 
     def _tell(self, key: str, error: UnreadableSample) -> None:
         level = logging.WARNING if self.told < TOLD_AT_MOST else logging.DEBUG
@@ -260,14 +270,14 @@ class _Readable(Dataset[Batch | ClipmillError]):
 
 
 def _batches(
-    snapshot: Snapshot,
+    snapshot: TrainingData,
     readers: Mapping[str, Reader],
     sampler: Sampler[list[Place]],
     config: LoaderConfig,
     replace: bool = True,
 ) -> Generator[Batch, None, None]:
     check_fields(snapshot, [field for reader in readers.values() for field in reader.fields])
-    samples = Samples(snapshot, config.cache(), config.open_shards)
+    samples = open_samples(snapshot, config.cache(), config.open_shards)
     workers = config.processes()
     loader: DataLoader[Batch | ClipmillError] = DataLoader(
         _Readable(samples, readers, replace),

@@ -1,7 +1,8 @@
 """A pre-training run of any method: settle it, train it, evaluate it beside the training, record what came out."""
 
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -39,8 +40,15 @@ Job = TypeVar("Job", bound=Pretraining)
 
 def run_pretraining(job: Pretraining) -> None:
     """Train in the places that the job names; a job that draws its data does without."""
+    with in_place(job) as placed:
+        pretrain(placed, keeps=bool(job.run.output_folder))
+
+
+@contextmanager
+def in_place(job: Job) -> Iterator[Job]:
+    """The job with its places; what it was given none for is in a folder that goes at the end."""
     with TemporaryDirectory(prefix="clipmill-pretrain-") if job.draw else nullcontext("") as scratch:
-        pretrain(drawn(job, scratch) if job.draw else job, keeps=bool(job.run.output_folder))
+        yield drawn(job, scratch) if job.draw else job
     if job.draw and not job.run.output_folder:
         logger.info("the run's folder was temporary and is gone; with --output-folder FOLDER it is kept")
 
@@ -51,8 +59,9 @@ def pretrain(job: Pretraining, keeps: bool = True) -> None:
     plan, record = prepare(job.method, job.run, evaluates=evaluates)
     with start(job.tracking, job, run_id=record.tracking_run) as tracker:
         keep_tracking_run(plan, record, tracker.run_id)
-        tracker.log_dataset(plan.snapshot)
-        tracker.log_figure("samples", snapshot_figure(plan.snapshot, caption=job.run.caption))
+        for snapshot in parts_of(plan.snapshot):
+            tracker.log_dataset(snapshot)
+        tracker.log_figure("samples", snapshot_figure(parts_of(plan.snapshot)[0], caption=job.run.caption))
         evaluation = CheckpointEvaluation(evaluations=job.evaluations, run=tracker.handle)
         with follower(plan, evaluation) if evaluates else nullcontext() as beside:
             outcome = launch(plan, tracker.handle.open)

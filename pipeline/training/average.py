@@ -27,6 +27,7 @@ from pipeline.training.checkpoint import META, Content, Meta, checkpoint_folder,
 logger = logging.getLogger(__name__)
 
 RECORD = "average.json"
+START = Meta(step=0, samples_seen=0, batch_size=1, lanes=1, seed=0, snapshot="")
 
 Weights = Mapping[str, Tensor]
 Load = Callable[[str], Method]
@@ -122,13 +123,25 @@ def write_average(average: Average, folder: Folder, details: Mapping[str, Any]) 
     require(folder.uri not in taken, "output", folder.uri, "a folder that is none of the checkpoints")
     described, texts = text_files(average.method)
     metas = [meta for meta in (read_meta(place) for place in places.values() if place is not None) if meta is not None]
-    start = Meta(step=0, samples_seen=0, batch_size=1, lanes=1, seed=0, snapshot="")
-    meta = replace(metas[-1] if metas else start, evaluate=False, description=described)
+    meta = replace(metas[-1] if metas else START, evaluate=False, description=described)
     record = {**details, "shares": dict(average.shares), "scores": dict(average.scores)}
     weights = {name: tensor.detach().cpu().clone() for name, tensor in average.method.state_dict().items()}
     with storage_errors(folder.uri):
         folder.delete(META)
         folder.write_atomic(RECORD, json.dumps(record, indent=2).encode())
+        write_content(folder, Content(meta=meta, weights=weights, texts=texts))
+
+
+def write_start(method: Method, folder: Folder) -> None:
+    """Write a checkpoint of a method before its first step, to be averaged with what becomes of it.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    described, texts = text_files(method)
+    meta = replace(START, description=described)
+    weights = {name: tensor.detach().cpu().clone() for name, tensor in method.state_dict().items()}
+    with storage_errors(folder.uri):
         write_content(folder, Content(meta=meta, weights=weights, texts=texts))
 
 

@@ -43,6 +43,18 @@ def unprojected(visual: nn.Module, image: Tensor) -> Tensor:
     return seen[0]
 
 
+def projection(visual: nn.Module) -> list[nn.Parameter]:
+    """The weights that :func:`unprojected` does not see: a model that learns from it alone has to lock them."""
+    if isinstance(visual, VisionTransformer):
+        return [] if visual.proj is None else [visual.proj]
+    if isinstance(visual, ModifiedResNet):
+        return list(visual.attnpool.c_proj.parameters())
+    first = _projection(visual)
+    head = getattr(visual, "head", None)
+    inside = head is not None and any(module is first for module in head.modules())
+    return list((head if head is not None and inside else first).parameters())
+
+
 def _identity(visual: Any) -> dict[str, Tensor]:
     """The projection's weights, by name, that leave features as they are."""
     if isinstance(visual, VisionTransformer):
