@@ -109,9 +109,9 @@ class SplitFile:
             raise DataError(f"{self._place.join(name)} is no text ({error})") from error
 
     def _read_json(self) -> Iterator[Item]:
-        where = self._place.join(self.split)
+        where, text = self._place.join(self.split), self._text(self.split)
         try:
-            content: Any = json.loads(self._text(self.split))
+            content: Any = json.loads(text)
             rows = [(path, label, name) for path, label, name in content[self.part]]
         except (ValueError, KeyError, TypeError) as error:
             form = "{'train': [[path, label, class name], ...], 'val': ..., 'test': ...}"
