@@ -49,8 +49,6 @@ from pipeline.models.adapters.linear_probe import class_rows, regression
 from pipeline.models.clip import Clip
 from pipeline.models.towers.unprojected import unprojected
 from pipeline.sources import open_source
-from pipeline.sources.drawn.sets import SPLITS
-from pipeline.sources.drawn.source import Drawn
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +96,7 @@ class ProbeSets:
     """The pictures, as cards or folders of snapshots; every tuple but the first may be empty."""
 
     data: tuple[str, ...] = ()
-    """Sets to learn from; NAME=DATA names one. A drawn set with a labelled pool is tested, and the pool learnt from."""
+    """Sets to learn from; NAME=DATA names one. A card with parts for few-shot papers brings its own test."""
     test: tuple[str, ...] = ()
     """Sets to test on, one for each; without, a share of each class of the data."""
     validation: tuple[str, ...] = ()
@@ -149,7 +147,7 @@ class ProbeSets:
     def _prepared(self, data: str, test: str, validation: str) -> "PreparedProbe":
         name, place = name_and_data(data)
         opened = open_data(place)
-        pool = None if test else pool_of(opened)
+        pool, tested = (None, None) if test else (part_of(opened, "train"), part_of(opened, "test"))
         card = opened.card
         label = self.label or (card.label if card else "label")
 
@@ -161,7 +159,7 @@ class ProbeSets:
             name=name,
             train=of(pool or opened, self.train_samples),
             validation=of(open_data(validation), None) if validation else None,
-            test=of(open_data(test) if test else opened, self.test_samples) if test or pool else None,
+            test=of(tested or open_data(test), self.test_samples) if test or tested else None,
             classes=classes,
         )
 
@@ -195,13 +193,12 @@ class Linear:
         return features.to(self.weight) @ self.weight.T + self.bias
 
 
-def pool_of(data: Data) -> CardData | None:
-    """The labelled pool that belongs to a small set of the embedded world, of as many samples; else ``None``."""
-    if not isinstance(data, CardData) or not isinstance(data.source, Drawn):
+def part_of(data: Data, part: str) -> CardData | None:
+    """The pictures to learn from (``train``) or to ``test`` on, of a card that tells them apart; else ``None``."""
+    card = data.card
+    if not isinstance(data, CardData) or card is None or card.few_shot is None or "train" not in card.few_shot.parts:
         return None
-    split = f"{data.source.split}_train"
-    settings = {field.name: getattr(data.source, field.name) for field in fields(Drawn)}
-    return CardData(open_source({"kind": "drawn", **settings, "split": split}), data.card) if split in SPLITS else None
+    return CardData(open_source({**card.source, **card.few_shot.parts[part]}), card)
 
 
 def linear_probe(model: Evaluable, sets: tuple[PreparedProbe, ...], settings: Evaluations, probe: Probe) -> Chosen:

@@ -24,7 +24,7 @@ from pipeline.evaluation.linear_probe import (
     fit,
     joined,
     linear_probe,
-    pool_of,
+    part_of,
     random_view,
     search,
     split,
@@ -183,10 +183,10 @@ def test_colours_are_told_apart(
 
 def test_a_drawn_set_is_tested_and_its_pool_learnt_from() -> None:
     data = open_data("drawn_colours")
-    pool = pool_of(data)
-    assert isinstance(data, CardData) and pool is not None
-    assert pool.source.rows != data.source.rows and cast(Any, pool.source).split == "colours_train"
-    assert pool_of(open_data("drawn_val")) is None and pool_of(open_data("tuxpaint_stamps")) is None
+    pool, tested = part_of(data, "train"), part_of(data, "test")
+    assert isinstance(data, CardData) and pool is not None and tested == data
+    assert cast(Any, pool.source).split == "colours_train"
+    assert part_of(open_data("drawn_val"), "train") is None and part_of(open_data("tuxpaint_stamps"), "train") is None
     (prepared,) = ProbeSets(data=("drawn_colours",), train_samples=20, test_samples=10).prepare()
     assert prepared.test is not None and prepared.test.data == data and prepared.train.data == pool
     first, other = (next(iter(one.samples())).image() for one in (prepared.train, prepared.test))
