@@ -28,7 +28,8 @@ from pipeline.shards.sample import Sample
 from pipeline.stages.regions import Proposals
 from pipeline.training.checkpoint import load_method
 
-CROPS_AT_ONCE = 1024
+CROPS_AT_ONCE = {"cpu": 128}  # whose activations stay in the cache: twice as fast as many
+MANY = 1024
 GIVEN, TORCHVISION = "boxes", "torchvision:"
 
 
@@ -148,7 +149,7 @@ class ClipRegions:
                 clip.encode_image(some)
                 if self._settings.crop.average == "unit"
                 else clip.model.encode_image((some.float() - clip.mean) / clip.std).float()
-                for some in crops.split(CROPS_AT_ONCE)
+                for some in crops.split(CROPS_AT_ONCE.get(crops.device.type, MANY))
             ]
         return torch.cat(parts)
 

@@ -230,7 +230,9 @@ class RegionMaker:
                 found += check
         self._judge(found, shard)
         facts = {**self._model.facts, "matched": found.matched, "right": found.right}
-        return pa.Table.from_pylist(rows, schema=pa.schema(COLUMNS)).replace_schema_metadata({FACTS: json.dumps(facts).encode()})
+        return pa.Table.from_pylist(rows, schema=pa.schema(COLUMNS)).replace_schema_metadata(
+            {FACTS: json.dumps(facts).encode()}
+        )
 
     def _rows(self, batch: Sequence[tuple[Sample, Any | None]]) -> tuple[list[dict[str, Any]], Check]:
         readable = [(sample, picture) for sample, picture in batch if picture is not None]
