@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from itertools import accumulate
+from typing import Protocol
 
 from pipeline.errors import DataError
 from pipeline.loaders.cache import FileCache
@@ -22,7 +23,21 @@ class UnreadableSample(Exception):
     """
 
 
-def check_fields(snapshot: Snapshot, wanted: Collection[str]) -> None:
+class Fielded(Protocol):
+    """A snapshot, or several of them."""
+
+    @property
+    def uri(self) -> str:
+        """Its address."""
+        ...
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """What its samples hold."""
+        ...
+
+
+def check_fields(snapshot: Fielded, wanted: Collection[str]) -> None:
     """Raise ``DataError`` unless the snapshot's samples have the fields ``wanted``.
 
     ``image`` stands for a picture in any format that shards hold.
@@ -67,6 +82,10 @@ class Samples:
         shard, index = self.find(number)
         for step in range(shard.samples):
             yield self[number - index + (index + step) % shard.samples]
+
+    def where(self, number: int) -> str:
+        """The tar of sample ``number``, for messages."""
+        return f"{self.snapshot.folder}/{self.find(number)[0].tar}"
 
     def find(self, number: int) -> tuple[Shard, int]:
         """The shard of sample ``number``, and its index there."""

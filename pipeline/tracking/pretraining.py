@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from pipeline.evaluation.showcase import snapshot_figure
 from pipeline.evaluation.suite import Evaluations
+from pipeline.loaders.mixture import parts_of
 from pipeline.shards.storage import Folder
 from pipeline.sources.drawn.source import Drawn
 from pipeline.stages.images import ImageOptions
@@ -59,8 +60,8 @@ def pretrain(job: Pretraining, keeps: bool = True) -> None:
     plan, record = prepare(job.method, job.run, evaluates=evaluates)
     with start(job.tracking, job, run_id=record.tracking_run) as tracker:
         keep_tracking_run(plan, record, tracker.run_id)
-        for snapshot in parts_of(plan.snapshot):
-            tracker.log_dataset(snapshot)
+        for number, snapshot in enumerate(parts_of(plan.snapshot), start=1):
+            tracker.log_dataset(snapshot, "training" if number == 1 else f"training_{number}")
         tracker.log_figure("samples", snapshot_figure(parts_of(plan.snapshot)[0], caption=job.run.caption))
         evaluation = CheckpointEvaluation(evaluations=job.evaluations, run=tracker.handle)
         with follower(plan, evaluation) if evaluates else nullcontext() as beside:

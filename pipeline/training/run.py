@@ -13,11 +13,12 @@ from typing import Any, Literal
 from pipeline.config import Scalar, flatten, from_plain, require, writable_folder
 from pipeline.errors import DataError, SettingError
 from pipeline.loaders.batches import LoaderConfig
+from pipeline.loaders.mixture import MixedOrder, TrainingData, make_order, mixed, places, read_data
 from pipeline.loaders.order import Order
 from pipeline.loaders.samples import check_fields
 from pipeline.loaders.text import caption_field
 from pipeline.models.method import EmbeddingMethod, method_class, method_name
-from pipeline.shards.snapshot import Snapshot, read_snapshot
+from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.training.fp8 import check_installed
 from pipeline.training.measure import Measuring
@@ -85,7 +86,7 @@ class Run:
     output_folder: str = ""
     """Where checkpoints go: an absolute path or any fsspec URI. The same folder again resumes the run in it."""
     data: str = ""
-    """Snapshot to train on: FOLDER for its latest, or FOLDER@ID."""
+    """Snapshot to train on: FOLDER for its latest, or FOLDER@ID; or several with weights: FOLDER=0.7,FOLDER=0.3."""
     workers: int | str = 0
     """Training processes on the Ray cluster; 0 trains in this process, without Ray. 2:8 takes as many of two to eight
     as the cluster has room for, and more or fewer as it grows or loses nodes."""
@@ -194,13 +195,13 @@ class Plan:
 
     method: Any
     run: Run
-    snapshot: Snapshot
+    snapshot: TrainingData
     steps: int
     evaluates: bool = False
 
-    def order(self) -> Order:
+    def order(self) -> Order | MixedOrder:
         """The order of samples."""
-        return make_order(self.run, self.snapshot)
+        return order_of(self.run, self.snapshot)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +248,7 @@ def prepare(method: Any, run: Run, *, evaluates: bool = False) -> tuple[Plan, Re
     else:
         _check_same(folder, earlier, record)
         record = earlier
-    steps = run.steps or make_order(run, snapshot).steps(run.epochs)
+    steps = run.steps or order_of(run, snapshot).steps(run.epochs)
     return Plan(method=method, run=run, snapshot=snapshot, steps=steps, evaluates=evaluates), record
 
 
@@ -257,10 +258,9 @@ def keep_tracking_run(plan: Plan, record: Record, run_id: str) -> None:
         write_record(Folder(plan.run.output_folder), replace(record, tracking_run=run_id))
 
 
-def make_order(run: Run, snapshot: Snapshot) -> Order:
-    """The order of the snapshot's samples that the run's settings decide."""
-    sizes = [shard.samples for shard in snapshot.shards]
-    return Order(sizes, seed=run.seed, batch_size=run.batch_size, lanes=run.lanes, shuffle_block=run.shuffle_block)
+def order_of(run: Run, data: TrainingData) -> Order | MixedOrder:
+    """The order of the samples that the run's settings decide."""
+    return make_order(data, seed=run.seed, batch_size=run.batch_size, lanes=run.lanes, shuffle_block=run.shuffle_block)
 
 
 def read_record(folder: Folder) -> Record | None:
@@ -290,24 +290,32 @@ def _is_number_or_range(workers: int | str) -> bool:
     return 1 <= int(fewest) <= int(most) <= MOST_WORKERS if colon else int(fewest) <= MOST_WORKERS
 
 
-def _check_readable(snapshot: Snapshot, method: Any, run: Run) -> None:
+def _check_readable(snapshot: TrainingData, method: Any, run: Run) -> None:
     """Pictures and captions, which every snapshot names alike; the loop checks what else a method reads."""
     places = {"image": "image", "text": caption_field(run.caption)}
     check_fields(snapshot, [places[key] for key in method_class(method_name(method)).fields if key in places])
 
 
-def _pinned(data: str, earlier: Record | None) -> Snapshot:
-    """The snapshot of the first start; that of ``data`` where this is the first, or where the data were moved."""
+def _pinned(data: str, earlier: Record | None) -> TrainingData:
+    """The data of the first start; those of ``data`` where this is the first, or where they were moved."""
     if earlier is None:
-        return read_snapshot(data)
-    folder, _, snapshot_id = earlier.snapshot.rpartition("@")
-    same_place = "@" not in data.rsplit("/", 1)[-1] and Folder(data).uri == folder
-    snapshot = read_snapshot(earlier.snapshot if same_place else data)
-    if snapshot.digest != earlier.digest:
+        return read_data(data)
+    before = {address.rpartition("@")[0]: address for address, _ in places(earlier.snapshot)}
+    wanted = [(_as_before(address, before), weight) for address, weight in places(data)]
+    found = mixed(wanted)
+    if found.digest != earlier.digest:
         raise SettingError("data", data, f"{earlier.snapshot}, on which the run in this folder is trained")
-    if same_place and snapshot.id != read_snapshot(data).id:
-        logger.info("the data have a newer snapshot; this run stays with %s", snapshot_id)
-    return snapshot
+    for address, (pinned, _) in zip((address for address, _ in places(data)), wanted, strict=True):
+        if pinned != address and read_snapshot(address).uri != pinned:
+            logger.info("%s has a newer snapshot; this run stays with %s", address, pinned)
+    return found
+
+
+def _as_before(address: str, before: Mapping[str, str]) -> str:
+    """The snapshot of an earlier start in the same folder; ``address`` itself where it names one, or was moved."""
+    if "@" in address.rsplit("/", 1)[-1]:
+        return address
+    return before.get(Folder(address).uri, address)
 
 
 def _deciding(run: Run) -> dict[str, Scalar]:

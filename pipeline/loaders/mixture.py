@@ -1,0 +1,229 @@
+"""Several snapshots as one, in given proportions.
+
+Every global batch holds the same number of samples of each: the batch is divided by the weights, as closely as whole
+samples and lanes allow. Each snapshot goes through epochs of its own, so a small one with a large weight is seen more
+often; each of its samples is seen once before any is seen again. The samples are numbered through, snapshot after
+snapshot, so all else (augmentation, replacement, the position of a run) is as with one.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+
+from pipeline.config import require
+from pipeline.errors import SettingError
+from pipeline.loaders.cache import FileCache
+from pipeline.loaders.order import Integers, Order, random_words
+from pipeline.loaders.samples import Samples
+from pipeline.shards.sample import Sample
+from pipeline.shards.snapshot import Shard, Snapshot, read_snapshot
+
+PARTS = 16  # purpose of random words, see order.py
+CLOSE = 0.01
+"""How far a part may be from its weight, relatively, to be made of whole lanes."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Snapshots with positive weights, which need not sum to one; what is asked of a snapshot can be asked of it."""
+
+    parts: tuple[Snapshot, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def samples(self) -> int:
+        """Samples of all parts."""
+        return sum(part.samples for part in self.parts)
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """Shards of all parts."""
+        return tuple(shard for part in self.parts for shard in part.shards)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields that all parts have."""
+        return tuple(field for field in self.parts[0].fields if all(field in part.fields for part in self.parts))
+
+    @property
+    def uri(self) -> str:
+        """As :func:`read_data` reads it, with the snapshots pinned."""
+        return ",".join(f"{part.uri}={weight:g}" for part, weight in zip(self.parts, self.weights, strict=True))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 hex of what the parts hold and of their weights."""
+        described = [(part.digest, weight) for part, weight in zip(self.parts, self.weights, strict=True)]
+        return hashlib.sha256(repr(described).encode()).hexdigest()
+
+
+TrainingData = Snapshot | Mixture
+
+
+def places(data: str) -> list[tuple[str, float | None]]:
+    """The addresses in a ``data`` setting with their weights: one without a weight, or ``A=0.7,B=0.3``.
+
+    Raises:
+        SettingError: a weight that is no positive number, or an address that occurs twice.
+    """
+    if "," not in data:
+        return [(data, None)]
+    found: list[tuple[str, float | None]] = []
+    for part in data.split(","):
+        address, _, weight = part.strip().rpartition("=")
+        found.append((address, _weight(data, weight) if address else None))
+        require(bool(address), "data", data, "FOLDER=WEIGHT for each of several folders")
+    addresses = [address for address, _ in found]
+    require(len(set(addresses)) == len(addresses), "data", data, "every folder once")
+    return found
+
+
+def read_data(data: str) -> TrainingData:
+    """The snapshot, or the mixture of snapshots, that a ``data`` setting names.
+
+    Raises:
+        SettingError: as :func:`places`.
+        SnapshotError: no snapshot at an address.
+    """
+    return mixed(places(data))
+
+
+def mixed(parts: Sequence[tuple[str, float | None]]) -> TrainingData:
+    """What :func:`places` found, read."""
+    snapshots = tuple(read_snapshot(address) for address, _ in parts)
+    if len(snapshots) == 1:
+        return snapshots[0]
+    folders = [snapshot.folder for snapshot in snapshots]
+    require(len(set(folders)) == len(folders), "data", folders, "every folder once")
+    return Mixture(snapshots, tuple(weight or 0.0 for _, weight in parts))
+
+
+def parts_of(data: TrainingData) -> tuple[Snapshot, ...]:
+    """The snapshots that ``data`` is made of."""
+    return data.parts if isinstance(data, Mixture) else (data,)
+
+
+def make_order(
+    data: TrainingData, *, seed: int, batch_size: int, lanes: int, shuffle_block: int
+) -> "Order | MixedOrder":
+    """The order of the samples of ``data``; raises ``SettingError`` as :class:`Order` and :func:`divided` do."""
+    sizes = [[shard.samples for shard in part.shards] for part in parts_of(data)]
+    if not isinstance(data, Mixture):
+        return Order(sizes[0], seed=seed, batch_size=batch_size, lanes=lanes, shuffle_block=shuffle_block)
+    counts = divided(batch_size, data.weights, lanes)
+    orders = [
+        Order(part, seed=_seed(seed, number), batch_size=count, lanes=lanes, shuffle_block=shuffle_block)
+        for number, (part, count) in enumerate(zip(sizes, counts, strict=True))
+    ]
+    return MixedOrder(orders)
+
+
+def divided(batch_size: int, weights: Sequence[float], lanes: int) -> list[int]:
+    """How many samples of a batch each part gives, by largest remainders (Hamilton's method).
+
+    Whole multiples of the lanes are taken, or of the largest divisor of them with which every part comes within
+    ``CLOSE`` of its weight: lanes spread a part's samples over its shards.
+
+    Raises:
+        SettingError: a weight too small for one sample of a batch.
+    """
+    shares = [batch_size * weight / sum(weights) for weight in weights]
+    common = math.gcd(lanes, batch_size)
+    for unit in (unit for unit in range(common, 0, -1) if common % unit == 0):
+        counts = [unit * count for count in _apportioned(batch_size // unit, [share / unit for share in shares])]
+        close = all(abs(count - share) <= CLOSE * share for count, share in zip(counts, shares, strict=True))
+        if close or unit == 1:
+            break
+    if min(counts) < 1:
+        raise SettingError("data", min(weights), f"weights of a sample or more in a batch of {batch_size}")
+    return counts
+
+
+class MixedOrder:
+    """Which samples make up which global batch of a mixture: :class:`Order`, for several snapshots.
+
+    The parts of a batch are spread evenly over it, so that every rank gets its share of each.
+    """
+
+    def __init__(self, orders: Sequence[Order]) -> None:
+        self.orders = tuple(orders)
+        self.samples = sum(order.samples for order in orders)
+        self.batch_size = sum(order.batch_size for order in orders)
+        self.lanes = sum(order.lanes for order in orders)
+        self._first = [0, *accumulate(order.samples for order in orders)]
+        middles = np.concatenate([(np.arange(order.batch_size) + 0.5) / order.batch_size for order in orders])
+        self._places = np.argsort(middles, kind="stable")
+
+    def steps(self, epochs: float) -> int:
+        """The least number of global batches with ``epochs`` times as many samples as the parts have together."""
+        return math.ceil(epochs * self.samples / self.batch_size)
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Integers:
+        """As :meth:`Order.batch`; numbers go through the parts in turn, epochs are those of the part."""
+        require(self.batch_size % world == 0, "batch_size", self.batch_size, f"a multiple of the {world} workers")
+        whole = np.concatenate(
+            [order.batch(step) + [0, first] for order, first in zip(self.orders, self._first, strict=False)]
+        )
+        per_rank = self.batch_size // world
+        rows: Integers = whole[self._places[rank * per_rank : (rank + 1) * per_rank]]
+        return rows
+
+
+class MixedSamples:
+    """The samples of a mixture by number: :class:`Samples`, for several snapshots."""
+
+    def __init__(self, mixture: Mixture, cache: FileCache, open_shards: int) -> None:
+        each = max(1, open_shards // len(mixture.parts))
+        self._parts = [Samples(part, cache, each) for part in mixture.parts]
+        self._first = [0, *accumulate(len(part) for part in self._parts)]
+
+    def __len__(self) -> int:
+        return self._first[-1]
+
+    def from_here(self, number: int) -> Iterator[Sample]:
+        """As :meth:`Samples.from_here`."""
+        part, local = self._part(number)
+        return part.from_here(local)
+
+    def where(self, number: int) -> str:
+        """As :meth:`Samples.where`."""
+        part, local = self._part(number)
+        return part.where(local)
+
+    def _part(self, number: int) -> tuple[Samples, int]:
+        at = int(np.searchsorted(self._first, number, side="right")) - 1
+        return self._parts[at], number - self._first[at]
+
+
+def open_samples(data: TrainingData, cache: FileCache, open_shards: int) -> Samples | MixedSamples:
+    """Access to the samples of ``data`` by number."""
+    if isinstance(data, Mixture):
+        return MixedSamples(data, cache, open_shards)
+    return Samples(data, cache, open_shards)
+
+
+def _seed(seed: int, number: int) -> int:
+    """Parts of equal shape are shuffled differently, and as no other seed shuffles any part."""
+    return int(random_words(seed, PARTS, number, 0, 1)[0] >> np.uint64(1))
+
+
+def _weight(data: str, text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = 0.0
+    require(0 < weight < math.inf, "data", data, "FOLDER=WEIGHT for each of several folders, weights more than 0")
+    return weight
+
+
+def _apportioned(total: int, shares: Sequence[float]) -> list[int]:
+    counts = [math.floor(share) for share in shares]
+    # Of equal remainders the first comes first; rounding keeps equal ones equal.
+    remainders = [round(share - count, 9) for share, count in zip(shares, counts, strict=True)]
+    for place in sorted(range(len(shares)), key=lambda place: -remainders[place])[: total - sum(counts)]:
+        counts[place] += 1
+    return counts
