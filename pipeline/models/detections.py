@@ -15,9 +15,9 @@ from pipeline.config import require
 class Detections:
     """The things found in one picture, the best first, on the CPU.
 
-    ``boxes`` are x1, y1, x2, y2 in pixels of the picture as it was given, float32 [n, 4], inside it; ``scores`` float32
-    [n], 0 to 1; ``labels`` int64 [n], places in the words that were asked for. ``masks``, where the method has them, are
-    probabilities on a grid over each box, float32 [n, m, m]; :meth:`whole_masks` puts them into the picture.
+    ``boxes`` are x1, y1, x2, y2 in pixels of the picture as it was given, float32 [n, 4], inside it; ``scores``
+    float32 [n], 0 to 1; ``labels`` int64 [n], places in the words that were asked for. ``masks``, where the method has
+    them, are probabilities on a grid over each box, float32 [n, m, m]; :meth:`whole_masks` puts them into the picture.
     """
 
     boxes: Tensor
@@ -51,7 +51,7 @@ class Detector(Protocol):
         knows a word; by default those that it finds among its training classes.
 
         Raises:
-            SettingError: no words, a word twice (see :func:`check_words`), or ``base`` has a word that is not asked for.
+            SettingError: no words, a word twice (see :func:`check_words`), or ``base`` has another word.
         """
         ...
 
