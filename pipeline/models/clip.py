@@ -15,6 +15,11 @@ against all B columns, gathered with their gradients.
 With ``loss="sigmoid"`` it is SigLIP (Zhai, Mustafa, Kolesnikov, Beyer, 2023, arXiv 2303.15343): every pair is a yes or
 no of its own, with a learnt bias; t starts at 10 and the bias at -10. See ``pipeline.models.losses`` for both.
 
+With a ``teacher``, a CLIP that does not learn, the loss is (1 - d) L + d D, where D is the mean divergence of the
+student's softmaxes over both directions from the teacher's, each at its own scale, over the batch of all processes:
+L_Total of MobileCLIP (Vasu, Pouransari, Faghri, Vemulapalli, Tuzel, 2024, arXiv 2311.17049, section 3.2) with one
+teacher. open_clip's ``--distill-model`` and CLIP-KD (Yang et al., 2024, arXiv 2307.12732) add the same two terms.
+
 Left out: the half precision of the paper's own code (bfloat16 instead), and its gradient checkpointing. Batch
 normalisation in the ResNets uses each process's own rows, so those depend on the number of workers; transformers do
 not.
@@ -35,11 +40,18 @@ from torch.nn import functional
 
 from pipeline.config import require
 from pipeline.loaders.images import ImageTransform
-from pipeline.models.losses import TILE, contrastive_loss, tiled_contrastive_loss, tiled_sigmoid_loss
+from pipeline.models.losses import (
+    TILE,
+    contrastive_loss,
+    tiled_contrastive_loss,
+    tiled_distillation_loss,
+    tiled_sigmoid_loss,
+)
 from pipeline.models.method import EmbeddingMethod
-from pipeline.models.towers import openclip
+from pipeline.models.towers import openclip, teacher
 from pipeline.models.towers.layers import Layer, layers
 from pipeline.models.towers.locked import lock
+from pipeline.models.towers.teacher import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +97,11 @@ class Config:
     lock_text: bool = False
     """The same for the text tower."""
     lock_text_unlocked: int = 0
+    teacher: str = ""
+    """A CLIP to learn from, ARCHITECTURE:WEIGHTS with a tag, a file or a checkpoint folder, or local-dir:FOLDER; it
+    sees the student's pictures and needs its tokenizer."""
+    distillation: float = 0.5
+    """The teacher's share of the loss, of which the captions have the rest: 0.5 is open_clip's, 1 MobileCLIP's."""
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, "temperature", self.temperature, "more than 0")
@@ -107,6 +124,7 @@ class Config:
             require(
                 brings or not locked, name, locked, "False, since nothing is learnt in random weights: --pretrained"
             )
+        require(0 < self.distillation <= 1, "distillation", self.distillation, "more than 0, up to 1")
 
 
 class Clip(EmbeddingMethod):
@@ -143,6 +161,7 @@ class Clip(EmbeddingMethod):
             if config.loss == "sigmoid" and not bias.any():  # open_clip's zero, for weights that bring none
                 torch.nn.init.constant_(bias, config.sigmoid_bias)
         self._still = self._locked()
+        self.teacher: Teacher | None = None
         pictures = openclip.preprocessing(self.model)
         self.register_buffer("mean", torch.tensor(pictures["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(pictures["std"]).view(1, 3, 1, 1) * 255, persistent=False)
@@ -156,6 +175,8 @@ class Clip(EmbeddingMethod):
     def check(cls, config: Config) -> None:
         """Whether architecture and weights exist and go together."""
         openclip.check(config.architecture, config.pretrained, config.patch_dropout)
+        if config.teacher:
+            teacher.check(config.teacher, openclip.check_architecture(config.architecture), config.context_length)
 
     @classmethod
     def restored(cls, config: Config, description: Mapping[str, str]) -> Self:
@@ -176,6 +197,11 @@ class Clip(EmbeddingMethod):
         if config.lock_text:
             still += lock(self.model, "text", config.lock_text_unlocked)
         return tuple(still)
+
+    def prepare_training(self) -> None:
+        """Load the teacher, which nothing but training needs."""
+        if self.config.teacher:
+            self.teacher = Teacher(self.config.teacher)
 
     def train(self, mode: bool = True) -> Self:
         """Training mode, but for what is locked."""
@@ -210,9 +236,22 @@ class Clip(EmbeddingMethod):
         """The features of pictures and captions."""
         return {"image": self.encode_image(batch["image"]), "text": self.encode_text(batch["text"])}
 
+    def targets(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The teacher's features, if there is one."""
+        if self.teacher is None:
+            return {}
+        image, text = self.teacher(batch["image"], batch["text"])
+        return {"teacher_image": image, "teacher_text": text}
+
     def compare(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The contrastive loss of this rank's rows."""
-        return {"contrastive": self._contrastive(embeddings["image"], embeddings["text"], self.logit_scale.exp())}
+        """The contrastive loss of this rank's rows, and with a teacher their divergence from it, both weighted."""
+        image, text, scale = embeddings["image"], embeddings["text"], self.logit_scale.exp()
+        contrastive = self._contrastive(image, text, scale)
+        if self.teacher is None:
+            return {"contrastive": contrastive}
+        theirs, share = (embeddings["teacher_image"], embeddings["teacher_text"]), self.config.distillation
+        divergence = tiled_distillation_loss(image, text, scale, *theirs, self.exchange, self.config.loss_tile)
+        return {"contrastive": (1 - share) * contrastive, "distillation": share * divergence}
 
     def _contrastive(self, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         tile = self.config.loss_tile

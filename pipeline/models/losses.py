@@ -1,10 +1,14 @@
-"""Contrastive losses over the pairs of all ranks: softmax (InfoNCE) and sigmoid (SigLIP), in tiles.
+"""Losses over the pairs of all ranks, in tiles: softmax (InfoNCE), sigmoid (SigLIP), and distillation from a teacher.
 
 With features x_i of pictures and y_j of texts, B pairs on W ranks, a scale t and a bias b, the logits are
 S = t x_i.y_j (+ b), and the losses of the global batch
 
     softmax:  1/2B sum_i [ log sum_j exp S_ij + log sum_j exp S_ji - 2 S_ii ]      van den Oord et al., arXiv 1807.03748
     sigmoid:  1/B sum_ij softplus(-z_ij S_ij),  z_ij = 1 where i = j, else -1      Zhai et al., arXiv 2303.15343
+
+With the logits T of a teacher for the same pairs, and p and q the softmaxes of T and S over a row or a column,
+
+    distillation:  1/2B sum_i [ KL(p_i. || q_i.) + KL(p_.i || q_.i) ]              Vasu et al., arXiv 2311.17049, 3.2
 
 The tiled losses never hold more of S than one tile. The forward pass keeps the logarithms of the sums over rows and
 columns; the backward pass computes the tiles again, and their slopes from these. That is four matrix products of the
@@ -110,6 +114,25 @@ def tiled_sigmoid_loss(
     return cast(Tensor, _Sigmoid.apply(*tensors, exchange, tile))
 
 
+def tiled_distillation_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    teacher_images: Tensor,
+    teacher_texts: Tensor,
+    exchange: Exchange = ALONE,
+    tile: int = TILE,
+) -> Tensor:
+    """The divergence from a teacher's similarities in tiles; 0 where they are the same.
+
+    ``teacher_images`` and ``teacher_texts`` are its float [B, D'] for the same pairs, of any width, such that their
+    products are its logits: L2-normalised, and one of them times its scale. They get no gradient. The rest as for
+    :func:`contrastive_loss`.
+    """
+    tensors = _at_least_float32(image_features, text_features, logit_scale, teacher_images, teacher_texts)
+    return cast(Tensor, _Distillation.apply(*tensors, exchange, tile))
+
+
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, images: Tensor, texts: Tensor, scale: Tensor, exchange: Exchange, tile: int) -> Tensor:
@@ -190,6 +213,82 @@ class _Sigmoid(torch.autograd.Function):
             to_texts = context.exchange.visit(texts, torch.zeros_like(images), add, "sum")
         to_scale = (to_images * images).sum().reshape(scale.shape)
         return to_images.mul_(factor), to_texts, to_scale, to_bias.reshape(bias.shape), None, None
+
+
+class _Distillation(torch.autograd.Function):
+    """Columns 0 and 1 of sums are the student's and the teacher's."""
+
+    @staticmethod
+    def forward(
+        context: Any,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        teacher_images: Tensor,
+        teacher_texts: Tensor,
+        exchange: Exchange,
+        tile: int,
+    ) -> Tensor:
+        factor = scale.reshape(())
+        over_texts = images.new_full((len(images), 2), -torch.inf)
+        per_image = images.new_zeros(len(images))
+
+        def add(columns: Tensor, over_images: Tensor, own: int | None) -> None:
+            for rows, part, *both in _two_tiles(images, teacher_images, columns, factor, tile):
+                for of, logits in enumerate(both):
+                    over_texts[rows, of] = torch.logaddexp(over_texts[rows, of], logits.logsumexp(dim=1))
+                    over_images[part, of] = torch.logaddexp(over_images[part, of], logits.logsumexp(dim=0))
+
+        def weigh(columns: Tensor, per_text: Tensor, own: int | None) -> None:
+            sums = columns[:, -1]
+            for rows, part, logits, targets in _two_tiles(images, teacher_images, columns, factor, tile):
+                apart = targets - logits
+                per_image[rows] += (targets - over_texts[rows, 1, None]).exp_().mul_(apart).sum(dim=1)
+                per_text[part] += (targets - sums[part]).exp_().mul_(apart).sum(dim=0)
+
+        with torch.autocast(images.device.type, enabled=False):
+            columns = torch.cat([texts, teacher_texts], dim=1)
+            over_images = exchange.visit(columns, torch.full_like(over_texts, -torch.inf), add, "logsumexp")
+            columns = torch.cat([columns, over_images[:, 1:]], dim=1)
+            per_text = exchange.visit(columns, torch.zeros_like(per_image), weigh, "sum")
+        context.save_for_backward(images, texts, scale, teacher_images, teacher_texts, over_texts, over_images)
+        context.exchange, context.tile = exchange, tile
+        sums = over_texts + over_images
+        return ((per_image + per_text + sums[:, 0] - sums[:, 1]) / 2).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        images, texts, scale, teacher_images, teacher_texts, over_texts, over_images = context.saved_tensors
+        factor, share = scale.reshape(()), slope / len(images)
+        to_images, width = torch.zeros_like(images), images.shape[1]
+
+        def add(columns: Tensor, to_texts: Tensor, own: int | None) -> None:
+            sums, weights = columns[:, -3:-1], columns[:, -1]
+            for rows, part, logits, targets in _two_tiles(images, teacher_images, columns, factor, context.tile):
+                by_columns = (logits - sums[part, 0]).exp_() - (targets - sums[part, 1]).exp_()
+                by_rows = logits.sub_(over_texts[rows, 0, None]).exp_()
+                by_rows.sub_(targets.sub_(over_texts[rows, 1, None]).exp_())
+                slopes = by_rows.mul_(share / 2).add_(by_columns.mul_(weights[part]))
+                _add_products(slopes, to_images[rows], columns[part, :width], to_texts[part], images[rows], factor)
+
+        weights = (share / 2).expand(len(texts), 1)
+        columns = torch.cat([texts, teacher_texts, over_images, weights], dim=1)
+        with torch.autocast(images.device.type, enabled=False):
+            to_texts = context.exchange.visit(columns, torch.zeros_like(images), add, "sum")
+        to_scale = (to_images * images).sum().reshape(scale.shape)
+        return to_images.mul_(factor), to_texts, to_scale, None, None, None, None
+
+
+def _two_tiles(
+    images: Tensor, teacher_images: Tensor, columns: Tensor, factor: Tensor, tile: int
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Rows, columns, logits and the teacher's logits of every tile; ``columns`` are both's texts side by side."""
+    width, end = images.shape[1], images.shape[1] + teacher_images.shape[1]
+    of_student = _tiles(images, columns[:, :width], factor, None, tile)
+    of_teacher = _tiles(teacher_images, columns[:, width:end], torch.ones_like(factor), None, tile)
+    for (rows, part, logits, _), (_, _, targets, _) in zip(of_student, of_teacher, strict=True):
+        yield rows, part, logits, targets
 
 
 def _tiles(

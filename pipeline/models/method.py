@@ -59,6 +59,9 @@ class Method(nn.Module, ABC):
         """The modules without initial weights, which a checkpoint brings; ``description`` are its text files."""
         return cls(config)
 
+    def prepare_training(self) -> None:  # noqa: B027  # most methods need nothing more
+        """Called once before the first step of a start, on the CPU: load what training alone needs."""
+
     @abstractmethod
     def transforms(self, train: bool) -> ImageTransform:
         """How a picture becomes this method's input; ``train`` adds random augmentation."""
@@ -121,13 +124,20 @@ class EmbeddingMethod(Method):
     def embed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Float tensors [B, ...], a row of which depends on that row of ``batch`` (and on random numbers) alone."""
 
+    def targets(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a row's embeddings are held against that does not learn, such as a teacher's; float tensors [B, ...]."""
+        return {}
+
     @abstractmethod
     def compare(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The losses of :meth:`training_step`, of all of this rank's rows as :meth:`embed` gives them."""
+        """The losses of :meth:`training_step`, of all of this rank's rows.
+
+        ``embeddings`` are what :meth:`embed` and :meth:`targets` give; the latter get no gradient.
+        """
 
     def training_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Embed, then compare."""
-        return self.compare(self.embed(batch))
+        return self.compare({**self.embed(batch), **self.targets(batch)})
 
 
 def decays(name: str, parameter: Tensor) -> bool:

@@ -157,6 +157,10 @@ class Slip(clip.Clip):
         embeddings = super().embed({"image": views[:, 0], "text": batch["text"]})
         return {**embeddings, "first": first, "second": second}
 
+    def targets(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a teacher sees in the first view."""
+        return super().targets({"image": batch["views"][:, 0], "text": batch["text"]})
+
     def compare(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """CLIP's loss, and the weighted self-supervised one."""
         first, second = (self.head(embeddings[view], self.gather) for view in ("first", "second"))

@@ -35,6 +35,7 @@ from pipeline.config import from_plain, require, to_json
 from pipeline.errors import DataError, SettingError, StorageError
 from pipeline.loaders.cache import FileCache
 from pipeline.models.method import Method, config_class, method_class, method_name
+from pipeline.models.towers import openclip
 from pipeline.shards.storage import Folder, storage_errors
 from pipeline.training import distributed
 
@@ -351,13 +352,11 @@ def _from_checkpoint(folder: Folder, ema: bool) -> Method:
 
 
 def _from_open_clip(uri: str) -> Method:
-    architecture, colon, weights = uri.partition(":")
-    if not colon or "/" in architecture or weights.startswith("//"):
+    found = openclip.parse_address(uri)
+    if found is None:
         allowed = "a checkpoint's folder, a run's folder, or ARCHITECTURE:WEIGHTS such as ViT-B-32:laion2b_s34b_b79k"
         raise SettingError("checkpoint", uri, allowed)
-    # hf-hub:ORG/REPO and local-dir:FOLDER are architectures that bring their weights.
-    whole = architecture in ("hf-hub", "local-dir")
-    plain = {"architecture": uri} if whole else {"architecture": architecture, "pretrained": weights}
+    plain = {"architecture": found[0], "pretrained": found[1]}
     return method_class("clip")(from_plain(config_class("clip"), plain))
 
 

@@ -126,7 +126,7 @@ def shard(method: Method) -> Method:
         fully_shard(block, mesh=mesh)
     scalars = {parameter for parameter in method.parameters() if parameter.ndim == 0}
     fully_shard(method, mesh=mesh, ignored_params=scalars)
-    for name in ("embed", "compare"):  # the doors of gradient caching, besides forward
+    for name in ("embed", "targets", "compare"):  # the doors of gradient caching, besides forward
         if hasattr(method, name):
             register_fsdp_forward_method(method, name)
     return method

@@ -3,9 +3,9 @@
 The model FLOPs utilisation (MFU) is, after PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), the work that
 the model needs for what it has trained on, divided by what the device could have done in that time. Work that is done
 again to save memory does not count as useful: not the second forward pass of micro-batches or checkpointed activations,
-not the scores that a fused attention recomputes in its backward pass. Only matrix products and convolutions count, by
-torch's counter; the logits of a large batch are left out, under 1 % of the work up to batches of 32,768 with the
-paper's models.
+not the scores that a fused attention recomputes in its backward pass. A teacher's forward pass counts. Only matrix
+products and convolutions count, by torch's counter; the logits of a large batch are left out, under 1 % of the work up
+to batches of 32,768 with the paper's models.
 
 The count is taken from a copy of the method whose tensors have shapes and no contents, so it costs neither memory nor
 the device's time.
@@ -13,7 +13,8 @@ the device's time.
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy
@@ -118,7 +119,7 @@ class Work:
 def count(method: Method, batch: Mapping[str, Tensor], mode: FakeTensorMode) -> int:
     """FLOPs of a training step of ``method``, which has fake tensors of ``mode``, with as much data as ``batch``."""
     counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_BACKWARD)
-    with mode, _AllRows(), counter:  # type: ignore[no-untyped-call]
+    with mode, _AllRows(), _plain_attention(), counter:  # type: ignore[no-untyped-call]
         losses = method.training_step({key: mode.from_tensor(values) for key, values in batch.items()})
         torch.stack(list(losses.values())).sum().backward()
     for parameter in method.parameters():
@@ -143,6 +144,17 @@ class _AllRows(TorchDispatchMode):
         if func is torch.ops.aten.nonzero.default and args[0].ndim == 1:
             return torch.arange(len(args[0]), device=args[0].device)[:, None]
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Without torch's one operation for attention in evaluation, a teacher's, of which its counter knows nothing."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

@@ -49,7 +49,7 @@ def backward_in_parts(
             for part in parts:
                 states.append(_random_state(device))
                 with precision():
-                    embedded.append(method.embed(part))
+                    embedded.append({**method.embed(part), **method.targets(part)})
         leaves = {key: torch.cat([part[key] for part in embedded]).requires_grad_() for key in embedded[0]}
         del embedded
         with precision():

@@ -203,7 +203,9 @@ class _Training:
 
     def _method(self, latest: Checkpoint | None) -> Method:
         torch.manual_seed(self.config.seed)  # the same initial weights in all ranks
-        return load_method(latest.folder.uri) if latest else build_method(self.plan.method)
+        method = load_method(latest.folder.uri) if latest else build_method(self.plan.method)
+        method.prepare_training()
+        return method
 
     def _shared(self) -> nn.Module:
         """The method as the ranks share it: copied to each, or divided among them."""

@@ -15,16 +15,21 @@ from typing import Any
 
 import pytest
 import torch
-from open_clip.loss import ClipLoss, SigLipLoss
+from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.models.losses import contrastive_loss, tiled_contrastive_loss, tiled_sigmoid_loss
+from pipeline.models.losses import (
+    contrastive_loss,
+    tiled_contrastive_loss,
+    tiled_distillation_loss,
+    tiled_sigmoid_loss,
+)
 from pipeline.training import distributed
 
-BATCH, WIDTH = 24, 5
-LOSSES = ("softmax", "sigmoid")
+BATCH, WIDTH, TEACHER_WIDTH = 24, 5, 7
+LOSSES = ("softmax", "sigmoid", "distillation")
 EXCHANGES = ("gather", "ring")
 TILES = (1, 5, 6, 100)  # of 24, 12 and 6 rows a rank: one by one, not dividing, dividing, all at once
 
@@ -39,8 +44,21 @@ def inputs(kind: str, batch: int = BATCH, dtype: torch.dtype = torch.float64) ->
         .T
         for _ in range(2)
     ]
-    scalars = [torch.tensor(9.0, dtype=dtype), torch.tensor(-4.0, dtype=dtype)][: 1 if kind == "softmax" else 2]
+    scalars = [torch.tensor(9.0, dtype=dtype), torch.tensor(-4.0, dtype=dtype)][: 2 if kind == "sigmoid" else 1]
     return [tensor.requires_grad_() for tensor in (*features, *scalars)]
+
+
+def teacher(batch: int, dtype: torch.dtype) -> list[Tensor]:
+    """Features of another width, those of pictures times a scale of 6, the same in every rank."""
+    generator = torch.Generator().manual_seed(1)
+    rows = (torch.randn(batch, TEACHER_WIDTH, generator=generator, dtype=torch.float64) for _ in range(2))
+    images, texts = (functional.normalize(row, dim=1).to(dtype) for row in rows)
+    return [6 * images, texts]
+
+
+def divergence(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over rows, by torch."""
+    return functional.kl_div(logits.log_softmax(dim=1), targets.softmax(dim=1), reduction="batchmean")
 
 
 def plain(kind: str, images: Tensor, texts: Tensor, scale: Tensor, *bias: Tensor) -> Tensor:
@@ -49,11 +67,18 @@ def plain(kind: str, images: Tensor, texts: Tensor, scale: Tensor, *bias: Tensor
     numbers = torch.arange(len(images))
     if kind == "softmax":
         return (functional.cross_entropy(logits, numbers) + functional.cross_entropy(logits.T, numbers)) / 2
+    if kind == "distillation":
+        their_images, their_texts = teacher(len(images), images.dtype)
+        targets = their_images @ their_texts.T
+        return (divergence(logits, targets) + divergence(logits.T, targets.T)) / 2
     signs = 2 * torch.eye(len(images), dtype=images.dtype) - 1
     return -functional.logsigmoid(signs * (logits + bias[0])).sum() / len(images)
 
 
-def tiled(kind: str, *tensors: Tensor, **settings: Any) -> Tensor:
+def tiled(kind: str, *tensors: Tensor, rank: int = 0, world: int = 1, **settings: Any) -> Tensor:
+    if kind == "distillation":
+        theirs = teacher(world * len(tensors[0]), tensors[0].dtype)
+        return tiled_distillation_loss(*tensors, *(features.chunk(world)[rank] for features in theirs), **settings)
     return {"softmax": tiled_contrastive_loss, "sigmoid": tiled_sigmoid_loss}[kind](*tensors, **settings)
 
 
@@ -129,6 +154,24 @@ def test_values_and_slopes_are_open_clips() -> None:
         )
 
 
+def test_slopes_of_distillation_are_open_clips() -> None:
+    """Its value is a cross-entropy: larger by the entropy of the teacher's softmaxes, which has no slope."""
+    tensors, (images, texts) = inputs("distillation"), teacher(BATCH, torch.float64)
+    found = value_and_gradients(lambda *given: tiled("distillation", *given, tile=7), tensors)
+    loss = DistillClipLoss()
+    expected = value_and_gradients(lambda *given: loss(*given, images / 6, texts, torch.tensor(6.0))[1], tensors)
+    softmaxes = [torch.distributions.Categorical(logits=logits) for logits in (images @ texts.T, texts @ images.T)]
+    entropy = torch.stack([softmax.entropy().mean() for softmax in softmaxes]).mean()
+    assert_equal(found, [expected[0] - entropy, *expected[1:]])
+
+
+def test_who_is_like_the_teacher_has_nothing_to_learn() -> None:
+    images, texts, scale = inputs("softmax")
+    loss = tiled_distillation_loss(images, texts, scale, scale.detach() * images.detach(), texts.detach(), tile=5)
+    assert abs(float(loss.detach())) < 1e-12
+    assert all(slope.abs().max() < 1e-12 for slope in torch.autograd.grad(loss, (images, texts, scale)))
+
+
 def test_the_plain_loss_is_the_formula() -> None:
     tensors = inputs("softmax")
     expected = value_and_gradients(lambda *given: plain("softmax", *given), tensors)
@@ -185,7 +228,8 @@ def test_no_matrix_of_all_pairs_is_ever_made(kind: str) -> None:
     assert whole.elements >= batch * batch  # the measure sees it where there is one
     with Largest() as largest:
         value_and_gradients(lambda *given: tiled(kind, *given, tile=tile), tensors)
-    assert tile * tile <= largest.elements <= batch * (WIDTH + 2)
+    widest = WIDTH + 2 if kind != "distillation" else WIDTH + TEACHER_WIDTH + 3
+    assert tile * tile <= largest.elements <= batch * widest
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -193,7 +237,8 @@ def test_what_is_kept_for_the_backward_pass_is_linear(kind: str) -> None:
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda it: it):
         tiled(kind, *inputs(kind, batch=256), tile=32)
-    assert sum(kept) <= 2 * 256 * WIDTH + 2 * 256 + 2
+    theirs = 2 * 256 * TEACHER_WIDTH + 2 * 256 if kind == "distillation" else 0
+    assert sum(kept) <= 2 * 256 * WIDTH + 2 * 256 + 2 + theirs
 
 
 def results_of_ranks(world: int, folder: Path) -> list[dict[Any, list[Tensor]]]:
@@ -209,7 +254,8 @@ def _rank(rank: int, world: int, folder: str) -> None:
     for exchange in EXCHANGES:
         together = distributed.exchange(exchange)
         for kind, tile in itertools.product(LOSSES, TILES):
-            loss = lambda *given, kind=kind, tile=tile: tiled(kind, *given, exchange=together, tile=tile)  # noqa: B023, E731
+            place = {"rank": rank, "world": world, "exchange": together, "tile": tile}
+            loss = lambda *given, kind=kind, place=place: tiled(kind, *given, **place)  # noqa: E731
             results[kind, exchange, tile] = value_and_gradients(loss, _mine(inputs(kind), rank, world))
         weighted = lambda *given: (rank + 1) * tiled_contrastive_loss(*given, exchange=together, tile=5)  # noqa: B023, E731
         results["weighted", exchange] = value_and_gradients(weighted, _mine(inputs("softmax"), rank, world))[1:]

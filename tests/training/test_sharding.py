@@ -22,13 +22,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from pipeline.models import clip
 from pipeline.models.clip import Config
 from pipeline.models.slip import Slip
-from pipeline.training.checkpoint import Checkpoints, load_method, read_weights
+from pipeline.training.checkpoint import Checkpoints, Meta, load_method, read_weights
 from pipeline.training.loop import run_training
+from pipeline.training.optimizer import AdamW, make_optimizer
 from pipeline.training.run import Plan, Run, prepare
 
 CPU = torch.device("cpu")
 POISONED = 3  # the step whose losses are spoilt in plans that are called so
-SHARDED = ("full", "again", "parts", "resumed", "poisoned-full", "bf16", "slip-full")
+SHARDED = ("full", "again", "parts", "resumed", "poisoned-full", "bf16", "slip-full", "taught-full")
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +46,26 @@ def plans(
     base = replace(base, optimizer=replace(base.optimizer, learning_rate=1e-3, layer_decay=0.8))
     base = replace(base, loader=replace(base.loader, loader_workers=0))
     changes: dict[str, dict[str, Any]] = {name: {"sharding": "full"} for name in SHARDED}
-    changes |= {"copied": {}, "poisoned-copied": {}, "slip-copied": {}}
+    changes |= {"copied": {}, "poisoned-copied": {}, "slip-copied": {}, "taught-copied": {}}
     changes["again"]["checkpoint_activations"] = True
     changes["parts"]["micro_batch"] = 3
     changes["bf16"]["precision"] = "bf16"
+    tiny = Config(architecture="clipmill-tiny")
+    taught = replace(tiny, teacher=f"clipmill-tiny:{teacher(folder / 'teacher')}")
     found = {}
     for name, change in changes.items():
-        config = Slip.smallest() if name.startswith("slip") else Config(architecture="clipmill-tiny")
+        config = {"slip": Slip.smallest(), "taught": taught}.get(name.partition("-")[0], tiny)
         found[name] = prepare(config, replace(base, output_folder=str(folder / name), **change))[0]
     order = ["copied", *(name for name in found if name != "copied")]
     return found, train(folder, {name: found[name] for name in order}, {"resumed": "copied"})
+
+
+def teacher(folder: Path) -> str:
+    """The checkpoint of a CLIP with weights of its own."""
+    torch.manual_seed(5)
+    method = clip.Clip(clip.Clip.smallest())
+    meta = Meta(step=1, samples_seen=8, batch_size=8, lanes=1, seed=0, snapshot="0" * 64)
+    return str(Checkpoints(str(folder)).save(method, make_optimizer(AdamW(), method), meta).folder.path)
 
 
 def train(folder: Path, plans: dict[str, Plan], copies: dict[str, str]) -> dict[str, dict[int, dict[str, float]]]:
@@ -88,7 +99,7 @@ def assert_equal_but_for_rounding(found: dict[str, Tensor], expected: dict[str, 
 @pytest.mark.parametrize(
     ("name", "reference"),
     [("full", "copied"), ("again", "full"), ("parts", "full"), ("poisoned-full", "poisoned-copied"),
-     ("slip-full", "slip-copied")],
+     ("slip-full", "slip-copied"), ("taught-full", "taught-copied")],
 )  # fmt: skip
 def test_divided_weights_train_as_copied_ones(plans: Any, name: str, reference: str) -> None:
     """Losses, norms that decide the clipping, weights, moments and averages."""
@@ -120,6 +131,17 @@ def test_one_process_goes_on_from_divided_weights(plans: Any, remember: Any, tmp
         assert loss == pytest.approx(plans[1]["full"][step]["train/loss"], rel=1e-3)
     assert sorted(tracker.history) == [5, 6]
     assert_equal_but_for_rounding(state(plan), state(plans[0]["full"]))
+
+
+def test_two_ranks_learn_from_a_teacher_as_one(plans: Any, remember: Any, tmp_path: Path) -> None:
+    """Both losses and the gradient's norm."""
+    plan = replace(plans[0]["taught-copied"], run=replace(plans[0]["taught-copied"].run, output_folder=str(tmp_path)))
+    tracker = remember()
+    run_training(plan, CPU, tracker)
+    for step, metrics in plans[1]["taught-copied"].items():
+        for name in ("train/contrastive", "train/distillation", "train/grad_norm"):
+            assert metrics[name] == pytest.approx(tracker.history[step][name], rel=1e-3), (step, name)
+            assert metrics[name] > 0
 
 
 def test_a_poisoned_step_is_left_out_by_both_ranks(plans: Any) -> None:

@@ -63,6 +63,18 @@ def check(architecture: str, pretrained: str | None, patch_dropout: float = 0.0)
         _place(architecture, config, pretrained)
 
 
+def parse_address(address: str) -> tuple[str, str | None] | None:
+    """Architecture and weights of ``ARCHITECTURE:WEIGHTS``; ``None`` where ``address`` is not of this form.
+
+    ``hf-hub:ORG/REPO`` and ``local-dir:FOLDER`` are architectures that bring their weights.
+    """
+    architecture, colon, weights = address.partition(":")
+    if architecture in ("hf-hub", "local-dir"):
+        return address, None
+    is_uri = "/" in architecture or weights.startswith("//")
+    return (architecture, weights) if colon and architecture and weights and not is_uri else None
+
+
 def create(
     architecture: str,
     pretrained: str | None = None,
@@ -117,6 +129,12 @@ def tokenizer(architecture: str, context_length: int | None = None) -> Any:
     """The tokenizer of ``architecture``: texts to int64 [B, context length], its own unless another is given."""
     with _quiet_root_logger():
         return open_clip.get_tokenizer(architecture, context_length=context_length)
+
+
+def same_tokens(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two model configs name the same tokenizer; how long texts may be is another matter."""
+    texts = one["text_cfg"], other["text_cfg"]
+    return all(texts[0].get(key) == texts[1].get(key) for key in ("hf_tokenizer_name", "tokenizer_kwargs"))
 
 
 def plain_name(architecture: str) -> str:
