@@ -8,7 +8,7 @@ from typing import Literal, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from pipeline.config import require
@@ -21,7 +21,7 @@ from pipeline.loaders.samples import UnreadableSample
 from pipeline.loaders.text import cut_text
 from pipeline.models.adapters.adapter import FrozenClip
 from pipeline.models.clip import Clip
-from pipeline.models.towers.weights import add_weights
+from pipeline.models.towers.weights import digest_of
 
 Precision = Literal["fp32", "bf16"]
 VIEWS_AT_ONCE = 256
@@ -148,14 +148,6 @@ class ViewEmbedder:
     def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """No text has views."""
         raise AssertionError("views are of pictures alone")
-
-
-def digest_of(model: object, *settings: str) -> str:
-    """SHA-256 hex of all weights and buffers by name, of the tokenizer's kind if there is one, and of ``settings``."""
-    digest = hashlib.sha256(repr([type(getattr(model, "tokenizer", None)).__name__, *settings]).encode())
-    state = model.state_dict() if isinstance(model, nn.Module) else {}
-    add_weights(digest, state)
-    return digest.hexdigest()
 
 
 def _normalised(features: Tensor) -> NDArray[np.float32]:

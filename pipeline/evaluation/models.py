@@ -6,11 +6,9 @@ import torch
 
 from pipeline.config import require
 from pipeline.evaluation.suite import Evaluable
-from pipeline.models.clip import Config
-from pipeline.models.method import Method, build_method
+from pipeline.models.class_vectors import UNTRAINED, untrained
+from pipeline.models.method import Method
 from pipeline.training.checkpoint import checkpoint_folder, load_method, read_meta
-
-UNTRAINED = ":untrained"
 
 
 def load_model(address: str, device: str = "auto") -> Evaluable:
@@ -27,18 +25,12 @@ def load_model(address: str, device: str = "auto") -> Evaluable:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if address.endswith(UNTRAINED):
-        method = _untrained(address.removesuffix(UNTRAINED)).to(device).eval()
+        method: Method = untrained(address.removesuffix(UNTRAINED)).to(device).eval()
     else:
         method = load_method(address, device)
     both = all(callable(getattr(method, name, None)) for name in ("encode_image", "encode_text"))
     require(both, "checkpoint", address, "a model that encodes pictures and texts")
     return cast(Evaluable, method)
-
-
-def _untrained(architecture: str) -> Method:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return build_method(Config(architecture=architecture))
 
 
 def trained_steps(address: str) -> int | None:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from pipeline.config import require
 from pipeline.errors import SettingError
-from pipeline.evaluation.embedder import Precision, digest_of
+from pipeline.evaluation.embedder import Precision
 from pipeline.evaluation.encoder import inference
 from pipeline.evaluation.models import load_model
 from pipeline.evaluation.suite import Evaluable
@@ -23,6 +23,7 @@ from pipeline.loaders.images import decode
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.models.clip import Clip
 from pipeline.models.towers.crops import CropRule, crop_boxes, cut_crops
+from pipeline.models.towers.weights import digest_of
 from pipeline.shards.objects import read_objects
 from pipeline.shards.sample import Sample
 from pipeline.stages.regions import Proposals

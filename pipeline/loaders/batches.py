@@ -39,7 +39,10 @@ Place = tuple[int, int]  # epoch, number of the sample in the snapshot
 
 
 class Reader(Protocol):
-    """One key of a batch. Readers pickle: they travel to the loader's processes."""
+    """One key of a batch. Readers pickle: they travel to the loader's processes.
+
+    One that reads sidecars has them in ``sidecars``, a sequence of :class:`~pipeline.shards.sidecar.Wanted`.
+    """
 
     @property
     def fields(self) -> Sequence[str]:
@@ -277,7 +280,8 @@ def _batches(
     replace: bool = True,
 ) -> Generator[Batch, None, None]:
     check_fields(snapshot, [field for reader in readers.values() for field in reader.fields])
-    samples = open_samples(snapshot, config.cache(), config.open_shards)
+    sidecars = {wanted.name: wanted for reader in readers.values() for wanted in getattr(reader, "sidecars", ())}
+    samples = open_samples(snapshot, config.cache(), config.open_shards, tuple(sidecars.values()))
     workers = config.processes()
     loader: DataLoader[Batch | ClipmillError] = DataLoader(
         _Readable(samples, readers, replace),

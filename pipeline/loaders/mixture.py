@@ -8,7 +8,7 @@ snapshot, so all else (augmentation, replacement, the position of a run) is as w
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -20,6 +20,7 @@ from pipeline.loaders.cache import FileCache
 from pipeline.loaders.order import Integers, Order, random_words
 from pipeline.loaders.samples import Samples
 from pipeline.shards.sample import Sample
+from pipeline.shards.sidecar import Wanted
 from pipeline.shards.snapshot import Shard, Snapshot, read_snapshot
 
 PARTS = 16  # purpose of random words, see order.py
@@ -176,9 +177,9 @@ class MixedOrder:
 class MixedSamples:
     """The samples of a mixture by number: :class:`Samples`, for several snapshots."""
 
-    def __init__(self, mixture: Mixture, cache: FileCache, open_shards: int) -> None:
+    def __init__(self, mixture: Mixture, cache: FileCache, open_shards: int, sidecars: Collection[Wanted] = ()) -> None:
         each = max(1, open_shards // len(mixture.parts))
-        self._parts = [Samples(part, cache, each) for part in mixture.parts]
+        self._parts = [Samples(part, cache, each, sidecars) for part in mixture.parts]
         self._first = [0, *accumulate(len(part) for part in self._parts)]
 
     def __len__(self) -> int:
@@ -199,11 +200,13 @@ class MixedSamples:
         return self._parts[at], number - self._first[at]
 
 
-def open_samples(data: TrainingData, cache: FileCache, open_shards: int) -> Samples | MixedSamples:
-    """Access to the samples of ``data`` by number."""
+def open_samples(
+    data: TrainingData, cache: FileCache, open_shards: int, sidecars: Collection[Wanted] = ()
+) -> Samples | MixedSamples:
+    """Access to the samples of ``data`` by number, with their rows of ``sidecars``."""
     if isinstance(data, Mixture):
-        return MixedSamples(data, cache, open_shards)
-    return Samples(data, cache, open_shards)
+        return MixedSamples(data, cache, open_shards, sidecars)
+    return Samples(data, cache, open_shards, sidecars)
 
 
 def _seed(seed: int, number: int) -> int:

@@ -3,17 +3,22 @@
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
-from pipeline.errors import DataError
+import pyarrow as pa
+
+from pipeline.errors import DataError, SidecarError
 from pipeline.loaders.cache import FileCache
 from pipeline.shards.sample import IMAGE_FIELDS, Sample
 from pipeline.shards.selection import Indices, read_selection
+from pipeline.shards.sidecar import SidecarRows, Wanted, sidecar_file
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import TarShard
+
+HELD_BYTES = 64 << 20  # of sidecars' rows, in each process
 
 
 class UnreadableSample(Exception):
@@ -49,25 +54,47 @@ def check_fields(snapshot: Fielded, wanted: Collection[str]) -> None:
             raise DataError(f"{snapshot.uri} has no field {field}; its samples have: {has}")
 
 
+def check_sidecars(snapshot: Snapshot, wanted: Collection[Wanted]) -> None:
+    """Raise ``SidecarError``, which names the job that makes it, unless every shard has the ``wanted`` sidecars."""
+    for one in wanted:
+        bare = [shard.name for shard in snapshot.shards if one.name not in shard.sidecars]
+        if bare:
+            some = f"{len(bare)} of its {len(snapshot.shards)} shards, such as {bare[0]}"
+            raise SidecarError(f"{snapshot.uri} has no {one.name} for {some}; make them with {one.job}")
+
+
 class Samples:
     """Random access to a snapshot's samples, those that its selections show, numbered through its shards in order.
 
     At most ``open_shards`` tars are mapped at a time; those of a remote folder are fetched whole into ``cache``. An
-    instance belongs to one process; it pickles as what it was made from.
+    instance belongs to one process; it pickles as what it was made from. ``sidecars`` are joined by key: a sample gets
+    its rows of them.
 
     Raises:
+        SidecarError: a shard has no sidecar of a wanted name; on access, when it is of another tar or not as wanted.
         DataError: on access, when a shard is missing, damaged, or does not hold as many samples as the snapshot says.
     """
 
-    def __init__(self, snapshot: Snapshot, cache: FileCache | None = None, open_shards: int = 128) -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        cache: FileCache | None = None,
+        open_shards: int = 128,
+        sidecars: Collection[Wanted] = (),
+    ) -> None:
         self.snapshot, self.cache, self.open_shards = snapshot, cache or FileCache(), open_shards
+        self.sidecars = {wanted.name: wanted for wanted in sidecars}
+        check_sidecars(snapshot, self.sidecars.values())
+        self._rows: OrderedDict[tuple[str, str], SidecarRows] = OrderedDict()
+        self._groups: OrderedDict[tuple[str, str, int], pa.Table] = OrderedDict()
+        self._held = 0
         self._ends = list(accumulate(shard.samples for shard in snapshot.shards))
         self._open: OrderedDict[str, tuple[TarShard, Indices | None]] = OrderedDict()
         self._folder: Folder | None = None
         self._process = 0
 
-    def __reduce__(self) -> tuple[type["Samples"], tuple[Snapshot, FileCache, int]]:
-        return Samples, (self.snapshot, self.cache, self.open_shards)
+    def __reduce__(self) -> tuple[type["Samples"], tuple[Snapshot, FileCache, int, tuple[Wanted, ...]]]:
+        return Samples, (self.snapshot, self.cache, self.open_shards, tuple(self.sidecars.values()))
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -75,7 +102,9 @@ class Samples:
     def __getitem__(self, number: int) -> Sample:
         shard, index = self.find(number)
         tar, selection = self._tar(shard)
-        return tar[index if selection is None else int(selection[index])]
+        sample = tar[index if selection is None else int(selection[index])]
+        sample.rows.update({name: self._row(shard, name, sample.key) for name in self.sidecars})
+        return sample
 
     def from_here(self, number: int) -> Iterator[Sample]:
         """Every sample of the shard that holds ``number`` once, beginning there and going round."""
@@ -104,14 +133,36 @@ class Samples:
         self._open.move_to_end(shard.name)
         return self._open[shard.name]
 
-    def _open_tar(self, shard: Shard) -> tuple[TarShard, Indices | None]:
+    def _row(self, shard: Shard, name: str, key: str) -> Mapping[str, Any]:
+        """The sample's row of a sidecar; groups of rows that were read are kept while they are small."""
+        if (name, shard.name) not in self._rows:
+            path = self.cache.fetch(self._home(), sidecar_file(shard, name), shard.sidecars[name])
+            self._rows[name, shard.name] = SidecarRows(path, shard, self.sidecars[name])
+            if len(self._rows) > self.open_shards:
+                self._rows.popitem(last=False)
+        rows = self._rows[name, shard.name]
+        self._rows.move_to_end((name, shard.name))
+        place = (name, shard.name, rows.group(key))
+        table = self._groups.pop(place, None)
+        if table is None:
+            table = rows.read(place[2])
+            self._held += table.nbytes
+        self._groups[place] = table
+        while self._held > HELD_BYTES and len(self._groups) > 1:
+            self._held -= self._groups.popitem(last=False)[1].nbytes
+        return rows.row(key, table)
+
+    def _home(self) -> Folder:
         if self._folder is None or self._process != os.getpid():
             # A client of an object store does not survive the fork into a loader's process.
             self._folder, self._process = Folder(self.snapshot.folder), os.getpid()
-        path = self.cache.fetch(self._folder, shard.tar, shard.sha256)
+        return self._folder
+
+    def _open_tar(self, shard: Shard) -> tuple[TarShard, Indices | None]:
+        path = self.cache.fetch(self._home(), shard.tar, shard.sha256)
         if path.stat().st_size != shard.bytes:
             raise DataError(f"{path} has {path.stat().st_size} bytes, the snapshot says {shard.bytes}")
         tar = TarShard(path)
         if len(tar) != shard.stored:
             raise DataError(f"{path} holds {len(tar)} samples, the snapshot says {shard.stored}")
-        return tar, read_selection(self._folder, shard)
+        return tar, read_selection(self._home(), shard)

@@ -148,9 +148,8 @@ def decays(name: str, parameter: Tensor) -> bool:
 def method_names() -> list[str]:
     """The methods that exist, sorted."""
     modules = (module.name for module in pkgutil.iter_modules(pipeline.models.__path__))
-    return sorted(
-        name for name in modules if name not in ("method", "losses", "detections", "towers", "configs", "adapters")
-    )
+    others = ("method", "losses", "detections", "class_vectors", "towers", "configs", "adapters")
+    return sorted(name for name in modules if name not in others)
 
 
 def method_class(name: str) -> type[Method]:

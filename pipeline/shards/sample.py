@@ -1,7 +1,9 @@
 """A sample: a key and named fields, as one tar holds it. Keys are numbered as img2dataset numbers them."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.config import require
 
@@ -13,10 +15,14 @@ GEOMETRIC_FIELDS = ("boxes.json", "mask.png")
 
 @dataclass(slots=True)
 class Sample:
-    """``fields`` maps the part of the member's name after the key's first dot (``jpg``, ``boxes.json``) to bytes."""
+    """``fields`` maps the part of the member's name after the key's first dot (``jpg``, ``boxes.json``) to bytes.
+
+    ``rows`` are the sample's rows of the sidecars that a reader asked for, by the sidecar's name.
+    """
 
     key: str
     fields: dict[str, bytes]
+    rows: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def image(self) -> bytes | None:
         """The encoded picture, whatever its format; ``None`` where the sample has none."""

@@ -6,7 +6,14 @@ one of these.
 """
 
 import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +24,10 @@ from pipeline.shards.storage import Folder
 
 TAR_DIGEST = b"clipmill.tar_sha256"
 MAKER = b"clipmill.maker"
+FACTS = b"clipmill.facts"
+"""What readers should know, as JSON."""
+GROUP_BYTES = 1 << 20
+"""Rows are stored in groups of about so much, so that who wants a few need not read all."""
 
 
 def sidecar_file(shard: Shard, name: str) -> str:
@@ -38,7 +49,8 @@ def write_sidecar(folder: Folder, shard: Shard, name: str, table: pa.Table, make
     stamps = {TAR_DIGEST: shard.sha256.encode(), MAKER: maker.encode()}
     stamped = table.replace_schema_metadata({**(table.schema.metadata or {}), **stamps})
     buffer = BytesIO()
-    pq.write_table(stamped, buffer)
+    rows = max(1, GROUP_BYTES * len(stamped) // max(stamped.nbytes, 1))
+    pq.write_table(stamped, buffer, row_group_size=rows)
     folder.write_atomic(sidecar_file(shard, name), buffer.getvalue())
     return hashlib.sha256(buffer.getvalue()).hexdigest()
 
@@ -63,3 +75,59 @@ def read_sidecar(folder: Folder, shard: Shard, name: str, job: str, maker: str |
         made_by = metadata.get(MAKER, b"?").decode()
         raise SidecarError(f"{folder.join(file)} was made by {made_by}, not {maker}; make it again with {job}")
     return table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A sidecar that is to be joined: ``job`` makes it, ``facts`` are what its own must say (which teacher)."""
+
+    name: str
+    job: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class SidecarRows:
+    """The rows of one shard's sidecar by key, each read when it is asked for; the file stays open."""
+
+    def __init__(self, path: Path, shard: Shard, wanted: Wanted) -> None:
+        """Opens the sidecar of ``shard`` in the local file ``path``.
+
+        Raises:
+            SidecarError: no parquet, made from another tar, or what it says of itself is not what is wanted.
+        """
+        self._wanted, self._path = wanted, path
+        try:
+            self._file = pq.ParquetFile(path, memory_map=True)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise self._error(f"is not parquet ({error})") from error
+        metadata = self._file.schema_arrow.metadata or {}
+        if metadata.get(TAR_DIGEST) != shard.sha256.encode():
+            raise self._error(f"was made from another {shard.tar}")
+        facts = json.loads(metadata.get(FACTS, b"{}"))
+        for name, value in wanted.facts.items():
+            if facts.get(name) != value:
+                raise self._error(f"was made with the {name} {facts.get(name)}, not {value}")
+        keys = self._file.read(["key"], use_threads=False)["key"].to_pylist()
+        self._places = {str(key): place for place, key in enumerate(keys)}
+        groups = self._file.metadata
+        self._ends = list(accumulate(groups.row_group(number).num_rows for number in range(groups.num_row_groups)))
+
+    def group(self, key: str) -> int:
+        """The group of rows in which ``key`` is; raises ``SidecarError`` where there is no such row."""
+        if key not in self._places:
+            raise self._error(f"has no row for sample {key}")
+        return bisect_right(self._ends, self._places[key])
+
+    def read(self, group: int) -> pa.Table:
+        """The rows of one group."""
+        return self._file.read_row_group(group, use_threads=False)
+
+    def row(self, key: str, table: pa.Table) -> dict[str, Any]:
+        """The row of ``key`` from its group's ``table``."""
+        group = self.group(key)
+        start = self._ends[group - 1] if group else 0
+        found: dict[str, Any] = table.slice(self._places[key] - start, 1).to_pylist()[0]
+        return found
+
+    def _error(self, problem: str) -> SidecarError:
+        return SidecarError(f"{self._path} {problem}; make it again with {self._wanted.job}")

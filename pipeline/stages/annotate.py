@@ -30,8 +30,6 @@ from pipeline.stages.shard_tasks import Workers, data_resource
 
 logger = logging.getLogger(__name__)
 
-FACTS = b"clipmill.facts"
-"""Key of a sidecar's metadata: what its readers should know, as JSON."""
 MOST_THREADS = 4  # of a worker without a GPU: more workers use the cores better than more threads
 
 

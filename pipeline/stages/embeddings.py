@@ -25,10 +25,10 @@ from pipeline.config import require
 from pipeline.errors import DataError, SidecarError
 from pipeline.shards.sample import Sample
 from pipeline.shards.selection import read_samples
-from pipeline.shards.sidecar import read_sidecar, sidecar_file
+from pipeline.shards.sidecar import FACTS, read_sidecar, sidecar_file
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
-from pipeline.stages.annotate import FACTS, Annotation, annotate
+from pipeline.stages.annotate import Annotation, annotate
 from pipeline.stages.shard_tasks import Workers, run_tasks
 
 logger = logging.getLogger(__name__)

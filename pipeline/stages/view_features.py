@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from pipeline.errors import DataError, SidecarError
 from pipeline.shards.selection import read_selection
-from pipeline.shards.sidecar import read_sidecar, sidecar_file
+from pipeline.shards.sidecar import FACTS, read_sidecar, sidecar_file
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
-from pipeline.stages.annotate import FACTS
 from pipeline.stages.embeddings import JOB, matrix
 
 NAME = "views"

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 import pipeline.models.towers.openclip  # noqa: F401  # registers clipmill-tiny
-from pipeline.evaluation.embedder import LoadEmbedder, ModelEmbedder, digest_of
+from pipeline.evaluation.embedder import LoadEmbedder, ModelEmbedder
 from pipeline.evaluation.models import load_model
 from pipeline.models.clip import Clip
+from pipeline.models.towers.weights import digest_of
 
 
 def png(seed: int, size: tuple[int, int]) -> bytes:

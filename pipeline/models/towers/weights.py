@@ -1,11 +1,16 @@
-"""The digest of weights: whether two models are the same to the last bit."""
+"""Weights in files, and their digest: whether two models are the same to the last bit."""
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pipeline.errors import DataError
 
 
 def add_weights(digest: Any, state: Mapping[str, Tensor]) -> None:
@@ -21,3 +26,19 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     add_weights(digest, state)
     return digest.hexdigest()
+
+
+def digest_of(model: object, *settings: str) -> str:
+    """SHA-256 hex of all weights and buffers by name, of the tokenizer's kind if there is one, and of ``settings``."""
+    digest = hashlib.sha256(repr([type(getattr(model, "tokenizer", None)).__name__, *settings]).encode())
+    state = model.state_dict() if isinstance(model, nn.Module) else {}
+    add_weights(digest, state)
+    return digest.hexdigest()
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU; raises ``DataError`` where it is damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error

@@ -1,0 +1,376 @@
+"""A class-agnostic region proposer: the region proposal network of Faster R-CNN on a feature pyramid.
+
+Ren, He, Girshick, Sun, 2015, "Faster R-CNN", arXiv 1506.01497; Lin, Dollar, Girshick, He, Hariharan, Belongie, 2016,
+"Feature Pyramid Networks", arXiv 1612.03144; as ViLD has it (Gu, Lin, Kuo, Cui, 2021, arXiv 2104.13921, section 3.2).
+
+The idea: at every place of every level of the pyramid stand a few anchors, boxes of one size and several shapes. Two
+small convolutions say of each whether it covers a thing, and by how much it has to be moved to fit it; what is a
+thing, and not which thing, is learnt from boxes of base classes and holds for classes that have none. With o_i the
+score of a drawn anchor, p_i whether it covers a thing (an overlap of 0.7 or more, or the best of a thing), d_i its
+four moves, t_i the right ones, S the drawn anchors of the batch's B pictures and P_l those of level l that cover one:
+
+    L = 1/256B sum_(i in S) BCE(sigmoid(o_i), p_i)  +  sum_l 1/4|P_l| sum_(i in P_l) Huber(d_i - t_i)
+
+with the Huber loss of delta 1/9, both as ViLD's code has them. 256 anchors of each picture are drawn, half of them
+ones that cover something where there are as many. The best proposals that do not overlap each other by more than 0.7
+are kept. ViLD trains one on base classes alone, and takes 300 of its proposals of each picture for its image branch.
+
+The network is torchvision's, on any ResNet of timm. Random numbers belong to a picture, so that it does not matter
+which process has it; batch normalisation over processes is torch's SyncBatchNorm, which runs on GPUs.
+
+Left out: ViLD's batch normalisation inside the proposal head, and its anchors at the middle of a cell (torchvision's
+are at its corner).
+
+To hold a run against: recall of 1000 proposals on LVIS v1, base and novel; the paper's figures are of detection alone
+(see vild.py).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from pipeline.config import require
+from pipeline.loaders.batches import Reader
+from pipeline.loaders.detection import FILL, BoxReader, DrawReader, ExtentReader, Jitter, Place, Scene, SceneReader
+from pipeline.loaders.images import ImageTransform
+from pipeline.models.method import Method
+from pipeline.models.towers import small_resnet  # noqa: F401 - timm's registry learns of it
+
+STD = (58.4, 57.1, 57.4)  # ImageNet's; the mean is that with which pictures are filled
+MOMENTUM, EPSILON = 0.003, 1e-4  # of batch normalisation, as ViLD's code has them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The proposer, with ViLD's values."""
+
+    backbone: str = "resnet50"
+    """Any ResNet of timm, or clipmill_small_resnet."""
+    pretrained_backbone: bool = False
+    """Start it from timm's weights; the paper starts from random ones."""
+    levels: tuple[int, ...] = (1, 2, 3, 4)
+    """Stages of the backbone that are levels of the pyramid; one more, half as large, is added on top."""
+    norm: Literal["batch", "group"] = "batch"
+    """Normalisation: over the batch of all processes, or over groups of a picture's channels."""
+    pyramid_width: int = 256
+    """Channels of every level."""
+    anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
+    """Side of the anchors of each level, in pixels."""
+    anchor_shapes: tuple[float, ...] = (1.0, 2.0, 0.5)
+    """Height over width of the anchors at each place."""
+    head_depth: int = 2
+    """Convolutions of the proposal head."""
+    anchors_drawn: int = 256
+    """Anchors of each picture that the loss counts."""
+    proposals_tried: int = 2000
+    """Best proposals of each level, among which overlapping ones are removed."""
+    proposals_kept: int = 1000
+    """Proposals of a picture."""
+    proposal_overlap: float = 0.7
+    """Intersection over union from which on the worse of two proposals is removed."""
+    classes: tuple[str, ...] = ()
+    """Labels of the objects that are learnt, in the order of their numbers: the base classes; all where none is named.
+    """
+    image_size: int = 1024
+    """Pixels of the square in which pictures are seen."""
+    jitter_scale: tuple[float, float] = (0.1, 2.0)
+    """Training pictures are resized by a factor between these, times the size at which they fit, and cut."""
+    flip: float = 0.5
+    """Probability of mirroring a training picture."""
+    most_objects: int = 300
+    """Objects of a picture that are learnt from."""
+
+    def __post_init__(self) -> None:
+        require(len(self.levels) >= 1, "levels", self.levels, "one or more")
+        one_each = len(self.anchor_sizes) == len(self.levels) + 1
+        require(one_each, "anchor_sizes", self.anchor_sizes, f"{len(self.levels) + 1}, one more than levels")
+        for name in ("anchors_drawn", "proposals_tried", "proposals_kept", "most_objects", "head_depth"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(0 < self.proposal_overlap <= 1, "proposal_overlap", self.proposal_overlap, "more than 0, up to 1")
+        require(len(set(self.classes)) == len(self.classes), "classes", self.classes, "distinct names")
+        require(self.pyramid_width % 8 == 0, "pyramid_width", self.pyramid_width, "a multiple of 8")
+        self.jitter()
+
+    def jitter(self, train: bool = True) -> Jitter:
+        """How pictures are laid into the square."""
+        if train:
+            return Jitter(size=self.image_size, scale=self.jitter_scale, flip=self.flip)
+        return Jitter(size=self.image_size, scale=(1.0, 1.0), flip=0.0)
+
+
+def norm_layer(kind: str) -> Callable[..., nn.Module]:
+    """What makes a normalisation for a number of channels."""
+    if kind == "batch":
+        return partial(nn.SyncBatchNorm, momentum=MOMENTUM, eps=EPSILON)
+    return _group_norm
+
+
+def _group_norm(channels: int, **place: Any) -> nn.GroupNorm:
+    return nn.GroupNorm(max(1, min(32, channels // 8)), channels, **place)
+
+
+@dataclass(frozen=True)
+class Proposed:
+    """Proposals of each picture, the best first, ``boxes`` [n, 4] with ``scores`` [n], 0 to 1; and of all anchors, [A,
+    4], their ``logits`` [B, A] and ``moves`` [B, A, 4], A counted by level in ``counts``."""
+
+    boxes: list[Tensor]
+    scores: list[Tensor]
+    anchors: Tensor
+    logits: Tensor
+    moves: Tensor
+    counts: tuple[int, ...]
+
+
+class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]  # torchvision is not typed
+    """torchvision's, apart into proposing and its loss; the loss is ViLD's."""
+
+    def propose(self, pictures: Tensor, extents: Sequence[tuple[int, int]], features: Mapping[str, Tensor]) -> Proposed:
+        """Proposals inside the ``extents`` (height, width) of pictures [B, 3, S, S] from their pyramid."""
+        levels = list(features.values())
+        logits, moves = self.head(levels)
+        counts = tuple(level.shape[1] * level.shape[2] * level.shape[3] for level in logits)
+        anchors = self.anchor_generator(ImageList(pictures, list(extents)), levels)
+        logits, moves = concat_box_prediction_layers(logits, moves)
+        logits, moves = logits.float().view(len(pictures), -1), moves.float()
+        decoded = self.box_coder.decode(moves.detach(), anchors).view(len(pictures), -1, 4)
+        boxes, scores = self.filter_proposals(decoded, logits, list(extents), list(counts))
+        return Proposed(boxes, scores, anchors[0], logits, moves.view(len(pictures), -1, 4), counts)
+
+    def losses(
+        self, proposed: Proposed, targets: Sequence[Tensor], draws: Sequence[torch.Generator], average: "Average"
+    ) -> dict[str, Tensor]:
+        """``objectness`` and ``proposal_box`` for the boxes [n, 4] of each picture in ``targets``."""
+        entropy, sums, counts = [], [], []
+        ends = torch.tensor(proposed.counts, device=proposed.logits.device).cumsum(0)
+        for logits, moves, boxes, draw in zip(proposed.logits, proposed.moves, targets, draws, strict=True):
+            labels, matched = self.assign_targets_to_anchors([proposed.anchors], [{"boxes": boxes}])
+            positive, negative = drawn(labels[0], self.fg_bg_sampler.batch_size_per_image, 0.5, draw)
+            chosen = torch.cat([positive, negative])
+            truth = (torch.arange(len(chosen), device=chosen.device) < len(positive)).float()
+            entropy.append(functional.binary_cross_entropy_with_logits(logits[chosen], truth, reduction="sum"))
+            wanted = self.box_coder.encode([matched[0][positive]], [proposed.anchors[positive]])[0]
+            errors = functional.huber_loss(moves[positive], wanted, delta=1 / 9, reduction="none")
+            level = functional.one_hot(torch.bucketize(positive, ends, right=True), len(ends)).to(errors.dtype)
+            sums.append(level.T @ errors.sum(dim=1))
+            counts.append(level.T @ (wanted != 0).sum(dim=1).to(errors.dtype))
+        per_level = torch.stack(sums).sum(dim=0) / average(torch.stack(counts).sum(dim=0))
+        drawn_in_all = len(targets) * self.fg_bg_sampler.batch_size_per_image
+        return {"objectness": torch.stack(entropy).sum() / drawn_in_all, "proposal_box": per_level.sum()}
+
+
+Average = Callable[[Tensor], Tensor]
+"""Counts [n] of a rank to their means over ranks, ones for zeros: what a rank's sums are divided by."""
+
+
+def drawn(labels: Tensor, count: int, share: float, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Places of ``count`` of the ``labels`` [N] at random: of those that are 1, up to ``share``, the rest of those
+    that are 0; fewer where there are fewer."""
+    priority = torch.rand(len(labels), generator=draw).to(labels.device)
+    found = []
+    for value, most in ((1, int(count * share)), (0, count)):
+        places = torch.where(labels == value)[0]
+        found.append(places[priority[places].argsort()[:most]])
+    return found[0], found[1][: count - len(found[0])]
+
+
+class Network(nn.Module):
+    """Backbone, feature pyramid and proposal head."""
+
+    def __init__(self, config: Config, load: bool = True) -> None:
+        super().__init__()
+        norm = norm_layer(config.norm)
+        self.body: Any = timm.create_model(
+            config.backbone,
+            pretrained=config.pretrained_backbone and load,
+            features_only=True,
+            out_indices=config.levels,
+            norm_layer=norm,
+        )
+        widths: list[int] = self.body.feature_info.channels()
+        width = config.pyramid_width
+        self.pyramid = FeaturePyramidNetwork(widths, width, extra_blocks=LastLevelMaxPool(), norm_layer=norm)
+        sizes = tuple((size,) for size in config.anchor_sizes)
+        anchors = AnchorGenerator(sizes, (config.anchor_shapes,) * len(sizes))
+        tried, kept = config.proposals_tried, config.proposals_kept
+        self.proposer = ProposalNetwork(
+            anchors,
+            RPNHead(width, len(config.anchor_shapes), config.head_depth),
+            fg_iou_thresh=0.7,
+            bg_iou_thresh=0.3,
+            batch_size_per_image=config.anchors_drawn,
+            positive_fraction=0.5,
+            pre_nms_top_n={"training": tried, "testing": tried},
+            post_nms_top_n={"training": kept, "testing": kept},
+            nms_thresh=config.proposal_overlap,
+        )
+
+    def features(self, pictures: Tensor) -> dict[str, Tensor]:
+        """Normalised pictures [B, 3, S, S] to the pyramid's levels, the finest first."""
+        levels = {str(number): level for number, level in enumerate(self.body(pictures))}
+        found: dict[str, Tensor] = self.pyramid(levels)
+        return found
+
+
+class Proposals(Method):
+    """Learns to propose regions."""
+
+    fields: ClassVar[tuple[str, ...]] = ("image", "extent", "boxes", "draws")
+    config: Config
+    model: Network
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: Config, description: Mapping[str, str] | None = None) -> None:
+        """``description`` is given when weights are restored afterwards, so none are fetched here."""
+        super().__init__(config)
+        self.model = Network(config, load=description is None)
+        self.register_buffer("mean", torch.tensor(FILL).float().view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+
+    @classmethod
+    def smallest(cls) -> Config:
+        """A pyramid of two levels and the one above, on pictures of 64 pixels."""
+        return Config(**SMALLEST)
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Whether timm has the backbone."""
+        known = timm.is_model(config.backbone)
+        require(known, "backbone", config.backbone, "a ResNet of timm (timm.list_models('*resnet*'))")
+
+    @classmethod
+    def restored(cls, config: Config, description: Mapping[str, str]) -> "Proposals":
+        """The modules alone."""
+        return cls(config, description)
+
+    def transforms(self, train: bool) -> ImageTransform:
+        """The whole picture in the square, for those who want pictures alone; see :meth:`readers`."""
+        return ImageTransform(size=(self.config.image_size,) * 2, fit="longest", interpolation="bilinear")
+
+    def scene(self, train: bool, seed: int) -> Scene:
+        """What is learnt of the samples' objects."""
+        config = self.config
+        return Scene(jitter=config.jitter(train), classes=config.classes, most=config.most_objects, seed=seed)
+
+    def readers(self, train: bool, *, seed: int = 0, caption: str = "txt") -> dict[str, Reader]:
+        """Pictures in the square, where they lie there, and their objects' boxes."""
+        scene = self.scene(train, seed)
+        return {
+            "image": SceneReader(scene=scene),
+            "extent": ExtentReader(scene=scene),
+            "boxes": BoxReader(scene=scene),
+            "draws": DrawReader(seed=seed),
+        }
+
+    def training_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The two losses of the proposal network."""
+        pictures = self.normalised(batch["image"])
+        features = self.model.features(pictures)
+        proposed = self.model.proposer.propose(pictures, extents_of(batch["extent"]), features)
+        targets = [boxes[real_boxes(boxes)] for boxes in batch["boxes"]]
+        return self.model.proposer.losses(proposed, targets, generators(batch["draws"]), self.average)
+
+    @torch.no_grad()
+    def propose(self, pictures: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Boxes x1, y1, x2, y2 in pixels, float32 [n, 4], and scores [n] of pictures uint8 [3, H, W], the best first.
+
+        On the method's device; in training mode too, statistics of batch normalisation apart.
+        """
+        square, places = self.laid_out(pictures)
+        features = self.model.features(square)
+        proposed = self.model.proposer.propose(square, [place.extent for place in places], features)
+        return [
+            (unplaced(boxes, place), scores)
+            for boxes, scores, place in zip(proposed.boxes, proposed.scores, places, strict=True)
+        ]
+
+    def laid_out(self, pictures: Sequence[Tensor]) -> tuple[Tensor, list[Place]]:
+        """Pictures uint8 [3, H, W], each of its size, as normalised [B, 3, S, S], and where they lie there."""
+        jitter = self.config.jitter(train=False)
+        places = [jitter.whole(*picture.shape[1:]) for picture in pictures]
+        squares = [
+            place.picture(picture.permute(1, 2, 0).cpu().numpy())
+            for place, picture in zip(places, pictures, strict=True)
+        ]
+        return self.normalised(torch.stack(squares).to(self.mean.device)), places
+
+    def normalised(self, pictures: Tensor) -> Tensor:
+        """uint8 to float32 of mean 0 and variance 1; what was filled becomes 0."""
+        return ((pictures.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def average(self, counts: Tensor) -> Tensor:
+        """See :data:`Average`."""
+        means = self.gather(counts[None]).mean(dim=0)
+        return torch.where(means > 0, means, torch.ones_like(means))
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """The backbone's stages."""
+        return [module for name, module in self.model.body.named_children() if name.startswith("layer")]
+
+
+def real_boxes(boxes: Tensor) -> Tensor:
+    """Bool [N]: which of the boxes [N, 4] are no padding."""
+    real: Tensor = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    return real
+
+
+def extents_of(extents: Tensor) -> list[tuple[int, int]]:
+    """int64 [B, 2] as torchvision wants it."""
+    return [(height, width) for height, width in extents.tolist()]
+
+
+def generators(draws: Tensor) -> list[torch.Generator]:
+    """A random generator for each sample of a batch."""
+    return [torch.Generator().manual_seed(draw) for draw in draws.tolist()]
+
+
+def unplaced(boxes: Tensor, place: Place) -> Tensor:
+    """Boxes [n, 4] in the square as boxes in the picture, inside it; for a place without a mirror or an offset."""
+    across, down = place.width / place.scaled[1], place.height / place.scaled[0]
+    limits = boxes.new_tensor([place.width, place.height] * 2)
+    return torch.minimum((boxes * boxes.new_tensor([across, down] * 2)).clamp(min=0), limits)
+
+
+SMALL: dict[str, Any] = {
+    "backbone": "clipmill_small_resnet",
+    "levels": (1, 2, 3),
+    "norm": "group",
+    "pyramid_width": 32,
+    "anchor_sizes": (16, 24, 40, 64),
+    "head_depth": 1,
+    "anchors_drawn": 64,
+    "proposals_tried": 100,
+    "proposals_kept": 50,
+    "image_size": 96,
+    "jitter_scale": (0.8, 1.25),
+    "most_objects": 20,
+}
+"""For drawn pictures: minutes on a CPU."""
+
+SMALLEST: dict[str, Any] = {
+    **SMALL,
+    "levels": (2, 3),
+    "pyramid_width": 16,
+    "anchor_sizes": (16, 32, 48),
+    "anchors_drawn": 32,
+    "proposals_tried": 20,
+    "proposals_kept": 16,
+    "image_size": 64,
+}
+
+
+def small(**differences: Any) -> Config:
+    """The proposer for drawn pictures, but for ``differences``."""
+    return replace(Config(**SMALL), **differences)

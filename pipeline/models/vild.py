@@ -1,0 +1,522 @@
+"""ViLD: open-vocabulary object detection via vision and language knowledge distillation.
+
+Gu, Lin, Kuo, Cui, 2021, arXiv 2104.13921
+
+The idea: a Mask R-CNN whose classifier are the text vectors of class names, so that it is asked for any names at
+test time. What it sees in a region is taught twice: by the names of base classes (ViLD-text), and by the features that
+CLIP's image tower has of regions that a proposer found, those of things that nobody named among them (ViLD-image). With
+unit embeddings e_r of drawn regions r and e'_s of stored ones, text vectors y_c of the base classes C, a learnt
+background vector y_0 of unit length, CLIP's unit features v_s and temperature t = 0.01 (equations 1 to 5)
+
+    L_text = -1/R sum_r log softmax_c(e_r.y_c / t) at r's class,  c in {0} and C
+    L_image = 1/S sum_s |e'_s - v_s|_1
+    L = proposals (see proposals.py) + box + mask + L_text + w L_image,    w = 0.5
+
+A region's class is that of the object it covers by more than a half, else 0. Box is the Huber loss of the four moves
+of regions with an object, mask the binary cross-entropy of 28 x 28 pixels; both know no classes. ``mode`` is
+
+- ``text``: L_text alone;  ``image``: L_image alone;
+- ``vild``: both, of one embedding;
+- ``ensemble``: both, of an embedding each, with a head each. A region's score for a word is the geometric mean of the
+  text head's p (background among the classes) and the image head's q (not among them), p^(2/3) q^(1/3) for base words,
+  p^(1/3) q^(2/3) for novel ones (section 3.4);
+- ``supervised``: a learnt classifier of the base classes, which cannot know another word and scores it with 0.
+
+``image`` has no background: its score is the geometric mean of q and the proposal's objectness, a rule of ours.
+
+Where we differ from the authors' code: classes without boxes are not in the softmax, where it has them with logits of 0
+(``zeroed_classes`` counts them back in); all that moves a picture moves its stored regions, where it mirrors pictures
+and regions by two coins; regions are cut by torchvision's RoIAlign from the levels up to 1/32; linear layers have no
+batch normalisation. Boxes that cover an object by exactly a half are background, as there.
+
+Left out: synonyms of a class as several names; the generator of the features (jobs/extract_region_features.py is
+ours); the larger backbones' recipes, but for what Config says.
+
+To hold a run against: LVIS v1 mask AP rare / common / frequent / all, ResNet-50: ViLD-text 10.1 / 23.9 / 32.5 / 24.9,
+ViLD 16.1 / 20.0 / 28.3 / 22.5, ViLD-ensemble 16.6 / 24.6 / 30.3 / 25.5 (table 3; the released weights 16.6 / 19.8 /
+28.2 / 22.5 and 18.0 / 24.7 / 30.6 / 25.9).
+"""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes_to_image, roi_align
+
+from pipeline.config import require
+from pipeline.dataset import check_templates
+from pipeline.errors import DataError
+from pipeline.loaders.batches import Reader
+from pipeline.loaders.cache import FileCache
+from pipeline.loaders.detection import MaskReader, ObjectLabelReader, Place, RegionBoxReader, RegionFeatureReader
+from pipeline.models import class_vectors, proposals
+from pipeline.models.detections import Detections, check_words, plain_word
+from pipeline.models.proposals import drawn, extents_of, generators, norm_layer, real_boxes, unplaced
+from pipeline.models.towers.openclip import WEIGHTS
+from pipeline.models.towers.weights import read_tensors
+from pipeline.shards.sidecar import Wanted
+from pipeline.shards.storage import Folder
+
+Mode = Literal["text", "image", "vild", "ensemble", "supervised"]
+TAUGHT = ("image", "vild", "ensemble")
+"""Modes that learn from stored features."""
+NAMED = ("text", "vild", "ensemble")
+"""Modes that learn from text vectors."""
+MOVES = (10.0, 10.0, 5.0, 5.0)  # what the moves of a box are multiplied by, so that they are of about one size
+FACTS = "vild.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(proposals.Config):
+    """The detector, with the paper's values."""
+
+    mode: Mode = "vild"
+    """What it learns from: text, image, vild (both), ensemble (both, apart), or supervised."""
+    teacher: str = ""
+    """The CLIP whose text vectors and region features are learnt: ARCHITECTURE:WEIGHTS, where WEIGHTS are a tag, a file
+    or a checkpoint folder, or untrained. The supervised mode needs none."""
+    templates: tuple[str, ...] = ()
+    """Prompts with {} for a name, and {article} for a or an; open_clip's 80 for ImageNet where none is given."""
+    regions: str = "regions"
+    """Name of the sidecar with the stored regions."""
+    most_regions: int = 300
+    """Stored regions of a picture that are learnt from."""
+    distillation_weight: float = 0.5
+    """w; the paper's ResNet-152 has 1, and 2 in the ensemble."""
+    temperature: float = 0.01
+    """t."""
+    zeroed_classes: int = 0
+    """Classes without boxes that the softmax counts with a logit of 0, as the authors' code does (337 on LVIS)."""
+    regions_drawn: int = 512
+    """Regions of each picture that the loss counts."""
+    foreground: float = 0.25
+    """Share of these that may cover an object."""
+    region_size: int = 224
+    """Side of a box, in pixels, that is cut from the level at 1/16; half as large from 1/8."""
+    head_convolutions: tuple[int, ...] = (256, 256, 256, 256)
+    head_layers: tuple[int, ...] = (1024, 1024)
+    masks: bool = True
+    """Learn and find masks."""
+    mask_convolutions: tuple[int, ...] = (256, 256, 256, 256)
+    mask_cells: int = 112
+    """Grid over an object's box on which its true mask is read."""
+    detections: int = 300
+    """Detections of a picture."""
+    detection_overlap: float = 0.5
+    """Intersection over union from which on the worse of two detections of a class is removed."""
+    candidates: int = 10_000
+    """Scores of a picture, the best of all regions and words, that become detections before that."""
+    base_share: float = 2 / 3
+    """Exponent of the text head's score for base words in an ensemble, and of the image head's for novel ones."""
+    start_from: str = ""
+    """Checkpoint folder of a proposer, whose backbone and proposal head are begun with; the paper begins at random."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_templates(template.replace("{article}", "") for template in self.templates)
+        for name in ("most_regions", "regions_drawn", "region_size", "detections", "candidates", "mask_cells"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("temperature", "distillation_weight"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
+        require(self.zeroed_classes >= 0, "zeroed_classes", self.zeroed_classes, "0 or more")
+        for name in ("foreground", "detection_overlap", "base_share"):
+            require(0 < getattr(self, name) <= 1, name, getattr(self, name), "more than 0, up to 1")
+        require(self.regions.isidentifier(), "regions", self.regions, "the name of a sidecar")
+        if self.classes:
+            check_words(self.classes)
+
+    def prompts(self) -> tuple[str, ...]:
+        """The templates, or open_clip's."""
+        if self.templates:
+            return self.templates
+        from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+        return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
+
+
+class Branch(nn.Module):
+    """A head over crops of the pyramid and, where it is compared with CLIP, its projection to CLIP's space."""
+
+    def __init__(self, config: Config, width: int) -> None:
+        super().__init__()
+        convolutions, layers = list(config.head_convolutions), list(config.head_layers)
+        norm = norm_layer(config.norm)
+        self.head = FastRCNNConvFCHead((config.pyramid_width, 7, 7), convolutions, layers, norm_layer=norm)
+        self.project = nn.Linear(layers[-1], width) if width else None
+
+    def forward(self, crops: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, C, 7, 7] to hidden features [N, H] and unit embeddings, float32 [N, D] (what is hidden without them)."""
+        hidden: Tensor = self.head(crops)
+        if self.project is None:
+            return hidden, hidden.float()
+        return hidden, functional.normalize(self.project(hidden).float(), dim=-1)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The drawn regions of one picture: ``boxes`` [n, 4], ``labels`` [n], 0 for background, else class + 1, ``matched``
+    [n], the number of the object that each covers, and ``truth`` [n, 4], its box; the last two mean nothing for
+    background."""
+
+    boxes: Tensor
+    labels: Tensor
+    matched: Tensor
+    truth: Tensor
+
+
+class Vild(proposals.Proposals):
+    """Detects what words name."""
+
+    fields: ClassVar[tuple[str, ...]] = ("image", "extent", "boxes", "labels", "draws")
+    config: Config
+    vectors: Tensor
+
+    def __init__(self, config: Config, description: Mapping[str, str] | None = None) -> None:
+        """``description`` is given when weights are restored afterwards: the teacher is not loaded then."""
+        _check_complete(config)
+        super().__init__(config, description)
+        self._load_start(description is None)
+        vectors, self.teacher_digest = self._taught_vectors(description)
+        self.register_buffer("vectors", vectors)
+        width, hidden = vectors.shape[1], config.head_layers[-1]
+        names = [str(number) for number in range(len(config.levels))]
+        size = {"canonical_scale": config.region_size, "canonical_level": 4, "sampling_ratio": 2}
+        self.crop, self.crop_mask = (MultiScaleRoIAlign(names, output_size=cells, **size) for cells in (7, 14))
+        self.branch = Branch(config, width)
+        self.image_branch = Branch(config, width) if config.mode == "ensemble" else None
+        self.box = nn.Linear(hidden, 4)
+        nn.init.normal_(self.box.weight, std=0.001)
+        nn.init.zeros_(self.box.bias)
+        self.background = nn.Parameter(torch.randn(width) * 0.01) if config.mode in NAMED else None
+        self.classifier = nn.Linear(hidden, len(config.classes) + 1) if config.mode == "supervised" else None
+        self.mask = self._mask_head() if config.masks else None
+        self.coder = BoxCoder(MOVES)
+        self._learnt: dict[str, Tensor] = {}
+
+    @classmethod
+    def smallest(cls) -> Config:
+        """An ensemble with masks, of a teacher that knows nothing."""
+        return Config(
+            **proposals.SMALLEST,
+            **SMALL_HEADS,
+            mode="ensemble",
+            classes=("red", "green", "blue", "yellow"),
+            teacher="clipmill-tiny:untrained",
+            templates=("a {} thing.",),
+        )
+
+    @classmethod
+    def check(cls, config: proposals.Config) -> None:
+        """As for the proposer, and whether there are classes and a teacher."""
+        super().check(config)
+        assert isinstance(config, Config)
+        _check_complete(config)
+        if config.teacher:
+            class_vectors.check(config.teacher)
+
+    def description(self) -> Mapping[str, str]:
+        """What is known of the teacher without it."""
+        return {FACTS: json.dumps({"width": self.vectors.shape[1], "teacher": self.teacher_digest})}
+
+    def readers(self, train: bool, *, seed: int = 0, caption: str = "txt") -> dict[str, Reader]:
+        """As for the proposer, and labels, masks and stored regions, as far as the mode has a use for them."""
+        config, scene = self.config, self.scene(train, seed)
+        readers = {**super().readers(train, seed=seed), "labels": ObjectLabelReader(scene=scene)}
+        if config.masks:
+            readers["masks"] = MaskReader(scene=scene, cells=config.mask_cells)
+        if config.mode in TAUGHT:
+            job = "jobs/extract_region_features.py"
+            wanted = Wanted(name=config.regions, job=job, facts={"teacher": self.teacher_digest})
+            width, most = self.vectors.shape[1], config.most_regions
+            readers["region_boxes"] = RegionBoxReader(scene=scene, wanted=wanted, most=most)
+            readers["region_features"] = RegionFeatureReader(wanted=wanted, width=width, most=most)
+        return readers
+
+    def training_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The losses of proposals, boxes, masks and of what the mode learns."""
+        pictures = self.normalised(batch["image"])
+        features, draws = self.model.features(pictures), generators(batch["draws"])
+        proposed = self.model.proposer.propose(pictures, extents_of(batch["extent"]), features)
+        real = [real_boxes(boxes) for boxes in batch["boxes"]]
+        targets = [boxes[kept] for boxes, kept in zip(batch["boxes"], real, strict=True)]
+        labels = [some[kept] for some, kept in zip(batch["labels"], real, strict=True)]
+        losses = self.model.proposer.losses(proposed, targets, draws, self.average)
+        regions = [self._draw(*one) for one in zip(proposed.boxes, targets, labels, draws, strict=True)]
+        return losses | self._region_losses(features, regions, targets, batch)
+
+    def _region_losses(
+        self,
+        features: Mapping[str, Tensor],
+        regions: Sequence[Drawn],
+        targets: Sequence[Tensor],
+        batch: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        labels = torch.cat([one.labels for one in regions])
+        truth = torch.cat([one.truth for one in regions])
+        taught, wanted = self._taught(batch)
+        sizes = labels.new_tensor([len(labels), int((labels > 0).sum()), len(wanted)]).float()
+        drawn_count, covering, taught_count = self.average(sizes)
+        crops = self._cut(self.crop, features, [one.boxes for one in regions])
+        taught_crops = self._cut(self.crop, features, taught)
+        if self.image_branch is None:
+            hidden, embedding = self.branch(torch.cat([crops, taught_crops]))
+            hidden, (embedding, student) = hidden[: len(labels)], embedding.split([len(labels), len(wanted)])
+        else:
+            (hidden, embedding), (_, student) = self.branch(crops), self.image_branch(taught_crops)
+        losses = {}
+        with torch.autocast(hidden.device.type, enabled=False):
+            if self.config.mode != "image":
+                logits = self._logits(hidden, embedding)
+                losses["class"] = class_loss(logits, labels, self.config.zeroed_classes) / drawn_count
+            if self.config.mode in TAUGHT:
+                distance = distillation_loss(student, wanted) / taught_count
+                losses["distillation"] = self.config.distillation_weight * distance
+            boxes = torch.cat([one.boxes for one in regions])
+            moves = self.box(hidden.float())
+            losses["box"] = box_loss(moves, boxes, truth, labels > 0, self.coder) / covering
+        if self.mask is not None:
+            losses["mask"] = self._mask_loss(features, regions, targets, batch["masks"]) / covering
+        return losses
+
+    def _draw(self, proposed: Tensor, boxes: Tensor, labels: Tensor, draw: torch.Generator) -> Drawn:
+        """Regions of one picture among its proposals and the boxes of its objects."""
+        candidates = torch.cat([proposed, boxes])
+        best, matched = candidates.new_zeros(len(candidates)), labels.new_zeros(len(candidates))
+        classes, truth = matched, candidates
+        if len(boxes):
+            best, matched = box_iou(boxes, candidates).max(dim=0)
+            classes, truth = torch.where(best > 0.5, labels[matched] + 1, 0), boxes[matched]
+        places = torch.cat(drawn((best > 0.5).long(), self.config.regions_drawn, self.config.foreground, draw))
+        return Drawn(candidates[places], classes[places], matched[places], truth[places])
+
+    def _taught(self, batch: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The stored regions that the pictures show: their boxes, and all their features [S, D]."""
+        if self.config.mode not in TAUGHT:
+            return [batch["boxes"].new_zeros(0, 4) for _ in batch["boxes"]], batch["boxes"].new_zeros(0, 0)
+        real = [real_boxes(boxes) for boxes in batch["region_boxes"]]
+        boxes = [boxes[kept] for boxes, kept in zip(batch["region_boxes"], real, strict=True)]
+        features = [some[kept] for some, kept in zip(batch["region_features"], real, strict=True)]
+        return boxes, torch.cat(features).float()
+
+    def _logits(self, hidden: Tensor, embedding: Tensor, vectors: Tensor | None = None) -> Tensor:
+        """[N, 1 + C]: background, then the base classes, or those of ``vectors``."""
+        if self.classifier is not None:
+            learnt: Tensor = self.classifier(hidden.float())
+            return learnt
+        assert self.background is not None
+        background = functional.normalize(self.background, dim=0)
+        classes = torch.cat([background[None], self.vectors if vectors is None else vectors])
+        return embedding @ classes.T / self.config.temperature
+
+    def _mask_loss(
+        self, features: Mapping[str, Tensor], regions: Sequence[Drawn], targets: Sequence[Tensor], masks: Tensor
+    ) -> Tensor:
+        """Summed over regions that cover an object, averaged over pixels."""
+        chosen = [one.labels > 0 for one in regions]
+        boxes = [one.boxes[kept] for one, kept in zip(regions, chosen, strict=True)]
+        logits = self._mask_logits(features, boxes)
+        wanted = [
+            mask_targets(masks[number], targets[number], some, one.matched[kept], logits.shape[-1])
+            for number, (some, one, kept) in enumerate(zip(boxes, regions, chosen, strict=True))
+        ]
+        errors = functional.binary_cross_entropy_with_logits(logits, torch.cat(wanted), reduction="sum")
+        return errors / logits.shape[-1] ** 2
+
+    def _mask_logits(self, features: Mapping[str, Tensor], boxes: list[Tensor]) -> Tensor:
+        """float32 [N, 28, 28]."""
+        assert self.mask is not None
+        logits: Tensor = self.mask(self._cut(self.crop_mask, features, boxes))
+        return logits[:, 0].float()
+
+    def _cut(self, crop: MultiScaleRoIAlign, features: Mapping[str, Tensor], boxes: list[Tensor]) -> Tensor:
+        """Crops [N, C, cells, cells]; all pictures are as large as the square, whatever they show."""
+        sizes = [(self.config.image_size,) * 2 for _ in boxes]
+        crops: Tensor = crop(dict(features), boxes, sizes)
+        return crops
+
+    @torch.no_grad()
+    def predict(
+        self, pictures: Sequence[Tensor], words: Sequence[str], base: Collection[str] | None = None
+    ) -> list[Detections]:
+        """See :class:`~pipeline.models.detections.Detector`.
+
+        A word that is none of the training classes is given to the teacher's text tower, which is loaded for the first
+        such word.
+        """
+        check_words(words, base)
+        known = {plain_word(word) for word in (self.config.classes if base is None else base)}
+        is_base = torch.tensor([plain_word(word) in known for word in words], device=self.mean.device)
+        square, places = self.laid_out(pictures)
+        features = self.model.features(square)
+        proposed = self.model.proposer.propose(square, [place.extent for place in places], features)
+        crops = self._cut(self.crop, features, proposed.boxes)
+        hidden, embedding = self.branch(crops)
+        image = embedding if self.image_branch is None else self.image_branch(crops)[1]
+        scores = self._scores(hidden, embedding, image, torch.cat(proposed.scores), words, is_base)
+        moved = self.coder.decode(self.box(hidden).float(), proposed.boxes)[:, 0]
+        sizes = [len(boxes) for boxes in proposed.boxes]
+        pairs = zip(moved.split(sizes), scores.split(sizes), places, strict=True)
+        kept = [self._best(boxes, some, place) for boxes, some, place in pairs]
+        masks = self._found_masks(features, [boxes for boxes, _, _ in kept])
+        return [
+            Detections(unplaced(boxes, place).cpu(), some.cpu(), labels.cpu(), None if masks is None else masks[number])
+            for number, ((boxes, some, labels), place) in enumerate(zip(kept, places, strict=True))
+        ]
+
+    def _scores(
+        self,
+        hidden: Tensor,
+        embedding: Tensor,
+        image: Tensor,
+        objectness: Tensor,
+        words: Sequence[str],
+        is_base: Tensor,
+    ) -> Tensor:
+        """[N, W]: each region's score for each word."""
+        config = self.config
+        if self.classifier is not None:
+            found = self._logits(hidden, embedding).softmax(dim=1)
+            places = {plain_word(name): number + 1 for number, name in enumerate(config.classes)}
+            columns = [places.get(plain_word(word)) for word in words]
+            nothing = found.new_zeros(len(found))
+            return torch.stack([nothing if column is None else found[:, column] for column in columns], dim=1)
+        vectors = self.word_vectors(words)
+        by_image = (image @ vectors.T / config.temperature).softmax(dim=1)
+        if config.mode == "image":
+            return (by_image * objectness[:, None]).sqrt()
+        by_text = self._logits(hidden, embedding, vectors).softmax(dim=1)[:, 1:]
+        if config.mode == "ensemble":
+            return ensemble(by_text, by_image, is_base, config.base_share)
+        return by_text
+
+    def _best(self, boxes: Tensor, scores: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes [n, 4], scores [n] and labels [n] of a picture's detections, from boxes [N, 4] and scores [N, W]."""
+        boxes = clip_boxes_to_image(boxes, place.extent)
+        flat = torch.where(((boxes[:, 2:] - boxes[:, :2]) > 1e-2).all(dim=1)[:, None], scores, 0.0).flatten()
+        best, places = flat.topk(min(len(flat), self.config.candidates))
+        best, places = best[best > 0], places[best > 0]
+        rows, labels = places // scores.shape[1], places % scores.shape[1]
+        kept = batched_nms(boxes[rows], best, labels, self.config.detection_overlap)[: self.config.detections]
+        return boxes[rows[kept]], best[kept], labels[kept]
+
+    def _found_masks(self, features: Mapping[str, Tensor], boxes: list[Tensor]) -> list[Tensor] | None:
+        """float32 [n, 28, 28] of each picture, on the CPU."""
+        if self.mask is None:
+            return None
+        found = self._mask_logits(features, boxes).sigmoid().cpu()
+        return list(found.split([len(some) for some in boxes]))
+
+    def word_vectors(self, words: Sequence[str]) -> Tensor:
+        """Unit text vectors [W, D]: those of the training classes are stored, the teacher makes the others.
+
+        Raises:
+            SettingError: the teacher's weights are not those that this was trained with.
+        """
+        known = {plain_word(name): vector for name, vector in zip(self.config.classes, self.vectors, strict=True)}
+        new = [word for word in words if plain_word(word) not in known | self._learnt]
+        if new:
+            clip = class_vectors.open_teacher(self.config.teacher)
+            same = class_vectors.clip_digest(clip) == self.teacher_digest
+            require(same, "teacher", self.config.teacher, "the CLIP that this detector was trained with")
+            made = class_vectors.class_vectors(clip, new, self.config.prompts()).to(self.vectors.device)
+            self._learnt |= dict(zip(map(plain_word, new), made, strict=True))
+        known |= {word: vector.to(self.vectors.device) for word, vector in self._learnt.items()}
+        return torch.stack([known[plain_word(word)] for word in words])
+
+    def _taught_vectors(self, description: Mapping[str, str] | None) -> tuple[Tensor, str]:
+        """The vectors of the base classes, and the teacher's digest; zeros where a checkpoint will bring them."""
+        config = self.config
+        if description is not None:
+            facts = json.loads(description[FACTS])
+            return torch.zeros(len(config.classes), int(facts["width"])), str(facts["teacher"])
+        if config.mode == "supervised":
+            return torch.zeros(len(config.classes), 0), ""
+        clip = class_vectors.open_teacher(config.teacher)
+        digest = class_vectors.clip_digest(clip)
+        return class_vectors.class_vectors(clip, config.classes, config.prompts()), digest
+
+    def _load_start(self, fresh: bool) -> None:
+        if not (fresh and self.config.start_from):
+            return
+        folder = Folder(self.config.start_from)
+        try:
+            self.model.load_state_dict(read_tensors(FileCache().fetch(folder, WEIGHTS)))
+        except (RuntimeError, DataError) as error:
+            first = str(error).splitlines()[0]
+            require(False, "start_from", folder.uri, f"the checkpoint of a proposer with the same network ({first})")
+
+    def _mask_head(self) -> nn.Module:
+        config = self.config
+        width, layers = config.pyramid_width, list(config.mask_convolutions)
+        head = MaskRCNNHeads(width, layers, dilation=1, norm_layer=norm_layer(config.norm))
+        return nn.Sequential(head, MaskRCNNPredictor(layers[-1], layers[-1], num_classes=1))
+
+
+def _check_complete(config: Config) -> None:
+    """What a config of a preset may lack."""
+    require(bool(config.classes), "classes", config.classes, "the names of the base classes")
+    needed = config.mode != "supervised"
+    require(bool(config.teacher) or not needed, "teacher", config.teacher, f"a CLIP, for mode {config.mode}")
+
+
+def class_loss(logits: Tensor, labels: Tensor, zeroed: int = 0) -> Tensor:
+    """The cross-entropy of [N, 1 + C], summed; ``zeroed`` further classes have logits of 0."""
+    if zeroed:
+        logits = torch.cat([logits, logits.new_zeros(len(logits), zeroed)], dim=1)
+    return functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """The sum over regions of the L1 distance of unit vectors [S, D] (equation 4)."""
+    return (student - functional.normalize(teacher, dim=-1)).abs().sum()
+
+
+def box_loss(moves: Tensor, boxes: Tensor, truth: Tensor, covering: Tensor, coder: BoxCoder) -> Tensor:
+    """The Huber loss of moves [N, 4] of ``boxes`` to the ``truth``, of those that are ``covering`` an object.
+
+    Summed over boxes, averaged over the four moves.
+    """
+    wanted = coder.encode([truth[covering]], [boxes[covering]])[0]
+    return functional.huber_loss(moves[covering], wanted, reduction="sum") / 4
+
+
+def mask_targets(masks: Tensor, objects: Tensor, boxes: Tensor, matched: Tensor, cells: int) -> Tensor:
+    """What ``boxes`` [n, 4] show of the masks of the objects ``matched`` [n]: 0 and 1, float32 [n, cells, cells].
+
+    ``masks`` are uint8 [N, m, m], each on a grid over its box in ``objects`` [N, 4]; outside of it there is nothing.
+    """
+    theirs = objects[matched]
+    scale = masks.shape[-1] / (theirs[:, 2:] - theirs[:, :2]).clamp(min=1e-3)
+    inside = torch.cat([(boxes[:, :2] - theirs[:, :2]) * scale, (boxes[:, 2:] - theirs[:, :2]) * scale], dim=1)
+    numbers = torch.arange(len(boxes), device=boxes.device)[:, None].to(boxes.dtype)
+    grids = functional.pad(masks[matched][:, None].to(boxes.dtype), (1, 1, 1, 1))
+    found = roi_align(grids, torch.cat([numbers, inside + 1], dim=1), cells, sampling_ratio=2, aligned=True)
+    return (found[:, 0] >= 0.5).to(torch.float32)
+
+
+def ensemble(by_text: Tensor, by_image: Tensor, is_base: Tensor, share: float = 2 / 3) -> Tensor:
+    """The geometric mean of scores [N, W]: a ``share`` of the text head's for base words, of the image head's for the
+    others (section 3.4)."""
+    weight = torch.where(is_base, share, 1 - share)
+    mean: Tensor = by_text**weight * by_image ** (1 - weight)
+    return mean
+
+
+SMALL_HEADS: dict[str, Any] = {
+    "regions_drawn": 32,
+    "region_size": 112,
+    "head_convolutions": (32,),
+    "head_layers": (128,),
+    "mask_convolutions": (32,),
+    "mask_cells": 56,
+    "most_regions": 24,
+    "detections": 50,
+}
+"""For drawn pictures: see ``proposals.SMALL``."""
