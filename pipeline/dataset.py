@@ -41,8 +41,9 @@ class Card:
 
     ``source`` is the kind and the options of the source that reads it. ``classes`` and ``templates`` serve zero-shot
     classification: ``label`` is the key of the sample's json that holds the class name, each template has one ``{}``
-    for it. ``samples`` is the number expected of a complete copy. ``few_shot`` is there where papers learn from a few
-    of its pictures.
+    for it. ``novel`` are those of the classes of which an open-vocabulary detector has no boxes when it is trained.
+    ``samples`` is the number expected of a complete copy. ``few_shot`` is there where papers learn from a few of its
+    pictures.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Card:
     label: str = "label"
     samples: int | None = None
     few_shot: FewShot | None = None
+    novel: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require(
@@ -71,6 +73,7 @@ class Card:
             self.classes,
             "distinct class names",
         )
+        require(set(self.novel) <= set(self.classes), "novel", self.novel, "some of the card's classes")
 
 
 def check_templates(templates: Iterable[str]) -> None:

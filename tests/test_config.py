@@ -180,3 +180,39 @@ def test_a_card_is_found_by_name_or_path_and_checked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", card_names())
 def test_every_card_of_the_project_loads(name: str) -> None:
     assert load_card(name).title
+
+
+COCO_80 = (
+    *("person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant stop_sign").split(),
+    *("parking_meter bench bird cat dog horse sheep cow elephant bear zebra giraffe backpack umbrella handbag").split(),
+    *("tie suitcase frisbee skis snowboard sports_ball kite baseball_bat baseball_glove skateboard surfboard").split(),
+    *("tennis_racket bottle wine_glass cup fork knife spoon bowl banana apple sandwich orange broccoli carrot").split(),
+    *("hot_dog pizza donut cake chair couch potted_plant bed dining_table toilet tv laptop mouse remote").split(),
+    *("keyboard cell_phone microwave oven toaster sink refrigerator book clock vase scissors teddy_bear").split(),
+    *("hair_drier toothbrush").split(),
+)
+NOVEL = (4, 5, 15, 16, 19, 20, 25, 27, 31, 36, 41, 43, 55, 57, 66, 71, 76)  # places among the 80
+UNUSED = (9, 10, 11, 12, 32, 34, 35, 38, 40, 52, 58, 60, 67, 77, 78)
+
+
+def test_the_split_of_coco_is_the_published_one() -> None:
+    names = [name.replace("_", " ") for name in COCO_80]
+    everything = load_card("coco_ovd_all")
+    used = [name for place, name in enumerate(names) if place not in UNUSED]
+    assert len(names) == 80 and everything.classes == tuple(used) and len(used) == 65
+    assert everything.novel == load_card("coco_ovd_novel").classes == tuple(names[place] for place in NOVEL)
+    base = load_card("coco_ovd_base").classes
+    assert len(base) == 48 and len(everything.novel) == 17
+    assert set(base) | set(everything.novel) == set(everything.classes) and not set(base) & set(everything.novel)
+
+
+def test_the_drawn_shapes_are_base_or_novel() -> None:
+    base, novel, everything = (load_card(name) for name in ("drawn_base", "drawn_novel", "drawn_val"))
+    assert (len(base.classes), len(novel.classes)) == (18, 6)
+    assert everything.novel == load_card("drawn").novel == novel.classes
+    assert set(everything.classes) == {*base.classes, *novel.classes}
+
+
+def test_novel_classes_are_classes() -> None:
+    with pytest.raises(SettingError, match="novel"):
+        Card(name="x", title="x", classes=("cat", "dog"), novel=("cow",))

@@ -4,7 +4,8 @@
      "objects": [{"label": "cat", "bbox": [x, y, width, height],
                   "segmentation": polygons, or {"size": [height, width], "counts": runs or COCO's string},
                   "iscrowd": 0, "area": 812.5, "id": 17}],
-     "negative": ["dog"],                                labels known not to be there (LVIS)
+     "negative": ["dog"],                                labels known not to be there (LVIS); where the list exists, if
+                                                         only an empty one, nobody looked for labels that are nowhere
      "incomplete": ["cat"]}                              labels of which only some are marked (LVIS)
 
 Everything but ``width``, ``height``, ``objects``, ``label`` and ``bbox`` may be missing. Whoever wrote the file is not
@@ -13,7 +14,7 @@ trusted: boxes are cut to the picture, and those that then have no area, or were
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ class Objects:
     """The things in one picture of ``height`` x ``width`` pixels; the lists belong together.
 
     ``boxes`` are x1, y1, x2, y2 in pixels, float64 [N, 4], inside the picture; ``left_out`` counts unusable ones.
+    ``areas``, float64 [N], are what COCO sorts small and large by: the visible pixels where they are stated, else the
+    box's. ``federated``: only the labels of ``negative`` and of the objects were looked for (LVIS).
     """
 
     height: int
@@ -44,6 +47,8 @@ class Objects:
     negative: tuple[str, ...] = ()
     incomplete: tuple[str, ...] = ()
     left_out: int = 0
+    areas: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    federated: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -88,7 +93,14 @@ def _objects(things: Sequence[Mapping[str, Any]], record: Mapping[str, Any], hei
         negative=tuple(str(label) for label in record.get("negative", ())),
         incomplete=tuple(str(label) for label in record.get("incomplete", ())),
         left_out=len(things) - len(kept),
+        areas=np.array([_area(thing, box) for box, thing in kept], np.float64),
+        federated="negative" in record,
     )
+
+
+def _area(thing: Mapping[str, Any], box: NDArray[np.float64]) -> float:
+    stated = float(thing.get("area") or 0.0)
+    return stated if 0 < stated < np.inf else float((box[2:] - box[:2]).prod())
 
 
 def corners(bbox: Sequence[float]) -> NDArray[np.float64]:

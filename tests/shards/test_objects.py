@@ -64,3 +64,16 @@ def test_a_picture_of_another_size_is_refused() -> None:
     things.check_size(30, 40, "0007")
     with pytest.raises(DataError, match="20 x 15 pixels, its boxes are measured in 40 x 30"):
         things.check_size(15, 20, "0007")
+
+
+def test_areas_are_the_stated_ones_or_the_boxes() -> None:
+    things = [{"label": "a", "bbox": [1, 2, 3, 4], "area": area} for area in (5.5, None, 0, -3, float("nan"))]
+    record = {"width": 40, "height": 30, "objects": [*things, {"label": "a", "bbox": [38, 0, 10, 10]}]}
+    found = read_objects(Sample("0007", {"boxes.json": json.dumps(record).encode()}))
+    np.testing.assert_array_equal(found.areas, [5.5, 12, 12, 12, 12, 20])
+
+
+def test_only_where_the_negative_labels_are_listed_are_others_unknown() -> None:
+    assert not read_objects(sample([1, 1, 2, 2])).federated
+    assert read_objects(sample([1, 1, 2, 2], negative=[])).federated
+    assert read_objects(sample([1, 1, 2, 2], negative=["dog"], incomplete=["cat"])).incomplete == ("cat",)
