@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipeline.errors import ClipmillError
 from pipeline.loaders.batches import Batch, training_batches
 from pipeline.loaders.order import random_words
+from pipeline.loaders.tokens import from_sidecar
 from pipeline.models.method import EmbeddingMethod, Method, build_method, method_class, method_name
 from pipeline.training import distributed, fp8
 from pipeline.training.blocks import compile_each, recompute_each
@@ -222,9 +223,10 @@ class _Training:
         return average
 
     def _batches(self) -> Generator[Batch, None, None]:
+        readers = self.method.readers(train=True, seed=self.config.seed, caption=self.config.caption)
         return training_batches(
             self.plan.snapshot,
-            self.method.readers(train=True, seed=self.config.seed, caption=self.config.caption),
+            from_sidecar(readers, self.config.tokens) if self.config.tokens else readers,
             self.order,
             steps=range(self.done, self.plan.steps),
             rank=self.rank,

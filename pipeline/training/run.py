@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 from pipeline.config import Scalar, flatten, from_plain, require, writable_folder
 from pipeline.errors import DataError, SettingError
+from pipeline.loaders import tokens
 from pipeline.loaders.batches import LoaderConfig
-from pipeline.loaders.mixture import MixedOrder, TrainingData, make_order, mixed, places, read_data
+from pipeline.loaders.mixture import MixedOrder, TrainingData, make_order, mixed, parts_of, places, read_data
 from pipeline.loaders.order import Order
-from pipeline.loaders.samples import check_fields
+from pipeline.loaders.samples import check_fields, check_sidecars
 from pipeline.loaders.text import caption_field
 from pipeline.models.method import EmbeddingMethod, method_class, method_name
+from pipeline.shards.sidecar import Wanted
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.training.fp8 import check_installed
@@ -46,6 +48,7 @@ FREE = (
     "checkpoint_every_minutes",
     "keep_checkpoints",
     "keep_waiting",
+    "tokens",
     "saving",
     "measuring",
     "evaluate_every_steps",
@@ -126,6 +129,9 @@ class Run:
     """Decides initial weights, order and augmentation."""
     caption: str = "txt"
     """Field of the captions: txt, or json:KEY."""
+    tokens: str = ""
+    """Sidecar with the captions' tokens, which jobs/tokenize_dataset.py makes; without it they are tokenised while they
+    are loaded. The same result; it pays with slow tokenizers, not with CLIP's."""
     lanes: int = 32
     """Places in the data from which a batch is drawn; fewer where the batch cannot be divided so."""
     shuffle_block: int = 8192
@@ -293,6 +299,10 @@ def _is_number_or_range(workers: int | str) -> bool:
 def _check_readable(snapshot: TrainingData, method: Any, run: Run) -> None:
     """Pictures and captions, which every snapshot names alike; the loop checks what else a method reads."""
     places = {"image": "image", "text": caption_field(run.caption)}
+    if run.tokens:
+        del places["text"]
+        for part in parts_of(snapshot):
+            check_sidecars(part, [Wanted(name=run.tokens, job=tokens.JOB)])
     check_fields(snapshot, [places[key] for key in method_class(method_name(method)).fields if key in places])
 
 

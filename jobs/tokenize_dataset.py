@@ -1,0 +1,81 @@
+#!/usr/bin/env python
+"""Tokenise the captions of a snapshot once, into a sidecar that trainings read with --tokens.
+
+    ray job submit --working-dir . -- python jobs/tokenize_dataset.py snapshot --data s3://bucket/cc3m \
+        --architecture ViT-B-32
+
+Architectures with the same tokenizer and context length share the tokens. Each shard gets a file of its own and is done
+once: the same command goes on where it was stopped, and after a refresh only new shards are read.
+"""
+
+import getpass
+import tempfile
+from dataclasses import dataclass, field
+from functools import partial
+
+import tyro
+
+from pipeline.config import require, run_job
+from pipeline.loaders.text import caption_field
+from pipeline.loaders.tokens import NAME, LoadTokenMaker
+from pipeline.models.towers.openclip import check_architecture, tokenizer
+from pipeline.shards.snapshot import read_snapshot
+from pipeline.shards.storage import Folder
+from pipeline.stages.annotate import Annotation, annotate
+from pipeline.stages.shard_tasks import Workers
+from pipeline.stages.smoke import drawn_snapshot
+
+SMOKE = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/tokenized"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenize:
+    """One snapshot, one tokenizer."""
+
+    data: str
+    """The folder of a snapshot (its latest) or FOLDER@ID; a path or any fsspec URI."""
+    architecture: str
+    """The open_clip architecture that will be trained: its tokenizer and its context length are taken."""
+    context_length: int | None = None
+    """Tokens of a text, where the training has not the architecture's."""
+    caption: str = "txt"
+    """Field of the captions: txt, or json:KEY."""
+    name: str = NAME
+    """Name of the sidecar: a plain word, so that the tokens of several tokenizers can lie side by side."""
+    overwrite: bool = False
+    """Replace tokens that another tokenizer made."""
+    workers: Workers = field(default_factory=Workers)
+
+    def __post_init__(self) -> None:
+        caption_field(self.caption)
+        length = self.context_length
+        require(length is None or length >= 1, "context_length", length, "1 or more, or none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Smoke(Tokenize):
+    """As the job, on a snapshot that it draws first."""
+
+
+PRESETS: dict[str, tuple[str, Tokenize]] = {
+    "snapshot": ("The snapshot in a folder.", Tokenize(data=tyro.MISSING, architecture=tyro.MISSING)),
+    "smoke": (
+        "Sixty-four drawn captions, in this process.",
+        Smoke(data=f"{SMOKE}/data", architecture="clipmill-tiny", workers=Workers(processes_count=0)),
+    ),
+}
+
+
+def main(run: Tokenize) -> None:
+    """Wire snapshot, tokenizer and workers."""
+    check_architecture(run.architecture)
+    annotation = Annotation(name=run.name, overwrite=run.overwrite)
+    if isinstance(run, Smoke):
+        drawn_snapshot(Folder(run.data))
+    load = LoadTokenMaker(make=partial(tokenizer, run.architecture, run.context_length), caption=run.caption)
+    snapshot = annotate(read_snapshot(run.data), load, annotation, run.workers, use_gpu=False)
+    print(f"{snapshot.uri}: {run.name} of {sum(shard.stored for shard in snapshot.shards)} captions")
+
+
+if __name__ == "__main__":
+    run_job(PRESETS, main)
