@@ -2,6 +2,8 @@
 
     python tests/benchmarks/end_to_end.py feed
     python tests/benchmarks/end_to_end.py overhead
+    python tests/benchmarks/end_to_end.py feed --architecture ViT-B-16 --size 256 --batch-size 512 --loader-workers 12 \
+        --compile-blocks                                    # where there is a GPU
 
 ``feed``: samples per second of the loader alone, of the loop alone (on batches that are in memory), and of both
 together, with the share of time in which the loop waits for data: where the loader alone is faster than the loop alone,
@@ -9,7 +11,8 @@ that must be next to nothing, and both together as fast as the loop. ``overhead`
 system metrics, checkpoints and evaluations beside the training, against the loop with none of these, in turns; asked is
 a loss of at most 3 %. Speeds are those between the first log and the last. One line of JSON each.
 
-The loop has one thread and the loader one process, as on a machine with two cores.
+The loop has one thread and the loader one process, as on a machine with two cores. A GPU is taken where there is one,
+with bfloat16. Neither Ray nor data are needed: the shards are drawn.
 """
 
 import argparse
@@ -23,7 +26,7 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -74,10 +77,12 @@ def settle(arguments: argparse.Namespace, folder: Path, evaluates: bool = False,
         steps=arguments.steps,
         warmup_steps=arguments.steps // 4,
         checkpoint_every_minutes=None,
-        loader=LoaderConfig(loader_workers=1),
+        compile_blocks=arguments.compile_blocks,
+        loader=LoaderConfig(loader_workers=arguments.loader_workers),
         **changes,
     )
-    method = Config(architecture=arguments.architecture, text_start="bag_of_words")
+    start: Literal["bag_of_words", "paper"] = "bag_of_words" if "clipmill" in arguments.architecture else "paper"
+    method = Config(architecture=arguments.architecture, text_start=start)
     return prepare(method, settings, evaluates=evaluates)[0]
 
 
@@ -165,6 +170,7 @@ def everything(arguments: argparse.Namespace, folder: Path) -> float:
 
 def show(arguments: argparse.Namespace, name: str, ours: float, peer: float, conditions: str, unit: str) -> None:
     """One line."""
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "one thread"
     line = {
         "name": name,
         "ours": round(ours, 1),
@@ -172,8 +178,8 @@ def show(arguments: argparse.Namespace, name: str, ours: float, peer: float, con
         "ratio": round(ours / peer, 3),
         "unit": unit,
         "n": arguments.steps * arguments.batch_size,
-        "conditions": f"{conditions}; {arguments.architecture}, batches of {arguments.batch_size}, one thread and one "
-        f"loader process, torch {torch.__version__}",
+        "conditions": f"{conditions}; {arguments.architecture}, batches of {arguments.batch_size}, {where}, "
+        f"{arguments.loader_workers} loader processes, torch {torch.__version__}",
     }
     print(json.dumps(line), flush=True)
 
@@ -188,13 +194,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--evaluations", type=int, default=2, help="evaluations in a run, the last one included")
     parser.add_argument("--evaluated", type=int, default=512, help="samples of each set")
+    parser.add_argument("--loader-workers", type=int, default=1)
+    parser.add_argument("--compile-blocks", action="store_true")
     parser.add_argument("--data", default="", help="a snapshot; otherwise one is drawn")
+    parser.add_argument("--samples", type=int, default=8000, help="to draw")
+    parser.add_argument("--size", type=int, default=64, help="pixels a side of drawn pictures")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="clipmill-end-to-end-") as name:
         if not arguments.data:
             options = ShardOptions(images=ImageOptions(resize_mode="no", skip_reencode=True))
-            refresh(Drawn(samples=8000, size=64), Folder(f"{name}/data"), options, Workers(processes_count=0))
+            refresh(
+                Drawn(samples=arguments.samples, size=arguments.size),
+                Folder(f"{name}/data"),
+                options,
+                Workers(processes_count=0),
+            )
         {"feed": feed, "overhead": overhead}[arguments.what](arguments, Path(name))
 
 
