@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from pipeline.config import require
 from pipeline.errors import DataError, SnapshotError, StorageError
 from pipeline.shards.lease import lease
+from pipeline.shards.parquet import parse_parquet
 from pipeline.shards.snapshot import SNAPSHOTS, Shard, Snapshot, publish_shards, read_snapshot, snapshot_ids
 from pipeline.shards.storage import BLOCK, Folder
 from pipeline.shards.tar import iterate_tar
@@ -221,7 +222,7 @@ def _learnt(folder: Folder) -> Folder:
 
 def _known(folder: Folder) -> dict[str, tuple[str, str]]:
     try:
-        rows = pq.read_table(BytesIO(folder.folder(SNAPSHOTS).read_bytes(KNOWN))).to_pylist()
+        rows = parse_parquet(folder.folder(SNAPSHOTS).read_bytes(KNOWN)).to_pylist()
     except (FileNotFoundError, pa.ArrowInvalid):
         return {}
     return {row["name"]: (row["stamp"], row["stats"]) for row in rows}

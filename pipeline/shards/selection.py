@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError
+from pipeline.shards.parquet import parse_parquet
 from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Shard
 from pipeline.shards.storage import Folder
@@ -79,7 +80,7 @@ def read_selection(folder: Folder, shard: Shard) -> Indices | None:
         raise DataError(f"{place.join(file)} is missing; {shard.tar} cannot be read without it") from error
     if hashlib.sha256(content).hexdigest() != shard.selection:
         raise DataError(f"{place.join(file)} is damaged: its bytes do not match its name")
-    indices: Indices = pq.read_table(BytesIO(content))["index"].to_numpy()
+    indices: Indices = parse_parquet(content)["index"].to_numpy()
     if len(indices) != shard.samples or (len(indices) and indices[-1] >= shard.stored):
         raise DataError(f"{place.join(file)} does not fit {shard.tar} with {shard.samples} of {shard.stored} samples")
     return indices

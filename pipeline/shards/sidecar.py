@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import SidecarError
+from pipeline.shards.parquet import parse_parquet
 from pipeline.shards.snapshot import Shard
 from pipeline.shards.storage import Folder
 
@@ -63,7 +64,7 @@ def read_sidecar(folder: Folder, shard: Shard, name: str, job: str, maker: str |
     """
     file = sidecar_file(shard, name)
     try:
-        table = pq.read_table(BytesIO(folder.read_bytes(file)))
+        table = parse_parquet(folder.read_bytes(file))
     except FileNotFoundError as error:
         raise SidecarError(f"{folder.join(file)} is missing; make it with {job}") from error
     except pa.ArrowInvalid as error:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import SnapshotError
 from pipeline.shards.interchange import delete_indexes, write_indexes
+from pipeline.shards.parquet import parse_parquet
 from pipeline.shards.storage import Folder
 from pipeline.shards.writer import ShardStats
 
@@ -236,7 +237,7 @@ def _read(folder: Folder, name: str) -> Snapshot:
     manifests = folder.folder(SNAPSHOTS)
     try:
         plain = json.loads(manifests.read_bytes(f"{name}.json"))
-        rows = pq.read_table(BytesIO(manifests.read_bytes(f"{name}.shards.parquet"))).to_pylist()
+        rows = parse_parquet(manifests.read_bytes(f"{name}.shards.parquet")).to_pylist()
         shards = tuple(Shard(**{**row, "sidecars": json.loads(row["sidecars"])}) for row in rows)
         plain.pop("samples")
         snapshot = Snapshot(

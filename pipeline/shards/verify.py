@@ -4,15 +4,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.errors import DataError, SnapshotError
 from pipeline.shards.adopt import ENGINE, LEARNT
 from pipeline.shards.interchange import FOREIGN_ENGINES, SIZES, shard_sizes
+from pipeline.shards.parquet import parse_parquet
 from pipeline.shards.sample import IMAGE_FIELDS, Sample
 from pipeline.shards.selection import read_selection
 from pipeline.shards.sidecar import TAR_DIGEST, sidecar_file
@@ -150,7 +149,7 @@ def _sidecar(folder: Folder, shard: Shard, name: str, digest: str, keys: list[st
         yield f"{file} is missing"
         return
     try:
-        table = pq.read_table(BytesIO(content))
+        table = parse_parquet(content)
     except (pa.ArrowInvalid, OSError) as error:
         yield f"{file} is damaged ({_line(error)})"
         return
@@ -174,7 +173,7 @@ def _table(folder: Folder, shard: Shard, keys: list[str] | None, expected: bool)
         yield from _counts(shard, stats)
     file = f"{shard.name}.parquet"
     try:
-        table = pq.read_table(BytesIO(folder.read_bytes(file)))
+        table = parse_parquet(folder.read_bytes(file))
     except FileNotFoundError:
         if expected or stats is not None:
             yield f"{file} is missing"

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError, SnapshotError
+from pipeline.shards.parquet import parse_parquet
 from pipeline.shards.selection import read_selection
 from pipeline.shards.snapshot import Shard, Snapshot, read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder
@@ -158,7 +159,7 @@ def read_rows(folder: Folder, name: str) -> pa.Table:
         DataError: it is missing or damaged.
     """
     try:
-        return pq.read_table(BytesIO(folder.read_bytes(f"{name}.parquet")))
+        return parse_parquet(folder.read_bytes(f"{name}.parquet"))
     except FileNotFoundError as error:
         raise DataError(f"{folder.join(name + '.parquet')} is missing, which lists the shard's rows") from error
     except pa.ArrowInvalid as error:
@@ -201,7 +202,7 @@ def write_hidden(folder: Folder, parent: str, hidden: Mapping[int, Mapping[int, 
 
 def _read_hidden(place: Folder) -> dict[int, dict[int, str]]:
     try:
-        table = pq.read_table(BytesIO(place.read_bytes(HIDDEN_FILE)))
+        table = parse_parquet(place.read_bytes(HIDDEN_FILE))
     except pa.ArrowInvalid as error:
         raise SnapshotError(f"{place.join(HIDDEN_FILE)} is damaged ({error})") from error
     found: dict[int, dict[int, str]] = {}

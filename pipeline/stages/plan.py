@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import require
+from pipeline.shards.parquet import parse_parquet
 from pipeline.shards.sample import check_rows_per_shard, shard_name
 from pipeline.shards.snapshot import snapshot_ids
 from pipeline.shards.storage import Folder
@@ -122,7 +123,7 @@ def read_plan(folder: Folder, name: str) -> Known | None:
     place = _place(folder, name)
     if not place.exists(PLAN_FILE):
         return None
-    table = pq.read_table(BytesIO(place.read_bytes(PLAN_FILE)), columns=["shard_id"])
+    table = parse_parquet(place.read_bytes(PLAN_FILE), ["shard_id"])
     metadata = table.schema.metadata or {}
     digest, first = metadata.get(PLAN_DIGEST, b"").decode(), int(metadata.get(PLAN_FIRST, b"0"))
     return Known(digest=digest, first=first, shards=tuple(table["shard_id"].to_numpy().tolist()))

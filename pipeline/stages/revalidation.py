@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import require
 from pipeline.errors import SampleError
+from pipeline.shards.parquet import parse_parquet
 from pipeline.shards.selection import read_selection
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
@@ -60,7 +61,7 @@ class Revalidation:
             buffer = BytesIO()
             pq.write_table(self._ask(shard), buffer)
             self.place.write_atomic(file, buffer.getvalue())
-        verdicts = pq.read_table(BytesIO(self.place.read_bytes(file)))["verdict"].to_pylist()
+        verdicts = parse_parquet(self.place.read_bytes(file))["verdict"].to_pylist()
         return json.dumps(Counter(verdicts))
 
     def _ask(self, shard: Shard) -> pa.Table:
@@ -138,7 +139,7 @@ def _verdict(answer: Download | SampleError, stored: str | None) -> str:
 
 
 def _changed(place: Folder, shard: Shard) -> NDArray[np.int64]:
-    table = pq.read_table(BytesIO(place.read_bytes(f"{shard.name}.parquet")))
+    table = parse_parquet(place.read_bytes(f"{shard.name}.parquet"))
     stale = np.array([verdict in ("changed", "forbidden") for verdict in table["verdict"].to_pylist()], np.bool_)
     positions: NDArray[np.int64] = table["position"].to_numpy().astype(np.int64)[stale]
     return positions

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.shards.parquet import parse_parquet
 from pipeline.shards.snapshot import Shard
 from pipeline.shards.storage import Folder
 from pipeline.stages.filters.view import ShardView
@@ -114,7 +115,7 @@ def table_file(number: int) -> str:
 def read_table(folder: Folder, name: str, **options: Any) -> pa.Table:
     """A parquet file of ``folder``; with ``filters`` or ``columns`` only what they need is fetched."""
     if not options:
-        return pq.read_table(BytesIO(folder.read_bytes(name)))
+        return parse_parquet(folder.read_bytes(name))
     with folder.open(name) as file:
         return pq.read_table(file, **options)
 
