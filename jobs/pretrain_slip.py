@@ -70,8 +70,12 @@ PRESETS = {
     "paper-vit-s": ("The paper's ViT-S/16: 25 epochs of YFCC15M.", Pretrain(method=VIT_S, run=YFCC15M)),
     "paper-vit-b": ("The paper's ViT-B/16: 25 epochs of YFCC15M.", Pretrain(method=VIT_B, run=YFCC15M)),
     "paper-vit-l": ("The paper's ViT-L/16: 25 epochs of YFCC15M.", Pretrain(method=VIT_L, run=YFCC15M)),
+    "cc3m-vit-s": ("ViT-S/16, which the paper has not: 40 epochs of CC3M.", Pretrain(method=VIT_S, run=CC3M)),
     "cc3m-vit-b": ("The paper's ViT-B/16: 40 epochs of CC3M.", Pretrain(method=VIT_B, run=CC3M)),
+    "cc3m-vit-l": ("ViT-L/16, which the paper has not: 40 epochs of CC3M.", Pretrain(method=VIT_L, run=CC3M)),
+    "cc12m-vit-s": ("ViT-S/16, which the paper has not: 35 epochs of CC12M.", Pretrain(method=VIT_S, run=CC12M)),
     "cc12m-vit-b": ("The paper's ViT-B/16: 35 epochs of CC12M.", Pretrain(method=VIT_B, run=CC12M)),
+    "cc12m-vit-l": ("ViT-L/16, which the paper has not: 35 epochs of CC12M.", Pretrain(method=VIT_L, run=CC12M)),
     "demo": ("A small SLIP in minutes on two cores, for drawn data.", Pretrain(method=SMALL, run=DEMO)),
     "smoke": (
         "Four steps of a tiny SLIP on 64 drawn samples, in this process.",

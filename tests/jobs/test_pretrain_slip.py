@@ -40,11 +40,14 @@ def test_smoke(script: dict[str, Any], tmp_path: Path) -> None:
 def test_presets_are_the_papers(script: dict[str, Any]) -> None:
     """Mu et al. 2021, section 4.1, as their code has it."""
     presets = {name: preset for name, (_, preset) in script["PRESETS"].items()}
-    epochs = {"paper-vit-s": 25, "paper-vit-b": 25, "paper-vit-l": 25, "cc3m-vit-b": 40, "cc12m-vit-b": 35}
+    epochs = {
+        f"{data}-vit-{size}": count for data, count in (("paper", 25), ("cc3m", 40), ("cc12m", 35)) for size in "sbl"
+    }
     for name, count in epochs.items():
         run, method = presets[name].run, presets[name].method
         optimizer = run.optimizer
         assert (run.batch_size, run.epochs) == (4096, count)
+        assert run.warmup_steps == {25: 3564, 40: 708, 35: 2685}[count]  # an epoch of 14.6, 2.9 or 11 million
         assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.epsilon) == (3e-3, 0.1, 1e-8)
         assert (optimizer.first_learning_rate, optimizer.final_learning_rate) == (1e-6, 1e-5)
         assert (optimizer.beta1, optimizer.beta2) == (0.9, 0.98)
