@@ -4,7 +4,7 @@
     python tests/benchmarks/write_scaling.py --memory 1000000   # memory; one JSON line, some minutes
 
 ``write_scaling``: samples per second of wall time with two shards at a time (ours) and one (peer); asked 1.7 or more.
-``ray_overhead``: wall time of the same units through Ray Data (ours) and through ``ProcessPoolExecutor`` (peer), both
+``ray_overhead``: wall time of the same units through Ray (ours) and through ``ProcessPoolExecutor`` (peer), both
 with two processes that are warm; asked 1.15 or less. Needs two cores that nobody else uses.
 ``memory_flat``: peak resident megabytes of the driver with so many rows (ours) and with 10,000 (peer), for a source
 that gives the same picture for every row; ``conditions`` has the workers' figures.
