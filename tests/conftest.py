@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -257,14 +257,55 @@ def coloured_sample(shard: int, index: int, number: int) -> Sample:
     )
 
 
+def drawn_objects(number: int, side: int = 72) -> bytes:
+    """``boxes.json`` of one to three things in the picture of ``number``, the first in its colour."""
+    import numpy as np
+
+    numbers = np.random.default_rng(number)
+    things = []
+    for nth in range(1 + number % 3):
+        left, top = numbers.integers(0, side // 2, 2).tolist()
+        width, height = numbers.integers(side // 5, side // 2, 2).tolist()
+        polygon = [left, top, left + width, top, left + width / 2, top + height]
+        name = list(COLOURS)[(number + nth) % len(COLOURS)]
+        things.append({"label": name, "bbox": [left, top, width, height], "segmentation": [polygon]})
+    return json.dumps({"width": side, "height": side, "objects": things}).encode()
+
+
+def write_drawn_regions(folder: Folder, shard: Shard, keys: Sequence[str], teacher: str, width: int) -> str:
+    """A sidecar ``regions`` with three boxes and random unit features for each key, none for the last one."""
+    import numpy as np
+    import pyarrow as pa
+
+    from pipeline.shards.sidecar import FACTS, write_sidecar
+
+    numbers = np.random.default_rng(len(keys))
+    rows = []
+    for key in keys:
+        count = 0 if key == keys[-1] else 3
+        corners = np.sort(numbers.random((count, 2, 2)), axis=1).reshape(count, 4)
+        features = numbers.standard_normal((count, width))
+        features /= np.linalg.norm(features, axis=1, keepdims=True)
+        plain = {"boxes": corners.ravel().tolist(), "scores": [0.5] * count}
+        rows.append({"key": key, "height": 72, "width": 72, **plain, "features": features.astype(np.float16).tobytes()})
+    facts = {"width": width, "matched": 0, "right": 0, "teacher": teacher}
+    table = pa.Table.from_pylist(rows).replace_schema_metadata({FACTS: json.dumps(facts).encode()})
+    return write_sidecar(folder, shard, "regions", table, "maker")
+
+
 @pytest.fixture(scope="session")
 def make_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Snapshot]:
-    """``make_snapshot(sizes, folder=None, spoil={number: fields})`` publishes shards of the given sizes."""
+    """``make_snapshot(sizes, folder=None, spoil={number: fields})`` publishes shards of the given sizes.
+
+    With ``regions``, the digest of a teacher and the width of its features, samples have ``boxes.json`` and shards a
+    sidecar of stored regions.
+    """
 
     def make(
         sizes: Sequence[int] = (7, 5, 8),
         folder: Path | None = None,
         spoil: dict[int, dict[str, bytes]] | None = None,
+        regions: tuple[str, int] | None = None,
     ) -> Snapshot:
         place = folder or tmp_path_factory.mktemp("snapshot")
         place.mkdir(parents=True, exist_ok=True)
@@ -273,21 +314,26 @@ def make_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Sna
             path = place / f"{shard_id:05d}.tar"
             with open(path, "wb") as file:
                 writer = TarWriter(file)
+                keys = []
                 for index in range(size):
                     made = coloured_sample(shard_id, index, number)
+                    keys.append(made.key)
+                    if regions:
+                        made.fields["boxes.json"] = drawn_objects(number)
                     if spoil and number in spoil:
                         made = Sample(made.key, spoil[number])
                     writer.write(made)
                     number += 1
                 writer.close()
             digest = file_digest(path)
-            shards.append(
-                Shard(name=f"{shard_id:05d}", samples=size, bytes=path.stat().st_size, sha256=digest, sidecars={})
-            )
+            shard = Shard(name=f"{shard_id:05d}", samples=size, bytes=path.stat().st_size, sha256=digest, sidecars={})
+            if regions:
+                shard = replace(shard, sidecars={"regions": write_drawn_regions(Folder(place), shard, keys, *regions)})
+            shards.append(shard)
         return publish_shards(
             Folder(place),
             tuple(shards),
-            fields=("jpg", "json", "txt"),
+            fields=("boxes.json", "jpg", "json", "txt") if regions else ("jpg", "json", "txt"),
             card=None,
             options={},
             rows=sum(sizes),

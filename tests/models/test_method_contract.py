@@ -20,6 +20,7 @@ from pipeline.config import flatten, from_json, to_json
 from pipeline.errors import SettingError
 from pipeline.loaders.batches import LoaderConfig, training_batches
 from pipeline.loaders.order import Order
+from pipeline.models.class_vectors import clip_digest, open_teacher
 from pipeline.models.method import Method, build_method, config_class, method_class, method_name, method_names
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.training import distributed
@@ -63,7 +64,9 @@ def gradients(method: Method, batch: dict[str, Tensor], module: torch.nn.Module 
 
 @pytest.fixture(scope="module")
 def snapshot(make_snapshot: Callable[..., Snapshot]) -> Snapshot:
-    return make_snapshot((12, 12))
+    teacher = open_teacher("clipmill-tiny:untrained")
+    width = teacher.encode_text(teacher.tokenizer(["a word"])).shape[1]
+    return make_snapshot((12, 12), regions=(clip_digest(teacher), width))
 
 
 @EVERY

@@ -21,5 +21,6 @@ def clipmill_small_resnet(pretrained: bool = False, **settings: Any) -> nn.Modul
     if pretrained:
         raise ValueError("clipmill_small_resnet has no pretrained weights")
     narrow = {"layers": (1, 1, 1, 1), "channels": (32, 64, 96, 128), "stem_type": "deep", "stem_width": 12}
+    narrow["zero_init_last"] = False  # shallow enough to begin with all of it
     model: nn.Module = timm.create_model("resnet18", **{**narrow, **settings})
     return model
