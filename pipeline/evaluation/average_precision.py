@@ -1,0 +1,222 @@
+"""Average precision of detections, COCO's and LVIS's, boxes and masks.
+
+Lin et al. 2014, "Microsoft COCO" (arXiv 1405.0312) and its evaluator; Gupta, Dollar, Girshick 2019, "LVIS" (arXiv
+1908.03195), section 3. Detections of a class are sorted by score, and each takes the free object of its class that it
+overlaps most, if by the threshold or more; AP is the mean of the precision at 101 recalls, over thresholds 0.5, 0.55,
+... 0.95 and over classes that occur. An object marked as a crowd may be found any number of times and counts neither
+way. Small, medium and large objects have areas up to 32, 96 and more pixels squared.
+
+In federated data (LVIS) a picture is searched for some classes only: detections of a class that is neither marked nor
+known to be absent do not count, nor do wrong ones of a class of which only some objects are marked. There the 300 best
+detections of a picture count, elsewhere the 100 best of each class.
+
+The counting is faster-coco-eval's, some classes at a time: what it holds grows with pictures times classes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from faster_coco_eval.core import mask as rle
+from faster_coco_eval.core.coco import COCO
+from faster_coco_eval.core.faster_eval_api import COCOeval_faster
+from numpy.typing import NDArray
+
+from pipeline.errors import DataError
+from pipeline.models.detections import Detections, plain_word
+from pipeline.shards.objects import Objects
+from pipeline.shards.segmentation import mask_of
+
+Record = dict[str, Any]
+Overlap = Literal["bbox", "segm"]
+
+MOST_FEDERATED, MOST = 300, 100  # detections: of a picture in LVIS, of a class in a picture in COCO
+CLASSES_AT_ONCE = 64
+MASKS_AT_ONCE = 50
+HALF, THREE_QUARTERS = 0, 5  # places among the thresholds
+SIZES = {"": 0, "s": 1, "m": 2, "l": 3}  # as the evaluator orders its areas
+
+
+@dataclass
+class AveragePrecision:
+    """Gathers pictures with :meth:`add`, then :meth:`metrics`.
+
+    ``groups`` are sets of words (base, novel; rare, common, frequent) whose AP is also given on its own: the mean over
+    the group's classes with all words in the running, which is generalised zero-shot detection. Words and labels are
+    the same where :func:`~pipeline.models.detections.plain_word` is.
+    """
+
+    words: Sequence[str]
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    pictures: int = 0
+    with_masks: bool = True
+    federated: bool = False
+
+    def __post_init__(self) -> None:
+        self._number = {plain_word(word): number for number, word in enumerate(self.words)}
+        self._sizes: list[tuple[int, int]] = []
+        self._objects: list[list[Record]] = [[] for _ in self.words]
+        self._found: list[list[Record]] = [[] for _ in self.words]
+        self._unknown: set[str] = set()
+
+    def add(self, marked: Objects, found: Detections) -> None:
+        """One picture: what is marked in it, and the detections, whose labels are places among the words.
+
+        Masks count while all pictures have them, marked and found.
+
+        Raises:
+            DataError: a segmentation that is none.
+        """
+        labels = [self._number.get(plain_word(label), -1) for label in marked.labels]
+        self._unknown |= {label for label, number in zip(marked.labels, labels, strict=True) if number < 0}
+        self.federated |= marked.federated
+        self.with_masks &= found.masks is not None and all(
+            segmentation is not None
+            for segmentation, label in zip(marked.segmentations, labels, strict=True)
+            if label >= 0
+        )
+        for place, number in enumerate(labels):
+            if number >= 0:
+                self._objects[number].append(self._marked(marked, place))
+        self._add_found(marked, found, labels)
+        self._sizes.append((marked.height, marked.width))
+        self.pictures += 1
+
+    def metrics(self) -> dict[str, float]:
+        """``ap``, ``ap50``, ``ap75``, ``aps``, ``apm``, ``apl``, ``ap_<group>``, ``ap50_<group>``, and ``mask_`` with
+        the same, 0 to 1. What no object counts for is left out.
+
+        Raises:
+            DataError: none of the objects has a label that is one of the words.
+        """
+        if not any(self._objects):
+            some = ", ".join(map(repr, sorted(self._unknown)[:5])) or "none"
+            words = ", ".join(map(repr, self.words[:5]))
+            raise DataError(f"none of the labels in {self.pictures} pictures ({some}) is one of the words ({words})")
+        found = self._averages(self.precision("bbox"))
+        masks = self._averages(self.precision("segm")) if self.with_masks else {}
+        return found | {f"mask_{name}": value for name, value in masks.items()}
+
+    def precision(self, overlap: Overlap) -> NDArray[np.float64]:
+        """[10 thresholds, 101 recalls, words, 4 sizes]: -1 for words without an object of that size."""
+        numbers = range(len(self.words))
+        parts = [self._counted(numbers[at : at + CLASSES_AT_ONCE], overlap) for at in numbers[::CLASSES_AT_ONCE]]
+        return np.concatenate(parts, axis=2)
+
+    def _averages(self, precision: NDArray[np.float64]) -> dict[str, float]:
+        values: dict[str, float | None] = {f"ap{size}": _mean(precision[..., n]) for size, n in SIZES.items()}
+        whole = precision[..., SIZES[""]]
+        values |= {"ap50": _mean(whole[HALF]), "ap75": _mean(whole[THREE_QUARTERS])}
+        for group, words in self.groups.items():
+            numbers = [self._number[plain_word(word)] for word in words]
+            values |= {f"ap_{group}": _mean(whole[:, :, numbers]), f"ap50_{group}": _mean(whole[HALF][:, numbers])}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _marked(self, marked: Objects, place: int) -> Record:
+        x, y, right, bottom = marked.boxes[place].tolist()
+        return {
+            "image_id": self.pictures + 1,
+            "bbox": [x, y, right - x, bottom - y],
+            "area": float(marked.areas[place]),
+            "iscrowd": int(marked.crowd[place]),
+            "exhaustive": marked.labels[place] not in marked.incomplete,
+            "segmentation": coco_runs(marked.segmentations[place], marked.height, marked.width)
+            if self.with_masks
+            else None,
+        }
+
+    def _add_found(self, marked: Objects, found: Detections, labels: Sequence[int]) -> None:
+        """Keep the detections that count, so that what LVIS does not judge takes no memory."""
+        searched = set(range(len(self.words)))
+        incomplete = {self._number.get(plain_word(label), -1) for label in marked.incomplete}
+        if marked.federated:
+            searched = {*labels, *(self._number.get(plain_word(label), -1) for label in marked.negative)}
+        numbers = found.labels.tolist()[: MOST_FEDERATED if marked.federated else None]
+        kept = [place for place, number in enumerate(numbers) if number in searched]
+        masks = _found_runs(found, kept, marked.height, marked.width) if self.with_masks else iter(())
+        for place, (x, y, right, bottom) in zip(kept, found.boxes[kept].double().tolist(), strict=True):
+            self._found[numbers[place]].append(
+                {
+                    "image_id": self.pictures + 1,
+                    "bbox": [x, y, right - x, bottom - y],
+                    "score": float(found.scores[place]),
+                    "exhaustive": numbers[place] not in incomplete,
+                    "segmentation": next(masks, None),
+                }
+            )
+
+    def _counted(self, numbers: Sequence[int], overlap: Overlap) -> NDArray[np.float64]:
+        """The evaluator's table for some of the words, of the pictures that have something of them."""
+        objects = [{**one, "category_id": number + 1} for number in numbers for one in self._objects[number]]
+        found = [{**one, "category_id": number + 1} for number in numbers for one in self._found[number]]
+        partly: dict[int, set[int]] = {}
+        for one in (*objects, *found):
+            marks = partly.setdefault(one["image_id"], set())
+            if not one.pop("exhaustive"):
+                marks.add(one["category_id"])
+            one.pop("segmentation" if overlap == "bbox" else "bbox", None)
+        if not objects:
+            return np.full((10, 101, len(numbers), len(SIZES)), -1.0)
+        classes = [{"id": number + 1, "name": self.words[number], "frequency": "f"} for number in numbers]
+        pictures = [self._picture(one, sorted(marks), numbers) for one, marks in sorted(partly.items())]
+        return _count(objects, found, classes, pictures, overlap, MOST_FEDERATED if self.federated else MOST)
+
+    def _picture(self, one: int, partly: list[int], numbers: Sequence[int]) -> Record:
+        """What counts was decided when it was added: so no class of those left is unknown."""
+        height, width = self._sizes[one - 1]
+        searched = [number + 1 for number in numbers]
+        about = {"neg_category_ids": searched, "not_exhaustive_category_ids": partly}
+        return {"id": one, "height": height, "width": width, **about}
+
+
+def _count(
+    objects: list[Record],
+    found: list[Record],
+    classes: list[Record],
+    pictures: list[Record],
+    overlap: Overlap,
+    most: int,
+) -> NDArray[np.float64]:
+    numbered = [{"id": number, **one} for number, one in enumerate(objects, 1)]  # 0 would mean that nothing was found
+    truth = COCO({"images": pictures, "categories": classes, "annotations": numbered})
+    evaluator = COCOeval_faster(truth, truth.loadRes(found), overlap, lvis_style=True)
+    evaluator.params.maxDets = [most]
+    evaluator.evaluate()
+    evaluator.accumulate()
+    table: NDArray[np.float64] = evaluator.eval["precision"][..., 0]
+    return table
+
+
+def coco_runs(segmentation: Any, height: int, width: int) -> Record:
+    """``segmentation`` as COCO's run lengths; polygons are filled as COCO's own code fills them.
+
+    Raises:
+        DataError: it is neither polygons nor runs, or of another size.
+    """
+    if isinstance(segmentation, Mapping):
+        runs: Record = rle.encode(np.asfortranarray(mask_of(segmentation, height, width)))
+        return runs
+    try:
+        polygons = [np.asarray(polygon, np.float64).reshape(-1, 2) for polygon in segmentation]
+    except (TypeError, ValueError) as error:
+        raise DataError(f"a segmentation is neither polygons nor runs ({error})") from error
+    if not polygons or any(len(points) < 3 or not np.isfinite(points).all() for points in polygons):
+        raise DataError("a segmentation has no polygon, or one without three corners that are numbers")
+    inside = [points.clip(-1, [width + 1, height + 1]).ravel().tolist() for points in polygons]
+    runs = rle.segmToRle(inside, width, height)
+    return runs
+
+
+def _found_runs(found: Detections, kept: Sequence[int], height: int, width: int) -> Iterator[Record]:
+    assert found.masks is not None, "only called with masks"
+    for at in range(0, len(kept), MASKS_AT_ONCE):
+        some = list(kept[at : at + MASKS_AT_ONCE])
+        part = Detections(found.boxes[some], found.scores[some], found.labels[some], found.masks[some])
+        for mask in part.whole_masks(height, width).numpy():
+            yield rle.encode(np.asfortranarray(mask.astype(np.uint8)))
+
+
+def _mean(values: NDArray[np.float64]) -> float | None:
+    known = values[values > -1]
+    return float(known.mean()) if known.size else None
