@@ -153,7 +153,11 @@ def _parse(presets: dict[str, tuple[str, Any]], arguments: list[str]) -> Any:
     try:
         with contextlib.redirect_stderr(said):
             return tyro.extras.overridable_config_cli(
-                presets, prog=program, args=arguments, config=(tyro.conf.OmitArgPrefixes,)
+                presets,
+                prog=program,
+                args=arguments,
+                # Where a field may be one of several dataclasses, the preset says which.
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
             )
     except SystemExit as stopped:
         # tyro draws a box around what a dataclass refused; ours is to be one sentence.

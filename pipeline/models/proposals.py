@@ -79,7 +79,7 @@ class Config:
     """Proposals of a picture."""
     proposal_overlap: float = 0.7
     """Intersection over union from which on the worse of two proposals is removed."""
-    classes: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
     """Labels of the objects that are learnt, in the order of their numbers: the base classes; all where none is named.
     """
     image_size: int = 1024
@@ -98,7 +98,7 @@ class Config:
         for name in ("anchors_drawn", "proposals_tried", "proposals_kept", "most_objects", "head_depth"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         require(0 < self.proposal_overlap <= 1, "proposal_overlap", self.proposal_overlap, "more than 0, up to 1")
-        require(len(set(self.classes)) == len(self.classes), "classes", self.classes, "distinct names")
+        require(len(set(self.class_names)) == len(self.class_names), "class_names", self.class_names, "distinct names")
         require(self.pyramid_width % 8 == 0, "pyramid_width", self.pyramid_width, "a multiple of 8")
         self.jitter()
 
@@ -262,7 +262,7 @@ class Proposals(Method):
     def scene(self, train: bool, seed: int) -> Scene:
         """What is learnt of the samples' objects."""
         config = self.config
-        return Scene(jitter=config.jitter(train), classes=config.classes, most=config.most_objects, seed=seed)
+        return Scene(jitter=config.jitter(train), classes=config.class_names, most=config.most_objects, seed=seed)
 
     def readers(self, train: bool, *, seed: int = 0, caption: str = "txt") -> dict[str, Reader]:
         """Pictures in the square, where they lie there, and their objects' boxes."""

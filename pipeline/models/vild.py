@@ -82,7 +82,7 @@ class Config(proposals.Config):
     teacher: str = ""
     """The CLIP whose text vectors and region features are learnt: ARCHITECTURE:WEIGHTS, where WEIGHTS are a tag, a file
     or a checkpoint folder, or untrained. The supervised mode needs none."""
-    templates: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
     """Prompts with {} for a name, and {article} for a or an; open_clip's 80 for ImageNet where none is given."""
     regions: str = "regions"
     """Name of the sidecar with the stored regions."""
@@ -120,7 +120,7 @@ class Config(proposals.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_templates(template.replace("{article}", "") for template in self.templates)
+        check_templates(template.replace("{article}", "") for template in self.prompts)
         for name in ("most_regions", "regions_drawn", "region_size", "detections", "candidates", "mask_cells"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("temperature", "distillation_weight"):
@@ -129,13 +129,13 @@ class Config(proposals.Config):
         for name in ("foreground", "detection_overlap", "base_share"):
             require(0 < getattr(self, name) <= 1, name, getattr(self, name), "more than 0, up to 1")
         require(self.regions.isidentifier(), "regions", self.regions, "the name of a sidecar")
-        if self.classes:
-            check_words(self.classes)
+        if self.class_names:
+            check_words(self.class_names)
 
-    def prompts(self) -> tuple[str, ...]:
-        """The templates, or open_clip's."""
-        if self.templates:
-            return self.templates
+    def templates(self) -> tuple[str, ...]:
+        """The prompts, or open_clip's."""
+        if self.prompts:
+            return self.prompts
         from open_clip import OPENAI_IMAGENET_TEMPLATES
 
         return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
@@ -195,7 +195,7 @@ class Vild(proposals.Proposals):
         nn.init.normal_(self.box.weight, std=0.001)
         nn.init.zeros_(self.box.bias)
         self.background = nn.Parameter(torch.randn(width) * 0.01) if config.mode in NAMED else None
-        self.classifier = nn.Linear(hidden, len(config.classes) + 1) if config.mode == "supervised" else None
+        self.classifier = nn.Linear(hidden, len(config.class_names) + 1) if config.mode == "supervised" else None
         self.mask = self._mask_head() if config.masks else None
         self.coder = BoxCoder(MOVES)
         self._learnt: dict[str, Tensor] = {}
@@ -207,9 +207,9 @@ class Vild(proposals.Proposals):
             **proposals.SMALLEST,
             **SMALL_HEADS,
             mode="ensemble",
-            classes=("red", "green", "blue", "yellow"),
+            class_names=("red", "green", "blue", "yellow"),
             teacher="clipmill-tiny:untrained",
-            templates=("a {} thing.",),
+            prompts=("a {} thing.",),
         )
 
     @classmethod
@@ -351,7 +351,7 @@ class Vild(proposals.Proposals):
         such word.
         """
         check_words(words, base)
-        known = {plain_word(word) for word in (self.config.classes if base is None else base)}
+        known = {plain_word(word) for word in (self.config.class_names if base is None else base)}
         is_base = torch.tensor([plain_word(word) in known for word in words], device=self.mean.device)
         square, places = self.laid_out(pictures)
         features = self.model.features(square)
@@ -383,7 +383,7 @@ class Vild(proposals.Proposals):
         config = self.config
         if self.classifier is not None:
             found = self._logits(hidden, embedding).softmax(dim=1)
-            places = {plain_word(name): number + 1 for number, name in enumerate(config.classes)}
+            places = {plain_word(name): number + 1 for number, name in enumerate(config.class_names)}
             columns = [places.get(plain_word(word)) for word in words]
             nothing = found.new_zeros(len(found))
             return torch.stack([nothing if column is None else found[:, column] for column in columns], dim=1)
@@ -419,13 +419,13 @@ class Vild(proposals.Proposals):
         Raises:
             SettingError: the teacher's weights are not those that this was trained with.
         """
-        known = {plain_word(name): vector for name, vector in zip(self.config.classes, self.vectors, strict=True)}
+        known = {plain_word(name): vector for name, vector in zip(self.config.class_names, self.vectors, strict=True)}
         new = [word for word in words if plain_word(word) not in known | self._learnt]
         if new:
             clip = class_vectors.open_teacher(self.config.teacher)
             same = class_vectors.clip_digest(clip) == self.teacher_digest
             require(same, "teacher", self.config.teacher, "the CLIP that this detector was trained with")
-            made = class_vectors.class_vectors(clip, new, self.config.prompts()).to(self.vectors.device)
+            made = class_vectors.class_vectors(clip, new, self.config.templates()).to(self.vectors.device)
             self._learnt |= dict(zip(map(plain_word, new), made, strict=True))
         known |= {word: vector.to(self.vectors.device) for word, vector in self._learnt.items()}
         return torch.stack([known[plain_word(word)] for word in words])
@@ -435,12 +435,12 @@ class Vild(proposals.Proposals):
         config = self.config
         if description is not None:
             facts = json.loads(description[FACTS])
-            return torch.zeros(len(config.classes), int(facts["width"])), str(facts["teacher"])
+            return torch.zeros(len(config.class_names), int(facts["width"])), str(facts["teacher"])
         if config.mode == "supervised":
-            return torch.zeros(len(config.classes), 0), ""
+            return torch.zeros(len(config.class_names), 0), ""
         clip = class_vectors.open_teacher(config.teacher)
         digest = class_vectors.clip_digest(clip)
-        return class_vectors.class_vectors(clip, config.classes, config.prompts()), digest
+        return class_vectors.class_vectors(clip, config.class_names, config.templates()), digest
 
     def _load_start(self, fresh: bool) -> None:
         if not (fresh and self.config.start_from):
@@ -461,7 +461,7 @@ class Vild(proposals.Proposals):
 
 def _check_complete(config: Config) -> None:
     """What a config of a preset may lack."""
-    require(bool(config.classes), "classes", config.classes, "the names of the base classes")
+    require(bool(config.class_names), "class_names", config.class_names, "the names of the base classes")
     needed = config.mode != "supervised"
     require(bool(config.teacher) or not needed, "teacher", config.teacher, f"a CLIP, for mode {config.mode}")
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -36,6 +36,7 @@ from pipeline.errors import DataError, SettingError, StorageError
 from pipeline.loaders.cache import FileCache
 from pipeline.models.method import Method, config_class, method_class, method_name
 from pipeline.models.towers import openclip
+from pipeline.models.towers.weights import read_tensors
 from pipeline.shards.storage import Folder, storage_errors
 from pipeline.training import distributed
 
@@ -272,6 +273,23 @@ def checkpoint_folder(uri: str) -> Folder | None:
     return latest.folder if latest else None
 
 
+def resolved(address: str) -> str:
+    """The folder of the checkpoint at an address, of a run its latest one; the address itself where it is neither."""
+    folder = checkpoint_folder(address) if address else None
+    return folder.uri if folder else address
+
+
+def clip_address(address: str) -> str:
+    """``ARCHITECTURE:FOLDER`` for the checkpoint of a CLIP at an address, as methods name their teachers.
+
+    Other addresses stay as they are.
+    """
+    folder = checkpoint_folder(address) if address else None
+    if folder is None:
+        return address
+    return f"{json.loads(folder.read_text(CONFIG))['config'].get('architecture', '')}:{folder.uri}"
+
+
 def read_weights(folder: Folder, *, ema: bool = False) -> dict[str, Tensor]:
     """All weights of a checkpoint on the CPU, or their moving average, by the method's names; empty if it has none.
 
@@ -380,8 +398,8 @@ def _config_text(method: Method) -> str:
 def load_tensors(folder: Folder, name: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU; raises ``DataError`` where it is damaged or missing."""
     try:
-        return load_file(FileCache().fetch(folder, name))
-    except (OSError, SafetensorError) as error:
+        return read_tensors(FileCache().fetch(folder, name))
+    except OSError as error:
         raise DataError(f"{folder.join(name)} cannot be read ({_first_line(error)})") from error
 
 

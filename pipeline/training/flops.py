@@ -129,7 +129,8 @@ def count(method: Method, batch: Mapping[str, Tensor], mode: FakeTensorMode) -> 
 
 def _shapes_of(method: Method, mode: FakeTensorMode) -> Method:
     """A copy of ``method`` whose tensors have no contents; it is alone in the world."""
-    known: dict[int, Any] = {id(method.tokenizer): method.tokenizer}
+    tokenizer = getattr(method, "tokenizer", None)  # a detector has none
+    known: dict[int, Any] = {id(tokenizer): tokenizer}
     known |= {id(getattr(method, name)): getattr(Method, name) for name in ("gather", "exchange")}
     for parameter in method.parameters():
         known[id(parameter)] = nn.Parameter(mode.from_tensor(parameter.detach()), parameter.requires_grad)

@@ -1,4 +1,4 @@
-"""AdamW with the CLIP paper's values, and learning rates that fall with the depth of a layer or differ by tower."""
+"""AdamW with the CLIP paper's values, SGD, and learning rates that fall with a layer's depth or differ by tower."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,21 +13,17 @@ SCALE = "rate_scale"  # in a parameter group: what the run's learning rate is mu
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2017, arXiv 1711.05101).
-
-    The values are the CLIP paper's for its vision transformers (table 18); its ResNets took beta2 0.999, epsilon 1e-8.
-    """
+class Descent:
+    """What the optimisers share: how the learning rate runs, and how it differs by layer and tower."""
 
     learning_rate: float = 5e-4
     """Peak learning rate, reached at the end of the warm-up."""
     first_learning_rate: float = 0.0
     """Where the warm-up begins."""
     final_learning_rate: float = 0.0
-    """Where the rate falls to."""
-    beta1: float = 0.9
-    beta2: float = 0.98
-    epsilon: float = 1e-6
+    """Where the rate falls to, by half a cosine."""
+    drops: tuple[float, ...] = ()
+    """Parts of the run, 0 to 1, after each of which the rate is a tenth of what it was, instead of the cosine."""
     weight_decay: float = 0.2
     """Not applied to gains, biases and scalars."""
     layer_decay: float | None = None
@@ -42,9 +38,7 @@ class AdamW:
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
         for name in ("first_learning_rate", "final_learning_rate"):
             require(0 <= getattr(self, name) <= self.learning_rate, name, getattr(self, name), "0 to learning_rate")
-        require(0 <= self.beta1 < 1, "beta1", self.beta1, "0 to less than 1")
-        require(0 <= self.beta2 < 1, "beta2", self.beta2, "0 to less than 1")
-        require(self.epsilon > 0, "epsilon", self.epsilon, "more than 0")
+        require(all(0 < part < 1 for part in self.drops), "drops", self.drops, "more than 0, less than 1")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         decay = self.layer_decay
         require(decay is None or 0 < decay <= 1, "layer_decay", decay, "more than 0, up to 1, or none")
@@ -53,19 +47,50 @@ class AdamW:
             require(rate is None or rate > 0, name, rate, "more than 0, or none")
 
 
-def make_optimizer(config: AdamW, method: Method) -> torch.optim.AdamW:
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Descent):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2017, arXiv 1711.05101).
+
+    The values are the CLIP paper's for its vision transformers (table 18); its ResNets took beta2 0.999, epsilon 1e-8.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.98
+    epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.beta1 < 1, "beta1", self.beta1, "0 to less than 1")
+        require(0 <= self.beta2 < 1, "beta2", self.beta2, "0 to less than 1")
+        require(self.epsilon > 0, "epsilon", self.epsilon, "more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sgd(Descent):
+    """Gradient descent with momentum, by which detectors are trained; the decay is added to the gradient."""
+
+    learning_rate: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.momentum < 1, "momentum", self.momentum, "0 to less than 1")
+
+
+Optimizer = AdamW | Sgd
+
+
+def make_optimizer(config: Optimizer, method: Method) -> torch.optim.Optimizer:
     """The optimiser over the method's parameter groups, divided by learning rate; see :func:`set_rate`."""
-    return torch.optim.AdamW(
-        _groups(config, method),
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+    if isinstance(config, Sgd):
+        return torch.optim.SGD(_groups(config, method), momentum=config.momentum, **common)
+    betas = config.beta1, config.beta2
+    return torch.optim.AdamW(_groups(config, method), betas=betas, eps=config.epsilon, **common)
 
 
-def rate_scales(config: AdamW, method: Method) -> dict[str, float]:
+def rate_scales(config: Descent, method: Method) -> dict[str, float]:
     """What the learning rate of each parameter is multiplied by; those that are not named have 1."""
     of_tower: dict[str, float | None] = {"image": config.image_rate, "text": config.text_rate}
     decay = 1.0 if config.layer_decay is None else config.layer_decay
@@ -79,7 +104,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group.get(SCALE, 1.0)
 
 
-def _groups(config: AdamW, method: Method) -> list[dict[str, Any]]:
+def _groups(config: Descent, method: Method) -> list[dict[str, Any]]:
     """The method's groups, each divided into parts of one rate, the lowest (the deepest layers) first."""
     scales = rate_scales(config, method)
     scale_of = {id(value): scales.get(name, 1.0) for name, value in method.named_parameters()}

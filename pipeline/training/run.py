@@ -24,7 +24,7 @@ from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.training.fp8 import check_installed
 from pipeline.training.measure import Measuring
-from pipeline.training.optimizer import AdamW
+from pipeline.training.optimizer import AdamW, Optimizer
 from pipeline.training.writer import Saving
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Run:
     """Steps of the whole run, instead of epochs."""
     warmup_steps: int = 2000
     """Steps in which the learning rate rises to its peak."""
-    optimizer: AdamW = field(default_factory=AdamW)
+    optimizer: Optimizer = field(default_factory=AdamW)
     clip_grad_norm: float | None = None
     """Largest norm of the gradient; none in the paper."""
     max_skipped_steps: int = 10

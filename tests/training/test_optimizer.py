@@ -11,7 +11,7 @@ from pipeline.models.clip import Config
 from pipeline.models.method import Method, build_method
 from pipeline.training.checkpoint import Checkpoints, read_weights
 from pipeline.training.loop import run_training
-from pipeline.training.optimizer import AdamW, make_optimizer
+from pipeline.training.optimizer import AdamW, Sgd, make_optimizer, take_step
 from pipeline.training.run import Run, prepare
 
 
@@ -37,6 +37,30 @@ def test_one_step_by_hand() -> None:
     optimizer.step()
     assert method.weight.item() == pytest.approx(2.0 * (1 - 0.1 * 0.5) - 0.1, rel=1e-5)
     assert method.bias.item() == pytest.approx(3.0 + 0.1, rel=1e-5)
+
+
+def test_momentum_by_hand() -> None:
+    """v = 0.9 v + gradient + decay x weight, weight -= rate x v; a step that is left out changes nothing."""
+    method = TwoParameters()
+    optimizer = make_optimizer(Sgd(learning_rate=0.1, momentum=0.9, weight_decay=0.5), method)
+    weight, bias, speed = 2.0, 3.0, [0.0, 0.0]
+    for _ in range(2):
+        (3 * method.weight.sum() - 5 * method.bias.sum()).backward()
+        take_step(optimizer, torch.tensor(0.0))
+        speed = [0.9 * speed[0] + 3 + 0.5 * weight, 0.9 * speed[1] - 5]
+        weight, bias = weight - 0.1 * speed[0], bias - 0.1 * speed[1]
+        assert (method.weight.item(), method.bias.item()) == pytest.approx((weight, bias))
+    (torch.inf * method.weight.sum() + method.bias.sum()).backward()
+    take_step(optimizer, torch.tensor(1.0))
+    assert (method.weight.item(), method.bias.item()) == pytest.approx((weight, bias))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"), [(Sgd, {"momentum": 1.0}), (Sgd, {"drops": (1.5,)}), (AdamW, {"beta1": 1.0})]
+)
+def test_settings_that_cannot_work(kind: type, settings: dict[str, Any]) -> None:
+    with pytest.raises(SettingError, match=next(iter(settings))):
+        kind(**settings)
 
 
 def test_layers_step_at_their_own_rates(tiny_config: Config, run: Callable[..., Run], remember: Any) -> None:

@@ -1,0 +1,106 @@
+"""The region proposer: its draws, its loss against a plain re-derivation, and boxes that come back to the picture."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchvision.ops import box_iou
+
+from pipeline.errors import SettingError
+from pipeline.models.proposals import Config, Proposals, drawn, generators, unplaced
+
+
+def built() -> Proposals:
+    torch.manual_seed(0)
+    return Proposals(Proposals.smallest())
+
+
+def test_draws_are_of_both_kinds_and_of_the_generator() -> None:
+    labels = torch.tensor([1.0] * 3 + [0.0] * 50 + [-1.0] * 20 + [1.0] * 30)
+    chosen = set()
+    for seed in range(10):
+        positive, negative = drawn(labels, 16, 0.5, torch.Generator().manual_seed(seed))
+        assert len(positive) == len(negative) == 8 and (labels[positive] == 1).all() and (labels[negative] == 0).all()
+        assert len(set(positive.tolist())) == 8
+        chosen |= set(positive.tolist())
+    assert len(chosen) > 25
+    positive, negative = drawn(labels[:20], 16, 0.5, torch.Generator())
+    assert (len(positive), len(negative)) == (3, 13)
+    positive, negative = drawn(labels[:5], 16, 0.5, torch.Generator())
+    assert (len(positive), len(negative)) == (3, 2)
+
+
+@torch.no_grad()
+def test_the_loss_is_the_papers() -> None:
+    """Every anchor is drawn, so it can be written down: entropy over 2 * 10,000, Huber means by level."""
+    method = Proposals(replace(Proposals.smallest(), anchors_drawn=10_000)).eval()
+    network = method.model.proposer
+    pictures = torch.randn(2, 3, 64, 64)
+    features = method.model.features(pictures)
+    proposed = network.propose(pictures, [(64, 64), (64, 50)], features)
+    targets = [torch.tensor([[4.0, 6.0, 30.0, 28.0], [30.0, 30.0, 61.0, 60.0]]), torch.zeros(0, 4)]
+    found = network.losses(proposed, targets, generators(torch.tensor([1, 2])), method.average)
+
+    anchors, entropy = proposed.anchors, torch.zeros(())
+    overlap = box_iou(targets[0], anchors)
+    best, matched = overlap.max(dim=0)
+    covers = (best >= 0.7) | (overlap == overlap.max(dim=1, keepdim=True).values).any(dim=0)
+    for logits, truth, kept in (
+        (proposed.logits[0], covers, covers | (best < 0.3)),
+        (proposed.logits[1], torch.zeros_like(covers), torch.ones_like(covers)),
+    ):
+        entropy = (
+            entropy + functional.binary_cross_entropy_with_logits(logits, truth.float(), reduction="none")[kept].sum()
+        )
+    assert float(found["objectness"]) == pytest.approx(float(entropy) / 20_000, rel=1e-4)
+
+    boxes, things = anchors[covers], targets[0][matched[covers]]
+    sizes, wanted_sizes = boxes[:, 2:] - boxes[:, :2], things[:, 2:] - things[:, :2]
+    shift = ((things[:, 2:] + things[:, :2]) - (boxes[:, 2:] + boxes[:, :2])) / 2 / sizes
+    wanted = torch.cat([shift, (wanted_sizes / sizes).log()], dim=1)
+    error = (proposed.moves[0][covers] - wanted).abs()
+    huber = torch.where(error < 1 / 9, error**2 / 2, (error - 1 / 18) / 9)
+    assert torch.allclose(
+        huber, functional.smooth_l1_loss(error, torch.zeros_like(error), beta=1 / 9, reduction="none") / 9
+    )
+    ends = torch.tensor(proposed.counts).cumsum(0)
+    level = torch.searchsorted(ends, torch.where(covers)[0], right=True)
+    total = sum(float(huber[level == one].sum() / (wanted[level == one] != 0).sum()) for one in level.unique())
+    assert float(found["proposal_box"]) == pytest.approx(total, rel=1e-4)
+
+
+def test_proposals_come_back_to_the_picture_that_was_given() -> None:
+    """In its own pixels, inside it, the best first, and alike whatever stands beside it in the batch."""
+    method = built().eval()
+    torch.manual_seed(0)
+    pictures: list[Tensor] = [torch.randint(0, 255, (3, *size), dtype=torch.uint8) for size in ((40, 80), (100, 30))]
+    both = method.propose(pictures)
+    for picture, (boxes, scores) in zip(pictures, both, strict=True):
+        height, width = picture.shape[1:]
+        assert len(boxes) == len(scores) > 0 and (scores[:-1] >= scores[1:]).all()
+        assert (boxes >= 0).all() and (boxes <= torch.tensor([width, height, width, height])).all()
+        assert (boxes[:, 2:].amax(dim=0) > 0.6 * torch.tensor([width, height])).all()  # not in the square's pixels
+        (alone,) = method.propose([picture])
+        assert torch.allclose(alone[0], boxes, atol=1e-3)
+
+
+def test_boxes_in_the_square_become_boxes_in_the_picture() -> None:
+    place = Config(image_size=64).jitter(train=False).whole(32, 128)
+    boxes = torch.tensor([[0.0, 0.0, 64.0, 16.0], [10.0, 4.0, 20.0, 30.0]])
+    assert unplaced(boxes, place).tolist() == [[0, 0, 128, 32], [20, 8, 40, 32]]
+
+
+def test_a_backbone_that_timm_has_not() -> None:
+    with pytest.raises(SettingError, match="backbone"):
+        Proposals.check(Config(backbone="resnet51"))
+
+
+def test_the_papers_network_can_be_built() -> None:
+    """ResNet-50 has 23.5 million parameters, the pyramid 3.3, the proposal head 1.2."""
+    with torch.device("meta"):
+        method = Proposals(Config())
+    count = sum(parameter.numel() for parameter in method.parameters())
+    assert 26e6 < count < 30e6
+    assert len(method.blocks()) == 4
