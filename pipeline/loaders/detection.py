@@ -96,7 +96,8 @@ class Place:
 
 def large_enough(boxes: Boxes) -> NDArray[np.bool_]:
     """Bool [N]: which boxes still have sides of a pixel; none that is no number."""
-    return np.logical_and.reduce(boxes[:, 2:] - boxes[:, :2] >= SMALLEST, axis=1)
+    enough: NDArray[np.bool_] = np.logical_and.reduce(boxes[:, 2:] - boxes[:, :2] >= SMALLEST, axis=1)
+    return enough
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ To hold a run against: recall of 1000 proposals on LVIS v1, base and novel; the 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import timm
 import torch
@@ -191,14 +191,14 @@ class Network(nn.Module):
     def __init__(self, config: Config, load: bool = True) -> None:
         super().__init__()
         norm = norm_layer(config.norm)
-        self.body: Any = timm.create_model(
+        self.body = timm.create_model(
             config.backbone,
             pretrained=config.pretrained_backbone and load,
             features_only=True,
             out_indices=config.levels,
             norm_layer=norm,
         )
-        widths: list[int] = self.body.feature_info.channels()
+        widths: list[int] = cast(Any, self.body).feature_info.channels()
         width = config.pyramid_width
         self.pyramid = FeaturePyramidNetwork(widths, width, extra_blocks=LastLevelMaxPool(), norm_layer=norm)
         sizes = tuple((size,) for size in config.anchor_sizes)

@@ -497,7 +497,7 @@ def mask_targets(masks: Tensor, objects: Tensor, boxes: Tensor, matched: Tensor,
     inside = torch.cat([(boxes[:, :2] - theirs[:, :2]) * scale, (boxes[:, 2:] - theirs[:, :2]) * scale], dim=1)
     numbers = torch.arange(len(boxes), device=boxes.device)[:, None].to(boxes.dtype)
     grids = functional.pad(masks[matched][:, None].to(boxes.dtype), (1, 1, 1, 1))
-    found = roi_align(grids, torch.cat([numbers, inside + 1], dim=1), cells, sampling_ratio=2, aligned=True)
+    found: Tensor = roi_align(grids, torch.cat([numbers, inside + 1], dim=1), cells, sampling_ratio=2, aligned=True)
     return (found[:, 0] >= 0.5).to(torch.float32)
 
 
