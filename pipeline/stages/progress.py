@@ -52,7 +52,8 @@ class Progress:
             self._fresh_rows += stats.count
             self._fresh_samples += stats.successes
             self._bytes += stats.bytes
-        if time.monotonic() - self._told > REPORT_SECONDS:
+        # The last shard's line is that of finish().
+        if self._rows < self._all and time.monotonic() - self._told > REPORT_SECONDS:
             self._told = time.monotonic()
             logger.info("%s", self.line())
         self._judge()

@@ -12,12 +12,14 @@ import dataclasses
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.config import from_json, to_json
 from pipeline.errors import DataError
 from pipeline.shards.sample import Sample, shard_name
 from pipeline.shards.selection import SELECTIONS, Indices, read_selection, write_selection
@@ -36,6 +38,7 @@ from pipeline.shards.tar import iterate_tar
 from pipeline.shards.writer import STATS, ShardStats, ShardWriter, read_stats, unit_digest
 from pipeline.stages.ledger import REPLACED, next_number, read_hidden, read_rows, shard_numbers
 from pipeline.stages.plan import PLAN_FILE, PLANS
+from pipeline.stages.shard_tasks import Workers, run_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +47,10 @@ PURGED = "purged"
 _KEPT_WHEN_FAILED = ("width", "height", "original_width", "original_height", "exif", "sha256", "md5", "sha512")
 
 
-def purge(folder: Folder, snapshot: Snapshot) -> Snapshot:
+def purge(folder: Folder, snapshot: Snapshot, workers: Workers) -> Snapshot:
     """Delete what ``snapshot``, the newest of ``folder``, does not show; returns the snapshot that is left.
+
+    ``workers`` write the new shards, each a task.
 
     Nothing is written where nothing is hidden and no older snapshot shows more.
 
@@ -61,16 +66,16 @@ def purge(folder: Folder, snapshot: Snapshot) -> Snapshot:
     names = {name: shard_name(number) for number, name in enumerate(hidden, first)}
     mark = {"of": snapshot.id, "names": names}
     folder.folder(PLANS).write_atomic(PURGE_FILE, json.dumps(mark).encode())
-    return _purge(folder, snapshot.id, names)
+    return _purge(folder, snapshot.id, names, workers)
 
 
-def finish_purge(folder: Folder) -> bool:
+def finish_purge(folder: Folder, workers: Workers) -> bool:
     """Go on with a purge that was stopped; whether there was one."""
     plans = folder.folder(PLANS)
     if not plans.exists(PURGE_FILE):
         return False
     mark = json.loads(plans.read_bytes(PURGE_FILE))
-    _purge(folder, mark["of"], mark["names"])
+    _purge(folder, mark["of"], mark["names"], workers)
     return True
 
 
@@ -81,7 +86,7 @@ def _hides(folder: Folder, name: str, shard: Shard | None) -> bool:
     return indices is not None and len(np.unique(indices)) < shard.stored
 
 
-def _purge(folder: Folder, of: str, names: Mapping[str, str]) -> Snapshot:
+def _purge(folder: Folder, of: str, names: Mapping[str, str], workers: Workers) -> Snapshot:
     mark = folder.folder(PLANS)
     purged = _published(folder, of)
     newest = read_snapshot(folder.uri)
@@ -91,7 +96,7 @@ def _purge(folder: Folder, of: str, names: Mapping[str, str]) -> Snapshot:
             _delete_shard(folder, name)
         mark.delete(PURGE_FILE)
         return newest
-    purged = purged or _publish(folder, newest, names)
+    purged = purged or _publish(folder, newest, names, workers)
     logger.info("deleting %d shards and the snapshots that showed them", len(names))
     _delete(folder, purged, names)
     mark.delete(PURGE_FILE)
@@ -108,13 +113,14 @@ def _published(folder: Folder, of: str) -> Snapshot | None:
     return None
 
 
-def _publish(folder: Folder, before: Snapshot, names: Mapping[str, str]) -> Snapshot:
+def _publish(folder: Folder, before: Snapshot, names: Mapping[str, str], workers: Workers) -> Snapshot:
     reasons = read_hidden(folder, before)
     shown = {shard.name: shard for shard in before.shards}
-    rewritten = {
-        old: _rewrite(folder, old, new, shown.get(old), reasons.get(int(old), {})) for old, new in names.items()
-    }
-    shards = [rewritten.get(shard.name, shard) for shard in before.shards]
+    work = [
+        _Work(old=old, new=new, shard=shown.get(old), reasons=reasons.get(int(old), {})) for old, new in names.items()
+    ]
+    done = {work[number].old: from_json(_Done, text) for number, text in run_tasks(_Rewrite(folder), work, workers)}
+    shards = [done[shard.name].shard if shard.name in done else shard for shard in before.shards]
     return publish_shards(
         folder,
         tuple(sorted((shard for shard in shards if shard), key=lambda shard: shard.name)),
@@ -123,7 +129,7 @@ def _publish(folder: Folder, before: Snapshot, names: Mapping[str, str]) -> Snap
         options={**before.options, PURGED: {"snapshots": snapshot_ids(folder), "shards": sorted(names)}},
         rows=before.rows,
         dropped=before.dropped,
-        changes={"purged": sum(_stored(folder, old) for old in names) - _seen(rewritten)},
+        changes={"purged": sum(one.lost for one in done.values())},
         always=True,
     )
 
@@ -132,8 +138,34 @@ def _stored(folder: Folder, name: str) -> int:
     return read_rows(folder, name)["status"].to_pylist().count("success")
 
 
-def _seen(rewritten: Mapping[str, Shard | None]) -> int:
-    return sum(shard.stored for shard in rewritten.values() if shard)
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """The shard ``old`` is to be written again as ``new``; ``reasons`` say why its hidden samples are."""
+
+    old: str
+    new: str
+    shard: Shard | None
+    reasons: Mapping[int, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Done:
+    """What a shard became, ``None`` where no sample is left, and how many samples it lost."""
+
+    shard: Shard | None
+    lost: int
+
+
+class _Rewrite:
+    """The task: a shard to what it became, as JSON."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+
+    def __call__(self, work: _Work) -> str:
+        made = _rewrite(self._folder, work.old, work.new, work.shard, work.reasons)
+        lost = _stored(self._folder, work.old) - (made.stored if made else 0)
+        return to_json(_Done(shard=made, lost=lost))
 
 
 def _rewrite(folder: Folder, old: str, new: str, shard: Shard | None, reasons: Mapping[int, str]) -> Shard | None:

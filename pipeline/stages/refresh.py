@@ -51,7 +51,7 @@ def refresh(
         TooManyFailures: fewer rows than ``floor`` wants became samples.
     """
     with lease(folder, "a refresh") as held:
-        if finish_purge(folder) or (renewal.asked and not renewal.begins(folder)):
+        if finish_purge(folder, workers) or (renewal.asked and not renewal.begins(folder)):
             return _renew(source, folder, options, workers, card, renewal, floor, held)
         return _first(source, folder, options, workers, card, renewal, floor, held)
 
@@ -97,7 +97,7 @@ def _renew(
         options_kept = {"source": flatten(source), **shaping}
         snapshot = publish_renewal(prepared, folder, stats, card, options_kept)
         logger.info("snapshot %s: %d samples; %s", snapshot.uri, snapshot.samples, dict(snapshot.changes))
-    return purge(folder, snapshot) if renewal.purge else snapshot
+    return purge(folder, snapshot, workers) if renewal.purge else snapshot
 
 
 def _finished_shards(

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,7 +42,7 @@ def scores(snapshot: Snapshot) -> dict[str, float]:
     return found
 
 
-def test_features_filters_and_report(s3: str, tmp_path: Path) -> None:
+def test_features_filters_and_report(s3: str) -> None:
     data = f"{s3}/drawn"
     run("embed_dataset", "smoke", "--data", data)
     embedded = read_snapshot(data)
@@ -77,7 +76,7 @@ def test_features_filters_and_report(s3: str, tmp_path: Path) -> None:
         "semantic_duplicates.semantic_duplicate", 0
     )
 
-    page = tmp_path / "report.html"
-    run("report_dataset", "snapshot", "--data", data, "--output", str(page), "--no-track", "--processes-count", "0")
-    text = page.read_text()
+    page = f"{s3}/pages/report.html"
+    run("report_dataset", "snapshot", "--data", data, "--output", page, "--no-track", "--processes-count", "0")
+    text = Folder(f"{s3}/pages").read_text("report.html")
     assert "clip_score" in text and filtered.id in text and text.count("data:image/jpeg") == filtered.samples

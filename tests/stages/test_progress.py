@@ -60,6 +60,16 @@ def test_it_is_quiet_between_two_lines(monkeypatch: pytest.MonkeyPatch, caplog: 
     assert caplog.records[-1].message == "dropped 250 rows: timeout"
 
 
+def test_the_end_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock(monkeypatch)
+    caplog.set_level(logging.INFO)
+    told = Progress(10, Floor())
+    clock.now += 60
+    told.seen(stats(10, 10))
+    told.finish()
+    assert [record.message[:16] for record in caplog.records] == ["10 of 10 rows, 0"]
+
+
 def test_too_little_success_is_judged_late_enough_and_by_all_shards() -> None:
     floor = Floor(minimum_success=0.5, minimum_success_after=20)
     told = Progress(100, floor)

@@ -529,6 +529,9 @@ def test_ray_refreshes_to_the_same_bytes(world: World, tmp_path: Path, ray_clust
     here = world.refresh([*range(1, 12)])
     again = refresh(world.source([*range(1, 12)]), there, OPTIONS, Workers(), renewal=LATEST)
     assert again.digest == here.digest and again.changes == here.changes and numbers(again) == list(range(1, 12))
+    purged = refresh(world.source([*range(1, 12)]), there, OPTIONS, Workers(), renewal=Renewal(purge=True))
+    assert purged.digest == world.refresh([*range(1, 12)], Renewal(purge=True)).digest
+    assert shard_bytes(tmp_path / "there") == shard_bytes(world.out)
 
 
 def test_s3_is_refreshed_and_purged(world: World, s3: str) -> None:
