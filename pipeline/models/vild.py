@@ -303,7 +303,7 @@ class Vild(proposals.Proposals):
         real = [real_boxes(boxes) for boxes in batch["region_boxes"]]
         boxes = [boxes[kept] for boxes, kept in zip(batch["region_boxes"], real, strict=True)]
         features = [some[kept] for some, kept in zip(batch["region_features"], real, strict=True)]
-        return boxes, torch.cat(features).float()
+        return boxes, torch.cat([some.float() for some in features])
 
     def _logits(self, hidden: Tensor, embedding: Tensor, vectors: Tensor | None = None) -> Tensor:
         """[N, 1 + C]: background, then the base classes, or those of ``vectors``."""

@@ -182,7 +182,9 @@ def test_two_processes_equal_one(two_processes: list[dict[str, Any]], snapshot: 
         assert first.keys() == alone.keys()
         for key in alone.keys() - {"loss"}:
             assert torch.equal(first[key], second[key]), key
-            torch.testing.assert_close(first[key], alone[key], rtol=2e-4, atol=2e-6, msg=f"{name} {key}")
+            # Sums over many places round by their largest part, which a small entry of a filter has too.
+            slack = max(2e-6, 5e-5 * float(alone[key].abs().max()))
+            torch.testing.assert_close(first[key], alone[key], rtol=2e-4, atol=slack, msg=f"{name} {key}")
 
 
 def test_unknown_methods_are_listed() -> None:
