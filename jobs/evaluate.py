@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Evaluate a checkpoint: zero-shot classification and image-text retrieval.
+"""Evaluate a checkpoint: zero-shot classification, image-text retrieval, and detection.
 
     ray job submit --working-dir . -- python jobs/evaluate.py drawn --checkpoint s3://bucket/runs/first
     python jobs/evaluate.py imagenet --checkpoint ViT-B-32:laion2b_s34b_b79k --zero-shot imagenet=s3://bucket/val
     python jobs/evaluate.py sets --checkpoint FOLDER --retrieval SHARDS --output result.json
+    python jobs/evaluate.py sets --checkpoint VILD --detection coco=SHARDS --detection-words coco_ovd_all
 
 A checkpoint is one of our folders (of a run: its newest), an open_clip architecture with a pretrained tag or file, or
 ARCHITECTURE:untrained for random weights. A set is a dataset card or the folder of a snapshot. With --run-id the
@@ -71,7 +72,7 @@ PRESETS: dict[str, tuple[str, Evaluate]] = {
         "ImageNet's 1,000 classes with CLIP's 80 prompts; --zero-shot imagenet=FOLDER names the shards.",
         Evaluate(checkpoint=tyro.MISSING, evaluations=Evaluations(classes="imagenet", templates="imagenet")),
     ),
-    "sets": ("The sets that --zero-shot and --retrieval name.", Evaluate(checkpoint=tyro.MISSING)),
+    "sets": ("The sets that --zero-shot, --retrieval and --detection name.", Evaluate(checkpoint=tyro.MISSING)),
     "smoke": (
         "An untrained model on a few drawn samples.",
         Evaluate(checkpoint="clipmill-tiny:untrained", evaluations=FEW),
@@ -82,7 +83,12 @@ PRESETS: dict[str, tuple[str, Evaluate]] = {
 def main(run: Evaluate) -> None:
     """Wire model, sets and tracker; everything is checked before the model is loaded."""
     sets = run.evaluations.sets()
-    require(bool(sets), "sets", (), "at least one set: --zero-shot or --retrieval with a dataset card or a folder")
+    require(
+        bool(sets),
+        "sets",
+        (),
+        "at least one set: --zero-shot, --retrieval or --detection with a dataset card or a folder",
+    )
     output = writable_folder("output", run.output) if run.output else ""
     prepared = run.evaluations.prepare()
     step = trained_steps(run.checkpoint) if run.step is None else run.step

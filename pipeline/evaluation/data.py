@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.config import require
 from pipeline.dataset import Card, card_names, load_card
 from pipeline.errors import DataError
-from pipeline.loaders.images import ImageTransform, decode
+from pipeline.loaders.images import Pixels, decode
 from pipeline.loaders.samples import Samples, UnreadableSample
 from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Snapshot, read_snapshot
@@ -109,7 +109,7 @@ def spread(count: int, limit: int | None) -> Sequence[int]:
 
 
 def readable_pictures(
-    samples: Iterator[Sample], transform: ImageTransform, read: Callable[[Sample], Value], threads: int
+    samples: Iterator[Sample], transform: Callable[[Pixels], Tensor], read: Callable[[Sample], Value], threads: int
 ) -> Iterator[tuple[Tensor, Value]]:
     """The picture, uint8 ``[3, H, W]``, of each sample, and what ``read`` gives for it, in order.
 
@@ -136,7 +136,7 @@ def readable_pictures(
 
 
 def _read(
-    sample: Sample, transform: ImageTransform, read: Callable[[Sample], Value]
+    sample: Sample, transform: Callable[[Pixels], Tensor], read: Callable[[Sample], Value]
 ) -> tuple[Tensor, Value] | UnreadableSample:
     try:
         content = sample.image()

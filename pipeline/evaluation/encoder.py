@@ -28,7 +28,7 @@ class Encoder(Protocol):
 
 
 @contextmanager
-def inference(model: Encoder, precision: str = "fp32") -> Iterator[torch.device]:
+def inference(model: object, precision: str = "fp32") -> Iterator[torch.device]:
     """Evaluation mode without gradients; gives the device of the model and puts its mode back at the end.
 
     ``precision`` "bf16" computes features in bfloat16 where the operation allows; similarities stay float32.

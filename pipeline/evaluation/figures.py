@@ -37,6 +37,19 @@ def sample_grid(images: Tensor, captions: Sequence[str], columns: int = 4, title
     return figure
 
 
+def picture_grid(images: Sequence[Tensor], captions: Sequence[str], columns: int = 4, title: str = "") -> "Figure":
+    """Pictures of any sizes, each uint8 ``[3, H, W]``, large enough to read what is written on them."""
+    rows = -(-len(images) // columns)
+    figure = _figure(4.4 * columns, 4.6 * rows + 0.5, title)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis in axes[len(images) :]:
+        axis.axis("off")
+    for axis, image, caption in zip(axes, images, captions, strict=False):
+        _show(axis, image)
+        axis.set_title(readable(caption), fontsize=9, parse_math=False)
+    return figure
+
+
 def similarity_matrix(images: Tensor, captions: Sequence[str], scores: Tensor, title: str = "") -> "Figure":
     """Cosine similarity of every picture (column) with every caption (row) of a batch; right pairs on the diagonal.
 

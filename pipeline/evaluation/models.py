@@ -1,17 +1,16 @@
 """The model that is evaluated, by its address."""
 
-from typing import cast
-
 import torch
 
-from pipeline.config import require
-from pipeline.evaluation.suite import Evaluable
+from pipeline.evaluation.detection import as_detector
+from pipeline.evaluation.suite import Evaluable, as_encoder
 from pipeline.models.class_vectors import UNTRAINED, untrained
+from pipeline.models.detections import Detector
 from pipeline.models.method import Method
 from pipeline.training.checkpoint import checkpoint_folder, load_method, read_meta
 
 
-def load_model(address: str, device: str = "auto") -> Evaluable:
+def load_any(address: str, device: str = "auto") -> Method:
     """A method in evaluation mode on ``device`` (``auto``: a GPU where there is one).
 
     ``address`` is what :func:`pipeline.training.checkpoint.load_method` takes (a checkpoint's or a run's folder, or an
@@ -19,18 +18,24 @@ def load_model(address: str, device: str = "auto") -> Evaluable:
     baseline that any training has to beat.
 
     Raises:
-        SettingError: none of these, or a model without towers for pictures and texts.
+        SettingError: none of these.
         DataError: a damaged checkpoint.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if address.endswith(UNTRAINED):
-        method: Method = untrained(address.removesuffix(UNTRAINED)).to(device).eval()
-    else:
-        method = load_method(address, device)
-    both = all(callable(getattr(method, name, None)) for name in ("encode_image", "encode_text"))
-    require(both, "checkpoint", address, "a model that encodes pictures and texts")
-    return cast(Evaluable, method)
+        return untrained(address.removesuffix(UNTRAINED)).to(device).eval()
+    return load_method(address, device)
+
+
+def load_model(address: str, device: str = "auto") -> Evaluable:
+    """:func:`load_any` of a method with towers for pictures and texts; ``SettingError`` for one without."""
+    return as_encoder(load_any(address, device), address)
+
+
+def load_detector(address: str, device: str = "auto") -> Detector:
+    """:func:`load_any` of a method that finds things in pictures; ``SettingError`` for another."""
+    return as_detector(load_any(address, device), address)
 
 
 def trained_steps(address: str) -> int | None:

@@ -1,9 +1,11 @@
 """The result of an evaluation as a table to read and a JSON file to keep."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.models.detections import Detections
 from pipeline.shards.storage import Folder
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -14,11 +16,17 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
         *("chance", "samples"),
     ),
     "classification": ("top1", "top5", "mean_per_class", "chance", "samples"),
+    "det": (
+        *("ap", "ap50", "ap75", "ap_base", "ap50_base", "ap_novel", "ap50_novel", "ap_r", "ap_c", "ap_f"),
+        *("mask_ap", "mask_ap_base", "mask_ap_novel", "mask_ap_r", "mask_ap_c", "mask_ap_f"),
+        *("ar100", "ar300", "ar1000", "samples"),
+    ),
     "linear_probe": ("top1", "top5", "mean_per_class", "chance", "samples", "trained_on"),
 }
 PLAIN = {"samples": ",.0f", "trained_on": ",.0f", "i2t_median_rank": ".1f", "t2i_median_rank": ".1f"}
 TITLES = {
     "zeroshot": "zero-shot",
+    "det": "detection",
     "linear_probe": "linear probe",
     "mean_per_class": "per class",
     "trained_on": "trained on",
@@ -26,15 +34,26 @@ TITLES = {
 
 
 def table(metrics: Mapping[str, float]) -> str:
-    """The metrics of evaluations and of linear probes, a line for each set; shares in percent."""
+    """The metrics of evaluations and of linear probes, a line for each set; shares in percent.
+
+    Of detection, which measures what a set and a detector allow, columns are shown that have a number.
+    """
     parts = []
     for kind, columns in COLUMNS.items():
         sets = list(dict.fromkeys(name.split("/")[1] for name in metrics if name.startswith(f"{kind}/")))
         if sets:
-            head = [_title(kind), *map(_title, columns)]
-            lines = [[one, *(_shown(column, metrics[f"{kind}/{one}/{column}"]) for column in columns)] for one in sets]
+            shown = [name for name in columns if any(f"{kind}/{one}/{name}" in metrics for one in sets)]
+            head = [_title(kind), *map(_title, shown)]
+            lines = [[one, *(_shown(name, metrics.get(f"{kind}/{one}/{name}")) for name in shown)] for one in sets]
             parts.append(_aligned([head, *lines]))
     return "\n\n".join(parts)
+
+
+def detections_table(found: Detections, words: Sequence[str]) -> str:
+    """A line for each detection: its word, score, and box in pixels."""
+    rows = zip(found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
+    lines = [[words[label], f"{score:.3f}", *(f"{edge:.0f}" for edge in box)] for label, score, box in rows]
+    return _aligned([["word", "score", "left", "top", "right", "bottom"], *lines])
 
 
 def write_result(place: str, metrics: Mapping[str, float], about: Mapping[str, Any]) -> None:
@@ -49,11 +68,15 @@ def write_result(place: str, metrics: Mapping[str, float], about: Mapping[str, A
 
 
 def _title(name: str) -> str:
+    if re.match(r"(mask_)?a[pr]\d*(_|$)", name):
+        return re.sub(r"a[pr]", lambda found: found[0].upper(), name).replace("_", " ")
     words = TITLES.get(name, name.replace("_median_rank", " median").replace("_r", " R@"))
     return words.replace("top", "top-") if words.startswith("top") else words
 
 
-def _shown(column: str, value: float) -> str:
+def _shown(column: str, value: float | None) -> str:
+    if value is None:
+        return "-"
     return format(value, PLAIN[column]) if column in PLAIN else f"{100 * value:.2f} %"
 
 

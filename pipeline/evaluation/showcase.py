@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from pipeline.evaluation.data import Data, SnapshotData, readable_pictures
+from pipeline.evaluation.detection import Vocabulary, as_detector, batches_of
+from pipeline.evaluation.drawing import draw_detections, draw_marked
 from pipeline.evaluation.encoder import encode_tokens, inference
-from pipeline.evaluation.figures import retrieval_examples, sample_grid, similarity_matrix
-from pipeline.evaluation.suite import Evaluable, Prepared, PreparedSet, read_captions
+from pipeline.evaluation.figures import picture_grid, retrieval_examples, sample_grid, similarity_matrix
+from pipeline.evaluation.suite import Evaluable, Prepared, PreparedSet, as_encoder, read_captions
 from pipeline.loaders.images import ImageTransform
 from pipeline.loaders.samples import UnreadableSample
+from pipeline.models.detections import Detector
 from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Snapshot
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
 SHOWN = ImageTransform(size=(160, 160), fit="longest", fill=255)
 MATRIX, GALLERY = 16, 64
+PAIRS, FEWEST = 8, 5  # pictures of a figure of detections; detections drawn at the least
 
 
 def snapshot_figure(snapshot: Snapshot, count: int = 16, caption: str = "auto") -> "Figure":
@@ -33,12 +37,15 @@ def snapshot_figure(snapshot: Snapshot, count: int = 16, caption: str = "auto") 
     return sample_grid(pictures, captions, title=title)
 
 
-def model_figures(model: Evaluable, prepared: Prepared, title: str = "") -> dict[str, "Figure"]:
-    """``similarity/<set>`` and ``examples/<set>`` for every retrieval set, of a few dozen held-out samples."""
+def model_figures(model: object, prepared: Prepared, title: str = "") -> dict[str, "Figure"]:
+    """``similarity/<set>`` and ``examples/<set>`` for every retrieval set, of a few dozen held-out samples, and
+    ``detections/<set>`` for every detection set, of a few of its pictures."""
     figures: dict[str, Figure] = {}
     for one in prepared.sets:
+        if one.vocabulary is not None:
+            figures[f"detections/{one.name}"] = _detections(as_detector(model, one.name), one, one.vocabulary, title)
         if one.kind == "retrieval":
-            pictures, captions, scores = _scores(model, one, min(GALLERY, one.limit or GALLERY))
+            pictures, captions, scores = _scores(as_encoder(model, one.name), one, min(GALLERY, one.limit or GALLERY))
             named = f"{one.name} {title}".strip()
             few = min(MATRIX, len(pictures))
             figures[f"similarity/{one.name}"] = similarity_matrix(
@@ -48,6 +55,20 @@ def model_figures(model: Evaluable, prepared: Prepared, title: str = "") -> dict
                 pictures, captions, scores, title=f"{named}: retrieval among {len(pictures)} held-out pairs"
             )
     return figures
+
+
+def _detections(model: Detector, one: PreparedSet, vocabulary: Vocabulary, title: str) -> "Figure":
+    """Eight pictures: on the left of each pair what is marked, on the right the best of what is found."""
+    pairs: list[Tensor] = []
+    for pictures, marked in batches_of(one.data.samples(min(PAIRS, one.limit or PAIRS)), PAIRS, threads=2):
+        with inference(model):
+            found = model.predict(pictures, vocabulary.words, vocabulary.base)
+        for picture, objects, some in zip(pictures, marked, found, strict=True):
+            known = draw_marked(picture, objects, vocabulary.words)
+            pairs += [known, draw_detections(picture, some, vocabulary.words, most=max(FEWEST, 2 * len(objects)))]
+    named = f"{one.name} {title}".strip()
+    captions = ["marked", "found, with the scores"] * (len(pairs) // 2)
+    return picture_grid(pairs, captions, columns=4, title=f"{named}: what is marked and what is found")
 
 
 def _scores(model: Evaluable, one: PreparedSet, count: int) -> tuple[Tensor, list[str], Tensor]:

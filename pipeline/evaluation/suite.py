@@ -20,27 +20,44 @@ import yaml
 from torch import Tensor
 
 from pipeline.config import require
-from pipeline.dataset import Card
+from pipeline.dataset import Card, card_names, load_card
 from pipeline.errors import DataError, SettingError
-from pipeline.evaluation.data import Data, open_data, readable_pictures
+from pipeline.evaluation.data import Data, SnapshotData, open_data, readable_pictures
+from pipeline.evaluation.detection import (
+    PICTURES_AT_ONCE,
+    Vocabulary,
+    as_detector,
+    evaluate_detection,
+    open_vocabulary,
+    published_vocabulary,
+)
 from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.retrieval import retrieval
 from pipeline.evaluation.zero_shot import WithHead, classifier, own_head, zero_shot
 from pipeline.loaders.images import ImageTransform
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.loaders.text import caption_field, read_caption
+from pipeline.models.detections import Detector
+from pipeline.shards.objects import FIELD
 from pipeline.shards.sample import Sample
 from pipeline.shards.storage import Folder
 
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
-Kind = Literal["zero_shot", "retrieval", "classification"]
+Texts = tuple[tuple[str, ...], tuple[str, ...]]
+Kind = Literal["zero_shot", "retrieval", "classification", "detection"]
 
-PREFIX: Mapping[Kind, str] = {"zero_shot": "zeroshot", "retrieval": "retrieval", "classification": "classification"}
+PREFIX: Mapping[Kind, str] = {
+    "zero_shot": "zeroshot",
+    "retrieval": "retrieval",
+    "classification": "classification",
+    "detection": "det",
+}
 IMAGENET = ("imagenet", "imagenet_v2", "imagenet_sketch")  # the sets with all of ImageNet's 1,000 classes
 DEFAULT_TEMPLATES = ("a photo of a {}.",)  # section 3.1.4 of the CLIP paper
 CLASSES = "auto, imagenet, or a file with one name a line (or a YAML or JSON list)"
+WORDS = "auto, a dataset card, an annotation file of COCO or LVIS, or a file with one word a line"
 TEMPLATES = "auto, imagenet (80), imagenet-simple (7), none, or a file with one template a line"
 
 
@@ -64,6 +81,7 @@ class EvaluationSet:
     templates: str = "auto"
     label: str = ""
     caption: str = "auto"
+    words: str = "auto"
 
     def __post_init__(self) -> None:
         plain = bool(re.fullmatch(r"[\w.\-]+", self.name))
@@ -83,6 +101,8 @@ class Evaluations:
     """Retrieval sets, named in the same way."""
     classification: tuple[str, ...] = ()
     """Classification sets for the own head of a fine-tuned model, named in the same way."""
+    detection: tuple[str, ...] = ()
+    """Sets with boxes (and masks) for a detector, named in the same way."""
     evaluation_samples: int | None = None
     """Samples of each set, taken at equal distances; all of them where it is not given."""
     classes: str = "auto"
@@ -93,6 +113,8 @@ class Evaluations:
     """Key of the samples' json that holds the class; empty for the card's; cls for webdataset's member .cls."""
     retrieval_caption: str = "auto"
     """Where captions are: auto (the list `captions` of the samples' json, else their txt), txt, or json:KEY."""
+    detection_words: str = "auto"
+    """Words looked for: auto (the card's classes), a card, COCO's or LVIS's annotation JSON, or a file of words."""
     evaluation_batch: int = 64
     """Pictures encoded at a time."""
     evaluation_precision: Literal["fp32", "bf16"] = "fp32"
@@ -119,6 +141,7 @@ class Evaluations:
             *(("zero_shot", text) for text in self.zero_shot),
             *(("retrieval", text) for text in self.retrieval),
             *(("classification", text) for text in self.classification),
+            *(("detection", text) for text in self.detection),
         )
         return tuple(self._set(kind, text) for kind, text in asked)
 
@@ -142,12 +165,14 @@ class Evaluations:
             templates=self.templates,
             label=self.label,
             caption=self.retrieval_caption,
+            words=self.detection_words,
         )
 
 
 @dataclass(frozen=True)
 class PreparedSet:
-    """A set with its data found and its classes read; ``classes`` and ``templates`` are empty for retrieval."""
+    """A set with its data found and its classes read; ``classes`` and ``templates`` are empty for retrieval and for
+    detection, which has a ``vocabulary``."""
 
     name: str
     kind: Kind
@@ -157,6 +182,7 @@ class PreparedSet:
     templates: tuple[str, ...]
     label: str
     caption: str
+    vocabulary: Vocabulary | None = None
 
     def samples(self) -> Iterator[Sample]:
         """The samples to evaluate on."""
@@ -177,11 +203,46 @@ def prepare(wanted: EvaluationSet) -> PreparedSet:
     card = data.card
     classes: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
+    if wanted.kind == "detection":
+        return _with_boxes(wanted, data)
     if wanted.kind != "retrieval":
         classes = read_classes(wanted.classes, card, wanted.name)
         templates = read_templates(wanted.templates, card, wanted.name)
     label = wanted.label or (card.label if card else "label")
     return PreparedSet(wanted.name, wanted.kind, data, wanted.samples, classes, templates, label, wanted.caption)
+
+
+def _with_boxes(wanted: EvaluationSet, data: Data) -> PreparedSet:
+    if isinstance(data, SnapshotData):
+        fields = data.snapshot.fields
+        require(FIELD in fields, "detection", wanted.data, f"data with boxes, {FIELD}; this has {', '.join(fields)}")
+    vocabulary = read_vocabulary(wanted.words, data.card, wanted.name)
+    return PreparedSet(wanted.name, wanted.kind, data, wanted.samples, (), (), "", "", vocabulary)
+
+
+def read_vocabulary(setting: str, card: Card | None, name: str) -> Vocabulary:
+    """The words that ``setting`` means for a detection set with this card and name.
+
+    Raises:
+        SettingError: none of :data:`WORDS`, a word twice, or one that is base and novel.
+    """
+    if setting in card_names():
+        card, setting = load_card(setting), "auto"
+    if setting == "auto":
+        if card is None or not card.classes:
+            raise SettingError("detection_words", setting, f"for {name}, whose card has no classes: {WORDS}")
+        return card_vocabulary(card)
+    if setting.endswith(".json"):
+        record = _json_of("detection_words", setting, WORDS)
+        if isinstance(record, dict):
+            return published_vocabulary(record, setting)
+    return Vocabulary(_lines_of("detection_words", setting, WORDS))
+
+
+def card_vocabulary(card: Card) -> Vocabulary:
+    """The classes of ``card``: its novel ones, and the others as base; nothing is base where none is novel."""
+    base = [word for word in card.classes if word not in card.novel]
+    return open_vocabulary(base, card.novel) if card.novel else Vocabulary(card.classes)
 
 
 def read_classes(setting: str, card: Card | None, name: str) -> tuple[str, ...]:
@@ -215,32 +276,60 @@ def read_templates(setting: str, card: Card | None, name: str) -> tuple[str, ...
     return templates
 
 
-def evaluate(model: Evaluable, prepared: Prepared) -> dict[str, float]:
-    """Run all sets: ``{"zeroshot/<set>/top1": ..., "retrieval/<set>/i2t_r1": ..., "zeroshot/<set>/chance": ...}``.
+def evaluate(model: object, prepared: Prepared) -> dict[str, float]:
+    """Run all sets: ``{"zeroshot/<set>/top1": ..., "retrieval/<set>/i2t_r1": ..., "det/<set>/ap_novel": ...}``.
 
     Class vectors are made once where sets share classes and templates.
 
     Raises:
+        SettingError: the model cannot do what a set needs.
         DataError: no readable sample, a label that is none of the classes, a damaged shard.
     """
-    settings = prepared.settings
-    vectors: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
+    vectors: dict[Texts, Tensor] = {}
     metrics: dict[str, float] = {}
+    for one in prepared.sets:  # all of them before the first takes its hours
+        (as_encoder if one.vocabulary is None else as_detector)(model, type(model).__name__)
     for one in prepared.sets:
-        if one.kind == "zero_shot":
-            texts = (one.classes, one.templates)
-            if texts not in vectors:
-                vectors[texts] = classifier(model, *texts, settings.evaluation_precision)
-            batches = labelled_batches(model.transforms(train=False), one, settings)
-            found = zero_shot(model, batches, vectors[texts], settings.evaluation_precision)
-        elif one.kind == "classification":
-            batches = labelled_batches(model.transforms(train=False), one, settings)
-            found = own_head(_with_head(model, one), batches, one.classes, settings.evaluation_precision)
+        if one.vocabulary is None:
+            found = _image_text(cast(Evaluable, model), one, prepared.settings, vectors)
         else:
-            found = retrieval(model, captioned_batches(model, one, settings), settings.evaluation_precision)
+            found = _detection(cast(Detector, model), one, one.vocabulary, prepared.settings)
         logger.info("%s %s: %s", PREFIX[one.kind], one.name, ", ".join(f"{k} {v:.4g}" for k, v in found.items()))
         metrics |= {f"{PREFIX[one.kind]}/{one.name}/{name}": value for name, value in found.items()}
     return metrics
+
+
+def _image_text(
+    model: Evaluable, one: PreparedSet, settings: Evaluations, vectors: dict[Texts, Tensor]
+) -> dict[str, float]:
+    precision = settings.evaluation_precision
+    if one.kind == "retrieval":
+        return retrieval(model, captioned_batches(model, one, settings), precision)
+    batches = labelled_batches(model.transforms(train=False), one, settings)
+    if one.kind == "classification":
+        return own_head(_with_head(model, one), batches, one.classes, precision)
+    texts = (one.classes, one.templates)
+    if texts not in vectors:
+        vectors[texts] = classifier(model, *texts, precision)
+    return zero_shot(model, batches, vectors[texts], precision)
+
+
+def _detection(model: Detector, one: PreparedSet, words: Vocabulary, settings: Evaluations) -> dict[str, float]:
+    return evaluate_detection(
+        model,
+        one.samples(),
+        words,
+        batch=min(settings.evaluation_batch, PICTURES_AT_ONCE),
+        threads=settings.evaluation_threads,
+        precision=settings.evaluation_precision,
+    )
+
+
+def as_encoder(model: object, address: str) -> Evaluable:
+    """``model``, if it encodes pictures and texts; raises ``SettingError`` if not."""
+    both = all(callable(getattr(model, name, None)) for name in ("encode_image", "encode_text"))
+    require(both, "checkpoint", address, "a model that encodes pictures and texts")
+    return cast(Evaluable, model)
 
 
 def _with_head(model: Evaluable, one: PreparedSet) -> WithHead:
@@ -340,12 +429,23 @@ def name_and_data(text: str) -> tuple[str, str]:
     return (name if named else own), data
 
 
-def _lines_of(field: str, place: str, allowed: str) -> tuple[str, ...]:
+def _json_of(field: str, place: str, allowed: str) -> object:
+    try:
+        return json.loads(_text_of(field, place, allowed))
+    except ValueError as error:  # annotation files are large: PyYAML would take minutes
+        raise SettingError(field, place, f"well-formed JSON ({error})") from error
+
+
+def _text_of(field: str, place: str, allowed: str) -> str:
     folder, _, name = place.rpartition("/")
     try:
-        text = Folder(folder or ".").read_text(name)
+        return Folder(folder or ("/" if place.startswith("/") else ".")).read_text(name)
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise SettingError(field, place, f"{allowed} ({error})") from error
+
+
+def _lines_of(field: str, place: str, allowed: str) -> tuple[str, ...]:
+    text = _text_of(field, place, allowed)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if place.endswith((".yaml", ".yml", ".json")):
         lines = _list_of(field, place, text)

@@ -8,7 +8,7 @@ The training ranks write a checkpoint and go on; whoever follows them (a Ray tas
 
 from dataclasses import dataclass
 
-from pipeline.evaluation.models import load_model
+from pipeline.evaluation.models import load_any
 from pipeline.evaluation.showcase import model_figures
 from pipeline.evaluation.suite import Evaluations, Prepared, evaluate
 from pipeline.tracking.records import charted
@@ -28,20 +28,20 @@ def evaluate_checkpoint(
     """The metrics of ``checkpoint``, also logged into ``run`` at ``step``.
 
     Args:
-        checkpoint: what :func:`pipeline.evaluation.models.load_model` takes.
+        checkpoint: what :func:`pipeline.evaluation.models.load_any` takes.
         evaluations: which sets.
         run: the MLflow run to write into, or none.
         step: the step that the checkpoint was made at.
         device: where to run the model, ``cpu``, ``cuda`` or ``auto``.
-        figures: also log similarity matrices and retrieval examples of the retrieval sets.
+        figures: also log similarity matrices and examples of the retrieval sets, and what is found in detection sets.
         prepared: ``evaluations.prepare()``, where the caller has done it already.
 
     Raises:
-        SettingError: an unknown set or checkpoint.
+        SettingError: an unknown set or checkpoint, or one that cannot do what a set needs.
         DataError: damaged data.
     """
     ready = prepared or evaluations.prepare()
-    model = load_model(checkpoint, device)
+    model = load_any(checkpoint, device)
     metrics = evaluate(model, ready)
     if run is not None:
         tracker = run.open()

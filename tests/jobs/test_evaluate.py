@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
+from pipeline.models.method import build_method
+from pipeline.models.vild import Vild
 from tests.jobs.conftest import Type, load_job
 
 FEW = ["--evaluation-samples", "32", "--evaluation-batch", "16"]
@@ -42,6 +45,27 @@ def test_a_run_of_its_own_and_more_metrics_in_it(job: Type, tmp_path: Path) -> N
     assert client.get_run(run.info.run_id).info.status == "FINISHED"
 
 
+def test_a_detector_is_measured_and_shown_in_the_run(
+    job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    method = build_method(Vild.smallest()).eval()
+    monkeypatch.setattr("pipeline.evaluation.models.load_method", lambda address, device: method)
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    asked = ["--detection", "drawn_val", "--evaluation-samples", "10", "--step", "7"]
+    tracked = ["--track", "--tracking-uri", store, "--experiment", "tried", "--output", "result.json"]
+    assert job("evaluate", "sets", "--checkpoint", "some/run", *asked, *tracked) == 0
+    text = capsys.readouterr().out
+    assert "detection" in text and "AP50 novel" in text and "mask AP" in text and "AR300" in text
+    client = MlflowClient(store)
+    (run,) = client.search_runs([client.get_experiment_by_name("tried").experiment_id])
+    metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]
+    (point,) = client.get_metric_history(run.info.run_id, "det/drawn_val/ap50_novel")
+    assert point.step == 7 and point.value == metrics["det/drawn_val/ap50_novel"]
+    figures = [file.path for file in client.list_artifacts(run.info.run_id, "figures/detections")]
+    assert figures == ["figures/detections/drawn_val.png"]
+
+
 @pytest.mark.parametrize("preset", ["drawn", "stamps", "imagenet", "sets", "smoke"])
 def test_presets_name_sets_that_exist(preset: str) -> None:
     from pipeline.dataset import load_card
@@ -61,6 +85,9 @@ def test_presets_name_sets_that_exist(preset: str) -> None:
         (["smoke", "--track", "--run-id", "a"], "either --run-id or --track"),
         (["smoke", "--run-id", "0" * 32, "--tracking-uri", "sqlite:///empty.db"], "run_id"),
         (["smoke", "--track", "--tracking-uri", "http://127.0.0.1:9"], "MLflow server that answers"),
+        (["smoke", "--detection", "drawn_shpaes"], "drawn_shpaes"),
+        (["smoke", "--detection", "drawn_val", "--detection-words", "missing.txt"], "detection_words: 'missing.txt'"),
+        (["smoke", "--detection", "drawn_val"], "it has `predict`"),
         (["smoke", "--checkpoint", "nowhere"], "checkpoint: 'nowhere'"),
         (["samll"], "preset: 'samll'"),
     ],

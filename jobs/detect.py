@@ -1,0 +1,130 @@
+#!/usr/bin/env python
+"""Find the things that words name in a picture: a table, and the picture with boxes, names, scores and masks.
+
+    python jobs/detect.py picture IMAGE --checkpoint RUN --words "red star" circle --output found.png
+    python jobs/detect.py picture s3://bucket/street.jpg --checkpoint RUN --words dog bicycle --json
+
+Works for every method that has `predict`. Words are any names, also of things that it has seen no box of.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+import cv2
+import tyro
+
+from pipeline.config import require, run_job, writable_folder
+from pipeline.errors import DataError, SettingError
+from pipeline.evaluation.detection import as_stored
+from pipeline.evaluation.drawing import draw_detections
+from pipeline.evaluation.encoder import inference
+from pipeline.evaluation.models import load_detector
+from pipeline.evaluation.report import detections_table
+from pipeline.loaders.images import Pixels, decode
+from pipeline.loaders.samples import UnreadableSample
+from pipeline.models.detections import Detections, Detector, check_words
+from pipeline.models.method import build_method
+from pipeline.models.vild import Vild
+from pipeline.shards.storage import Folder
+from pipeline.sources.drawn.sample import draw_sample
+
+SMOKE = "drawn://val/0/0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detect:
+    """A picture, a detector, and what to look for."""
+
+    image: tyro.conf.Positional[str]
+    """The picture: a path or any fsspec URI."""
+    checkpoint: str
+    """Folder of a checkpoint or a run (path or URI) of a method that detects."""
+    words: tuple[str, ...]
+    """What to look for; quotes hold names of several words together."""
+    output: str = "detections.png"
+    """PNG file for the picture with what was found: a path or a URI."""
+    least_score: float = 0.05
+    """Detections with a lower score are neither listed nor drawn."""
+    most: int = 20
+    """Detections that are listed and drawn at the most, the best ones."""
+    json: bool = False
+    """Print JSON in place of a table."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        require(self.output.endswith(".png"), "output", self.output, "a file that ends in .png")
+        require(0 <= self.least_score <= 1, "least_score", self.least_score, "0 to 1")
+        require(self.most >= 1, "most", self.most, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Smoke(Detect):
+    """As the job, with a detector that has learnt nothing, on a picture that is drawn first."""
+
+
+PRESETS: dict[str, tuple[str, Detect]] = {
+    "picture": (
+        "The things that --words name in one picture.",
+        Detect(image=tyro.MISSING, checkpoint=tyro.MISSING, words=tyro.MISSING),
+    ),
+    "smoke": (
+        "What an untrained detector finds in a drawn picture.",
+        Smoke(image=SMOKE, checkpoint="", words=("star", "disc"), least_score=0.0, most=5),
+    ),
+}
+
+
+def main(run: Detect) -> None:
+    """Check words and places, then look, print and draw."""
+    check_words(run.words)
+    folder, _, name = writable_folder("output", run.output).rpartition("/")
+    pixels = read_picture(run.image)
+    picture = as_stored(pixels)
+    detector = load(run)
+    with inference(detector):
+        (found,) = detector.predict([picture], run.words)
+    shown = best(found, run)
+    print(as_json(shown, run.words) if run.json else detections_table(shown, run.words))
+    drawn = draw_detections(picture, shown, run.words, most=run.most).numpy().transpose(1, 2, 0)
+    png = cv2.imencode(".png", cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))[1].tobytes()
+    Folder(folder or "/").write_atomic(name, png)
+
+
+def read_picture(place: str) -> Pixels:
+    """The picture at ``place``; the smoke test's is drawn."""
+    if place == SMOKE:
+        return decode(draw_sample("val", 0, 0, 128).image)
+    folder, _, name = place.rpartition("/")
+    try:
+        return decode(Folder(folder or ("/" if place.startswith("/") else ".")).read_bytes(name))
+    except UnreadableSample as error:
+        raise DataError(f"{place} is no picture that can be read ({error})") from error
+    except (OSError, ValueError) as error:
+        raise SettingError("image", place, f"a picture that exists ({error})") from error
+
+
+def load(run: Detect) -> Detector:
+    """The detector; the smoke test's has random weights."""
+    if isinstance(run, Smoke):
+        return build_method(Vild.smallest()).eval()
+    return load_detector(run.checkpoint, run.device)
+
+
+def best(found: Detections, run: Detect) -> Detections:
+    """Those that are shown: detections come sorted by score."""
+    count = min(run.most, int((found.scores >= run.least_score).sum()))
+    masks = None if found.masks is None else found.masks[:count]
+    return Detections(found.boxes[:count], found.scores[:count], found.labels[:count], masks)
+
+
+def as_json(found: Detections, words: tuple[str, ...]) -> str:
+    """A list of ``{"word", "score", "box": [x1, y1, x2, y2]}``, the best first."""
+    rows = zip(found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
+    plain = [{"word": words[label], "score": score, "box": box} for label, score, box in rows]
+    return json.dumps(plain, indent=2)
+
+
+if __name__ == "__main__":
+    run_job(PRESETS, main)

@@ -1,0 +1,193 @@
+"""Open-vocabulary detection: which words are looked for, and what a detector finds of them in a set.
+
+Words are base (the detector was trained on boxes of them) or novel. All are asked for at once, and the AP of each
+group is the mean over its classes: generalised zero-shot detection (Bansal et al. 2018, arXiv 1804.04340), with
+48 base and 17 novel classes of COCO; in LVIS novel is rare (Gu et al. 2021, arXiv 2104.13921, section 4.1).
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Protocol, cast, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.config import require
+from pipeline.errors import SettingError
+from pipeline.evaluation.average_precision import AveragePrecision
+from pipeline.evaluation.data import readable_pictures
+from pipeline.evaluation.encoder import inference
+from pipeline.loaders.images import Pixels
+from pipeline.models.detections import Detector, check_words, plain_word
+from pipeline.shards.objects import Objects, overlaps, read_objects
+from pipeline.shards.sample import Sample
+
+PICTURES_AT_ONCE = 8
+BUDGETS = (100, 300, 1000)
+THRESHOLDS = np.linspace(0.5, 0.95, 10)
+FREQUENCIES = ("r", "c", "f")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The words that are looked for; ``groups`` of them (base, novel; r, c, f) are measured on their own, too."""
+
+    words: tuple[str, ...]
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_words(self.words)
+        for words in self.groups.values():
+            check_words(self.words, words)
+
+    @property
+    def base(self) -> tuple[str, ...] | None:
+        """The words that a detector was trained on; ``None`` where that is not said."""
+        return self.groups.get("base")
+
+
+def open_vocabulary(base: Sequence[str], novel: Sequence[str]) -> Vocabulary:
+    """Base and novel words.
+
+    Raises:
+        SettingError: none, one twice, or one that is base and novel, whatever its case.
+    """
+    groups = {"base": tuple(base), "novel": tuple(novel)}
+    return Vocabulary((*base, *novel), {name: words for name, words in groups.items() if words})
+
+
+def published_vocabulary(record: Mapping[str, Any], place: str) -> Vocabulary:
+    """The classes of an annotation file of COCO or LVIS; where it says how frequent they are, rare ones are novel.
+
+    Raises:
+        SettingError: it has no list of ``categories`` with names.
+    """
+    try:
+        names = [str(category["name"]) for category in record["categories"]]
+        frequencies = [category.get("frequency") for category in record["categories"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        allowed = f"an annotation file with `categories`, each with a name ({error!r})"
+        raise SettingError("detection_words", place, allowed) from error
+    if not set(frequencies) <= set(FREQUENCIES):
+        return Vocabulary(tuple(names))
+    sorted_by = {one: _having(one, names, frequencies) for one in FREQUENCIES}
+    groups = {"base": _having("cf", names, frequencies), "novel": sorted_by["r"], **sorted_by}
+    return Vocabulary(tuple(names), {name: words for name, words in groups.items() if words})
+
+
+def _having(wanted: str, names: Sequence[str], frequencies: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name, one in zip(names, frequencies, strict=True) if one in wanted)
+
+
+@runtime_checkable
+class Proposer(Protocol):
+    """A method that also says where things are, whatever they are."""
+
+    def propose(self, pictures: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """For uint8 pictures [3, H, W]: boxes float32 [n, 4], x1, y1, x2, y2 in pixels, and scores [n], best first."""
+        ...
+
+
+def evaluate_detection(
+    method: Detector,
+    samples: Iterable[Sample],
+    vocabulary: Vocabulary,
+    *,
+    batch: int = PICTURES_AT_ONCE,
+    threads: int = 4,
+    precision: str = "fp32",
+) -> dict[str, float]:
+    """Look for all words in all pictures.
+
+    Returns:
+        What :meth:`~pipeline.evaluation.average_precision.AveragePrecision.metrics` does; ``ar100``, ``ar300``,
+        ``ar1000`` and ``ar300_<group>`` where the method proposes boxes; ``samples``. All but the last 0 to 1.
+
+    Raises:
+        DataError: a sample without ``boxes.json`` or with one for a picture of another size; no label is a word.
+    """
+    found = AveragePrecision(vocabulary.words, vocabulary.groups)
+    recall = ProposalRecall(vocabulary)
+    for pictures, marked in batches_of(samples, batch, threads):
+        with inference(method, precision):
+            detections = method.predict(pictures, vocabulary.words, vocabulary.base)
+            proposed = method.propose(pictures) if isinstance(method, Proposer) else []
+        for objects, some in zip(marked, detections, strict=True):
+            found.add(objects, some)
+        for objects, (boxes, _) in zip(marked, proposed, strict=bool(proposed)):
+            recall.add(objects, boxes.double().cpu().numpy())
+    return {**found.metrics(), **recall.metrics(), "samples": float(found.pictures)}
+
+
+def batches_of(samples: Iterable[Sample], batch: int, threads: int) -> Iterator[tuple[list[Tensor], list[Objects]]]:
+    """Pictures, uint8 [3, H, W] as they are stored, and what is marked in them; unreadable ones are left out."""
+
+    def marked(sample: Sample) -> tuple[str, Objects]:
+        return sample.key, read_objects(sample)
+
+    read = readable_pictures(iter(samples), as_stored, marked, threads)
+    while rows := list(islice(read, batch)):
+        for picture, (key, objects) in rows:
+            objects.check_size(picture.shape[1], picture.shape[2], key)
+        yield [picture for picture, _ in rows], [objects for _, (_, objects) in rows]
+
+
+def as_stored(pixels: Pixels) -> Tensor:
+    """uint8 [H, W, 3] to uint8 [3, H, W]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+class ProposalRecall:
+    """The share of objects that the first 100, 300 and 1000 proposals of a picture find, whatever their class.
+
+    The mean over overlaps of 0.5, 0.55, ... 0.95. Proposals take objects in their order, each the free one that it
+    overlaps most, as COCO's evaluator does without classes. Crowds, and labels that are no words, are left out.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._groups = {name: {plain_word(word) for word in words} for name, words in vocabulary.groups.items()}
+        self._groups[""] = {plain_word(word) for word in vocabulary.words}
+        self._ranks: dict[str, list[NDArray[np.int64]]] = {name: [] for name in self._groups}
+
+    def add(self, marked: Objects, proposals: NDArray[np.float64]) -> None:
+        """One picture: its objects, and the proposed boxes x1, y1, x2, y2, float64 [n, 4], the best first."""
+        labels = [plain_word(label) for label in marked.labels]
+        for group, words in self._groups.items():
+            counted = [n for n, label in enumerate(labels) if label in words and not marked.crowd[n]]
+            self._ranks[group].append(finding_ranks(proposals[: max(BUDGETS)], marked.boxes[counted]))
+
+    def metrics(self) -> dict[str, float]:
+        """``ar100``, ``ar300``, ``ar1000`` and ``ar300_<group>``; nothing where no picture or no object was added."""
+        found = {}
+        for group, ranks in self._ranks.items():
+            together = np.concatenate([np.empty((len(THRESHOLDS), 0), np.int64), *ranks], axis=1)
+            for budget in BUDGETS if not group else (300,):
+                if together.size:
+                    found[f"ar{budget}" + (f"_{group}" if group else "")] = float((together < budget).mean())
+        return found
+
+
+def finding_ranks(proposals: NDArray[np.float64], boxes: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The place of the proposal that takes each box, int64 [10 thresholds, boxes]; 2**62 where none does."""
+    ranks = np.full((len(THRESHOLDS), len(boxes)), 2**62, np.int64)
+    if not len(proposals) or not len(boxes):
+        return ranks
+    overlap = overlaps(proposals, boxes)
+    near = np.flatnonzero(overlap.max(axis=1) >= THRESHOLDS[0])
+    for row, threshold in zip(ranks, THRESHOLDS, strict=True):
+        for place in near:
+            free = np.where(row == 2**62, overlap[place], -1)
+            best = int(len(free) - 1 - free[::-1].argmax())  # of equal ones the last, as COCO's evaluator
+            if free[best] >= threshold:
+                row[best] = place
+    return ranks
+
+
+def as_detector(method: object, address: str) -> Detector:
+    """``method``, if it has ``predict``; raises ``SettingError`` if not."""
+    has = callable(getattr(method, "predict", None))
+    require(has, "checkpoint", address, "a method that finds the things that words name (it has `predict`)")
+    return cast(Detector, method)

@@ -1,0 +1,149 @@
+"""Detections drawn on their picture: masks, boxes, and names with scores."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from pipeline.config import require
+from pipeline.errors import DataError
+from pipeline.evaluation.figures import FONT, readable
+from pipeline.models.detections import Detections
+from pipeline.shards.objects import Objects
+from pipeline.shards.segmentation import mask_of
+
+COLOURS = (
+    *((214, 39, 40), (31, 119, 180), (44, 140, 44), (148, 80, 189), (200, 90, 0), (0, 130, 145)),
+    *((197, 27, 125), (110, 75, 60), (70, 70, 160), (120, 120, 0)),
+)
+SMALLEST_SIDE = 480
+"""Pixels of the longer side: smaller pictures are magnified to it, so that names can be read."""
+LETTERS = 30  # of a name; a longer one is cut
+TINT = 0.45
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A thing to draw: its box x1, y1, x2, y2 in the picture's pixels, what is written, and bool [H, W] if masked."""
+
+    box: tuple[float, float, float, float]
+    text: str
+    colour: int
+    mask: NDArray[np.bool_] | None = None
+
+
+def draw_detections(
+    picture: Tensor, found: Detections, words: Sequence[str], least: float = 0.0, most: int = 20
+) -> Tensor:
+    """The picture, uint8 [3, H, W], with the ``most`` best detections that score ``least`` or more; see :func:`draw`.
+
+    Args:
+        picture: as it was given to ``predict``.
+        found: what ``predict`` gave.
+        words: what was asked for.
+        least: 0 to 1; detections with a lower score are not drawn.
+        most: 1 or more.
+    """
+    require(0 <= least <= 1, "least_score", least, "0 to 1")
+    require(most >= 1, "most", most, "1 or more")
+    count = min(most, int((found.scores >= least).sum()))
+    masks = found.whole_masks(picture.shape[1], picture.shape[2], 0, count).numpy() if found.masks is not None else None
+    things = []
+    for place in range(count):
+        x1, y1, x2, y2 = found.boxes[place].tolist()
+        label, score = int(found.labels[place]), float(found.scores[place])
+        mask = None if masks is None else masks[place]
+        things.append(Shown((x1, y1, x2, y2), f"{_short(words[label])} {score:.2f}", label, mask))
+    return draw(picture, things)
+
+
+def draw_marked(picture: Tensor, marked: Objects, words: Sequence[str]) -> Tensor:
+    """The picture, uint8 [3, H, W], with what is marked in it, in the colours that its words have elsewhere."""
+    places = {word: place for place, word in enumerate(words)}
+    things = []
+    for box, label, segmentation in zip(marked.boxes, marked.labels, marked.segmentations, strict=True):
+        mask = None if segmentation is None else mask_of(segmentation, marked.height, marked.width).astype(bool)
+        x1, y1, x2, y2 = box.tolist()
+        things.append(Shown((x1, y1, x2, y2), _short(label), places.get(label, -1), mask))
+    return draw(picture, things)
+
+
+def draw(picture: Tensor, things: Sequence[Shown]) -> Tensor:
+    """``things`` on a picture, the first on top; uint8 [3, H, W], with a longer side of 480 pixels or more."""
+    pixels = np.ascontiguousarray(picture.cpu().numpy().transpose(1, 2, 0))
+    for thing in reversed(things):
+        if thing.mask is not None:
+            pixels = _tinted(pixels, thing.mask, COLOURS[thing.colour % len(COLOURS)])
+    scale = max(1.0, SMALLEST_SIDE / max(pixels.shape[:2]))
+    size = round(pixels.shape[1] * scale), round(pixels.shape[0] * scale)
+    canvas = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(canvas)
+    for thing in reversed(things):
+        _outline(pen, [value * scale for value in thing.box], COLOURS[thing.colour % len(COLOURS)], size)
+    taken: list[tuple[float, float, float, float]] = []
+    for thing in things:
+        _write(pen, thing, scale, size, taken)
+    return torch.from_numpy(np.asarray(canvas).transpose(2, 0, 1).copy())
+
+
+def _tinted(pixels: NDArray[np.uint8], mask: NDArray[np.bool_], colour: tuple[int, int, int]) -> NDArray[np.uint8]:
+    if mask.shape != pixels.shape[:2]:
+        raise DataError(f"a mask of {mask.shape} on a picture of {pixels.shape[:2]}")
+    mixed = pixels.copy()
+    mixed[mask] = (pixels[mask] * (1 - TINT) + np.array(colour) * TINT).astype(np.uint8)
+    return mixed
+
+
+def _outline(
+    pen: ImageDraw.ImageDraw, box: Sequence[float], colour: tuple[int, int, int], size: tuple[int, int]
+) -> None:
+    """A line inside the box, with a thin white one around it that shows on every ground."""
+    width = max(2, round(max(size) / 240))
+    x1, y1 = (min(max(0.0, value), side - 1) for value, side in zip(box[:2], size, strict=True))
+    x2, y2 = (max(low, min(value, side) - 1) for low, value, side in zip((x1, y1), box[2:], size, strict=True))
+    pen.rectangle([max(0, x1 - 1), max(0, y1 - 1), min(size[0] - 1, x2 + 1), min(size[1] - 1, y2 + 1)], outline="white")
+    pen.rectangle([x1, y1, x2, y2], outline=colour, width=width)
+
+
+def _write(
+    pen: ImageDraw.ImageDraw,
+    thing: Shown,
+    scale: float,
+    size: tuple[int, int],
+    taken: list[tuple[float, float, float, float]],
+) -> None:
+    """The name on a tag above its box, or where that is not in the picture or taken, at the next place below."""
+    font = _font(max(12, round(max(size) / 34)))
+    left, top, right, bottom = pen.textbbox((0, 0), thing.text, font=font)
+    width, height = right - left + 6, bottom - top + 4
+    x = max(0.0, min(thing.box[0] * scale, size[0] - width))
+    y = first = max(0.0, min(thing.box[1] * scale - height, size[1] - height))
+    while any(_meet((x, y, x + width, y + height), other) for other in taken):
+        y += height + 1
+        if y + height > size[1]:  # no place left: rather over another name than nowhere
+            y = first
+            break
+    pen.rectangle([x, y, x + width, y + height], fill=COLOURS[thing.colour % len(COLOURS)])
+    pen.text((x + 3 - left, y + 2 - top), thing.text, fill="white", font=font)
+    taken.append((x, y, x + width, y + height))
+
+
+def _meet(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _short(name: str) -> str:
+    plain = readable(name)
+    return plain if len(plain) <= LETTERS else plain[: LETTERS - 2].rstrip() + " \u2026"
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    from matplotlib.font_manager import findfont
+
+    return ImageFont.truetype(findfont(FONT), size)

@@ -1,0 +1,73 @@
+"""The detection job as users type it: a table or JSON, and a picture with what was found; wrong options said so."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.models.method import build_method
+from pipeline.models.vild import Vild
+from tests.jobs.conftest import Type
+
+
+def test_smoke_prints_a_table_and_draws(job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job("detect", "smoke") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["word", "score", "left", "top", "right", "bottom"] and len(lines) == 6
+    assert {line.split()[0] for line in lines[1:]} <= {"star", "disc"}
+    with Image.open(tmp_path / "detections.png") as picture:
+        assert picture.size == (480, 480) and len(np.unique(np.asarray(picture))) > 30
+
+
+def test_json_is_what_the_detector_says(job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    words = ("star", "disc")
+    assert job("detect", "smoke", "--json", "--most", "3", "--output", "out/found.png") == 0
+    printed = json.loads(capsys.readouterr().out)
+    scores = [one["score"] for one in printed]
+    assert len(printed) == 3 and scores == sorted(scores, reverse=True)
+    assert all(one["word"] in words and 0 <= min(one["box"]) and max(one["box"]) <= 128 for one in printed)
+    assert (tmp_path / "out/found.png").stat().st_size > 1000
+
+
+def test_a_checkpoint_looks_for_any_words(
+    job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    method = build_method(Vild.smallest()).eval()
+    picture = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "in.png")
+    asked = ["--checkpoint", "some/run", "--words", "red star", "yellow", "--least-score", "0", "--json"]
+    monkeypatch.setattr("pipeline.evaluation.models.load_method", lambda address, device: method)
+    assert job("detect", "picture", str(tmp_path / "in.png"), *asked) == 0
+    printed = json.loads(capsys.readouterr().out)
+    (expected,) = method.predict([torch.from_numpy(picture).permute(2, 0, 1)], ("red star", "yellow"))
+    assert [one["score"] for one in printed] == pytest.approx(expected.scores[:20].tolist(), abs=1e-6)
+    assert [one["word"] for one in printed] == [("red star", "yellow")[n] for n in expected.labels[:20].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["smoke", "--words", "star", "Star"], "every word once"),
+        (["smoke", "--most", "0"], "most: 0"),
+        (["smoke", "--least-score", "2"], "least_score: 2.0"),
+        (["smoke", "--output", "found.jpg"], "ends in .png"),
+        (["picture", "nowhere.png", "--checkpoint", "x", "--words", "a"], "image: 'nowhere.png'"),
+        (["picture", "broken.png", "--checkpoint", "x", "--words", "a"], "broken.png is no picture"),
+        (["picture", "good.png", "--checkpoint", "clipmill-tiny:untrained", "--words", "a"], "predict"),
+        (["picture", "good.png", "--checkpoint", "nowhere", "--words", "a"], "checkpoint: 'nowhere'"),
+    ],
+)
+def test_wrong_options_are_one_sentence(
+    arguments: list[str], sentence: str, job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG no more")
+    Image.new("RGB", (20, 20)).save(tmp_path / "good.png")
+    assert job("detect", *arguments) in (1, 2)
+    out, error = capsys.readouterr()
+    assert sentence in " ".join(error.replace("│", " ").split()) and "Traceback" not in error
+    assert out == ""
