@@ -27,9 +27,10 @@ MODEL = {
 }
 
 
-def make_clip(folder: Path) -> FrozenClip:
+def make_clip(folder: Path, **vision: Any) -> FrozenClip:
     """Random weights, always the same ones."""
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL}))
+    model = {**MODEL, "vision_cfg": vision or MODEL["vision_cfg"]}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
     torch.manual_seed(0)
     return FrozenClip(Clip(Config(architecture=f"local-dir:{folder}")), classifier)
 

@@ -25,6 +25,8 @@ from tests.training.few_shot import (  # noqa: F401
     NAMES,
     TEMPLATES,
     clip_fixture,
+    make_clip,
+    make_pictures,
     run,
     sets_fixture,
     short,
@@ -46,6 +48,31 @@ def test_clip_stays_as_it_is_bit_for_bit(method: str, clip: FrozenClip, sets: An
     assert not any(p.requires_grad or p.grad is not None for p in clip.method.parameters())
     learned = {id(parameter) for parameter in adapted.adapter.parameters()}
     assert not learned & {id(parameter) for parameter in clip.method.parameters()}
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory: pytest.TempPathFactory) -> FrozenClip:
+    return make_clip(tmp_path_factory.mktemp("resnet"), image_size=32, layers=[1, 1, 1, 1], width=16, patch_size=None)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if adapter_class(name).reads == "features"])
+def test_a_residual_tower_keeps_its_statistics(method: str, resnet: FrozenClip) -> None:
+    train, validation = make_pictures(resnet, 6, 0, views=2), make_pictures(resnet, 6, 1)
+    before = {name: tensor.clone() for name, tensor in resnet.method.state_dict().items()}
+    assert any("running_mean" in name for name in before)
+    adapted = run(resnet, method, train, validation, recipe=short(method, epochs=1))
+    assert int(accuracy(adapted.adapter, validation).seen.sum()) == 6
+    assert same(before, resnet.method.state_dict())
+
+
+def test_a_worded_start_is_what_open_clip_says_of_a_residual_tower(resnet: FrozenClip) -> None:
+    pictures = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    adapter = coop.CoOp(coop.Config(start="a photo of a"), resnet, NAMES, ())
+    with torch.no_grad():
+        found = adapter.logits(resnet.raw_features(pictures))
+        texts = resnet.method.tokenizer([f"a photo of a {name}." for name in NAMES])
+        images, words, scale = resnet.model(resnet.normalised(pictures), texts)[:3]
+    torch.testing.assert_close(found, scale * images @ words.T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)

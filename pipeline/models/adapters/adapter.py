@@ -71,7 +71,18 @@ class FrozenClip:
         return TextTower(self.model, self.method.tokenizer)
 
     def class_vectors(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """The zero-shot classifier: float32 [C, D], unit length."""
+        """The zero-shot classifier: float32 [C, D], unit length.
+
+        Raises:
+            SettingError: a name that is too long for the context; it would be cut without a word.
+        """
+        tokenizer: Any = self.method.tokenizer
+        for name in classes:
+            most = max(_tokens(tokenizer, template.replace("{}", name)) for template in templates)
+            room = int(tokenizer.context_length)
+            require(
+                most <= room, "classes", name, f"a name that fits {room} tokens with its prompts, which take {most}"
+            )
         return self._classifier(self.method, classes, templates).detach()
 
     def normalised(self, pictures: Tensor) -> Tensor:
@@ -201,6 +212,12 @@ class Adapter(nn.Module, ABC):
     def head(self) -> Tensor | None:
         """Class vectors, float [C, D] of unit length, that classify as this method does; ``None`` if none can."""
         return None
+
+
+def _tokens(tokenizer: Any, text: str) -> int:
+    """How many tokens ``text`` has if it is not cut, start and end included."""
+    encode = getattr(tokenizer, "encode", None)  # open_clip's own; others hold a tokenizer of transformers
+    return len(tokenizer.tokenizer(text)["input_ids"]) if encode is None else len(encode(text)) + 2
 
 
 def unit(features: Tensor) -> Tensor:

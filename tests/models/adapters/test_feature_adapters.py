@@ -1,6 +1,7 @@
 """CLIP-Adapter, Tip-Adapter, Tip-Adapter-F and the linear probe by hand-made cases, closed forms and scikit-learn."""
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -241,6 +242,16 @@ def test_the_final_relu_is_a_choice() -> None:
 def test_the_papers_number_of_parameters(clip: FrozenClip) -> None:
     made = clip_adapter.ClipAdapter(clip_adapter.Config(), clip, TWO, ("{}",))
     assert sum(parameter.numel() for parameter in made.parameters()) == 32 * 32 // 4 * 2
+
+
+@pytest.mark.parametrize("kind", [zero_shot.ZeroShot, clip_adapter.ClipAdapter, tip_adapter.TipAdapter])
+def test_names_that_a_prompt_would_cut(clip: FrozenClip, kind: type[Any]) -> None:
+    """77 tokens: start, end, "a photo of a", the full stop and 70 of the name."""
+    config = sys.modules[kind.__module__].Config()
+    fits, long = "very " * 69 + "old", "very " * 70 + "old"
+    kind(config, clip, ("dog", fits), ("a photo of a {}.",))
+    with pytest.raises(SettingError, match="a name that fits 77 tokens with its prompts, which take 78"):
+        kind(config, clip, ("dog", long), ("{}.", "a photo of a {}."))
 
 
 # -- Linear probe
