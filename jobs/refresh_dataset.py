@@ -6,9 +6,9 @@
 
     python jobs/refresh_dataset.py urls … --parent latest --opt-out s3://bucket/opt-out.txt     # what has changed since
 
-The first word names the source: urls, folder, webdataset, hugging-face, drawn, stamps, or card for a card of
-datasets/. The same command run again goes on where it was stopped; options and layout are img2dataset's where it
-has them.
+The first word names the source: urls, folder, webdataset, hugging-face, coco, drawn, stamps, stamp-scenes, or card
+for a card of datasets/. The same command run again goes on where it was stopped; options and layout are img2dataset's
+where it has them.
 """
 
 import getpass
@@ -23,10 +23,12 @@ from pipeline.dataset import load_card
 from pipeline.errors import SettingError
 from pipeline.shards.storage import Folder
 from pipeline.sources import open_source
+from pipeline.sources.coco import Coco
 from pipeline.sources.drawn.source import Drawn
 from pipeline.sources.folder import PictureFolder
 from pipeline.sources.hugging_face import HuggingFaceParquet
 from pipeline.sources.source import Source
+from pipeline.sources.stamp_scenes import StampScenes
 from pipeline.sources.stamps import TuxPaintStamps
 from pipeline.sources.url_table import UrlTable
 from pipeline.sources.webdataset import WebDatasetTars
@@ -85,6 +87,13 @@ class Parquet(Refresh):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Boxes(Refresh):
+    """Read COCO's or LVIS's annotations and their pictures."""
+
+    source: Coco
+
+
+@dataclass(frozen=True, kw_only=True)
 class World(Refresh):
     """Draw samples of the embedded world."""
 
@@ -96,6 +105,13 @@ class Stamps(Refresh):
     """Read the Tux Paint stamps."""
 
     source: TuxPaintStamps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenes(Refresh):
+    """Compose scenes of the Tux Paint stamps."""
+
+    source: StampScenes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +139,10 @@ PRESETS: dict[str, tuple[str, Refresh]] = {
         "Parquet files with the pictures inside, as Hugging Face stores image data sets.",
         Parquet(source=HuggingFaceParquet(parquet=tyro.MISSING), output_folder=tyro.MISSING),
     ),
+    "coco": (
+        "COCO's or LVIS's annotations and pictures; pictures stay as they are, since boxes are measured in them.",
+        Boxes(source=Coco(annotations=tyro.MISSING), output_folder=tyro.MISSING, options=AS_IT_IS),
+    ),
     "drawn": (
         "Samples of the embedded world, drawn as they are needed.",
         World(source=Drawn(), output_folder=tyro.MISSING, options=AS_IT_IS),
@@ -130,6 +150,10 @@ PRESETS: dict[str, tuple[str, Refresh]] = {
     "stamps": (
         "The Tux Paint stamps of Debian's package tuxpaint-stamps-default.",
         Stamps(source=TuxPaintStamps(), output_folder=tyro.MISSING),
+    ),
+    "stamp-scenes": (
+        "Scenes composed of these stamps, with boxes, masks and captions.",
+        Scenes(source=StampScenes(), output_folder=tyro.MISSING, options=AS_IT_IS),
     ),
     "card": ("What a dataset card names.", FromCard(card=tyro.MISSING, output_folder=tyro.MISSING)),
     "smoke": (
@@ -149,7 +173,7 @@ def main(run: Refresh) -> None:
     folder = Folder(writable_folder("output_folder", run.output_folder))
     card = load_card(run.card) if isinstance(run, FromCard) else None
     source: Source = open_source(card.source) if card else run.source  # type: ignore[attr-defined]
-    name = card.name if card else None
+    name = card.name if card else getattr(source, "classes_of", None) or None
     if run.engine == "native":
         refresh(source, folder, run.options, run.workers, name, renewal=run.renewal, floor=run.floor)
         return

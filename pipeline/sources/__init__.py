@@ -1,4 +1,5 @@
-"""Raw rows: url tables, folders of pictures, WebDataset tars, split files, the drawn world, the Tux Paint stamps.
+"""Raw rows: url tables, folders of pictures, WebDataset tars, split files, COCO's and LVIS's annotations, the drawn
+world, the Tux Paint stamps and scenes of them.
 
 Each source is one frozen dataclass in a module of its own; a dataset card names it by ``kind``.
 """
@@ -11,6 +12,7 @@ from pipeline.config import from_plain, require
 from pipeline.sources.source import Source
 
 KINDS = {
+    "coco": ("pipeline.sources.coco", "Coco"),
     "urls": ("pipeline.sources.url_table", "UrlTable"),
     "folder": ("pipeline.sources.folder", "PictureFolder"),
     "webdataset": ("pipeline.sources.webdataset", "WebDatasetTars"),
@@ -19,6 +21,7 @@ KINDS = {
     "picked": ("pipeline.sources.picked", "Picked"),
     "split-file": ("pipeline.sources.split_file", "SplitFile"),
     "stamps": ("pipeline.sources.stamps", "TuxPaintStamps"),
+    "stamp-scenes": ("pipeline.sources.stamp_scenes", "StampScenes"),
 }
 
 

@@ -81,7 +81,9 @@ class PictureFolder:
             self.folder,
             "a folder with pictures (" + " ".join(PICTURES) + ")",
         )
-        return [(path, _stamp(found[path]), _stamp(found.get(self._caption_file(path), {}))) for path in pictures]
+        return [
+            (path, file_stamp(found[path]), file_stamp(found.get(self._caption_file(path), {}))) for path in pictures
+        ]
 
     def _caption_file(self, path: str) -> str:
         return path.rpartition(".")[0] + self.caption_suffix
@@ -108,7 +110,8 @@ class PictureFolder:
             return ""
 
 
-def _stamp(info: Mapping[str, Any]) -> str:
+def file_stamp(info: Mapping[str, Any]) -> str:
+    """Size and time or tag of a file, of what ``fsspec`` tells of it."""
     changed = next(
         (info[name] for name in ("ETag", "etag", "mtime", "LastModified", "created") if name in info),
         "",

@@ -7,7 +7,7 @@ does, and a shard made from the old rows is not mistaken for one made from the n
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from pipeline.errors import SampleError
 from pipeline.shards.storage import Folder
@@ -44,6 +44,21 @@ class Slice:
     count: int
     digest: str
     where: Mapping[str, str | int]
+
+
+@runtime_checkable
+class Classed(Protocol):
+    """A source that knows the classes of its boxes; the snapshot keeps them among its options, as ``classes``."""
+
+    @property
+    def classes(self) -> Mapping[str, str]:
+        """Names and groups (LVIS's r, c and f; base and novel; or empty), in the classes' order."""
+        ...
+
+
+def fetches(source: "Source") -> bool:
+    """Whether the rows' pictures are to be downloaded; a source may stand for a part of another, its ``base``."""
+    return bool(getattr(getattr(source, "base", source), "downloads", False))
 
 
 class Source(Protocol):

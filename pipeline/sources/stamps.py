@@ -15,10 +15,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from PIL import ImageColor
 
 from pipeline.config import require
@@ -34,6 +35,7 @@ MOST_PIXELS = 1 << 26
 _TRANSLATION = re.compile(r"([A-Za-z]+(?:[_@-][A-Za-z]+)*)\.utf8=(.*)")
 _PNG_HEADER = b"\x89PNG\r\n\x1a\n"
 _MIRROR = "_mirror"
+_ALLOWED = f"the folder of the Debian package {PACKAGE} (apt-get install {PACKAGE}), installed or unpacked"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,18 +91,14 @@ class TuxPaintStamps:
 
     @cached_property
     def _root(self) -> Path:
-        root = Path(self.folder).expanduser()
-        inside = root / INSTALLED.lstrip("/")
-        return inside if inside.is_dir() else root
+        return stamps_root(self.folder)
 
     def _pictures(self) -> list[str]:
         """Sorted paths below the root of this split's pictures."""
-        allowed = f"the folder of the Debian package {PACKAGE} (apt-get install {PACKAGE}), installed or unpacked"
-        require(self._root.is_dir(), "folder", self.folder, allowed)
         files = {file.relative_to(self._root).as_posix() for file in self._root.rglob("*") if file.is_file()}
         raster = {path for path in files if path.endswith(".png")}
         vector = {path for path in files if path.endswith(".svg") and path.removesuffix(".svg") + ".png" not in raster}
-        require(bool(raster), "folder", self.folder, allowed)
+        require(bool(raster), "folder", self.folder, _ALLOWED)
         chosen = sorted(path for path in raster | vector if self.split in ("all", self._side(path)))
         require(bool(chosen), "held_out_share", self.held_out_share, f"a share that leaves {self.split} not empty")
         return chosen
@@ -156,11 +154,30 @@ class TuxPaintStamps:
         """
         if path.endswith(".svg"):
             raise SampleError("failed_to_resize", "vector_picture", "svg pictures are not decoded")
-        data = _bytes_of(self._root / path)
-        if data is None:
-            raise SampleError("failed_to_download", "unreadable", f"cannot read the file {path}")
-        red, green, blue = ImageColor.getrgb(self.background)[:3]
-        return _on_background(data, (blue, green, red))
+        colour, alpha = read_stamp(self._root, path)
+        blended = colour * alpha + np.array(ImageColor.getrgb(self.background)[:3], np.float32) * (1 - alpha)
+        encoded, buffer = cv2.imencode(".png", np.ascontiguousarray(np.rint(blended).astype(np.uint8)[:, :, ::-1]))
+        if not encoded:
+            raise DataError("OpenCV cannot encode PNG")
+        return buffer.tobytes()
+
+
+def stamps_root(folder: str) -> Path:
+    """Where the stamps are, given the folder that has them or that the package was unpacked in.
+
+    Raises:
+        SettingError: there is no such folder.
+    """
+    root = Path(folder).expanduser()
+    inside = root / INSTALLED.lstrip("/")
+    root = inside if inside.is_dir() else root
+    require(root.is_dir(), "folder", folder, _ALLOWED)
+    return root
+
+
+def is_mirror(name: str) -> bool:
+    """Whether a picture is another one's mirrored copy."""
+    return name.rpartition(".")[0].endswith(_MIRROR)
 
 
 def _stamp(path: str) -> str:
@@ -175,8 +192,24 @@ def _bytes_of(file: Path) -> bytes | None:
         return None
 
 
-def _on_background(data: bytes, background: tuple[int, int, int]) -> bytes:
-    """Decode a PNG of any kind, lay it on ``background`` (blue, green, red; 0..255) and encode it as 8-bit PNG."""
+def read_stamp(root: Path, path: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """A PNG of any kind: red, green and blue [H, W, 3] of 0 to 255, and alpha [H, W, 1] of 0 to 1.
+
+    Raises:
+        SampleError: no such file, or bytes that are no PNG or too large a one.
+    """
+    data = _bytes_of(root / path)
+    if data is None:
+        raise SampleError("failed_to_download", "unreadable", f"cannot read the file {path}")
+    image = _decoded(data)
+    peak = 255 if image.dtype == np.uint8 else 65535
+    colour = np.atleast_3d(image).astype(np.float32) * np.float32(255 / peak)
+    alpha = colour[:, :, -1:] / np.float32(255) if colour.shape[2] in (2, 4) else np.ones_like(colour[:, :, :1])
+    colour = colour[:, :, 2::-1] if colour.shape[2] >= 3 else np.repeat(colour[:, :, :1], 3, axis=2)
+    return colour, alpha
+
+
+def _decoded(data: bytes) -> NDArray[Any]:
     if not data.startswith(_PNG_HEADER) or len(data) < 24:
         raise SampleError("failed_to_resize", "not_a_png", "the file does not begin as a PNG does")
     width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
@@ -188,12 +221,4 @@ def _on_background(data: bytes, background: tuple[int, int, int]) -> bytes:
         raise SampleError("failed_to_resize", "undecodable", str(error)) from error
     if image is None:
         raise SampleError("failed_to_resize", "undecodable", "the PNG is damaged")
-    peak = 255 if image.dtype == np.uint8 else 65535
-    colour = np.atleast_3d(image).astype(np.float32) * np.float32(255 / peak)
-    alpha = colour[:, :, 3:] / 255 if colour.shape[2] in (2, 4) else np.ones_like(colour[:, :, :1])
-    colour = colour[:, :, :3] if colour.shape[2] >= 3 else np.repeat(colour[:, :, :1], 3, axis=2)
-    blended = np.rint(colour * alpha + np.array(background, np.float32) * (1 - alpha)).astype(np.uint8)
-    encoded, buffer = cv2.imencode(".png", blended)
-    if not encoded:
-        raise DataError("OpenCV cannot encode PNG")
-    return buffer.tobytes()
+    return image

@@ -51,6 +51,7 @@ class UrlTable:
     """
 
     kind: ClassVar[str] = "urls"
+    downloads: ClassVar[bool] = True
 
     url_list: str
     """The table: a file or a folder, at a path or any fsspec URI."""

@@ -12,10 +12,11 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import SampleError
+from pipeline.shards.objects import FIELD as BOXES
 from pipeline.shards.sample import GEOMETRIC_FIELDS, Sample, sample_key, shard_name
 from pipeline.shards.storage import Folder
 from pipeline.shards.writer import ShardStats, ShardWriter, parquet_schema, read_stats
-from pipeline.sources.source import Row, Source
+from pipeline.sources.source import Row, Source, fetches
 from pipeline.stages.decode_apart import Apart, needs_care
 from pipeline.stages.download import Download, DownloadOptions, Known, digest, download_all
 from pipeline.stages.images import ImageOptions, Picture, transform
@@ -74,7 +75,7 @@ class _Maker:
         if source.has_captions:
             columns["caption"] = pa.string()
         self.schema = parquet_schema({**columns, "url": pa.string()}, self._hash)
-        if _fetches(source):
+        if fetches(source):
             # What the server said about this version of the picture, for the next refresh.
             for name in ("last_modified", "etag"):
                 self.schema = self.schema.append(pa.field(name, pa.string()))
@@ -171,17 +172,26 @@ def _flat_json(record: Mapping[str, Any]) -> bytes:
     return b"{\n    " + json.dumps(record, separators=(",\n    ", ": "))[1:-1].encode() + b"\n}"
 
 
-def _fetches(source: Source) -> bool:
-    """Whether the rows are urls to download; a source may stand for a part of another, its ``base``."""
-    return getattr(source, "base", source).kind == "urls"
-
-
 def _refuse_stale_members(row: Row, picture: Picture) -> None:
     """Boxes and masks say where things are in the picture as it was; a resized one would contradict them."""
     stale = [name for name in GEOMETRIC_FIELDS if name in row.members]
     if stale and (picture.width, picture.height) != (picture.original_width, picture.original_height):
         message = f"{stale[0]} would not fit the resized picture; use --resize-mode no"
         raise SampleError("failed_to_resize", "stale_annotation", message)
+    measured = _measured_in(row.members.get(BOXES))
+    if measured is not None and measured != (picture.width, picture.height):
+        sizes = f"{measured[0]} x {measured[1]} pixels, the picture has {picture.width} x {picture.height}"
+        message = f"{BOXES} is measured in {sizes}"
+        raise SampleError("failed_to_resize", "stale_annotation", message)
+
+
+def _measured_in(boxes: bytes | None) -> tuple[int, int] | None:
+    """Width and height that boxes say their picture has; None where they do not, and another tool's format may not."""
+    try:
+        record = json.loads(boxes or b"{}")
+        return int(record["width"]), int(record["height"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
 
 
 def clean_caption(caption: str | None) -> str | None:

@@ -5,7 +5,7 @@ Ray. A task whose worker dies is run again by Ray; a killed job is run again by 
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.config import flatten, from_json, to_json
@@ -13,7 +13,7 @@ from pipeline.shards.lease import Lease, lease
 from pipeline.shards.snapshot import Snapshot, publish
 from pipeline.shards.storage import Folder
 from pipeline.shards.writer import ShardStats
-from pipeline.sources.source import Source
+from pipeline.sources.source import Classed, Source
 from pipeline.stages.make_shard import ShardOptions, make_shard
 from pipeline.stages.plan import Plan, Unit, make_plan
 from pipeline.stages.progress import Floor, Progress
@@ -71,7 +71,7 @@ def _first(
     folder.remove_temporary()
     stats = _finished_shards(plan, source, folder, options, workers, floor)
     held.check()
-    snapshot = publish(folder, stats, card=card, options={"source": flatten(source), **shaping})
+    snapshot = publish(folder, stats, card=card, options=_told(source, shaping))
     logger.info("snapshot %s: %d samples in %d shards", snapshot.uri, snapshot.samples, len(snapshot.shards))
     return snapshot
 
@@ -94,8 +94,7 @@ def _renew(
         folder.remove_temporary()
         stats = _finished_shards(prepared.plan, prepared.source, folder, options, workers, floor)
         held.check()
-        options_kept = {"source": flatten(source), **shaping}
-        snapshot = publish_renewal(prepared, folder, stats, card, options_kept)
+        snapshot = publish_renewal(prepared, folder, stats, card, _told(source, shaping))
         logger.info("snapshot %s: %d samples; %s", snapshot.uri, snapshot.samples, dict(snapshot.changes))
     return purge(folder, snapshot, workers) if renewal.purge else snapshot
 
@@ -109,6 +108,12 @@ def _finished_shards(
     folder.remove_temporary()
     progress.finish()
     return stats
+
+
+def _told(source: Source, shaping: Mapping[str, Any]) -> dict[str, Any]:
+    """What the snapshot says of how it was made."""
+    classes = {"classes": dict(source.classes)} if isinstance(source, Classed) else {}
+    return {"source": flatten(source), **shaping, **classes}
 
 
 def shaping_options(options: ShardOptions) -> dict[str, Any]:

@@ -202,7 +202,8 @@ def test_the_package_itself(read: Callable[..., list[Row]]) -> None:
     rows = read(TuxPaintStamps(folder=folder, language="de", fall_back_to_english=True))
     outcome = Counter(row.problem.error_class if row.problem else "good" for row in rows)
     assert outcome["good"] > 700 and set(outcome) <= {"good", "vector_picture"}
-    assert sum(bool(row.caption) for row in rows) == len(rows)
+    # Debian's tuxpaint-data, where it is installed too, adds stamps without texts.
+    assert all(row.caption for row in rows if not row.url.startswith("cartoon/tux/"))
     assert len({row.columns["label"] for row in rows}) >= 15
     (tiger,) = [row for row in rows if row.url == "animals/mammals/cats/tiger.png"]
     assert tiger.caption == "Ein Tiger." and (pixels(tiger)[0, 0] == 255).all()

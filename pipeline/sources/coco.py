@@ -1,0 +1,237 @@
+"""COCO and LVIS as they are published: an annotation file and the pictures, in a folder or still on the web.
+
+    jobs/refresh_dataset.py coco --annotations instances_train2017.json --images train2017 --output-folder coco
+
+Each picture becomes a sample with ``boxes.json`` (see ``shards/objects.py``): boxes, polygons, run lengths and crowds
+with the numbers of the file, and LVIS's lists of labels that are not there or only partly marked. Planning parses the
+file once and leaves a table with one row group per slice in the scratch folder, from which workers read their slice.
+
+``keep`` leaves out annotations, never pictures: an open-vocabulary detector is trained on pictures whose novel things
+have no boxes. What is novel is said by a dataset card, or by LVIS's frequency (rare).
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config import require
+from pipeline.dataset import load_card
+from pipeline.errors import DataError, SampleError
+from pipeline.shards.objects import FIELD, MOST_OBJECTS
+from pipeline.shards.storage import Folder
+from pipeline.sources.coco_annotations import (
+    Annotations,
+    Category,
+    Picture,
+    read_annotations,
+    read_captions,
+)
+from pipeline.sources.folder import file_stamp
+from pipeline.sources.source import Row, Slice
+
+logger = logging.getLogger(__name__)
+
+TABLE = "annotations.parquet"
+RARE = "r"
+_WEB = ("http://", "https://")
+_TYPES: Mapping[str, pa.DataType] = {
+    "url": pa.string(),
+    "stamp": pa.string(),
+    "caption": pa.string(),
+    "image_id": pa.int64(),
+    "objects": pa.int64(),
+    "left_out": pa.int64(),
+    "boxes": pa.binary(),
+}
+_SCHEMA = pa.schema(_TYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coco:
+    """The pictures of an annotation file, in its order."""
+
+    kind: ClassVar[str] = "coco"
+
+    annotations: str
+    """COCO's or LVIS's instances (JSON), at a path or any fsspec URI."""
+    images: str = ""
+    """Folder of the pictures, at a path or any fsspec URI that every worker can read, or the beginning of their urls
+    (https://…); empty = download each picture's coco_url."""
+    captions: str = ""
+    """COCO's captions (JSON), of which each picture gets the first; empty = no captions."""
+    classes_of: str = ""
+    """Dataset card whose classes count; annotations of others are left out. Empty = all categories of the file."""
+    keep: Literal["all", "base", "novel"] = "all"
+    """Annotations of all classes that count, or of one side: novel or not by the card, or rare or not in LVIS."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.annotations), "annotations", self.annotations, "COCO's or LVIS's instances (JSON)")
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether the samples get a ``txt`` field."""
+        return bool(self.captions)
+
+    @property
+    def downloads(self) -> bool:
+        """Whether the pictures are to be fetched from the web."""
+        return not self.images or self.images.startswith(_WEB)
+
+    @cached_property
+    def classes(self) -> Mapping[str, str]:
+        """The classes that count by name, in the order of their ids, each with its group.
+
+        That is LVIS's frequency, r, c or f; base or novel where the card says; empty where nobody does.
+        """
+        return self._groups(read_annotations(self.annotations))
+
+    def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
+        """See :class:`~pipeline.sources.source.Source`; memory holds the annotation file, its numbers as text.
+
+        Raises:
+            DataError: the annotations contradict themselves, or boxes cannot be meant as x, y, width, height.
+        """
+        found = read_annotations(self.annotations)
+        self.__dict__["classes"] = self._groups(found)  # as cached_property does; the file is not read again
+        rows = self._table_rows(found)
+        with scratch.scratch_file(".parquet") as path:
+            with pq.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
+                for group in itertools.count():
+                    part = list(itertools.islice(rows, rows_per_shard))
+                    if not part:
+                        break
+                    writer.write_table(pa.Table.from_pylist(part, schema=_SCHEMA), row_group_size=len(part))
+                    yield Slice(
+                        count=len(part), digest=self._digest(part), where={"uri": scratch.join(TABLE), "group": group}
+                    )
+            scratch.write_atomic(TABLE, path)
+
+    def rows(self, piece: Slice) -> Iterator[Row]:
+        """See :class:`~pipeline.sources.source.Source`; a picture that cannot be read is a row with a problem."""
+        folder, _, name = str(piece.where["uri"]).rpartition("/")
+        with Folder(folder).open(name) as file:
+            table = pq.ParquetFile(file).read_row_group(int(piece.where["group"]))
+        for values in table.to_pylist():
+            yield self._row(values)
+
+    def schema(self) -> Mapping[str, type]:
+        """``left_out`` counts unusable boxes; ``boxes_digest`` lets a refresh see which have changed."""
+        return {"image_id": int, "objects": int, "left_out": int, "boxes_digest": str}
+
+    @cached_property
+    def _place(self) -> Folder:
+        return Folder(self.images)
+
+    def _groups(self, found: Annotations) -> dict[str, str]:
+        """Name to group of the categories that are kept."""
+        if self.classes_of:
+            groups = self._card_groups(found.categories.values())
+        else:
+            groups = {one.name: one.frequency for one in found.categories.values()}
+        if self.keep == "all":
+            return groups
+        allowed = "all, or a card with novel classes in classes_of, or a file that says how frequent its classes are"
+        require(any(groups.values()), "keep", self.keep, allowed)
+        novel = self.keep == "novel"
+        return {name: group for name, group in groups.items() if (group in (RARE, "novel")) == novel}
+
+    def _card_groups(self, categories: Iterable[Category]) -> dict[str, str]:
+        card = load_card(self.classes_of)
+        by_name = {category.name: category.frequency for category in categories}
+        missing = [name for name in card.classes if name not in by_name]
+        allowed = f"a card with classes of {self.annotations}; it has no {', '.join(missing[:5]) or 'classes'}"
+        require(bool(card.classes) and not missing, "classes_of", self.classes_of, allowed)
+        said = {name: "novel" if name in card.novel else "base" if card.novel else "" for name in card.classes}
+        return {name: said[name] or by_name[name] for name in by_name if name in said}
+
+    def _table_rows(self, found: Annotations) -> Iterator[dict[str, Any]]:
+        captions = read_captions(self.captions) if self.captions else {}
+        files = None if self.downloads else self._files()
+        missing = 0
+        for picture in found.pictures:
+            url, stamp = (self._url(picture), "") if files is None else self._file(picture, files)
+            missing += files is not None and not stamp
+            require(missing < len(found.pictures), "images", self.images, f"a folder with {url} and the others in it")
+            count, boxes = self._boxes(picture, found)
+            left_out = sum(found.left_out.get(picture.id, {}).values())
+            about = {"image_id": picture.id, "objects": count, "left_out": left_out}
+            yield {"url": url, "stamp": stamp, "caption": captions.get(picture.id, ""), "boxes": boxes, **about}
+        if files is not None:
+            unnamed = len(files) - (len(found.pictures) - missing)
+            message = "%s: %d pictures have no file in %s; %d files there are not in it"
+            logger.info(message, self.annotations, missing, self.images, unnamed)
+
+    def _files(self) -> dict[str, str]:
+        """What lies below the folder: paths and their stamps."""
+        fs, root = self._place.fs, str(self._place.path)
+        require(bool(fs.isdir(root)), "images", self.images, "an existing folder, or the beginning of urls (https://…)")
+        found = fs.find(root, detail=True).items()
+        base = root.rstrip("/") + "/"
+        return {path.split(base, 1)[-1]: file_stamp(about) for path, about in found}
+
+    def _file(self, picture: Picture, files: Mapping[str, str]) -> tuple[str, str]:
+        """The picture's path below the folder and its stamp, which is empty where there is no such file."""
+        wanted = [picture.file, "/".join(picture.url.split("/")[-2:]), *_names(picture)]
+        for path in wanted:
+            if path and path in files:
+                return path, files[path]
+        return next((path for path in wanted if path), str(picture.id)), ""
+
+    def _url(self, picture: Picture) -> str:
+        url = picture.url
+        if self.images:
+            name = picture.file or next(iter(_names(picture)), "")
+            url = f"{self.images.rstrip('/')}/{name}" if name and ".." not in name.split("/") else ""
+        if not url.startswith(_WEB):
+            raise DataError(f"{self.annotations}: the picture {picture.id} has no address ({url or picture.file!r})")
+        return url
+
+    def _boxes(self, picture: Picture, found: Annotations) -> tuple[int, bytes]:
+        """Number of objects and the member ``boxes.json``."""
+        names = {number: one.name for number, one in found.categories.items() if one.name in self.classes}
+        things = [thing for thing in found.things.get(picture.id, ()) if thing.category in names]
+        objects = ", ".join(f'{{"label": {json.dumps(names[one.category])}, {one.text[1:]}' for one in things)
+        text = f'{{"width": {picture.width}, "height": {picture.height}, "objects": [{objects}]'
+        if picture.negative is not None and picture.incomplete is not None:
+            lists = (("negative", picture.negative), ("incomplete", picture.incomplete))
+            for key, numbers in lists:
+                text += f', "{key}": ' + json.dumps([names[number] for number in numbers if number in names])
+        return len(things), (text + "}").encode()
+
+    def _digest(self, part: list[dict[str, Any]]) -> str:
+        return hashlib.sha256(repr((self.images, part)).encode("utf-8", "surrogatepass")).hexdigest()
+
+    def _row(self, values: Mapping[str, Any]) -> Row:
+        columns = {name: values[name] for name in ("image_id", "objects", "left_out")}
+        columns["boxes_digest"] = hashlib.sha256(values["boxes"]).hexdigest()[:16]
+        image, problem = None, None
+        try:
+            if values["objects"] > MOST_OBJECTS:
+                raise SampleError("failed_to_resize", "too_many_objects", f"more than {MOST_OBJECTS} objects")
+            if not self.downloads:
+                image = self._place.read_bytes(values["url"])
+        except SampleError as error:
+            problem = error
+        except OSError as error:
+            problem = SampleError("failed_to_download", "unreadable", f"cannot read the file: {error}")
+        return Row(
+            url=values["url"],
+            caption=values["caption"],
+            image=image,
+            columns=columns,
+            members={FIELD: values["boxes"]},
+            problem=problem,
+        )
+
+
+def _names(picture: Picture) -> Iterator[str]:
+    """The picture's bare file name, as its record or its url has it."""
+    return (place.rpartition("/")[2] for place in (picture.file, picture.url) if place)

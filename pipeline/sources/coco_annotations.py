@@ -1,0 +1,249 @@
+"""COCO's and LVIS's annotation files, read whole and checked before anything is made of them.
+
+    {"images": [{"id", "width", "height", "file_name" and / or "coco_url"}, ...],
+     "categories": [{"id", "name", LVIS: "frequency" of r, c or f}, ...],
+     "annotations": [{"image_id", "category_id", "bbox": [x, y, width, height], "segmentation", "iscrowd", ...}, ...]}
+
+LVIS's pictures have ``neg_category_ids`` (searched for, none there) and ``not_exhaustive_category_ids`` (only some are
+marked). What contradicts itself stops the reading: an id or a name twice, an id that is nowhere, boxes that cannot be
+meant as x, y, width, height. One annotation whose box is unusable is left out and counted by its reason.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import fsspec
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config import require
+from pipeline.errors import DataError, SettingError
+from pipeline.shards.objects import SMALLEST, corners, inside
+
+logger = logging.getLogger(__name__)
+
+KEPT = ("bbox", "segmentation", "iscrowd", "area", "id")
+FREQUENCIES = ("r", "c", "f")
+Reason = Literal["no_box", "no_area", "outside"]
+
+_OUTSIDE_SHARE = 0.1
+_FEW_UNFIT = 0.02  # share of broken boxes among corners
+_FEW_OUTSIDE = 1.0  # pixels by which published boxes may stick out
+_NORMALISED_FROM = 4  # boxes; fewer may be as small as a pixel by chance
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """An annotation: ``box`` is x1, y1, x2, y2 in pixels, float64 [4], None where it is not four finite numbers.
+
+    ``text`` is the JSON of what is kept of it, numbers as they were published.
+    """
+
+    picture: int
+    category: int
+    box: NDArray[np.float64] | None
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image record; ``file`` or ``url`` may be empty. The category ids are None where the file has no such lists."""
+
+    id: int
+    width: int
+    height: int
+    file: str
+    url: str
+    negative: tuple[int, ...] | None
+    incomplete: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Category:
+    """A class; ``frequency`` is LVIS's r, c or f, empty where the file does not say."""
+
+    id: int
+    name: str
+    frequency: str
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """A file's content: pictures in its order, categories by id, the usable things of each picture by its id."""
+
+    pictures: tuple[Picture, ...]
+    categories: Mapping[int, Category]
+    things: Mapping[int, Sequence[Thing]]
+    left_out: Mapping[int, Counter[Reason]]
+
+
+def read_annotations(uri: str) -> Annotations:
+    """The annotation file at ``uri``, a path or any fsspec URI; ``.gz`` is unpacked.
+
+    Raises:
+        SettingError: no file, or one of another kind.
+        DataError: it contradicts itself.
+    """
+    content = _read(uri, ("images", "annotations", "categories"), "COCO's or LVIS's instances")
+    try:
+        pictures = tuple(_picture(record) for record in content["images"])
+        categories = tuple(_category(record) for record in content["categories"])
+        things = [thing if isinstance(thing, Thing) else _refused(thing) for thing in content["annotations"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{uri} is not as COCO's files are ({error!r})") from error
+    require(bool(pictures), "annotations", uri, "a file with at least one picture")
+    _check_ids(uri, pictures, categories, things)
+    sizes = {picture.id: (picture.width, picture.height) for picture in pictures}
+    _check_boxes(uri, things, sizes)
+    kept, left_out = _usable(things, sizes)
+    for reason, count in sum(left_out.values(), Counter[Reason]()).most_common():
+        logger.warning("%s: %d annotations left out (%s)", uri, count, reason)
+    return Annotations(pictures, {one.id: one for one in sorted(categories, key=lambda one: one.id)}, kept, left_out)
+
+
+def read_captions(uri: str) -> dict[int, str]:
+    """The first caption of each picture, by its id, of a captions file.
+
+    Raises:
+        SettingError: no file, or one of another kind.
+    """
+    captions: dict[int, str] = {}
+    for record in _read(uri, ("annotations",), "COCO's captions")["annotations"]:
+        fits = isinstance(record, dict) and isinstance(record.get("caption"), str) and "image_id" in record
+        require(fits, "captions", uri, "COCO's captions, each with image_id and caption")
+        text = " ".join(record["caption"].split()).encode("utf-8", "replace").decode()
+        captions.setdefault(record["image_id"], text)
+    return captions
+
+
+def _read(uri: str, keys: Sequence[str], kind: str) -> dict[str, Any]:
+    field = "captions" if "captions" in kind else "annotations"
+    allowed = f"{kind}, a JSON file with " + ", ".join(keys)
+    try:
+        with fsspec.open(uri, "rt", encoding="utf-8", compression="infer") as file:
+            content = json.load(file, object_hook=_compact)
+    except (OSError, ValueError, RecursionError) as error:
+        raise SettingError(field, uri, f"{allowed} ({error})") from error
+    missing = [key for key in keys if not (isinstance(content, dict) and isinstance(content.get(key), list))]
+    require(not missing, field, uri, f"{allowed}; it has no list {' and no list '.join(missing)}")
+    found: dict[str, Any] = content
+    return found
+
+
+def _compact(record: dict[str, Any]) -> "dict[str, Any] | Thing":
+    """Annotations become texts as soon as they are read: LVIS's, as Python's numbers, would take ten times its size."""
+    if not record.keys() >= {"image_id", "category_id", "bbox"}:
+        return record
+    picture, category = record["image_id"], record["category_id"]
+    if type(picture) is not int or type(category) is not int:
+        raise DataError(
+            f"an annotation of the picture {picture!r} and the category {category!r}: ids are whole numbers"
+        )
+    try:
+        text = json.dumps({key: record[key] for key in KEPT if key in record}, allow_nan=False)
+        box = corners(record["bbox"])
+    except (ValueError, TypeError, OverflowError):  # not four numbers, or one of NaN and Infinity somewhere in it
+        return Thing(picture, category, None, "")
+    return Thing(picture, category, box if np.isfinite(box).all() else None, text)
+
+
+def _refused(record: Any) -> Thing:
+    raise DataError(f"the annotation {str(record)[:100]} has not image_id, category_id and bbox")
+
+
+def _picture(record: Mapping[str, Any]) -> Picture:
+    width, height = int(record["width"]), int(record["height"])
+    if width <= 0 or height <= 0:
+        raise ValueError(f"picture {record['id']} of {width} x {height} pixels")
+    file, url = (str(record.get(key) or "") for key in ("file_name", "coco_url"))
+    (file + url).encode()  # a lone surrogate, which no store can name, is a ValueError
+    negative, incomplete = (record.get(key) for key in ("neg_category_ids", "not_exhaustive_category_ids"))
+    federated = negative is not None or incomplete is not None
+    return Picture(
+        int(record["id"]),
+        width,
+        height,
+        file,
+        url,
+        tuple(negative or ()) if federated else None,
+        tuple(incomplete or ()) if federated else None,
+    )
+
+
+def _category(record: Mapping[str, Any]) -> Category:
+    name, frequency = str(record["name"]), str(record.get("frequency") or "")
+    if not name.strip() or frequency not in ("", *FREQUENCIES):
+        raise ValueError(f"category {record['id']} called {name!r} of frequency {frequency!r}")
+    return Category(int(record["id"]), name, frequency)
+
+
+def _check_ids(uri: str, pictures: Sequence[Picture], categories: Sequence[Category], things: Sequence[Thing]) -> None:
+    _once(uri, "picture id", (picture.id for picture in pictures))
+    _once(uri, "category id", (category.id for category in categories))
+    _once(uri, "category name", (category.name for category in categories))
+    known, classes = {picture.id for picture in pictures}, {category.id for category in categories}
+    _known(uri, "picture id", (thing.picture for thing in things), known)
+    _known(uri, "category id", (thing.category for thing in things), classes)
+    listed = (number for one in pictures for number in (*(one.negative or ()), *(one.incomplete or ())))
+    _known(uri, "category id", listed, classes)
+
+
+def _once(uri: str, what: str, values: Iterable[object]) -> None:
+    repeated = [value for value, count in Counter(values).items() if count > 1]
+    if repeated:
+        raise DataError(f"{uri}: the {what} {repeated[0]!r} is there twice ({len(repeated)} such)")
+
+
+def _known(uri: str, what: str, values: Iterable[object], known: set[int]) -> None:
+    unknown = Counter(value for value in values if value not in known)
+    if unknown:
+        count, first = sum(unknown.values()), next(iter(unknown))
+        raise DataError(f"{uri}: {count} annotations name a {what} that is not in the file, such as {first!r}")
+
+
+def _check_boxes(uri: str, things: Sequence[Thing], sizes: Mapping[int, tuple[int, int]]) -> None:
+    """Boxes are plausible as x, y, width, height in pixels; no single box tells, the whole file does."""
+    known = [thing for thing in things if thing.box is not None]
+    if not known:
+        return
+    boxes = np.array([thing.box for thing in known])
+    published = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+    if len(boxes) >= _NORMALISED_FROM and (boxes >= 0).all() and (boxes <= 1 + 1e-6).all():
+        raise DataError(f"{uri}: no box reaches beyond 1: they seem to be shares of the picture's sides, not pixels")
+    limits = np.array([sizes[thing.picture] for thing in known]) + _FEW_OUTSIDE
+    beyond = (boxes[:, 2:] > limits).any(axis=1)
+    if beyond.mean() <= _OUTSIDE_SHARE:
+        return
+    said = f"{uri}: {beyond.sum()} of {len(boxes)} boxes reach out of their pictures as x, y, width, height"
+    corners_fit = (published[:, 2:] >= published[:, :2]).all(axis=1) & (published[:, 2:] <= limits).all(axis=1)
+    if (~corners_fit).mean() <= _FEW_UNFIT:
+        few = (~corners_fit).sum() or "none"
+        raise DataError(f"{said}, and {few} as x1, y1, x2, y2: write width and height in place of the second corner")
+    raise DataError(f"{said}: they seem to be measured in pictures of another size than the file says")
+
+
+def _usable(
+    things: Iterable[Thing], sizes: Mapping[int, tuple[int, int]]
+) -> tuple[dict[int, list[Thing]], dict[int, Counter[Reason]]]:
+    kept: dict[int, list[Thing]] = {}
+    left_out: dict[int, Counter[Reason]] = {}
+    for thing in things:
+        reason = _unusable(thing, sizes[thing.picture])
+        if reason is None:
+            kept.setdefault(thing.picture, []).append(thing)
+        else:
+            left_out.setdefault(thing.picture, Counter())[reason] += 1
+    return kept, left_out
+
+
+def _unusable(thing: Thing, size: tuple[int, int]) -> Reason | None:
+    if thing.box is None:
+        return "no_box"
+    if not (thing.box[2:] - thing.box[:2] > SMALLEST).all():
+        return "no_area"
+    width, height = size
+    return "outside" if inside(thing.box, height, width) is None else None
