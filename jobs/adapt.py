@@ -3,12 +3,14 @@
 
     python jobs/adapt.py few-shot --model runs/first --methods zero_shot coop tip_adapter_f \
         --data drawn_fine_grained drawn_shapes --shots 1 2 4 8 16 --seeds 1 2 3 --output runs/few-shot
-    ray job submit --working-dir . -- python jobs/adapt.py base-to-new --model ViT-B-16:openai \
+    ray job submit --working-dir . -- python jobs/adapt.py base-to-new --model ViT-B-16-quickgelu:openai \
         --methods coop cocoop maple --data oxford_pets dtd --root s3://bucket/datasets --output s3://bucket/pets
 
 A method takes settings of its own and of its recipe: coop:class_specific=true,epochs=50. A data set is a card with
 `few_shot`; those with split files are looked for in --root, which holds folders as CoOp's DATASETS.md names them.
-Trials run side by side on the cluster (--workers 0: one after the other, here); the same command again goes on.
+Trials run side by side on the cluster (--processes-count 0: one after the other, here), with a part of a GPU each where
+it has some; the same command again goes on. With --workers-per-trial each trial has several workers, which share its
+classes: for ImageNet's thousand.
 """
 
 import getpass
@@ -24,6 +26,7 @@ from pipeline.evaluation.adaptation import (
     Protocol,
     TrialRunner,
     check,
+    find_place,
     frozen_clip,
     parse_spec,
     plan_trials,
@@ -76,7 +79,11 @@ class Adapt:
     precision: Precision = "fp32"
     """Arithmetic of the image tower when features are made."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where trials compute."""
+    """Where trials compute; auto: on GPUs where there are some."""
+    gpus_per_trial: float = 0.25
+    """Part of a GPU for each trial, so that several share one; not with `workers_per_trial`."""
+    workers_per_trial: int = 1
+    """More than one: trials one after the other, each on so many workers (a GPU each), which share its classes."""
     keep_adapters: bool = True
     """Keep what each trial learned, below OUTPUT/adapters."""
     workers: Workers = field(default_factory=Workers)
@@ -93,6 +100,8 @@ class Adapt:
             require(len(set(chosen)) == len(chosen), name, chosen, "each once")
         require(all(shots >= 1 for shots in self.shots), "shots", self.shots, "1 or more; zero_shot has none")
         require(all(0 <= seed < 2**32 for seed in self.seeds), "seeds", self.seeds, "0 to 2**32 - 1")
+        require(0 < self.gpus_per_trial <= 1, "gpus_per_trial", self.gpus_per_trial, "more than 0, up to 1")
+        require(self.workers_per_trial >= 1, "workers_per_trial", self.workers_per_trial, "1 or more")
         require(self.samples is None or self.samples >= 1, "samples", self.samples, "1 or more")
         needs = self.protocol in ("cross", "generalise")
         require(needs == bool(self.targets), "targets", self.targets, "cards, with cross and generalise alone")
@@ -169,13 +178,13 @@ def main(run: Adapt) -> None:
         name: [draw(sets[name], trial.shots, trial.seed) for trial in trials if trial.shots and trial.data == name]
         for name in sets
     }
-    clip = frozen_clip(run.model, run.device)
+    place = find_place(run.device, run.gpus_per_trial, run.workers_per_trial, run.workers)
+    clip = frozen_clip(run.model, "cpu" if place.device == "cuda" else place.device)
     for (name, _), trial in {(one.data, one.method): one for one in trials}.items():
         others = {key: one for key, one in tested.items() if key != name}
-        check(trial, specs[trial.method], clip, sets[name], others)
+        check(trial, specs[trial.method], clip, sets[name], others, place.workers)
     embedder = LoadEmbedder(checkpoint=run.model, device=run.device, precision=run.precision, views=run.views)
     reads = {adapter_class(spec.method).reads for spec in specs.values()}
-    use_gpu = None if run.device == "auto" else run.device == "cuda"
     with Record(run.tracking, run, folder, run.track) as record:
         ready = {
             name: prepare(
@@ -184,7 +193,7 @@ def main(run: Adapt) -> None:
                 folder.folder("data").folder(name),
                 embedder if "features" in reads else None,
                 run.workers,
-                use_gpu,
+                place.device == "cuda",
             )
             for name, data in sets.items()
         }
@@ -197,7 +206,7 @@ def main(run: Adapt) -> None:
             clip=clip.digest,
             keep_adapters=run.keep_adapters,
         )
-        results = run_trials(runner, trials, run.workers, record.add)
+        results = run_trials(runner, trials, run.workers, place, record.add)
         print(record.conclude(results, f"{run.protocol.replace('_', ' ')}, {run.model}"))
 
 

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from itertools import product
 from typing import Any, Literal, cast, overload
@@ -38,13 +38,16 @@ from pipeline.sources.source import Source
 from pipeline.stages.embeddings import EmbedOptions, embed
 from pipeline.stages.images import ImageOptions
 from pipeline.stages.make_shard import ShardOptions
+from pipeline.stages.ray_session import connect
 from pipeline.stages.refresh import refresh
 from pipeline.stages.shard_tasks import Workers, run_tasks
 from pipeline.stages.view_features import read_views
+from pipeline.training import distributed
 from pipeline.training.adapt import Accuracy, Adapted, Labelled, accuracy, adapt
 from pipeline.training.adapt_artifact import save
 from pipeline.training.adapt_recipes import Protocol as RecipeProtocol
 from pipeline.training.adapt_recipes import Recipe, paper_config, paper_recipe
+from pipeline.training.adapt_workers import on_workers
 
 logger = logging.getLogger(__name__)
 
@@ -169,11 +172,45 @@ def frozen_clip(checkpoint: str, device: str) -> FrozenClip:
     return FrozenClip(cast(Clip, model), classifier)
 
 
-def check(trial: Trial, spec: Spec, clip: FrozenClip, data: DataSet, targets: Mapping[str, DataSet]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What a trial gets: a task's share of the cluster, or some workers of Ray Train, which share its classes."""
+
+    device: str = "auto"
+    gpus: float = 0.0
+    """Part of a GPU for each trial's task."""
+    workers: int = 1
+    """More than one: each trial on so many, with a GPU each where the device is one, and one trial after the other."""
+
+
+def find_place(device: str, gpus: float, per_trial: int, workers: Workers) -> Place:
+    """Where trials compute: on GPUs where ``device`` is ``auto`` and the cluster has some.
+
+    Raises:
+        SettingError: ``device`` is ``cuda`` and there is none.
+    """
+    if workers.processes_count == 0 and per_trial == 1:
+        here = torch.cuda.is_available()
+        require(here or device != "cuda", "device", device, "cpu or auto: this machine has no GPU that torch can use")
+        return Place(device=device)
+    connect(max(workers.processes_count, per_trial) if workers.processes_count else None)
+    import ray
+
+    some = ray.cluster_resources().get("GPU", 0) > 0
+    require(some or device != "cuda", "device", device, "cpu or auto: the cluster has no GPU")
+    if device == "cpu" or not some:
+        return Place(device="cpu", workers=per_trial)
+    return Place(device="cuda", gpus=gpus, workers=per_trial)
+
+
+def check(
+    trial: Trial, spec: Spec, clip: FrozenClip, data: DataSet, targets: Mapping[str, DataSet], workers: int = 1
+) -> None:
     """Build the method once, before anything is embedded or trained.
 
     Raises:
-        SettingError: class names that it refuses, a prompt that is too long, classes that it cannot be bound to.
+        SettingError: class names that it refuses, a prompt that is too long, classes that it cannot be bound to, or
+            fewer classes than ``workers`` that share them.
     """
     config, _ = spec.build(trial.protocol, trial.shots, trial.data)
     classes = data.classes
@@ -181,6 +218,8 @@ def check(trial: Trial, spec: Spec, clip: FrozenClip, data: DataSet, targets: Ma
     if trial.protocol == "base_to_new":
         parts = halves(len(classes))
         classes, new = tuple(data.classes[one] for one in parts.base), tuple(data.classes[one] for one in parts.new)
+    count = len(classes)
+    require(workers <= count, "workers_per_trial", workers, f"at most {count}, the classes that {data.name} learns")
     adapter = adapter_class(spec.method)(config, clip, classes, data.templates)
     others = [(trial.data, new)] if new else [(name, target.classes) for name, target in targets.items()]
     for name, names in others:
@@ -239,18 +278,40 @@ class TrialRunner:
     """Keep what the trials learned."""
 
     def __call__(self, trial: Trial) -> str:
-        """Run ``trial`` unless its result is there; gives the name of the result's file."""
-        folder, file = Folder(self.output).folder("trials"), f"{trial.name}.json"
-        settings = self.settings(trial)
-        if _finished(folder, file, settings) is None:
-            folder.write_atomic(file, json.dumps(asdict(self.run(trial, settings)), indent=1).encode())
+        """Run ``trial`` unless its result is there; gives the name of the result's file.
+
+        In a process group all ranks call, the classes that are learned are spread over them, and the first one writes.
+        """
+        file = f"{trial.name}.json"
+        if self.finished(trial) is None:
+            result = self.run(trial, self.settings(trial))
+            if distributed.rank() == 0:
+                self._results.write_atomic(file, json.dumps(asdict(result), indent=1).encode())
         return file
+
+    def at(self, device: str) -> "TrialRunner":
+        """The same on ``device``."""
+        return replace(self, embedder=replace(self.embedder, device=device))
+
+    def finished(self, trial: Trial) -> Result | None:
+        """The result of ``trial``, where it is there and of these settings."""
+        file = f"{trial.name}.json"
+        try:
+            result = from_plain(Result, json.loads(self._results.read_text(file)), self._results.join(file))
+        except (FileNotFoundError, ValueError, SettingError):
+            return None
+        return result if result.settings == self.settings(trial) else None
+
+    @property
+    def _results(self) -> Folder:
+        return Folder(self.output).folder("trials")
 
     def settings(self, trial: Trial) -> str:
         """SHA-256 of all that decides the result."""
         config, recipe = self.specs[trial.method].build(trial.protocol, trial.shots, trial.data)
         listed = [_digest(self.ready[name]) for name in (trial.data, *self.targets)]
-        said = (fingerprint(trial), repr(config), repr(recipe), repr(self.embedder), self.clip, repr(listed))
+        anywhere = replace(self.embedder, device="auto")
+        said = (fingerprint(trial), repr(config), repr(recipe), repr(anywhere), self.clip, repr(listed))
         return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
     def run(self, trial: Trial, settings: str = "") -> Result:
@@ -259,7 +320,7 @@ class TrialRunner:
         spec, ready = self.specs[trial.method], self.ready[trial.data]
         clip = frozen_clip(self.embedder.checkpoint, self.embedder.device)
         adapted = self._learn(trial, spec, ready, clip)
-        if self.keep_adapters and trial.shots:
+        if self.keep_adapters and trial.shots and distributed.rank() == 0:
             about = {"checkpoint": self.embedder.checkpoint, "data": trial.data, "settings": settings}
             save(adapted, Folder(self.output).folder("adapters").folder(trial.name), about)
         scores = self._scores(trial, adapted.adapter, ready)
@@ -330,20 +391,41 @@ class TrialRunner:
 
 
 def run_trials(
-    runner: TrialRunner, trials: Sequence[Trial], workers: Workers, done: Callable[[Result], None] | None = None
+    runner: TrialRunner,
+    trials: Sequence[Trial],
+    workers: Workers,
+    place: Place,
+    done: Callable[[Result], None] | None = None,
 ) -> list[Result]:
     """The results of all ``trials`` in their order; each is told to ``done`` when it is there."""
-    folder = Folder(runner.output).folder("trials")
+    runner = runner.at(place.device)
     results: dict[int, Result] = {}
-    for number, file in run_tasks(runner, trials, workers):
-        result = _finished(folder, file, runner.settings(trials[number]))
+    for number in _run(runner, trials, workers, place):
+        result = runner.finished(trials[number])
         if result is None:
-            raise DataError(f"{folder.join(file)} has gone, or was written by another run in the same folder")
+            file = f"{runner.output}/trials/{trials[number].name}.json"
+            raise DataError(f"{file} has gone, or was written by another run in the same folder")
         results[number] = result
         logger.info("%d of %d trials: %s, %s", len(results), len(trials), trials[number].name, _short(result))
         if done is not None:
             done(result)
     return [results[number] for number in range(len(trials))]
+
+
+def _run(runner: TrialRunner, trials: Sequence[Trial], workers: Workers, place: Place) -> Iterator[int]:
+    """The numbers of trials, each when its result is there."""
+    if place.workers == 1:
+        yield from (number for number, _ in run_tasks(runner, trials, workers, place.gpus))
+        return
+    for number, trial in enumerate(trials):
+        if runner.finished(trial) is None:
+            on_workers(partial(_one_of_many, runner, trial), workers=place.workers, use_gpu=place.device == "cuda")
+        yield number
+
+
+def _one_of_many(runner: TrialRunner, trial: Trial, device: torch.device) -> None:
+    """What each of the workers of one trial does."""
+    runner.at(device.type)(trial)
 
 
 class _Pictures(Sequence[bytes]):
@@ -407,15 +489,6 @@ def _digest(ready: Ready) -> str:
 def _counts(found: Accuracy) -> dict[str, float]:
     right, seen = int(found.right.sum()), int(found.seen.sum())
     return {"top1": found.top1, "mean_per_class": found.mean_per_class, "right": float(right), "seen": float(seen)}
-
-
-def _finished(folder: Folder, file: str, settings: str) -> Result | None:
-    """The result in ``file``, where it is whole and of these ``settings``."""
-    try:
-        result = from_plain(Result, json.loads(folder.read_text(file)), folder.join(file))
-    except (FileNotFoundError, ValueError, SettingError):
-        return None
-    return result if result.settings == settings else None
 
 
 def _short(result: Result) -> str:

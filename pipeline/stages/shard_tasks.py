@@ -36,8 +36,12 @@ class Workers:
         require(ok, "processes_count", self.processes_count, "0 or more")
 
 
-def run_tasks(task: Callable[[Unit], str], units: Sequence[Unit], workers: Workers) -> Iterator[tuple[int, str]]:
+def run_tasks(
+    task: Callable[[Unit], str], units: Sequence[Unit], workers: Workers, gpus: float = 0.0
+) -> Iterator[tuple[int, str]]:
     """``(number, task(units[number]))`` for all units, in any order; lazily. ``task`` and units have to pickle.
+
+    ``gpus`` is the part of a GPU that each unit gets as a task, 0 to 1; units with none stay away from GPU nodes.
 
     Raises:
         ClipmillError: what a task raised, as it raised it.
@@ -45,7 +49,7 @@ def run_tasks(task: Callable[[Unit], str], units: Sequence[Unit], workers: Worke
     if workers.processes_count == 0:
         yield from ((number, task(unit)) for number, unit in enumerate(units))
     elif units:
-        yield from _run_by_ray(task, units, workers)
+        yield from _run_by_ray(task, units, workers, gpus)
 
 
 def data_resource(cluster: dict[str, float]) -> dict[str, float] | None:
@@ -53,12 +57,15 @@ def data_resource(cluster: dict[str, float]) -> dict[str, float] | None:
     return {DATA_RESOURCE: 0.001} if DATA_RESOURCE in cluster else None
 
 
-def _run_by_ray(task: Callable[[Unit], str], units: Sequence[Unit], workers: Workers) -> Iterator[tuple[int, str]]:
+def _run_by_ray(
+    task: Callable[[Unit], str], units: Sequence[Unit], workers: Workers, gpus: float
+) -> Iterator[tuple[int, str]]:
     import ray
 
     connect(workers.processes_count)
     cluster = dict(ray.cluster_resources())
-    options = {"num_cpus": 1, "resources": data_resource(cluster), "max_retries": MAX_DEATHS, "name": _name_of(task)}
+    place = {"num_gpus": gpus} if gpus else {"resources": data_resource(cluster)}
+    options = {"num_cpus": 1, **place, "max_retries": MAX_DEATHS, "name": _name_of(task)}
     run: Any = ray.remote(_attempt).options(**options)
     shared, waiting = ray.put(task), iter(enumerate(units))
     running: dict[Any, int] = {}

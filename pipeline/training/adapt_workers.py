@@ -1,72 +1,33 @@
-"""One adaptation on several workers of a Ray cluster, which share the classes of a learned prompt.
+"""One piece of work on several workers of a Ray cluster, as a process group: how an adaptation shares its classes.
 
-It is for a thousand classes and a large text tower. Small ones are better run as many at a time, one worker each.
+It is for a thousand classes and a large text tower. Small adaptations are better run side by side, one worker each.
 """
 
-import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 
 from pipeline.config import require
 from pipeline.errors import ClipmillError, DataError
-from pipeline.models.adapters.adapter import FrozenClip
-from pipeline.shards.storage import Folder
 from pipeline.stages.ray_session import connect
-from pipeline.training import distributed
-from pipeline.training.adapt import Adapted, Labelled, adapt
-from pipeline.training.adapt_artifact import save
-from pipeline.training.adapt_recipes import Recipe
 
-logger = logging.getLogger(__name__)
-
-MakeClip = Callable[[torch.device], FrozenClip]
-"""Loads CLIP on a device, in the process that will use it; pickles."""
+Work = Callable[[torch.device], object]
+"""Called in every worker with its device, in a process group; pickles. What it gives back is lost: rank 0 writes."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Adaptation:
-    """The arguments of :func:`pipeline.training.adapt.adapt`, but for CLIP: they travel."""
+def on_workers(work: Work, *, workers: int, use_gpu: bool = False, cpus_per_worker: int = 1) -> None:
+    """Run ``work`` once on each of ``workers`` workers, which form a process group.
 
-    method: str
-    config: Any
-    recipe: Recipe | None
-    classes: tuple[str, ...]
-    templates: tuple[str, ...]
-    train: Labelled
-    validation: Labelled
-    seed: int = 0
-
-    def run(self, clip: FrozenClip) -> Adapted:
-        """Adapt; raises as :func:`pipeline.training.adapt.adapt`."""
-        names = ("method", "config", "recipe", "classes", "templates", "train", "validation", "seed")
-        values = {name: getattr(self, name) for name in names}
-        return adapt(clip=clip, **values)
-
-
-def adapt_on_workers(
-    work: Adaptation,
-    make_clip: MakeClip,
-    folder: Folder,
-    *,
-    workers: int,
-    use_gpu: bool | None = None,
-    cpus_per_worker: int = 1,
-    about: Mapping[str, str] | None = None,
-) -> None:
-    """Run ``work`` on ``workers`` workers and save it in ``folder``, which all of them reach.
-
-    :func:`pipeline.training.adapt_artifact.load_adapted` reads it back. ``use_gpu`` ``None``: where there are some.
+    With :func:`pipeline.training.adapt.adapt` in it, the classes of a learned prompt are spread over the workers.
 
     Raises:
-        SettingError, DataError: as :func:`pipeline.training.adapt.adapt`; or more workers than classes.
-        StorageError: the folder cannot be written.
+        ClipmillError: what ``work`` raised, as it raised it.
+        SettingError: more workers than this machine has room for, where no cluster could grow.
+        DataError: a worker was lost.
     """
-    require(1 <= workers <= len(work.classes), "workers", workers, f"1 to {len(work.classes)}, the number of classes")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     connect()
     import ray
@@ -74,18 +35,14 @@ def adapt_on_workers(
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    gpu = ray.cluster_resources().get("GPU", 0) >= workers if use_gpu is None else use_gpu
-    config = {"work": ray.put(work), "make_clip": make_clip, "folder": folder.uri, "about": dict(about or {})}
+    resources = {"CPU": cpus_per_worker, **({"GPU": 1} if use_gpu else {})}
+    _check_room(workers, resources)
     with tempfile.TemporaryDirectory(prefix="clipmill-adapt-") as scratch:
         trainer = TorchTrainer(
             cast(Any, _worker),
-            train_loop_config={**config, "threads": cpus_per_worker},
-            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=workers,
-                use_gpu=gpu,
-                resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if gpu else {})},
-            ),
+            train_loop_config={"work": ray.put(work), "threads": cpus_per_worker},
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
             run_config=RunConfig(storage_path=scratch),
         )
         try:
@@ -96,8 +53,18 @@ def adapt_on_workers(
         raise result.return_value
 
 
-def _worker(config: Mapping[str, Any]) -> ClipmillError | None:
-    """What Ray Train runs in each worker, in a process group; the error that all of them met."""
+def _check_room(workers: int, resources: dict[str, int]) -> None:
+    """A cluster may grow; a private one on this machine cannot, and would wait in vain."""
+    import ray
+
+    cluster = dict(ray.cluster_resources())
+    fits = min(int(cluster.get(name, 0) / each) for name, each in resources.items())
+    private = "RAY_ADDRESS" not in os.environ
+    require(workers <= fits or not private, "workers", workers, f"at most {fits} on this machine")
+
+
+def _worker(config: dict[str, Any]) -> ClipmillError | None:
+    """What Ray Train runs in each worker; the error that all of them met, since Ray would keep its text alone."""
     import ray
     from ray.train.torch import get_device
 
@@ -106,11 +73,8 @@ def _worker(config: Mapping[str, Any]) -> ClipmillError | None:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(config["threads"])
-    work: Adaptation = ray.get(config["work"])
     try:
-        adapted = work.run(config["make_clip"](device))
-        if distributed.rank() == 0:
-            save(adapted, Folder(config["folder"]), config["about"])
+        ray.get(config["work"])(device)
     except ClipmillError as error:
         return error
     return None

@@ -89,6 +89,24 @@ def test_trials_on_a_cluster_are_those_in_this_process(job: Type, tmp_path: Path
     assert top1(tmp_path) == here
 
 
+def test_workers_that_share_a_trials_classes_are_one_process(
+    job: Type, tmp_path: Path, ray_cluster: RayCluster
+) -> None:
+    """Up to how the sums of gradients round."""
+    one = [*QUICK, "--methods", "coop:epochs=2,context=2", "--shots", "2"]
+    assert job("adapt", "smoke", *one) == 0
+    (here,) = results(tmp_path).values()
+    (tmp_path / "out").rename(tmp_path / "serial")
+    assert job("adapt", "smoke", *one, "--workers-per-trial", "2") == 0
+    (there,) = results(tmp_path).values()
+    assert there["settings"] == here["settings"] and there["parameters"] == here["parameters"]
+    for one_epoch, other in zip(there["history"], here["history"], strict=True):
+        assert one_epoch["train/loss"] == pytest.approx(other["train/loss"], rel=1e-4)
+    assert (tmp_path / "out/adapters/coop-epochs-2-context-2-drawn_fine_grained-2-shots-seed-1/config.json").exists()
+    assert job("adapt", "smoke", *one, "--workers-per-trial", "2") == 0  # all is there
+    assert results(tmp_path) == {"coop-epochs-2-context-2-drawn_fine_grained-2-shots-seed-1": there}
+
+
 def test_base_to_new(job: Type, tmp_path: Path) -> None:
     assert job("adapt", "smoke", *QUICK, "--protocol", "base_to_new", *TWO) == 0
     for one in results(tmp_path).values():
@@ -197,6 +215,9 @@ def test_a_picture_that_is_missing(job: Type, tmp_path: Path, capsys: pytest.Cap
         (["--methods", "coop:context=77"], "context"),
         (["--methods", "maple:depth=9"], "depth"),
         (["--model", "nowhere"], "'nowhere'"),
+        (["--model", "ViT-B-16:openai"], "ViT-B-16-quickgelu, since the weights openai were trained with it"),
+        (["--gpus-per-trial", "0"], "gpus_per_trial: 0"),
+        (["--workers-per-trial", "0"], "workers_per_trial: 0"),
         (["--protocol", "base_to_new", "--methods", "tip_adapter"], "classifies other classes"),
         (["--protocol", "base_to_new", "--methods", "coop:class_specific=true"], "classifies other classes"),
         (["--tracking-uri", "http://127.0.0.1:9", "--track"], "MLflow server that answers"),

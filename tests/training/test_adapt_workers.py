@@ -1,82 +1,68 @@
-"""An adaptation on two workers of Ray Train is that of this process."""
+"""Work on two workers of Ray Train: the adaptation of one process, and errors as they were raised."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 import torch
 
 from pipeline.errors import SettingError
 from pipeline.models.adapters import coop
-from pipeline.models.adapters.adapter import FrozenClip
 from pipeline.shards.storage import Folder
-from pipeline.training.adapt_artifact import load_adapted, read_record
+from pipeline.training import distributed
+from pipeline.training.adapt import Adapted, adapt
+from pipeline.training.adapt_artifact import load_adapted, read_record, save
 from pipeline.training.adapt_recipes import Recipe
-from pipeline.training.adapt_workers import Adaptation, _worker, adapt_on_workers
+from pipeline.training.adapt_workers import _worker, on_workers
+from tests.training import few_shot
 from tests.training.few_shot import NAMES, make_clip, make_pictures
 
 
-class MakeClip:
-    """Pickled by value, since Ray's workers cannot import the tests."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __call__(self, device: torch.device) -> FrozenClip:
-        raise AssertionError("unpickled as a function")
-
-    def __reduce__(self) -> Any:
-        import cloudpickle
-
-        return cloudpickle.loads, (cloudpickle.dumps(_loader(str(self.folder))),)
+def learn(folder: Path) -> Adapted:
+    clip = make_clip(folder)
+    recipe = Recipe(epochs=3, batch_size=4, learning_rate=0.05)
+    train, validation = make_pictures(clip, 12, 0), make_pictures(clip, 9, 1)
+    return adapt("coop", coop.Config(context=3), recipe, clip, NAMES, (), train, validation, seed=2)
 
 
-def _loader(folder: str) -> Any:
+def learn_and_save(clip: Path, folder: Path, device: torch.device) -> None:
+    adapted = learn(clip)
+    assert device.type == "cpu" and distributed.world() == 2
+    if distributed.rank() == 0:
+        save(adapted, Folder(folder), {"data": "colours"})
+
+
+def refuses(device: torch.device) -> None:
+    raise SettingError("learning_rate", 1e9, "less")
+
+
+def test_two_workers_learn_what_one_process_does(tmp_path: Path, ray_cluster: Any) -> None:
+    """The tests are pickled by value, since Ray's workers cannot import them."""
     import sys
 
-    import cloudpickle
-
-    cloudpickle.register_pickle_by_value(sys.modules["tests.training.few_shot"])
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    return lambda device: make_clip(Path(folder))
-
-
-@pytest.fixture
-def work(tmp_path: Path) -> tuple[Adaptation, FrozenClip]:
-    (tmp_path / "clip").mkdir()
-    clip = make_clip(tmp_path / "clip")
-    made = Adaptation(
-        method="coop",
-        config=coop.Config(context=3),
-        recipe=Recipe(epochs=3, batch_size=4, learning_rate=0.05),
-        classes=NAMES,
-        templates=(),
-        train=make_pictures(clip, 12, 0),
-        validation=make_pictures(clip, 9, 1),
-        seed=2,
-    )
-    return made, clip
-
-
-def test_two_workers_learn_what_one_process_does(work: Any, tmp_path: Path, ray_cluster: Any) -> None:
-    adaptation, clip = work
-    folder = Folder(tmp_path / "out")
-    adapt_on_workers(adaptation, MakeClip(tmp_path / "clip"), folder, workers=2, about={"data": "colours"})
-    there, here = load_adapted(folder, clip), adaptation.run(clip)
+    for module in (few_shot, sys.modules[__name__]):
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        (tmp_path / "clip").mkdir()
+        on_workers(partial(learn_and_save, tmp_path / "clip", tmp_path / "out"), workers=2)
+    finally:
+        for module in (few_shot, sys.modules[__name__]):
+            cloudpickle.unregister_pickle_by_value(module)
+    here = learn(tmp_path / "clip")
+    there = load_adapted(Folder(tmp_path / "out"), here.adapter.clip)
     torch.testing.assert_close(there.adapter.context, here.adapter.context, rtol=1e-3, atol=1e-6)
-    assert there.chosen == here.chosen and read_record(folder).about == {"data": "colours"}
+    assert there.chosen == here.chosen and read_record(Folder(tmp_path / "out")).about == {"data": "colours"}
 
 
-def test_what_is_wrong_is_said_as_in_one_process(work: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_is_said_as_in_one_process(monkeypatch: pytest.MonkeyPatch, ray_cluster: Any) -> None:
     """Ray gives back the text alone of what a worker raises, so it comes as a value."""
-    adaptation, clip = work
     monkeypatch.setattr("ray.get", lambda value: value)
     monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
-    config = {"make_clip": lambda device: clip, "folder": str(tmp_path / "out"), "about": {}, "threads": 1}
-    error = _worker({**config, "work": Adaptation(**{**vars(adaptation), "recipe": None})})
-    assert isinstance(error, SettingError) and "learns by gradients" in str(error)
-    assert not (tmp_path / "out").exists()
-    assert _worker({**config, "work": adaptation}) is None
-    assert read_record(Folder(tmp_path / "out")).method == "coop"
-    with pytest.raises(SettingError, match="workers: 4 .*1 to 3"):
-        adapt_on_workers(adaptation, MakeClip(tmp_path / "clip"), Folder(tmp_path / "out"), workers=4)
+    threads = torch.get_num_threads()
+    error = _worker({"work": refuses, "threads": threads})
+    assert isinstance(error, SettingError) and "learning_rate" in str(error)
+    assert _worker({"work": lambda device: "lost", "threads": threads}) is None
+    with pytest.raises(SettingError, match="workers: 9 .*at most 4 on this machine"):
+        on_workers(refuses, workers=9)
