@@ -69,7 +69,8 @@ def _create_registered_model(client: "MlflowClient", name: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        client.create_registered_model(name, description="Checkpoints of clipmill; open_clip reads their weights.")
+        by_others = "; open_clip reads their weights" if name == "clip" else ""
+        client.create_registered_model(name, description=f"Checkpoints of clipmill{by_others}.")
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

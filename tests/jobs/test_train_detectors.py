@@ -46,6 +46,10 @@ def test_a_proposer_then_a_detector_that_begins_with_it(tmp_path: Path) -> None:
     detector: Any = load_method(second.folder.uri)
     assert second.meta.step == 3 and detector.config.start_from == first.folder.uri
     assert detector.config.prompts == load_card("drawn_base").templates
+    from mlflow import MlflowClient
+
+    names = [model.name for model in MlflowClient(smoke.tracking.tracking_uri).search_registered_models()]
+    assert names == ["vild"]
     found = detector.predict([torch.full((3, 64, 80), 90, dtype=torch.uint8)], ["disc", "key"])[0]
     assert len(found) and found.masks is not None
 
