@@ -25,7 +25,7 @@ from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.sources import open_source
-from pipeline.sources.source import Row, Slice, Source
+from pipeline.sources.source import Row, Slice, Source, fetches
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def open_data(data: str) -> Data:
     if data in card_names() or data.endswith((".yaml", ".yml")):
         given = load_card(data)
         source = open_source(given.source)
-        require(source.kind != "urls", "data", data, f"a set whose pictures are at hand; {_download(given)}")
+        require(not fetches(source), "data", data, f"a set whose pictures are at hand; {_download(given)}")
         return CardData(source, given)
     require(bool(data), "data", data, "a dataset card (" + ", ".join(card_names()) + ") or the folder of a snapshot")
     snapshot = read_snapshot(data)

@@ -35,7 +35,8 @@ class Objects:
 
     ``boxes`` are x1, y1, x2, y2 in pixels, float64 [N, 4], inside the picture; ``left_out`` counts unusable ones.
     ``areas``, float64 [N], are what COCO sorts small and large by: the visible pixels where they are stated, else the
-    box's. ``federated``: only the labels of ``negative`` and of the objects were looked for (LVIS).
+    box's. A segmentation is None also where it is an empty list, as tools write that know boxes only. ``federated``:
+    only the labels of ``negative`` and of the objects were looked for (LVIS).
     """
 
     height: int
@@ -88,7 +89,7 @@ def _objects(things: Sequence[Mapping[str, Any]], record: Mapping[str, Any], hei
         width=width,
         boxes=np.array([box for box, _ in kept], np.float64).reshape(-1, 4),
         labels=tuple(str(thing["label"]) for _, thing in kept),
-        segmentations=tuple(thing.get("segmentation") for _, thing in kept),
+        segmentations=tuple(thing.get("segmentation") or None for _, thing in kept),
         crowd=tuple(bool(thing.get("iscrowd", 0)) for _, thing in kept),
         negative=tuple(str(label) for label in record.get("negative", ())),
         incomplete=tuple(str(label) for label in record.get("incomplete", ())),

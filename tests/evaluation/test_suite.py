@@ -155,10 +155,11 @@ def test_unknown_sets_are_refused(data: str) -> None:
         Evaluations(retrieval=(data,)).prepare()
 
 
-def test_a_card_of_urls_says_what_to_do(tmp_path: Path, colour_card: Callable[..., str]) -> None:
-    table = tmp_path / "list.csv"
-    table.write_text("url\nhttp://127.0.0.1/a.jpg\n")
-    card = colour_card(source={"kind": "urls", "url_list": str(table)})
+@pytest.mark.parametrize(
+    "source", [{"kind": "urls", "url_list": "list.csv"}, {"kind": "coco", "annotations": "a.json"}]
+)
+def test_a_card_of_urls_says_what_to_do(source: dict[str, str], colour_card: Callable[..., str]) -> None:
+    card = colour_card(source=source)
     with pytest.raises(SettingError, match=r"jobs/refresh_dataset.py card colours --output-folder"):
         Evaluations(retrieval=(card,)).prepare()
 

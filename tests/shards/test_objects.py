@@ -73,6 +73,14 @@ def test_areas_are_the_stated_ones_or_the_boxes() -> None:
     np.testing.assert_array_equal(found.areas, [5.5, 12, 12, 12, 12, 20])
 
 
+def test_an_empty_segmentation_is_none() -> None:
+    runs = {"size": [30, 40], "counts": [1200]}
+    things = [{"label": "a", "bbox": [1, 2, 3, 4], "segmentation": one} for one in ([], None, {}, runs)]
+    record = {"width": 40, "height": 30, "objects": things}
+    found = read_objects(Sample("0007", {"boxes.json": json.dumps(record).encode()}))
+    assert found.segmentations == (None, None, None, runs)
+
+
 def test_only_where_the_negative_labels_are_listed_are_others_unknown() -> None:
     assert not read_objects(sample([1, 1, 2, 2])).federated
     assert read_objects(sample([1, 1, 2, 2], negative=[])).federated
