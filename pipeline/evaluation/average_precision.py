@@ -13,6 +13,7 @@ detections of a picture count, elsewhere the 100 best of each class.
 The counting is faster-coco-eval's, some classes at a time: what it holds grows with pictures times classes.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -27,6 +28,8 @@ from pipeline.errors import DataError
 from pipeline.models.detections import Detections, plain_word
 from pipeline.shards.objects import Objects
 from pipeline.shards.segmentation import mask_of
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 Overlap = Literal["bbox", "segm"]
@@ -180,7 +183,8 @@ def _count(
 ) -> NDArray[np.float64]:
     numbered = [{"id": number, **one} for number, one in enumerate(objects, 1)]  # 0 would mean that nothing was found
     truth = COCO({"images": pictures, "categories": classes, "annotations": numbered})
-    evaluator = COCOeval_faster(truth, truth.loadRes(found), overlap, lvis_style=True)
+    results = truth.loadRes(found)
+    evaluator = COCOeval_faster(truth, results, overlap, lvis_style=True, print_function=logger.debug)
     evaluator.params.maxDets = [most]
     evaluator.evaluate()
     evaluator.accumulate()
