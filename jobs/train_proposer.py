@@ -2,7 +2,7 @@
 """Train a class-agnostic region proposer on the boxes of base classes, for jobs/extract_region_features.py.
 
     ray job submit --working-dir . -- python jobs/train_proposer.py paper --data s3://bucket/lvis-train \
-        --base lvis_base --output-folder s3://bucket/runs/proposer
+        --base data --output-folder s3://bucket/runs/proposer
 
 Objects of other classes are not looked at; that their pictures stay is what makes novel classes hard to find, and is
 as in the paper.
@@ -11,8 +11,8 @@ as in the paper.
 from dataclasses import dataclass, field, replace
 
 from pipeline.config import run_job
-from pipeline.dataset import load_card
 from pipeline.loaders.batches import LoaderConfig
+from pipeline.loaders.classes import OF_DATA, base_classes
 from pipeline.models.proposals import SMALL, Config
 from pipeline.tracking.pretraining import Pretraining, run_pretraining
 from pipeline.training.optimizer import AdamW, Sgd
@@ -25,7 +25,8 @@ class Train(Pretraining):
 
     method: Config = field(default_factory=Config)
     base: str = ""
-    """Card whose classes are the base classes, unless --class-names are given; without either, objects of all."""
+    """Card whose classes, but the novel ones, are the base classes, or `data` for what the snapshot says of its own;
+    --class-names go before; without either, objects of all."""
 
 
 GPUS = Cluster(accelerator="gpu", cpus_per_worker=10)
@@ -53,14 +54,14 @@ DRAWN = Run(
     clip_grad_norm=5.0,
     optimizer=AdamW(learning_rate=2e-3, weight_decay=0.05, beta2=0.999),
     log_every_steps=25,
-    loader=LoaderConfig(loader_workers=0),
+    loader=LoaderConfig(loader_workers=1),
 )
-SMOKE = replace(DRAWN, batch_size=8, steps=3, warmup_steps=1, log_every_steps=1)
+SMOKE = replace(DRAWN, batch_size=8, steps=3, warmup_steps=1, log_every_steps=1, loader=LoaderConfig(loader_workers=0))
 SMALLEST = Config(**SMALL)
 PRESETS = {
-    "paper": ("ViLD's recipe on LVIS: 180,000 steps of 256 pictures.", Train(run=PAPER, base="lvis_base")),
+    "paper": ("ViLD's recipe on LVIS: 180,000 steps of 256 pictures.", Train(run=PAPER, base=OF_DATA)),
     "coco": ("The same for COCO's 48 base classes.", Train(run=PAPER, base="coco_ovd_base")),
-    "one-node": ("LVIS on eight GPUs.", Train(run=ONE_NODE, base="lvis_base")),
+    "one-node": ("LVIS on eight GPUs.", Train(run=ONE_NODE, base=OF_DATA)),
     "drawn": (
         "A small proposer in minutes on a core, for drawn data.",
         Train(method=SMALLEST, run=DRAWN, base="drawn_base"),
@@ -74,7 +75,7 @@ PRESETS = {
 
 def main(job: Train) -> None:
     """Name the classes and train."""
-    named = job.method.class_names or (load_card(job.base).classes if job.base else ())
+    named = job.method.class_names or base_classes(job.base, job.run.data)
     run_pretraining(replace(job, method=replace(job.method, class_names=named)))
 
 

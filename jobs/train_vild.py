@@ -16,6 +16,7 @@ from pipeline.dataset import load_card
 from pipeline.evaluation.regions import LoadRegionModel, ProposerOptions
 from pipeline.evaluation.suite import read_templates
 from pipeline.loaders.batches import LoaderConfig
+from pipeline.loaders.classes import OF_DATA, base_classes
 from pipeline.models.proposals import SMALL
 from pipeline.models.vild import SMALL_HEADS, TAUGHT, Config
 from pipeline.shards.snapshot import read_snapshot
@@ -33,7 +34,8 @@ class Train(Pretraining):
 
     method: Config = field(default_factory=Config)
     base: str = ""
-    """Card whose classes are the base classes, unless --class-names are given."""
+    """Card whose classes, but the novel ones, are the base classes, or `data` for what the snapshot says of its own;
+    --class-names go before."""
     prompt_file: str = ""
     """File of templates with {} for a class name, such as the paper's 63; auto for the card's, else open_clip's."""
 
@@ -57,13 +59,13 @@ DRAWN = Run(
     clip_grad_norm=5.0,
     optimizer=AdamW(learning_rate=2e-3, weight_decay=0.05, beta2=0.999),
     log_every_steps=25,
-    loader=LoaderConfig(loader_workers=0),
+    loader=LoaderConfig(loader_workers=1),
 )
 SMALL_VILD = Config(**SMALL, **SMALL_HEADS)
-SMOKE = replace(DRAWN, batch_size=8, steps=3, warmup_steps=1, log_every_steps=1)
+SMOKE = replace(DRAWN, batch_size=8, steps=3, warmup_steps=1, log_every_steps=1, loader=LoaderConfig(loader_workers=0))
 PRESETS = {
-    "lvis": ("The paper's ResNet-50 on LVIS: base 866, novel 337.", Train(run=LVIS, base="lvis_base")),
-    "lvis-ensemble": ("The same, ViLD-ensemble.", Train(method=Config(mode="ensemble"), run=LVIS, base="lvis_base")),
+    "lvis": ("The paper's ResNet-50 on LVIS: base 866, novel 337.", Train(run=LVIS, base=OF_DATA)),
+    "lvis-ensemble": ("The same, ViLD-ensemble.", Train(method=Config(mode="ensemble"), run=LVIS, base=OF_DATA)),
     "coco": ("COCO's 48 base and 17 novel classes.", Train(run=COCO, base="coco_ovd_base")),
     "drawn": (
         "A small one in minutes on a core, for drawn data.",
@@ -84,10 +86,10 @@ PRESETS = {
 
 def main(job: Train) -> None:
     """Name classes, prompts and what it starts from; a smoke test makes its own regions."""
-    card = load_card(job.base) if job.base else None
+    card = load_card(job.base) if job.base not in ("", OF_DATA) else None
     method = replace(
         job.method,
-        class_names=job.method.class_names or (card.classes if card else ()),
+        class_names=job.method.class_names or base_classes(job.base, job.run.data),
         prompts=read_templates(job.prompt_file, card, job.base) if job.prompt_file else job.method.prompts,
         teacher=clip_address(job.method.teacher),
         start_from=resolved(job.method.start_from),
