@@ -2,7 +2,7 @@
 """CLIP features of the regions of every picture, as a sidecar from which ViLD's image branch learns.
 
     ray job submit --working-dir . -- python jobs/extract_region_features.py proposals \
-        --data s3://bucket/lvis-train --teacher ViT-B-32:openai --proposer s3://bucket/runs/rpn --classes lvis_base
+        --data s3://bucket/lvis-train --teacher ViT-B-32:openai --proposer s3://bucket/runs/rpn --classes data
 
 Each shard gets a file of its own and is done once: the same command goes on where it was stopped. While it works, the
 features of regions that cover an annotated object are compared with the names of the classes; the share that is right
@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import tyro
 
 from pipeline.config import require, run_job
-from pipeline.dataset import load_card
 from pipeline.evaluation.regions import LoadRegionModel, ProposerOptions
+from pipeline.loaders.classes import base_classes
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.stages.regions import Check, RegionOptions, extract_regions, read_regions
@@ -36,7 +36,8 @@ class Extract:
     """The folder of a snapshot (its latest) or FOLDER@ID; a path or any fsspec URI."""
     model: LoadRegionModel
     classes: str = ""
-    """Card whose class names the features are checked by, those of annotated (base) classes; none is no check."""
+    """Card whose class names, but the novel ones, the features are checked by, or `data` for what the snapshot says of
+    its own; none is no check."""
     options: RegionOptions = field(default_factory=RegionOptions)
     workers: Workers = field(default_factory=Workers)
     track: bool = True
@@ -84,9 +85,9 @@ PRESETS: dict[str, tuple[str, Extract]] = {
 
 def main(run: Extract) -> None:
     """Wire snapshot, models, check and tracker."""
-    classes = load_card(run.classes).classes if run.classes else ()
     if isinstance(run, Smoke):
         drawn_snapshot(Folder(run.data))
+    classes = base_classes(run.classes, run.data, "classes")
     use_gpu = None if run.model.device == "auto" else run.model.device == "cuda"
     with open_tracker(run.tracking, run, new=run.track) as tracker:
         snapshot = extract_regions(read_snapshot(run.data), run.model, classes, run.options, run.workers, use_gpu)

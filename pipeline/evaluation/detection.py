@@ -29,6 +29,7 @@ PICTURES_AT_ONCE = 8
 BUDGETS = (100, 300, 1000)
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 FREQUENCIES = ("r", "c", "f")
+GROUPS, BASE = ("base", "novel", *FREQUENCIES), ("base", "c", "f")
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,15 @@ def published_vocabulary(record: Mapping[str, Any], place: str) -> Vocabulary:
         raise SettingError("detection_words", place, allowed) from error
     if not set(frequencies) <= set(FREQUENCIES):
         return Vocabulary(tuple(names))
-    sorted_by = {one: _having(one, names, frequencies) for one in FREQUENCIES}
-    groups = {"base": _having("cf", names, frequencies), "novel": sorted_by["r"], **sorted_by}
-    return Vocabulary(tuple(names), {name: words for name, words in groups.items() if words})
+    return grouped_vocabulary(dict(zip(names, frequencies, strict=True)))
 
 
-def _having(wanted: str, names: Sequence[str], frequencies: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name for name, one in zip(names, frequencies, strict=True) if one in wanted)
+def grouped_vocabulary(classes: Mapping[str, str]) -> Vocabulary:
+    """Names with their group, as in ``loaders/classes.py``: r, c and f, of which r is novel, or base and novel."""
+    having = {one: tuple(name for name, group in classes.items() if group == one) for one in GROUPS}
+    having["novel"] += having["r"]
+    having["base"] = tuple(name for name, group in classes.items() if group in BASE)
+    return Vocabulary(tuple(classes), {name: words for name, words in having.items() if words})
 
 
 @runtime_checkable

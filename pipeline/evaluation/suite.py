@@ -28,12 +28,14 @@ from pipeline.evaluation.detection import (
     Vocabulary,
     as_detector,
     evaluate_detection,
+    grouped_vocabulary,
     open_vocabulary,
     published_vocabulary,
 )
 from pipeline.evaluation.encoder import Encoder
 from pipeline.evaluation.retrieval import retrieval
 from pipeline.evaluation.zero_shot import WithHead, classifier, own_head, zero_shot
+from pipeline.loaders.classes import classes_of
 from pipeline.loaders.images import ImageTransform
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.loaders.text import caption_field, read_caption
@@ -114,7 +116,8 @@ class Evaluations:
     retrieval_caption: str = "auto"
     """Where captions are: auto (the list `captions` of the samples' json, else their txt), txt, or json:KEY."""
     detection_words: str = "auto"
-    """Words looked for: auto (the card's classes), a card, COCO's or LVIS's annotation JSON, or a file of words."""
+    """Words looked for: auto (the classes of the data's card, or of the snapshot), a card, COCO's or LVIS's annotation
+    JSON, or a file of words."""
     evaluation_batch: int = 64
     """Pictures encoded at a time."""
     evaluation_precision: Literal["fp32", "bf16"] = "fp32"
@@ -216,7 +219,11 @@ def _with_boxes(wanted: EvaluationSet, data: Data) -> PreparedSet:
     if isinstance(data, SnapshotData):
         fields = data.snapshot.fields
         require(FIELD in fields, "detection", wanted.data, f"data with boxes, {FIELD}; this has {', '.join(fields)}")
-    vocabulary = read_vocabulary(wanted.words, data.card, wanted.name)
+    told = classes_of(data.snapshot) if isinstance(data, SnapshotData) else {}
+    if wanted.words == "auto" and told and not (data.card and data.card.classes):
+        vocabulary = grouped_vocabulary(told)
+    else:
+        vocabulary = read_vocabulary(wanted.words, data.card, wanted.name)
     return PreparedSet(wanted.name, wanted.kind, data, wanted.samples, (), (), "", "", vocabulary)
 
 

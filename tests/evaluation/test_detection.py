@@ -31,6 +31,8 @@ from pipeline.evaluation.suite import Evaluations, evaluate
 from pipeline.models.detections import Detections, check_words
 from pipeline.shards.objects import Objects
 from pipeline.shards.sample import Sample
+from pipeline.shards.snapshot import publish_shards
+from pipeline.shards.storage import Folder
 
 COLOURS = {"red square": (220, 30, 30), "green square": (30, 200, 30), "blue square": (30, 30, 220)}
 BASE, NOVEL = ("red square", "green square"), ("blue square",)
@@ -239,6 +241,34 @@ def test_a_set_is_evaluated_by_name(make_snapshot: Make, tmp_path: Path) -> None
     figures = model_figures(ColourDetector(), prepared, "at step 3")
     assert list(figures) == ["detections/squares"]
     assert [axis.get_title() for axis in figures["detections/squares"].axes[:2]] == ["marked", "found, with the scores"]
+
+
+def test_a_snapshot_says_what_its_classes_are(make_snapshot: Make) -> None:
+    """As those do that the sources `coco` and `stamp-scenes` make."""
+    plain = make_snapshot(ROWS)
+    for told, groups in (
+        (
+            {"red square": "f", "green square": "c", "blue square": "r"},
+            {"base": BASE, "novel": NOVEL, "f": BASE[:1], "c": BASE[1:], "r": NOVEL},
+        ),
+        ({"red square": "base", "blue square": "novel"}, {"base": BASE[:1], "novel": NOVEL}),
+        ({"blue square": ""}, {}),
+    ):
+        publish_shards(
+            Folder(plain.folder),
+            plain.shards,
+            fields=plain.fields,
+            card="mine",
+            options={"classes": told},
+            rows=5,
+            dropped={},
+            always=True,
+        )
+        vocabulary = Evaluations(detection=(plain.folder,)).prepare().sets[0].vocabulary
+        assert vocabulary is not None
+        assert vocabulary.words == tuple(told) and vocabulary.groups == groups
+        other = Evaluations(detection=(plain.folder,), detection_words="drawn_novel").prepare().sets[0].vocabulary
+        assert other is not None and len(other.words) == 6
 
 
 def test_the_drawn_card_says_what_is_novel() -> None:

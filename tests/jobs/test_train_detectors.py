@@ -11,6 +11,7 @@ import torch
 from pipeline.config import from_json, to_json
 from pipeline.dataset import load_card
 from pipeline.errors import SidecarError
+from pipeline.loaders.classes import OF_DATA
 from pipeline.models.vild import Config
 from pipeline.tracking.runs import Tracking
 from pipeline.training.checkpoint import Checkpoints, clip_address, load_method, resolved
@@ -95,7 +96,7 @@ def test_presets_are_the_papers() -> None:
             optimizer: Any = run.optimizer
             assert (optimizer.learning_rate, optimizer.first_learning_rate) == (0.32, 0.0032)
             assert (optimizer.momentum, optimizer.weight_decay, optimizer.drops) == (0.9, 4e-5, (0.9, 0.95, 0.975))
-            assert preset.method.norm == "batch" and preset.base == "lvis_base"
+            assert preset.method.norm == "batch" and preset.base == OF_DATA
     assert scripts()["train_vild"]["PRESETS"]["lvis-ensemble"][1].method == Config(mode="ensemble")
 
 

@@ -1,0 +1,64 @@
+"""Which classes a detector is trained on: a card's or the snapshots' own, without the novel ones."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from pipeline.dataset import load_card
+from pipeline.errors import SettingError, SnapshotError
+from pipeline.loaders.classes import base_classes
+from pipeline.shards.snapshot import Snapshot, publish_shards
+from pipeline.shards.storage import Folder
+
+Make = Callable[..., Snapshot]
+
+
+def telling(plain: Snapshot, classes: Any) -> str:
+    """A snapshot with the same samples whose source knew its classes."""
+    made = publish_shards(
+        Folder(plain.folder),
+        plain.shards,
+        fields=plain.fields,
+        card=None,
+        options={"classes": classes},
+        rows=1,
+        dropped={},
+        always=True,
+    )
+    return made.uri
+
+
+@pytest.mark.parametrize(
+    ("told", "names"),
+    [
+        ({"cat": "f", "dog": "r", "cow": "c"}, ("cat", "cow")),
+        ({"cat": "novel", "dog": "base"}, ("dog",)),
+        ({"cat": "", "dog": ""}, ("cat", "dog")),
+    ],
+)
+def test_the_data_say_which_classes_are_base(make_snapshot: Make, told: Mapping[str, str], names: tuple[str]) -> None:
+    assert base_classes("data", telling(make_snapshot((1,)), told)) == names
+
+
+def test_a_mixture_has_the_classes_of_all(make_snapshot: Make) -> None:
+    first = telling(make_snapshot((1,)), {"cat": "f", "dog": "c"})
+    second = telling(make_snapshot((1,)), {"cow": "c", "dog": "c", "emu": "r"})
+    assert base_classes("data", f"{first}=0.5,{second}=0.5") == ("cat", "dog", "cow")
+
+
+def test_a_card_tells_without_data() -> None:
+    whole = load_card("coco_ovd_all")
+    assert base_classes("coco_ovd_all", "") == tuple(one for one in whole.classes if one not in whole.novel)
+    assert set(base_classes("coco_ovd_all", "")) == set(base_classes("coco_ovd_base", ""))
+    assert base_classes("", "") == ()
+
+
+def test_data_that_tell_nothing_are_said_so(make_snapshot: Make) -> None:
+    plain = make_snapshot((1,))
+    with pytest.raises(SettingError, match="classes: 'data' is not allowed; .*whose source knew its classes"):
+        base_classes("data", plain.uri, "classes")
+    with pytest.raises(SettingError, match="base: 'lvis' .*a card with classes"):
+        base_classes("lvis", plain.uri)
+    with pytest.raises(SnapshotError, match="no names with groups"):
+        base_classes("data", telling(plain, ["cat"]))
