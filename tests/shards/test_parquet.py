@@ -45,10 +45,6 @@ def test_no_other_thread_reads(read: str, content: bytes) -> None:
     assert threads_started(read, content) == 0
 
 
-def test_arrow_by_itself_starts_threads(content: bytes) -> None:
-    assert threads_started("pq.read_table(BytesIO(content))", content) > 0
-
-
 def test_what_is_read_is_what_was_written(content: bytes) -> None:
     assert parse_parquet(content).equals(TABLE)
     assert parse_parquet(content, ["c3", "c1"]).equals(TABLE.select(["c3", "c1"]))

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -92,25 +93,28 @@ def test_a_killed_ray_worker_is_replaced(
     """Two workers, of which the first dies at step 6: the run ends as if nothing had happened."""
     alone = remember()
     launch(prepare(tiny_config, run(output_folder=str(tmp_path / "alone")))[0], lambda: alone)
+    plan, _ = prepare(tiny_config, run(workers=2))
+    checkpoints = Checkpoints(plan.run.output_folder)
 
     class ToFile:
-        """Appends to a file, and kills its process once."""
+        """Appends to a file, and kills its process once, when the checkpoint of step 4 has been written."""
 
         def log(self, metrics: Mapping[str, float], step: int) -> None:
             with open(tmp_path / "logged", "a") as file:
                 file.write(json.dumps([step, metrics["train/loss"]]) + "\n")
             if step == 6 and not (tmp_path / "killed").exists():
                 (tmp_path / "killed").touch()
+                while not checkpoints.whole():
+                    time.sleep(0.05)
                 os.kill(os.getpid(), signal.SIGKILL)
 
         def close(self) -> None: ...
 
-    plan, _ = prepare(tiny_config, run(workers=2))
     outcome = launch(plan, ToFile)
     logged = [json.loads(line) for line in (tmp_path / "logged").read_text().splitlines()]
     assert [step for step, _ in logged] == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8, 9, 10]
     assert outcome.steps == 10 and (tmp_path / "killed").exists()
-    assert [found.meta.step for found in Checkpoints(plan.run.output_folder).whole()] == [4, 8, 10]
+    assert [found.meta.step for found in checkpoints.whole()] == [4, 8, 10]
     for step, loss in logged:
         assert loss == pytest.approx(alone.series("train/loss")[step], rel=2e-3)
     assert logged[4:6] == logged[6:8]  # the same two workers' worth of rows: bit for bit
@@ -145,7 +149,9 @@ def test_evaluations_run_on_the_same_cluster(run: MakeRun, tiny_config: Config, 
 
     plan, _ = prepare(tiny_config, run(steps=1), evaluates=True)
     launch(plan)
-    with follower(plan, evaluate) as here:
+    at_end = follower(plan, evaluate)
+    at_end._ending.set()  # so that its thread cannot look before the training has ended
+    with at_end as here:
         pass
     assert here.results == {1: {"process": float(os.getpid())}}
     Checkpoints(plan.run.output_folder).at(1).delete("evaluation.json")
