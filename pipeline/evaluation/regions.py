@@ -146,13 +146,13 @@ class ClipRegions:
         clip = self._clip
         with inference(cast(Evaluable, clip), self._settings.precision):
             crops = crops.to(clip.mean.device)
+            # In place: on a CPU fresh memory costs as much as the arithmetic.
             parts = [
-                clip.encode_image(some)
-                if self._settings.crop.average == "unit"
-                else clip.model.encode_image((some.float() - clip.mean) / clip.std).float()
+                clip.model.encode_image(some.float().sub_(clip.mean).div_(clip.std)).float()
                 for some in crops.split(CROPS_AT_ONCE.get(crops.device.type, MANY))
             ]
-        return torch.cat(parts)
+        features = torch.cat(parts)
+        return functional.normalize(features, dim=-1) if self._settings.crop.average == "unit" else features
 
     def class_vectors(self, classes: Sequence[str]) -> NDArray[np.float32]:
         """The zero-shot classifier of these names: [C, D]."""

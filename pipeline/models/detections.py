@@ -6,7 +6,7 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor
-from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torch.nn import functional
 
 from pipeline.config import require
 
@@ -34,9 +34,26 @@ class Detections:
         A thousand at once may not fit in memory, so ask for some at a time.
         """
         require(self.masks is not None, "masks", None, "a method that gives masks")
-        some = cast(Tensor, self.masks)[first:last]
-        pasted = paste_masks_in_image(some[:, None], self.boxes[first:last], (height, width))
-        return cast(Tensor, pasted[:, 0] >= 0.5)
+        some, boxes = cast(Tensor, self.masks)[first:last], self.boxes[first:last]
+        whole = torch.zeros(len(some), height, width, dtype=torch.bool)
+        for place, (mask, box) in enumerate(zip(some, boxes.tolist(), strict=True)):
+            rows, y = _pixels(box[1], box[3], height)
+            columns, x = _pixels(box[0], box[2], width)
+            grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1)
+            if grid.numel():
+                values = functional.grid_sample(mask[None, None].float(), grid[None], align_corners=False)
+                whole[place, rows, columns] = values[0, 0] >= 0.5
+        return whole
+
+
+def _pixels(low: float, high: float, length: int) -> tuple[slice, Tensor]:
+    """The pixels of a side whose centres lie between ``low`` and ``high``, and these centres from -1 to 1 in between.
+
+    Torchvision's own way of pasting counts a box from its first pixel to its last, so masks come out a pixel too large.
+    """
+    centres = torch.arange(length) + 0.5
+    first, last = int((centres < low).sum()), int((centres <= high).sum())
+    return slice(first, max(first, last)), (centres[first:last] - low) / max(high - low, 1e-9) * 2 - 1
 
 
 class Detector(Protocol):
@@ -73,9 +90,3 @@ def check_words(words: Sequence[str], base: Collection[str] | None = None) -> No
     require(not twice, "words", twice[:5], "every word once, whatever its case; a novel class is no base class")
     unknown = [] if base is None else sorted({plain_word(word) for word in base} - set(plain))
     require(not unknown, "base", unknown[:5], "some of the words")
-
-
-def no_detections(mask_size: int | None = None) -> Detections:
-    """Nothing found."""
-    masks = None if mask_size is None else torch.zeros(0, mask_size, mask_size)
-    return Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), masks)

@@ -6,8 +6,9 @@ Each picture becomes a sample with ``boxes.json`` (see ``shards/objects.py``): b
 with the numbers of the file, and LVIS's lists of labels that are not there or only partly marked. Planning parses the
 file once and leaves a table with one row group per slice in the scratch folder, from which workers read their slice.
 
-``keep`` leaves out annotations, never pictures: an open-vocabulary detector is trained on pictures whose novel things
-have no boxes. What is novel is said by a dataset card, or by LVIS's frequency (rare).
+``keep`` leaves out annotations, not pictures: an open-vocabulary detector is trained on pictures whose novel things
+have no boxes. What is novel is said by a dataset card, or by LVIS's frequency (rare). ``with_objects`` leaves out the
+pictures that have nothing left, as the usual split of COCO into 48 base and 17 novel classes does.
 """
 
 import hashlib
@@ -71,6 +72,8 @@ class Coco:
     """Dataset card whose classes count; annotations of others are left out. Empty = all categories of the file."""
     keep: Literal["all", "base", "novel"] = "all"
     """Annotations of all classes that count, or of one side: novel or not by the card, or rare or not in LVIS."""
+    with_objects: bool = False
+    """Only pictures with an annotation that is kept (crowds count), as Bansal et al. 2018 and OVR-CNN have them."""
 
     def __post_init__(self) -> None:
         require(bool(self.annotations), "annotations", self.annotations, "COCO's or LVIS's instances (JSON)")
@@ -161,6 +164,8 @@ class Coco:
             missing += files is not None and not stamp
             require(missing < len(found.pictures), "images", self.images, f"a folder with {url} and the others in it")
             count, boxes = self._boxes(picture, found)
+            if self.with_objects and not count:
+                continue
             left_out = sum(found.left_out.get(picture.id, {}).values())
             about = {"image_id": picture.id, "objects": count, "left_out": left_out}
             yield {"url": url, "stamp": stamp, "caption": captions.get(picture.id, ""), "boxes": boxes, **about}

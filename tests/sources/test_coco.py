@@ -184,6 +184,8 @@ def test_a_card_chooses_classes(data: Path) -> None:
     for keep, labels in {"all": [["cat"], ["dog", "cat"], []], "base": [[], ["dog"], []]}.items():
         rows = rows_of(Coco(**options, keep=keep), data)  # type: ignore[arg-type]
         assert [[one["label"] for one in record(row)["objects"]] for row in rows] == labels
+        rows = rows_of(Coco(**options, keep=keep, with_objects=True), data)  # type: ignore[arg-type]
+        assert [[one["label"] for one in record(row)["objects"]] for row in rows] == [some for some in labels if some]
 
 
 def test_settings_that_do_not_fit_the_file(data: Path) -> None:
