@@ -6,6 +6,7 @@ ClipmillError
     SnapshotError  a snapshot cannot be read or published
     SidecarError   a sidecar is missing, or was made from other bytes
   StorageError     a write failed (disk full, object store refuses); run again to go on
+  ClusterError     Ray did not start on this machine; run again, or with fewer workers
   TooManyFailures  a job gave up because fewer rows became samples than the user's floor allows
   SampleError      one sample is bad; caught at a stage's sample boundary and counted, never seen by a user
 """
@@ -49,6 +50,10 @@ class SidecarError(DataError):
 
 class StorageError(ClipmillError):
     """A write that did not succeed; nothing half-written is left under a final name."""
+
+
+class ClusterError(ClipmillError):
+    """A private Ray cluster that did not start."""
 
 
 class TooManyFailures(ClipmillError):

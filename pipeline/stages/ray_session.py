@@ -5,6 +5,7 @@ import os
 import secrets
 
 from pipeline.config import require
+from pipeline.errors import ClusterError
 
 # What every worker needs besides its code: no update checks, one thread per library (Ray counts the cores).
 WORKER_ENVIRONMENT = {"NO_ALBUMENTATIONS_UPDATE": "1", "OMP_NUM_THREADS": "1"}
@@ -17,6 +18,7 @@ def connect(num_cpus: int | None = None) -> None:
     all cores by default. Does nothing when this process is connected already.
 
     Raises:
+        ClusterError: a private one does not start.
         SettingError: ``RAY_ADDRESS`` names a cluster that does not answer.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -33,13 +35,18 @@ def connect(num_cpus: int | None = None) -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     runtime = {"env_vars": WORKER_ENVIRONMENT}
     if address is None:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            runtime_env={**runtime, "worker_process_setup_hook": f"{__name__}.{quiet_worker.__name__}"},
-            logging_level=logging.ERROR,
-        )
+        hook = f"{__name__}.{quiet_worker.__name__}"
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                runtime_env={**runtime, "worker_process_setup_hook": hook},
+                logging_level=logging.ERROR,
+            )
+        except Exception as error:  # a plain one after 30 s
+            reason = "the machine may be short of memory or of time; the same command goes on"
+            raise ClusterError(f"Ray did not start here ({error}): {reason}") from error
         return
     try:
         ray.init(address=address, runtime_env=runtime, logging_level=logging.ERROR)

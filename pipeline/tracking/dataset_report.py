@@ -57,6 +57,7 @@ caption { text-align: left; color: var(--faint); padding: 0.3rem 0; }
 th, td { text-align: left; padding: 0.3rem 0.7rem 0.3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 bdi { overflow-wrap: anywhere; }
 th { font-weight: 600; }
+th bdi { overflow-wrap: break-word; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .meter { width: 40%; min-width: 5rem; }
 .meter div { height: 0.9rem; margin-top: 0.25rem; border-radius: 3px; background: var(--bar); min-width: 1px; }

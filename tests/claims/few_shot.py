@@ -1,10 +1,11 @@
-"""Few-shot adaptation: the claims of CoOp, CoCoOp, MaPLe, CLIP-Adapter and Tip-Adapter, on a small CLIP of drawn data.
+"""Few-shot adaptation: the claims of CoOp, CoCoOp, MaPLe, CLIP-Adapter and Tip-Adapter, on small CLIPs of drawn data.
 
-That CLIP is a vision transformer, for MaPLe's sake, trained once; a seed draws the shots, and decides starts and order.
-What it has not seen: sketches (``drawn_unseen_style``), and digits, which no caption of its names; the fine-grained
-stars and polygons it knows from captions alone. Where recipes are not the papers': CoOp has 50 epochs for every number
-of shots, for the time it takes; CLIP-Adapter's 1e-5 does next to nothing in so few steps, so it has 1e-3 and a ratio of
-0.6, both fixed before anything was measured.
+They are trained once; a seed draws the shots, and decides starts and order. MaPLe needs a vision transformer, which
+learns far less from as many pictures than the convolutional tower that the others have, so CoCoOp is adapted on both.
+What the CLIPs have not seen: sketches (``drawn_unseen_style``), and digits, which no caption of theirs names; the
+fine-grained stars and polygons they know from captions alone. Where recipes are not the papers': CoOp has 50 epochs for
+every number of shots, for the time it takes; CLIP-Adapter's 1e-5 does next to nothing in so few steps, so it has 1e-3
+and a ratio of 0.6, both fixed before anything was measured.
 """
 
 import csv
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from claim import Claim, Metrics, drawn, run
 
-SAMPLES, EPOCHS = 20_000, 6
+SAMPLES, EPOCHS = 48_000, 8
 SHOTS = (1, 4, 16)
 SKETCH, FINE, DIGITS = "drawn_unseen_style", "drawn_fine_grained", "drawn_digits"
 SETS = (SKETCH, FINE, DIGITS)
@@ -29,23 +30,43 @@ BASE_TO_NEW = {
     "zero-shot": "zero_shot",
     "CoOp": "coop:epochs=50",
     "CoCoOp": "cocoop",
-    "MaPLe": "maple:depth=2",
 }
+ON_TRANSFORMER = {"zero-shot, ViT": "zero_shot", "CoCoOp, ViT": "cocoop", "MaPLe": "maple:depth=2"}
 COMMON = ("--samples", 1000, "--views", 4, "--processes-count", 0, "--no-track", "--no-keep-adapters")
 
 
 def measure(seed: int, folder: Path) -> dict[str, float]:
     """Top-1, as ``drawn_digits/CoOp/16`` by shots, and as ``drawn_digits/CoOp/base``, ``new`` and ``harmonic``."""
-    clip = folder / "clip"
-    places = ("--data", drawn(folder / "shards", SAMPLES), "--output-folder", clip)
-    tower = ("--architecture", "clipmill-small-vit", "--workers", 0, "--loader-workers", 1)
-    run("pretrain_clip", "demo", *places, *tower, "--epochs", EPOCHS, "--tracking-uri", f"sqlite:///{folder}/mlflow.db")
-    common = ("--model", clip, "--data", *SETS, "--seeds", seed + 1, *COMMON)
-    few, new = folder / f"few-shot-{seed}", folder / f"base-to-new-{seed}"
-    run("adapt", "few-shot", *common, "--methods", *FEW_SHOT.values(), "--shots", *SHOTS, "--output", few)
-    run("adapt", "base-to-new", *common, "--methods", *BASE_TO_NEW.values(), "--output", new)
+    small, transformer = (pretrained(folder, name) for name in ("clipmill-small", "clipmill-small-vit"))
+    common = ("--data", *SETS, "--seeds", seed + 1, *COMMON)
+    few, new, vit = (folder / f"{name}-{seed}" for name in ("few-shot", "base-to-new", "transformer"))
+    run(
+        "adapt",
+        "few-shot",
+        "--model",
+        small,
+        *common,
+        "--methods",
+        *FEW_SHOT.values(),
+        "--shots",
+        *SHOTS,
+        "--output",
+        few,
+    )
+    run("adapt", "base-to-new", "--model", small, *common, "--methods", *BASE_TO_NEW.values(), "--output", new)
+    run("adapt", "base-to-new", "--model", transformer, *common, "--methods", *ON_TRANSFORMER.values(), "--output", vit)
     metrics = _read(few / "table.csv", FEW_SHOT, "shots") | _read(new / "table.csv", BASE_TO_NEW, "measured")
+    metrics |= _read(vit / "table.csv", ON_TRANSFORMER, "measured")
     return {name: value for name, value in metrics.items() if not name.startswith("average")}
+
+
+def pretrained(folder: Path, architecture: str) -> Path:
+    """The output folder of a CLIP that was trained on drawn scenes."""
+    output = folder / architecture
+    places = ("--data", drawn(folder / "shards", SAMPLES), "--output-folder", output)
+    how = ("--architecture", architecture, "--epochs", EPOCHS, "--workers", 0, "--loader-workers", 1)
+    run("pretrain_clip", "demo", *places, *how, "--tracking-uri", f"sqlite:///{folder}/mlflow.db")
+    return output
 
 
 def _read(file: Path, methods: dict[str, str], column: str) -> dict[str, float]:
@@ -76,7 +97,7 @@ CLAIMS = (
     Claim("CoCoOp beats CoOp on new classes", mean("CoOp", "new"), mean("CoCoOp", "new")),
     Claim(
         "MaPLe's harmonic mean is CoCoOp's or more",
-        mean("CoCoOp", "harmonic"),
+        mean("CoCoOp, ViT", "harmonic"),
         mean("MaPLe", "harmonic"),
         lambda baseline, result: result >= baseline,
     ),  # fmt: skip

@@ -67,6 +67,23 @@ def test_a_wrong_setting_is_one_sentence_before_any_cluster_starts(
     assert said in error and error.count("\n") <= 2 and "Traceback" not in error
 
 
+def test_a_private_ray_that_does_not_start_is_one_sentence(
+    job: Type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray raises a plain exception where its processes take longer than 30 s."""
+
+    def late(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", late)
+    drawn = ["drawn", "--samples", "4", "--size", "64", "--processes-count", "1", "--output-folder", str(tmp_path)]
+    assert job("refresh_dataset", *drawn) == 1
+    error = capsys.readouterr().err
+    assert "Ray did not start here (The current node timed out during startup.)" in error and "Traceback" not in error
+
+
 def test_an_unknown_flag_exits_with_2(job: Type, capsys: pytest.CaptureFixture[str]) -> None:
     assert job("refresh_dataset", "urls", "--url-lst", "x", "--output-folder", "y") == 2
     assert "--url-list" in capsys.readouterr().err
