@@ -2,8 +2,9 @@
 
 Every global batch holds the same number of samples of each: the batch is divided by the weights, as closely as whole
 samples and lanes allow. Each snapshot goes through epochs of its own, so a small one with a large weight is seen more
-often; each of its samples is seen once before any is seen again. The samples are numbered through, snapshot after
-snapshot, so all else (augmentation, replacement, the position of a run) is as with one.
+often. Each of its samples is seen once in each of its epochs; in a snapshot of less than a few batches lanes end theirs
+at different steps, so one sample may come again before another's first turn. The samples are numbered through, snapshot
+after snapshot, so all else (augmentation, replacement, the position of a run) is as with one.
 """
 
 import hashlib
