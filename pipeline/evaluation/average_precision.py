@@ -25,8 +25,8 @@ from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError
-from pipeline.models.detections import Detections, plain_word
-from pipeline.shards.objects import Objects
+from pipeline.models.detections import Detections
+from pipeline.shards.objects import Objects, plain_word
 from pipeline.shards.segmentation import mask_of
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class AveragePrecision:
 
     ``groups`` are sets of words (base, novel; rare, common, frequent) whose AP is also given on its own: the mean over
     the group's classes with all words in the running, which is generalised zero-shot detection. Words and labels are
-    the same where :func:`~pipeline.models.detections.plain_word` is.
+    the same where :func:`~pipeline.shards.objects.plain_word` is.
     """
 
     words: Sequence[str]

@@ -21,8 +21,8 @@ from pipeline.evaluation.average_precision import AveragePrecision
 from pipeline.evaluation.data import readable_pictures
 from pipeline.evaluation.encoder import inference
 from pipeline.loaders.images import Pixels
-from pipeline.models.detections import Detector, check_words, plain_word
-from pipeline.shards.objects import Objects, overlaps, read_objects
+from pipeline.models.detections import Detector, check_words
+from pipeline.shards.objects import Objects, overlaps, plain_word, read_objects
 from pipeline.shards.sample import Sample
 
 PICTURES_AT_ONCE = 8

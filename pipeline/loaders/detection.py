@@ -27,7 +27,7 @@ from pipeline.errors import DataError, SidecarError
 from pipeline.loaders.images import Pixels, decode, resize
 from pipeline.loaders.order import random_words
 from pipeline.loaders.samples import UnreadableSample
-from pipeline.shards.objects import FIELD, Objects, read_objects
+from pipeline.shards.objects import FIELD, Objects, plain_word, read_objects
 from pipeline.shards.sample import Sample
 from pipeline.shards.segmentation import mask_of
 from pipeline.shards.sidecar import Wanted
@@ -148,7 +148,8 @@ class Found:
 class Scene:
     """What of the samples' objects is to be learnt, and where it lies; shared by the readers of one batch.
 
-    Objects of other classes and crowds are left out, their pictures are not; without ``classes`` all objects are of
+    Objects of other classes (labels and names are compared by ``plain_word``) and crowds are left out, their pictures
+    are not; without ``classes`` all objects are of
     class 0. ``most`` objects of a picture are taken, the first ones.
     """
 
@@ -169,7 +170,7 @@ class Scene:
             raise UnreadableSample(str(error)) from error
         where = self.jitter.place(objects.height, objects.width, self.seed, place)
         moved = where.boxes(objects.boxes)
-        wanted = [self._numbers.get(label, BACKGROUND) if self.classes else 0 for label in objects.labels]
+        wanted = [self._numbers.get(plain_word(label), BACKGROUND) if self.classes else 0 for label in objects.labels]
         kept = [
             number
             for number, (enough, label, crowd) in enumerate(
@@ -181,7 +182,7 @@ class Scene:
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.classes)}
+        return {plain_word(name): number for number, name in enumerate(self.classes)}
 
 
 class _Identified:

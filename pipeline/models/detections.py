@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.config import require
+from pipeline.shards.objects import plain_word
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,6 @@ class Detector(Protocol):
             SettingError: no words, a word twice (see :func:`check_words`), or ``base`` has another word.
         """
         ...
-
-
-def plain_word(word: str) -> str:
-    """``hot dog`` of ``Hot_Dog ``: names that become the same are the same class."""
-    return " ".join(word.replace("_", " ").lower().split()).rstrip(".")
 
 
 def check_words(words: Sequence[str], base: Collection[str] | None = None) -> None:

@@ -57,10 +57,11 @@ from pipeline.loaders.batches import Reader
 from pipeline.loaders.cache import FileCache
 from pipeline.loaders.detection import MaskReader, ObjectLabelReader, Place, RegionBoxReader, RegionFeatureReader
 from pipeline.models import class_vectors, proposals
-from pipeline.models.detections import Detections, check_words, plain_word
+from pipeline.models.detections import Detections, check_words
 from pipeline.models.proposals import drawn, extents_of, generators, norm_layer, real_boxes, unplaced
 from pipeline.models.towers.openclip import WEIGHTS
 from pipeline.models.towers.weights import read_tensors
+from pipeline.shards.objects import plain_word
 from pipeline.shards.sidecar import Wanted
 from pipeline.shards.storage import Folder
 

@@ -61,6 +61,11 @@ class Objects:
             raise DataError(f"the picture of sample {key} has {sizes}: refresh with --resize-mode no")
 
 
+def plain_word(word: str) -> str:
+    """``hot dog`` of ``Hot_Dog ``: names and labels that become the same are the same class."""
+    return " ".join(word.replace("_", " ").lower().split()).rstrip(".")
+
+
 def read_objects(sample: Sample) -> Objects:
     """The objects of ``sample``.
 
