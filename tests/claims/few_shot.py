@@ -13,7 +13,7 @@ from pathlib import Path
 
 from claim import Claim, Metrics, drawn, run
 
-SAMPLES, EPOCHS = 48_000, 8
+SAMPLES, EPOCHS = 30_000, 8
 SHOTS = (1, 4, 16)
 SKETCH, FINE, DIGITS = "drawn_unseen_style", "drawn_fine_grained", "drawn_digits"
 SETS = (SKETCH, FINE, DIGITS)
