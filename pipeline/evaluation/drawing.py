@@ -14,7 +14,7 @@ from pipeline.config import require
 from pipeline.errors import DataError
 from pipeline.evaluation.figures import FONT, readable
 from pipeline.models.detections import Detections
-from pipeline.shards.objects import Objects
+from pipeline.shards.objects import Objects, plain_word
 from pipeline.shards.segmentation import mask_of
 
 COLOURS = (
@@ -64,12 +64,12 @@ def draw_detections(
 
 def draw_marked(picture: Tensor, marked: Objects, words: Sequence[str]) -> Tensor:
     """The picture, uint8 [3, H, W], with what is marked in it, in the colours that its words have elsewhere."""
-    places = {word: place for place, word in enumerate(words)}
+    places = {plain_word(word): place for place, word in enumerate(words)}
     things = []
     for box, label, segmentation in zip(marked.boxes, marked.labels, marked.segmentations, strict=True):
         mask = None if segmentation is None else mask_of(segmentation, marked.height, marked.width).astype(bool)
         x1, y1, x2, y2 = box.tolist()
-        things.append(Shown((x1, y1, x2, y2), _short(label), places.get(label, -1), mask))
+        things.append(Shown((x1, y1, x2, y2), _short(label), places.get(plain_word(label), -1), mask))
     return draw(picture, things)
 
 

@@ -4,16 +4,19 @@ A source that knows its classes (``coco``, ``stamp-scenes``) leaves them in the 
 its group: LVIS's frequency r, c or f, ``base`` or ``novel``, or nothing. So LVIS's 1,203 names need no card.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from pipeline.config import require
 from pipeline.dataset import load_card
 from pipeline.errors import SnapshotError
 from pipeline.loaders.mixture import parts_of, read_data
+from pipeline.shards.objects import plain_word
 from pipeline.shards.snapshot import Snapshot
 
 OF_DATA = "data"
 """In a card's place: what the data tell."""
+NO_CLASSES = "none"
+"""In a card's place: no class at all."""
 NOVEL = ("novel", "r")
 """Groups that an open-vocabulary detector has no boxes of."""
 
@@ -34,21 +37,31 @@ def base_classes(base: str, data: str, setting: str = "base") -> tuple[str, ...]
     """The classes that a detector is trained on: all but the novel ones.
 
     Args:
-        base: name or path of a card; ``data`` for what the snapshots of ``data`` tell; or nothing, which is no class.
-        data: a snapshot, or several with weights.
+        base: name or path of a card; ``data`` for what the snapshots of ``data`` tell; ``none`` or nothing, which is no
+            class.
+        data: a snapshot, several with weights, or nothing where they are not made yet.
         setting: what an error calls ``base``.
 
     Raises:
-        SettingError: no such card, or neither it nor the data tell of classes.
+        SettingError: no such card, neither it nor the data tell of classes, or the data tell of others than it.
     """
-    if not base:
+    if base in ("", NO_CLASSES):
         return ()
-    if base == OF_DATA:
-        told = {name: group for part in parts_of(read_data(data)) for name, group in classes_of(part).items()}
+    card = load_card(base) if base != OF_DATA else None
+    parts = parts_of(read_data(data)) if data or card is None else ()
+    told = {name: group for part in parts for name, group in classes_of(part).items()}
+    if card is None:
         names = tuple(name for name, group in told.items() if group not in NOVEL)
     else:
-        card = load_card(base)
         names = tuple(name for name in card.classes if name not in card.novel)
-    wanted = "a card with classes, or `data` for data whose source knew its classes (coco, stamp-scenes)"
+    wanted = "a card with classes, `data` for data whose source knew its classes (coco, stamp-scenes), or `none`"
     require(bool(names), setting, base, wanted)
+    known = {plain_word(name) for name in told}
+    fits = card is None or not known or any(plain_word(name) in known for name in names)
+    others = f"a card whose classes ({_some(names)}) occur among those that the data tell of ({_some(told)})"
+    require(fits, setting, base, others)
     return names
+
+
+def _some(names: Iterable[str]) -> str:
+    return ", ".join([*names][:5])

@@ -149,8 +149,7 @@ class Scene:
     """What of the samples' objects is to be learnt, and where it lies; shared by the readers of one batch.
 
     Objects of other classes (labels and names are compared by ``plain_word``) and crowds are left out, their pictures
-    are not; without ``classes`` all objects are of
-    class 0. ``most`` objects of a picture are taken, the first ones.
+    are not; without ``classes`` all objects are of class 0. ``most`` objects of a picture are taken, the first ones.
     """
 
     jitter: Jitter

@@ -62,3 +62,19 @@ def test_data_that_tell_nothing_are_said_so(make_snapshot: Make) -> None:
         base_classes("lvis", plain.uri)
     with pytest.raises(SnapshotError, match="no names with groups"):
         base_classes("data", telling(plain, ["cat"]))
+
+
+def test_none_is_no_class(make_snapshot: Make) -> None:
+    assert base_classes("none", make_snapshot((1,)).uri) == ()
+    with pytest.raises(SettingError, match="or `none`"):
+        base_classes("data", make_snapshot((1,)).uri)
+
+
+def test_a_card_of_other_classes_than_the_data_is_said_so(make_snapshot: Make) -> None:
+    """Names are compared as labels are; one that occurs is enough, and data that tell nothing fit every card."""
+    base = load_card("coco_ovd_base").classes
+    others = telling(make_snapshot((1,)), {"owl": "f", "key": "c"})
+    with pytest.raises(SettingError, match=r"classes: 'coco_ovd_base' .*\(person, bicycle, .*\) occur .*\(owl, key\)"):
+        base_classes("coco_ovd_base", others, "classes")
+    assert base_classes("coco_ovd_base", telling(make_snapshot((1,)), {"owl": "f", "Person_": "c"})) == base
+    assert base_classes("coco_ovd_base", make_snapshot((1,)).uri) == base

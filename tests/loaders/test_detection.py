@@ -150,6 +150,12 @@ def test_what_is_not_learnt_is_left_out() -> None:
     assert len(BoxReader(scene=few).read(one, (0, 0))) == 1
 
 
+def test_labels_are_compared_as_words() -> None:
+    scene = Scene(jitter=STILL.jitter, classes=("Hot_Dog", "cat"))
+    one = sample([{"label": label, "bbox": [1, 2, 10, 20]} for label in ("hot dog", "CAT", "hotdog")])
+    assert ObjectLabelReader(scene=scene).read(one, (0, 0)).tolist() == [0, 1]
+
+
 def test_masks_follow_their_objects() -> None:
     things = [
         {"label": "other", "bbox": [0, 0, 64, 64]},
@@ -198,6 +204,23 @@ def test_regions_that_are_cut_away_keep_their_row_and_lose_their_box() -> None:
     assert not moved[gone].any() and np.allclose(moved[~gone], expected[~gone], atol=1e-4)
     first = RegionBoxReader(scene=zoom, wanted=WANTED, most=1).read(one, (0, 0))
     assert len(first) == len(RegionFeatureReader(wanted=WANTED, width=3, most=1).read(one, (0, 0))) == 1
+
+
+@pytest.mark.parametrize("scale", [(1.0, 1.0), (0.7, 1.9)])
+def test_stored_regions_are_mirrored_as_boxes_are(scale: tuple[float, float]) -> None:
+    """The objects' own boxes, stored as regions of a picture that is always mirrored."""
+    boxes = [[1, 2, 10, 20], [40, 30, 20, 25], [0, 50, 64, 14]]
+    one = sample([{"label": "cat", "bbox": box} for box in boxes])
+    corners = np.array([[x, y, x + width, y + height] for x, y, width, height in boxes]) / 64
+    one.rows["regions"] = with_regions(corners.ravel().tolist(), np.eye(3)).rows["regions"]
+    for number in range(5):
+        scene = Scene(jitter=Jitter(size=64, scale=scale, flip=1.0), seed=number)
+        moved = RegionBoxReader(scene=scene, wanted=WANTED).read(one, (0, number))
+        kept = (moved[:, 2:] > moved[:, :2]).all(dim=1)
+        assert torch.allclose(moved[kept], BoxReader(scene=scene).read(one, (0, number)), atol=1e-4)
+        assert int(kept.sum()) >= 1
+        if scale == (1.0, 1.0):
+            assert torch.allclose(moved[0], torch.tensor([53.0, 2.0, 63.0, 22.0]), atol=1e-4)
 
 
 def test_regions_that_do_not_fit_are_refused() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.shards.objects import overlaps, read_objects
+from pipeline.shards.objects import overlaps, plain_word, read_objects
 from pipeline.shards.sample import Sample
 
 
@@ -85,3 +85,8 @@ def test_only_where_the_negative_labels_are_listed_are_others_unknown() -> None:
     assert not read_objects(sample([1, 1, 2, 2])).federated
     assert read_objects(sample([1, 1, 2, 2], negative=[])).federated
     assert read_objects(sample([1, 1, 2, 2], negative=["dog"], incomplete=["cat"])).incomplete == ("cat",)
+
+
+@pytest.mark.parametrize("word", ["hot dog", "Hot_Dog ", " HOT  dog.", "hot_dog"])
+def test_names_of_one_class_become_the_same(word: str) -> None:
+    assert plain_word(word) == "hot dog" != plain_word("hotdog")
