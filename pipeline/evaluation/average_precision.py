@@ -74,11 +74,9 @@ class AveragePrecision:
         labels = [self._number.get(plain_word(label), -1) for label in marked.labels]
         self._unknown |= {label for label, number in zip(marked.labels, labels, strict=True) if number < 0}
         self.federated |= marked.federated
-        self.with_masks &= found.masks is not None and all(
-            segmentation is not None
-            for segmentation, label in zip(marked.segmentations, labels, strict=True)
-            if label >= 0
-        )
+        self.with_masks &= found.masks is not None
+        if self.with_masks:
+            self._check_masks(marked, labels)
         for place, number in enumerate(labels):
             if number >= 0:
                 self._objects[number].append(self._marked(marked, place))
@@ -116,6 +114,15 @@ class AveragePrecision:
             values |= {f"ap_{group}": _mean(whole[:, :, numbers]), f"ap50_{group}": _mean(whole[HALF][:, numbers])}
         return {name: value for name, value in values.items() if value is not None}
 
+    def _check_masks(self, marked: Objects, labels: Sequence[int]) -> None:
+        """No masks are counted from the first object on that has none; said once, since AP of masks is gone then."""
+        for place, number in enumerate(labels):
+            if number >= 0 and marked.segmentations[place] is None:
+                bare = f"object {place} ({marked.labels[place]}) of sample {marked.key} has no segmentation"
+                logger.warning("%s: masks are not measured, boxes are", bare)
+                self.with_masks = False
+                return
+
     def _marked(self, marked: Objects, place: int) -> Record:
         x, y, right, bottom = marked.boxes[place].tolist()
         return {
@@ -123,7 +130,7 @@ class AveragePrecision:
             "bbox": [x, y, right - x, bottom - y],
             "area": float(marked.areas[place]),
             "iscrowd": int(marked.crowd[place]),
-            "exhaustive": marked.labels[place] not in marked.incomplete,
+            "exhaustive": plain_word(marked.labels[place]) not in set(map(plain_word, marked.incomplete)),
             "segmentation": coco_runs(marked.segmentations[place], marked.height, marked.width)
             if self.with_masks
             else None,
@@ -195,6 +202,8 @@ def _count(
 def coco_runs(segmentation: Any, height: int, width: int) -> Record:
     """``segmentation`` as COCO's run lengths; polygons are filled as COCO's own code fills them.
 
+    Polygons of less than three corners cover nothing and are left out where there are others.
+
     Raises:
         DataError: it is neither polygons nor runs, or of another size.
     """
@@ -205,8 +214,9 @@ def coco_runs(segmentation: Any, height: int, width: int) -> Record:
         polygons = [np.asarray(polygon, np.float64).reshape(-1, 2) for polygon in segmentation]
     except (TypeError, ValueError) as error:
         raise DataError(f"a segmentation is neither polygons nor runs ({error})") from error
-    if not polygons or any(len(points) < 3 or not np.isfinite(points).all() for points in polygons):
-        raise DataError("a segmentation has no polygon, or one without three corners that are numbers")
+    polygons = [points for points in polygons if len(points) >= 3]
+    if not polygons or not all(np.isfinite(points).all() for points in polygons):
+        raise DataError("a segmentation has no polygon of three corners, or one with a corner that is no number")
     inside = [points.clip(-1, [width + 1, height + 1]).ravel().tolist() for points in polygons]
     runs = rle.segmToRle(inside, width, height)
     return runs

@@ -14,7 +14,7 @@ trusted: boxes are cut to the picture, and those that then have no area, or were
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ class Objects:
     ``boxes`` are x1, y1, x2, y2 in pixels, float64 [N, 4], inside the picture; ``left_out`` counts unusable ones.
     ``areas``, float64 [N], are what COCO sorts small and large by: the visible pixels where they are stated, else the
     box's. A segmentation is None also where it is an empty list, as tools write that know boxes only. ``federated``:
-    only the labels of ``negative`` and of the objects were looked for (LVIS).
+    only the labels of ``negative`` and of the objects were looked for (LVIS). ``key`` is that of their sample.
     """
 
     height: int
@@ -50,6 +50,7 @@ class Objects:
     left_out: int = 0
     areas: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     federated: bool = False
+    key: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -81,7 +82,7 @@ def read_objects(sample: Sample) -> Objects:
         things = record["objects"]
         if not (height > 0 and width > 0 and isinstance(things, list) and len(things) <= MOST_OBJECTS):
             raise ValueError(f"{width} x {height} pixels, {type(things).__name__} of objects")
-        return _objects(things, record, height, width)
+        return replace(_objects(things, record, height, width), key=sample.key)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"{FIELD} of sample {sample.key} is not as described ({error!r})") from error
 

@@ -259,3 +259,34 @@ def test_what_is_no_segmentation_is_one_sentence(segmentation: Any) -> None:
 def test_a_polygon_far_outside_is_cut() -> None:
     whole = coco_runs([[-1e12, -1e12, 1e12, -1e12, 1e12, 1e12, -1e12, 1e12]], 30, 40)
     assert coco_mask.area(whole) == 30 * 40
+
+
+def test_a_polygon_without_three_corners_is_left_out_beside_others() -> None:
+    """COCO's own code, of the whole polygon alone."""
+    whole = [10.5, 10, 60, 12, 40, 55]
+    expected = coco_mask.frPyObjects([whole], SIDE, SIDE)[0]
+    assert coco_runs([[1, 2, 3, 4], whole, [5, 6]], SIDE, SIDE)["counts"] == expected["counts"]
+    with pytest.raises(DataError, match="no polygon of three corners"):
+        coco_runs([[1, 2, 3, 4], [5, 6]], SIDE, SIDE)
+
+
+def test_that_masks_are_no_longer_measured_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """With the picture; what is no word may lack its segmentation."""
+    masks = torch.ones(1, 14, 14)
+    polygon = [[10.0, 10, 60, 10, 60, 60, 10, 60]]
+    detections = found([BOX], [0], [0.9], masks=masks)
+    zebra = marked([BOX, BOX], ["cat", "zebra"], segmentations=(polygon, None), key="0001")
+    bare = [marked([BOX], ["cat"], segmentations=(None,), key=key) for key in ("0002", "0003")]
+    assert average_precision([(zebra, detections)]).metrics()["mask_ap"] == 1 and not caplog.records
+    counted = average_precision([(one, detections) for one in (zebra, *bare)]).metrics()
+    assert "mask_ap" not in counted and counted["ap"] == 1
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "(cat) of sample 0002 has no segmentation" in record.getMessage()
+
+
+def test_a_class_that_is_partly_marked_is_named_as_labels_are() -> None:
+    """A second cat where only some cats are marked is no error, however the list writes the name."""
+    twice = found([BOX, [100.0, 100, 140, 140]], [0, 0], [0.5, 0.9])
+    for name in ("cat", "Cat_"):
+        partly = marked([BOX], ["cat"], federated=True, incomplete=(name,))
+        assert average_precision([(partly, twice)]).metrics()["ap"] == 1
