@@ -26,15 +26,16 @@ of regions with an object, mask the binary cross-entropy of 28 x 28 pixels; both
 
 Where we differ from the authors' code: classes without boxes are not in the softmax, where it has them with logits of 0
 (``zeroed_classes`` counts them back in); all that moves a picture moves its stored regions, where it mirrors pictures
-and regions by two coins; regions are cut by torchvision's RoIAlign from the levels up to 1/32; linear layers have no
-batch normalisation. Boxes that cover an object by exactly a half are background, as there.
+and regions by two coins; regions are cut by torchvision's RoIAlign from the levels up to 1/32, and the level at 1/64 is
+torchvision's max-pooling of that at 1/32; linear layers have no batch normalisation, nor has the mask head behind its
+deconvolution. Boxes that cover an object by exactly a half are background, as there.
 
 Left out: synonyms of a class as several names; the generator of the features (jobs/extract_region_features.py is
 ours); the larger backbones' recipes, but for what Config says.
 
 To hold a run against: LVIS v1 mask AP rare / common / frequent / all, ResNet-50: ViLD-text 10.1 / 23.9 / 32.5 / 24.9,
 ViLD 16.1 / 20.0 / 28.3 / 22.5, ViLD-ensemble 16.6 / 24.6 / 30.3 / 25.5 (table 3; the released weights 16.6 / 19.8 /
-28.2 / 22.5 and 18.0 / 24.7 / 30.6 / 25.9).
+28.2 / 22.5 and 18.0 / 24.7 / 30.6 / 25.9). All were made with the vectors of LVIS's synonyms of a class averaged.
 """
 
 import json
@@ -57,6 +58,7 @@ from pipeline.loaders.batches import Reader
 from pipeline.loaders.cache import FileCache
 from pipeline.loaders.detection import MaskReader, ObjectLabelReader, Place, RegionBoxReader, RegionFeatureReader
 from pipeline.models import class_vectors, proposals
+from pipeline.models.clip import Clip
 from pipeline.models.detections import Detections, check_words
 from pipeline.models.proposals import drawn, extents_of, generators, norm_layer, real_boxes, unplaced
 from pipeline.models.towers.openclip import WEIGHTS
@@ -360,8 +362,10 @@ class Vild(proposals.Proposals):
         crops = self._cut(self.crop, features, proposed.boxes)
         hidden, embedding = self.branch(crops)
         image = embedding if self.image_branch is None else self.image_branch(crops)[1]
-        scores = self._scores(hidden, embedding, image, torch.cat(proposed.scores), words, is_base)
-        moved = self.coder.decode(self.box(hidden).float(), proposed.boxes)[:, 0]
+        with torch.autocast(hidden.device.type, enabled=False):  # as in training
+            objectness = torch.cat(proposed.scores).float()
+            scores = self._scores(hidden, embedding, image, objectness, words, is_base)
+            moved = self.coder.decode(self.box(hidden.float()), proposed.boxes)[:, 0]
         sizes = [len(boxes) for boxes in proposed.boxes]
         pairs = zip(moved.split(sizes), scores.split(sizes), places, strict=True)
         kept = [self._best(boxes, some, place) for boxes, some, place in pairs]
@@ -426,7 +430,7 @@ class Vild(proposals.Proposals):
             clip = class_vectors.open_teacher(self.config.teacher)
             same = class_vectors.clip_digest(clip) == self.teacher_digest
             require(same, "teacher", self.config.teacher, "the CLIP that this detector was trained with")
-            made = class_vectors.class_vectors(clip, new, self.config.templates()).to(self.vectors.device)
+            made = self._made_vectors(clip, new).to(self.vectors.device)
             self._learnt |= dict(zip(map(plain_word, new), made, strict=True))
         known |= {word: vector.to(self.vectors.device) for word, vector in self._learnt.items()}
         return torch.stack([known[plain_word(word)] for word in words])
@@ -441,7 +445,10 @@ class Vild(proposals.Proposals):
             return torch.zeros(len(config.class_names), 0), ""
         clip = class_vectors.open_teacher(config.teacher)
         digest = class_vectors.clip_digest(clip)
-        return class_vectors.class_vectors(clip, config.class_names, config.templates()), digest
+        return self._made_vectors(clip, config.class_names), digest
+
+    def _made_vectors(self, clip: Clip, words: Sequence[str]) -> Tensor:
+        return class_vectors.class_vectors(clip, words, self.config.templates(), class_vectors.fastest_device())
 
     def _load_start(self, fresh: bool) -> None:
         if not (fresh and self.config.start_from):
