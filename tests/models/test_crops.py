@@ -88,3 +88,14 @@ def test_no_boxes_are_no_crops() -> None:
 def test_scales_have_to_be_some(scales: tuple[float, ...]) -> None:
     with pytest.raises(SettingError, match="scales"):
         CropRule(scales=scales)
+
+
+def test_larger_pictures_have_fewer_boxes_at_once(picture: Image.Image) -> None:
+    """Their matrices then take the same memory, whatever the longer side; the crops are the same in any number."""
+    assert [crops.boxes_at_once(*size) for size in ((480, 640), (64, 48), (1280, 10), (10, 4000))] == [128, 128, 64, 20]
+    assert crops.boxes_at_once(200_000, 10) == 1
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    boxes = crop_boxes(BOXES, 1.5, HEIGHT, WIDTH)
+    whole = crops._multiply(pixels, boxes, SIZE, "warp")
+    apart = torch.cat([crops._multiply(pixels, some, SIZE, "warp") for some in boxes.split(1)])
+    assert (whole.int() - apart.int()).abs().max() <= 1

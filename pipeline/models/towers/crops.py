@@ -13,8 +13,9 @@ from torch.nn import functional
 
 from pipeline.config import require
 
-BOXES_AT_ONCE = 128
-"""Of one picture in the matrix products, whose results between take 3 x size x width floats a box."""
+BOXES_AT_ONCE, SIDE = 128, 640
+"""Boxes of one picture in the matrix products where its longer side has so many pixels, in proportion fewer where it is
+longer: a box takes some matrices of size x side numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,13 @@ def cut_crops(picture: Tensor, boxes: Tensor, size: int, shape: str = "warp") ->
         return picture.new_empty((0, 3, size, size))
     if picture.device.type == "cpu":
         return torch.stack([_cut(picture, box, size, shape) for box in boxes.tolist()])
-    return torch.cat([_multiply(picture, some, size, shape) for some in boxes.split(BOXES_AT_ONCE)])
+    at_once = boxes_at_once(*picture.shape[1:])
+    return torch.cat([_multiply(picture, some, size, shape) for some in boxes.split(at_once)])
+
+
+def boxes_at_once(height: int, width: int) -> int:
+    """How many boxes of a picture of this size go through the matrix products together."""
+    return max(1, BOXES_AT_ONCE * SIDE // max(height, width, SIDE))
 
 
 def _cut(picture: Tensor, box: list[int], size: int, shape: str) -> Tensor:
