@@ -55,6 +55,10 @@ class Method(nn.Module, ABC):
         """Raise ``SettingError`` for what is wrong with ``config`` and can be known before anything is built."""
 
     @classmethod
+    def check_workers(cls, config: Any, gpus: bool) -> None:  # noqa: B027  # most train anywhere
+        """Raise ``SettingError`` for a ``config`` that workers with a GPU each, or without, cannot train together."""
+
+    @classmethod
     def restored(cls, config: Any, description: Mapping[str, str]) -> Self:
         """The modules without initial weights, which a checkpoint brings; ``description`` are its text files."""
         return cls(config)

@@ -251,6 +251,12 @@ class Proposals(Method):
         require(known, "backbone", config.backbone, "a ResNet of timm (timm.list_models('*resnet*'))")
 
     @classmethod
+    def check_workers(cls, config: Config, gpus: bool) -> None:
+        """``norm`` batch needs GPUs, even for one worker: in a process group torch's SyncBatchNorm refuses CPUs."""
+        allowed = "group where workers have no GPU each, or `workers` 0, which trains in this process"
+        require(gpus or config.norm != "batch", "norm", config.norm, allowed)
+
+    @classmethod
     def restored(cls, config: Config, description: Mapping[str, str]) -> "Proposals":
         """The modules alone."""
         return cls(config, description)

@@ -17,6 +17,7 @@ from pipeline.config import require
 from pipeline.errors import ClipmillError
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.loaders.cores import cores
+from pipeline.models.method import method_class, method_name
 from pipeline.stages.ray_session import connect
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.elastic import join_those_that_share
@@ -103,6 +104,7 @@ def _on_ray(plan: Plan, open_tracker: OpenTracker) -> Outcome:
 
     cluster = dict(ray.cluster_resources())
     resources = worker_resources(plan, cluster)
+    method_class(method_name(plan.method)).check_workers(plan.method, "GPU" in resources)
     _check_room(plan, resources, cluster)
     with tempfile.TemporaryDirectory(prefix="clipmill-train-") as scratch:
         trainer = TorchTrainer(

@@ -16,6 +16,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from pipeline.errors import DataError, SettingError
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.models.clip import Config
+from pipeline.models.proposals import Proposals
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.launch import _own_error, finished, follower, launch, own_threads, worker_resources
 from pipeline.training.loop import Outcome, TrainingError
@@ -84,6 +85,14 @@ def test_workers_ask_for_what_the_cluster_has(run: MakeRun, tiny_config: Config)
 def test_more_workers_than_this_machine_has(run: MakeRun, tiny_config: Config, ray_cluster: Any) -> None:
     plan, _ = prepare(tiny_config, run(workers=8))
     with pytest.raises(SettingError, match="workers: 8 is not allowed; allowed: at most 4 here"):
+        launch(plan)
+
+
+def test_what_needs_gpus_is_refused_before_workers_are_asked_for(run: MakeRun, ray_cluster: Any) -> None:
+    """In a sentence; torch's SyncBatchNorm would kill the workers again and again."""
+    config = replace(Proposals.smallest(), norm="batch")
+    plan, _ = prepare(config, run(workers=2))
+    with pytest.raises(SettingError, match="norm: 'batch' is not allowed"):
         launch(plan)
 
 
