@@ -5,12 +5,11 @@
 one of these.
 """
 
-import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import SidecarError
 from pipeline.shards.parquet import parse_parquet
 from pipeline.shards.snapshot import Shard
-from pipeline.shards.storage import Folder
+from pipeline.shards.storage import Folder, file_digest, storage_errors
 
 TAR_DIGEST = b"clipmill.tar_sha256"
 MAKER = b"clipmill.maker"
@@ -49,11 +48,14 @@ def write_sidecar(folder: Folder, shard: Shard, name: str, table: pa.Table, make
         raise SidecarError(f"sidecar {name!r}: needs a plain word as its name and a column `key`")
     stamps = {TAR_DIGEST: shard.sha256.encode(), MAKER: maker.encode()}
     stamped = table.replace_schema_metadata({**(table.schema.metadata or {}), **stamps})
-    buffer = BytesIO()
+    file = sidecar_file(shard, name)
     rows = max(1, GROUP_BYTES * len(stamped) // max(stamped.nbytes, 1))
-    pq.write_table(stamped, buffer, row_group_size=rows)
-    folder.write_atomic(sidecar_file(shard, name), buffer.getvalue())
-    return hashlib.sha256(buffer.getvalue()).hexdigest()
+    with folder.scratch_file(".parquet") as path:
+        with storage_errors(folder.join(file)):
+            pq.write_table(stamped, path, row_group_size=rows)
+        digest = file_digest(path)
+        folder.write_atomic(file, path)
+    return digest
 
 
 def read_sidecar(folder: Folder, shard: Shard, name: str, job: str, maker: str | None = None) -> pa.Table:
@@ -62,20 +64,41 @@ def read_sidecar(folder: Folder, shard: Shard, name: str, job: str, maker: str |
     Raises:
         SidecarError: missing, made from another tar, or made by something else than ``maker``.
     """
+    with _readable(folder, shard, name, job):
+        table = parse_parquet(folder.read_bytes(sidecar_file(shard, name)))
+    _check_stamps(table.schema, folder, shard, name, job, maker)
+    return table
+
+
+def read_sidecar_schema(folder: Folder, shard: Shard, name: str, job: str, maker: str | None = None) -> pa.Schema:
+    """The columns of a sidecar and what it says of itself; of the file only its end is read. Raises as
+    :func:`read_sidecar`."""
+    with _readable(folder, shard, name, job), folder.open(sidecar_file(shard, name)) as file:
+        schema = pq.read_schema(file)
+    _check_stamps(schema, folder, shard, name, job, maker)
+    return schema
+
+
+@contextmanager
+def _readable(folder: Folder, shard: Shard, name: str, job: str) -> Iterator[None]:
+    """Turns a file that is missing, or no parquet, into ``SidecarError``."""
     file = sidecar_file(shard, name)
     try:
-        table = parse_parquet(folder.read_bytes(file))
+        yield
     except FileNotFoundError as error:
         raise SidecarError(f"{folder.join(file)} is missing; make it with {job}") from error
     except pa.ArrowInvalid as error:
         raise SidecarError(f"{folder.join(file)} is not parquet ({error}); make it again with {job}") from error
-    metadata = table.schema.metadata or {}
+
+
+def _check_stamps(schema: pa.Schema, folder: Folder, shard: Shard, name: str, job: str, maker: str | None) -> None:
+    """Whether the sidecar with this schema was made from ``shard``'s tar, and by ``maker`` where one is named."""
+    file, metadata = sidecar_file(shard, name), schema.metadata or {}
     if metadata.get(TAR_DIGEST) != shard.sha256.encode():
         raise SidecarError(f"{folder.join(file)} was made from another {shard.tar}; make it again with {job}")
     if maker is not None and metadata.get(MAKER) != maker.encode():
         made_by = metadata.get(MAKER, b"?").decode()
         raise SidecarError(f"{folder.join(file)} was made by {made_by}, not {maker}; make it again with {job}")
-    return table
 
 
 @dataclass(frozen=True, kw_only=True)

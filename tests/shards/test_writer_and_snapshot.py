@@ -1,16 +1,19 @@
 """Shards are whole or not there; snapshots are immutable and say what is in them."""
 
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import SidecarError, SnapshotError, StorageError
 from pipeline.shards.sample import Sample
-from pipeline.shards.sidecar import read_sidecar, write_sidecar
+from pipeline.shards.sidecar import FACTS, read_sidecar, read_sidecar_schema, write_sidecar
 from pipeline.shards.snapshot import Shard, publish, publish_shards, read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder, file_digest
 from pipeline.shards.writer import ShardStats, ShardWriter, parquet_schema, read_stats
@@ -124,26 +127,46 @@ def test_a_shard_without_samples_is_not_offered_to_readers(tmp_path: Path) -> No
     assert [shard.name for shard in snapshot.shards] == ["00000"] and snapshot.rows == 5
 
 
-def test_sidecars_are_tied_to_their_tar_and_maker(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", [read_sidecar, read_sidecar_schema])
+def test_sidecars_are_tied_to_their_tar_and_maker(tmp_path: Path, read: Callable[..., Any]) -> None:
     folder = Folder(tmp_path)
     snapshot = publish(folder, [write(folder)], card=None, options={})
     shard = snapshot.shards[0]
     with pytest.raises(SidecarError, match="jobs/extract.py"):
-        read_sidecar(folder, shard, "regions", "jobs/extract.py")
+        read(folder, shard, "regions", "jobs/extract.py")
     table = pa.table({"key": ["000000000"], "score": [0.5]})
     digest = write_sidecar(folder, shard, "regions", table, maker="model-1")
     assert digest == file_digest(tmp_path / "00000.regions.parquet")
     assert read_sidecar(folder, shard, "regions", "job", maker="model-1").to_pylist() == table.to_pylist()
+    read(folder, shard, "regions", "job", maker="model-1")
     with pytest.raises(SidecarError, match="made by model-1"):
-        read_sidecar(folder, shard, "regions", "job", maker="model-2")
+        read(folder, shard, "regions", "job", maker="model-2")
     other = Shard(name="00000", samples=3, bytes=1, sha256="0" * 64)
     with pytest.raises(SidecarError, match="another 00000.tar"):
-        read_sidecar(folder, other, "regions", "job")
+        read(folder, other, "regions", "job")
     (tmp_path / "00000.regions.parquet").write_bytes(b"half")
     with pytest.raises(SidecarError, match="not parquet"):
-        read_sidecar(folder, shard, "regions", "job")
+        read(folder, shard, "regions", "job")
     with pytest.raises(SidecarError):
         write_sidecar(folder, shard, "regions", pa.table({"score": [1]}), maker="model-1")
+
+
+@pytest.mark.parametrize("place", ["", "memory://sidecars"])
+def test_what_a_sidecar_says_of_itself_is_read_without_its_rows(
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three million bytes in chunks of their own, the end; nothing is left beside the file."""
+    folder = Folder(place or tmp_path)
+    shard = Shard(name="00000", samples=3, bytes=1, sha256="0" * 64)
+    part = pa.table({"key": ["0"], "content": [np.random.default_rng(0).bytes(1_000_000)]})
+    whole = pa.concat_tables([part, part, part]).replace_schema_metadata({FACTS: b'{"regions": 7}'})
+    digest = write_sidecar(folder, shard, "regions", whole, maker="model-1")
+    assert folder.names() == ["00000.regions.parquet"]
+    assert digest == hashlib.sha256(folder.read_bytes("00000.regions.parquet")).hexdigest()
+    assert read_sidecar(folder, shard, "regions", "job").equals(whole)
+    monkeypatch.setattr(Folder, "read_bytes", lambda *_: pytest.fail("the whole file was read"))
+    schema = read_sidecar_schema(folder, shard, "regions", "job", maker="model-1")
+    assert schema.names == ["key", "content"] and schema.metadata[FACTS] == b'{"regions": 7}'
 
 
 def test_sidecars_become_part_of_a_new_snapshot(tmp_path: Path) -> None:
