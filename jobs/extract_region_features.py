@@ -2,25 +2,26 @@
 """CLIP features of the regions of every picture, as a sidecar from which ViLD's image branch learns.
 
     ray job submit --working-dir . -- python jobs/extract_region_features.py proposals \
-        --data s3://bucket/lvis-train --teacher ViT-B-32:openai --proposer s3://bucket/runs/rpn --classes data
+        --data s3://bucket/lvis-train --teacher ViT-B-32:openai --proposer s3://bucket/runs/rpn
 
 Each shard gets a file of its own and is done once: the same command goes on where it was stopped. While it works, the
-features of regions that cover an annotated object are compared with the names of the classes; the share that is right
-is logged for every shard and as a metric, and below --floor the job stops.
+features of regions that cover an annotated object are compared with the names of the classes (--classes: a card, what
+the data tell, or none); the share that is right is logged for every shard and as a metric, and below --floor the job
+stops, as it does where hardly an object is covered.
 """
 
 import getpass
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import tyro
 
 from pipeline.config import require, run_job
 from pipeline.evaluation.regions import LoadRegionModel, ProposerOptions
-from pipeline.loaders.classes import base_classes
+from pipeline.loaders.classes import NO_CLASSES, OF_DATA, base_classes
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
-from pipeline.stages.regions import Check, RegionOptions, extract_regions, read_regions
+from pipeline.stages.regions import RegionOptions, extract_regions, judge, read_found, together
 from pipeline.stages.shard_tasks import Workers
 from pipeline.stages.smoke import drawn_snapshot
 from pipeline.tracking.runs import Tracking, open_tracker
@@ -35,9 +36,9 @@ class Extract:
     data: str
     """The folder of a snapshot (its latest) or FOLDER@ID; a path or any fsspec URI."""
     model: LoadRegionModel
-    classes: str = ""
-    """Card whose class names, but the novel ones, the features are checked by, or `data` for what the snapshot says of
-    its own; none is no check."""
+    classes: str = OF_DATA
+    """Card whose class names, but the novel ones, the features are checked by; `data` for what the snapshot says of its
+    own, `none` for no check."""
     options: RegionOptions = field(default_factory=RegionOptions)
     workers: Workers = field(default_factory=Workers)
     track: bool = True
@@ -50,6 +51,7 @@ class Extract:
 
     def __post_init__(self) -> None:
         require(bool(self.data), "data", self.data, "the folder of a snapshot, which jobs/refresh_dataset.py makes")
+        require(bool(self.classes), "classes", self.classes, f"a card, `{OF_DATA}` or `{NO_CLASSES}`")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,23 +89,23 @@ def main(run: Extract) -> None:
     """Wire snapshot, models, check and tracker."""
     if isinstance(run, Smoke):
         drawn_snapshot(Folder(run.data))
-    classes = base_classes(run.classes, run.data, "classes")
+    classes, options = base_classes(run.classes, run.data, "classes"), run.options
     use_gpu = None if run.model.device == "auto" else run.model.device == "cuda"
     with open_tracker(run.tracking, run, new=run.track) as tracker:
-        snapshot = extract_regions(read_snapshot(run.data), run.model, classes, run.options, run.workers, use_gpu)
-        folder = Folder(snapshot.folder)
-        found = [read_regions(folder, shard, run.options.name) for shard in snapshot.shards]
+        snapshot = extract_regions(read_snapshot(run.data), run.model, classes, options, run.workers, use_gpu)
         tracker.log_dataset(snapshot, "regions")
-        for number, shard in enumerate(found):
-            check = shard.check
-            tracker.log({"regions/shard_accuracy": check.accuracy, "regions/shard_matched": check.matched}, number)
-        whole = sum((shard.check for shard in found), Check())
-        count = sum(shard.regions for shard in found)
-        metrics = {"regions/accuracy": whole.accuracy, "regions/matched": whole.matched, "regions/count": count}
-        tracker.log(metrics, len(found))
-    print(f"{snapshot.uri}: {count} regions of {sum(shard.stored for shard in snapshot.shards)} pictures")
-    if whole.matched:
-        print(f"{whole.right} of {whole.matched} that cover an object ({whole.accuracy:.1%}) are nearest to its name")
+        shards = [shard for shard in snapshot.shards if options.name in shard.sidecars]
+        found = [read_found(Folder(snapshot.folder), shard, options.name) for shard in shards]
+        for number, one in enumerate(found):
+            checked = {"accuracy": one.check.accuracy, "matched": one.check.matched}
+            tracker.log({f"regions/shard_{name}": value for name, value in checked.items()}, number)
+        whole, count = together(found, classes), sum(one.regions for one in found)
+        metrics = {"accuracy": whole.accuracy, **asdict(whole), "count": count}
+        tracker.log({f"regions/{name}": value for name, value in metrics.items()}, len(found))
+        print(f"{snapshot.uri}: {count} regions of {sum(shard.stored for shard in shards)} pictures")
+        if whole.objects:
+            print(whole)
+        judge(whole, options, snapshot.uri)
 
 
 if __name__ == "__main__":

@@ -13,18 +13,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.config import require
+from pipeline.dataset import check_templates
 from pipeline.errors import SettingError
 from pipeline.evaluation.embedder import Precision
 from pipeline.evaluation.encoder import inference
 from pipeline.evaluation.models import load_model
 from pipeline.evaluation.suite import Evaluable
-from pipeline.evaluation.zero_shot import classifier
 from pipeline.loaders.images import decode
 from pipeline.loaders.samples import UnreadableSample
+from pipeline.models import class_vectors
 from pipeline.models.clip import Clip
 from pipeline.models.towers.crops import CropRule, crop_boxes, cut_crops
 from pipeline.models.towers.weights import digest_of
-from pipeline.shards.objects import read_objects
+from pipeline.shards.objects import plain_word, read_objects
 from pipeline.shards.sample import Sample
 from pipeline.stages.regions import Proposals
 from pipeline.training.checkpoint import load_method
@@ -75,6 +76,10 @@ class LoadRegionModel:
     """Prompts of the class names by which features are checked."""
     device: str = "auto"
     precision: Precision = "fp32"
+
+    def __post_init__(self) -> None:
+        require(bool(self.templates), "templates", self.templates, "one or more")
+        check_templates(self.templates)
 
     def __call__(self, threads: int) -> "ClipRegions":
         """``threads`` is the number of CPU threads for the models, where no GPU computes.
@@ -155,12 +160,11 @@ class ClipRegions:
         return functional.normalize(features, dim=-1) if self._settings.crop.average == "unit" else features
 
     def class_vectors(self, classes: Sequence[str]) -> NDArray[np.float32]:
-        """The zero-shot classifier of these names: [C, D]."""
+        """The vectors of these names, cleaned and averaged over prompts as ViLD's training has them: [C, D]."""
         with inference(cast(Evaluable, self._clip)):
-            vectors: NDArray[np.float32] = (
-                classifier(cast(Evaluable, self._clip), list(classes), self._settings.templates).float().cpu().numpy()
-            )
-        return vectors
+            vectors = class_vectors.class_vectors(self._clip, classes, self._settings.templates)
+        found: NDArray[np.float32] = vectors.cpu().numpy()
+        return found
 
 
 def make_proposer(options: ProposerOptions, device: torch.device) -> Proposer:
@@ -172,16 +176,16 @@ def make_proposer(options: ProposerOptions, device: torch.device) -> Proposer:
     if options.proposer == GIVEN:
         return GivenBoxes(options.labels)
     if options.proposer.startswith(TORCHVISION):
-        return Detector(options.proposer.removeprefix(TORCHVISION), device)
+        return Detector(options.proposer.removeprefix(TORCHVISION), device, options.most)
     return Checkpoint(options.proposer, device)
 
 
 class GivenBoxes:
-    """The boxes that came with the data, all with a score of one."""
+    """The boxes that came with the data but for crowds, which are no things; all with a score of one."""
 
     def __init__(self, labels: Sequence[str] = ()) -> None:
-        self._labels = frozenset(labels)
-        self.maker = "boxes.json " + " ".join(sorted(self._labels))
+        self._labels = frozenset(map(plain_word, labels))
+        self.maker = " ".join(["boxes.json without crowds", *sorted(self._labels)])
 
     def __call__(self, pictures: Sequence[Tensor], samples: Sequence[Sample]) -> list[Proposals]:
         """Raises ``DataError`` for a sample without boxes."""
@@ -190,15 +194,16 @@ class GivenBoxes:
     def _of(self, sample: Sample, picture: Tensor) -> Proposals:
         things = read_objects(sample)
         things.check_size(picture.shape[1], picture.shape[2], sample.key)
-        kept = [n for n, label in enumerate(things.labels) if not self._labels or label in self._labels]
+        wanted = [not self._labels or plain_word(label) in self._labels for label in things.labels]
+        kept = [n for n, (want, crowd) in enumerate(zip(wanted, things.crowd, strict=True)) if want and not crowd]
         return Proposals(things.boxes[kept], np.ones(len(kept)))
 
 
 class Detector:
     """The detections of one of torchvision's models, whatever their class."""
 
-    def __init__(self, name: str, device: torch.device) -> None:
-        """``NAME`` loads its published weights, ``NAME=FILE`` those in a file."""
+    def __init__(self, name: str, device: torch.device, most: int) -> None:
+        """``NAME`` loads its published weights, ``NAME=FILE`` those in a file; it may find ``most`` things."""
         name, _, file = name.partition("=")
         if name not in torchvision.models.list_models(module=torchvision.models.detection):
             known = ", ".join(torchvision.models.list_models(module=torchvision.models.detection))
@@ -207,8 +212,10 @@ class Detector:
         model: Any = torchvision.models.get_model(name, **weights)
         if file:
             model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        limited = getattr(model, "roi_heads", model)  # 100 to 300 detections of a picture by default
+        limited.detections_per_img = max(limited.detections_per_img, most)
         self._model = model.to(device).eval()
-        self.maker = digest_of(self._model, name)
+        self.maker = digest_of(self._model, f"{name} {limited.detections_per_img}")
 
     def __call__(self, pictures: Sequence[Tensor], samples: Sequence[Sample]) -> list[Proposals]:
         """Boxes by score; the model resizes and normalises by itself."""

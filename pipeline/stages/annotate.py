@@ -5,11 +5,12 @@ pseudo boxes, features of regions. The job brings it, as a function that loads i
 """
 
 import hashlib
+import json
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from pipeline.config import require
 from pipeline.errors import ClipmillError, DataError, SidecarError
 from pipeline.shards.lease import lease
 from pipeline.shards.sample import Sample
-from pipeline.shards.sidecar import MAKER, TAR_DIGEST, sidecar_file, write_sidecar
+from pipeline.shards.sidecar import FACTS, MAKER, TAR_DIGEST, sidecar_file, write_sidecar
 from pipeline.shards.snapshot import Shard, Snapshot, publish_shards, read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import iterate_tar
@@ -49,10 +50,14 @@ MakeAnnotator = Callable[[int], Annotator]
 
 @dataclass(frozen=True, kw_only=True)
 class Annotation:
-    """How the sidecars are called, and whether those of another maker are replaced."""
+    """How the sidecars are called, and whether those of another maker are replaced.
+
+    ``facts`` are what a finished one must say of itself to be kept by ``overwrite``, beside having the same maker.
+    """
 
     name: str
     overwrite: bool = False
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(self.name.isidentifier(), "name", self.name, "a plain word")
@@ -187,7 +192,9 @@ def _finished(folder: Folder, shard: Shard, maker: str, annotation: Annotation) 
         return None
     if metadata.get(TAR_DIGEST) != shard.sha256.encode():
         return None
-    if metadata.get(MAKER) == maker.encode():
+    facts = json.loads(metadata.get(FACTS, b"{}"))
+    same = all(facts.get(name) == value for name, value in annotation.facts.items())
+    if metadata.get(MAKER) == maker.encode() and (same or not annotation.overwrite):
         return hashlib.sha256(content).hexdigest()
     if not annotation.overwrite:
         ways = "--overwrite replaces it, another --name keeps both"

@@ -9,26 +9,29 @@ proposals, or one that cannot be read, has none.
 Boxes that no longer belong to their features are the failure that goes unseen: training goes on and novel classes
 stay at half their score. So each shard is checked while it is made. Where a proposal covers an object of a class that
 the annotations name, the feature is compared with the class names' text features; the share that is right is kept
-with the shard, and below a floor the job stops.
+with the shard, and below a floor the job stops. It also stops where regions cover less than a tenth of these objects,
+since then there is nothing to compare.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.config import require
 from pipeline.errors import DataError, SidecarError
-from pipeline.shards.objects import FIELD, overlaps, read_objects
+from pipeline.shards.objects import FIELD, overlaps, plain_word, read_objects
 from pipeline.shards.sample import Sample
-from pipeline.shards.sidecar import FACTS, read_sidecar, sidecar_file
+from pipeline.shards.sidecar import FACTS, read_sidecar, read_sidecar_schema, sidecar_file
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
 from pipeline.stages.annotate import Annotation, annotate
@@ -38,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 JOB = "jobs/extract_region_features.py"
 MATCHED = 0.5  # intersection over union from which on a proposal shows an object
+COVERED = 0.1  # share of the objects that any proposer covers whose boxes fit the pictures
 
 
 @dataclass(frozen=True)
@@ -91,11 +95,13 @@ class RegionOptions:
     pictures_at_once: int = 8
     """Pictures whose regions are encoded together."""
     overwrite: bool = False
-    """Replace the features of another model or other settings."""
+    """Replace the features of another model or other settings, and those that were checked by other classes."""
     floor: float = 0.1
-    """Least zero-shot accuracy of a shard's features on regions that cover an object of ``classes``; 0 never stops."""
+    """Least zero-shot accuracy of features, of a shard's and of all, on regions that cover an object of ``classes``;
+    0 never stops."""
     least_matched: int = 50
-    """Regions that must cover one before the floor counts."""
+    """Regions that must cover an object before the floor counts, and objects before it counts whether they are covered.
+    """
 
     def __post_init__(self) -> None:
         require(self.name.isidentifier(), "name", self.name, "a plain word")
@@ -106,18 +112,40 @@ class RegionOptions:
 
 @dataclass(frozen=True)
 class Check:
-    """How often a feature was nearest to the name of the object that its region covers."""
+    """What annotated objects say of regions: of ``matched`` regions that cover one, the features of ``right`` were
+    nearest to its name; of ``objects`` of the classes, crowds apart, ``covered`` have a region."""
 
     matched: int = 0
     right: int = 0
+    objects: int = 0
+    covered: int = 0
 
     def __add__(self, other: "Check") -> "Check":
-        return Check(self.matched + other.matched, self.right + other.right)
+        return Check(
+            self.matched + other.matched,
+            self.right + other.right,
+            self.objects + other.objects,
+            self.covered + other.covered,
+        )
+
+    def __str__(self) -> str:
+        named = f"{self.right} of {self.matched} regions that cover an object ({self.accuracy:.1%})"
+        return f"{named} are nearest to its name, {self.covered} of {self.objects} objects are covered"
 
     @property
     def accuracy(self) -> float:
         """The share that is right; 0 where nothing matched."""
         return self.right / self.matched if self.matched else 0.0
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a shard's sidecar says of itself: the number of its regions, what was found when they were made, and the
+    digest of the classes by which that was (``classes_digest``)."""
+
+    regions: int
+    check: Check
+    checked_by: str
 
 
 @dataclass(frozen=True)
@@ -152,16 +180,6 @@ class ShardRegions:
             )
         return Regions(boxes, np.array(row["scores"], np.float32), features)
 
-    @property
-    def check(self) -> Check:
-        """What was found when they were made."""
-        return Check(int(self.facts["matched"]), int(self.facts["right"]))
-
-    @property
-    def regions(self) -> int:
-        """The number of regions of all samples."""
-        return sum(len(scores or ()) for scores in self._table["scores"].to_pylist())
-
 
 def extract_regions(
     snapshot: Snapshot,
@@ -181,7 +199,9 @@ def extract_regions(
         StorageError: the store refused (the same command goes on from there), or another job is at work in the folder.
     """
     load = LoadRegionMaker(make, tuple(classes), options)
-    return annotate(snapshot, load, Annotation(name=options.name, overwrite=options.overwrite), workers, use_gpu)
+    facts = {"checked_by": classes_digest(classes)} if classes else {}
+    annotation = Annotation(name=options.name, overwrite=options.overwrite, facts=facts)
+    return annotate(snapshot, load, annotation, workers, use_gpu)
 
 
 def read_regions(folder: Folder, shard: Shard, name: str = "regions", maker: str | None = None) -> ShardRegions:
@@ -191,12 +211,62 @@ def read_regions(folder: Folder, shard: Shard, name: str = "regions", maker: str
         SidecarError: missing, of another tar, by another maker, or no regions.
     """
     table = read_sidecar(folder, shard, name, JOB, maker)
-    facts = json.loads((table.schema.metadata or {}).get(FACTS, b"{}"))
-    if not {"width", "matched", "right"} <= set(facts) or not {"boxes", "scores", "features"} <= set(
-        table.column_names
-    ):
+    facts = _facts(table.schema)
+    if "width" not in facts or not {"boxes", "scores", "features"} <= set(table.column_names):
         raise SidecarError(f"{folder.join(sidecar_file(shard, name))} holds no regions; make it with {JOB}")
     return ShardRegions(table, facts)
+
+
+def read_found(folder: Folder, shard: Shard, name: str = "regions") -> Found:
+    """What the regions of ``shard`` say of themselves; they are not read.
+
+    Raises:
+        SidecarError: missing, of another tar, or no regions.
+    """
+    facts = _facts(read_sidecar_schema(folder, shard, name, JOB))
+    try:
+        check = Check(*(int(facts[number]) for number in ("matched", "right", "objects", "covered")))
+        return Found(int(facts["regions"]), check, str(facts["checked_by"]))
+    except (KeyError, TypeError, ValueError) as error:
+        file = folder.join(sidecar_file(shard, name))
+        raise SidecarError(f"{file} does not say what was found in it ({error!r}); make it with {JOB}") from error
+
+
+def classes_digest(classes: Sequence[str]) -> str:
+    """SHA-256 hex of the names of classes, whatever their order; empty where there are none."""
+    names = sorted(plain_word(name) for name in classes)
+    return hashlib.sha256("\n".join(names).encode()).hexdigest() if names else ""
+
+
+def together(found: Sequence[Found], classes: Sequence[str]) -> Check:
+    """What was found in all shards that were checked by ``classes``; how many were not is logged as a warning."""
+    digest = classes_digest(classes)
+    checked = [one.check for one in found if one.checked_by == digest]
+    if classes and len(checked) < len(found):
+        others, again = len(found) - len(checked), "--overwrite makes them again"
+        logger.warning("%d shards were finished before and not checked by these classes; %s", others, again)
+    return sum(checked, Check())
+
+
+def judge(found: Check, options: RegionOptions, where: str) -> None:
+    """Raise ``DataError`` where what was found in ``where`` is too little to be right."""
+    if not options.floor:
+        return
+    if found.objects >= options.least_matched and found.covered < COVERED * found.objects:
+        raise DataError(
+            f"{where}: {found}, less than a tenth: the boxes do not fit the pictures, or regions are proposed of other "
+            "things (--floor 0 lets it pass)"
+        )
+    if found.matched >= options.least_matched and found.accuracy < options.floor:
+        raise DataError(
+            f"{where}: {found}; the first share is less than floor {options.floor}: the boxes do not fit the pictures, "
+            "or this teacher does not know these classes"
+        )
+
+
+def _facts(schema: pa.Schema) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((schema.metadata or {}).get(FACTS, b"{}"))
+    return facts
 
 
 @dataclass(frozen=True)
@@ -215,24 +285,27 @@ class RegionMaker:
     """The regions of a shard's samples as a table; decodes ahead in ``threads`` threads."""
 
     def __init__(self, model: RegionModel, classes: tuple[str, ...], options: RegionOptions, threads: int) -> None:
-        self._model, self._classes, self._options, self._threads = model, classes, options, threads
+        self._model, self._options, self._threads = model, options, threads
+        self._numbers = {plain_word(name): number for number, name in enumerate(classes)}
         self._vectors = model.class_vectors(classes) if classes else None
+        self._checked_by = classes_digest(classes)
         self.maker = model.maker
 
     def table(self, samples: Iterator[Sample], shard: Shard) -> pa.Table:
-        """The sidecar's rows; raises ``DataError`` where the check fails."""
-        rows: list[dict[str, Any]] = []
-        found = Check()
+        """The sidecar's rows, a chunk for each batch of pictures; raises ``DataError`` where the check fails."""
+        parts, found = [SCHEMA.empty_table()], Check()
         with ThreadPoolExecutor(self._threads, thread_name_prefix="prepare") as pool:
             for batch in _decoded(samples, self._options.pictures_at_once, pool, self._model):
                 made, check = self._rows(batch)
-                rows += made
+                parts.append(pa.Table.from_pylist(made, schema=SCHEMA))
                 found += check
-        self._judge(found, shard)
-        facts = {**self._model.facts, "matched": found.matched, "right": found.right}
-        return pa.Table.from_pylist(rows, schema=pa.schema(COLUMNS)).replace_schema_metadata(
-            {FACTS: json.dumps(facts).encode()}
-        )
+        logger.info("%s: %s", shard.name, found)
+        judge(found, self._options, shard.name)
+        # Chunks stay as they are: one of all features of a shard may be larger than the 2 GB that a chunk can be.
+        whole = pa.concat_tables(parts)
+        count = int(pc.sum(pc.list_value_length(whole["scores"])).as_py() or 0)
+        facts = {**self._model.facts, "regions": count, **asdict(found), "checked_by": self._checked_by}
+        return whole.replace_schema_metadata({FACTS: json.dumps(facts).encode()})
 
     def _rows(self, batch: Sequence[tuple[Sample, Any | None]]) -> tuple[list[dict[str, Any]], Check]:
         readable = [(sample, picture) for sample, picture in batch if picture is not None]
@@ -248,31 +321,27 @@ class RegionMaker:
     def _checked(
         self, sample: Sample, shape: tuple[int, int], proposed: Proposals, encoded: NDArray[np.float32]
     ) -> Check:
-        """Compares the features of regions that cover an annotated object with the names of the classes."""
-        if self._vectors is None or FIELD not in sample.fields or not len(proposed.boxes):
+        """Compares the features of regions that cover an annotated object with the names of the classes.
+
+        A crowd is no truth: its box is that of many things, and may cover half of the picture.
+        """
+        if self._vectors is None or FIELD not in sample.fields:
             return Check()
         things = read_objects(sample)
         things.check_size(*shape, sample.key)
-        known = [number for number, label in enumerate(things.labels) if label in self._classes]
-        if not known:
-            return Check()
+        numbers = [self._numbers.get(plain_word(label), -1) for label in things.labels]
+        known = [place for place, number in enumerate(numbers) if number >= 0 and not things.crowd[place]]
+        if not known or not len(proposed.boxes):
+            return Check(objects=len(known))
         shared = overlaps(proposed.boxes, things.boxes[known])
         covering = shared.max(axis=1) >= MATCHED
-        truth = [self._classes.index(things.labels[known[thing]]) for thing in shared.argmax(axis=1)]
-        guesses = (encoded @ self._vectors.T).argmax(axis=1)
-        return Check(int(covering.sum()), int((covering & (guesses == np.array(truth))).sum()))
-
-    def _judge(self, found: Check, shard: Shard) -> None:
-        where = f"{shard.name}: {found.right} of {found.matched} regions that cover an object are nearest to its name"
-        logger.info("%s (%.1f %%)", where, 100 * found.accuracy)
-        if found.matched >= self._options.least_matched and found.accuracy < self._options.floor:
-            raise DataError(
-                f"{where}, less than floor {self._options.floor}: the boxes do not fit the pictures, or this teacher "
-                "does not know these classes"
-            )
+        truth = np.array(numbers)[known][shared.argmax(axis=1)]
+        right = covering & ((encoded @ self._vectors.T).argmax(axis=1) == truth)
+        covered = shared.max(axis=0) >= MATCHED
+        return Check(int(covering.sum()), int(right.sum()), len(known), int(covered.sum()))
 
 
-COLUMNS: dict[str, Any] = {
+COLUMNS: Mapping[str, pa.DataType] = {
     "key": pa.string(),
     "height": pa.int32(),
     "width": pa.int32(),
@@ -280,6 +349,7 @@ COLUMNS: dict[str, Any] = {
     "scores": pa.list_(pa.float32()),
     "features": pa.binary(),
 }
+SCHEMA = pa.schema(COLUMNS)
 
 
 def _row(key: str, shape: tuple[int, int], proposed: Proposals, encoded: NDArray[np.float32]) -> dict[str, Any]:

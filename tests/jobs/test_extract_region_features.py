@@ -1,6 +1,7 @@
 """The region job as its users start it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -20,12 +21,44 @@ def test_smoke_says_what_it_found_and_logs_it(job: Type, tmp_path: Path, capsys:
     assert len(client.get_metric_history(run.info.run_id, "regions/shard_accuracy")) == 4
 
 
+def test_all_shards_are_judged_together_after_they_were_logged(
+    job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each shard has less regions than make a judgement; all of them have enough."""
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    tracked = ("--data", "drawn", "--track", "--tracking-uri", store)
+    assert job("extract_region_features", "smoke", *tracked) == 0
+    client = MlflowClient(store)
+
+    def runs() -> list[Any]:
+        return client.search_runs([client.get_experiment_by_name("clipmill-data").experiment_id])
+
+    total = int(runs()[0].data.metrics["regions/matched"])
+    strict = ("--floor", "1", "--least-matched", str(total), "--name", "other")
+    assert job("extract_region_features", "smoke", *tracked, *strict) == 1
+    assert f"of {total} regions that cover an object" in capsys.readouterr().err
+    last = runs()[0]
+    assert last.info.status == "FAILED" and last.data.metrics["regions/matched"] == total
+    assert 0 < last.data.metrics["regions/covered"] <= last.data.metrics["regions/objects"]
+
+
+def test_data_that_tell_no_classes_ask_for_a_word(job: Type, capsys: pytest.CaptureFixture[str]) -> None:
+    """A check is left out by saying so."""
+    assert job("extract_region_features", "smoke", "--data", "drawn") == 0
+    plain = ("boxes", "--data", "drawn", "--teacher", "clipmill-tiny:untrained", "--no-track", "--processes-count", "0")
+    assert job("extract_region_features", *plain, "--name", "other") == 2
+    assert "classes: 'data' is not allowed" in capsys.readouterr().err
+    assert job("extract_region_features", *plain, "--name", "other", "--classes", "none") == 0
+    assert "are nearest" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "said", "code"),
     [
         (["boxes", "--data", "none", "--teacher", "clipmill-tiny:untrained", "--no-track"], "has no snapshot", 1),
         (["boxes", "--data", "x", "--teacher", "y", "--floor", "2"], "floor: 2", 2),
         (["smoke", "--classes", "drwan"], "card: 'drwan'", 2),
+        (["smoke", "--classes", ""], "classes: ''", 2),
     ],
 )
 def test_wrong_settings_are_one_sentence(
