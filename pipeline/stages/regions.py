@@ -229,7 +229,9 @@ def read_found(folder: Folder, shard: Shard, name: str = "regions") -> Found:
         return Found(int(facts["regions"]), check, str(facts["checked_by"]))
     except (KeyError, TypeError, ValueError) as error:
         file = folder.join(sidecar_file(shard, name))
-        raise SidecarError(f"{file} does not say what was found in it ({error!r}); make it with {JOB}") from error
+        raise SidecarError(
+            f"{file} says not what was found in it ({error!r}): make it again with --overwrite"
+        ) from error
 
 
 def classes_digest(classes: Sequence[str]) -> str:

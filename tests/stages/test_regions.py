@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -369,3 +370,11 @@ def test_ray_makes_the_same_file(snapshot: Snapshot, ray_cluster: Any) -> None:
         (Path(here.folder) / f"{shard.name}.regions.parquet").unlink()
     again = extract_regions(read_snapshot(here.folder), model(), ("disc", "star"), FREE, Workers())
     assert [shard.sidecars["regions"] for shard in again.shards] == digests
+
+
+def test_regions_that_say_nothing_of_themselves_are_made_again(make_snapshot: Callable[..., Snapshot]) -> None:
+    """As those of earlier versions are, which kept no numbers."""
+    other = make_snapshot((3,), regions=("teacher", 8))
+    with pytest.raises(SidecarError, match=r"00000.regions.parquet says not what was found .*--overwrite"):
+        read_found(Folder(other.folder), other.shards[0])
+    assert len(read_regions(Folder(other.folder), other.shards[0])) == 3
