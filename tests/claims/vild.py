@@ -52,7 +52,7 @@ def measure_world(name: str, seed: int, folder: Path) -> dict[str, float]:
         if not result.exists():
             asked = ("--detection", f"val={val}", "--detection-words", world.words, "--output", result)
             run("evaluate", "sets", "--checkpoint", output, *asked)
-        found = json.loads(result.read_text())
+        found = json.loads(result.read_text())["metrics"]
         metrics |= {f"{mode}/{part}": found[f"det/val/{part}"] for part in PARTS}
     return metrics
 
