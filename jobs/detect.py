@@ -26,6 +26,7 @@ from pipeline.loaders.samples import UnreadableSample
 from pipeline.models.detections import Detections, Detector, check_words
 from pipeline.models.method import build_method
 from pipeline.models.vild import Vild
+from pipeline.shards.objects import names_of
 from pipeline.shards.storage import Folder
 from pipeline.sources.drawn.sample import draw_sample
 
@@ -41,7 +42,7 @@ class Detect:
     checkpoint: str
     """Folder of a checkpoint or a run (path or URI) of a method that detects."""
     words: tuple[str, ...]
-    """What to look for; quotes hold names of several words together."""
+    """What to look for; quotes hold names of several words together, and synonyms: "couch; sofa" is one thing."""
     output: str = "detections.png"
     """PNG file for the picture with what was found: a path or a URI."""
     least_score: float = 0.05
@@ -122,7 +123,7 @@ def best(found: Detections, run: Detect) -> Detections:
 def as_json(found: Detections, words: tuple[str, ...]) -> str:
     """A list of ``{"word", "score", "box": [x1, y1, x2, y2]}``, the best first."""
     rows = zip(found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
-    plain = [{"word": words[label], "score": score, "box": box} for label, score, box in rows]
+    plain = [{"word": names_of(words[label])[0], "score": score, "box": box} for label, score, box in rows]
     return json.dumps(plain, indent=2)
 
 

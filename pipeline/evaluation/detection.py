@@ -22,7 +22,7 @@ from pipeline.evaluation.data import readable_pictures
 from pipeline.evaluation.encoder import inference
 from pipeline.loaders.images import Pixels
 from pipeline.models.detections import Detector, check_words
-from pipeline.shards.objects import Objects, overlaps, plain_word, read_objects
+from pipeline.shards.objects import Objects, overlaps, plain_word, read_objects, word_of
 from pipeline.shards.sample import Sample
 
 PICTURES_AT_ONCE = 8
@@ -67,7 +67,7 @@ def published_vocabulary(record: Mapping[str, Any], place: str) -> Vocabulary:
         SettingError: it has no list of ``categories`` with names.
     """
     try:
-        names = [str(category["name"]) for category in record["categories"]]
+        names = [word_of([str(one["name"]), *map(str, one.get("synonyms") or ())]) for one in record["categories"]]
         frequencies = [category.get("frequency") for category in record["categories"]]
     except (KeyError, TypeError, AttributeError) as error:
         allowed = f"an annotation file with `categories`, each with a name ({error!r})"

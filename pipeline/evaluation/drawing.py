@@ -14,7 +14,7 @@ from pipeline.config import require
 from pipeline.errors import DataError
 from pipeline.evaluation.figures import FONT, readable
 from pipeline.models.detections import Detections
-from pipeline.shards.objects import Objects, plain_word
+from pipeline.shards.objects import Objects, names_of, plain_word
 from pipeline.shards.segmentation import mask_of
 
 COLOURS = (
@@ -138,7 +138,7 @@ def _meet(one: tuple[float, float, float, float], other: tuple[float, float, flo
 
 
 def _short(name: str) -> str:
-    plain = readable(name)
+    plain = readable(names_of(name)[0])
     return plain if len(plain) <= LETTERS else plain[: LETTERS - 2].rstrip() + " \u2026"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.models.detections import Detections
+from pipeline.shards.objects import names_of
 from pipeline.shards.storage import Folder
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -52,7 +53,8 @@ def table(metrics: Mapping[str, float]) -> str:
 def detections_table(found: Detections, words: Sequence[str]) -> str:
     """A line for each detection: its word, score, and box in pixels."""
     rows = zip(found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
-    lines = [[words[label], f"{score:.3f}", *(f"{edge:.0f}" for edge in box)] for label, score, box in rows]
+    called = [names_of(word)[0] for word in words]
+    lines = [[called[label], f"{score:.3f}", *(f"{edge:.0f}" for edge in box)] for label, score, box in rows]
     return _aligned([["word", "score", "left", "top", "right", "bottom"], *lines])
 
 

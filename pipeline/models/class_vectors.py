@@ -1,7 +1,8 @@
 """Vectors of class names from the text tower of a CLIP that teaches another method, and that method's words for it.
 
 A class is the mean of the unit features of its name in many prompts, made unit length again (Radford et al. 2021, arXiv
-2103.00020, section 3.1.4), as ViLD has it: names are cleaned, ``{article}`` in a prompt becomes "a" or "an".
+2103.00020, section 3.1.4), as ViLD has it: names are cleaned, ``{article}`` in a prompt becomes "a" or "an". A class
+with several names, as LVIS's are, is the mean of their vectors, made unit length.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pipeline.loaders.text import cut_text
 from pipeline.models.clip import Clip, Config
 from pipeline.models.towers import openclip
 from pipeline.models.towers.weights import digest_of
+from pipeline.shards.objects import names_of
 
 UNTRAINED = ":untrained"
 TEXTS_AT_ONCE = 512
@@ -58,12 +60,13 @@ def clip_digest(clip: Clip) -> str:
 def class_vectors(
     clip: Clip, words: Sequence[str], templates: Sequence[str], device: torch.device | None = None
 ) -> Tensor:
-    """Unit vectors float32 [C, D] of the names ``words`` in all ``templates``, on the device where ``clip`` is.
+    """Unit vectors float32 [C, D] of the classes ``words`` in all ``templates``, on the device where ``clip`` is.
 
     They are computed on ``device``, by default there too: 866 names in 80 prompts take minutes on a CPU. On a GPU in
     full float32, since an error of 1e-3 would be a tenth of a logit at ViLD's temperature.
     """
-    prompts = [prompt(template, word) for word in words for template in templates]
+    names = [names_of(word) for word in words]
+    prompts = [prompt(template, name) for some in names for name in some for template in templates]
     home, precision = clip.mean.device, torch.get_float32_matmul_precision()
     clip.to(device or home)
     torch.set_float32_matmul_precision("highest")
@@ -73,8 +76,9 @@ def class_vectors(
     finally:
         torch.set_float32_matmul_precision(precision)
         clip.to(home)
-    features = torch.cat(parts).float().view(len(words), len(templates), -1)
-    return functional.normalize(features.mean(dim=1), dim=-1).to(home)
+    features = torch.cat(parts).float().unflatten(0, (-1, len(templates)))
+    vectors = functional.normalize(features.mean(dim=1), dim=-1).split([len(some) for some in names])
+    return functional.normalize(torch.stack([some.mean(dim=0) for some in vectors]), dim=-1).to(home)
 
 
 def fastest_device() -> torch.device:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.config import require
-from pipeline.shards.objects import plain_word
+from pipeline.shards.objects import names_of, plain_word
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Detector(Protocol):
     ) -> list[Detections]:
         """The detections in ``pictures``, uint8 [3, H, W] each of its own size, on the method's device or the CPU.
 
-        ``words`` are any names. ``base`` are those of them that the method was trained on, where it matters how it
-        knows a word; by default those that it finds among its training classes.
+        ``words`` are any names; ``couch; sofa`` are two of one thing. ``base`` are those of them that the method was
+        trained on, where it matters how it knows a word; by default those that it finds among its training classes.
 
         Raises:
             SettingError: no words, a word twice (see :func:`check_words`), or ``base`` has another word.
@@ -81,7 +81,8 @@ def check_words(words: Sequence[str], base: Collection[str] | None = None) -> No
     twice, once as what was trained and once as what was not.
     """
     plain = [plain_word(word) for word in words]
-    require(len(plain) >= 1 and all(plain), "words", list(words)[:5], "one word or more, none of them empty")
+    empty = [word for word in words if not all(map(plain_word, names_of(word)))]
+    require(len(plain) >= 1 and not empty, "words", list(words)[:5], "one word or more, none of them empty")
     twice = sorted({word for word in plain if plain.count(word) > 1}) if len(set(plain)) < len(plain) else []
     require(not twice, "words", twice[:5], "every word once, whatever its case; a novel class is no base class")
     unknown = [] if base is None else sorted({plain_word(word) for word in base} - set(plain))

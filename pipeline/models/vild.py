@@ -30,12 +30,13 @@ and regions by two coins; regions are cut by torchvision's RoIAlign from the lev
 torchvision's max-pooling of that at 1/32; linear layers have no batch normalisation, nor has the mask head behind its
 deconvolution. Boxes that cover an object by exactly a half are background, as there.
 
-Left out: synonyms of a class as several names; the generator of the features (jobs/extract_region_features.py is
-ours); the larger backbones' recipes, but for what Config says.
+Left out: the generator of the features (jobs/extract_region_features.py is ours); the larger backbones' recipes, but
+for what Config says.
 
 To hold a run against: LVIS v1 mask AP rare / common / frequent / all, ResNet-50: ViLD-text 10.1 / 23.9 / 32.5 / 24.9,
 ViLD 16.1 / 20.0 / 28.3 / 22.5, ViLD-ensemble 16.6 / 24.6 / 30.3 / 25.5 (table 3; the released weights 16.6 / 19.8 /
-28.2 / 22.5 and 18.0 / 24.7 / 30.6 / 25.9). All were made with the vectors of LVIS's synonyms of a class averaged.
+28.2 / 22.5 and 18.0 / 24.7 / 30.6 / 25.9). All were made with the vectors of LVIS's synonyms of a class averaged, as
+ours are where the data tell of them (``couch; sofa``).
 """
 
 import json
@@ -103,6 +104,8 @@ class Config(proposals.Config):
     """Share of these that may cover an object."""
     region_size: int = 224
     """Side of a box, in pixels, that is cut from the level at 1/16; half as large from 1/8."""
+    crop_samples: int = 2
+    """Points, down and across, whose mean is a cell of what is cut; fewer are faster."""
     head_convolutions: tuple[int, ...] = (256, 256, 256, 256)
     head_layers: tuple[int, ...] = (1024, 1024)
     masks: bool = True
@@ -124,7 +127,8 @@ class Config(proposals.Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_templates(template.replace("{article}", "") for template in self.prompts)
-        for name in ("most_regions", "regions_drawn", "region_size", "detections", "candidates", "mask_cells"):
+        counts = ("most_regions", "regions_drawn", "region_size", "crop_samples", "mask_cells", "detections")
+        for name in (*counts, "candidates"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("temperature", "distillation_weight"):
             require(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
@@ -190,7 +194,7 @@ class Vild(proposals.Proposals):
         self.register_buffer("vectors", vectors)
         width, hidden = vectors.shape[1], config.head_layers[-1]
         names = [str(number) for number in range(len(config.levels))]
-        size = {"canonical_scale": config.region_size, "canonical_level": 4, "sampling_ratio": 2}
+        size = {"canonical_scale": config.region_size, "canonical_level": 4, "sampling_ratio": config.crop_samples}
         self.crop, self.crop_mask = (MultiScaleRoIAlign(names, output_size=cells, **size) for cells in (7, 14))
         self.branch = Branch(config, width)
         self.image_branch = Branch(config, width) if config.mode == "ensemble" else None
@@ -520,7 +524,8 @@ def ensemble(by_text: Tensor, by_image: Tensor, is_base: Tensor, share: float = 
 SMALL_HEADS: dict[str, Any] = {
     "regions_drawn": 32,
     "region_size": 112,
-    "head_convolutions": (32,),
+    "crop_samples": 1,
+    "head_convolutions": (),
     "head_layers": (128,),
     "mask_convolutions": (32,),
     "mask_cells": 56,

@@ -13,7 +13,7 @@ trusted: boxes are cut to the picture, and those that then have no area, or were
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,8 +63,21 @@ class Objects:
 
 
 def plain_word(word: str) -> str:
-    """``hot dog`` of ``Hot_Dog ``: names and labels that become the same are the same class."""
-    return " ".join(word.replace("_", " ").lower().split()).rstrip(".")
+    """``hot dog`` of ``Hot_Dog; frankfurter``: names and labels that become the same are the same class."""
+    return " ".join(names_of(word)[0].replace("_", " ").lower().split()).rstrip(".")
+
+
+def names_of(word: str) -> tuple[str, ...]:
+    """``couch`` and ``sofa`` of ``couch; sofa``: a class is known by its first name, and described by all of them."""
+    return tuple(name.strip() for name in word.split(";"))
+
+
+def word_of(names: Iterable[str]) -> str:
+    """``couch; sofa`` of these names, each once."""
+    kept: dict[str, str] = {}
+    for name in names:
+        kept.setdefault(plain_word(name), name)
+    return "; ".join(kept.values())
 
 
 def read_objects(sample: Sample) -> Objects:

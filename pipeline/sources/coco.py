@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -90,7 +90,7 @@ class Coco:
 
     @cached_property
     def classes(self) -> Mapping[str, str]:
-        """The classes that count by name, in the order of their ids, each with its group.
+        """The classes that count by name, LVIS's with their synonyms, in the order of their ids, with their groups.
 
         That is LVIS's frequency, r, c or f; base or novel where the card says; empty where nobody does.
         """
@@ -136,9 +136,9 @@ class Coco:
     def _groups(self, found: Annotations) -> dict[str, str]:
         """Name to group of the categories that are kept."""
         if self.classes_of:
-            groups = self._card_groups(found.categories.values())
+            groups = self._card_groups(tuple(found.categories.values()))
         else:
-            groups = {one.name: one.frequency for one in found.categories.values()}
+            groups = {one.word: one.frequency for one in found.categories.values()}
         if self.keep == "all":
             return groups
         allowed = "all, or a card with novel classes in classes_of, or a file that says how frequent its classes are"
@@ -146,14 +146,14 @@ class Coco:
         novel = self.keep == "novel"
         return {name: group for name, group in groups.items() if (group in (RARE, "novel")) == novel}
 
-    def _card_groups(self, categories: Iterable[Category]) -> dict[str, str]:
+    def _card_groups(self, categories: Sequence[Category]) -> dict[str, str]:
         card = load_card(self.classes_of)
-        by_name = {category.name: category.frequency for category in categories}
-        missing = [name for name in card.classes if name not in by_name]
+        known = {category.name for category in categories}
+        missing = [name for name in card.classes if name not in known]
         allowed = f"a card with classes of {self.annotations}; it has no {', '.join(missing[:5]) or 'classes'}"
         require(bool(card.classes) and not missing, "classes_of", self.classes_of, allowed)
         said = {name: "novel" if name in card.novel else "base" if card.novel else "" for name in card.classes}
-        return {name: said[name] or by_name[name] for name in by_name if name in said}
+        return {one.word: said[one.name] or one.frequency for one in categories if one.name in said}
 
     def _table_rows(self, found: Annotations) -> Iterator[dict[str, Any]]:
         captions = read_captions(self.captions) if self.captions else {}
@@ -201,7 +201,7 @@ class Coco:
 
     def _boxes(self, picture: Picture, found: Annotations) -> tuple[int, bytes]:
         """Number of objects and the member ``boxes.json``."""
-        names = {number: one.name for number, one in found.categories.items() if one.name in self.classes}
+        names = {number: one.name for number, one in found.categories.items() if one.word in self.classes}
         things = [thing for thing in found.things.get(picture.id, ()) if thing.category in names]
         objects = ", ".join(f'{{"label": {json.dumps(names[one.category])}, {one.text[1:]}' for one in things)
         text = f'{{"width": {picture.width}, "height": {picture.height}, "objects": [{objects}]'

@@ -1,7 +1,7 @@
 """COCO's and LVIS's annotation files, read whole and checked before anything is made of them.
 
     {"images": [{"id", "width", "height", "file_name" and / or "coco_url"}, ...],
-     "categories": [{"id", "name", LVIS: "frequency" of r, c or f}, ...],
+     "categories": [{"id", "name", LVIS: "frequency" of r, c or f, "synonyms"}, ...],
      "annotations": [{"image_id", "category_id", "bbox": [x, y, width, height], "segmentation", "iscrowd", ...}, ...]}
 
 LVIS's pictures have ``neg_category_ids`` (searched for, none there) and ``not_exhaustive_category_ids`` (only some are
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import require
 from pipeline.errors import DataError, SettingError
-from pipeline.shards.objects import SMALLEST, corners, inside
+from pipeline.shards.objects import SMALLEST, corners, inside, word_of
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +64,12 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Category:
-    """A class; ``frequency`` is LVIS's r, c or f, empty where the file does not say."""
+    """A class; ``frequency`` is LVIS's r, c or f, empty where the file does not say; ``word`` has all its names."""
 
     id: int
     name: str
     frequency: str
+    word: str
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def _category(record: Mapping[str, Any]) -> Category:
     name, frequency = str(record["name"]), str(record.get("frequency") or "")
     if not name.strip() or frequency not in ("", *FREQUENCIES):
         raise ValueError(f"category {record['id']} called {name!r} of frequency {frequency!r}")
-    return Category(int(record["id"]), name, frequency)
+    return Category(int(record["id"]), name, frequency, word_of([name, *map(str, record.get("synonyms") or ())]))
 
 
 def _check_ids(uri: str, pictures: Sequence[Picture], categories: Sequence[Category], things: Sequence[Thing]) -> None:

@@ -158,6 +158,8 @@ def test_frequencies_of_lvis_make_the_groups() -> None:
         "categories": [{"id": n, "name": name, "frequency": one} for n, (name, one) in enumerate(frequency.items())]
     }
     words = published_vocabulary(record, "lvis.json")
+    record["categories"][0]["synonyms"] = ["cat", "kitty"]
+    assert published_vocabulary(record, "lvis.json").words == ("cat; kitty", *tuple(frequency)[1:])
     assert words.words == tuple(frequency) and words.base == ("cat", "dog")
     assert words.groups == {
         "base": ("cat", "dog"),

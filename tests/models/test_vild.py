@@ -34,6 +34,7 @@ from pipeline.training.checkpoint import Checkpoints, Meta, load_method
 from pipeline.training.optimizer import AdamW, make_optimizer
 
 TEACHER = "clipmill-tiny:untrained"
+PROMPTS = ("a {} thing.", "{article} photo of {article} {}.")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -215,8 +216,7 @@ def test_logits_are_cosines_over_the_temperature() -> None:
 def test_text_vectors_are_the_teachers() -> None:
     """The mean of unit features of cleaned names in the prompts, made unit length."""
     teacher = class_vectors.open_teacher(TEACHER)
-    prompts = ("a {} thing.", "{article} photo of {article} {}.")
-    method = built(mode="text", class_names=("red", "Owl_(bird)"), prompts=prompts)
+    method = built(mode="text", class_names=("red", "Owl_(bird)"), prompts=PROMPTS)
     written = [
         ["a red thing.", "This is a photo of a red."],
         ["a owl (bird) thing.", "This is an photo of an owl (bird)."],
@@ -227,6 +227,17 @@ def test_text_vectors_are_the_teachers() -> None:
             features = teacher.encode_text(teacher.tokenizer(texts))
             expected.append(functional.normalize(features.mean(dim=0), dim=0))
     assert torch.allclose(method.vectors, torch.stack(expected), atol=1e-5)
+
+
+def test_synonyms_count_alike() -> None:
+    """The mean of the names' unit vectors, made unit length; the class is still the one of the first name."""
+    teacher = class_vectors.open_teacher(TEACHER)
+    names = ("couch", "sofa", "love seat")
+    alone = class_vectors.class_vectors(teacher, names, PROMPTS)
+    method = built(mode="text", class_names=("red", "couch; sofa; love_seat"), prompts=PROMPTS)
+    assert torch.allclose(method.vectors[1], functional.normalize(alone.mean(dim=0), dim=0), atol=1e-5)
+    assert torch.equal(method.word_vectors(["Couch"])[0], method.vectors[1])
+    assert torch.allclose(method.word_vectors(["sofa"])[0], alone[1], atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.shards.objects import overlaps, plain_word, read_objects
+from pipeline.shards.objects import names_of, overlaps, plain_word, read_objects, word_of
 from pipeline.shards.sample import Sample
 
 
@@ -87,6 +87,12 @@ def test_only_where_the_negative_labels_are_listed_are_others_unknown() -> None:
     assert read_objects(sample([1, 1, 2, 2], negative=["dog"], incomplete=["cat"])).incomplete == ("cat",)
 
 
-@pytest.mark.parametrize("word", ["hot dog", "Hot_Dog ", " HOT  dog.", "hot_dog"])
+@pytest.mark.parametrize("word", ["hot dog", "Hot_Dog ", " HOT  dog.", "hot_dog", "Hot_dog; frankfurter", "hot dog ;"])
 def test_names_of_one_class_become_the_same(word: str) -> None:
     assert plain_word(word) == "hot dog" != plain_word("hotdog")
+
+
+def test_synonyms_are_joined_once_each_and_come_apart_again() -> None:
+    word = word_of(["couch", "Couch", "sofa", "settee_(seat)", "sofa"])
+    assert word == "couch; sofa; settee_(seat)" and names_of(word) == ("couch", "sofa", "settee_(seat)")
+    assert names_of("couch") == ("couch",) and word_of(["couch"]) == "couch"

@@ -171,6 +171,19 @@ def test_lvis_frequency_chooses_annotations_not_pictures(
     assert [row.columns["objects"] for row in rows] == [len(some) for some in labels]
 
 
+def test_synonyms_of_lvis_are_told_and_label_nothing(data: Path) -> None:
+    """A class is known by its first name in the labels, and by all of them where classes are told of."""
+    content = lvis()
+    by_name = {category["name"]: category for category in content["categories"]}
+    by_name["cat"]["synonyms"], by_name["dog"]["synonyms"] = ["cat", "kitty", "house_cat"], ["hound"]
+    source = Coco(annotations=write(data, content), images=str(data / "val2017"))
+    labels = [[one["label"] for one in record(row)["objects"]] for row in rows_of(source, data)]
+    assert dict(source.classes) == {"car": "c", "cat; kitty; house_cat": "f", "dog; hound": "r"}
+    assert labels == [["car", "cat"], ["dog", "cat"], []]
+    chosen = Coco(annotations=source.annotations, images=source.images, classes_of=card(data, ["cat"], []))
+    assert dict(chosen.classes) == {"cat; kitty; house_cat": "f"}
+
+
 def card(folder: Path, classes: list[str], novel: list[str]) -> str:
     place = folder / "pets.yaml"
     place.write_text(json.dumps({"name": "pets", "title": "t", "classes": classes, "novel": novel}))
