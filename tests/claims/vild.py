@@ -13,7 +13,7 @@ from pathlib import Path
 
 from claim import Claim, Metrics, named, run
 
-PICTURES, EPOCHS, VALIDATED = 1500, 4, 300
+PICTURES, EPOCHS, VALIDATED = 1500, 12, 300
 MODES = ("supervised", "text", "image", "vild", "ensemble")
 PARTS = ("ap", "ap_base", "ap_novel")
 ONE_THREAD = ("--workers", 0, "--loader-workers", 0)
