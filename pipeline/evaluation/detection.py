@@ -179,13 +179,12 @@ def finding_ranks(proposals: NDArray[np.float64], boxes: NDArray[np.float64]) ->
     if not len(proposals) or not len(boxes):
         return ranks
     overlap = overlaps(proposals, boxes)
-    near = np.flatnonzero(overlap.max(axis=1) >= THRESHOLDS[0])
-    for row, threshold in zip(ranks, THRESHOLDS, strict=True):
-        for place in near:
-            free = np.where(row == 2**62, overlap[place], -1)
-            best = int(len(free) - 1 - free[::-1].argmax())  # of equal ones the last, as COCO's evaluator
-            if free[best] >= threshold:
-                row[best] = place
+    rows = np.arange(len(THRESHOLDS))
+    for place in np.flatnonzero(overlap.max(axis=1) >= THRESHOLDS[0]):
+        free = np.where(ranks == 2**62, overlap[place], -1)
+        best = len(boxes) - 1 - free[:, ::-1].argmax(axis=1)  # of equal ones the last, as COCO's evaluator
+        taking = rows[free[rows, best] >= THRESHOLDS]
+        ranks[taking, best[taking]] = place
     return ranks
 
 

@@ -11,7 +11,6 @@ import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from io import BytesIO
 from typing import Any, Protocol
 
 import numpy as np
@@ -184,10 +183,10 @@ class _AnnotateShards:
 
 def _finished(folder: Folder, shard: Shard, maker: str, annotation: Annotation) -> str | None:
     """The digest of the sidecar that is there already, of the same tar and maker."""
-    file = sidecar_file(shard, annotation.name)
+    name = sidecar_file(shard, annotation.name)
     try:
-        content = folder.read_bytes(file)
-        metadata = pq.read_schema(BytesIO(content)).metadata or {}
+        with folder.open(name) as file:
+            metadata = pq.read_schema(file).metadata or {}
     except (FileNotFoundError, pa.ArrowInvalid):
         return None
     if metadata.get(TAR_DIGEST) != shard.sha256.encode():
@@ -195,10 +194,11 @@ def _finished(folder: Folder, shard: Shard, maker: str, annotation: Annotation) 
     facts = json.loads(metadata.get(FACTS, b"{}"))
     same = all(facts.get(name) == value for name, value in annotation.facts.items())
     if metadata.get(MAKER) == maker.encode() and (same or not annotation.overwrite):
-        return hashlib.sha256(content).hexdigest()
+        with folder.open(name) as file:  # whole, but never in memory at once: features of regions are gigabytes
+            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # fsspec's are such files
     if not annotation.overwrite:
         ways = "--overwrite replaces it, another --name keeps both"
-        raise SidecarError(f"{folder.join(file)} was made with another model or other settings; {ways}")
+        raise SidecarError(f"{folder.join(name)} was made with another model or other settings; {ways}")
     return None
 
 

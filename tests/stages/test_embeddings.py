@@ -109,7 +109,8 @@ def test_finished_shards_are_not_read_again(snapshot: Snapshot, monkeypatch: pyt
     real = Folder.open
     monkeypatch.setattr(Folder, "open", lambda self, name: read.append(name) or real(self, name))
     again = run(snapshot)
-    assert read == ["00001.tar"] and again == whole and sidecars(again) == before
+    assert [name for name in read if name.endswith(".tar")] == ["00001.tar"]
+    assert again == whole and sidecars(again) == before
     assert len(snapshot_ids(Folder(snapshot.folder))) == 2
 
 

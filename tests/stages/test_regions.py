@@ -4,7 +4,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -185,15 +185,26 @@ def test_shards_that_other_classes_checked_are_told_and_not_summed(caplog: pytes
     assert together(shards, ()) == Check() and len(caplog.records) == 1
 
 
+def tars_opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tars that are opened from now on."""
+    opened: list[str] = []
+    real = Folder.open
+
+    def spied(self: Folder, name: str) -> BinaryIO:
+        opened.extend([name] if name.endswith(".tar") else [])
+        return real(self, name)
+
+    monkeypatch.setattr(Folder, "open", spied)
+    return opened
+
+
 def test_finished_shards_are_checked_by_other_classes_only_when_told(
     snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their maker is the same; with --overwrite each is made again once, so that the command can go on, too."""
     again = RegionOptions(floor=0.0, overwrite=True)
     made = extract_regions(snapshot, model(), ("disc", "star"), FREE, HERE)
-    opened: list[str] = []
-    real = Folder.open
-    monkeypatch.setattr(Folder, "open", lambda self, name: opened.append(name) or real(self, name))
+    opened = tars_opened(monkeypatch)
     assert extract_regions(made, model(), ("disc",), FREE, HERE) == made
     assert extract_regions(made, model(), (), again, HERE) == made and not opened
     other = extract_regions(made, model(), ("disc",), again, HERE)
@@ -239,9 +250,7 @@ def test_a_table_has_a_chunk_for_each_batch_of_pictures(snapshot: Snapshot) -> N
 def test_made_once_and_resumed(snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
     first = extract_regions(snapshot, model(), (), FREE, HERE)
     (Path(snapshot.folder) / "00001.regions.parquet").unlink()
-    opened: list[str] = []
-    real = Folder.open
-    monkeypatch.setattr(Folder, "open", lambda self, name: opened.append(name) or real(self, name))
+    opened = tars_opened(monkeypatch)
     assert extract_regions(first, model(), (), FREE, HERE) == first and opened == ["00001.tar"]
 
 
