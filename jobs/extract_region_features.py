@@ -19,6 +19,7 @@ import tyro
 from pipeline.config import require, run_job
 from pipeline.evaluation.regions import LoadRegionModel, ProposerOptions
 from pipeline.loaders.classes import NO_CLASSES, OF_DATA, base_classes
+from pipeline.models.detections import check_words
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.stages.regions import RegionOptions, extract_regions, judge, read_found, together
@@ -90,6 +91,8 @@ def main(run: Extract) -> None:
     if isinstance(run, Smoke):
         drawn_snapshot(Folder(run.data))
     classes, options = base_classes(run.classes, run.data, "classes"), run.options
+    if classes:
+        check_words(classes)
     use_gpu = None if run.model.device == "auto" else run.model.device == "cuda"
     with open_tracker(run.tracking, run, new=run.track) as tracker:
         snapshot = extract_regions(read_snapshot(run.data), run.model, classes, options, run.workers, use_gpu)

@@ -22,8 +22,9 @@ from pipeline.evaluation.data import readable_pictures
 from pipeline.evaluation.encoder import inference
 from pipeline.loaders.images import Pixels
 from pipeline.models.detections import Detector, check_words
-from pipeline.shards.objects import Objects, overlaps, plain_word, read_objects, word_of
+from pipeline.shards.objects import Objects, overlaps, plain_word, read_objects
 from pipeline.shards.sample import Sample
+from pipeline.sources.coco_annotations import class_word
 
 PICTURES_AT_ONCE = 8
 BUDGETS = (100, 300, 1000)
@@ -67,11 +68,12 @@ def published_vocabulary(record: Mapping[str, Any], place: str) -> Vocabulary:
         SettingError: it has no list of ``categories`` with names.
     """
     try:
-        names = [word_of([str(one["name"]), *map(str, one.get("synonyms") or ())]) for one in record["categories"]]
+        names = [class_word(category) for category in record["categories"]]
         frequencies = [category.get("frequency") for category in record["categories"]]
     except (KeyError, TypeError, AttributeError) as error:
         allowed = f"an annotation file with `categories`, each with a name ({error!r})"
         raise SettingError("detection_words", place, allowed) from error
+    check_words(names)
     if not set(frequencies) <= set(FREQUENCIES):
         return Vocabulary(tuple(names))
     return grouped_vocabulary(dict(zip(names, frequencies, strict=True)))

@@ -10,7 +10,7 @@ from pipeline.config import require
 from pipeline.dataset import load_card
 from pipeline.errors import SnapshotError
 from pipeline.loaders.mixture import parts_of, read_data
-from pipeline.shards.objects import plain_word
+from pipeline.shards.objects import names_of, plain_word, word_of
 from pipeline.shards.snapshot import Snapshot
 
 OF_DATA = "data"
@@ -49,7 +49,7 @@ def base_classes(base: str, data: str, setting: str = "base") -> tuple[str, ...]
         return ()
     card = load_card(base) if base != OF_DATA else None
     parts = parts_of(read_data(data)) if data or card is None else ()
-    told = {name: group for part in parts for name, group in classes_of(part).items()}
+    told = _together(classes_of(part) for part in parts)
     if card is None:
         names = tuple(name for name, group in told.items() if group not in NOVEL)
     else:
@@ -61,6 +61,16 @@ def base_classes(base: str, data: str, setting: str = "base") -> tuple[str, ...]
     others = f"a card whose classes ({_some(names)}) occur among those that the data tell of ({_some(told)})"
     require(fits, setting, base, others)
     return names
+
+
+def _together(told: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """The classes of several snapshots, each once, with all its names; of groups the last counts."""
+    names, groups = dict[str, list[str]](), dict[str, str]()
+    for classes in told:
+        for word, group in classes.items():
+            names.setdefault(plain_word(word), []).extend(names_of(word))
+            groups[plain_word(word)] = group
+    return {word_of(some): groups[plain] for plain, some in names.items()}
 
 
 def _some(names: Iterable[str]) -> str:

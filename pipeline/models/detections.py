@@ -84,6 +84,7 @@ def check_words(words: Sequence[str], base: Collection[str] | None = None) -> No
     empty = [word for word in words if not all(map(plain_word, names_of(word)))]
     require(len(plain) >= 1 and not empty, "words", list(words)[:5], "one word or more, none of them empty")
     twice = sorted({word for word in plain if plain.count(word) > 1}) if len(set(plain)) < len(plain) else []
-    require(not twice, "words", twice[:5], "every word once, whatever its case; a novel class is no base class")
+    once = "every word once, whatever its case and the synonyms after a semicolon; a novel class is no base class"
+    require(not twice, "words", twice[:5], once)
     unknown = [] if base is None else sorted({plain_word(word) for word in base} - set(plain))
     require(not unknown, "base", unknown[:5], "some of the words")

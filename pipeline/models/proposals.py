@@ -44,6 +44,7 @@ from pipeline.config import require
 from pipeline.loaders.batches import Reader
 from pipeline.loaders.detection import FILL, BoxReader, DrawReader, ExtentReader, Jitter, Place, Scene, SceneReader
 from pipeline.loaders.images import ImageTransform
+from pipeline.models.detections import check_words
 from pipeline.models.method import Method
 from pipeline.models.towers import small_resnet  # noqa: F401 - timm's registry learns of it
 
@@ -99,6 +100,8 @@ class Config:
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         require(0 < self.proposal_overlap <= 1, "proposal_overlap", self.proposal_overlap, "more than 0, up to 1")
         require(len(set(self.class_names)) == len(self.class_names), "class_names", self.class_names, "distinct names")
+        if self.class_names:
+            check_words(self.class_names)
         require(self.pyramid_width % 8 == 0, "pyramid_width", self.pyramid_width, "a multiple of 8")
         self.jitter()
 
@@ -112,8 +115,21 @@ class Config:
 def norm_layer(kind: str) -> Callable[..., nn.Module]:
     """What makes a normalisation for a number of channels."""
     if kind == "batch":
-        return partial(nn.SyncBatchNorm, momentum=MOMENTUM, eps=EPSILON)
+        return partial(BatchNorm, momentum=MOMENTUM, eps=EPSILON)
     return _group_norm
+
+
+class BatchNorm(nn.SyncBatchNorm):
+    """torch's batch normalisation over all processes, for a head that may see nothing.
+
+    Of an empty input torch sends statistics in the input's type, of others in float32: with bfloat16 a rank whose
+    pictures show no object would send half of what the others expect.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, ...] to the same."""
+        found: Tensor = super().forward(input if input.numel() else input.float())
+        return found
 
 
 def _group_norm(channels: int, **place: Any) -> nn.GroupNorm:
@@ -141,7 +157,9 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]  # torchvisi
         levels = list(features.values())
         logits, moves = self.head(levels)
         counts = tuple(level.shape[1] * level.shape[2] * level.shape[3] for level in logits)
-        anchors = self.anchor_generator(ImageList(pictures, list(extents)), levels)
+        # The generator makes anchors of the features' type, and in bfloat16 they would be off by pixels.
+        shapes = [level.new_empty((), dtype=torch.float32).expand(level.shape) for level in levels]
+        anchors = self.anchor_generator(ImageList(pictures, list(extents)), shapes)
         logits, moves = concat_box_prediction_layers(logits, moves)
         logits, moves = logits.float().view(len(pictures), -1), moves.float()
         decoded = self.box_coder.decode(moves.detach(), anchors).view(len(pictures), -1, 4)
@@ -151,7 +169,13 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]  # torchvisi
     def losses(
         self, proposed: Proposed, targets: Sequence[Tensor], draws: Sequence[torch.Generator], average: "Average"
     ) -> dict[str, Tensor]:
-        """``objectness`` and ``proposal_box`` for the boxes [n, 4] of each picture in ``targets``."""
+        """``objectness`` and ``proposal_box`` for the boxes [n, 4] of each picture in ``targets``, in float32."""
+        with torch.autocast(proposed.logits.device.type, enabled=False):
+            return self._losses(proposed, targets, draws, average)
+
+    def _losses(
+        self, proposed: Proposed, targets: Sequence[Tensor], draws: Sequence[torch.Generator], average: "Average"
+    ) -> dict[str, Tensor]:
         entropy, sums, counts = [], [], []
         ends = torch.tensor(proposed.counts, device=proposed.logits.device).cumsum(0)
         for logits, moves, boxes, draw in zip(proposed.logits, proposed.moves, targets, draws, strict=True):
@@ -282,11 +306,13 @@ class Proposals(Method):
 
     def training_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The two losses of the proposal network."""
+        # All that a GPU has to answer comes before it is given the network, which it would have to finish first.
+        draws, extents = generators(batch["draws"]), extents_of(batch["extent"])
+        targets = [boxes[real_boxes(boxes)] for boxes in batch["boxes"]]
         pictures = self.normalised(batch["image"])
         features = self.model.features(pictures)
-        proposed = self.model.proposer.propose(pictures, extents_of(batch["extent"]), features)
-        targets = [boxes[real_boxes(boxes)] for boxes in batch["boxes"]]
-        return self.model.proposer.losses(proposed, targets, generators(batch["draws"]), self.average)
+        proposed = self.model.proposer.propose(pictures, extents, features)
+        return self.model.proposer.losses(proposed, targets, draws, self.average)
 
     @torch.no_grad()
     def propose(self, pictures: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -64,7 +64,7 @@ from pipeline.models.detections import Detections, check_words
 from pipeline.models.proposals import drawn, extents_of, generators, norm_layer, real_boxes, unplaced
 from pipeline.models.towers.openclip import WEIGHTS
 from pipeline.models.towers.weights import read_tensors
-from pipeline.shards.objects import plain_word
+from pipeline.shards.objects import names_of, plain_word
 from pipeline.shards.sidecar import Wanted
 from pipeline.shards.storage import Folder
 
@@ -122,7 +122,8 @@ class Config(proposals.Config):
     base_share: float = 2 / 3
     """Exponent of the text head's score for base words in an ensemble, and of the image head's for novel ones."""
     start_from: str = ""
-    """Checkpoint folder of a proposer, whose backbone and proposal head are begun with; the paper begins at random."""
+    """Checkpoint folder of a proposer, or a file of its weights: backbone and proposal head are begun with these; the
+    paper begins at random."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,8 +137,6 @@ class Config(proposals.Config):
         for name in ("foreground", "detection_overlap", "base_share"):
             require(0 < getattr(self, name) <= 1, name, getattr(self, name), "more than 0, up to 1")
         require(self.regions.isidentifier(), "regions", self.regions, "the name of a sidecar")
-        if self.class_names:
-            check_words(self.class_names)
 
     def templates(self) -> tuple[str, ...]:
         """The prompts, or open_clip's."""
@@ -205,7 +204,7 @@ class Vild(proposals.Proposals):
         self.classifier = nn.Linear(hidden, len(config.class_names) + 1) if config.mode == "supervised" else None
         self.mask = self._mask_head() if config.masks else None
         self.coder = BoxCoder(MOVES)
-        self._learnt: dict[str, Tensor] = {}
+        self._learnt: dict[tuple[str, ...], Tensor] = {}
 
     @classmethod
     def smallest(cls) -> Config:
@@ -248,26 +247,30 @@ class Vild(proposals.Proposals):
 
     def training_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The losses of proposals, boxes, masks and of what the mode learns."""
-        pictures = self.normalised(batch["image"])
-        features, draws = self.model.features(pictures), generators(batch["draws"])
-        proposed = self.model.proposer.propose(pictures, extents_of(batch["extent"]), features)
+        # All that a GPU has to answer comes before it is given the network, which it would have to finish first.
+        draws, extents, taught = generators(batch["draws"]), extents_of(batch["extent"]), self._taught(batch)
         real = [real_boxes(boxes) for boxes in batch["boxes"]]
         targets = [boxes[kept] for boxes, kept in zip(batch["boxes"], real, strict=True)]
         labels = [some[kept] for some, kept in zip(batch["labels"], real, strict=True)]
+        pictures = self.normalised(batch["image"])
+        features = self.model.features(pictures)
+        proposed = self.model.proposer.propose(pictures, extents, features)
         losses = self.model.proposer.losses(proposed, targets, draws, self.average)
         regions = [self._draw(*one) for one in zip(proposed.boxes, targets, labels, draws, strict=True)]
-        return losses | self._region_losses(features, regions, targets, batch)
+        masks = None if self.mask is None else self._mask_loss(features, regions, targets, batch["masks"])
+        return losses | self._region_losses(features, regions, taught, masks)
 
     def _region_losses(
         self,
         features: Mapping[str, Tensor],
         regions: Sequence[Drawn],
-        targets: Sequence[Tensor],
-        batch: Mapping[str, Tensor],
+        stored: tuple[list[Tensor], Tensor],
+        masks: Tensor | None,
     ) -> dict[str, Tensor]:
+        """``stored`` as :meth:`_taught` gives it; ``masks`` is what :meth:`_mask_loss` summed."""
         labels = torch.cat([one.labels for one in regions])
         truth = torch.cat([one.truth for one in regions])
-        taught, wanted = self._taught(batch)
+        taught, wanted = stored
         sizes = labels.new_tensor([len(labels), int((labels > 0).sum()), len(wanted)]).float()
         drawn_count, covering, taught_count = self.average(sizes)
         crops = self._cut(self.crop, features, [one.boxes for one in regions])
@@ -288,9 +291,7 @@ class Vild(proposals.Proposals):
             boxes = torch.cat([one.boxes for one in regions])
             moves = self.box(hidden.float())
             losses["box"] = box_loss(moves, boxes, truth, labels > 0, self.coder) / covering
-        if self.mask is not None:
-            losses["mask"] = self._mask_loss(features, regions, targets, batch["masks"]) / covering
-        return losses
+        return losses if masks is None else losses | {"mask": masks / covering}
 
     def _draw(self, proposed: Tensor, boxes: Tensor, labels: Tensor, draw: torch.Generator) -> Drawn:
         """Regions of one picture among its proposals and the boxes of its objects."""
@@ -369,7 +370,7 @@ class Vild(proposals.Proposals):
         with torch.autocast(hidden.device.type, enabled=False):  # as in training
             objectness = torch.cat(proposed.scores).float()
             scores = self._scores(hidden, embedding, image, objectness, words, is_base)
-            moved = self.coder.decode(self.box(hidden.float()), proposed.boxes)[:, 0]
+            moved = self.coder.decode(self.box(hidden.float()), proposed.boxes).reshape(-1, 4)
         sizes = [len(boxes) for boxes in proposed.boxes]
         pairs = zip(moved.split(sizes), scores.split(sizes), places, strict=True)
         kept = [self._best(boxes, some, place) for boxes, some, place in pairs]
@@ -423,21 +424,24 @@ class Vild(proposals.Proposals):
         return list(found.split([len(some) for some in boxes]))
 
     def word_vectors(self, words: Sequence[str]) -> Tensor:
-        """Unit text vectors [W, D]: those of the training classes are stored, the teacher makes the others.
+        """Unit text vectors [W, D]: those of the training classes are stored, by their first names and by all; the
+        teacher makes the others, a class with other synonyms than it was trained with among them.
 
         Raises:
             SettingError: the teacher's weights are not those that this was trained with.
         """
-        known = {plain_word(name): vector for name, vector in zip(self.config.class_names, self.vectors, strict=True)}
-        new = [word for word in words if plain_word(word) not in known | self._learnt]
+        known: dict[tuple[str, ...], Tensor] = {}
+        for name, vector in zip(self.config.class_names, self.vectors, strict=True):
+            known |= {(plain_word(name),): vector, _names(name): vector}
+        new = [word for word in words if _names(word) not in known | self._learnt]
         if new:
             clip = class_vectors.open_teacher(self.config.teacher)
             same = class_vectors.clip_digest(clip) == self.teacher_digest
             require(same, "teacher", self.config.teacher, "the CLIP that this detector was trained with")
             made = self._made_vectors(clip, new).to(self.vectors.device)
-            self._learnt |= dict(zip(map(plain_word, new), made, strict=True))
+            self._learnt |= dict(zip(map(_names, new), made, strict=True))
         known |= {word: vector.to(self.vectors.device) for word, vector in self._learnt.items()}
-        return torch.stack([known[plain_word(word)] for word in words])
+        return torch.stack([known[_names(word)] for word in words])
 
     def _taught_vectors(self, description: Mapping[str, str] | None) -> tuple[Tensor, str]:
         """The vectors of the base classes, and the teacher's digest; zeros where a checkpoint will bring them."""
@@ -457,12 +461,13 @@ class Vild(proposals.Proposals):
     def _load_start(self, fresh: bool) -> None:
         if not (fresh and self.config.start_from):
             return
-        folder = Folder(self.config.start_from)
+        place = self.config.start_from
+        folder, _, file = place.rpartition("/") if place.endswith(".safetensors") else (place, "", WEIGHTS)
         try:
-            self.model.load_state_dict(read_tensors(FileCache().fetch(folder, WEIGHTS)))
+            self.model.load_state_dict(read_tensors(FileCache().fetch(Folder(folder), file)))
         except (RuntimeError, DataError) as error:
             first = str(error).splitlines()[0]
-            require(False, "start_from", folder.uri, f"the checkpoint of a proposer with the same network ({first})")
+            require(False, "start_from", place, f"the checkpoint of a proposer with the same network ({first})")
 
     def _mask_head(self) -> nn.Module:
         config = self.config
@@ -476,6 +481,10 @@ def _check_complete(config: Config) -> None:
     require(bool(config.class_names), "class_names", config.class_names, "the names of the base classes")
     needed = config.mode != "supervised"
     require(bool(config.teacher) or not needed, "teacher", config.teacher, f"a CLIP, for mode {config.mode}")
+
+
+def _names(word: str) -> tuple[str, ...]:
+    return tuple(map(plain_word, names_of(word)))
 
 
 def class_loss(logits: Tensor, labels: Tensor, zeroed: int = 0) -> Tensor:

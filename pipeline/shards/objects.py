@@ -73,11 +73,11 @@ def names_of(word: str) -> tuple[str, ...]:
 
 
 def word_of(names: Iterable[str]) -> str:
-    """``couch; sofa`` of these names, each once."""
+    """``couch; sofa`` of these names, each once, empty ones left out."""
     kept: dict[str, str] = {}
     for name in names:
         kept.setdefault(plain_word(name), name)
-    return "; ".join(kept.values())
+    return "; ".join(name for plain, name in kept.items() if plain)
 
 
 def read_objects(sample: Sample) -> Objects:

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from pipeline.config import require
 from pipeline.dataset import load_card
 from pipeline.errors import DataError, SampleError
-from pipeline.shards.objects import FIELD, MOST_OBJECTS
+from pipeline.shards.objects import FIELD, MOST_OBJECTS, plain_word
 from pipeline.shards.storage import Folder
 from pipeline.sources.coco_annotations import (
     Annotations,
@@ -148,12 +148,14 @@ class Coco:
 
     def _card_groups(self, categories: Sequence[Category]) -> dict[str, str]:
         card = load_card(self.classes_of)
-        known = {category.name for category in categories}
-        missing = [name for name in card.classes if name not in known]
+        known = {plain_word(category.name) for category in categories}
+        missing = [name for name in card.classes if plain_word(name) not in known]
         allowed = f"a card with classes of {self.annotations}; it has no {', '.join(missing[:5]) or 'classes'}"
         require(bool(card.classes) and not missing, "classes_of", self.classes_of, allowed)
-        said = {name: "novel" if name in card.novel else "base" if card.novel else "" for name in card.classes}
-        return {one.word: said[one.name] or one.frequency for one in categories if one.name in said}
+        novel = set(map(plain_word, card.novel))
+        said = {plain_word(name): "base" if novel else "" for name in card.classes} | dict.fromkeys(novel, "novel")
+        kept = {one.word: plain_word(one.name) for one in categories if plain_word(one.name) in said}
+        return {one.word: said[kept[one.word]] or one.frequency for one in categories if one.word in kept}
 
     def _table_rows(self, found: Annotations) -> Iterator[dict[str, Any]]:
         captions = read_captions(self.captions) if self.captions else {}

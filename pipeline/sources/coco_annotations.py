@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import require
 from pipeline.errors import DataError, SettingError
-from pipeline.shards.objects import SMALLEST, corners, inside, word_of
+from pipeline.shards.objects import SMALLEST, corners, inside, plain_word, word_of
 
 logger = logging.getLogger(__name__)
 
@@ -179,13 +179,21 @@ def _category(record: Mapping[str, Any]) -> Category:
     name, frequency = str(record["name"]), str(record.get("frequency") or "")
     if not name.strip() or frequency not in ("", *FREQUENCIES):
         raise ValueError(f"category {record['id']} called {name!r} of frequency {frequency!r}")
-    return Category(int(record["id"]), name, frequency, word_of([name, *map(str, record.get("synonyms") or ())]))
+    return Category(int(record["id"]), name, frequency, class_word(record))
+
+
+def class_word(record: Mapping[str, Any]) -> str:
+    """``couch; sofa`` of a category of a published file; raises ``TypeError`` where its synonyms are no list."""
+    synonyms = record.get("synonyms") or []
+    if not isinstance(synonyms, list):
+        raise TypeError(f"synonyms {synonyms!r}")
+    return word_of([str(record["name"]), *map(str, synonyms)])
 
 
 def _check_ids(uri: str, pictures: Sequence[Picture], categories: Sequence[Category], things: Sequence[Thing]) -> None:
     _once(uri, "picture id", (picture.id for picture in pictures))
     _once(uri, "category id", (category.id for category in categories))
-    _once(uri, "category name", (category.name for category in categories))
+    _once(uri, "category name", (plain_word(category.name) for category in categories))
     known, classes = {picture.id for picture in pictures}, {category.id for category in categories}
     _known(uri, "picture id", (thing.picture for thing in things), known)
     _known(uri, "category id", (thing.category for thing in things), classes)

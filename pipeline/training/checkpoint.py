@@ -274,20 +274,26 @@ def checkpoint_folder(uri: str) -> Folder | None:
 
 
 def resolved(address: str) -> str:
-    """The folder of the checkpoint at an address, of a run its latest one; the address itself where it is neither."""
+    """The folder of the checkpoint at an address, of a run its latest one; the address itself where it is neither.
+
+    ``FOLDER:ema`` becomes the file of the averaged weights; ``SettingError`` where there is none.
+    """
     folder = checkpoint_folder(address) if address else None
-    return folder.uri if folder else address
+    if folder is None or not address.endswith(EMA):
+        return folder.uri if folder else address
+    require(folder.exists(MODEL_EMA), "ema", address, f"an address without {EMA}, since there is no {MODEL_EMA}")
+    return folder.join(MODEL_EMA)
 
 
 def clip_address(address: str) -> str:
-    """``ARCHITECTURE:FOLDER`` for the checkpoint of a CLIP at an address, as methods name their teachers.
+    """``ARCHITECTURE:PLACE`` for the checkpoint of a CLIP at an address, as methods name their teachers.
 
-    Other addresses stay as they are.
+    The place is as :func:`resolved` says. Other addresses stay as they are.
     """
     folder = checkpoint_folder(address) if address else None
     if folder is None:
         return address
-    return f"{json.loads(folder.read_text(CONFIG))['config'].get('architecture', '')}:{folder.uri}"
+    return f"{json.loads(folder.read_text(CONFIG))['config'].get('architecture', '')}:{resolved(address)}"
 
 
 def read_weights(folder: Folder, *, ema: bool = False) -> dict[str, Tensor]:

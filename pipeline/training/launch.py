@@ -76,7 +76,8 @@ def follower(plan: Plan, evaluate: Evaluate, record: Record | None = None) -> Fo
 
 
 def _in_this_process(plan: Plan, open_tracker: OpenTracker) -> Outcome:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # With its index: torch.cuda.set_device refuses one without.
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     _set_up(device, own_threads(plan.run.loader))
     return run_training(plan, device, open_tracker())
 

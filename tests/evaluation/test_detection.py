@@ -160,6 +160,8 @@ def test_frequencies_of_lvis_make_the_groups() -> None:
     words = published_vocabulary(record, "lvis.json")
     record["categories"][0]["synonyms"] = ["cat", "kitty"]
     assert published_vocabulary(record, "lvis.json").words == ("cat; kitty", *tuple(frequency)[1:])
+    with pytest.raises(SettingError, match="every word once"):
+        published_vocabulary({"categories": [*record["categories"], {"name": "Cat", "frequency": "r"}]}, "lvis.json")
     assert words.words == tuple(frequency) and words.base == ("cat", "dog")
     assert words.groups == {
         "base": ("cat", "dog"),

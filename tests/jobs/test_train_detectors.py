@@ -10,8 +10,9 @@ import torch
 
 from pipeline.config import from_json, to_json
 from pipeline.dataset import load_card
-from pipeline.errors import SidecarError
+from pipeline.errors import SettingError, SidecarError
 from pipeline.loaders.classes import OF_DATA
+from pipeline.models import class_vectors
 from pipeline.models.vild import Config
 from pipeline.tracking.runs import Tracking
 from pipeline.training.checkpoint import Checkpoints, clip_address, load_method, resolved
@@ -68,6 +69,19 @@ def test_addresses_are_those_of_checkpoints(tmp_path: Path, make_checkpoint: Cal
     assert resolved(str(tmp_path)) == address and resolved("") == "" and resolved("/nowhere") == "/nowhere"
     assert clip_address(str(tmp_path)) == f"clipmill-tiny:{address}"
     assert clip_address("ViT-B-32:openai") == "ViT-B-32:openai"
+
+
+def test_averaged_weights_can_be_asked_for(tmp_path: Path, make_checkpoint: Callable[..., str]) -> None:
+    """As a file, which open_clip and the detector read, and which is not the weights as trained."""
+    address = make_checkpoint(tmp_path)
+    with pytest.raises(SettingError, match="an address without :ema"):
+        clip_address(f"{address}:ema")
+    average = Path(address) / "model_ema.safetensors"
+    average.write_bytes((Path(address) / "model.safetensors").read_bytes())
+    assert resolved(f"{address}:ema") == str(average)
+    teacher = class_vectors.open_teacher(clip_address(f"{tmp_path}:ema"))
+    state = load_method(address).model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in teacher.model.state_dict().items())
 
 
 @pytest.fixture

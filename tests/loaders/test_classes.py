@@ -47,6 +47,12 @@ def test_a_mixture_has_the_classes_of_all(make_snapshot: Make) -> None:
     assert base_classes("data", f"{first}=0.5,{second}=0.5") == ("cat", "dog", "cow")
 
 
+def test_a_class_of_a_mixture_has_the_names_of_all(make_snapshot: Make) -> None:
+    first = telling(make_snapshot((1,)), {"couch": "", "Hot_dog": "f"})
+    second = telling(make_snapshot((1,)), {"couch; sofa": "f", "hot dog": "c", "Couch; settee": "c"})
+    assert base_classes("data", f"{first}=0.5,{second}=0.5") == ("couch; sofa; settee", "Hot_dog")
+
+
 def test_a_card_tells_without_data() -> None:
     whole = load_card("coco_ovd_all")
     assert base_classes("coco_ovd_all", "") == tuple(one for one in whole.classes if one not in whole.novel)

@@ -9,7 +9,7 @@ from torch.nn import functional
 from torchvision.ops import box_iou
 
 from pipeline.errors import SettingError
-from pipeline.models.proposals import Config, Proposals, drawn, generators, unplaced
+from pipeline.models.proposals import Config, Proposals, drawn, generators, norm_layer, unplaced
 
 
 def built() -> Proposals:
@@ -90,6 +90,33 @@ def test_boxes_in_the_square_become_boxes_in_the_picture() -> None:
     place = Config(image_size=64).jitter(train=False).whole(32, 128)
     boxes = torch.tensor([[0.0, 0.0, 64.0, 16.0], [10.0, 4.0, 20.0, 30.0]])
     assert unplaced(boxes, place).tolist() == [[0, 0, 128, 32], [20, 8, 40, 32]]
+
+
+def test_anchors_and_losses_are_float32_whatever_the_features_are() -> None:
+    """In bfloat16 a corner at 1000 pixels would be off by up to 4."""
+    method = Proposals(Proposals.smallest()).eval()
+    pictures, targets = torch.randn(1, 3, 64, 64), [torch.tensor([[4.0, 6.0, 30.0, 28.0]])]
+    features = method.model.features(pictures)
+    plain = method.model.proposer.propose(pictures, [(64, 64)], features)
+    halved = {name: level.bfloat16() for name, level in features.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = method.model.proposer.propose(pictures, [(64, 64)], halved)
+        losses = method.model.proposer.losses(rough, targets, generators(torch.tensor([1])), method.average)
+    assert rough.anchors.dtype == torch.float32 and torch.equal(rough.anchors, plain.anchors)
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    again = method.model.proposer.losses(rough, targets, generators(torch.tensor([1])), method.average)
+    assert {name: loss.item() for name, loss in losses.items()} == {name: loss.item() for name, loss in again.items()}
+
+
+def test_batch_normalisation_sends_float32_for_what_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch does for what is not: processes would not understand each other."""
+    seen: list[Tensor] = []
+    monkeypatch.setattr(torch.nn.SyncBatchNorm, "forward", lambda self, given: seen.append(given) or given)
+    layer = norm_layer("batch")(8)
+    assert isinstance(layer, torch.nn.SyncBatchNorm)
+    for count in (2, 0):
+        layer(torch.zeros(count, 8, 3, 3, dtype=torch.bfloat16))
+    assert [given.dtype for given in seen] == [torch.bfloat16, torch.float32]
 
 
 def test_a_backbone_that_timm_has_not() -> None:

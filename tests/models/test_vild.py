@@ -238,6 +238,9 @@ def test_synonyms_count_alike() -> None:
     assert torch.allclose(method.vectors[1], functional.normalize(alone.mean(dim=0), dim=0), atol=1e-5)
     assert torch.equal(method.word_vectors(["Couch"])[0], method.vectors[1])
     assert torch.allclose(method.word_vectors(["sofa"])[0], alone[1], atol=1e-5)
+    # Whatever was asked before: the names that were asked for count, but the class is the same.
+    for word, mean in (("couch; sofa", alone[:2].mean(dim=0)), ("sofa; couch", alone[:2].mean(dim=0))):
+        assert torch.allclose(method.word_vectors([word])[0], functional.normalize(mean, dim=0), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -441,6 +444,18 @@ def test_training_can_begin_with_a_proposer(tmp_path: Path) -> None:
     )
     with pytest.raises(SettingError, match="same network"):
         built(start_from=address, pyramid_width=24)
+    averaged = Path(address) / "model_ema.safetensors"
+    averaged.write_bytes((Path(address) / "model.safetensors").read_bytes())
+    by_file = built(start_from=str(averaged)).model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in by_file.items())
+
+
+def test_a_picture_in_which_nothing_is_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the weights are no numbers: nothing is found, and the evaluation goes on."""
+    method = built().eval()
+    method.model.proposer.head.cls_logits.bias.data.fill_(math.nan)
+    (found,) = method.predict([torch.zeros(3, 40, 60, dtype=torch.uint8)], ("red", "key"))
+    assert len(found) == 0 and found.boxes.shape == (0, 4) and found.masks is not None
 
 
 def test_the_defaults_are_the_papers() -> None:

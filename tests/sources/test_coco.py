@@ -175,13 +175,14 @@ def test_synonyms_of_lvis_are_told_and_label_nothing(data: Path) -> None:
     """A class is known by its first name in the labels, and by all of them where classes are told of."""
     content = lvis()
     by_name = {category["name"]: category for category in content["categories"]}
-    by_name["cat"]["synonyms"], by_name["dog"]["synonyms"] = ["cat", "kitty", "house_cat"], ["hound"]
+    by_name["cat"]["synonyms"], by_name["dog"]["synonyms"] = ["cat", "kitty", "", "house_cat"], ["hound"]
     source = Coco(annotations=write(data, content), images=str(data / "val2017"))
     labels = [[one["label"] for one in record(row)["objects"]] for row in rows_of(source, data)]
     assert dict(source.classes) == {"car": "c", "cat; kitty; house_cat": "f", "dog; hound": "r"}
     assert labels == [["car", "cat"], ["dog", "cat"], []]
-    chosen = Coco(annotations=source.annotations, images=source.images, classes_of=card(data, ["cat"], []))
-    assert dict(chosen.classes) == {"cat; kitty; house_cat": "f"}
+    for word in ("cat", "Cat", "cat; pussy"):
+        chosen = Coco(annotations=source.annotations, images=source.images, classes_of=card(data, [word], []))
+        assert dict(chosen.classes) == {"cat; kitty; house_cat": "f"}
 
 
 def card(folder: Path, classes: list[str], novel: list[str]) -> str:
@@ -307,6 +308,8 @@ def broken() -> Iterator[tuple[dict[str, Any], str]]:
 
     yield changed("categories", 0, id=3), "the category id 3 is there twice"
     yield changed("categories", 0, name="cat"), "the category name 'cat' is there twice"
+    yield changed("categories", 0, name="Cat; tom"), "the category name 'cat' is there twice"
+    yield changed("categories", 0, synonyms="kitty"), "not as COCO's files are .*synonyms 'kitty'"
     yield changed("images", 0, id=9), "the picture id 9 is there twice"
     yield changed("annotations", 0, image_id=5), "1 annotations name a picture id that is not in the file, such as 5"
     yield changed("annotations", 0, category_id=5), "a category id that is not in the file, such as 5"

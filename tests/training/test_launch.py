@@ -41,6 +41,20 @@ def test_the_same_command_again_goes_on_and_then_says_that_it_is_finished(
     assert again.checkpoint == outcome.checkpoint and "is finished: 10 steps" in caplog.text
 
 
+def test_a_training_in_this_process_takes_the_first_gpu(
+    run: MakeRun, tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its number: torch.cuda.set_device refuses a device without one."""
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    ended = Outcome(steps=10, checkpoint="")
+    monkeypatch.setattr("pipeline.training.launch.run_training", lambda plan, device, _: taken.append(device) or ended)
+    assert launch(prepare(tiny_config, run())[0]) == ended
+    assert taken == [torch.device("cuda", 0)] * 2
+
+
 def test_a_loss_that_is_no_number_is_an_error(run: MakeRun, tiny_config: Config, remember: Any) -> None:
     plan, _ = prepare(tiny_config, run(optimizer=AdamW(learning_rate=1e30), warmup_steps=0, max_skipped_steps=0))
     with pytest.raises(TrainingError, match="not finite"):
