@@ -14,7 +14,7 @@ The counting is faster-coco-eval's, some classes at a time: what it holds grows 
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,7 +36,6 @@ Overlap = Literal["bbox", "segm"]
 
 MOST_FEDERATED, MOST = 300, 100  # detections: of a picture in LVIS, of a class in a picture in COCO
 CLASSES_AT_ONCE = 64
-MASKS_AT_ONCE = 50
 HALF, THREE_QUARTERS = 0, 5  # places among the thresholds
 SIZES = {"": 0, "s": 1, "m": 2, "l": 3}  # as the evaluator orders its areas
 
@@ -144,7 +143,6 @@ class AveragePrecision:
             searched = {*labels, *(self._number.get(plain_word(label), -1) for label in marked.negative)}
         numbers = found.labels.tolist()[: MOST_FEDERATED if marked.federated else None]
         kept = [place for place, number in enumerate(numbers) if number in searched]
-        masks = _found_runs(found, kept, marked.height, marked.width) if self.with_masks else iter(())
         for place, (x, y, right, bottom) in zip(kept, found.boxes[kept].double().tolist(), strict=True):
             self._found[numbers[place]].append(
                 {
@@ -152,7 +150,7 @@ class AveragePrecision:
                     "bbox": [x, y, right - x, bottom - y],
                     "score": float(found.scores[place]),
                     "exhaustive": numbers[place] not in incomplete,
-                    "segmentation": next(masks, None),
+                    "segmentation": _found_runs(found, place, marked) if self.with_masks else None,
                 }
             )
 
@@ -222,13 +220,26 @@ def coco_runs(segmentation: Any, height: int, width: int) -> Record:
     return runs
 
 
-def _found_runs(found: Detections, kept: Sequence[int], height: int, width: int) -> Iterator[Record]:
-    assert found.masks is not None, "only called with masks"
-    for at in range(0, len(kept), MASKS_AT_ONCE):
-        some = list(kept[at : at + MASKS_AT_ONCE])
-        part = Detections(found.boxes[some], found.scores[some], found.labels[some], found.masks[some])
-        for mask in part.whole_masks(height, width).numpy():
-            yield rle.encode(np.asfortranarray(mask.astype(np.uint8)))
+def runs_of(mask: NDArray[np.bool_], top: int, left: int, height: int, width: int) -> Record:
+    """COCO's run lengths of a picture that has ``mask``, [h, w], at a place and nothing elsewhere.
+
+    The picture itself is never made: most detections cover little of it, and an evaluation has a million.
+    """
+    edges = np.diff(np.pad(mask.astype(np.int8), ((1, 1), (0, 0))), axis=0).T  # column by column, as COCO counts
+    column, row = np.nonzero(edges)
+    places = (left + column) * height + top + row  # of beginnings and ends in turns
+    going_on = np.flatnonzero(places[1:-1:2] == places[2::2])  # from the foot of a column into the next one's head
+    places = np.delete(places, np.concatenate([2 * going_on + 1, 2 * going_on + 2]))
+    counts = np.diff(np.concatenate([[0], places, [height * width]])).tolist()
+    if counts[-1] == 0 and places.size:
+        del counts[-1]
+    runs: Record = rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    return runs
+
+
+def _found_runs(found: Detections, place: int, marked: Objects) -> Record:
+    rows, columns, mask = found.mask_in(place, marked.height, marked.width)
+    return runs_of(mask.numpy(), rows.start, columns.start, marked.height, marked.width)
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:

@@ -34,17 +34,26 @@ class Detections:
 
         A thousand at once may not fit in memory, so ask for some at a time.
         """
-        require(self.masks is not None, "masks", None, "a method that gives masks")
-        some, boxes = cast(Tensor, self.masks)[first:last], self.boxes[first:last]
+        some = range(len(self))[first:last]
         whole = torch.zeros(len(some), height, width, dtype=torch.bool)
-        for place, (mask, box) in enumerate(zip(some, boxes.tolist(), strict=True)):
-            rows, y = _pixels(box[1], box[3], height)
-            columns, x = _pixels(box[0], box[2], width)
-            grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1)
-            if grid.numel():
-                values = functional.grid_sample(mask[None, None].float(), grid[None], align_corners=False)
-                whole[place, rows, columns] = values[0, 0] >= 0.5
+        for target, place in zip(whole, some, strict=True):
+            rows, columns, mask = self.mask_in(place, height, width)
+            target[rows, columns] = mask
         return whole
+
+    def mask_in(self, place: int, height: int, width: int) -> tuple[slice, slice, Tensor]:
+        """The rows and columns of a picture of this size that the thing at ``place`` may cover, and its mask there,
+        bool [rows, columns]."""
+        require(self.masks is not None, "masks", None, "a method that gives masks")
+        x1, y1, x2, y2 = self.boxes[place].tolist()
+        rows, y = _pixels(y1, y2, height)
+        columns, x = _pixels(x1, x2, width)
+        grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1)
+        if not grid.numel():
+            return rows, columns, torch.zeros(len(y), len(x), dtype=torch.bool)
+        mask = cast(Tensor, self.masks)[place]
+        values = functional.grid_sample(mask[None, None].float(), grid[None], align_corners=False)
+        return rows, columns, values[0, 0] >= 0.5
 
 
 def _pixels(low: float, high: float, length: int) -> tuple[slice, Tensor]:

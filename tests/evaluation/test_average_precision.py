@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from pipeline.errors import DataError
-from pipeline.evaluation.average_precision import MOST_FEDERATED, AveragePrecision, coco_runs
+from pipeline.evaluation.average_precision import MOST_FEDERATED, AveragePrecision, coco_runs, runs_of
 from pipeline.models.detections import Detections
 from pipeline.shards.objects import Objects, overlaps
 
@@ -117,6 +117,22 @@ def test_it_is_pycocotools_average_precision(kind: str, prefix: str) -> None:
     np.testing.assert_allclose(counted.precision(kind), table, atol=1e-12)  # type: ignore[arg-type]
     assert metrics[prefix + "ap_novel"] == pytest.approx(table[:, :, 3:, 0].mean(), abs=1e-12)
     assert metrics[prefix + "ap50_base"] == pytest.approx(table[0, :, :3, 0].mean(), abs=1e-12)
+
+
+def test_runs_of_a_part_are_those_of_the_whole_picture() -> None:
+    """As pycocotools packs it, also where a mask goes on from the foot of a column in the next one's head."""
+    random = np.random.default_rng(0)
+    for number in range(400):
+        height, width = random.integers(1, 20, 2)
+        top, left = random.integers(0, height), random.integers(0, width)
+        rows, columns = random.integers(0, height - top + 1), random.integers(0, width - left + 1)
+        if number % 3 == 0:
+            top, rows = 0, height
+        mask = random.random((rows, columns)) < random.choice([0, 0.1, 0.5, 0.9, 1])
+        whole = np.zeros((height, width), np.uint8)
+        whole[top : top + rows, left : left + columns] = mask
+        found, expected = runs_of(mask, top, left, height, width), coco_mask.encode(np.asfortranarray(whole))
+        assert (found["counts"], [*found["size"]]) == (expected["counts"], [*expected["size"]]), number
 
 
 def test_classes_are_counted_apart(monkeypatch: pytest.MonkeyPatch) -> None:
