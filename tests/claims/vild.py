@@ -3,8 +3,9 @@
 Two worlds: drawn scenes, and scenes composed of the Tux Paint stamps, whose pictures are real and whose validation
 stamps are in no training picture. Novel classes have no boxes and no labels, only captions name them. The teacher, a
 small CLIP of those captions, and the proposer are trained once; a seed decides the detectors' start, order and draws.
-The numbers of pictures and epochs are what the time allowed, and are too small (docs/methods.md). That ViLD-text and
-the supervised head are also asked for the base words alone was added when a first run had shown what novel words do.
+The numbers of pictures and epochs are what the time allowed; docs/methods.md says what more of them change. That
+ViLD-text and the supervised head are also asked for the base words alone was added when a first run had shown what
+novel words do; the number of epochs was raised from 4 to 12 when that run had shown that no mode had learnt enough.
 """
 
 import json
