@@ -205,3 +205,10 @@ def test_the_lock_file_fulfils_pyproject():
         for pin in pins:
             version = next(iter(pin.specifier)).version
             assert need.specifier.contains(version, prereleases=True), f"{pin} does not fulfil {need}"
+
+
+def test_what_the_readmes_commands_write_is_neither_committed_nor_uploaded() -> None:
+    """`ray job submit --working-dir .` leaves out what .gitignore names; shards would be uploaded with every job."""
+    written = set(re.findall(r"--output-folder (\w+)/", (ROOT / "README.md").read_text(encoding="utf-8")))
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    assert written >= {"data", "runs"} and all(f"/{folder}/" in ignored for folder in written)
