@@ -433,15 +433,17 @@ class Vild(proposals.Proposals):
         known: dict[tuple[str, ...], Tensor] = {}
         for name, vector in zip(self.config.class_names, self.vectors, strict=True):
             known |= {(plain_word(name),): vector, _names(name): vector}
-        new = [word for word in words if _names(word) not in known | self._learnt]
+        asked = {word: _names(word) for word in words}
+        have = known.keys() | self._learnt.keys()
+        new = [word for word, names in asked.items() if names not in have]
         if new:
             clip = class_vectors.open_teacher(self.config.teacher)
             same = class_vectors.clip_digest(clip) == self.teacher_digest
             require(same, "teacher", self.config.teacher, "the CLIP that this detector was trained with")
             made = self._made_vectors(clip, new).to(self.vectors.device)
             self._learnt |= dict(zip(map(_names, new), made, strict=True))
-        known |= {word: vector.to(self.vectors.device) for word, vector in self._learnt.items()}
-        return torch.stack([known[_names(word)] for word in words])
+        known |= {names: vector.to(self.vectors.device) for names, vector in self._learnt.items()}
+        return torch.stack([known[asked[word]] for word in words])
 
     def _taught_vectors(self, description: Mapping[str, str] | None) -> tuple[Tensor, str]:
         """The vectors of the base classes, and the teacher's digest; zeros where a checkpoint will bring them."""
