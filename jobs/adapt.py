@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Adapt a CLIP from a few labelled pictures, by the protocols of the papers: methods x data sets x shots x seeds.
+"""Adapt a CLIP from a few labelled images, by the protocols of the papers: methods x data sets x shots x seeds.
 
     python jobs/adapt.py few-shot --model runs/first --methods zero_shot coop tip_adapter_f \
         --data drawn_fine_grained drawn_shapes --shots 1 2 4 8 16 --seeds 1 2 3 --output runs/few-shot
@@ -61,19 +61,19 @@ class Adapt:
     data: tuple[str, ...]
     """Dataset cards to learn from, with `few_shot`."""
     output: str
-    """Folder for pictures, features, results, adapters, table and plot; a path or a URI."""
+    """Folder for images, features, results, adapters, table and plot; a path or a URI."""
     protocol: Protocol = "few_shot"
     """few_shot: test on the classes learned; base_to_new: learn half of them; cross and generalise: test on targets."""
     targets: tuple[str, ...] = ()
     """Cards that are only tested on: other data sets (cross), or the same classes under a shift (generalise)."""
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
-    """Labelled pictures of each class; a class that has fewer gives all it has."""
+    """Labelled images of each class; a class that has fewer gives all it has."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """Of the drawing of shots and of the training."""
     root: str = ""
     """Folder that holds the folders of data sets with split files."""
     samples: int | None = None
-    """Pictures of each part of a drawn set, in place of the card's number."""
+    """Images of each part of a drawn set, in place of the card's number."""
     views: Views = field(default_factory=Views)
     """Views of each shot, for methods that read features."""
     precision: Precision = "fp32"
@@ -109,7 +109,7 @@ class Adapt:
 
 PRESETS: dict[str, tuple[str, Adapt]] = {
     "few-shot": (
-        "1 to 16 pictures of each class, tested on the same classes.",
+        "1 to 16 images of each class, tested on the same classes.",
         Adapt(model=tyro.MISSING, methods=tyro.MISSING, data=tyro.MISSING, output=tyro.MISSING),
     ),
     "base-to-new": (
@@ -148,7 +148,7 @@ PRESETS: dict[str, tuple[str, Adapt]] = {
         ),
     ),
     "smoke": (
-        "Two methods and zero-shot on a few drawn pictures by an untrained model, in this process.",
+        "Two methods and zero-shot on a few drawn images by an untrained model, in this process.",
         Adapt(
             model="clipmill-tiny:untrained",
             methods=(ZERO_SHOT, "tip_adapter_f", "coop:epochs=2,context=4"),

@@ -66,11 +66,11 @@ class Demo:
     fresh: bool = False
     """Delete what an earlier demo left in the folder first."""
     samples: int = 20000
-    """Pictures to draw."""
+    """Images to draw."""
     training: str = "demo"
     """Preset of jobs/pretrain_clip.py."""
     evaluation_samples: int = 500
-    """Pictures of each evaluation set."""
+    """Images of each evaluation set."""
 
     def __post_init__(self) -> None:
         require(self.samples >= 64, "samples", self.samples, "64 or more")
@@ -201,7 +201,7 @@ def _run_jobs(run: Demo, programs: Programs, folder: Path, ray: str, mlflow: str
     drawing += ["--number-sample-per-shard", "1000", "--processes-count", str(CORES), "--output-folder", shards]
     programs.start("drawing", [*submit, *drawing])
     drawn = programs.wait_until_done("drawing")
-    _say("2/4", f"{run.samples} pictures drawn by Ray into {shards}", began)
+    _say("2/4", f"{run.samples} images drawn by Ray into {shards}", began)
 
     began = time.monotonic()
     training = ["jobs/pretrain_clip.py", run.training, "--data", shards, "--output-folder", clip]
@@ -277,7 +277,7 @@ def _median_metric(mlflow: str, run_id: str, name: str) -> float | None:
 def _table(results: dict[str, Any]) -> str:
     """The evaluations, trained beside untrained, and how fast it went."""
     trained, untrained = results["trained"], results["untrained"]
-    titles = {"top1": "zero-shot top-1", "i2t_r1": "picture to text R@1", "t2i_r1": "text to picture R@1"}
+    titles = {"top1": "zero-shot top-1", "i2t_r1": "image to text R@1", "t2i_r1": "text to image R@1"}
     lines = ["", f"{'':40}{'trained':>9}{'untrained':>11}{'chance':>8}{'gain':>14}"]
     for name, value in trained.items():
         kind, data, metric = name.split("/")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Find the things that words name in a picture: a table, and the picture with boxes, names, scores and masks.
+"""Find the things that words name in an image: a table, and the image with boxes, names, scores and masks.
 
     python jobs/detect.py picture IMAGE --checkpoint RUN --words "red star" circle --output found.png
     python jobs/detect.py picture s3://bucket/street.jpg --checkpoint RUN --words dog bicycle --json
@@ -35,16 +35,16 @@ SMOKE = "drawn://val/0/0"
 
 @dataclass(frozen=True, kw_only=True)
 class Detect:
-    """A picture, a detector, and what to look for."""
+    """An image, a detector, and what to look for."""
 
     image: tyro.conf.Positional[str]
-    """The picture: a path or any fsspec URI."""
+    """The image: a path or any fsspec URI."""
     checkpoint: str
     """Folder of a checkpoint or a run (path or URI) of a method that detects."""
     words: tuple[str, ...]
     """What to look for; quotes hold names of several words together, and synonyms: "couch; sofa" is one thing."""
     output: str = "detections.png"
-    """PNG file for the picture with what was found: a path or a URI."""
+    """PNG file for the image with what was found: a path or a URI."""
     least_score: float = 0.05
     """Detections with a lower score are neither listed nor drawn."""
     most: int = 20
@@ -62,16 +62,16 @@ class Detect:
 
 @dataclass(frozen=True, kw_only=True)
 class Smoke(Detect):
-    """As the job, with a detector that has learnt nothing, on a picture that is drawn first."""
+    """As the job, with a detector that has learnt nothing, on an image that is drawn first."""
 
 
 PRESETS: dict[str, tuple[str, Detect]] = {
     "picture": (
-        "The things that --words name in one picture.",
+        "The things that --words name in one image.",
         Detect(image=tyro.MISSING, checkpoint=tyro.MISSING, words=tyro.MISSING),
     ),
     "smoke": (
-        "What an untrained detector finds in a drawn picture.",
+        "What an untrained detector finds in a drawn image.",
         Smoke(image=SMOKE, checkpoint="", words=("star", "disc"), least_score=0.0, most=5),
     ),
 }
@@ -81,29 +81,29 @@ def main(run: Detect) -> None:
     """Check words and places, then look, print and draw."""
     check_words(run.words)
     folder, _, name = writable_folder("output", run.output).rpartition("/")
-    pixels = read_picture(run.image)
-    picture = as_stored(pixels)
+    pixels = read_image(run.image)
+    image = as_stored(pixels)
     detector = load(run)
     with inference(detector):
-        (found,) = detector.predict([picture], run.words)
+        (found,) = detector.predict([image], run.words)
     shown = best(found, run)
     print(as_json(shown, run.words) if run.json else detections_table(shown, run.words))
-    drawn = draw_detections(picture, shown, run.words, most=run.most).numpy().transpose(1, 2, 0)
+    drawn = draw_detections(image, shown, run.words, most=run.most).numpy().transpose(1, 2, 0)
     png = cv2.imencode(".png", cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))[1].tobytes()
     Folder(folder or "/").write_atomic(name, png)
 
 
-def read_picture(place: str) -> Pixels:
-    """The picture at ``place``; the smoke test's is drawn."""
+def read_image(place: str) -> Pixels:
+    """The image at ``place``; the smoke test's is drawn."""
     if place == SMOKE:
         return decode(draw_sample("val", 0, 0, 128).image)
     folder, _, name = place.rpartition("/")
     try:
         return decode(Folder(folder or ("/" if place.startswith("/") else ".")).read_bytes(name))
     except UnreadableSample as error:
-        raise DataError(f"{place} is no picture that can be read ({error})") from error
+        raise DataError(f"{place} is no image that can be read ({error})") from error
     except (OSError, ValueError) as error:
-        raise SettingError("image", place, f"a picture that exists ({error})") from error
+        raise SettingError("image", place, f"an image that exists ({error})") from error
 
 
 def load(run: Detect) -> Detector:

@@ -9,7 +9,7 @@ on where it was stopped, after a refresh only new shards are read, and --name ke
 
     ... jobs/embed_dataset.py views --data s3://bucket/pets --checkpoint ViT-B-16:openai --views 10
 
-keeps raw image features of the picture and ten random crops of it instead, which few-shot methods train from.
+keeps raw image features of the image and ten random crops of it instead, which few-shot methods train from.
 """
 
 import getpass
@@ -56,7 +56,7 @@ class Embed:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedViews(Embed):
-    """Raw features of several views of every picture."""
+    """Raw features of several views of every image."""
 
     options: EmbedOptions = field(default_factory=lambda: EmbedOptions(name=NAME, batch_size=32))
     views: Views = field(default_factory=Views)
@@ -73,7 +73,7 @@ class Smoke(Embed):
 PRESETS: dict[str, tuple[str, Embed]] = {
     "snapshot": ("The snapshot in a folder.", Embed(data=tyro.MISSING, checkpoint=tyro.MISSING)),
     "views": (
-        "Raw features of each picture and of random crops of it, for few-shot methods.",
+        "Raw features of each image and of random crops of it, for few-shot methods.",
         EmbedViews(data=tyro.MISSING, checkpoint=tyro.MISSING),
     ),
     "smoke": (

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""CLIP features of the regions of every picture, as a sidecar from which ViLD's image branch learns.
+"""CLIP features of the regions of every image, as a sidecar from which ViLD's image branch learns.
 
     ray job submit --working-dir . -- python jobs/extract_region_features.py proposals \
         --data s3://bucket/lvis-train --teacher ViT-B-32:openai --proposer s3://bucket/runs/rpn
@@ -66,7 +66,7 @@ PRESETS: dict[str, tuple[str, Extract]] = {
         Extract(data=tyro.MISSING, model=LoadRegionModel(teacher=tyro.MISSING)),
     ),
     "proposals": (
-        "Features of 300 proposals of each picture: ViLD's setting.",
+        "Features of 300 proposals of each image: ViLD's setting.",
         Extract(
             data=tyro.MISSING,
             model=LoadRegionModel(teacher=tyro.MISSING, proposer=ProposerOptions(proposer=tyro.MISSING)),
@@ -105,7 +105,7 @@ def main(run: Extract) -> None:
         whole, count = together(found, classes), sum(one.regions for one in found)
         metrics = {"accuracy": whole.accuracy, **asdict(whole), "count": count}
         tracker.log({f"regions/{name}": value for name, value in metrics.items()}, len(found))
-        print(f"{snapshot.uri}: {count} regions of {sum(shard.stored for shard in shards)} pictures")
+        print(f"{snapshot.uri}: {count} regions of {sum(shard.stored for shard in shards)} images")
         if whole.objects:
             print(whole)
         judge(whole, options, snapshot.uri)

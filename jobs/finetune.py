@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fine-tune a checkpoint's image tower with a linear head, on the labelled pictures of a snapshot.
+"""Fine-tune a checkpoint's image tower with a linear head, on the labelled images of a snapshot.
 
     ray job submit --working-dir . -- python jobs/finetune.py wise-ft --architecture ViT-B-16 --pretrained openai \
         --data s3://bucket/imagenet --classification imagenet=s3://bucket/val --output-folder s3://bucket/runs/tuned
@@ -35,7 +35,7 @@ START = "start"
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune(Pretraining):
-    """A head, the CLIP it is put on, and the pictures they learn from."""
+    """A head, the CLIP it is put on, and the images they learn from."""
 
     method: Config = field(default_factory=Config)
     card: str = ""

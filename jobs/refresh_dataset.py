@@ -25,7 +25,7 @@ from pipeline.shards.storage import Folder
 from pipeline.sources import open_source
 from pipeline.sources.coco import Coco
 from pipeline.sources.drawn.source import Drawn
-from pipeline.sources.folder import PictureFolder
+from pipeline.sources.folder import ImageFolder
 from pipeline.sources.hugging_face import HuggingFaceParquet
 from pipeline.sources.source import Source
 from pipeline.sources.stamp_scenes import StampScenes
@@ -60,16 +60,16 @@ class Refresh:
 
 @dataclass(frozen=True, kw_only=True)
 class Urls(Refresh):
-    """Download the pictures of a url table."""
+    """Download the images of a url table."""
 
     source: UrlTable
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictures(Refresh):
-    """Read a folder of pictures with captions."""
+class Images(Refresh):
+    """Read a folder of images with captions."""
 
-    source: PictureFolder
+    source: ImageFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +81,14 @@ class Tars(Refresh):
 
 @dataclass(frozen=True, kw_only=True)
 class Parquet(Refresh):
-    """Read parquet files that hold their pictures."""
+    """Read parquet files that hold their images."""
 
     source: HuggingFaceParquet
 
 
 @dataclass(frozen=True, kw_only=True)
 class Boxes(Refresh):
-    """Read COCO's or LVIS's annotations and their pictures."""
+    """Read COCO's or LVIS's annotations and their images."""
 
     source: Coco
 
@@ -128,19 +128,19 @@ PRESETS: dict[str, tuple[str, Refresh]] = {
         Urls(source=UrlTable(url_list=tyro.MISSING), output_folder=tyro.MISSING),
     ),
     "folder": (
-        "A folder of pictures with captions.",
-        Pictures(source=PictureFolder(folder=tyro.MISSING), output_folder=tyro.MISSING),
+        "A folder of images with captions.",
+        Images(source=ImageFolder(folder=tyro.MISSING), output_folder=tyro.MISSING),
     ),
     "webdataset": (
-        "Existing WebDataset tars, img2dataset's too; pictures stay as they are unless you say otherwise.",
+        "Existing WebDataset tars, img2dataset's too; images stay as they are unless you say otherwise.",
         Tars(source=WebDatasetTars(tars=tyro.MISSING), output_folder=tyro.MISSING, options=AS_IT_IS),
     ),
     "hugging-face": (
-        "Parquet files with the pictures inside, as Hugging Face stores image data sets.",
+        "Parquet files with the images inside, as Hugging Face stores image data sets.",
         Parquet(source=HuggingFaceParquet(parquet=tyro.MISSING), output_folder=tyro.MISSING),
     ),
     "coco": (
-        "COCO's or LVIS's annotations and pictures; pictures stay as they are, since boxes are measured in them.",
+        "COCO's or LVIS's annotations and images; images stay as they are, since boxes are measured in them.",
         Boxes(source=Coco(annotations=tyro.MISSING), output_folder=tyro.MISSING, options=AS_IT_IS),
     ),
     "drawn": (

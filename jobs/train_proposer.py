@@ -4,7 +4,7 @@
     ray job submit --working-dir . -- python jobs/train_proposer.py paper --data s3://bucket/lvis-train \
         --base data --output-folder s3://bucket/runs/proposer
 
-Objects of other classes are not looked at; that their pictures stay is what makes novel classes hard to find, and is
+Objects of other classes are not looked at; that their images stay is what makes novel classes hard to find, and is
 as in the paper.
 """
 
@@ -59,7 +59,7 @@ DRAWN = Run(
 SMOKE = replace(DRAWN, batch_size=8, steps=3, warmup_steps=1, log_every_steps=1, loader=LoaderConfig(loader_workers=0))
 SMALLEST = Config(**SMALL)
 PRESETS = {
-    "paper": ("ViLD's recipe on LVIS: 180,000 steps of 256 pictures.", Train(run=PAPER, base=OF_DATA)),
+    "paper": ("ViLD's recipe on LVIS: 180,000 steps of 256 images.", Train(run=PAPER, base=OF_DATA)),
     "coco": ("The same for COCO's 48 base classes.", Train(run=PAPER, base="coco_ovd_base")),
     "one-node": ("LVIS on eight GPUs.", Train(run=ONE_NODE, base=OF_DATA)),
     "drawn": (

@@ -4,7 +4,7 @@
     ray job submit --working-dir . -- python jobs/verify_dataset.py snapshot s3://bucket/cc3m
     python jobs/verify_dataset.py snapshot data/cc3m@00002-5d1b2c3a4e5f --decode --json problems.json
 
-Tars, parquet files, sidecars, selections and manifests are read once; --decode opens every picture too. One line for
+Tars, parquet files, sidecars, selections and manifests are read once; --decode opens every image too. One line for
 each shard with a problem. Exit code 0 where all is well, 1 where anything is wrong.
 """
 
@@ -33,7 +33,7 @@ class Verify:
     data: tyro.conf.Positional[str]
     """The folder of a snapshot (its latest) or FOLDER@ID; a path or any fsspec URI."""
     decode: bool = False
-    """Decode every picture too."""
+    """Decode every image too."""
     json: str = ""
     """JSON file to write the findings to: a path or a URI."""
     workers: Workers = field(default_factory=Workers)

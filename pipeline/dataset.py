@@ -21,7 +21,7 @@ class FewShot:
     """How papers on few-shot learning use a data set.
 
     ``parts`` says, for ``train``, ``val`` and ``test``, which options of the card's source are others there; without
-    ``val``, validation pictures are taken from ``train``, without ``train`` the set is only tested on. ``templates``
+    ``val``, validation images are taken from ``train``, without ``train`` the set is only tested on. ``templates``
     are the prompts where they are not the card's own. ``names`` says how the class names were made.
     """
 
@@ -43,7 +43,7 @@ class Card:
     classification: ``label`` is the key of the sample's json that holds the class name, each template has one ``{}``
     for it. ``novel`` are those of the classes of which an open-vocabulary detector has no boxes when it is trained.
     ``samples`` is the number expected of a complete copy. ``few_shot`` is there where papers learn from a few of its
-    pictures.
+    images.
     """
 
     name: str

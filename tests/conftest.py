@@ -234,7 +234,7 @@ def serve() -> Iterator[Serve]:
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "yellow": (230, 220, 40)}
 
 
-def picture(number: int, side: int = 72) -> bytes:
+def image(number: int, side: int = 72) -> bytes:
     """A noisy JPEG in the colour of ``number``."""
     import numpy as np
     import simplejpeg
@@ -247,18 +247,18 @@ def picture(number: int, side: int = 72) -> bytes:
 
 
 def coloured_sample(shard: int, index: int, number: int) -> Sample:
-    """Sample ``number`` with picture, caption and json."""
+    """Sample ``number`` with image, caption and json."""
     name = list(COLOURS)[number % len(COLOURS)]
-    caption = f"a {'very ' * (number % 5)}{name} picture number {number}"
+    caption = f"a {'very ' * (number % 5)}{name} image number {number}"
     described = {"label": name, "caption": caption, "number": number}
     return Sample(
         sample_key(shard, index, 100),
-        {"jpg": picture(number), "txt": caption.encode(), "json": json.dumps(described).encode()},
+        {"jpg": image(number), "txt": caption.encode(), "json": json.dumps(described).encode()},
     )
 
 
 def drawn_objects(number: int, side: int = 72) -> bytes:
-    """``boxes.json`` of one to three things in the picture of ``number``, the first in its colour."""
+    """``boxes.json`` of one to three things in the image of ``number``, the first in its colour."""
     import numpy as np
 
     numbers = np.random.default_rng(number)

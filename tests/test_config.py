@@ -204,7 +204,7 @@ def test_the_split_of_coco_is_the_published_one() -> None:
     base = load_card("coco_ovd_base").classes
     assert len(base) == 48 and len(everything.novel) == 17
     assert set(base) | set(everything.novel) == set(everything.classes) and not set(base) & set(everything.novel)
-    for name in ("coco_ovd_base", "coco_ovd_novel", "coco_ovd_all"):  # pictures without an object are not in the split
+    for name in ("coco_ovd_base", "coco_ovd_novel", "coco_ovd_all"):  # images without an object are not in the split
         assert load_card(name).source["with_objects"] is True
 
 

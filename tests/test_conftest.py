@@ -36,8 +36,8 @@ def test_buckets_are_fresh(s3):
 
 
 def test_the_web_server_answers_as_told(serve):
-    server = serve({"a.jpg": b"picture", "often": lambda before: b"%d" % before})
-    assert urllib.request.urlopen(server.url + "/a.jpg").read() == b"picture"
+    server = serve({"a.jpg": b"image", "often": lambda before: b"%d" % before})
+    assert urllib.request.urlopen(server.url + "/a.jpg").read() == b"image"
     assert [urllib.request.urlopen(server.url + "/often").read() for _ in range(2)] == [b"0", b"1"]
     with pytest.raises(urllib.error.HTTPError, match="404") as caught:
         urllib.request.urlopen(server.url + "/missing")

@@ -1,6 +1,6 @@
 """Trials of few-shot adaptation: one method, data set, number of shots and seed each, all done once and side by side.
 
-A data set is prepared once for all trials: the pictures that any seed draws, and the test pictures, become two small
+A data set is prepared once for all trials: the images that any seed draws, and the test images, become two small
 snapshots below the output folder, with their raw features as sidecars where a method reads these. A trial reads them,
 trains, tests, and leaves one JSON file, written last; a trial whose file is there and says the same settings is not
 run again.
@@ -105,8 +105,8 @@ class Trial:
 class Result:
     """What came of a trial.
 
-    ``scores`` holds, for each set of pictures and classes, ``top1`` and ``mean_per_class`` (0 to 1), ``right`` and
-    ``seen`` (pictures); base-to-new has ``base``, ``new`` and the ``top1`` of their harmonic mean under ``harmonic``.
+    ``scores`` holds, for each set of images and classes, ``top1`` and ``mean_per_class`` (0 to 1), ``right`` and
+    ``seen`` (images); base-to-new has ``base``, ``new`` and the ``top1`` of their harmonic mean under ``harmonic``.
     """
 
     trial: Trial
@@ -120,12 +120,12 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """A data set with its pictures at hand: snapshots of what is drawn, if anything is, and of what is tested on."""
+    """A data set with its images at hand: snapshots of what is drawn, if anything is, and of what is tested on."""
 
     data: DataSet
     drawn: str
     rows: Mapping[tuple[str, int], int]
-    """Of each drawn picture, by part and number: its row in the snapshot ``drawn``."""
+    """Of each drawn image, by part and number: its row in the snapshot ``drawn``."""
     tested: str
 
 
@@ -236,12 +236,12 @@ def prepare(
     workers: Workers,
     use_gpu: bool | None = None,
 ) -> Ready:
-    """Fetch the pictures of all ``drawings`` and of the test, and embed them; what is there already is kept.
+    """Fetch the images of all ``drawings`` and of the test, and embed them; what is there already is kept.
 
-    ``embedder`` brings the views of drawn pictures; ``None`` where no method reads features.
+    ``embedder`` brings the views of drawn images; ``None`` where no method reads features.
 
     Raises:
-        DataError: a picture that the split lists cannot be read: other shots would not be the papers'.
+        DataError: an image that the split lists cannot be read: other shots would not be the papers'.
     """
     wanted = sorted({one for drawing in drawings for one in (*drawing.train, *drawing.validation)})
     parts = [part for part in data.sources if part != "test"]
@@ -257,7 +257,7 @@ def prepare(
 
 
 def test_embedder(embedder: LoadEmbedder) -> LoadEmbedder:
-    """The same model, for pictures that are tested on: the plain view alone."""
+    """The same model, for images that are tested on: the plain view alone."""
     return replace(embedder, views=Views(views=0))
 
 
@@ -368,25 +368,25 @@ class TrialRunner:
         return {name: _counts(one) for name, one in found.items()}
 
     def _drawn(self, ready: Ready, wanted: Sequence[tuple[str, int]], reads: str, views: bool) -> Labelled:
-        """The pictures ``wanted``; of their features the random crops, where there are some, or the plain view."""
+        """The images ``wanted``; of their features the random crops, where there are some, or the plain view."""
         labels = torch.tensor([ready.data.labels[part][number] for part, number in wanted])
         rows = [ready.rows[one] for one in wanted]
         if reads == "pixels":
-            return Labelled(labels=labels, pictures=_Pictures(Samples(read_snapshot(ready.drawn)), rows))
+            return Labelled(labels=labels, images=_StoredImages(Samples(read_snapshot(ready.drawn)), rows))
         features = _features(ready.drawn, self.embedder)
         few = features[rows]
         return Labelled(labels=labels, features=few[:, 1:] if views and few.shape[1] > 1 else few[:, :1])
 
     def _tested(self, ready: Ready, adapter: Adapter, classes: Sequence[int] | None = None) -> Labelled:
-        """The test pictures of ``classes``, which count from 0 here; of all, where none are given."""
+        """The test images of ``classes``, which count from 0 here; of all, where none are given."""
         labels = torch.tensor(ready.data.labels["test"])
         kept = range(len(ready.data.classes)) if classes is None else classes
         rows = ((labels >= kept[0]) & (labels <= kept[-1])).nonzero().flatten()
-        require(len(rows) > 0, "data", ready.data.name, "test pictures of each class")
+        require(len(rows) > 0, "data", ready.data.name, "test images of each class")
         labels = labels[rows] - kept[0]
         if adapter.reads == "pixels":
-            pictures = _Pictures(Samples(read_snapshot(ready.tested)), rows.tolist())
-            return Labelled(labels=labels, pictures=pictures)
+            images = _StoredImages(Samples(read_snapshot(ready.tested)), rows.tolist())
+            return Labelled(labels=labels, images=images)
         return Labelled(labels=labels, features=_features(ready.tested, test_embedder(self.embedder))[rows])
 
 
@@ -428,8 +428,8 @@ def _one_of_many(runner: TrialRunner, trial: Trial, device: torch.device) -> Non
     runner.at(device.type)(trial)
 
 
-class _Pictures(Sequence[bytes]):
-    """Encoded pictures of some rows of a snapshot, read when they are asked for."""
+class _StoredImages(Sequence[bytes]):
+    """Encoded images of some rows of a snapshot, read when they are asked for."""
 
     def __init__(self, samples: Samples, rows: Sequence[int]) -> None:
         self._samples, self._rows = samples, rows
@@ -443,7 +443,7 @@ class _Pictures(Sequence[bytes]):
     def __getitem__(self, index: slice) -> Sequence[bytes]: ...
     def __getitem__(self, index: int | slice) -> bytes | Sequence[bytes]:
         if isinstance(index, slice):
-            return _Pictures(self._samples, self._rows[index])
+            return _StoredImages(self._samples, self._rows[index])
         return self._samples[self._rows[index]].image() or b""
 
 
@@ -454,7 +454,7 @@ def _snapshot(source: Source, folder: Folder, name: str, rows: int, workers: Wor
     options = ShardOptions(images=UNTOUCHED, number_sample_per_shard=ROWS_PER_SHARD)
     made = refresh(source, place, options, workers)
     if made.samples != rows:
-        raise DataError(f"{place.uri} has {made.samples} of {rows} pictures, {made.dropped}: the split wants them all")
+        raise DataError(f"{place.uri} has {made.samples} of {rows} images, {made.dropped}: the split wants them all")
     return place.uri
 
 

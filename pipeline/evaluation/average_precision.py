@@ -6,11 +6,11 @@ overlaps most, if by the threshold or more; AP is the mean of the precision at 1
 ... 0.95 and over classes that occur. An object marked as a crowd may be found any number of times and counts neither
 way. Small, medium and large objects have areas up to 32, 96 and more pixels squared.
 
-In federated data (LVIS) a picture is searched for some classes only: detections of a class that is neither marked nor
+In federated data (LVIS) an image is searched for some classes only: detections of a class that is neither marked nor
 known to be absent do not count, nor do wrong ones of a class of which only some objects are marked. There the 300 best
-detections of a picture count, elsewhere the 100 best of each class.
+detections of an image count, elsewhere the 100 best of each class.
 
-The counting is faster-coco-eval's, some classes at a time: what it holds grows with pictures times classes.
+The counting is faster-coco-eval's, some classes at a time: what it holds grows with images times classes.
 """
 
 import logging
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 Overlap = Literal["bbox", "segm"]
 
-MOST_FEDERATED, MOST = 300, 100  # detections: of a picture in LVIS, of a class in a picture in COCO
+MOST_FEDERATED, MOST = 300, 100  # detections: of an image in LVIS, of a class in an image in COCO
 CLASSES_AT_ONCE = 64
 HALF, THREE_QUARTERS = 0, 5  # places among the thresholds
 SIZES = {"": 0, "s": 1, "m": 2, "l": 3}  # as the evaluator orders its areas
@@ -42,7 +42,7 @@ SIZES = {"": 0, "s": 1, "m": 2, "l": 3}  # as the evaluator orders its areas
 
 @dataclass
 class AveragePrecision:
-    """Gathers pictures with :meth:`add`, then :meth:`metrics`.
+    """Gathers images with :meth:`add`, then :meth:`metrics`.
 
     ``groups`` are sets of words (base, novel; rare, common, frequent) whose AP is also given on its own: the mean over
     the group's classes with all words in the running, which is generalised zero-shot detection. Words and labels are
@@ -51,7 +51,7 @@ class AveragePrecision:
 
     words: Sequence[str]
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    pictures: int = 0
+    images: int = 0
     with_masks: bool = True
     federated: bool = False
 
@@ -63,9 +63,9 @@ class AveragePrecision:
         self._unknown: set[str] = set()
 
     def add(self, marked: Objects, found: Detections) -> None:
-        """One picture: what is marked in it, and the detections, whose labels are places among the words.
+        """One image: what is marked in it, and the detections, whose labels are places among the words.
 
-        Masks count while all pictures have them, marked and found.
+        Masks count while all images have them, marked and found.
 
         Raises:
             DataError: a segmentation that is none.
@@ -81,7 +81,7 @@ class AveragePrecision:
                 self._objects[number].append(self._marked(marked, place))
         self._add_found(marked, found, labels)
         self._sizes.append((marked.height, marked.width))
-        self.pictures += 1
+        self.images += 1
 
     def metrics(self) -> dict[str, float]:
         """``ap``, ``ap50``, ``ap75``, ``aps``, ``apm``, ``apl``, ``ap_<group>``, ``ap50_<group>``, and ``mask_`` with
@@ -93,7 +93,7 @@ class AveragePrecision:
         if not any(self._objects):
             some = ", ".join(map(repr, sorted(self._unknown)[:5])) or "none"
             words = ", ".join(map(repr, self.words[:5]))
-            raise DataError(f"none of the labels in {self.pictures} pictures ({some}) is one of the words ({words})")
+            raise DataError(f"none of the labels in {self.images} images ({some}) is one of the words ({words})")
         found = self._averages(self.precision("bbox"))
         masks = self._averages(self.precision("segm")) if self.with_masks else {}
         return found | {f"mask_{name}": value for name, value in masks.items()}
@@ -125,7 +125,7 @@ class AveragePrecision:
     def _marked(self, marked: Objects, place: int) -> Record:
         x, y, right, bottom = marked.boxes[place].tolist()
         return {
-            "image_id": self.pictures + 1,
+            "image_id": self.images + 1,
             "bbox": [x, y, right - x, bottom - y],
             "area": float(marked.areas[place]),
             "iscrowd": int(marked.crowd[place]),
@@ -146,7 +146,7 @@ class AveragePrecision:
         for place, (x, y, right, bottom) in zip(kept, found.boxes[kept].double().tolist(), strict=True):
             self._found[numbers[place]].append(
                 {
-                    "image_id": self.pictures + 1,
+                    "image_id": self.images + 1,
                     "bbox": [x, y, right - x, bottom - y],
                     "score": float(found.scores[place]),
                     "exhaustive": numbers[place] not in incomplete,
@@ -155,7 +155,7 @@ class AveragePrecision:
             )
 
     def _counted(self, numbers: Sequence[int], overlap: Overlap) -> NDArray[np.float64]:
-        """The evaluator's table for some of the words, of the pictures that have something of them."""
+        """The evaluator's table for some of the words, of the images that have something of them."""
         objects = [{**one, "category_id": number + 1} for number in numbers for one in self._objects[number]]
         found = [{**one, "category_id": number + 1} for number in numbers for one in self._found[number]]
         partly: dict[int, set[int]] = {}
@@ -167,10 +167,10 @@ class AveragePrecision:
         if not objects:
             return np.full((10, 101, len(numbers), len(SIZES)), -1.0)
         classes = [{"id": number + 1, "name": self.words[number], "frequency": "f"} for number in numbers]
-        pictures = [self._picture(one, sorted(marks), numbers) for one, marks in sorted(partly.items())]
-        return _count(objects, found, classes, pictures, overlap, MOST_FEDERATED if self.federated else MOST)
+        images = [self._image(one, sorted(marks), numbers) for one, marks in sorted(partly.items())]
+        return _count(objects, found, classes, images, overlap, MOST_FEDERATED if self.federated else MOST)
 
-    def _picture(self, one: int, partly: list[int], numbers: Sequence[int]) -> Record:
+    def _image(self, one: int, partly: list[int], numbers: Sequence[int]) -> Record:
         """What counts was decided when it was added: so no class of those left is unknown."""
         height, width = self._sizes[one - 1]
         searched = [number + 1 for number in numbers]
@@ -182,12 +182,12 @@ def _count(
     objects: list[Record],
     found: list[Record],
     classes: list[Record],
-    pictures: list[Record],
+    images: list[Record],
     overlap: Overlap,
     most: int,
 ) -> NDArray[np.float64]:
     numbered = [{"id": number, **one} for number, one in enumerate(objects, 1)]  # 0 would mean that nothing was found
-    truth = COCO({"images": pictures, "categories": classes, "annotations": numbered})
+    truth = COCO({"images": images, "categories": classes, "annotations": numbered})
     results = truth.loadRes(found)
     evaluator = COCOeval_faster(truth, results, overlap, lvis_style=True, print_function=logger.debug)
     evaluator.params.maxDets = [most]
@@ -221,9 +221,9 @@ def coco_runs(segmentation: Any, height: int, width: int) -> Record:
 
 
 def runs_of(mask: NDArray[np.bool_], top: int, left: int, height: int, width: int) -> Record:
-    """COCO's run lengths of a picture that has ``mask``, [h, w], at a place and nothing elsewhere.
+    """COCO's run lengths of an image that has ``mask``, [h, w], at a place and nothing elsewhere.
 
-    The picture itself is never made: most detections cover little of it, and an evaluation has a million.
+    The image itself is never made: most detections cover little of it, and an evaluation has a million.
     """
     edges = np.diff(np.pad(mask.astype(np.int8), ((1, 1), (0, 0))), axis=0).T  # column by column, as COCO counts
     column, row = np.nonzero(edges)

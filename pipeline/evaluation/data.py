@@ -1,6 +1,6 @@
 """The samples that an evaluation reads: of a snapshot's shards, or straight from the source of a dataset card.
 
-A card whose source has its pictures at hand (the drawn sets, a folder, tars) needs no shards: its rows are read or
+A card whose source has its images at hand (the drawn sets, a folder, tars) needs no shards: its rows are read or
 rendered as they are asked for. One whose rows are urls has to be made into a snapshot first.
 """
 
@@ -89,7 +89,7 @@ def open_data(data: str) -> Data:
     if data in card_names() or data.endswith((".yaml", ".yml")):
         given = load_card(data)
         source = open_source(given.source)
-        require(not fetches(source), "data", data, f"a set whose pictures are at hand; {_download(given)}")
+        require(not fetches(source), "data", data, f"a set whose images are at hand; {_download(given)}")
         return CardData(source, given)
     require(bool(data), "data", data, "a dataset card (" + ", ".join(card_names()) + ") or the folder of a snapshot")
     snapshot = read_snapshot(data)
@@ -108,12 +108,12 @@ def spread(count: int, limit: int | None) -> Sequence[int]:
     return [number * count // limit for number in range(limit)]
 
 
-def readable_pictures(
+def readable_images(
     samples: Iterator[Sample], transform: Callable[[Pixels], Tensor], read: Callable[[Sample], Value], threads: int
 ) -> Iterator[tuple[Tensor, Value]]:
-    """The picture, uint8 ``[3, H, W]``, of each sample, and what ``read`` gives for it, in order.
+    """The image, uint8 ``[3, H, W]``, of each sample, and what ``read`` gives for it, in order.
 
-    Decoding runs in ``threads`` threads, a few pictures ahead of the reader. Samples without a readable picture are
+    Decoding runs in ``threads`` threads, a few images ahead of the reader. Samples without a readable image are
     left out, as are those for which ``read`` raises :class:`UnreadableSample`; how many is said at the end.
 
     Raises:
@@ -141,7 +141,7 @@ def _read(
     try:
         content = sample.image()
         if content is None:
-            raise UnreadableSample(f"{sample.key} has no picture")
+            raise UnreadableSample(f"{sample.key} has no image")
         return transform(decode(content)), read(sample)
     except UnreadableSample as error:
         return error

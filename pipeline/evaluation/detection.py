@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.config import require
 from pipeline.errors import SettingError
 from pipeline.evaluation.average_precision import AveragePrecision
-from pipeline.evaluation.data import readable_pictures
+from pipeline.evaluation.data import readable_images
 from pipeline.evaluation.encoder import inference
 from pipeline.loaders.images import Pixels
 from pipeline.models.detections import Detector, check_words
@@ -26,7 +26,7 @@ from pipeline.shards.objects import Objects, overlaps, plain_word, read_objects
 from pipeline.shards.sample import Sample
 from pipeline.sources.coco_annotations import class_word
 
-PICTURES_AT_ONCE = 8
+IMAGES_AT_ONCE = 8
 BUDGETS = (100, 300, 1000)
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 FREQUENCIES = ("r", "c", "f")
@@ -91,8 +91,8 @@ def grouped_vocabulary(classes: Mapping[str, str]) -> Vocabulary:
 class Proposer(Protocol):
     """A method that also says where things are, whatever they are."""
 
-    def propose(self, pictures: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """For uint8 pictures [3, H, W]: boxes float32 [n, 4], x1, y1, x2, y2 in pixels, and scores [n], best first."""
+    def propose(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """For uint8 images [3, H, W]: boxes float32 [n, 4], x1, y1, x2, y2 in pixels, and scores [n], best first."""
         ...
 
 
@@ -101,43 +101,43 @@ def evaluate_detection(
     samples: Iterable[Sample],
     vocabulary: Vocabulary,
     *,
-    batch: int = PICTURES_AT_ONCE,
+    batch: int = IMAGES_AT_ONCE,
     threads: int = 4,
     precision: str = "fp32",
 ) -> dict[str, float]:
-    """Look for all words in all pictures.
+    """Look for all words in all images.
 
     Returns:
         What :meth:`~pipeline.evaluation.average_precision.AveragePrecision.metrics` does; ``ar100``, ``ar300``,
         ``ar1000`` and ``ar300_<group>`` where the method proposes boxes; ``samples``. All but the last 0 to 1.
 
     Raises:
-        DataError: a sample without ``boxes.json`` or with one for a picture of another size; no label is a word.
+        DataError: a sample without ``boxes.json`` or with one for an image of another size; no label is a word.
     """
     found = AveragePrecision(vocabulary.words, vocabulary.groups)
     recall = ProposalRecall(vocabulary)
-    for pictures, marked in batches_of(samples, batch, threads):
+    for images, marked in batches_of(samples, batch, threads):
         with inference(method, precision):
-            detections = method.predict(pictures, vocabulary.words, vocabulary.base)
-            proposed = method.propose(pictures) if isinstance(method, Proposer) else []
+            detections = method.predict(images, vocabulary.words, vocabulary.base)
+            proposed = method.propose(images) if isinstance(method, Proposer) else []
         for objects, some in zip(marked, detections, strict=True):
             found.add(objects, some)
         for objects, (boxes, _) in zip(marked, proposed, strict=bool(proposed)):
             recall.add(objects, boxes.double().cpu().numpy())
-    return {**found.metrics(), **recall.metrics(), "samples": float(found.pictures)}
+    return {**found.metrics(), **recall.metrics(), "samples": float(found.images)}
 
 
 def batches_of(samples: Iterable[Sample], batch: int, threads: int) -> Iterator[tuple[list[Tensor], list[Objects]]]:
-    """Pictures, uint8 [3, H, W] as they are stored, and what is marked in them; unreadable ones are left out."""
+    """Images, uint8 [3, H, W] as they are stored, and what is marked in them; unreadable ones are left out."""
 
     def marked(sample: Sample) -> tuple[str, Objects]:
         return sample.key, read_objects(sample)
 
-    read = readable_pictures(iter(samples), as_stored, marked, threads)
+    read = readable_images(iter(samples), as_stored, marked, threads)
     while rows := list(islice(read, batch)):
-        for picture, (key, objects) in rows:
-            objects.check_size(picture.shape[1], picture.shape[2], key)
-        yield [picture for picture, _ in rows], [objects for _, (_, objects) in rows]
+        for image, (key, objects) in rows:
+            objects.check_size(image.shape[1], image.shape[2], key)
+        yield [image for image, _ in rows], [objects for _, (_, objects) in rows]
 
 
 def as_stored(pixels: Pixels) -> Tensor:
@@ -146,7 +146,7 @@ def as_stored(pixels: Pixels) -> Tensor:
 
 
 class ProposalRecall:
-    """The share of objects that the first 100, 300 and 1000 proposals of a picture find, whatever their class.
+    """The share of objects that the first 100, 300 and 1000 proposals of an image find, whatever their class.
 
     The mean over overlaps of 0.5, 0.55, ... 0.95. Proposals take objects in their order, each the free one that it
     overlaps most, as COCO's evaluator does without classes. Crowds, and labels that are no words, are left out.
@@ -158,14 +158,14 @@ class ProposalRecall:
         self._ranks: dict[str, list[NDArray[np.int64]]] = {name: [] for name in self._groups}
 
     def add(self, marked: Objects, proposals: NDArray[np.float64]) -> None:
-        """One picture: its objects, and the proposed boxes x1, y1, x2, y2, float64 [n, 4], the best first."""
+        """One image: its objects, and the proposed boxes x1, y1, x2, y2, float64 [n, 4], the best first."""
         labels = [plain_word(label) for label in marked.labels]
         for group, words in self._groups.items():
             counted = [n for n, label in enumerate(labels) if label in words and not marked.crowd[n]]
             self._ranks[group].append(finding_ranks(proposals[: max(BUDGETS)], marked.boxes[counted]))
 
     def metrics(self) -> dict[str, float]:
-        """``ar100``, ``ar300``, ``ar1000`` and ``ar300_<group>``; nothing where no picture or no object was added."""
+        """``ar100``, ``ar300``, ``ar1000`` and ``ar300_<group>``; nothing where no image or no object was added."""
         found = {}
         for group, ranks in self._ranks.items():
             together = np.concatenate([np.empty((len(THRESHOLDS), 0), np.int64), *ranks], axis=1)

@@ -1,4 +1,4 @@
-"""Detections drawn on their picture: masks, boxes, and names with scores."""
+"""Detections drawn on their image: masks, boxes, and names with scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ COLOURS = (
     *((197, 27, 125), (110, 75, 60), (70, 70, 160), (120, 120, 0)),
 )
 SMALLEST_SIDE = 480
-"""Pixels of the longer side: smaller pictures are magnified to it, so that names can be read."""
+"""Pixels of the longer side: smaller images are magnified to it, so that names can be read."""
 LETTERS = 30  # of a name; a longer one is cut
 TINT = 0.45
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A thing to draw: its box x1, y1, x2, y2 in the picture's pixels, what is written, and bool [H, W] if masked."""
+    """A thing to draw: its box x1, y1, x2, y2 in the image's pixels, what is written, and bool [H, W] if masked."""
 
     box: tuple[float, float, float, float]
     text: str
@@ -38,12 +38,12 @@ class Shown:
 
 
 def draw_detections(
-    picture: Tensor, found: Detections, words: Sequence[str], least: float = 0.0, most: int = 20
+    image: Tensor, found: Detections, words: Sequence[str], least: float = 0.0, most: int = 20
 ) -> Tensor:
-    """The picture, uint8 [3, H, W], with the ``most`` best detections that score ``least`` or more; see :func:`draw`.
+    """The image, uint8 [3, H, W], with the ``most`` best detections that score ``least`` or more; see :func:`draw`.
 
     Args:
-        picture: as it was given to ``predict``.
+        image: as it was given to ``predict``.
         found: what ``predict`` gave.
         words: what was asked for.
         least: 0 to 1; detections with a lower score are not drawn.
@@ -52,30 +52,30 @@ def draw_detections(
     require(0 <= least <= 1, "least_score", least, "0 to 1")
     require(most >= 1, "most", most, "1 or more")
     count = min(most, int((found.scores >= least).sum()))
-    masks = found.whole_masks(picture.shape[1], picture.shape[2], 0, count).numpy() if found.masks is not None else None
+    masks = found.whole_masks(image.shape[1], image.shape[2], 0, count).numpy() if found.masks is not None else None
     things = []
     for place in range(count):
         x1, y1, x2, y2 = found.boxes[place].tolist()
         label, score = int(found.labels[place]), float(found.scores[place])
         mask = None if masks is None else masks[place]
         things.append(Shown((x1, y1, x2, y2), f"{_short(words[label])} {score:.2f}", label, mask))
-    return draw(picture, things)
+    return draw(image, things)
 
 
-def draw_marked(picture: Tensor, marked: Objects, words: Sequence[str]) -> Tensor:
-    """The picture, uint8 [3, H, W], with what is marked in it, in the colours that its words have elsewhere."""
+def draw_marked(image: Tensor, marked: Objects, words: Sequence[str]) -> Tensor:
+    """The image, uint8 [3, H, W], with what is marked in it, in the colours that its words have elsewhere."""
     places = {plain_word(word): place for place, word in enumerate(words)}
     things = []
     for box, label, segmentation in zip(marked.boxes, marked.labels, marked.segmentations, strict=True):
         mask = None if segmentation is None else mask_of(segmentation, marked.height, marked.width).astype(bool)
         x1, y1, x2, y2 = box.tolist()
         things.append(Shown((x1, y1, x2, y2), _short(label), places.get(plain_word(label), -1), mask))
-    return draw(picture, things)
+    return draw(image, things)
 
 
-def draw(picture: Tensor, things: Sequence[Shown]) -> Tensor:
-    """``things`` on a picture, the first on top; uint8 [3, H, W], with a longer side of 480 pixels or more."""
-    pixels = np.ascontiguousarray(picture.cpu().numpy().transpose(1, 2, 0))
+def draw(image: Tensor, things: Sequence[Shown]) -> Tensor:
+    """``things`` on an image, the first on top; uint8 [3, H, W], with a longer side of 480 pixels or more."""
+    pixels = np.ascontiguousarray(image.cpu().numpy().transpose(1, 2, 0))
     for thing in reversed(things):
         if thing.mask is not None:
             pixels = _tinted(pixels, thing.mask, COLOURS[thing.colour % len(COLOURS)])
@@ -93,7 +93,7 @@ def draw(picture: Tensor, things: Sequence[Shown]) -> Tensor:
 
 def _tinted(pixels: NDArray[np.uint8], mask: NDArray[np.bool_], colour: tuple[int, int, int]) -> NDArray[np.uint8]:
     if mask.shape != pixels.shape[:2]:
-        raise DataError(f"a mask of {mask.shape} on a picture of {pixels.shape[:2]}")
+        raise DataError(f"a mask of {mask.shape} on an image of {pixels.shape[:2]}")
     mixed = pixels.copy()
     mixed[mask] = (pixels[mask] * (1 - TINT) + np.array(colour) * TINT).astype(np.uint8)
     return mixed
@@ -117,7 +117,7 @@ def _write(
     size: tuple[int, int],
     taken: list[tuple[float, float, float, float]],
 ) -> None:
-    """The name on a tag above its box, or where that is not in the picture or taken, at the next place below."""
+    """The name on a tag above its box, or where that is not in the image or taken, at the next place below."""
     font = _font(max(12, round(max(size) / 34)))
     left, top, right, bottom = pen.textbbox((0, 0), thing.text, font=font)
     width, height = right - left + 6, bottom - top + 4

@@ -1,4 +1,4 @@
-"""A model that turns stored pictures and captions into features: what ``stages/embeddings.py`` is handed."""
+"""A model that turns stored images and captions into features: what ``stages/embeddings.py`` is handed."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -29,15 +29,15 @@ VIEWS_AT_ONCE = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """Which views of a picture are embedded: view 0 as in evaluation, then random crops.
+    """Which views of an image are embedded: view 0 as in evaluation, then random crops.
 
     View v of a sample is a pure function of (seed, v, key): more views leave the first ones as they are.
     """
 
     views: int = 10
-    """Random crops of every picture; 0 for pictures that are only tested on."""
+    """Random crops of every image; 0 for images that are only tested on."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
-    """Area of a random crop, as parts of the picture; the default is Tip-Adapter's, CoOp has 0.08 to 1."""
+    """Area of a random crop, as parts of the image; the default is Tip-Adapter's, CoOp has 0.08 to 1."""
     flip: float = 0.5
     """Probability of a mirrored crop."""
     seed: int = 0
@@ -87,17 +87,17 @@ class ModelEmbedder:
         self._transform = model.transforms(train=False)
         self.maker = digest_of(model, repr(self._transform), precision)
 
-    def prepare(self, picture: bytes, key: str = "") -> Tensor | None:
-        """The picture as uint8 [3, H, W]; ``None`` where it cannot be decoded."""
+    def prepare(self, image: bytes, key: str = "") -> Tensor | None:
+        """The image as uint8 [3, H, W]; ``None`` where it cannot be decoded."""
         try:
-            return self._transform(decode(picture))
+            return self._transform(decode(image))
         except UnreadableSample:
             return None
 
-    def encode_image(self, pictures: Sequence[Tensor]) -> NDArray[np.float32]:
+    def encode_image(self, images: Sequence[Tensor]) -> NDArray[np.float32]:
         """uint8 B × [3, H, W] -> L2-normalised [B, D]."""
         with inference(self._model, self._precision) as device:
-            return _normalised(self._model.encode_image(torch.stack(list(pictures)).to(device)))
+            return _normalised(self._model.encode_image(torch.stack(list(images)).to(device)))
 
     def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """B texts -> L2-normalised [B, D]."""
@@ -107,7 +107,7 @@ class ModelEmbedder:
 
 
 class ViewEmbedder:
-    """A CLIP that gives raw features, as few-shot methods want them, of several views of each picture."""
+    """A CLIP that gives raw features, as few-shot methods want them, of several views of each image."""
 
     reads_text = False
 
@@ -126,28 +126,28 @@ class ViewEmbedder:
             "seed": views.seed,
         }
 
-    def prepare(self, picture: bytes, key: str) -> Tensor | None:
-        """The views as uint8 [V, 3, H, W]; ``None`` where the picture cannot be decoded."""
+    def prepare(self, image: bytes, key: str) -> Tensor | None:
+        """The views as uint8 [V, 3, H, W]; ``None`` where the image cannot be decoded."""
         number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
         words = [crop_words(self._views.seed, view, number) for view in range(1, 1 + self._views.views)]
         try:
-            still = self._still.read(picture)
-            crops = read_crops(picture, [(self._random, word) for word in words]) if words else []
+            still = self._still.read(image)
+            crops = read_crops(image, [(self._random, word) for word in words]) if words else []
             return torch.stack([still, *crops])
         except UnreadableSample:
             return None
 
-    def encode_image(self, pictures: Sequence[Tensor]) -> NDArray[np.float32]:
+    def encode_image(self, images: Sequence[Tensor]) -> NDArray[np.float32]:
         """uint8 B x [V, 3, H, W] -> raw features [B, V, D]."""
-        views = torch.cat(list(pictures))
+        views = torch.cat(list(images))
         with inference(self._model, self._precision):
             features = torch.cat([self._clip.raw_features(part).cpu() for part in views.split(VIEWS_AT_ONCE)])
-        raw: NDArray[np.float32] = features.unflatten(0, (len(pictures), -1)).numpy()
+        raw: NDArray[np.float32] = features.unflatten(0, (len(images), -1)).numpy()
         return raw
 
     def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """No text has views."""
-        raise AssertionError("views are of pictures alone")
+        raise AssertionError("views are of images alone")
 
 
 def _normalised(features: Tensor) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""What an evaluation needs of a model: pictures and texts in one space, and the tokenizer that goes with it."""
+"""What an evaluation needs of a model: images and texts in one space, and the tokenizer that goes with it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

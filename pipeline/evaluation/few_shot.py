@@ -1,9 +1,9 @@
-"""The protocols of few-shot papers: which pictures are shots, which classes are new, and what is reported.
+"""The protocols of few-shot papers: which images are shots, which classes are new, and what is reported.
 
 Shots are drawn as CoOp's code draws them (Zhou et al. 2022, arXiv 2109.01134; its library Dassl): a generator seeded
-with the seed (1, 2 and 3 in the papers) takes ``shots`` pictures of every class, without repeats, class by class in
-the order in which the split first names them; then min(shots, 4) validation pictures of every class in the same way.
-A class with fewer pictures gives all it has. Base and new classes are those of CoCoOp (arXiv 2203.05557, section
+with the seed (1, 2 and 3 in the papers) takes ``shots`` images of every class, without repeats, class by class in
+the order in which the split first names them; then min(shots, 4) validation images of every class in the same way.
+A class with fewer images gives all it has. Base and new classes are those of CoCoOp (arXiv 2203.05557, section
 4.1): the first half of the labels, rounded up, and the rest.
 """
 
@@ -46,7 +46,7 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What one seed draws: parts and numbers of rows, of the shots and of the validation pictures."""
+    """What one seed draws: parts and numbers of rows, of the shots and of the validation images."""
 
     train: tuple[tuple[str, int], ...]
     validation: tuple[tuple[str, int], ...]
@@ -66,7 +66,7 @@ def read_data_set(name: str, root: str = "", samples: int | None = None) -> Data
     Args:
         name: a dataset card's name or YAML file.
         root: folder that holds the data sets' own folders, for cards with split files.
-        samples: pictures of each part of a drawn set, where not the card's own number.
+        samples: images of each part of a drawn set, where not the card's own number.
 
     Raises:
         SettingError: an unknown card, one without parts, a missing folder or split file, no classes or one, class
@@ -89,15 +89,15 @@ def read_data_set(name: str, root: str = "", samples: int | None = None) -> Data
 
 
 def draw(data: DataSet, shots: int, seed: int) -> Drawing:
-    """The shots and validation pictures of ``seed``; a class with fewer gives all it has.
+    """The shots and validation images of ``seed``; a class with fewer gives all it has.
 
-    Where the data set has no validation pictures they are taken from the training pictures that are no shots.
+    Where the data set has no validation images they are taken from the training images that are no shots.
 
     Raises:
-        SettingError: no training pictures, or no validation pictures are left.
+        SettingError: no training images, or no validation images are left.
     """
     require(shots >= 1, "shots", shots, "1 or more")
-    require("train" in data.labels, "data", data.name, "a data set with training pictures: this one is tested on alone")
+    require("train" in data.labels, "data", data.name, "a data set with training images: this one is tested on alone")
     generator = random.Random(seed)
     labels = data.labels["train"]
     train = draw_numbers(labels, range(len(labels)), shots, generator)
@@ -106,7 +106,7 @@ def draw(data: DataSet, shots: int, seed: int) -> Drawing:
     taken = set(train) if part == "train" else set()
     rest = [number for number in range(len(data.labels[part])) if number not in taken]
     validation = draw_numbers(data.labels[part], rest, wanted, generator)
-    allowed = f"fewer, so that pictures of {data.name} are left to choose by"
+    allowed = f"fewer, so that images of {data.name} are left to choose by"
     require(bool(validation), "shots", shots, allowed)
     return Drawing(tuple(("train", one) for one in train), tuple((part, one) for one in validation))
 
@@ -158,7 +158,7 @@ def _listed(source: Source, card: Card) -> list[tuple[int | None, str]]:
     if isinstance(source, Drawn):
         named = [wanted_class(source.split, source.first + number) for number in range(source.samples)]
         return [(None, name) for name in named if name is not None]
-    raise DataError(f"{card.name}: the pictures of the source {source.kind} have no order that a split could name")
+    raise DataError(f"{card.name}: the images of the source {source.kind} have no order that a split could name")
 
 
 def _dense(
@@ -166,7 +166,7 @@ def _dense(
 ) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]]]:
     """Class names in the order of their numbers, and the rows' labels as places among them.
 
-    Classes of which no part has a picture are left out: ImageNet-A has 200 of ImageNet's classes.
+    Classes of which no part has an image are left out: ImageNet-A has 200 of ImageNet's classes.
     """
     order = {name: number for number, name in enumerate(card.classes)}
     names: dict[int, str] = {}

@@ -25,7 +25,7 @@ BAND = 0.15
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Top-1 accuracy (0 to 1) over seeds. ``measured`` is a set of pictures, a half, or ``harmonic``."""
+    """Top-1 accuracy (0 to 1) over seeds. ``measured`` is a set of images, a half, or ``harmonic``."""
 
     data: str
     method: str
@@ -192,7 +192,7 @@ def _lines(axis: "Axes", own: Sequence[Score], methods: Sequence[str]) -> None:
         low, high = ([mean + sign * one for mean, one in zip(means, spread, strict=True)] for sign in (-1, 1))
         axis.fill_between(at, low, high, color=hue, alpha=BAND, linewidth=0)
     axis.set_xticks(range(len(shots)), [str(one) for one in shots])
-    axis.set_xlabel("labelled pictures of a class")
+    axis.set_xlabel("labelled images of a class")
 
 
 def _bars(axis: "Axes", own: Sequence[Score], methods: Sequence[str]) -> None:

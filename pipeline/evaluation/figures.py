@@ -1,4 +1,4 @@
-"""Pictures of what a model is trained on and what it does: samples, a similarity matrix, retrieval examples.
+"""Images of what a model is trained on and what it does: samples, a similarity matrix, retrieval examples.
 
 Each function gives a matplotlib figure of its own, without pyplot's global state, so it can be called from any thread
 and nothing has to be closed. Captions come from the open web: they are shown as plain text (no TeX), wrapped, cut,
@@ -24,7 +24,7 @@ MATRIX_SIDE = 24
 
 
 def sample_grid(images: Tensor, captions: Sequence[str], columns: int = 4, title: str = "") -> "Figure":
-    """Pictures, uint8 ``[N, 3, H, W]``, each above its caption."""
+    """Images, uint8 ``[N, 3, H, W]``, each above its caption."""
     rows = -(-len(images) // columns)
     figure = _figure(2.5 * columns, 3.3 * rows + 0.4, title)
     axes = figure.subplots(rows, columns, squeeze=False).flat
@@ -37,8 +37,8 @@ def sample_grid(images: Tensor, captions: Sequence[str], columns: int = 4, title
     return figure
 
 
-def picture_grid(images: Sequence[Tensor], captions: Sequence[str], columns: int = 4, title: str = "") -> "Figure":
-    """Pictures of any sizes, each uint8 ``[3, H, W]``, large enough to read what is written on them."""
+def image_grid(images: Sequence[Tensor], captions: Sequence[str], columns: int = 4, title: str = "") -> "Figure":
+    """Images of any sizes, each uint8 ``[3, H, W]``, large enough to read what is written on them."""
     rows = -(-len(images) // columns)
     figure = _figure(4.4 * columns, 4.6 * rows + 0.5, title)
     axes = figure.subplots(rows, columns, squeeze=False).flat
@@ -51,9 +51,9 @@ def picture_grid(images: Sequence[Tensor], captions: Sequence[str], columns: int
 
 
 def similarity_matrix(images: Tensor, captions: Sequence[str], scores: Tensor, title: str = "") -> "Figure":
-    """Cosine similarity of every picture (column) with every caption (row) of a batch; right pairs on the diagonal.
+    """Cosine similarity of every image (column) with every caption (row) of a batch; right pairs on the diagonal.
 
-    ``images`` uint8 ``[N, 3, H, W]``, ``scores`` ``[N, N]`` with pictures first; at most 24 pairs are drawn.
+    ``images`` uint8 ``[N, 3, H, W]``, ``scores`` ``[N, N]`` with images first; at most 24 pairs are drawn.
     """
     count = min(len(images), MATRIX_SIDE)
     values = scores[:count, :count].float().cpu().numpy().T
@@ -67,8 +67,8 @@ def similarity_matrix(images: Tensor, captions: Sequence[str], scores: Tensor, t
     axis.set_xticks([])
     _write_cells(axis, values)
     for column in range(count):
-        picture = images[column].cpu().numpy().transpose(1, 2, 0)
-        axis.imshow(picture, extent=(column - 0.46, column + 0.46, -0.6, -1.52))
+        image = images[column].cpu().numpy().transpose(1, 2, 0)
+        axis.imshow(image, extent=(column - 0.46, column + 0.46, -0.6, -1.52))
     axis.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -1.55))
     axis.spines[:].set_visible(False)
     figure.colorbar(drawn, ax=axis, label="cosine similarity", shrink=0.6)
@@ -92,23 +92,23 @@ def _write_cells(axis: "Axes", values: "np.ndarray[Any, Any]") -> None:
 def retrieval_examples(
     images: Tensor, captions: Sequence[str], scores: Tensor, queries: int = 6, top: int = 3, title: str = ""
 ) -> "Figure":
-    """For some captions the ``top`` pictures found, and for as many pictures the captions found; right ones green.
+    """For some captions the ``top`` images found, and for as many images the captions found; right ones green.
 
-    ``images`` uint8 ``[N, 3, H, W]``, ``scores`` ``[N, N]`` with pictures first; pair ``i`` is ``(i, i)``, and equal
+    ``images`` uint8 ``[N, 3, H, W]``, ``scores`` ``[N, N]`` with images first; pair ``i`` is ``(i, i)``, and equal
     captions are equally right.
     """
     queries = min(queries, len(images))
     scores = scores.float().cpu()
     figure = _figure(2.2 * (top + 1) + 6, 2.2 * queries + 0.8, title)
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(2.2 * (top + 1), 6))[0]
-    left.suptitle("caption \u2192 pictures", fontsize=11)
-    right.suptitle("picture \u2192 captions", fontsize=11)
-    _pictures_found(left.subplots(queries, top + 1, squeeze=False), images, captions, scores, top)
+    left.suptitle("caption \u2192 images", fontsize=11)
+    right.suptitle("image \u2192 captions", fontsize=11)
+    _images_found(left.subplots(queries, top + 1, squeeze=False), images, captions, scores, top)
     _captions_found(right.subplots(queries, 2, squeeze=False, width_ratios=(1, 1.9)), images, captions, scores, top)
     return figure
 
 
-def _pictures_found(
+def _images_found(
     axes: "np.ndarray[Any, Any]", images: Tensor, captions: Sequence[str], scores: Tensor, top: int
 ) -> None:
     for query, row in enumerate(axes):
@@ -131,8 +131,8 @@ def _captions_found(
     # Equal captions would fill the list with one text, so each text is listed once.
     first = {text: place for place, text in reversed(list(enumerate(captions)))}
     places = sorted(first.values())
-    for query, (picture, words) in enumerate(axes):
-        _show(picture, images[query])
+    for query, (image, words) in enumerate(axes):
+        _show(image, images[query])
         words.axis("off")
         order = sorted(places, key=lambda place: -float(scores[query, place]))
         for line, found in enumerate(order[:top]):

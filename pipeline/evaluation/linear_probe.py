@@ -3,12 +3,12 @@
 Two protocols, both on frozen features of the tower before its projection into the space shared with texts:
 
 - ``clip``: Radford et al. 2021, arXiv 2103.00020, section 3.2 and appendix A.3. Logistic regression by L-BFGS with at
-  most 1,000 iterations, on one view of each picture. The penalty is chosen on validation pictures out of 97 values
+  most 1,000 iterations, on one view of each image. The penalty is chosen on validation images out of 97 values
   from 1e-6 to 1e6, eight a decade: every sixteenth first, then the interval around the best is halved until it is one
-  step wide. The last fit has training and validation pictures together.
+  step wide. The last fit has training and validation images together.
 - ``slip``: Mu et al. 2021, arXiv 2112.12750, section 4.2, which is MoCo v3's: 90 epochs of SGD with momentum 0.9 in
   batches of 1,024, no penalty, random resized crops that are mirrored half of the time, a cosine from 0.1 x 16 / 256
-  (the released code scales by a sixteenth of what the batch would give). Features of ``views`` crops of each picture
+  (the released code scales by a sixteenth of what the batch would give). Features of ``views`` crops of each image
   are made once and taken in turn; the paper draws a new one in every epoch, which ``views=90`` is.
 
 To hold a run against: ImageNet with the ``slip`` protocol, ViT-B/16 after 25 epochs of YFCC15M, CLIP 66.5, SLIP 72.1.
@@ -63,11 +63,11 @@ class Probe:
     """How a linear classifier is made."""
 
     protocol: Literal["clip", "slip"] = "clip"
-    """L-BFGS with a penalty chosen on validation pictures, or SGD on random crops."""
+    """L-BFGS with a penalty chosen on validation images, or SGD on random crops."""
     features: Literal["tower", "joint"] = "tower"
     """What the tower gives before its projection, or the unit features that are compared with texts."""
     held_out: float = 0.2
-    """Share of each class that is held out where no pictures are named: to choose the penalty, and for the test."""
+    """Share of each class that is held out where no images are named: to choose the penalty, and for the test."""
     iterations: int = 1000
     """At most so many iterations of L-BFGS."""
     epochs: int = 90
@@ -76,9 +76,9 @@ class Probe:
     """Where SGD begins; it falls to zero along a cosine."""
     momentum: float = 0.9
     batch: int = 1024
-    """Pictures in a step of SGD."""
+    """Images in a step of SGD."""
     views: int = 8
-    """Random crops of every picture for SGD."""
+    """Random crops of every image for SGD."""
     seed: int = 0
     """Of crops, order, first weights, and of what is held out."""
 
@@ -93,7 +93,7 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeSets:
-    """The pictures, as cards or folders of snapshots; every tuple but the first may be empty."""
+    """The images, as cards or folders of snapshots; every tuple but the first may be empty."""
 
     data: tuple[str, ...] = ()
     """Sets to learn from; NAME=DATA names one. A card with parts for few-shot papers brings its own test."""
@@ -106,15 +106,15 @@ class ProbeSets:
     label: str = ""
     """Key of the samples' json that holds the class; empty for the card's; cls for webdataset's member .cls."""
     train_samples: int | None = None
-    """Pictures of each set to learn from, at equal distances; all of them where it is not given."""
+    """Images of each set to learn from, at equal distances; all of them where it is not given."""
     test_samples: int | None = None
-    """Pictures of each set to test on."""
+    """Images of each set to test on."""
     encoding_batch: int = 64
-    """Pictures encoded at a time."""
+    """Images encoded at a time."""
     encoding_precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the tower."""
     decoding_threads: int = 4
-    """Threads that decode pictures."""
+    """Threads that decode images."""
 
     def __post_init__(self) -> None:
         for name in ("test", "validation"):
@@ -123,7 +123,7 @@ class ProbeSets:
         self.settings()
 
     def settings(self) -> Evaluations:
-        """How pictures are read and encoded, for what the evaluations share."""
+        """How images are read and encoded, for what the evaluations share."""
         return Evaluations(
             evaluation_batch=self.encoding_batch,
             evaluation_precision=self.encoding_precision,
@@ -171,7 +171,7 @@ class ProbeSets:
 
 @dataclass(frozen=True)
 class PreparedProbe:
-    """A set with its pictures found; ``None`` for what is held out of the training pictures."""
+    """A set with its images found; ``None`` for what is held out of the training images."""
 
     name: str
     train: PreparedSet
@@ -194,7 +194,7 @@ class Linear:
 
 
 def part_of(data: Data, part: str) -> CardData | None:
-    """The pictures to learn from (``train``) or to ``test`` on, of a card that tells them apart; else ``None``."""
+    """The images to learn from (``train``) or to ``test`` on, of a card that tells them apart; else ``None``."""
     card = data.card
     if not isinstance(data, CardData) or card is None or card.few_shot is None or "train" not in card.few_shot.parts:
         return None
@@ -236,10 +236,10 @@ def fit(train: Shots, validation: Shots | None, classes: int, probe: Probe) -> L
     """A classifier by the probe's protocol.
 
     Raises:
-        SettingError: pictures of a single class.
+        SettingError: images of a single class.
     """
     present = len(train.labels.unique())
-    require(present >= 2, "data", present, "pictures of two classes or more, for a linear probe")
+    require(present >= 2, "data", present, "images of two classes or more, for a linear probe")
     if probe.protocol == "slip":
         return by_sgd(train, classes, probe)
     return by_regression(train, validation, classes, probe)
@@ -301,7 +301,7 @@ def by_sgd(train: Shots, classes: int, probe: Probe) -> Linear:
 def embed(model: Evaluable, one: PreparedSet, settings: Evaluations, probe: Probe, views: int = 0) -> Shots:
     """Features, float32 [N, V, D] on the CPU: of the evaluation's view, or of ``views`` random crops.
 
-    A crop is a pure function of (seed, view, picture).
+    A crop is a pure function of (seed, view, image).
     """
     still = model.transforms(train=False)
     looks: list[ImageTransform] = [still]
@@ -311,24 +311,24 @@ def embed(model: Evaluable, one: PreparedSet, settings: Evaluations, probe: Prob
     return Shots(torch.stack([features for features, _ in read], dim=1), read[0][1])
 
 
-def tower_features(model: Evaluable, pictures: Tensor, kind: str = "tower") -> Tensor:
+def tower_features(model: Evaluable, images: Tensor, kind: str = "tower") -> Tensor:
     """uint8 [B, 3, H, W] on the model's device to float [B, D].
 
     Raises:
         SettingError: a model whose image tower is not known here, where its own features are asked for.
     """
     if kind == "joint":
-        return functional.normalize(model.encode_image(pictures), dim=-1)
+        return functional.normalize(model.encode_image(images), dim=-1)
     if not isinstance(model, Clip):
         raise SettingError("features", kind, f"joint, for {type(model).__name__}, whose image tower is not known here")
-    return unprojected(cast(Any, model.model).visual, (pictures.float() - model.mean) / model.std)
+    return unprojected(cast(Any, model.model).visual, (images.float() - model.mean) / model.std)
 
 
 def split(shots: Shots, share: float, seed: int) -> tuple[Shots, Shots]:
     """Two parts; ``share`` of each class, rounded down, is in the second.
 
     Raises:
-        SettingError: no class has enough pictures for one of them to be held out.
+        SettingError: no class has enough images for one of them to be held out.
     """
     order = torch.from_numpy(permutation(seed, HELD_OUT, 0, 0, len(shots.labels)))
     labels = shots.labels[order]
@@ -337,12 +337,12 @@ def split(shots: Shots, share: float, seed: int) -> tuple[Shots, Shots]:
         places = (labels == label).nonzero().squeeze(1)
         held[places[: int(share * len(places))]] = True
     enough = bool(held.any())
-    require(enough, "held_out", share, "a larger share, more pictures, or pictures of their own to choose by")
+    require(enough, "held_out", share, "a larger share, more images, or images of their own to choose by")
     return _take(shots, order[~held].sort().values), _take(shots, order[held].sort().values)
 
 
 def joined(first: Shots, second: Shots | None) -> Shots:
-    """All pictures of both."""
+    """All images of both."""
     if second is None:
         return first
     return Shots(torch.cat([first.features, second.features]), torch.cat([first.labels, second.labels]))
@@ -350,7 +350,7 @@ def joined(first: Shots, second: Shots | None) -> Shots:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomView(ImageTransform):
-    """A crop whose random words come from the picture itself."""
+    """A crop whose random words come from the image itself."""
 
     seed: int = 0
     view: int = 0

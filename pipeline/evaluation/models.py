@@ -29,12 +29,12 @@ def load_any(address: str, device: str = "auto") -> Method:
 
 
 def load_model(address: str, device: str = "auto") -> Evaluable:
-    """:func:`load_any` of a method with towers for pictures and texts; ``SettingError`` for one without."""
+    """:func:`load_any` of a method with towers for images and texts; ``SettingError`` for one without."""
     return as_encoder(load_any(address, device), address)
 
 
 def load_detector(address: str, device: str = "auto") -> Detector:
-    """:func:`load_any` of a method that finds things in pictures; ``SettingError`` for another."""
+    """:func:`load_any` of a method that finds things in images; ``SettingError`` for another."""
     return as_detector(load_any(address, device), address)
 
 

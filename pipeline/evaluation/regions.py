@@ -1,4 +1,4 @@
-"""A proposer and a CLIP that turn stored pictures into regions with features: what ``stages/regions.py`` is handed."""
+"""A proposer and a CLIP that turn stored images into regions with features: what ``stages/regions.py`` is handed."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -37,14 +37,14 @@ GIVEN, TORCHVISION = "boxes", "torchvision:"
 
 @dataclass(frozen=True, kw_only=True)
 class ProposerOptions:
-    """Which regions of a picture are kept."""
+    """Which regions of an image are kept."""
 
     proposer: str = GIVEN
     """boxes: those of the data (boxes.json); torchvision:NAME or torchvision:NAME=FILE: a detector of torchvision, with
     its published weights or those in a file; else a checkpoint of a method that proposes, such as jobs/train_vild.py
     makes."""
     most: int = 300
-    """Regions of each picture at most, the best first."""
+    """Regions of each image at most, the best first."""
     smallest: float = 2.0
     """Pixels: shorter sides are left out."""
     labels: tuple[str, ...] = ()
@@ -60,8 +60,8 @@ class Proposer(Protocol):
 
     maker: str
 
-    def __call__(self, pictures: Sequence[Tensor], samples: Sequence[Sample]) -> list[Proposals]:
-        """The regions of pictures uint8 [3, H, W] on the model's device."""
+    def __call__(self, images: Sequence[Tensor], samples: Sequence[Sample]) -> list[Proposals]:
+        """The regions of images uint8 [3, H, W] on the model's device."""
         ...
 
 
@@ -109,33 +109,33 @@ class ClipRegions:
         self.facts: Mapping[str, Any] = {**facts, **options, "teacher": teacher, "width": width}
         self.maker = hashlib.sha256(repr(sorted(self.facts.items())).encode()).hexdigest()
 
-    def prepare(self, picture: bytes) -> Tensor | None:
+    def prepare(self, image: bytes) -> Tensor | None:
         """uint8 [3, H, W]; ``None`` where it cannot be decoded."""
         try:
-            return torch.from_numpy(decode(picture)).permute(2, 0, 1)
+            return torch.from_numpy(decode(image)).permute(2, 0, 1)
         except UnreadableSample:
             return None
 
-    def shape(self, picture: Tensor) -> tuple[int, int]:
+    def shape(self, image: Tensor) -> tuple[int, int]:
         """Height and width."""
-        return picture.shape[1], picture.shape[2]
+        return image.shape[1], image.shape[2]
 
-    def propose(self, pictures: Sequence[Tensor], samples: Sequence[Sample]) -> list[Proposals]:
-        """The best regions that are large enough, inside their picture."""
+    def propose(self, images: Sequence[Tensor], samples: Sequence[Sample]) -> list[Proposals]:
+        """The best regions that are large enough, inside their image."""
         options = self._settings.proposer
         device = self._clip.mean.device
         with inference(cast(Evaluable, self._clip)):
-            proposed = self._propose([picture.to(device) for picture in pictures], samples)
-        shapes = [self.shape(picture) for picture in pictures]
+            proposed = self._propose([image.to(device) for image in images], samples)
+        shapes = [self.shape(image) for image in images]
         return [_kept(one, *shape, options) for one, shape in zip(proposed, shapes, strict=True)]
 
-    def encode(self, pictures: Sequence[Tensor], boxes: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float32]]:
-        """The features of all scales of each box, added and normalised: [n, D] of each picture."""
+    def encode(self, images: Sequence[Tensor], boxes: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float32]]:
+        """The features of all scales of each box, added and normalised: [n, D] of each image."""
         rule, device = self._settings.crop, self._clip.mean.device
         crops = []
-        for picture, some in zip(pictures, boxes, strict=True):
-            here, places = picture.to(device), torch.from_numpy(some)
-            height, width = self.shape(picture)
+        for image, some in zip(images, boxes, strict=True):
+            here, places = image.to(device), torch.from_numpy(some)
+            height, width = self.shape(image)
             for scale in rule.scales:
                 cut = crop_boxes(places, scale, height, width, rule.outside)
                 crops.append(cut_crops(here, cut.to(device), self._size, rule.shape))
@@ -187,13 +187,13 @@ class GivenBoxes:
         self._labels = frozenset(map(plain_word, labels))
         self.maker = " ".join(["boxes.json without crowds", *sorted(self._labels)])
 
-    def __call__(self, pictures: Sequence[Tensor], samples: Sequence[Sample]) -> list[Proposals]:
+    def __call__(self, images: Sequence[Tensor], samples: Sequence[Sample]) -> list[Proposals]:
         """Raises ``DataError`` for a sample without boxes."""
-        return [self._of(sample, picture) for sample, picture in zip(samples, pictures, strict=True)]
+        return [self._of(sample, image) for sample, image in zip(samples, images, strict=True)]
 
-    def _of(self, sample: Sample, picture: Tensor) -> Proposals:
+    def _of(self, sample: Sample, image: Tensor) -> Proposals:
         things = read_objects(sample)
-        things.check_size(picture.shape[1], picture.shape[2], sample.key)
+        things.check_size(image.shape[1], image.shape[2], sample.key)
         wanted = [not self._labels or plain_word(label) in self._labels for label in things.labels]
         kept = [n for n, (want, crowd) in enumerate(zip(wanted, things.crowd, strict=True)) if want and not crowd]
         return Proposals(things.boxes[kept], np.ones(len(kept)))
@@ -212,14 +212,14 @@ class Detector:
         model: Any = torchvision.models.get_model(name, **weights)
         if file:
             model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        limited = getattr(model, "roi_heads", model)  # 100 to 300 detections of a picture by default
+        limited = getattr(model, "roi_heads", model)  # 100 to 300 detections of an image by default
         limited.detections_per_img = max(limited.detections_per_img, most)
         self._model = model.to(device).eval()
         self.maker = digest_of(self._model, f"{name} {limited.detections_per_img}")
 
-    def __call__(self, pictures: Sequence[Tensor], samples: Sequence[Sample]) -> list[Proposals]:
+    def __call__(self, images: Sequence[Tensor], samples: Sequence[Sample]) -> list[Proposals]:
         """Boxes by score; the model resizes and normalises by itself."""
-        found = self._model([picture.float() / 255 for picture in pictures])
+        found = self._model([image.float() / 255 for image in images])
         return [_proposals(one["boxes"], one["scores"]) for one in found]
 
 
@@ -232,9 +232,9 @@ class Checkpoint:
         self._method = method.eval()
         self.maker = digest_of(method)
 
-    def __call__(self, pictures: Sequence[Tensor], samples: Sequence[Sample]) -> list[Proposals]:
+    def __call__(self, images: Sequence[Tensor], samples: Sequence[Sample]) -> list[Proposals]:
         """As the method orders them."""
-        return [_proposals(boxes, scores) for boxes, scores in self._method.propose(pictures)]
+        return [_proposals(boxes, scores) for boxes, scores in self._method.propose(images)]
 
 
 def _proposals(boxes: Tensor, scores: Tensor) -> Proposals:
@@ -242,7 +242,7 @@ def _proposals(boxes: Tensor, scores: Tensor) -> Proposals:
 
 
 def _kept(proposed: Proposals, height: int, width: int, options: ProposerOptions) -> Proposals:
-    """The best ``most`` of those that are numbers, and large enough inside the picture."""
+    """The best ``most`` of those that are numbers, and large enough inside the image."""
     boxes = np.clip(proposed.boxes, 0, [width, height, width, height])
     large = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= options.smallest).all(axis=1))  # no NaN is
     order = large[np.argsort(-proposed.scores[large], kind="stable")][: options.most]

@@ -1,13 +1,13 @@
 """Image-text retrieval: R@1, R@5, R@10 and the median rank, in both directions.
 
 The protocol of Karpathy & Fei-Fei 2015 (arXiv 1412.2306) that CLIP (arXiv 2103.00020, table 13) reports on Flickr30k
-and COCO: a picture is a query over all captions and has found if any of its own is among the first K; a caption is a
-query over all pictures.
+and COCO: an image is a query over all captions and has found if any of its own is among the first K; a caption is a
+query over all images.
 
-A caption that several pictures share is one gallery entry and one query, and each of those pictures is a right
+A caption that several images share is one gallery entry and one query, and each of those images is a right
 answer: no model could tell such captions apart. Sets without equal captions are not touched by this.
 
-Similarities are computed in tiles; the N x N matrix of a large set (10 GB for 50,000 pictures) never exists.
+Similarities are computed in tiles; the N x N matrix of a large set (10 GB for 50,000 images) never exists.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,17 +25,17 @@ DEPTHS = (1, 5, 10)
 
 
 def retrieval(model: Encoder, batches: Iterable[Mapping[str, Tensor]], precision: str = "fp32") -> dict[str, float]:
-    """Retrieve captions by pictures and pictures by captions over all of ``batches``.
+    """Retrieve captions by images and images by captions over all of ``batches``.
 
     Args:
         model: encodes both.
-        batches: mappings with ``image``, uint8 ``[B, 3, H, W]``, and ``text``, int64 ``[T, L]``. Where pictures have
-            other than one caption each, ``owner``, int64 ``[T]``, says which picture of the batch a caption describes.
+        batches: mappings with ``image``, uint8 ``[B, 3, H, W]``, and ``text``, int64 ``[T, L]``. Where images have
+            other than one caption each, ``owner``, int64 ``[T]``, says which image of the batch a caption describes.
         precision: "fp32" or "bf16".
 
     Returns:
         ``i2t_r1 ... t2i_r10`` in 0 ... 1, ``i2t_median_rank`` and ``t2i_median_rank`` (1 is best), ``chance`` (R@1 of
-        a blind guess, mean of both directions) and ``samples`` (pictures).
+        a blind guess, mean of both directions) and ``samples`` (images).
     """
     with inference(model, precision) as device:
         images, tokens, owners = _gather(model, batches, device)
@@ -49,7 +49,7 @@ def retrieval_metrics(images: Tensor, texts: Tensor, pairs: Tensor) -> dict[str,
     """The metrics of :func:`retrieval` from features.
 
     ``images`` ``[N, D]`` and ``texts`` ``[M, D]`` are compared by dot product; ``pairs``, int64 ``[P, 2]``, lists
-    which picture goes with which text, many to many.
+    which image goes with which text, many to many.
     """
     pairs = torch.unique(pairs, dim=0)
     metrics: dict[str, float] = {}
@@ -96,7 +96,7 @@ def _tile_ranks(scores: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def _gather(
     model: Encoder, batches: Iterable[Mapping[str, Tensor]], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Image features ``[N, D]``, all captions' tokens ``[T, L]`` and the picture ``[T]`` that each belongs to."""
+    """Image features ``[N, D]``, all captions' tokens ``[T, L]`` and the image ``[T]`` that each belongs to."""
     images: list[Tensor] = []
     tokens: list[Tensor] = []
     owners: list[Tensor] = []
@@ -107,7 +107,7 @@ def _gather(
         own = batch["owner"] if "owner" in batch else torch.arange(len(batch["text"]))
         owners.append(own.cpu() + count)
         count += len(batch["image"])
-    require(count > 0, "batches", count, "one picture or more")
+    require(count > 0, "batches", count, "one image or more")
     longest = max(text.shape[1] for text in tokens)
     padded = [functional.pad(text, (0, longest - text.shape[1])) for text in tokens]
     return functional.normalize(torch.cat(images), dim=-1), torch.cat(padded), torch.cat(owners)

@@ -22,9 +22,9 @@ from torch import Tensor
 from pipeline.config import require
 from pipeline.dataset import Card, card_names, load_card
 from pipeline.errors import DataError, SettingError
-from pipeline.evaluation.data import Data, SnapshotData, open_data, readable_pictures
+from pipeline.evaluation.data import Data, SnapshotData, open_data, readable_images
 from pipeline.evaluation.detection import (
-    PICTURES_AT_ONCE,
+    IMAGES_AT_ONCE,
     Vocabulary,
     as_detector,
     evaluate_detection,
@@ -64,7 +64,7 @@ TEMPLATES = "auto, imagenet (80), imagenet-simple (7), none, or a file with one 
 
 
 class Evaluable(Encoder, Protocol):
-    """An encoder that says how pictures become its input; every method here is one."""
+    """An encoder that says how images become its input; every method here is one."""
 
     def transforms(self, train: bool) -> ImageTransform:
         """``train=False``: the transform of evaluation."""
@@ -119,11 +119,11 @@ class Evaluations:
     """Words looked for: auto (the classes of the data's card, or of the snapshot), a card, COCO's or LVIS's annotation
     JSON, or a file of words."""
     evaluation_batch: int = 64
-    """Pictures encoded at a time."""
+    """Images encoded at a time."""
     evaluation_precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the towers; similarities are always fp32."""
     evaluation_threads: int = 4
-    """Threads that decode pictures."""
+    """Threads that decode images."""
 
     def __post_init__(self) -> None:
         require(
@@ -326,16 +326,16 @@ def _detection(model: Detector, one: PreparedSet, words: Vocabulary, settings: E
         model,
         one.samples(),
         words,
-        batch=min(settings.evaluation_batch, PICTURES_AT_ONCE),
+        batch=min(settings.evaluation_batch, IMAGES_AT_ONCE),
         threads=settings.evaluation_threads,
         precision=settings.evaluation_precision,
     )
 
 
 def as_encoder(model: object, address: str) -> Evaluable:
-    """``model``, if it encodes pictures and texts; raises ``SettingError`` if not."""
+    """``model``, if it encodes images and texts; raises ``SettingError`` if not."""
     both = all(callable(getattr(model, name, None)) for name in ("encode_image", "encode_text"))
-    require(both, "checkpoint", address, "a model that encodes pictures and texts")
+    require(both, "checkpoint", address, "a model that encodes images and texts")
     return cast(Evaluable, model)
 
 
@@ -348,7 +348,7 @@ def _with_head(model: Evaluable, one: PreparedSet) -> WithHead:
 def labelled_batches(transform: ImageTransform, one: PreparedSet, settings: Evaluations) -> Iterator[dict[str, Tensor]]:
     """``image`` uint8 ``[B, 3, H, W]`` and ``label`` int64 ``[B]`` for :func:`zero_shot`."""
     number = {name: place for place, name in reversed(list(enumerate(one.classes)))}
-    read = readable_pictures(
+    read = readable_images(
         one.samples(),
         transform,
         lambda sample: read_label(sample, one.label),
@@ -362,12 +362,12 @@ def labelled_batches(transform: ImageTransform, one: PreparedSet, settings: Eval
                 f"{one.name}: {_some(unknown)} in the samples' {one.label!r} is none of the {len(one.classes)} classes "
                 f"({_some(one.classes)}); say where the class is with --label, or bring the names with --classes"
             )
-        yield {"image": torch.stack([picture for picture, _ in rows]), "label": torch.tensor(labels)}
+        yield {"image": torch.stack([image for image, _ in rows]), "label": torch.tensor(labels)}
 
 
 def captioned_batches(model: Evaluable, one: PreparedSet, settings: Evaluations) -> Iterator[dict[str, Tensor]]:
     """``image`` uint8 ``[B, 3, H, W]``, ``text`` int64 ``[T, L]``, ``owner`` int64 ``[T]`` for :func:`retrieval`."""
-    read = readable_pictures(
+    read = readable_images(
         one.samples(),
         model.transforms(train=False),
         lambda sample: read_captions(sample, one.caption),
@@ -377,7 +377,7 @@ def captioned_batches(model: Evaluable, one: PreparedSet, settings: Evaluations)
         captions = [caption for _, captions in rows for caption in captions]
         owners = [place for place, (_, captions) in enumerate(rows) for _ in captions]
         yield {
-            "image": torch.stack([picture for picture, _ in rows]),
+            "image": torch.stack([image for image, _ in rows]),
             "text": model.tokenizer(captions),
             "owner": torch.tensor(owners),
         }

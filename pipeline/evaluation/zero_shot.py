@@ -2,7 +2,7 @@
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision" (arXiv 2103.00020),
 section 3.1.4: every class is written into every template, the texts' unit features are averaged and made unit length
-again, and a picture belongs to the class whose mean is nearest. The paper's ViT-B/32 reaches 63.2 % on ImageNet with
+again, and an image belongs to the class whose mean is nearest. The paper's ViT-B/32 reaches 63.2 % on ImageNet with
 80 templates; open_clip measures 63.3 % for the released weights.
 """
 
@@ -44,10 +44,10 @@ def classifier(
 def zero_shot(
     model: Encoder, batches: Iterable[Mapping[str, Tensor]], class_vectors: Tensor, precision: str = "fp32"
 ) -> dict[str, float]:
-    """Classify the pictures of ``batches`` by their nearest class vector.
+    """Classify the images of ``batches`` by their nearest class vector.
 
     Args:
-        model: encodes the pictures.
+        model: encodes the images.
         batches: mappings with ``image``, uint8 ``[B, 3, H, W]``, and ``label``, int64 ``[B]`` in ``0 ... C - 1``.
         class_vectors: float ``[C, D]``, from :func:`classifier`.
         precision: "fp32" or "bf16".
@@ -116,14 +116,14 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 class Counts:
-    """Per-class tallies, int64 ``[C]``: all that is kept of the pictures seen."""
+    """Per-class tallies, int64 ``[C]``: all that is kept of the images seen."""
 
     def __init__(self, classes: int) -> None:
         self.classes = classes
         self.seen, self.first, self.among = torch.zeros(3, classes, dtype=torch.int64).unbind()
 
     def add(self, ranks: Tensor, labels: Tensor) -> None:
-        """Count pictures by :func:`label_ranks`, int64 ``[B]``, and their labels, int64 ``[B]``."""
+        """Count images by :func:`label_ranks`, int64 ``[B]``, and their labels, int64 ``[B]``."""
         self.seen += torch.bincount(labels, minlength=self.classes)
         self.first += torch.bincount(labels[ranks == 0], minlength=self.classes)
         self.among += torch.bincount(labels[ranks < TOP], minlength=self.classes)
@@ -131,7 +131,7 @@ class Counts:
     def metrics(self) -> dict[str, float]:
         """What :func:`zero_shot` returns."""
         total = int(self.seen.sum())
-        require(total > 0, "batches", total, "one picture or more")
+        require(total > 0, "batches", total, "one image or more")
         occurring = self.seen > 0
         return {
             "top1": int(self.first.sum()) / total,

@@ -1,1 +1,1 @@
-"""Shards to batches in a training worker: order, samples, pictures, text, batches."""
+"""Shards to batches in a training worker: order, samples, images, text, batches."""

@@ -1,7 +1,7 @@
-"""Several random crops of one picture, and the random numbers with which the training device changes their colours.
+"""Several random crops of one image, and the random numbers with which the training device changes their colours.
 
-A picture is decoded once. What is random is a pure function of (seed, epoch, sample number, view), as a single crop
-is: a resumed run, or one with more workers, sees the same pictures. The loader cuts and resizes; colours and blur are
+An image is decoded once. What is random is a pure function of (seed, epoch, sample number, view), as a single crop
+is: a resumed run, or one with more workers, sees the same images. The loader cuts and resizes; colours and blur are
 changed in batches on the training device (``pipeline.models.towers.colours``), so only uint8 and a few numbers travel.
 """
 
@@ -39,7 +39,7 @@ class Colours:
     jitter: float = 0.8
     """Probability of the four above, in random order."""
     grey: float = 0.2
-    """Probability of a grey picture."""
+    """Probability of a grey image."""
     blur: float = 0.5
     """Probability of a Gaussian blur."""
     sigma: tuple[float, float] = (0.1, 2.0)
@@ -64,7 +64,7 @@ class Colours:
 
 @dataclass(frozen=True, kw_only=True)
 class ViewsReader:
-    """Random crops of each picture, one for every transform: uint8 [B, V, 3, H, W]."""
+    """Random crops of each image, one for every transform: uint8 [B, V, 3, H, W]."""
 
     transforms: tuple[ImageTransform, ...]
     seed: int = 0
@@ -80,7 +80,7 @@ class ViewsReader:
         """uint8 [V, 3, H, W]."""
         content = sample.image()
         if content is None:
-            raise UnreadableSample(f"{sample.key} has no picture")
+            raise UnreadableSample(f"{sample.key} has no image")
         words = [random_words(self.seed, VIEWS + v, *place, 1 + 4 * ATTEMPTS) for v in range(len(self.transforms))]
         return torch.stack(read_crops(content, list(zip(self.transforms, words, strict=True))))
 
@@ -100,7 +100,7 @@ class ColourReader:
     fields: Sequence[str] = ()
 
     def read(self, sample: Sample, place: tuple[int, int]) -> list[list[float]]:
-        """[V, NUMBERS]; the picture does not matter."""
+        """[V, NUMBERS]; the image does not matter."""
         return [self.colours.draw(random_words(self.seed, COLOURS + v, *place, 12)) for v in range(self.views)]
 
     def collate(self, values: list[list[list[float]]]) -> Tensor:

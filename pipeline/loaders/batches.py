@@ -1,7 +1,7 @@
 """Batches for training and evaluation: a torch DataLoader over an order of sample numbers.
 
 What a batch holds is said by *readers*, one per key: each turns a sample into a value and a list of values into a
-tensor. A sample that a reader cannot read (an undecodable picture, no caption) is replaced by the next readable one of
+tensor. A sample that a reader cannot read (an undecodable image, no caption) is replaced by the next readable one of
 its shard, so that batches keep their size and every run makes the same replacement; ``replaced`` counts them.
 """
 
@@ -46,7 +46,7 @@ class Reader(Protocol):
 
     @property
     def fields(self) -> Sequence[str]:
-        """The sample fields that must exist in the snapshot (``image`` for a picture of any format)."""
+        """The sample fields that must exist in the snapshot (``image`` for an image of any format)."""
         ...
 
     def read(self, sample: Sample, place: Place) -> Any:
@@ -60,7 +60,7 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageReader:
-    """Pictures as uint8 [B, 3, H, W]; random crops are a pure function of (seed, epoch, sample)."""
+    """Images as uint8 [B, 3, H, W]; random crops are a pure function of (seed, epoch, sample)."""
 
     transform: ImageTransform
     seed: int = 0
@@ -70,7 +70,7 @@ class ImageReader:
         """uint8 [3, H, W]."""
         content = sample.image()
         if content is None:
-            raise UnreadableSample(f"{sample.key} has no picture")
+            raise UnreadableSample(f"{sample.key} has no image")
         return self.transform.read(content, crop_words(self.seed, *place) if self.transform.random else None)
 
     def collate(self, values: list[Tensor]) -> Tensor:

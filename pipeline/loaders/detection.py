@@ -1,10 +1,10 @@
-"""Pictures with boxes, masks and stored regions, moved together: large-scale jitter and a mirror.
+"""Images with boxes, masks and stored regions, moved together: large-scale jitter and a mirror.
 
-Ghiasi, Cui, Srinivas, Qian, Lin, Cubuk, Le, Zoph, 2020, arXiv 2012.07177: a picture is resized so that it would fill
+Ghiasi, Cui, Srinivas, Qian, Lin, Cubuk, Le, Zoph, 2020, arXiv 2012.07177: an image is resized so that it would fill
 the result times a random factor, a random part of it as large as the result is cut out, and what is missing at the
-right and below is filled. A :class:`Place` is where one picture comes to lie; it moves pixels, boxes and masks by the
+right and below is filled. A :class:`Place` is where one image comes to lie; it moves pixels, boxes and masks by the
 same numbers, so nothing can be mirrored that is not mirrored elsewhere. It is a pure function of (seed, epoch, sample
-number) and the picture's size, as a crop is in ``images.py``.
+number) and the image's size, as a crop is in ``images.py``.
 
 What is cut away: objects of which less than a pixel is left are left out. Stored regions keep their rows, since their
 features stay, but a box of zeros, which no loss counts. Both are padded with zeros to the batch's largest number.
@@ -44,7 +44,7 @@ Boxes = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a picture of ``height`` x ``width`` comes to lie in a square of ``size``: mirrored, then resized to
+    """Where an image of ``height`` x ``width`` comes to lie in a square of ``size``: mirrored, then resized to
     ``scaled`` (height, width), then moved up and left by ``offset`` (y, x)."""
 
     height: int
@@ -54,7 +54,7 @@ class Place:
     scaled: tuple[int, int]
     offset: tuple[int, int]
 
-    def picture(self, pixels: Pixels) -> Tensor:
+    def image(self, pixels: Pixels) -> Tensor:
         """uint8 [height, width, 3] to uint8 [3, size, size]."""
         part = self._visible(resize(pixels[:, ::-1].copy() if self.mirrored else pixels, self.scaled, "bilinear"))
         whole = torch.tensor(FILL, dtype=torch.uint8)[:, None, None].repeat(1, self.size, self.size)
@@ -63,11 +63,11 @@ class Place:
 
     @property
     def extent(self) -> tuple[int, int]:
-        """Height and width of the part of the square that shows the picture."""
+        """Height and width of the part of the square that shows the image."""
         return min(self.size, self.scaled[0] - self.offset[0]), min(self.size, self.scaled[1] - self.offset[1])
 
     def boxes(self, boxes: Boxes) -> Boxes:
-        """Boxes x1, y1, x2, y2 in the picture's pixels, [N, 4], in the square's, cut to what is seen of it."""
+        """Boxes x1, y1, x2, y2 in the image's pixels, [N, 4], in the square's, cut to what is seen of it."""
         moved = boxes.copy()
         if self.mirrored:
             moved[:, [0, 2]] = self.width - boxes[:, [2, 0]]
@@ -77,7 +77,7 @@ class Place:
         return seen
 
     def mask(self, mask: NDArray[np.uint8], box: NDArray[np.float64], cells: int) -> NDArray[np.uint8]:
-        """The part of a whole picture's ``mask`` that a ``box`` in the square shows, on a grid of cells x cells."""
+        """The part of a whole image's ``mask`` that a ``box`` in the square shows, on a grid of cells x cells."""
         scale = self.width / self.scaled[1], self.height / self.scaled[0]
         left, top = (box[0] + self.offset[1]) * scale[0], (box[1] + self.offset[0]) * scale[1]
         across, down = (box[2] - box[0]) * scale[0] / cells, (box[3] - box[1]) * scale[1] / cells
@@ -106,9 +106,9 @@ class Jitter:
 
     size: int = 1024
     scale: tuple[float, float] = (0.1, 2.0)
-    """Factors, between which one is drawn evenly, of the size at which a picture just fits."""
+    """Factors, between which one is drawn evenly, of the size at which an image just fits."""
     flip: float = 0.5
-    """Probability of a mirrored picture."""
+    """Probability of a mirrored image."""
 
     def __post_init__(self) -> None:
         require(32 <= self.size <= 4096, "image_size", self.size, "32 to 4096")
@@ -116,13 +116,13 @@ class Jitter:
         require(0 <= self.flip <= 1, "flip", self.flip, "0 to 1")
 
     def place(self, height: int, width: int, seed: int, place: tuple[int, int]) -> Place:
-        """Where the picture of the sample at ``place``, (epoch, number), comes to lie."""
+        """Where the image of the sample at ``place``, (epoch, number), comes to lie."""
         uniform = ((random_words(seed, PLACES, *place, 4) >> np.uint64(11)) * 2.0**-53).tolist()
         factor = self.scale[0] + uniform[0] * (self.scale[1] - self.scale[0])
         return self._placed(height, width, factor, uniform[1] < self.flip, (uniform[2], uniform[3]))
 
     def whole(self, height: int, width: int) -> Place:
-        """The whole picture as large as fits, at the top left."""
+        """The whole image as large as fits, at the top left."""
         return self._placed(height, width, 1.0, False, (0.0, 0.0))
 
     def _placed(self, height: int, width: int, factor: float, mirrored: bool, uniform: tuple[float, float]) -> Place:
@@ -148,8 +148,8 @@ class Found:
 class Scene:
     """What of the samples' objects is to be learnt, and where it lies; shared by the readers of one batch.
 
-    Objects of other classes (labels and names are compared by ``plain_word``) and crowds are left out, their pictures
-    are not; without ``classes`` all objects are of class 0. ``most`` objects of a picture are taken, the first ones.
+    Objects of other classes (labels and names are compared by ``plain_word``) and crowds are left out, their images
+    are not; without ``classes`` all objects are of class 0. ``most`` objects of an image are taken, the first ones.
     """
 
     jitter: Jitter
@@ -204,20 +204,20 @@ def _found(scene: Scene, sample: _Identified, place: tuple[int, int]) -> Found:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneReader:
-    """Pictures as uint8 [B, 3, size, size]."""
+    """Images as uint8 [B, 3, size, size]."""
 
     scene: Scene
     fields: Sequence[str] = ("image", FIELD)
 
     def read(self, sample: Sample, place: tuple[int, int]) -> Tensor:
-        """uint8 [3, size, size]; raises ``DataError`` where the boxes are of a picture of another size."""
+        """uint8 [3, size, size]; raises ``DataError`` where the boxes are of an image of another size."""
         found = self.scene.find(sample, place)
         content = sample.image()
         if content is None:
-            raise UnreadableSample(f"{sample.key} has no picture")
+            raise UnreadableSample(f"{sample.key} has no image")
         pixels = decode(content)
         found.objects.check_size(pixels.shape[0], pixels.shape[1], sample.key)
-        return found.place.picture(pixels)
+        return found.place.image(pixels)
 
     def collate(self, values: list[Tensor]) -> Tensor:
         """uint8 [B, 3, size, size]."""
@@ -277,7 +277,7 @@ class ObjectLabelReader:
 class MaskReader:
     """The objects' masks, each on a grid over its own box: uint8 [B, N, cells, cells] of 0 and 1.
 
-    300 objects take 3.8 MB at 112 cells, where bits over a picture of 1024 pixels a side would take 39 MB. What has no
+    300 objects take 3.8 MB at 112 cells, where bits over an image of 1024 pixels a side would take 39 MB. What has no
     segmentation is taken to fill its box.
     """
 
@@ -309,7 +309,7 @@ class MaskReader:
 
 @dataclass(frozen=True, kw_only=True)
 class RegionBoxReader:
-    """The boxes of stored regions, where the picture now shows them: float32 [B, M, 4], padded with zeros.
+    """The boxes of stored regions, where the image now shows them: float32 [B, M, 4], padded with zeros.
 
     Those that were cut away are zeros too, since rows belong to those of :class:`RegionFeatureReader`. The first
     ``most`` regions are taken, the best ones.
@@ -326,14 +326,14 @@ class RegionBoxReader:
         return (self.wanted,)
 
     def read(self, sample: Sample, place: tuple[int, int]) -> Tensor:
-        """float32 [m, 4]; raises ``SidecarError`` for regions of a picture of another size."""
+        """float32 [m, 4]; raises ``SidecarError`` for regions of an image of another size."""
         row, found = sample.rows[self.wanted.name], self.scene.find(sample, place)
         boxes = np.array(row["boxes"], np.float64).reshape(-1, 4)[: self.most]
         height, width = found.objects.height, found.objects.width
         if len(boxes) and (row["height"], row["width"]) != (height, width):
             sizes = f"{row['width']} x {row['height']} pixels, its boxes of one of {width} x {height}"
             raise SidecarError(
-                f"{self.wanted.name} of sample {sample.key} are of a picture of {sizes}; make them with "
+                f"{self.wanted.name} of sample {sample.key} are of an image of {sizes}; make them with "
                 f"{self.wanted.job}"
             )
         moved = found.place.boxes(boxes * [width, height, width, height])

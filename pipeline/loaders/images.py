@@ -1,13 +1,13 @@
-"""Encoded pictures to uint8 tensors: decode, crop, resize.
+"""Encoded images to uint8 tensors: decode, crop, resize.
 
-A picture stays uint8 until it is on the training device, where the model normalises it: a quarter of the bytes
+An image stays uint8 until it is on the training device, where the model normalises it: a quarter of the bytes
 through shared memory and over PCIe. The resize is antialiased bicubic, as Pillow's and open_clip's, to within one
 level; it runs on torch's vectorised uint8 kernel, five times faster than Pillow's.
 
 For training, a JPEG of which a box much larger than the result is asked for is decoded at a half, a quarter or an
 eighth of its size, which libjpeg does in the frequency domain. What remains is at least 1.25 times the result; the
-box lies on the pixels of the smaller picture, so nothing is shifted. Measured in tests/loaders/test_images.py: 38 dB
-or more on average against Pillow's bicubic of the same box of the whole picture. Evaluation decodes whole pictures.
+box lies on the pixels of the smaller image, so nothing is shifted. Measured in tests/loaders/test_images.py: 38 dB
+or more on average against Pillow's bicubic of the same box of the whole image. Evaluation decodes whole images.
 """
 
 import math
@@ -33,25 +33,25 @@ Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 
 CROPS = 3  # purpose of random words, see order.py
-MAX_PIXELS = 64_000_000  # a shard's pictures are small; more is an attack or a mistake
+MAX_PIXELS = 64_000_000  # a shard's images are small; more is an attack or a mistake
 ATTEMPTS = 10
 SHRINKS = (8, 4, 2)  # 1 / what libjpeg decodes to with vector instructions; 3/8, 5/8 and so on are slower than 1
-MARGIN = 1.25  # of a picture decoded smaller over the result; with less, sharp photographs fall to 36 dB
+MARGIN = 1.25  # of an image decoded smaller over the result; with less, sharp photographs fall to 36 dB
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTransform:
-    """How a picture becomes a tensor of ``size`` (height, width).
+    """How an image becomes a tensor of ``size`` (height, width).
 
     ``crop`` is
 
     - ``"centre"``: resize as ``fit`` says, then the middle; what evaluation uses, equal to open_clip's transform;
     - ``"square"``: a random square with the short side's length, the only augmentation of the CLIP paper (section 2.5);
-    - ``"resized"``: a random box with an area of ``scale`` times the picture's and an aspect ratio within ``ratio``.
+    - ``"resized"``: a random box with an area of ``scale`` times the image's and an aspect ratio within ``ratio``.
 
     ``fit`` is ``"shortest"`` (short side to size, then crop), ``"longest"`` (long side to size, then pad with
     ``fill``) or ``"squash"``. The random boxes are resized to ``size`` whatever ``fit`` says. ``flip`` is the
-    probability of a mirrored picture.
+    probability of a mirrored image.
     """
 
     size: tuple[int, int]
@@ -84,7 +84,7 @@ class ImageTransform:
         return self._flipped(tensor, words)
 
     def read(self, content: bytes, words: NDArray[np.uint64] | None = None) -> Tensor:
-        """The encoded picture ``content`` to uint8 [3, height, width]: as decoding and calling, or faster.
+        """The encoded image ``content`` to uint8 [3, height, width]: as decoding and calling, or faster.
 
         Raises:
             UnreadableSample: as :func:`decode`.
@@ -99,11 +99,11 @@ class ImageTransform:
         return self(decode(content), words)
 
     def box(self, height: int, width: int, words: NDArray[np.uint64]) -> Box:
-        """(top, left, height, width) of the part of a picture that a random crop shows."""
+        """(top, left, height, width) of the part of an image that a random crop shows."""
         return self._place(height, width, words)[0]
 
     def _place(self, height: int, width: int, words: NDArray[np.uint64]) -> tuple[Box, int]:
-        """The box, and how many times smaller the picture may be decoded: its edges are multiples of that."""
+        """The box, and how many times smaller the image may be decoded: its edges are multiples of that."""
         top, left, box_height, box_width = self._box(height, width, _uniforms(words[1:]))
         ratio = min(box_height / self.size[0], box_width / self.size[1]) / MARGIN
         shrink = next((shrink for shrink in SHRINKS if ratio >= shrink), 1)
@@ -142,7 +142,7 @@ class ImageTransform:
 
 
 def read_crops(content: bytes, crops: Sequence[tuple[ImageTransform, NDArray[np.uint64]]]) -> list[Tensor]:
-    """Several random crops of the picture ``content``, each a transform with its random words, from one decoding.
+    """Several random crops of the image ``content``, each a transform with its random words, from one decoding.
 
     A JPEG is decoded as small as the crop allows that needs the most pixels.
 
@@ -164,7 +164,7 @@ def read_crops(content: bytes, crops: Sequence[tuple[ImageTransform, NDArray[np.
 
 
 def crop_words(seed: int, epoch: int, number: int) -> NDArray[np.uint64]:
-    """The random words for the picture of sample ``number`` in ``epoch``; a pure function of the arguments."""
+    """The random words for the image of sample ``number`` in ``epoch``; a pure function of the arguments."""
     return random_words(seed, CROPS, epoch, number, 1 + 4 * ATTEMPTS)
 
 
@@ -199,10 +199,10 @@ def resize(pixels: Pixels, size: tuple[int, int], interpolation: str = "bicubic"
 
 
 def decode(content: bytes) -> Pixels:
-    """The picture in ``content`` as uint8 [H, W, 3]; grey, CMYK, palette and alpha become plain RGB.
+    """The image in ``content`` as uint8 [H, W, 3]; grey, CMYK, palette and alpha become plain RGB.
 
     Raises:
-        UnreadableSample: no picture, a broken one, or one with more than ``MAX_PIXELS`` pixels.
+        UnreadableSample: no image, a broken one, or one with more than ``MAX_PIXELS`` pixels.
     """
     if content[:2] == b"\xff\xd8":
         try:
@@ -238,11 +238,11 @@ def _decode_smaller(content: bytes, size: tuple[int, int], shrink: int) -> Pixel
 
 def _decode_with_pillow(content: bytes) -> Pixels:
     try:
-        # Pillow warns about odd metadata and large pictures; both are judged here.
-        with warnings.catch_warnings(action="ignore"), Image.open(BytesIO(content)) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise UnreadableSample(f"{picture.width} x {picture.height} pixels")
-            return np.array(picture.convert("RGB"))  # a copy: torch warns about memory it may not write
+        # Pillow warns about odd metadata and large images; both are judged here.
+        with warnings.catch_warnings(action="ignore"), Image.open(BytesIO(content)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise UnreadableSample(f"{image.width} x {image.height} pixels")
+            return np.array(image.convert("RGB"))  # a copy: torch warns about memory it may not write
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UnreadableSample(str(error)) from error
 

@@ -22,7 +22,7 @@ HELD_BYTES = 64 << 20  # of sidecars' rows, in each process
 
 
 class UnreadableSample(Exception):
-    """A sample that cannot become an element of a batch: no picture in its bytes, no caption.
+    """A sample that cannot become an element of a batch: no image in its bytes, no caption.
 
     Training counts it and takes the next sample of the shard; it is never seen by a user.
     """
@@ -45,7 +45,7 @@ class Fielded(Protocol):
 def check_fields(snapshot: Fielded, wanted: Collection[str]) -> None:
     """Raise ``DataError`` unless the snapshot's samples have the fields ``wanted``.
 
-    ``image`` stands for a picture in any format that shards hold.
+    ``image`` stands for an image in any format that shards hold.
     """
     for field in wanted:
         names = IMAGE_FIELDS if field == "image" else (field,)

@@ -4,13 +4,13 @@ Wortsman, Ilharco, Kim, Li, Kornblith, Roelofs, Gontijo-Lopes, Hajishirzi, Farha
 fine-tuning of zero-shot models", arXiv 2109.01903 (WiSE-FT), section 3, and the protocol by which SLIP is fine-tuned
 (Mu et al. 2021, arXiv 2112.12750, section 4.2, which is that of BEiT).
 
-The idea: put a linear layer behind the image tower and train both on labelled pictures. With unit features x of a
-picture, class vectors w_c and biases b_c the loss is the cross-entropy of the logits w_c.x + b_c. The head begins as
+The idea: put a linear layer behind the image tower and train both on labelled images. With unit features x of an
+image, class vectors w_c and biases b_c the loss is the cross-entropy of the logits w_c.x + b_c. The head begins as
 the zero-shot classifier, w_c = t y_c with the scale t and the mean y_c of a class's prompts, so that the first step
 starts from the zero-shot model and the mean of both models' weights is a model too (jobs/average_checkpoints.py). Or it
 begins at zero or at random, which needs no text; the features may then be those before the tower's projection.
 
-The text tower stays as it is, and so does the scale: what was a CLIP still compares pictures with texts.
+The text tower stays as it is, and so does the scale: what was a CLIP still compares images with texts.
 
 Left out: stochastic depth and random erasing of BEiT's recipe, which open_clip's towers and torchvision's batched
 transforms have no door for; its RandAugment.
@@ -56,9 +56,9 @@ class Config(clip.Config):
     label_smoothing: float = 0.0
     """Share of the target that goes to all classes alike."""
     mixup: float = 0.0
-    """Mix pictures and labels (arXiv 1710.09412), by a share drawn from Beta(this, this); 0 for never."""
+    """Mix images and labels (arXiv 1710.09412), by a share drawn from Beta(this, this); 0 for never."""
     cutmix: float = 0.0
-    """Paste a box of another picture (arXiv 1905.04899), likewise. With both, each batch has one of them."""
+    """Paste a box of another image (arXiv 1905.04899), likewise. With both, each batch has one of them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,7 +116,7 @@ class Classifier(clip.Clip):
         return self.config.class_names
 
     def readers(self, train: bool, *, seed: int = 0, caption: str = "txt") -> dict[str, Reader]:
-        """Pictures, and the numbers of their classes."""
+        """Images, and the numbers of their classes."""
         label = LabelReader(classes=self.config.class_names, key=self.config.label_key)
         return {**super().readers(train, seed=seed, caption=caption), "label": label}
 
@@ -126,11 +126,11 @@ class Classifier(clip.Clip):
 
     def embed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The cross-entropy of each row."""
-        pictures, targets = (batch["image"].float() - self.mean) / self.std, batch["label"]
+        images, targets = (batch["image"].float() - self.mean) / self.std, batch["label"]
         if self._mix is not None and self.training:
-            pictures, targets = self._mix(pictures, targets)
+            images, targets = self._mix(images, targets)
         smoothing = self.config.label_smoothing
-        losses = functional.cross_entropy(self._logits(pictures), targets, label_smoothing=smoothing, reduction="none")
+        losses = functional.cross_entropy(self._logits(images), targets, label_smoothing=smoothing, reduction="none")
         return {"losses": losses}
 
     def compare(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -144,11 +144,11 @@ class Classifier(clip.Clip):
         """Nothing besides the loss."""
         return {}
 
-    def _logits(self, pictures: Tensor) -> Tensor:
+    def _logits(self, images: Tensor) -> Tensor:
         if self.config.features == "tower":
-            features = unprojected(self.model.visual, pictures)
+            features = unprojected(self.model.visual, images)
         else:
-            features = functional.normalize(self.model.encode_image(pictures).float(), dim=-1)
+            features = functional.normalize(self.model.encode_image(images).float(), dim=-1)
         logits: Tensor = self.head(features)
         return logits.float()
 
@@ -181,7 +181,7 @@ def class_vectors(method: clip.Clip, classes: Sequence[str], templates: Sequence
 
 
 def _mixing(config: Config) -> v2.Transform | None:
-    """What mixes the pictures of a batch: uses torch's generator, which the loop seeds in every step."""
+    """What mixes the images of a batch: uses torch's generator, which the loop seeds in every step."""
     classes = len(config.class_names)
     mixers: list[v2.Transform] = []
     if config.mixup:

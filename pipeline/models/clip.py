@@ -2,9 +2,9 @@
 
 Radford, Kim, Hallacy, Ramesh, Goh, Agarwal, Sastry, Askell, Mishkin, Clark, Krueger, Sutskever, 2021, arXiv 2103.00020
 
-The idea: of a batch of pictures and captions, tell which belong together. An image tower and a text tower map both
-into one space; every caption is a class for every picture and the reverse. What is learnt names new classes from
-their description alone. With L2-normalised features x_i of pictures and y_j of captions, B pairs and a learnt
+The idea: of a batch of images and captions, tell which belong together. An image tower and a text tower map both
+into one space; every caption is a class for every image and the reverse. What is learnt names new classes from
+their description alone. With L2-normalised features x_i of images and y_j of captions, B pairs and a learnt
 scale t = exp(s), the loss is (section 2.3, figure 3)
 
     L = -1/2B sum_i [ log softmax_j(t x_i.y_j) at j = i  +  log softmax_j(t y_i.x_j) at j = i ]
@@ -69,9 +69,9 @@ class Config:
     crop: Literal["square", "resized"] = "square"
     """Training crop: the paper's random square, or a box of random area and aspect ratio (open_clip's)."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
-    """Area of a resized crop, as parts of the picture."""
+    """Area of a resized crop, as parts of the image."""
     flip: float = 0.0
-    """Probability of mirroring a training picture."""
+    """Probability of mirroring a training image."""
     text_start: Literal["paper", "bag_of_words"] = "paper"
     """Initial text transformer: random as in the paper, or at first the mean of the words, for runs of minutes."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
@@ -89,7 +89,7 @@ class Config:
     context_length: int | None = None
     """Tokens of a text, where they are not the architecture's; positions of other weights are interpolated."""
     patch_dropout: float = 0.0
-    """Share of a training picture's patches that a vision transformer does not see (FLIP has 0.5 and 0.75)."""
+    """Share of a training image's patches that a vision transformer does not see (FLIP has 0.5 and 0.75)."""
     lock_image: bool = False
     """Train the texts alone, against an image tower that stays as it is (LiT)."""
     lock_image_unlocked: int = 0
@@ -99,7 +99,7 @@ class Config:
     lock_text_unlocked: int = 0
     teacher: str = ""
     """A CLIP to learn from, ARCHITECTURE:WEIGHTS with a tag, a file or a checkpoint folder, or local-dir:FOLDER; it
-    sees the student's pictures and needs its tokenizer."""
+    sees the student's images and needs its tokenizer."""
     distillation: float = 0.5
     """The teacher's share of the loss, of which the captions have the rest: 0.5 is open_clip's, 1 MobileCLIP's."""
 
@@ -162,9 +162,9 @@ class Clip(EmbeddingMethod):
                 torch.nn.init.constant_(bias, config.sigmoid_bias)
         self._still = self._locked()
         self.teacher: Teacher | None = None
-        pictures = openclip.preprocessing(self.model)
-        self.register_buffer("mean", torch.tensor(pictures["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(pictures["std"]).view(1, 3, 1, 1) * 255, persistent=False)
+        images = openclip.preprocessing(self.model)
+        self.register_buffer("mean", torch.tensor(images["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(images["std"]).view(1, 3, 1, 1) * 255, persistent=False)
 
     @classmethod
     def smallest(cls) -> Config:
@@ -233,7 +233,7 @@ class Clip(EmbeddingMethod):
         return functional.normalize(openclip.encode_text(self.model, text).float(), dim=-1)
 
     def embed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The features of pictures and captions."""
+        """The features of images and captions."""
         return {"image": self.encode_image(batch["image"]), "text": self.encode_text(batch["text"])}
 
     def targets(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a detector finds in a picture, whichever method it is, and how it is asked."""
+"""What a detector finds in an image, whichever method it is, and how it is asked."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from pipeline.shards.objects import names_of, plain_word
 
 @dataclass(frozen=True)
 class Detections:
-    """The things found in one picture, the best first, on the CPU.
+    """The things found in one image, the best first, on the CPU.
 
-    ``boxes`` are x1, y1, x2, y2 in pixels of the picture as it was given, float32 [n, 4], inside it; ``scores``
+    ``boxes`` are x1, y1, x2, y2 in pixels of the image as it was given, float32 [n, 4], inside it; ``scores``
     float32 [n], 0 to 1; ``labels`` int64 [n], places in the words that were asked for. ``masks``, where the method has
-    them, are probabilities on a grid over each box, float32 [n, m, m]; :meth:`whole_masks` puts them into the picture.
+    them, are probabilities on a grid over each box, float32 [n, m, m]; :meth:`whole_masks` puts them into the image.
     """
 
     boxes: Tensor
@@ -30,7 +30,7 @@ class Detections:
         return len(self.scores)
 
     def whole_masks(self, height: int, width: int, first: int = 0, last: int | None = None) -> Tensor:
-        """Bool [k, height, width]: the masks of the things ``first`` to ``last`` in a picture of this size.
+        """Bool [k, height, width]: the masks of the things ``first`` to ``last`` in an image of this size.
 
         A thousand at once may not fit in memory, so ask for some at a time.
         """
@@ -42,7 +42,7 @@ class Detections:
         return whole
 
     def mask_in(self, place: int, height: int, width: int) -> tuple[slice, slice, Tensor]:
-        """The rows and columns of a picture of this size that the thing at ``place`` may cover, and its mask there,
+        """The rows and columns of an image of this size that the thing at ``place`` may cover, and its mask there,
         bool [rows, columns]."""
         require(self.masks is not None, "masks", None, "a method that gives masks")
         x1, y1, x2, y2 = self.boxes[place].tolist()
@@ -70,9 +70,9 @@ class Detector(Protocol):
     """Every method that finds the things that words name."""
 
     def predict(
-        self, pictures: Sequence[Tensor], words: Sequence[str], base: Collection[str] | None = None
+        self, images: Sequence[Tensor], words: Sequence[str], base: Collection[str] | None = None
     ) -> list[Detections]:
-        """The detections in ``pictures``, uint8 [3, H, W] each of its own size, on the method's device or the CPU.
+        """The detections in ``images``, uint8 [3, H, W] each of its own size, on the method's device or the CPU.
 
         ``words`` are any names; ``couch; sofa`` are two of one thing. ``base`` are those of them that the method was
         trained on, where it matters how it knows a word; by default those that it finds among its training classes.

@@ -1,6 +1,6 @@
 """Losses over the pairs of all ranks, in tiles: softmax (InfoNCE), sigmoid (SigLIP), and distillation from a teacher.
 
-With features x_i of pictures and y_j of texts, B pairs on W ranks, a scale t and a bias b, the logits are
+With features x_i of images and y_j of texts, B pairs on W ranks, a scale t and a bias b, the logits are
 S = t x_i.y_j (+ b), and the losses of the global batch
 
     softmax:  1/2B sum_i [ log sum_j exp S_ij + log sum_j exp S_ji - 2 S_ii ]      van den Oord et al., arXiv 1807.03748
@@ -15,9 +15,9 @@ columns; the backward pass computes the tiles again, and their slopes from these
 size of S in all, where the plain softmax loss has six, and memory linear in B. (Memory: Cheng et al., Inf-CL, arXiv
 2410.17243.)
 
-Each rank owns the rows of its pictures. It needs the texts of all: how they come to it, and how their sums and
+Each rank owns the rows of its images. It needs the texts of all: how they come to it, and how their sums and
 gradients go back, is an :class:`Exchange`: gathered at once, or passed round a ring (arXiv 2303.15343, section 3.3).
-Pictures do not travel.
+Images do not travel.
 
 A rank's value is the mean over its own pairs, so that the mean over ranks is the loss of the global batch. A gradient
 is that of the sum of all ranks' values, as with a gather that has gradients: averaged over ranks, those of all

@@ -68,7 +68,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def transforms(self, train: bool) -> ImageTransform:
-        """How a picture becomes this method's input; ``train`` adds random augmentation."""
+        """How an image becomes this method's input; ``train`` adds random augmentation."""
 
     def readers(self, train: bool, *, seed: int = 0, caption: str = "txt") -> dict[str, Reader]:
         """How samples become batches with the keys in ``fields``; methods with other keys add theirs."""

@@ -7,15 +7,15 @@ The idea: at every place of every level of the pyramid stand a few anchors, boxe
 small convolutions say of each whether it covers a thing, and by how much it has to be moved to fit it; what is a
 thing, and not which thing, is learnt from boxes of base classes and holds for classes that have none. With o_i the
 score of a drawn anchor, p_i whether it covers a thing (an overlap of 0.7 or more, or the best of a thing), d_i its
-four moves, t_i the right ones, S the drawn anchors of the batch's B pictures and P_l those of level l that cover one:
+four moves, t_i the right ones, S the drawn anchors of the batch's B images and P_l those of level l that cover one:
 
     L = 1/256B sum_(i in S) BCE(sigmoid(o_i), p_i)  +  sum_l 1/4|P_l| sum_(i in P_l) Huber(d_i - t_i)
 
-with the Huber loss of delta 1/9, both as ViLD's code has them. 256 anchors of each picture are drawn, half of them
+with the Huber loss of delta 1/9, both as ViLD's code has them. 256 anchors of each image are drawn, half of them
 ones that cover something where there are as many. The best proposals that do not overlap each other by more than 0.7
-are kept. ViLD trains one on base classes alone, and takes 300 of its proposals of each picture for its image branch.
+are kept. ViLD trains one on base classes alone, and takes 300 of its proposals of each image for its image branch.
 
-The network is torchvision's, on any ResNet of timm. Random numbers belong to a picture, so that it does not matter
+The network is torchvision's, on any ResNet of timm. Random numbers belong to an image, so that it does not matter
 which process has it; batch normalisation over processes is torch's SyncBatchNorm, which runs on GPUs.
 
 Left out: ViLD's batch normalisation inside the proposal head, and its anchors at the middle of a cell (torchvision's
@@ -48,7 +48,7 @@ from pipeline.models.detections import check_words
 from pipeline.models.method import Method
 from pipeline.models.towers import small_resnet  # noqa: F401 - timm's registry learns of it
 
-STD = (58.4, 57.1, 57.4)  # ImageNet's; the mean is that with which pictures are filled
+STD = (58.4, 57.1, 57.4)  # ImageNet's; the mean is that with which images are filled
 MOMENTUM, EPSILON = 0.003, 1e-4  # of batch normalisation, as ViLD's code has them
 
 
@@ -63,7 +63,7 @@ class Config:
     levels: tuple[int, ...] = (1, 2, 3, 4)
     """Stages of the backbone that are levels of the pyramid; one more, half as large, is added on top."""
     norm: Literal["batch", "group"] = "batch"
-    """Normalisation: over the batch of all processes, or over groups of a picture's channels."""
+    """Normalisation: over the batch of all processes, or over groups of an image's channels."""
     pyramid_width: int = 256
     """Channels of every level."""
     anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
@@ -73,24 +73,24 @@ class Config:
     head_depth: int = 2
     """Convolutions of the proposal head."""
     anchors_drawn: int = 256
-    """Anchors of each picture that the loss counts."""
+    """Anchors of each image that the loss counts."""
     proposals_tried: int = 2000
     """Best proposals of each level, among which overlapping ones are removed."""
     proposals_kept: int = 1000
-    """Proposals of a picture."""
+    """Proposals of an image."""
     proposal_overlap: float = 0.7
     """Intersection over union from which on the worse of two proposals is removed."""
     class_names: tuple[str, ...] = ()
     """Labels of the objects that are learnt, in the order of their numbers: the base classes; all where none is named.
     """
     image_size: int = 1024
-    """Pixels of the square in which pictures are seen."""
+    """Pixels of the square in which images are seen."""
     jitter_scale: tuple[float, float] = (0.1, 2.0)
-    """Training pictures are resized by a factor between these, times the size at which they fit, and cut."""
+    """Training images are resized by a factor between these, times the size at which they fit, and cut."""
     flip: float = 0.5
-    """Probability of mirroring a training picture."""
+    """Probability of mirroring a training image."""
     most_objects: int = 300
-    """Objects of a picture that are learnt from."""
+    """Objects of an image that are learnt from."""
 
     def __post_init__(self) -> None:
         require(len(self.levels) >= 1, "levels", self.levels, "one or more")
@@ -106,7 +106,7 @@ class Config:
         self.jitter()
 
     def jitter(self, train: bool = True) -> Jitter:
-        """How pictures are laid into the square."""
+        """How images are laid into the square."""
         if train:
             return Jitter(size=self.image_size, scale=self.jitter_scale, flip=self.flip)
         return Jitter(size=self.image_size, scale=(1.0, 1.0), flip=0.0)
@@ -123,7 +123,7 @@ class BatchNorm(nn.SyncBatchNorm):
     """torch's batch normalisation over all processes, for a head that may see nothing.
 
     Of an empty input torch sends statistics in the input's type, of others in float32: with bfloat16 a rank whose
-    pictures show no object would send half of what the others expect.
+    images show no object would send half of what the others expect.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def _group_norm(channels: int, **place: Any) -> nn.GroupNorm:
 
 @dataclass(frozen=True)
 class Proposed:
-    """Proposals of each picture, the best first, ``boxes`` [n, 4] with ``scores`` [n], 0 to 1; and of all anchors, [A,
+    """Proposals of each image, the best first, ``boxes`` [n, 4] with ``scores`` [n], 0 to 1; and of all anchors, [A,
     4], their ``logits`` [B, A] and ``moves`` [B, A, 4], A counted by level in ``counts``."""
 
     boxes: list[Tensor]
@@ -152,24 +152,24 @@ class Proposed:
 class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]  # torchvision is not typed
     """torchvision's, apart into proposing and its loss; the loss is ViLD's."""
 
-    def propose(self, pictures: Tensor, extents: Sequence[tuple[int, int]], features: Mapping[str, Tensor]) -> Proposed:
-        """Proposals inside the ``extents`` (height, width) of pictures [B, 3, S, S] from their pyramid."""
+    def propose(self, images: Tensor, extents: Sequence[tuple[int, int]], features: Mapping[str, Tensor]) -> Proposed:
+        """Proposals inside the ``extents`` (height, width) of images [B, 3, S, S] from their pyramid."""
         levels = list(features.values())
         logits, moves = self.head(levels)
         counts = tuple(level.shape[1] * level.shape[2] * level.shape[3] for level in logits)
         # The generator makes anchors of the features' type, and in bfloat16 they would be off by pixels.
         shapes = [level.new_empty((), dtype=torch.float32).expand(level.shape) for level in levels]
-        anchors = self.anchor_generator(ImageList(pictures, list(extents)), shapes)
+        anchors = self.anchor_generator(ImageList(images, list(extents)), shapes)
         logits, moves = concat_box_prediction_layers(logits, moves)
-        logits, moves = logits.float().view(len(pictures), -1), moves.float()
-        decoded = self.box_coder.decode(moves.detach(), anchors).view(len(pictures), -1, 4)
+        logits, moves = logits.float().view(len(images), -1), moves.float()
+        decoded = self.box_coder.decode(moves.detach(), anchors).view(len(images), -1, 4)
         boxes, scores = self.filter_proposals(decoded, logits, list(extents), list(counts))
-        return Proposed(boxes, scores, anchors[0], logits, moves.view(len(pictures), -1, 4), counts)
+        return Proposed(boxes, scores, anchors[0], logits, moves.view(len(images), -1, 4), counts)
 
     def losses(
         self, proposed: Proposed, targets: Sequence[Tensor], draws: Sequence[torch.Generator], average: "Average"
     ) -> dict[str, Tensor]:
-        """``objectness`` and ``proposal_box`` for the boxes [n, 4] of each picture in ``targets``, in float32."""
+        """``objectness`` and ``proposal_box`` for the boxes [n, 4] of each image in ``targets``, in float32."""
         with torch.autocast(proposed.logits.device.type, enabled=False):
             return self._losses(proposed, targets, draws, average)
 
@@ -240,9 +240,9 @@ class Network(nn.Module):
             nms_thresh=config.proposal_overlap,
         )
 
-    def features(self, pictures: Tensor) -> dict[str, Tensor]:
-        """Normalised pictures [B, 3, S, S] to the pyramid's levels, the finest first."""
-        levels = {str(number): level for number, level in enumerate(self.body(pictures))}
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """Normalised images [B, 3, S, S] to the pyramid's levels, the finest first."""
+        levels = {str(number): level for number, level in enumerate(self.body(images))}
         found: dict[str, Tensor] = self.pyramid(levels)
         return found
 
@@ -265,7 +265,7 @@ class Proposals(Method):
 
     @classmethod
     def smallest(cls) -> Config:
-        """A pyramid of two levels and the one above, on pictures of 64 pixels."""
+        """A pyramid of two levels and the one above, on images of 64 pixels."""
         return Config(**SMALLEST)
 
     @classmethod
@@ -286,7 +286,7 @@ class Proposals(Method):
         return cls(config, description)
 
     def transforms(self, train: bool) -> ImageTransform:
-        """The whole picture in the square, for those who want pictures alone; see :meth:`readers`."""
+        """The whole image in the square, for those who want images alone; see :meth:`readers`."""
         return ImageTransform(size=(self.config.image_size,) * 2, fit="longest", interpolation="bilinear")
 
     def scene(self, train: bool, seed: int) -> Scene:
@@ -295,7 +295,7 @@ class Proposals(Method):
         return Scene(jitter=config.jitter(train), classes=config.class_names, most=config.most_objects, seed=seed)
 
     def readers(self, train: bool, *, seed: int = 0, caption: str = "txt") -> dict[str, Reader]:
-        """Pictures in the square, where they lie there, and their objects' boxes."""
+        """Images in the square, where they lie there, and their objects' boxes."""
         scene = self.scene(train, seed)
         return {
             "image": SceneReader(scene=scene),
@@ -309,18 +309,18 @@ class Proposals(Method):
         # All that a GPU has to answer comes before it is given the network, which it would have to finish first.
         draws, extents = generators(batch["draws"]), extents_of(batch["extent"])
         targets = [boxes[real_boxes(boxes)] for boxes in batch["boxes"]]
-        pictures = self.normalised(batch["image"])
-        features = self.model.features(pictures)
-        proposed = self.model.proposer.propose(pictures, extents, features)
+        images = self.normalised(batch["image"])
+        features = self.model.features(images)
+        proposed = self.model.proposer.propose(images, extents, features)
         return self.model.proposer.losses(proposed, targets, draws, self.average)
 
     @torch.no_grad()
-    def propose(self, pictures: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Boxes x1, y1, x2, y2 in pixels, float32 [n, 4], and scores [n] of pictures uint8 [3, H, W], the best first.
+    def propose(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Boxes x1, y1, x2, y2 in pixels, float32 [n, 4], and scores [n] of images uint8 [3, H, W], the best first.
 
         On the method's device; in training mode too, statistics of batch normalisation apart.
         """
-        square, places = self.laid_out(pictures)
+        square, places = self.laid_out(images)
         features = self.model.features(square)
         proposed = self.model.proposer.propose(square, [place.extent for place in places], features)
         return [
@@ -328,19 +328,18 @@ class Proposals(Method):
             for boxes, scores, place in zip(proposed.boxes, proposed.scores, places, strict=True)
         ]
 
-    def laid_out(self, pictures: Sequence[Tensor]) -> tuple[Tensor, list[Place]]:
-        """Pictures uint8 [3, H, W], each of its size, as normalised [B, 3, S, S], and where they lie there."""
+    def laid_out(self, images: Sequence[Tensor]) -> tuple[Tensor, list[Place]]:
+        """Images uint8 [3, H, W], each of its size, as normalised [B, 3, S, S], and where they lie there."""
         jitter = self.config.jitter(train=False)
-        places = [jitter.whole(*picture.shape[1:]) for picture in pictures]
+        places = [jitter.whole(*image.shape[1:]) for image in images]
         squares = [
-            place.picture(picture.permute(1, 2, 0).cpu().numpy())
-            for place, picture in zip(places, pictures, strict=True)
+            place.image(image.permute(1, 2, 0).cpu().numpy()) for place, image in zip(places, images, strict=True)
         ]
         return self.normalised(torch.stack(squares).to(self.mean.device)), places
 
-    def normalised(self, pictures: Tensor) -> Tensor:
+    def normalised(self, images: Tensor) -> Tensor:
         """uint8 to float32 of mean 0 and variance 1; what was filled becomes 0."""
-        return ((pictures.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return ((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def average(self, counts: Tensor) -> Tensor:
         """See :data:`Average`."""
@@ -369,7 +368,7 @@ def generators(draws: Tensor) -> list[torch.Generator]:
 
 
 def unplaced(boxes: Tensor, place: Place) -> Tensor:
-    """Boxes [n, 4] in the square as boxes in the picture, inside it; for a place without a mirror or an offset."""
+    """Boxes [n, 4] in the square as boxes in the image, inside it; for a place without a mirror or an offset."""
     across, down = place.width / place.scaled[1], place.height / place.scaled[0]
     limits = boxes.new_tensor([place.width, place.height] * 2)
     return torch.minimum((boxes * boxes.new_tensor([across, down] * 2)).clamp(min=0), limits)
@@ -389,7 +388,7 @@ SMALL: dict[str, Any] = {
     "jitter_scale": (0.8, 1.25),
     "most_objects": 20,
 }
-"""For drawn pictures: minutes on a CPU."""
+"""For drawn images: minutes on a CPU."""
 
 SMALLEST: dict[str, Any] = {
     **SMALL,
@@ -404,5 +403,5 @@ SMALLEST: dict[str, Any] = {
 
 
 def small(**differences: Any) -> Config:
-    """The proposer for drawn pictures, but for ``differences``."""
+    """The proposer for drawn images, but for ``differences``."""
     return replace(Config(**SMALL), **differences)

@@ -2,10 +2,10 @@
 
 Mu, Kirillov, Wagner, Xie, 2021, arXiv 2112.12750
 
-The idea: beside CLIP's loss, pull two strongly augmented crops of the same picture together, as SimCLR does (Chen,
+The idea: beside CLIP's loss, pull two strongly augmented crops of the same image together, as SimCLR does (Chen,
 Kornblith, Norouzi, Hinton, 2020, arXiv 2002.05709). Both share the image tower: one view goes to the captions, two
 others to a projection head of their own, which reads the tower's output before CLIP's projection. With unit outputs
-a_i, b_i of the head for the two views of picture i, B pictures and temperature t = 0.1, the loss is
+a_i, b_i of the head for the two views of image i, B images and temperature t = 0.1, the loss is
 
     L = CLIP + c SimCLR,   SimCLR = -1/2B sum_i [ log p(a_i, b_i) + log p(b_i, a_i) ],    c = 1
     p(a_i, b_i) = exp(a_i.b_i / t) / ( sum_j exp(a_i.b_j / t) + sum_(j != i) exp(a_i.a_j / t) )
@@ -58,7 +58,7 @@ class Config(clip.Config):
     ssl_width: int = 256
     """Width of its output."""
     view_scale: tuple[float, float] = (0.08, 1.0)
-    """Area of the two self-supervised crops, as parts of the picture."""
+    """Area of the two self-supervised crops, as parts of the image."""
     view_flip: float = 0.5
     """Probability of mirroring one of them."""
     colours: Colours = field(default_factory=Colours)
@@ -172,7 +172,7 @@ class Slip(clip.Clip):
 def nt_xent(first: Tensor, second: Tensor, temperature: float, gather: Gather = alone) -> Tensor:
     """SimCLR's loss of two views' unit rows, float [B, D]: the mean over this rank's rows, a scalar.
 
-    A row's negatives are the other pictures' rows of both views, of all ranks; its own is left out.
+    A row's negatives are the other images' rows of both views, of all ranks; its own is left out.
     """
     with torch.autocast(first.device.type, enabled=False):
         all_first, all_second = gather(torch.cat([first, second], dim=1)).chunk(2, dim=1)

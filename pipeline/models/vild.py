@@ -25,7 +25,7 @@ of regions with an object, mask the binary cross-entropy of 28 x 28 pixels; both
 ``image`` has no background: its score is the geometric mean of q and the proposal's objectness, a rule of ours.
 
 Where we differ from the authors' code: classes without boxes are not in the softmax, where it has them with logits of 0
-(``zeroed_classes`` counts them back in); all that moves a picture moves its stored regions, where it mirrors pictures
+(``zeroed_classes`` counts them back in); all that moves an image moves its stored regions, where it mirrors images
 and regions by two coins; regions are cut by torchvision's RoIAlign from the levels up to 1/32, and the level at 1/64 is
 torchvision's max-pooling of that at 1/32; linear layers have no batch normalisation, nor has the mask head behind its
 deconvolution. Boxes that cover an object by exactly a half are background, as there.
@@ -91,7 +91,7 @@ class Config(proposals.Config):
     regions: str = "regions"
     """Name of the sidecar with the stored regions."""
     most_regions: int = 300
-    """Stored regions of a picture that are learnt from."""
+    """Stored regions of an image that are learnt from."""
     distillation_weight: float = 0.5
     """w; the paper's ResNet-152 has 1, and 2 in the ensemble."""
     temperature: float = 0.01
@@ -99,7 +99,7 @@ class Config(proposals.Config):
     zeroed_classes: int = 0
     """Classes without boxes that the softmax counts with a logit of 0, as the authors' code does (337 on LVIS)."""
     regions_drawn: int = 512
-    """Regions of each picture that the loss counts."""
+    """Regions of each image that the loss counts."""
     foreground: float = 0.25
     """Share of these that may cover an object."""
     region_size: int = 224
@@ -114,11 +114,11 @@ class Config(proposals.Config):
     mask_cells: int = 112
     """Grid over an object's box on which its true mask is read."""
     detections: int = 300
-    """Detections of a picture."""
+    """Detections of an image."""
     detection_overlap: float = 0.5
     """Intersection over union from which on the worse of two detections of a class is removed."""
     candidates: int = 10_000
-    """Scores of a picture, the best of all regions and words, that become detections before that."""
+    """Scores of an image, the best of all regions and words, that become detections before that."""
     base_share: float = 2 / 3
     """Exponent of the text head's score for base words in an ensemble, and of the image head's for novel ones."""
     start_from: str = ""
@@ -167,7 +167,7 @@ class Branch(nn.Module):
 
 @dataclass(frozen=True)
 class Drawn:
-    """The drawn regions of one picture: ``boxes`` [n, 4], ``labels`` [n], 0 for background, else class + 1, ``matched``
+    """The drawn regions of one image: ``boxes`` [n, 4], ``labels`` [n], 0 for background, else class + 1, ``matched``
     [n], the number of the object that each covers, and ``truth`` [n, 4], its box; the last two mean nothing for
     background."""
 
@@ -252,9 +252,9 @@ class Vild(proposals.Proposals):
         real = [real_boxes(boxes) for boxes in batch["boxes"]]
         targets = [boxes[kept] for boxes, kept in zip(batch["boxes"], real, strict=True)]
         labels = [some[kept] for some, kept in zip(batch["labels"], real, strict=True)]
-        pictures = self.normalised(batch["image"])
-        features = self.model.features(pictures)
-        proposed = self.model.proposer.propose(pictures, extents, features)
+        images = self.normalised(batch["image"])
+        features = self.model.features(images)
+        proposed = self.model.proposer.propose(images, extents, features)
         losses = self.model.proposer.losses(proposed, targets, draws, self.average)
         regions = [self._draw(*one) for one in zip(proposed.boxes, targets, labels, draws, strict=True)]
         masks = None if self.mask is None else self._mask_loss(features, regions, targets, batch["masks"])
@@ -294,7 +294,7 @@ class Vild(proposals.Proposals):
         return losses if masks is None else losses | {"mask": masks / covering}
 
     def _draw(self, proposed: Tensor, boxes: Tensor, labels: Tensor, draw: torch.Generator) -> Drawn:
-        """Regions of one picture among its proposals and the boxes of its objects."""
+        """Regions of one image among its proposals and the boxes of its objects."""
         candidates = torch.cat([proposed, boxes])
         best, matched = candidates.new_zeros(len(candidates)), labels.new_zeros(len(candidates))
         classes, truth = matched, candidates
@@ -305,7 +305,7 @@ class Vild(proposals.Proposals):
         return Drawn(candidates[places], classes[places], matched[places], truth[places])
 
     def _taught(self, batch: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
-        """The stored regions that the pictures show: their boxes, and all their features [S, D]."""
+        """The stored regions that the images show: their boxes, and all their features [S, D]."""
         if self.config.mode not in TAUGHT:
             return [batch["boxes"].new_zeros(0, 4) for _ in batch["boxes"]], batch["boxes"].new_zeros(0, 0)
         real = [real_boxes(boxes) for boxes in batch["region_boxes"]]
@@ -344,14 +344,14 @@ class Vild(proposals.Proposals):
         return logits[:, 0].float()
 
     def _cut(self, crop: MultiScaleRoIAlign, features: Mapping[str, Tensor], boxes: list[Tensor]) -> Tensor:
-        """Crops [N, C, cells, cells]; all pictures are as large as the square, whatever they show."""
+        """Crops [N, C, cells, cells]; all images are as large as the square, whatever they show."""
         sizes = [(self.config.image_size,) * 2 for _ in boxes]
         crops: Tensor = crop(dict(features), boxes, sizes)
         return crops
 
     @torch.no_grad()
     def predict(
-        self, pictures: Sequence[Tensor], words: Sequence[str], base: Collection[str] | None = None
+        self, images: Sequence[Tensor], words: Sequence[str], base: Collection[str] | None = None
     ) -> list[Detections]:
         """See :class:`~pipeline.models.detections.Detector`.
 
@@ -361,7 +361,7 @@ class Vild(proposals.Proposals):
         check_words(words, base)
         known = {plain_word(word) for word in (self.config.class_names if base is None else base)}
         is_base = torch.tensor([plain_word(word) in known for word in words], device=self.mean.device)
-        square, places = self.laid_out(pictures)
+        square, places = self.laid_out(images)
         features = self.model.features(square)
         proposed = self.model.proposer.propose(square, [place.extent for place in places], features)
         crops = self._cut(self.crop, features, proposed.boxes)
@@ -407,7 +407,7 @@ class Vild(proposals.Proposals):
         return by_text
 
     def _best(self, boxes: Tensor, scores: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes [n, 4], scores [n] and labels [n] of a picture's detections, from boxes [N, 4] and scores [N, W]."""
+        """Boxes [n, 4], scores [n] and labels [n] of an image's detections, from boxes [N, 4] and scores [N, W]."""
         boxes = clip_boxes_to_image(boxes, place.extent)
         flat = torch.where(((boxes[:, 2:] - boxes[:, :2]) > 1e-2).all(dim=1)[:, None], scores, 0.0).flatten()
         best, places = flat.topk(min(len(flat), self.config.candidates))
@@ -417,7 +417,7 @@ class Vild(proposals.Proposals):
         return boxes[rows[kept]], best[kept], labels[kept]
 
     def _found_masks(self, features: Mapping[str, Tensor], boxes: list[Tensor]) -> list[Tensor] | None:
-        """float32 [n, 28, 28] of each picture, on the CPU."""
+        """float32 [n, 28, 28] of each image, on the CPU."""
         if self.mask is None:
             return None
         found = self._mask_logits(features, boxes).sigmoid().cpu()
@@ -543,4 +543,4 @@ SMALL_HEADS: dict[str, Any] = {
     "most_regions": 24,
     "detections": 50,
 }
-"""For drawn pictures: see ``proposals.SMALL``."""
+"""For drawn images: see ``proposals.SMALL``."""

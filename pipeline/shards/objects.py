@@ -1,6 +1,6 @@
-"""What is known of the things in a picture: the member ``boxes.json``, COCO's conventions per sample.
+"""What is known of the things in an image: the member ``boxes.json``, COCO's conventions per sample.
 
-    {"width": 640, "height": 480,                        pixels of the picture that boxes and masks are measured in
+    {"width": 640, "height": 480,                        pixels of the image that boxes and masks are measured in
      "objects": [{"label": "cat", "bbox": [x, y, width, height],
                   "segmentation": polygons, or {"size": [height, width], "counts": runs or COCO's string},
                   "iscrowd": 0, "area": 812.5, "id": 17}],
@@ -9,7 +9,7 @@
      "incomplete": ["cat"]}                              labels of which only some are marked (LVIS)
 
 Everything but ``width``, ``height``, ``objects``, ``label`` and ``bbox`` may be missing. Whoever wrote the file is not
-trusted: boxes are cut to the picture, and those that then have no area, or were no numbers, are left out and counted.
+trusted: boxes are cut to the image, and those that then have no area, or were no numbers, are left out and counted.
 """
 
 import json
@@ -31,9 +31,9 @@ SMALLEST = 1e-3
 
 @dataclass(frozen=True)
 class Objects:
-    """The things in one picture of ``height`` x ``width`` pixels; the lists belong together.
+    """The things in one image of ``height`` x ``width`` pixels; the lists belong together.
 
-    ``boxes`` are x1, y1, x2, y2 in pixels, float64 [N, 4], inside the picture; ``left_out`` counts unusable ones.
+    ``boxes`` are x1, y1, x2, y2 in pixels, float64 [N, 4], inside the image; ``left_out`` counts unusable ones.
     ``areas``, float64 [N], are what COCO sorts small and large by: the visible pixels where they are stated, else the
     box's. A segmentation is None also where it is an empty list, as tools write that know boxes only. ``federated``:
     only the labels of ``negative`` and of the objects were looked for (LVIS). ``key`` is that of their sample.
@@ -56,10 +56,10 @@ class Objects:
         return len(self.labels)
 
     def check_size(self, height: int, width: int, key: str) -> None:
-        """Raise ``DataError`` unless the picture of sample ``key`` has the size that the boxes are measured in."""
+        """Raise ``DataError`` unless the image of sample ``key`` has the size that the boxes are measured in."""
         if (height, width) != (self.height, self.width):
             sizes = f"{width} x {height} pixels, its boxes are measured in {self.width} x {self.height}"
-            raise DataError(f"the picture of sample {key} has {sizes}: refresh with --resize-mode no")
+            raise DataError(f"the image of sample {key} has {sizes}: refresh with --resize-mode no")
 
 
 def plain_word(word: str) -> str:
@@ -130,7 +130,7 @@ def corners(bbox: Sequence[float]) -> NDArray[np.float64]:
 
 
 def inside(box: NDArray[np.float64], height: int, width: int) -> NDArray[np.float64] | None:
-    """The part of a box (x1, y1, x2, y2) that is in the picture; ``None`` where there is none, or no number."""
+    """The part of a box (x1, y1, x2, y2) that is in the image; ``None`` where there is none, or no number."""
     if not np.isfinite(box).all():
         return None
     cut: NDArray[np.float64] = np.clip(box, 0, [width, height, width, height])

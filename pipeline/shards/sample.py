@@ -9,7 +9,7 @@ from pipeline.config import require
 
 SHARD_WIDTH = 5
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
-# Fields that say where things are in the picture: a resize would make them wrong.
+# Fields that say where things are in the image: a resize would make them wrong.
 GEOMETRIC_FIELDS = ("boxes.json", "mask.png")
 
 
@@ -25,7 +25,7 @@ class Sample:
     rows: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def image(self) -> bytes | None:
-        """The encoded picture, whatever its format; ``None`` where the sample has none."""
+        """The encoded image, whatever its format; ``None`` where the sample has none."""
         return next((self.fields[name] for name in IMAGE_FIELDS if name in self.fields), None)
 
 

@@ -54,7 +54,7 @@ def runs_of_text(text: str) -> list[int]:
 def _from_runs(segmentation: Mapping[str, Any], height: int, width: int) -> NDArray[np.uint8]:
     size, counts = [int(length) for length in segmentation["size"]], segmentation["counts"]
     if size != [height, width]:
-        raise ValueError(f"a mask of {size} in a picture of {[height, width]}")
+        raise ValueError(f"a mask of {size} in an image of {[height, width]}")
     runs = np.asarray(runs_of_text(counts) if isinstance(counts, str) else counts, np.int64)
     if (runs < 0).any() or runs.sum() != height * width:
         raise ValueError(f"runs that cover {runs.sum()} of {height * width} pixels")

@@ -53,7 +53,7 @@ class TarWriter:
         self._append(bytes(-self._size % tarfile.RECORDSIZE))
 
     def _append(self, *parts: bytes) -> None:
-        # One write each: joining them would copy the picture.
+        # One write each: joining them would copy the image.
         for part in parts:
             self._file.write(part)
             self._size += len(part)

@@ -26,7 +26,7 @@ Decode = Callable[[bytes], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """The checks of one snapshot, shard by shard. ``decode`` raises where a picture cannot be decoded."""
+    """The checks of one snapshot, shard by shard. ``decode`` raises where an image cannot be decoded."""
 
     snapshot: Snapshot
     decode: Decode | None = None
@@ -59,7 +59,7 @@ class _Content:
 
     def __init__(self, fields: tuple[str, ...], decode: Decode | None) -> None:
         self._fields, self._decode = set(fields), decode
-        self._pictured = bool(self._fields & set(IMAGE_FIELDS))
+        self._imaged = bool(self._fields & set(IMAGE_FIELDS))
         self.keys: list[str] = []
         self.whole = False
         self._wrong: dict[str, list[str]] = {}
@@ -69,13 +69,13 @@ class _Content:
         unknown = sorted(set(sample.fields) - self._fields)
         if unknown:
             self._note(f"with members that the snapshot does not name ({', '.join(unknown)})", sample)
-        picture = sample.image()
-        if picture is None and self._pictured:
-            self._note("without a picture", sample)
+        image = sample.image()
+        if image is None and self._imaged:
+            self._note("without an image", sample)
         if "json" in sample.fields and not _is_json(sample.fields["json"]):
             self._note("whose json cannot be parsed", sample)
-        if picture is not None and self._decode is not None and not self._decodes(picture):
-            self._note("whose picture cannot be decoded", sample)
+        if image is not None and self._decode is not None and not self._decodes(image):
+            self._note("whose image cannot be decoded", sample)
 
     def wrong(self) -> Iterator[str]:
         for what, keys in self._wrong.items():
@@ -84,10 +84,10 @@ class _Content:
     def _note(self, what: str, sample: Sample) -> None:
         self._wrong.setdefault(what, []).append(sample.key)
 
-    def _decodes(self, picture: bytes) -> bool:
+    def _decodes(self, image: bytes) -> bool:
         assert self._decode is not None
         try:
-            self._decode(picture)
+            self._decode(image)
         except Exception:
             # The sample boundary: decoders raise whatever they like on damaged input.
             return False

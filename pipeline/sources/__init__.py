@@ -1,4 +1,4 @@
-"""Raw rows: url tables, folders of pictures, WebDataset tars, split files, COCO's and LVIS's annotations, the drawn
+"""Raw rows: url tables, folders of images, WebDataset tars, split files, COCO's and LVIS's annotations, the drawn
 world, the Tux Paint stamps and scenes of them.
 
 Each source is one frozen dataclass in a module of its own; a dataset card names it by ``kind``.
@@ -14,7 +14,7 @@ from pipeline.sources.source import Source
 KINDS = {
     "coco": ("pipeline.sources.coco", "Coco"),
     "urls": ("pipeline.sources.url_table", "UrlTable"),
-    "folder": ("pipeline.sources.folder", "PictureFolder"),
+    "folder": ("pipeline.sources.folder", "ImageFolder"),
     "webdataset": ("pipeline.sources.webdataset", "WebDatasetTars"),
     "drawn": ("pipeline.sources.drawn.source", "Drawn"),
     "hugging-face": ("pipeline.sources.hugging_face", "HuggingFaceParquet"),

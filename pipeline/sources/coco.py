@@ -1,14 +1,14 @@
-"""COCO and LVIS as they are published: an annotation file and the pictures, in a folder or still on the web.
+"""COCO and LVIS as they are published: an annotation file and the images, in a folder or still on the web.
 
     jobs/refresh_dataset.py coco --annotations instances_train2017.json --images train2017 --output-folder coco
 
-Each picture becomes a sample with ``boxes.json`` (see ``shards/objects.py``): boxes, polygons, run lengths and crowds
+Each image becomes a sample with ``boxes.json`` (see ``shards/objects.py``): boxes, polygons, run lengths and crowds
 with the numbers of the file, and LVIS's lists of labels that are not there or only partly marked. Planning parses the
 file once and leaves a table with one row group per slice in the scratch folder, from which workers read their slice.
 
-``keep`` leaves out annotations, not pictures: an open-vocabulary detector is trained on pictures whose novel things
+``keep`` leaves out annotations, not images: an open-vocabulary detector is trained on images whose novel things
 have no boxes. What is novel is said by a dataset card, or by LVIS's frequency (rare). ``with_objects`` leaves out the
-pictures that have nothing left, as the usual split of COCO into 48 base and 17 novel classes does.
+images that have nothing left, as the usual split of COCO into 48 base and 17 novel classes does.
 """
 
 import hashlib
@@ -29,9 +29,9 @@ from pipeline.errors import DataError, SampleError
 from pipeline.shards.objects import FIELD, MOST_OBJECTS, plain_word
 from pipeline.shards.storage import Folder
 from pipeline.sources.coco_annotations import (
+    AnnotatedImage,
     Annotations,
     Category,
-    Picture,
     read_annotations,
     read_captions,
 )
@@ -57,23 +57,23 @@ _SCHEMA = pa.schema(_TYPES)
 
 @dataclass(frozen=True, kw_only=True)
 class Coco:
-    """The pictures of an annotation file, in its order."""
+    """The images of an annotation file, in its order."""
 
     kind: ClassVar[str] = "coco"
 
     annotations: str
     """COCO's or LVIS's instances (JSON), at a path or any fsspec URI."""
     images: str = ""
-    """Folder of the pictures, at a path or any fsspec URI that every worker can read, or the beginning of their urls
-    (https://…); empty = download each picture's coco_url."""
+    """Folder of the images, at a path or any fsspec URI that every worker can read, or the beginning of their urls
+    (https://…); empty = download each image's coco_url."""
     captions: str = ""
-    """COCO's captions (JSON), of which each picture gets the first; empty = no captions."""
+    """COCO's captions (JSON), of which each image gets the first; empty = no captions."""
     classes_of: str = ""
     """Dataset card whose classes count; annotations of others are left out. Empty = all categories of the file."""
     keep: Literal["all", "base", "novel"] = "all"
     """Annotations of all classes that count, or of one side: novel or not by the card, or rare or not in LVIS."""
     with_objects: bool = False
-    """Only pictures with an annotation that is kept (crowds count), as Bansal et al. 2018 and OVR-CNN have them."""
+    """Only images with an annotation that is kept (crowds count), as Bansal et al. 2018 and OVR-CNN have them."""
 
     def __post_init__(self) -> None:
         require(bool(self.annotations), "annotations", self.annotations, "COCO's or LVIS's instances (JSON)")
@@ -85,7 +85,7 @@ class Coco:
 
     @property
     def downloads(self) -> bool:
-        """Whether the pictures are to be fetched from the web."""
+        """Whether the images are to be fetched from the web."""
         return not self.images or self.images.startswith(_WEB)
 
     @cached_property
@@ -118,7 +118,7 @@ class Coco:
             scratch.write_atomic(TABLE, path)
 
     def rows(self, piece: Slice) -> Iterator[Row]:
-        """See :class:`~pipeline.sources.source.Source`; a picture that cannot be read is a row with a problem."""
+        """See :class:`~pipeline.sources.source.Source`; an image that cannot be read is a row with a problem."""
         folder, _, name = str(piece.where["uri"]).rpartition("/")
         with Folder(folder).open(name) as file:
             table = pq.ParquetFile(file).read_row_group(int(piece.where["group"]))
@@ -161,19 +161,19 @@ class Coco:
         captions = read_captions(self.captions) if self.captions else {}
         files = None if self.downloads else self._files()
         missing = 0
-        for picture in found.pictures:
-            url, stamp = (self._url(picture), "") if files is None else self._file(picture, files)
+        for image in found.images:
+            url, stamp = (self._url(image), "") if files is None else self._file(image, files)
             missing += files is not None and not stamp
-            require(missing < len(found.pictures), "images", self.images, f"a folder with {url} and the others in it")
-            count, boxes = self._boxes(picture, found)
+            require(missing < len(found.images), "images", self.images, f"a folder with {url} and the others in it")
+            count, boxes = self._boxes(image, found)
             if self.with_objects and not count:
                 continue
-            left_out = sum(found.left_out.get(picture.id, {}).values())
-            about = {"image_id": picture.id, "objects": count, "left_out": left_out}
-            yield {"url": url, "stamp": stamp, "caption": captions.get(picture.id, ""), "boxes": boxes, **about}
+            left_out = sum(found.left_out.get(image.id, {}).values())
+            about = {"image_id": image.id, "objects": count, "left_out": left_out}
+            yield {"url": url, "stamp": stamp, "caption": captions.get(image.id, ""), "boxes": boxes, **about}
         if files is not None:
-            unnamed = len(files) - (len(found.pictures) - missing)
-            message = "%s: %d pictures have no file in %s; %d files there are not in it"
+            unnamed = len(files) - (len(found.images) - missing)
+            message = "%s: %d images have no file in %s; %d files there are not in it"
             logger.info(message, self.annotations, missing, self.images, unnamed)
 
     def _files(self) -> dict[str, str]:
@@ -184,31 +184,31 @@ class Coco:
         base = root.rstrip("/") + "/"
         return {path.split(base, 1)[-1]: file_stamp(about) for path, about in found}
 
-    def _file(self, picture: Picture, files: Mapping[str, str]) -> tuple[str, str]:
-        """The picture's path below the folder and its stamp, which is empty where there is no such file."""
-        wanted = [picture.file, "/".join(picture.url.split("/")[-2:]), *_names(picture)]
+    def _file(self, image: AnnotatedImage, files: Mapping[str, str]) -> tuple[str, str]:
+        """The image's path below the folder and its stamp, which is empty where there is no such file."""
+        wanted = [image.file, "/".join(image.url.split("/")[-2:]), *_names(image)]
         for path in wanted:
             if path and path in files:
                 return path, files[path]
-        return next((path for path in wanted if path), str(picture.id)), ""
+        return next((path for path in wanted if path), str(image.id)), ""
 
-    def _url(self, picture: Picture) -> str:
-        url = picture.url
+    def _url(self, image: AnnotatedImage) -> str:
+        url = image.url
         if self.images:
-            name = picture.file or next(iter(_names(picture)), "")
+            name = image.file or next(iter(_names(image)), "")
             url = f"{self.images.rstrip('/')}/{name}" if name and ".." not in name.split("/") else ""
         if not url.startswith(_WEB):
-            raise DataError(f"{self.annotations}: the picture {picture.id} has no address ({url or picture.file!r})")
+            raise DataError(f"{self.annotations}: the image {image.id} has no address ({url or image.file!r})")
         return url
 
-    def _boxes(self, picture: Picture, found: Annotations) -> tuple[int, bytes]:
+    def _boxes(self, image: AnnotatedImage, found: Annotations) -> tuple[int, bytes]:
         """Number of objects and the member ``boxes.json``."""
         names = {number: one.name for number, one in found.categories.items() if one.word in self.classes}
-        things = [thing for thing in found.things.get(picture.id, ()) if thing.category in names]
+        things = [thing for thing in found.things.get(image.id, ()) if thing.category in names]
         objects = ", ".join(f'{{"label": {json.dumps(names[one.category])}, {one.text[1:]}' for one in things)
-        text = f'{{"width": {picture.width}, "height": {picture.height}, "objects": [{objects}]'
-        if picture.negative is not None and picture.incomplete is not None:
-            lists = (("negative", picture.negative), ("incomplete", picture.incomplete))
+        text = f'{{"width": {image.width}, "height": {image.height}, "objects": [{objects}]'
+        if image.negative is not None and image.incomplete is not None:
+            lists = (("negative", image.negative), ("incomplete", image.incomplete))
             for key, numbers in lists:
                 text += f', "{key}": ' + json.dumps([names[number] for number in numbers if number in names])
         return len(things), (text + "}").encode()
@@ -239,6 +239,6 @@ class Coco:
         )
 
 
-def _names(picture: Picture) -> Iterator[str]:
-    """The picture's bare file name, as its record or its url has it."""
-    return (place.rpartition("/")[2] for place in (picture.file, picture.url) if place)
+def _names(image: AnnotatedImage) -> Iterator[str]:
+    """The image's bare file name, as its record or its url has it."""
+    return (place.rpartition("/")[2] for place in (image.file, image.url) if place)

@@ -4,7 +4,7 @@
      "categories": [{"id", "name", LVIS: "frequency" of r, c or f, "synonyms"}, ...],
      "annotations": [{"image_id", "category_id", "bbox": [x, y, width, height], "segmentation", "iscrowd", ...}, ...]}
 
-LVIS's pictures have ``neg_category_ids`` (searched for, none there) and ``not_exhaustive_category_ids`` (only some are
+LVIS's images have ``neg_category_ids`` (searched for, none there) and ``not_exhaustive_category_ids`` (only some are
 marked). What contradicts itself stops the reading: an id or a name twice, an id that is nowhere, boxes that cannot be
 meant as x, y, width, height. One annotation whose box is unusable is left out and counted by its reason.
 """
@@ -43,14 +43,14 @@ class Thing:
     ``text`` is the JSON of what is kept of it, numbers as they were published.
     """
 
-    picture: int
+    image: int
     category: int
     box: NDArray[np.float64] | None
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class AnnotatedImage:
     """An image record; ``file`` or ``url`` may be empty. The category ids are None where the file has no such lists."""
 
     id: int
@@ -74,9 +74,9 @@ class Category:
 
 @dataclass(frozen=True)
 class Annotations:
-    """A file's content: pictures in its order, categories by id, the usable things of each picture by its id."""
+    """A file's content: images in its order, categories by id, the usable things of each image by its id."""
 
-    pictures: tuple[Picture, ...]
+    images: tuple[AnnotatedImage, ...]
     categories: Mapping[int, Category]
     things: Mapping[int, Sequence[Thing]]
     left_out: Mapping[int, Counter[Reason]]
@@ -91,23 +91,23 @@ def read_annotations(uri: str) -> Annotations:
     """
     content = _read(uri, ("images", "annotations", "categories"), "COCO's or LVIS's instances")
     try:
-        pictures = tuple(_picture(record) for record in content["images"])
+        images = tuple(_image(record) for record in content["images"])
         categories = tuple(_category(record) for record in content["categories"])
         things = [thing if isinstance(thing, Thing) else _refused(thing) for thing in content["annotations"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{uri} is not as COCO's files are ({error!r})") from error
-    require(bool(pictures), "annotations", uri, "a file with at least one picture")
-    _check_ids(uri, pictures, categories, things)
-    sizes = {picture.id: (picture.width, picture.height) for picture in pictures}
+    require(bool(images), "annotations", uri, "a file with at least one image")
+    _check_ids(uri, images, categories, things)
+    sizes = {image.id: (image.width, image.height) for image in images}
     _check_boxes(uri, things, sizes)
     kept, left_out = _usable(things, sizes)
     for reason, count in sum(left_out.values(), Counter[Reason]()).most_common():
         logger.warning("%s: %d annotations left out (%s)", uri, count, reason)
-    return Annotations(pictures, {one.id: one for one in sorted(categories, key=lambda one: one.id)}, kept, left_out)
+    return Annotations(images, {one.id: one for one in sorted(categories, key=lambda one: one.id)}, kept, left_out)
 
 
 def read_captions(uri: str) -> dict[int, str]:
-    """The first caption of each picture, by its id, of a captions file.
+    """The first caption of each image, by its id, of a captions file.
 
     Raises:
         SettingError: no file, or one of another kind.
@@ -139,32 +139,30 @@ def _compact(record: dict[str, Any]) -> "dict[str, Any] | Thing":
     """Annotations become texts as soon as they are read: LVIS's, as Python's numbers, would take ten times its size."""
     if not record.keys() >= {"image_id", "category_id", "bbox"}:
         return record
-    picture, category = record["image_id"], record["category_id"]
-    if type(picture) is not int or type(category) is not int:
-        raise DataError(
-            f"an annotation of the picture {picture!r} and the category {category!r}: ids are whole numbers"
-        )
+    image, category = record["image_id"], record["category_id"]
+    if type(image) is not int or type(category) is not int:
+        raise DataError(f"an annotation of the image {image!r} and the category {category!r}: ids are whole numbers")
     try:
         text = json.dumps({key: record[key] for key in KEPT if key in record}, allow_nan=False)
         box = corners(record["bbox"])
     except (ValueError, TypeError, OverflowError):  # not four numbers, or one of NaN and Infinity somewhere in it
-        return Thing(picture, category, None, "")
-    return Thing(picture, category, box if np.isfinite(box).all() else None, text)
+        return Thing(image, category, None, "")
+    return Thing(image, category, box if np.isfinite(box).all() else None, text)
 
 
 def _refused(record: Any) -> Thing:
     raise DataError(f"the annotation {str(record)[:100]} has not image_id, category_id and bbox")
 
 
-def _picture(record: Mapping[str, Any]) -> Picture:
+def _image(record: Mapping[str, Any]) -> AnnotatedImage:
     width, height = int(record["width"]), int(record["height"])
     if width <= 0 or height <= 0:
-        raise ValueError(f"picture {record['id']} of {width} x {height} pixels")
+        raise ValueError(f"image {record['id']} of {width} x {height} pixels")
     file, url = (str(record.get(key) or "") for key in ("file_name", "coco_url"))
     (file + url).encode()  # a lone surrogate, which no store can name, is a ValueError
     negative, incomplete = (record.get(key) for key in ("neg_category_ids", "not_exhaustive_category_ids"))
     federated = negative is not None or incomplete is not None
-    return Picture(
+    return AnnotatedImage(
         int(record["id"]),
         width,
         height,
@@ -190,14 +188,16 @@ def class_word(record: Mapping[str, Any]) -> str:
     return word_of([str(record["name"]), *map(str, synonyms)])
 
 
-def _check_ids(uri: str, pictures: Sequence[Picture], categories: Sequence[Category], things: Sequence[Thing]) -> None:
-    _once(uri, "picture id", (picture.id for picture in pictures))
+def _check_ids(
+    uri: str, images: Sequence[AnnotatedImage], categories: Sequence[Category], things: Sequence[Thing]
+) -> None:
+    _once(uri, "image id", (image.id for image in images))
     _once(uri, "category id", (category.id for category in categories))
     _once(uri, "category name", (plain_word(category.name) for category in categories))
-    known, classes = {picture.id for picture in pictures}, {category.id for category in categories}
-    _known(uri, "picture id", (thing.picture for thing in things), known)
+    known, classes = {image.id for image in images}, {category.id for category in categories}
+    _known(uri, "image id", (thing.image for thing in things), known)
     _known(uri, "category id", (thing.category for thing in things), classes)
-    listed = (number for one in pictures for number in (*(one.negative or ()), *(one.incomplete or ())))
+    listed = (number for one in images for number in (*(one.negative or ()), *(one.incomplete or ())))
     _known(uri, "category id", listed, classes)
 
 
@@ -211,7 +211,7 @@ def _known(uri: str, what: str, values: Iterable[object], known: set[int]) -> No
     unknown = Counter(value for value in values if value not in known)
     if unknown:
         count, first = sum(unknown.values()), next(iter(unknown))
-        raise DataError(f"{uri}: {count} annotations name a {what} that is not in the file, such as {first!r}")
+        raise DataError(f"{uri}: {count} annotations name an unknown {what}, such as {first!r}")
 
 
 def _check_boxes(uri: str, things: Sequence[Thing], sizes: Mapping[int, tuple[int, int]]) -> None:
@@ -222,17 +222,17 @@ def _check_boxes(uri: str, things: Sequence[Thing], sizes: Mapping[int, tuple[in
     boxes = np.array([thing.box for thing in known])
     published = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
     if len(boxes) >= _NORMALISED_FROM and (boxes >= 0).all() and (boxes <= 1 + 1e-6).all():
-        raise DataError(f"{uri}: no box reaches beyond 1: they seem to be shares of the picture's sides, not pixels")
-    limits = np.array([sizes[thing.picture] for thing in known]) + _FEW_OUTSIDE
+        raise DataError(f"{uri}: no box reaches beyond 1: they seem to be shares of the image's sides, not pixels")
+    limits = np.array([sizes[thing.image] for thing in known]) + _FEW_OUTSIDE
     beyond = (boxes[:, 2:] > limits).any(axis=1)
     if beyond.mean() <= _OUTSIDE_SHARE:
         return
-    said = f"{uri}: {beyond.sum()} of {len(boxes)} boxes reach out of their pictures as x, y, width, height"
+    said = f"{uri}: {beyond.sum()} of {len(boxes)} boxes reach out of their images as x, y, width, height"
     corners_fit = (published[:, 2:] >= published[:, :2]).all(axis=1) & (published[:, 2:] <= limits).all(axis=1)
     if (~corners_fit).mean() <= _FEW_UNFIT:
         few = (~corners_fit).sum() or "none"
         raise DataError(f"{said}, and {few} as x1, y1, x2, y2: write width and height in place of the second corner")
-    raise DataError(f"{said}: they seem to be measured in pictures of another size than the file says")
+    raise DataError(f"{said}: they seem to be measured in images of another size than the file says")
 
 
 def _usable(
@@ -241,11 +241,11 @@ def _usable(
     kept: dict[int, list[Thing]] = {}
     left_out: dict[int, Counter[Reason]] = {}
     for thing in things:
-        reason = _unusable(thing, sizes[thing.picture])
+        reason = _unusable(thing, sizes[thing.image])
         if reason is None:
-            kept.setdefault(thing.picture, []).append(thing)
+            kept.setdefault(thing.image, []).append(thing)
         else:
-            left_out.setdefault(thing.picture, Counter())[reason] += 1
+            left_out.setdefault(thing.image, Counter())[reason] += 1
     return kept, left_out
 
 

@@ -1,4 +1,4 @@
-"""A folder of pictures with captions: ``cat.jpg`` beside ``cat.txt``, or a csv, tsv or jsonl that names the files."""
+"""A folder of images with captions: ``cat.jpg`` beside ``cat.txt``, or a csv, tsv or jsonl that names the files."""
 
 import hashlib
 import json
@@ -14,12 +14,12 @@ from pipeline.errors import SampleError
 from pipeline.shards.storage import Folder
 from pipeline.sources.source import Row, Slice
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureFolder:
-    """Every picture below ``folder``, in the order of their paths.
+class ImageFolder:
+    """Every image below ``folder``, in the order of their paths.
 
     The caption of ``a/cat.jpg`` is the text of ``a/cat.txt``, and empty where there is none. With ``label_from_folder``
     the first folder of the path becomes the column ``label``, as in torchvision's ImageFolder.
@@ -31,18 +31,18 @@ class PictureFolder:
     folder: str
     """The folder, at a path or any fsspec URI that every worker can read."""
     caption_suffix: str = ".txt"
-    """Ending of the caption's file, put in the place of the picture's own."""
+    """Ending of the caption's file, put in the place of the image's own."""
     label_from_folder: bool = True
-    """Keep the first folder of a picture's path as the column `label`."""
+    """Keep the first folder of an image's path as the column `label`."""
 
     def __post_init__(self) -> None:
         require(bool(self.folder), "folder", self.folder, "a folder or an fsspec URI")
-        dotted = self.caption_suffix.startswith(".") and self.caption_suffix.lower() not in PICTURES
+        dotted = self.caption_suffix.startswith(".") and self.caption_suffix.lower() not in IMAGES
         require(
             dotted,
             "caption_suffix",
             self.caption_suffix,
-            "an ending like .txt that is no picture's",
+            "an ending like .txt that is no image's",
         )
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
@@ -70,20 +70,18 @@ class PictureFolder:
         return Folder(self.folder)
 
     def _files(self) -> list[tuple[str, str, str]]:
-        """Path below the folder, stamp of the picture, stamp of its caption."""
+        """Path below the folder, stamp of the image, stamp of its caption."""
         fs, root = fsspec.core.url_to_fs(self._place.uri)
         require(fs.isdir(root), "folder", self.folder, "an existing folder")
         found = {path[len(root) :].lstrip("/"): info for path, info in fs.find(root, detail=True).items()}
-        pictures = sorted(path for path in found if path.lower().endswith(PICTURES))
+        images = sorted(path for path in found if path.lower().endswith(IMAGES))
         require(
-            bool(pictures),
+            bool(images),
             "folder",
             self.folder,
-            "a folder with pictures (" + " ".join(PICTURES) + ")",
+            "a folder with images (" + " ".join(IMAGES) + ")",
         )
-        return [
-            (path, file_stamp(found[path]), file_stamp(found.get(self._caption_file(path), {}))) for path in pictures
-        ]
+        return [(path, file_stamp(found[path]), file_stamp(found.get(self._caption_file(path), {}))) for path in images]
 
     def _caption_file(self, path: str) -> str:
         return path.rpartition(".")[0] + self.caption_suffix

@@ -1,7 +1,7 @@
-"""Parquet files with the pictures inside, as Hugging Face stores image data sets.
+"""Parquet files with the images inside, as Hugging Face stores image data sets.
 
-A picture is a struct ``{bytes, path}`` (Hugging Face's feature ``Image``) or plain bytes; the caption is a text or a
-list of texts, of which the first is taken. Rows are read by row group, so that a worker holds a few pictures at a time.
+An image is a struct ``{bytes, path}`` (Hugging Face's feature ``Image``) or plain bytes; the caption is a text or a
+list of texts, of which the first is taken. Rows are read by row group, so that a worker holds a few images at a time.
 """
 
 import hashlib
@@ -21,16 +21,16 @@ from pipeline.shards.storage import Folder
 from pipeline.shards.writer import reserved_columns
 from pipeline.sources.source import Row, Scalar, Slice
 
-BATCH_ROWS = 32  # pictures held at a time
+BATCH_ROWS = 32  # images held at a time
 FEATURES = b"huggingface"  # where the package `datasets` describes its columns in a parquet file's metadata
 
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceParquet:
-    """The rows of parquet files that hold their pictures.
+    """The rows of parquet files that hold their images.
 
     A class label (Hugging Face's feature ``ClassLabel``, a number) among the additional columns becomes its name.
-    A picture given only by an http address is downloaded.
+    An image given only by an http address is downloaded.
     """
 
     kind: ClassVar[str] = "hugging-face"
@@ -38,11 +38,11 @@ class HuggingFaceParquet:
     parquet: str
     """A parquet file, a folder of them, or a pattern such as `data/train-*.parquet`; a path or any fsspec URI."""
     image_col: str = "image"
-    """Column with the pictures."""
+    """Column with the images."""
     caption_col: str | None = "text"
     """Column with the captions; None for data without."""
     url_col: str | None = None
-    """Column with the pictures' addresses, where there is one."""
+    """Column with the images' addresses, where there is one."""
     save_additional_columns: tuple[str, ...] = ()
     """Columns to keep in the shards' json and parquet."""
 
@@ -59,7 +59,7 @@ class HuggingFaceParquet:
         return self.caption_col is not None
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
-        """Runs of rows of one file; the digest covers the file's size, time and footer, not its pictures."""
+        """Runs of rows of one file; the digest covers the file's size, time and footer, not its images."""
         first: pa.Schema | None = None
         total = 0
         for file in self._files:
@@ -103,16 +103,16 @@ class HuggingFaceParquet:
         }
 
     def _row(self, values: Mapping[str, Any], place: str, names: Mapping[str, list[str]]) -> Row:
-        picture, path = _picture(values[self.image_col])
+        image, path = _image(values[self.image_col])
         address = values[self.url_col] if self.url_col else path
-        to_fetch = picture is None and str(address).startswith(("http://", "https://"))
+        to_fetch = image is None and str(address).startswith(("http://", "https://"))
         problem = SampleError("failed_to_download", "no_picture", "the row has neither bytes nor an http address")
         return Row(
             url=str(address or place),
             caption=_caption(values[self.caption_col]) if self.caption_col else None,
-            image=picture,
+            image=image,
             columns={name: _scalar(values[name], names.get(name)) for name in self.save_additional_columns},
-            problem=None if picture is not None or to_fetch else problem,
+            problem=None if image is not None or to_fetch else problem,
         )
 
     @property
@@ -151,11 +151,9 @@ class HuggingFaceParquet:
         for option, column in asked:
             present = column is None or column in schema.names
             require(present, option, column, f"a column of {file}: " + ", ".join(schema.names))
-        pictures = [field.name for field in schema if _holds_pictures(field.type)]
-        allowed = "a column of structs with bytes and path, or of bytes; the file has: " + (
-            ", ".join(pictures) or "none"
-        )
-        require(self.image_col in pictures, "image_col", self.image_col, allowed)
+        images = [field.name for field in schema if _holds_images(field.type)]
+        allowed = "a column of structs with bytes and path, or of bytes; the file has: " + (", ".join(images) or "none")
+        require(self.image_col in images, "image_col", self.image_col, allowed)
 
 
 def _groups(file: pq.ParquetFile, start: int, end: int) -> tuple[list[int], int]:
@@ -171,13 +169,13 @@ def _groups(file: pq.ParquetFile, start: int, end: int) -> tuple[list[int], int]
     return groups, first
 
 
-def _holds_pictures(kind: pa.DataType) -> bool:
+def _holds_images(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return any(kind.field(index).name == "bytes" for index in range(kind.num_fields))
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _picture(value: Any) -> tuple[bytes | None, str | None]:
+def _image(value: Any) -> tuple[bytes | None, str | None]:
     if isinstance(value, Mapping):
         return value.get("bytes"), value.get("path")
     return value, None

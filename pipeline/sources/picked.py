@@ -1,4 +1,4 @@
-"""Some rows of other sources, by their numbers: the few pictures that a few-shot method learns from."""
+"""Some rows of other sources, by their numbers: the few images that a few-shot method learns from."""
 
 import hashlib
 import json

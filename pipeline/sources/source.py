@@ -19,7 +19,7 @@ Scalar = str | int | float | bool | None
 class Row:
     """One row of input.
 
-    ``url`` says where the picture is or was. ``image`` holds its encoded bytes where the source has them; where it is
+    ``url`` says where the image is or was. ``image`` holds its encoded bytes where the source has them; where it is
     ``None`` the downloader fetches ``url``. ``columns`` go into the parquet file and the sample's json; ``members``
     are further fields of the sample, written as they are. ``problem`` is set where the source could not read the row.
     ``expected`` is the digest ("sha256:0123…") that the body at ``url`` has to have; None for any.
@@ -57,7 +57,7 @@ class Classed(Protocol):
 
 
 def fetches(source: "Source") -> bool:
-    """Whether the rows' pictures are to be downloaded; a source may stand for a part of another, its ``base``."""
+    """Whether the rows' images are to be downloaded; a source may stand for a part of another, its ``base``."""
     return bool(getattr(getattr(source, "base", source), "downloads", False))
 
 

@@ -1,11 +1,11 @@
-"""Labelled pictures in the order of a published split, as papers on few-shot learning read them.
+"""Labelled images in the order of a published split, as papers on few-shot learning read them.
 
     json      CoOp's split files: {"train": [[path, label, class name], ...], "val": [...], "test": [...]}
     aircraft  FGVC-Aircraft's own: variants.txt, and images_variant_{train,val,test}.txt with lines "0034309 707-320"
-    folders   a folder of pictures for each class, in sorted order; the file of class names has lines "n01440764 tench"
+    folders   a folder of images for each class, in sorted order; the file of class names has lines "n01440764 tench"
               in the order of the labels, and without one the sorted folders' own names are the classes
 
-Shots are drawn by a number in this order, so (split file, seed) decides which pictures they are, everywhere. ImageNet
+Shots are drawn by a number in this order, so (split file, seed) decides which images they are, everywhere. ImageNet
 has no split file: the reference reads its folders in the order that the file system gives, which differs between
 machines; sorted, they are the same everywhere, and not the same as the papers'.
 """
@@ -23,12 +23,12 @@ from pipeline.shards.storage import Folder
 from pipeline.sources.source import Row, Scalar, Slice
 
 Part = Literal["train", "val", "test"]
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
 class Item:
-    """A picture: its path below the folder, the number and the name of its class."""
+    """An image: its path below the folder, the number and the name of its class."""
 
     path: str
     number: int
@@ -57,10 +57,10 @@ class SplitFile:
     renames: Mapping[str, str] = field(default_factory=dict)
     """Class names in the split file, or the folders of classes, and what they are called in prompts."""
     leave_out: tuple[str, ...] = ()
-    """Class names whose pictures are left out."""
+    """Class names whose images are left out."""
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
-        """See :class:`~pipeline.sources.source.Source`; the digest covers the split, not the pictures."""
+        """See :class:`~pipeline.sources.source.Source`; the digest covers the split, not the images."""
         items = self.items
         for start in range(0, len(items), rows_per_shard):
             part = items[start : start + rows_per_shard]
@@ -68,7 +68,7 @@ class SplitFile:
             yield Slice(count=len(part), digest=digest, where={"start": start})
 
     def rows(self, piece: Slice) -> Iterator[Row]:
-        """See :class:`~pipeline.sources.source.Source`; a picture that cannot be read is a row with a problem."""
+        """See :class:`~pipeline.sources.source.Source`; an image that cannot be read is a row with a problem."""
         start = int(piece.where["start"])
         for item in self.items[start : start + piece.count]:
             yield self._row(item)
@@ -79,17 +79,17 @@ class SplitFile:
 
     @cached_property
     def items(self) -> tuple[Item, ...]:
-        """What the split lists, in its order; no picture is opened.
+        """What the split lists, in its order; no image is opened.
 
         Raises:
             SettingError: no folder, or no split file in it.
             DataError: a split file that is broken, or names one class with several numbers.
         """
-        require(bool(self.folder), "folder", self.folder, f"the data set's folder, with {self.split or 'its pictures'}")
+        require(bool(self.folder), "folder", self.folder, f"the data set's folder, with {self.split or 'its images'}")
         read = {"json": self._read_json, "aircraft": self._read_aircraft, "folders": self._read_folders}[self.format]
         found = (Item(item.path, item.number, self.renames.get(item.name, item.name)) for item in read())
         items = tuple(item for item in found if item.name not in self.leave_out)
-        require(bool(items), "folder", self.folder, f"a folder with pictures for {self.part}")
+        require(bool(items), "folder", self.folder, f"a folder with images for {self.part}")
         self._check(items)
         return items
 
@@ -126,17 +126,17 @@ class SplitFile:
         names = {line.strip(): number for number, line in enumerate(self._text(self.split).splitlines())}
         listing = f"images_variant_{self.part}.txt"
         for line in self._text(listing).splitlines():
-            picture, _, name = line.strip().partition(" ")
+            image, _, name = line.strip().partition(" ")
             if name not in names:
                 raise DataError(f"{self._place.join(listing)}: the variant {name!r} is not in {self.split}")
-            yield Item(f"{picture}.jpg", names[name], name)
+            yield Item(f"{image}.jpg", names[name], name)
 
     def _read_folders(self) -> Iterator[Item]:
         root = self._place.folder(self.pictures) if self.pictures else self._place
-        require(root.fs.isdir(root.path), "folder", self.folder, f"a folder with {self.pictures or 'pictures'} in it")
+        require(root.fs.isdir(root.path), "folder", self.folder, f"a folder with {self.pictures or 'images'} in it")
         base = str(root.path).rstrip("/") + "/"
         below = sorted(path.split(base, 1)[-1] for path in root.fs.find(root.path))
-        paths = [path for path in below if path.lower().endswith(PICTURES) and "/" in path]
+        paths = [path for path in below if path.lower().endswith(IMAGES) and "/" in path]
         names = self._names(sorted({path.split("/")[0] for path in paths}))
         for path in paths:
             folder = path.split("/")[0]

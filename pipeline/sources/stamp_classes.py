@@ -1,4 +1,4 @@
-"""The classes of the scenes of Tux Paint stamps: nouns of which the Debian package has three pictures or more.
+"""The classes of the scenes of Tux Paint stamps: nouns of which the Debian package has three images or more.
 
 The novel ones are named in captions only: a detector that is trained with the truth ``base`` is told nothing of them.
 They are of several kinds, and most have a like among the base classes (orange and apple, car and truck).

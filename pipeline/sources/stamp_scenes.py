@@ -5,7 +5,7 @@
 
 Made as the embedded world is made: sample i is a pure function of seed, split, i and the stamps' files. The classes
 and which of them are novel are in ``stamp_classes.py``. The stamps of a class are shared out: those of ``val`` are in
-no picture of ``train``, so a detector finds classes there, not pictures that it has seen.
+no image of ``train``, so a detector finds classes there, not images that it has seen.
 """
 
 import hashlib
@@ -84,7 +84,7 @@ class StampScenes:
     truth: Literal["all", "base"] = "all"
     """What is told besides the caption: all, or nothing of the novel classes."""
     most_things: int = MOST_THINGS
-    """Things in a picture, 1 to 5 at most; 1 gives pictures to classify, with the column `label`."""
+    """Things in an image, 1 to 5 at most; 1 gives images to classify, with the column `label`."""
     only: tuple[str, ...] = ()
     """Classes to show; none named is all."""
 
@@ -175,7 +175,7 @@ class StampScenes:
         return Row(
             url=url,
             caption=_caption([thing.name for thing in things], self._draws(index, "words")),
-            image=self._picture(things, self._draws(index, "render")),
+            image=self._image(things, self._draws(index, "render")),
             columns=columns,
             members={FIELD: to_bytes(record)},
         )
@@ -216,7 +216,7 @@ class StampScenes:
                 return [*behind, Thing(name, stamp, cutout, left, top, whole, whole)]
         return things
 
-    def _picture(self, things: list[Thing], draws: Draws) -> bytes:
+    def _image(self, things: list[Thing], draws: Draws) -> bytes:
         style = draws.pick(("photo", "flat"))
         image = paint_ground(draws.pick(world.GROUND_NAMES), style, self.size, draws)
         for thing in things:
@@ -251,7 +251,7 @@ class _Album:
 
 
 def _stamps_of(places: Mapping[str, str], root: Path) -> list[str]:
-    """Sorted paths of the pictures that a class has; mirrored copies are left out, scenes flip by themselves."""
+    """Sorted paths of the images that a class has; mirrored copies are left out, scenes flip by themselves."""
     found: list[str] = []
     for folder, names in places.items():
         wanted = (
@@ -261,9 +261,9 @@ def _stamps_of(places: Mapping[str, str], root: Path) -> list[str]:
     return sorted(found)
 
 
-def _may_flip(picture: Path) -> bool:
+def _may_flip(image: Path) -> bool:
     """Whether left and right may change places: the package says where there is something to read."""
-    options = picture.with_suffix(".dat")
+    options = image.with_suffix(".dat")
     return not options.is_file() or "nomirror" not in options.read_text(errors="replace").split()
 
 
@@ -294,7 +294,7 @@ def _told(place: int, thing: Thing) -> dict[str, Any]:
 
 
 def _caption(names: list[str], draws: Draws) -> str:
-    """ "a picture of two apples, a bird and an orange": every class once, in any order."""
+    """ "an image of two apples, a bird and an orange": every class once, in any order."""
     counts = Counter(names)
     parts = [_counted(name, counts[name]) for name in draws.shuffled(sorted(counts))]
     listed = " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))

@@ -1,10 +1,10 @@
-"""The Tux Paint stamps: pictures with alpha and captions in dozens of languages, from a Debian package.
+"""The Tux Paint stamps: images with alpha and captions in dozens of languages, from a Debian package.
 
     apt-get install tuxpaint-stamps-default                                  # /usr/share/tuxpaint/stamps
     apt-get download tuxpaint-stamps-default && dpkg-deb -x *.deb unpacked   # or without root: folder "unpacked"
 
 A stamp is ``animals/birds/crow.png`` with ``crow.txt`` beside it: the first line is English, further lines read
-``de.utf8=Eine Krähe.`` Some stamps have a second picture, ``crow_mirror.png``, that shares the text. Vector pictures
+``de.utf8=Eine Krähe.`` Some stamps have a second image, ``crow_mirror.png``, that shares the text. Vector images
 (``crow.svg``) are not decoded: where no ``.png`` stands in for one, its row has a problem and is counted.
 """
 
@@ -40,7 +40,7 @@ _ALLOWED = f"the folder of the Debian package {PACKAGE} (apt-get install {PACKAG
 
 @dataclass(frozen=True, kw_only=True)
 class TuxPaintStamps:
-    """The pictures below ``folder``, in the order of their paths, laid on a background; label = top folder."""
+    """The images below ``folder``, in the order of their paths, laid on a background; label = top folder."""
 
     kind: ClassVar[str] = "stamps"
     has_captions: ClassVar[bool] = True
@@ -54,7 +54,7 @@ class TuxPaintStamps:
     background: str = "white"
     """Colour below transparent pixels: a CSS name or `#rrggbb`."""
     split: Literal["all", "train", "held_out"] = "all"
-    """All stamps, or a part by hash of the path; a stamp and its mirror picture fall on the same side."""
+    """All stamps, or a part by hash of the path; a stamp and its mirror image fall on the same side."""
     held_out_share: float = 0.2
     """The share of stamps that are held out, above 0 and below 1."""
 
@@ -71,7 +71,7 @@ class TuxPaintStamps:
         Raises:
             SettingError: no stamps there, or a language that none of them has.
         """
-        paths = self._pictures()
+        paths = self._images()
         self._check_language(paths)
         for start in range(0, len(paths), rows_per_shard):
             part = paths[start : start + rows_per_shard]
@@ -80,7 +80,7 @@ class TuxPaintStamps:
             yield Slice(count=len(part), digest=self._digest(part), where={"list": scratch.join(name)})
 
     def rows(self, piece: Slice) -> Iterator[Row]:
-        """See :class:`~pipeline.sources.source.Source`; a picture that cannot be read is a row with a problem."""
+        """See :class:`~pipeline.sources.source.Source`; an image that cannot be read is a row with a problem."""
         place, _, name = str(piece.where["list"]).rpartition("/")
         for path in json.loads(Folder(place).read_bytes(name)):
             yield self._row(path)
@@ -93,8 +93,8 @@ class TuxPaintStamps:
     def _root(self) -> Path:
         return stamps_root(self.folder)
 
-    def _pictures(self) -> list[str]:
-        """Sorted paths below the root of this split's pictures."""
+    def _images(self) -> list[str]:
+        """Sorted paths below the root of this split's images."""
         files = {file.relative_to(self._root).as_posix() for file in self._root.rglob("*") if file.is_file()}
         raster = {path for path in files if path.endswith(".png")}
         vector = {path for path in files if path.endswith(".svg") and path.removesuffix(".svg") + ".png" not in raster}
@@ -104,7 +104,7 @@ class TuxPaintStamps:
         return chosen
 
     def _side(self, path: str) -> str:
-        """Which split a picture is in: the SHA-256 of the stamp's path, read as a fraction, against the share."""
+        """Which split an image is in: the SHA-256 of the stamp's path, read as a fraction, against the share."""
         fraction = int.from_bytes(hashlib.sha256(_stamp(path).encode()).digest()[:8], "big") / 2**64
         return "held_out" if fraction < self.held_out_share else "train"
 
@@ -128,7 +128,7 @@ class TuxPaintStamps:
         captions = self._captions(path)
         caption = captions.get(self.language, captions.get("en", "") if self.fall_back_to_english else "")
         try:
-            return Row(url=path, caption=caption, image=self._picture(path), columns=columns)
+            return Row(url=path, caption=caption, image=self._image(path), columns=columns)
         except SampleError as problem:
             return Row(url=path, caption=caption, columns=columns, problem=problem)
 
@@ -146,14 +146,14 @@ class TuxPaintStamps:
         own = (self._root / path).with_suffix(".txt")
         return own if own.is_file() else self._root / (_stamp(path) + ".txt")
 
-    def _picture(self, path: str) -> bytes:
-        """The picture on the background, as PNG.
+    def _image(self, path: str) -> bytes:
+        """The image on the background, as PNG.
 
         Raises:
-            SampleError: a vector picture, an unreadable file, or bytes that are no PNG.
+            SampleError: a vector image, an unreadable file, or bytes that are no PNG.
         """
         if path.endswith(".svg"):
-            raise SampleError("failed_to_resize", "vector_picture", "svg pictures are not decoded")
+            raise SampleError("failed_to_resize", "vector_picture", "svg images are not decoded")
         colour, alpha = read_stamp(self._root, path)
         blended = colour * alpha + np.array(ImageColor.getrgb(self.background)[:3], np.float32) * (1 - alpha)
         encoded, buffer = cv2.imencode(".png", np.ascontiguousarray(np.rint(blended).astype(np.uint8)[:, :, ::-1]))
@@ -176,12 +176,12 @@ def stamps_root(folder: str) -> Path:
 
 
 def is_mirror(name: str) -> bool:
-    """Whether a picture is another one's mirrored copy."""
+    """Whether an image is another one's mirrored copy."""
     return name.rpartition(".")[0].endswith(_MIRROR)
 
 
 def _stamp(path: str) -> str:
-    """The stamp that a picture belongs to: its path without ending and ``_mirror``."""
+    """The stamp that an image belongs to: its path without ending and ``_mirror``."""
     return path.rpartition(".")[0].removesuffix(_MIRROR)
 
 

@@ -44,7 +44,7 @@ BATCH_ROWS = 65_536
 
 @dataclass(frozen=True, kw_only=True)
 class UrlTable:
-    """Rows whose pictures are to be downloaded.
+    """Rows whose images are to be downloaded.
 
     Option names are img2dataset's. ``input_format`` is told from the file's ending unless it is given; for a folder
     only files of that ending are read.

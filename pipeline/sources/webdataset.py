@@ -24,7 +24,7 @@ class WebDatasetTars:
     """The samples of existing tars.
 
     ``tars`` is a folder, one tar, or a brace range ``s3://bucket/{00000..00123}.tar``; parts may be joined by ``::``.
-    The picture is the member jpg, jpeg, png or webp; ``caption_field`` the caption; flat values of the json member
+    The image is the member jpg, jpeg, png or webp; ``caption_field`` the caption; flat values of the json member
     named in ``json_columns`` become columns. Other members are kept unless ``keep_members`` says no.
     """
 
@@ -37,7 +37,7 @@ class WebDatasetTars:
     json_columns: tuple[str, ...] = ()
     """Keys of the json member to keep as columns."""
     keep_members: bool = True
-    """Keep members other than picture, caption and json as they are."""
+    """Keep members other than image, caption and json as they are."""
 
     def __post_init__(self) -> None:
         require(
@@ -71,7 +71,7 @@ class WebDatasetTars:
             yield Slice(count=count, digest=digest.hexdigest(), where={"uri": uri})
 
     def rows(self, piece: Slice) -> Iterator[Row]:
-        """See :class:`~pipeline.sources.source.Source`; samples without a picture are rows with a problem."""
+        """See :class:`~pipeline.sources.source.Source`; samples without an image are rows with a problem."""
         uri = str(piece.where["uri"])
         place, _, name = uri.rpartition("/")
         with Folder(place).open(name) as file:

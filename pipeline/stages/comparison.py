@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 PARTITIONS = 64
 HELD_RECORDS = 2_000_000
 RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("url", "<u8"), ("body", "<u8"), ("place", "<i8"), ("state", "u1")])
-"""One row: its digest in two halves, digests of url and picture (0: unknown), where it is, and its state."""
+"""One row: its digest in two halves, digests of url and image (0: unknown), where it is, and its state."""
 
 STALE = np.uint64(2**64 - 1)
-"""In place of a stored picture's digest: it has changed where it came from."""
+"""In place of a stored image's digest: it has changed where it came from."""
 
 INDEX_BITS = 24
 # States of rows in shards; a failure is FAILED plus the number of its class.
@@ -53,7 +53,7 @@ def records(
     places: NDArray[np.int64],
     states: NDArray[np.uint8],
 ) -> Records:
-    """Records [rows] of rows: ``values`` are url, caption and columns, ``bodies`` hex digests of their pictures."""
+    """Records [rows] of rows: ``values`` are url, caption and columns, ``bodies`` hex digests of their images."""
     digests, urls = bytearray(), bytearray()
     for row in values:
         digests += hashlib.blake2b(repr(tuple(row)).encode("utf-8", "surrogatepass"), digest_size=16).digest()

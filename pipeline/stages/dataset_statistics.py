@@ -2,7 +2,7 @@
 
 Every summary is of bounded size and merges by addition or by keeping the smallest hashes, in any order and on any
 machine to the same result: histograms have fixed bins and whole-number sums; samples are the ones whose keys hash
-lowest; hosts and duplicates are counted over all pictures up to ``EXACT_ROWS`` of them, and beyond that over those
+lowest; hosts and duplicates are counted over all images up to ``EXACT_ROWS`` of them, and beyond that over those
 whose hash falls below a limit (distinct sampling, Gibbons 2001), so that a million entries describe any data set.
 """
 
@@ -77,9 +77,9 @@ SCALES: Mapping[str, Scale] = {
         title="Shorter side before resizing", unit="pixels", low=8, high=32768, per_unit=8, doubling=True
     ),
     "aspect": Scale(title="Aspect ratio", unit="width / height", low=1 / 16, high=16, per_unit=8, doubling=True),
-    "bytes": Scale(title="Bytes per picture", unit="bytes", low=64, high=2**28, per_unit=4, doubling=True),
+    "bytes": Scale(title="Bytes per image", unit="bytes", low=64, high=2**28, per_unit=4, doubling=True),
     "words": Scale(title="Caption length", unit="words", low=0, high=160, per_unit=1),
-    "score": Scale(title="CLIP score", unit="cosine of picture and caption", low=-1, high=1, per_unit=50),
+    "score": Scale(title="CLIP score", unit="cosine of image and caption", low=-1, high=1, per_unit=50),
 }
 
 
@@ -150,7 +150,7 @@ class Host:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Copies:
-    """How many samples are the same picture, by SHA-256 of the stored bytes, and the first few of their keys."""
+    """How many samples are the same image, by SHA-256 of the stored bytes, and the first few of their keys."""
 
     count: int
     keys: tuple[str, ...]
@@ -174,7 +174,7 @@ class Statistics:
     reasons: Mapping[str, int] = field(default_factory=dict)
     messages: Mapping[str, tuple[Message, ...]] = field(default_factory=dict)
     hosts: Mapping[str, Host] = field(default_factory=dict)
-    pictures: Mapping[str, Copies] = field(default_factory=dict)
+    images: Mapping[str, Copies] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,11 +182,11 @@ class Measuring:
     """How much is kept of a data set."""
 
     samples: int = 24
-    """Pictures to show."""
+    """Images to show."""
     thumbnail_size: int = 224
-    """Longer side of a shown picture in pixels."""
+    """Longer side of a shown image in pixels."""
     seed: int = 0
-    """Another seed shows other pictures."""
+    """Another seed shows other images."""
     languages: bool = True
     """Identify the languages of some captions, where no sidecar has a column ``language``."""
 
@@ -202,7 +202,7 @@ class Shares:
 
     shown: int
     rows: int
-    pictures: int
+    images: int
     captions: int
 
 
@@ -218,12 +218,12 @@ def measure(snapshot: Snapshot, options: Measuring, workers: Workers) -> Statist
 
 
 def shares(snapshot: Snapshot, options: Measuring) -> Shares:
-    """What part of the snapshot's rows, pictures and samples is looked at one by one."""
+    """What part of the snapshot's rows, images and samples is looked at one by one."""
     stored = sum(shard.stored for shard in snapshot.shards)
     return Shares(
         shown=_limit(CANDIDATES * options.samples, stored),
         rows=_limit(EXACT_ROWS, max(snapshot.rows, stored)),
-        pictures=_limit(EXACT_ROWS, stored),
+        images=_limit(EXACT_ROWS, stored),
         captions=_limit(IDENTIFIED, stored),
     )
 
@@ -255,7 +255,7 @@ def merge(one: Statistics, other: Statistics, samples: int) -> Statistics:
         reasons=_sum(one.reasons, other.reasons),
         messages=_joined(one.messages, other.messages, lambda a, b: _first_messages((*a, *b))),
         hosts=_joined(one.hosts, other.hosts, _add_hosts),
-        pictures=_joined(one.pictures, other.pictures, _add_copies),
+        images=_joined(one.images, other.images, _add_copies),
     )
 
 
@@ -300,7 +300,7 @@ class _Counted:
         self._visible = self._unique = self._unreadable = self._bytes = 0
         self._spoken: Counter[str] = Counter()
         self._shown: list[Shown] = []
-        self._pictures: dict[str, Copies] = {}
+        self._images: dict[str, Copies] = {}
 
     def add(self, sample: Sample, repeated: bool) -> None:
         """Count a sample as often as readers see it; show it, and compare it with others, once."""
@@ -308,7 +308,7 @@ class _Counted:
         image = sample.image()
         self._count_words(sample)
         if image is not None:
-            self._count_picture(image)
+            self._count_image(image)
         if repeated:
             return
         self._unique += 1
@@ -337,7 +337,7 @@ class _Counted:
             reasons=dict(sorted(rows.reasons.items())),
             messages={name: _first_messages(rows.messages[name]) for name in sorted(rows.messages)},
             hosts={name: Host(rows=rows.hosts[name], successes=rows.good_hosts[name]) for name in sorted(rows.hosts)},
-            pictures=dict(sorted(self._pictures.items())),
+            images=dict(sorted(self._images.items())),
         )
 
     def _count_words(self, sample: Sample) -> None:
@@ -353,7 +353,7 @@ class _Counted:
         if text:
             self._spoken[identify(text)[0]] += 1
 
-    def _count_picture(self, image: bytes) -> None:
+    def _count_image(self, image: bytes) -> None:
         self._bytes += len(image)
         self._put("bytes", len(image))
         try:
@@ -366,12 +366,12 @@ class _Counted:
         self._put("aspect", header.width / max(header.height, 1))
 
     def _compare(self, key: str, image: bytes) -> None:
-        # 96 bits keep a million pictures apart, and take less room.
+        # 96 bits keep a million images apart, and take less room.
         digest = hashlib.sha256(image).hexdigest()[:24]
-        if int(digest[:16], 16) < self._limits.pictures:
+        if int(digest[:16], 16) < self._limits.images:
             copies = Copies(count=1, keys=(key,))
-            known = self._pictures.get(digest)
-            self._pictures[digest] = _add_copies(known, copies) if known else copies
+            known = self._images.get(digest)
+            self._images[digest] = _add_copies(known, copies) if known else copies
 
     def _put(self, name: str, value: float) -> None:
         self.histograms.setdefault(name, _Bins(name)).add(value)
@@ -453,7 +453,7 @@ def _limit(wanted: int, present: int) -> int:
 
 
 def _shown(sample: Sample, order: str, size: int) -> Shown | None:
-    """``None`` where the picture cannot be decoded."""
+    """``None`` where the image cannot be decoded."""
     image = sample.image()
     small = ImageOptions(
         image_size=size,
@@ -463,17 +463,17 @@ def _shown(sample: Sample, order: str, size: int) -> Shown | None:
         extract_exif=False,
     )
     try:
-        picture = transform(image or b"", small)
+        shown = transform(image or b"", small)
     except SampleError:
         return None
-    width, height = picture.original_width or 1, picture.original_height or 1
+    width, height = shown.original_width or 1, shown.original_height or 1
     return Shown(
         order=order,
         key=sample.key,
         caption=sample.fields.get("txt", b"").decode("utf-8", errors="replace")[:LONGEST_CAPTION],
         width=width,
         height=height,
-        thumbnail=base64.b64encode(picture.data).decode(),
+        thumbnail=base64.b64encode(shown.data).decode(),
         regions=read_regions(sample, width, height),
     )
 
@@ -491,7 +491,7 @@ def _rows(folder: Folder, shard: Shard) -> Iterator[dict[str, list[Any]]]:
 
 
 def _scores(folder: Folder, shard: Shard) -> dict[str, float]:
-    """Cosine of picture and caption by key, where the shard has embeddings of both, L2-normalised, [D] each."""
+    """Cosine of image and caption by key, where the shard has embeddings of both, L2-normalised, [D] each."""
     if EMBEDDINGS not in shard.sidecars:
         return {}
     table = read_sidecar(folder, shard, EMBEDDINGS, "jobs/embed_dataset.py")

@@ -1,9 +1,9 @@
-"""Pictures of the rarer kinds decoded in a process apart, which a decoder may hang or crash without harm to the job.
+"""Images of the rarer kinds decoded in a process apart, which a decoder may hang or crash without harm to the job.
 
 JPEG, PNG and WebP are decoded in place: their decoders (libjpeg-turbo, libpng, libwebp) do work that is bounded by
 what was checked before (bytes, pixels, passes over the pixels) and have been fuzzed for a decade. Everything else goes
-through Pillow's many formats, is a few pictures in a thousand on the web, and so pays for a pipe: one child process,
-started at the first such picture, which the kernel ends when a picture takes longer than ``SECONDS``.
+through Pillow's many formats, is a few images in a thousand on the web, and so pays for a pipe: one child process,
+started at the first such image, which the kernel ends when an image takes longer than ``SECONDS``.
 
 Frames on the pipe are an 8-byte length and that many bytes. The child answers in JSON and raw bytes, never in pickles:
 it has read what strangers sent.
@@ -22,8 +22,8 @@ from typing import IO, Self
 
 from pipeline.config import from_json, to_json
 from pipeline.errors import SampleError
-from pipeline.stages.images import ImageOptions, Picture, transform
-from pipeline.stages.sniff import starts_like_a_picture
+from pipeline.stages.images import EncodedImage, ImageOptions, transform
+from pipeline.stages.sniff import starts_like_an_image
 
 SECONDS = 30.0
 _PROGRAM = "from pipeline.stages.decode_apart import serve; serve()"
@@ -33,11 +33,11 @@ _LENGTH = struct.Struct(">Q")
 
 def needs_care(body: bytes) -> bool:
     """Whether ``body`` is of a kind that is decoded apart."""
-    return not body.startswith(_IN_PLACE) and starts_like_a_picture(body)
+    return not body.startswith(_IN_PLACE) and starts_like_an_image(body)
 
 
 class Apart:
-    """``transform`` in a child process; a context manager. The child starts with the first picture."""
+    """``transform`` in a child process; a context manager. The child starts with the first image."""
 
     def __init__(self, options: ImageOptions, seconds: float = SECONDS) -> None:
         self._first = to_json(options).encode()
@@ -52,7 +52,7 @@ class Apart:
     ) -> None:
         self._end()
 
-    def transform(self, body: bytes) -> Picture:
+    def transform(self, body: bytes) -> EncodedImage:
         """As :func:`pipeline.stages.images.transform`, which does the work.
 
         Raises:
@@ -70,7 +70,7 @@ class Apart:
         values = json.loads(answer)
         if "error_class" in values:
             raise SampleError(**values)
-        return Picture(data=data, **values)
+        return EncodedImage(data=data, **values)
 
     def _start(self) -> subprocess.Popen[bytes]:
         # Ray and tests find the library by sys.path, which a child does not inherit.
@@ -104,7 +104,7 @@ class Apart:
 
 
 def serve() -> None:
-    """The child: pictures come by standard input until it ends, answers go out by standard output."""
+    """The child: images come by standard input until it ends, answers go out by standard output."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The default action ends the process from outside, however deep in a decoder it is.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -123,15 +123,15 @@ def serve() -> None:
 
 def _answer(body: bytes, options: ImageOptions) -> tuple[dict[str, object], bytes]:
     try:
-        picture = transform(body, options)
+        image = transform(body, options)
     except SampleError as error:
         return {"status": error.status, "error_class": error.error_class, "message": error.message}, b""
     except Exception as error:
         # The sample boundary, as in the parent: decoders raise whatever they like.
         message = f"Image decoding error: {error}"
         return {"status": "failed_to_resize", "error_class": "decode", "message": message}, b""
-    names = [field.name for field in dataclasses.fields(picture) if field.name != "data"]
-    return {name: getattr(picture, name) for name in names}, picture.data
+    names = [field.name for field in dataclasses.fields(image) if field.name != "data"]
+    return {name: getattr(image, name) for name in names}, image.data
 
 
 def _write(pipe: IO[bytes], data: bytes) -> None:

@@ -1,7 +1,7 @@
 """The rows of a refresh as a source of their own: those of another source that are new, changed or tried again.
 
 They are written to a table beside the plan, one row group per shard, so that a worker reads its rows without the rest.
-A row whose picture is to be downloaded is in the table whole; one whose picture the source holds is in it by its place
+A row whose image is to be downloaded is in the table whole; one whose image the source holds is in it by its place
 in that source, and is read from there.
 """
 
@@ -84,7 +84,7 @@ def write_rows(
     """Write the fresh rows of ``found`` to ``path``, ``size`` to a row group.
 
     ``pieces`` are the slices of ``source`` that the places in ``found`` count by. What the source needs to find rows
-    again that hold their picture goes into ``beside``.
+    again that hold their image goes into ``beside``.
     """
     schema = _schema(source)
     names = {name: COLUMN + name for name in source.schema()}

@@ -6,14 +6,14 @@ whole process, and connections are kept alive. img2dataset's options keep their 
 * ``timeout`` is the whole time of one attempt, redirects and body included, not that of one socket operation; waiting
   for a free connection does not count.
 * Only http and https are fetched, and only from public addresses (see ``addresses.py``); ``allow_hosts`` opens more.
-* Bodies are capped while they arrive, after decompression. A body shorter than announced is a failure, never a picture.
+* Bodies are capped while they arrive, after decompression. A body shorter than announced is a failure, never an image.
 * Retries wait, and are made only for what may pass. ``X-Robots-Tag`` is obeyed before the body is read, and
   robots.txt, where it is asked for, before anything else.
-* What is no picture by its first bytes is refused before the rest arrives.
+* What is no image by its first bytes is refused before the rest arrives.
 * Stores (``s3://bucket/a.jpg``) and local files are read only where the options open them.
 
 Every failure is a :class:`SampleError` of one of the classes in ``ERROR_CLASSES``; its status is "failed_to_download",
-and "failed_to_resize" for what is no picture, as in img2dataset's tables.
+and "failed_to_resize" for what is no image, as in img2dataset's tables.
 """
 
 import asyncio
@@ -103,7 +103,7 @@ class DownloadOptions:
     max_crawl_delay: float = 5.0
     """The longest Crawl-delay in seconds that is kept to."""
     pictures_only: bool = True
-    """Refuse what is no picture of a known kind by its first bytes, before the rest is fetched."""
+    """Refuse what is no image of a known kind by its first bytes, before the rest is fetched."""
     allow_hosts: tuple[str, ...] = ()
     """Names, addresses or networks outside the public internet that may be fetched from, maybe with a port."""
     allow_stores: tuple[str, ...] = ()
@@ -327,7 +327,7 @@ class Downloader:
             self._turns.slow_down(host, pause)
 
     async def _get_robots(self, url: URL) -> tuple[int, bytes]:
-        """Status and first bytes of a robots.txt, by the same checked way that pictures go."""
+        """Status and first bytes of a robots.txt, by the same checked way that images go."""
         try:
             async with asyncio.timeout(self._options.timeout) as deadline:
                 for _ in range(_ROBOTS_REDIRECTS + 1):

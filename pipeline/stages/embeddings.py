@@ -1,9 +1,9 @@
 """Image and text features of a snapshot as a sidecar, and as the files that clip-retrieval reads.
 
 ``00017.embeddings.parquet`` has a row for every sample that the tar stores, hidden ones too, so that it outlives
-selections: ``key``, ``image`` and ``text``, L2-normalised float16 [D]; NaN where a sample has no readable picture or no
+selections: ``key``, ``image`` and ``text``, L2-normalised float16 [D]; NaN where a sample has no readable image or no
 caption. The model is whatever has the few methods of :class:`Embedder`; the job brings it. One that gives several
-views of a picture has a row of V x D numbers for each: see ``view_features.py``.
+views of an image has a row of V x D numbers for each: see ``view_features.py``.
 """
 
 import json
@@ -46,14 +46,14 @@ class Embedder(Protocol):
     reads_text: bool
     """Whether captions get features too."""
 
-    def prepare(self, picture: bytes, key: str) -> Any | None:
-        """The picture as :meth:`encode_image` wants it, ``None`` where it cannot be read; called from many threads.
+    def prepare(self, image: bytes, key: str) -> Any | None:
+        """The image as :meth:`encode_image` wants it, ``None`` where it cannot be read; called from many threads.
 
         What is random about it depends on the sample's ``key`` alone.
         """
         ...
 
-    def encode_image(self, pictures: Sequence[Any]) -> NDArray[np.float32]:
+    def encode_image(self, images: Sequence[Any]) -> NDArray[np.float32]:
         """Features [B, D], L2-normalised; or raw features [B, V, D] of several views."""
         ...
 
@@ -73,7 +73,7 @@ class EmbedOptions:
     name: str = "embeddings"
     """Name of the sidecar: a plain word, so that the features of several models can lie side by side."""
     batch_size: int = 256
-    """Pictures encoded at a time."""
+    """Images encoded at a time."""
     overwrite: bool = False
     """Replace features that another model made."""
 
@@ -165,7 +165,7 @@ class Export:
 
     ``img_emb/img_emb_0.npy`` and ``text_emb/text_emb_0.npy``, float16 [N, D], and ``metadata/metadata_0.parquet`` with
     ``image_path`` (the key), ``caption`` and the keys of the samples' json: row ``i`` of all three is one sample. Rows
-    are in the order that readers see; samples without a picture's or a caption's features are left out.
+    are in the order that readers see; samples without an image's or a caption's features are left out.
     """
 
     snapshot: Snapshot
@@ -230,7 +230,7 @@ class Export:
 def _prepared(
     samples: Iterator[Sample], size: int, pool: ThreadPoolExecutor, embedder: Embedder
 ) -> Iterator[list[tuple[Sample, "Future[Any]"]]]:
-    """Batches with their pictures being decoded; the next batch is begun before one is handed out."""
+    """Batches with their images being decoded; the next batch is begun before one is handed out."""
     ahead: list[tuple[Sample, Future[Any]]] = []
     while batch := list(islice(samples, size)):
         begun = [(sample, pool.submit(_prepare, embedder, sample)) for sample in batch]
@@ -242,8 +242,8 @@ def _prepared(
 
 
 def _prepare(embedder: Embedder, sample: Sample) -> Any | None:
-    picture = sample.image()
-    return None if picture is None else embedder.prepare(picture, sample.key)
+    image = sample.image()
+    return None if image is None else embedder.prepare(image, sample.key)
 
 
 def _some(

@@ -1,7 +1,7 @@
-"""EXIF: the tags of a JPEG, PNG, WebP or TIFF as text, and which way up the picture is.
+"""EXIF: the tags of a JPEG, PNG, WebP or TIFF as text, and which way up the image is.
 
 Only the block that holds the tags is looked at; no pixel is decoded. Tags come from strangers and are often damaged:
-what can not be read is left out and never costs the picture.
+what can not be read is left out and never costs the image.
 """
 
 import json
@@ -28,7 +28,7 @@ _MAX_TEXT = 1000
 
 
 def read_exif(body: bytes, kind: str) -> Image.Exif | None:
-    """The tags of the first picture, empty when there are none, None when they can not be read."""
+    """The tags of the first image, empty when there are none, None when they can not be read."""
     exif = Image.Exif()
     try:
         block = _exif_block(body, kind)

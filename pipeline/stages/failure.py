@@ -1,4 +1,4 @@
-"""Why a row has no picture: the classes that the downloader and the decoder give, and which of them may pass.
+"""Why a row has no image: the classes that the downloader and the decoder give, and which of them may pass.
 
 The class goes into the parquet column ``error_class`` and into the counts of ``_stats.json``; ``docs/operations.md``
 has the table for readers.
@@ -35,7 +35,7 @@ ERROR_CLASSES = (
     "store",  # an object store or a disk failed in another way
     "unexpected",  # an exception that nobody foresaw; it is logged
 )
-"""Classes of failed downloads; those of pictures are listed at ``pipeline.stages.images.transform``."""
+"""Classes of failed downloads; those of images are listed at ``pipeline.stages.images.transform``."""
 
 TRANSIENT = frozenset(
     {

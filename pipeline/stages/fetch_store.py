@@ -1,8 +1,8 @@
-"""Pictures in object stores and on local disks, for tables whose urls are not of the web.
+"""Images in object stores and on local disks, for tables whose urls are not of the web.
 
 Nothing is read unless the options name it: a table from a stranger must not reach, with our credentials, a bucket or
 a file that its author could not. A store is opened by a scheme (``s3``: every bucket) or by a prefix
-(``s3://bucket/pictures``); local files by one folder, which symbolic links do not lead out of.
+(``s3://bucket/images``); local files by one folder, which symbolic links do not lead out of.
 """
 
 import functools
@@ -126,7 +126,7 @@ def store_threads() -> ThreadPoolExecutor:
 
 def _place(entry: str) -> tuple[str, str]:
     """Scheme and prefix (ending in "/", empty for all) of an entry of ``allow_stores``."""
-    allowed = "a scheme of fsspec such as s3 or gs, or a prefix such as s3://bucket/pictures"
+    allowed = "a scheme of fsspec such as s3 or gs, or a prefix such as s3://bucket/images"
     scheme, mark, rest = entry.strip().partition("://")
     scheme = scheme.lower()
     known = scheme in fsspec.available_protocols() and scheme not in _NO_STORES

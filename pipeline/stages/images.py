@@ -1,4 +1,4 @@
-"""One encoded picture from anywhere -> one picture of the wanted size and format.
+"""One encoded image from anywhere -> one image of the wanted size and format.
 
 The options carry img2dataset's names and meanings (its ``resizer.py``, version 1.47), and every resize mode gives the
 same geometry. The order of the work differs, because the input is hostile and processor time is the cost:
@@ -12,8 +12,8 @@ same geometry. The order of the work differs, because the input is hostile and p
 
 What comes out is 8 bits deep: grey stays one channel (as img2dataset leaves it), all else is RGB. Alpha is composited
 on the background, 16-bit values are scaled down, palettes expanded, CMYK converted, and of an animation only the first
-picture is kept. EXIF orientation is ignored by default, as img2dataset does, so that shards agree with its own;
-re-encoded pictures carry no EXIF, so an orientation that was applied here can not be applied twice.
+image is kept. EXIF orientation is ignored by default, as img2dataset does, so that shards agree with its own;
+re-encoded images carry no EXIF, so an orientation that was applied here can not be applied twice.
 
 Everything here is a pure function of its arguments and may be called from many threads: the decoders hold no shared
 state and leave Python's lock while they work.
@@ -85,7 +85,7 @@ _HARMLESS_JPEG_WARNINGS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions:
-    """How pictures are resized and encoded; names and defaults are img2dataset's."""
+    """How images are resized and encoded; names and defaults are img2dataset's."""
 
     image_size: int = 256
     """Side of the output in pixels; what it limits depends on the mode."""
@@ -93,30 +93,30 @@ class ImageOptions:
     """no: as it is; keep_ratio: shorter side; keep_ratio_largest: longer side; center_crop: shorter side, then a
     square from the middle; border: longer side, then padded to a square."""
     resize_only_if_bigger: bool = False
-    """Leave a picture as it is when that side is not longer than image_size."""
+    """Leave an image as it is when that side is not longer than image_size."""
     upscale_interpolation: Interpolation = "lanczos"
     downscale_interpolation: Interpolation = "area"
     encode_format: EncodeFormat = "jpg"
     encode_quality: int = 95
     """jpg: 0 to 100; webp: 1 to 100, 101 is lossless; png: compression 0 to 9."""
     skip_reencode: bool = False
-    """Keep the original bytes of a picture that is in encode_format already and needs no change."""
+    """Keep the original bytes of an image that is in encode_format already and needs no change."""
     disable_all_reencoding: bool = False
     """Keep the original bytes of everything, unchecked, named as encode_format."""
     min_image_size: int = 0
-    """Refuse pictures whose shorter side is below this."""
+    """Refuse images whose shorter side is below this."""
     max_image_area: float = math.inf
-    """Refuse pictures with more pixels than this."""
+    """Refuse images with more pixels than this."""
     max_aspect_ratio: float = math.inf
-    """Refuse pictures whose longer side is more than this many times the shorter one."""
+    """Refuse images whose longer side is more than this many times the shorter one."""
     max_pixels: int = 128_000_000
-    """Refuse, before anything is allocated, pictures that would decode (or grow) to more pixels than this."""
+    """Refuse, before anything is allocated, images that would decode (or grow) to more pixels than this."""
     exact: bool = False
     """Decode JPEG at full size before shrinking: img2dataset's own pixels, for up to twice the processor time."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Red, green, blue (0 to 255) behind transparent pixels and in the border."""
     apply_exif_orientation: bool = False
-    """Turn pictures as their EXIF asks. Off by default: img2dataset does not."""
+    """Turn images as their EXIF asks. Off by default: img2dataset does not."""
     extract_exif: bool = True
     """Return the EXIF tags as JSON text."""
 
@@ -138,11 +138,11 @@ class ImageOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class EncodedImage:
     """What :func:`transform` made of one body.
 
     ``width`` and ``height`` are those of ``data``; the original ones those of the body (as displayed, when the EXIF
-    orientation was applied). They are None only under ``disable_all_reencoding``, for a body that is no picture.
+    orientation was applied). They are None only under ``disable_all_reencoding``, for a body that is no image.
     ``kept`` says that ``data`` is the body itself. ``exif`` is a JSON object, "{}" when there are no tags, None when
     not asked for or not readable.
     """
@@ -159,7 +159,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the first bytes of a picture tell: its kind and its size in pixels, before any EXIF orientation.
+    """What the first bytes of an image tell: its kind and its size in pixels, before any EXIF orientation.
 
     ``colour`` is libjpeg's name of a JPEG's colour space ("" when only Pillow reads it, or for another kind);
     ``animated`` marks PNG and WebP with several frames.
@@ -174,7 +174,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Sizes as (width, height): of the picture, after resizing, and after the crop or the border."""
+    """Sizes as (width, height): of the image, after resizing, and after the crop or the border."""
 
     original: tuple[int, int]
     resized: tuple[int, int]
@@ -183,12 +183,12 @@ class Geometry:
 
     @property
     def changes(self) -> bool:
-        """Whether the picture is resized, cropped or padded at all."""
+        """Whether the image is resized, cropped or padded at all."""
         return not self.original == self.resized == self.final
 
 
-def transform(body: bytes, options: ImageOptions) -> Picture:
-    """Decode, check, resize and encode one picture.
+def transform(body: bytes, options: ImageOptions) -> EncodedImage:
+    """Decode, check, resize and encode one image.
 
     Raises:
         SampleError: status "failed_to_resize"; ``error_class`` is one of empty, not_a_picture, truncated, damaged,
@@ -209,11 +209,11 @@ def transform(body: bytes, options: ImageOptions) -> Picture:
     if data is None:
         data = _convert(body, header, geometry, orientation, options)
     text = exif_json(exif) if options.extract_exif else None
-    return Picture(data, options.encode_format, *geometry.final, *geometry.original, text, kept)
+    return EncodedImage(data, options.encode_format, *geometry.final, *geometry.original, text, kept)
 
 
 def plan(width: int, height: int, options: ImageOptions) -> Geometry:
-    """The sizes that ``options`` give a picture of ``width`` x ``height`` pixels; rounding is img2dataset's."""
+    """The sizes that ``options`` give an image of ``width`` x ``height`` pixels; rounding is img2dataset's."""
     original, target = (width, height), options.image_size
     mode = options.resize_mode
     side = min(original) if mode in ("keep_ratio", "center_crop") else max(original)
@@ -228,7 +228,7 @@ def plan(width: int, height: int, options: ImageOptions) -> Geometry:
 
 
 def read_header(body: bytes) -> Header:
-    """Kind and size of an encoded picture, without decoding it.
+    """Kind and size of an encoded image, without decoding it.
 
     Raises:
         SampleError: classes empty, not_a_picture, damaged.
@@ -244,8 +244,8 @@ def read_header(body: bytes) -> Header:
     if _is_for_pillow(body):
         return _pillow_header(body)
     if body[:512].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"<", b"{"):
-        _fail("not_a_picture", "Image decoding error: a text page in place of a picture")
-    _fail("not_a_picture", "Image decoding error: not a picture of a known kind")
+        _fail("not_a_picture", "Image decoding error: a text page in place of an image")
+    _fail("not_a_picture", "Image decoding error: not an image of a known kind")
 
 
 # Limits
@@ -273,7 +273,7 @@ def _jpeg_scans(body: bytes) -> int:
         if marker in (0xC0, 0xC1):
             components = body[start + 5]
         elif marker == 0xDA and components == body[start]:
-            # A sequential picture whose first scan has all components ends with it; no need to read the rest.
+            # A sequential image whose first scan has all components ends with it; no need to read the rest.
             return 1
     return body.count(b"\xff\xda")
 
@@ -338,8 +338,8 @@ def _is_for_pillow(body: bytes) -> bool:
 
 
 def _pillow_header(body: bytes) -> Header:
-    with _open_with_pillow(body) as picture:
-        return Header(str(picture.format).lower(), *picture.size)
+    with _open_with_pillow(body) as image:
+        return Header(str(image.format).lower(), *image.size)
 
 
 def _open_with_pillow(body: bytes) -> Image.Image:
@@ -380,7 +380,7 @@ def _decode_jpeg(body: bytes, header: Header, shrink: int) -> Pixels:
 
 
 def _decode_doubtful_jpeg(body: bytes, header: Header, shrink: int, warning: str) -> Pixels:
-    """Tell a whole picture with a blemish in its file from one that libjpeg would fill up with grey."""
+    """Tell a whole image with a blemish in its file from one that libjpeg would fill up with grey."""
     if "premature end of jpeg file" in warning:
         # Only the end mark may be missing; of a progressive file one can not know whether passes are missing too.
         if body.endswith(b"\xff\xd9") or b"\xff\xc2" in body[: body.find(b"\xff\xda")]:
@@ -429,25 +429,25 @@ def _bare_png(body: bytes) -> bytes:
 
 
 def _decode_with_pillow(body: bytes) -> Pixels:
-    with _open_with_pillow(body) as picture:
+    with _open_with_pillow(body) as image:
         try:
-            picture.load()
-            return _pillow_pixels(picture)
+            image.load()
+            return _pillow_pixels(image)
         except PILLOW_ERRORS:
             _fail("damaged", "Image decoding error: damaged")
 
 
-def _pillow_pixels(picture: Image.Image) -> Pixels:
-    mode = picture.mode
+def _pillow_pixels(image: Image.Image) -> Pixels:
+    mode = image.mode
     if mode in ("1", "L"):
-        return np.asarray(picture.convert("L"))
+        return np.asarray(image.convert("L"))
     if mode.startswith("I"):
-        values = np.asarray(picture)
+        values = np.asarray(image)
         scale = 1 / 257 if int(values.max()) > 255 else 1.0
         return np.rint(values.clip(0, 65535) * scale).astype(np.uint8)
-    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
-        return np.asarray(cv2.cvtColor(np.asarray(picture.convert("RGBA")), cv2.COLOR_RGBA2BGRA))
-    return np.asarray(cv2.cvtColor(np.asarray(picture.convert("RGB")), cv2.COLOR_RGB2BGR))
+    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        return np.asarray(cv2.cvtColor(np.asarray(image.convert("RGBA")), cv2.COLOR_RGBA2BGRA))
+    return np.asarray(cv2.cvtColor(np.asarray(image.convert("RGB")), cv2.COLOR_RGB2BGR))
 
 
 # Pixels
@@ -496,7 +496,7 @@ def _axis(length: int, factor: int, wanted: int) -> _Axis:
     """How to bring ``length`` pixels, decoded ``factor`` times smaller, to ``wanted`` without moving them.
 
     The last decoded pixel may stand for fewer than ``factor`` ones, so that resizing all of them to ``wanted`` would
-    shrink the picture a little too much. A few more pixels at the far edge, cut off afterwards, make the number of
+    shrink the image a little too much. A few more pixels at the far edge, cut off afterwards, make the number of
     output pixels come out (nearly) whole at the right scale.
     """
     decoded, step = -(-length // factor), factor * wanted / length
@@ -534,7 +534,7 @@ def composite(pixels: Pixels, background: tuple[int, int, int]) -> Pixels:
         return np.ascontiguousarray(pixels[:, :, :3])
     result = np.empty((*pixels.shape[:2], 3), np.uint8)
     behind = np.array(background[::-1], np.uint16)
-    # A band at a time keeps the 16-bit temporaries small for huge pictures.
+    # A band at a time keeps the 16-bit temporaries small for huge images.
     band = max(1, 2**18 // pixels.shape[1])
     for top in range(0, pixels.shape[0], band):
         part = pixels[top : top + band].astype(np.uint16)
@@ -585,7 +585,7 @@ def _kept_bytes(
     return None if deep or transparent else body
 
 
-def _untouched(body: bytes, options: ImageOptions) -> Picture:
+def _untouched(body: bytes, options: ImageOptions) -> EncodedImage:
     """``disable_all_reencoding``: everything passes; the size is told when the body has one."""
     try:
         header: Header | None = read_header(body)
@@ -593,7 +593,7 @@ def _untouched(body: bytes, options: ImageOptions) -> Picture:
         header = None
     width, height = (header.width, header.height) if header else (None, None)
     text = exif_json(read_exif(body, header.kind)) if options.extract_exif and header else None
-    return Picture(body, options.encode_format, width, height, width, height, text, True)
+    return EncodedImage(body, options.encode_format, width, height, width, height, text, True)
 
 
 def _turned(size: tuple[int, int], orientation: int) -> tuple[int, int]:
@@ -620,5 +620,5 @@ def _require_one_of(field: str, value: object, kind: object) -> None:
 
 @functools.cache
 def _use_one_thread() -> None:
-    # Pictures are worked on side by side; OpenCV's own threads would only fight over the same cores.
+    # Images are worked on side by side; OpenCV's own threads would only fight over the same cores.
     cv2.setNumThreads(1)

@@ -43,7 +43,7 @@ HIDDEN_FILE = "hidden.parquet"
 HASHES = ("sha256", "md5", "sha512")
 OTHER = "other"
 REPLACED = "changed"
-"""Why a picture is hidden that has changed where it came from: no row of a source is answered by it any more."""
+"""Why an image is hidden that has changed where it came from: no row of a source is answered by it any more."""
 _REASONS = {"gone": GONE, "opt_out": OPTED_OUT}
 
 
@@ -78,7 +78,7 @@ class Failures:
 class Ledger:
     """The shards of ``folder`` with numbers below ``first``, as readers of ``parent`` see them.
 
-    ``stale`` has the positions of pictures that have changed where they came from, by the number of their shard.
+    ``stale`` has the positions of images that have changed where they came from, by the number of their shard.
     """
 
     folder: Folder
@@ -167,7 +167,7 @@ def read_rows(folder: Folder, name: str) -> pa.Table:
 
 
 def body_digests(table: pa.Table) -> list[Any]:
-    """The hex digests of the pictures as downloaded; ``None`` where unknown."""
+    """The hex digests of the images as downloaded; ``None`` where unknown."""
     name = next((name for name in HASHES if name in table.column_names), "")
     return _values(table, name)
 

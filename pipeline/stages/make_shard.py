@@ -1,6 +1,6 @@
 """Make one shard: read its rows, fetch, transform, and write in the order of the input.
 
-Runs in one process without Ray, which only hands out the units. Downloads run in a thread of their own while pictures
+Runs in one process without Ray, which only hands out the units. Downloads run in a thread of their own while images
 are decoded here; a slow row is waited for in order, with the finished ones behind it held in memory.
 """
 
@@ -19,7 +19,7 @@ from pipeline.shards.writer import ShardStats, ShardWriter, parquet_schema, read
 from pipeline.sources.source import Row, Source, fetches
 from pipeline.stages.decode_apart import Apart, needs_care
 from pipeline.stages.download import Download, DownloadOptions, Known, digest, download_all
-from pipeline.stages.images import ImageOptions, Picture, transform
+from pipeline.stages.images import EncodedImage, ImageOptions, transform
 from pipeline.stages.plan import Unit
 
 ARROW_TYPES: Mapping[type, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
@@ -76,7 +76,7 @@ class _Maker:
             columns["caption"] = pa.string()
         self.schema = parquet_schema({**columns, "url": pa.string()}, self._hash)
         if fetches(source):
-            # What the server said about this version of the picture, for the next refresh.
+            # What the server said about this version of the image, for the next refresh.
             for name in ("last_modified", "etag"):
                 self.schema = self.schema.append(pa.field(name, pa.string()))
 
@@ -91,7 +91,7 @@ class _Maker:
                 following += 1
 
     def _bodies(self) -> Iterator[tuple[int, Row, _Body | SampleError]]:
-        """Every row with its picture's bytes; those at hand first, then the downloads as they come."""
+        """Every row with its image's bytes; those at hand first, then the downloads as they come."""
         waiting: dict[int, Row] = {}
         for index, row in enumerate(self._source.rows(self._unit.piece)):
             if row.problem is not None:
@@ -118,15 +118,15 @@ class _Maker:
         try:
             if isinstance(body, SampleError):
                 raise body
-            picture = self._picture(body.content)
-            _refuse_stale_members(row, picture)
+            image = self._image(body.content)
+            _refuse_stale_members(row, image)
         except SampleError as error:
             return self._failed(record, error, body), None
-        record |= self._described(picture, body.digest)
+        record |= self._described(image, body.digest)
         # The validators stay out of the sample, whose bytes are the same whichever server sent it.
-        return {**record, **body.validators}, self._sample(key, row, record, picture)
+        return {**record, **body.validators}, self._sample(key, row, record, image)
 
-    def _picture(self, content: bytes) -> Picture:
+    def _image(self, content: bytes) -> EncodedImage:
         try:
             if needs_care(content):
                 return self.apart.transform(content)
@@ -134,7 +134,7 @@ class _Maker:
         except SampleError:
             raise
         except Exception as error:
-            # The sample boundary: decoders raise whatever they like on hostile input, and one picture is one row.
+            # The sample boundary: decoders raise whatever they like on hostile input, and one image is one row.
             raise SampleError("failed_to_resize", "decode", f"Image decoding error: {error}") from error
 
     def _failed(self, record: dict[str, Any], error: SampleError, body: _Body | SampleError) -> dict[str, Any]:
@@ -148,16 +148,16 @@ class _Maker:
             "attempts": body.attempts,
         }
 
-    def _described(self, picture: Picture, digest: str | None) -> dict[str, Any]:
+    def _described(self, image: EncodedImage, digest: str | None) -> dict[str, Any]:
         described: dict[str, Any] = {"status": "success", "error_message": None}
         for name in ("width", "height", "original_width", "original_height", "exif"):
-            described[name] = getattr(picture, name)
+            described[name] = getattr(image, name)
         if self._hash:
             described[self._hash] = digest
         return described
 
-    def _sample(self, key: str, row: Row, record: Mapping[str, Any], picture: Picture) -> Sample:
-        fields = {**row.members, self._options.images.encode_format: picture.data}
+    def _sample(self, key: str, row: Row, record: Mapping[str, Any], image: EncodedImage) -> Sample:
+        fields = {**row.members, self._options.images.encode_format: image.data}
         if self._source.has_captions:
             fields["txt"] = (record["caption"] or "").encode()
         fields["json"] = _flat_json(record)
@@ -172,21 +172,21 @@ def _flat_json(record: Mapping[str, Any]) -> bytes:
     return b"{\n    " + json.dumps(record, separators=(",\n    ", ": "))[1:-1].encode() + b"\n}"
 
 
-def _refuse_stale_members(row: Row, picture: Picture) -> None:
-    """Boxes and masks say where things are in the picture as it was; a resized one would contradict them."""
+def _refuse_stale_members(row: Row, image: EncodedImage) -> None:
+    """Boxes and masks say where things are in the image as it was; a resized one would contradict them."""
     stale = [name for name in GEOMETRIC_FIELDS if name in row.members]
-    if stale and (picture.width, picture.height) != (picture.original_width, picture.original_height):
-        message = f"{stale[0]} would not fit the resized picture; use --resize-mode no"
+    if stale and (image.width, image.height) != (image.original_width, image.original_height):
+        message = f"{stale[0]} would not fit the resized image; use --resize-mode no"
         raise SampleError("failed_to_resize", "stale_annotation", message)
     measured = _measured_in(row.members.get(BOXES))
-    if measured is not None and measured != (picture.width, picture.height):
-        sizes = f"{measured[0]} x {measured[1]} pixels, the picture has {picture.width} x {picture.height}"
+    if measured is not None and measured != (image.width, image.height):
+        sizes = f"{measured[0]} x {measured[1]} pixels, the image has {image.width} x {image.height}"
         message = f"{BOXES} is measured in {sizes}"
         raise SampleError("failed_to_resize", "stale_annotation", message)
 
 
 def _measured_in(boxes: bytes | None) -> tuple[int, int] | None:
-    """Width and height that boxes say their picture has; None where they do not, and another tool's format may not."""
+    """Width and height that boxes say their image has; None where they do not, and another tool's format may not."""
     try:
         record = json.loads(boxes or b"{}")
         return int(record["width"]), int(record["height"])

@@ -2,12 +2,12 @@
 
 One entry a line (blank lines and lines that begin with # are skipped), or the first text column of a parquet file:
 
-* a url, ``https://example.com/a.jpg``: that picture, whether asked for by http or https;
+* a url, ``https://example.com/a.jpg``: that image, whether asked for by http or https;
 * a prefix, ``https://example.com/people/`` or ``example.com/img*``: everything below it;
 * a host, ``example.com``: everything there, sub-domains included;
 * the hex digest of a file as it was downloaded (the column that ``--compute-hash`` makes), or a sample's key.
 
-Where in doubt an entry matches: hiding one picture too many costs less than keeping one that was asked to go.
+Where in doubt an entry matches: hiding one image too many costs less than keeping one that was asked to go.
 """
 
 import hashlib

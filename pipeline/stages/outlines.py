@@ -1,8 +1,8 @@
-"""Boxes and masks of a sample as outlines to draw: fractions of the picture, whatever size it is shown in.
+"""Boxes and masks of a sample as outlines to draw: fractions of the image, whatever size it is shown in.
 
 Read from ``boxes.json`` (COCO's ``bbox`` and uncompressed run-length ``segmentation`` per entry of ``objects``) and
 from ``mask.png`` (one grey value per object or class, 0 is background). Both come with the data and are not trusted:
-what does not fit the picture is left out.
+what does not fit the image is left out.
 """
 
 import json
@@ -37,7 +37,7 @@ class Region:
 
 
 def read_regions(sample: Sample, width: int, height: int) -> tuple[Region, ...]:
-    """What is known of where things are in a sample's picture of ``width`` by ``height`` pixels."""
+    """What is known of where things are in a sample's image of ``width`` by ``height`` pixels."""
     described = _described(sample.fields.get(BOXES, b""), width, height)
     return described or _masked(sample.fields.get(MASK, b""))
 
@@ -89,7 +89,7 @@ def _outlines_of_runs(segmentation: object) -> tuple[tuple[float, ...], ...]:
 
 
 def _masked(content: bytes) -> tuple[Region, ...]:
-    """A region per grey value of a mask; palette pictures are read as the numbers they hold."""
+    """A region per grey value of a mask; palette images are read as the numbers they hold."""
     if not content or len(content) > MOST_BYTES:
         return ()
     try:

@@ -1,6 +1,6 @@
 """A source becomes a snapshot: plan the shards, make them as Ray tasks, publish what came out.
 
-Each task gets one unit of work, writes its own files and gives back a small row of counts; no picture travels through
+Each task gets one unit of work, writes its own files and gives back a small row of counts; no image travels through
 Ray. A task whose worker dies is run again by Ray; a killed job is run again by its user, and finds its whole shards.
 """
 

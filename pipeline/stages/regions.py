@@ -1,9 +1,9 @@
 """Features of regions as a sidecar: what ViLD's image branch learns from (Gu, Lin, Kuo, Cui, 2021, section 3.2).
 
 ``00017.regions.parquet`` has a row for every sample that the tar stores: ``key``, ``height`` and ``width`` of the
-picture, ``boxes`` (x1, y1, x2, y2 as fractions of its sides, float32, one after the other), ``scores`` of the
-proposals, and ``features``, L2-normalised float16 [n, D] as bytes in C order. Boxes and features are of the picture as
-it is stored, so an augmentation that moves the picture moves the boxes and leaves the features. A picture without
+image, ``boxes`` (x1, y1, x2, y2 as fractions of its sides, float32, one after the other), ``scores`` of the
+proposals, and ``features``, L2-normalised float16 [n, D] as bytes in C order. Boxes and features are of the image as
+it is stored, so an augmentation that moves the image moves the boxes and leaves the features. An image without
 proposals, or one that cannot be read, has none.
 
 Boxes that no longer belong to their features are the failure that goes unseen: training goes on and novel classes
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 JOB = "jobs/extract_region_features.py"
 MATCHED = 0.5  # intersection over union from which on a proposal shows an object
-COVERED = 0.1  # share of the objects that any proposer covers whose boxes fit the pictures
+COVERED = 0.1  # share of the objects that any proposer covers whose boxes fit the images
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,20 @@ class RegionModel(Protocol):
     facts: Mapping[str, Any]
     """What readers should know: ``teacher``, ``proposer``, ``crop``, ``width`` D; kept with the features."""
 
-    def prepare(self, picture: bytes) -> Any | None:
-        """The decoded picture, ``None`` where it cannot be read; called from many threads."""
+    def prepare(self, image: bytes) -> Any | None:
+        """The decoded image, ``None`` where it cannot be read; called from many threads."""
         ...
 
-    def shape(self, picture: Any) -> tuple[int, int]:
+    def shape(self, image: Any) -> tuple[int, int]:
         """Its height and width."""
         ...
 
-    def propose(self, pictures: Sequence[Any], samples: Sequence[Sample]) -> list[Proposals]:
-        """The regions of each picture."""
+    def propose(self, images: Sequence[Any], samples: Sequence[Sample]) -> list[Proposals]:
+        """The regions of each image."""
         ...
 
-    def encode(self, pictures: Sequence[Any], boxes: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float32]]:
-        """L2-normalised features [n, D] of each picture's boxes."""
+    def encode(self, images: Sequence[Any], boxes: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float32]]:
+        """L2-normalised features [n, D] of each image's boxes."""
         ...
 
     def class_vectors(self, classes: Sequence[str]) -> NDArray[np.float32]:
@@ -93,7 +93,7 @@ class RegionOptions:
     name: str = "regions"
     """Name of the sidecar: a plain word, so that those of several models can lie side by side."""
     pictures_at_once: int = 8
-    """Pictures whose regions are encoded together."""
+    """Images whose regions are encoded together."""
     overwrite: bool = False
     """Replace the features of another model or other settings, and those that were checked by other classes."""
     floor: float = 0.1
@@ -150,7 +150,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Regions:
-    """One sample's regions: boxes float32 [n, 4] as fractions of the picture, scores [n], features float16 [n, D]."""
+    """One sample's regions: boxes float32 [n, 4] as fractions of the image, scores [n], features float16 [n, D]."""
 
     boxes: NDArray[np.float32]
     scores: NDArray[np.float32]
@@ -256,12 +256,12 @@ def judge(found: Check, options: RegionOptions, where: str) -> None:
         return
     if found.objects >= options.least_matched and found.covered < COVERED * found.objects:
         raise DataError(
-            f"{where}: {found}, less than a tenth: the boxes do not fit the pictures, or regions are proposed of other "
+            f"{where}: {found}, less than a tenth: the boxes do not fit the images, or regions are proposed of other "
             "things (--floor 0 lets it pass)"
         )
     if found.matched >= options.least_matched and found.accuracy < options.floor:
         raise DataError(
-            f"{where}: {found}; the first share is less than floor {options.floor}: the boxes do not fit the pictures, "
+            f"{where}: {found}; the first share is less than floor {options.floor}: the boxes do not fit the images, "
             "or this teacher does not know these classes"
         )
 
@@ -294,7 +294,7 @@ class RegionMaker:
         self.maker = model.maker
 
     def table(self, samples: Iterator[Sample], shard: Shard) -> pa.Table:
-        """The sidecar's rows, a chunk for each batch of pictures; raises ``DataError`` where the check fails."""
+        """The sidecar's rows, a chunk for each batch of images; raises ``DataError`` where the check fails."""
         parts, found = [SCHEMA.empty_table()], Check()
         with ThreadPoolExecutor(self._threads, thread_name_prefix="prepare") as pool:
             for batch in _decoded(samples, self._options.pictures_at_once, pool, self._model):
@@ -310,14 +310,14 @@ class RegionMaker:
         return whole.replace_schema_metadata({FACTS: json.dumps(facts).encode()})
 
     def _rows(self, batch: Sequence[tuple[Sample, Any | None]]) -> tuple[list[dict[str, Any]], Check]:
-        readable = [(sample, picture) for sample, picture in batch if picture is not None]
-        samples, pictures = [sample for sample, _ in readable], [picture for _, picture in readable]
-        proposals = self._model.propose(pictures, samples) if readable else []
-        features = self._model.encode(pictures, [one.boxes for one in proposals]) if readable else []
+        readable = [(sample, image) for sample, image in batch if image is not None]
+        samples, images = [sample for sample, _ in readable], [image for _, image in readable]
+        proposals = self._model.propose(images, samples) if readable else []
+        features = self._model.encode(images, [one.boxes for one in proposals]) if readable else []
         made, found = {}, Check()
-        for sample, picture, proposed, encoded in zip(samples, pictures, proposals, features, strict=True):
-            made[sample.key] = _row(sample.key, self._model.shape(picture), proposed, encoded)
-            found += self._checked(sample, self._model.shape(picture), proposed, encoded)
+        for sample, image, proposed, encoded in zip(samples, images, proposals, features, strict=True):
+            made[sample.key] = _row(sample.key, self._model.shape(image), proposed, encoded)
+            found += self._checked(sample, self._model.shape(image), proposed, encoded)
         return [made.get(sample.key) or _empty(sample.key) for sample, _ in batch], found
 
     def _checked(
@@ -325,7 +325,7 @@ class RegionMaker:
     ) -> Check:
         """Compares the features of regions that cover an annotated object with the names of the classes.
 
-        A crowd is no truth: its box is that of many things, and may cover half of the picture.
+        A crowd is no truth: its box is that of many things, and may cover half of the image.
         """
         if self._vectors is None or FIELD not in sample.fields:
             return Check()
@@ -369,7 +369,7 @@ def _empty(key: str) -> dict[str, Any]:
 def _decoded(
     samples: Iterator[Sample], size: int, pool: ThreadPoolExecutor, model: RegionModel
 ) -> Iterator[list[tuple[Sample, Any | None]]]:
-    """Batches with their pictures; the next batch is being decoded while one is worked on."""
+    """Batches with their images; the next batch is being decoded while one is worked on."""
 
     def begin(sample: Sample) -> tuple[Sample, Any]:
         content = sample.image()

@@ -76,7 +76,7 @@ class Renewal:
     retry_failed: bool = False
     """Fetch again the rows whose failure may pass (time-outs, resets, 429, 5xx, names that did not resolve)."""
     revalidate: Which = "none"
-    """Ask again for stored pictures, whose bytes may have changed behind the same url: of `known` validators (ETag or
+    """Ask again for stored images, whose bytes may have changed behind the same url: of `known` validators (ETag or
     date) on the condition that they differ, or `all`, which fetches what has none in order to compare it."""
     purge: bool = False
     """Delete hidden samples from disk; older snapshots that show them go too."""
@@ -115,7 +115,7 @@ def prepare(
 ) -> Prepared | Snapshot:
     """Compare ``source`` with the folder's shards and plan the refresh; a snapshot where nothing is to be done.
 
-    ``workers`` ask again for stored pictures, where the renewal wants that.
+    ``workers`` ask again for stored images, where the renewal wants that.
 
     Raises:
         SettingError: the input, the parent or the opt-out list cannot be used.
@@ -187,7 +187,7 @@ def _difference(
         urls.append(found["url"][np.isin(found["state"], out)])
     opted_out = np.unique(np.concatenate(urls))
     for found in source_records(source, pieces, opt_out, options.downloads.compute_hash):
-        # With another caption, or without the list, it is still the picture that was asked to go.
+        # With another caption, or without the list, it is still the image that was asked to go.
         found["state"][np.isin(found["url"], opted_out)] = LISTED
         here.add(found)
     return compare(here, there, failures.mask(RETRYABLE if renewal.retry_failed else ()))
@@ -211,7 +211,7 @@ def source_records(
 
 
 def _expected(expected: str | None, hash_name: str | None) -> str | None:
-    """The digest that a row's picture has to have, where it is of the kind that is stored: another one is a change."""
+    """The digest that a row's image has to have, where it is of the kind that is stored: another one is a change."""
     algorithm, _, hexadecimal = (expected or "").partition(":")
     return hexadecimal.lower() if hexadecimal and algorithm == hash_name else None
 

@@ -1,12 +1,12 @@
-"""Ask again for pictures that are stored: has the one behind the same url changed?
+"""Ask again for images that are stored: has the one behind the same url changed?
 
-Every stored picture whose server gave it an ``ETag`` or a date is asked for on the condition that it differs (RFC 9110,
+Every stored image whose server gave it an ``ETag`` or a date is asked for on the condition that it differs (RFC 9110,
 section 13): an answer 304 costs a few hundred bytes, and the stored one stays. An answer with a body counts as a change
 where its digest is another one, so servers that ignore conditions only cost time. What came to be forbidden
 (``X-Robots-Tag``, robots.txt) counts as a change too, since the fetch that follows refuses it. Any other failure leaves
-the stored picture as it is.
+the stored image as it is.
 
-One file for each shard says what was found, so that a job that was killed asks for no picture twice. They lie beside
+One file for each shard says what was found, so that a job that was killed asks for no image twice. They lie beside
 the refresh's plan, and go when nothing has changed.
 """
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 Which = Literal["none", "known", "all"]
 Stale = Mapping[int, NDArray[np.int64]]
-"""Positions in the tar of pictures that have changed, by the number of their shard."""
+"""Positions in the tar of images that have changed, by the number of their shard."""
 
 FOLDER = "revalidated"
 FORBIDDEN = frozenset({"optout", "robots"})
@@ -55,7 +55,7 @@ class Revalidation:
     which: Which
 
     def __call__(self, shard: Shard) -> str:
-        """Ask for the shard's visible pictures; counts as JSON."""
+        """Ask for the shard's visible images; counts as JSON."""
         file = f"{shard.name}.parquet"
         if not self.place.exists(file):
             buffer = BytesIO()
@@ -96,23 +96,23 @@ def revalidate(
     which: Which,
     workers: Workers,
 ) -> Stale:
-    """The stored pictures of ``parent`` that have changed where they came from.
+    """The stored images of ``parent`` that have changed where they came from.
 
     ``place`` keeps what each shard's task found. Robots and politeness are those of ``downloads``.
 
     Raises:
-        SettingError: pictures are stored without a digest, so that nothing can be compared.
+        SettingError: images are stored without a digest, so that nothing can be compared.
         DataError: a stored shard is damaged.
     """
     name = downloads.compute_hash
-    require(name is not None, "compute_hash", name, "sha256, md5 or sha512, to tell whether a picture has changed")
+    require(name is not None, "compute_hash", name, "sha256, md5 or sha512, to tell whether an image has changed")
     beside = place.folder(f"{FOLDER}/{which}")
     task = Revalidation(folder, beside, downloads, opt_out, which)
     shards = [shard for shard in parent.shards if shard.name.isdigit()]
     total: Counter[str] = Counter()
     for _, text in run_tasks(task, shards, workers):
         total.update(json.loads(text))
-    logger.info("asked again for %d pictures: %s", total.total(), dict(sorted(total.items())) or "none has a validator")
+    logger.info("asked again for %d images: %s", total.total(), dict(sorted(total.items())) or "none has a validator")
     return {int(shard.name): _changed(beside, shard) for shard in shards}
 
 

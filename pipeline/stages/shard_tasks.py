@@ -1,6 +1,6 @@
 """Run a function once per unit of work, here or as Ray tasks.
 
-The function takes its unit, writes its own files and gives back a small text; no picture travels through Ray. It has
+The function takes its unit, writes its own files and gives back a small text; no image travels through Ray. It has
 to find its work already done where an earlier run did it, so that a task whose node dies is simply run again. Every
 stage that works by the shard runs through here.
 """

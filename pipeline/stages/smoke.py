@@ -10,7 +10,7 @@ from pipeline.stages.shard_tasks import Workers
 
 
 def drawn_snapshot(folder: Folder, samples: int = 64, rows_per_shard: int = 16) -> Snapshot:
-    """``samples`` drawn pictures of 64 pixels a side in ``folder``, made in this process; what is there is kept."""
+    """``samples`` drawn images of 64 pixels a side in ``folder``, made in this process; what is there is kept."""
     as_it_is = ImageOptions(resize_mode="no", skip_reencode=True)
     options = ShardOptions(images=as_it_is, number_sample_per_shard=rows_per_shard)
     source = open_source({"kind": "drawn", "samples": samples, "size": 64})

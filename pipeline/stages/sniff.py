@@ -1,4 +1,4 @@
-"""Pictures told from other things by the first bytes of a body, while the rest is still on its way.
+"""Images told from other things by the first bytes of a body, while the rest is still on its way.
 
 Agrees with ``pipeline.stages.images.read_header``, which is asked again once the body is whole; kept apart from it so
 that the downloader loads no image library.
@@ -24,8 +24,8 @@ _STARTS = (
 )
 
 
-def starts_like_a_picture(start: bytes) -> bool:
-    """Whether a body whose first ``ENOUGH`` bytes (or more) are ``start`` can be a picture of a known kind."""
+def starts_like_an_image(start: bytes) -> bool:
+    """Whether a body whose first ``ENOUGH`` bytes (or more) are ``start`` can be an image of a known kind."""
     if start.startswith(_STARTS):
         return True
     if start.startswith(b"RIFF"):
@@ -37,8 +37,8 @@ def starts_like_a_picture(start: bytes) -> bool:
 
 def refuse_other_things(start: bytes, http_status: int | None) -> None:
     """Raise the :class:`Failure` that the decoder would give, with img2dataset's status for what does not decode."""
-    if starts_like_a_picture(start):
+    if starts_like_an_image(start):
         return
     page = start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"<", b"{")
-    what = "a text page in place of a picture" if page else "not a picture of a known kind"
+    what = "a text page in place of an image" if page else "not an image of a known kind"
     raise Failure("not_a_picture", f"Image decoding error: {what}", http_status, status="failed_to_resize")

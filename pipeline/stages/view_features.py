@@ -1,7 +1,7 @@
-"""Raw features of several views of every picture, as few-shot methods read them from a sidecar.
+"""Raw features of several views of every image, as few-shot methods read them from a sidecar.
 
 ``jobs/embed_dataset.py views`` makes it: for each sample ``image``, float16 [V x D] and not normalised, view 0 as in
-evaluation and the others random crops; NaN where there is no readable picture. The sidecar knows its tar, the digest
+evaluation and the others random crops; NaN where there is no readable image. The sidecar knows its tar, the digest
 of the model with all settings (``maker``), and says how many views it has and how they were cut.
 """
 
@@ -21,12 +21,12 @@ from pipeline.stages.embeddings import JOB, matrix
 
 NAME = "views"
 MAKE = f"{JOB} views"
-NO_PICTURE = (1, 1)  # the shape of a row in a shard without one readable picture
+NO_IMAGE = (1, 1)  # the shape of a row in a shard without one readable image
 
 
 @dataclass(frozen=True)
 class ViewFeatures:
-    """Raw features float16 [N, V, D] of N samples by key, and how they were made; NaN for unreadable pictures."""
+    """Raw features float16 [N, V, D] of N samples by key, and how they were made; NaN for unreadable images."""
 
     keys: tuple[str, ...]
     features: NDArray[np.float16]
@@ -48,7 +48,7 @@ class ViewFeatures:
         if broken.any():
             key = wanted[int(broken.argmax())]
             raise DataError(
-                f"the features of sample {key} are not finite: its picture cannot be read, or they are broken"
+                f"the features of sample {key} are not finite: its image cannot be read, or they are broken"
             )
         return found
 
@@ -63,10 +63,10 @@ def read_views(snapshot: Snapshot, maker: str | None = None, name: str = NAME) -
     """
     folder = Folder(snapshot.folder)
     parts = [_read_shard(folder, shard, maker, name) for shard in snapshot.shards]
-    shapes = {part.features.shape[1:] for part in parts} - {NO_PICTURE}
+    shapes = {part.features.shape[1:] for part in parts} - {NO_IMAGE}
     if len(shapes) > 1:
         raise SidecarError(f"{snapshot.uri}: shards with features of several shapes, {shapes}; make them with {MAKE}")
-    shape = min(shapes, default=NO_PICTURE)
+    shape = min(shapes, default=NO_IMAGE)
     features = [np.broadcast_to(part.features, (len(part.keys), *shape)) for part in parts]
     keys = tuple(key for part in parts for key in part.keys)
     return ViewFeatures(keys, np.concatenate(features), parts[0].facts)
@@ -81,6 +81,6 @@ def _read_shard(folder: Folder, shard: Shard, maker: str | None, name: str) -> V
     keys = [str(key) for key in table["key"].to_pylist()]
     shown = read_selection(folder, shard)
     order = np.arange(len(keys)) if shown is None else np.asarray(shown)
-    shape = NO_PICTURE if rows.shape[1] == 1 else (int(facts["views"]), -1)
+    shape = NO_IMAGE if rows.shape[1] == 1 else (int(facts["views"]), -1)
     features = rows.reshape(len(rows), *shape)[order]
     return ViewFeatures(tuple(keys[int(row)] for row in order), features, facts)

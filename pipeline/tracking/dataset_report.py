@@ -1,6 +1,6 @@
 """A snapshot as one HTML page: funnel, histograms, samples with boxes, duplicates, differences, hosts.
 
-The page asks for nothing: charts are inline SVG, pictures inline JPEG, there are no scripts and no links, and its
+The page asks for nothing: charts are inline SVG, images inline JPEG, there are no scripts and no links, and its
 content security policy forbids what is not there. Captions, urls, labels and error messages come from the open web:
 they go through :func:`plain`, which makes them text on one line, and are escaped.
 """
@@ -71,9 +71,9 @@ svg.chart { width: 100%; height: auto; display: block; }
 figcaption { font-size: 0.85rem; color: var(--faint); overflow-wrap: anywhere; }
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 11.5rem), 1fr)); gap: 0.8rem; }
 .samples .words { color: var(--ink); margin: 0.4rem 0 0.2rem; max-height: 7.6em; overflow: hidden; }
-.picture { position: relative; margin: 0 auto; overflow: hidden; background: #808080; border-radius: 4px; }
-.picture img { width: 100%; height: auto; display: block; }
-.picture svg { position: absolute; inset: 0; width: 100%; height: 100%;
+.image { position: relative; margin: 0 auto; overflow: hidden; background: #808080; border-radius: 4px; }
+.image img { width: 100%; height: auto; display: block; }
+.image svg { position: absolute; inset: 0; width: 100%; height: 100%;
   filter: drop-shadow(0 0 1px #000000); }
 .box, .outline { fill: none; stroke: var(--mark); stroke-width: 2; vector-effect: non-scaling-stroke; }
 .outline { fill: var(--mark); fill-opacity: 0.25; stroke-width: 1; }
@@ -95,7 +95,7 @@ class Report:
     funnel: Funnel
     difference: Difference | None
     groups: tuple[tuple[Copies, Shown | None], ...]
-    exact_pictures: bool
+    exact_images: bool
     exact_rows: bool
 
 
@@ -106,7 +106,7 @@ def make_report(snapshot: Snapshot, statistics: Statistics, options: Measuring) 
         DataError: a shard or a selection is missing or damaged.
     """
     limits = shares(snapshot, options)
-    repeated = (copies for copies in statistics.pictures.values() if copies.count > 1)
+    repeated = (copies for copies in statistics.images.values() if copies.count > 1)
     groups = sorted(repeated, key=lambda copies: (-copies.count, copies.keys))[:GROUPS]
     shown = _first_of_each(snapshot, groups, options.thumbnail_size)
     return Report(
@@ -115,7 +115,7 @@ def make_report(snapshot: Snapshot, statistics: Statistics, options: Measuring) 
         funnel=funnel(snapshot, statistics),
         difference=difference(snapshot),
         groups=tuple((copies, shown.get(copies.keys[0])) for copies in groups),
-        exact_pictures=limits.pictures == 2**64,
+        exact_images=limits.images == 2**64,
         exact_rows=limits.rows == 2**64,
     )
 
@@ -173,7 +173,7 @@ def _heading(name: str, report: Report) -> str:
     facts = {
         "samples": _number(statistics.visible),
         "shards": _number(len(snapshot.shards)),
-        "pictures": _size(statistics.bytes),
+        "images": _size(statistics.bytes),
         "input rows": _number(snapshot.rows),
         "kept": _share(statistics.unique, snapshot.rows),
     }
@@ -309,7 +309,7 @@ def _languages(languages: Mapping[str, int]) -> str:
 
 def _samples_section(statistics: Statistics) -> str:
     if not statistics.samples:
-        return _section("Samples", "<p>No picture can be shown.</p>")
+        return _section("Samples", "<p>No image can be shown.</p>")
     note = f"<p>{len(statistics.samples)} samples, chosen by the hash of their keys.</p>"
     return _section(
         "Samples", f'{note}<div class="samples">{"".join(_figure(one) for one in statistics.samples)}</div>'
@@ -318,13 +318,13 @@ def _samples_section(statistics: Statistics) -> str:
 
 def _figure(shown: Shown, note: str = "") -> str:
     caption = _foreign(shown.caption, 300) if plain(shown.caption) else "<em>no caption</em>"
-    # Tall pictures are shown narrower, so that none fills the screen; boxes stay where they belong.
+    # Tall images are shown narrower, so that none fills the screen; boxes stay where they belong.
     narrow = min(100.0, 100 * TALLEST * shown.width / max(shown.height, 1))
     labels = [region.label for region in shown.regions if plain(region.label)]
     listed = "".join(f"<li>{_foreign(label, 60)}</li>" for label in labels)
     return (
-        f'<figure><div class="picture" style="width: {narrow:.1f}%">'
-        f'<img alt="{_text(shown.caption, 150) or "picture without a caption"}" '
+        f'<figure><div class="image" style="width: {narrow:.1f}%">'
+        f'<img alt="{_text(shown.caption, 150) or "image without a caption"}" '
         f'loading="lazy" width="{shown.width}" height="{shown.height}" '
         f'src="data:image/jpeg;base64,{html.escape(shown.thumbnail, quote=True)}">{_overlay(shown)}</div>'
         f'<figcaption><div class="words">{caption}</div>'
@@ -334,7 +334,7 @@ def _figure(shown: Shown, note: str = "") -> str:
 
 
 def _overlay(shown: Shown) -> str:
-    """Boxes and outlines over the picture, in a unit square that is stretched over it."""
+    """Boxes and outlines over the image, in a unit square that is stretched over it."""
     parts = []
     for region in shown.regions:
         title = f"<title>{_text(region.label, 60)}</title>"
@@ -351,15 +351,15 @@ def _overlay(shown: Shown) -> str:
 
 
 def _duplicates_section(report: Report) -> str:
-    pictures = report.statistics.pictures
-    compared = sum(copies.count for copies in pictures.values())
-    repeated = [copies.count for copies in pictures.values() if copies.count > 1]
+    images = report.statistics.images
+    compared = sum(copies.count for copies in images.values())
+    repeated = [copies.count for copies in images.values() if copies.count > 1]
     spare = sum(repeated) - len(repeated)
-    sampled = "" if report.exact_pictures else f" of about {_number(EXACT_ROWS)} pictures chosen by their hash"
+    sampled = "" if report.exact_images else f" of about {_number(EXACT_ROWS)} images chosen by their hash"
     if not repeated:
-        return _section("Duplicates", f"<p>No two{sampled or ' pictures'} have the same bytes.</p>")
+        return _section("Duplicates", f"<p>No two{sampled or ' images'} have the same bytes.</p>")
     words = (
-        f"<p>{_number(spare)} of {_number(compared)} pictures ({_share(spare, compared)}){sampled} repeat an earlier "
+        f"<p>{_number(spare)} of {_number(compared)} images ({_share(spare, compared)}){sampled} repeat an earlier "
         f"one byte for byte (SHA-256), in groups: {_number(len(repeated))}. The largest:</p>"
     )
     figures = "".join(

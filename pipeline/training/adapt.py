@@ -1,10 +1,10 @@
-"""Adapt a frozen CLIP from a few labelled pictures: one runner for all methods of ``pipeline.models.adapters``.
+"""Adapt a frozen CLIP from a few labelled images: one runner for all methods of ``pipeline.models.adapters``.
 
     adapted = adapt("coop", coop.Config(), paper_recipe("coop", 16), clip, classes, templates, train, validation)
     accuracy(adapted.adapter, test)
 
-What is chosen (the epoch, Tip-Adapter's alpha and beta, the linear probe's C) is chosen by validation pictures; test
-pictures are no argument here. The order of pictures, their views and crops are pure functions of (seed, epoch), so two
+What is chosen (the epoch, Tip-Adapter's alpha and beta, the linear probe's C) is chosen by validation images; test
+images are no argument here. The order of images, their views and crops are pure functions of (seed, epoch), so two
 runs with the same arguments on the same machine, with as many threads, end in the same bits.
 
 In a process group all ranks call with the same arguments. The classes of a learned prompt are spread over them: each
@@ -36,7 +36,7 @@ from pipeline.training.adapt_recipes import Recipe, make_optimizer
 
 logger = logging.getLogger(__name__)
 
-PICTURES, CHOSEN_VIEWS = 5, 6  # purposes of random words, see pipeline/loaders/order.py
+IMAGES, CHOSEN_VIEWS = 5, 6  # purposes of random words, see pipeline/loaders/order.py
 FEATURES_AT_ONCE, PIXELS_AT_ONCE, PROMPTS_AT_ONCE = 4096, 64, 2048
 
 Log = Callable[[Mapping[str, float], int], object]
@@ -45,23 +45,23 @@ Log = Callable[[Mapping[str, float], int], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Labelled:
-    """Pictures with class numbers, int64 [N]: as raw features, float [N, V, D] of V views, as encoded files, or both.
+    """Images with class numbers, int64 [N]: as raw features, float [N, V, D] of V views, as encoded files, or both.
 
-    Methods that read features need these: of the shots all views are used, of validation and test pictures the first.
+    Methods that read features need these: of the shots all views are used, of validation and test images the first.
     Methods that read pixels need the files.
     """
 
     labels: Tensor
     features: Tensor | None = None
-    pictures: Sequence[bytes] | None = None
+    images: Sequence[bytes] | None = None
 
     def __post_init__(self) -> None:
-        require(len(self.labels) > 0, "labels", len(self.labels), "one picture or more")
+        require(len(self.labels) > 0, "labels", len(self.labels), "one image or more")
         if self.features is not None:
             Shots(self.features, self.labels)
-        if self.pictures is not None:
-            require(len(self.pictures) == len(self.labels), "pictures", len(self.pictures), f"{len(self.labels)}")
-        require(self.features is not None or self.pictures is not None, "data", "empty", "features or pictures")
+        if self.images is not None:
+            require(len(self.images) == len(self.labels), "images", len(self.images), f"{len(self.labels)}")
+        require(self.features is not None or self.images is not None, "data", "empty", "features or images")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -69,13 +69,13 @@ class Labelled:
     def shots(self) -> Shots:
         """The features; raises ``SettingError`` where there are none."""
         if self.features is None:
-            raise SettingError("data", "pictures alone", "features, for a method that reads features")
+            raise SettingError("data", "images alone", "features, for a method that reads features")
         return Shots(self.features, self.labels)
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Counts, int64 [C] each: pictures of a class that were classified right, and all of it."""
+    """Counts, int64 [C] each: images of a class that were classified right, and all of it."""
 
     right: Tensor
     seen: Tensor
@@ -84,7 +84,7 @@ class Accuracy:
 
     @property
     def top1(self) -> float:
-        """Part of the pictures that was classified right, 0 to 1."""
+        """Part of the images that was classified right, 0 to 1."""
         return int(self.right.sum()) / int(self.seen.sum())
 
     @property
@@ -104,7 +104,7 @@ class Adapted:
     seed: int
     adapter: Adapter
     chosen: Mapping[str, float]
-    """What validation pictures decided: ``epoch`` (from 1), ``alpha``, ``beta``, ``C``; empty where nothing is."""
+    """What validation images decided: ``epoch`` (from 1), ``alpha``, ``beta``, ``C``; empty where nothing is."""
     history: tuple[Mapping[str, float], ...]
     """For each epoch ``epoch``, ``train/loss``, ``train/lr``, ``validation/top1``, ``validation/loss``."""
 
@@ -132,7 +132,7 @@ def adapt(
         classes: the names of the labels 0, 1, ...
         templates: prompts with a ``{}``, for the methods that use them.
         train: the shots.
-        validation: pictures of the same classes that are neither shots nor test.
+        validation: images of the same classes that are neither shots nor test.
         seed: of the start, the order, views and crops.
         log: takes each epoch's numbers.
 
@@ -243,20 +243,20 @@ class _Training:
         require(finite, "learning_rate", self.recipe.learning_rate, allowed)
 
     def _batches(self, epoch: int, steps: int) -> Iterator[Any]:
-        order = permutation(self.seed, PICTURES, epoch, 0, len(self.train))
+        order = permutation(self.seed, IMAGES, epoch, 0, len(self.train))
         size = self.recipe.batch_size
         return (order[step * size : (step + 1) * size] for step in range(steps))
 
 
 class _Images:
-    """What an adapter reads of labelled pictures, by their numbers."""
+    """What an adapter reads of labelled images, by their numbers."""
 
     def __init__(self, adapter: Adapter, data: Labelled, recipe: Recipe | None = None, seed: int = 0) -> None:
         self.device, self.seed = adapter.clip.device, seed
         self.features = data.shots().features.to(self.device) if adapter.reads == "features" else None
         if self.features is None:
-            assert data.pictures is not None
-            self.pictures = data.pictures
+            assert data.images is not None
+            self.images = data.images
             self.still = openclip.image_transform(adapter.clip.model)
             if recipe is not None:
                 crop = {"crop": "resized", "scale": recipe.crop_scale, "flip": recipe.flip}
@@ -279,19 +279,19 @@ class _Images:
 
     def _read(self, transform: ImageTransform, numbers: Any, epoch: int | None) -> Tensor:
         words = [None if epoch is None else crop_words(self.seed, epoch, int(number)) for number in numbers]
-        contents = [self.pictures[int(number)] for number in numbers]
+        contents = [self.images[int(number)] for number in numbers]
         try:
-            pictures = [transform.read(content, word) for content, word in zip(contents, words, strict=True)]
+            images = [transform.read(content, word) for content, word in zip(contents, words, strict=True)]
         except UnreadableSample as error:
-            raise DataError(f"one of the pictures {numbers.tolist()} cannot be read: {error}") from error
-        return torch.stack(pictures).to(self.device)
+            raise DataError(f"one of the images {numbers.tolist()} cannot be read: {error}") from error
+        return torch.stack(images).to(self.device)
 
 
 def _check(name: str, data: Labelled, adapter: Adapter) -> None:
     """Raise ``SettingError`` unless ``data`` is what ``adapter`` reads, and labelled with its classes."""
-    has = data.features if adapter.reads == "features" else data.pictures
+    has = data.features if adapter.reads == "features" else data.images
     kind = type(adapter).__name__
-    require(has is not None, name, "other data", f"{adapter.reads} of pictures, which {kind} reads")
+    require(has is not None, name, "other data", f"{adapter.reads} of images, which {kind} reads")
     if data.features is not None and adapter.reads == "features":
         width = adapter.clip.features
         if data.features.shape[-1] != width:
@@ -315,10 +315,10 @@ def _spread(adapter: Adapter) -> Iterator[None]:
 
 
 def _at_once(adapter: Adapter) -> int:
-    """Pictures that go through ``adapter`` together, for a bounded memory."""
+    """Images that go through ``adapter`` together, for a bounded memory."""
     if adapter.reads == "pixels":
         return PIXELS_AT_ONCE
-    return max(1, PROMPTS_AT_ONCE // len(adapter.classes)) if adapter.per_picture else FEATURES_AT_ONCE
+    return max(1, PROMPTS_AT_ONCE // len(adapter.classes)) if adapter.per_image else FEATURES_AT_ONCE
 
 
 def _on(shots: Shots, device: torch.device) -> Shots:

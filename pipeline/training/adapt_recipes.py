@@ -1,4 +1,4 @@
-"""The papers' recipes for adapting a frozen CLIP from a few labelled pictures, as values.
+"""The papers' recipes for adapting a frozen CLIP from a few labelled images, as values.
 
     method         optimiser             rate    epochs                        batch  rate falls  from
     coop           SGD 0.9, decay 5e-4   0.002   50, 100, 200 by shots         32     each epoch  CoOp, section 4.1
@@ -15,7 +15,7 @@ Momentum, decay and the schedule of the first five are not in the papers but in 
 epoch at a constant 1e-5, then half a cosine that begins at its top and is as long as the whole run, so that a short run
 never comes down to nothing. CLIP-Adapter names Adam's kind and no decay: torch's AdamW with decay 0, and since its code
 has no recipe, a cosine without a warm-up. The reference takes the last epoch of all but Tip-Adapter-F, whose best epoch
-it takes by test pictures; here ``select`` says, and test pictures never do.
+it takes by test images; here ``select`` says, and test images never do.
 """
 
 import math
@@ -51,7 +51,7 @@ class Recipe:
     epochs: int = 200
     """Passes over the shots."""
     batch_size: int = 32
-    """Pictures of a step; fewer shots than that make one step."""
+    """Images of a step; fewer shots than that make one step."""
     drop_last: bool = True
     """Leave out an epoch's last batch where it is not full."""
     warmup_epochs: int = 1
@@ -63,7 +63,7 @@ class Recipe:
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Area of a random crop, for methods that read pixels; 0.5 to 1 in Tip-Adapter."""
     flip: float = 0.5
-    """Probability of a mirrored picture, for these."""
+    """Probability of a mirrored image, for these."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the towers while it learns; what is learned is float32 in any case."""
     select: Literal["validation", "last"] = "validation"
@@ -81,10 +81,10 @@ class Recipe:
         require(0 < low <= high <= 1, "crop_scale", self.crop_scale, "0 < low <= high <= 1")
         require(0 <= self.flip <= 1, "flip", self.flip, "0 to 1")
 
-    def steps(self, pictures: int) -> int:
-        """Steps of an epoch over so many pictures."""
-        whole = pictures // self.batch_size
-        return max(1, whole if self.drop_last else -(-pictures // self.batch_size))
+    def steps(self, images: int) -> int:
+        """Steps of an epoch over so many images."""
+        whole = images // self.batch_size
+        return max(1, whole if self.drop_last else -(-images // self.batch_size))
 
     def rate(self, epoch: int, step: int, steps: int) -> float:
         """The learning rate of step ``step`` of ``steps`` in epoch ``epoch``, all counted from 0."""

@@ -105,7 +105,7 @@ def check_alike(first: Method, other: Method, address: str, other_address: str) 
         type(first) is type(other) and _architecture(first) == _architecture(other) and _shapes(first) == _shapes(other)
     )
     if not same:
-        allowed = f"checkpoints of the architecture of {address}, the same pictures and the same kind of loss"
+        allowed = f"checkpoints of the architecture of {address}, the same images and the same kind of loss"
         raise SettingError("checkpoints", other_address, allowed)
 
 

@@ -297,7 +297,7 @@ def _is_number_or_range(workers: int | str) -> bool:
 
 
 def _check_readable(snapshot: TrainingData, method: Any, run: Run) -> None:
-    """Pictures and captions, which every snapshot names alike; the loop checks what else a method reads."""
+    """Images and captions, which every snapshot names alike; the loop checks what else a method reads."""
     places = {"image": "image", "text": caption_field(run.caption)}
     if run.tokens:
         del places["text"]

@@ -1,9 +1,9 @@
-"""A training step of CoCoOp with eight pictures, in one batch against the authors' loop over single pictures.
+"""A training step of CoCoOp with eight images, in one batch against the authors' loop over single images.
 
     python tests/benchmarks/cocoop_step.py                    # 100 classes of the small model
     python tests/benchmarks/cocoop_step.py --device cuda --model ViT-B-32 --classes 1000
 
-The plain way runs 77 tokens for every class and every picture; see coop_step.py for how it is measured. Asked: 5 times
+The plain way runs 77 tokens for every class and every image; see coop_step.py for how it is measured. Asked: 5 times
 as fast.
 """
 
@@ -17,11 +17,11 @@ from torch.nn import functional
 
 from pipeline.models.adapters.cocoop import CoCoOp, Config
 
-PICTURES = 8
+IMAGES = 8
 
 
 def plain_logits(adapter: CoCoOp, images: Tensor) -> Tensor:
-    """CoCoOp as its authors' code computes it: one picture after the other."""
+    """CoCoOp as its authors' code computes it: one image after the other."""
     rows = []
     for feature in functional.normalize(images, dim=-1):
         context = adapter.context + adapter.meta_net(feature)
@@ -34,7 +34,7 @@ def measure(model: str, classes: int, which: str, device: str) -> dict[str, floa
     """Ours or the plain one."""
     adapter = CoCoOp(Config(), frozen(model, device), names(classes), ())
     logits = (lambda images: plain_logits(adapter, images)) if which == "plain" else adapter.logits
-    return step(adapter, logits, PICTURES, device)
+    return step(adapter, logits, IMAGES, device)
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
         return
     arguments = ["--model", options.model, "--classes", str(options.classes), "--device", options.device]
     where = torch.cuda.get_device_name() if options.device == "cuda" else "one CPU thread"
-    conditions = f"{options.model}, {PICTURES} pictures, 4 context vectors, {where}, median of {options.rounds} rounds"
+    conditions = f"{options.model}, {IMAGES} images, 4 context vectors, {where}, median of {options.rounds} rounds"
     report(__file__, f"cocoop_step/{options.model}", "batch", arguments, options.rounds, options.classes, conditions)
 
 

@@ -143,9 +143,7 @@ def main() -> None:
             return
         arguments = ["--models", model, "--classes", str(classes), "--device", options.device]
         where = torch.cuda.get_device_name() if options.device == "cuda" else "one CPU thread"
-        conditions = (
-            f"{model}, {ROWS} pictures, 16 context vectors, float32, {where}, median of {options.rounds} rounds"
-        )
+        conditions = f"{model}, {ROWS} images, 16 context vectors, float32, {where}, median of {options.rounds} rounds"
         for ours in ("whole", "parts"):
             report(__file__, f"coop_step/{model}", ours, arguments, options.rounds, classes, conditions)
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Downloading and resizing pictures, side by side with img2dataset: samples per CPU second of whole processes.
+"""Downloading and resizing images, side by side with img2dataset: samples per CPU second of whole processes.
 
     python tests/benchmarks/download_vs_img2dataset.py                    # all configurations, 8,000 rows each
-    python tests/benchmarks/download_vs_img2dataset.py --count 400 --pictures 200 --processes 1 --modes border
+    python tests/benchmarks/download_vs_img2dataset.py --count 400 --images 200 --processes 1 --modes border
 
 A loopback server in a process of its own (not counted) serves photograph-like JPEGs of 640x480 to 1600x1200 over plain
 HTTP. Both tools run as their users run them, on the same url table and with the same options, in turns. Counted is the
 processor time of the whole process tree, start-up included; `marginal` in the conditions is what a further row costs
-(difference to a run of half the rows). Pictures are joined by url and compared without their border; the mean leaves
+(difference to a run of half the rows). Images are joined by url and compared without their border; the mean leaves
 equal ones out. One JSON line per configuration.
 """
 
@@ -48,7 +48,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1", "RAY_USA
 Pixels = npt.NDArray[np.uint8]
 
 
-# Pictures
+# Images
 
 
 def one_over_f(generator: np.random.Generator, exponent: float) -> npt.NDArray[Any]:
@@ -78,7 +78,7 @@ def scenes() -> list[Pixels]:
     return found
 
 
-def draw_pictures(folder: Path, count: int) -> int:
+def draw_images(folder: Path, count: int) -> int:
     """Write ``count`` JPEGs (quality 85 to 92, 4:2:0), crops of the scenes; returns their bytes."""
     material, total = scenes(), 0
     folder.mkdir()
@@ -97,16 +97,16 @@ def draw_pictures(folder: Path, count: int) -> int:
     return total
 
 
-def write_table(path: Path, address: str, pictures: int, rows: int) -> None:
-    """A url table of ``rows`` different urls; beyond ``pictures`` they repeat under a new query."""
-    urls = [f"{address}/{row % pictures}.jpg?copy={row // pictures}" for row in range(rows)]
-    pq.write_table(pa.table({"url": urls, "caption": [f"picture number {row}" for row in range(rows)]}), path)
+def write_table(path: Path, address: str, images: int, rows: int) -> None:
+    """A url table of ``rows`` different urls; beyond ``images`` they repeat under a new query."""
+    urls = [f"{address}/{row % images}.jpg?copy={row // images}" for row in range(rows)]
+    pq.write_table(pa.table({"url": urls, "caption": [f"image number {row}" for row in range(rows)]}), path)
 
 
 # The server
 
 
-class Pictures(asyncio.Protocol):
+class Images(asyncio.Protocol):
     """HTTP/1.1 GET of the files of a folder, connections kept alive unless the client says close."""
 
     def __init__(self, folder: Path) -> None:
@@ -133,7 +133,7 @@ class Pictures(asyncio.Protocol):
 async def serve(folder: Path) -> None:
     """Serve for ever; the port is printed."""
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Pictures(folder), "127.0.0.1", 0, backlog=1024)
+    server = await loop.create_server(lambda: Images(folder), "127.0.0.1", 0, backlog=1024)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
@@ -220,25 +220,25 @@ def their_command(table: Path, out: Path, rows: int, processes: int, threads: in
 
 
 def read_outputs(folder: Path, most: int) -> dict[str, bytes]:
-    """Url -> encoded picture of the first ``most`` rows of the shards in ``folder``."""
+    """Url -> encoded image of the first ``most`` rows of the shards in ``folder``."""
     found: dict[str, bytes] = {}
     for tar in sorted(folder.glob("[0-9]*.tar")):
         shard = TarShard(tar)
         for index in range(len(shard)):
             fields = shard[index].fields
             found[json.loads(fields["json"])["url"]] = fields["jpg"]
-    return {url: picture for url, picture in found.items() if int(url.partition("?copy=")[2]) == 0 or len(found) < most}
+    return {url: image for url, image in found.items() if int(url.partition("?copy=")[2]) == 0 or len(found) < most}
 
 
-def likeness(ours: Path, theirs: Path, mode: str, pictures: int) -> dict[str, float]:
+def likeness(ours: Path, theirs: Path, mode: str, images: int) -> dict[str, float]:
     """PSNR in dB between the two outputs, the border left out; equal bytes are counted apart."""
-    mine, peers = read_outputs(ours, pictures), read_outputs(theirs, pictures)
+    mine, peers = read_outputs(ours, images), read_outputs(theirs, images)
     assert mine.keys() == peers.keys(), "both tools must have succeeded with the same urls"
     values: list[float] = []
-    for url, picture in mine.items():
-        if picture == peers[url]:
+    for url, image in mine.items():
+        if image == peers[url]:
             continue
-        one, other = (np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), float) for data in (picture, peers[url]))
+        one, other = (np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), float) for data in (image, peers[url]))
         width, height = SIZES[int(url.rpartition("/")[2].partition(".")[0]) % len(SIZES)]
         inner = plan(width, height, ImageOptions(image_size=TARGET, resize_mode=mode)).resized  # type: ignore[arg-type]
         left, top = (one.shape[1] - inner[0]) // 2, (one.shape[0] - inner[1]) // 2
@@ -258,7 +258,7 @@ class Bench:
 
     place: Path
     address: str
-    pictures: int
+    images: int
     rows: int
     rounds: int
     threads: int
@@ -268,7 +268,7 @@ class Bench:
         """One run of "img2dataset", "default" or "exact" into a fresh folder."""
         out, table = self.place / f"{tool}-{rows}", self.place / f"{rows}.parquet"
         shutil.rmtree(out, ignore_errors=True)
-        write_table(table, self.address, self.pictures, rows)
+        write_table(table, self.address, self.images, rows)
         if tool == "img2dataset":
             command = their_command(table, out, rows, processes, self.threads, mode)
         else:
@@ -284,7 +284,7 @@ class Bench:
                     cost, folders[tool] = self.run(tool, rows, processes, mode)
                     costs.setdefault((tool, rows), []).append(cost)
         for tool in ours:
-            like = likeness(folders[tool], folders["img2dataset"], mode, self.pictures)
+            like = likeness(folders[tool], folders["img2dataset"], mode, self.images)
             print(json.dumps(self._line(tool, processes, mode, costs, like)), flush=True)
 
     def _line(self, tool: str, processes: int, mode: str, costs: dict[tuple[str, int], list[Cost]], like: Any) -> Any:
@@ -306,7 +306,7 @@ class Bench:
 
         conditions = {
             "mode": tool, "resize_mode": mode, "processes": processes, "threads": self.threads, "rounds": self.rounds,
-            "pictures": self.pictures, "mean_bytes": self.mean_bytes, "marginal": pair("cpu", True),
+            "images": self.images, "mean_bytes": self.mean_bytes, "marginal": pair("cpu", True),
             "wall": pair("wall"), "likeness": like,
         }  # fmt: skip
         name = "download_vs_img2dataset"
@@ -316,14 +316,14 @@ class Bench:
 def main() -> None:
     """Parse, draw, serve, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=2_000, help="different pictures")
+    parser.add_argument("--images", type=int, default=2_000, help="different images")
     parser.add_argument("--count", type=int, default=8_000, help="rows of a run")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=32, help="requests at a time, on both sides")
     parser.add_argument("--processes", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--modes", nargs="*", default=["border", "keep_ratio"])
     parser.add_argument("--ours", nargs="*", default=["default", "exact"])
-    parser.add_argument("--folder", help="keep pictures and outputs here (default: a temporary folder)")
+    parser.add_argument("--folder", help="keep images and outputs here (default: a temporary folder)")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -331,12 +331,12 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(options.folder or scratch).absolute()
-        pictures = place / f"pictures-{options.pictures}"
-        if not pictures.exists():
-            draw_pictures(pictures, options.pictures)
-        size = sum(path.stat().st_size for path in pictures.iterdir()) // options.pictures
-        with served(pictures) as address:
-            bench = Bench(place, address, options.pictures, options.count, options.rounds, options.threads, size)
+        images = place / f"images-{options.images}"
+        if not images.exists():
+            draw_images(images, options.images)
+        size = sum(path.stat().st_size for path in images.iterdir()) // options.images
+        with served(images) as address:
+            bench = Bench(place, address, options.images, options.count, options.rounds, options.threads, size)
             for processes in options.processes:
                 for mode in options.modes:
                     bench.compare(processes, mode, tuple(options.ours))

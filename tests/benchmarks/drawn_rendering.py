@@ -1,4 +1,4 @@
-"""How many samples of the drawn world one core makes: scene, caption, truth, picture and JPEG.
+"""How many samples of the drawn world one core makes: scene, caption, truth, image and JPEG.
 
     python tests/benchmarks/drawn_rendering.py
 

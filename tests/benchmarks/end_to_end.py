@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--compile-blocks", action="store_true")
     parser.add_argument("--data", default="", help="a snapshot; otherwise one is drawn")
     parser.add_argument("--samples", type=int, default=8000, help="to draw")
-    parser.add_argument("--size", type=int, default=64, help="pixels a side of drawn pictures")
+    parser.add_argument("--size", type=int, default=64, help="pixels a side of drawn images")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="clipmill-end-to-end-") as name:

@@ -3,7 +3,7 @@
     python tests/benchmarks/few_shot_features.py
 
 A whole adaptation is timed as a job does it: class vectors of ViT-B-32's text tower, the epochs, the choice of the
-epoch on 4 validation pictures a class and, for Tip-Adapter-F, the search of alpha and beta. Its peer is what is asked:
+epoch on 4 validation images a class and, for Tip-Adapter-F, the search of alpha and beta. Its peer is what is asked:
 20 seconds on two cores; with one thread (the default) processor time is measured, which others on the machine do not
 change much, with several wall time. The search is timed against the plain way as
 well: the formula with one-hot labels, computed again for each of the 4,000 pairs. Features are random around a centre
@@ -35,7 +35,7 @@ ASKED = 20.0
 TEMPLATES = ("a photo of a {}.",)
 
 
-def pictures(count: int, views: int, seed: int, width: int) -> Labelled:
+def images(count: int, views: int, seed: int, width: int) -> Labelled:
     """``count`` of each class, as raw features."""
     centres = torch.randn(CLASSES, width, generator=torch.Generator().manual_seed(9))
     labels = torch.arange(CLASSES).repeat(count)
@@ -83,7 +83,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     clip = FrozenClip(Clip(ClipConfig(architecture="ViT-B-32")), classifier)
-    train, held = (pictures(count, views, views, clip.features) for count, views in ((SHOTS, VIEWS), (HELD, 1)))
+    train, held = (images(count, views, views, clip.features) for count, views in ((SHOTS, VIEWS), (HELD, 1)))
     where = f"{CLASSES} classes, {SHOTS} shots, {clip.features} features, {options.threads} threads"
     for method in ("tip_adapter_f", "clip_adapter"):
         recipe = paper_recipe(method, SHOTS)
@@ -97,7 +97,7 @@ def main() -> None:
     alpha, beta, _ = tip.search(held.shots())
     assert plain_search(tip, held) == (alpha, beta)
     ours = median(seconds(lambda: tip.search(held.shots())) for _ in range(options.rounds))
-    report("search", ours, seconds(lambda: plain_search(tip, held)), f"{where}, 4,000 pairs, {len(held)} pictures")
+    report("search", ours, seconds(lambda: plain_search(tip, held)), f"{where}, 4,000 pairs, {len(held)} images")
 
 
 if __name__ == "__main__":

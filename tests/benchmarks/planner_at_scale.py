@@ -44,7 +44,7 @@ def write_tables(folder: Path, rows: int) -> None:
     random = np.random.default_rng(0)
     words = np.array(["small", "red", "photograph", "of", "the", "old", "harbour", "sunset", "cat", "portrait"])
     captions = [" ".join(words[picks]) for picks in random.integers(0, len(words), (FILE_ROWS, 8))]
-    urls = [f"https://images.example.org/{number:016x}/original-picture.jpg" for number in range(FILE_ROWS)]
+    urls = [f"https://images.example.org/{number:016x}/original-image.jpg" for number in range(FILE_ROWS)]
     pq.write_table(pa.table({"url": urls, "caption": captions}), folder / "first.parquet", row_group_size=100_000)
     for number in range(rows // FILE_ROWS):
         os.link(folder / "first.parquet", folder / f"part-{number:05d}.parquet")
@@ -91,7 +91,7 @@ def manifest(folder: Folder, rows: int) -> None:
 
 @dataclass(frozen=True)
 class Digests:
-    """A shard's view as the search sees it: every hundredth picture of the set is that of half its number."""
+    """A shard's view as the search sees it: every hundredth image of the set is that of half its number."""
 
     number: int
 
@@ -104,7 +104,7 @@ class Digests:
         return ROWS_PER_SHARD
 
     def digests(self) -> list[bytes]:
-        """16 bytes for each picture, a mix of its number (splitmix64), and 16 more that nobody reads."""
+        """16 bytes for each image, a mix of its number (splitmix64), and 16 more that nobody reads."""
         rows = self.number * ROWS_PER_SHARD + self.positions
         words = np.where(rows % 100 == 0, rows // 2, rows).astype(np.uint64)
         mixed = np.stack([_mixed(words), _mixed(words + np.uint64(2**63)), words, words], axis=1)

@@ -1,10 +1,10 @@
 """Region features, crops a second, against Pillow's crop and open_clip's transform for every box.
 
     python tests/benchmarks/region_features.py                                  # a small tower on one CPU thread
-    python tests/benchmarks/region_features.py --device cuda --model ViT-B-32 --boxes 300 --pictures 32
+    python tests/benchmarks/region_features.py --device cuda --model ViT-B-32 --boxes 300 --images 32
 
 Both start from encoded JPEGs (photograph-like, 640 x 480) and the same boxes, cut the box and the box enlarged by 1.5,
-and encode with the same weights; the plain way transforms box by box and encodes all crops of a picture at once, so
+and encode with the same weights; the plain way transforms box by box and encodes all crops of an image at once, so
 that only what is asked about differs. Rounds in turns. Features are compared with exact ones: Pillow's bicubic of the
 stretched box, in float32. Asked: 3 times as fast on a CPU, 10 times on a GPU, cosine 0.999 or more.
 """
@@ -49,7 +49,7 @@ def photographs(count: int) -> list[bytes]:
 
 
 def boxes_of(number: int, count: int) -> np.ndarray:
-    """Boxes of all sizes from 16 pixels on, log-uniform as proposals are, inside the picture."""
+    """Boxes of all sizes from 16 pixels on, log-uniform as proposals are, inside the image."""
     random = np.random.default_rng(1000 + number)
     sides = np.exp(random.uniform(np.log(16), np.log(400), (count, 2)))
     low = random.uniform(0, 1, (count, 2)) * ([WIDTH, HEIGHT] - sides)
@@ -57,9 +57,9 @@ def boxes_of(number: int, count: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def plain(clip: Any, transform: Callable[[Image.Image], Tensor], picture: bytes, boxes: np.ndarray) -> Tensor:
+def plain(clip: Any, transform: Callable[[Image.Image], Tensor], image: bytes, boxes: np.ndarray) -> Tensor:
     """The way of the papers' code: Pillow and the model's own transform for each box, then one batch."""
-    whole = Image.open(BytesIO(picture)).convert("RGB")
+    whole = Image.open(BytesIO(image)).convert("RGB")
     crops = [
         transform(whole.crop(tuple(box)))
         for scale in SCALES
@@ -71,9 +71,9 @@ def plain(clip: Any, transform: Callable[[Image.Image], Tensor], picture: bytes,
 
 
 @torch.no_grad()
-def exact(clip: Any, picture: bytes, boxes: np.ndarray, size: int) -> Tensor:
+def exact(clip: Any, image: bytes, boxes: np.ndarray, size: int) -> Tensor:
     """Stretched by Pillow, encoded in float32: what ours has to equal."""
-    whole = Image.open(BytesIO(picture)).convert("RGB")
+    whole = Image.open(BytesIO(image)).convert("RGB")
     crops = [
         np.asarray(whole.crop(tuple(box)).resize((size, size), Image.Resampling.BICUBIC))
         for scale in SCALES
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--boxes", type=int, default=100)
-    parser.add_argument("--pictures", type=int, default=8)
+    parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -100,17 +100,17 @@ def main() -> None:
         teacher=options.model, crop=CropRule(scales=SCALES), device=options.device, precision=options.precision
     )
     ours = ClipRegions(clip, GivenBoxes(), settings)
-    pictures = photographs(options.pictures)
-    boxes = [boxes_of(number, options.boxes) for number in range(options.pictures)]
+    images = photographs(options.images)
+    boxes = [boxes_of(number, options.boxes) for number in range(options.images)]
 
     def run_ours() -> list[np.ndarray]:
-        return ours.encode([ours.prepare(picture) for picture in pictures], boxes)
+        return ours.encode([ours.prepare(image) for image in images], boxes)
 
     def run_plain() -> list[Tensor]:
-        return [plain(clip, transform, picture, some).cpu() for picture, some in zip(pictures, boxes, strict=True)]
+        return [plain(clip, transform, image, some).cpu() for image, some in zip(images, boxes, strict=True)]
 
     found = run_ours()
-    wanted = [exact(clip, picture, some, ours._size).cpu() for picture, some in zip(pictures, boxes, strict=True)]
+    wanted = [exact(clip, image, some, ours._size).cpu() for image, some in zip(images, boxes, strict=True)]
     cosines = torch.cat([(torch.from_numpy(a) * b).sum(dim=1) for a, b in zip(found, wanted, strict=True)])
     run_plain()
     seconds: dict[str, list[float]] = {"ours": [], "plain": []}
@@ -119,11 +119,11 @@ def main() -> None:
             begin = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - begin)
-    crops = len(SCALES) * options.boxes * options.pictures
+    crops = len(SCALES) * options.boxes * options.images
     speed = {name: crops / statistics.median(took) for name, took in seconds.items()}
     where = torch.cuda.get_device_name() if options.device == "cuda" else "one CPU thread"
     conditions = (
-        f"{options.model} {options.precision}, {options.boxes} boxes of {options.pictures} pictures, {where}, cosine "
+        f"{options.model} {options.precision}, {options.boxes} boxes of {options.images} images, {where}, cosine "
         f"to exact features {cosines.min():.5f} at worst; {2 * found[0].shape[1]} bytes a region stored, half of fp32"
     )
     report = {"name": f"region_features/{options.model}", "ours": round(speed["ours"]), "peer": round(speed["plain"])}

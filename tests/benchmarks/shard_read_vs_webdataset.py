@@ -4,12 +4,12 @@
     python tests/benchmarks/shard_read_vs_webdataset.py
 
 Both read the same shards (img2dataset's layout: jpg, txt, json; JPEG quality 95) with the same number of worker
-processes into batches of pictures of 224 px and tokens: open_clip's with `open_clip_train.data.get_wds_dataset` and
+processes into batches of images of 224 px and tokens: open_clip's with `open_clip_train.data.get_wds_dataset` and
 the training transform and tokenizer of ViT-B-32, ours with `training_batches`. Each measurement is a process of its
 own: what is counted is the CPU time (user and system, its worker processes included) from the first request for a
 batch until the loader's processes have ended, imports excluded. Rounds alternate; ratios are medians over rounds.
 
-How alike the pictures are is measured on the same boxes, from the JPEG's bytes to 224 px: PSNR against Pillow's
+How alike the images are is measured on the same boxes, from the JPEG's bytes to 224 px: PSNR against Pillow's
 decoder and torchvision's `resized_crop` (bicubic, antialiased), which is what open_clip uses.
 
 One JSON line: the worst ratio, then a row for every shard size, crop scale and number of workers.
@@ -57,8 +57,8 @@ def noise(generator: np.random.Generator, height: int, width: int) -> NDArray[np
     return np.asarray((field - field.mean()) / field.std())
 
 
-def picture(seed: int, height: int, width: int) -> Pixels:
-    """A picture with the statistics of a photograph: shapes that hide one another, 1/f texture, a sensor's noise."""
+def image(seed: int, height: int, width: int) -> Pixels:
+    """An image with the statistics of a photograph: shapes that hide one another, 1/f texture, a sensor's noise."""
     generator = np.random.default_rng(seed)
     canvas = np.full((height, width, 3), generator.integers(0, 256, 3), np.uint8)
     for _ in range(120):
@@ -86,7 +86,7 @@ def captions(count: int) -> Iterator[str]:
 
 
 def make_shards(place: Path, side: int, samples: int) -> Snapshot:
-    """Shards of pictures with short side ``side``, and their snapshot."""
+    """Shards of images with short side ``side``, and their snapshot."""
     folder = Folder(str(place))
     texts = list(captions(samples))
     shards = []
@@ -105,7 +105,7 @@ def make_shards(place: Path, side: int, samples: int) -> Snapshot:
 
 def _sample(number: int, shard: int, index: int, side: int, caption: str) -> Sample:
     height, width = SHAPES[side][number % 3]
-    jpeg = cv2.imencode(".jpg", picture(number, height, width), [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+    jpeg = cv2.imencode(".jpg", image(number, height, width), [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
     key = sample_key(shard, index, SAMPLES_PER_SHARD)
     facts = {"key": key, "caption": caption, "url": f"http://host/{number}.jpg", "width": width, "height": height}
     facts |= {"status": "success", "error_message": None, "exif": "{}", "sha256": "0" * 64}

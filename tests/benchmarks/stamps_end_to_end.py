@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Real pictures through the whole road: Tux Paint stamps over loopback HTTP, shards, a small CLIP, its evaluation.
+"""Real images through the whole road: Tux Paint stamps over loopback HTTP, shards, a small CLIP, its evaluation.
 
     apt-get install tuxpaint-stamps-default
     python tests/benchmarks/stamps_end_to_end.py --folder runs/stamps
 
 Every step is a job as users type it; the commands are printed before they run. Ends with a table of what the model does
-on held-out stamps and, as the last line, the same as JSON: ours is its picture to text R@1, peer is chance. Where the
+on held-out stamps and, as the last line, the same as JSON: ours is its image to text R@1, peer is chance. Where the
 stamps are not installed it says so and does nothing.
 """
 
@@ -128,7 +128,7 @@ def main() -> None:
     ours, held_out = metrics["retrieval/stamps/i2t_r1"], data["held_out"]["samples"]
     line = {"name": "stamps_end_to_end", "ours": ours, "peer": 1 / held_out, "ratio": round(ours * held_out, 1)}
     conditions = {"data": data, "metrics": metrics, "steps": options.steps}
-    print(json.dumps({**line, "unit": "picture to text R@1", "n": held_out, "conditions": conditions}))
+    print(json.dumps({**line, "unit": "image to text R@1", "n": held_out, "conditions": conditions}))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python tests/benchmarks/train_step_vs_open_clip.py --architecture clipmill-small --batch-size 128
     python tests/benchmarks/train_step_vs_open_clip.py --device cuda --architecture ViT-B-16 --batch-size 512
 
-The peer is ``open_clip_train.train.train_one_epoch`` with the optimiser that its ``main`` makes, on pictures that are
-already normalised floats; ours takes uint8 pictures and texts cut at the batch's longest, as our loader gives them.
+The peer is ``open_clip_train.train.train_one_epoch`` with the optimiser that its ``main`` makes, on images that are
+already normalised floats; ours takes uint8 images and texts cut at the batch's longest, as our loader gives them.
 Same weights at the start, captions of the drawn world (2 to 40 words). On a CPU: float32, one thread, samples per CPU
 second; asked is a ratio of 1.25. On a GPU: bfloat16 (``amp_bf16``), TF32 for the rest, both compiled (open_clip its
 whole model, ours its blocks), open_clip with local loss and gather with gradients, batches in pinned memory, samples
@@ -155,15 +155,15 @@ def pinned(tensor: Tensor) -> Tensor:
 
 
 def make_batches(method: Clip, batch_size: int, steps: int) -> list[tuple[Tensor, Tensor]]:
-    """Pictures of noise, uint8, and tokens of drawn captions, int64."""
+    """Images of noise, uint8, and tokens of drawn captions, int64."""
     side = method.transforms(train=False).size[0]
     count = batch_size * steps
     rows = Drawn(samples=count, size=64).rows(Slice(count=count, digest="", where={"start": 0}))
     tokens = method.tokenizer([row.caption for row in rows]).split(batch_size)
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, 3, side, side)
-    pictures = (torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for _ in tokens)
-    return [(pinned(image), pinned(text.contiguous())) for image, text in zip(pictures, tokens, strict=True)]
+    images = (torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for _ in tokens)
+    return [(pinned(image), pinned(text.contiguous())) for image, text in zip(images, tokens, strict=True)]
 
 
 def utilisation(
@@ -234,8 +234,8 @@ def _loss(model: torch.nn.Module, batch: tuple[Tensor, Tensor], side: Theirs | N
     image, text = (tensor.to(next(model.parameters()).device) for tensor in batch)
     if side is None:
         return float(model.training_step({"image": image, "text": text})["contrastive"])
-    pictures = (image - side.mean.to(image.device)) / side.std.to(image.device)
-    return float(open_clip.loss.ClipLoss()(**model(pictures, text)))
+    images = (image - side.mean.to(image.device)) / side.std.to(image.device)
+    return float(open_clip.loss.ClipLoss()(**model(images, text)))
 
 
 if __name__ == "__main__":

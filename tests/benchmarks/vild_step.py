@@ -1,12 +1,12 @@
-"""A training step of ViLD at the paper's size, in pictures a second, against torchvision's Mask R-CNN.
+"""A training step of ViLD at the paper's size, in images a second, against torchvision's Mask R-CNN.
 
-    python tests/benchmarks/vild_step.py --device cuda         # ResNet-50, eight pictures of 1024 pixels, 866 classes
+    python tests/benchmarks/vild_step.py --device cuda         # ResNet-50, eight images of 1024 pixels, 866 classes
     python tests/benchmarks/vild_step.py                       # on a CPU, one of 256 pixels: minutes
 
 The peer is ``torchvision.models.detection.MaskRCNN`` over the same parts: backbone, pyramid, anchors, proposal head,
 heads of boxes and masks, as many proposals, as many regions drawn; losses and classifier are its own, with boxes and
-masks for every class. Pictures, 20 objects each, are on the device before the clock starts. ``supervised`` is the same
-work as the peer's but for boxes and masks, which know no classes; ``vild`` has 300 regions of each picture to distil on
+masks for every class. Images, 20 objects each, are on the device before the clock starts. ``supervised`` is the same
+work as the peer's but for boxes and masks, which know no classes; ``vild`` has 300 regions of each image to distil on
 top, ``ensemble`` a head of their own besides. bfloat16 on a GPU; forward, backward and SGD; rounds in turns.
 """
 
@@ -42,22 +42,22 @@ def boxes_of(count: int, size: int, smallest: float, draw: torch.Generator) -> T
     return torch.cat([corner, corner + sides], dim=1)
 
 
-def make_batch(config: Config, pictures: int, device: torch.device) -> dict[str, Tensor]:
+def make_batch(config: Config, images: int, device: torch.device) -> dict[str, Tensor]:
     """What the loader gives: see ``Vild.readers``."""
     draw, size = torch.Generator().manual_seed(0), config.image_size
     drawn = {
-        "image": torch.randint(0, 256, (pictures, 3, size, size), generator=draw, dtype=torch.uint8),
-        "extent": torch.full((pictures, 2), size),
-        "boxes": torch.stack([boxes_of(OBJECTS, size, 16, draw) for _ in range(pictures)]),
-        "labels": torch.randint(0, CLASSES, (pictures, OBJECTS), generator=draw),
-        "masks": torch.ones(pictures, OBJECTS, config.mask_cells, config.mask_cells, dtype=torch.uint8),
-        "region_boxes": torch.stack([boxes_of(config.most_regions, size, 16, draw) for _ in range(pictures)]),
-        "region_features": torch.randn(pictures, config.most_regions, WIDTH, generator=draw).half(),
+        "image": torch.randint(0, 256, (images, 3, size, size), generator=draw, dtype=torch.uint8),
+        "extent": torch.full((images, 2), size),
+        "boxes": torch.stack([boxes_of(OBJECTS, size, 16, draw) for _ in range(images)]),
+        "labels": torch.randint(0, CLASSES, (images, OBJECTS), generator=draw),
+        "masks": torch.ones(images, OBJECTS, config.mask_cells, config.mask_cells, dtype=torch.uint8),
+        "region_boxes": torch.stack([boxes_of(config.most_regions, size, 16, draw) for _ in range(images)]),
+        "region_features": torch.randn(images, config.most_regions, WIDTH, generator=draw).half(),
     }
-    return {name: tensor.to(device) for name, tensor in drawn.items()} | {"draws": torch.arange(pictures)}
+    return {name: tensor.to(device) for name, tensor in drawn.items()} | {"draws": torch.arange(images)}
 
 
-def our_step(mode: Mode, settings: Mapping[str, Any], pictures: int, setting: tuple[torch.device, bool]) -> Step:
+def our_step(mode: Mode, settings: Mapping[str, Any], images: int, setting: tuple[torch.device, bool]) -> Step:
     """A step of ViLD with the vectors of a teacher that there is not."""
     device, bf16 = setting
     names = tuple(f"class {number}" for number in range(CLASSES))
@@ -65,7 +65,7 @@ def our_step(mode: Mode, settings: Mapping[str, Any], pictures: int, setting: tu
     method = Vild(config, {FACTS: json.dumps({"width": WIDTH, "teacher": ""})})
     method.vectors = nn.functional.normalize(torch.randn(CLASSES, WIDTH), dim=-1)
     method = method.to(device).to(memory_format=torch.channels_last).train()
-    batch = make_batch(config, pictures, device)
+    batch = make_batch(config, images, device)
     return stepper(method, lambda: method.training_step(batch), device, bf16)
 
 
@@ -77,13 +77,13 @@ class Levels(nn.Module):
         network = Network(config)
         self.body, self.pyramid, self.out_channels = network.body, network.pyramid, config.pyramid_width
 
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        levels = {str(number): level for number, level in enumerate(self.body(pictures))}
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        levels = {str(number): level for number, level in enumerate(self.body(images))}
         found: dict[str, Tensor] = self.pyramid(levels)
         return found
 
 
-def their_step(settings: Mapping[str, Any], pictures: int, setting: tuple[torch.device, bool]) -> Step:
+def their_step(settings: Mapping[str, Any], images: int, setting: tuple[torch.device, bool]) -> Step:
     """A step of torchvision's detector."""
     device, bf16 = setting
     config = Config(mode="supervised", class_names=("any",), **settings)
@@ -109,13 +109,13 @@ def their_step(settings: Mapping[str, Any], pictures: int, setting: tuple[torch.
         mask_predictor=MaskRCNNPredictor(masks[-1], masks[-1], CLASSES + 1),
     )
     model = model.to(device).to(memory_format=torch.channels_last).train()
-    batch, size = make_batch(config, pictures, device), config.image_size
+    batch, size = make_batch(config, images, device), config.image_size
     bitmaps = torch.ones(OBJECTS, size, size, dtype=torch.uint8, device=device)
     targets = [
         {"boxes": boxes, "labels": labels + 1, "masks": bitmaps}
         for boxes, labels in zip(batch["boxes"], batch["labels"], strict=True)
     ]
-    return stepper(model, lambda: model([picture / 255 for picture in batch["image"]], targets), device, bf16)
+    return stepper(model, lambda: model([image / 255 for image in batch["image"]], targets), device, bf16)
 
 
 def stepper(model: nn.Module, losses: Callable[[], Mapping[str, Tensor]], device: torch.device, bf16: bool) -> Step:
@@ -165,19 +165,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")
     device, bf16 = torch.device(options.device), options.device == "cuda"
     size = options.image_size or (1024 if bf16 else 256)
-    pictures, times = options.batch_size or (8 if bf16 else 1), options.steps or (5 if bf16 else 1)
+    images, times = options.batch_size or (8 if bf16 else 1), options.steps or (5 if bf16 else 1)
     # On a CPU torch has no batch normalisation over processes.
     settings: dict[str, Any] = {"image_size": size} | ({} if bf16 else {"norm": "group"})
     setting = (device, bf16)
-    steps = {mode: our_step(mode, settings, pictures, setting) for mode in options.modes}
-    steps["torchvision"] = their_step(settings, pictures, setting)
+    steps = {mode: our_step(mode, settings, images, setting) for mode in options.modes}
+    steps["torchvision"] = their_step(settings, images, setting)
     for step in steps.values():
         seconds(step, 2 if bf16 else 1, device)
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(options.rounds):
         for name, step in steps.items():
             taken[name].append(seconds(step, times, device))
-    rates = {name: pictures / statistics.median(some) for name, some in taken.items()}
+    rates = {name: images / statistics.median(some) for name, some in taken.items()}
     peaks = {name: memory(step) for name, step in steps.items()} if bf16 else {}
     where = torch.cuda.get_device_name() if bf16 else f"{torch.get_num_threads()} CPU threads"
     for mode in options.modes:
@@ -186,9 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "ours": round(rates[mode], 2),
             "peer": round(rates["torchvision"], 2),
             "ratio": round(rates[mode] / rates["torchvision"], 3),
-            "unit": "pictures per second",
-            "n": pictures * times * options.rounds,
-            "conditions": f"ResNet-50, {size} pixels, batch {pictures}, "
+            "unit": "images per second",
+            "n": images * times * options.rounds,
+            "conditions": f"ResNet-50, {size} pixels, batch {images}, "
             f"{'bfloat16' if bf16 else 'float32'}, {where}, torch {torch.__version__}, torchvision "
             f"{torchvision.__version__}"
             + (f"; peaks {peaks[mode]:.1f} and {peaks['torchvision']:.1f} GB" if peaks else ""),

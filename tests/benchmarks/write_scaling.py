@@ -7,7 +7,7 @@
 ``ray_overhead``: wall time of the same units through Ray (ours) and through ``ProcessPoolExecutor`` (peer), both
 with two processes that are warm; asked 1.15 or less. Needs two cores that nobody else uses.
 ``memory_flat``: peak resident megabytes of the driver with so many rows (ours) and with 10,000 (peer), for a source
-that gives the same picture for every row; ``conditions`` has the workers' figures.
+that gives the same image for every row; ``conditions`` has the workers' figures.
 """
 
 import argparse
@@ -45,15 +45,15 @@ from pipeline.stages.shard_tasks import Workers
 
 ROUNDS = 3
 FEW_ROWS = 10_000
-PICTURE = cv2.imencode(".jpg", np.zeros((16, 16, 3), np.uint8))[1].tobytes()
+IMAGE = cv2.imencode(".jpg", np.zeros((16, 16, 3), np.uint8))[1].tobytes()
 AS_IT_IS = ImageOptions(resize_mode="no", skip_reencode=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnePicture:
-    """So many rows with the same picture: all there is to do is to carry them."""
+class OneImage:
+    """So many rows with the same image: all there is to do is to carry them."""
 
-    kind: ClassVar[str] = "one picture"
+    kind: ClassVar[str] = "one image"
     has_captions: ClassVar[bool] = True
     samples: int
 
@@ -64,9 +64,9 @@ class OnePicture:
             yield Slice(count=count, digest=f"{start}", where={"start": start})
 
     def rows(self, piece: Slice) -> Iterator[Row]:
-        """The same picture under another url."""
+        """The same image under another url."""
         for number in range(piece.count):
-            yield Row(url=f"http://host/{piece.where['start']}/{number}.jpg", caption="a picture", image=PICTURE)
+            yield Row(url=f"http://host/{piece.where['start']}/{number}.jpg", caption="an image", image=IMAGE)
 
     def schema(self) -> Mapping[str, type]:
         """No columns."""
@@ -142,7 +142,7 @@ def drive(rows: int) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     many = ShardOptions(images=AS_IT_IS, number_sample_per_shard=10_000 if rows > FEW_ROWS else 1000)
-    wall(lambda folder: refresh(OnePicture(samples=rows), folder, many, Workers(processes_count=2)))
+    wall(lambda folder: refresh(OneImage(samples=rows), folder, many, Workers(processes_count=2)))
     ended.set()
     watcher.join()
     driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

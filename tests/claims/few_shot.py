@@ -1,7 +1,7 @@
 """Few-shot adaptation: the claims of CoOp, CoCoOp, MaPLe, CLIP-Adapter and Tip-Adapter, on small CLIPs of drawn data.
 
 They are trained once; a seed draws the shots, and decides starts and order. MaPLe needs a vision transformer, which
-learns far less from as many pictures than the convolutional tower that the others have, so CoCoOp is adapted on both.
+learns far less from as many images than the convolutional tower that the others have, so CoCoOp is adapted on both.
 What the CLIPs have not seen: sketches (``drawn_unseen_style``), and digits, which no caption of theirs names; the
 fine-grained stars and polygons they know from captions alone. Where recipes are not the papers': CoOp has 50 epochs for
 every number of shots, for the time it takes; CLIP-Adapter's 1e-5 does next to nothing in so few steps, so it has 1e-3

@@ -1,7 +1,7 @@
 """SLIP against CLIP with limited data and equal epochs (Mu et al. 2021, table 1 and section 5).
 
-Both have the same towers, crop, optimiser and number of epochs; SLIP sees two more views of every picture. How strongly
-those are changed was fixed for pictures of 64 pixels whose captions name colours, before anything was measured.
+Both have the same towers, crop, optimiser and number of epochs; SLIP sees two more views of every image. How strongly
+those are changed was fixed for images of 64 pixels whose captions name colours, before anything was measured.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ SAMPLES, EPOCHS, BATCH = 3000, 24, 128
 ZERO_SHOT = ("drawn_shapes", "drawn_colours", "drawn_textures", "drawn_fine_grained", "drawn_unseen_style")
 PROBED = ("drawn_shapes", "drawn_colours", "drawn_textures", "drawn_fine_grained")
 COMMON = ("--batch-size", BATCH, "--epochs", EPOCHS, "--warmup-steps", 30, "--workers", 0, "--loader-workers", 1)
-# SimCLR's blur was made for 224 pixels: sigmas shrink with the picture. Colours are words here: hue is left alone.
+# SimCLR's blur was made for 224 pixels: sigmas shrink with the image. Colours are words here: hue is left alone.
 VIEWS = ("--sigma", 0.1, 0.6, "--hue", 0.0, "--grey", 0.1, "--view-scale", 0.2, 1.0)
 SETTINGS = {"clip": ("pretrain_clip",), "slip": ("pretrain_slip", *VIEWS)}
 

@@ -1,9 +1,9 @@
 """ViLD's claims (Gu et al. 2021, table 3): what text, CLIP's features, both, and both apart teach about novel classes.
 
-Two worlds: drawn scenes, and scenes composed of the Tux Paint stamps, whose pictures are real and whose validation
-stamps are in no training picture. Novel classes have no boxes and no labels, only captions name them. The teacher, a
+Two worlds: drawn scenes, and scenes composed of the Tux Paint stamps, whose images are real and whose validation
+stamps are in no training image. Novel classes have no boxes and no labels, only captions name them. The teacher, a
 small CLIP of those captions, and the proposer are trained once; a seed decides the detectors' start, order and draws.
-The numbers of pictures and epochs are what the time allowed; docs/methods.md says what more of them change. That
+The numbers of images and epochs are what the time allowed; docs/methods.md says what more of them change. That
 ViLD-text and the supervised head are also asked for the base words alone was added when a first run had shown what
 novel words do; the number of epochs was raised from 4 to 12 when that run had shown that no mode had learnt enough.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from claim import Claim, Metrics, named, run
 
-PICTURES, EPOCHS, VALIDATED = 1500, 12, 300
+IMAGES, EPOCHS, VALIDATED = 1500, 12, 300
 MODES = ("supervised", "text", "image", "vild", "ensemble")
 PARTS = ("ap", "ap_base", "ap_novel")
 ONE_THREAD = ("--workers", 0, "--loader-workers", 0)
@@ -72,7 +72,7 @@ def prepare(place: Path, world: World) -> tuple[Path, Path]:
     captions, boxes, val = (place / name for name in ("captions", "boxes", "val"))
     draw = ("refresh_dataset", world.source, "--processes-count", 1, "--number-sample-per-shard", 500)
     run(*draw, "--samples", 12_000, "--size", 64, "--output-folder", captions)
-    run(*draw, "--samples", PICTURES, "--size", 96, "--truth", "base", "--output-folder", boxes)
+    run(*draw, "--samples", IMAGES, "--size", 96, "--truth", "base", "--output-folder", boxes)
     run(*draw, "--samples", VALIDATED, "--size", 96, "--split", "val", "--output-folder", val)
     teacher, proposer = ("--output-folder", place / "teacher"), ("--output-folder", place / "proposer")
     run("pretrain_clip", "demo", "--data", captions, *teacher, "--epochs", 7, *ONE_THREAD, *store(place))

@@ -1,4 +1,4 @@
-"""A tiny model of open_clip with random weights, a model that reads a picture's colour, and small sets of pictures."""
+"""A tiny model of open_clip with random weights, a model that reads an image's colour, and small sets of images."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def clip() -> Clip:
 
 
 class ColourModel:
-    """Knows that a picture is of the colour it is made of; a text of the first colour word in it. A perfect model."""
+    """Knows that an image is of the colour it is made of; a text of the first colour word in it. A perfect model."""
 
     def tokenizer(self, texts: list[str]) -> Tensor:
         """The place of the first colour word; 99 for a text without one."""
@@ -62,7 +62,7 @@ def colour_model() -> ColourModel:
     return ColourModel()
 
 
-def picture(colour: Sequence[int]) -> bytes:
+def image(colour: Sequence[int]) -> bytes:
     """A PNG of one colour."""
     buffer = io.BytesIO()
     Image.fromarray(np.full((12, 16, 3), colour, dtype=np.uint8)).save(buffer, format="PNG")
@@ -103,25 +103,25 @@ def row() -> Callable[..., dict[str, bytes]]:
 def make_row(colour: str, caption: str | None = None, **record: Any) -> dict[str, bytes]:
     """The fields of a sample in one colour, labelled with it."""
     described = {"label": colour, **record}
-    fields = {"png": picture(COLOURS[colour]), "json": json.dumps(described).encode()}
-    return {**fields, "txt": (caption if caption is not None else f"a {colour} picture").encode()}
+    fields = {"png": image(COLOURS[colour]), "json": json.dumps(described).encode()}
+    return {**fields, "txt": (caption if caption is not None else f"a {colour} image").encode()}
 
 
 @pytest.fixture
 def colour_card(tmp_path: Path) -> Callable[..., str]:
-    """``colour_card(count=6, **changes)``: the path of a card over a folder of pictures in three colours."""
+    """``colour_card(count=6, **changes)``: the path of a card over a folder of images in three colours."""
 
     def make(count: int = 6, **changes: Any) -> str:
         for number in range(count):
             name = list(COLOURS)[number % 3]
-            place = tmp_path / "pictures" / name
+            place = tmp_path / "images" / name
             place.mkdir(parents=True, exist_ok=True)
-            (place / f"{number:03d}.png").write_bytes(picture(COLOURS[name]))
-            (place / f"{number:03d}.txt").write_text(f"a {name} picture " + "x" * number)
+            (place / f"{number:03d}.png").write_bytes(image(COLOURS[name]))
+            (place / f"{number:03d}.txt").write_text(f"a {name} image " + "x" * number)
         card = {
             "name": "colours",
             "title": "Colours",
-            "source": {"kind": "folder", "folder": str(tmp_path / "pictures")},
+            "source": {"kind": "folder", "folder": str(tmp_path / "images")},
             "classes": list(COLOURS),
             "templates": ["a {} thing", "something {}"],
             **changes,

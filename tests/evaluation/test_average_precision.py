@@ -76,12 +76,12 @@ def pycocotools_stats(scenes: Sequence[tuple[Objects, Detections]], kind: str) -
     """COCO's own summary and table; every record is written here anew."""
     objects: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
-    for picture, (truth, detections) in enumerate(scenes):
+    for image, (truth, detections) in enumerate(scenes):
         for place, label in enumerate(truth.labels):
             x1, y1, x2, y2 = truth.boxes[place].tolist()
             about = {"iscrowd": int(truth.crowd[place]), "area": float(truth.areas[place])}
             runs = coco_mask.merge(coco_mask.frPyObjects(truth.segmentations[place], SIDE, SIDE))
-            where = {"bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": runs, "image_id": picture}
+            where = {"bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": runs, "image_id": image}
             objects.append({"id": len(objects) + 1, "category_id": WORDS.index(label), **where, **about})
         whole = detections.whole_masks(SIDE, SIDE).numpy().astype(np.uint8)
         for place in range(len(detections)):
@@ -89,11 +89,11 @@ def pycocotools_stats(scenes: Sequence[tuple[Objects, Detections]], kind: str) -
             runs = coco_mask.encode(np.asfortranarray(whole[place]))
             what = {"bbox": [x1, y1, x2 - x1, y2 - y1]} if kind == "bbox" else {"segmentation": runs}
             about = {"category_id": int(detections.labels[place]), "score": float(detections.scores[place])}
-            results.append({"image_id": picture, **about, **what})
+            results.append({"image_id": image, **about, **what})
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
         coco.dataset = {
-            "images": [{"id": picture, "height": SIDE, "width": SIDE} for picture in range(len(scenes))],
+            "images": [{"id": image, "height": SIDE, "width": SIDE} for image in range(len(scenes))],
             "categories": [{"id": number, "name": word} for number, word in enumerate(WORDS)],
             "annotations": objects,
         }
@@ -119,7 +119,7 @@ def test_it_is_pycocotools_average_precision(kind: str, prefix: str) -> None:
     assert metrics[prefix + "ap50_base"] == pytest.approx(table[0, :, :3, 0].mean(), abs=1e-12)
 
 
-def test_runs_of_a_part_are_those_of_the_whole_picture() -> None:
+def test_runs_of_a_part_are_those_of_the_whole_image() -> None:
     """As pycocotools packs it, also where a mask goes on from the foot of a column in the next one's head."""
     random = np.random.default_rng(0)
     for number in range(400):
@@ -231,13 +231,13 @@ def test_what_nobody_looked_for_does_not_count() -> None:
         scenes = [(marked([BOX], ["cat"], **more), cat), dog]
         return average_precision(scenes, groups={"dogs": ["dog"]}).metrics()["ap_dogs"]
 
-    assert ap_of_dogs(federated=True) == 1  # the wrong dog is in a picture that was not searched for dogs
+    assert ap_of_dogs(federated=True) == 1  # the wrong dog is in an image that was not searched for dogs
     assert ap_of_dogs(federated=True, negative=("dog",)) == 0.5
     assert ap_of_dogs() == 0.5
     assert ap_of_dogs(federated=True, negative=("Dog_",)) == 0.5
 
 
-def test_only_the_best_300_of_a_federated_picture_count() -> None:
+def test_only_the_best_300_of_a_federated_image_count() -> None:
     truth = marked([BOX], ["cat"], federated=True)
     many = [[100.0, 100, 110, 110]] * 300
     late = found([*many, BOX], [1] * 300 + [0], np.linspace(0.9, 0.1, 301).tolist())
@@ -258,7 +258,7 @@ def test_no_detections_are_zero() -> None:
 
 
 def test_labels_that_are_no_words_are_said_so() -> None:
-    with pytest.raises(DataError, match=r"none of the labels in 1 pictures \('zebra'\) is one of the words \('cat'"):
+    with pytest.raises(DataError, match=r"none of the labels in 1 images \('zebra'\) is one of the words \('cat'"):
         average_precision([(marked([BOX], ["zebra"]), found([BOX], [0], [0.9]))]).metrics()
 
 
@@ -287,7 +287,7 @@ def test_a_polygon_without_three_corners_is_left_out_beside_others() -> None:
 
 
 def test_that_masks_are_no_longer_measured_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    """With the picture; what is no word may lack its segmentation."""
+    """With the image; what is no word may lack its segmentation."""
     masks = torch.ones(1, 14, 14)
     polygon = [[10.0, 10, 60, 10, 60, 60, 10, 60]]
     detections = found([BOX], [0], [0.9], masks=masks)

@@ -45,21 +45,21 @@ class ColourDetector:
         self.asked: list[tuple[int, tuple[str, ...], Collection[str] | None]] = []
 
     def predict(
-        self, pictures: Sequence[Tensor], words: Sequence[str], base: Collection[str] | None = None
+        self, images: Sequence[Tensor], words: Sequence[str], base: Collection[str] | None = None
     ) -> list[Detections]:
         check_words(words, base)
-        self.asked.append((len(pictures), tuple(words), base))
-        return [self._found(picture, words, base) for picture in pictures]
+        self.asked.append((len(images), tuple(words), base))
+        return [self._found(image, words, base) for image in images]
 
-    def propose(self, pictures: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        found = [self._found(picture, tuple(COLOURS), tuple(COLOURS)) for picture in pictures]
+    def propose(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        found = [self._found(image, tuple(COLOURS), tuple(COLOURS)) for image in images]
         return [(one.boxes, one.scores) for one in found]
 
     @staticmethod
-    def _found(picture: Tensor, words: Sequence[str], base: Collection[str] | None) -> Detections:
+    def _found(image: Tensor, words: Sequence[str], base: Collection[str] | None) -> Detections:
         boxes, labels = [], []
         for number, word in enumerate(words):
-            mask = (picture == torch.tensor(COLOURS.get(word, (1, 2, 3)))[:, None, None]).all(dim=0)
+            mask = (image == torch.tensor(COLOURS.get(word, (1, 2, 3)))[:, None, None]).all(dim=0)
             if mask.any():
                 ys, xs = mask.nonzero().unbind(dim=1)
                 left, right = int(xs.min()), int(xs.max()) + 1
@@ -118,7 +118,7 @@ def test_words_without_groups_are_all_alike() -> None:
     assert metrics["ap"] == pytest.approx(0.5)  # the detector does not know "Blue_Square"
 
 
-def test_pictures_without_boxes_or_of_another_size_are_said_so() -> None:
+def test_images_without_boxes_or_of_another_size_are_said_so() -> None:
     bare = Sample("0007", {name: content for name, content in ROWS[0].items() if name != "boxes.json"})
     with pytest.raises(DataError, match="sample 0007 has no boxes.json"):
         evaluate_detection(ColourDetector(), [bare], open_vocabulary(BASE, NOVEL))
@@ -127,7 +127,7 @@ def test_pictures_without_boxes_or_of_another_size_are_said_so() -> None:
         evaluate_detection(ColourDetector(), [resized], open_vocabulary(BASE, NOVEL))
 
 
-def test_unreadable_pictures_are_left_out() -> None:
+def test_unreadable_images_are_left_out() -> None:
     broken = {**ROWS[0], "png": b"\x89PNG no more"}
     metrics = evaluate_detection(ColourDetector(), samples([broken, *ROWS]), open_vocabulary(BASE, NOVEL))
     assert metrics["samples"] == 5
@@ -195,19 +195,19 @@ def test_recall_is_pycocotools_recall(monkeypatch: pytest.MonkeyPatch) -> None:
     recall = ProposalRecall(open_vocabulary(BASE, NOVEL))
     truths: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
-    for picture, (objects, proposals) in enumerate(scenes):
+    for image, (objects, proposals) in enumerate(scenes):
         recall.add(objects, proposals)
         for box, label, crowd in zip(objects.boxes, objects.labels, objects.crowd, strict=True):
             if label != "zebra":
                 where = {"bbox": [*box[:2], *(box[2:] - box[:2])], "area": 500, "iscrowd": int(crowd)}
-                truths.append({"id": len(truths) + 1, "image_id": picture, "category_id": 1, **where})
+                truths.append({"id": len(truths) + 1, "image_id": image, "category_id": 1, **where})
         for rank, box in enumerate(proposals):
             where = {"bbox": [*box[:2], *(box[2:] - box[:2])], "score": 1 - rank / 1000}
-            results.append({"image_id": picture, "category_id": 1, **where})
+            results.append({"image_id": image, "category_id": 1, **where})
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
-        pictures = [{"id": picture, "height": 100, "width": 100} for picture in range(len(scenes))]
-        coco.dataset = {"images": pictures, "categories": [{"id": 1, "name": "thing"}], "annotations": truths}
+        images = [{"id": image, "height": 100, "width": 100} for image in range(len(scenes))]
+        coco.dataset = {"images": images, "categories": [{"id": 1, "name": "thing"}], "annotations": truths}
         coco.createIndex()
         evaluator = COCOeval(coco, coco.loadRes(results), "bbox")
         evaluator.params.maxDets = list(budgets)
@@ -315,5 +315,5 @@ def test_a_model_that_does_not_detect_is_said_so(make_snapshot: Make, clip: Any)
     with pytest.raises(SettingError, match="predict"):
         evaluate(clip, prepared)
     colours = Evaluations(zero_shot=("drawn_shapes",), evaluation_samples=2).prepare()
-    with pytest.raises(SettingError, match="encodes pictures and texts"):
+    with pytest.raises(SettingError, match="encodes images and texts"):
         evaluate(ColourDetector(), colours)

@@ -1,4 +1,4 @@
-"""Detections on pictures: what is drawn where, and names that anybody may have written."""
+"""Detections on images: what is drawn where, and names that anybody may have written."""
 
 from typing import Any
 
@@ -28,8 +28,8 @@ def found(**changes: Any) -> Detections:
     return Detections(**{**plain, **changes})
 
 
-def has(picture: Tensor, colour: tuple[int, int, int], top: int, left: int, bottom: int, right: int) -> bool:
-    part = picture[:, top:bottom, left:right]
+def has(image: Tensor, colour: tuple[int, int, int], top: int, left: int, bottom: int, right: int) -> bool:
+    part = image[:, top:bottom, left:right]
     return bool((part == torch.tensor(colour)[:, None, None]).all(dim=0).any())
 
 
@@ -60,7 +60,7 @@ def test_masks_tint_what_they_cover() -> None:
     assert (drawn[:, 140:220, 160:185] == 128).all()
 
 
-def test_small_pictures_are_magnified() -> None:
+def test_small_images_are_magnified() -> None:
     small = Detections(torch.tensor([[10.0, 12, 20, 24]]), torch.tensor([0.5]), torch.tensor([0]), torch.ones(1, 9, 9))
     drawn = draw_detections(grey(48, 64), small, WORDS)
     assert drawn.shape == (3, 360, 480)

@@ -30,17 +30,17 @@ def test_features_are_open_clips(tmp_path: Path) -> None:
     model, side = method.model.eval(), method.transforms(False).size[0]
     preprocess = open_clip.image_transform(side, is_train=False, mean=method.model.visual.image_mean)
     embedder = ModelEmbedder(method)
-    pictures, texts = [png(seed, (side + 5 * seed, side)) for seed in range(3)], ["a cat", "two dogs", ""]
-    prepared = [embedder.prepare(picture) for picture in pictures]
+    images, texts = [png(seed, (side + 5 * seed, side)) for seed in range(3)], ["a cat", "two dogs", ""]
+    prepared = [embedder.prepare(image) for image in images]
     assert all(one is not None and one.dtype == torch.uint8 for one in prepared)
     with torch.no_grad():
-        inputs = torch.stack([preprocess(Image.open(io.BytesIO(picture))) for picture in pictures])
-        image = model.encode_image(inputs, normalize=True).numpy()
-        text = model.encode_text(method.tokenizer(texts), normalize=True).numpy()
+        inputs = torch.stack([preprocess(Image.open(io.BytesIO(image))) for image in images])
+        image_features = model.encode_image(inputs, normalize=True).numpy()
+        text_features = model.encode_text(method.tokenizer(texts), normalize=True).numpy()
     made = embedder.encode_image([one for one in prepared if one is not None])
-    assert (made * image).sum(axis=1).min() > 0.999
-    np.testing.assert_allclose(embedder.encode_text(texts), text, atol=1e-5)
-    assert embedder.prepare(b"no picture") is None
+    assert (made * image_features).sum(axis=1).min() > 0.999
+    np.testing.assert_allclose(embedder.encode_text(texts), text_features, atol=1e-5)
+    assert embedder.prepare(b"no image") is None
 
 
 def test_the_maker_changes_with_any_weight_and_setting() -> None:

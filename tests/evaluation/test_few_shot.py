@@ -15,7 +15,7 @@ from pipeline.errors import SettingError
 from pipeline.evaluation.adaptation import Result, Trial, parse_spec, plan_trials
 from pipeline.evaluation.few_shot import DataSet, draw, halves, harmonic_mean, mean_and_deviation, read_data_set
 from pipeline.evaluation.few_shot_report import comma_separated, figure, table
-from tests.conftest import picture
+from tests.conftest import image
 
 
 def data_set(train: list[int], val: list[int] | None = None) -> DataSet:
@@ -55,14 +55,14 @@ def test_shots_are_those_of_the_reference(shots: int, seed: int) -> None:
     assert draw(data_set(train, val), shots, seed) == drawn
 
 
-def test_a_class_with_fewer_pictures_gives_all_of_them_once() -> None:
+def test_a_class_with_fewer_images_gives_all_of_them_once() -> None:
     drawn = draw(data_set([0, 1, 0, 0, 1, 0], [0, 1, 1]), shots=4, seed=1)
     numbers = [number for _, number in drawn.train]
     assert sorted(numbers) == [0, 1, 2, 3, 4, 5] and numbers[-2:] == [1, 4]  # the short class as it is listed
     assert [number for _, number in drawn.validation] == [0, 1, 2]
 
 
-def test_without_validation_pictures_they_come_from_those_that_are_no_shots() -> None:
+def test_without_validation_images_they_come_from_those_that_are_no_shots() -> None:
     train = [0, 1] * 10
     for seed in (1, 2, 3):
         drawn = draw(data_set(train), shots=8, seed=seed)
@@ -107,7 +107,7 @@ def own_card(folder: Path, split: dict[str, list[list[object]]], **source: objec
     place.mkdir(exist_ok=True)
     for rows in split.values():
         for path, *_ in rows:
-            (place / str(path)).write_bytes(picture(0))
+            (place / str(path)).write_bytes(image(0))
     (place / "split.json").write_text(json.dumps(split))
     parts = {part: {"part": part} for part in split}
     options = {"kind": "split-file", "folder": "mine", "split": "split.json", **source}
@@ -137,7 +137,7 @@ def test_class_names_that_make_no_task(tmp_path: Path) -> None:
         read_data_set("no_such_set")
 
 
-def test_drawn_sets_have_three_parts_and_as_many_pictures_as_asked_for() -> None:
+def test_drawn_sets_have_three_parts_and_as_many_images_as_asked_for() -> None:
     data = read_data_set("drawn_fine_grained", samples=18)
     assert {part: len(labels) for part, labels in data.labels.items()} == {"train": 18, "val": 18, "test": 18}
     assert data.labels["train"][:10] == (0, 1, 2, 3, 4, 5, 6, 7, 8, 0)

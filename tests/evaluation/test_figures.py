@@ -30,16 +30,16 @@ def png(figure: "Figure") -> np.ndarray:
     return np.asarray(Image.open(buffer))
 
 
-def pictures(count: int, side: int = 16) -> torch.Tensor:
+def images(count: int, side: int = 16) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8)
 
 
 def test_hostile_captions_can_be_drawn() -> None:
     count = len(CAPTIONS)
     scores = torch.rand(count, count)
-    assert png(sample_grid(pictures(count), CAPTIONS, title="$ \U0001f436")).shape[0] > 400
-    assert png(similarity_matrix(pictures(count), CAPTIONS, scores)).shape[0] > 300
-    assert png(retrieval_examples(pictures(count), CAPTIONS, scores)).shape[0] > 600
+    assert png(sample_grid(images(count), CAPTIONS, title="$ \U0001f436")).shape[0] > 400
+    assert png(similarity_matrix(images(count), CAPTIONS, scores)).shape[0] > 300
+    assert png(retrieval_examples(images(count), CAPTIONS, scores)).shape[0] > 600
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 40])
@@ -47,9 +47,9 @@ def test_any_number_of_samples_fits(count: int) -> None:
     captions = [f"number {number}" for number in range(count)]
     scores = torch.rand(count, count)
     for figure in (
-        sample_grid(pictures(min(count, 7)), captions[:7]),
-        similarity_matrix(pictures(count), captions, scores),
-        retrieval_examples(pictures(count), captions, scores),
+        sample_grid(images(min(count, 7)), captions[:7]),
+        similarity_matrix(images(count), captions, scores),
+        retrieval_examples(images(count), captions, scores),
     ):
         image = png(figure)
         assert image.shape[1] < 2500 and image.shape[0] < 2500
@@ -57,8 +57,8 @@ def test_any_number_of_samples_fits(count: int) -> None:
 
 def test_a_diverged_model_can_be_drawn() -> None:
     scores = torch.full((3, 3), float("nan"))
-    png(similarity_matrix(pictures(3), ["a", "b", "c"], scores))
-    png(retrieval_examples(pictures(3), ["a", "b", "c"], scores))
+    png(similarity_matrix(images(3), ["a", "b", "c"], scores))
+    png(retrieval_examples(images(3), ["a", "b", "c"], scores))
 
 
 def test_text_stays_readable() -> None:
@@ -67,10 +67,10 @@ def test_text_stays_readable() -> None:
     assert readable("a\x07 \x00 b") == "a b"
 
 
-def test_the_right_pictures_have_the_green_frame() -> None:
+def test_the_right_images_have_the_green_frame() -> None:
     captions = ["a", "b", "a", "c"]
     scores = torch.eye(4)
-    figure = retrieval_examples(pictures(4), captions, scores, queries=1, top=3)
+    figure = retrieval_examples(images(4), captions, scores, queries=1, top=3)
     frames = [axis for axis in figure.axes if axis.images and axis.get_xlabel()]
     widths = [axis.spines["left"].get_linewidth() for axis in frames]
     assert widths == [3, 1, 3]  # itself, then 1 and 2 by place: 2 has the same caption
@@ -78,7 +78,7 @@ def test_the_right_pictures_have_the_green_frame() -> None:
 
 def test_figures_can_be_drawn_in_any_thread() -> None:
     made: list[np.ndarray] = []
-    thread = threading.Thread(target=lambda: made.append(png(sample_grid(pictures(2), ["a", "b"]))))
+    thread = threading.Thread(target=lambda: made.append(png(sample_grid(images(2), ["a", "b"]))))
     thread.start()
     thread.join(30)
     assert len(made) == 1

@@ -79,7 +79,7 @@ def test_a_known_validation_set_gives_scikit_learns_fit_of_both_together() -> No
     np.testing.assert_allclose(ours, peer.predict_proba(test.features[:, 0].double()), atol=2e-3)
 
 
-def test_it_is_deterministic_and_a_class_without_pictures_never_wins() -> None:
+def test_it_is_deterministic_and_a_class_without_images_never_wins() -> None:
     train = clouds(classes=2)
     first, second = (by_regression(train, None, 5, Probe(seed=3)) for _ in range(2))
     assert torch.equal(first.weight, second.weight) and first.chosen == second.chosen
@@ -126,25 +126,25 @@ def test_sgd_is_the_recurrence_with_momentum_and_a_cosine() -> None:
 
 
 def test_the_towers_features_come_before_the_projection(clip: Clip) -> None:
-    pictures = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     visual = cast(Any, clip.model).visual
     clip.eval()
     with torch.no_grad():
-        own = tower_features(clip, pictures)
+        own = tower_features(clip, images)
         assert own.shape == (3, visual.proj.shape[0])
-        torch.testing.assert_close(own @ visual.proj, visual((pictures.float() - clip.mean) / clip.std))
-        joint = tower_features(clip, pictures, "joint")
+        torch.testing.assert_close(own @ visual.proj, visual((images.float() - clip.mean) / clip.std))
+        joint = tower_features(clip, images, "joint")
         torch.testing.assert_close(joint, functional.normalize(own @ visual.proj, dim=-1))
 
 
 def test_an_unknown_tower_has_joint_features_only(colour_model: Any) -> None:
-    pictures = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-    assert tower_features(colour_model, pictures, "joint").shape == (1, 3)
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    assert tower_features(colour_model, images, "joint").shape == (1, 3)
     with pytest.raises(SettingError, match="joint, for ColourModel"):
-        tower_features(colour_model, pictures)
+        tower_features(colour_model, images)
 
 
-def test_random_views_are_a_function_of_seed_view_and_picture() -> None:
+def test_random_views_are_a_function_of_seed_view_and_image() -> None:
     still = ImageTransform(size=(8, 8))
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     views = [random_view(still, 0, view)(pixels) for view in range(3)]

@@ -40,13 +40,13 @@ def proposals(*boxes: tuple[float, float, float, float], scores: list[float] | N
 )
 @pytest.mark.filterwarnings("error")
 def test_boxes_without_numbers_without_area_or_outside_are_left_out(box: tuple[float, float, float, float]) -> None:
-    """Of a picture of 24 x 12 pixels; too little of the last ones is in it."""
+    """Of an image of 24 x 12 pixels; too little of the last ones is in it."""
     kept = _kept(proposals((2, 2, 8, 8), box, (1, 1, 9, 9)), 12, 24, ProposerOptions())
     assert kept.boxes.tolist() == [[2, 2, 8, 8], [1, 1, 9, 9]] and kept.scores.tolist() == [0.9, 0.1]
     assert len(_kept(proposals(box), 12, 24, ProposerOptions()).boxes) == 0
 
 
-def test_boxes_are_cut_to_the_picture_and_the_best_are_kept() -> None:
+def test_boxes_are_cut_to_the_image_and_the_best_are_kept() -> None:
     """In the order of their scores, equal ones in their own; what is left out takes no place."""
     some = proposals(
         (-5, -5, 30, 30), (0, 0, 1, 1), (1, 1, 9, 9), (2, 2, 9, 9), (3, 3, 9, 9), scores=[0.5, 0.9, 0.7, 0.8, 0.7]
@@ -64,9 +64,9 @@ def test_given_boxes_are_of_things_and_of_the_labels_named() -> None:
         {"label": "cat", "bbox": [2, 2, 9, 9]},
     ]
     sample = Sample("0", {"boxes.json": json.dumps({"width": 24, "height": 12, "objects": things}).encode()})
-    picture = torch.zeros((3, 12, 24), dtype=torch.uint8)
+    image = torch.zeros((3, 12, 24), dtype=torch.uint8)
     for labels, expected in (((), [[1, 1, 9, 9], [2, 2, 11, 11]]), (("hot dog",), [[1, 1, 9, 9]])):
-        (found,) = GivenBoxes(labels)([picture], [sample])
+        (found,) = GivenBoxes(labels)([image], [sample])
         assert found.boxes.tolist() == expected and found.scores.tolist() == [1.0] * len(expected)
     assert GivenBoxes(("Hot_Dog",)).maker == GivenBoxes(("hot dog",)).maker != GivenBoxes().maker
 

@@ -11,7 +11,7 @@ from pipeline.models.clip import Clip
 
 
 def test_three_by_three_by_hand() -> None:
-    # Rows are pictures, columns captions: 0 finds its own first, 1 second, 2 third.
+    # Rows are images, columns captions: 0 finds its own first, 1 second, 2 third.
     scores = torch.tensor([[0.9, 0.5, 0.1], [0.8, 0.6, 0.3], [0.7, 0.4, 0.2]])
     own = torch.tensor([[0, 0], [1, 1], [2, 2]])
     assert match_ranks(scores, torch.eye(3), own).tolist() == [1, 2, 3]
@@ -101,7 +101,7 @@ def test_several_captions_with_a_real_model(clip: Clip) -> None:
     assert found["chance"] == pytest.approx(1 / 11)
 
 
-def test_pictures_that_share_a_caption_are_both_right(clip: Clip) -> None:
+def test_images_that_share_a_caption_are_both_right(clip: Clip) -> None:
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     tokens = clip.tokenizer(["a disc", "a disc", "a star"])
     found = retrieval(clip, [{"image": images, "text": tokens}])
@@ -121,5 +121,5 @@ def test_texts_of_different_width_are_put_together(clip: Clip) -> None:
 
 
 def test_nothing_to_evaluate_is_said(clip: Clip) -> None:
-    with pytest.raises(SettingError, match="one picture or more"):
+    with pytest.raises(SettingError, match="one image or more"):
         retrieval(clip, [])

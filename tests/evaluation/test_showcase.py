@@ -1,4 +1,4 @@
-"""Figures from data and model, also where captions or pictures are missing."""
+"""Figures from data and model, also where captions or images are missing."""
 
 import io
 from collections.abc import Callable
@@ -36,8 +36,8 @@ def test_a_named_caption_is_shown(row: MakeRow, make_snapshot: MakeSnapshot) -> 
     assert captions_of(snapshot_figure(snapshot, caption="json:title")) == ["other"]
 
 
-def test_pictures_that_cannot_be_read_are_an_error(row: MakeRow, make_snapshot: MakeSnapshot) -> None:
-    snapshot = make_snapshot([{**row("red"), "png": b"no picture"}])
+def test_images_that_cannot_be_read_are_an_error(row: MakeRow, make_snapshot: MakeSnapshot) -> None:
+    snapshot = make_snapshot([{**row("red"), "png": b"no image"}])
     with pytest.raises(DataError, match="not one of 1 samples is readable"):
         snapshot_figure(snapshot)
 

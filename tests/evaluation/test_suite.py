@@ -22,7 +22,7 @@ NAMES = ["red", "green", "blue"]
 @pytest.fixture
 def rows(row: MakeRow) -> list[dict[str, bytes]]:
     """Nine samples in three colours."""
-    return [row(NAMES[number % 3], f"a {NAMES[number % 3]} picture {'x' * number}") for number in range(9)]
+    return [row(NAMES[number % 3], f"a {NAMES[number % 3]} image {'x' * number}") for number in range(9)]
 
 
 def test_a_card_is_read_straight_from_its_source(colour_model: Any, colour_card: Callable[..., str]) -> None:
@@ -95,14 +95,14 @@ def test_a_cap_holds_for_cards_too(colour_card: Callable[..., str]) -> None:
         assert len(keys) == len(set(keys)) == min(cap, 20)
 
 
-def test_unreadable_pictures_are_left_out_and_counted(
+def test_unreadable_images_are_left_out_and_counted(
     colour_model: Any,
     rows: list[dict[str, bytes]],
     make_snapshot: MakeSnapshot,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    rows[2]["png"] = b"<html>no picture</html>"
+    rows[2]["png"] = b"<html>no image</html>"
     rows[5]["png"] = rows[5]["png"][:45]
     rows[7]["txt"] = b" \n"
     found = evaluate(colour_model, Evaluations(retrieval=(make_snapshot(rows).folder,)).prepare())

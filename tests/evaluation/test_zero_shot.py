@@ -97,7 +97,7 @@ def test_settings_that_cannot_work_are_refused(clip: Clip) -> None:
         classifier(clip, ["one"])
     with pytest.raises(SettingError, match="templates"):
         classifier(clip, CLASSES, [])
-    with pytest.raises(SettingError, match="one picture or more"):
+    with pytest.raises(SettingError, match="one image or more"):
         zero_shot(clip, [], classifier(clip, CLASSES))
 
 

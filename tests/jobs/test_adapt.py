@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 
 from pipeline.evaluation.models import load_model
 from pipeline.evaluation.suite import Evaluations, evaluate
-from tests.conftest import RayCluster, picture
+from tests.conftest import RayCluster, image
 from tests.jobs.conftest import Type
 
 QUICK = ["--output", "out", "--no-track"]
@@ -111,7 +111,7 @@ def test_base_to_new(job: Type, tmp_path: Path) -> None:
     assert job("adapt", "smoke", *QUICK, "--protocol", "base_to_new", *TWO) == 0
     for one in results(tmp_path).values():
         base, new, harmonic = (one["scores"][name] for name in ("base", "new", "harmonic"))
-        assert (base["seen"], new["seen"]) == (20, 16)  # 5 and 4 of 9 classes, 4 pictures each
+        assert (base["seen"], new["seen"]) == (20, 16)  # 5 and 4 of 9 classes, 4 images each
         both = base["top1"] + new["top1"]
         assert harmonic["top1"] == pytest.approx(2 * base["top1"] * new["top1"] / both if both else 0)
     assert "base | new | harmonic" in (tmp_path / "out/table.md").read_text()
@@ -149,8 +149,8 @@ def test_methods_that_read_pixels_need_no_features(job: Type, tmp_path: Path) ->
     assert not list((tmp_path / "out/data").rglob("*views*"))
 
 
-def own_pictures(folder: Path, spoil: int | None = None, names: Sequence[str] = ("cat", "dog", "emu", "fox")) -> None:
-    """A data set of 4 classes in CoOp's form, with 4, 2 and 3 pictures of each, under a card of its own."""
+def own_images(folder: Path, spoil: int | None = None, names: Sequence[str] = ("cat", "dog", "emu", "fox")) -> None:
+    """A data set of 4 classes in CoOp's form, with 4, 2 and 3 images of each, under a card of its own."""
     place = folder / "root/mine"
     place.mkdir(parents=True)
     split: dict[str, list[Any]] = {"train": [], "val": [], "test": []}
@@ -159,9 +159,9 @@ def own_pictures(folder: Path, spoil: int | None = None, names: Sequence[str] = 
             for index in range(count):
                 path = f"{part}{label}{index}.jpg"
                 split[part].append([path, label, name])
-                (place / path).write_bytes(picture(label + 10 * index + 100 * number))
+                (place / path).write_bytes(image(label + 10 * index + 100 * number))
     if spoil is not None:
-        (place / f"train{spoil}0.jpg").write_bytes(b"no picture")
+        (place / f"train{spoil}0.jpg").write_bytes(b"no image")
     (place / "split.json").write_text(json.dumps(split))
     source = {"kind": "split-file", "folder": "mine", "split": "split.json", "home": "a friend"}
     card = {
@@ -177,8 +177,8 @@ def own_pictures(folder: Path, spoil: int | None = None, names: Sequence[str] = 
 MINE = ["--data", "mine.yaml", "--root", "root"]
 
 
-def test_pictures_of_ones_own_in_a_split_file(job: Type, tmp_path: Path) -> None:
-    own_pictures(tmp_path)
+def test_images_of_ones_own_in_a_split_file(job: Type, tmp_path: Path) -> None:
+    own_images(tmp_path)
     methods = ["--methods", "tip_adapter", "coop:epochs=1,context=2", "--shots", "2", "9"]  # a class has four
     assert job("adapt", "smoke", *QUICK, *MINE, *methods) == 0
     assert {one["scores"]["mine"]["seen"] for one in results(tmp_path).values()} == {12}
@@ -186,17 +186,17 @@ def test_pictures_of_ones_own_in_a_split_file(job: Type, tmp_path: Path) -> None
     assert json.loads(kept.read_text())["classes"] == ["cat", "dog", "emu", "fox"]
 
 
-def test_a_picture_that_cannot_be_read(job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    own_pictures(tmp_path, spoil=1)
+def test_an_image_that_cannot_be_read(job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own_images(tmp_path, spoil=1)
     assert job("adapt", "smoke", *QUICK, *MINE, "--methods", "tip_adapter", "--shots", "9") == 1
     assert "cannot be read" in capsys.readouterr().err
 
 
-def test_a_picture_that_is_missing(job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    own_pictures(tmp_path)
+def test_an_image_that_is_missing(job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own_images(tmp_path)
     (tmp_path / "root/mine/test00.jpg").unlink()
     assert job("adapt", "smoke", *QUICK, *MINE, "--methods", "zero_shot") == 1
-    assert "11 of 12 pictures" in capsys.readouterr().err
+    assert "11 of 12 images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_class_names_that_do_not_work(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    own_pictures(tmp_path, names=names)
+    own_images(tmp_path, names=names)
     assert job("adapt", "smoke", *QUICK, *MINE, *arguments, "--methods", "coop:epochs=1") == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out/data").exists()
@@ -260,7 +260,7 @@ def test_class_names_that_do_not_work(
 def test_a_missing_split_file_says_where_it_comes_from(
     job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own_pictures(tmp_path)
+    own_images(tmp_path)
     (tmp_path / "root/mine/split.json").unlink()
     assert job("adapt", "smoke", *QUICK, *MINE) == 2
     assert "the file split.json, which comes from a friend" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The detection job as users type it: a table or JSON, and a picture with what was found; wrong options said so."""
+"""The detection job as users type it: a table or JSON, and an image with what was found; wrong options said so."""
 
 import json
 from pathlib import Path
@@ -18,8 +18,8 @@ def test_smoke_prints_a_table_and_draws(job: Type, tmp_path: Path, capsys: pytes
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["word", "score", "left", "top", "right", "bottom"] and len(lines) == 6
     assert {line.split()[0] for line in lines[1:]} <= {"star", "disc"}
-    with Image.open(tmp_path / "detections.png") as picture:
-        assert picture.size == (480, 480) and len(np.unique(np.asarray(picture))) > 30
+    with Image.open(tmp_path / "detections.png") as image:
+        assert image.size == (480, 480) and len(np.unique(np.asarray(image))) > 30
 
 
 def test_json_is_what_the_detector_says(job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,13 +38,13 @@ def test_a_checkpoint_looks_for_any_words(
 ) -> None:
     torch.manual_seed(0)
     method = build_method(Vild.smallest()).eval()
-    picture = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
-    Image.fromarray(picture).save(tmp_path / "in.png")
+    image = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "in.png")
     asked = ["--checkpoint", "some/run", "--words", "red star", "yellow", "--least-score", "0", "--json"]
     monkeypatch.setattr("pipeline.evaluation.models.load_method", lambda address, device: method)
-    assert job("detect", "picture", str(tmp_path / "in.png"), *asked) == 0
+    assert job("detect", "image", str(tmp_path / "in.png"), *asked) == 0
     printed = json.loads(capsys.readouterr().out)
-    (expected,) = method.predict([torch.from_numpy(picture).permute(2, 0, 1)], ("red star", "yellow"))
+    (expected,) = method.predict([torch.from_numpy(image).permute(2, 0, 1)], ("red star", "yellow"))
     assert [one["score"] for one in printed] == pytest.approx(expected.scores[:20].tolist(), abs=1e-6)
     assert [one["word"] for one in printed] == [("red star", "yellow")[n] for n in expected.labels[:20].tolist()]
 
@@ -56,10 +56,10 @@ def test_a_checkpoint_looks_for_any_words(
         (["smoke", "--most", "0"], "most: 0"),
         (["smoke", "--least-score", "2"], "least_score: 2.0"),
         (["smoke", "--output", "found.jpg"], "ends in .png"),
-        (["picture", "nowhere.png", "--checkpoint", "x", "--words", "a"], "image: 'nowhere.png'"),
-        (["picture", "broken.png", "--checkpoint", "x", "--words", "a"], "broken.png is no picture"),
-        (["picture", "good.png", "--checkpoint", "clipmill-tiny:untrained", "--words", "a"], "predict"),
-        (["picture", "good.png", "--checkpoint", "nowhere", "--words", "a"], "checkpoint: 'nowhere'"),
+        (["image", "nowhere.png", "--checkpoint", "x", "--words", "a"], "image: 'nowhere.png'"),
+        (["image", "broken.png", "--checkpoint", "x", "--words", "a"], "broken.png is no image"),
+        (["image", "good.png", "--checkpoint", "clipmill-tiny:untrained", "--words", "a"], "predict"),
+        (["image", "good.png", "--checkpoint", "nowhere", "--words", "a"], "checkpoint: 'nowhere'"),
     ],
 )
 def test_wrong_options_are_one_sentence(

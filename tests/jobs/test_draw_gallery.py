@@ -39,6 +39,6 @@ def test_bad_settings_are_one_sentence(arguments: list[str]) -> None:
 def test_pages_have_a_row_for_everything() -> None:
     names = sum(len(noun.variants) or 1 for noun in world.SHAPES)
     assert gallery.shapes_page(size=64).shape[:2] == (24 + 64 * ((names + 1) // 2), 2 * (170 + 5 * 64))
-    rows = len(sets.RECIPES) + len(sets.PICTURE_SETS)
+    rows = len(sets.RECIPES) + len(sets.IMAGE_SETS)
     assert gallery.sets_page(columns=2, size=64).shape == (rows * 80, 130 + 2 * 64, 3)
     assert gallery.scenes_page(count=3, size=128).shape == (2 * (128 + 120), 2 * 320, 3)

@@ -13,7 +13,7 @@ from tests.jobs.conftest import Type
 def test_smoke_says_what_it_found_and_logs_it(job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = f"sqlite:///{tmp_path}/mlflow.db"
     assert job("extract_region_features", "smoke", "--data", "drawn", "--track", "--tracking-uri", store) == 0
-    assert "regions of 64 pictures" in capsys.readouterr().out
+    assert "regions of 64 images" in capsys.readouterr().out
     assert all("regions" in shard.sidecars for shard in read_snapshot("drawn").shards)
     client = MlflowClient(store)
     (run,) = client.search_runs([client.get_experiment_by_name("clipmill-data").experiment_id])

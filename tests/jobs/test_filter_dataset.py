@@ -25,7 +25,7 @@ def test_several_filters_in_the_order_given(job: Type, make_snapshot: Callable[.
     options = ("--min-side", "72", "--min-words", "6", "--processes-count", "0", "--captions-sidecar")
     assert job("filter_dataset", *steps, *options, "--data", parent.folder) == 0
     snapshot = read_snapshot(parent.folder)
-    # Caption n is "a very … very COLOUR picture number n" with n % 5 times "very"; every fourth is yellow.
+    # Caption n is "a very … very COLOUR image number n" with n % 5 times "very"; every fourth is yellow.
     named = [number for number in range(20) if number % 5 or number % 4 == 3]
     assert snapshot.dropped["metaclip.no_entry"] == 20 - len(named)
     assert snapshot.samples == sum(number % 5 >= 1 for number in named)
@@ -38,7 +38,7 @@ def test_several_filters_in_the_order_given(job: Type, make_snapshot: Callable[.
 def test_uid_lists_out(job: Type, make_snapshot: Callable[..., Snapshot], tmp_path):
     parent = make_snapshot(sizes=(3, 2), folder=tmp_path / "data")
     place = str(tmp_path / "uids.npy")
-    # The pictures' numbers stand in for uids: 0 to 4, as hex.
+    # The images' numbers stand in for uids: 0 to 4, as hex.
     arguments = ("--data", parent.folder, "--write-uids", place, "--uid-column", "number", "--processes-count", "0")
     assert job("filter_dataset", "custom", "--steps", "length", "--min-words", "1", *arguments) == 0
     assert np.load(place).tolist() == np.array([(0, number) for number in range(5)], UID).tolist()

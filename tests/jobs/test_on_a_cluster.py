@@ -39,8 +39,8 @@ class Where:
             yield Slice(count=1, digest=f"{number:064d}", where={"number": number})
     def rows(self, piece):
         time.sleep(0.3)
-        picture = cv2.imencode(".jpg", numpy.zeros((64, 64, 3), numpy.uint8))[1].tobytes()
-        yield Row(url="", caption=os.environ["TEST_NODE"], image=picture)
+        image = cv2.imencode(".jpg", numpy.zeros((64, 64, 3), numpy.uint8))[1].tobytes()
+        yield Row(url="", caption=os.environ["TEST_NODE"], image=image)
     def schema(self):
         return {}
 

@@ -24,7 +24,7 @@ def test_smoke_makes_a_snapshot_that_webdataset_reads(job: Type, tmp_path: Path)
     assert snapshot.samples == 64 and snapshot.options["source"]["size"] == 64
     pipe = webdataset.WebDataset([str(tmp_path / shard.tar) for shard in snapshot.shards], shardshuffle=False)
     read = list(pipe.decode("rgb8").to_tuple("jpg", "txt", "json"))
-    assert len(read) == 64 and {picture.shape for picture, _, _ in read} == {(64, 64, 3)}
+    assert len(read) == 64 and {image.shape for image, _, _ in read} == {(64, 64, 3)}
     assert all(text and columns["label"] for _, text, columns in read)
 
 

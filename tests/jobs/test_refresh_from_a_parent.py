@@ -9,16 +9,16 @@ import pytest
 
 from pipeline.shards.snapshot import read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder
-from tests.conftest import picture
+from tests.conftest import image
 from tests.jobs.conftest import Type
 
 
 class Urls:
-    """The urls job over a list of five pictures and a dead url, in this process."""
+    """The urls job over a list of five images and a dead url, in this process."""
 
     def __init__(self, job: Type, tmp_path: Path, serve: Any) -> None:
         self._job = job
-        self.server = serve({f"{number}.jpg": picture(number) for number in range(8)})
+        self.server = serve({f"{number}.jpg": image(number) for number in range(8)})
         self.list, self.out = tmp_path / "list.csv", tmp_path / "out"
 
     def rows(self, numbers: Any) -> None:

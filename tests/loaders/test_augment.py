@@ -12,8 +12,8 @@ from pipeline.loaders.order import random_words
 from pipeline.shards.sample import Sample
 
 
-def picture(form: str, height: int, width: int) -> bytes:
-    """A smooth picture, so that decoding it smaller changes little."""
+def image(form: str, height: int, width: int) -> bytes:
+    """A smooth image, so that decoding it smaller changes little."""
     down, right = np.mgrid[0:height, 0:width]
     pixels = np.stack([down * 255 // height, right * 255 // width, (down + right) * 255 // (height + width)], axis=2)
     stream = io.BytesIO()
@@ -29,7 +29,7 @@ def test_crops_of_one_decoding_are_the_crops_one_by_one() -> None:
     """Equal where nothing is decoded smaller; near for a JPEG, whose common size is that of the smallest crop."""
     for number in range(12):
         crops = [(t, random_words(1, 50 + v, 0, number, 41)) for v, t in enumerate((WIDE, SMALL, SMALL))]
-        png, jpeg = picture("PNG", 120, 90), picture("JPEG", 700, 500)
+        png, jpeg = image("PNG", 120, 90), image("JPEG", 700, 500)
         for found, (transform, words) in zip(read_crops(png, crops), crops, strict=True):
             assert torch.equal(found, transform.read(png, words))
         for found, (transform, words) in zip(read_crops(jpeg, crops), crops, strict=True):
@@ -37,7 +37,7 @@ def test_crops_of_one_decoding_are_the_crops_one_by_one() -> None:
 
 
 def test_views_are_a_function_of_seed_epoch_and_sample() -> None:
-    sample = Sample("0", {"png": picture("PNG", 120, 90)})
+    sample = Sample("0", {"png": image("PNG", 120, 90)})
     reader = ViewsReader(transforms=(WIDE, SMALL, SMALL), seed=4)
     views = reader.read(sample, (2, 7))
     assert views.shape == (3, 3, 32, 32) and views.dtype == torch.uint8

@@ -74,7 +74,7 @@ def test_ranks_hold_pieces_of_the_whole(make_snapshot) -> None:
 
 def test_unreadable_samples_are_replaced_and_counted(make_snapshot, caplog: pytest.LogCaptureFixture) -> None:
     html = {"jpg": b"<html></html>", "txt": b"a page"}
-    spoilt = make_snapshot(spoil={2: html, 3: {"txt": b"no picture"}, 19: html, 8: {"jpg": b""}})
+    spoilt = make_snapshot(spoil={2: html, 3: {"txt": b"no image"}, 19: html, 8: {"jpg": b""}})
     with caplog.at_level(logging.WARNING):
         made = batches(spoilt, range(5))
     assert sum(int(batch["replaced"]) for batch in made) == 4 + 1  # sample 2 meets sample 3 on its way

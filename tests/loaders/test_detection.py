@@ -1,4 +1,4 @@
-"""Pictures, boxes, masks and stored regions move together; torchvision's transforms and drawn squares tell whether."""
+"""Images, boxes, masks and stored regions move together; torchvision's transforms and drawn squares tell whether."""
 
 import json
 from collections.abc import Callable
@@ -63,13 +63,13 @@ def test_boxes_move_as_torchvision_moves_them() -> None:
     assert len(kinds) >= 5  # mirrored and not, cut and not, with and without objects that are gone
 
 
-def test_a_square_in_the_picture_is_found_where_its_box_is() -> None:
+def test_a_square_in_the_image_is_found_where_its_box_is() -> None:
     """Whatever is done to pixels is done to boxes: a white square is where its box says."""
     found = 0
     for place in places():
         pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
         pixels[20:60, 10:50] = 255
-        seen = place.picture(pixels)[0].numpy()
+        seen = place.image(pixels)[0].numpy()
         height, width = place.extent
         bright = np.argwhere(seen[:height, :width] > 127)
         box = place.boxes(BOXES[:1])[0]
@@ -82,8 +82,8 @@ def test_a_square_in_the_picture_is_found_where_its_box_is() -> None:
     assert found > 20
 
 
-def test_masks_move_as_pictures_do() -> None:
-    """A triangle's mask over its box is what the moved picture of that mask shows there."""
+def test_masks_move_as_images_do() -> None:
+    """A triangle's mask over its box is what the moved image of that mask shows there."""
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
     for row in range(40):
         mask[20 + row, 10 : 11 + row] = 1
@@ -93,7 +93,7 @@ def test_masks_move_as_pictures_do() -> None:
         if (box[2:] - box[:2]).min() < 12:
             continue
         grid = place.mask(mask, box, 16)
-        shown = place.picture(np.repeat(mask[:, :, None] * np.uint8(255), 3, axis=2))[0].numpy() > 127
+        shown = place.image(np.repeat(mask[:, :, None] * np.uint8(255), 3, axis=2))[0].numpy() > 127
         columns = (box[0] + (np.arange(16) + 0.5) / 16 * (box[2] - box[0])).astype(int)
         rows = (box[1] + (np.arange(16) + 0.5) / 16 * (box[3] - box[1])).astype(int)
         agreement = (shown[np.ix_(rows, columns)] == grid).mean()
@@ -103,7 +103,7 @@ def test_masks_move_as_pictures_do() -> None:
 
 
 def test_the_distribution_is_large_scale_jitter() -> None:
-    """Scales are even between the limits; half are mirrored; a picture that is smaller than the square is not cut."""
+    """Scales are even between the limits; half are mirrored; an image that is smaller than the square is not cut."""
     jitter = Jitter(size=100, scale=(0.5, 1.5), flip=0.5)
     drawn = [jitter.place(100, 100, 0, (0, number)) for number in range(400)]
     factors = np.array([place.scaled[0] / 100 for place in drawn])
@@ -115,7 +115,7 @@ def test_the_distribution_is_large_scale_jitter() -> None:
     assert jitter.place(100, 100, 0, (1, 3)) != drawn[3] == jitter.place(100, 100, 0, (0, 3))
 
 
-def test_a_whole_picture_fits() -> None:
+def test_a_whole_image_fits() -> None:
     place = Jitter(size=64).whole(30, 60)
     assert place.scaled == (32, 64) and place.extent == (32, 64) and place.offset == (0, 0) and not place.mirrored
 
@@ -208,7 +208,7 @@ def test_regions_that_are_cut_away_keep_their_row_and_lose_their_box() -> None:
 
 @pytest.mark.parametrize("scale", [(1.0, 1.0), (0.7, 1.9)])
 def test_stored_regions_are_mirrored_as_boxes_are(scale: tuple[float, float]) -> None:
-    """The objects' own boxes, stored as regions of a picture that is always mirrored."""
+    """The objects' own boxes, stored as regions of an image that is always mirrored."""
     boxes = [[1, 2, 10, 20], [40, 30, 20, 25], [0, 50, 64, 14]]
     one = sample([{"label": "cat", "bbox": box} for box in boxes])
     corners = np.array([[x, y, x + width, y + height] for x, y, width, height in boxes]) / 64
@@ -224,7 +224,7 @@ def test_stored_regions_are_mirrored_as_boxes_are(scale: tuple[float, float]) ->
 
 
 def test_regions_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(SidecarError, match=r"picture of 32 x 32 .*make_them"):
+    with pytest.raises(SidecarError, match=r"image of 32 x 32 .*make_them"):
         RegionBoxReader(scene=STILL, wanted=WANTED).read(with_regions([0, 0, 1, 1], np.eye(1), side=32), (0, 0))
     with pytest.raises(SidecarError, match=r"1 boxes and 6 numbers.*make_them"):
         RegionFeatureReader(wanted=WANTED, width=3).read(with_regions([0, 0, 1, 1], np.ones((2, 3))), (0, 0))

@@ -69,7 +69,7 @@ def test_training_resize_is_pillows_bicubic_of_the_same_box() -> None:
         assert signal_to_noise(transform(pixels, words).numpy(), expected) > 45
 
 
-def test_boxes_are_the_random_ones_on_the_grid_of_the_smaller_picture() -> None:
+def test_boxes_are_the_random_ones_on_the_grid_of_the_smaller_image() -> None:
     transform = ImageTransform(size=(64, 64), crop="resized", scale=(0.2, 1.0))
     met = set()
     for number in range(300):
@@ -84,16 +84,16 @@ def test_boxes_are_the_random_ones_on_the_grid_of_the_smaller_picture() -> None:
 
 
 @pytest.mark.parametrize("subsampling", ["420", "444"])
-def test_pictures_decoded_smaller_are_near_pillows_bicubic_of_the_same_box(subsampling: str) -> None:
+def test_images_decoded_smaller_are_near_pillows_bicubic_of_the_same_box(subsampling: str) -> None:
     """Real photographs, from the JPEG's bytes; the boxes' sides are 2.5 times the result's and more."""
     for scale, limits in [((0.9, 1.0), (38, 34)), ((0.4, 1.0), (38, 34))]:
         transform = ImageTransform(size=(150, 150), crop="resized", scale=scale, flip=0.5)
         found = []
         for number in range(30):
-            for picture in load_sample_images().images:
-                content = simplejpeg.encode_jpeg(picture, quality=95, colorsubsampling=subsampling)
+            for image in load_sample_images().images:
+                content = simplejpeg.encode_jpeg(image, quality=95, colorsubsampling=subsampling)
                 words = crop_words(number, 0, 0)
-                top, left, height, width = box = transform.box(*picture.shape[:2], words)
+                top, left, height, width = box = transform.box(*image.shape[:2], words)
                 if min(height, width) < 2.5 * 150:
                     continue
                 assert [length % 2 for length in box] == [0, 0, 0, 0]
@@ -108,7 +108,7 @@ def test_pictures_decoded_smaller_are_near_pillows_bicubic_of_the_same_box(subsa
 
 @pytest.mark.parametrize("shrink", [2, 4, 8])
 def test_all_reductions_are_in_place(shrink: int) -> None:
-    """A smooth picture with odd sides: a shift of a pixel would cost 15 dB."""
+    """A smooth image with odd sides: a shift of a pixel would cost 15 dB."""
     smooth = cv2.GaussianBlur(photo(100, 140), (0, 0), 3)
     large = cv2.resize(smooth, (1403, 1001), interpolation=cv2.INTER_CUBIC)
     size = (round(1001 / shrink / 1.4), round(1403 / shrink / 1.4))
@@ -184,7 +184,7 @@ def test_flips_happen_as_often_as_asked() -> None:
     assert 150 < flipped < 250
 
 
-def test_all_kinds_of_pictures_become_rgb() -> None:
+def test_all_kinds_of_images_become_rgb() -> None:
     pixels = photo(50, 70)
     image = Image.fromarray(pixels)
     for kind, mode in [("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "P"), ("PNG", "RGBA"), ("PNG", "L"), ("WEBP", "RGB")]:
@@ -196,7 +196,7 @@ def test_all_kinds_of_pictures_become_rgb() -> None:
         assert signal_to_noise(made, expected) > 45, (kind, mode)
 
 
-def test_broken_pictures_are_unreadable_samples() -> None:
+def test_broken_images_are_unreadable_samples() -> None:
     whole = simplejpeg.encode_jpeg(photo(50, 70))
     grey = encoded(Image.new("L", (9000, 9000)), "PNG")
     for content in (b"", b"<html>not found</html>", whole[:200], whole[: len(whole) // 2], whole[:3], grey):

@@ -111,19 +111,19 @@ def test_a_part_without_one_readable_sample_is_named(make_snapshot: MakeSnapshot
     bad = make_snapshot((2,), folder=tmp_path / "bad", spoil={0: {"txt": b"x"}, 1: {"txt": b"x"}})
     mixed = read_data(f"{good.folder}=1,{bad.folder}=1")
 
-    class Pictures(TextReader):
+    class Images(TextReader):
         fields = ("image",)
 
         def read(self, sample: Any, place: Any) -> str:
             from pipeline.loaders.samples import UnreadableSample
 
             if sample.image() is None:
-                raise UnreadableSample("no picture")
+                raise UnreadableSample("no image")
             return "0"
 
     batches = training_batches(
         mixed,
-        {"text": Pictures(tokenizer=lambda texts: torch.zeros(len(texts), 1))},
+        {"text": Images(tokenizer=lambda texts: torch.zeros(len(texts), 1))},
         make_order(mixed, batch_size=4, **SETTINGS),
         steps=range(1),
         config=LoaderConfig(loader_workers=0),

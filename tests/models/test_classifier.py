@@ -50,19 +50,17 @@ def build(**changes: Any) -> Classifier:
 
 def batch(method: Clip, rows: int = 6) -> dict[str, Tensor]:
     side = method.transforms(False).size[0]
-    pictures = torch.randint(
-        0, 256, (rows, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
-    return {"image": pictures, "label": torch.arange(rows) % 4}
+    images = torch.randint(0, 256, (rows, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return {"image": images, "label": torch.arange(rows) % 4}
 
 
 def test_it_starts_as_the_zero_shot_model() -> None:
     method = build(prompts=("a {} thing", "{}")).eval()
     vectors = classifier(method, NAMES, ("a {} thing", "{}"))
-    pictures = batch(method)["image"]
+    images = batch(method)["image"]
     with torch.no_grad():
-        wanted = method.logit_scale.exp() * method.encode_image(pictures) @ vectors.T
-        torch.testing.assert_close(method.classify(pictures), wanted, rtol=1e-4, atol=1e-4)
+        wanted = method.logit_scale.exp() * method.encode_image(images) @ vectors.T
+        torch.testing.assert_close(method.classify(images), wanted, rtol=1e-4, atol=1e-4)
     given = [batch(method)]
     head, nearest = own_head(method, given, NAMES), zero_shot(method, given, vectors)
     assert head == nearest
@@ -103,8 +101,8 @@ def test_mixup_is_its_formula() -> None:
     torch.manual_seed(7)
     torch.multinomial(torch.ones(1), 1)  # which of the mixers, of one
     share = float(torch.distributions.Beta(torch.tensor([0.8]), torch.tensor([0.8])).sample())
-    pictures = (given["image"].float() - method.mean) / method.std
-    mixed = share * pictures + (1 - share) * pictures.roll(1, 0)
+    images = (given["image"].float() - method.mean) / method.std
+    mixed = share * images + (1 - share) * images.roll(1, 0)
     logits = method._logits(mixed)
     parts = [functional.cross_entropy(logits, labels) for labels in (given["label"], given["label"].roll(1))]
     torch.testing.assert_close(loss, share * parts[0] + (1 - share) * parts[1])

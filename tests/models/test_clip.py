@@ -42,7 +42,7 @@ def test_loss_of_two_pairs_by_hand() -> None:
 
 
 def test_loss_that_is_not_symmetric_by_hand() -> None:
-    """Both texts point at the first picture: pictures see (3, 3) and (0, 0), texts see (3, 0) and (3, 0)."""
+    """Both texts point at the first image: images see (3, 3) and (0, 0), texts see (3, 0) and (3, 0)."""
     images, texts = unit([1, 0], [0, 1]), unit([1, 0], [1, 0])
     image_to_text = math.log(2)
     text_to_image = (math.log(1 + math.exp(-3)) + math.log(1 + math.exp(3))) / 2
@@ -72,10 +72,10 @@ def test_features_are_open_clips(tiny: Clip) -> None:
     theirs.load_state_dict(tiny.model.state_dict())
     settings = open_clip.transform.PreprocessCfg(**theirs.visual.preprocess_cfg)
     preprocess = open_clip.transform.image_transform_v2(settings, is_train=False)
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     with torch.no_grad():
-        expected = theirs.encode_image(preprocess(picture)[None], normalize=True)
-        ours = tiny.encode_image(tiny.transforms(train=False)(np.array(picture))[None])
+        expected = theirs.encode_image(preprocess(image)[None], normalize=True)
+        ours = tiny.encode_image(tiny.transforms(train=False)(np.array(image))[None])
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
         tokens = open_clip.get_tokenizer("clipmill-tiny")(TEXTS)
         torch.testing.assert_close(tiny.encode_text(tokens), theirs.encode_text(tokens, normalize=True))
@@ -161,9 +161,9 @@ def test_the_sigmoid_loss_starts_as_its_paper_says_and_learns_a_bias(sigmoid: Cl
     assert sigmoid.measures() == {"logit_scale": pytest.approx(10.0), "logit_bias": -10.0}
     assert not decays("model.logit_bias", sigmoid.model.logit_bias)
     tokens = sigmoid.tokenizer(["a red square", "a blue disc", "a cat", "a dog"])
-    pictures = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
-    loss = sigmoid({"image": pictures, "text": tokens})["contrastive"]
-    features = sigmoid.encode_image(pictures), sigmoid.encode_text(tokens)
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    loss = sigmoid({"image": images, "text": tokens})["contrastive"]
+    features = sigmoid.encode_image(images), sigmoid.encode_text(tokens)
     expected = SigLipLoss()(*features, sigmoid.logit_scale.exp(), sigmoid.model.logit_bias)
     torch.testing.assert_close(loss, expected)
     loss.backward()

@@ -23,7 +23,7 @@ BOXES = torch.tensor(
 
 
 @pytest.fixture(scope="module")
-def picture() -> Image.Image:
+def image() -> Image.Image:
     """A photograph's statistics: smooth, with edges, no overshoot at the ends of the range."""
     noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     smooth = Image.fromarray(noise).filter(ImageFilter.GaussianBlur(3))
@@ -32,9 +32,9 @@ def picture() -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def by_pillow(picture: Image.Image, box: list[int], shape: str) -> np.ndarray:
+def by_pillow(image: Image.Image, box: list[int], shape: str) -> np.ndarray:
     """The definition, one box at a time."""
-    crop = picture.crop(tuple(box))
+    crop = image.crop(tuple(box))
     width, height = crop.size
     if shape == "warp":
         return np.asarray(crop.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
@@ -53,10 +53,10 @@ def by_pillow(picture: Image.Image, box: list[int], shape: str) -> np.ndarray:
 @pytest.mark.parametrize("outside", ["cut", "black"])
 @pytest.mark.parametrize("scale", [1.0, 1.5])
 @pytest.mark.parametrize("shape", ["warp", "centre", "pad"])
-def test_crops_are_pillows(picture: Image.Image, shape: str, scale: float, outside: str) -> None:
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+def test_crops_are_pillows(image: Image.Image, shape: str, scale: float, outside: str) -> None:
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     boxes = crop_boxes(BOXES, scale, HEIGHT, WIDTH, outside)
-    expected = np.stack([by_pillow(picture, box, shape) for box in boxes.tolist()]).astype(np.int16)
+    expected = np.stack([by_pillow(image, box, shape) for box in boxes.tolist()]).astype(np.int16)
     one_by_one = cut_crops(pixels, boxes, SIZE, shape).permute(0, 2, 3, 1).numpy()
     at_once = crops._multiply(pixels, boxes, SIZE, shape).permute(0, 2, 3, 1).numpy()  # what GPUs run
     for made in (one_by_one, at_once):
@@ -69,7 +69,7 @@ def test_boxes_are_rounded_outwards_and_never_empty() -> None:
     assert boxes.tolist() == [[1, 2, 4, 6], [9, 9, 10, 10]]
 
 
-def test_enlarged_boxes_end_at_the_border_or_are_black_outside(picture: Image.Image) -> None:
+def test_enlarged_boxes_end_at_the_border_or_are_black_outside(image: Image.Image) -> None:
     corner = torch.tensor([[0.0, 0.0, 40.0, 20.0]])
     assert crop_boxes(corner, 1.5, HEIGHT, WIDTH).tolist() == [[0, 0, 50, 25]]
     assert crop_boxes(corner, 1.5, HEIGHT, WIDTH, "black").tolist() == [[-10, -5, 50, 25]]
@@ -90,11 +90,11 @@ def test_scales_have_to_be_some(scales: tuple[float, ...]) -> None:
         CropRule(scales=scales)
 
 
-def test_larger_pictures_have_fewer_boxes_at_once(picture: Image.Image) -> None:
+def test_larger_images_have_fewer_boxes_at_once(image: Image.Image) -> None:
     """Their matrices then take the same memory, whatever the longer side; the crops are the same in any number."""
     assert [crops.boxes_at_once(*size) for size in ((480, 640), (64, 48), (1280, 10), (10, 4000))] == [128, 128, 64, 20]
     assert crops.boxes_at_once(200_000, 10) == 1
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     boxes = crop_boxes(BOXES, 1.5, HEIGHT, WIDTH)
     whole = crops._multiply(pixels, boxes, SIZE, "warp")
     apart = torch.cat([crops._multiply(pixels, some, SIZE, "warp") for some in boxes.split(1)])

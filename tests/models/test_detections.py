@@ -1,4 +1,4 @@
-"""Masks of detections, put into their pictures."""
+"""Masks of detections, put into their images."""
 
 import pytest
 import torch

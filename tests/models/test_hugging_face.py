@@ -76,12 +76,12 @@ def test_transformers_gives_the_same_features(name: str, tmp_path: Path) -> None
     assert not any(info.values())
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "to")
     words = tokenizer(NASTY, padding="max_length", truncation=True, return_tensors="pt")
-    pictures = torch.randn(3, 3, 64, 64)
+    images = torch.randn(3, 3, 64, 64)
     ours = method.model
     with torch.no_grad():
-        theirs = model.eval()(pixel_values=pictures, **words)
+        theirs = model.eval()(pixel_values=images, **words)
         tokens = method.tokenizer(NASTY)
-        image, text = ours.encode_image(pictures, normalize=True), ours.encode_text(tokens, normalize=True)
+        image, text = ours.encode_image(images, normalize=True), ours.encode_text(tokens, normalize=True)
         scale = ours.logit_scale.exp()
     assert (theirs.image_embeds - image).abs().max() < 1e-5
     assert (theirs.text_embeds - text).abs().max() < 1e-5
@@ -102,8 +102,8 @@ def test_the_tokenizers_agree(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (200, 120), (61, 307)])
-def test_the_processor_sees_pictures_as_we_do(size: tuple[int, int], tmp_path: Path) -> None:
-    """From a picture to features. Resizing differs by rounding: a level or two of 255 on hard noise."""
+def test_the_processor_sees_images_as_we_do(size: tuple[int, int], tmp_path: Path) -> None:
+    """From an image to features. Resizing differs by rounding: a level or two of 255 on hard noise."""
     from transformers import CLIPModel, CLIPProcessor
 
     method = shaken(Clip.smallest())
@@ -140,9 +140,9 @@ def test_open_clip_opens_its_own_folder(tmp_path: Path) -> None:
     export(method, Folder(tmp_path), "open_clip")
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
     model.eval()
-    pictures, tokens = torch.randn(2, 3, 48, 48), open_clip.get_tokenizer(f"local-dir:{tmp_path}")(["a", "b c"])
+    images, tokens = torch.randn(2, 3, 48, 48), open_clip.get_tokenizer(f"local-dir:{tmp_path}")(["a", "b c"])
     with torch.no_grad():
-        assert (model.encode_image(pictures) - method.model.encode_image(pictures)).abs().max() < 1e-5
+        assert (model.encode_image(images) - method.model.encode_image(images)).abs().max() < 1e-5
         assert (model.encode_text(tokens) - method.model.encode_text(tokens)).abs().max() < 1e-5
     assert model.logit_bias.item() == method.model.logit_bias.item()
     assert transform(Image.new("RGB", (90, 60))).shape == (3, 48, 48)
@@ -171,7 +171,7 @@ def test_what_has_no_place_is_named(changes: dict[str, Any], reason: str, tmp_pa
     assert reason in str(caught.value)
 
 
-def test_pictures_that_are_padded_are_refused(tmp_path: Path) -> None:
+def test_images_that_are_padded_are_refused(tmp_path: Path) -> None:
     model: Any = openclip.create("clipmill-tiny", preprocess={"resize_mode": "longest"})
     with pytest.raises(SettingError, match="padded"):
         hugging_face.check(model, openclip.tokenizer("clipmill-tiny"))

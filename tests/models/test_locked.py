@@ -55,10 +55,8 @@ def save(method: Clip, folder: Path) -> str:
 
 def batch(method: Clip, rows: int = 4) -> dict[str, Tensor]:
     side = method.transforms(False).size[0]
-    pictures = torch.randint(
-        0, 256, (rows, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
-    return {"image": pictures, "text": method.tokenizer([f"picture {number}" for number in range(rows)])}
+    images = torch.randint(0, 256, (rows, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return {"image": images, "text": method.tokenizer([f"image {number}" for number in range(rows)])}
 
 
 def learning(model: nn.Module) -> set[str]:
@@ -180,13 +178,13 @@ def test_more_layers_than_there_are_cannot_be_unlocked(start: str) -> None:
 def test_patch_dropout_is_for_training_alone_and_follows_the_steps_seed(start: str) -> None:
     plain = Clip(replace(Clip.smallest(), pretrained=start)).eval()
     drops = Clip(replace(Clip.smallest(), pretrained=start, patch_dropout=0.5)).eval()
-    pictures = batch(plain)["image"]
-    torch.testing.assert_close(drops.encode_image(pictures), plain.encode_image(pictures))
+    images = batch(plain)["image"]
+    torch.testing.assert_close(drops.encode_image(images), plain.encode_image(images))
     drops.train()
 
     def seen(step: int) -> Tensor:
         torch.manual_seed(step_seed(0, step, 0))
-        return drops.encode_image(pictures)
+        return drops.encode_image(images)
 
     assert torch.equal(seen(3), seen(3)) and not torch.equal(seen(3), seen(4))
     lengths: list[int] = []
@@ -205,7 +203,7 @@ def test_patch_dropout_needs_patches(resnet: str) -> None:
 
 
 @pytest.mark.parametrize("side", [48, 96])
-def test_positions_are_interpolated_for_another_picture_size(side: int, start: str, tmp_path: Path) -> None:
+def test_positions_are_interpolated_for_another_image_size(side: int, start: str, tmp_path: Path) -> None:
     before = load_method(start)
     assert isinstance(before, Clip)
     method = Clip(replace(Clip.smallest(), pretrained=start, image_size=side))
@@ -217,14 +215,14 @@ def test_positions_are_interpolated_for_another_picture_size(side: int, start: s
     assert torch.equal(new[0], old[0]) and grids[0] != grids[1]
     assert method.transforms(True).size == method.transforms(False).size == (side, side)
     again = load_method(save(method, tmp_path))
-    pictures = batch(method)["image"]
-    assert pictures.shape[-1] == side
-    torch.testing.assert_close(again.encode_image(pictures), method.eval().encode_image(pictures))  # type: ignore[operator]
+    images = batch(method)["image"]
+    assert images.shape[-1] == side
+    torch.testing.assert_close(again.encode_image(images), method.eval().encode_image(images))  # type: ignore[operator]
     folder = Checkpoints(str(tmp_path)).latest()
     assert folder is not None
     peer = open_clip.create_model(f"local-dir:{folder.folder.path}").eval()
-    inputs = (pictures.float() - method.mean) / method.std
-    torch.testing.assert_close(peer.encode_image(inputs, normalize=True), method.encode_image(pictures))
+    inputs = (images.float() - method.mean) / method.std
+    torch.testing.assert_close(peer.encode_image(inputs, normalize=True), method.encode_image(images))
 
 
 def test_texts_may_be_longer(start: str, tmp_path: Path) -> None:

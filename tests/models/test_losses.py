@@ -49,7 +49,7 @@ def inputs(kind: str, batch: int = BATCH, dtype: torch.dtype = torch.float64) ->
 
 
 def teacher(batch: int, dtype: torch.dtype) -> list[Tensor]:
-    """Features of another width, those of pictures times a scale of 6, the same in every rank."""
+    """Features of another width, those of images times a scale of 6, the same in every rank."""
     generator = torch.Generator().manual_seed(1)
     rows = (torch.randn(batch, TEACHER_WIDTH, generator=generator, dtype=torch.float64) for _ in range(2))
     images, texts = (functional.normalize(row, dim=1).to(dtype) for row in rows)

@@ -1,4 +1,4 @@
-"""The region proposer: its draws, its loss against a plain re-derivation, and boxes that come back to the picture."""
+"""The region proposer: its draws, its loss against a plain re-derivation, and boxes that come back to the image."""
 
 from dataclasses import replace
 
@@ -37,9 +37,9 @@ def test_the_loss_is_the_papers() -> None:
     """Every anchor is drawn, so it can be written down: entropy over 2 * 10,000, Huber means by level."""
     method = Proposals(replace(Proposals.smallest(), anchors_drawn=10_000)).eval()
     network = method.model.proposer
-    pictures = torch.randn(2, 3, 64, 64)
-    features = method.model.features(pictures)
-    proposed = network.propose(pictures, [(64, 64), (64, 50)], features)
+    images = torch.randn(2, 3, 64, 64)
+    features = method.model.features(images)
+    proposed = network.propose(images, [(64, 64), (64, 50)], features)
     targets = [torch.tensor([[4.0, 6.0, 30.0, 28.0], [30.0, 30.0, 61.0, 60.0]]), torch.zeros(0, 4)]
     found = network.losses(proposed, targets, generators(torch.tensor([1, 2])), method.average)
 
@@ -71,22 +71,22 @@ def test_the_loss_is_the_papers() -> None:
     assert float(found["proposal_box"]) == pytest.approx(total, rel=1e-4)
 
 
-def test_proposals_come_back_to_the_picture_that_was_given() -> None:
+def test_proposals_come_back_to_the_image_that_was_given() -> None:
     """In its own pixels, inside it, the best first, and alike whatever stands beside it in the batch."""
     method = built().eval()
     torch.manual_seed(0)
-    pictures: list[Tensor] = [torch.randint(0, 255, (3, *size), dtype=torch.uint8) for size in ((40, 80), (100, 30))]
-    both = method.propose(pictures)
-    for picture, (boxes, scores) in zip(pictures, both, strict=True):
-        height, width = picture.shape[1:]
+    images: list[Tensor] = [torch.randint(0, 255, (3, *size), dtype=torch.uint8) for size in ((40, 80), (100, 30))]
+    both = method.propose(images)
+    for image, (boxes, scores) in zip(images, both, strict=True):
+        height, width = image.shape[1:]
         assert len(boxes) == len(scores) > 0 and (scores[:-1] >= scores[1:]).all()
         assert (boxes >= 0).all() and (boxes <= torch.tensor([width, height, width, height])).all()
         assert (boxes[:, 2:].amax(dim=0) > 0.6 * torch.tensor([width, height])).all()  # not in the square's pixels
-        (alone,) = method.propose([picture])
+        (alone,) = method.propose([image])
         assert torch.allclose(alone[0], boxes, atol=1e-3)
 
 
-def test_boxes_in_the_square_become_boxes_in_the_picture() -> None:
+def test_boxes_in_the_square_become_boxes_in_the_image() -> None:
     place = Config(image_size=64).jitter(train=False).whole(32, 128)
     boxes = torch.tensor([[0.0, 0.0, 64.0, 16.0], [10.0, 4.0, 20.0, 30.0]])
     assert unplaced(boxes, place).tolist() == [[0, 0, 128, 32], [20, 8, 40, 32]]
@@ -95,12 +95,12 @@ def test_boxes_in_the_square_become_boxes_in_the_picture() -> None:
 def test_anchors_and_losses_are_float32_whatever_the_features_are() -> None:
     """In bfloat16 a corner at 1000 pixels would be off by up to 4."""
     method = Proposals(Proposals.smallest()).eval()
-    pictures, targets = torch.randn(1, 3, 64, 64), [torch.tensor([[4.0, 6.0, 30.0, 28.0]])]
-    features = method.model.features(pictures)
-    plain = method.model.proposer.propose(pictures, [(64, 64)], features)
+    images, targets = torch.randn(1, 3, 64, 64), [torch.tensor([[4.0, 6.0, 30.0, 28.0]])]
+    features = method.model.features(images)
+    plain = method.model.proposer.propose(images, [(64, 64)], features)
     halved = {name: level.bfloat16() for name, level in features.items()}
     with torch.autocast("cpu", torch.bfloat16):
-        rough = method.model.proposer.propose(pictures, [(64, 64)], halved)
+        rough = method.model.proposer.propose(images, [(64, 64)], halved)
         losses = method.model.proposer.losses(rough, targets, generators(torch.tensor([1])), method.average)
     assert rough.anchors.dtype == torch.float32 and torch.equal(rough.anchors, plain.anchors)
     assert {loss.dtype for loss in losses.values()} == {torch.float32}

@@ -101,8 +101,8 @@ def test_two_ranks_give_the_plain_loss_and_gradient(tmp_path: Path) -> None:
         torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-11, msg=key)
 
 
-def test_two_pictures_by_hand() -> None:
-    """Views equal, pictures orthogonal: the own logit is 1 / t, the two others are 0."""
+def test_two_images_by_hand() -> None:
+    """Views equal, images orthogonal: the own logit is 1 / t, the two others are 0."""
     rows = torch.eye(2)
     expected = -torch.log(torch.exp(torch.tensor(2.0)) / (torch.exp(torch.tensor(2.0)) + 2))
     torch.testing.assert_close(nt_xent(rows, rows, 0.5), expected)

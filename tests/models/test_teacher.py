@@ -57,9 +57,9 @@ def student(config: Config) -> Clip:
 def batch(method: Clip, rows: int = 6) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     side = method.transforms(False).size[0]
-    pictures = torch.randint(0, 256, (rows, 3, side, side), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (rows, 3, side, side), dtype=torch.uint8, generator=generator)
     tokens = method.tokenizer([f"a red circle, number {row}" for row in range(rows)])
-    return {"image": pictures, "text": tokens[:, :12]}
+    return {"image": images, "text": tokens[:, :12]}
 
 
 def gradients(method: nn.Module) -> dict[str, Tensor]:
@@ -117,8 +117,8 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole_and_ask_the_teacher_onc
     assert not expected
 
 
-def test_pictures_and_texts_are_made_fit(tmp_path: Path) -> None:
-    """A teacher of larger pictures and longer texts, whose tower sees the padding."""
+def test_images_and_texts_are_made_fit(tmp_path: Path) -> None:
+    """A teacher of larger images and longer texts, whose tower sees the padding."""
     torch.manual_seed(3)
     architecture = openclip.check_architecture("clipmill-tiny")
     architecture["vision_cfg"]["image_size"], architecture["text_cfg"]["context_length"] = 96, 20

@@ -149,7 +149,7 @@ def test_each_mode_learns_its_parts(mode: str, snapshot: Snapshot) -> None:
 
 
 def test_padding_changes_nothing(snapshot: Snapshot) -> None:
-    """More empty rows of objects and of regions, as a batch with a fuller picture has them."""
+    """More empty rows of objects and of regions, as a batch with a fuller image has them."""
     method = built()
     batch = first_batch(method, snapshot)
     plain = method.training_step(batch)
@@ -175,7 +175,7 @@ def test_a_batch_without_objects_or_regions_is_legal(snapshot: Snapshot) -> None
 
 
 def test_regions_are_drawn_as_the_paper_says(snapshot: Snapshot) -> None:
-    """At most a quarter covers an object, by more than a half; labels are those of the object covered; the picture's
+    """At most a quarter covers an object, by more than a half; labels are those of the object covered; the image's
     own random numbers decide."""
     method = built(regions_drawn=8)
     boxes = torch.tensor([[0.0, 0.0, 20.0, 20.0], [30.0, 30.0, 60.0, 60.0]])
@@ -258,7 +258,7 @@ def test_prompts_are_written_by_the_papers_rules(template: str, word: str, writt
     assert class_vectors.prompt(template, word) == written
 
 
-def pictures() -> list[Tensor]:
+def images() -> list[Tensor]:
     torch.manual_seed(1)
     return [
         torch.randint(0, 255, (3, 48, 80), dtype=torch.uint8),
@@ -267,10 +267,10 @@ def pictures() -> list[Tensor]:
 
 
 @pytest.mark.parametrize("mode", [*PARTS, "ensemble"])
-def test_what_is_found_is_inside_the_picture_and_in_order(mode: str) -> None:
+def test_what_is_found_is_inside_the_image_and_in_order(mode: str) -> None:
     method = built(mode=mode, detections=7).eval()
-    for picture, found in zip(pictures(), method.predict(pictures(), ["red", "blue", "a new one"]), strict=True):
-        height, width = picture.shape[1:]
+    for image, found in zip(images(), method.predict(images(), ["red", "blue", "a new one"]), strict=True):
+        height, width = image.shape[1:]
         assert len(found) and found.boxes.shape == (len(found), 4) and len(found) <= 7
         assert (found.boxes >= 0).all() and (found.boxes <= torch.tensor([width, height, width, height])).all()
         assert (found.scores[:-1] >= found.scores[1:]).all() and (found.scores > 0).all() and (found.scores <= 1).all()
@@ -315,10 +315,10 @@ def test_scores_and_boxes_are_float32_under_bfloat16(mode: str, monkeypatch: pyt
     ):
         if owner is not None:
             monkeypatch.setattr(owner, name, cache_first(getattr(owner, name)))
-    plain = method.predict(pictures(), words)
+    plain = method.predict(images(), words)
     method._learnt.clear()
     with torch.autocast("cpu", torch.bfloat16):
-        half = method.predict(pictures(), words)
+        half = method.predict(images(), words)
     for one, two in zip(plain, half, strict=True):
         assert one.scores.dtype == two.scores.dtype == torch.float32 and len(one)
         assert torch.equal(one.scores, two.scores) and torch.equal(one.labels, two.labels)
@@ -348,9 +348,9 @@ def test_text_vectors_come_back_to_where_the_teacher_is() -> None:
 
 def test_base_words_are_the_training_classes_unless_told() -> None:
     method = built().eval()
-    by_default = method.predict(pictures(), ["red", "other"])
-    told = method.predict(pictures(), ["red", "other"], base=["red"])
-    turned = method.predict(pictures(), ["red", "other"], base=["other"])
+    by_default = method.predict(images(), ["red", "other"])
+    told = method.predict(images(), ["red", "other"], base=["red"])
+    turned = method.predict(images(), ["red", "other"], base=["other"])
     assert all(torch.equal(one.scores, two.scores) for one, two in zip(by_default, told, strict=True))
     assert not all(torch.equal(one.scores, two.scores) for one, two in zip(by_default, turned, strict=True))
 
@@ -409,19 +409,19 @@ def test_a_checkpoint_knows_its_classes_without_the_teacher(tmp_path: Path, monk
     monkeypatch.setattr(class_vectors, "open_teacher", lambda address: pytest.fail("the teacher was loaded"))
     loaded: Any = load_method(address)
     assert torch.equal(loaded.vectors, method.vectors) and loaded.teacher_digest == method.teacher_digest
-    found: list[Detections] = loaded.predict(pictures(), ["Red", "yellow"])
+    found: list[Detections] = loaded.predict(images(), ["Red", "yellow"])
     assert all(
-        torch.equal(a.boxes, b.boxes) for a, b in zip(found, method.predict(pictures(), ["red", "yellow"]), strict=True)
+        torch.equal(a.boxes, b.boxes) for a, b in zip(found, method.predict(images(), ["red", "yellow"]), strict=True)
     )
     with pytest.raises(pytest.fail.Exception):
-        loaded.predict(pictures(), ["another"])
+        loaded.predict(images(), ["another"])
 
 
 def test_another_teacher_is_refused_for_new_words() -> None:
     method = built().eval()
     method.teacher_digest = "of other weights"
     with pytest.raises(SettingError, match="that this detector was trained with"):
-        method.predict(pictures(), ["red", "something new"])
+        method.predict(images(), ["red", "something new"])
 
 
 def test_regions_of_another_teacher_are_refused(make_snapshot: Callable[..., Snapshot]) -> None:
@@ -450,7 +450,7 @@ def test_training_can_begin_with_a_proposer(tmp_path: Path) -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in by_file.items())
 
 
-def test_a_picture_in_which_nothing_is_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_in_which_nothing_is_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the weights are no numbers: nothing is found, and the evaluation goes on."""
     method = built().eval()
     method.model.proposer.head.cls_logits.bias.data.fill_(math.nan)

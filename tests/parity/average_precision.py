@@ -70,26 +70,26 @@ def _moved(segmentation: Any, size: Record, shift: NDArray[np.float64]) -> Recor
 
 
 def ours(place: str, content: Record, results: list[Record], kind: str) -> dict[str, float]:
-    """Every picture through the source, the sample's member and our evaluator."""
+    """Every image through the source, the sample's member and our evaluator."""
     words = published_vocabulary(content, place)
     number = {one["id"]: at for at, one in enumerate(content["categories"])}
-    by_picture: dict[int, list[Record]] = defaultdict(list)
+    by_image: dict[int, list[Record]] = defaultdict(list)
     for one in results:
-        by_picture[one["image_id"]].append(one)
+        by_image[one["image_id"]].append(one)
     counted = AveragePrecision(words.words, words.groups, with_masks=kind == "segm")
-    source = Coco(annotations=place, images="https://localhost/pictures")
+    source = Coco(annotations=place, images="https://localhost/images")
     with tempfile.TemporaryDirectory() as scratch:
         rows = [row for piece in list(source.slices(1000, Folder(scratch))) for row in source.rows(piece)]
-    # Among equal scores the first picture comes first, and the peers go through pictures by id.
+    # Among equal scores the first image comes first, and the peers go through images by id.
     for row in sorted(rows, key=lambda row: int(row.columns["image_id"])):
         marked = read_objects(Sample(row.url, dict(row.members)))
-        best = sorted(by_picture[row.columns["image_id"]], key=lambda one: -one["score"])
+        best = sorted(by_image[row.columns["image_id"]], key=lambda one: -one["score"])
         counted.add(marked, _detections(best, number, kind, marked.height, marked.width))
     return counted.metrics()
 
 
 def _detections(best: list[Record], number: Mapping[int, int], kind: str, height: int, width: int) -> Detections:
-    """A mask is given as the grid over a box that is the whole picture."""
+    """A mask is given as the grid over a box that is the whole image."""
     corners = [(x, y, x + w, y + h) for x, y, w, h in (one["bbox"] for one in best if kind == "bbox")]
     boxes = torch.tensor(corners if kind == "bbox" else [(0, 0, width, height)] * len(best), dtype=torch.float64)
     masks = None

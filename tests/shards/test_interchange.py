@@ -27,7 +27,7 @@ def indexes(snapshot: Snapshot) -> Path:
 
 def captions() -> list[str]:
     names = ["red", "green", "blue", "yellow"]
-    return [f"a {'very ' * (number % 5)}{names[number % 4]} picture number {number}" for number in range(20)]
+    return [f"a {'very ' * (number % 5)}{names[number % 4]} image number {number}" for number in range(20)]
 
 
 def test_wids_finds_every_sample_by_number(make_snapshot: MakeSnapshot, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,9 +64,9 @@ def test_open_clips_own_loader_counts_and_reads_them(make_snapshot: MakeSnapshot
         workers=1,
         distributed=False,
     )
-    trained = data.get_wds_dataset(args, lambda picture: picture.size[0], True, tokenizer=lambda text: [text])
+    trained = data.get_wds_dataset(args, lambda image: image.size[0], True, tokenizer=lambda text: [text])
     assert trained.dataloader.num_samples == 20 and trained.dataloader.num_batches == 5
-    info = data.get_wds_dataset(args, lambda picture: picture.size[0], False, tokenizer=lambda text: [text])
+    info = data.get_wds_dataset(args, lambda image: image.size[0], False, tokenizer=lambda text: [text])
     read = [text for _, texts in info.dataloader for text in texts]
     assert sorted(read) == sorted(captions())
 
@@ -151,7 +151,7 @@ def test_the_croissant_card_names_files_that_are_there(make_snapshot: MakeSnapsh
         assert record["key"]["@id"] in {field["@id"] for field in record["field"]}
 
 
-def test_mlcroissant_reads_pictures_and_captions_through_the_card(
+def test_mlcroissant_reads_images_and_captions_through_the_card(
     make_snapshot: MakeSnapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CROISSANT_CACHE", str(tmp_path))

@@ -17,7 +17,7 @@ def sample(*boxes: Any, **more: Any) -> Sample:
     return Sample("0007", {"boxes.json": json.dumps(record).encode()})
 
 
-def test_boxes_are_corners_inside_the_picture() -> None:
+def test_boxes_are_corners_inside_the_image() -> None:
     things = read_objects(sample([5, 6, 10, 4], [-5, 20, 10, 20], [30.5, 0, 20, 30]))
     np.testing.assert_array_equal(things.boxes, [[5, 6, 15, 10], [0, 20, 5, 30], [30.5, 0, 40, 30]])
     assert things.labels == ("thing 0", "thing 1", "thing 2") and things.left_out == 0
@@ -59,7 +59,7 @@ def test_overlaps_are_torchvisions() -> None:
     np.testing.assert_allclose(overlaps(boxes[0], boxes[1]), expected, atol=1e-12)
 
 
-def test_a_picture_of_another_size_is_refused() -> None:
+def test_an_image_of_another_size_is_refused() -> None:
     things = read_objects(sample([1, 1, 2, 2]))
     things.check_size(30, 40, "0007")
     with pytest.raises(DataError, match="20 x 15 pixels, its boxes are measured in 40 x 30"):

@@ -12,7 +12,7 @@ from pipeline.shards.sample import Sample, sample_key
 from pipeline.shards.tar import TarShard, TarWriter, iterate_tar
 
 SAMPLES = [
-    Sample("000000000", {"jpg": b"\xff\xd8 picture", "txt": "café 🐈".encode(), "json": b"{}"}),
+    Sample("000000000", {"jpg": b"\xff\xd8 image", "txt": "café 🐈".encode(), "json": b"{}"}),
     Sample("000000003", {"boxes.json": b"[]", "jpg": b"x" * 5000}),
 ]
 

@@ -171,12 +171,12 @@ def test_members_are_checked(tmp_path: Path) -> None:
     publish_shards(Folder(tmp_path), (shard,), fields=("jpg", "json"), card=None, options={}, rows=4, dropped={})
     said = problems(tmp_path)["0"]
     assert "holds 3 samples, the snapshot says 4" in said
-    assert "1 samples without a picture, the first b" in said
+    assert "1 samples without an image, the first b" in said
     assert "1 samples whose json cannot be parsed, the first b" in said
     assert "1 samples with members that the snapshot does not name (pickle), the first c" in said
 
 
-def test_pictures_are_decoded_where_asked(place: Path) -> None:
+def test_images_are_decoded_where_asked(place: Path) -> None:
     seen: list[bytes] = []
 
     def decode(content: bytes) -> None:
@@ -185,5 +185,5 @@ def test_pictures_are_decoded_where_asked(place: Path) -> None:
             raise SampleError("failed_to_resize", "decode", "broken")
 
     found = problems(place, decode=decode)
-    assert list(found) == ["00001"] and "1 samples whose picture cannot be decoded" in found["00001"]
+    assert list(found) == ["00001"] and "1 samples whose image cannot be decoded" in found["00001"]
     assert len(seen) == 12 and all(content[:2] == b"\xff\xd8" for content in seen)

@@ -1,4 +1,4 @@
-"""COCO's and LVIS's files as they are published and as they are broken, their pictures, and which annotations stay."""
+"""COCO's and LVIS's files as they are published and as they are broken, their images, and which annotations stay."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ from pipeline.stages.make_shard import ShardOptions
 from pipeline.stages.refresh import refresh
 from pipeline.stages.renewal import Renewal
 from pipeline.stages.shard_tasks import Workers
-from tests.conftest import ROOT, Serve, picture
+from tests.conftest import ROOT, Serve, image
 
 POLYGON = [[10.10, 10.0, 30.5, 12.25, 20.0, 40.75]]
 RUNS = {"size": [72, 72], "counts": [720, 30, 42, 30, 4362]}
@@ -38,7 +38,7 @@ def annotation(number: int, image: int, category: int, bbox: Any, **more: Any) -
 
 
 def instances() -> dict[str, Any]:
-    """Three pictures, the last without things; ids have gaps, the classes are in no order."""
+    """Three images, the last without things; ids have gaps, the classes are in no order."""
     return {
         "info": {"year": 2017},
         "images": [
@@ -95,7 +95,7 @@ def lvis() -> dict[str, Any]:
 def data_fixture(tmp_path: Path) -> Path:
     (tmp_path / "val2017").mkdir()
     for number in (139, 7, 9):
-        (tmp_path / f"val2017/000{number:03d}.jpg").write_bytes(picture(number))
+        (tmp_path / f"val2017/000{number:03d}.jpg").write_bytes(image(number))
     write(tmp_path, instances())
     return tmp_path
 
@@ -117,7 +117,7 @@ def record(row: Row) -> dict[str, Any]:
     return found
 
 
-def test_pictures_and_boxes_are_what_was_published(data: Path) -> None:
+def test_images_and_boxes_are_what_was_published(data: Path) -> None:
     rows = rows_of(Coco(annotations=str(data / "instances.json"), images=str(data)), data)
     assert [row.url for row in rows] == ["val2017/000139.jpg", "val2017/000007.jpg", "val2017/000009.jpg"]
     assert [row.image for row in rows] == [(data / row.url).read_bytes() for row in rows]
@@ -160,7 +160,7 @@ def test_lvis_says_what_was_looked_for(data: Path) -> None:
         ({"keep": "novel"}, {"dog": "r"}, [[], ["dog"], []], [["dog"], [], []]),
     ],
 )
-def test_lvis_frequency_chooses_annotations_not_pictures(
+def test_lvis_frequency_chooses_annotations_not_images(
     data: Path, options: Any, classes: dict[str, str], labels: list[list[str]], negative: list[list[str]]
 ) -> None:
     source = Coco(annotations=write(data, lvis()), images=str(data / "val2017"), **options)
@@ -216,14 +216,14 @@ def test_settings_that_do_not_fit_the_file(data: Path) -> None:
         rows_of(Coco(annotations=str(data / "none.json")), data)
 
 
-def test_a_folder_without_any_of_the_pictures_is_a_setting(data: Path) -> None:
+def test_a_folder_without_any_of_the_images_is_a_setting(data: Path) -> None:
     (data / "empty").mkdir()
     source = Coco(annotations=str(data / "instances.json"), images=str(data / "empty"))
     with pytest.raises(SettingError, match=r"a folder with 000009\.jpg and the others"):
         rows_of(source, data)
 
 
-def test_captions_are_the_first_of_each_picture(data: Path) -> None:
+def test_captions_are_the_first_of_each_image(data: Path) -> None:
     texts = [{"image_id": 7, "id": 1, "caption": " Two  pets.\n"}, {"image_id": 7, "id": 2, "caption": "no"}]
     captions = write(
         data, {"annotations": [*texts, {"image_id": 9, "id": 3, "caption": "gr\ud800ass"}]}, "captions.json"
@@ -270,7 +270,7 @@ def test_a_box_that_sticks_out_stays(data: Path) -> None:
 
 
 def boxes(seed: int, count: int = 200) -> np.ndarray[Any, Any]:
-    """Boxes x, y, width, height anywhere in a picture of 72 x 72."""
+    """Boxes x, y, width, height anywhere in an image of 72 x 72."""
     random = np.random.default_rng(seed)
     sides = random.uniform(2, 60, (count, 2))
     return np.concatenate([random.uniform(0, 1, (count, 2)) * (72 - sides), sides], axis=1)
@@ -292,9 +292,9 @@ def test_the_whole_file_tells_what_boxes_are_meant(data: Path, seed: int) -> Non
     corners[:2] = [[60, 60, 5, 5], [10, 10, 90, 90]]
     with pytest.raises(DataError, match="and 2 as x1, y1, x2, y2"):
         rows_of(of_boxes(data, corners), data)
-    with pytest.raises(DataError, match="pictures of another size"):
+    with pytest.raises(DataError, match="images of another size"):
         rows_of(of_boxes(data, right * 2), data)
-    with pytest.raises(DataError, match="shares of the picture's sides"):
+    with pytest.raises(DataError, match="shares of the image's sides"):
         rows_of(of_boxes(data, right / 72), data)
 
 
@@ -310,19 +310,19 @@ def broken() -> Iterator[tuple[dict[str, Any], str]]:
     yield changed("categories", 0, name="cat"), "the category name 'cat' is there twice"
     yield changed("categories", 0, name="Cat; tom"), "the category name 'cat' is there twice"
     yield changed("categories", 0, synonyms="kitty"), "not as COCO's files are .*synonyms 'kitty'"
-    yield changed("images", 0, id=9), "the picture id 9 is there twice"
-    yield changed("annotations", 0, image_id=5), "1 annotations name a picture id that is not in the file, such as 5"
+    yield changed("images", 0, id=9), "the image id 9 is there twice"
+    yield changed("annotations", 0, image_id=5), "1 annotations name an unknown image id, such as 5"
     yield changed("annotations", 0, category_id=5), "a category id that is not in the file, such as 5"
     yield changed("annotations", 0, category_id="18"), "ids are whole numbers"
     yield changed("annotations", 0, image_id=[7]), "ids are whole numbers"
     yield changed("images", 1, neg_category_ids=[99]), "a category id that is not in the file, such as 99"
-    yield changed("images", 1, width=0), "picture 7 of 0 x 72 pixels"
+    yield changed("images", 1, width=0), "image 7 of 0 x 72 pixels"
     yield changed("images", 1, width="wide"), "not as COCO's files are"
     yield changed("images", 1, file_name="\ud800.jpg"), "not as COCO's files are"
     yield changed("categories", 1, frequency="often"), "of frequency 'often'"
     yield changed("categories", 1, name=" "), "called ' '"
     yield {**instances(), "annotations": [{"image_id": 7, "caption": "two pets"}]}, "has not image_id, category_id"
-    yield {**instances(), "images": []}, "at least one picture"
+    yield {**instances(), "images": []}, "at least one image"
     yield {**instances(), "images": [3]}, "not as COCO's files are"
     yield {"images": [], "annotations": []}, "it has no list categories"
     yield {"images": {}, "annotations": [], "categories": []}, "it has no list images"
@@ -342,7 +342,7 @@ def test_what_is_no_such_file_is_a_setting(data: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", ["../../secret.jpg", "/etc/passwd"])
-def test_a_picture_outside_the_folder_is_not_read(data: Path, name: str) -> None:
+def test_an_image_outside_the_folder_is_not_read(data: Path, name: str) -> None:
     content = instances()
     content["images"][0].update(file_name=name, coco_url="")
     (data / "secret.jpg").write_bytes(b"secret")
@@ -361,8 +361,8 @@ def test_addresses_are_the_published_ones_or_of_the_prefix(data: Path) -> None:
 
 
 def as_it_is(**downloads: Any) -> ShardOptions:
-    pictures = ImageOptions(resize_mode="no", skip_reencode=True)
-    return ShardOptions(images=pictures, downloads=DownloadOptions(**downloads), number_sample_per_shard=2)
+    images = ImageOptions(resize_mode="no", skip_reencode=True)
+    return ShardOptions(images=images, downloads=DownloadOptions(**downloads), number_sample_per_shard=2)
 
 
 def stored(folder: Path) -> list[Sample]:
@@ -370,7 +370,7 @@ def stored(folder: Path) -> list[Sample]:
     return [sample for shard in snapshot.shards for sample in iterate_tar(Folder(folder).open(shard.tar))]
 
 
-def test_a_refresh_downloads_the_pictures(data: Path, serve: Serve) -> None:
+def test_a_refresh_downloads_the_images(data: Path, serve: Serve) -> None:
     web = serve({f"coco/{name}": (data / "val2017" / name).read_bytes() for name in ("000139.jpg", "000009.jpg")})
     source = Coco(annotations=str(data / "instances.json"), images=f"{web.url}/coco", keep="all")
     snapshot = refresh(source, Folder(data / "out"), as_it_is(allow_hosts=("127.0.0.1",)), NO_RAY)
@@ -382,8 +382,8 @@ def test_a_refresh_downloads_the_pictures(data: Path, serve: Serve) -> None:
     assert found[0].fields["jpg"] == (data / "val2017/000139.jpg").read_bytes()
 
 
-def test_pictures_of_another_size_and_resized_ones_are_no_samples(data: Path) -> None:
-    (data / "val2017/000007.jpg").write_bytes(picture(7, side=80))
+def test_images_of_another_size_and_resized_ones_are_no_samples(data: Path) -> None:
+    (data / "val2017/000007.jpg").write_bytes(image(7, side=80))
     source = Coco(annotations=str(data / "instances.json"), images=str(data))
     snapshot = refresh(source, Folder(data / "out"), as_it_is(), NO_RAY)
     assert snapshot.dropped == {"stale_annotation": 1} and snapshot.samples == 2

@@ -108,7 +108,7 @@ def test_sizes(size: int) -> None:
 
 
 def test_boxes_lie_on_what_was_painted() -> None:
-    """On a flat picture the pixels of a plain thing have its colour."""
+    """On a flat image the pixels of a plain thing have its colour."""
     found = 0
     for index in range(200):
         sample = draw_sample("colours", 0, index, 128)
@@ -157,15 +157,15 @@ def test_more_captions() -> None:
     assert record["caption"] == row.caption and len(record["more_captions"]) == 4
 
 
-def test_few_shot_pools_are_other_pictures() -> None:
+def test_few_shot_pools_are_other_images() -> None:
     test = {row.image for row in rows_of(Drawn(split="shapes", samples=30, size=64))}
     assert not test & {row.image for row in rows_of(Drawn(split="shapes_train", samples=30, size=64))}
 
 
 def pixels_and_labels(split: str, count: int) -> tuple[np.ndarray, list[str]]:
     samples = [draw_sample(split, 0, index, 64) for index in range(count)]
-    pictures = [simplejpeg.decode_jpeg(sample.image, colorspace="GRAY")[::4, ::4].ravel() for sample in samples]
-    return np.stack(pictures) / 255, [str(sample.columns["label"]) for sample in samples]
+    images = [simplejpeg.decode_jpeg(sample.image, colorspace="GRAY")[::4, ::4].ravel() for sample in samples]
+    return np.stack(images) / 255, [str(sample.columns["label"]) for sample in samples]
 
 
 @pytest.mark.parametrize(("name", "least"), [("digits", 0.65), ("digits_real", 0.8)])
@@ -226,4 +226,4 @@ def test_cards_fit_their_split(name: str) -> None:
 
 def test_every_split_but_pools_has_a_card() -> None:
     cards = {str(load_card(name).source.get("split")) for name in card_names()}
-    assert {*sets.RECIPES, *sets.PICTURE_SETS} <= cards
+    assert {*sets.RECIPES, *sets.IMAGE_SETS} <= cards

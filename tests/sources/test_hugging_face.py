@@ -1,4 +1,4 @@
-"""Parquet files with pictures inside, as pyarrow and as Hugging Face's own package write them."""
+"""Parquet files with images inside, as pyarrow and as Hugging Face's own package write them."""
 
 import io
 from pathlib import Path
@@ -20,7 +20,7 @@ from pipeline.stages.make_shard import ShardOptions
 from pipeline.stages.refresh import refresh
 from pipeline.stages.shard_tasks import Workers
 
-PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def png(number: int) -> bytes:
@@ -30,11 +30,11 @@ def png(number: int) -> bytes:
 
 
 def write(path: Path, numbers: range, group: int = 3, **columns: Any) -> None:
-    pictures = [{"bytes": png(number), "path": f"{number}.png"} for number in numbers]
+    images = [{"bytes": png(number), "path": f"{number}.png"} for number in numbers]
     table = pa.table(
         {
-            "image": pa.array(pictures, PICTURE),
-            "text": [f"picture {number}" for number in numbers],
+            "image": pa.array(images, IMAGE),
+            "text": [f"image {number}" for number in numbers],
             "score": [number / 2 for number in numbers],
             **columns,
         }
@@ -56,7 +56,7 @@ def test_slices_of_any_size_give_every_row_once_in_order(tmp_path: Path, rows_pe
     shards = read(source, tmp_path, rows_per_shard)
     assert all(len(rows) <= rows_per_shard for rows in shards)
     flat = [row for rows in shards for row in rows]
-    assert [row.caption for row in flat] == [f"picture {number}" for number in range(13)]
+    assert [row.caption for row in flat] == [f"image {number}" for number in range(13)]
     assert [row.image for row in flat] == [png(number) for number in range(13)]
     assert [row.url for row in flat] == [f"{number}.png" for number in range(13)]
     assert flat[3].columns == {"score": 1.5} and source.schema() == {"score": float}
@@ -75,8 +75,8 @@ def test_a_changed_file_changes_only_its_own_digests(tmp_path: Path) -> None:
 
 
 def test_rows_without_bytes_are_downloaded_or_a_problem(tmp_path: Path) -> None:
-    pictures = [{"bytes": None, "path": "https://x/a.jpg"}, {"bytes": None, "path": "gone.png"}, None]
-    table = pa.table({"image": pa.array(pictures, PICTURE), "captions": [["first", "second"], [], None]})
+    images = [{"bytes": None, "path": "https://x/a.jpg"}, {"bytes": None, "path": "gone.png"}, None]
+    table = pa.table({"image": pa.array(images, IMAGE), "captions": [["first", "second"], [], None]})
     pq.write_table(table, tmp_path / "a.parquet")
     source = HuggingFaceParquet(parquet=str(tmp_path / "a.parquet"), caption_col="captions")
     rows = read(source, tmp_path, 10)[0]
@@ -85,7 +85,7 @@ def test_rows_without_bytes_are_downloaded_or_a_problem(tmp_path: Path) -> None:
     assert all(row.problem is not None and row.problem.error_class == "no_picture" for row in rows[1:])
 
 
-def test_plain_bytes_are_pictures_too(tmp_path: Path) -> None:
+def test_plain_bytes_are_images_too(tmp_path: Path) -> None:
     table = pa.table({"jpg": pa.array([png(1)], pa.large_binary()), "link": ["http://x/1"]})
     pq.write_table(table, tmp_path / "a.parquet")
     source = HuggingFaceParquet(parquet=str(tmp_path), image_col="jpg", caption_col=None, url_col="link")
@@ -95,7 +95,7 @@ def test_plain_bytes_are_pictures_too(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_files_of_the_package_datasets_are_read_with_their_class_names(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    pictures = [Image.fromarray(np.full((8, 8, 3), number, np.uint8)) for number in range(3)]
+    images = [Image.fromarray(np.full((8, 8, 3), number, np.uint8)) for number in range(3)]
     features = datasets.Features(
         {
             "image": datasets.Image(),
@@ -103,7 +103,7 @@ def test_files_of_the_package_datasets_are_read_with_their_class_names(tmp_path:
             "label": datasets.ClassLabel(names=["cat", "dog"]),
         }
     )
-    columns = {"image": pictures, "text": ["a", "b", "c"], "label": [0, 1, -1]}
+    columns = {"image": images, "text": ["a", "b", "c"], "label": [0, 1, -1]}
     datasets.Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / "a.parquet"))
     source = HuggingFaceParquet(parquet=str(tmp_path / "a.parquet"), save_additional_columns=("label",))
     rows = read(source, tmp_path, 2)

@@ -1,4 +1,4 @@
-"""Split files as their authors write them, and what is wrong with some; pictures picked out of other sources."""
+"""Split files as their authors write them, and what is wrong with some; images picked out of other sources."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from pipeline.sources import open_source
 from pipeline.sources.picked import Picked
 from pipeline.sources.source import Row, Source
 from pipeline.sources.split_file import Item, SplitFile
-from tests.conftest import picture
+from tests.conftest import image
 
 SPLIT = {
     "train": [["b/2.jpg", 1, "sea lake"], ["a/1.jpg", 0, "AnnualCrop"], ["b/1.jpg", 1, "sea lake"]],
@@ -35,7 +35,7 @@ def pets_fixture(tmp_path: Path) -> Path:
     for number, (path, *_) in enumerate(row for part in SPLIT.values() for row in part):
         place = folder / "images" / str(path)
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(picture(number))
+        place.write_bytes(image(number))
     (folder / "split.json").write_text(json.dumps(SPLIT))
     return folder
 
@@ -52,7 +52,7 @@ def test_a_split_in_json_keeps_its_order_and_renames(pets: Path, tmp_path: Path)
     assert test.items == (Item("a/3.jpg", 0, "AnnualCrop"),)
 
 
-def test_a_picture_that_is_not_there_is_a_problem_of_its_row(pets: Path, tmp_path: Path) -> None:
+def test_an_image_that_is_not_there_is_a_problem_of_its_row(pets: Path, tmp_path: Path) -> None:
     (pets / "images/a/1.jpg").unlink()
     rows = rows_of(SplitFile(folder=str(pets), pictures="images", split="split.json"), tmp_path)
     assert [row.problem is None for row in rows] == [True, False, True]
@@ -82,7 +82,7 @@ def test_a_missing_split_file_says_where_it_comes_from(tmp_path: Path) -> None:
         (b'{"train": [["a.jpg", -1, "cat"]]}', "no \\[path below the folder"),
         (b'{"train": [["a.jpg", 0, "cat"], ["b.jpg", 0, "dog"]]}', "calls the class 0 'cat' and 'dog'"),
         (b"\xff\xfe\x00", "is no text"),
-        (b'{"train": []}', "a folder with pictures"),
+        (b'{"train": []}', "a folder with images"),
     ],
 )
 def test_broken_split_files(content: bytes, sentence: str, tmp_path: Path) -> None:

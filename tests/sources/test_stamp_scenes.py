@@ -1,4 +1,4 @@
-"""Scenes of stamps: hand-made pictures whose pixels are known, and (mark `real`) the Debian package itself."""
+"""Scenes of stamps: hand-made images whose pixels are known, and (mark `real`) the Debian package itself."""
 
 import json
 import os
@@ -45,10 +45,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def stamp(path: Path, colour: tuple[int, int, int], size: tuple[int, int]) -> None:
-    picture = Image.new("RGBA", (size[0] + 20, size[1] + 8), (9, 9, 9, 0))
-    picture.paste(Image.new("RGBA", size, (*colour, 255)), (5, 3))
+    image = Image.new("RGBA", (size[0] + 20, size[1] + 8), (9, 9, 9, 0))
+    image.paste(Image.new("RGBA", size, (*colour, 255)), (5, 3))
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    image.save(path)
 
 
 def rows_of(source: StampScenes, tmp_path: Path, rows_per_shard: int = 100) -> list[Row]:
@@ -77,14 +77,14 @@ def test_masks_lie_on_the_pixels_of_their_class(folder: Path, tmp_path: Path) ->
     for size in (64, 256):
         rows = rows_of(StampScenes(folder=str(folder), only=ONLY, samples=12, size=size), tmp_path)
         for row in rows:
-            picture = pixels(row)
-            assert picture.shape == (size, size, 3)
+            image = pixels(row)
+            assert image.shape == (size, size, 3)
             claimed = np.zeros((size, size), np.int64)
             for label, mask in masks(row):
                 claimed += mask
                 inner = cv2.erode(mask.astype(np.uint8), np.ones((5, 5), np.uint8)).astype(bool)
                 if inner.sum() > 20:  # deep inside, where neither blur nor JPEG mixes it with what is beside it
-                    strongest = picture[inner].mean(axis=0).argmax()
+                    strongest = image[inner].mean(axis=0).argmax()
                     assert strongest == int(np.argmax(COLOURS[label])), label
             assert claimed.max() <= 1  # visible parts do not overlap
 
@@ -159,7 +159,7 @@ def test_single_things_are_labelled(folder: Path, tmp_path: Path) -> None:
         assert objects.left_out == 0 and not objects.federated and objects.crowd == (False,)
 
 
-def test_pictures_with_something_to_read_are_not_flipped(folder: Path, tmp_path: Path) -> None:
+def test_images_with_something_to_read_are_not_flipped(folder: Path, tmp_path: Path) -> None:
     for name in ("red", "green", "blue"):
         half = Image.new("RGB", (60, 40), (255, 0, 0))
         half.paste((0, 0, 255), (30, 0, 60, 40))
@@ -168,9 +168,9 @@ def test_pictures_with_something_to_read_are_not_flipped(folder: Path, tmp_path:
     def left_is_red() -> set[bool]:
         found = set()
         for row in rows_of(StampScenes(folder=str(folder), only=("flag",), samples=12, most_things=1), tmp_path):
-            picture, (_, mask) = pixels(row), masks(row)[0]
+            image, (_, mask) = pixels(row), masks(row)[0]
             x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
-            left = picture[y + 2 : y + height - 2, x + 2 : x + width // 2 - 2].mean(axis=(0, 1))
+            left = image[y + 2 : y + height - 2, x + 2 : x + width // 2 - 2].mean(axis=(0, 1))
             found.add(bool(left[0] > left[2]))
         return found
 

@@ -23,14 +23,14 @@ CROW = "A crow.\nde.utf8=Eine Krähe.\nsr@latin.utf8=Vrana.\nfr.utf8=\n"
 
 @pytest.fixture
 def stamps(tmp_path: Path) -> Path:
-    """Four stamps of every kind of text and picture."""
+    """Four stamps of every kind of text and image."""
     root = tmp_path / "stamps"
     for folder in ("animals/birds", "food", "town"):
         (root / folder).mkdir(parents=True)
-    picture((0, 0, 255, 255)).save(root / "animals/birds/crow.png")
-    picture((0, 0, 255, 255)).save(root / "animals/birds/crow_mirror.png")
+    image((0, 0, 255, 255)).save(root / "animals/birds/crow.png")
+    image((0, 0, 255, 255)).save(root / "animals/birds/crow_mirror.png")
     (root / "animals/birds/crow.txt").write_text(CROW, encoding="utf-8")
-    picture((0, 255, 0, 0)).save(root / "food/pear.png")
+    image((0, 255, 0, 0)).save(root / "food/pear.png")
     (root / "food/pear.dat").write_text("nomirror\n")
     (root / "food/pear.svg").write_text("<svg/>")
     (root / "town/sign.svg").write_text("<svg/>")
@@ -38,7 +38,7 @@ def stamps(tmp_path: Path) -> Path:
     return root
 
 
-def picture(rgba: tuple[int, int, int, int]) -> Image.Image:
+def image(rgba: tuple[int, int, int, int]) -> Image.Image:
     return Image.new("RGBA", (6, 4), rgba)
 
 
@@ -79,7 +79,7 @@ def test_languages(stamps: Path, read: Callable[..., list[Row]]) -> None:
 
 
 def test_alpha_lies_on_the_background(stamps: Path, read: Callable[..., list[Row]]) -> None:
-    picture((200, 100, 0, 51)).save(stamps / "food/plum.png")
+    image((200, 100, 0, 51)).save(stamps / "food/plum.png")
     crow, _, pear, plum, _ = read(TuxPaintStamps(folder=str(stamps), background="#204060"))
     assert (pixels(crow) == (0, 0, 255)).all() and (pixels(pear) == (32, 64, 96)).all()
     # A fifth of (200, 100, 0) and four fifths of (32, 64, 96).
@@ -165,13 +165,13 @@ def test_parts_are_disjoint_and_stay_when_stamps_are_added(tmp_path: Path, read:
         return {row.url for row in read(TuxPaintStamps(folder=str(root), split=split, held_out_share=0.25))}  # type: ignore[arg-type]
 
     for number in range(120):
-        picture((1, 2, 3, 255)).save(root / f"x/{number}.png")
-        picture((1, 2, 3, 255)).save(root / f"x/{number}_mirror.png")
+        image((1, 2, 3, 255)).save(root / f"x/{number}.png")
+        image((1, 2, 3, 255)).save(root / f"x/{number}_mirror.png")
     train, held_out = part("train"), part("held_out")
     assert not train & held_out and train | held_out == part("all")
     assert 0.15 < len(held_out) / 240 < 0.35
     assert {url.replace("_mirror", "") for url in held_out} == {url for url in held_out if "_mirror" not in url}
-    picture((1, 2, 3, 255)).save(root / "x/new.png")
+    image((1, 2, 3, 255)).save(root / "x/new.png")
     assert held_out <= part("held_out") and train <= part("train")
 
 

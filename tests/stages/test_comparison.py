@@ -88,7 +88,7 @@ def test_it_finds_what_a_plain_comparison_finds(
     assert accounted + found_all.failures.total() + found_all.hidden.total() == found_all.rows == 60
 
 
-def test_pictures_with_another_body_are_changed_and_listed_rows_are_not_tried_again(tmp_path: Path) -> None:
+def test_images_with_another_body_are_changed_and_listed_rows_are_not_tried_again(tmp_path: Path) -> None:
     here, there = Partitions(tmp_path, "here"), Partitions(tmp_path, "there")
     rows = [("a",), ("b",), ("c",)]
     here.add(records(rows, ["ff" * 32, "11" * 32, None], np.arange(3), np.array([WANTED, WANTED, LISTED], np.uint8)))

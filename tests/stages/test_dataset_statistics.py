@@ -126,8 +126,8 @@ def test_samples_do_not_depend_on_how_shards_are_cut(make_snapshot: Make) -> Non
     assert merge(parts[1], parts[0], 4).samples == whole.samples
     other = measure_shard(Folder(snapshot.folder), snapshot.shards[0], replace(options, seed=1), limits)
     assert [one.key for one in other.samples] != [one.key for one in whole.samples]
-    with Image.open(io.BytesIO(base64.b64decode(whole.samples[0].thumbnail))) as picture:
-        assert picture.size == (72, 72)
+    with Image.open(io.BytesIO(base64.b64decode(whole.samples[0].thumbnail))) as image:
+        assert image.size == (72, 72)
 
 
 def test_a_large_data_set_is_looked_at_in_part(make_snapshot: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,9 +135,9 @@ def test_a_large_data_set_is_looked_at_in_part(make_snapshot: Make, monkeypatch:
     monkeypatch.setattr(dataset_statistics, "EXACT_ROWS", 30)
     snapshot = make_snapshot((150,))
     limits = shares(snapshot, Measuring(samples=2))
-    assert limits.pictures == limits.rows == 30 * 2**64 // 150
+    assert limits.images == limits.rows == 30 * 2**64 // 150
     measured = measure(snapshot, Measuring(samples=2), HERE)
-    assert 12 <= len(measured.pictures) <= 55 and len(measured.samples) == 2
+    assert 12 <= len(measured.images) <= 55 and len(measured.samples) == 2
     everything = replace(limits, shown=2**64)
     first = measure_shard(Folder(snapshot.folder), snapshot.shards[0], Measuring(samples=2), everything).samples
     assert measured.samples == first, "the pre-selection has to hold the smallest hashes"
@@ -149,17 +149,17 @@ def test_repeated_samples_are_seen_twice_and_are_no_duplicates(make_snapshot: Ma
     again = publish_again(snapshot, [picked])
     measured = measure(again, Measuring(), HERE)
     assert (measured.visible, measured.unique, len(measured.samples)) == (5, 3, 3)
-    assert {copies.count for copies in measured.pictures.values()} == {1}
+    assert {copies.count for copies in measured.images.values()} == {1}
     way = funnel(again, measured)
     assert (way.kept, way.visible, way.repeated) == (3, 3, 2)
     assert [(one.name, one.count) for one in way.reasons] == [(UNRECORDED, 3)]
 
 
-def test_equal_pictures_are_found_across_shards(make_snapshot: Make) -> None:
+def test_equal_images_are_found_across_shards(make_snapshot: Make) -> None:
     plain = make_snapshot((3, 3))
     same = next(read_samples(Folder(plain.folder), plain.shards[0])).fields
     snapshot = make_snapshot((3, 3), spoil={4: same, 5: same})
-    groups = [one for one in measure(snapshot, Measuring(), HERE).pictures.values() if one.count > 1]
+    groups = [one for one in measure(snapshot, Measuring(), HERE).images.values() if one.count > 1]
     assert [(one.count, one.keys) for one in groups] == [(3, ("0000000", "0000101", "0000102"))]
 
 
@@ -237,9 +237,9 @@ def test_a_missing_sidecar_names_the_job(make_snapshot: Make) -> None:
         measure(again, Measuring(), HERE)
 
 
-def test_pictures_that_do_not_decode_are_counted_and_not_shown(make_snapshot: Make) -> None:
-    broken = {"jpg": b"\xff\xd8\xff not a picture", "txt": b"\xff\xfe"}
-    measured = measure(make_snapshot((3,), spoil={1: broken, 2: {"txt": b"no picture"}}), Measuring(), HERE)
+def test_images_that_do_not_decode_are_counted_and_not_shown(make_snapshot: Make) -> None:
+    broken = {"jpg": b"\xff\xd8\xff not an image", "txt": b"\xff\xfe"}
+    measured = measure(make_snapshot((3,), spoil={1: broken, 2: {"txt": b"no image"}}), Measuring(), HERE)
     assert (measured.visible, measured.unreadable, len(measured.samples)) == (3, 1, 1)
 
 

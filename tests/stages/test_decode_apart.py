@@ -1,4 +1,4 @@
-"""Decoding in a process apart: the same pictures, and decoders that raise, hang, crash and chatter."""
+"""Decoding in a process apart: the same images, and decoders that raise, hang, crash and chatter."""
 
 import io
 import os
@@ -61,7 +61,7 @@ def test_what_is_no_picture_needs_no_care() -> None:
     assert not any(map(needs_care, (b"", b"<html>", b"RIFF", b"\xff\xd8\xff")))
 
 
-def test_the_pictures_are_the_same() -> None:
+def test_the_images_are_the_same() -> None:
     options = ImageOptions(image_size=32, encode_format="png", encode_quality=3, apply_exif_orientation=True)
     with Apart(options) as apart:
         for kind in ("GIF", "BMP", "TIFF", "PPM", "JPEG2000"):
@@ -88,7 +88,7 @@ def strange(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("strange")
-def test_one_bad_decoder_costs_one_picture(capfd: pytest.CaptureFixture[str]) -> None:
+def test_one_bad_decoder_costs_one_image(capfd: pytest.CaptureFixture[str]) -> None:
     good, options = encoded("GIF"), ImageOptions(image_size=32)
     expected = transform(good, options)
     with Apart(options, seconds=0.5) as apart:
@@ -106,11 +106,11 @@ def test_one_bad_decoder_costs_one_picture(capfd: pytest.CaptureFixture[str]) ->
             with pytest.raises(SampleError) as error:
                 apart.transform(good + tail)
             assert (error.value.status, error.value.error_class) == ("failed_to_resize", error_class)
-            assert apart.transform(good) == expected, "the next picture is as good as ever"
+            assert apart.transform(good) == expected, "the next image is as good as ever"
 
 
 @pytest.mark.usefixtures("strange")
-def test_a_child_that_was_killed_between_two_pictures_is_replaced() -> None:
+def test_a_child_that_was_killed_between_two_images_is_replaced() -> None:
     good = encoded("GIF")
     with Apart(ImageOptions()) as apart:
         expected = apart.transform(good)

@@ -488,7 +488,7 @@ def test_other_places_and_schemes_are_refused(url: str) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["", "   ", "picture.jpg", "//host/a", "http://", "http:///a", "http://[::1/", "http://a:99999/", "http:a", None],
+    ["", "   ", "image.jpg", "//host/a", "http://", "http:///a", "http://[::1/", "http://a:99999/", "http:a", None],
 )
 def test_what_is_no_url_is_told(url: Any) -> None:
     assert failure(url).error_class == "bad_url"
@@ -866,7 +866,7 @@ def test_a_url_keeps_its_host_and_loses_its_password() -> None:
     assert str(url) == "https://Example.com:8443/a%20b?x=%2F"
 
 
-# Pictures only
+# Images only
 
 
 def test_a_page_is_refused_before_it_has_arrived(raw: RawServer) -> None:
@@ -884,7 +884,7 @@ def test_a_page_is_refused_before_it_has_arrived(raw: RawServer) -> None:
     assert closed.wait(10)
 
 
-def test_pictures_pass_however_they_are_cut(raw: RawServer) -> None:
+def test_images_pass_however_they_are_cut(raw: RawServer) -> None:
     def script(connection: socket.socket, _: int) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         whole = answer()

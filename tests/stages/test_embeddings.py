@@ -34,14 +34,14 @@ class Colours:
     facts: Mapping[str, str | int] = field(default_factory=dict)
     reads_text: bool = True
 
-    def prepare(self, picture: bytes, key: str) -> NDArray[np.float32] | None:
+    def prepare(self, image: bytes, key: str) -> NDArray[np.float32] | None:
         try:
-            return np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"), np.float32)
+            return np.asarray(Image.open(io.BytesIO(image)).convert("RGB"), np.float32)
         except OSError:
             return None
 
-    def encode_image(self, pictures: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        return unit(np.stack([picture.mean((0, 1)) for picture in pictures]))
+    def encode_image(self, images: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        return unit(np.stack([image.mean((0, 1)) for image in images]))
 
     def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
         return unit(np.array([[1 + text.count(letter) for letter in "aer"] for text in texts], np.float32))
@@ -68,10 +68,10 @@ def sidecars(snapshot: Snapshot) -> dict[str, str]:
 
 
 def expected(number: int, side: int = 72) -> NDArray[np.float32]:
-    """The feature of conftest's picture ``number`` from its pixels, with Pillow and numpy alone."""
-    from tests.conftest import picture
+    """The feature of conftest's image ``number`` from its pixels, with Pillow and numpy alone."""
+    from tests.conftest import image
 
-    return unit(np.asarray(Image.open(io.BytesIO(picture(number, side))), np.float32).mean((0, 1))[None])[0]
+    return unit(np.asarray(Image.open(io.BytesIO(image(number, side))), np.float32).mean((0, 1))[None])[0]
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_features_of_another_tar_are_made_again(snapshot: Snapshot, make_snapsho
     assert len(read_features(Folder(changed.folder), embedded.shards[0]).keys) == 3
 
 
-def test_samples_without_picture_or_caption_are_not_numbers(make_snapshot: MakeSnapshot, tmp_path: Path) -> None:
+def test_samples_without_image_or_caption_are_not_numbers(make_snapshot: MakeSnapshot, tmp_path: Path) -> None:
     spoil = {1: {"jpg": b"broken", "txt": b"words"}, 2: {"txt": b"only words"}, 3: {"json": b"{}"}}
     embedded = run(make_snapshot((4, 4), folder=tmp_path / "set", spoil=spoil))
     features = read_features(Folder(embedded.folder), embedded.shards[0])
@@ -228,7 +228,7 @@ def test_the_export_is_what_readers_see_in_clip_retrievals_layout(
     assert images.dtype == texts.dtype == np.float16 and images.shape == texts.shape == (9, 3)
     numbers = [0, 2, 2, 3, 4, 5, 6, 7, 8]
     assert metadata["number"].tolist() == numbers and list(metadata.columns[:2]) == ["image_path", "caption"]
-    assert metadata["image_path"].iloc[0] == "0000000" and "picture number 2" in metadata["caption"].iloc[1]
+    assert metadata["image_path"].iloc[0] == "0000000" and "image number 2" in metadata["caption"].iloc[1]
     np.testing.assert_allclose(images.astype(np.float32), np.stack([expected(n) for n in numbers]), atol=1e-3)
     np.testing.assert_allclose(np.linalg.norm(texts.astype(np.float32), axis=1), 1, atol=2e-3)
     names = {1000: ["0"], 5: ["0", "1"], 1: list("012345678")}[rows_per_file]

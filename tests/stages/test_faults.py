@@ -239,7 +239,7 @@ def test_a_refresh_among_faults_equals_one_without(
 
 
 class Flaky:
-    """Pictures of a server that is down from the tenth request on, for a while, or that resets every tenth."""
+    """Images of a server that is down from the tenth request on, for a while, or that resets every tenth."""
 
     def __init__(self, serve: Any, tmp_path: Path) -> None:
         self.serve, self.asked, self.out = serve, itertools.count(), tmp_path

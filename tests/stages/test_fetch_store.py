@@ -103,7 +103,7 @@ def test_local_files_have_the_same_caps_and_classes(root: Path) -> None:
     assert failure(f"{root}/none.jpg", **opened).error_class == "missing"
     assert failure(f"{root}/empty", **opened).error_class == "empty"
     assert failure(f"{root}/link.jpg", **opened, max_bytes=100).error_class == "too_large"
-    (root / "page.html").write_bytes(b"<html>not a picture at all</html>")
+    (root / "page.html").write_bytes(b"<html>not an image at all</html>")
     assert failure("page.html", **opened).error_class == "not_a_picture"
     wrong = fetch("link.jpg", Known(expected="md5:00"), **opened)
     assert isinstance(wrong, SampleError) and wrong.message == "hash mismatch"
@@ -224,10 +224,10 @@ def test_only_stores_can_be_opened(entry: str) -> None:
 def google(serve: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A server with the answers of Google's store that a read asks for; every object has an ETag."""
     core = pytest.importorskip("gcsfs", reason="not a dependency: it brings gRPC").core
-    name = "pictures/a.jpg"
+    name = "images/a.jpg"
     about = {"kind": "storage#object", "bucket": "bucket", "name": name, "size": str(len(JPEG)), "etag": "CJ4="}
     about |= {"updated": "2026-11-01T00:00:00.000Z", "contentType": "image/jpeg"}
-    item = "bucket/o/pictures%2Fa.jpg"
+    item = "bucket/o/images%2Fa.jpg"
     server = serve(
         {
             f"storage/v1/b/{item}?": serve.Reply(
@@ -250,12 +250,12 @@ def google(serve: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_googles_store_is_read(google: Any) -> None:
-    outcome = fetch("gs://bucket/pictures/a.jpg", allow_stores=("gs://bucket/pictures",))
+    outcome = fetch("gs://bucket/images/a.jpg", allow_stores=("gs://bucket/images",))
     assert isinstance(outcome, Download), outcome
     assert outcome.body == JPEG and outcome.etag == "CJ4="
-    again = fetch("gs://bucket/pictures/a.jpg", Known(etag="CJ4="), allow_stores=("gs",))
+    again = fetch("gs://bucket/images/a.jpg", Known(etag="CJ4="), allow_stores=("gs",))
     assert isinstance(again, Download) and again.not_modified
-    assert failure("gs://bucket/pictures/b.jpg", allow_stores=("gs",)).error_class in ("missing", "http_4xx")
+    assert failure("gs://bucket/images/b.jpg", allow_stores=("gs",)).error_class in ("missing", "http_4xx")
     assert failure("gs://other/a.jpg", allow_stores=("gs://bucket",)).error_class == "policy"
 
 

@@ -1,4 +1,4 @@
-"""Pictures in, pictures out: side by side with img2dataset's own Resizer, with Pillow, and with hostile bytes."""
+"""Images in, images out: side by side with img2dataset's own Resizer, with Pillow, and with hostile bytes."""
 
 import io
 import itertools
@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 
 from pipeline.errors import SampleError, SettingError
 from pipeline.stages import images
-from pipeline.stages.images import ImageOptions, Picture, composite, plan, read_header, transform
+from pipeline.stages.images import EncodedImage, ImageOptions, composite, plan, read_header, transform
 
 Array = npt.NDArray[np.uint8]
 MODES = ["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
@@ -49,9 +49,9 @@ def drawing(width: int, height: int) -> Array:
 
 
 def encoded(pixels: npt.NDArray[Any], kind: str = "JPEG", mode: str | None = None, **options: Any) -> bytes:
-    picture = Image.fromarray(pixels)
+    image = Image.fromarray(pixels)
     body = io.BytesIO()
-    (picture.convert(mode) if mode else picture).save(body, kind, **options)
+    (image.convert(mode) if mode else image).save(body, kind, **options)
     return body.getvalue()
 
 
@@ -101,8 +101,8 @@ def theirs() -> Callable[..., tuple[Any, ...]]:
     return resize
 
 
-def sizes(picture: Picture) -> tuple[Any, ...]:
-    return picture.width, picture.height, picture.original_width, picture.original_height
+def sizes(image: EncodedImage) -> tuple[Any, ...]:
+    return image.width, image.height, image.original_width, image.original_height
 
 
 # Side by side with img2dataset
@@ -123,10 +123,10 @@ def test_exact_mode_gives_img2datasets_own_bytes(theirs: Any, size: tuple[int, i
             # The line of 1 x 300 becomes longer than JPEG can hold.
             assert failure(body, **vars(options)).error_class == "encode"
             continue
-        picture = transform(body, options)
-        assert sizes(picture) == tuple(expected)
-        assert picture.data == data
-        assert Image.open(io.BytesIO(picture.data)).size == (picture.width, picture.height)
+        image = transform(body, options)
+        assert sizes(image) == tuple(expected)
+        assert image.data == data
+        assert Image.open(io.BytesIO(image.data)).size == (image.width, image.height)
 
 
 @pytest.mark.parametrize(
@@ -136,10 +136,10 @@ def test_exact_mode_gives_img2datasets_own_bytes(theirs: Any, size: tuple[int, i
 def test_formats_and_qualities_mean_the_same(theirs: Any, encode_format: Any, quality: int) -> None:
     options = ImageOptions(encode_format=encode_format, encode_quality=quality, image_size=64, exact=True)
     body = encoded(photo(200, 130))
-    picture = transform(body, options)
-    assert picture.data == theirs(body, options)[0]
-    assert picture.format == encode_format
-    assert read_header(picture.data).kind == {"jpg": "jpeg"}.get(encode_format, encode_format)
+    image = transform(body, options)
+    assert image.data == theirs(body, options)[0]
+    assert image.format == encode_format
+    assert read_header(image.data).kind == {"jpg": "jpeg"}.get(encode_format, encode_format)
 
 
 @pytest.mark.parametrize("name", ["nearest", "linear", "bilinear", "cubic", "bicubic", "area", "lanczos", "lanczos4"])
@@ -160,8 +160,8 @@ def test_random_sizes_come_out_alike(theirs: Any) -> None:
                                encode_quality=1)  # type: ignore[arg-type]  # fmt: skip
         body = encoded(generator.integers(0, 256, (height, width, 3)).astype(np.uint8), "PNG")
         data, *expected, _ = theirs(body, options)
-        picture = transform(body, options)
-        assert (sizes(picture), picture.data) == (tuple(expected), data), (width, height, options)
+        image = transform(body, options)
+        assert (sizes(image), image.data) == (tuple(expected), data), (width, height, options)
 
 
 @pytest.mark.parametrize("size", [(1024, 768), (2047, 1365), (3000, 1001), (1601, 1067), (4032, 3024)])
@@ -169,9 +169,9 @@ def test_random_sizes_come_out_alike(theirs: Any) -> None:
 def test_default_mode_has_the_same_geometry(theirs: Any, size: tuple[int, int], mode: Any) -> None:
     body = encoded(drawing(*size))
     options = ImageOptions(resize_mode=mode)
-    picture = transform(body, options)
-    assert sizes(picture) == theirs(body, options)[1:5]
-    assert decoded(picture.data).shape == (picture.height, picture.width, 3)
+    image = transform(body, options)
+    assert sizes(image) == theirs(body, options)[1:5]
+    assert decoded(image.data).shape == (image.height, image.width, 3)
 
 
 @pytest.mark.parametrize(
@@ -203,17 +203,17 @@ PHOTOS = [(640, 427), (800, 600), (1024, 768), (1280, 853), (1601, 1067), (2047,
 
 
 def fidelity(theirs: Any, options: ImageOptions) -> list[float]:
-    """PSNR against img2dataset's own output, of the picture without its border, wherever the bytes differ."""
+    """PSNR against img2dataset's own output, of the image without its border, wherever the bytes differ."""
     found = []
     for (width, height), seed in itertools.product(PHOTOS, (0, 1)):
         body = encoded(photo(width, height, seed), quality=88)
-        picture, expected = transform(body, options), theirs(body, options)[0]
-        if picture.data == expected:
+        image, expected = transform(body, options), theirs(body, options)[0]
+        if image.data == expected:
             continue
         inner = plan(width, height, options).resized
         left, top = (options.image_size - inner[0]) // 2, (options.image_size - inner[1]) // 2
         window = np.s_[max(0, top) : max(0, top) + inner[1], max(0, left) : max(0, left) + inner[0]]
-        found.append(psnr(decoded(picture.data)[window], decoded(expected)[window]))
+        found.append(psnr(decoded(image.data)[window], decoded(expected)[window]))
     return found
 
 
@@ -261,7 +261,7 @@ def test_the_fast_shrink_stays_by_the_area_filter_and_moves_nothing(size: tuple[
         assert np.abs(found.astype(int) - mirrored).max() <= 2
 
 
-# Kinds of pictures. Four squares: red, green / blue, half grey
+# Kinds of images. Four squares: red, green / blue, half grey
 
 
 SQUARES = np.zeros((64, 96, 3), np.uint8)
@@ -311,10 +311,10 @@ COLOURED: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("kind", COLOURED)
 def test_every_kind_keeps_its_colours(kind: str) -> None:
-    picture = transform(COLOURED[kind](), PLAIN)
-    assert sizes(picture) == (96, 64, 96, 64)
-    assert not picture.kept
-    result = Image.open(io.BytesIO(picture.data))
+    image = transform(COLOURED[kind](), PLAIN)
+    assert sizes(image) == (96, 64, 96, 64)
+    assert not image.kept
+    result = Image.open(io.BytesIO(image.data))
     assert result.mode == "RGB"
     for row, column in CENTRES:
         assert np.abs(np.asarray(result)[row, column].astype(int) - SQUARES[row, column]).max() <= 6, (row, column)
@@ -402,7 +402,7 @@ def test_the_border_has_the_background_also_around_grey() -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF", "TIFF"])
-def test_of_an_animation_the_first_picture_is_kept(kind: str) -> None:
+def test_of_an_animation_the_first_image_is_kept(kind: str) -> None:
     frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "green", "blue")]
     stream = io.BytesIO()
     frames[0].save(stream, kind, save_all=True, append_images=frames[1:])
@@ -410,9 +410,9 @@ def test_of_an_animation_the_first_picture_is_kept(kind: str) -> None:
         {"encode_format": "png", "encode_quality": 1},
         {"encode_format": "webp", "skip_reencode": True},
     ):
-        picture = transform(stream.getvalue(), ImageOptions(resize_mode="no", **format_options))  # type: ignore[arg-type]
-        assert not picture.kept
-        result = Image.open(io.BytesIO(picture.data))
+        image = transform(stream.getvalue(), ImageOptions(resize_mode="no", **format_options))  # type: ignore[arg-type]
+        assert not image.kept
+        result = Image.open(io.BytesIO(image.data))
         assert getattr(result, "n_frames", 1) == 1
         assert np.abs(np.asarray(result.convert("RGB"))[15, 20].astype(int) - (255, 0, 0)).max() <= 8
 
@@ -441,9 +441,9 @@ def test_skip_reencode_keeps_what_needs_no_change(theirs: Any, encode_format: An
     body, large = encoded(drawing(120, 90), kind), encoded(drawing(300, 200), kind)
     for changes in ({"resize_mode": "no"}, {"resize_only_if_bigger": True}):
         options = ImageOptions(**wanted, **changes)  # type: ignore[arg-type]
-        picture = transform(body, options)
-        assert picture.kept and picture.data == body
-        assert (picture.data, *sizes(picture)) == theirs(body, options)[:5]
+        image = transform(body, options)
+        assert image.kept and image.data == body
+        assert (image.data, *sizes(image)) == theirs(body, options)[:5]
     assert transform(encoded(drawing(256, 256), kind), ImageOptions(**wanted)).kept
     assert not transform(large, ImageOptions(**wanted, resize_only_if_bigger=True)).kept
     assert not transform(body, ImageOptions(**wanted)).kept
@@ -480,9 +480,9 @@ def test_skip_reencode_still_finds_damage(kind: str) -> None:
 def test_disable_all_reencoding_keeps_everything(theirs: Any) -> None:
     options = ImageOptions(disable_all_reencoding=True, min_image_size=10_000)
     for body in (encoded(drawing(300, 200)), encoded(drawing(30, 20), "PNG"), b"<html>", b""):
-        picture = transform(body, options)
-        assert picture.kept and picture.data == body == theirs(body, options)[0]
-        assert picture.format == "jpg"
+        image = transform(body, options)
+        assert image.kept and image.data == body == theirs(body, options)[0]
+        assert image.format == "jpg"
     assert sizes(transform(encoded(drawing(300, 200)), options)) == (300, 200, 300, 200)
     assert sizes(transform(b"<html>", options)) == (None, None, None, None)
 
@@ -549,7 +549,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_truncated_picture_is_an_error_never_half_grey(kind: str) -> None:
+def test_a_truncated_image_is_an_error_never_half_grey(kind: str) -> None:
     body = all_kinds()[kind]
     for share in (0.1, 0.3, 0.5, 0.7, 0.9, 0.97):
         for options in (PLAIN, ImageOptions(image_size=20)):
@@ -563,13 +563,13 @@ def test_a_truncated_jpeg_with_an_end_mark_is_an_error_too(kind: str) -> None:
     body = all_kinds()[kind]
     cut = body[: int(len(body) * 0.6)] + b"\xff\xd9"
     try:
-        picture = transform(cut, PLAIN)
+        image = transform(cut, PLAIN)
     except SampleError as error:
         assert error.error_class in ("truncated", "damaged")
     else:
-        # Only whole passes of a progressive picture may be missing: then it is softer, nowhere grey.
+        # Only whole passes of a progressive image may be missing: then it is softer, nowhere grey.
         assert kind == "progressive"
-        assert psnr(decoded(picture.data), decoded(body)) > 25
+        assert psnr(decoded(image.data), decoded(body)) > 25
 
 
 def test_blemishes_that_leave_the_pixels_whole_pass() -> None:
@@ -603,11 +603,11 @@ def test_random_damage_never_escapes_as_another_exception(kind: str) -> None:
         for at in generator.integers(0, reach, int(generator.integers(1, 9))):
             damaged[at] = int(generator.integers(256))
         try:
-            picture = transform(bytes(damaged), ImageOptions(image_size=48, max_pixels=4_000_000))
+            image = transform(bytes(damaged), ImageOptions(image_size=48, max_pixels=4_000_000))
         except SampleError as error:
             assert error.status == "failed_to_resize"
         else:
-            assert (picture.width, picture.height) == (48, 48)
+            assert (image.width, image.height) == (48, 48)
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -642,7 +642,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", BOMBS)
-def test_huge_pictures_in_small_files_are_refused_before_decoding(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_images_in_small_files_are_refused_before_decoding(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     body = BOMBS[kind]()
 
     def forbidden(*_: object, **__: object) -> None:
@@ -752,16 +752,16 @@ def test_no_exif_is_an_empty_object_and_not_asked_for_is_none() -> None:
     assert transform(with_exif(), ImageOptions(extract_exif=False)).exif is None
 
 
-def test_damaged_exif_does_not_cost_the_picture() -> None:
+def test_damaged_exif_does_not_cost_the_image() -> None:
     body, generator = with_exif(), np.random.default_rng(0)
     at = body.index(b"Exif\0\0") + 6
     for _ in range(200):
         damaged = bytearray(body)
         for offset in generator.integers(0, 150, 6):
             damaged[at + offset] = int(generator.integers(256))
-        picture = transform(bytes(damaged), PLAIN)
-        assert picture.width == 96
-        assert picture.exif is None or isinstance(json.loads(picture.exif), dict)
+        image = transform(bytes(damaged), PLAIN)
+        assert image.width == 96
+        assert image.exif is None or isinstance(json.loads(image.exif), dict)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -771,17 +771,17 @@ def test_orientation_is_ignored_unless_asked_for(theirs: Any, orientation: int, 
     options = ImageOptions(image_size=64, exact=True, resize_mode="keep_ratio")
     assert transform(body, options).data == theirs(body, options)[0]
     asked = ImageOptions(resize_mode="no", encode_format="png", encode_quality=1, apply_exif_orientation=True)
-    picture = transform(body, asked)
+    image = transform(body, asked)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(body)))
     assert upright is not None
-    assert (picture.width, picture.height) == upright.size == (picture.original_width, picture.original_height)
-    assert np.abs(decoded(picture.data).astype(int) - np.asarray(upright.convert("RGB"))).max() <= 2
-    again = Image.open(io.BytesIO(picture.data))
+    assert (image.width, image.height) == upright.size == (image.original_width, image.original_height)
+    assert np.abs(decoded(image.data).astype(int) - np.asarray(upright.convert("RGB"))).max() <= 2
+    again = Image.open(io.BytesIO(image.data))
     assert not again.getexif()
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_a_turned_picture_is_not_kept_with_its_orientation(orientation: int) -> None:
+def test_a_turned_image_is_not_kept_with_its_orientation(orientation: int) -> None:
     options = ImageOptions(resize_mode="no", skip_reencode=True, apply_exif_orientation=True)
     assert transform(with_exif(orientation), options).kept is (orientation == 1)
 

@@ -37,7 +37,7 @@ OPTIONS = ShardOptions(
 )
 
 
-def picture(number: int) -> bytes:
+def image(number: int) -> bytes:
     pixels = np.random.default_rng(number).integers(0, 255, (15, 20, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).resize((200, 150), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
@@ -46,7 +46,7 @@ def picture(number: int) -> bytes:
 
 @pytest.fixture
 def table(tmp_path: Path, serve: Any) -> UrlTable:
-    server = serve({f"{number}.jpg": picture(number) for number in range(8)} | {"bad.jpg": b"not a picture"})
+    server = serve({f"{number}.jpg": image(number) for number in range(8)} | {"bad.jpg": b"not an image"})
     names = [*range(8), "bad", "missing"]
     frame = pandas.DataFrame(
         {
@@ -106,7 +106,7 @@ def test_its_engine_keeps_our_rule_about_addresses(table: UrlTable, tmp_path: Pa
 
 def test_expected_hashes_mean_the_same(table: UrlTable, tmp_path: Path, ray_cluster: Any) -> None:
     frame = pandas.read_parquet(table.url_list)
-    right = [hashlib.sha256(picture(number)).hexdigest() for number in range(8)]
+    right = [hashlib.sha256(image(number)).hexdigest() for number in range(8)]
     frame["digest"] = [right[0], right[2], right[2], None, right[4].upper()[:10], *right[5:8], right[0], right[1]]
     frame.to_parquet(table.url_list)
     checked = replace(table, verify_hash="digest:sha256")

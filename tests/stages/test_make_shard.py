@@ -1,4 +1,4 @@
-"""What goes into a shard besides pictures."""
+"""What goes into a shard besides images."""
 
 import json
 from typing import Any

@@ -24,7 +24,7 @@ from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Snapshot, read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import TarWriter, iterate_tar
-from pipeline.sources.folder import PictureFolder
+from pipeline.sources.folder import ImageFolder
 from pipeline.sources.source import Row, Slice
 from pipeline.sources.url_table import UrlTable
 from pipeline.sources.webdataset import WebDatasetTars
@@ -38,7 +38,7 @@ HERE = Workers(processes_count=0)
 LOOPBACK = DownloadOptions(allow_hosts=("127.0.0.1",), timeout=5.0)
 
 
-def picture(number: int, size: tuple[int, int] = (80, 60), form: str = "JPEG", mode: str = "RGB") -> bytes:
+def image(number: int, size: tuple[int, int] = (80, 60), form: str = "JPEG", mode: str = "RGB") -> bytes:
     pixels = np.random.default_rng(number).integers(0, 255, (size[1] // 4, size[0] // 4, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).resize(size).convert(mode).save(file, form)
@@ -82,64 +82,64 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> PictureFolder:
-    folder = tmp_path / "pictures"
+def images(tmp_path: Path) -> ImageFolder:
+    folder = tmp_path / "images"
     folder.mkdir()
     for number in range(10):
-        (folder / f"{number}.jpg").write_bytes(picture(number))
-        (folder / f"{number}.txt").write_text(f"picture number {number}")
-    return PictureFolder(folder=str(folder))
+        (folder / f"{number}.jpg").write_bytes(image(number))
+        (folder / f"{number}.txt").write_text(f"image number {number}")
+    return ImageFolder(folder=str(folder))
 
 
-def test_a_folder_becomes_shards_in_order(pictures: PictureFolder, tmp_path: Path) -> None:
-    snapshot = refresh(pictures, Folder(tmp_path / "out"), options(), HERE)
+def test_a_folder_becomes_shards_in_order(images: ImageFolder, tmp_path: Path) -> None:
+    snapshot = refresh(images, Folder(tmp_path / "out"), options(), HERE)
     assert (snapshot.samples, snapshot.rows, [shard.samples for shard in snapshot.shards]) == (10, 10, [4, 4, 2])
     found = samples(snapshot)
     assert list(found) == [f"{shard:05d}{index}" for shard in range(3) for index in range(4)][:10]
     for number, fields in enumerate(found.values()):
-        assert fields["txt"].decode() == f"picture number {number}"
+        assert fields["txt"].decode() == f"image number {number}"
         assert Image.open(io.BytesIO(fields["jpg"])).size == (32, 32)
         plain = json.loads(fields["json"])
-        assert plain["sha256"] == hashlib.sha256(picture(number)).hexdigest()
+        assert plain["sha256"] == hashlib.sha256(image(number)).hexdigest()
         assert (plain["original_width"], plain["original_height"], plain["status"]) == (80, 60, "success")
 
 
-def test_ray_and_this_process_make_the_same_bytes(pictures: PictureFolder, tmp_path: Path, ray_cluster: Any) -> None:
-    refresh(pictures, Folder(tmp_path / "here"), options(), HERE)
-    refresh(pictures, Folder(tmp_path / "there"), options(), Workers())
+def test_ray_and_this_process_make_the_same_bytes(images: ImageFolder, tmp_path: Path, ray_cluster: Any) -> None:
+    refresh(images, Folder(tmp_path / "here"), options(), HERE)
+    refresh(images, Folder(tmp_path / "there"), options(), Workers())
     assert contents(tmp_path / "here") == contents(tmp_path / "there")
 
 
-def test_running_again_writes_nothing(pictures: PictureFolder, tmp_path: Path) -> None:
+def test_running_again_writes_nothing(images: ImageFolder, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    first = refresh(pictures, Folder(out), options(), HERE)
+    first = refresh(images, Folder(out), options(), HERE)
     times = {path: path.stat().st_mtime_ns for path in out.glob("0*")}
-    assert refresh(pictures, Folder(out), options(), HERE) == first
+    assert refresh(images, Folder(out), options(), HERE) == first
     assert {path: path.stat().st_mtime_ns for path in out.glob("0*")} == times and len(snapshot_ids(Folder(out))) == 1
 
 
 @pytest.mark.parametrize("missing", ["00001_stats.json", "00001.tar", "00001.parquet"])
-def test_a_shard_without_its_mark_is_made_again(missing: str, pictures: PictureFolder, tmp_path: Path) -> None:
+def test_a_shard_without_its_mark_is_made_again(missing: str, images: ImageFolder, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    refresh(pictures, Folder(whole), options(), HERE)
-    refresh(pictures, Folder(broken), options(), HERE)
+    refresh(images, Folder(whole), options(), HERE)
+    refresh(images, Folder(broken), options(), HERE)
     # A kill leaves some of the files, never the mark.
     (broken / "00001_stats.json").unlink()
     (broken / missing).unlink(missing_ok=True)
     (broken / ".tmp-half").write_bytes(b"half a tar")
-    refresh(pictures, Folder(broken), options(), HERE)
+    refresh(images, Folder(broken), options(), HERE)
     assert contents(whole) == contents(broken)
 
 
-def test_other_work_in_the_folder_is_refused(pictures: PictureFolder, tmp_path: Path) -> None:
+def test_other_work_in_the_folder_is_refused(images: ImageFolder, tmp_path: Path) -> None:
     out = Folder(tmp_path / "out")
-    refresh(pictures, out, options(), HERE)
+    refresh(images, out, options(), HERE)
     for other in (options(image_size=48), options(rows=5), options(encode_quality=80)):
         with pytest.raises(SettingError, match="output_folder"):
-            refresh(pictures, out, other, HERE)
-    (Path(pictures.folder) / "new.jpg").write_bytes(picture(11))
+            refresh(images, out, other, HERE)
+    (Path(images.folder) / "new.jpg").write_bytes(image(11))
     with pytest.raises(SettingError, match="output_folder"):
-        refresh(pictures, out, options(), HERE)
+        refresh(images, out, options(), HERE)
 
 
 class Killed(BaseException):
@@ -148,9 +148,9 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("steps", range(1, 12))
 def test_stopped_after_any_write_the_same_command_ends_in_the_same_bytes(
-    steps: int, pictures: PictureFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    steps: int, images: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refresh(pictures, Folder(tmp_path / "whole"), options(), HERE)
+    refresh(images, Folder(tmp_path / "whole"), options(), HERE)
     left = steps
     real = Folder.write_atomic
 
@@ -163,17 +163,17 @@ def test_stopped_after_any_write_the_same_command_ends_in_the_same_bytes(
 
     monkeypatch.setattr(Folder, "write_atomic", counted)
     with pytest.raises(Killed):
-        refresh(pictures, Folder(tmp_path / "cut"), options(), HERE)
+        refresh(images, Folder(tmp_path / "cut"), options(), HERE)
     with pytest.raises(SnapshotError):
         read_snapshot(str(tmp_path / "cut"))
     monkeypatch.setattr(Folder, "write_atomic", real)
-    refresh(pictures, Folder(tmp_path / "cut"), options(), HERE)
+    refresh(images, Folder(tmp_path / "cut"), options(), HERE)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fatal:
-    """Ten pictures; the process that reads the second slice first dies at its third row."""
+    """Ten images; the process that reads the second slice first dies at its third row."""
 
     kind: ClassVar[str] = "fatal"
     has_captions: ClassVar[bool] = True
@@ -189,7 +189,7 @@ class Fatal:
             if number == 6 and not os.path.exists(self.mark):
                 open(self.mark, "w").close()
                 os._exit(9)
-            yield Row(url=str(number), caption="c", image=picture(number))
+            yield Row(url=str(number), caption="c", image=image(number))
 
     def schema(self) -> Mapping[str, type]:
         return {}
@@ -204,11 +204,9 @@ def test_a_worker_that_dies_is_replaced(tmp_path: Path, ray_cluster: Any) -> Non
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
 
 
-def test_s3_holds_the_same_snapshot_as_the_disk(
-    pictures: PictureFolder, tmp_path: Path, s3: str, ray_cluster: Any
-) -> None:
-    there = refresh(pictures, Folder(f"{s3}/data"), options(), Workers())
-    here = refresh(pictures, Folder(tmp_path / "here"), options(), HERE)
+def test_s3_holds_the_same_snapshot_as_the_disk(images: ImageFolder, tmp_path: Path, s3: str, ray_cluster: Any) -> None:
+    there = refresh(images, Folder(f"{s3}/data"), options(), Workers())
+    here = refresh(images, Folder(tmp_path / "here"), options(), HERE)
     assert there.digest == here.digest and read_snapshot(f"{s3}/data") == there
     assert samples(there) == samples(here)
     names = Folder(f"{s3}/data").names()
@@ -216,7 +214,7 @@ def test_s3_holds_the_same_snapshot_as_the_disk(
 
 
 def test_a_full_disk_is_one_sentence_and_no_half_shard(
-    pictures: PictureFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: ImageFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, written = TarWriter.write, 0
 
@@ -229,19 +227,19 @@ def test_a_full_disk_is_one_sentence_and_no_half_shard(
 
     monkeypatch.setattr(TarWriter, "write", full)
     with pytest.raises(StorageError, match="disk is full"):
-        refresh(pictures, Folder(tmp_path / "out"), options(), HERE)
+        refresh(images, Folder(tmp_path / "out"), options(), HERE)
     files = {path.name for path in (tmp_path / "out").iterdir() if path.is_file()}
     assert files == {"00000.tar", "00000.parquet", "00000_stats.json"}
     monkeypatch.undo()
-    refresh(pictures, Folder(tmp_path / "out"), options(), HERE)
-    refresh(pictures, Folder(tmp_path / "whole"), options(), HERE)
+    refresh(images, Folder(tmp_path / "out"), options(), HERE)
+    refresh(images, Folder(tmp_path / "whole"), options(), HERE)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_store_that_refuses_is_one_sentence(pictures: PictureFolder, s3_endpoint: str, ray_cluster: Any) -> None:
+def test_a_store_that_refuses_is_one_sentence(images: ImageFolder, s3_endpoint: str, ray_cluster: Any) -> None:
     for workers in (HERE, Workers()):
         with pytest.raises(StorageError, match="no-such-bucket"):
-            refresh(pictures, Folder("s3://no-such-bucket/data"), options(), workers)
+            refresh(images, Folder("s3://no-such-bucket/data"), options(), workers)
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -258,12 +256,12 @@ def turned() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
     file = io.BytesIO()
-    Image.open(io.BytesIO(picture(1))).save(file, "JPEG", exif=exif)
+    Image.open(io.BytesIO(image(1))).save(file, "JPEG", exif=exif)
     return file.getvalue()
 
 
 def animated() -> bytes:
-    frames = [Image.open(io.BytesIO(picture(number))) for number in range(3)]
+    frames = [Image.open(io.BytesIO(image(number))) for number in range(3)]
     file = io.BytesIO()
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
     return file.getvalue()
@@ -276,15 +274,15 @@ def deep() -> bytes:
 
 
 GOOD: Mapping[str, Callable[[], bytes]] = {
-    "plain": lambda: picture(0),
-    "png": lambda: picture(1, form="PNG"),
-    "webp": lambda: picture(2, form="WEBP"),
-    "bmp": lambda: picture(3, form="BMP"),
-    "tiff": lambda: picture(4, form="TIFF"),
-    "grey": lambda: picture(5, mode="L"),
-    "cmyk": lambda: picture(6, mode="CMYK"),
-    "palette": lambda: picture(7, form="PNG", mode="P"),
-    "alpha": lambda: picture(8, form="PNG", mode="RGBA"),
+    "plain": lambda: image(0),
+    "png": lambda: image(1, form="PNG"),
+    "webp": lambda: image(2, form="WEBP"),
+    "bmp": lambda: image(3, form="BMP"),
+    "tiff": lambda: image(4, form="TIFF"),
+    "grey": lambda: image(5, mode="L"),
+    "cmyk": lambda: image(6, mode="CMYK"),
+    "palette": lambda: image(7, form="PNG", mode="P"),
+    "alpha": lambda: image(8, form="PNG", mode="RGBA"),
     "sixteen-bit": deep,
     "turned": turned,
     "animated": animated,
@@ -293,12 +291,12 @@ BAD: Mapping[str, bytes] = {
     "empty": b"",
     "html": b"<!doctype html><title>not found</title>",
     "fake": b"\xff\xd8\xff\xe0 not a jpeg at all",
-    "cut": picture(9, (640, 480))[:3000],
+    "cut": image(9, (640, 480))[:3000],
     "bomb": bomb(100_000, 100_000),
 }
 
 
-def test_every_kind_of_picture_is_kept_or_counted_with_its_reason(tmp_path: Path, serve: Any) -> None:
+def test_every_kind_of_image_is_kept_or_counted_with_its_reason(tmp_path: Path, serve: Any) -> None:
     bodies = {name: make() for name, make in GOOD.items()} | dict(BAD)
     server = serve(bodies)
     urls = [f"{server.url}/{name}" for name in bodies] + [
@@ -333,7 +331,7 @@ CAPTIONS = [
 
 
 def test_captions_of_every_kind_come_through(tmp_path: Path, serve: Any) -> None:
-    server = serve({f"{number}.jpg": picture(number) for number in range(len(CAPTIONS))})
+    server = serve({f"{number}.jpg": image(number) for number in range(len(CAPTIONS))})
     urls = [f"{server.url}/{number}.jpg" for number in range(len(CAPTIONS))]
     pandas.DataFrame({"url": urls, "caption": CAPTIONS}).to_parquet(tmp_path / "list.parquet")
     source = UrlTable(url_list=str(tmp_path / "list.parquet"), caption_col="caption")
@@ -344,7 +342,7 @@ def test_captions_of_every_kind_come_through(tmp_path: Path, serve: Any) -> None
 
 
 def test_loopback_is_refused_unless_named(tmp_path: Path, serve: Any) -> None:
-    server = serve({"a.jpg": picture(0)})
+    server = serve({"a.jpg": image(0)})
     pandas.DataFrame({"url": [f"{server.url}/a.jpg"]}).to_parquet(tmp_path / "list.parquet")
     source = UrlTable(url_list=str(tmp_path / "list.parquet"))
     closed = ShardOptions(images=ImageOptions(image_size=32))
@@ -353,8 +351,8 @@ def test_loopback_is_refused_unless_named(tmp_path: Path, serve: Any) -> None:
     assert server.requests == []
 
 
-def test_own_shards_are_a_source_and_keep_their_pictures(pictures: PictureFolder, tmp_path: Path) -> None:
-    refresh(pictures, Folder(tmp_path / "first"), options(), HERE)
+def test_own_shards_are_a_source_and_keep_their_images(images: ImageFolder, tmp_path: Path) -> None:
+    refresh(images, Folder(tmp_path / "first"), options(), HERE)
     source = WebDatasetTars(tars=str(tmp_path / "first"))
     again = refresh(source, Folder(tmp_path / "second"), options(resize_mode="no", skip_reencode=True), HERE)
     first = samples(read_snapshot(str(tmp_path / "first")))
@@ -363,11 +361,11 @@ def test_own_shards_are_a_source_and_keep_their_pictures(pictures: PictureFolder
     }
 
 
-def test_boxes_are_not_kept_beside_a_resized_picture(tmp_path: Path) -> None:
+def test_boxes_are_not_kept_beside_a_resized_image(tmp_path: Path) -> None:
     with open(tmp_path / "in.tar", "wb") as file:
         writer = TarWriter(file)
-        writer.write(Sample("a", {"jpg": picture(0), "boxes.json": b"[]"}))
-        writer.write(Sample("b", {"jpg": picture(1)}))
+        writer.write(Sample("a", {"jpg": image(0), "boxes.json": b"[]"}))
+        writer.write(Sample("b", {"jpg": image(1)}))
         writer.close()
     source = WebDatasetTars(tars=str(tmp_path / "in.tar"))
     resized = refresh(source, Folder(tmp_path / "resized"), options(), HERE)

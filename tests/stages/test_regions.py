@@ -71,7 +71,7 @@ def shard_of(folder: Path, *samples: Sample) -> Snapshot:
 def plainly(sample: Sample, size: int = 64) -> tuple[np.ndarray, torch.Tensor]:
     """Boxes and features as one would write it down: Pillow, one crop at a time, both scales, added, normalised."""
     clip: Any = load_model(TINY, "cpu")
-    picture = Image.open(io.BytesIO(sample.image())).convert("RGB")
+    image = Image.open(io.BytesIO(sample.image())).convert("RGB")
     boxes, features = [], []
     for thing in json.loads(sample.fields["boxes.json"])["objects"]:
         x, y, width, height = thing["bbox"]
@@ -81,8 +81,8 @@ def plainly(sample: Sample, size: int = 64) -> tuple[np.ndarray, torch.Tensor]:
             left, top = x + width / 2 * (1 - scale), y + height / 2 * (1 - scale)
             right, bottom = left + scale * width, top + scale * height
             box = (max(0, int(np.floor(left))), max(0, int(np.floor(top))))
-            end = (min(picture.width, int(np.ceil(right))), min(picture.height, int(np.ceil(bottom))))
-            crop = picture.crop((*box, *end)).resize((size, size), Image.Resampling.BICUBIC)
+            end = (min(image.width, int(np.ceil(right))), min(image.height, int(np.ceil(bottom))))
+            crop = image.crop((*box, *end)).resize((size, size), Image.Resampling.BICUBIC)
             with torch.no_grad():
                 encoded.append(clip.encode_image(torch.from_numpy(np.array(crop)).permute(2, 0, 1)[None])[0])
         features.append(functional.normalize(encoded[0] + encoded[1], dim=0))
@@ -144,7 +144,7 @@ def test_below_the_floor_the_job_stops(snapshot: Snapshot) -> None:
 
 
 def test_boxes_that_cover_hardly_an_object_stop_the_job(snapshot: Snapshot) -> None:
-    """As those of other pictures do: then nothing is matched, and the floor alone would let them pass."""
+    """As those of other images do: then nothing is matched, and the floor alone would let them pass."""
     classes = load_card("drawn_shapes").classes
     elsewhere = model(proposer=ProposerOptions(labels=("no such label",)))
     with pytest.raises(DataError, match=r"0 of \d+ objects are covered, less than a tenth: the boxes do not fit"):
@@ -215,7 +215,7 @@ def test_finished_shards_are_checked_by_other_classes_only_when_told(
 
 
 def test_crowds_are_no_truth_and_labels_are_words(snapshot: Snapshot, tmp_path: Path) -> None:
-    """A crowd over the whole picture, which a region of it covers; and a class that is written otherwise."""
+    """A crowd over the whole image, which a region of it covers; and a class that is written otherwise."""
     whole = TarShard(Path(snapshot.folder) / "00000.tar")[0]
     things = [
         {"label": "disc", "bbox": [0, 0, 64, 64], "iscrowd": 1},
@@ -230,7 +230,7 @@ def test_crowds_are_no_truth_and_labels_are_words(snapshot: Snapshot, tmp_path: 
     assert (found.check.matched, found.check.objects, found.check.covered) == (1, 1, 1)
 
 
-def test_a_table_has_a_chunk_for_each_batch_of_pictures(snapshot: Snapshot) -> None:
+def test_a_table_has_a_chunk_for_each_batch_of_images(snapshot: Snapshot) -> None:
     """So that no chunk grows with the shard; what is in it does not depend on the batches."""
     samples = list(TarShard(Path(snapshot.folder) / "00000.tar"))
     few, many = (
@@ -286,7 +286,7 @@ def test_regions_of_another_tar_or_none_at_all_are_refused(snapshot: Snapshot) -
         read_regions(folder, made.shards[0])["99"]
 
 
-def test_pictures_without_regions_or_pixels_have_none(snapshot: Snapshot, tmp_path: Path) -> None:
+def test_images_without_regions_or_pixels_have_none(snapshot: Snapshot, tmp_path: Path) -> None:
     whole = TarShard(Path(snapshot.folder) / "00000.tar")[0]
     nothing = json.dumps({"width": 64, "height": 64, "objects": []}).encode()
     outside = json.dumps({"width": 64, "height": 64, "objects": [{"label": "x", "bbox": [90, 0, 5, 5]}]}).encode()
@@ -309,7 +309,7 @@ def test_pictures_without_regions_or_pixels_have_none(snapshot: Snapshot, tmp_pa
     assert stored["0"].features.shape == (0, 32)
 
 
-def test_boxes_of_another_picture_size_are_refused(snapshot: Snapshot, tmp_path: Path) -> None:
+def test_boxes_of_another_image_size_are_refused(snapshot: Snapshot, tmp_path: Path) -> None:
     whole = TarShard(Path(snapshot.folder) / "00000.tar")[0]
     record = {**json.loads(whole.fields["boxes.json"]), "width": 128}
     wrong = Sample("0", {"jpg": whole.fields["jpg"], "boxes.json": json.dumps(record).encode()})
@@ -342,7 +342,7 @@ def saved(method: Method, folder: Path) -> str:
 
 
 def test_a_proposer_of_ours_proposes(snapshot: Snapshot, tmp_path: Path) -> None:
-    """By its checkpoint's address: the best of what the method itself proposes of the stored picture."""
+    """By its checkpoint's address: the best of what the method itself proposes of the stored image."""
     torch.manual_seed(0)
     method = Proposer(Proposer.smallest()).eval()
     address = saved(method, tmp_path / "rpn")

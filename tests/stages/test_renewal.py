@@ -19,7 +19,7 @@ from pipeline.shards.lease import LEASE
 from pipeline.shards.selection import read_samples
 from pipeline.shards.snapshot import Snapshot, publish_shards, read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder
-from pipeline.sources.folder import PictureFolder
+from pipeline.sources.folder import ImageFolder
 from pipeline.sources.url_table import UrlTable
 from pipeline.stages.download import DownloadOptions
 from pipeline.stages.images import ImageOptions
@@ -38,7 +38,7 @@ OPTIONS = ShardOptions(
 )
 
 
-def picture(number: int) -> bytes:
+def image(number: int) -> bytes:
     pixels = np.random.default_rng(number).integers(0, 255, (15, 20, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).resize((80, 60)).save(file, "JPEG")
@@ -46,7 +46,7 @@ def picture(number: int) -> bytes:
 
 
 class World:
-    """A web server with pictures 0 to 99, of which some are missing, and a url table that changes."""
+    """A web server with images 0 to 99, of which some are missing, and a url table that changes."""
 
     def __init__(self, tmp_path: Path, serve: Any) -> None:
         self.missing: set[int] = set()
@@ -60,7 +60,7 @@ class World:
         def answer(_: int) -> Any:
             if number in self.busy:
                 return self._reply(b"busy", status=503)
-            return self._reply(b"gone", status=404) if number in self.missing else picture(number)
+            return self._reply(b"gone", status=404) if number in self.missing else image(number)
 
         return answer
 
@@ -82,7 +82,7 @@ class World:
         return refresh(self.source(numbers, captions), self.folder, OPTIONS, HERE, renewal=renewal, **more)
 
     def asked(self) -> list[int]:
-        """The pictures fetched since the last call, sorted."""
+        """The images fetched since the last call, sorted."""
         numbers = sorted(int(path.strip("/").removesuffix(".jpg")) for path in self.server.requests)
         self.server.requests.clear()
         return numbers
@@ -200,8 +200,8 @@ def test_opted_out_rows_are_hidden_and_never_fetched(world: World) -> None:
     first = world.refresh(range(8))
     world.asked()
     table = pq.read_table(world.out / "00000.parquet").to_pylist()
-    lines = [world.url(0), world.url(9), hashlib.sha256(picture(2)).hexdigest().upper(), table[3]["key"], "", "#x"]
-    lines.append(hashlib.sha256(picture(10)).hexdigest())
+    lines = [world.url(0), world.url(9), hashlib.sha256(image(2)).hexdigest().upper(), table[3]["key"], "", "#x"]
+    lines.append(hashlib.sha256(image(10)).hexdigest())
     second = world.refresh(range(11), world.opt_out(*lines))
     # 9 is known by its url before it is fetched, 10 only by what arrives.
     assert world.asked() == [8, 10] and numbers(second) == [1, 4, 5, 6, 7, 8]
@@ -417,7 +417,7 @@ def test_purge_moves_sidecars_and_keeps_repeats(world: World) -> None:
     moved = read_sidecar(world.folder, purged.shards[0], "lengths", "x", "a rule")
     assert moved["length"].to_pylist() == [0, 2] and not (world.out / "00000.lengths.parquet").exists()
     world.asked()
-    # What the filter hid is forgotten as a picture, not as a row.
+    # What the filter hid is forgotten as an image, not as a row.
     assert world.refresh(range(4)) == purged and world.asked() == []
 
 
@@ -446,12 +446,12 @@ def test_purge_takes_the_bytes_from_disk(world: World) -> None:
 def test_stopped_after_any_write_a_purge_is_finished(
     tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     for number in range(6):
-        (pictures / f"{number}.jpg").write_bytes(picture(number))
-        (pictures / f"{number}.txt").write_text(f"number {number}")
-    source = PictureFolder(folder=str(pictures))
+        (images / f"{number}.jpg").write_bytes(image(number))
+        (images / f"{number}.txt").write_text(f"number {number}")
+    source = ImageFolder(folder=str(images))
     (tmp_path / "list.txt").write_text("1.jpg\n5.jpg\n4.jpg\n")
 
     begun = Folder(tmp_path / "begun")
@@ -490,21 +490,21 @@ def test_stopped_after_any_write_a_purge_is_finished(
     assert steps > 15
 
 
-def test_pictures_of_a_folder_are_compared_by_their_bytes(tmp_path: Path) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+def test_images_of_a_folder_are_compared_by_their_bytes(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
     for number in range(6):
-        (pictures / f"{number}.jpg").write_bytes(picture(number))
-        (pictures / f"{number}.txt").write_text(f"number {number}")
-    folder, source = Folder(tmp_path / "out"), PictureFolder(folder=str(pictures))
+        (images / f"{number}.jpg").write_bytes(image(number))
+        (images / f"{number}.txt").write_text(f"number {number}")
+    folder, source = Folder(tmp_path / "out"), ImageFolder(folder=str(images))
     refresh(source, folder, OPTIONS, HERE)
-    (pictures / "2.jpg").write_bytes(picture(20))
-    (pictures / "6.jpg").write_bytes(picture(6))
-    (pictures / "6.txt").write_text("number 6")
+    (images / "2.jpg").write_bytes(image(20))
+    (images / "6.jpg").write_bytes(image(6))
+    (images / "6.txt").write_text("number 6")
     second = refresh(source, folder, OPTIONS, HERE, renewal=LATEST)
     assert changes(second, added=1, changed=1, kept=5) and numbers(second) == list(range(7))
     plain = [json.loads(sample.fields["json"]) for sample in read_samples(folder, second.shards[-1])]
-    assert [row["sha256"] for row in plain] == [hashlib.sha256(picture(number)).hexdigest() for number in (20, 6)]
+    assert [row["sha256"] for row in plain] == [hashlib.sha256(image(number)).hexdigest() for number in (20, 6)]
     assert refresh(source, folder, OPTIONS, HERE, renewal=LATEST) == second
 
 

@@ -1,4 +1,4 @@
-"""Asking again for stored pictures: a server with ETags, one without, one that forbids, one that fails."""
+"""Asking again for stored images: a server with ETags, one without, one that forbids, one that fails."""
 
 import hashlib
 from collections import Counter
@@ -20,14 +20,14 @@ from pipeline.stages.make_shard import ShardOptions
 from pipeline.stages.refresh import refresh
 from pipeline.stages.renewal import Renewal
 from pipeline.stages.shard_tasks import Workers
-from tests.conftest import picture
+from tests.conftest import image
 
 HERE = Workers(processes_count=0)
 KNOWN, ALL = (Renewal(parent="latest", revalidate=which) for which in ("known", "all"))  # type: ignore[arg-type]
 
 
 class Site:
-    """Pictures 0 to 9; the even ones have an ETag. ``version`` is the one that a picture has now."""
+    """Images 0 to 9; the even ones have an ETag. ``version`` is the one that an image has now."""
 
     def __init__(self, tmp_path: Path, serve: Any) -> None:
         self.version: Counter[int] = Counter()
@@ -38,7 +38,7 @@ class Site:
         self.out, self.list = tmp_path / "out", tmp_path / "list.parquet"
 
     def body(self, number: int) -> bytes:
-        return picture(number + 100 * self.version[number])
+        return image(number + 100 * self.version[number])
 
     def _answer(self, number: int) -> Any:
         def answer(_: int) -> Any:
@@ -69,7 +69,7 @@ class Site:
         return refresh(table, Folder(self.out), options, workers, renewal=renewal)
 
     def stored(self, snapshot: Snapshot) -> dict[int, bytes]:
-        """What readers see: pictures by number."""
+        """What readers see: images by number."""
         folder = Folder(snapshot.folder)
         samples = [sample for shard in snapshot.shards for sample in read_samples(folder, shard)]
         return {int(sample.fields["txt"].split()[-1]): sample.fields["jpg"] for sample in samples}
@@ -94,7 +94,7 @@ def test_nothing_has_changed(site: Site) -> None:
 
 
 @pytest.mark.parametrize("processes", [0, 2])
-def test_changed_pictures_take_the_place_of_stored_ones(site: Site, processes: int, ray_cluster: Any) -> None:
+def test_changed_images_take_the_place_of_stored_ones(site: Site, processes: int, ray_cluster: Any) -> None:
     first = site.refresh(Renewal(parent="latest"))
     tars = {path.name: path.read_bytes() for path in site.out.glob("*.tar")}
     site.version.update([2, 3, 6])
@@ -106,7 +106,7 @@ def test_changed_pictures_take_the_place_of_stored_ones(site: Site, processes: i
         "added": 0,
         "removed": 0,
     }
-    expected = {number: site.body(number) for number in range(10)} | {3: picture(3)}  # it has no validator
+    expected = {number: site.body(number) for number in range(10)} | {3: image(3)}  # it has no validator
     assert site.stored(second) == expected
     assert all((site.out / name).read_bytes() == content for name, content in tars.items())
     third = site.refresh(ALL)
@@ -138,7 +138,7 @@ def test_what_cannot_be_had_stays_and_what_is_forbidden_goes(site: Site) -> None
     assert site.refresh(Renewal(parent="latest", retry_failed=True)) == second  # it was forbidden, not out of order
 
 
-def test_opted_out_pictures_are_not_asked_for(site: Site, tmp_path: Path) -> None:
+def test_opted_out_images_are_not_asked_for(site: Site, tmp_path: Path) -> None:
     site.refresh(Renewal(parent="latest"))
     (tmp_path / "out.txt").write_text(f"{site.server.url}/2.jpg\n")
     renewal = Renewal(parent="latest", revalidate="all", opt_out=str(tmp_path / "out.txt"))
@@ -169,7 +169,7 @@ def test_a_killed_job_asks_for_no_picture_twice(site: Site, monkeypatch: pytest.
     assert site.stored(snapshot) == {number: site.body(number) for number in range(10)}
 
 
-def test_pictures_without_a_digest_cannot_be_compared(site: Site) -> None:
+def test_images_without_a_digest_cannot_be_compared(site: Site) -> None:
     site.refresh(Renewal(parent="latest"), compute_hash=None)
     with pytest.raises(SettingError, match="compute_hash: None"):
         site.refresh(ALL, compute_hash=None)

@@ -106,7 +106,7 @@ def test_a_redirect_of_robots_txt_does_not_lead_inside(serve: Any) -> None:
     assert inside.requests == []
 
 
-def test_each_hop_of_a_picture_asks_its_own_host(serve: Any) -> None:
+def test_each_hop_of_an_image_asks_its_own_host(serve: Any) -> None:
     other = serve({"robots.txt": RULES, "private/a.jpg": JPEG})
     server = serve({"a.jpg": serve.Reply(b"", 302, {"Location": other.url + "/private/a.jpg"})})
     assert classes(fetch(server, "/a.jpg")) == ["robots"]

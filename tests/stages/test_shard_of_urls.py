@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.errors import SettingError
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import iterate_tar
-from pipeline.sources.folder import PictureFolder
+from pipeline.sources.folder import ImageFolder
 from pipeline.sources.source import Source
 from pipeline.sources.url_table import UrlTable
 from pipeline.stages.download import DownloadOptions
@@ -23,7 +23,7 @@ from pipeline.stages.make_shard import ShardOptions, make_shard
 from pipeline.stages.plan import Unit
 
 
-def picture(number: int, kind: str = "JPEG") -> bytes:
+def image(number: int, kind: str = "JPEG") -> bytes:
     pixels = np.random.default_rng(number).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, kind)
@@ -50,7 +50,7 @@ def table(folder: Path, rows: list[dict[str, Any]], **options: Any) -> UrlTable:
 
 def test_the_parquet_keeps_validators_and_the_samples_do_not(serve: Any, tmp_path: Path) -> None:
     headers = {"ETag": 'W/"7"', "Last-Modified": "Sun, 22 Nov 2026 08:00:00 GMT"}
-    server = serve({"a.jpg": serve.Reply(picture(0), headers=headers), "b.jpg": picture(1)})
+    server = serve({"a.jpg": serve.Reply(image(0), headers=headers), "b.jpg": image(1)})
     rows, samples = make(table(tmp_path, [{"url": f"{server.url}/{name}.jpg"} for name in "ab"]), tmp_path)
     assert [(row["etag"], row["last_modified"]) for row in rows] == [('W/"7"', headers["Last-Modified"]), (None, None)]
     for fields in samples.values():
@@ -58,9 +58,9 @@ def test_the_parquet_keeps_validators_and_the_samples_do_not(serve: Any, tmp_pat
 
 
 def test_other_sources_have_no_such_columns(tmp_path: Path) -> None:
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "a.jpg").write_bytes(picture(0))
-    rows, _ = make(PictureFolder(folder=str(tmp_path / "pictures")), tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(image(0))
+    rows, _ = make(ImageFolder(folder=str(tmp_path / "images")), tmp_path)
     assert not {"etag", "last_modified"} & set(rows[0])
 
 
@@ -70,10 +70,10 @@ def test_every_failed_row_tells_status_class_http_status_and_attempts(serve: Any
         "gone.jpg": serve.Reply(b"", 404),
         "busy.jpg": busy,
         "page.jpg": b"<!doctype html><title>Not here</title>",
-        "cut.jpg": picture(0)[:900],
-        "late.jpg": lambda before: picture(1)[:900] if before else busy,
-        "cut.gif": picture(2, "GIF")[:900],
-        "good.gif": picture(3, "GIF"),
+        "cut.jpg": image(0)[:900],
+        "late.jpg": lambda before: image(1)[:900] if before else busy,
+        "cut.gif": image(2, "GIF")[:900],
+        "good.gif": image(3, "GIF"),
     }
     server = serve(files)
     rows, samples = make(table(tmp_path, [{"url": f"{server.url}/{name}"} for name in files]), tmp_path)
@@ -92,15 +92,15 @@ def test_every_failed_row_tells_status_class_http_status_and_attempts(serve: Any
 
 @pytest.mark.parametrize("algorithm", ["sha256", "md5"])
 def test_only_bodies_with_the_hash_in_the_table_pass(serve: Any, tmp_path: Path, algorithm: str) -> None:
-    server = serve({f"{number}.jpg": picture(number) for number in range(4)})
-    hashes: list[str | None] = [hashlib.new(algorithm, picture(number)).hexdigest() for number in range(4)]
+    server = serve({f"{number}.jpg": image(number) for number in range(4)})
+    hashes: list[str | None] = [hashlib.new(algorithm, image(number)).hexdigest() for number in range(4)]
     hashes[1], hashes[3] = hashes[0], None
     rows = [{"url": f"{server.url}/{number}.jpg", algorithm: value} for number, value in enumerate(hashes)]
     source = table(tmp_path, rows, verify_hash=f"{algorithm}:{algorithm}")
     told, samples = make(source, tmp_path)
     assert [row["status"] for row in told] == ["success", "failed_to_download"] * 2
     assert [row["error_message"] for row in told] == [None, "hash mismatch"] * 2
-    assert [row["sha256"] for row in told[::2]] == [hashlib.sha256(picture(number)).hexdigest() for number in (0, 2)]
+    assert [row["sha256"] for row in told[::2]] == [hashlib.sha256(image(number)).hexdigest() for number in (0, 2)]
     assert len(samples) == 2
 
 
@@ -116,10 +116,10 @@ def test_a_missing_hash_column_is_told(tmp_path: Path) -> None:
 
 
 def test_pages_pass_where_nothing_is_looked_at(serve: Any, tmp_path: Path) -> None:
-    server = serve({"a.txt": b"not a picture, and wanted as it is"})
+    server = serve({"a.txt": b"not an image, and wanted as it is"})
     rows, samples = make(
         table(tmp_path, [{"url": server.url + "/a.txt"}]), tmp_path, disable_all_reencoding=True, extract_exif=False
     )
     assert rows[0]["status"] == "success"
     (fields,) = samples.values()
-    assert fields["jpg"] == b"not a picture, and wanted as it is"
+    assert fields["jpg"] == b"not an image, and wanted as it is"

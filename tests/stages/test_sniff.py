@@ -8,7 +8,7 @@ from PIL import Image
 from pipeline.errors import SampleError
 from pipeline.stages.failure import Failure
 from pipeline.stages.images import read_header
-from pipeline.stages.sniff import ENOUGH, refuse_other_things, starts_like_a_picture
+from pipeline.stages.sniff import ENOUGH, refuse_other_things, starts_like_an_image
 
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"]
 
@@ -20,10 +20,10 @@ def encoded(kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_pictures_are_known_by_their_first_bytes(kind: str) -> None:
+def test_images_are_known_by_their_first_bytes(kind: str) -> None:
     body = encoded(kind)
     assert read_header(body)
-    assert starts_like_a_picture(body[:ENOUGH])
+    assert starts_like_an_image(body[:ENOUGH])
     refuse_other_things(body[:ENOUGH], 200)
 
 
@@ -36,7 +36,7 @@ OTHERS = [
     b"\0\0\0\x20ftypmp42aaaaaaaaaaaa",
     b"PK\3\4aaaaaaaaaaaaaaaa",
     b"P7 aaaaaaaaaaaaaaaaaaaa",
-    b"no such picture on this server",
+    b"no such image on this server",
     bytes(64),
 ]
 

@@ -58,14 +58,14 @@ def test_every_view_is_what_the_model_gives_for_its_crop(snapshot: Snapshot) -> 
     model: Any = load_model(TINY, "cpu")
     size = model.transforms(train=False).size
     assert found.keys[5] == "0000101"
-    picture = coloured_sample(1, 1, 5).image()
-    assert picture is not None
+    image = coloured_sample(1, 1, 5).image()
+    assert image is not None
     number = int.from_bytes(hashlib.sha256(b"0000101").digest()[:8], "big")
     crops = ImageTransform(size=size, crop="resized", scale=(0.5, 1.0), flip=0.5)
-    pictures = [ImageTransform(size=size)(decode(picture))]
-    pictures += [crops.read(picture, crop_words(7, view, number)) for view in (1, 2)]
+    images = [ImageTransform(size=size)(decode(image))]
+    images += [crops.read(image, crop_words(7, view, number)) for view in (1, 2)]
     with torch.no_grad():
-        raw = model.model.encode_image((torch.stack(pictures).float() - model.mean) / model.std)
+        raw = model.model.encode_image((torch.stack(images).float() - model.mean) / model.std)
     np.testing.assert_allclose(found.of(["0000101"])[0], raw.numpy(), rtol=2e-3, atol=2e-3)
     assert abs(float(raw[0].norm()) - 1) > 0.05
     assert np.abs(found.features[:, 0] - found.features[:, 1]).max() > 1e-3
@@ -73,12 +73,12 @@ def test_every_view_is_what_the_model_gives_for_its_crop(snapshot: Snapshot) -> 
 
 def test_more_views_leave_the_first_ones_as_they_are(snapshot: Snapshot) -> None:
     few, many = (ViewEmbedder(load_model(TINY, "cpu"), Views(views=views)) for views in (2, 5))
-    picture = coloured_sample(0, 0, 0).image()
-    assert picture is not None
-    one, other = few.prepare(picture, "a"), many.prepare(picture, "a")
+    image = coloured_sample(0, 0, 0).image()
+    assert image is not None
+    one, other = few.prepare(image, "a"), many.prepare(image, "a")
     assert one is not None and other is not None and torch.equal(one, other[:3])
-    assert not torch.equal(one[1:], few.prepare(picture, "b")[1:])  # type: ignore[index]
-    assert few.prepare(b"no picture", "a") is None
+    assert not torch.equal(one[1:], few.prepare(image, "b")[1:])  # type: ignore[index]
+    assert few.prepare(b"no image", "a") is None
 
 
 def test_what_a_selection_hides_is_not_read(snapshot: Snapshot) -> None:
@@ -109,7 +109,7 @@ def test_other_models_other_views_and_other_tars_are_refused(snapshot: Snapshot,
         read_views(changed)
 
 
-def test_pictures_that_cannot_be_read_are_refused_when_they_are_asked_for(
+def test_images_that_cannot_be_read_are_refused_when_they_are_asked_for(
     make_snapshot: MakeSnapshot, tmp_path: Path
 ) -> None:
     spoil = {number: {"jpg": b"broken"} for number in (1, 2, 3)}
@@ -142,11 +142,11 @@ def test_a_model_without_finite_features_is_said_so(snapshot: Snapshot) -> None:
     class Broken:
         maker, facts, reads_text = "broken", {"views": 1}, False
 
-        def prepare(self, picture: bytes, key: str) -> bytes:
-            return picture
+        def prepare(self, image: bytes, key: str) -> bytes:
+            return image
 
-        def encode_image(self, pictures: Any) -> Any:
-            return np.full((len(pictures), 1, 4), 1e6, np.float32)
+        def encode_image(self, images: Any) -> Any:
+            return np.full((len(images), 1, 4), 1e6, np.float32)
 
         def encode_text(self, texts: Any) -> Any:
             raise AssertionError

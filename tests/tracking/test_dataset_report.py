@@ -144,11 +144,11 @@ def test_what_it_says(hostile: str) -> None:
     for words in ("samples11", "input rows20100.0 %", "downloaded12", "visible to readers11", "not downloaded"):
         assert words in text, words
     assert "There is no earlier" not in text and "samples removed1" in text
-    # 11 one-coloured pictures in three greys.
-    assert "8 of 11 pictures" in text and "in groups: 3" in text
+    # 11 one-coloured images in three greys.
+    assert "8 of 11 images" in text and "in groups: 3" in text
 
 
-def test_boxes_lie_over_the_pictures(hostile: str) -> None:
+def test_boxes_lie_over_the_images(hostile: str) -> None:
     boxes = [found for name, found in Page(hostile).elements if name == "rect" and found.get("class") == "box"]
     assert boxes and boxes[0]["x"] == f"{1 / 60:.4f}" and boxes[0]["height"] == "0.5000"
 
@@ -161,7 +161,7 @@ def test_the_same_snapshot_gives_the_same_page(make_snapshot: Make) -> None:
 def test_a_first_snapshot_without_rows_or_sidecars(make_snapshot: Make) -> None:
     page = page_of(make_snapshot((3,)), samples=0)
     assert "There is no earlier snapshot." in page and "No row was dropped." in page
-    assert "No picture can be shown." in page and "CLIP score" not in page
+    assert "No image can be shown." in page and "CLIP score" not in page
 
 
 @pytest.mark.parametrize(

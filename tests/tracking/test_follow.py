@@ -23,15 +23,15 @@ from pipeline.training.checkpoint import Checkpoints, Meta
 
 @pytest.fixture
 def card(tmp_path: Path) -> str:
-    """A card over twelve pictures in two colours."""
+    """A card over twelve images in two colours."""
     for number in range(12):
         name = ("red", "blue")[number % 2]
-        place = tmp_path / "pictures" / name
+        place = tmp_path / "images" / name
         place.mkdir(parents=True, exist_ok=True)
         pixels = np.full((20, 20, 3), (250, 0, 0) if number % 2 else (0, 0, 250), dtype=np.uint8)
         Image.fromarray(pixels).save(place / f"{number}.jpg")
-        (place / f"{number}.txt").write_text(f"a {name} picture, number {number}")
-    source = {"kind": "folder", "folder": str(tmp_path / "pictures")}
+        (place / f"{number}.txt").write_text(f"a {name} image, number {number}")
+    source = {"kind": "folder", "folder": str(tmp_path / "images")}
     plain = {"name": "two", "title": "Two colours", "source": source, "classes": ["red", "blue"]}
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(plain))
     return str(tmp_path / "two.yaml")

@@ -1,4 +1,4 @@
-"""A tiny CLIP and pictures that are mostly red, green or blue, for the tests of adaptation."""
+"""A tiny CLIP and images that are mostly red, green or blue, for the tests of adaptation."""
 
 import json
 from dataclasses import replace
@@ -35,8 +35,8 @@ def make_clip(folder: Path, **vision: Any) -> FrozenClip:
     return FrozenClip(Clip(Config(architecture=f"local-dir:{folder}")), classifier)
 
 
-def make_pictures(clip: FrozenClip, count: int, seed: int, views: int = 1, classes: int = 3) -> Labelled:
-    """Noise with more red, green or blue in it, and raw features of each picture, a little apart in each view."""
+def make_images(clip: FrozenClip, count: int, seed: int, views: int = 1, classes: int = 3) -> Labelled:
+    """Noise with more red, green or blue in it, and raw features of each image, a little apart in each view."""
     random = np.random.default_rng(seed)
     labels = torch.arange(count) % classes
     pixels = random.integers(0, 120, (count, 32, 32, 3))
@@ -45,7 +45,7 @@ def make_pictures(clip: FrozenClip, count: int, seed: int, views: int = 1, class
     still = clip.method.transforms(train=False)
     features = clip.raw_features(torch.stack([still.read(file) for file in files]))
     noise = 0.1 * torch.randn(count, views, features.shape[1], generator=torch.Generator().manual_seed(seed))
-    return Labelled(labels=labels, features=features[:, None] + noise, pictures=files)
+    return Labelled(labels=labels, features=features[:, None] + noise, images=files)
 
 
 @pytest.fixture(scope="module", name="clip")
@@ -55,8 +55,8 @@ def clip_fixture(tmp_path_factory: pytest.TempPathFactory) -> FrozenClip:
 
 @pytest.fixture(scope="module", name="sets")
 def sets_fixture(clip: FrozenClip) -> tuple[Labelled, Labelled, Labelled]:
-    """Shots with three views, validation and test pictures."""
-    return make_pictures(clip, 12, 0, views=3), make_pictures(clip, 9, 1), make_pictures(clip, 30, 2)
+    """Shots with three views, validation and test images."""
+    return make_images(clip, 12, 0, views=3), make_images(clip, 9, 1), make_images(clip, 30, 2)
 
 
 def small(method: str) -> Any:

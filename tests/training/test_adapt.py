@@ -26,7 +26,7 @@ from tests.training.few_shot import (  # noqa: F401
     TEMPLATES,
     clip_fixture,
     make_clip,
-    make_pictures,
+    make_images,
     run,
     sets_fixture,
     short,
@@ -57,7 +57,7 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> FrozenClip:
 
 @pytest.mark.parametrize("method", [name for name in METHODS if adapter_class(name).reads == "features"])
 def test_a_residual_tower_keeps_its_statistics(method: str, resnet: FrozenClip) -> None:
-    train, validation = make_pictures(resnet, 6, 0, views=2), make_pictures(resnet, 6, 1)
+    train, validation = make_images(resnet, 6, 0, views=2), make_images(resnet, 6, 1)
     before = {name: tensor.clone() for name, tensor in resnet.method.state_dict().items()}
     assert any("running_mean" in name for name in before)
     adapted = run(resnet, method, train, validation, recipe=short(method, epochs=1))
@@ -66,13 +66,13 @@ def test_a_residual_tower_keeps_its_statistics(method: str, resnet: FrozenClip) 
 
 
 def test_a_worded_start_is_what_open_clip_says_of_a_residual_tower(resnet: FrozenClip) -> None:
-    pictures = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     adapter = coop.CoOp(coop.Config(start="a photo of a"), resnet, NAMES, ())
     with torch.no_grad():
-        found = adapter.logits(resnet.raw_features(pictures))
+        found = adapter.logits(resnet.raw_features(images))
         texts = resnet.method.tokenizer([f"a photo of a {name}." for name in NAMES])
-        images, words, scale = resnet.model(resnet.normalised(pictures), texts)[:3]
-    torch.testing.assert_close(found, scale * images @ words.T, rtol=1e-4, atol=1e-4)
+        features, words, scale = resnet.model(resnet.normalised(images), texts)[:3]
+    torch.testing.assert_close(found, scale * features @ words.T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -90,7 +90,7 @@ def test_a_seed_decides_all_that_is_random(method: str, clip: FrozenClip, sets: 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_test_pictures_decide_nothing(method: str, clip: FrozenClip, sets: Any) -> None:
+def test_test_images_decide_nothing(method: str, clip: FrozenClip, sets: Any) -> None:
     """They are no argument of ``adapt``; and measuring on poisoned ones changes nothing that was learned."""
     train, validation, test = sets
     assert set(inspect.signature(adapt).parameters) == {
@@ -99,7 +99,7 @@ def test_test_pictures_decide_nothing(method: str, clip: FrozenClip, sets: Any) 
     adapted = run(clip, method, train, validation)
     before = {name: tensor.clone() for name, tensor in adapted.adapter.state_dict().items()}
     honest = accuracy(adapted.adapter, test)
-    poisoned = Labelled(labels=(test.labels + 1) % 3, features=-1e3 * test.features, pictures=test.pictures[::-1])
+    poisoned = Labelled(labels=(test.labels + 1) % 3, features=-1e3 * test.features, images=test.images[::-1])
     accuracy(adapted.adapter, poisoned)
     assert same(before, adapted.adapter.state_dict())
     again = accuracy(adapted.adapter, test)
@@ -108,8 +108,8 @@ def test_test_pictures_decide_nothing(method: str, clip: FrozenClip, sets: Any) 
 
 
 @pytest.mark.parametrize("method", LEARNERS)
-def test_validation_pictures_choose_and_do_not_teach(method: str, clip: FrozenClip, sets: Any) -> None:
-    """With the last epoch taken, other validation pictures leave the learned tensors as they are."""
+def test_validation_images_choose_and_do_not_teach(method: str, clip: FrozenClip, sets: Any) -> None:
+    """With the last epoch taken, other validation images leave the learned tensors as they are."""
     train, validation, test = sets
     recipe = short(method, select="last")
     first, second = (run(clip, method, train, held, recipe=recipe) for held in (validation, test))
@@ -120,7 +120,7 @@ def test_validation_pictures_choose_and_do_not_teach(method: str, clip: FrozenCl
 
 
 @pytest.mark.parametrize("method", LEARNERS)
-def test_the_best_epoch_by_validation_pictures_is_kept(method: str, clip: FrozenClip, sets: Any) -> None:
+def test_the_best_epoch_by_validation_images_is_kept(method: str, clip: FrozenClip, sets: Any) -> None:
     train, validation, _ = sets
     states: list[dict[str, Tensor]] = []
     found: list[Adapter] = []
@@ -148,7 +148,7 @@ def test_the_best_epoch_by_validation_pictures_is_kept(method: str, clip: Frozen
 
 
 def test_coop_learns_as_a_plain_loop_of_torch(clip: FrozenClip, sets: Any) -> None:
-    """torch's SGD and its schedulers around the class vectors, in the same order of pictures."""
+    """torch's SGD and its schedulers around the class vectors, in the same order of images."""
     train, validation, _ = sets
     one_view = Labelled(labels=train.labels, features=train.features[:, :1])
     recipe = Recipe(epochs=4, batch_size=5, learning_rate=0.1, select="last")
@@ -157,7 +157,7 @@ def test_coop_learns_as_a_plain_loop_of_torch(clip: FrozenClip, sets: Any) -> No
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
     for epoch in range(4):
-        order = torch.from_numpy(permutation(3, runner.PICTURES, epoch, 0, 12))
+        order = torch.from_numpy(permutation(3, runner.IMAGES, epoch, 0, 12))
         if epoch == 0:
             optimizer.param_groups[0]["lr"] = 1e-5
         for batch in order[:10].split(5):
@@ -174,7 +174,7 @@ def test_coop_learns_as_a_plain_loop_of_torch(clip: FrozenClip, sets: Any) -> No
     assert (adapted.adapter.context - coop.CoOp(coop.Config(context=3, seed=3), clip, NAMES, ()).context).norm() > 0.1
 
 
-def test_every_view_is_used_and_every_picture_once_an_epoch(clip: FrozenClip, sets: Any) -> None:
+def test_every_view_is_used_and_every_image_once_an_epoch(clip: FrozenClip, sets: Any) -> None:
     train, validation, _ = sets
     adapter = coop.CoOp(coop.Config(), clip, NAMES, ())
     training = runner._Training(adapter, Recipe(batch_size=4), train, validation, 5, None)
@@ -193,7 +193,7 @@ def test_every_view_is_used_and_every_picture_once_an_epoch(clip: FrozenClip, se
     assert not np.array_equal(next(training._batches(0, 3)), next(training._batches(1, 3)))
 
 
-def test_random_crops_are_a_function_of_seed_epoch_and_picture(clip: FrozenClip, sets: Any) -> None:
+def test_random_crops_are_a_function_of_seed_epoch_and_image(clip: FrozenClip, sets: Any) -> None:
     train, validation, _ = sets
     images = runner._Images(adapter_class("vpt")(small("vpt"), clip, NAMES, TEMPLATES), train, Recipe(), 5)
     numbers = np.array([3, 1])
@@ -202,10 +202,10 @@ def test_random_crops_are_a_function_of_seed_epoch_and_picture(clip: FrozenClip,
     assert torch.equal(first, images.view(numbers[::-1].copy(), 0).flip(0))
     assert not torch.equal(first, images.view(numbers, 1))
     still = clip.method.transforms(train=False)
-    assert torch.equal(images.plain(numbers), torch.stack([still.read(train.pictures[n]) for n in (3, 1)]))
+    assert torch.equal(images.plain(numbers), torch.stack([still.read(train.images[n]) for n in (3, 1)]))
 
 
-def test_tips_alpha_and_beta_come_from_validation_pictures(clip: FrozenClip, sets: Any) -> None:
+def test_tips_alpha_and_beta_come_from_validation_images(clip: FrozenClip, sets: Any) -> None:
     train, validation, _ = sets
     for method, kind in (("tip_adapter", tip_adapter.TipAdapter), ("tip_adapter_f", tip_adapter_f.TipAdapterF)):
         adapted = run(clip, method, train, validation)
@@ -265,15 +265,15 @@ def test_batches_of_evaluation_do_not_matter(method: str, clip: FrozenClip, sets
 
 def test_what_cannot_be(clip: FrozenClip, sets: Any) -> None:
     train, validation, test = sets
-    alone = Labelled(labels=train.labels, pictures=train.pictures)
+    alone = Labelled(labels=train.labels, images=train.images)
     blind = Labelled(labels=train.labels, features=train.features)
     wrong = Labelled(labels=train.labels + 1, features=train.features)
     wide = Labelled(labels=train.labels, features=torch.zeros(12, 1, 25))
-    broken = Labelled(labels=train.labels, pictures=[b"no picture"] * 12)
+    broken = Labelled(labels=train.labels, images=[b"no image"] * 12)
     one = Labelled(labels=torch.zeros(12, dtype=torch.int64), features=train.features)
     cases: list[tuple[Callable[[], object], type[Exception], str]] = [
-        (lambda: run(clip, "coop", alone, validation), SettingError, "train.*features of pictures, which CoOp reads"),
-        (lambda: run(clip, "vpt", blind, validation), SettingError, "train.*pixels of pictures, which VisualPrompts"),
+        (lambda: run(clip, "coop", alone, validation), SettingError, "train.*features of images, which CoOp reads"),
+        (lambda: run(clip, "vpt", blind, validation), SettingError, "train.*pixels of images, which VisualPrompts"),
         (lambda: run(clip, "coop", wrong, validation), SettingError, "train.*labels from 0 to 2"),
         (lambda: run(clip, "coop", train, wrong), SettingError, "validation.*labels from 0 to 2"),
         (lambda: run(clip, "zero_shot", train, wide), DataError, "validation: features of width 25.*have 24"),
@@ -281,9 +281,9 @@ def test_what_cannot_be(clip: FrozenClip, sets: Any) -> None:
         (lambda: run(clip, "linear_probe", one, validation), SettingError, "shots of two classes or more"),
         (lambda: run(clip, "coop", train, validation, seed=-1), SettingError, "seed: -1"),
         (lambda: run(clip, "no_method", train, validation, recipe=Recipe()), SettingError, "one of clip_adapter"),
-        (lambda: Labelled(labels=train.labels), SettingError, "features or pictures"),
-        (lambda: Labelled(labels=train.labels[:0], pictures=[]), SettingError, "one picture or more"),
-        (lambda: Labelled(labels=train.labels, pictures=[b""]), SettingError, "pictures: 1"),
+        (lambda: Labelled(labels=train.labels), SettingError, "features or images"),
+        (lambda: Labelled(labels=train.labels[:0], images=[]), SettingError, "one image or more"),
+        (lambda: Labelled(labels=train.labels, images=[b""]), SettingError, "images: 1"),
         (lambda: Labelled(labels=train.labels, features=train.features / 0), DataError, "not finite"),
         (lambda: adapt("coop", coop.Config(), None, clip, NAMES, (), train, validation), SettingError, "a recipe"),
     ]

@@ -109,8 +109,8 @@ def test_every_method_has_a_recipe_or_does_not_learn() -> None:
 def test_steps_of_an_epoch() -> None:
     """160 shots in batches of 32; a set smaller than a batch is a batch; the rest is left out or kept."""
     recipe = Recipe(batch_size=32)
-    assert [recipe.steps(pictures) for pictures in (160, 10, 170, 32, 33)] == [5, 1, 5, 1, 1]
-    assert [replace(recipe, drop_last=False).steps(pictures) for pictures in (160, 10, 170, 33)] == [5, 1, 6, 2]
+    assert [recipe.steps(images) for images in (160, 10, 170, 32, 33)] == [5, 1, 5, 1, 1]
+    assert [replace(recipe, drop_last=False).steps(images) for images in (160, 10, 170, 33)] == [5, 1, 6, 2]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pipeline.models.adapters.adapter import Adapter, FrozenClip, adapter_class
 from pipeline.models.adapters.text import Spread, group
 from pipeline.training import distributed
 from pipeline.training.adapt import _spread, adapt
-from tests.training.few_shot import TEMPLATES, make_clip, make_pictures, short, small
+from tests.training.few_shot import TEMPLATES, make_clip, make_images, short, small
 
 FIVE = ("red", "dark green", "blue", "very light and pale yellow", "black and white")
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,7 +60,7 @@ def value_and_gradients(case: str, clip: FrozenClip) -> dict[str, Tensor]:
 
 def learned(method: str, clip: FrozenClip) -> dict[str, Tensor]:
     recipe = short(method, batch_size=4, epochs=2)
-    train, validation = make_pictures(clip, 10, 0, classes=5), make_pictures(clip, 10, 1, classes=5)
+    train, validation = make_images(clip, 10, 0, classes=5), make_images(clip, 10, 1, classes=5)
     return adapt(method, small(method), recipe, clip, FIVE, TEMPLATES, train, validation).adapter.state_dict()
 
 
@@ -106,7 +106,7 @@ def test_a_whole_adaptation_is_that_of_one_process(method: str, alone: Any, of_t
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_every_class_is_run_once_and_comes_back_to_its_place(world: int) -> None:
-    """Seven classes with one to three rows; their features are their numbers, for two pictures."""
+    """Seven classes with one to three rows; their features are their numbers, for two images."""
     tokens = [[5], [5, 6], [5], [5, 6, 7], [5, 6], [5], [5, 6]]
     rows = group(tokens, [[-1] * len(each) for each in tokens])
     order = torch.cat([part.classes for part in rows])

@@ -112,7 +112,7 @@ def test_compiled_blocks_give_the_same_gradients(architecture: str, again: bool)
 @TRACED
 @pytest.mark.parametrize("again", [False, True])
 def test_blocks_of_one_shape_are_compiled_once(again: bool) -> None:
-    """Two blocks in each tower, and captions of many lengths: one graph for pictures, two for captions."""
+    """Two blocks in each tower, and captions of many lengths: one graph for images, two for captions."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     method = built(Clip.smallest(), recompute_each if again else None)

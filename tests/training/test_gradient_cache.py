@@ -166,8 +166,8 @@ def test_clip_in_parts(loss: str) -> None:
     torch.manual_seed(0)
     method = Clip(replace(Clip.smallest(), loss=loss, loss_tile=3))
     tokens = method.tokenizer([f"a {colour} square" for colour in ("red", "blue", "green", "grey", "white")])
-    pictures = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)
-    given = {"image": pictures, "text": tokens}
+    images = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)
+    given = {"image": images, "text": tokens}
     for kind, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.15)):
         enabled = kind == torch.bfloat16
         method.zero_grad()

@@ -307,13 +307,13 @@ def test_the_best_need_evaluations(run: Any) -> None:
 
 def test_staging_keeps_order_and_uses_its_memory_again() -> None:
     """The order in memory is the source's; numbers, lists and nothing pass through."""
-    picture = torch.arange(24.0).view(1, 2, 3, 4).contiguous(memory_format=torch.channels_last)
-    tree = {"a": picture, "b": [{"c": torch.tensor(1)}, 2.5, None], "d": (True, "e")}
+    image = torch.arange(24.0).view(1, 2, 3, 4).contiguous(memory_format=torch.channels_last)
+    tree = {"a": image, "b": [{"c": torch.tensor(1)}, 2.5, None], "d": (True, "e")}
     staging = Staging()
     first, ready = staging.copy(tree)
-    assert ready is None and first["a"].stride() == picture.stride() and torch.equal(first["a"], picture)
+    assert ready is None and first["a"].stride() == image.stride() and torch.equal(first["a"], image)
     assert first["b"][1:] == [2.5, None] and first["d"] == [True, "e"] and int(first["b"][0]["c"]) == 1
-    picture.zero_()
+    image.zero_()
     assert first["a"].any()
     second, _ = staging.copy(tree)
     assert second["a"].data_ptr() == first["a"].data_ptr()

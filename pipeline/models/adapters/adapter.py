@@ -1,7 +1,7 @@
 """What the six methods and their baselines have in common: a frozen CLIP, class names, and a few learned tensors.
 
 A method is a module of this package with a frozen dataclass ``Config`` and one subclass of :class:`Adapter`. It is
-built for some class names, and bound to others where it can be (a learned context is, a cache of labelled pictures is
+built for some class names, and bound to others where it can be (a learned context is, a cache of labelled images is
 not). Its ``state_dict`` holds what it learned and nothing of CLIP.
 """
 
@@ -85,20 +85,20 @@ class FrozenClip:
             )
         return self._classifier(self.method, classes, templates).detach()
 
-    def normalised(self, pictures: Tensor) -> Tensor:
+    def normalised(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] to what the image tower takes."""
-        return (pictures.float() - self.method.mean) / self.method.std
+        return (images.float() - self.method.mean) / self.method.std
 
     @torch.no_grad()
-    def raw_features(self, pictures: Tensor) -> Tensor:
+    def raw_features(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] to float32 [B, D], not normalised: some methods average or blend before they normalise."""
-        features: Tensor = self.model.encode_image(self.normalised(pictures.to(self.device)))
+        features: Tensor = self.model.encode_image(self.normalised(images.to(self.device)))
         return features.float()
 
 
 @dataclass(frozen=True)
 class Shots:
-    """A few labelled pictures: raw features of several views of each, float [N, V, D], and labels, int64 [N]."""
+    """A few labelled images: raw features of several views of each, float [N, V, D], and labels, int64 [N]."""
 
     features: Tensor
     labels: Tensor
@@ -107,10 +107,10 @@ class Shots:
         fits = self.features.ndim == 3 and len(self.features) == len(self.labels) > 0
         require(fits, "shots", tuple(self.features.shape), "features [N, V, D] with as many labels, one or more")
         if not bool(self.features.isfinite().all()):
-            raise DataError("the features of the shots hold numbers that are not finite: embed the pictures again")
+            raise DataError("the features of the shots hold numbers that are not finite: embed the images again")
 
     def first_view(self) -> Tensor:
-        """Raw features of each picture's first view, float [N, D]: of validation pictures, the only one."""
+        """Raw features of each image's first view, float [N, D]: of validation images, the only one."""
         return self.features[:, 0]
 
 
@@ -118,13 +118,13 @@ class Adapter(nn.Module, ABC):
     """A method of adaptation, for the class names that it is bound to."""
 
     reads: ClassVar[Literal["features", "pixels"]] = "features"
-    """What :meth:`logits` takes: raw image features, float [B, D], or pictures, uint8 [B, 3, H, W]."""
+    """What :meth:`logits` takes: raw image features, float [B, D], or images, uint8 [B, 3, H, W]."""
     learns: ClassVar[bool] = True
     """Whether there is anything to train by gradients."""
     learns_vectors: ClassVar[bool] = False
-    """Whether there are learned class vectors that all pictures share: :meth:`class_vectors`."""
-    per_picture: ClassVar[bool] = False
-    """Whether every picture has class vectors of its own."""
+    """Whether there are learned class vectors that all images share: :meth:`class_vectors`."""
+    per_image: ClassVar[bool] = False
+    """Whether every image has class vectors of its own."""
     config: Any
     clip: FrozenClip
     classes: tuple[str, ...]
@@ -171,8 +171,8 @@ class Adapter(nn.Module, ABC):
         """What ``reads`` says, to float [B, C]."""
 
     def class_vectors(self) -> Tensor:
-        """float [C, D] of unit length, for methods with class vectors that all pictures share."""
-        raise SettingError("method", type(self).__name__, "one whose class vectors are learned and shared by pictures")
+        """float [C, D] of unit length, for methods with class vectors that all images share."""
+        raise SettingError("method", type(self).__name__, "one whose class vectors are learned and shared by images")
 
     def vectors_now(self) -> Tensor:
         """:meth:`class_vectors`, made anew unless :meth:`still` keeps them."""
@@ -192,7 +192,7 @@ class Adapter(nn.Module, ABC):
         """Take in the shots before any training."""
 
     def select(self, shots: Shots, validation: Shots) -> None:  # noqa: B027  # most have nothing left to choose
-        """Choose, after the training, what is chosen by pictures that are neither shots nor test."""
+        """Choose, after the training, what is chosen by images that are neither shots nor test."""
 
     def choices(self) -> dict[str, float]:
         """What :meth:`select` chose, by name."""

@@ -1,6 +1,6 @@
 """CoCoOp: Conditional Prompt Learning for Vision-Language Models.
 
-Zhou, Yang, Loy, Liu, 2022, arXiv 2203.05557. CoOp's context fits the classes it saw; here every picture moves it, by
+Zhou, Yang, Loy, Liu, 2022, arXiv 2203.05557. CoOp's context fits the classes it saw; here every image moves it, by
 one vector of a small network, the Meta-Net h (section 3.2):
 
     v_m(x) = v_m + h( f(x) / |f(x)| ),   p(y = c | x) = softmax_c( s cos( g([v1(x)] ... [vM(x)] [name of c]), f(x) ) )
@@ -9,8 +9,8 @@ h is linear to D / 16, ReLU, linear to the text tower's width, both with bias. T
 
 To hold a run against: base to new over 11 sets with ViT-B/16, 80.47 / 71.69, H 75.83 (table 1).
 
-A batch of pictures goes through the text tower at once: the context of each picture is run once and all classes share
-its keys and values. The gradient is that of the reference's loop over single pictures; its recipe (one picture a step)
+A batch of images goes through the text tower at once: the context of each image is run once and all classes share
+its keys and values. The gradient is that of the reference's loop over single images; its recipe (one image a step)
 is another matter, since it makes as many more updates.
 """
 
@@ -47,9 +47,9 @@ class Config:
 
 
 class CoCoOp(Adapter):
-    """A learned context that every picture moves."""
+    """A learned context that every image moves."""
 
-    per_picture = True
+    per_image = True
     config: Config
 
     def build(self) -> None:
@@ -70,7 +70,7 @@ class CoCoOp(Adapter):
         self.layout = lay_out(self.tower, self.classes, len(self.context))
 
     def vectors_of(self, features: Tensor) -> Tensor:
-        """Unit image features [B, D] to float [B, C, D], unit length: a classifier for each picture."""
+        """Unit image features [B, D] to float [B, C, D], unit length: a classifier for each image."""
         context = self.context + self.meta_net(features)[:, None]
         shared = torch.cat([start_of_text(self.tower).expand(len(features), -1, -1), context], dim=1)
         vectors = self.tower.features(shared, self.layout.rows, classes_at_once=self.config.classes_at_once)

@@ -76,7 +76,7 @@ class IndependentPrompts(Adapter):
         return unit(deep_class_vectors(self.tower, self.layout, self.context, self.words, list(self.deep), at_once))
 
     def logits(self, images: Tensor) -> Tensor:
-        """Pictures, uint8 [B, 3, H, W], to float [B, C]."""
+        """Images, uint8 [B, 3, H, W], to float [B, C]."""
         features = self.vision.features(self.clip.normalised(images), list(self.rows))
         return self.clip.scale * unit(features) @ self.vectors_now().T
 

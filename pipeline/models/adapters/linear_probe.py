@@ -1,7 +1,7 @@
 """Linear probe: logistic regression on CLIP's image features, the baseline of CoOp's paper.
 
 Radford et al. 2021, arXiv 2103.00020, section 3.1.3 and appendix A.3: L-BFGS with at most 1,000 iterations; the
-strength of the L2 penalty is chosen by validation pictures. The choice is that of CoOp's code: seven values of C from
+strength of the L2 penalty is chosen by validation images. The choice is that of CoOp's code: seven values of C from
 1e6 to 1e-6, then eight halvings (in log C) around the best. It knows nothing of class names, so that with few shots
 it loses to zero-shot.
 

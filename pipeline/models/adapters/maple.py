@@ -84,7 +84,7 @@ class MaPLe(Adapter):
         return unit(deep_class_vectors(self.tower, self.layout, self.context, self.words, list(self.deep), at_once))
 
     def logits(self, images: Tensor) -> Tensor:
-        """Pictures, uint8 [B, 3, H, W], to float [B, C]."""
+        """Images, uint8 [B, 3, H, W], to float [B, C]."""
         maps = [self.first_map, *self.maps]
         rows = [each(prompt) for each, prompt in zip(maps, [self.context, *self.deep], strict=True)]
         features = self.vision.features(self.clip.normalised(images), rows)

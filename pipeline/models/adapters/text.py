@@ -1,7 +1,7 @@
 """open_clip's causal text tower, fed with embeddings; every class shares the work of its prompt's start.
 
 A learned prompt is ``[start of text | shared rows | rows of the class]``. Under the causal mask the states of the
-shared rows do not depend on what follows, so they are computed once (or once per picture, where they depend on one)
+shared rows do not depend on what follows, so they are computed once (or once per image, where they depend on one)
 and give their keys and values to all classes. The rows of a class end with its end-of-text token, behind which
 nothing matters; classes with as many rows go through the tower together, so nothing is padded; and in the last layer
 the end of text alone asks. Classes can be spread over workers, each of which runs its own and gathers the features of
@@ -56,7 +56,7 @@ def group(tokens: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]) -> li
 
 @dataclass(frozen=True)
 class Spread:
-    """Workers that share the classes: every one has the same pictures and parameters.
+    """Workers that share the classes: every one has the same images and parameters.
 
     ``gather`` is float [n, ...] of this worker to [world * n, ...] of all, in the order of ranks; its gradient is the
     sum over workers. With gradients of parameters averaged over workers, these are exactly those of a worker alone.
@@ -143,7 +143,7 @@ class TextTower:
 
         Args:
             shared: float [B, P, width], the first rows of every prompt, start of text included, without positions; B
-                is 1 where all pictures share them.
+                is 1 where all images share them.
             rows: what follows, for each class.
             context: the learned rows that ``slots`` point at: float [M, width], or [C, M, width] of each class.
             deep: for each layer from the second on, float [b, width] that takes the place of rows 1 to b there.

@@ -1,13 +1,13 @@
 """Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification.
 
 Zhang, Fang, Zhang, Gao, Li, Dai, Qiao, Li, 2022, arXiv 2207.09519. The shots are a cache: keys F (unit features, the
-mean over augmented views taken before they are normalised) and values L (one-hot labels). A picture with unit
+mean over augmented views taken before they are normalised) and values L (one-hot labels). An image with unit
 features f gets (section 3.1)
 
     logits = alpha exp( -beta (1 - f F^T) ) L  +  s f W^T
 
 with the class vectors W of the templates. The exponential acts on the affinities alone, and its result is multiplied
-with L: more evidence for a class can only raise it. alpha and beta are chosen by a grid on validation pictures, never
+with L: more evidence for a class can only raise it. alpha and beta are chosen by a grid on validation images, never
 on the test set (the authors' code takes ImageNet's test set for it).
 
 To hold a run against: ImageNet with RN50 and 1/2/4/8/16 shots, 60.70/60.96/60.98/61.45/62.03; 16 shots, mean of eleven
@@ -35,7 +35,7 @@ class Config:
     beta: float = 5.5
     """Sharpness of the affinities."""
     search: bool = True
-    """Choose alpha and beta on validation pictures."""
+    """Choose alpha and beta on validation images."""
     largest_alpha: float = 10.0
     """Upper end of the search, which begins at 0.1; the authors took 3 to 50, by data set."""
     largest_beta: float = 12.0

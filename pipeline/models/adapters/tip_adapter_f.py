@@ -6,7 +6,7 @@ are chosen anew. The keys are not normalised again while they learn.
 
 To hold a run against: ImageNet with RN50 and 1/2/4/8/16 shots, 61.32/61.69/62.52/64.00/65.51; 16 shots, mean of
 eleven sets, 75.83. Recipe: AdamW, rate 0.001, 20 epochs (100 on EuroSAT), batches of 256; the best epoch by
-validation pictures (the authors' code takes it by the test set).
+validation images (the authors' code takes it by the test set).
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""open_clip's vision transformer with learned rows beside the picture's tokens, in its first layers or in all.
+"""open_clip's vision transformer with learned rows beside the image's tokens, in its first layers or in all.
 
 The rows of the first layer stand behind the class token and the patches and go through the layer norm before the
 transformer, as MaPLe has it; from the second layer on, each layer with prompts of its own puts them in the place of
@@ -30,20 +30,20 @@ class VisionTower:
         self.width: int = visual.transformer.width
         self.layers = len(visual.transformer.resblocks)
 
-    def features(self, pictures: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+    def features(self, images: Tensor, prompts: Sequence[Tensor]) -> Tensor:
         """Features, not normalised: float [B, D].
 
         Args:
-            pictures: float [B, 3, H, W], normalised.
+            images: float [B, 3, H, W], normalised.
             prompts: for each layer from the first on, float [b, width]; layers after the last let the rows go on.
         """
         visual = self.visual
         # Layer norm acts on each row alone, so the rows may as well be normalised apart.
-        first = [visual.ln_pre(prompts[0]).expand(len(pictures), -1, -1)] if len(prompts) else []
-        hidden = torch.cat([visual._embeds(pictures), *first], dim=1)
+        first = [visual.ln_pre(prompts[0]).expand(len(images), -1, -1)] if len(prompts) else []
+        hidden = torch.cat([visual._embeds(images), *first], dim=1)
         for number, block in enumerate(visual.transformer.resblocks):
             if 1 <= number < len(prompts):
-                rows = prompts[number].expand(len(pictures), -1, -1)
+                rows = prompts[number].expand(len(images), -1, -1)
                 hidden = torch.cat([hidden[:, : -rows.shape[1]], rows], dim=1)
             hidden = block(hidden)
         kept = hidden[:, : hidden.shape[1] - len(prompts[0])] if len(prompts) else hidden

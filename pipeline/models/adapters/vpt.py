@@ -54,6 +54,6 @@ class VisualPrompts(Adapter):
         self.vectors = self.clip.class_vectors(self.classes, self.templates)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Pictures, uint8 [B, 3, H, W], to float [B, C]."""
+        """Images, uint8 [B, 3, H, W], to float [B, C]."""
         features = unit(self.vision.features(self.clip.normalised(images), list(self.rows)))
         return self.clip.scale * features @ self.vectors.to(features.dtype).T

@@ -1,6 +1,6 @@
-"""Random colours and blur for a batch on its device, every picture with its own numbers.
+"""Random colours and blur for a batch on its device, every image with its own numbers.
 
-Each operation is torchvision's for float pictures (``transforms.v2.functional``), whose functions take one number for
+Each operation is torchvision's for float images (``transforms.v2.functional``), whose functions take one number for
 a whole batch. The numbers are those of ``pipeline.loaders.augment``.
 """
 
@@ -37,7 +37,7 @@ def to_grey(image: Tensor) -> Tensor:
 
 
 def turn_hue(image: Tensor, turns: Tensor) -> Tensor:
-    """Turn the hue of each picture [B, 3, H, W] by ``turns`` [B] of a full circle."""
+    """Turn the hue of each image [B, 3, H, W] by ``turns`` [B] of a full circle."""
     red, green, blue = image.unbind(1)
     value, chroma = image.amax(1), image.amax(1) - image.amin(1)
     safe = torch.where(chroma == 0, 1, chroma)
@@ -67,7 +67,7 @@ def _grown(image: Tensor, radius: int) -> tuple[int, int]:
 
 
 def _blended(image: Tensor, operation: Tensor, numbers: Tensor) -> Tensor:
-    """Brightness, contrast or saturation, each a mix with black, with the mean grey or with the picture's grey."""
+    """Brightness, contrast or saturation, each a mix with black, with the mean grey or with the image's grey."""
     grey = to_grey(image)
     nothing, mean = torch.zeros_like(grey), grey.mean(dim=(1, 2, 3), keepdim=True)
     other = torch.where(_column(operation == 1), mean, torch.where(_column(operation == 2), grey, nothing))

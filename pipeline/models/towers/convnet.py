@@ -1,4 +1,4 @@
-"""A plain stack of strided convolutions for pictures of 64 pixels: the image tower of ``clipmill-small``.
+"""A plain stack of strided convolutions for images of 64 pixels: the image tower of ``clipmill-small``.
 
 On two CPU cores it learns three times as much in a minute as the smallest ResNets and transformers of open_clip and
 timm (docs/benchmarks.md): hardly any depth, and a read-out that still knows where things were. timm finds it under

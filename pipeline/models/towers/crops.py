@@ -1,7 +1,7 @@
-"""Many crops of one picture at once, on the device that encodes them: what region features are made of.
+"""Many crops of one image at once, on the device that encodes them: what region features are made of.
 
 The resize is Pillow's antialiased bicubic, to within one level of 255. On a GPU it is two matrix products for all boxes
-of a picture, whose matrices hold the filter's weights; on a CPU torch's vectorised uint8 kernel, box by box.
+of an image, whose matrices hold the filter's weights; on a CPU torch's vectorised uint8 kernel, box by box.
 """
 
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ from torch.nn import functional
 from pipeline.config import require
 
 BOXES_AT_ONCE, SIDE = 128, 640
-"""Boxes of one picture in the matrix products where its longer side has so many pixels, in proportion fewer where it is
+"""Boxes of one image in the matrix products where its longer side has so many pixels, in proportion fewer where it is
 longer: a box takes some matrices of size x side numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CropRule:
-    """What of a picture is shown to the tower for a box; part of the identity of stored features."""
+    """What of an image is shown to the tower for a box; part of the identity of stored features."""
 
     scales: tuple[float, ...] = (1.0, 1.5)
     """Sides of the crops in those of the box, around the same centre (ViLD, section 3.2)."""
     shape: Literal["warp", "centre", "pad"] = "warp"
     """How a crop becomes square: stretched, cut to its middle (as CLIP's transform does) or with black bars."""
     outside: Literal["cut", "black"] = "cut"
-    """Where an enlarged box leaves the picture: it ends at the border, or what is outside is black."""
+    """Where an enlarged box leaves the image: it ends at the border, or what is outside is black."""
     average: Literal["unit", "raw"] = "unit"
     """Features of the scales are added as unit vectors, or as they are; the sum is normalised."""
 
@@ -51,29 +51,29 @@ def crop_boxes(boxes: Tensor, scale: float, height: int, width: int, outside: st
     return torch.cat([first, torch.maximum(last, first + 1)], dim=1)
 
 
-def cut_crops(picture: Tensor, boxes: Tensor, size: int, shape: str = "warp") -> Tensor:
-    """Crops of ``picture``, uint8 [3, H, W], at ``boxes``, int64 [N, 4], as uint8 [N, 3, size, size].
+def cut_crops(image: Tensor, boxes: Tensor, size: int, shape: str = "warp") -> Tensor:
+    """Crops of ``image``, uint8 [3, H, W], at ``boxes``, int64 [N, 4], as uint8 [N, 3, size, size].
 
-    What a box has outside of the picture is black.
+    What a box has outside of the image is black.
     """
     if not len(boxes):
-        return picture.new_empty((0, 3, size, size))
-    if picture.device.type == "cpu":
-        return torch.stack([_cut(picture, box, size, shape) for box in boxes.tolist()])
-    at_once = boxes_at_once(*picture.shape[1:])
-    return torch.cat([_multiply(picture, some, size, shape) for some in boxes.split(at_once)])
+        return image.new_empty((0, 3, size, size))
+    if image.device.type == "cpu":
+        return torch.stack([_cut(image, box, size, shape) for box in boxes.tolist()])
+    at_once = boxes_at_once(*image.shape[1:])
+    return torch.cat([_multiply(image, some, size, shape) for some in boxes.split(at_once)])
 
 
 def boxes_at_once(height: int, width: int) -> int:
-    """How many boxes of a picture of this size go through the matrix products together."""
+    """How many boxes of an image of this size go through the matrix products together."""
     return max(1, BOXES_AT_ONCE * SIDE // max(height, width, SIDE))
 
 
-def _cut(picture: Tensor, box: list[int], size: int, shape: str) -> Tensor:
+def _cut(image: Tensor, box: list[int], size: int, shape: str) -> Tensor:
     """One crop on a CPU."""
     left, top, right, bottom = box
-    height, width = picture.shape[1:]
-    crop = picture[:, max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
+    height, width = image.shape[1:]
+    crop = image[:, max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
     around = (max(-left, 0), max(right - width, 0), max(-top, 0), max(bottom - height, 0))
     if any(around):
         missing = (
@@ -87,7 +87,7 @@ def _cut(picture: Tensor, box: list[int], size: int, shape: str) -> Tensor:
     resized = functional.interpolate(crop[None], size=target, mode="bicubic", antialias=True)[0]
     if target == (size, size):
         return resized
-    out = picture.new_zeros((3, size, size))
+    out = image.new_zeros((3, size, size))
     (rows, from_rows), (columns, from_columns) = (_overlap(length, size) for length in target)
     out[:, rows, columns] = resized[:, from_rows, from_columns]
     return out
@@ -114,31 +114,31 @@ def _overlap(length: int, size: int) -> tuple[slice, slice]:
     return slice(-offset, length - offset), slice(0, length)
 
 
-def _multiply(picture: Tensor, boxes: Tensor, size: int, shape: str) -> Tensor:
+def _multiply(image: Tensor, boxes: Tensor, size: int, shape: str) -> Tensor:
     """All crops by two matrix products, columns first and rounded in between, as Pillow does it."""
     targets = torch.tensor([_target(y2 - y1, x2 - x1, size, shape) for x1, y1, x2, y2 in boxes.tolist()]).to(
         boxes.device
     )
-    rows = _weights(boxes[:, 1], boxes[:, 3], targets[:, 0], size, picture.shape[1])
-    columns = _weights(boxes[:, 0], boxes[:, 2], targets[:, 1], size, picture.shape[2])
-    pixels = picture.to(rows.dtype)
+    rows = _weights(boxes[:, 1], boxes[:, 3], targets[:, 0], size, image.shape[1])
+    columns = _weights(boxes[:, 0], boxes[:, 2], targets[:, 1], size, image.shape[2])
+    pixels = image.to(rows.dtype)
     narrow = torch.einsum("nsw,chw->nchs", columns, pixels).round().clamp(0, 255)
     crops = torch.einsum("nth,nchs->ncts", rows, narrow)
     return crops.round().clamp(0, 255).to(torch.uint8)
 
 
 def _weights(first: Tensor, last: Tensor, target: Tensor, size: int, limit: int) -> Tensor:
-    """The bicubic filter as matrices, float32 [N, size, limit]: rows for results, columns for the picture's pixels.
+    """The bicubic filter as matrices, float32 [N, size, limit]: rows for results, columns for the image's pixels.
 
     Pillow's: the filter (a = -1/2) is stretched by the factor of a reduction, its weights are normalised over the
-    pixels of the box; those of them outside of the picture are black, so their weights are left out afterwards.
+    pixels of the box; those of them outside of the image are black, so their weights are left out afterwards.
     """
     offsets = torch.tensor([_offset(length, size) for length in target.tolist()], device=first.device)
     places = torch.arange(size, device=first.device) + offsets[:, None]
     step = ((last - first).double() / target)[:, None]
     stretch = step.clamp(min=1.0)
     centres = (places + 0.5) * step
-    # All pixels of the box, inside the picture or not, take part in the normalisation.
+    # All pixels of the box, inside the image or not, take part in the normalisation.
     longest = int((last - first).max())
     pixels = torch.arange(longest, device=first.device)
     distance = (pixels + 0.5 - centres[:, :, None]) / stretch[:, :, None]

@@ -1,7 +1,7 @@
 """An open_clip model as a folder that transformers opens: ``CLIPModel`` and ``CLIPProcessor``.
 
 The weights are the same ones under other names, with the fused projections of attention split and the two output
-projections transposed; the activation, the sizes and the pictures' transform go into the configs, and the tokenizer's
+projections transposed; the activation, the sizes and the images' transform go into the configs, and the tokenizer's
 files come from open_clip's own list of merges. ``CLIPModel`` is one architecture: a ViT read out at its class token and
 a causal text transformer read out at the end of the text. What it has no place for is refused, by name.
 
@@ -55,7 +55,7 @@ def convert(model: Any, tokenizer: Any) -> tuple[dict[str, Tensor], dict[str, st
     """The weights under transformers' names, and the text files that go beside them.
 
     Raises:
-        SettingError: a model, a tokenizer or a transform of pictures that ``CLIPModel`` and its processor cannot
+        SettingError: a model, a tokenizer or a transform of images that ``CLIPModel`` and its processor cannot
             express; the sentence says what.
     """
     check(model, tokenizer)
@@ -122,26 +122,26 @@ def config(model: Any) -> dict[str, Any]:
     }
 
 
-def preprocessor(pictures: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers' ``CLIPImageProcessor`` for open_clip's description of the pictures' transform."""
-    size = pictures["size"]
+def preprocessor(images: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers' ``CLIPImageProcessor`` for open_clip's description of the images' transform."""
+    size = images["size"]
     side = size if isinstance(size, int) else size[0]
     square = {"height": side, "width": side}
-    shortest = pictures["resize_mode"] == "shortest"
+    shortest = images["resize_mode"] == "shortest"
     return {
         "image_processor_type": "CLIPImageProcessor",
         "processor_class": "CLIPProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": side} if shortest else square,
-        "resample": BILINEAR if pictures["interpolation"] == "bilinear" else BICUBIC,
+        "resample": BILINEAR if images["interpolation"] == "bilinear" else BICUBIC,
         "do_center_crop": shortest,
         "crop_size": square,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(pictures["mean"]),
-        "image_std": list(pictures["std"]),
+        "image_mean": list(images["mean"]),
+        "image_std": list(images["std"]),
     }
 
 
@@ -201,7 +201,7 @@ def _problems(model: Any, tokenizer: Any) -> Iterator[str]:
     if not isinstance(visual, VisionTransformer):
         yield f"an image tower that is a {_kind(visual)}"
     else:
-        yield from _problems_of_pictures(visual)
+        yield from _problems_of_images(visual)
         yield from _problems_of_blocks(visual.transformer, "image tower")
     if not isinstance(model, open_clip.CLIP):
         yield f"a text tower that is a {_kind(getattr(model, 'text', model))}"
@@ -221,12 +221,12 @@ def _problems(model: Any, tokenizer: Any) -> Iterator[str]:
     yield from _problems_of_blocks(model.transformer, "text tower")
 
 
-def _problems_of_pictures(visual: Any) -> Iterator[str]:
-    pictures = visual.preprocess_cfg
+def _problems_of_images(visual: Any) -> Iterator[str]:
+    images = visual.preprocess_cfg
     if visual.image_size[0] != visual.image_size[1] or visual.patch_size[0] != visual.patch_size[1]:
-        yield "pictures or patches that are not square"
-    if pictures["resize_mode"] == "longest":
-        yield "pictures padded to their longest side"
+        yield "images or patches that are not square"
+    if images["resize_mode"] == "longest":
+        yield "images padded to their longest side"
     if visual.attn_pool is not None or visual.pool_type != "tok" or visual.final_ln_after_pool:
         yield "an image tower that is not read out at its class token"
     if isinstance(visual.ln_pre, nn.Identity):

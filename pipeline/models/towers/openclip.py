@@ -91,9 +91,9 @@ def create(
 
     ``pretrained`` is a tag of the architecture, or a path or URI of a weights file or of a checkpoint folder.
     ``pretrained_towers`` starts towers of timm and Hugging Face from their own weights. ``load=False`` builds the
-    modules alone. ``preprocess`` overrides size, mean, std and so on of the pictures. ``logit_bias`` adds the parameter
+    modules alone. ``preprocess`` overrides size, mean, std and so on of the images. ``logit_bias`` adds the parameter
     of a sigmoid loss, with this value. Where ``image_size`` or ``context_length`` is not that of the weights, open_clip
-    interpolates their positions: pictures' with antialiased bicubic, texts' linearly. ``patch_dropout`` is the share of
+    interpolates their positions: images' with antialiased bicubic, texts' linearly. ``patch_dropout`` is the share of
     patches that is left out in training.
 
     Raises:
@@ -175,7 +175,7 @@ def describe(
 
 
 def preprocessing(model: nn.Module) -> dict[str, Any]:
-    """Size, mean, std, interpolation and resize mode of the pictures that ``model`` takes."""
+    """Size, mean, std, interpolation and resize mode of the images that ``model`` takes."""
     return dict(cast(Any, model).visual.preprocess_cfg)
 
 
@@ -249,14 +249,14 @@ def encode_text(model: Any, text: Tensor) -> Tensor:
 
 
 def _find(architecture: str, config: Mapping[str, Any], pretrained: str) -> tuple[str, Mapping[str, Any]]:
-    """What open_clip takes for ``pretrained`` (a tag or a local file), and the pictures it was trained on."""
+    """What open_clip takes for ``pretrained`` (a tag or a local file), and the images it was trained on."""
     place = _place(architecture, config, pretrained)
     if place is None:
         return pretrained, {}
     folder, name = place
     card = json.loads(folder.read_bytes(MODEL_CARD)) if folder.exists(MODEL_CARD) else {}
-    pictures = {key: value for key, value in card.get("preprocess_cfg", {}).items() if key != "size"}
-    return str(FileCache().fetch(folder, name)), pictures
+    images = {key: value for key, value in card.get("preprocess_cfg", {}).items() if key != "size"}
+    return str(FileCache().fetch(folder, name)), images
 
 
 def _place(architecture: str, config: Mapping[str, Any], pretrained: str) -> tuple[Folder, str] | None:

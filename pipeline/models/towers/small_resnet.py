@@ -1,4 +1,4 @@
-"""A narrow ResNet for detectors of small pictures that train in minutes on a CPU.
+"""A narrow ResNet for detectors of small images that train in minutes on a CPU.
 
 One basic block in each of the four stages, half of ResNet-18's depth and a quarter to a half of its width, behind a
 stem of three small convolutions. timm builds it (``timm.create_model``) and finds it under the name

@@ -1,4 +1,4 @@
-"""A CLIP that another one learns from: its towers, which do not learn, on the same pictures and tokens."""
+"""A CLIP that another one learns from: its towers, which do not learn, on the same images and tokens."""
 
 from collections.abc import Mapping
 from typing import Any, Self
@@ -25,11 +25,11 @@ class Teacher(nn.Module):
         super().__init__()
         self.model: Any = openclip.create(*_parsed(address))
         self.cuts_text = openclip.end_of_text(self.model, openclip.tokenizer(_parsed(address)[0])) is not None
-        pictures = openclip.preprocessing(self.model)
-        size = pictures["size"]
+        images = openclip.preprocessing(self.model)
+        size = images["size"]
         self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-        self.register_buffer("mean", torch.tensor(pictures["mean"]).view(1, 3, 1, 1) * 255)
-        self.register_buffer("std", torch.tensor(pictures["std"]).view(1, 3, 1, 1) * 255)
+        self.register_buffer("mean", torch.tensor(images["mean"]).view(1, 3, 1, 1) * 255)
+        self.register_buffer("std", torch.tensor(images["std"]).view(1, 3, 1, 1) * 255)
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Self:
@@ -44,12 +44,12 @@ class Teacher(nn.Module):
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 [B, 3, H, W] and int64 tokens [B, L] to float32 [B, D] of both, whose products are its logits.
 
-        Pictures of another size than its own are resized; texts are as the student's tokenizer gives them.
+        Images of another size than its own are resized; texts are as the student's tokenizer gives them.
         """
-        pictures = image.float()
-        if pictures.shape[-2:] != self.size:
-            pictures = functional.interpolate(pictures, self.size, mode="bicubic", antialias=True).clamp(0, 255)
-        images = self.model.encode_image((pictures - self.mean) / self.std)
+        pixels = image.float()
+        if pixels.shape[-2:] != self.size:
+            pixels = functional.interpolate(pixels, self.size, mode="bicubic", antialias=True).clamp(0, 255)
+        images = self.model.encode_image((pixels - self.mean) / self.std)
         if not self.cuts_text:
             text = functional.pad(text, (0, self.model.context_length - text.shape[1]))
         texts = openclip.encode_text(self.model, text)

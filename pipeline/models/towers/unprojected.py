@@ -1,4 +1,4 @@
-"""What an image tower of open_clip knows of a picture before it is projected into the space shared with texts."""
+"""What an image tower of open_clip knows of an image before it is projected into the space shared with texts."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from pipeline.config import require
 
 
 def unprojected_width(visual: nn.Module) -> int:
-    """The length of what :func:`unprojected` gives for a picture.
+    """The length of what :func:`unprojected` gives for an image.
 
     Raises:
         SettingError: a tower whose projection is not known here.

@@ -1,4 +1,4 @@
-"""Pictures of digits: OpenCV's stroke fonts, and the scans that scikit-learn ships.
+"""Images of digits: OpenCV's stroke fonts, and the scans that scikit-learn ships.
 
 Digits stand in no caption of this world, so a model pre-trained on it has no word for them. They are as clean and
 centred as handwriting sets are: a linear model on their pixels does well.

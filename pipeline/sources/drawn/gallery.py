@@ -57,12 +57,12 @@ def scenes_page(split: str = "train", count: int = 12, size: int = 256, seed: in
 def sets_page(columns: int = 10, size: int = 96, seed: int = 0) -> Pixels:
     """One row per split: its first samples, with their labels."""
     rows = []
-    for split in (*sets.RECIPES, *sets.PICTURE_SETS):
+    for split in (*sets.RECIPES, *sets.IMAGE_SETS):
         cells = []
         for index in range(columns):
             sample = draw_sample(split, seed, index, size)
-            picture = simplejpeg.decode_jpeg(sample.image)
-            cells.append(np.vstack([picture, _label(str(sample.columns["label"]), size, 16, 0.3)]))
+            image = simplejpeg.decode_jpeg(sample.image)
+            cells.append(np.vstack([image, _label(str(sample.columns["label"]), size, 16, 0.3)]))
         rows.append(np.hstack([_label(split, 130, size + 16), *cells]))
     return np.vstack(rows)
 
@@ -84,27 +84,27 @@ def _posed(look: Look, style: str, size: int, draws: Draws) -> Pixels:
 
 def _explained(split: str, index: int, size: int, seed: int) -> Pixels:
     scene = sets.scene_of(split, Draws(seed, split, index, "scene"), index, size)
-    picture = render(scene, Draws(seed, split, index, "render"))
+    image = render(scene, Draws(seed, split, index, "render"))
     record, _ = describe_scene(split, seed, index, scene)
     for thing in record["objects"]:
-        _outline(picture, thing)
+        _outline(image, thing)
     text = np.full((120, 5 * size // 2, 3), 255, np.uint8)
     _write_caption(text, record)
     wide = np.full((size, 5 * size // 2, 3), 255, np.uint8)
-    wide[:, :size] = picture
+    wide[:, :size] = image
     _write_objects(wide, record, size)
     return np.vstack([wide, text])
 
 
-def _outline(picture: Pixels, thing: Record) -> None:
+def _outline(image: Pixels, thing: Record) -> None:
     """Mask edge, box and id, in the colour of the id."""
     colour = _MARKS[thing["id"] % len(_MARKS)]
     mask = np.ascontiguousarray(mask_from_runs(thing["segmentation"])).astype(np.uint8)
     contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    cv2.drawContours(picture, contours, -1, colour, 1)
+    cv2.drawContours(image, contours, -1, colour, 1)
     x, y, width, height = thing["bbox"]
-    cv2.rectangle(picture, (x, y), (x + width - 1, y + height - 1), colour, 1)
-    cv2.putText(picture, str(thing["id"]), (x + 2, y + 11), _FONT, 0.4, colour, 1, cv2.LINE_AA)
+    cv2.rectangle(image, (x, y), (x + width - 1, y + height - 1), colour, 1)
+    cv2.putText(image, str(thing["id"]), (x + 2, y + 11), _FONT, 0.4, colour, 1, cv2.LINE_AA)
 
 
 def _write_objects(wide: Pixels, record: Record, left: int) -> None:

@@ -1,4 +1,4 @@
-"""From a scene to pixels: ground, clutter, things, and then what the style does to a picture.
+"""From a scene to pixels: ground, clutter, things, and then what the style does to an image.
 
 All drawing is OpenCV's; Python touches shapes, never pixels. Images are uint8 [size, size, 3], RGB.
 """
@@ -33,7 +33,7 @@ def render(scene: Scene, draws: Draws) -> Pixels:
 
 
 def encode(image: Pixels, draws: Draws) -> tuple[bytes, int]:
-    """The picture as a JPEG, and its quality: 35..95, better ones oftener, coarse ones with halved colour."""
+    """The image as a JPEG, and its quality: 35..95, better ones oftener, coarse ones with halved colour."""
     quality = 35 + round(60 * math.sqrt(draws.random()))
     subsampling = "444" if quality >= 88 else "420"
     return simplejpeg.encode_jpeg(image, quality=quality, colorspace="RGB", colorsubsampling=subsampling), quality
@@ -54,7 +54,7 @@ def paint_ground(ground: str, style: str, size: int, draws: Draws) -> Pixels:
 
 
 def finish(image: Pixels, style: str, draws: Draws) -> Pixels:
-    """What the style does to the whole picture."""
+    """What the style does to the whole image."""
     if style == "photo":
         return _photographed(image, draws)
     if style == "low contrast":

@@ -1,4 +1,4 @@
-"""One sample of a split: the picture, its caption, its columns and what is known of it."""
+"""One sample of a split: the image, its caption, its columns and what is known of it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,14 +44,14 @@ class Sample:
 def columns_of(split: str) -> Mapping[str, type]:
     """Names and types of the columns of a split's samples."""
     name = sets.recipe_name(split)
-    if name in sets.PICTURE_SETS:
+    if name in sets.IMAGE_SETS:
         return DIGIT_COLUMNS
     return RELATION_COLUMNS if name == "relations" else SCENE_COLUMNS
 
 
 def draw_sample(split: str, seed: int, index: int, size: int, captions: int = 1, questions: int = 4) -> Sample:
     """Sample ``index`` of ``split``: the same bytes whoever asks, and whatever was asked before."""
-    if sets.recipe_name(split) in sets.PICTURE_SETS:
+    if sets.recipe_name(split) in sets.IMAGE_SETS:
         return _draw_digit(split, seed, index, size)
     scene = sets.scene_of(split, Draws(seed, split, index, "scene"), index, size)
     brush = Draws(seed, split, index, "render")
@@ -119,10 +119,10 @@ def _draw_digit(split: str, seed: int, index: int, size: int) -> Sample:
     brush = Draws(seed, split, index, "render")
     if sets.recipe_name(split) == "digits_real":
         number = digits.scans(split.endswith("_train"))[index]
-        (picture, label), font = digits.real_digit(number, size), "scan"
+        (pixels, label), font = digits.real_digit(number, size), "scan"
     else:
         label = str(sets.wanted_class(split, index))
-        picture, font = digits.render_digit(label, size, brush)
-    image, _ = encode(picture, brush)
+        pixels, font = digits.render_digit(label, size, brush)
+    image, _ = encode(pixels, brush)
     columns: dict[str, Value] = {"index": index, "split": split, "label": label, "font": font}
     return Sample(image, f"the digit {label}", columns, None)

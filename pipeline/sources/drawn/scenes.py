@@ -86,7 +86,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """``things`` from the farthest to the nearest; ``main`` is the index of the one that the picture is about."""
+    """``things`` from the farthest to the nearest; ``main`` is the index of the one that the image is about."""
 
     size: int
     style: str
@@ -295,7 +295,7 @@ def _place(
 
 
 def _fitting_pose(draws: Draws, look: Look, size: int) -> Pose:
-    """A pose of the look's size whose outline fits the picture with a pixel to spare on each side."""
+    """A pose of the look's size whose outline fits the image with a pixel to spare on each side."""
     pose = sample_pose(draws, look.shape, draws.uniform(*world.RADII[look.size]) * size)
     reach = float(np.abs(outline_of(look.shape, look.variant).points @ pose.matrix().T).max()) + 2.0
     return pose if reach <= size / 2 else replace(pose, radius=pose.radius * (size / 2 - 2.0) / reach)
@@ -312,7 +312,7 @@ def _spot(
 ) -> tuple[float, float]:
     """Where to try a thing; ``first`` is the centre of the one that it is arranged with."""
     if first is None:
-        # People put what a picture is about near its middle.
+        # People put what an image is about near its middle.
         spot = [size * (0.5 + _OFF_CENTRE * draws.normal()) for _ in range(2)]
     else:
         spot = [_between(draws, reach[axis], size - reach[axis]) for axis in (0, 1)]

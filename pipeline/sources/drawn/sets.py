@@ -69,8 +69,8 @@ RECIPES: dict[str, Recipe] = {
     ),
     "aerial": replace(_ONE, classes=AERIAL_CLASSES),
 }
-PICTURE_SETS = {"digits": DIGIT_CLASSES, "digits_real": DIGIT_CLASSES}
-"""Sets without a scene: pictures of a class and nothing else."""
+IMAGE_SETS = {"digits": DIGIT_CLASSES, "digits_real": DIGIT_CLASSES}
+"""Sets without a scene: images of a class and nothing else."""
 
 SMALL_SETS = (
     "shapes", "colours", "textures", "counting", "relations", "fine_grained", "aerial", "styles",
@@ -78,7 +78,7 @@ SMALL_SETS = (
 )  # fmt: skip
 SPLITS = (
     *RECIPES,
-    *PICTURE_SETS,
+    *IMAGE_SETS,
     *(f"{name}_train" for name in (*SMALL_SETS, "base")),
 )
 
@@ -91,8 +91,8 @@ def recipe_name(split: str) -> str:
 def classes_of(split: str) -> tuple[str, ...]:
     """The class names that a split's labels are to be told from; for train, val and rare, all shapes."""
     name = recipe_name(split)
-    if name in PICTURE_SETS:
-        return PICTURE_SETS[name]
+    if name in IMAGE_SETS:
+        return IMAGE_SETS[name]
     if name in ("held_out_pairs", "seen_pairs"):
         return PAIR_CLASSES
     if name == "rare":
@@ -103,7 +103,7 @@ def classes_of(split: str) -> tuple[str, ...]:
 def wanted_class(split: str, index: int) -> str | None:
     """The class that sample ``index`` of a split shows; None where classes come as they occur."""
     name = recipe_name(split)
-    classes = PICTURE_SETS[name] if name in PICTURE_SETS else RECIPES[name].classes
+    classes = IMAGE_SETS[name] if name in IMAGE_SETS else RECIPES[name].classes
     return classes[index % len(classes)] if classes else None
 
 

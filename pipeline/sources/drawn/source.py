@@ -22,7 +22,7 @@ SIZES = (64, 512)
 class Drawn:
     """Samples ``first`` to ``first + samples - 1`` of a split.
 
-    Rows carry the picture as JPEG and, in ``boxes.json``, what :mod:`~pipeline.sources.drawn.truth` describes.
+    Rows carry the image as JPEG and, in ``boxes.json``, what :mod:`~pipeline.sources.drawn.truth` describes.
     """
 
     kind: ClassVar[str] = "drawn"

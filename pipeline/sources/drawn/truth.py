@@ -1,13 +1,13 @@
 """What is known of a sample, as the JSON of its member ``boxes.json``.
 
-    {"version": 2, "width": 128, "height": 128,          pixels of the picture that the boxes and masks are measured in
+    {"version": 2, "width": 128, "height": 128,          pixels of the image that the boxes and masks are measured in
      "objects": [{"id": 0, "label": "star", "variant": "six-pointed star" or null, "supercategory": "symbol",
                   "colour": "red", "texture": "plain", "size": "large",
                   "bbox": [x, y, width, height],         COCO's convention: pixels, top left, around the visible part
                   "area": 812, "occlusion": 0.12,        visible pixels; hidden fraction of the object's own pixels
                   "depth": 0,                            from the back: 0 is the farthest; equal to id
                   "segmentation": {"size": [height, width], "counts": [...]}}],
-     "main": 0,                                          the object that the picture is about
+     "main": 0,                                          the object that the image is about
      "caption": "...", "caption_true": true,
      "phrases": [{"start": 2, "end": 10, "text": "red star", "kind": "object", "objects": [0]}],
      "more_captions": [{"caption": ..., "caption_true": ..., "phrases": ...}],

@@ -1,7 +1,7 @@
 """The grammar: captions as people leave them on the web, with the exact place of every phrase.
 
 A caption aims at a length drawn from a log-normal law and adds fragments until it is there: an opening ("a photo of"),
-what the picture shows, where, how things stand, what has nothing to do with it. Attributes are left out more often than
+what the image shows, where, how things stand, what has nothing to do with it. Attributes are left out more often than
 they are named. A phrase refers to every object that fits its words, which is what makes it checkable.
 """
 
@@ -73,7 +73,7 @@ class Phrase:
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """``truthful`` is False for one that describes another picture or none; it has no phrases."""
+    """``truthful`` is False for one that describes another image or none; it has no phrases."""
 
     text: str
     truthful: bool = True
@@ -253,7 +253,7 @@ def _open(line: _Line, scene: Scene, draws: Draws) -> None:
 
 
 def _tell(line: _Line, scene: Scene, draws: Draws, bare: bool, target: int, named: bool) -> None:
-    """What the picture shows: its main thing, or all things of that kind when there are several."""
+    """What the image shows: its main thing, or all things of that kind when there are several."""
     look = scene.things[scene.main].look
     said = describe(look, draws, named, keen=1.15 if target < 4 else 1.0)
     if target <= 2 and not said.adjectives and " " not in said.noun:
@@ -373,7 +373,7 @@ def _dress(line: _Line, draws: Draws) -> Caption:
 
 
 def _wrong_caption(scene: Scene, draws: Draws) -> Caption:
-    """Text about nothing, or about shapes that are not in the picture."""
+    """Text about nothing, or about shapes that are not in the image."""
     if draws.chance(0.4):
         return Caption(_dress(_Line(draws.pick(UNRELATED)), draws).text, truthful=False)
     target = min(max(_MEDIAN_WORDS * math.exp(_SPREAD * draws.normal()), SHORTEST), LONGEST)

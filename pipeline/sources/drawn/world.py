@@ -16,7 +16,7 @@ OCCLUSION_CAP = 0.4
 """No object is hidden by others by more than this fraction of its own pixels."""
 
 WRONG_CAPTIONS = 0.05
-"""The share of training captions that describe another picture, or no picture at all."""
+"""The share of training captions that describe another image, or no image at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ SIZES: tuple[Word, ...] = (
     Word(name="large", words=("large", "big", "huge")),
 )
 RADII = {"small": (0.09, 0.125), "medium": (0.18, 0.25), "large": (0.32, 0.4)}
-"""Radius as a fraction of the picture's side."""
+"""Radius as a fraction of the image's side."""
 
 STYLES: tuple[Word, ...] = (
     Word(name="flat", words=("a flat drawing of", "clip art of", "an icon of", "an illustration of")),
@@ -164,7 +164,7 @@ NOVEL_SHAPES = ("polygon", "arrow", "house", "crescent", "bolt", "key")
 """Known from captions only; boxes, masks and few-shot labels exist for the other 18. Spread over the frequencies."""
 
 UNSEEN_STYLE = "sketch"
-"""The style that no training picture has."""
+"""The style that no training image has."""
 
 RARE_SHAPES = SHAPE_NAMES[-3:]
 """The rarest tenth of the shapes (rounded up)."""
@@ -228,7 +228,7 @@ def novel_shapes() -> tuple[str, ...]:
 
 
 def seen_styles() -> tuple[str, ...]:
-    """The styles of the training pictures."""
+    """The styles of the training images."""
     return tuple(style for style in STYLE_NAMES if style != UNSEEN_STYLE)
 
 

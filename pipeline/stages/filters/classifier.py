@@ -2,7 +2,7 @@
 
 ``--classifier package.module:function`` names a function of one batch of at most 256 samples that returns one float per
 sample: float32 [n]. With ``classifier_input`` "embeddings" it gets the image embeddings, L2-normalised float32 [n, D],
-from the sidecar ``embeddings``; with "pictures" a list of n encoded pictures (bytes). It is imported in every worker,
+from the sidecar ``embeddings``; with "pictures" a list of n encoded images (bytes). It is imported in every worker,
 so it has to be importable there (``ray job submit --working-dir .`` takes the working folder along), and it should
 load its weights once, outside the function. LAION-5B's own thresholds (arXiv 2210.08402): unsafe from 0.5 on, aesthetic
 from 5 on.
@@ -75,11 +75,11 @@ class Classifier(Filter):
                 rows = np.arange(start, start + len(there))
                 yield rows, embeddings.image[rows[there]], there
             return
-        pictures = view.pictures()
+        images = view.images()
         for start in range(0, len(view), BATCH):
-            batch = [picture for picture, _ in zip(pictures, range(min(BATCH, len(view) - start)), strict=False)]
-            there = np.array([picture is not None for picture in batch], bool)
-            yield np.arange(start, start + len(batch)), [picture for picture in batch if picture is not None], there
+            batch = [image for image, _ in zip(images, range(min(BATCH, len(view) - start)), strict=False)]
+            there = np.array([image is not None for image in batch], bool)
+            yield np.arange(start, start + len(batch)), [image for image in batch if image is not None], there
 
 
 @functools.cache

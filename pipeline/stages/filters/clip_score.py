@@ -1,4 +1,4 @@
-"""How well picture and caption fit: the cosine of their CLIP embeddings.
+"""How well image and caption fit: the cosine of their CLIP embeddings.
 
 LAION-400M kept pairs from 0.3 on (Schuhmann et al., 2021, arXiv 2111.02114), LAION-5B's English part from 0.28 on
 (2022, arXiv 2210.08402), both with OpenAI's ViT-B/32; other models have other scales. DataComp keeps the best part

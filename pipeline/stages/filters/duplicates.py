@@ -1,8 +1,8 @@
-"""Exact duplicates: pictures with the same SHA-256; the first in the snapshot's order is kept.
+"""Exact duplicates: images with the same SHA-256; the first in the snapshot's order is kept.
 
 Every shard writes the first 16 bytes of its digests, sorted into bins; a part of the bins is then merged over all
 shards by sorting. A part holds about ``PART_ROWS`` samples, so memory does not grow with the data set: some 2 GB,
-by arithmetic. That two of 5 billion pictures share 16 bytes by chance has a probability of 4e-20.
+by arithmetic. That two of 5 billion images share 16 bytes by chance has a probability of 4e-20.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ Positions = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class ExactDuplicates(Filter):
-    """Drop pictures that came before: ``duplicate``."""
+    """Drop images that came before: ``duplicate``."""
 
     name: ClassVar[str] = "exact_duplicates"
     scratch: ClassVar[tuple[str, ...]] = ("digests",)

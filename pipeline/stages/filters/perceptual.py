@@ -1,8 +1,8 @@
-"""Near duplicates by perceptual hash: pictures that look the same at 32 pixels.
+"""Near duplicates by perceptual hash: images that look the same at 32 pixels.
 
 The hash is the 64-bit DCT hash of Zauner (2010, "Implementation and benchmarking of perceptual image hash functions"),
-as the imagehash package has it: of the 32×32 grey picture's cosine transform the 8×8 lowest frequencies, one bit each
-for above their median. Two pictures are near where at most ``max_hamming`` bits differ; clusters are what such pairs
+as the imagehash package has it: of the 32×32 grey image's cosine transform the 8×8 lowest frequencies, one bit each
+for above their median. Two images are near where at most ``max_hamming`` bits differ; clusters are what such pairs
 join, and the first of a cluster in the snapshot's order is kept. (The threshold is no paper's number.)
 
 Pairs are found without comparing all: the bits are cut into blocks, and two hashes that differ in d bits agree in all
@@ -38,7 +38,7 @@ Hashes = NDArray[np.uint64]
 
 @dataclass(frozen=True, kw_only=True)
 class PerceptualDuplicates(Filter):
-    """Drop pictures that look like an earlier one: ``near_duplicate``. Those that cannot be decoded stay."""
+    """Drop images that look like an earlier one: ``near_duplicate``. Those that cannot be decoded stay."""
 
     name: ClassVar[str] = "near_duplicates"
     scratch: ClassVar[tuple[str, ...]] = ("hashes", "distinct", "pairs")
@@ -88,7 +88,7 @@ class PerceptualDuplicates(Filter):
 
 
 def perceptual_hashes(grey: NDArray[np.uint8]) -> Hashes:
-    """Hashes uint64 [n] of grey pictures uint8 [n, 32, 32]; the first bit is the mean's."""
+    """Hashes uint64 [n] of grey images uint8 [n, 32, 32]; the first bit is the mean's."""
     low = _COSINES @ grey.astype(np.float64) @ _COSINES.T
     flat = low.reshape(len(grey), LOW * LOW)
     bits = flat > np.median(flat, axis=1, keepdims=True)
@@ -97,7 +97,7 @@ def perceptual_hashes(grey: NDArray[np.uint8]) -> Hashes:
 
 
 def grey_thumbnail(image: bytes) -> NDArray[np.uint8] | None:
-    """The picture as uint8 [32, 32]; ``None`` where it cannot be decoded or is too large."""
+    """The image as uint8 [32, 32]; ``None`` where it cannot be decoded or is too large."""
     try:
         header = read_header(image)
     except SampleError:
@@ -174,7 +174,7 @@ def _steps(keys: Hashes) -> Iterator[tuple[Positions, Positions]]:
 def _hashes(view: ShardView) -> pa.Table:
     hashes, places = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
     batch: list[tuple[int, NDArray[np.uint8]]] = []
-    for place, image in zip(view.positions, view.pictures(), strict=True):
+    for place, image in zip(view.positions, view.images(), strict=True):
         small = None if image is None else grey_thumbnail(image)
         if small is not None:
             batch.append((int(place), small))

@@ -31,7 +31,7 @@ BLOCK = 1_024
 
 @dataclass(frozen=True, kw_only=True)
 class SemanticDuplicates(Filter):
-    """Drop pictures that show what another one shows: ``semantic_duplicate``; ``no_embedding`` where there is none."""
+    """Drop images that show what another one shows: ``semantic_duplicate``; ``no_embedding`` where there is none."""
 
     name: ClassVar[str] = "semantic_duplicates"
     scratch: ClassVar[tuple[str, ...]] = ("assigned",)

@@ -1,6 +1,6 @@
-"""Size and aspect of pictures, as DataComp's basic filter has them (Gadre et al., 2023, arXiv 2304.14108).
+"""Size and aspect of images, as DataComp's basic filter has them (Gadre et al., 2023, arXiv 2304.14108).
 
-Kept are pictures whose shorter side is at least 200 pixels and whose sides differ by a factor of at most 3, as they
+Kept are images whose shorter side is at least 200 pixels and whose sides differ by a factor of at most 3, as they
 were found on the web where the shard knows that, otherwise as they are stored.
 """
 
@@ -16,13 +16,13 @@ from pipeline.stages.filters.view import ShardView
 
 @dataclass(frozen=True, kw_only=True)
 class Size(Filter):
-    """Drop small and stretched pictures: ``small``, ``aspect``."""
+    """Drop small and stretched images: ``small``, ``aspect``."""
 
     name: ClassVar[str] = "size"
     min_side: int = 200
     max_aspect: float = 3.0
     stored_size: bool = False
-    """Judge the stored picture, not the one that was downloaded."""
+    """Judge the stored image, not the one that was downloaded."""
 
     def check(self) -> None:
         """Bounds that leave something."""
@@ -30,7 +30,7 @@ class Size(Filter):
         require(self.max_aspect >= 1, "max_aspect", self.max_aspect, "1 or more")
 
     def judge(self, view: ShardView, step: Step) -> Verdict:
-        """By width and height alone; pictures are not decoded."""
+        """By width and height alone; images are not decoded."""
         sizes = view.sizes(original=not self.stored_size)
         shorter, longer = sizes.min(axis=1, initial=1 << 40), sizes.max(axis=1, initial=0)
         aspect = longer / np.maximum(shorter, 1)

@@ -1,4 +1,4 @@
-"""What a filter sees of a shard: captions, sizes, digests, pictures and embeddings of the samples still in.
+"""What a filter sees of a shard: captions, sizes, digests, images and embeddings of the samples still in.
 
 Columns come from the shard's parquet where it has one, which costs a small read; otherwise from the tar.
 """
@@ -89,20 +89,20 @@ class ShardView:
         return found
 
     def sizes(self, original: bool = True) -> NDArray[np.int64]:
-        """Width and height int64 [n, 2], of the picture as it was found (if known) or as it is stored; 0: unknown."""
+        """Width and height int64 [n, 2], of the image as it was found (if known) or as it is stored; 0: unknown."""
         prefix = "original_" if original and self._stored.has("original_width") else ""
         pairs = [self._rows(f"{prefix}{side}") or [0] * len(self) for side in ("width", "height")]
         return np.array([[value or 0 for value in one] for one in pairs], np.int64).T.reshape(len(self), 2)
 
     def digests(self) -> list[bytes]:
-        """SHA-256 [n] of the pictures as they were downloaded (if the shard knows them) or as they are stored."""
+        """SHA-256 [n] of the images as they were downloaded (if the shard knows them) or as they are stored."""
         known = self._rows("sha256") if self._stored.has("sha256") else None
         if known is not None and all(known):
             return [bytes.fromhex(text) for text in known]
-        return [hashlib.sha256(picture or b"").digest() for picture in self.pictures()]
+        return [hashlib.sha256(image or b"").digest() for image in self.images()]
 
-    def pictures(self) -> Iterator[bytes | None]:
-        """Encoded pictures, one per sample in order; ``None`` for a sample without.
+    def images(self) -> Iterator[bytes | None]:
+        """Encoded images, one per sample in order; ``None`` for a sample without.
 
         Raises:
             DataError: the tar's keys are not those of the shard's parquet.

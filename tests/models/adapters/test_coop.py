@@ -1,4 +1,4 @@
-"""CoOp and CoCoOp against the papers' plain computation: 77 tokens for every class, and for every picture."""
+"""CoOp and CoCoOp against the papers' plain computation: 77 tokens for every class, and for every image."""
 
 from collections.abc import Callable
 
@@ -103,7 +103,7 @@ def plain_cocoop(clip: FrozenClip, context: Tensor, net: nn.Module, images: Tens
 
 
 @pytest.mark.parametrize("at_once", [None, 2])
-def test_cocoop_in_a_batch_is_the_loop_over_pictures(clip: FrozenClip, images: Tensor, at_once: int | None) -> None:
+def test_cocoop_in_a_batch_is_the_loop_over_images(clip: FrozenClip, images: Tensor, at_once: int | None) -> None:
     adapter = cocoop.CoCoOp(cocoop.Config(classes_at_once=at_once), clip, NAMES, ()).double()
     labels = torch.tensor([0, 1, 2, 3, 4, 0])
     loss = adapter.loss(images, labels)

@@ -51,7 +51,7 @@ def hooked(clip: FrozenClip, text: Sequence[Tensor], vision: Sequence[Tensor]) -
 
 
 def plain_logits(
-    clip: FrozenClip, first: Tensor, deep: Sequence[Tensor], vision: Sequence[Tensor], pictures: Tensor
+    clip: FrozenClip, first: Tensor, deep: Sequence[Tensor], vision: Sequence[Tensor], images: Tensor
 ) -> Tensor:
     """Logits with "a photo of a NAME." whose first words are overwritten by ``first``."""
     model = clip.model
@@ -61,27 +61,27 @@ def plain_logits(
     prompts = torch.cat([embedded[:, :1], rows, embedded[:, 1 + len(first) :]], 1) + model.positional_embedding
     with hooked(clip, deep, vision):
         hidden = model.transformer(prompts, attn_mask=model.attn_mask)
-        images = model.visual(clip.normalised(pictures).double())
+        features = model.visual(clip.normalised(images).double())
     ends = tokens.argmax(dim=-1)
     texts = model.ln_final(hidden)[torch.arange(len(tokens)), ends] @ model.text_projection
-    return clip.scale * functional.normalize(images, dim=-1) @ functional.normalize(texts, dim=-1).T
+    return clip.scale * functional.normalize(features, dim=-1) @ functional.normalize(texts, dim=-1).T
 
 
 @pytest.fixture
-def pictures() -> Tensor:
+def images() -> Tensor:
     return torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize("depth", [1, 3, 4])
 @pytest.mark.parametrize("at_once", [None, 2])
-def test_maple_is_the_plain_computation(clip: FrozenClip, pictures: Tensor, depth: int, at_once: int | None) -> None:
+def test_maple_is_the_plain_computation(clip: FrozenClip, images: Tensor, depth: int, at_once: int | None) -> None:
     adapter = maple.MaPLe(maple.Config(depth=depth, classes_at_once=at_once), clip, NAMES, ()).double()
-    logits = adapter.logits(pictures.double())
+    logits = adapter.logits(images.double())
     vision = [
         each(rows)
         for each, rows in zip([adapter.first_map, *adapter.maps], [adapter.context, *adapter.deep], strict=True)
     ]
-    expected = plain_logits(clip, adapter.context, list(adapter.deep), vision, pictures)
+    expected = plain_logits(clip, adapter.context, list(adapter.deep), vision, images)
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
     labels = torch.tensor([0, 1, 2, 3, 4])
     parameters = list(adapter.parameters())
@@ -115,10 +115,10 @@ def test_the_papers_number_of_parameters(make_clip: Callable[..., FrozenClip]) -
     assert count(vpt.VisualPrompts(vpt.Config(), wide, NAMES, ("a photo of a {}.",))) == 12 * 8 * 768
 
 
-def test_the_text_rows_learn_from_the_pictures(clip: FrozenClip, pictures: Tensor) -> None:
+def test_the_text_rows_learn_from_the_images(clip: FrozenClip, images: Tensor) -> None:
     adapter = maple.MaPLe(maple.Config(depth=3), clip, NAMES, ()).double()
     features = adapter.vision.features(
-        clip.normalised(pictures.double()),
+        clip.normalised(images.double()),
         [
             each(rows)
             for each, rows in zip([adapter.first_map, *adapter.maps], [adapter.context, *adapter.deep], strict=True)
@@ -129,24 +129,22 @@ def test_the_text_rows_learn_from_the_pictures(clip: FrozenClip, pictures: Tenso
 
 
 @pytest.mark.parametrize("depths", [(4, 4), (2, 3), (3, 0), (1, 1)])
-def test_independent_rows_are_the_plain_computation(
-    clip: FrozenClip, pictures: Tensor, depths: tuple[int, int]
-) -> None:
+def test_independent_rows_are_the_plain_computation(clip: FrozenClip, images: Tensor, depths: tuple[int, int]) -> None:
     config = ivlp.Config(text_depth=depths[0], vision_depth=depths[1], vision_length=3)
     adapter = ivlp.IndependentPrompts(config, clip, NAMES, ()).double()
-    expected = plain_logits(clip, adapter.context, list(adapter.deep), list(adapter.rows), pictures)
-    torch.testing.assert_close(adapter.logits(pictures.double()), expected, rtol=1e-9, atol=1e-9)
+    expected = plain_logits(clip, adapter.context, list(adapter.deep), list(adapter.rows), images)
+    torch.testing.assert_close(adapter.logits(images.double()), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_visual_rows_are_the_plain_computation(clip: FrozenClip, pictures: Tensor) -> None:
+def test_visual_rows_are_the_plain_computation(clip: FrozenClip, images: Tensor) -> None:
     adapter = vpt.VisualPrompts(vpt.Config(depth=3, length=2), clip, NAMES, ("a photo of a {}.",)).double()
     with hooked(clip, (), list(adapter.rows)):
-        features = clip.model.visual(clip.normalised(pictures).double())
+        features = clip.model.visual(clip.normalised(images).double())
     expected = clip.scale * functional.normalize(features, dim=-1) @ adapter.vectors.double().T
-    torch.testing.assert_close(adapter.logits(pictures.double()), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(adapter.logits(images.double()), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_towers_that_average_do_not_average_the_rows(make_clip: Callable[..., FrozenClip], pictures: Tensor) -> None:
+def test_towers_that_average_do_not_average_the_rows(make_clip: Callable[..., FrozenClip], images: Tensor) -> None:
     """Rows that no attention sees change nothing: here they come in the last layer but after its attention."""
     vision = {"image_size": 64, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16, "pool_type": "avg"}
     averaging = make_clip(vision=vision)
@@ -156,8 +154,8 @@ def test_towers_that_average_do_not_average_the_rows(make_clip: Callable[..., Fr
         nn.init.zeros_(block.attn.out_proj.bias)
     with torch.no_grad():
         tower.rows[0].fill_(50)
-        found = tower.vision.features(averaging.normalised(pictures.double()), list(tower.rows))
-        torch.testing.assert_close(found, averaging.model.visual(averaging.normalised(pictures.double())))
+        found = tower.vision.features(averaging.normalised(images.double()), list(tower.rows))
+        torch.testing.assert_close(found, averaging.model.visual(averaging.normalised(images.double())))
 
 
 def test_towers_without_rows_and_too_many_layers(clip: FrozenClip, make_clip: Callable[..., FrozenClip]) -> None:

@@ -64,7 +64,7 @@ def test_methods_are_found_by_name() -> None:
     [(1.0, 5.5, (96.1108032, 81.0)), (1.17, 1.0, (96.7842744, 81.17))],
 )
 def test_tip_by_hand(alpha: float, beta: float, expected: tuple[float, float]) -> None:
-    """Keys (1, 0) of class 0 and (.6, .8) of class 1; the picture is (.6, .8)."""
+    """Keys (1, 0) of class 0 and (.6, .8) of class 1; the image is (.6, .8)."""
     tip = tip_adapter.TipAdapter(
         tip_adapter.Config(alpha=alpha, beta=beta), stand_in([(0.8, 0.6), (0.0, 1.0)]), TWO, ()
     ).double()
@@ -85,17 +85,17 @@ def test_more_evidence_for_a_class_raises_it() -> None:
 def test_tips_limits() -> None:
     """alpha 0 is CLIP; beta 0 counts shots; a great beta is the nearest neighbour; a shot twice counts twice."""
     clip, few = three(), random_shots(9)
-    pictures = random_shots(20, seed=3).first_view()
+    images = random_shots(20, seed=3).first_view()
 
     def logits(alpha: float, beta: float, of: Shots = few) -> Tensor:
         tip = tip_adapter.TipAdapter(tip_adapter.Config(alpha=alpha, beta=beta), clip, NAMES, ()).double()
         tip.prepare(of)
-        return tip.logits(pictures)
+        return tip.logits(images)
 
-    plain = zero_shot.ZeroShot(zero_shot.Config(), clip, NAMES, ()).logits(pictures)
+    plain = zero_shot.ZeroShot(zero_shot.Config(), clip, NAMES, ()).logits(images)
     torch.testing.assert_close(logits(0, 5.5), plain)
     torch.testing.assert_close(logits(2, 0), plain + 2 * 3)
-    nearest = (functional.normalize(pictures, dim=1) @ functional.normalize(few.first_view(), dim=1).T).argmax(dim=1)
+    nearest = (functional.normalize(images, dim=1) @ functional.normalize(few.first_view(), dim=1).T).argmax(dim=1)
     assert torch.equal((logits(1e250, 400) - plain).argmax(dim=1), few.labels[nearest])
     twice = Shots(torch.cat([few.features, few.features]), torch.cat([few.labels, few.labels]))
     torch.testing.assert_close(logits(1, 3, twice) - plain, 2 * (logits(1, 3) - plain))
@@ -141,14 +141,14 @@ def test_a_trained_cache_begins_as_the_cache_and_has_the_gradient_of_the_paper()
     trained = tip_adapter_f.TipAdapterF(config, clip, NAMES, ()).double()
     still.prepare(few)
     trained.prepare(few)
-    pictures, labels = batch.first_view(), batch.labels
-    torch.testing.assert_close(trained.logits(pictures), still.logits(pictures))
-    trained.loss(pictures, labels).backward()
+    images, labels = batch.first_view(), batch.labels
+    torch.testing.assert_close(trained.logits(images), still.logits(images))
+    trained.loss(images, labels).backward()
     # dLoss / dk_j = alpha beta / B sum_n (p_n[c_j] - y_n[c_j]) A_nj f_n
-    unit = functional.normalize(pictures, dim=1)
+    unit = functional.normalize(images, dim=1)
     weights = torch.exp(-2.5 * (1 - unit @ still.keys.T))
-    error = (still.logits(pictures).softmax(dim=1) - functional.one_hot(labels))[:, few.labels]
-    expected = 1.3 * 2.5 / len(pictures) * (error * weights).T @ unit
+    error = (still.logits(images).softmax(dim=1) - functional.one_hot(labels))[:, few.labels]
+    expected = 1.3 * 2.5 / len(images) * (error * weights).T @ unit
     torch.testing.assert_close(trained.keys.grad, expected)
     assert [name for name, _ in trained.named_parameters()] == ["keys"]
     assert not any(parameter.requires_grad for parameter in still.parameters())
@@ -161,8 +161,8 @@ def test_a_cache_is_restored_whatever_its_size(kind: type[tip_adapter.TipAdapter
     first.prepare(few)
     first.choice.copy_(torch.tensor([2.0, 3.0]))
     second.restore(first.state_dict())
-    pictures = random_shots(5, seed=8).first_view()
-    assert torch.equal(first.logits(pictures), second.logits(pictures))
+    images = random_shots(5, seed=8).first_view()
+    assert torch.equal(first.logits(images), second.logits(images))
     with pytest.raises(SettingError, match="those that it was trained with"):
         first.bind(("x", "y", "z"), ())
 
@@ -209,16 +209,16 @@ def test_clip_adapter_by_hand() -> None:
 
 
 def test_clip_adapters_limits() -> None:
-    pictures = random_shots(10, width=2, classes=2).first_view()
+    images = random_shots(10, width=2, classes=2).first_view()
     clip = zero_shot.ZeroShot(zero_shot.Config(), stand_in([(1, 0), (0, 1)]), TWO, ())
-    torch.testing.assert_close(adapter_by_hand(ratio=0.0).logits(pictures).detach(), clip.logits(pictures))
+    torch.testing.assert_close(adapter_by_hand(ratio=0.0).logits(images).detach(), clip.logits(images))
     alone = adapter_by_hand(ratio=1.0)
     assert alone.visual is not None
-    images = alone.visual(pictures)
-    expected = 100 * functional.normalize(images, dim=1)
-    torch.testing.assert_close(alone.logits(pictures), expected)
+    adapted = alone.visual(images)
+    expected = 100 * functional.normalize(adapted, dim=1)
+    torch.testing.assert_close(alone.logits(images), expected)
     textual = adapter_by_hand(branch="textual", text_ratio=0.0)
-    torch.testing.assert_close(textual.logits(pictures).detach(), clip.logits(pictures))
+    torch.testing.assert_close(textual.logits(images).detach(), clip.logits(images))
 
 
 def test_the_text_branch_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""Small data sets with chosen captions, pictures and columns."""
+"""Small data sets with chosen captions, images and columns."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -27,7 +27,7 @@ def _photograph(number: int, width: int = 96, height: int = 64, quality: int = 9
 
 
 class Dataset:
-    """The ``make_data`` fixture; pictures and embeddings are at hand as well."""
+    """The ``make_data`` fixture; images and embeddings are at hand as well."""
 
     photograph = staticmethod(lambda *options: _photograph(*options))
     add_embeddings = staticmethod(lambda *options, **names: _add_embeddings(*options, **names))
@@ -38,7 +38,7 @@ class Dataset:
     def __call__(
         self,
         captions: Sequence[str],
-        pictures: Sequence[bytes] | None = None,
+        images: Sequence[bytes] | None = None,
         columns: Mapping[str, Sequence[Any]] | None = None,
         per_shard: int = 3,
         table: bool = True,
@@ -50,7 +50,7 @@ class Dataset:
             {"caption": caption, **{name: values[row] for name, values in (columns or {}).items()}}
             for row, caption in enumerate(captions)
         ]
-        images = pictures or [_photograph(row) for row in range(len(captions))]
+        images = images or [_photograph(row) for row in range(len(captions))]
         for number, start in enumerate(range(0, len(rows), per_shard)):
             some = slice(start, start + per_shard)
             shards.append(_shard(folder, number, rows[some], images[some], table))
@@ -102,7 +102,7 @@ def add_embeddings(
 
 @pytest.fixture
 def make_data(tmp_path: Path) -> Dataset:
-    """``make_data(captions, pictures=…, columns=…, per_shard=3, table=True)`` publishes a snapshot."""
+    """``make_data(captions, images=…, columns=…, per_shard=3, table=True)`` publishes a snapshot."""
 
     return Dataset(tmp_path / "data")
 

@@ -59,8 +59,8 @@ def test_exact_duplicates_trust_the_digest_of_the_download(make_data: Any):
 
 
 def test_what_an_earlier_filter_dropped_is_nobodys_original(make_data: Any):
-    pictures = [make_data.photograph(number) for number in (0, 0, 1, 0)]
-    snapshot = make_data(["short", "long enough to stay", "this one stays too", "long enough to stay"], pictures)
+    images = [make_data.photograph(number) for number in (0, 0, 1, 0)]
+    snapshot = make_data(["short", "long enough to stay", "this one stays too", "long enough to stay"], images)
     assert reasons(snapshot, Length(), ExactDuplicates()) == ["length.few_words", "", "", "exact_duplicates.duplicate"]
 
 
@@ -70,7 +70,7 @@ def saved(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def test_hashes_of_small_pictures_are_imagehashs_own():
+def test_hashes_of_small_images_are_imagehashs_own():
     grey = np.random.default_rng(0).integers(0, 256, (200, 32, 32), dtype=np.uint8)
     theirs = [int(str(imagehash.phash(Image.fromarray(one))), 16) for one in grey]
     assert perceptual_hashes(grey).tolist() == theirs
@@ -90,7 +90,7 @@ def test_hashes_of_photographs_are_close_to_imagehashs(make_data: Any):
     assert np.mean(far) <= 2 and max(far) <= 8
 
 
-@pytest.mark.parametrize("data", [b"", b"no picture", saved(np.zeros((4, 4), np.uint8))[:40]])
+@pytest.mark.parametrize("data", [b"", b"no image", saved(np.zeros((4, 4), np.uint8))[:40]])
 def test_what_cannot_be_decoded_has_no_hash(data):
     assert grey_thumbnail(data) is None
 
@@ -125,8 +125,8 @@ def test_pairs_join_to_clusters():
 
 def test_near_duplicates_keep_the_first_of_a_cluster(make_data: Any):
     looks = [(0, 96, 64), (1, 96, 64), (0, 192, 128), (2, 96, 64), (1, 48, 32), (0, 96, 64, 40), (3, 96, 64)]
-    pictures = [make_data.photograph(*look) for look in looks]
-    snapshot = make_data(["a"] * 9, [*pictures, b"broken", b"broken"])
+    images = [make_data.photograph(*look) for look in looks]
+    snapshot = make_data(["a"] * 9, [*images, b"broken", b"broken"])
     assert kept(snapshot, PerceptualDuplicates(max_hamming=6)) == [0, 1, 3, 6, 7, 8]
 
 

@@ -100,8 +100,8 @@ def test_the_snapshot_is_what_the_reasons_say(make_data: Any):
 
 
 def test_duplicates_are_told_with_what_is_kept(make_data: Any):
-    pictures = [make_data.photograph(number) for number in (0, 1, 2, 0, 1, 0)]
-    outcome = filter_snapshot(make_data(["a"] * 6, pictures, per_shard=2), [ExactDuplicates()], HERE)
+    images = [make_data.photograph(number) for number in (0, 1, 2, 0, 1, 0)]
+    outcome = filter_snapshot(make_data(["a"] * 6, images, per_shard=2), [ExactDuplicates()], HERE)
     ((name, table),) = read_duplicates(outcome.snapshot)
     assert name == "exact_duplicates"
     rows = [tuple(row.values()) for row in table.to_pylist()]

@@ -117,14 +117,14 @@ def test_size_uses_what_was_downloaded(make_data: Any):
     assert reasons(snapshot, Size(stored_size=True, min_side=64)) == [""] * 5
 
 
-def test_size_of_a_shard_without_parquet_is_read_from_the_pictures(make_data: Any):
-    pictures = [
+def test_size_of_a_shard_without_parquet_is_read_from_the_images(make_data: Any):
+    images = [
         make_data.photograph(0, 200, 200),
         make_data.photograph(1, 100, 300),
-        b"no picture",
+        b"no image",
         make_data.photograph(2, 700, 210),
     ]
-    found = reasons(make_data(["a"] * 4, pictures, table=False), Size())
+    found = reasons(make_data(["a"] * 4, images, table=False), Size())
     assert found == ["", "size.small", "size.small", "size.aspect"]
 
 
@@ -141,15 +141,15 @@ def test_a_view_reads_the_same_from_parquet_and_tar(make_data: Any, tmp_path):
         assert [int(value) for value in view.column("number")] == [5, 6, 7]
         some = view.narrowed(np.array([True, False, True]))
         assert some.captions() == ["a", "c"] and some.positions.tolist() == [0, 2]
-        assert list(some.pictures()) == [make_data.photograph(0), make_data.photograph(2)]
+        assert list(some.images()) == [make_data.photograph(0), make_data.photograph(2)]
         with pytest.raises(DataError, match="no column 'colour'; it has"):
             view.column("colour")
     assert views[0].keys() == views[1].keys() and views[0].digests() == views[1].digests()
 
 
-def brightness(pictures: list[bytes]) -> list[float]:
-    """A tiny classifier of pictures."""
-    return [float(len(picture)) for picture in pictures]
+def brightness(images: list[bytes]) -> list[float]:
+    """A tiny classifier of images."""
+    return [float(len(image)) for image in images]
 
 
 def first_coordinate(embeddings: np.ndarray) -> np.ndarray:
@@ -172,12 +172,12 @@ def test_a_classifier_of_embeddings(make_data: Any):
     assert found == ["", "", "classifier.classifier", "classifier.classifier", "classifier.no_embedding"]
 
 
-def test_a_classifier_of_pictures(make_data: Any):
+def test_a_classifier_of_images(make_data: Any):
     sizes = [(96, 64), (400, 400)]
-    pictures = [make_data.photograph(number, *size) for number, size in enumerate(sizes)]
-    limit = (len(pictures[0]) + len(pictures[1])) / 2
-    small = Classifier(classifier=f"{__name__}:brightness", classifier_input="pictures", max_classifier_score=limit)
-    assert reasons(make_data(["a", "b"], pictures), small) == ["", "classifier.classifier"]
+    images = [make_data.photograph(number, *size) for number, size in enumerate(sizes)]
+    limit = (len(images[0]) + len(images[1])) / 2
+    small = Classifier(classifier=f"{__name__}:brightness", classifier_input="images", max_classifier_score=limit)
+    assert reasons(make_data(["a", "b"], images), small) == ["", "classifier.classifier"]
 
 
 def test_a_classifier_that_gives_something_else_is_named(make_data: Any):

@@ -1,4 +1,4 @@
-"""Pictures that are small in bytes and huge in everything else: none may cost much memory, each must get an answer.
+"""Images that are small in bytes and huge in everything else: none may cost much memory, each must get an answer.
 
 The whole collection is decoded in one child process, whose peak memory the kernel tells.
 """
@@ -41,8 +41,8 @@ SMALL = zlib.compress(bytes(10 * (1 + 10 * 3)))
 def gif(screen: tuple[int, int], frame: tuple[int, int], frames: int = 1) -> bytes:
     head = b"GIF89a" + struct.pack("<HHBBB", *screen, 0x80, 0, 0) + bytes(6)
     # Codes of two bits: clear, then the colour 0 again and again, then nothing more.
-    picture = b"," + struct.pack("<HHHHB", 0, 0, *frame, 0) + b"\x02" + (b"\xff" + b"\x84" * 255) * 3 + b"\0"
-    return head + picture * frames + b";"
+    image = b"," + struct.pack("<HHHHB", 0, 0, *frame, 0) + b"\x02" + (b"\xff" + b"\x84" * 255) * 3 + b"\0"
+    return head + image * frames + b";"
 
 
 def tiff(width: int, height: int, strip: bytes, compression: int) -> bytes:
@@ -62,7 +62,7 @@ def tiff(width: int, height: int, strip: bytes, compression: int) -> bytes:
 
 
 def endless_directories() -> bytes:
-    """A TIFF whose list of pictures leads back to itself."""
+    """A TIFF whose list of images leads back to itself."""
     body = bytearray(tiff(10, 10, bytes(100), 1))
     body[-4:] = struct.pack("<I", 108)
     return bytes(body)
@@ -130,8 +130,8 @@ with Apart(options) as apart:
         body = base64.b64decode(text)
         began = time.process_time()
         try:
-            picture = apart.transform(body) if needs_care(body) else transform(body, options)
-            answers[name] = "decoded" if len(picture.data) < 20_000 else "large"
+            image = apart.transform(body) if needs_care(body) else transform(body, options)
+            answers[name] = "decoded" if len(image.data) < 20_000 else "large"
         except SampleError as error:
             answers[name] = error.error_class
         assert time.process_time() - began < 5, name
@@ -161,7 +161,7 @@ def outcome() -> tuple[dict[str, str], int, int]:
     return answers, before, after
 
 
-def test_hostile_pictures_cost_little_memory(outcome: tuple[dict[str, str], int, int]) -> None:
+def test_hostile_images_cost_little_memory(outcome: tuple[dict[str, str], int, int]) -> None:
     answers, before, after = outcome
     assert len(answers) == len(HOSTILE)
     assert after - before < 150 * 2**20, "none was unpacked or allocated"
