@@ -21,7 +21,10 @@ from typing import Literal
 import tyro
 
 from pipeline.config import require, run_job, writable_folder
-from pipeline.evaluation.adaptation import (
+from pipeline.evaluation.embedder import LoadEmbedder, Precision, Views
+from pipeline.evaluation.few_shot import draw, read_data_set
+from pipeline.models.adapters.adapter import adapter_class
+from pipeline.runs.few_shot import (
     ZERO_SHOT,
     Protocol,
     TrialRunner,
@@ -33,12 +36,9 @@ from pipeline.evaluation.adaptation import (
     prepare,
     run_trials,
 )
-from pipeline.evaluation.embedder import LoadEmbedder, Precision, Views
-from pipeline.evaluation.few_shot import draw, read_data_set
-from pipeline.models.adapters.adapter import adapter_class
+from pipeline.runs.few_shot_records import Record
 from pipeline.shards.storage import Folder
 from pipeline.stages.shard_tasks import Workers
-from pipeline.tracking.adaptation import Record
 from pipeline.tracking.runs import Tracking
 
 SMOKE = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/adapted"

@@ -17,10 +17,10 @@ import tyro
 
 from pipeline.config import run_job, writable_folder
 from pipeline.dataset import load_card
+from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.shards.adopt import find_shards
 from pipeline.shards.storage import Folder
 from pipeline.stages.shard_tasks import Workers, run_tasks
-from pipeline.stages.smoke import drawn_snapshot
 
 logger = logging.getLogger("adopt_dataset")
 

@@ -21,12 +21,12 @@ import tyro
 
 from pipeline.config import require, run_job, writable_folder
 from pipeline.evaluation.embedder import LoadEmbedder, Precision, Views
+from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
-from pipeline.stages.embeddings import EmbedOptions, Export, embed
+from pipeline.stages.annotate.embeddings import EmbedOptions, Export, embed
+from pipeline.stages.annotate.view_features import NAME
 from pipeline.stages.shard_tasks import Workers
-from pipeline.stages.smoke import drawn_snapshot
-from pipeline.stages.view_features import NAME
 
 SMOKE = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/embedded"
 

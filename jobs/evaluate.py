@@ -20,7 +20,7 @@ from pipeline.config import require, run_job, writable_folder
 from pipeline.evaluation.models import trained_steps
 from pipeline.evaluation.report import table, write_result
 from pipeline.evaluation.suite import Evaluations
-from pipeline.tracking.follow import evaluate_checkpoint
+from pipeline.runs.evaluate import evaluate_checkpoint
 from pipeline.tracking.runs import Tracking, open_tracker
 
 DRAWN = (

@@ -20,11 +20,11 @@ from pipeline.config import require, run_job
 from pipeline.evaluation.regions import LoadRegionModel, ProposerOptions
 from pipeline.loaders.classes import NO_CLASSES, OF_DATA, base_classes
 from pipeline.models.detections import check_words
+from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
-from pipeline.stages.regions import RegionOptions, extract_regions, judge, read_found, together
+from pipeline.stages.annotate.regions import RegionOptions, extract_regions, judge, read_found, together
 from pipeline.stages.shard_tasks import Workers
-from pipeline.stages.smoke import drawn_snapshot
 from pipeline.tracking.runs import Tracking, open_tracker
 
 SMOKE = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/regions"

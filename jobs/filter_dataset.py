@@ -16,14 +16,14 @@ from pipeline.config import require, run_job, writable_folder
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.sources.drawn.source import Drawn
-from pipeline.stages.datacomp import write_uids
+from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.filters.clip_score import ClipScore
+from pipeline.stages.filters.datacomp import write_uids
 from pipeline.stages.filters.options import Filters
 from pipeline.stages.filters.run import Outcome, filter_snapshot
 from pipeline.stages.filters.size import Size
-from pipeline.stages.images import ImageOptions
-from pipeline.stages.make_shard import ShardOptions
-from pipeline.stages.refresh import refresh
+from pipeline.stages.refresh.make_shard import ShardOptions
+from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers
 
 

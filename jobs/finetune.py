@@ -20,9 +20,9 @@ from pipeline.dataset import card_names, load_card
 from pipeline.evaluation.suite import Evaluations, read_classes, read_templates
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.models.classifier import Classifier, Config
+from pipeline.runs.train import Pretraining, in_place, pretrain
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
-from pipeline.tracking.pretraining import Pretraining, in_place, pretrain
 from pipeline.training.average import write_start
 from pipeline.training.checkpoint import META
 from pipeline.training.optimizer import AdamW

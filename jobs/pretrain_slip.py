@@ -14,7 +14,7 @@ from pipeline.config import run_job
 from pipeline.evaluation.suite import Evaluations
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.models.slip import Config
-from pipeline.tracking.pretraining import Pretraining, run_pretraining
+from pipeline.runs.train import Pretraining, run_pretraining
 from pipeline.training.optimizer import AdamW
 from pipeline.training.run import Cluster, Run
 

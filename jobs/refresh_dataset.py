@@ -32,12 +32,12 @@ from pipeline.sources.stamp_scenes import StampScenes
 from pipeline.sources.stamps import TuxPaintStamps
 from pipeline.sources.url_table import UrlTable
 from pipeline.sources.webdataset import WebDatasetTars
-from pipeline.stages.images import ImageOptions
-from pipeline.stages.img2dataset_engine import refresh_with_img2dataset
-from pipeline.stages.make_shard import ShardOptions
-from pipeline.stages.progress import Floor
-from pipeline.stages.refresh import refresh
-from pipeline.stages.renewal import Renewal
+from pipeline.stages.crawl.images import ImageOptions
+from pipeline.stages.refresh.img2dataset_engine import refresh_with_img2dataset
+from pipeline.stages.refresh.make_shard import ShardOptions
+from pipeline.stages.refresh.progress import Floor
+from pipeline.stages.refresh.refresh import refresh
+from pipeline.stages.refresh.renewal import Renewal
 from pipeline.stages.shard_tasks import Workers
 
 AS_IT_IS = ShardOptions(images=ImageOptions(resize_mode="no", skip_reencode=True))

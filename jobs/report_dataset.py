@@ -22,12 +22,12 @@ from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.sources.drawn.source import Drawn
 from pipeline.sources.source import Source
-from pipeline.stages.dataset_statistics import Measuring, measure
-from pipeline.stages.images import ImageOptions
-from pipeline.stages.make_shard import ShardOptions
-from pipeline.stages.refresh import refresh
+from pipeline.stages.crawl.images import ImageOptions
+from pipeline.stages.refresh.make_shard import ShardOptions
+from pipeline.stages.refresh.refresh import refresh
+from pipeline.stages.report.dataset_report import make_report, report_page
+from pipeline.stages.report.dataset_statistics import Measuring, measure
 from pipeline.stages.shard_tasks import Workers
-from pipeline.tracking.dataset_report import make_report, report_page
 from pipeline.tracking.runs import Tracking, open_tracker
 
 logger = logging.getLogger("jobs.report_dataset")

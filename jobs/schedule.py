@@ -28,9 +28,9 @@ from datetime import UTC, datetime
 import tyro
 
 from pipeline.config import from_yaml, require, run_job
-from pipeline.stages.ray_jobs import RayJobs
-from pipeline.stages.scheduler import Scheduler
-from pipeline.stages.timetable import ScheduledJob, Timetable, fires_after
+from pipeline.stages.scheduling.ray_jobs import RayJobs
+from pipeline.stages.scheduling.scheduler import Scheduler
+from pipeline.stages.scheduling.timetable import ScheduledJob, Timetable, fires_after
 from pipeline.tracking.fires import MlflowHistory
 from pipeline.tracking.runs import Tracking
 

@@ -19,11 +19,11 @@ from pipeline.config import require, run_job
 from pipeline.loaders.text import caption_field
 from pipeline.loaders.tokens import NAME, LoadTokenMaker
 from pipeline.models.towers.openclip import check_architecture, tokenizer
+from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
-from pipeline.stages.annotate import Annotation, annotate
+from pipeline.stages.annotate.annotator import Annotation, annotate
 from pipeline.stages.shard_tasks import Workers
-from pipeline.stages.smoke import drawn_snapshot
 
 SMOKE = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/tokenized"
 

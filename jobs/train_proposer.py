@@ -14,7 +14,7 @@ from pipeline.config import run_job
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.loaders.classes import OF_DATA, base_classes
 from pipeline.models.proposals import SMALL, Config
-from pipeline.tracking.pretraining import Pretraining, run_pretraining
+from pipeline.runs.train import Pretraining, run_pretraining
 from pipeline.training.optimizer import AdamW, Sgd
 from pipeline.training.run import Cluster, Run
 

@@ -19,10 +19,10 @@ from pipeline.loaders.batches import LoaderConfig
 from pipeline.loaders.classes import OF_DATA, base_classes
 from pipeline.models.proposals import SMALL
 from pipeline.models.vild import SMALL_HEADS, TAUGHT, Config
+from pipeline.runs.train import Pretraining, in_place, pretrain
 from pipeline.shards.snapshot import read_snapshot
-from pipeline.stages.regions import RegionOptions, extract_regions
+from pipeline.stages.annotate.regions import RegionOptions, extract_regions
 from pipeline.stages.shard_tasks import Workers
-from pipeline.tracking.pretraining import Pretraining, in_place, pretrain
 from pipeline.training.checkpoint import clip_address, resolved
 from pipeline.training.optimizer import AdamW, Sgd
 from pipeline.training.run import Cluster, Run

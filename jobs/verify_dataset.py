@@ -17,11 +17,11 @@ import tyro
 
 from pipeline.config import run_job, writable_folder
 from pipeline.errors import DataError
+from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.shards.verify import Decode, Verification, folder_problems
 from pipeline.stages.shard_tasks import Workers, run_tasks
-from pipeline.stages.smoke import drawn_snapshot
 
 SMOKE = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/verified"
 

@@ -341,3 +341,14 @@ def make_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Sna
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The URI of one sqlite store of MLflow for all tests, whose tables exist; tests keep apart by experiment."""
+    folder: Path = tmp_path_factory.mktemp("mlflow")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    from pipeline.tracking.store import client
+
+    client(uri).search_experiments()
+    return uri

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from pipeline.config import from_plain
-from pipeline.stages.timetable import ScheduledJob, Timetable
+from pipeline.stages.scheduling.timetable import ScheduledJob, Timetable
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT, COUNT, FLAG = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}

@@ -1,4 +1,4 @@
-"""A model that turns stored images and captions into features: what ``stages/embeddings.py`` is handed."""
+"""A model that turns stored images and captions into features: what ``stages/annotate/embeddings.py`` is handed."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""A proposer and a CLIP that turn stored images into regions with features: what ``stages/regions.py`` is handed."""
+"""A proposer and a CLIP that turn stored images into regions with features, for ``stages/annotate/regions.py``."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ from pipeline.models.towers.crops import CropRule, crop_boxes, cut_crops
 from pipeline.models.towers.weights import digest_of
 from pipeline.shards.objects import plain_word, read_objects
 from pipeline.shards.sample import Sample
-from pipeline.stages.regions import Proposals
+from pipeline.stages.annotate.regions import Proposals
 from pipeline.training.checkpoint import load_method
 
 CROPS_AT_ONCE = {"cpu": 128}  # whose activations stay in the cache: twice as fast as many

@@ -24,7 +24,7 @@ from pipeline.loaders.text import Tokenizer, cut_text, faster, read_caption
 from pipeline.shards.sample import Sample
 from pipeline.shards.sidecar import FACTS, Wanted
 from pipeline.shards.snapshot import Shard
-from pipeline.stages.annotate import Annotator
+from pipeline.stages.annotate.annotator import Annotator
 
 NAME = "tokens"
 JOB = "jobs/tokenize_dataset.py"

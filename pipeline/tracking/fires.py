@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from pipeline.stages.scheduler import OPEN, Fire, latest_first
-from pipeline.tracking.privacy import masked
+from pipeline.shards.privacy import masked
+from pipeline.stages.scheduling.scheduler import OPEN, Fire, latest_first
 from pipeline.tracking.runs import LONGEST_TAG, Tracking, _experiment
 from pipeline.tracking.store import checked_uri, client, spoken_to
 

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from pipeline.tracking.privacy import masked
+from pipeline.shards.privacy import masked
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT_VARIABLE = "CLIPMILL_COMMIT"

@@ -8,8 +8,8 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
+from pipeline.shards.privacy import masked
 from pipeline.shards.snapshot import Snapshot
-from pipeline.tracking.privacy import masked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

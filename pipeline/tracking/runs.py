@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config import flatten, require, to_json
 from pipeline.errors import SettingError
+from pipeline.shards.privacy import masked, masked_value
 from pipeline.shards.snapshot import Snapshot
-from pipeline.tracking.privacy import masked, masked_value
 from pipeline.tracking.provenance import provenance_tags
 from pipeline.tracking.records import log_snapshot, register
 from pipeline.tracking.store import (

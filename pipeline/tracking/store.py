@@ -11,7 +11,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from pipeline.config import require
 from pipeline.errors import SettingError
-from pipeline.tracking.privacy import masked
+from pipeline.shards.privacy import masked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -37,13 +37,13 @@ from pipeline.evaluation.suite import Evaluations
 from pipeline.loaders.batches import Batch, LoaderConfig, training_batches
 from pipeline.models.clip import Config
 from pipeline.models.method import build_method
+from pipeline.runs.evaluate import CheckpointEvaluation
 from pipeline.shards.storage import Folder
 from pipeline.sources.drawn.source import Drawn
-from pipeline.stages.images import ImageOptions
-from pipeline.stages.make_shard import ShardOptions
-from pipeline.stages.refresh import refresh
+from pipeline.stages.crawl.images import ImageOptions
+from pipeline.stages.refresh.make_shard import ShardOptions
+from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers
-from pipeline.tracking.follow import CheckpointEvaluation
 from pipeline.tracking.runs import Tracking, start
 from pipeline.training.launch import follower, launch
 from pipeline.training.run import Plan, Run, prepare

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pipeline.stages.metaclip import EntryAutomaton, spaced, spaced_entry
+from pipeline.stages.filters.metaclip import EntryAutomaton, spaced, spaced_entry
 
 WORDS = 200_000
 

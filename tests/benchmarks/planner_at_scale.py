@@ -32,7 +32,7 @@ from pipeline.sources.url_table import UrlTable
 from pipeline.stages.filters.duplicates import parts_of, search_part, sorted_digests
 from pipeline.stages.filters.filter import Step, table_file, write_table
 from pipeline.stages.filters.view import ShardView
-from pipeline.stages.plan import make_plan
+from pipeline.stages.refresh.plan import make_plan
 from pipeline.stages.shard_tasks import Workers
 
 FILE_ROWS = 1_000_000

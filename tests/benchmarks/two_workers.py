@@ -26,9 +26,9 @@ from pipeline.loaders.batches import LoaderConfig
 from pipeline.models.clip import Config
 from pipeline.shards.storage import Folder
 from pipeline.sources.drawn.source import Drawn
-from pipeline.stages.images import ImageOptions
-from pipeline.stages.make_shard import ShardOptions
-from pipeline.stages.refresh import refresh
+from pipeline.stages.crawl.images import ImageOptions
+from pipeline.stages.refresh.make_shard import ShardOptions
+from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers
 from pipeline.training.loop import run_training
 from pipeline.training.measure import PHASES

@@ -36,11 +36,11 @@ import psutil
 from pipeline.shards.storage import Folder
 from pipeline.sources.drawn.source import Drawn
 from pipeline.sources.source import Row, Slice
-from pipeline.stages.images import ImageOptions
-from pipeline.stages.make_shard import ShardOptions, make_shard
-from pipeline.stages.plan import make_plan
+from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.ray_session import connect
-from pipeline.stages.refresh import refresh, shaping_options
+from pipeline.stages.refresh.make_shard import ShardOptions, make_shard
+from pipeline.stages.refresh.plan import make_plan
+from pipeline.stages.refresh.refresh import refresh, shaping_options
 from pipeline.stages.shard_tasks import Workers
 
 ROUNDS = 3

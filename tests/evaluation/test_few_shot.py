@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import SettingError
-from pipeline.evaluation.adaptation import Result, Trial, parse_spec, plan_trials
 from pipeline.evaluation.few_shot import DataSet, draw, halves, harmonic_mean, mean_and_deviation, read_data_set
-from pipeline.evaluation.few_shot_report import comma_separated, figure, table
+from pipeline.runs.few_shot import Result, Trial, parse_spec, plan_trials
+from pipeline.runs.few_shot_report import comma_separated, figure, table
 from tests.conftest import image
 
 

@@ -11,7 +11,7 @@ import torchvision
 from pipeline.errors import SettingError
 from pipeline.evaluation.regions import Detector, GivenBoxes, LoadRegionModel, ProposerOptions, _kept
 from pipeline.shards.sample import Sample
-from pipeline.stages.regions import Proposals
+from pipeline.stages.annotate.regions import Proposals
 
 TINY = "clipmill-tiny:untrained"
 CPU = torch.device("cpu")

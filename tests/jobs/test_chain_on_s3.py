@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.shards.storage import Folder
-from pipeline.stages.embeddings import read_features
+from pipeline.stages.annotate.embeddings import read_features
 from pipeline.stages.filters.run import read_reasons
 from tests.jobs.conftest import JOBS
 

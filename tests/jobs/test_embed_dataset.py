@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
-from pipeline.stages.smoke import drawn_snapshot
 from tests.jobs.conftest import Type
 
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
-from pipeline.stages.smoke import drawn_snapshot
-from pipeline.stages.view_features import read_views
+from pipeline.stages.annotate.view_features import read_views
 
 
 def test_raw_features_of_views(job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.config import from_json, to_json
 from pipeline.shards.snapshot import Snapshot, read_snapshot
-from pipeline.stages.datacomp import UID
+from pipeline.stages.filters.datacomp import UID
 from tests.jobs.conftest import Type, load_job
 
 

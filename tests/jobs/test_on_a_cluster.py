@@ -26,8 +26,8 @@ from typing import ClassVar
 import cv2, numpy
 from pipeline.shards.storage import Folder
 from pipeline.sources.source import Row, Slice
-from pipeline.stages.make_shard import ShardOptions
-from pipeline.stages.refresh import refresh
+from pipeline.stages.refresh.make_shard import ShardOptions
+from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers
 
 @dataclass(frozen=True, kw_only=True)

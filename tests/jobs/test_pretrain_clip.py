@@ -100,9 +100,7 @@ def test_a_drawing_job_leaves_nothing_in_the_temporary_folder(
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED" and not client.search_model_versions(f"run_id = '{run.info.run_id}'")
 
-    monkeypatch.setattr(
-        "pipeline.tracking.pretraining.launch", lambda *_: (_ for _ in ()).throw(DataError("a damaged shard"))
-    )
+    monkeypatch.setattr("pipeline.runs.train.launch", lambda *_: (_ for _ in ()).throw(DataError("a damaged shard")))
     with pytest.raises(DataError, match="a damaged shard"):
         script["run_pretraining"](smoke)
     assert not list(tmp_path.glob("clipmill-pretrain-*"))

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.shards.storage import Folder
-from pipeline.stages.smoke import drawn_snapshot
 from tests.jobs.conftest import Type
 
 

@@ -18,7 +18,7 @@ from pipeline.loaders.tokens import NAME, LoadTokenMaker, from_sidecar, tokenize
 from pipeline.models.clip import Clip
 from pipeline.shards.snapshot import Snapshot
 from pipeline.shards.storage import Folder
-from pipeline.stages.annotate import Annotation, annotate
+from pipeline.stages.annotate.annotator import Annotation, annotate
 from pipeline.stages.shard_tasks import Workers
 from pipeline.training.checkpoint import read_weights
 from pipeline.training.launch import launch

@@ -17,10 +17,10 @@ from PIL import Image
 
 from pipeline.errors import DataError, SettingError, SnapshotError, StorageError
 from pipeline.loaders.samples import Samples
+from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.shards.adopt import find_shards
 from pipeline.shards.snapshot import Snapshot, publish_shards, read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder, file_digest
-from pipeline.stages.smoke import drawn_snapshot
 
 
 def adopt(place: Path | str, skip_damaged: bool = False) -> Snapshot:

@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import SampleError
+from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.shards.selection import SELECTIONS, select
 from pipeline.shards.sidecar import write_sidecar
 from pipeline.shards.snapshot import Shard, Snapshot, publish_shards, read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.shards.verify import Verification, folder_problems
-from pipeline.stages.smoke import drawn_snapshot
 
 
 @pytest.fixture(scope="module")

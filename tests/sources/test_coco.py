@@ -19,11 +19,11 @@ from pipeline.shards.storage import Folder
 from pipeline.shards.tar import iterate_tar
 from pipeline.sources.coco import Coco
 from pipeline.sources.source import Row
-from pipeline.stages.download import DownloadOptions
-from pipeline.stages.images import ImageOptions
-from pipeline.stages.make_shard import ShardOptions
-from pipeline.stages.refresh import refresh
-from pipeline.stages.renewal import Renewal
+from pipeline.stages.crawl.download import DownloadOptions
+from pipeline.stages.crawl.images import ImageOptions
+from pipeline.stages.refresh.make_shard import ShardOptions
+from pipeline.stages.refresh.refresh import refresh
+from pipeline.stages.refresh.renewal import Renewal
 from pipeline.stages.shard_tasks import Workers
 from tests.conftest import ROOT, Serve, image
 
@@ -312,10 +312,10 @@ def broken() -> Iterator[tuple[dict[str, Any], str]]:
     yield changed("categories", 0, synonyms="kitty"), "not as COCO's files are .*synonyms 'kitty'"
     yield changed("images", 0, id=9), "the image id 9 is there twice"
     yield changed("annotations", 0, image_id=5), "1 annotations name an unknown image id, such as 5"
-    yield changed("annotations", 0, category_id=5), "a category id that is not in the file, such as 5"
+    yield changed("annotations", 0, category_id=5), "an unknown category id, such as 5"
     yield changed("annotations", 0, category_id="18"), "ids are whole numbers"
     yield changed("annotations", 0, image_id=[7]), "ids are whole numbers"
-    yield changed("images", 1, neg_category_ids=[99]), "a category id that is not in the file, such as 99"
+    yield changed("images", 1, neg_category_ids=[99]), "an unknown category id, such as 99"
     yield changed("images", 1, width=0), "image 7 of 0 x 72 pixels"
     yield changed("images", 1, width="wide"), "not as COCO's files are"
     yield changed("images", 1, file_name="\ud800.jpg"), "not as COCO's files are"

@@ -28,10 +28,10 @@ from pipeline.errors import StorageError
 from pipeline.shards.storage import Folder, storage_errors
 from pipeline.sources.drawn.source import Drawn
 from pipeline.sources.url_table import UrlTable
-from pipeline.stages.download import DownloadOptions
-from pipeline.stages.images import ImageOptions
-from pipeline.stages.make_shard import ShardOptions
-from pipeline.stages.refresh import refresh
+from pipeline.stages.crawl.download import DownloadOptions
+from pipeline.stages.crawl.images import ImageOptions
+from pipeline.stages.refresh.make_shard import ShardOptions
+from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers
 
 ROOT = Path(__file__).resolve().parents[2]

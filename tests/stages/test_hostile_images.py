@@ -121,8 +121,8 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
 PROGRAM = """
 import base64, json, os, re, sys, time
 from pipeline.errors import SampleError
-from pipeline.stages.decode_apart import Apart, needs_care
-from pipeline.stages.images import ImageOptions, transform
+from pipeline.stages.crawl.decode_apart import Apart, needs_care
+from pipeline.stages.crawl.images import ImageOptions, transform
 options, answers = ImageOptions(image_size=64), {}
 with Apart(options) as apart:
     while line := sys.stdin.readline():

@@ -17,10 +17,10 @@ from pipeline.shards.tar import iterate_tar
 from pipeline.sources.folder import ImageFolder
 from pipeline.sources.source import Source
 from pipeline.sources.url_table import UrlTable
-from pipeline.stages.download import DownloadOptions
-from pipeline.stages.images import ImageOptions
-from pipeline.stages.make_shard import ShardOptions, make_shard
-from pipeline.stages.plan import Unit
+from pipeline.stages.crawl.download import DownloadOptions
+from pipeline.stages.crawl.images import ImageOptions
+from pipeline.stages.refresh.make_shard import ShardOptions, make_shard
+from pipeline.stages.refresh.plan import Unit
 
 
 def image(number: int, kind: str = "JPEG") -> bytes:

@@ -10,7 +10,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from pipeline.errors import SettingError
-from pipeline.stages.scheduler import Fire
+from pipeline.stages.scheduling.scheduler import Fire
 from pipeline.tracking.fires import MlflowHistory
 from pipeline.tracking.runs import Tracking
 

@@ -3,19 +3,19 @@
 from dataclasses import dataclass, field
 
 from pipeline.config import require
-from pipeline.stages.datacomp import UidList
 from pipeline.stages.filters.classifier import Classifier
 from pipeline.stages.filters.clip_score import ClipScore
+from pipeline.stages.filters.datacomp import UidList
 from pipeline.stages.filters.duplicates import ExactDuplicates
 from pipeline.stages.filters.filter import Filter
 from pipeline.stages.filters.language import Language
 from pipeline.stages.filters.length import Length
+from pipeline.stages.filters.metaclip import MetaClip
 from pipeline.stages.filters.perceptual import PerceptualDuplicates
 from pipeline.stages.filters.repetition import Repetition
 from pipeline.stages.filters.semantic import SemanticDuplicates
 from pipeline.stages.filters.size import Size
 from pipeline.stages.filters.text import Text
-from pipeline.stages.metaclip import MetaClip
 
 
 @dataclass(frozen=True, kw_only=True)

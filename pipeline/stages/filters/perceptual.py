@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 
 from pipeline.config import require
 from pipeline.errors import SampleError
+from pipeline.stages.crawl.images import read_header
 from pipeline.stages.filters.duplicates import Positions, duplicates_table, in_duplicates
 from pipeline.stages.filters.filter import Filter, Step, Verdict
 from pipeline.stages.filters.view import ShardView
-from pipeline.stages.images import read_header
 
 SIDE, LOW = 32, 8
 MAX_PIXELS = 100_000_000

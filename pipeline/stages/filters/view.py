@@ -22,8 +22,8 @@ from pipeline.shards.sidecar import read_sidecar
 from pipeline.shards.snapshot import Shard
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import iterate_tar
+from pipeline.stages.crawl.images import read_header
 from pipeline.stages.filters.captions import clean_text
-from pipeline.stages.images import read_header
 
 EMBEDDINGS_JOB = "jobs/embed_dataset.py"
 Mask = NDArray[np.bool_]

@@ -10,7 +10,7 @@ from pipeline.errors import DataError, SettingError
 from pipeline.shards.selection import read_samples
 from pipeline.shards.snapshot import Snapshot
 from pipeline.shards.storage import Folder
-from pipeline.stages.datacomp import UID, UidList, bisect, parse_uids, write_uids
+from pipeline.stages.filters.datacomp import UID, UidList, bisect, parse_uids, write_uids
 from pipeline.stages.filters.length import Length
 from pipeline.stages.filters.run import filter_snapshot
 from pipeline.stages.shard_tasks import Workers

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from pipeline.errors import SettingError
-from pipeline.stages import metaclip
+from pipeline.stages.filters import metaclip
+from pipeline.stages.filters.metaclip import MetaClip, draw, read_entries
 from pipeline.stages.filters.run import filter_snapshot, read_reasons
-from pipeline.stages.metaclip import MetaClip, draw, read_entries
 from pipeline.stages.shard_tasks import Workers
 
 HERE = Workers(processes_count=0)

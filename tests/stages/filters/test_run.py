@@ -15,17 +15,17 @@ from pipeline.shards.selection import read_samples
 from pipeline.shards.sidecar import read_sidecar
 from pipeline.shards.snapshot import Snapshot, read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder
-from pipeline.stages import metaclip
+from pipeline.stages.filters import metaclip
 from pipeline.stages.filters.duplicates import ExactDuplicates
 from pipeline.stages.filters.filter import Filter, Step, Verdict
 from pipeline.stages.filters.language import Language
 from pipeline.stages.filters.length import Length
+from pipeline.stages.filters.metaclip import MetaClip
 from pipeline.stages.filters.perceptual import PerceptualDuplicates
 from pipeline.stages.filters.run import filter_snapshot, read_duplicates, read_reasons
 from pipeline.stages.filters.semantic import SemanticDuplicates
 from pipeline.stages.filters.text import Text
 from pipeline.stages.filters.view import ShardView
-from pipeline.stages.metaclip import MetaClip
 from pipeline.stages.shard_tasks import Workers
 
 HERE = Workers(processes_count=0)

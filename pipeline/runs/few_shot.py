@@ -1,0 +1,496 @@
+"""Trials of few-shot adaptation: one method, data set, number of shots and seed each, all done once and side by side.
+
+A data set is prepared once for all trials: the images that any seed draws, and the test images, become two small
+snapshots below the output folder, with their raw features as sidecars where a method reads these. A trial reads them,
+trains, tests, and leaves one JSON file, written last; a trial whose file is there and says the same settings is not
+run again.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache, partial
+from importlib import import_module
+from itertools import product
+from typing import Any, Literal, cast, overload
+
+import torch
+import yaml
+
+from pipeline.config import fingerprint, from_plain, require
+from pipeline.errors import DataError, SettingError
+from pipeline.evaluation.embedder import LoadEmbedder, ViewEmbedder, Views
+from pipeline.evaluation.few_shot import DataSet, Drawing, draw, halves, harmonic_mean
+from pipeline.evaluation.models import load_model
+from pipeline.evaluation.zero_shot import classifier
+from pipeline.loaders.samples import Samples
+from pipeline.models.adapters.adapter import Adapter, FrozenClip, adapter_class
+from pipeline.models.clip import Clip
+from pipeline.shards.snapshot import Snapshot, read_snapshot
+from pipeline.shards.storage import Folder
+from pipeline.sources import open_source
+from pipeline.sources.picked import Picked
+from pipeline.sources.source import Source
+from pipeline.stages.annotate.embeddings import EmbedOptions, embed
+from pipeline.stages.annotate.view_features import read_views
+from pipeline.stages.crawl.images import ImageOptions
+from pipeline.stages.ray_session import connect
+from pipeline.stages.refresh.make_shard import ShardOptions
+from pipeline.stages.refresh.refresh import refresh
+from pipeline.stages.shard_tasks import Workers, run_tasks
+from pipeline.training import distributed
+from pipeline.training.adapt import Accuracy, Adapted, Labelled, accuracy, adapt
+from pipeline.training.adapt_artifact import save
+from pipeline.training.adapt_recipes import Protocol as RecipeProtocol
+from pipeline.training.adapt_recipes import Recipe, paper_config, paper_recipe
+from pipeline.training.adapt_workers import on_workers
+
+logger = logging.getLogger(__name__)
+
+Protocol = Literal["few_shot", "base_to_new", "cross", "generalise"]
+RECIPES: Mapping[Protocol, RecipeProtocol] = {
+    "few_shot": "few_shot",
+    "base_to_new": "base_to_new",
+    "cross": "cross",
+    "generalise": "cross",
+}
+ZERO_SHOT = "zero_shot"
+UNTOUCHED = ImageOptions(resize_mode="no", disable_all_reencoding=True)
+ROWS_PER_SHARD = 512
+VIEW_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A method with the settings that differ from its paper's: ``coop``, or ``coop:class_specific=true,epochs=50``."""
+
+    text: str
+    method: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, protocol: Protocol, shots: int, data_set: str) -> tuple[Any, Recipe | None]:
+        """The ``Config`` and the recipe; raises ``SettingError`` for values that they refuse."""
+        kind = RECIPES[protocol]
+        config = paper_config(self.method, kind)
+        plain = {one.name: getattr(config, one.name) for one in fields(config)} | dict(self.config)
+        recipe = paper_recipe(self.method, max(shots, 1), kind, data_set)
+        if recipe is not None:
+            recipe = from_plain(Recipe, asdict(recipe) | dict(self.recipe), self.text)
+        return from_plain(type(config), plain, self.text), recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One run of one method. ``shots`` is 0 for zero-shot, which has no use for any."""
+
+    protocol: Protocol
+    method: str
+    data: str
+    shots: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """``coop-drawn_shapes-16-shots-seed-1``, fit for a file."""
+        words = re.sub(r"[^\w.]+", "-", self.method).strip("-")
+        return f"{words}-{self.data}-{self.shots}-shots-seed-{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What came of a trial.
+
+    ``scores`` holds, for each set of images and classes, ``top1`` and ``mean_per_class`` (0 to 1), ``right`` and
+    ``seen`` (images); base-to-new has ``base``, ``new`` and the ``top1`` of their harmonic mean under ``harmonic``.
+    """
+
+    trial: Trial
+    settings: str
+    scores: Mapping[str, Mapping[str, float]]
+    chosen: Mapping[str, float]
+    history: tuple[Mapping[str, float], ...]
+    parameters: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """A data set with its images at hand: snapshots of what is drawn, if anything is, and of what is tested on."""
+
+    data: DataSet
+    drawn: str
+    rows: Mapping[tuple[str, int], int]
+    """Of each drawn image, by part and number: its row in the snapshot ``drawn``."""
+    tested: str
+
+
+def parse_spec(text: str) -> Spec:
+    """Read what a user wrote as a method.
+
+    Raises:
+        SettingError: an unknown method, a setting that neither its config nor its recipe has, or no value for it.
+    """
+    method, _, settings = text.partition(":")
+    kind = adapter_class(method)
+    config = {one.name for one in fields(import_module(kind.__module__).Config)} - {"seed"}
+    recipe = {one.name for one in fields(Recipe)} if kind.learns else set()
+    chosen: dict[str, dict[str, Any]] = {"config": {}, "recipe": {}}
+    for part in filter(None, re.split(r",(?=\w+=)", settings)):
+        name, given, value = part.partition("=")
+        require(bool(given) and name in config | recipe, text, part, f"{sorted(config | recipe)}, each with =VALUE")
+        chosen["config" if name in config else "recipe"][name] = yaml.safe_load(value)
+    return Spec(text, method, **chosen)
+
+
+def plan_trials(
+    protocol: Protocol, specs: Sequence[Spec], data: Sequence[str], shots: Sequence[int], seeds: Sequence[int]
+) -> list[Trial]:
+    """All trials; zero-shot has one for each data set, since nothing is drawn for it."""
+    trials = []
+    for name, spec in product(data, specs):
+        grid = [(0, seeds[0])] if spec.method == ZERO_SHOT else product(shots, seeds)
+        trials += [
+            Trial(protocol=protocol, method=spec.text, data=name, shots=count, seed=seed) for count, seed in grid
+        ]
+    return trials
+
+
+@cache
+def frozen_clip(checkpoint: str, device: str) -> FrozenClip:
+    """The CLIP at ``checkpoint``, kept for the trials that this process runs.
+
+    Raises:
+        SettingError: no such checkpoint, or no CLIP.
+    """
+    model = load_model(checkpoint, device)
+    require(isinstance(model, Clip), "model", checkpoint, "a CLIP")
+    return FrozenClip(cast(Clip, model), classifier)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What a trial gets: a task's share of the cluster, or some workers of Ray Train, which share its classes."""
+
+    device: str = "auto"
+    gpus: float = 0.0
+    """Part of a GPU for each trial's task."""
+    workers: int = 1
+    """More than one: each trial on so many, with a GPU each where the device is one, and one trial after the other."""
+
+
+def find_place(device: str, gpus: float, per_trial: int, workers: Workers) -> Place:
+    """Where trials compute: on GPUs where ``device`` is ``auto`` and the cluster has some.
+
+    Raises:
+        SettingError: ``device`` is ``cuda`` and there is none.
+    """
+    if workers.processes_count == 0 and per_trial == 1:
+        here = torch.cuda.is_available()
+        require(here or device != "cuda", "device", device, "cpu or auto: this machine has no GPU that torch can use")
+        return Place(device=device)
+    connect(max(workers.processes_count, per_trial) if workers.processes_count else None)
+    import ray
+
+    some = ray.cluster_resources().get("GPU", 0) > 0
+    require(some or device != "cuda", "device", device, "cpu or auto: the cluster has no GPU")
+    if device == "cpu" or not some:
+        return Place(device="cpu", workers=per_trial)
+    return Place(device="cuda", gpus=gpus, workers=per_trial)
+
+
+def check(
+    trial: Trial, spec: Spec, clip: FrozenClip, data: DataSet, targets: Mapping[str, DataSet], workers: int = 1
+) -> None:
+    """Build the method once, before anything is embedded or trained.
+
+    Raises:
+        SettingError: class names that it refuses, a prompt that is too long, classes that it cannot be bound to, or
+            fewer classes than ``workers`` that share them.
+    """
+    config, _ = spec.build(trial.protocol, trial.shots, trial.data)
+    classes = data.classes
+    new: tuple[str, ...] = ()
+    if trial.protocol == "base_to_new":
+        parts = halves(len(classes))
+        classes, new = tuple(data.classes[one] for one in parts.base), tuple(data.classes[one] for one in parts.new)
+    count = len(classes)
+    require(workers <= count, "workers_per_trial", workers, f"at most {count}, the classes that {data.name} learns")
+    adapter = adapter_class(spec.method)(config, clip, classes, data.templates)
+    others = [(trial.data, new)] if new else [(name, target.classes) for name, target in targets.items()]
+    for name, names in others:
+        fits = adapter.rebinds or names == classes
+        allowed = f"one that classifies other classes than those it learned, for those of {name}"
+        require(fits, "methods", spec.text, allowed)
+
+
+def prepare(
+    data: DataSet,
+    drawings: Sequence[Drawing],
+    folder: Folder,
+    embedder: LoadEmbedder | None,
+    workers: Workers,
+    use_gpu: bool | None = None,
+) -> Ready:
+    """Fetch the images of all ``drawings`` and of the test, and embed them; what is there already is kept.
+
+    ``embedder`` brings the views of drawn images; ``None`` where no method reads features.
+
+    Raises:
+        DataError: an image that the split lists cannot be read: other shots would not be the papers'.
+    """
+    wanted = sorted({one for drawing in drawings for one in (*drawing.train, *drawing.validation)})
+    parts = [part for part in data.sources if part != "test"]
+    drawn = ""
+    if wanted:
+        numbers = [(parts.index(part), number) for part, number in wanted]
+        source = Picked(sources=[data.sources[part] for part in parts], numbers=numbers)
+        drawn = _snapshot(source, folder, "drawn", len(wanted), workers)
+        _embed(drawn, embedder, workers, use_gpu)
+    tested = _snapshot(open_source(data.sources["test"]), folder, "tested", len(data.labels["test"]), workers)
+    _embed(tested, None if embedder is None else test_embedder(embedder), workers, use_gpu)
+    return Ready(data=data, drawn=drawn, rows={one: row for row, one in enumerate(wanted)}, tested=tested)
+
+
+def test_embedder(embedder: LoadEmbedder) -> LoadEmbedder:
+    """The same model, for images that are tested on: the plain view alone."""
+    return replace(embedder, views=Views(views=0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRunner:
+    """Runs trials in whatever process it is taken to; it pickles."""
+
+    embedder: LoadEmbedder
+    ready: Mapping[str, Ready]
+    """By name: the data sets to learn from, and those that are only tested on."""
+    specs: Mapping[str, Spec]
+    targets: tuple[str, ...]
+    """Data sets that are tested on besides the one learned from, where the protocol has any."""
+    output: str
+    clip: str
+    """SHA-256 of the weights of CLIP."""
+    keep_adapters: bool = True
+    """Keep what the trials learned."""
+
+    def __call__(self, trial: Trial) -> str:
+        """Run ``trial`` unless its result is there; gives the name of the result's file.
+
+        In a process group all ranks call, the classes that are learned are spread over them, and the first one writes.
+        """
+        file = f"{trial.name}.json"
+        if self.finished(trial) is None:
+            result = self.run(trial, self.settings(trial))
+            if distributed.rank() == 0:
+                self._results.write_atomic(file, json.dumps(asdict(result), indent=1).encode())
+        return file
+
+    def at(self, device: str) -> "TrialRunner":
+        """The same on ``device``."""
+        return replace(self, embedder=replace(self.embedder, device=device))
+
+    def finished(self, trial: Trial) -> Result | None:
+        """The result of ``trial``, where it is there and of these settings."""
+        file = f"{trial.name}.json"
+        try:
+            result = from_plain(Result, json.loads(self._results.read_text(file)), self._results.join(file))
+        except (FileNotFoundError, ValueError, SettingError):
+            return None
+        return result if result.settings == self.settings(trial) else None
+
+    @property
+    def _results(self) -> Folder:
+        return Folder(self.output).folder("trials")
+
+    def settings(self, trial: Trial) -> str:
+        """SHA-256 of all that decides the result."""
+        config, recipe = self.specs[trial.method].build(trial.protocol, trial.shots, trial.data)
+        listed = [_digest(self.ready[name]) for name in (trial.data, *self.targets)]
+        anywhere = replace(self.embedder, device="auto")
+        said = (fingerprint(trial), repr(config), repr(recipe), repr(anywhere), self.clip, repr(listed))
+        return hashlib.sha256("\n".join(said).encode()).hexdigest()
+
+    def run(self, trial: Trial, settings: str = "") -> Result:
+        """Learn and test."""
+        began = time.monotonic()
+        spec, ready = self.specs[trial.method], self.ready[trial.data]
+        clip = frozen_clip(self.embedder.checkpoint, self.embedder.device)
+        adapted = self._learn(trial, spec, ready, clip)
+        if self.keep_adapters and trial.shots and distributed.rank() == 0:
+            about = {"checkpoint": self.embedder.checkpoint, "data": trial.data, "settings": settings}
+            save(adapted, Folder(self.output).folder("adapters").folder(trial.name), about)
+        scores = self._scores(trial, adapted.adapter, ready)
+        return Result(
+            trial=trial,
+            settings=settings,
+            scores=scores,
+            chosen=adapted.chosen,
+            history=adapted.history,
+            parameters=sum(one.numel() for one in adapted.adapter.parameters()),
+            seconds=time.monotonic() - began,
+        )
+
+    def _learn(self, trial: Trial, spec: Spec, ready: Ready, clip: FrozenClip) -> Adapted:
+        data = ready.data
+        config, recipe = spec.build(trial.protocol, trial.shots, trial.data)
+        kept = halves(len(data.classes)).base if trial.protocol == "base_to_new" else range(len(data.classes))
+        classes = [data.classes[number] for number in kept]
+        if not trial.shots:
+            adapter = adapter_class(spec.method)(config, clip, classes, data.templates)
+            return Adapted(spec.method, config, recipe, trial.seed, adapter.eval(), {}, ())
+        drawing = draw(data, trial.shots, trial.seed)
+        reads = adapter_class(spec.method).reads
+        train, validation = (
+            self._drawn(ready, [one for one in part if data.labels[one[0]][one[1]] in kept], reads, views)
+            for part, views in ((drawing.train, True), (drawing.validation, False))
+        )
+        return adapt(spec.method, config, recipe, clip, classes, data.templates, train, validation, seed=trial.seed)
+
+    def _scores(self, trial: Trial, adapter: Adapter, ready: Ready) -> dict[str, dict[str, float]]:
+        data = ready.data
+        if trial.protocol == "base_to_new":
+            parts = halves(len(data.classes))
+            found = {"base": accuracy(adapter, self._tested(ready, adapter, parts.base))}
+            adapter.bind([data.classes[number] for number in parts.new], data.templates)
+            found["new"] = accuracy(adapter, self._tested(ready, adapter, parts.new))
+            scores = {name: _counts(one) for name, one in found.items()}
+            return scores | {"harmonic": {"top1": harmonic_mean(scores["base"]["top1"], scores["new"]["top1"])}}
+        found = {trial.data: accuracy(adapter, self._tested(ready, adapter))}
+        for name in self.targets:
+            target = self.ready[name]
+            if adapter.classes != target.data.classes or adapter.templates != target.data.templates:
+                adapter.bind(target.data.classes, target.data.templates)
+            found[name] = accuracy(adapter, self._tested(target, adapter))
+        return {name: _counts(one) for name, one in found.items()}
+
+    def _drawn(self, ready: Ready, wanted: Sequence[tuple[str, int]], reads: str, views: bool) -> Labelled:
+        """The images ``wanted``; of their features the random crops, where there are some, or the plain view."""
+        labels = torch.tensor([ready.data.labels[part][number] for part, number in wanted])
+        rows = [ready.rows[one] for one in wanted]
+        if reads == "pixels":
+            return Labelled(labels=labels, images=_StoredImages(Samples(read_snapshot(ready.drawn)), rows))
+        features = _features(ready.drawn, self.embedder)
+        few = features[rows]
+        return Labelled(labels=labels, features=few[:, 1:] if views and few.shape[1] > 1 else few[:, :1])
+
+    def _tested(self, ready: Ready, adapter: Adapter, classes: Sequence[int] | None = None) -> Labelled:
+        """The test images of ``classes``, which count from 0 here; of all, where none are given."""
+        labels = torch.tensor(ready.data.labels["test"])
+        kept = range(len(ready.data.classes)) if classes is None else classes
+        rows = ((labels >= kept[0]) & (labels <= kept[-1])).nonzero().flatten()
+        require(len(rows) > 0, "data", ready.data.name, "test images of each class")
+        labels = labels[rows] - kept[0]
+        if adapter.reads == "pixels":
+            images = _StoredImages(Samples(read_snapshot(ready.tested)), rows.tolist())
+            return Labelled(labels=labels, images=images)
+        return Labelled(labels=labels, features=_features(ready.tested, test_embedder(self.embedder))[rows])
+
+
+def run_trials(
+    runner: TrialRunner,
+    trials: Sequence[Trial],
+    workers: Workers,
+    place: Place,
+    done: Callable[[Result], None] | None = None,
+) -> list[Result]:
+    """The results of all ``trials`` in their order; each is told to ``done`` when it is there."""
+    runner = runner.at(place.device)
+    results: dict[int, Result] = {}
+    for number in _run(runner, trials, workers, place):
+        result = runner.finished(trials[number])
+        if result is None:
+            file = f"{runner.output}/trials/{trials[number].name}.json"
+            raise DataError(f"{file} has gone, or was written by another run in the same folder")
+        results[number] = result
+        logger.info("%d of %d trials: %s, %s", len(results), len(trials), trials[number].name, _short(result))
+        if done is not None:
+            done(result)
+    return [results[number] for number in range(len(trials))]
+
+
+def _run(runner: TrialRunner, trials: Sequence[Trial], workers: Workers, place: Place) -> Iterator[int]:
+    """The numbers of trials, each when its result is there."""
+    if place.workers == 1:
+        yield from (number for number, _ in run_tasks(runner, trials, workers, place.gpus))
+        return
+    for number, trial in enumerate(trials):
+        if runner.finished(trial) is None:
+            on_workers(partial(_one_of_many, runner, trial), workers=place.workers, use_gpu=place.device == "cuda")
+        yield number
+
+
+def _one_of_many(runner: TrialRunner, trial: Trial, device: torch.device) -> None:
+    """What each of the workers of one trial does."""
+    runner.at(device.type)(trial)
+
+
+class _StoredImages(Sequence[bytes]):
+    """Encoded images of some rows of a snapshot, read when they are asked for."""
+
+    def __init__(self, samples: Samples, rows: Sequence[int]) -> None:
+        self._samples, self._rows = samples, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[bytes]: ...
+    def __getitem__(self, index: int | slice) -> bytes | Sequence[bytes]:
+        if isinstance(index, slice):
+            return _StoredImages(self._samples, self._rows[index])
+        return self._samples[self._rows[index]].image() or b""
+
+
+def _snapshot(source: Source, folder: Folder, name: str, rows: int, workers: Workers) -> str:
+    """The rows of ``source`` as a snapshot below ``folder``, in a place named by what they are."""
+    digest = hashlib.sha256(repr(source).encode()).hexdigest()[:12]
+    place = folder.folder(f"{name}-{digest}")
+    options = ShardOptions(images=UNTOUCHED, number_sample_per_shard=ROWS_PER_SHARD)
+    made = refresh(source, place, options, workers)
+    if made.samples != rows:
+        raise DataError(f"{place.uri} has {made.samples} of {rows} images, {made.dropped}: the split wants them all")
+    return place.uri
+
+
+def _embed(uri: str, embedder: LoadEmbedder | None, workers: Workers, use_gpu: bool | None) -> None:
+    if embedder is not None:
+        options = EmbedOptions(name=_sidecar(embedder), batch_size=VIEW_BATCH, overwrite=True)
+        embed(read_snapshot(uri), embedder, options, workers, use_gpu)
+
+
+def _sidecar(embedder: LoadEmbedder) -> str:
+    """A name for the features of one model and its views, so that those of several lie side by side."""
+    said = repr((embedder.checkpoint, embedder.precision, embedder.views))
+    return f"views_{hashlib.sha256(said.encode()).hexdigest()[:12]}"
+
+
+@cache
+def _features(uri: str, embedder: LoadEmbedder) -> torch.Tensor:
+    """Raw features float32 [N, V, D] of all samples of a snapshot, in order."""
+    snapshot: Snapshot = read_snapshot(uri)
+    assert embedder.views is not None
+    model = frozen_clip(embedder.checkpoint, embedder.device).method
+    maker = ViewEmbedder(cast(Any, model), embedder.views, embedder.precision).maker
+    found = read_views(snapshot, maker=maker, name=_sidecar(embedder))
+    return torch.from_numpy(found.of(found.keys))
+
+
+def _digest(ready: Ready) -> str:
+    said = repr((ready.data, sorted(ready.rows)))
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _counts(found: Accuracy) -> dict[str, float]:
+    right, seen = int(found.right.sum()), int(found.seen.sum())
+    return {"top1": found.top1, "mean_per_class": found.mean_per_class, "right": float(right), "seen": float(seen)}
+
+
+def _short(result: Result) -> str:
+    parts: Iterator[str] = (f"{name} {100 * score['top1']:.1f} %" for name, score in result.scores.items())
+    return ", ".join(parts)

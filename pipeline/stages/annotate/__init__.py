@@ -1,0 +1,1 @@
+"""Sidecars: what a model or a rule says of stored samples, beside the tars."""

@@ -1,0 +1,302 @@
+"""Image and text features of a snapshot as a sidecar, and as the files that clip-retrieval reads.
+
+``00017.embeddings.parquet`` has a row for every sample that the tar stores, hidden ones too, so that it outlives
+selections: ``key``, ``image`` and ``text``, L2-normalised float16 [D]; NaN where a sample has no readable image or no
+caption. The model is whatever has the few methods of :class:`Embedder`; the job brings it. One that gives several
+views of an image has a row of V x D numbers for each: see ``view_features.py``.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import accumulate, islice
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.config import require
+from pipeline.errors import DataError, SidecarError
+from pipeline.shards.sample import Sample
+from pipeline.shards.selection import read_samples
+from pipeline.shards.sidecar import FACTS, read_sidecar, sidecar_file
+from pipeline.shards.snapshot import Shard, Snapshot
+from pipeline.shards.storage import Folder
+from pipeline.stages.annotate.annotator import Annotation, annotate
+from pipeline.stages.shard_tasks import Workers, run_tasks
+
+logger = logging.getLogger(__name__)
+
+JOB = "jobs/embed_dataset.py"
+Features = NDArray[np.float16]
+
+
+class Embedder(Protocol):
+    """What this stage needs of a model; ``maker`` is the digest of its weights and of what is done to its input."""
+
+    maker: str
+    facts: Mapping[str, str | int]
+    """What readers of the features should know of them, such as ``views``; kept with them."""
+    reads_text: bool
+    """Whether captions get features too."""
+
+    def prepare(self, image: bytes, key: str) -> Any | None:
+        """The image as :meth:`encode_image` wants it, ``None`` where it cannot be read; called from many threads.
+
+        What is random about it depends on the sample's ``key`` alone.
+        """
+        ...
+
+    def encode_image(self, images: Sequence[Any]) -> NDArray[np.float32]:
+        """Features [B, D], L2-normalised; or raw features [B, V, D] of several views."""
+        ...
+
+    def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """L2-normalised features [B, D]."""
+        ...
+
+
+MakeEmbedder = Callable[[int], Embedder]
+"""Loads the model in the process that will use it, for a number of CPU threads; pickles."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedOptions:
+    """How the features are made and kept."""
+
+    name: str = "embeddings"
+    """Name of the sidecar: a plain word, so that the features of several models can lie side by side."""
+    batch_size: int = 256
+    """Images encoded at a time."""
+    overwrite: bool = False
+    """Replace features that another model made."""
+
+    def __post_init__(self) -> None:
+        require(self.name.isidentifier(), "name", self.name, "a plain word")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+
+
+@dataclass(frozen=True)
+class ShardFeatures:
+    """Features float16 [N, D] of one shard's N stored samples; rows of NaN where a sample has none."""
+
+    keys: list[str]
+    image: Features
+    text: Features | None
+
+
+def embed(
+    snapshot: Snapshot, make: MakeEmbedder, options: EmbedOptions, workers: Workers, use_gpu: bool | None = None
+) -> Snapshot:
+    """Give every shard of ``snapshot`` its features and publish that; shards that have them are not read again.
+
+    ``use_gpu`` ``None``: where the cluster has GPUs.
+
+    Raises:
+        SidecarError: features of another model are there.
+        DataError: a damaged shard.
+        StorageError: the store refused (the same command goes on from there), or another job is at work in the folder.
+    """
+    load = LoadShardEmbedder(make, tuple(snapshot.fields), options.batch_size)
+    annotation = Annotation(name=options.name, overwrite=options.overwrite)
+    return annotate(snapshot, load, annotation, workers, use_gpu)
+
+
+@dataclass(frozen=True)
+class LoadShardEmbedder:
+    """Loads what makes a shard's features with the embedder that ``make`` loads, of samples with these ``fields``."""
+
+    make: MakeEmbedder
+    fields: tuple[str, ...]
+    batch_size: int
+
+    def __call__(self, threads: int) -> "ShardEmbedder":
+        embedder = self.make(threads)
+        return ShardEmbedder(embedder, "txt" in self.fields and embedder.reads_text, self.batch_size, threads)
+
+
+class ShardEmbedder:
+    """The features of a shard's samples as a table; decodes ahead in ``threads`` threads."""
+
+    def __init__(self, embedder: Embedder, with_text: bool, batch_size: int, threads: int) -> None:
+        self._embedder, self._with_text, self._batch_size, self._threads = embedder, with_text, batch_size, threads
+        self.maker = embedder.maker
+
+    def table(self, samples: Iterator[Sample], shard: Shard) -> pa.Table:
+        """Columns ``key``, ``image`` and, where captions are encoded, ``text``."""
+        embedder = self._embedder
+        keys: list[str] = []
+        parts: dict[str, list[NDArray[np.float32] | None]] = {"image": [], "text": []}
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="prepare") as pool:
+            for batch in _prepared(samples, self._batch_size, pool, embedder):
+                keys += [sample.key for sample, _ in batch]
+                parts["image"] += _some(embedder.encode_image, [future.result() for _, future in batch])
+                if self._with_text:
+                    parts["text"] += _some(embedder.encode_text, [_caption(sample) for sample, _ in batch])
+        width = next((row.size for part in parts.values() for row in part if row is not None), 1)
+        kinds = ("image", "text") if self._with_text else ("image",)
+        columns = {"key": pa.array(keys, pa.string()), **{kind: _column(parts[kind], keys, width) for kind in kinds}}
+        facts = {FACTS: json.dumps(dict(embedder.facts)).encode()} if embedder.facts else None
+        return pa.table(columns).replace_schema_metadata(facts)
+
+
+def read_features(folder: Folder, shard: Shard, name: str = "embeddings") -> ShardFeatures:
+    """The features of ``shard``'s stored samples, in the order of the tar.
+
+    Raises:
+        SidecarError: missing, stale or not features.
+    """
+    table = read_sidecar(folder, shard, name, JOB)
+    if not {"key", "image"} <= set(table.column_names):
+        raise SidecarError(f"{folder.join(sidecar_file(shard, name))} holds no features; make them with {JOB}")
+    text = matrix(table["text"]) if "text" in table.column_names else None
+    return ShardFeatures([str(key) for key in table["key"].to_pylist()], matrix(table["image"]), text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """A snapshot's features as clip-retrieval's inference writes them, to build an index from.
+
+    ``img_emb/img_emb_0.npy`` and ``text_emb/text_emb_0.npy``, float16 [N, D], and ``metadata/metadata_0.parquet`` with
+    ``image_path`` (the key), ``caption`` and the keys of the samples' json: row ``i`` of all three is one sample. Rows
+    are in the order that readers see; samples without an image's or a caption's features are left out.
+    """
+
+    snapshot: Snapshot
+    folder: Folder
+    name: str = "embeddings"
+    rows_per_file: int = 250_000
+
+    def write(self, workers: Workers) -> int:
+        """Write all files; returns the number of rows.
+
+        Raises:
+            SidecarError: the snapshot has no features of this name.
+            StorageError: the store refused.
+        """
+        return sum(int(rows) for _, rows in run_tasks(self.write_file, range(self.files), workers))
+
+    @property
+    def files(self) -> int:
+        """Number of files of each kind."""
+        return max(1, -(-self.snapshot.samples // self.rows_per_file))
+
+    def write_file(self, number: int) -> str:
+        """Write the files ``number``; returns the number of their rows, as text."""
+        images, texts, rows = [], [], []
+        for key, image, text, sample in self._visible(number * self.rows_per_file, self.rows_per_file):
+            images.append(image)
+            texts.append(text)
+            rows.append({"image_path": key, **_described(sample, text is not None)})
+        ending = f"{number:0{len(str(self.files))}d}"
+        if not images:
+            return "0"
+        self._writematrix("img_emb", ending, images)
+        if texts[0] is not None:
+            self._writematrix("text_emb", ending, texts)
+        content = BytesIO()
+        pq.write_table(pa.Table.from_pandas(_uniform(pd.json_normalize(rows)), preserve_index=False), content)
+        self.folder.folder("metadata").write_atomic(f"metadata_{ending}.parquet", content.getvalue())
+        return str(len(rows))
+
+    def _visible(self, start: int, count: int) -> Iterator[tuple[str, Features, Features | None, Sample]]:
+        folder = Folder(self.snapshot.folder)
+        ends = list(accumulate(shard.samples for shard in self.snapshot.shards))
+        for shard, end in zip(self.snapshot.shards, ends, strict=True):
+            begin = end - shard.samples
+            if end <= start or begin >= start + count:
+                continue
+            features = read_features(folder, shard, self.name)
+            rows = {key: row for row, key in enumerate(features.keys)}
+            inside = islice(read_samples(folder, shard), max(0, start - begin), start + count - begin)
+            for sample in inside:
+                row = rows[sample.key]
+                text = None if features.text is None else features.text[row]
+                if not np.isnan(features.image[row, 0]) and (text is None or not np.isnan(text[0])):
+                    yield sample.key, features.image[row], text, sample
+
+    def _writematrix(self, kind: str, ending: str, rows: list[Any]) -> None:
+        content = BytesIO()
+        np.save(content, np.stack(rows))
+        self.folder.folder(kind).write_atomic(f"{kind}_{ending}.npy", content.getvalue())
+
+
+def _prepared(
+    samples: Iterator[Sample], size: int, pool: ThreadPoolExecutor, embedder: Embedder
+) -> Iterator[list[tuple[Sample, "Future[Any]"]]]:
+    """Batches with their images being decoded; the next batch is begun before one is handed out."""
+    ahead: list[tuple[Sample, Future[Any]]] = []
+    while batch := list(islice(samples, size)):
+        begun = [(sample, pool.submit(_prepare, embedder, sample)) for sample in batch]
+        if ahead:
+            yield ahead
+        ahead = begun
+    if ahead:
+        yield ahead
+
+
+def _prepare(embedder: Embedder, sample: Sample) -> Any | None:
+    image = sample.image()
+    return None if image is None else embedder.prepare(image, sample.key)
+
+
+def _some(
+    encode: Callable[[list[Any]], NDArray[np.float32]], inputs: Sequence[Any | None]
+) -> list[NDArray[np.float32] | None]:
+    """The features of each input, ``None`` for ``None``."""
+    present = [one for one in inputs if one is not None]
+    made = iter(encode(present)) if present else iter(())
+    return [None if one is None else next(made) for one in inputs]
+
+
+def _caption(sample: Sample) -> str | None:
+    content = sample.fields.get("txt")
+    return None if content is None else content.decode("utf-8", errors="replace")
+
+
+def _column(rows: list[NDArray[np.float32] | None], keys: Sequence[str], width: int) -> Any:
+    """Lists of ``width`` float16; NaN for ``None``, since null lists of fixed size do not survive parquet."""
+    empty = np.full(width, np.nan, np.float16)
+    parts = [empty if row is None else _half(row, key) for row, key in zip(rows, keys, strict=True)]
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate([empty[:0], *parts]), pa.float16()), width)
+
+
+def _half(row: NDArray[np.float32], key: str) -> Features:
+    with np.errstate(over="ignore"):
+        half: Features = row.astype(np.float16).ravel()
+    if not np.isfinite(half).all():
+        raise DataError(f"sample {key}: the model gives features that are not finite, or too large for half precision")
+    return half
+
+
+def matrix(column: Any) -> Features:
+    """float16 [N, D] of a column of lists of one length."""
+    array = column.combine_chunks()
+    rows: Features = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, array.type.list_size)
+    return rows
+
+
+def _described(sample: Sample, with_caption: bool) -> dict[str, Any]:
+    try:
+        plain = json.loads(sample.fields.get("json", b"{}"))
+    except ValueError:
+        plain = {}
+    columns = plain if isinstance(plain, dict) else {}
+    rest = {name: value for name, value in columns.items() if name not in ("caption", "metadata", "image_path")}
+    return {"caption": _caption(sample) or "", **rest} if with_caption else rest
+
+
+def _uniform(frame: pd.DataFrame) -> pd.DataFrame:
+    """Columns whose values are of several types become text, since parquet has one type a column."""
+    for name in frame.columns:
+        try:
+            pa.array(frame[name], from_pandas=True)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            frame[name] = frame[name].map(lambda value: value if value is None else str(value))
+    return frame

@@ -1,0 +1,150 @@
+"""Images of the rarer kinds decoded in a process apart, which a decoder may hang or crash without harm to the job.
+
+JPEG, PNG and WebP are decoded in place: their decoders (libjpeg-turbo, libpng, libwebp) do work that is bounded by
+what was checked before (bytes, pixels, passes over the pixels) and have been fuzzed for a decade. Everything else goes
+through Pillow's many formats, is a few images in a thousand on the web, and so pays for a pipe: one child process,
+started at the first such image, which the kernel ends when an image takes longer than ``SECONDS``.
+
+Frames on the pipe are an 8-byte length and that many bytes. The child answers in JSON and raw bytes, never in pickles:
+it has read what strangers sent.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+from types import TracebackType
+from typing import IO, Self
+
+from pipeline.config import from_json, to_json
+from pipeline.errors import SampleError
+from pipeline.stages.crawl.images import EncodedImage, ImageOptions, transform
+from pipeline.stages.crawl.sniff import starts_like_an_image
+
+SECONDS = 30.0
+_PROGRAM = "from pipeline.stages.crawl.decode_apart import serve; serve()"
+_IN_PLACE = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF")
+_LENGTH = struct.Struct(">Q")
+
+
+def needs_care(body: bytes) -> bool:
+    """Whether ``body`` is of a kind that is decoded apart."""
+    return not body.startswith(_IN_PLACE) and starts_like_an_image(body)
+
+
+class Apart:
+    """``transform`` in a child process; a context manager. The child starts with the first image."""
+
+    def __init__(self, options: ImageOptions, seconds: float = SECONDS) -> None:
+        self._first = to_json(options).encode()
+        self._seconds = seconds
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def transform(self, body: bytes) -> EncodedImage:
+        """As :func:`pipeline.stages.crawl.images.transform`, which does the work.
+
+        Raises:
+            SampleError: its classes; "decode_timeout" and "decode_crash" where the child was lost.
+        """
+        child = self._child or self._start()
+        assert child.stdin is not None and child.stdout is not None
+        try:
+            _write(child.stdin, body)
+            answer, data = _read(child.stdout), _read(child.stdout)
+        except BrokenPipeError:
+            answer = data = None
+        if answer is None or data is None:
+            raise self._lost(child)
+        values = json.loads(answer)
+        if "error_class" in values:
+            raise SampleError(**values)
+        return EncodedImage(data=data, **values)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # Ray and tests find the library by sys.path, which a child does not inherit.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        command = [sys.executable, "-c", _PROGRAM]
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        self._child = child
+        assert child.stdin is not None
+        _write(child.stdin, json.dumps(self._seconds).encode())
+        _write(child.stdin, self._first)
+        return child
+
+    def _lost(self, child: subprocess.Popen[bytes]) -> SampleError:
+        # It closed its end because it is gone, or about to be.
+        child.wait()
+        self._end()
+        if child.returncode == -signal.SIGALRM:
+            return SampleError("failed_to_resize", "decode_timeout", "Image decoding error: took too long")
+        return SampleError("failed_to_resize", "decode_crash", "Image decoding error: the decoder crashed")
+
+    def _end(self) -> None:
+        child, self._child = self._child, None
+        if child is None:
+            return
+        child.kill()
+        child.wait()
+        for pipe in (child.stdin, child.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                assert pipe is not None
+                pipe.close()
+
+
+def serve() -> None:
+    """The child: images come by standard input until it ends, answers go out by standard output."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The default action ends the process from outside, however deep in a decoder it is.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not end up between the answers
+    seconds = float(_read(requests) or b"0")
+    options = from_json(ImageOptions, (_read(requests) or b"").decode())
+    while (body := _read(requests)) is not None:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        answer, data = _answer(body, options)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _write(answers, json.dumps(answer).encode())
+        _write(answers, data)
+
+
+def _answer(body: bytes, options: ImageOptions) -> tuple[dict[str, object], bytes]:
+    try:
+        image = transform(body, options)
+    except SampleError as error:
+        return {"status": error.status, "error_class": error.error_class, "message": error.message}, b""
+    except Exception as error:
+        # The sample boundary, as in the parent: decoders raise whatever they like.
+        message = f"Image decoding error: {error}"
+        return {"status": "failed_to_resize", "error_class": "decode", "message": message}, b""
+    names = [field.name for field in dataclasses.fields(image) if field.name != "data"]
+    return {name: getattr(image, name) for name in names}, image.data
+
+
+def _write(pipe: IO[bytes], data: bytes) -> None:
+    pipe.write(_LENGTH.pack(len(data)))
+    pipe.write(data)
+    pipe.flush()
+
+
+def _read(pipe: IO[bytes]) -> bytes | None:
+    """The next frame; None where the other side is gone."""
+    head = pipe.read(_LENGTH.size)
+    if len(head) < _LENGTH.size:
+        return None
+    (length,) = _LENGTH.unpack(head)
+    data = pipe.read(length)
+    return data if len(data) == length else None

@@ -1,0 +1,1 @@
+"""A source becomes a snapshot, and a snapshot becomes its successor."""

@@ -1,0 +1,220 @@
+"""What the shards of a folder hold, row by row: visible, hidden and why, failed and why.
+
+The parquet file beside each tar lists every row that the shard was made from. Which of its samples readers see is the
+snapshot's to say. Why a sample was hidden by a refresh is kept in ``_plan/{parent}/hidden.parquet``, all reasons so
+far, beside the plan of the refresh that hid it: a row that left the source may come back, one that was opted out not.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.errors import DataError, SnapshotError
+from pipeline.shards.parquet import parse_parquet
+from pipeline.shards.selection import read_selection
+from pipeline.shards.snapshot import Shard, Snapshot, read_snapshot, snapshot_ids
+from pipeline.shards.storage import Folder
+from pipeline.shards.writer import STATS
+from pipeline.sources.source import Source
+from pipeline.stages.refresh.comparison import (
+    FAILED,
+    GONE,
+    HIDDEN,
+    OPTED_OUT,
+    STALE,
+    TO_HIDE,
+    VISIBLE,
+    Places,
+    Records,
+    place,
+    records,
+)
+from pipeline.stages.refresh.opt_out import OptOut
+from pipeline.stages.refresh.plan import PLANS
+
+HIDDEN_FILE = "hidden.parquet"
+HASHES = ("sha256", "md5", "sha512")
+OTHER = "other"
+REPLACED = "changed"
+"""Why an image is hidden that has changed where it came from: no row of a source is answered by it any more."""
+_REASONS = {"gone": GONE, "opt_out": OPTED_OUT}
+
+
+class Failures:
+    """Numbers for classes of failures, in the order they are met."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = [OTHER]
+
+    def state(self, name: str | None) -> int:
+        """The state of a row that failed for this reason."""
+        known = name or OTHER
+        if known not in self._names:
+            if FAILED + len(self._names) == 256:
+                return FAILED
+            self._names.append(known)
+        return FAILED + self._names.index(known)
+
+    def name(self, state: int) -> str:
+        """The reason of a state."""
+        return self._names[state - FAILED]
+
+    def mask(self, names: Iterable[str]) -> NDArray[np.bool_]:
+        """Which states stand for the given reasons, bool [256]."""
+        chosen = np.zeros(256, np.bool_)
+        for name in set(names) & set(self._names):
+            chosen[self.state(name)] = True
+        return chosen
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The shards of ``folder`` with numbers below ``first``, as readers of ``parent`` see them.
+
+    ``stale`` has the positions of images that have changed where they came from, by the number of their shard.
+    """
+
+    folder: Folder
+    parent: Snapshot | None
+    first: int
+    stale: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)
+
+    def records(self, source: Source, opt_out: OptOut, failures: Failures) -> Iterator[Records]:
+        """Records of all rows, shard by shard; identified by what ``source`` would give for them.
+
+        Raises:
+            DataError: a shard's parquet file is missing, or does not fit its tar.
+        """
+        entries = {shard.name: shard for shard in self.parent.shards} if self.parent else {}
+        reasons = read_hidden(self.folder, self.parent)
+        for number, name in shard_numbers(self.folder, self.first):
+            table = read_rows(self.folder, name)
+            yield self._records(number, table, entries.get(name), reasons.get(number), source, opt_out, failures)
+
+    def _records(
+        self,
+        number: int,
+        table: pa.Table,
+        shard: Shard | None,
+        reasons: Mapping[int, str] | None,
+        source: Source,
+        opt_out: OptOut,
+        failures: Failures,
+    ) -> Records:
+        rows = table.num_rows
+        names = ["url", *(["caption"] if source.has_captions else []), *sorted(source.schema())]
+        values = [_values(table, name) for name in names]
+        good = np.array([status == "success" for status in _values(table, "status")], np.bool_)
+        bodies = body_digests(table)
+        at = np.where(good, np.cumsum(good) - 1, np.arange(rows))
+        states = np.zeros(rows, np.uint8)
+        states[good] = self._stored_states(shard, int(good.sum()), reasons or {})
+        listed = opt_out.matches(values[0], _values(table, "key"), bodies)
+        states[listed & good & (states == VISIBLE)] = TO_HIDE
+        states[listed & good & (states == GONE)] = OPTED_OUT
+        classes = _values(table, "error_class")
+        states[~good] = [failures.state(classes[index]) for index in np.flatnonzero(~good)]
+        found = records(zip(*values, strict=True), bodies, place(number, 0) + at.astype(np.int64), states)
+        found["body"][good & np.isin(at, self.stale.get(number, ()))] = STALE
+        replaced = [position for position, reason in (reasons or {}).items() if reason == REPLACED]
+        return found[~(good & np.isin(at, replaced))]
+
+    def _stored_states(self, shard: Shard | None, stored: int, reasons: Mapping[int, str]) -> NDArray[np.uint8]:
+        states = np.full(stored, HIDDEN, np.uint8)
+        for position, reason in reasons.items():
+            states[position] = _REASONS.get(reason, HIDDEN)
+        if shard is not None:
+            if shard.stored != stored:
+                message = f"{self.folder.join(shard.name + '.parquet')} lists {stored} samples, {shard.tar} holds"
+                raise DataError(f"{message} {shard.stored}")
+            indices = read_selection(self.folder, shard)
+            states[slice(None) if indices is None else indices] = VISIBLE
+        return states
+
+
+def shard_numbers(folder: Folder, below: int | None = None) -> list[tuple[int, str]]:
+    """Numbers and names of the finished shards of a folder, ascending."""
+    names = (name.removesuffix(STATS) for name in folder.names(STATS))
+    found = sorted((int(name), name) for name in names if name.isdigit())
+    return [(number, name) for number, name in found if below is None or number < below]
+
+
+def next_number(folder: Folder) -> int:
+    """The number after the last that any file of the folder has."""
+    heads = (name.partition(".")[0].removesuffix("_stats") for name in folder.names())
+    return max((int(head) for head in heads if head.isdigit()), default=-1) + 1
+
+
+def read_rows(folder: Folder, name: str) -> pa.Table:
+    """The parquet file of the shard called ``name``.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    try:
+        return parse_parquet(folder.read_bytes(f"{name}.parquet"))
+    except FileNotFoundError as error:
+        raise DataError(f"{folder.join(name + '.parquet')} is missing, which lists the shard's rows") from error
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{folder.join(name + '.parquet')} is damaged ({error})") from error
+
+
+def body_digests(table: pa.Table) -> list[Any]:
+    """The hex digests of the images as downloaded; ``None`` where unknown."""
+    name = next((name for name in HASHES if name in table.column_names), "")
+    return _values(table, name)
+
+
+def _values(table: pa.Table, name: str) -> list[Any]:
+    return table[name].to_pylist() if name in table.column_names else [None] * table.num_rows
+
+
+def read_hidden(folder: Folder, snapshot: Snapshot | None) -> dict[int, dict[int, str]]:
+    """Why refreshes hid what they hid, up to ``snapshot``: shard number -> position -> reason."""
+    known = set(snapshot_ids(folder))
+    parent = snapshot.parent if snapshot else None
+    while parent is not None:
+        place = folder.folder(f"{PLANS}/{parent}")
+        if place.exists(HIDDEN_FILE):
+            return _read_hidden(place)
+        parent = read_snapshot(f"{folder.uri}@{parent}").parent if parent in known else None
+    return {}
+
+
+def write_hidden(folder: Folder, parent: str, hidden: Mapping[int, Mapping[int, str]]) -> None:
+    """Keep the reasons beside the plan of the refresh of ``parent``; nothing is written that stands there already."""
+    rows = [(shard, at, reasons[at]) for shard, reasons in sorted(hidden.items()) for at in sorted(reasons)]
+    shards, positions, words = zip(*rows, strict=True) if rows else ((), (), ())
+    arrays = [pa.array(shards, pa.int64()), pa.array(positions, pa.int64()), pa.array(words, pa.string())]
+    content = BytesIO()
+    pq.write_table(pa.table(arrays, names=["shard", "position", "reason"]), content)
+    place = folder.folder(f"{PLANS}/{parent}")
+    if not place.exists(HIDDEN_FILE) or place.read_bytes(HIDDEN_FILE) != content.getvalue():
+        place.write_atomic(HIDDEN_FILE, content.getvalue())
+
+
+def _read_hidden(place: Folder) -> dict[int, dict[int, str]]:
+    try:
+        table = parse_parquet(place.read_bytes(HIDDEN_FILE))
+    except pa.ArrowInvalid as error:
+        raise SnapshotError(f"{place.join(HIDDEN_FILE)} is damaged ({error})") from error
+    found: dict[int, dict[int, str]] = {}
+    columns = (table[name].to_pylist() for name in ("shard", "position", "reason"))
+    for shard, position, reason in zip(*columns, strict=True):
+        found.setdefault(shard, {})[position] = reason
+    return found
+
+
+def digest_of_places(*parts: Places) -> str:
+    """SHA-256 hex of lists of places."""
+    content = hashlib.sha256()
+    for part in parts:
+        content.update(f"{len(part)}\n".encode() + part.astype("<i8").tobytes())
+    return content.hexdigest()

@@ -1,0 +1,415 @@
+"""Refresh a data set from its newest snapshot: fetch what is new, hide what is gone or opted out, keep the rest.
+
+Nothing that an older snapshot refers to is touched: new rows become shards numbered after the last one, and samples to
+hide are left out of the shards' selections. Until the new snapshot is published the refresh can be stopped and run
+again; when the source has changed meanwhile, its unpublished plan gives way to the new one.
+"""
+
+import dataclasses
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config import require
+from pipeline.errors import SnapshotError
+from pipeline.shards.sample import shard_name
+from pipeline.shards.selection import read_selection, select, write_selection
+from pipeline.shards.snapshot import Shard, Snapshot, publish_shards, read_snapshot, snapshot_ids
+from pipeline.shards.storage import Folder
+from pipeline.shards.writer import ShardStats, read_stats
+from pipeline.sources.source import Slice, Source
+from pipeline.stages.crawl.download import digest
+from pipeline.stages.crawl.failure import TRANSIENT
+from pipeline.stages.refresh.comparison import (
+    LISTED,
+    OPTED_OUT,
+    TO_HIDE,
+    WANTED,
+    Difference,
+    Partitions,
+    Places,
+    compare,
+    parts_of,
+    place,
+    records,
+)
+from pipeline.stages.refresh.delta import ROWS_FILE, Delta, write_rows
+from pipeline.stages.refresh.ledger import (
+    REPLACED,
+    Failures,
+    Ledger,
+    body_digests,
+    digest_of_places,
+    next_number,
+    read_hidden,
+    read_rows,
+    write_hidden,
+)
+from pipeline.stages.refresh.make_shard import ShardOptions, clean_caption
+from pipeline.stages.refresh.opt_out import OptOut, read_opt_out
+from pipeline.stages.refresh.plan import (
+    FIRST,
+    PLAN_FILE,
+    PLANS,
+    ROOT,
+    Known,
+    Plan,
+    drop_shards,
+    plan_of,
+    read_plan,
+    write_plan,
+)
+from pipeline.stages.refresh.revalidation import Stale, Which, forget, revalidate
+from pipeline.stages.shard_tasks import Workers
+
+logger = logging.getLogger(__name__)
+
+LATEST = "latest"
+RETRYABLE = TRANSIENT | {"dns"}
+"""Failures that --retry-failed fetches again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renewal:
+    """What a refresh takes over from the folder's newest snapshot, and what has to go."""
+
+    parent: str | None = None
+    """Snapshot to go on from: `latest`, or folder@id of the newest one; only new and changed rows are fetched."""
+    opt_out: str | None = None
+    """List (.txt or .parquet) of urls, url prefixes, hosts, digests or keys: hidden at once and never fetched again."""
+    retry_failed: bool = False
+    """Fetch again the rows whose failure may pass (time-outs, resets, 429, 5xx, names that did not resolve)."""
+    revalidate: Which = "none"
+    """Ask again for stored images, whose bytes may have changed behind the same url: of `known` validators (ETag or
+    date) on the condition that they differ, or `all`, which fetches what has none in order to compare it."""
+    purge: bool = False
+    """Delete hidden samples from disk; older snapshots that show them go too."""
+
+    @property
+    def asked(self) -> bool:
+        """Whether this is more than a first refresh; each of these says that the newest snapshot counts."""
+        return self != Renewal()
+
+    def begins(self, folder: Folder) -> bool:
+        """Whether there is nothing to go on from, nor an opt-out list: a refresh from nothing, then."""
+        opted_out = self.opt_out is not None or read_plan(folder, FIRST) is not None
+        return self.parent in (None, LATEST) and not opted_out and not snapshot_ids(folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A refresh that is planned: what differs, and the plan of what to fetch from ``source``."""
+
+    name: str
+    parent: Snapshot | None
+    found: Difference
+    failures: Failures
+    opt_out: OptOut
+    source: Source
+    plan: Plan
+
+
+def prepare(
+    source: Source,
+    folder: Folder,
+    options: ShardOptions,
+    shaping: Mapping[str, Any],
+    renewal: Renewal,
+    workers: Workers,
+) -> Prepared | Snapshot:
+    """Compare ``source`` with the folder's shards and plan the refresh; a snapshot where nothing is to be done.
+
+    ``workers`` ask again for stored images, where the renewal wants that.
+
+    Raises:
+        SettingError: the input, the parent or the opt-out list cannot be used.
+        DataError: a stored shard is damaged.
+    """
+    opt_out = read_opt_out(renewal.opt_out)
+    parent = _parent(folder, renewal)
+    if parent is not None:
+        _refuse_other_shape(parent, shaping)
+    name = parent.id if parent else FIRST
+    known = read_plan(folder, name)
+    place = folder.folder(f"{PLANS}/{name}")
+    asks = parent is not None and parent.id == snapshot_ids(folder)[-1] and renewal.revalidate != "none"
+    stale: Stale = {}
+    if parent is not None and asks:
+        stale = revalidate(folder, parent, place, options.downloads, opt_out, renewal.revalidate, workers)
+    ledger = Ledger(folder, parent, known.first if known else next_number(folder) if parent else 0, stale)
+    failures = Failures()
+    with tempfile.TemporaryDirectory(prefix="clipmill-") as scratch:
+        pieces = list(source.slices(options.number_sample_per_shard, Folder(f"{scratch}/source")))
+        found = _difference(source, pieces, ledger, opt_out, failures, options, renewal, Path(scratch))
+        rows = Path(scratch) / ROWS_FILE
+        write_rows(rows, source, found, pieces, place, options.number_sample_per_shard, options.downloads.compute_hash)
+        plan = _planned(source, Folder(scratch), found, options, shaping, ledger.first)
+        if parent is not None and parent.id != snapshot_ids(folder)[-1]:
+            return _finished(folder, parent, known, plan)
+        if parent is not None and found.empty:
+            logger.info("nothing has changed since snapshot %s", parent.uri)
+            _discard(folder, name, known)
+            forget(place)
+            return parent
+        _replace(folder, name, known, plan, ledger.first, rows)
+    delta = Delta(base=source, table=place.join(ROWS_FILE))
+    return Prepared(name=name, parent=parent, found=found, failures=failures, opt_out=opt_out, source=delta, plan=plan)
+
+
+def _parent(folder: Folder, renewal: Renewal) -> Snapshot | None:
+    ids = snapshot_ids(folder)
+    uri = renewal.parent or LATEST
+    if uri == LATEST:
+        return read_snapshot(folder.uri) if ids else None
+    place, _, name = uri.rpartition("@") if "@" in uri.rsplit("/", 1)[-1] else (uri, "", "")
+    allowed = f"latest, or a snapshot of the output folder: {folder.uri}@{ids[-1] if ids else 'id'}"
+    require(Folder(place).uri == folder.uri and (not name or name in ids), "parent", uri, allowed)
+    return read_snapshot(f"{folder.uri}@{name}" if name else folder.uri)
+
+
+def _refuse_other_shape(parent: Snapshot, shaping: Mapping[str, Any]) -> None:
+    for name, value in shaping.items():
+        before = parent.options.get(name, value)
+        require(before == value, name, value, f"{before!r}, as in {parent.uri}, or another folder")
+
+
+def _difference(
+    source: Source,
+    pieces: Sequence[Slice],
+    ledger: Ledger,
+    opt_out: OptOut,
+    failures: Failures,
+    options: ShardOptions,
+    renewal: Renewal,
+    scratch: Path,
+) -> Difference:
+    here, there = Partitions(scratch, "source"), Partitions(scratch, "shards")
+    out = [TO_HIDE, OPTED_OUT, failures.state("opt_out")]
+    urls = [np.zeros(0, np.uint64)]
+    for found in ledger.records(source, opt_out, failures):
+        there.add(found)
+        urls.append(found["url"][np.isin(found["state"], out)])
+    opted_out = np.unique(np.concatenate(urls))
+    for found in source_records(source, pieces, opt_out, options.downloads.compute_hash):
+        # With another caption, or without the list, it is still the image that was asked to go.
+        found["state"][np.isin(found["url"], opted_out)] = LISTED
+        here.add(found)
+    return compare(here, there, failures.mask(RETRYABLE if renewal.retry_failed else ()))
+
+
+def source_records(
+    source: Source, pieces: Sequence[Slice], opt_out: OptOut, hash_name: str | None
+) -> Iterator[NDArray[np.void]]:
+    """Records of a source's rows; places count by ``pieces``."""
+    columns = sorted(source.schema())
+    for number, piece in enumerate(pieces):
+        values: list[tuple[object, ...]] = []
+        bodies: list[str | None] = []
+        for row in source.rows(piece):
+            caption = (clean_caption(row.caption),) if source.has_captions else ()
+            values.append((row.url, *caption, *(row.columns.get(name) for name in columns)))
+            bodies.append(digest(row.image, hash_name) if row.image is not None else _expected(row.expected, hash_name))
+        listed = opt_out.matches([str(value[0]) for value in values], bodies)
+        states = np.where(listed, LISTED, WANTED).astype(np.uint8)
+        yield records(values, bodies, place(number, 0) + np.arange(len(values)), states)
+
+
+def _expected(expected: str | None, hash_name: str | None) -> str | None:
+    """The digest that a row's image has to have, where it is of the kind that is stored: another one is a change."""
+    algorithm, _, hexadecimal = (expected or "").partition(":")
+    return hexadecimal.lower() if hexadecimal and algorithm == hash_name else None
+
+
+def _planned(
+    source: Source,
+    scratch: Folder,
+    found: Difference,
+    options: ShardOptions,
+    shaping: Mapping[str, Any],
+    first: int,
+) -> Plan:
+    """The plan of the fresh rows; its digest covers what is to be hidden and shown again too."""
+    delta = Delta(base=source, table=scratch.join(ROWS_FILE))
+    plan = plan_of(delta, scratch, options.number_sample_per_shard, shaping, first)
+    return dataclasses.replace(plan, digest=plan.digest + digest_of_places(found.gone, found.opted_out, found.back))
+
+
+def _finished(folder: Folder, parent: Snapshot, known: Known | None, plan: Plan) -> Snapshot:
+    """The snapshot that this very refresh has published; any other start from an old snapshot is refused."""
+    newest = read_snapshot(folder.uri)
+    same = known is not None and known.digest == plan.digest
+    require(same, "parent", parent.uri, f"the newest snapshot, {newest.uri}, which has taken this one's place")
+    logger.info("this refresh is done; the newest snapshot is %s", newest.uri)
+    return newest
+
+
+def _replace(folder: Folder, name: str, known: Known | None, plan: Plan, first: int, rows: Path) -> None:
+    """Write plan and rows down; shards of an earlier plan that was never published give way."""
+    if known is not None and known.digest != plan.digest:
+        logger.info("the source has changed since this refresh began; it is planned anew")
+        drop_shards(folder, known, plan)
+    begun = read_plan(folder, ROOT) if name == FIRST else None
+    if begun is not None:
+        # What was begun without an opt-out list must not be gone on with.
+        drop_shards(folder, begun, plan)
+        folder.folder(PLANS).delete(PLAN_FILE)
+    folder.folder(f"{PLANS}/{name}").write_atomic(ROWS_FILE, rows)
+    if known is None or known.digest != plan.digest:
+        write_plan(folder, name, plan, first)
+
+
+def _discard(folder: Folder, name: str, known: Known | None) -> None:
+    """Take back a plan that was never published, now that the source is again what it was."""
+    if known is not None:
+        drop_shards(folder, known, None)
+        for file in (PLAN_FILE, ROWS_FILE):
+            folder.folder(f"{PLANS}/{name}").delete(file)
+
+
+def publish_renewal(
+    prepared: Prepared, folder: Folder, stats: Iterable[ShardStats], card: str | None, options: Mapping[str, Any]
+) -> Snapshot:
+    """Publish the parent's shards, with what has to be hidden hidden, and the new ones.
+
+    Raises:
+        SnapshotError: no sample is left.
+        StorageError: the store refused.
+    """
+    found, parent, done = prepared.found, prepared.parent, list(stats)
+    new = [
+        Shard(name=one.shard, samples=one.successes, bytes=one.bytes, sha256=one.sha256)
+        for one in done
+        if one.successes
+    ]
+    listed = {shard.name: _listed(folder, shard, prepared.opt_out) for shard in new}
+    hidden = _hidden(folder, prepared, listed)
+    kept = [_reselected(folder, shard, found) for shard in _with_returned(folder, parent, found)]
+    new = [select(folder, shard, ~listed[shard.name]) if listed[shard.name].any() else shard for shard in new]
+    shards = tuple(sorted((shard for shard in (*kept, *new) if shard.samples), key=lambda shard: shard.name))
+    dropped = _dropped(prepared, done, sum(int(mask.sum()) for mask in listed.values()))
+    if not shards:
+        raise SnapshotError(f"{folder.uri}: no sample is left; the reasons: {dropped}")
+    if hidden or (parent is not None and read_hidden(folder, parent)):
+        write_hidden(folder, prepared.name, hidden)
+    fields = {name for one in done for name in one.fields} | set(parent.fields if parent else ())
+    return publish_shards(
+        folder,
+        shards,
+        fields=tuple(sorted(fields)),
+        card=card,
+        options=options,
+        rows=found.rows,
+        dropped=dropped,
+        changes=_changes(found, done, listed),
+        always=parent is not None,
+    )
+
+
+def _listed(folder: Folder, shard: Shard, opt_out: OptOut) -> NDArray[np.bool_]:
+    """Which samples of a new shard are opted out by the digest that only the download has told, or by key."""
+    if not len(opt_out):
+        return np.zeros(shard.stored, np.bool_)
+    table = read_rows(folder, shard.name)
+    good = np.array([status == "success" for status in table["status"].to_pylist()], np.bool_)
+    urls = [str(url) for url in table["url"].to_pylist()]
+    listed = opt_out.matches(urls, table["key"].to_pylist(), body_digests(table))
+    return listed[good]
+
+
+def _hidden(folder: Folder, prepared: Prepared, listed: Mapping[str, NDArray[np.bool_]]) -> dict[int, dict[int, str]]:
+    """All reasons known so far, less the rows that are shown again, more those that this refresh hides."""
+    hidden = read_hidden(folder, prepared.parent)
+    for shard, position in _pairs(prepared.found.back):
+        hidden[shard].pop(position, None)
+    found = prepared.found
+    for reason, where in (("gone", found.gone), (REPLACED, found.replaced), ("opt_out", found.opted_out)):
+        for shard, position in _pairs(where):
+            hidden.setdefault(shard, {})[position] = reason
+    for name, mask in listed.items():
+        for position in np.flatnonzero(mask).tolist():
+            hidden.setdefault(int(name), {})[position] = "opt_out"
+    return {shard: reasons for shard, reasons in hidden.items() if reasons}
+
+
+def _pairs(where: Places) -> Iterator[tuple[int, int]]:
+    numbers, positions = parts_of(where)
+    return zip(numbers.tolist(), positions.tolist(), strict=True)
+
+
+def _with_returned(folder: Folder, parent: Snapshot | None, found: Difference) -> list[Shard]:
+    """The parent's shards, and those of which it shows nothing but rows have come back."""
+    shards = list(parent.shards) if parent else []
+    known = {shard.name for shard in shards}
+    for number in np.unique(parts_of(found.back)[0]).tolist():
+        stats = read_stats(folder, shard_name(number))
+        if stats is not None and stats.shard not in known:
+            empty = write_selection(folder, np.zeros(0, np.int32))
+            shards.append(
+                Shard(
+                    name=stats.shard,
+                    samples=0,
+                    bytes=stats.bytes,
+                    sha256=stats.sha256,
+                    selection=empty,
+                    stored=stats.successes,
+                )
+            )
+    return shards
+
+
+def _reselected(folder: Folder, shard: Shard, found: Difference) -> Shard:
+    """``shard`` without what is gone and opted out, with what is back; the same shard where nothing concerns it."""
+    if not shard.name.isdigit():
+        return shard
+    number = int(shard.name)
+    away = np.concatenate([_positions(found.gone, number), _positions(found.opted_out, number)])
+    back = _positions(found.back, number)
+    if not len(away) and not len(back):
+        return shard
+    present = read_selection(folder, shard)
+    shown = np.arange(shard.stored) if present is None else present.astype(np.int64)
+    # Repeats of what stays stay: a selection may name a sample several times.
+    shown = np.sort(np.concatenate([shown[~np.isin(shown, away)], back]))
+    if len(shown) == shard.stored and (np.diff(shown) == 1).all():
+        return dataclasses.replace(shard, samples=shard.stored, selection="")
+    selection = write_selection(folder, shown.astype(np.int32)) if len(shown) else ""
+    return dataclasses.replace(shard, samples=len(shown), stored=shard.stored, selection=selection)
+
+
+def _positions(where: Places, number: int) -> Places:
+    first, last = np.searchsorted(where, [place(number, 0), place(number + 1, 0)])
+    return parts_of(where[first:last])[1]
+
+
+def _dropped(prepared: Prepared, done: Sequence[ShardStats], listed: int) -> dict[str, int]:
+    """Why rows of the source are no samples, by reason."""
+    dropped: Counter[str] = Counter()
+    for state, count in prepared.found.failures.items():
+        dropped[prepared.failures.name(state)] += count
+    for state, count in prepared.found.hidden.items():
+        dropped["opt_out" if state in (OPTED_OUT, TO_HIDE) else "hidden"] += count
+    for one in done:
+        dropped.update(one.reasons)
+    dropped["opt_out"] += listed
+    return {reason: count for reason, count in dropped.items() if count}
+
+
+def _changes(found: Difference, done: Sequence[ShardStats], listed: Mapping[str, NDArray[np.bool_]]) -> dict[str, int]:
+    refused = sum(one.reasons.get("opt_out", 0) for one in done)
+    opted_out = len(found.opted_out) + sum(int(mask.sum()) for mask in listed.values()) + refused
+    changes = {
+        "added": len(found.fresh) - found.retried - found.changed,
+        "removed": len(found.gone) - found.changed,
+        "changed": found.changed,
+        "kept": found.kept,
+        "failed": sum(one.count - one.successes for one in done) - refused,
+    }
+    others = {"opt_out": opted_out, "retried": found.retried, "restored": len(found.back)}
+    return changes | {name: count for name, count in others.items() if count}

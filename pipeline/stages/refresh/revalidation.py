@@ -1,0 +1,145 @@
+"""Ask again for images that are stored: has the one behind the same url changed?
+
+Every stored image whose server gave it an ``ETag`` or a date is asked for on the condition that it differs (RFC 9110,
+section 13): an answer 304 costs a few hundred bytes, and the stored one stays. An answer with a body counts as a change
+where its digest is another one, so servers that ignore conditions only cost time. What came to be forbidden
+(``X-Robots-Tag``, robots.txt) counts as a change too, since the fetch that follows refuses it. Any other failure leaves
+the stored image as it is.
+
+One file for each shard says what was found, so that a job that was killed asks for no image twice. They lie beside
+the refresh's plan, and go when nothing has changed.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.config import require
+from pipeline.errors import SampleError
+from pipeline.shards.parquet import parse_parquet
+from pipeline.shards.selection import read_selection
+from pipeline.shards.snapshot import Shard, Snapshot
+from pipeline.shards.storage import Folder
+from pipeline.stages.crawl.download import Download, DownloadOptions, Known, Request, download_all
+from pipeline.stages.refresh.ledger import body_digests, read_rows
+from pipeline.stages.refresh.opt_out import OptOut
+from pipeline.stages.shard_tasks import Workers, run_tasks
+
+logger = logging.getLogger(__name__)
+
+Which = Literal["none", "known", "all"]
+Stale = Mapping[int, NDArray[np.int64]]
+"""Positions in the tar of images that have changed, by the number of their shard."""
+
+FOLDER = "revalidated"
+FORBIDDEN = frozenset({"optout", "robots"})
+
+
+@dataclass(frozen=True)
+class Revalidation:
+    """The task of a shard. ``opt_out`` is never asked for; ``which`` may be "all", validators or not."""
+
+    folder: Folder
+    place: Folder
+    downloads: DownloadOptions
+    opt_out: OptOut
+    which: Which
+
+    def __call__(self, shard: Shard) -> str:
+        """Ask for the shard's visible images; counts as JSON."""
+        file = f"{shard.name}.parquet"
+        if not self.place.exists(file):
+            buffer = BytesIO()
+            pq.write_table(self._ask(shard), buffer)
+            self.place.write_atomic(file, buffer.getvalue())
+        verdicts = parse_parquet(self.place.read_bytes(file))["verdict"].to_pylist()
+        return json.dumps(Counter(verdicts))
+
+    def _ask(self, shard: Shard) -> pa.Table:
+        table = read_rows(self.folder, shard.name)
+        good = np.array([status == "success" for status in table["status"].to_pylist()], np.bool_)
+        urls, digests = [str(url) for url in table["url"].to_pylist()], body_digests(table)
+        shown = np.zeros(len(good), np.bool_)
+        indices = read_selection(self.folder, shard)
+        shown[np.flatnonzero(good)[slice(None) if indices is None else np.unique(indices)]] = True
+        shown &= ~self.opt_out.matches(urls, table["key"].to_pylist(), digests)
+        position = np.cumsum(good) - 1
+        known = [Known(etag=etag, last_modified=date) for etag, date in zip(*_validators(table), strict=True)]
+        rows = [int(row) for row in np.flatnonzero(shown) if self._asks_for(known[row])]
+        requests: list[Request] = [(row, urls[row], known[row]) for row in rows]
+        answers = download_all(requests, self.downloads) if requests else iter(())
+        verdicts = {row: _verdict(answer, digests[row]) for row, answer in answers}
+        found = [position[row] for row in rows]
+        return pa.table(
+            {"position": pa.array(found, pa.int32()), "verdict": pa.array([verdicts[row] for row in rows], pa.string())}
+        )
+
+    def _asks_for(self, known: Known) -> bool:
+        return self.which == "all" or bool(known.etag or known.last_modified)
+
+
+def revalidate(
+    folder: Folder,
+    parent: Snapshot,
+    place: Folder,
+    downloads: DownloadOptions,
+    opt_out: OptOut,
+    which: Which,
+    workers: Workers,
+) -> Stale:
+    """The stored images of ``parent`` that have changed where they came from.
+
+    ``place`` keeps what each shard's task found. Robots and politeness are those of ``downloads``.
+
+    Raises:
+        SettingError: images are stored without a digest, so that nothing can be compared.
+        DataError: a stored shard is damaged.
+    """
+    name = downloads.compute_hash
+    require(name is not None, "compute_hash", name, "sha256, md5 or sha512, to tell whether an image has changed")
+    beside = place.folder(f"{FOLDER}/{which}")
+    task = Revalidation(folder, beside, downloads, opt_out, which)
+    shards = [shard for shard in parent.shards if shard.name.isdigit()]
+    total: Counter[str] = Counter()
+    for _, text in run_tasks(task, shards, workers):
+        total.update(json.loads(text))
+    logger.info("asked again for %d images: %s", total.total(), dict(sorted(total.items())) or "none has a validator")
+    return {int(shard.name): _changed(beside, shard) for shard in shards}
+
+
+def forget(place: Folder) -> None:
+    """Delete what was found: nothing has changed, and the next refresh asks again."""
+    for which in ("known", "all"):
+        beside = place.folder(f"{FOLDER}/{which}")
+        for name in beside.names():
+            beside.delete(name)
+
+
+def _validators(table: pa.Table) -> tuple[list[Any], list[Any]]:
+    nothing = [None] * table.num_rows
+    etag, date = (
+        table[name].to_pylist() if name in table.column_names else nothing for name in ("etag", "last_modified")
+    )
+    return etag, date
+
+
+def _verdict(answer: Download | SampleError, stored: str | None) -> str:
+    if isinstance(answer, SampleError):
+        return "forbidden" if answer.error_class in FORBIDDEN else "failed"
+    return "same" if answer.not_modified or answer.digest == stored else "changed"
+
+
+def _changed(place: Folder, shard: Shard) -> NDArray[np.int64]:
+    table = parse_parquet(place.read_bytes(f"{shard.name}.parquet"))
+    stale = np.array([verdict in ("changed", "forbidden") for verdict in table["verdict"].to_pylist()], np.bool_)
+    positions: NDArray[np.int64] = table["position"].to_numpy().astype(np.int64)[stale]
+    return positions

@@ -1,0 +1,1 @@
+"""What a snapshot holds, as numbers and as one HTML page."""

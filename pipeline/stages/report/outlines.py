@@ -1,0 +1,119 @@
+"""Boxes and masks of a sample as outlines to draw: fractions of the image, whatever size it is shown in.
+
+Read from ``boxes.json`` (COCO's ``bbox`` and uncompressed run-length ``segmentation`` per entry of ``objects``) and
+from ``mask.png`` (one grey value per object or class, 0 is background). Both come with the data and are not trusted:
+what does not fit the image is left out.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import SampleError
+from pipeline.shards.sample import Sample
+from pipeline.stages.crawl.images import read_header
+
+BOXES, MASK = "boxes.json", "mask.png"
+MOST_REGIONS = 50
+MOST_POINTS = 400
+MOST_PIXELS = 4096 * 4096
+MOST_BYTES = 4 * 2**20
+LONGEST_LABEL = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """``box`` is x, y, width, height; an ``outline`` is x, y, x, y, … of a polygon; all as fractions, 0 to 1."""
+
+    label: str
+    box: tuple[float, float, float, float] | None = None
+    outlines: tuple[tuple[float, ...], ...] = ()
+
+
+def read_regions(sample: Sample, width: int, height: int) -> tuple[Region, ...]:
+    """What is known of where things are in a sample's image of ``width`` by ``height`` pixels."""
+    described = _described(sample.fields.get(BOXES, b""), width, height)
+    return described or _masked(sample.fields.get(MASK, b""))
+
+
+def _described(content: bytes, width: int, height: int) -> tuple[Region, ...]:
+    try:
+        record = json.loads(content[: MOST_BYTES + 1] if len(content) <= MOST_BYTES else b"")
+        things = list(record["objects"])[:MOST_REGIONS]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return ()
+    regions = (_region(thing, width, height) for thing in things if isinstance(thing, dict))
+    return tuple(region for region in regions if region)
+
+
+def _region(thing: Mapping[str, Any], width: int, height: int) -> Region | None:
+    label = str(thing.get("label") or thing.get("category") or "")[:LONGEST_LABEL]
+    box = _box(thing.get("bbox"), width, height)
+    outlines = _outlines_of_runs(thing.get("segmentation"))
+    return Region(label=label, box=box, outlines=outlines) if box or outlines else None
+
+
+def _box(values: object, width: int, height: int) -> tuple[float, float, float, float] | None:
+    if not isinstance(values, list) or len(values) != 4:
+        return None
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        return None
+    left, right = (min(max(value / width, 0.0), 1.0) for value in (values[0], values[0] + values[2]))
+    top, bottom = (min(max(value / height, 0.0), 1.0) for value in (values[1], values[1] + values[3]))
+    if right <= left or bottom <= top:
+        return None
+    return round(left, 4), round(top, 4), round(right - left, 4), round(bottom - top, 4)
+
+
+def _outlines_of_runs(segmentation: object) -> tuple[tuple[float, ...], ...]:
+    """Outlines of COCO's uncompressed run-length code, read column by column; runs of 0 and 1 take turns."""
+    if not isinstance(segmentation, dict):
+        return ()
+    size, counts = segmentation.get("size"), segmentation.get("counts")
+    if not isinstance(size, list) or not isinstance(counts, list) or len(size) != 2:
+        return ()
+    if not all(isinstance(number, int) and 0 <= number <= MOST_PIXELS for number in (*size, *counts)):
+        return ()
+    height, width = size
+    if not 0 < height * width <= MOST_PIXELS or sum(counts) != height * width:
+        return ()
+    runs = np.asarray(counts, np.int64)
+    values = (np.arange(len(runs)) % 2).astype(np.uint8)
+    return _outlines(np.repeat(values, runs).reshape(width, height).T)
+
+
+def _masked(content: bytes) -> tuple[Region, ...]:
+    """A region per grey value of a mask; palette images are read as the numbers they hold."""
+    if not content or len(content) > MOST_BYTES:
+        return ()
+    try:
+        header = read_header(content)
+    except SampleError:
+        return ()
+    if header.width * header.height > MOST_PIXELS:
+        return ()
+    values = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE)
+    if values is None:
+        return ()
+    numbers = [int(number) for number in np.unique(values) if number][:MOST_REGIONS]
+    regions = (Region(label=str(number), outlines=_outlines((values == number).astype(np.uint8))) for number in numbers)
+    return tuple(region for region in regions if region.outlines)
+
+
+def _outlines(mask: NDArray[np.uint8]) -> tuple[tuple[float, ...], ...]:
+    """The largest outer contours of a mask, uint8 [height, width] of 0 and 1, with few points."""
+    height, width = mask.shape
+    found, _ = cv2.findContours(np.ascontiguousarray(mask), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    outlines = []
+    for contour in sorted(found, key=lambda one: -cv2.contourArea(one))[:8]:
+        points = cv2.approxPolyDP(contour, 0.004 * max(height, width), True).reshape(-1, 2)[:MOST_POINTS]
+        if len(points) >= 3:
+            middles = (points + 0.5) / (width, height)
+            outlines.append(tuple(round(float(value), 4) for value in middles.ravel()))
+    return tuple(outlines)

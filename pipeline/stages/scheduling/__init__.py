@@ -1,0 +1,1 @@
+"""Jobs submitted by cron expression, each fire once."""
