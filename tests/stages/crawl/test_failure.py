@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.stages.crawl.failure import ERROR_CLASSES, TRANSIENT, Failure, http_failure
 
-GUIDE = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
+GUIDE = Path(__file__).resolve().parents[3] / "docs" / "operations.md"
 
 
 def table() -> dict[str, bool]:
