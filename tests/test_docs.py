@@ -65,7 +65,7 @@ def test_the_readme_is_a_first_screen() -> None:
 def test_lines_and_paragraphs_are_short(page: Path) -> None:
     paragraph = 0
     for number, line in prose(page):
-        if line.startswith("|"):
+        if line.lstrip().startswith("|"):
             paragraph = 0
             continue
         assert len(re.sub(r"\]\([^)]*\)", "]", line)) <= LONGEST_LINE, f"line {number} is longer than {LONGEST_LINE}"
