@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import SampleError
-from pipeline.shards.storage import Folder
+from pipeline.shards.storage import Folder, split_file
 from pipeline.sources.source import Row, Slice, Source
 from pipeline.stages.crawl.download import digest
 from pipeline.stages.refresh.comparison import INDEX_BITS, Difference
@@ -44,8 +44,8 @@ class Delta:
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
         """The row groups of the table; the digest covers the rows, not where they lie."""
-        place, _, name = self.table.rpartition("/")
-        with Folder(place).open(name) as file:
+        place, name = split_file(self.table)
+        with place.open(name) as file:
             table = pq.ParquetFile(file)
             for group in range(table.num_row_groups):
                 rows = table.read_row_group(group).drop_columns(["where"]).to_pylist()
@@ -54,8 +54,8 @@ class Delta:
 
     def rows(self, piece: Slice) -> Iterator[Row]:
         """See :class:`~pipeline.sources.source.Source`; rows on the opt-out list come with a problem."""
-        place, _, name = self.table.rpartition("/")
-        with Folder(place).open(name) as file:
+        place, name = split_file(self.table)
+        with place.open(name) as file:
             listed = pq.ParquetFile(file).read_row_group(int(piece.where["group"])).to_pylist()
         for where, group in groupby(listed, key=lambda values: values["where"]):
             run = list(group)

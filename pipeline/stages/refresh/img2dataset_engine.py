@@ -23,7 +23,7 @@ from pipeline.shards.snapshot import Snapshot, publish
 from pipeline.shards.storage import BLOCK, Folder
 from pipeline.shards.tar import iterate_tar
 from pipeline.shards.writer import STATS, ShardStats
-from pipeline.sources.url_table import UrlTable
+from pipeline.sources.urls import UrlTable
 from pipeline.stages.crawl.addresses import AddressPolicy, AddressRefused
 from pipeline.stages.crawl.download import DownloadOptions
 from pipeline.stages.ray_session import connect

@@ -16,7 +16,7 @@ from pipeline.shards.objects import FIELD as BOXES
 from pipeline.shards.sample import GEOMETRIC_FIELDS, Sample, sample_key, shard_name
 from pipeline.shards.storage import Folder
 from pipeline.shards.writer import ShardStats, ShardWriter, parquet_schema, read_stats
-from pipeline.sources.source import Row, Source, fetches
+from pipeline.sources.source import UNCHANGED, Row, Source, fetches
 from pipeline.stages.crawl.decode_apart import Apart, needs_care
 from pipeline.stages.crawl.download import Download, DownloadOptions, Known, digest, download_all
 from pipeline.stages.crawl.images import EncodedImage, ImageOptions, transform
@@ -32,6 +32,10 @@ class ShardOptions:
     images: ImageOptions = field(default_factory=ImageOptions)
     downloads: DownloadOptions = field(default_factory=DownloadOptions)
     number_sample_per_shard: int = 10_000
+
+
+AS_IT_IS = ShardOptions(images=ImageOptions(**UNCHANGED))
+"""Images are stored as the source has them."""
 
 
 def make_shard(unit: Unit, source: Source, folder: Folder, options: ShardOptions) -> ShardStats:

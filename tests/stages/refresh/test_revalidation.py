@@ -12,7 +12,7 @@ from pipeline.errors import SettingError
 from pipeline.shards.selection import read_samples
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.shards.storage import Folder
-from pipeline.sources.url_table import UrlTable
+from pipeline.sources.urls import UrlTable
 from pipeline.stages.crawl.download import DownloadOptions
 from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions
