@@ -7,8 +7,8 @@
     python jobs/refresh_dataset.py urls … --parent latest --opt-out s3://bucket/opt-out.txt     # what has changed since
 
 The first word names the source: one of pipeline/sources with a summary (urls, folder, webdataset, hugging-face, coco,
-drawn, ...), or card for a card of datasets/. The same command run again goes on where it was stopped; options and layout are img2dataset's
-where it has them.
+drawn, ...), or card for a card of datasets/. The same command run again goes on where it was stopped; options and
+layout are img2dataset's where it has them.
 """
 
 import getpass
@@ -30,7 +30,7 @@ from pipeline.stages.refresh.img2dataset_engine import refresh_with_img2dataset
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.progress import Floor
 from pipeline.stages.refresh.refresh import refresh
-from pipeline.stages.refresh.renewal import Renewal
+from pipeline.stages.refresh.settings import Renewal
 from pipeline.stages.shard_tasks import Workers
 
 SMOKE_FOLDER = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/drawn"

@@ -28,7 +28,7 @@ def open_source(options: Mapping[str, Any]) -> Source:
     kind = str(options.get("kind"))
     source = source_class(kind)
     plain = {key: value for key, value in options.items() if key != "kind"}
-    return cast(Source, from_plain(source, plain, f"source {kind}"))
+    return from_plain(source, plain, f"source {kind}")
 
 
 def source_class(kind: str) -> type[Source]:

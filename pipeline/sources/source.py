@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from pipeline.errors import SampleError
+from pipeline.shards.sample import joined_fields
 from pipeline.shards.storage import Folder
 
 UNCHANGED: Mapping[str, Any] = {"resize_mode": "no", "skip_reencode": True}
@@ -23,9 +24,10 @@ class Row:
     """One row of input.
 
     ``url`` says where the image is or was. ``image`` holds its encoded bytes where the source has them; where it is
-    ``None`` the downloader fetches ``url``, unless the source has no images: ``members`` alone make the sample then. ``columns`` go into the parquet file and the sample's json; ``members``
-    are further fields of the sample, written as they are. ``problem`` is set where the source could not read the row.
-    ``expected`` is the digest ("sha256:0123…") that the body at ``url`` has to have; None for any.
+    ``None`` the downloader fetches ``url``, unless the source has no images: ``members`` alone make the sample then.
+    ``columns`` go into the parquet file and the sample's json; ``members`` are further fields of the sample, written
+    as they are. ``problem`` is set where the source could not read the row. ``expected`` is the digest
+    ("sha256:0123...") that the body at ``url`` has to have; None for any.
     """
 
     url: str
@@ -67,6 +69,14 @@ def fetches(source: "Source") -> bool:
 def has_images(source: "Source") -> bool:
     """Whether the rows have images, at hand or to be downloaded; a source may stand for a part of its ``base``."""
     return bool(getattr(getattr(source, "base", source), "has_images", True))
+
+
+def content_of(source: "Source", row: Row) -> bytes | None:
+    """What the digest of a row covers: its image, or all members where the source has no images.
+
+    ``None`` where the image is still to be downloaded.
+    """
+    return row.image if has_images(source) else joined_fields(row.members)
 
 
 class Source(Protocol):

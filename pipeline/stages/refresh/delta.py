@@ -1,8 +1,8 @@
 """The rows of a refresh as a source of their own: those of another source that are new, changed or tried again.
 
 They are written to a table beside the plan, one row group per shard, so that a worker reads its rows without the rest.
-A row whose image is to be downloaded is in the table whole; one whose image the source holds is in it by its place
-in that source, and is read from there.
+A row whose image is to be downloaded is in the table whole. One whose image or members the source holds is in it by
+its place in that source, and is read from there.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import SampleError
 from pipeline.shards.storage import Folder, split_file
-from pipeline.sources.source import Row, Slice, Source
+from pipeline.sources.source import Row, Slice, Source, content_of
 from pipeline.stages.crawl.download import digest
 from pipeline.stages.refresh.comparison import INDEX_BITS, Difference
 from pipeline.stages.refresh.make_shard import ARROW_TYPES, clean_caption
@@ -99,11 +99,12 @@ def write_rows(
             "index": index,
         }
         values |= {names[name]: value for name, value in row.columns.items()}
-        if listed or (row.image is None and row.problem is None):
+        content = content_of(source, row)
+        if listed or (content is None and row.problem is None):
             return values
         if not lasting:
             lasting.extend(source.slices(size, beside))
-        body = digest(row.image, hash_name) if row.image is not None else None
+        body = digest(content, hash_name) if content is not None else None
         return {**values, "where": json.dumps(asdict(lasting[number])), "slice": pieces[number].digest, "body": body}
 
     with pq.ParquetWriter(path, schema) as writer:

@@ -28,7 +28,7 @@ from pipeline.stages.crawl.addresses import AddressPolicy, AddressRefused
 from pipeline.stages.crawl.download import DownloadOptions
 from pipeline.stages.ray_session import connect
 from pipeline.stages.refresh.make_shard import ShardOptions
-from pipeline.stages.refresh.refresh import shaping_options
+from pipeline.stages.refresh.settings import shaping_options
 from pipeline.stages.shard_tasks import Workers
 
 logger = logging.getLogger(__name__)

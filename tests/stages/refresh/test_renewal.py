@@ -26,7 +26,7 @@ from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.progress import Floor
 from pipeline.stages.refresh.refresh import refresh
-from pipeline.stages.refresh.renewal import Renewal
+from pipeline.stages.refresh.settings import Renewal
 from pipeline.stages.shard_tasks import Workers
 
 HERE = Workers(processes_count=0)
