@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.stages.refresh import comparison
 from pipeline.stages.refresh.comparison import (
     FAILED,
     GONE,
@@ -19,7 +20,6 @@ from pipeline.stages.refresh.comparison import (
     place,
     records,
 )
-from pipeline.stages.refresh.refresh import comparison
 
 Ledger = list[tuple[str, int, int]]
 

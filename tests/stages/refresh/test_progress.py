@@ -7,8 +7,8 @@ import pytest
 
 from pipeline.errors import SettingError, TooManyFailures
 from pipeline.shards.writer import ShardStats
+from pipeline.stages.refresh import progress
 from pipeline.stages.refresh.progress import Floor, Progress
-from pipeline.stages.refresh.refresh import progress
 
 
 def stats(count: int, successes: int, made: bool = True, size: int = 2_000_000) -> ShardStats:
