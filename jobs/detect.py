@@ -27,7 +27,7 @@ from pipeline.models.detections import Detections, Detector, check_words
 from pipeline.models.method import build_method
 from pipeline.models.vild import Vild
 from pipeline.shards.objects import names_of
-from pipeline.shards.storage import Folder
+from pipeline.shards.storage import split_file
 from pipeline.sources.drawn.sample import draw_sample
 
 SMOKE = "drawn://val/0/0"
@@ -80,7 +80,7 @@ PRESETS: dict[str, tuple[str, Detect]] = {
 def main(run: Detect) -> None:
     """Check words and places, then look, print and draw."""
     check_words(run.words)
-    folder, _, name = writable_folder("output", run.output).rpartition("/")
+    folder, name = split_file(writable_folder("output", run.output))
     pixels = read_image(run.image)
     image = as_stored(pixels)
     detector = load(run)
@@ -90,16 +90,16 @@ def main(run: Detect) -> None:
     print(as_json(shown, run.words) if run.json else detections_table(shown, run.words))
     drawn = draw_detections(image, shown, run.words, most=run.most).numpy().transpose(1, 2, 0)
     png = cv2.imencode(".png", cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))[1].tobytes()
-    Folder(folder or "/").write_atomic(name, png)
+    folder.write_atomic(name, png)
 
 
 def read_image(place: str) -> Pixels:
     """The image at ``place``; the smoke test's is drawn."""
     if place == SMOKE:
         return decode(draw_sample("val", 0, 0, 128).image)
-    folder, _, name = place.rpartition("/")
+    folder, name = split_file(place)
     try:
-        return decode(Folder(folder or ("/" if place.startswith("/") else ".")).read_bytes(name))
+        return decode(folder.read_bytes(name))
     except UnreadableSample as error:
         raise DataError(f"{place} is no image that can be read ({error})") from error
     except (OSError, ValueError) as error:

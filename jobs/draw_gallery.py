@@ -10,13 +10,12 @@ phrases and questions), sets (the first samples of every split).
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import cv2
 
 from pipeline.config import require, run_job, writable_folder
-from pipeline.shards.storage import Folder
+from pipeline.shards.storage import split_file
 from pipeline.sources.drawn import gallery
 from pipeline.sources.drawn.outlines import Pixels
 
@@ -56,9 +55,9 @@ PRESETS = {
 
 def main(run: Gallery) -> None:
     """Draw and write."""
-    folder, _, name = writable_folder("output", run.output).rpartition("/")
+    folder, name = split_file(writable_folder("output", run.output))
     page = cv2.cvtColor(PAGES[run.page](run.seed), cv2.COLOR_RGB2BGR)
-    Folder(folder or Path("/")).write_atomic(name, cv2.imencode(".png", page)[1].tobytes())
+    folder.write_atomic(name, cv2.imencode(".png", page)[1].tobytes())
 
 
 if __name__ == "__main__":

@@ -13,17 +13,14 @@ from dataclasses import dataclass, field, replace
 from tempfile import TemporaryDirectory
 
 from pipeline.config import require, run_job, writable_folder
+from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
-from pipeline.sources.drawn.source import Drawn
-from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.filters.clip_score import ClipScore
 from pipeline.stages.filters.datacomp import write_uids
 from pipeline.stages.filters.options import Filters
 from pipeline.stages.filters.run import Outcome, filter_snapshot
 from pipeline.stages.filters.size import Size
-from pipeline.stages.refresh.make_shard import ShardOptions
-from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers
 
 
@@ -109,8 +106,7 @@ def funnel(outcome: Outcome) -> str:
 
 def drawn(job: FilterDataset, scratch: str) -> FilterDataset:
     """The job with data that are drawn now."""
-    options = ShardOptions(images=ImageOptions(resize_mode="no", skip_reencode=True), number_sample_per_shard=32)
-    refresh(Drawn(samples=job.draw, size=64), Folder(scratch), options, Workers(processes_count=0))
+    drawn_snapshot(Folder(scratch), job.draw, rows_per_shard=32)
     return replace(job, data=scratch)
 
 

@@ -6,15 +6,15 @@
 
     python jobs/refresh_dataset.py urls … --parent latest --opt-out s3://bucket/opt-out.txt     # what has changed since
 
-The first word names the source: urls, folder, webdataset, hugging-face, coco, drawn, stamps, stamp-scenes, or card
-for a card of datasets/. The same command run again goes on where it was stopped; options and layout are img2dataset's
-where it has them.
+The first word names the source: one of pipeline/sources with a summary (urls, folder, webdataset, hugging-face, coco,
+drawn, ...), or card for a card of datasets/. The same command run again goes on where it was stopped; options and
+layout are img2dataset's where it has them.
 """
 
 import getpass
 import tempfile
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass, replace
+from typing import Any, Literal
 
 import tyro
 
@@ -22,25 +22,17 @@ from pipeline.config import require, run_job, writable_folder
 from pipeline.dataset import load_card
 from pipeline.errors import SettingError
 from pipeline.shards.storage import Folder
-from pipeline.sources import open_source
-from pipeline.sources.coco import Coco
-from pipeline.sources.drawn.source import Drawn
-from pipeline.sources.folder import ImageFolder
-from pipeline.sources.hugging_face import HuggingFaceParquet
+from pipeline.sources import open_source, source_classes
 from pipeline.sources.source import Source
-from pipeline.sources.stamp_scenes import StampScenes
-from pipeline.sources.stamps import TuxPaintStamps
-from pipeline.sources.url_table import UrlTable
-from pipeline.sources.webdataset import WebDatasetTars
+from pipeline.sources.urls import UrlTable
 from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh.img2dataset_engine import refresh_with_img2dataset
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.progress import Floor
 from pipeline.stages.refresh.refresh import refresh
-from pipeline.stages.refresh.renewal import Renewal
+from pipeline.stages.refresh.settings import Renewal
 from pipeline.stages.shard_tasks import Workers
 
-AS_IT_IS = ShardOptions(images=ImageOptions(resize_mode="no", skip_reencode=True))
 SMOKE_FOLDER = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/drawn"
 
 
@@ -59,62 +51,6 @@ class Refresh:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Urls(Refresh):
-    """Download the images of a url table."""
-
-    source: UrlTable
-
-
-@dataclass(frozen=True, kw_only=True)
-class Images(Refresh):
-    """Read a folder of images with captions."""
-
-    source: ImageFolder
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tars(Refresh):
-    """Read existing WebDataset tars."""
-
-    source: WebDatasetTars
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parquet(Refresh):
-    """Read parquet files that hold their images."""
-
-    source: HuggingFaceParquet
-
-
-@dataclass(frozen=True, kw_only=True)
-class Boxes(Refresh):
-    """Read COCO's or LVIS's annotations and their images."""
-
-    source: Coco
-
-
-@dataclass(frozen=True, kw_only=True)
-class World(Refresh):
-    """Draw samples of the embedded world."""
-
-    source: Drawn
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stamps(Refresh):
-    """Read the Tux Paint stamps."""
-
-    source: TuxPaintStamps
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scenes(Refresh):
-    """Compose scenes of the Tux Paint stamps."""
-
-    source: StampScenes
-
-
-@dataclass(frozen=True, kw_only=True)
 class FromCard(Refresh):
     """Read what a dataset card names."""
 
@@ -122,47 +58,36 @@ class FromCard(Refresh):
     """Name of a card in datasets/, or the path of a YAML file."""
 
 
+def refresh_of(kind: str, **settings: Any) -> Refresh:
+    """A refresh from a source of ``kind``; what it has to be given stays open. ``settings`` are the source's."""
+    made = SOURCES[kind]
+    open_fields = {one.name: tyro.MISSING for one in fields(made) if one.default is one.default_factory is MISSING}
+    images = ImageOptions(**getattr(made, "image_options", {}))
+    return KINDS[kind](
+        source=made(**{**open_fields, **settings}), output_folder=tyro.MISSING, options=ShardOptions(images=images)
+    )
+
+
+SOURCES: dict[str, Any] = {kind: made for kind, made in source_classes().items() if hasattr(made, "summary")}
+# One class for each source, so that the command line and --from know its fields.
+KINDS: dict[str, Any] = {
+    kind: make_dataclass(
+        f"Refresh{made.__name__}",
+        [("source", made)],
+        bases=(Refresh,),
+        namespace={"__doc__": made.summary, "__module__": __name__},
+        frozen=True,
+        kw_only=True,
+    )
+    for kind, made in SOURCES.items()
+}
 PRESETS: dict[str, tuple[str, Refresh]] = {
-    "urls": (
-        "Download a url table (parquet, csv, tsv, json, jsonl).",
-        Urls(source=UrlTable(url_list=tyro.MISSING), output_folder=tyro.MISSING),
-    ),
-    "folder": (
-        "A folder of images with captions.",
-        Images(source=ImageFolder(folder=tyro.MISSING), output_folder=tyro.MISSING),
-    ),
-    "webdataset": (
-        "Existing WebDataset tars, img2dataset's too; images stay as they are unless you say otherwise.",
-        Tars(source=WebDatasetTars(tars=tyro.MISSING), output_folder=tyro.MISSING, options=AS_IT_IS),
-    ),
-    "hugging-face": (
-        "Parquet files with the images inside, as Hugging Face stores image data sets.",
-        Parquet(source=HuggingFaceParquet(parquet=tyro.MISSING), output_folder=tyro.MISSING),
-    ),
-    "coco": (
-        "COCO's or LVIS's annotations and images; images stay as they are, since boxes are measured in them.",
-        Boxes(source=Coco(annotations=tyro.MISSING), output_folder=tyro.MISSING, options=AS_IT_IS),
-    ),
-    "drawn": (
-        "Samples of the embedded world, drawn as they are needed.",
-        World(source=Drawn(), output_folder=tyro.MISSING, options=AS_IT_IS),
-    ),
-    "stamps": (
-        "The Tux Paint stamps of Debian's package tuxpaint-stamps-default.",
-        Stamps(source=TuxPaintStamps(), output_folder=tyro.MISSING),
-    ),
-    "stamp-scenes": (
-        "Scenes composed of these stamps, with boxes, masks and captions.",
-        Scenes(source=StampScenes(), output_folder=tyro.MISSING, options=AS_IT_IS),
-    ),
+    **{kind: (made.summary, refresh_of(kind)) for kind, made in SOURCES.items()},
     "card": ("What a dataset card names.", FromCard(card=tyro.MISSING, output_folder=tyro.MISSING)),
     "smoke": (
         "Sixty-four drawn samples into a temporary folder, in this process.",
-        World(
-            source=Drawn(samples=64, size=64),
-            output_folder=SMOKE_FOLDER,
-            options=AS_IT_IS,
-            workers=Workers(processes_count=0),
+        replace(
+            refresh_of("drawn", samples=64, size=64), output_folder=SMOKE_FOLDER, workers=Workers(processes_count=0)
         ),
     ),
 }

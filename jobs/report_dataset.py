@@ -13,18 +13,14 @@ import getpass
 import logging
 import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import tyro
 
 from pipeline.config import require, run_job, writable_folder
+from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.shards.snapshot import read_snapshot
-from pipeline.shards.storage import Folder
-from pipeline.sources.drawn.source import Drawn
-from pipeline.sources.source import Source
-from pipeline.stages.crawl.images import ImageOptions
-from pipeline.stages.refresh.make_shard import ShardOptions
-from pipeline.stages.refresh.refresh import refresh
+from pipeline.shards.storage import Folder, split_file
+from pipeline.stages.refresh.make_shard import AS_IT_IS
 from pipeline.stages.report.dataset_report import make_report, report_page
 from pipeline.stages.report.dataset_statistics import Measuring, measure
 from pipeline.stages.shard_tasks import Workers
@@ -81,9 +77,7 @@ def main(run: ReportDataset) -> None:
     """Wire snapshot, measuring, page and tracker."""
     output = writable_folder("output", run.output) if run.output else ""
     if run.draw:
-        as_it_is = ShardOptions(images=ImageOptions(resize_mode="no", skip_reencode=True))
-        source: Source = Drawn(samples=run.draw, size=64)
-        refresh(source, Folder(run.data), as_it_is, run.workers)
+        drawn_snapshot(Folder(run.data), run.draw, AS_IT_IS.number_sample_per_shard, run.workers)
     snapshot = read_snapshot(run.data)
     with open_tracker(run.tracking, run, new=run.track) as tracker:
         statistics = measure(snapshot, run.measuring, run.workers)
@@ -92,8 +86,8 @@ def main(run: ReportDataset) -> None:
         tracker.log_text(ARTIFACT, page)
         tracker.log({"data/samples": statistics.visible, "data/rows": snapshot.rows}, step=0)
     if output:
-        folder, _, name = output.rpartition("/")
-        Folder(folder or Path("/")).write_atomic(name, page.encode())
+        folder, name = split_file(output)
+        folder.write_atomic(name, page.encode())
         logger.info("%s: %d samples, %.1f MB", output, statistics.visible, len(page) / 1e6)
 
 

@@ -19,7 +19,7 @@ from pipeline.config import run_job, writable_folder
 from pipeline.errors import DataError
 from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.shards.snapshot import read_snapshot
-from pipeline.shards.storage import Folder
+from pipeline.shards.storage import Folder, split_file
 from pipeline.shards.verify import Decode, Verification, folder_problems
 from pipeline.stages.shard_tasks import Workers, run_tasks
 
@@ -71,8 +71,8 @@ def main(run: Verify) -> None:
         print(problem)
     if output:
         found = {"snapshot": snapshot.uri, "shards": len(snapshot.shards), "problems": wrong, "folder": around}
-        place, _, name = output.rpartition("/")
-        Folder(place).write_atomic(name, json.dumps(found, indent=2).encode())
+        place, name = split_file(output)
+        place.write_atomic(name, json.dumps(found, indent=2).encode())
     if wrong or around:
         shards = f"{len(wrong)} of {len(snapshot.shards)} shards are wrong"
         raise DataError(f"{snapshot.uri}: {shards}, and {len(around)} things around them")

@@ -95,6 +95,37 @@ def test_the_import_rule_sees_every_form():
     assert may_import("training", "pipeline.training.loop") and not may_import("", "pipeline.shards.tar")
 
 
+def imports_of(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
+    """Which of the modules each of them imports, imports within functions included."""
+    found: dict[str, set[str]] = {}
+    for module, tree in trees.items():
+        names = [name for _, name in imported(tree)]
+        found[module] = {name if name in trees else name.rpartition(".")[0] for name in names} & set(trees) - {module}
+    return found
+
+
+def circles(imports: dict[str, set[str]]) -> list[str]:
+    """What is left when the modules that import nothing of the rest are taken away, again and again."""
+    left = {module: set(names) for module, names in imports.items()}
+    while free := [module for module, names in left.items() if not names]:
+        for module in free:
+            del left[module]
+        left = {module: names & set(left) for module, names in left.items()}
+    return sorted(left)
+
+
+def test_no_two_modules_import_each_other():
+    """Not by way of others either: a circle can only be read, tested and moved as a whole."""
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES}
+    found = circles(imports_of({name.removesuffix(".__init__"): parsed(path) for path, name in names.items()}))
+    assert not found, f"these import each other, or what does: {found}"
+
+
+def test_the_search_for_circles_finds_them():
+    codes = {"a": "import b", "b": "def f():\n    from c import x", "c": "from a import y", "d": "import e", "e": ""}
+    assert circles(imports_of({name: ast.parse(code) for name, code in codes.items()})) == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("path", MODULES, ids=by_name)
 def test_public_names_have_docstrings(path):
     tree = parsed(path)
@@ -160,6 +191,16 @@ def test_moving_bytes_needs_no_torch():
     code = f"import {', '.join(names)}, sys; sys.exit(' '.join({{'torch', 'ray', 'mlflow'}} & set(sys.modules)) or 0)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, f"imported on the way: {found.stderr}"
+
+
+def test_a_source_loads_no_other_source():
+    """A worker that reads a url table needs none of the drawing code, nor a dozen other readers."""
+    code = (
+        "import sys; from pipeline.sources import source_class; source_class('urls');"
+        "print(*[name for name in sys.modules if name.startswith('pipeline.sources.')])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120).stdout.split()
+    assert set(loaded) == {"pipeline.sources.source", "pipeline.sources.urls"}
 
 
 def test_the_folder_datasets_holds_no_python(monkeypatch):

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from pipeline.errors import DataError
 from pipeline.models.detections import Detections
 from pipeline.shards.objects import Objects, plain_word
-from pipeline.shards.segmentation import mask_of
+from pipeline.shards.segmentation import mask_of, run_lengths_at
 
 logger = logging.getLogger(__name__)
 
@@ -221,18 +221,8 @@ def coco_runs(segmentation: Any, height: int, width: int) -> Record:
 
 
 def runs_of(mask: NDArray[np.bool_], top: int, left: int, height: int, width: int) -> Record:
-    """COCO's run lengths of an image that has ``mask``, [h, w], at a place and nothing elsewhere.
-
-    The image itself is never made: most detections cover little of it, and an evaluation has a million.
-    """
-    edges = np.diff(np.pad(mask.astype(np.int8), ((1, 1), (0, 0))), axis=0).T  # column by column, as COCO counts
-    column, row = np.nonzero(edges)
-    places = (left + column) * height + top + row  # of beginnings and ends in turns
-    going_on = np.flatnonzero(places[1:-1:2] == places[2::2])  # from the foot of a column into the next one's head
-    places = np.delete(places, np.concatenate([2 * going_on + 1, 2 * going_on + 2]))
-    counts = np.diff(np.concatenate([[0], places, [height * width]])).tolist()
-    if counts[-1] == 0 and places.size:
-        del counts[-1]
+    """COCO's run lengths of an image that has ``mask``, [h, w], at a place and nothing elsewhere."""
+    counts = run_lengths_at(mask, top, left, height, width)
     runs: Record = rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)
     return runs
 

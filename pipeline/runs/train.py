@@ -11,13 +11,9 @@ from pipeline.evaluation.showcase import snapshot_figure
 from pipeline.evaluation.suite import Evaluations
 from pipeline.loaders.mixture import parts_of
 from pipeline.models.method import EmbeddingMethod, method_class, method_name
+from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.runs.evaluate import CheckpointEvaluation
 from pipeline.shards.storage import Folder
-from pipeline.sources.drawn.source import Drawn
-from pipeline.stages.crawl.images import ImageOptions
-from pipeline.stages.refresh.make_shard import ShardOptions
-from pipeline.stages.refresh.refresh import refresh
-from pipeline.stages.shard_tasks import Workers
 from pipeline.tracking.runs import Tracking, start
 from pipeline.training.launch import follower, launch
 from pipeline.training.run import Run, keep_tracking_run, prepare
@@ -81,7 +77,6 @@ def _registered(method: Any) -> str:
 def drawn(job: Job, scratch: str) -> Job:
     """The job with places in ``scratch`` where it was given none: data that are drawn now, and the run's folder."""
     if not job.run.data:
-        options = ShardOptions(images=ImageOptions(resize_mode="no", skip_reencode=True), number_sample_per_shard=32)
-        refresh(Drawn(samples=job.draw, size=64), Folder(f"{scratch}/data"), options, Workers(processes_count=0))
+        drawn_snapshot(Folder(f"{scratch}/data"), job.draw, rows_per_shard=32)
     data, output_folder = job.run.data or f"{scratch}/data", job.run.output_folder or f"{scratch}/run"
     return replace(job, run=replace(job.run, data=data, output_folder=output_folder))

@@ -9,14 +9,12 @@ fail. These tools know nothing of selections, so the counts are of what the tars
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.dataset import Card, card_names, load_card
+from pipeline.shards.manifest import Shard, Snapshot
 from pipeline.shards.sample import IMAGE_FIELDS
 from pipeline.shards.storage import Folder
-
-if TYPE_CHECKING:
-    from pipeline.shards.snapshot import Shard, Snapshot
 
 SIZES, WIDS, CROISSANT = "sizes.json", "wids.json", "croissant.json"
 UP = "../../"  # from `_snapshots/{id}/` to the tars
@@ -70,9 +68,10 @@ MEDIA = {
     "txt": "text/plain",
     "json": "application/json",
 }
+TEXT = ("text/", "application/json")
 
 
-def write_indexes(folder: Folder, snapshot: "Snapshot", manifest: bytes) -> None:
+def write_indexes(folder: Folder, snapshot: Snapshot, manifest: bytes) -> None:
     """Write the index files of ``snapshot``, whose list of shards is the parquet file ``manifest``.
 
     Raises:
@@ -95,12 +94,12 @@ def delete_indexes(folder: Folder, snapshot_id: str) -> None:
         place.fs.rm(place.path, recursive=True)
 
 
-def shard_sizes(shards: "tuple[Shard, ...]") -> dict[str, int]:
+def shard_sizes(shards: tuple[Shard, ...]) -> dict[str, int]:
     """open_clip's ``sizes.json``: tar to number of samples in it."""
     return {shard.tar: shard.stored for shard in shards}
 
 
-def wids_index(snapshot: "Snapshot") -> dict[str, Any]:
+def wids_index(snapshot: Snapshot) -> dict[str, Any]:
     """The index that ``wids.ShardListDataset`` opens, local or remote."""
     shards = [
         {"url": UP + shard.tar, "nsamples": shard.stored, "filesize": shard.bytes, "sha256": shard.sha256}
@@ -110,7 +109,7 @@ def wids_index(snapshot: "Snapshot") -> dict[str, Any]:
     return {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name, "shardlist": shards}
 
 
-def croissant_card(snapshot: "Snapshot", manifest_sha256: str) -> dict[str, Any]:
+def croissant_card(snapshot: Snapshot, manifest_sha256: str) -> dict[str, Any]:
     """A Croissant 1.0 description (JSON-LD): licence, files with their hashes, fields of the samples."""
     card = _card(snapshot)
     listed = snapshot.shards if len(snapshot.shards) <= LISTED_SHARDS else ()
@@ -130,25 +129,25 @@ def croissant_card(snapshot: "Snapshot", manifest_sha256: str) -> dict[str, Any]
             *(_tar(snapshot, shard) for shard in listed),
             *sets.values(),
         ],
-        "recordSet": [_record_set(field) for field in sets],
+        "recordSet": [_record_set(field, kind) for field in sets if (kind := _data_type(field))],
     }
 
 
-def _card(snapshot: "Snapshot") -> Card:
+def _card(snapshot: Snapshot) -> Card:
     if snapshot.card in card_names():
         return load_card(str(snapshot.card))
     name = snapshot.card or snapshot.folder.rsplit("/", 1)[-1]
     return Card(name=name, title=name)
 
 
-def _description(card: Card, snapshot: "Snapshot", listed: bool) -> str:
+def _description(card: Card, snapshot: Snapshot, listed: bool) -> str:
     said = card.description or card.title
     counts = f"{snapshot.samples} samples in {len(snapshot.shards)} WebDataset tars; snapshot {snapshot.id}."
     missing = "" if listed else f" The tars and their SHA-256 are listed in {snapshot.id}.shards.parquet."
     return f"{said} {counts}{missing}".strip()
 
 
-def _manifest(snapshot: "Snapshot", sha256: str) -> dict[str, Any]:
+def _manifest(snapshot: Snapshot, sha256: str) -> dict[str, Any]:
     file = f"{snapshot.id}.shards.parquet"
     return {
         "@type": "cr:FileObject",
@@ -161,7 +160,7 @@ def _manifest(snapshot: "Snapshot", sha256: str) -> dict[str, Any]:
     }
 
 
-def _tar(snapshot: "Snapshot", shard: "Shard") -> dict[str, Any]:
+def _tar(snapshot: Snapshot, shard: Shard) -> dict[str, Any]:
     return {
         "@type": "cr:FileObject",
         "@id": shard.tar,
@@ -175,7 +174,7 @@ def _tar(snapshot: "Snapshot", shard: "Shard") -> dict[str, Any]:
     }
 
 
-def _file_sets(snapshot: "Snapshot", listed: "tuple[Shard, ...]") -> dict[str, dict[str, Any]]:
+def _file_sets(snapshot: Snapshot, listed: tuple[Shard, ...]) -> dict[str, dict[str, Any]]:
     """For each field of the samples, the members of the tars that hold it."""
     sets = {}
     for field in snapshot.fields if listed else ():
@@ -192,11 +191,17 @@ def _file_sets(snapshot: "Snapshot", listed: "tuple[Shard, ...]") -> dict[str, d
     return sets
 
 
-def _record_set(field: str) -> dict[str, Any]:
+def _data_type(field: str) -> str | None:
+    """Croissant's type of a field's content; None for media that it has no type for, such as arrays."""
+    if field in (*IMAGE_FIELDS, "mask.png"):
+        return "sc:ImageObject"
+    return "sc:Text" if MEDIA.get(field.rpartition(".")[2], "").startswith(TEXT) else None
+
+
+def _record_set(field: str, kind: str) -> dict[str, Any]:
     """Records of key and content; equal keys belong to one sample."""
     name = field.replace(".", "-")
     source = {"fileSet": {"@id": f"{field}-files"}}
-    kind = "sc:ImageObject" if field in (*IMAGE_FIELDS, "mask.png") else "sc:Text"
     key = {
         "@type": "cr:Field",
         "@id": f"{name}/key",

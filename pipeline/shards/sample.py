@@ -29,6 +29,11 @@ class Sample:
         return next((self.fields[name] for name in IMAGE_FIELDS if name in self.fields), None)
 
 
+def joined_fields(fields: Mapping[str, bytes]) -> bytes:
+    """The fields as one text of bytes, in the order of their names: what a digest of a sample without image covers."""
+    return b"".join(f"{name} {len(fields[name])}\n".encode() + fields[name] for name in sorted(fields))
+
+
 def shard_name(shard_id: int) -> str:
     """``00017``: img2dataset's zero-padded shard number (more digits from 100,000 shards on)."""
     return f"{shard_id:0{SHARD_WIDTH}d}"

@@ -34,6 +34,40 @@ def mask_of(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
         raise DataError(f"a segmentation is neither polygons nor runs ({error})") from error
 
 
+def run_lengths(mask: NDArray[Any]) -> list[int]:
+    """COCO's uncompressed counts of a mask [height, width] of zeros and ones, or of booleans."""
+    flat = mask.ravel(order="F")
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    counts = np.diff(np.concatenate(([0], changes, [flat.size])))
+    runs: list[int] = counts.tolist()
+    return [0, *runs] if flat[0] else runs
+
+
+def run_lengths_at(mask: NDArray[np.bool_], top: int, left: int, height: int, width: int) -> list[int]:
+    """The counts of an image [height, width] that has ``mask``, [h, w], at (``top``, ``left``) and zeros elsewhere.
+
+    The image itself is never made: most detections cover little of it, and an evaluation has a million.
+    """
+    edges = np.diff(np.pad(mask.astype(np.int8), ((1, 1), (0, 0))), axis=0).T  # column by column, as COCO counts
+    column, row = np.nonzero(edges)
+    positions = (left + column) * height + top + row  # of beginnings and ends in turns
+    going_on = np.flatnonzero(positions[1:-1:2] == positions[2::2])  # from the foot of a column into the next one
+    positions = np.delete(positions, np.concatenate([2 * going_on + 1, 2 * going_on + 2]))
+    counts: list[int] = np.diff(np.concatenate([[0], positions, [height * width]])).tolist()
+    if counts[-1] == 0 and positions.size:
+        del counts[-1]
+    return counts
+
+
+def mask_of_runs(counts: Sequence[int] | NDArray[np.int64], height: int, width: int) -> NDArray[np.uint8]:
+    """The mask uint8 [height, width] of uncompressed counts; ``ValueError`` where they do not cover it."""
+    runs = np.asarray(counts, np.int64)
+    if (runs < 0).any() or runs.sum() != height * width:
+        raise ValueError(f"runs that cover {runs.sum()} of {height * width} pixels")
+    flat = np.repeat((np.arange(len(runs)) % 2).astype(np.uint8), runs)
+    return np.ascontiguousarray(flat.reshape(width, height).T)
+
+
 def runs_of_text(text: str) -> list[int]:
     """The run lengths in COCO's string."""
     runs: list[int] = []
@@ -55,11 +89,7 @@ def _from_runs(segmentation: Mapping[str, Any], height: int, width: int) -> NDAr
     size, counts = [int(length) for length in segmentation["size"]], segmentation["counts"]
     if size != [height, width]:
         raise ValueError(f"a mask of {size} in an image of {[height, width]}")
-    runs = np.asarray(runs_of_text(counts) if isinstance(counts, str) else counts, np.int64)
-    if (runs < 0).any() or runs.sum() != height * width:
-        raise ValueError(f"runs that cover {runs.sum()} of {height * width} pixels")
-    flat = np.repeat((np.arange(len(runs)) % 2).astype(np.uint8), runs)
-    return np.ascontiguousarray(flat.reshape(width, height).T)
+    return mask_of_runs(runs_of_text(counts) if isinstance(counts, str) else counts, height, width)
 
 
 def _from_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> NDArray[np.uint8]:

@@ -188,6 +188,12 @@ class Folder:
             raise
 
 
+def split_file(place: str) -> tuple[Folder, str]:
+    """The folder and the name of the file at ``place``, a path (relative ones too) or any fsspec URI."""
+    folder, _, name = place.rpartition("/")
+    return Folder(folder or ("/" if place.startswith("/") else ".")), name
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 hex of the local file at ``path``."""
     with open(path, "rb") as file:

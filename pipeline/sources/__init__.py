@@ -1,28 +1,22 @@
 """Raw rows: url tables, folders of images, WebDataset tars, split files, COCO's and LVIS's annotations, the drawn
 world, the Tux Paint stamps and scenes of them.
 
-Each source is one frozen dataclass in a module of its own; a dataset card names it by ``kind``.
+Each source is one frozen dataclass, found by its name: the class whose ``kind`` is the name of its module, with ``_``
+for ``-``. Where the module is a package, the class is in its module ``source``. A dataset card names it by ``kind``.
 """
 
+import dataclasses
+import pkgutil
+import re
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, cast
 
 from pipeline.config import from_plain, require
 from pipeline.sources.source import Source
 
-KINDS = {
-    "coco": ("pipeline.sources.coco", "Coco"),
-    "urls": ("pipeline.sources.url_table", "UrlTable"),
-    "folder": ("pipeline.sources.folder", "ImageFolder"),
-    "webdataset": ("pipeline.sources.webdataset", "WebDatasetTars"),
-    "drawn": ("pipeline.sources.drawn.source", "Drawn"),
-    "hugging-face": ("pipeline.sources.hugging_face", "HuggingFaceParquet"),
-    "picked": ("pipeline.sources.picked", "Picked"),
-    "split-file": ("pipeline.sources.split_file", "SplitFile"),
-    "stamps": ("pipeline.sources.stamps", "TuxPaintStamps"),
-    "stamp-scenes": ("pipeline.sources.stamp_scenes", "StampScenes"),
-}
+KIND = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
 def open_source(options: Mapping[str, Any]) -> Source:
@@ -31,10 +25,46 @@ def open_source(options: Mapping[str, Any]) -> Source:
     Raises:
         SettingError: an unknown kind, or an option that the source does not have or refuses.
     """
-    kind = options.get("kind")
-    require(kind in KINDS, "source.kind", kind, "one of " + ", ".join(KINDS))
-    module, name = KINDS[str(kind)]
-    # Imported by name, so that reading a url table does not load the drawing code.
-    source = getattr(import_module(module), name)
+    kind = str(options.get("kind"))
+    source = source_class(kind)
     plain = {key: value for key, value in options.items() if key != "kind"}
-    return cast(Source, from_plain(source, plain, f"source {kind}"))
+    return from_plain(source, plain, f"source {kind}")
+
+
+def source_class(kind: str) -> type[Source]:
+    """The class of the sources of a kind. Only its own module is imported: reading a url table loads no drawing code.
+
+    Raises:
+        SettingError: an unknown kind.
+    """
+    found = _class_of(kind)
+    if found is None:
+        require(False, "source.kind", kind, "one of " + ", ".join(source_classes()))
+    assert found is not None
+    return found
+
+
+def source_classes() -> dict[str, type[Source]]:
+    """Every source by its kind, in the order of the kinds; imports them all."""
+    kinds = sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+    found = {kind: _class_of(kind) for kind in kinds}
+    return {kind: source for kind, source in found.items() if source is not None}
+
+
+def _class_of(kind: str) -> type[Source] | None:
+    """``None`` where there is no such module, or it is a helper: without a class of that kind."""
+    if not KIND.fullmatch(kind):
+        return None
+    name = f"{__name__}.{kind.replace('-', '_')}"
+    spec = find_spec(name)
+    if spec is None:
+        return None
+    if spec.submodule_search_locations is not None:
+        name += ".source"
+        if find_spec(name) is None:
+            return None
+    for value in vars(import_module(name)).values():
+        own = isinstance(value, type) and value.__module__ == name
+        if own and dataclasses.is_dataclass(value) and getattr(value, "kind", None) == kind:
+            return cast(type[Source], value)
+    return None

@@ -27,7 +27,7 @@ from pipeline.config import require
 from pipeline.dataset import load_card
 from pipeline.errors import DataError, SampleError
 from pipeline.shards.objects import FIELD, MOST_OBJECTS, plain_word
-from pipeline.shards.storage import Folder
+from pipeline.shards.storage import Folder, split_file
 from pipeline.sources.coco_annotations import (
     AnnotatedImage,
     Annotations,
@@ -36,7 +36,7 @@ from pipeline.sources.coco_annotations import (
     read_captions,
 )
 from pipeline.sources.folder import file_stamp
-from pipeline.sources.source import Row, Slice
+from pipeline.sources.source import UNCHANGED, Row, Slice
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,10 @@ class Coco:
     """The images of an annotation file, in its order."""
 
     kind: ClassVar[str] = "coco"
+    summary: ClassVar[str] = (
+        "COCO's or LVIS's annotations and images; images stay as they are, since boxes are measured in them."
+    )
+    image_options: ClassVar[Mapping[str, Any]] = UNCHANGED
 
     annotations: str
     """COCO's or LVIS's instances (JSON), at a path or any fsspec URI."""
@@ -119,8 +123,8 @@ class Coco:
 
     def rows(self, piece: Slice) -> Iterator[Row]:
         """See :class:`~pipeline.sources.source.Source`; an image that cannot be read is a row with a problem."""
-        folder, _, name = str(piece.where["uri"]).rpartition("/")
-        with Folder(folder).open(name) as file:
+        folder, name = split_file(str(piece.where["uri"]))
+        with folder.open(name) as file:
             table = pq.ParquetFile(file).read_row_group(int(piece.where["group"]))
         for values in table.to_pylist():
             yield self._row(values)

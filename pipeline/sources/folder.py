@@ -11,7 +11,7 @@ import fsspec
 
 from pipeline.config import require
 from pipeline.errors import SampleError
-from pipeline.shards.storage import Folder
+from pipeline.shards.storage import Folder, split_file
 from pipeline.sources.source import Row, Slice
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -26,6 +26,7 @@ class ImageFolder:
     """
 
     kind: ClassVar[str] = "folder"
+    summary: ClassVar[str] = "A folder of images with captions."
     has_captions: ClassVar[bool] = True
 
     folder: str
@@ -57,8 +58,8 @@ class ImageFolder:
 
     def rows(self, piece: Slice) -> Iterator[Row]:
         """See :class:`~pipeline.sources.source.Source`; a file that cannot be read is a row with a problem."""
-        place, _, name = str(piece.where["list"]).rpartition("/")
-        for path in json.loads(Folder(place).read_bytes(name)):
+        place, name = split_file(str(piece.where["list"]))
+        for path in json.loads(place.read_bytes(name)):
             yield self._row(path)
 
     def schema(self) -> Mapping[str, type]:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import require
 from pipeline.errors import SampleError, SettingError
-from pipeline.shards.storage import Folder
+from pipeline.shards.storage import Folder, split_file
 from pipeline.shards.writer import reserved_columns
 from pipeline.sources.source import Row, Scalar, Slice
 
@@ -34,6 +34,7 @@ class HuggingFaceParquet:
     """
 
     kind: ClassVar[str] = "hugging-face"
+    summary: ClassVar[str] = "Parquet files with the images inside, as Hugging Face stores image data sets."
 
     parquet: str
     """A parquet file, a folder of them, or a pattern such as `data/train-*.parquet`; a path or any fsspec URI."""
@@ -81,8 +82,8 @@ class HuggingFaceParquet:
         """See :class:`~pipeline.sources.source.Source`; reads only the row groups that the slice touches."""
         uri = str(piece.where["uri"])
         start, end = int(piece.where["start"]), int(piece.where["start"]) + int(piece.where["count"])
-        place, _, name = uri.rpartition("/")
-        with Folder(place).open(name) as opened:
+        place, name = split_file(uri)
+        with place.open(name) as opened:
             file = pq.ParquetFile(opened)
             names = _class_names(file.schema_arrow)
             groups, position = _groups(file, start, end)

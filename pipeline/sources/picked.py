@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from pipeline.config import require
 from pipeline.shards.storage import Folder
+from pipeline.sources import open_source
 from pipeline.sources.source import Row, Slice, Source
 
 
@@ -51,6 +52,4 @@ class Picked:
 
     @cached_property
     def _opened(self) -> list[Source]:
-        from pipeline.sources import open_source  # which imports this module by its name
-
         return [open_source(options) for options in self.sources]

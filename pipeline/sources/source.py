@@ -7,10 +7,14 @@ does, and a shard made from the old rows is not mistaken for one made from the n
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from pipeline.errors import SampleError
+from pipeline.shards.sample import joined_fields
 from pipeline.shards.storage import Folder
+
+UNCHANGED: Mapping[str, Any] = {"resize_mode": "no", "skip_reencode": True}
+"""Image options of a source whose images are stored as they are: they are ready, or boxes are measured in them."""
 
 Scalar = str | int | float | bool | None
 
@@ -20,9 +24,10 @@ class Row:
     """One row of input.
 
     ``url`` says where the image is or was. ``image`` holds its encoded bytes where the source has them; where it is
-    ``None`` the downloader fetches ``url``. ``columns`` go into the parquet file and the sample's json; ``members``
-    are further fields of the sample, written as they are. ``problem`` is set where the source could not read the row.
-    ``expected`` is the digest ("sha256:0123…") that the body at ``url`` has to have; None for any.
+    ``None`` the downloader fetches ``url``, unless the source has no images: ``members`` alone make the sample then.
+    ``columns`` go into the parquet file and the sample's json; ``members`` are further fields of the sample, written
+    as they are. ``problem`` is set where the source could not read the row. ``expected`` is the digest
+    ("sha256:0123...") that the body at ``url`` has to have; None for any.
     """
 
     url: str
@@ -61,8 +66,30 @@ def fetches(source: "Source") -> bool:
     return bool(getattr(getattr(source, "base", source), "downloads", False))
 
 
+def has_images(source: "Source") -> bool:
+    """Whether the rows have images, at hand or to be downloaded; a source may stand for a part of its ``base``."""
+    return bool(getattr(getattr(source, "base", source), "has_images", True))
+
+
+def content_of(source: "Source", row: Row) -> bytes | None:
+    """What the digest of a row covers: its image, or all members where the source has no images.
+
+    ``None`` where the image is still to be downloaded.
+    """
+    return row.image if has_images(source) else joined_fields(row.members)
+
+
 class Source(Protocol):
-    """Rows of one kind of input. Frozen dataclasses whose fields are the command line's options; they pickle."""
+    """Rows of one kind of input. Frozen dataclasses whose fields are the command line's options; they pickle.
+
+    The module has the name of the ``kind``, with ``_`` for ``-``; nothing else lists it. Further class variables are
+    optional:
+
+    - ``summary``: one line of help. A source that has it is a preset of jobs/refresh_dataset.py.
+    - ``image_options``: the preset's defaults of :class:`~pipeline.stages.crawl.images.ImageOptions`, by name.
+    - ``downloads``: True where rows without image bytes are downloaded, so that servers' validators are kept.
+    - ``has_images``: False where rows have no image; their ``members`` become the sample, and nothing is fetched.
+    """
 
     kind: ClassVar[str]
 

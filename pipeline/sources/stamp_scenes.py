@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from pipeline.config import require, to_json
 from pipeline.errors import SampleError
 from pipeline.shards.objects import FIELD
+from pipeline.shards.segmentation import run_lengths
 from pipeline.shards.storage import Folder
 from pipeline.sources.drawn import world
 from pipeline.sources.drawn.draws import Draws
 from pipeline.sources.drawn.render import encode, finish, paint_ground
-from pipeline.sources.drawn.truth import run_lengths, to_bytes
+from pipeline.sources.drawn.truth import to_bytes
 from pipeline.sources.drawn.words import OPENINGS, article
-from pipeline.sources.source import Row, Slice
+from pipeline.sources.source import UNCHANGED, Row, Slice
 from pipeline.sources.stamp_classes import ALL, CLASSES, NOVEL, PLURALS
 from pipeline.sources.stamps import INSTALLED, PACKAGE, is_mirror, read_stamp, stamps_root
 
@@ -67,6 +68,8 @@ class StampScenes:
     """Samples ``first`` to ``first + samples - 1`` of a split, as JPEG."""
 
     kind: ClassVar[str] = "stamp-scenes"
+    summary: ClassVar[str] = "Scenes composed of these stamps, with boxes, masks and captions."
+    image_options: ClassVar[Mapping[str, Any]] = UNCHANGED
     has_captions: ClassVar[bool] = True
 
     folder: str = INSTALLED

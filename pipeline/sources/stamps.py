@@ -24,7 +24,7 @@ from PIL import ImageColor
 
 from pipeline.config import require
 from pipeline.errors import DataError, SampleError
-from pipeline.shards.storage import Folder
+from pipeline.shards.storage import Folder, split_file
 from pipeline.sources.source import Row, Slice
 
 PACKAGE = "tuxpaint-stamps-default"
@@ -43,6 +43,7 @@ class TuxPaintStamps:
     """The images below ``folder``, in the order of their paths, laid on a background; label = top folder."""
 
     kind: ClassVar[str] = "stamps"
+    summary: ClassVar[str] = "The Tux Paint stamps of Debian's package tuxpaint-stamps-default."
     has_captions: ClassVar[bool] = True
 
     folder: str = INSTALLED
@@ -81,8 +82,8 @@ class TuxPaintStamps:
 
     def rows(self, piece: Slice) -> Iterator[Row]:
         """See :class:`~pipeline.sources.source.Source`; an image that cannot be read is a row with a problem."""
-        place, _, name = str(piece.where["list"]).rpartition("/")
-        for path in json.loads(Folder(place).read_bytes(name)):
+        place, name = split_file(str(piece.where["list"]))
+        for path in json.loads(place.read_bytes(name)):
             yield self._row(path)
 
     def schema(self) -> Mapping[str, type]:

@@ -12,9 +12,9 @@ import fsspec
 from pipeline.config import require
 from pipeline.errors import DataError, SampleError
 from pipeline.shards.sample import IMAGE_FIELDS, Sample
-from pipeline.shards.storage import Folder
+from pipeline.shards.storage import Folder, split_file
 from pipeline.shards.tar import iterate_tar
-from pipeline.sources.source import Row, Scalar, Slice
+from pipeline.sources.source import UNCHANGED, Row, Scalar, Slice
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -29,6 +29,10 @@ class WebDatasetTars:
     """
 
     kind: ClassVar[str] = "webdataset"
+    summary: ClassVar[str] = (
+        "Existing WebDataset tars, img2dataset's too; images stay as they are unless you say otherwise."
+    )
+    image_options: ClassVar[Mapping[str, Any]] = UNCHANGED
 
     tars: str
     """A folder, a tar, or a brace range of tars; several joined by `::`."""
@@ -73,8 +77,8 @@ class WebDatasetTars:
     def rows(self, piece: Slice) -> Iterator[Row]:
         """See :class:`~pipeline.sources.source.Source`; samples without an image are rows with a problem."""
         uri = str(piece.where["uri"])
-        place, _, name = uri.rpartition("/")
-        with Folder(place).open(name) as file:
+        place, name = split_file(uri)
+        with place.open(name) as file:
             for sample in iterate_tar(file, uri):
                 yield self._row(sample)
 
@@ -122,9 +126,9 @@ class WebDatasetTars:
 
 
 def _headers(uri: str) -> Iterator[tuple[str, list[tuple[str, int]]]]:
-    place, _, name = uri.rpartition("/")
+    place, name = split_file(uri)
     try:
-        with Folder(place).open(name) as file:
+        with place.open(name) as file:
             for sample in iterate_tar(file, uri):
                 yield (
                     sample.key,

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from pipeline.shards.snapshot import Shard, publish_shards, read_snapshot
 from pipeline.shards.storage import Folder
-from pipeline.sources.url_table import UrlTable
+from pipeline.sources.urls import UrlTable
 from pipeline.stages.filters.duplicates import parts_of, search_part, sorted_digests
 from pipeline.stages.filters.filter import Step, table_file, write_table
 from pipeline.stages.filters.view import ShardView

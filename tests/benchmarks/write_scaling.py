@@ -40,7 +40,8 @@ from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.ray_session import connect
 from pipeline.stages.refresh.make_shard import ShardOptions, make_shard
 from pipeline.stages.refresh.plan import make_plan
-from pipeline.stages.refresh.refresh import refresh, shaping_options
+from pipeline.stages.refresh.refresh import refresh
+from pipeline.stages.refresh.settings import shaping_options
 from pipeline.stages.shard_tasks import Workers
 
 ROUNDS = 3

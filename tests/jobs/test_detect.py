@@ -42,7 +42,7 @@ def test_a_checkpoint_looks_for_any_words(
     Image.fromarray(image).save(tmp_path / "in.png")
     asked = ["--checkpoint", "some/run", "--words", "red star", "yellow", "--least-score", "0", "--json"]
     monkeypatch.setattr("pipeline.evaluation.models.load_method", lambda address, device: method)
-    assert job("detect", "image", str(tmp_path / "in.png"), *asked) == 0
+    assert job("detect", "picture", str(tmp_path / "in.png"), *asked) == 0
     printed = json.loads(capsys.readouterr().out)
     (expected,) = method.predict([torch.from_numpy(image).permute(2, 0, 1)], ("red star", "yellow"))
     assert [one["score"] for one in printed] == pytest.approx(expected.scores[:20].tolist(), abs=1e-6)
@@ -56,10 +56,10 @@ def test_a_checkpoint_looks_for_any_words(
         (["smoke", "--most", "0"], "most: 0"),
         (["smoke", "--least-score", "2"], "least_score: 2.0"),
         (["smoke", "--output", "found.jpg"], "ends in .png"),
-        (["image", "nowhere.png", "--checkpoint", "x", "--words", "a"], "image: 'nowhere.png'"),
-        (["image", "broken.png", "--checkpoint", "x", "--words", "a"], "broken.png is no image"),
-        (["image", "good.png", "--checkpoint", "clipmill-tiny:untrained", "--words", "a"], "predict"),
-        (["image", "good.png", "--checkpoint", "nowhere", "--words", "a"], "checkpoint: 'nowhere'"),
+        (["picture", "nowhere.png", "--checkpoint", "x", "--words", "a"], "image: 'nowhere.png'"),
+        (["picture", "broken.png", "--checkpoint", "x", "--words", "a"], "broken.png is no image"),
+        (["picture", "good.png", "--checkpoint", "clipmill-tiny:untrained", "--words", "a"], "predict"),
+        (["picture", "good.png", "--checkpoint", "nowhere", "--words", "a"], "checkpoint: 'nowhere'"),
     ],
 )
 def test_wrong_options_are_one_sentence(

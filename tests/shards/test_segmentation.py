@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.shards.segmentation import mask_of, runs_of_text
-from pipeline.sources.drawn.truth import run_lengths
+from pipeline.shards.segmentation import mask_of, mask_of_runs, run_lengths, run_lengths_at, runs_of_text
 
 MASK = np.array([[0, 1, 1, 0], [0, 1, 0, 0], [1, 1, 0, 0]], np.uint8)
 
@@ -81,3 +80,15 @@ def test_what_is_no_mask_is_refused(hostile: object) -> None:
 
 def test_polygons_far_outside_are_cut() -> None:
     assert mask_of([[-1e9, -1e9, 1e9, -1e9, 1e9, 1e9, -1e9, 1e9]], 3, 4).all()
+
+
+def test_runs_of_a_mask_at_a_position_are_those_of_the_whole_image() -> None:
+    generator = np.random.default_rng(3)
+    for _ in range(20):
+        part = generator.random((4, 3)) < 0.6
+        whole = np.zeros((4, 5) if part.all() else (6, 5), bool)
+        top, left = (whole.shape[0] - 4, 1)
+        whole[top : top + 4, left : left + 3] = part
+        counts = run_lengths_at(part, top, left, *whole.shape)
+        assert np.array_equal(mask_of_runs(counts, *whole.shape), whole)
+        assert counts == run_lengths(whole)

@@ -23,7 +23,7 @@ from pipeline.stages.crawl.download import DownloadOptions
 from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.refresh import refresh
-from pipeline.stages.refresh.renewal import Renewal
+from pipeline.stages.refresh.settings import Renewal
 from pipeline.stages.shard_tasks import Workers
 from tests.conftest import ROOT, Serve, image
 

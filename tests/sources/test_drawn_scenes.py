@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from pipeline.shards.segmentation import mask_of, run_lengths
 from pipeline.sources.drawn import sets, world
 from pipeline.sources.drawn.draws import Draws
 from pipeline.sources.drawn.sample import describe_scene
 from pipeline.sources.drawn.scenes import Scene
-from pipeline.sources.drawn.truth import mask_from_runs, run_lengths, scene_record
+from pipeline.sources.drawn.truth import scene_record
 
 
 @cache
@@ -63,7 +64,7 @@ def test_boxes_and_masks_by_brute_force(size: int) -> None:
             rows, columns = np.nonzero(mask)
             box = [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]
             assert known["bbox"] == box and known["area"] == mask.sum()
-            np.testing.assert_array_equal(mask_from_runs(known["segmentation"]), mask)
+            np.testing.assert_array_equal(mask_of(known["segmentation"], *known["segmentation"]["size"]), mask)
             taken += mask
             nearer = [other.whole for other in scene.things[known["depth"] + 1 :]]
             hidden = np.logical_or.reduce([*nearer, np.zeros_like(mask)])
@@ -86,7 +87,7 @@ def test_run_lengths_round_trip_on_noise() -> None:
         mask = generator.random(shape) < 0.5
         code = {"size": list(shape), "counts": run_lengths(mask)}
         np.testing.assert_array_equal(decode(code), mask)
-        np.testing.assert_array_equal(mask_from_runs(code), mask)
+        np.testing.assert_array_equal(mask_of(code, *shape), mask)
 
 
 @pytest.mark.parametrize("size", [64, 128])

@@ -27,7 +27,7 @@ import simplejpeg
 from pipeline.errors import StorageError
 from pipeline.shards.storage import Folder, storage_errors
 from pipeline.sources.drawn.source import Drawn
-from pipeline.sources.url_table import UrlTable
+from pipeline.sources.urls import UrlTable
 from pipeline.stages.crawl.download import DownloadOptions
 from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions

@@ -16,7 +16,7 @@ from pipeline.shards.storage import Folder
 from pipeline.shards.tar import iterate_tar
 from pipeline.sources.folder import ImageFolder
 from pipeline.sources.source import Source
-from pipeline.sources.url_table import UrlTable
+from pipeline.sources.urls import UrlTable
 from pipeline.stages.crawl.download import DownloadOptions
 from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions, make_shard

@@ -7,13 +7,14 @@ import cv2
 import numpy as np
 import simplejpeg
 
+from pipeline.shards.segmentation import mask_of
 from pipeline.sources.drawn import sets, world
 from pipeline.sources.drawn.draws import Draws
 from pipeline.sources.drawn.outlines import Pixels
 from pipeline.sources.drawn.render import render
 from pipeline.sources.drawn.sample import describe_scene, draw_sample
 from pipeline.sources.drawn.scenes import Look, Pose, Scene, finished, make_thing, sample_rgb
-from pipeline.sources.drawn.truth import Record, mask_from_runs
+from pipeline.sources.drawn.truth import Record
 
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _INK = (20, 20, 20)
@@ -99,7 +100,7 @@ def _explained(split: str, index: int, size: int, seed: int) -> Pixels:
 def _outline(image: Pixels, thing: Record) -> None:
     """Mask edge, box and id, in the colour of the id."""
     colour = _MARKS[thing["id"] % len(_MARKS)]
-    mask = np.ascontiguousarray(mask_from_runs(thing["segmentation"])).astype(np.uint8)
+    mask = mask_of(thing["segmentation"], *thing["segmentation"]["size"])
     contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(image, contours, -1, colour, 1)
     x, y, width, height = thing["bbox"]

@@ -4,14 +4,14 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pipeline.config import require, to_json
 from pipeline.shards.storage import Folder
 from pipeline.sources.drawn import digits, sets, truth
 from pipeline.sources.drawn.sample import Sample, Value, columns_of, draw_sample
 from pipeline.sources.drawn.world import NOVEL_SHAPES, WORLD_VERSION
-from pipeline.sources.source import Row, Slice
+from pipeline.sources.source import UNCHANGED, Row, Slice
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,8 @@ class Drawn:
     """
 
     kind: ClassVar[str] = "drawn"
+    summary: ClassVar[str] = "Samples of the embedded world, drawn as they are needed."
+    image_options: ClassVar[Mapping[str, Any]] = UNCHANGED
     has_captions: ClassVar[bool] = True
 
     split: str = "train"

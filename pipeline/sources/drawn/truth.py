@@ -23,32 +23,13 @@ the lengths of runs of 0, 1, 0, 1, ...; the first is the run of zeros and may be
 """
 
 import json
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from pipeline.shards.segmentation import run_lengths
 from pipeline.sources.drawn import world
-from pipeline.sources.drawn.scenes import Mask, Scene, Thing
+from pipeline.sources.drawn.scenes import Scene, Thing
 
 Record = dict[str, Any]
-
-
-def run_lengths(mask: Mask) -> list[int]:
-    """COCO's uncompressed counts of a boolean mask [height, width]."""
-    flat = mask.ravel(order="F")
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    counts = np.diff(np.concatenate(([0], changes, [flat.size])))
-    runs: list[int] = counts.tolist()
-    return [0, *runs] if flat[0] else runs
-
-
-def mask_from_runs(segmentation: Mapping[str, Sequence[int]]) -> Mask:
-    """The boolean mask [height, width] of an uncompressed COCO ``segmentation``."""
-    height, width = segmentation["size"]
-    counts = segmentation["counts"]
-    values = np.arange(len(counts)) % 2 == 1
-    return np.repeat(values, counts).reshape(width, height).T
 
 
 def object_record(thing: Thing, size: int) -> Record:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pipeline.config import require
 from pipeline.errors import DataError
 from pipeline.shards.snapshot import Snapshot
-from pipeline.shards.storage import Folder
+from pipeline.shards.storage import Folder, split_file
 from pipeline.stages.filters.filter import Filter, Step, Verdict
 from pipeline.stages.filters.view import ShardView
 
@@ -121,7 +121,7 @@ def write_uids(snapshot: Snapshot, place: str, uid_column: str = "uid", range_ro
         DataError: a shard without the column, or a uid that is none.
         StorageError: the store refused.
     """
-    folder, (parent, _, file) = Folder(snapshot.folder), place.rpartition("/")
+    folder, (parent, file) = Folder(snapshot.folder), split_file(place)
     ranges = max(1, -(-snapshot.samples // range_rows))
     edges = [(number << 64) // ranges for number in range(1, ranges)]
     with tempfile.TemporaryDirectory(prefix="clipmill-uids-") as scratch:
@@ -140,5 +140,5 @@ def write_uids(snapshot: Snapshot, place: str, uid_column: str = "uid", range_ro
             listed[start : start + len(block)] = block[np.lexsort((block["f1"], block["f0"]))]
             start += len(block)
         listed.flush()
-        Folder(parent or ("/" if place.startswith("/") else ".")).write_atomic(file, whole)
+        parent.write_atomic(file, whole)
     return snapshot.samples

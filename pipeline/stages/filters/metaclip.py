@@ -25,7 +25,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.config import require
-from pipeline.shards.storage import Folder
+from pipeline.shards.storage import split_file
 from pipeline.stages.filters.filter import Filter, Step, Verdict
 from pipeline.stages.filters.view import ShardView
 
@@ -152,8 +152,8 @@ def read_entries(place: str) -> tuple[str, ...]:
     """
     allowed = "a JSON list of strings, or a text file with one entry a line"
     try:
-        folder, _, file = place.rpartition("/")
-        text = Folder(folder or ("/" if place.startswith("/") else ".")).read_text(file)
+        folder, file = split_file(place)
+        text = folder.read_text(file)
         plain = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
     except (OSError, ValueError) as error:
         require(False, "entries", place, f"{allowed} ({error})")

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError, SampleError
-from pipeline.shards.sample import Sample
+from pipeline.shards.sample import Sample, joined_fields
 from pipeline.shards.selection import read_selection
 from pipeline.shards.sidecar import read_sidecar
 from pipeline.shards.snapshot import Shard
@@ -95,14 +95,21 @@ class ShardView:
         return np.array([[value or 0 for value in one] for one in pairs], np.int64).T.reshape(len(self), 2)
 
     def digests(self) -> list[bytes]:
-        """SHA-256 [n] of the images as they were downloaded (if the shard knows them) or as they are stored."""
+        """SHA-256 [n] of the images as they were downloaded (if the shard knows them) or as they are stored.
+
+        Of a sample without an image it covers all fields but the json.
+        """
         known = self._rows("sha256") if self._stored.has("sha256") else None
         if known is not None and all(known):
             return [bytes.fromhex(text) for text in known]
-        return [hashlib.sha256(image or b"").digest() for image in self.images()]
+        return [hashlib.sha256(_content(sample)).digest() for sample in self.samples()]
 
     def images(self) -> Iterator[bytes | None]:
-        """Encoded images, one per sample in order; ``None`` for a sample without.
+        """Encoded images, one per sample in order; ``None`` for a sample without. Raises as :meth:`samples`."""
+        return (sample.image() for sample in self.samples())
+
+    def samples(self) -> Iterator[Sample]:
+        """The samples themselves, in order, read from the tar.
 
         Raises:
             DataError: the tar's keys are not those of the shard's parquet.
@@ -113,7 +120,7 @@ class ShardView:
                 if sample.key != keys[following]:
                     raise DataError(f"{self.folder.join(self.shard.tar)}: its parquet lists other keys than the tar")
                 following += 1
-                yield sample.image()
+                yield sample
             if following == len(wanted):
                 return
 
@@ -204,6 +211,13 @@ def _described(sample: Sample) -> dict[str, Any]:
     if "width" not in row:
         row["width"], row["height"] = _size(image)
     return {**row, "key": sample.key}
+
+
+def _content(sample: Sample) -> bytes:
+    """The image; of a sample without, all fields but the json, which holds its key."""
+    image = sample.image()
+    rest = {name: value for name, value in sample.fields.items() if name != "json"}
+    return joined_fields(rest) if image is None else image
 
 
 def _size(image: bytes) -> tuple[int, int]:

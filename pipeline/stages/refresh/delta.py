@@ -1,8 +1,8 @@
 """The rows of a refresh as a source of their own: those of another source that are new, changed or tried again.
 
 They are written to a table beside the plan, one row group per shard, so that a worker reads its rows without the rest.
-A row whose image is to be downloaded is in the table whole; one whose image the source holds is in it by its place
-in that source, and is read from there.
+A row whose image is to be downloaded is in the table whole. One whose image or members the source holds is in it by
+its place in that source, and is read from there.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import SampleError
-from pipeline.shards.storage import Folder
-from pipeline.sources.source import Row, Slice, Source
+from pipeline.shards.storage import Folder, split_file
+from pipeline.sources.source import Row, Slice, Source, content_of
 from pipeline.stages.crawl.download import digest
 from pipeline.stages.refresh.comparison import INDEX_BITS, Difference
 from pipeline.stages.refresh.make_shard import ARROW_TYPES, clean_caption
@@ -44,8 +44,8 @@ class Delta:
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
         """The row groups of the table; the digest covers the rows, not where they lie."""
-        place, _, name = self.table.rpartition("/")
-        with Folder(place).open(name) as file:
+        place, name = split_file(self.table)
+        with place.open(name) as file:
             table = pq.ParquetFile(file)
             for group in range(table.num_row_groups):
                 rows = table.read_row_group(group).drop_columns(["where"]).to_pylist()
@@ -54,8 +54,8 @@ class Delta:
 
     def rows(self, piece: Slice) -> Iterator[Row]:
         """See :class:`~pipeline.sources.source.Source`; rows on the opt-out list come with a problem."""
-        place, _, name = self.table.rpartition("/")
-        with Folder(place).open(name) as file:
+        place, name = split_file(self.table)
+        with place.open(name) as file:
             listed = pq.ParquetFile(file).read_row_group(int(piece.where["group"])).to_pylist()
         for where, group in groupby(listed, key=lambda values: values["where"]):
             run = list(group)
@@ -99,11 +99,12 @@ def write_rows(
             "index": index,
         }
         values |= {names[name]: value for name, value in row.columns.items()}
-        if listed or (row.image is None and row.problem is None):
+        content = content_of(source, row)
+        if listed or (content is None and row.problem is None):
             return values
         if not lasting:
             lasting.extend(source.slices(size, beside))
-        body = digest(row.image, hash_name) if row.image is not None else None
+        body = digest(content, hash_name) if content is not None else None
         return {**values, "where": json.dumps(asdict(lasting[number])), "slice": pieces[number].digest, "body": body}
 
     with pq.ParquetWriter(path, schema) as writer:

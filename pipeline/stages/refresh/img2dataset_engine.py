@@ -23,12 +23,12 @@ from pipeline.shards.snapshot import Snapshot, publish
 from pipeline.shards.storage import BLOCK, Folder
 from pipeline.shards.tar import iterate_tar
 from pipeline.shards.writer import STATS, ShardStats
-from pipeline.sources.url_table import UrlTable
+from pipeline.sources.urls import UrlTable
 from pipeline.stages.crawl.addresses import AddressPolicy, AddressRefused
 from pipeline.stages.crawl.download import DownloadOptions
 from pipeline.stages.ray_session import connect
 from pipeline.stages.refresh.make_shard import ShardOptions
-from pipeline.stages.refresh.refresh import shaping_options
+from pipeline.stages.refresh.settings import shaping_options
 from pipeline.stages.shard_tasks import Workers
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from pipeline.shards.objects import FIELD as BOXES
 from pipeline.shards.sample import GEOMETRIC_FIELDS, Sample, sample_key, shard_name
 from pipeline.shards.storage import Folder
 from pipeline.shards.writer import ShardStats, ShardWriter, parquet_schema, read_stats
-from pipeline.sources.source import Row, Source, fetches
+from pipeline.sources.source import UNCHANGED, Row, Source, content_of, fetches, has_images
 from pipeline.stages.crawl.decode_apart import Apart, needs_care
 from pipeline.stages.crawl.download import Download, DownloadOptions, Known, digest, download_all
 from pipeline.stages.crawl.images import EncodedImage, ImageOptions, transform
@@ -32,6 +32,10 @@ class ShardOptions:
     images: ImageOptions = field(default_factory=ImageOptions)
     downloads: DownloadOptions = field(default_factory=DownloadOptions)
     number_sample_per_shard: int = 10_000
+
+
+AS_IT_IS = ShardOptions(images=ImageOptions(**UNCHANGED))
+"""Images are stored as the source has them."""
 
 
 def make_shard(unit: Unit, source: Source, folder: Folder, options: ShardOptions) -> ShardStats:
@@ -70,6 +74,7 @@ class _Maker:
     def __init__(self, unit: Unit, source: Source, options: ShardOptions) -> None:
         self._unit, self._source, self._options = unit, source, options
         self._hash = options.downloads.compute_hash
+        self._imaged = has_images(source)
         self.apart = Apart(options.images)
         columns: dict[str, pa.DataType] = {name: ARROW_TYPES[kind] for name, kind in source.schema().items()}
         if source.has_captions:
@@ -91,13 +96,19 @@ class _Maker:
                 following += 1
 
     def _bodies(self) -> Iterator[tuple[int, Row, _Body | SampleError]]:
-        """Every row with its image's bytes; those at hand first, then the downloads as they come."""
+        """Every row with its image's bytes; those at hand first, then the downloads as they come.
+
+        Where the source has no images, the bytes are those of the members.
+        """
         waiting: dict[int, Row] = {}
         for index, row in enumerate(self._source.rows(self._unit.piece)):
+            content = content_of(self._source, row)
             if row.problem is not None:
                 yield index, row, row.problem
-            elif row.image is not None:
-                yield index, row, _Body(row.image, digest(row.image, self._hash))
+            elif not self._imaged and not row.members:
+                yield index, row, SampleError("failed_to_resize", "empty", "the row has no members")
+            elif content is not None:
+                yield index, row, _Body(content, digest(content, self._hash))
             else:
                 waiting[index] = row
         requests = [(index, row.url, Known(expected=row.expected)) for index, row in waiting.items()]
@@ -118,8 +129,9 @@ class _Maker:
         try:
             if isinstance(body, SampleError):
                 raise body
-            image = self._image(body.content)
-            _refuse_stale_members(row, image)
+            image = self._image(body.content) if self._imaged else None
+            if image is not None:
+                _refuse_stale_members(row, image)
         except SampleError as error:
             return self._failed(record, error, body), None
         record |= self._described(image, body.digest)
@@ -148,16 +160,18 @@ class _Maker:
             "attempts": body.attempts,
         }
 
-    def _described(self, image: EncodedImage, digest: str | None) -> dict[str, Any]:
+    def _described(self, image: EncodedImage | None, digest: str | None) -> dict[str, Any]:
         described: dict[str, Any] = {"status": "success", "error_message": None}
-        for name in ("width", "height", "original_width", "original_height", "exif"):
+        for name in ("width", "height", "original_width", "original_height", "exif") if image else ():
             described[name] = getattr(image, name)
         if self._hash:
             described[self._hash] = digest
         return described
 
-    def _sample(self, key: str, row: Row, record: Mapping[str, Any], image: EncodedImage) -> Sample:
-        fields = {**row.members, self._options.images.encode_format: image.data}
+    def _sample(self, key: str, row: Row, record: Mapping[str, Any], image: EncodedImage | None) -> Sample:
+        fields = dict(row.members)
+        if image is not None:
+            fields[self._options.images.encode_format] = image.data
         if self._source.has_captions:
             fields["txt"] = (record["caption"] or "").encode()
         fields["json"] = _flat_json(record)

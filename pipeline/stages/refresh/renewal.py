@@ -24,7 +24,7 @@ from pipeline.shards.selection import read_selection, select, write_selection
 from pipeline.shards.snapshot import Shard, Snapshot, publish_shards, read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder
 from pipeline.shards.writer import ShardStats, read_stats
-from pipeline.sources.source import Slice, Source
+from pipeline.sources.source import Slice, Source, content_of, has_images
 from pipeline.stages.crawl.download import digest
 from pipeline.stages.crawl.failure import TRANSIENT
 from pipeline.stages.refresh.comparison import (
@@ -52,7 +52,7 @@ from pipeline.stages.refresh.ledger import (
     read_rows,
     write_hidden,
 )
-from pipeline.stages.refresh.make_shard import ShardOptions, clean_caption
+from pipeline.stages.refresh.make_shard import clean_caption
 from pipeline.stages.refresh.opt_out import OptOut, read_opt_out
 from pipeline.stages.refresh.plan import (
     FIRST,
@@ -66,41 +66,13 @@ from pipeline.stages.refresh.plan import (
     read_plan,
     write_plan,
 )
-from pipeline.stages.refresh.revalidation import Stale, Which, forget, revalidate
-from pipeline.stages.shard_tasks import Workers
+from pipeline.stages.refresh.revalidation import Stale, forget, revalidate
+from pipeline.stages.refresh.settings import LATEST, RefreshJob, Renewal
 
 logger = logging.getLogger(__name__)
 
-LATEST = "latest"
 RETRYABLE = TRANSIENT | {"dns"}
 """Failures that --retry-failed fetches again."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Renewal:
-    """What a refresh takes over from the folder's newest snapshot, and what has to go."""
-
-    parent: str | None = None
-    """Snapshot to go on from: `latest`, or folder@id of the newest one; only new and changed rows are fetched."""
-    opt_out: str | None = None
-    """List (.txt or .parquet) of urls, url prefixes, hosts, digests or keys: hidden at once and never fetched again."""
-    retry_failed: bool = False
-    """Fetch again the rows whose failure may pass (time-outs, resets, 429, 5xx, names that did not resolve)."""
-    revalidate: Which = "none"
-    """Ask again for stored images, whose bytes may have changed behind the same url: of `known` validators (ETag or
-    date) on the condition that they differ, or `all`, which fetches what has none in order to compare it."""
-    purge: bool = False
-    """Delete hidden samples from disk; older snapshots that show them go too."""
-
-    @property
-    def asked(self) -> bool:
-        """Whether this is more than a first refresh; each of these says that the newest snapshot counts."""
-        return self != Renewal()
-
-    def begins(self, folder: Folder) -> bool:
-        """Whether there is nothing to go on from, nor an opt-out list: a refresh from nothing, then."""
-        opted_out = self.opt_out is not None or read_plan(folder, FIRST) is not None
-        return self.parent in (None, LATEST) and not opted_out and not snapshot_ids(folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,41 +88,37 @@ class Prepared:
     plan: Plan
 
 
-def prepare(
-    source: Source,
-    folder: Folder,
-    options: ShardOptions,
-    shaping: Mapping[str, Any],
-    renewal: Renewal,
-    workers: Workers,
-) -> Prepared | Snapshot:
-    """Compare ``source`` with the folder's shards and plan the refresh; a snapshot where nothing is to be done.
+def prepare(job: RefreshJob) -> Prepared | Snapshot:
+    """Compare the source with the folder's shards and plan the refresh; a snapshot where nothing is to be done.
 
-    ``workers`` ask again for stored images, where the renewal wants that.
+    The job's workers ask again for stored images, where the renewal wants that.
 
     Raises:
         SettingError: the input, the parent or the opt-out list cannot be used.
         DataError: a stored shard is damaged.
     """
+    source, folder, options, renewal = job.source, job.folder, job.options, job.renewal
+    asked = renewal.revalidate
+    require(asked == "none" or has_images(source), "revalidate", asked, "none, for a source without images")
     opt_out = read_opt_out(renewal.opt_out)
     parent = _parent(folder, renewal)
     if parent is not None:
-        _refuse_other_shape(parent, shaping)
+        _refuse_other_shape(parent, job.shaping)
     name = parent.id if parent else FIRST
     known = read_plan(folder, name)
     place = folder.folder(f"{PLANS}/{name}")
-    asks = parent is not None and parent.id == snapshot_ids(folder)[-1] and renewal.revalidate != "none"
+    asks = parent is not None and parent.id == snapshot_ids(folder)[-1] and asked != "none"
     stale: Stale = {}
     if parent is not None and asks:
-        stale = revalidate(folder, parent, place, options.downloads, opt_out, renewal.revalidate, workers)
+        stale = revalidate(folder, parent, place, options.downloads, opt_out, asked, job.workers)
     ledger = Ledger(folder, parent, known.first if known else next_number(folder) if parent else 0, stale)
     failures = Failures()
     with tempfile.TemporaryDirectory(prefix="clipmill-") as scratch:
         pieces = list(source.slices(options.number_sample_per_shard, Folder(f"{scratch}/source")))
-        found = _difference(source, pieces, ledger, opt_out, failures, options, renewal, Path(scratch))
+        found = _difference(job, pieces, ledger, opt_out, failures, Path(scratch))
         rows = Path(scratch) / ROWS_FILE
         write_rows(rows, source, found, pieces, place, options.number_sample_per_shard, options.downloads.compute_hash)
-        plan = _planned(source, Folder(scratch), found, options, shaping, ledger.first)
+        plan = _planned(job, Folder(scratch), found, ledger.first)
         if parent is not None and parent.id != snapshot_ids(folder)[-1]:
             return _finished(folder, parent, known, plan)
         if parent is not None and found.empty:
@@ -181,27 +149,20 @@ def _refuse_other_shape(parent: Snapshot, shaping: Mapping[str, Any]) -> None:
 
 
 def _difference(
-    source: Source,
-    pieces: Sequence[Slice],
-    ledger: Ledger,
-    opt_out: OptOut,
-    failures: Failures,
-    options: ShardOptions,
-    renewal: Renewal,
-    scratch: Path,
+    job: RefreshJob, pieces: Sequence[Slice], ledger: Ledger, opt_out: OptOut, failures: Failures, scratch: Path
 ) -> Difference:
     here, there = Partitions(scratch, "source"), Partitions(scratch, "shards")
     out = [TO_HIDE, OPTED_OUT, failures.state("opt_out")]
     urls = [np.zeros(0, np.uint64)]
-    for found in ledger.records(source, opt_out, failures):
+    for found in ledger.records(job.source, opt_out, failures):
         there.add(found)
         urls.append(found["url"][np.isin(found["state"], out)])
     opted_out = np.unique(np.concatenate(urls))
-    for found in source_records(source, pieces, opt_out, options.downloads.compute_hash):
+    for found in source_records(job.source, pieces, opt_out, job.options.downloads.compute_hash):
         # With another caption, or without the list, it is still the image that was asked to go.
         found["state"][np.isin(found["url"], opted_out)] = LISTED
         here.add(found)
-    return compare(here, there, failures.mask(RETRYABLE if renewal.retry_failed else ()))
+    return compare(here, there, failures.mask(RETRYABLE if job.renewal.retry_failed else ()))
 
 
 def source_records(
@@ -215,7 +176,8 @@ def source_records(
         for row in source.rows(piece):
             caption = (clean_caption(row.caption),) if source.has_captions else ()
             values.append((row.url, *caption, *(row.columns.get(name) for name in columns)))
-            bodies.append(digest(row.image, hash_name) if row.image is not None else _expected(row.expected, hash_name))
+            content = content_of(source, row)
+            bodies.append(_expected(row.expected, hash_name) if content is None else digest(content, hash_name))
         listed = opt_out.matches([str(value[0]) for value in values], bodies)
         states = np.where(listed, LISTED, WANTED).astype(np.uint8)
         yield records(values, bodies, place(number, 0) + np.arange(len(values)), states)
@@ -227,17 +189,10 @@ def _expected(expected: str | None, hash_name: str | None) -> str | None:
     return hexadecimal.lower() if hexadecimal and algorithm == hash_name else None
 
 
-def _planned(
-    source: Source,
-    scratch: Folder,
-    found: Difference,
-    options: ShardOptions,
-    shaping: Mapping[str, Any],
-    first: int,
-) -> Plan:
+def _planned(job: RefreshJob, scratch: Folder, found: Difference, first: int) -> Plan:
     """The plan of the fresh rows; its digest covers what is to be hidden and shown again too."""
-    delta = Delta(base=source, table=scratch.join(ROWS_FILE))
-    plan = plan_of(delta, scratch, options.number_sample_per_shard, shaping, first)
+    delta = Delta(base=job.source, table=scratch.join(ROWS_FILE))
+    plan = plan_of(delta, scratch, job.options.number_sample_per_shard, job.shaping, first)
     return dataclasses.replace(plan, digest=plan.digest + digest_of_places(found.gone, found.opted_out, found.back))
 
 
@@ -273,16 +228,14 @@ def _discard(folder: Folder, name: str, known: Known | None) -> None:
             folder.folder(f"{PLANS}/{name}").delete(file)
 
 
-def publish_renewal(
-    prepared: Prepared, folder: Folder, stats: Iterable[ShardStats], card: str | None, options: Mapping[str, Any]
-) -> Snapshot:
+def publish_renewal(job: RefreshJob, prepared: Prepared, stats: Iterable[ShardStats]) -> Snapshot:
     """Publish the parent's shards, with what has to be hidden hidden, and the new ones.
 
     Raises:
         SnapshotError: no sample is left.
         StorageError: the store refused.
     """
-    found, parent, done = prepared.found, prepared.parent, list(stats)
+    folder, found, parent, done = job.folder, prepared.found, prepared.parent, list(stats)
     new = [
         Shard(name=one.shard, samples=one.successes, bytes=one.bytes, sha256=one.sha256)
         for one in done
@@ -303,8 +256,8 @@ def publish_renewal(
         folder,
         shards,
         fields=tuple(sorted(fields)),
-        card=card,
-        options=options,
+        card=job.card,
+        options=job.recorded,
         rows=found.rows,
         dropped=dropped,
         changes=_changes(found, done, listed),

@@ -182,7 +182,8 @@ def _heading(name: str, report: Report) -> str:
     facts = {
         "samples": _number(statistics.visible),
         "shards": _number(len(snapshot.shards)),
-        "images": _size(statistics.bytes),
+        **({"images": _size(statistics.bytes)} if statistics.bytes else {}),
+        "fields": _number(len(statistics.fields)),
         "input rows": _number(snapshot.rows),
         "kept": _share(statistics.unique, snapshot.rows),
     }
@@ -242,7 +243,19 @@ def _reason_row(reason: Reason, rows: int, messages: Mapping[str, Sequence[Messa
 def _charts_section(statistics: Statistics) -> str:
     charts = [_chart(name, statistics.histograms[name]) for name in SCALES if name in statistics.histograms]
     languages = _languages(statistics.languages)
-    return _section("What the samples are like", f'<div class="charts">{"".join(charts)}</div>{languages}')
+    return _section(
+        "What the samples are like", f'<div class="charts">{"".join(charts)}</div>{_fields(statistics)}{languages}'
+    )
+
+
+def _fields(statistics: Statistics) -> str:
+    """How many samples have which field, and its bytes."""
+    rows = [
+        f'<tr><th scope="row">{_foreign(name, 60)}</th><td class="number">{_number(count)}</td>'
+        f'<td class="number">{_size(statistics.field_bytes[name])}</td></tr>'
+        for name, count in statistics.fields.items()
+    ]
+    return _table("Fields of the samples", ("field", "#samples", "#size"), rows) if rows else ""
 
 
 def _chart(name: str, histogram: Histogram) -> str:
@@ -318,7 +331,7 @@ def _languages(languages: Mapping[str, int]) -> str:
 
 def _samples_section(statistics: Statistics) -> str:
     if not statistics.samples:
-        return _section("Samples", "<p>No image can be shown.</p>")
+        return _section("Samples", "<p>No sample can be shown.</p>")
     note = f"<p>{len(statistics.samples)} samples, chosen by the hash of their keys.</p>"
     return _section(
         "Samples", f'{note}<div class="samples">{"".join(_figure(one) for one in statistics.samples)}</div>'
@@ -329,6 +342,9 @@ def _figure(shown: Shown, note: str = "") -> str:
     caption = _foreign(shown.caption, 300) if plain(shown.caption) else "<em>no caption</em>"
     # Tall images are shown narrower, so that none fills the screen; boxes stay where they belong.
     narrow = min(100.0, 100 * TALLEST * shown.width / max(shown.height, 1))
+    if not shown.thumbnail:
+        words = f'<figcaption><div class="words">{caption}</div>{note}{_text(shown.key, 60)}</figcaption>'
+        return f"<figure>{words}</figure>"
     labels = [region.label for region in shown.regions if plain(region.label)]
     listed = "".join(f"<li>{_foreign(label, 60)}</li>" for label in labels)
     return (
@@ -365,6 +381,8 @@ def _duplicates_section(report: Report) -> str:
     repeated = [copies.count for copies in images.values() if copies.count > 1]
     spare = sum(repeated) - len(repeated)
     sampled = "" if report.exact_images else f" of about {_number(EXACT_ROWS)} images chosen by their hash"
+    if not images:
+        return _section("Duplicates", "<p>The samples have no images to compare.</p>")
     if not repeated:
         return _section("Duplicates", f"<p>No two{sampled or ' images'} have the same bytes.</p>")
     words = (

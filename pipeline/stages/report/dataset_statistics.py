@@ -120,7 +120,10 @@ class Histogram:
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """A sample to look at: ``thumbnail`` is a JPEG in base64, ``regions`` are boxes and outlines on it."""
+    """A sample to look at.
+
+    ``thumbnail`` is a JPEG in base64, empty for a sample without an image; ``regions`` are boxes and outlines on it.
+    """
 
     order: str
     key: str
@@ -159,6 +162,7 @@ class Copies:
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
     """All that is measured of some shards. ``visible`` counts samples with repeats, ``unique`` without.
+    ``fields`` counts the samples that have a field, ``field_bytes`` its bytes; repeats count.
 
     ``reasons`` and ``messages`` are of failed rows, by img2dataset's status and our error class: ``status/class``.
     """
@@ -168,6 +172,8 @@ class Statistics:
     unique: int = 0
     unreadable: int = 0
     bytes: int = 0
+    fields: Mapping[str, int] = field(default_factory=dict)
+    field_bytes: Mapping[str, int] = field(default_factory=dict)
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
     languages: Mapping[str, int] = field(default_factory=dict)
     samples: tuple[Shown, ...] = ()
@@ -249,6 +255,8 @@ def merge(one: Statistics, other: Statistics, samples: int) -> Statistics:
         unique=one.unique + other.unique,
         unreadable=one.unreadable + other.unreadable,
         bytes=one.bytes + other.bytes,
+        fields=_sum(one.fields, other.fields),
+        field_bytes=_sum(one.field_bytes, other.field_bytes),
         histograms=_joined(one.histograms, other.histograms, Histogram.__add__),
         languages=_sum(one.languages, other.languages),
         samples=tuple(sorted((*one.samples, *other.samples), key=lambda shown: (shown.order, shown.key))[:samples]),
@@ -298,6 +306,8 @@ class _Counted:
         self._options, self._limits, self._scores, self._languages = options, limits, scores, languages
         self.histograms: dict[str, _Bins] = {}
         self._visible = self._unique = self._unreadable = self._bytes = 0
+        self._fields: Counter[str] = Counter()
+        self._field_bytes: Counter[str] = Counter()
         self._spoken: Counter[str] = Counter()
         self._shown: list[Shown] = []
         self._images: dict[str, Copies] = {}
@@ -305,6 +315,8 @@ class _Counted:
     def add(self, sample: Sample, repeated: bool) -> None:
         """Count a sample as often as readers see it; show it, and compare it with others, once."""
         self._visible += 1
+        self._fields.update(sample.fields.keys())
+        self._field_bytes.update({name: len(value) for name, value in sample.fields.items()})
         image = sample.image()
         self._count_words(sample)
         if image is not None:
@@ -331,6 +343,8 @@ class _Counted:
             unique=self._unique,
             unreadable=self._unreadable,
             bytes=self._bytes,
+            fields=dict(sorted(self._fields.items())),
+            field_bytes=dict(sorted(self._field_bytes.items())),
             histograms={name: bins.histogram() for name, bins in sorted(self.histograms.items())},
             languages=dict(sorted(self._spoken.items())),
             samples=tuple(first),
@@ -453,8 +467,11 @@ def _limit(wanted: int, present: int) -> int:
 
 
 def _shown(sample: Sample, order: str, size: int) -> Shown | None:
-    """``None`` where the image cannot be decoded."""
+    """``None`` where the image cannot be decoded; without a thumbnail where the sample has no image."""
     image = sample.image()
+    caption = sample.fields.get("txt", b"").decode("utf-8", errors="replace")[:LONGEST_CAPTION]
+    if image is None:
+        return Shown(order=order, key=sample.key, caption=caption, width=0, height=0, thumbnail="")
     small = ImageOptions(
         image_size=size,
         resize_mode="keep_ratio_largest",
@@ -463,14 +480,14 @@ def _shown(sample: Sample, order: str, size: int) -> Shown | None:
         extract_exif=False,
     )
     try:
-        shown = transform(image or b"", small)
+        shown = transform(image, small)
     except SampleError:
         return None
     width, height = shown.original_width or 1, shown.original_height or 1
     return Shown(
         order=order,
         key=sample.key,
-        caption=sample.fields.get("txt", b"").decode("utf-8", errors="replace")[:LONGEST_CAPTION],
+        caption=caption,
         width=width,
         height=height,
         thumbnail=base64.b64encode(shown.data).decode(),

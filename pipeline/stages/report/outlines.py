@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import SampleError
 from pipeline.shards.sample import Sample
+from pipeline.shards.segmentation import mask_of_runs
 from pipeline.stages.crawl.images import read_header
 
 BOXES, MASK = "boxes.json", "mask.png"
@@ -83,9 +84,7 @@ def _outlines_of_runs(segmentation: object) -> tuple[tuple[float, ...], ...]:
     height, width = size
     if not 0 < height * width <= MOST_PIXELS or sum(counts) != height * width:
         return ()
-    runs = np.asarray(counts, np.int64)
-    values = (np.arange(len(runs)) % 2).astype(np.uint8)
-    return _outlines(np.repeat(values, runs).reshape(width, height).T)
+    return _outlines(mask_of_runs(counts, height, width))
 
 
 def _masked(content: bytes) -> tuple[Region, ...]:

@@ -17,7 +17,7 @@ from pipeline.errors import SettingError, SnapshotError
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import TarShard
-from pipeline.sources.url_table import UrlTable
+from pipeline.sources.urls import UrlTable
 from pipeline.stages.crawl.download import DownloadOptions
 from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions

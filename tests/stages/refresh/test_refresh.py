@@ -26,7 +26,7 @@ from pipeline.shards.storage import Folder
 from pipeline.shards.tar import TarWriter, iterate_tar
 from pipeline.sources.folder import ImageFolder
 from pipeline.sources.source import Row, Slice
-from pipeline.sources.url_table import UrlTable
+from pipeline.sources.urls import UrlTable
 from pipeline.sources.webdataset import WebDatasetTars
 from pipeline.stages.crawl.download import DownloadOptions
 from pipeline.stages.crawl.images import ImageOptions

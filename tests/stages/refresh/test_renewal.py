@@ -20,13 +20,13 @@ from pipeline.shards.selection import read_samples
 from pipeline.shards.snapshot import Snapshot, publish_shards, read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder
 from pipeline.sources.folder import ImageFolder
-from pipeline.sources.url_table import UrlTable
+from pipeline.sources.urls import UrlTable
 from pipeline.stages.crawl.download import DownloadOptions
 from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.progress import Floor
 from pipeline.stages.refresh.refresh import refresh
-from pipeline.stages.refresh.renewal import Renewal
+from pipeline.stages.refresh.settings import Renewal
 from pipeline.stages.shard_tasks import Workers
 
 HERE = Workers(processes_count=0)

@@ -161,7 +161,7 @@ def test_the_same_snapshot_gives_the_same_page(make_snapshot: Make) -> None:
 def test_a_first_snapshot_without_rows_or_sidecars(make_snapshot: Make) -> None:
     page = page_of(make_snapshot((3,)), samples=0)
     assert "There is no earlier snapshot." in page and "No row was dropped." in page
-    assert "No image can be shown." in page and "CLIP score" not in page
+    assert "No sample can be shown." in page and "CLIP score" not in page
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ def test_a_missing_sidecar_names_the_job(make_snapshot: Make) -> None:
 def test_images_that_do_not_decode_are_counted_and_not_shown(make_snapshot: Make) -> None:
     broken = {"jpg": b"\xff\xd8\xff not an image", "txt": b"\xff\xfe"}
     measured = measure(make_snapshot((3,), spoil={1: broken, 2: {"txt": b"no image"}}), Measuring(), HERE)
-    assert (measured.visible, measured.unreadable, len(measured.samples)) == (3, 1, 1)
+    assert (measured.visible, measured.unreadable, len(measured.samples)) == (3, 1, 2)
 
 
 def test_the_funnel_splits_reasons_by_step(make_snapshot: Make) -> None:

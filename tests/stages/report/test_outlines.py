@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from pipeline.shards.sample import Sample
+from pipeline.shards.segmentation import mask_of, run_lengths
 from pipeline.sources.drawn.sample import draw_sample
-from pipeline.sources.drawn.truth import mask_from_runs, run_lengths
 from pipeline.stages.report.outlines import MOST_REGIONS, read_regions
 
 
@@ -51,7 +51,8 @@ def test_drawn_samples_are_understood() -> None:
     regions = read_regions(sample(record["objects"]), 128, 128)
     assert len(regions) == len(record["objects"]) and all(region.outlines for region in regions)
     largest = max(range(len(regions)), key=lambda place: record["objects"][place]["area"])
-    truth = mask_from_runs(record["objects"][largest]["segmentation"])
+    segmentation = record["objects"][largest]["segmentation"]
+    truth = mask_of(segmentation, *segmentation["size"])
     filled = np.any([area(outline, 128, 128) for outline in regions[largest].outlines], axis=0)
     assert overlap(filled, truth) > 0.8
 

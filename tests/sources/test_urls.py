@@ -10,9 +10,9 @@ import pytest
 
 from pipeline.errors import SettingError
 from pipeline.shards.storage import Folder
-from pipeline.sources import url_table
+from pipeline.sources import urls
 from pipeline.sources.source import Row, Slice
-from pipeline.sources.url_table import UrlTable
+from pipeline.sources.urls import UrlTable
 
 FRAME = pandas.DataFrame(
     {
@@ -86,7 +86,7 @@ def test_a_folder_of_files_is_read_in_order_and_slices_end_with_a_file(tmp_path:
 
 
 def test_small_batches_of_the_reader_do_not_move_the_cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.sources.url_table.BATCH_ROWS", 2)
+    monkeypatch.setattr("pipeline.sources.urls.BATCH_ROWS", 2)
     slices, rows = read(UrlTable(url_list=saved(tmp_path, "parquet")), tmp_path / "scratch")
     assert [piece.count for piece in slices] == [3, 3, 1] and len(rows) == 7
 
@@ -154,11 +154,11 @@ def test_the_digest_sees_values_and_not_arrows_layout() -> None:
     cut = pa.concat_tables([pa.table({"url": ["x"], "n": [0]}), whole]).slice(1)
     wide = whole.set_column(0, "url", whole["url"].cast(pa.large_string()))
     coded = whole.set_column(0, "url", whole["url"].dictionary_encode())
-    assert len({url_table._digest(table) for table in (whole, chunked, cut, wide, coded)}) == 1
+    assert len({urls._digest(table) for table in (whole, chunked, cut, wide, coded)}) == 1
     moved = (
         ["a", "", None, "bc", "ü" * 3, "d"],
         ["a", None, "", "b", "c" + "ü" * 3, "d"],
         ["ab", None, "", "c", "ü" * 3, "d"],
     )
     others = [whole.set_column(0, "url", pa.array(other)) for other in moved]
-    assert len({url_table._digest(table) for table in (whole, *others)}) == 4
+    assert len({urls._digest(table) for table in (whole, *others)}) == 4

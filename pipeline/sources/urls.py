@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import require
 from pipeline.errors import SettingError
-from pipeline.shards.storage import Folder
+from pipeline.shards.storage import Folder, split_file
 from pipeline.shards.writer import reserved_columns
 from pipeline.sources.source import Row, Scalar, Slice
 
@@ -51,6 +51,7 @@ class UrlTable:
     """
 
     kind: ClassVar[str] = "urls"
+    summary: ClassVar[str] = "Download a url table (parquet, csv, tsv, json, jsonl)."
     downloads: ClassVar[bool] = True
 
     url_list: str
@@ -127,8 +128,8 @@ class UrlTable:
     def rows(self, piece: Slice) -> Iterator[Row]:
         """See :class:`~pipeline.sources.source.Source`."""
         uri, group = str(piece.where["uri"]), int(piece.where["group"])
-        folder, _, name = uri.rpartition("/")
-        with Folder(folder).open(name) as file:
+        folder, name = split_file(uri)
+        with folder.open(name) as file:
             table = pq.ParquetFile(file).read_row_group(group)
         for values in table.to_pylist():
             yield self._row(values)
