@@ -25,14 +25,13 @@ from torch.utils.data import default_collate
 from pipeline.config import require
 from pipeline.errors import DataError, SidecarError
 from pipeline.loaders.images import Pixels, decode, resize
-from pipeline.loaders.order import random_words
+from pipeline.loaders.order import RandomStream, random_bits
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.shards.objects import FIELD, Objects, plain_word, read_objects
 from pipeline.shards.sample import Sample
 from pipeline.shards.segmentation import mask_of
 from pipeline.shards.sidecar import Wanted
 
-PLACES, DRAWS = 9, 10  # purposes of random words, see order.py
 FILL = (124, 116, 104)  # ImageNet's mean, which normalisation makes zero
 SMALLEST = 1.0
 """Pixels of the result: what has a shorter side is left out."""
@@ -117,7 +116,7 @@ class Jitter:
 
     def place(self, height: int, width: int, seed: int, place: tuple[int, int]) -> Place:
         """Where the image of the sample at ``place``, (epoch, number), comes to lie."""
-        uniform = ((random_words(seed, PLACES, *place, 4) >> np.uint64(11)) * 2.0**-53).tolist()
+        uniform = ((random_bits(seed, RandomStream.PLACEMENTS, *place, 4) >> np.uint64(11)) * 2.0**-53).tolist()
         factor = self.scale[0] + uniform[0] * (self.scale[1] - self.scale[0])
         return self._placed(height, width, factor, uniform[1] < self.flip, (uniform[2], uniform[3]))
 
@@ -383,7 +382,7 @@ class DrawReader:
 
     def read(self, sample: Sample, place: tuple[int, int]) -> int:
         """0 to 2**63 - 1."""
-        return int(random_words(self.seed, DRAWS, *place, 1)[0] >> np.uint64(1))
+        return int(random_bits(self.seed, RandomStream.DRAWS, *place, 1)[0] >> np.uint64(1))
 
     def collate(self, values: list[int]) -> Tensor:
         """int64 [B]."""

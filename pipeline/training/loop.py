@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import ClipmillError
 from pipeline.loaders.batches import Batch, training_batches
-from pipeline.loaders.order import random_words
+from pipeline.loaders.order import RandomStream, random_bits
 from pipeline.loaders.tokens import from_sidecar
 from pipeline.models.method import EmbeddingMethod, Method, build_method, method_class, method_name
 from pipeline.training import distributed, fp8
@@ -41,9 +41,6 @@ from pipeline.training.tracker import Tracker
 from pipeline.training.writer import Writer, assist
 
 logger = logging.getLogger(__name__)
-
-STEPS = 4  # purpose of random words, see loaders/order.py
-
 
 NUMBERS = {(False, False): "float32", (False, True): "bfloat16", (True, True): "float8 and bfloat16"}
 
@@ -366,7 +363,7 @@ class _Training:
 
 def step_seed(seed: int, step: int, rank: int) -> int:
     """The seed of torch's generators for a step in a rank."""
-    return int(random_words(seed, STEPS, step, rank, 1)[0] >> 1)
+    return int(random_bits(seed, RandomStream.STEPS, step, rank, 1)[0] >> 1)
 
 
 def _numbers(tensors: Mapping[str, Tensor]) -> dict[str, float]:

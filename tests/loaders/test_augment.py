@@ -8,7 +8,7 @@ from PIL import Image
 
 from pipeline.loaders.augment import ColourReader, Colours, ViewsReader
 from pipeline.loaders.images import ImageTransform, read_crops
-from pipeline.loaders.order import random_words
+from pipeline.loaders.order import random_bits
 from pipeline.shards.sample import Sample
 
 
@@ -28,7 +28,7 @@ SMALL = ImageTransform(size=(32, 32), crop="resized", scale=(0.08, 1.0), flip=0.
 def test_crops_of_one_decoding_are_the_crops_one_by_one() -> None:
     """Equal where nothing is decoded smaller; near for a JPEG, whose common size is that of the smallest crop."""
     for number in range(12):
-        crops = [(t, random_words(1, 50 + v, 0, number, 41)) for v, t in enumerate((WIDE, SMALL, SMALL))]
+        crops = [(t, random_bits(1, 50 + v, 0, number, 41)) for v, t in enumerate((WIDE, SMALL, SMALL))]
         png, jpeg = image("PNG", 120, 90), image("JPEG", 700, 500)
         for found, (transform, words) in zip(read_crops(png, crops), crops, strict=True):
             assert torch.equal(found, transform.read(png, words))
