@@ -51,7 +51,7 @@ class Colours:
         require(0 < self.sigma[0] <= self.sigma[1] <= 16, "sigma", self.sigma, "0 < low <= high <= 16")
 
     def draw(self, bits: NDArray[np.uint64]) -> list[float]:
-        """The ``NUMBERS`` of one view from twelve random integers; an order of -1 is no jitter, a sigma of 0 no blur."""
+        """The ``NUMBERS`` of one view from 12 random integers; an order of -1 is no jitter, a sigma of 0 no blur."""
         uniform = (bits >> np.uint64(11)) * 2.0**-53
         order = np.argsort(bits[:4], kind="stable").tolist() if uniform[4] < self.jitter else [-1] * 4
         strengths = (self.brightness, self.contrast, self.saturation)

@@ -241,7 +241,7 @@ class _Training:
             steps=self.plan.steps,
             first=config.optimizer.first_learning_rate,
             final=config.optimizer.final_learning_rate,
-            drops=config.optimizer.drops,
+            milestones=config.optimizer.drops,
         )
         set_rate(self.optimizer, rate)
         return rate
