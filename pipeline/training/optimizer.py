@@ -115,7 +115,8 @@ def rate_scales(config: OptimizerConfig, method: Method) -> dict[str, float]:
     rates, layers = config.rates(), method.layers()
     towers = {layer.tower for layer in layers.values()}
     unknown = sorted(config.tower_rates.keys() - towers)
-    require(not unknown, "tower_rates", unknown, "towers of the method: " + (", ".join(sorted(towers)) or "it has none"))
+    known = ", ".join(sorted(towers)) or "it has none"
+    require(not unknown, "tower_rates", unknown, f"towers of the method: {known}")
     return {name: rates.get(layer.tower, 1.0) * decay**layer.above for name, layer in layers.items()}
 
 

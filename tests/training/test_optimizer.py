@@ -119,7 +119,7 @@ def test_a_third_tower_has_a_rate_of_its_own() -> None:
         rate_scales(AdamW(tower_rates={"depth": 0.1}), method)
 
 
-@pytest.mark.parametrize("settings", [{"tower_rates": {"audio": 0.0}}, {"text_rate": 1.0, "tower_rates": {"text": 1.0}}])
+@pytest.mark.parametrize("settings", [{"tower_rates": {"audio": 0}}, {"text_rate": 1, "tower_rates": {"text": 1}}])
 def test_rates_of_towers_are_checked(settings: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match="tower_rates"):
         AdamW(**settings)
