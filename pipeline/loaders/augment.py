@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import default_collate
 
 from pipeline.config import require
+from pipeline.loaders.batches import Batch, Row, SamplePosition
 from pipeline.loaders.images import ATTEMPTS, ImageTransform, read_crops
 from pipeline.loaders.order import RandomStream, random_bits
 from pipeline.loaders.samples import UnreadableSample
@@ -67,6 +67,7 @@ class ViewsReader:
 
     transforms: tuple[ImageTransform, ...]
     seed: int = 0
+    key: str = "views"
     fields = ("image",)
 
     def __post_init__(self) -> None:
@@ -75,21 +76,20 @@ class ViewsReader:
             len({transform.size for transform in self.transforms}) == 1, "size", self.transforms, "one size for all"
         )
 
-    def read(self, sample: Sample, place: tuple[int, int]) -> Tensor:
+    def read(self, sample: Sample, at: SamplePosition | None) -> Row:
         """uint8 [V, 3, H, W]."""
+        assert at is not None, "random views are for training"
         content = sample.image()
         if content is None:
             raise UnreadableSample(f"{sample.key} has no image")
         bits = [
-            random_bits(self.seed, RandomStream.VIEWS + v, *place, 1 + 4 * ATTEMPTS)
-            for v in range(len(self.transforms))
+            random_bits(self.seed, RandomStream.VIEWS + v, *at, 1 + 4 * ATTEMPTS) for v in range(len(self.transforms))
         ]
-        return torch.stack(read_crops(content, list(zip(self.transforms, bits, strict=True))))
+        return {self.key: torch.stack(read_crops(content, list(zip(self.transforms, bits, strict=True))))}
 
-    def collate(self, values: list[Tensor]) -> Tensor:
+    def collate(self, rows: list[Row]) -> Batch:
         """uint8 [B, V, 3, H, W]."""
-        stacked: Tensor = default_collate(values)
-        return stacked
+        return {self.key: default_collate([row[self.key] for row in rows])}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +99,15 @@ class ColourReader:
     colours: Colours
     views: int
     seed: int = 0
+    key: str = "colours"
     fields: Sequence[str] = ()
 
-    def read(self, sample: Sample, place: tuple[int, int]) -> list[list[float]]:
+    def read(self, sample: Sample, at: SamplePosition | None) -> Row:
         """[V, NUMBERS]; the image does not matter."""
-        return [
-            self.colours.draw(random_bits(self.seed, RandomStream.COLOURS + v, *place, 12)) for v in range(self.views)
-        ]
+        assert at is not None, "random colours are for training"
+        bits = (random_bits(self.seed, RandomStream.COLOURS + v, *at, 12) for v in range(self.views))
+        return {self.key: [self.colours.draw(some) for some in bits]}
 
-    def collate(self, values: list[list[list[float]]]) -> Tensor:
+    def collate(self, rows: list[Row]) -> Batch:
         """float32 [B, V, NUMBERS]."""
-        return torch.tensor(values, dtype=torch.float32)
+        return {self.key: torch.tensor([row[self.key] for row in rows], dtype=torch.float32)}

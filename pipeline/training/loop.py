@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from pipeline.errors import ClipmillError
 from pipeline.loaders.batches import Batch, training_batches
 from pipeline.loaders.order import RandomStream, random_bits
-from pipeline.loaders.tokens import from_sidecar
 from pipeline.models.method import EmbeddingMethod, Method, build_method, method_class, method_name
 from pipeline.training import distributed, fp8
 from pipeline.training.blocks import compile_each, recompute_each
@@ -178,7 +177,9 @@ class _Training:
         with self.clock.phase("forward"), self._precision():
             losses: dict[str, Tensor] = self.module(batch)
         with self.clock.phase("backward"):
-            torch.stack(list(losses.values())).sum().backward()
+            total = torch.stack(list(losses.values())).sum()
+            if total.requires_grad:  # a method may have nothing that gradients train
+                total.backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
     def _precision(self) -> torch.autocast:
@@ -220,10 +221,10 @@ class _Training:
         return average
 
     def _batches(self) -> Generator[Batch, None, None]:
-        readers = self.method.readers(train=True, seed=self.config.seed, caption=self.config.caption)
+        settings = self.method.reader_settings(self.config)
         return training_batches(
             self.plan.snapshot,
-            from_sidecar(readers, self.config.tokens) if self.config.tokens else readers,
+            self.method.readers(train=True, seed=self.config.seed, settings=settings),
             self.order,
             steps=range(self.done, self.plan.steps),
             rank=self.rank,
