@@ -1,7 +1,8 @@
 """Batches for training and evaluation: a torch DataLoader over an order of sample numbers.
 
 What a batch holds is said by *readers*. Each reads one or several keys: it turns a sample into values and a list of
-these into tensors. A batch is the union of what its readers give. A sample that a reader cannot read (an undecodable image, no caption) is replaced by the next readable one of
+these into tensors. A batch is the union of what its readers give. A sample that a reader cannot read (an undecodable
+image, no caption) is replaced by the next readable one of
 its shard, so that batches keep their size and every run makes the same replacement; ``replaced`` counts them.
 """
 

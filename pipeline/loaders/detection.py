@@ -102,7 +102,10 @@ def large_enough(boxes: Boxes) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomResize:
-    """Random resizing (the paper's large-scale jitter) into a square of ``size`` pixels; with a scale of (1, 1) and no flip nothing is random."""
+    """Random resizing (the paper's large-scale jitter) into a square of ``size`` pixels.
+
+    With a scale of (1, 1) and no flip nothing is random.
+    """
 
     size: int = 1024
     scale: tuple[float, float] = (0.1, 2.0)

@@ -272,8 +272,8 @@ def test_sidecars_are_joined_by_key(regions: Snapshot) -> None:
     keys = ("image", "region_boxes", "region_features")
     joined = DetectionReader(keys=keys, resize=RandomResize(size=32), regions=stored)
     batches = list(snapshot_batches(regions, [joined], batch_size=3, config=LoaderConfig(loader_workers=0)))
-    features = torch.cat([batch["region_features"][:, :3] if batch["region_features"].shape[1] >= 3 else torch.zeros(1, 3, 8)
-                          for batch in batches])  # fmt: skip
+    given = [batch["region_features"] for batch in batches]
+    features = torch.cat([some[:, :3] if some.shape[1] >= 3 else torch.zeros(1, 3, 8) for some in given])
     import pyarrow.parquet as pq
 
     rows = [row for n in range(2) for row in pq.read_table(f"{regions.folder}/0000{n}.regions.parquet").to_pylist()]
