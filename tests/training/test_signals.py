@@ -61,9 +61,6 @@ def test_an_epoch_lowers_the_loss(config: Any, signals: Snapshot, run: Callable[
     assert outcome.steps == 30 and losses[30] < losses[1] / 2
     loaded = load_method(outcome.checkpoint)
     assert set(loaded.state_dict()) == {"linear.weight", "linear.bias"} and not loaded.blocks()
-    assert torch.equal(
-        loaded.state_dict()["linear.weight"], load_method(outcome.checkpoint).state_dict()["linear.weight"]
-    )
 
 
 def test_parts_of_a_batch_give_the_same_loss(
