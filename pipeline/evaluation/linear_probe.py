@@ -43,7 +43,7 @@ from pipeline.evaluation.suite import (
 )
 from pipeline.evaluation.zero_shot import Counts, label_ranks
 from pipeline.loaders.images import ImageTransform, Pixels, crop_words
-from pipeline.loaders.order import permutation
+from pipeline.loaders.order import RandomStream, permutation
 from pipeline.models.adapters.adapter import Shots
 from pipeline.models.adapters.linear_probe import class_rows, regression
 from pipeline.models.clip import Clip
@@ -53,7 +53,6 @@ from pipeline.sources import open_source
 logger = logging.getLogger(__name__)
 
 PREFIX = "linear_probe"
-ORDER, HELD_OUT = 7, 8  # purposes of random words, see pipeline/loaders/order.py
 DECADES, WIDEST, FINEST = 6, 2.0, 1 / 8  # the penalty is sought in 10 ** (-6 ... 6)
 Chosen = dict[str, float]
 
@@ -289,7 +288,7 @@ def by_sgd(train: Shots, classes: int, probe: Probe) -> Linear:
     optimizer = torch.optim.SGD([weight, bias], lr=probe.learning_rate, momentum=probe.momentum)
     for epoch in range(probe.epochs):
         optimizer.param_groups[0]["lr"] = probe.learning_rate * (1 + math.cos(math.pi * epoch / probe.epochs)) / 2
-        order = torch.from_numpy(permutation(probe.seed, ORDER, epoch, 0, len(labels)))
+        order = torch.from_numpy(permutation(probe.seed, RandomStream.PROBE_ORDER, epoch, 0, len(labels)))
         for rows in order.split(probe.batch):
             logits = features[rows, epoch % features.shape[1]].float() @ weight.T + bias
             optimizer.zero_grad()
@@ -330,7 +329,7 @@ def split(shots: Shots, share: float, seed: int) -> tuple[Shots, Shots]:
     Raises:
         SettingError: no class has enough images for one of them to be held out.
     """
-    order = torch.from_numpy(permutation(seed, HELD_OUT, 0, 0, len(shots.labels)))
+    order = torch.from_numpy(permutation(seed, RandomStream.HELD_OUT, 0, 0, len(shots.labels)))
     labels = shots.labels[order]
     held = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from pipeline.config import require
 from pipeline.evaluation.encoder import TEXTS_AT_ONCE, Encoder, encode_tokens, inference
+from pipeline.models.towers.prompts import average_prompts
 
 TOP = 5
 NO_TEMPLATE = ("{}",)
@@ -31,14 +32,14 @@ def classifier(
     require(len(classes) > 1, "classes", tuple(classes), "two class names or more")
     require(len(templates) > 0, "templates", tuple(templates), "one template or more")
     classes_at_once = max(1, TEXTS_AT_ONCE // len(templates))
-    means = []
+    vectors = []
     with inference(model, precision) as device:
         for start in range(0, len(classes), classes_at_once):
             names = classes[start : start + classes_at_once]
             prompts = [template.replace("{}", name) for name in names for template in templates]
             features = encode_tokens(model, model.tokenizer(prompts), device)
-            means.append(features.reshape(len(names), len(templates), -1).mean(dim=1))
-    return functional.normalize(torch.cat(means), dim=-1)
+            vectors.append(average_prompts(features, len(templates)))
+    return torch.cat(vectors)
 
 
 def zero_shot(

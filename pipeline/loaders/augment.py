@@ -11,17 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import default_collate
 
 from pipeline.config import require
+from pipeline.loaders.batches import Batch, Row, SamplePosition
 from pipeline.loaders.images import ATTEMPTS, ImageTransform, read_crops
-from pipeline.loaders.order import random_words
+from pipeline.loaders.order import RandomStream, random_bits
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.shards.sample import Sample
 
-VIEWS, COLOURS = 64, 128  # purposes of random words (see order.py); the number of the view is added
-MOST_VIEWS = 64
+MOST_VIEWS = RandomStream.COLOURS - RandomStream.VIEWS
 ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, SIGMA, NUMBERS = slice(0, 4), 4, 5, 6, 7, 8, 9, 10
 """Places in a row of :class:`ColourReader`."""
 
@@ -51,10 +50,10 @@ class Colours:
         require(0 <= self.hue <= 0.5, "hue", self.hue, "0 to 0.5")
         require(0 < self.sigma[0] <= self.sigma[1] <= 16, "sigma", self.sigma, "0 < low <= high <= 16")
 
-    def draw(self, words: NDArray[np.uint64]) -> list[float]:
-        """The ``NUMBERS`` of one view from twelve random words; an order of -1 is no jitter, a sigma of 0 no blur."""
-        uniform = (words >> np.uint64(11)) * 2.0**-53
-        order = np.argsort(words[:4], kind="stable").tolist() if uniform[4] < self.jitter else [-1] * 4
+    def draw(self, bits: NDArray[np.uint64]) -> list[float]:
+        """The ``NUMBERS`` of one view from 12 random integers; an order of -1 is no jitter, a sigma of 0 no blur."""
+        uniform = (bits >> np.uint64(11)) * 2.0**-53
+        order = np.argsort(bits[:4], kind="stable").tolist() if uniform[4] < self.jitter else [-1] * 4
         strengths = (self.brightness, self.contrast, self.saturation)
         factors = [1 + strength * (2 * u - 1) for strength, u in zip(strengths, uniform[5:8].tolist(), strict=True)]
         low, high = self.sigma
@@ -68,6 +67,7 @@ class ViewsReader:
 
     transforms: tuple[ImageTransform, ...]
     seed: int = 0
+    key: str = "views"
     fields = ("image",)
 
     def __post_init__(self) -> None:
@@ -76,18 +76,20 @@ class ViewsReader:
             len({transform.size for transform in self.transforms}) == 1, "size", self.transforms, "one size for all"
         )
 
-    def read(self, sample: Sample, place: tuple[int, int]) -> Tensor:
+    def read(self, sample: Sample, at: SamplePosition | None) -> Row:
         """uint8 [V, 3, H, W]."""
+        assert at is not None, "random views are for training"
         content = sample.image()
         if content is None:
             raise UnreadableSample(f"{sample.key} has no image")
-        words = [random_words(self.seed, VIEWS + v, *place, 1 + 4 * ATTEMPTS) for v in range(len(self.transforms))]
-        return torch.stack(read_crops(content, list(zip(self.transforms, words, strict=True))))
+        bits = [
+            random_bits(self.seed, RandomStream.VIEWS + v, *at, 1 + 4 * ATTEMPTS) for v in range(len(self.transforms))
+        ]
+        return {self.key: torch.stack(read_crops(content, list(zip(self.transforms, bits, strict=True))))}
 
-    def collate(self, values: list[Tensor]) -> Tensor:
+    def collate(self, rows: list[Row]) -> Batch:
         """uint8 [B, V, 3, H, W]."""
-        stacked: Tensor = default_collate(values)
-        return stacked
+        return {self.key: default_collate([row[self.key] for row in rows])}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +99,15 @@ class ColourReader:
     colours: Colours
     views: int
     seed: int = 0
+    key: str = "colours"
     fields: Sequence[str] = ()
 
-    def read(self, sample: Sample, place: tuple[int, int]) -> list[list[float]]:
+    def read(self, sample: Sample, at: SamplePosition | None) -> Row:
         """[V, NUMBERS]; the image does not matter."""
-        return [self.colours.draw(random_words(self.seed, COLOURS + v, *place, 12)) for v in range(self.views)]
+        assert at is not None, "random colours are for training"
+        bits = (random_bits(self.seed, RandomStream.COLOURS + v, *at, 12) for v in range(self.views))
+        return {self.key: [self.colours.draw(some) for some in bits]}
 
-    def collate(self, values: list[list[list[float]]]) -> Tensor:
+    def collate(self, rows: list[Row]) -> Batch:
         """float32 [B, V, NUMBERS]."""
-        return torch.tensor(values, dtype=torch.float32)
+        return {self.key: torch.tensor([row[self.key] for row in rows], dtype=torch.float32)}

@@ -1,7 +1,8 @@
 """Batches for training and evaluation: a torch DataLoader over an order of sample numbers.
 
-What a batch holds is said by *readers*, one per key: each turns a sample into a value and a list of values into a
-tensor. A sample that a reader cannot read (an undecodable image, no caption) is replaced by the next readable one of
+What a batch holds is said by *readers*. Each reads one or several keys: it turns a sample into values and a list of
+these into tensors. A batch is the union of what its readers give. A sample that a reader cannot read (an undecodable
+image, no caption) is replaced by the next readable one of
 its shard, so that batches keep their size and every run makes the same replacement; ``replaced`` counts them.
 """
 
@@ -10,8 +11,8 @@ import logging
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
-from typing import Any, Protocol
+from itertools import islice, starmap
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,13 +36,23 @@ DEFAULT_WORKERS = 4
 TOLD_AT_MOST = 20  # unreadable samples that one process names
 
 Batch = dict[str, Tensor]
-Place = tuple[int, int]  # epoch, number of the sample in the snapshot
+Row = Mapping[str, Any]
+"""What one reader reads of one sample, by key."""
+COUNTED = "replaced"
+
+
+class SamplePosition(NamedTuple):
+    """Where a training sample is in the order; what is random in it is a function of the seed and of this."""
+
+    epoch: int
+    number: int
+    """Number of the sample in the snapshot."""
 
 
 class Reader(Protocol):
-    """One key of a batch. Readers pickle: they travel to the loader's processes.
+    """One or several keys of a batch. Readers pickle: they travel to the loader's processes.
 
-    One that reads sidecars has them in ``sidecars``, a sequence of :class:`~pipeline.shards.sidecar.Wanted`.
+    A reader of sidecars has them in ``sidecars``, a sequence of :class:`~pipeline.shards.sidecar.Wanted`.
     """
 
     @property
@@ -49,12 +60,15 @@ class Reader(Protocol):
         """The sample fields that must exist in the snapshot (``image`` for an image of any format)."""
         ...
 
-    def read(self, sample: Sample, place: Place) -> Any:
-        """The value of one sample; raises :class:`UnreadableSample`."""
+    def read(self, sample: Sample, at: SamplePosition | None) -> Row:
+        """The values of one sample, by key; raises :class:`UnreadableSample`.
+
+        ``at`` is ``None`` in evaluation: nothing is random then.
+        """
         ...
 
-    def collate(self, values: list[Any]) -> Tensor:
-        """The batch of ``values``."""
+    def collate(self, rows: list[Row]) -> Batch:
+        """The batch of ``rows``, with the same keys for every batch."""
         ...
 
 
@@ -64,19 +78,20 @@ class ImageReader:
 
     transform: ImageTransform
     seed: int = 0
+    key: str = "image"
     fields = ("image",)
 
-    def read(self, sample: Sample, place: Place) -> Tensor:
+    def read(self, sample: Sample, at: SamplePosition | None) -> Row:
         """uint8 [3, H, W]."""
         content = sample.image()
         if content is None:
             raise UnreadableSample(f"{sample.key} has no image")
-        return self.transform.read(content, crop_words(self.seed, *place) if self.transform.random else None)
+        random = self.transform.random and at is not None
+        return {self.key: self.transform.read(content, crop_words(self.seed, *at) if random and at else None)}
 
-    def collate(self, values: list[Tensor]) -> Tensor:
+    def collate(self, rows: list[Row]) -> Batch:
         """uint8 [B, 3, H, W], in a loader's process in memory that it shares with the training process."""
-        stacked: Tensor = default_collate(values)
-        return stacked
+        return {self.key: default_collate([row[self.key] for row in rows])}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,19 +101,20 @@ class TextReader:
     tokenizer: Tokenizer
     end_of_text: int | None = None
     caption: str = "txt"
+    key: str = "text"
 
     @property
     def fields(self) -> Sequence[str]:
         """The field that holds captions."""
         return (caption_field(self.caption),)
 
-    def read(self, sample: Sample, place: Place) -> str:
+    def read(self, sample: Sample, at: SamplePosition | None) -> Row:
         """The caption."""
-        return read_caption(sample, self.caption)
+        return {self.key: read_caption(sample, self.caption)}
 
-    def collate(self, values: list[str]) -> Tensor:
+    def collate(self, rows: list[Row]) -> Batch:
         """int64 [B, L]."""
-        return cut_text(self._faster(values), self.end_of_text)
+        return {self.key: cut_text(self._faster([row[self.key] for row in rows]), self.end_of_text)}
 
     @cached_property
     def _faster(self) -> Tokenizer:
@@ -107,28 +123,31 @@ class TextReader:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelReader:
-    """Class numbers as int64 [B]: the place in ``classes`` of what is under ``key`` in the sample's json.
+    """Class numbers as int64 [B]: the index in ``classes`` of what is under ``json_key`` in the sample's json.
 
-    A whole number that is no class name is a place itself.
+    A whole number that is no class name is an index itself.
     """
 
     classes: tuple[str, ...]
+    json_key: str = "label"
     key: str = "label"
     fields = ("json",)
 
-    def read(self, sample: Sample, place: Place) -> int:
+    def read(self, sample: Sample, at: SamplePosition | None) -> Row:
         """The class number."""
         try:
-            value = json.loads(sample.fields["json"])[self.key]
-            if type(value) is int and str(value) not in self._numbers and 0 <= value < len(self.classes):
-                return value
-            return self._numbers[str(value)]
+            return {self.key: self._number(json.loads(sample.fields["json"])[self.json_key])}
         except (KeyError, ValueError, TypeError) as error:
-            raise UnreadableSample(f"{sample.key}.json has no {self.key} among the classes ({error})") from error
+            raise UnreadableSample(f"{sample.key}.json has no {self.json_key} among the classes ({error})") from error
 
-    def collate(self, values: list[int]) -> Tensor:
+    def collate(self, rows: list[Row]) -> Batch:
         """int64 [B]."""
-        return torch.tensor(values, dtype=torch.int64)
+        return {self.key: torch.tensor([row[self.key] for row in rows], dtype=torch.int64)}
+
+    def _number(self, value: Any) -> int:
+        if type(value) is int and str(value) not in self._numbers and 0 <= value < len(self.classes):
+            return value
+        return self._numbers[str(value)]
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
@@ -168,7 +187,7 @@ class LoaderConfig:
 
 def training_batches(
     snapshot: TrainingData,
-    readers: Mapping[str, Reader],
+    readers: Sequence[Reader],
     order: Order | MixedOrder,
     *,
     steps: range,
@@ -180,13 +199,14 @@ def training_batches(
 
     Raises:
         DataError: the snapshot lacks a field, a shard is damaged, or all samples of a shard are unreadable.
+        SettingError: two readers give the same key.
     """
     return _batches(snapshot, readers, _Steps(order, steps, rank, world), config)
 
 
 def snapshot_batches(
     snapshot: Snapshot,
-    readers: Mapping[str, Reader],
+    readers: Sequence[Reader],
     *,
     batch_size: int,
     limit: int | None = None,
@@ -204,64 +224,73 @@ def snapshot_batches(
     return (batch for batch in batches if len(batch) > 1)
 
 
-class _Steps(Sampler[list[Place]]):
+class _Steps(Sampler[list[SamplePosition]]):
     def __init__(self, order: Order | MixedOrder, steps: range, rank: int, world: int) -> None:
         self.order, self.steps, self.rank, self.world = order, steps, rank, world
 
-    def __iter__(self) -> Iterator[list[Place]]:
+    def __iter__(self) -> Iterator[list[SamplePosition]]:
         for step in self.steps:
-            yield [(epoch, number) for epoch, number in self.order.batch(step, self.rank, self.world).tolist()]
+            yield list(starmap(SamplePosition, self.order.batch(step, self.rank, self.world).tolist()))
 
     def __len__(self) -> int:
         return len(self.steps)
 
 
-class _InOrder(Sampler[list[Place]]):
+class _InOrder(Sampler[list[SamplePosition]]):
     def __init__(self, count: int, batch_size: int) -> None:
         self.count, self.batch_size = count, batch_size
 
-    def __iter__(self) -> Iterator[list[Place]]:
+    def __iter__(self) -> Iterator[list[SamplePosition]]:
         numbers = iter(range(self.count))
         while chunk := list(islice(numbers, self.batch_size)):
-            yield [(0, number) for number in chunk]
+            yield [SamplePosition(0, number) for number in chunk]
 
     def __len__(self) -> int:
         return -(-self.count // self.batch_size)
 
 
 class _Readable(Dataset[Batch | ClipmillError]):
-    """Whole batches at a time, so that a batch's text is tokenised and cut together."""
+    """Whole batches at a time, so that a batch's text is tokenised and cut together.
 
-    def __init__(self, samples: Samples | MixedSamples, readers: Mapping[str, Reader], replace: bool) -> None:
+    Without ``replace`` it is for evaluation: unreadable samples are left out, and readers get no position.
+    """
+
+    def __init__(self, samples: Samples | MixedSamples, readers: Sequence[Reader], replace: bool) -> None:
         self.samples, self.readers, self.replace = samples, readers, replace
         self.told = 0
 
-    def __getitems__(self, places: list[Place]) -> Batch | ClipmillError:
+    def __getitems__(self, positions: list[SamplePosition]) -> Batch | ClipmillError:
         # The DataLoader would wrap an error of its process into pages of traceback; as a value it stays one sentence.
         try:
-            return self._batch(places)
+            return self._batch(positions)
         except ClipmillError as error:
             return error
 
-    def _batch(self, places: list[Place]) -> Batch:
-        rows = [self._row(place) for place in places]
-        kept = [values for values, _ in rows if values is not None]
-        batch = {key: reader.collate([values[key] for values in kept]) for key, reader in self.readers.items() if kept}
-        batch["replaced"] = torch.tensor(sum(skipped for _, skipped in rows))
+    def _batch(self, positions: list[SamplePosition]) -> Batch:
+        rows = [self._row(position) for position in positions]
+        kept = [row for row, _ in rows if row is not None]
+        batch: Batch = {}
+        for number, reader in enumerate(self.readers if kept else ()):
+            part = reader.collate([row[number] for row in kept])
+            twice = sorted(part.keys() & {*batch, COUNTED})
+            require(not twice, "readers", f"two that give {', '.join(twice)}", "one reader for each key of a batch")
+            batch |= part
+        batch[COUNTED] = torch.tensor(sum(skipped for _, skipped in rows))
         return batch
 
-    def _row(self, place: Place) -> tuple[dict[str, Any] | None, int]:
-        """The values of the sample at ``place``, or of its replacement, and how many were unreadable before it."""
+    def _row(self, position: SamplePosition) -> tuple[list[Row] | None, int]:
+        """What each reader reads of the sample at ``position``, or of its replacement, and how many were unreadable."""
         skipped = 0
-        for sample in self.samples.from_here(place[1]):
+        at = position if self.replace else None
+        for sample in self.samples.from_here(position.number):
             try:
-                return {key: reader.read(sample, place) for key, reader in self.readers.items()}, skipped
+                return [reader.read(sample, at) for reader in self.readers], skipped
             except UnreadableSample as error:
                 skipped += 1
                 self._tell(sample.key, error)
                 if not self.replace:
                     return None, skipped
-        raise DataError(f"{self.samples.where(place[1])}: not one readable sample")
+        raise DataError(f"{self.samples.where(position.number)}: not one readable sample")
 
     def _tell(self, key: str, error: UnreadableSample) -> None:
         level = logging.WARNING if self.told < TOLD_AT_MOST else logging.DEBUG
@@ -274,13 +303,13 @@ class _Readable(Dataset[Batch | ClipmillError]):
 
 def _batches(
     snapshot: TrainingData,
-    readers: Mapping[str, Reader],
-    sampler: Sampler[list[Place]],
+    readers: Sequence[Reader],
+    sampler: Sampler[list[SamplePosition]],
     config: LoaderConfig,
     replace: bool = True,
 ) -> Generator[Batch, None, None]:
-    check_fields(snapshot, [field for reader in readers.values() for field in reader.fields])
-    sidecars = {wanted.name: wanted for reader in readers.values() for wanted in getattr(reader, "sidecars", ())}
+    check_fields(snapshot, [field for reader in readers for field in reader.fields])
+    sidecars = {wanted.name: wanted for reader in readers for wanted in getattr(reader, "sidecars", ())}
     samples = open_samples(snapshot, config.cache(), config.open_shards, tuple(sidecars.values()))
     workers = config.processes()
     loader: DataLoader[Batch | ClipmillError] = DataLoader(

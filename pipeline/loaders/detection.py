@@ -1,8 +1,8 @@
-"""Images with boxes, masks and stored regions, moved together: large-scale jitter and a mirror.
+"""Images with boxes, masks and stored regions, moved together: random resizing and mirroring.
 
 Ghiasi, Cui, Srinivas, Qian, Lin, Cubuk, Le, Zoph, 2020, arXiv 2012.07177: an image is resized so that it would fill
 the result times a random factor, a random part of it as large as the result is cut out, and what is missing at the
-right and below is filled. A :class:`Place` is where one image comes to lie; it moves pixels, boxes and masks by the
+right and below is filled. A :class:`Placement` is where one image comes to lie; it moves pixels, boxes and masks by the
 same numbers, so nothing can be mirrored that is not mirrored elsewhere. It is a pure function of (seed, epoch, sample
 number) and the image's size, as a crop is in ``images.py``.
 
@@ -12,7 +12,7 @@ features stay, but a box of zeros, which no loss counts. Both are padded with ze
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import cv2
@@ -24,15 +24,15 @@ from torch.utils.data import default_collate
 
 from pipeline.config import require
 from pipeline.errors import DataError, SidecarError
+from pipeline.loaders.batches import Batch, Row, SamplePosition
 from pipeline.loaders.images import Pixels, decode, resize
-from pipeline.loaders.order import random_words
+from pipeline.loaders.order import RandomStream, random_bits
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.shards.objects import FIELD, Objects, plain_word, read_objects
 from pipeline.shards.sample import Sample
 from pipeline.shards.segmentation import mask_of
 from pipeline.shards.sidecar import Wanted
 
-PLACES, DRAWS = 9, 10  # purposes of random words, see order.py
 FILL = (124, 116, 104)  # ImageNet's mean, which normalisation makes zero
 SMALLEST = 1.0
 """Pixels of the result: what has a shorter side is left out."""
@@ -43,7 +43,7 @@ Boxes = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """Where an image of ``height`` x ``width`` comes to lie in a square of ``size``: mirrored, then resized to
     ``scaled`` (height, width), then moved up and left by ``offset`` (y, x)."""
 
@@ -101,8 +101,11 @@ def large_enough(boxes: Boxes) -> NDArray[np.bool_]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Jitter:
-    """Large-scale jitter into a square of ``size`` pixels; with a scale of (1, 1) and no flip nothing is random."""
+class RandomResize:
+    """Random resizing (the paper's large-scale jitter) into a square of ``size`` pixels.
+
+    With a scale of (1, 1) and no flip nothing is random.
+    """
 
     size: int = 1024
     scale: tuple[float, float] = (0.1, 2.0)
@@ -115,29 +118,33 @@ class Jitter:
         require(0 < self.scale[0] <= self.scale[1] <= 8, "jitter_scale", self.scale, "0 < low <= high <= 8")
         require(0 <= self.flip <= 1, "flip", self.flip, "0 to 1")
 
-    def place(self, height: int, width: int, seed: int, place: tuple[int, int]) -> Place:
-        """Where the image of the sample at ``place``, (epoch, number), comes to lie."""
-        uniform = ((random_words(seed, PLACES, *place, 4) >> np.uint64(11)) * 2.0**-53).tolist()
+    def place(self, height: int, width: int, seed: int, at: SamplePosition | None) -> Placement:
+        """Where the image of the sample at ``at`` comes to lie; without ``at``, in evaluation, :meth:`whole`."""
+        if at is None:
+            return self.whole(height, width)
+        uniform = ((random_bits(seed, RandomStream.PLACEMENTS, *at, 4) >> np.uint64(11)) * 2.0**-53).tolist()
         factor = self.scale[0] + uniform[0] * (self.scale[1] - self.scale[0])
         return self._placed(height, width, factor, uniform[1] < self.flip, (uniform[2], uniform[3]))
 
-    def whole(self, height: int, width: int) -> Place:
+    def whole(self, height: int, width: int) -> Placement:
         """The whole image as large as fits, at the top left."""
         return self._placed(height, width, 1.0, False, (0.0, 0.0))
 
-    def _placed(self, height: int, width: int, factor: float, mirrored: bool, uniform: tuple[float, float]) -> Place:
+    def _placed(
+        self, height: int, width: int, factor: float, mirrored: bool, uniform: tuple[float, float]
+    ) -> Placement:
         shrink = self.size * factor / max(height, width)
         scaled = max(1, round(height * shrink)), max(1, round(width * shrink))
         offset = [int(u * (max(side - self.size, 0) + 1)) for u, side in zip(uniform, scaled, strict=True)]
-        return Place(height, width, self.size, mirrored, scaled, (offset[0], offset[1]))
+        return Placement(height, width, self.size, mirrored, scaled, (offset[0], offset[1]))
 
 
 @dataclass(frozen=True)
-class Found:
-    """The objects of a sample that its place shows: ``boxes`` [N, 4] in the square, ``labels`` [N], class numbers;
-    ``numbers`` are their places in ``objects``."""
+class Targets:
+    """The objects of a sample that its placement shows: ``boxes`` [N, 4] in the square, ``labels`` [N], class numbers;
+    ``numbers`` are their indices in ``objects``."""
 
-    place: Place
+    placement: Placement
     objects: Objects
     numbers: tuple[int, ...]
     boxes: Boxes
@@ -145,30 +152,87 @@ class Found:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scene:
-    """What of the samples' objects is to be learnt, and where it lies; shared by the readers of one batch.
+class StoredRegions:
+    """The sidecar of regions that a reader gives."""
+
+    wanted: Wanted
+    width: int
+    """Numbers of a feature."""
+    most: int = 300
+    """Regions of an image that are taken, the first ones, which are the best."""
+
+
+KEYS = ("image", "extent", "boxes", "labels", "masks", "region_boxes", "region_features", "draws")
+"""What :class:`DetectionReader` can give."""
+_FILLS = {"boxes": 0.0, "labels": BACKGROUND, "masks": 0, "region_boxes": 0.0, "region_features": 0.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionReader:
+    """Images in a square and their objects, found once for all ``keys`` that are asked for.
+
+    image            uint8 [B, 3, size, size]
+    extent           int64 [B, 2], height and width of what is no padding
+    boxes            float32 [B, N, 4], x1, y1, x2, y2 in pixels of the square, padded with zeros; N is at least 1
+    labels           int64 [B, N], class numbers, padded with ``BACKGROUND``
+    masks            uint8 [B, N, cells, cells] of 0 and 1, each on a grid over its object's own box
+    region_boxes     float32 [B, M, 4], stored regions where the image shows them; zeros where they were cut away
+    region_features  float16 [B, M, D], the features of these regions, L2-normalised
+    draws            int64 [B], a random number for each sample, whichever rank has it
 
     Objects of other classes (labels and names are compared by ``plain_word``) and crowds are left out, their images
     are not; without ``classes`` all objects are of class 0. ``most`` objects of an image are taken, the first ones.
+
+    A mask on a grid takes 12.5 kB at 112 cells. Bits over an image of 1024 pixels a side would take 131 kB. An object
+    without a segmentation is taken to fill its box.
     """
 
-    jitter: Jitter
+    keys: tuple[str, ...]
+    resize: RandomResize
     classes: tuple[str, ...] = ()
     most: int = 300
     seed: int = 0
+    mask_cells: int = 112
+    regions: StoredRegions | None = None
 
-    def find(self, sample: Sample, place: tuple[int, int]) -> Found:
+    def __post_init__(self) -> None:
+        require(bool(self.keys) and set(self.keys) <= set(KEYS), "keys", self.keys, "some of " + ", ".join(KEYS))
+        stored = not {"region_boxes", "region_features"} & set(self.keys)
+        require(stored or self.regions is not None, "regions", None, "the sidecar of the stored regions")
+
+    @property
+    def fields(self) -> Sequence[str]:
+        """The objects, and the image where it is asked for."""
+        return ("image", FIELD) if "image" in self.keys else (FIELD,)
+
+    @property
+    def sidecars(self) -> tuple[Wanted, ...]:
+        """The stored regions, where they are asked for."""
+        return () if self.regions is None else (self.regions.wanted,)
+
+    def read(self, sample: Sample, at: SamplePosition | None) -> Row:
+        """What is asked for; padded by :meth:`collate`.
+
+        Raises:
+            UnreadableSample: objects, a segmentation or an image that cannot be read.
+            DataError: the boxes are of an image of another size.
+            SidecarError: regions of an image of another size, or not as many features as boxes.
+        """
+        targets = self.find(sample, at)
+        return {key: self._value(key, sample, at, targets) for key in self.keys}
+
+    def collate(self, rows: list[Row]) -> Batch:
+        """The tensors named above."""
+        return {key: self._collated(key, [row[key] for row in rows]) for key in self.keys}
+
+    def find(self, sample: Sample, at: SamplePosition | None) -> Targets:
         """The objects of ``sample``; raises ``UnreadableSample`` where they cannot be read."""
-        return _found(self, _Identified(sample.key, sample.fields.get(FIELD, b""), sample), place)
-
-    def look(self, sample: Sample, place: tuple[int, int]) -> Found:
-        """:meth:`find`, done anew."""
         try:
             objects = read_objects(sample)
         except DataError as error:
             raise UnreadableSample(str(error)) from error
-        where = self.jitter.place(objects.height, objects.width, self.seed, place)
-        moved = where.boxes(objects.boxes)
+        placement = self.resize.place(objects.height, objects.width, self.seed, at)
+        moved = placement.boxes(objects.boxes)
         wanted = [self._numbers.get(plain_word(label), BACKGROUND) if self.classes else 0 for label in objects.labels]
         kept = [
             number
@@ -177,217 +241,81 @@ class Scene:
             )
             if enough and label != BACKGROUND and not crowd
         ][: self.most]
-        return Found(where, objects, tuple(kept), moved[kept], tuple(wanted[number] for number in kept))
+        return Targets(placement, objects, tuple(kept), moved[kept], tuple(wanted[number] for number in kept))
 
-    @cached_property
-    def _numbers(self) -> dict[str, int]:
-        return {plain_word(name): number for number, name in enumerate(self.classes)}
+    def _value(self, key: str, sample: Sample, at: SamplePosition | None, targets: Targets) -> Any:
+        match key:
+            case "image":
+                return self._image(sample, targets)
+            case "extent":
+                return targets.placement.extent
+            case "boxes":
+                return torch.from_numpy(targets.boxes).float()
+            case "labels":
+                return torch.tensor(targets.labels, dtype=torch.int64)
+            case "masks":
+                return self._masks(sample, targets)
+            case "region_boxes":
+                return self._region_boxes(sample, targets)
+            case "region_features":
+                return self._region_features(sample)
+        return 0 if at is None else int(random_bits(self.seed, RandomStream.DRAWS, *at, 1)[0] >> np.uint64(1))
 
+    def _collated(self, key: str, values: list[Any]) -> Tensor:
+        if key in _FILLS:
+            return padded(values, _FILLS[key])
+        stacked: Tensor = default_collate(values) if key == "image" else torch.tensor(values, dtype=torch.int64)
+        return stacked
 
-class _Identified:
-    """A sample as a key of a cache: its own key and what is known of its objects."""
-
-    def __init__(self, key: str, content: bytes, sample: Sample) -> None:
-        self.identity, self.sample = (key, content), sample
-
-    def __hash__(self) -> int:
-        return hash(self.identity)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identified) and self.identity == other.identity
-
-
-@lru_cache(maxsize=2)
-def _found(scene: Scene, sample: _Identified, place: tuple[int, int]) -> Found:
-    return scene.look(sample.sample, place)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SceneReader:
-    """Images as uint8 [B, 3, size, size]."""
-
-    scene: Scene
-    fields: Sequence[str] = ("image", FIELD)
-
-    def read(self, sample: Sample, place: tuple[int, int]) -> Tensor:
-        """uint8 [3, size, size]; raises ``DataError`` where the boxes are of an image of another size."""
-        found = self.scene.find(sample, place)
+    def _image(self, sample: Sample, targets: Targets) -> Tensor:
         content = sample.image()
         if content is None:
             raise UnreadableSample(f"{sample.key} has no image")
         pixels = decode(content)
-        found.objects.check_size(pixels.shape[0], pixels.shape[1], sample.key)
-        return found.place.image(pixels)
+        targets.objects.check_size(pixels.shape[0], pixels.shape[1], sample.key)
+        return targets.placement.image(pixels)
 
-    def collate(self, values: list[Tensor]) -> Tensor:
-        """uint8 [B, 3, size, size]."""
-        stacked: Tensor = default_collate(values)
-        return stacked
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtentReader:
-    """Height and width of what is no padding: int64 [B, 2]."""
-
-    scene: Scene
-    fields: Sequence[str] = (FIELD,)
-
-    def read(self, sample: Sample, place: tuple[int, int]) -> tuple[int, int]:
-        """(height, width)."""
-        return self.scene.find(sample, place).place.extent
-
-    def collate(self, values: list[tuple[int, int]]) -> Tensor:
-        """int64 [B, 2]."""
-        return torch.tensor(values, dtype=torch.int64)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BoxReader:
-    """The objects' boxes, x1, y1, x2, y2 in pixels of the square: float32 [B, N, 4], padded with zeros."""
-
-    scene: Scene
-    fields: Sequence[str] = (FIELD,)
-
-    def read(self, sample: Sample, place: tuple[int, int]) -> Tensor:
-        """float32 [n, 4]."""
-        return torch.from_numpy(self.scene.find(sample, place).boxes).float()
-
-    def collate(self, values: list[Tensor]) -> Tensor:
-        """float32 [B, N, 4]; N is at least 1."""
-        return padded(values, 0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectLabelReader:
-    """The objects' class numbers: int64 [B, N], padded with ``BACKGROUND``."""
-
-    scene: Scene
-    fields: Sequence[str] = (FIELD,)
-
-    def read(self, sample: Sample, place: tuple[int, int]) -> Tensor:
-        """int64 [n]."""
-        return torch.tensor(self.scene.find(sample, place).labels, dtype=torch.int64)
-
-    def collate(self, values: list[Tensor]) -> Tensor:
-        """int64 [B, N]."""
-        return padded(values, BACKGROUND)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskReader:
-    """The objects' masks, each on a grid over its own box: uint8 [B, N, cells, cells] of 0 and 1.
-
-    300 objects take 3.8 MB at 112 cells, where bits over an image of 1024 pixels a side would take 39 MB. What has no
-    segmentation is taken to fill its box.
-    """
-
-    scene: Scene
-    cells: int
-    fields: Sequence[str] = (FIELD,)
-
-    def read(self, sample: Sample, place: tuple[int, int]) -> Tensor:
-        """uint8 [n, cells, cells]; raises ``UnreadableSample`` for a segmentation that is none."""
-        found = self.scene.find(sample, place)
-        masks = torch.ones((len(found.numbers), self.cells, self.cells), dtype=torch.uint8)
-        for row, number in enumerate(found.numbers):
-            segmentation = found.objects.segmentations[number]
+    def _masks(self, sample: Sample, targets: Targets) -> Tensor:
+        masks = torch.ones((len(targets.numbers), self.mask_cells, self.mask_cells), dtype=torch.uint8)
+        for row, number in enumerate(targets.numbers):
+            segmentation = targets.objects.segmentations[number]
             if segmentation:
-                masks[row] = torch.from_numpy(self._mask(segmentation, found, row, sample.key))
+                try:
+                    whole = mask_of(segmentation, targets.objects.height, targets.objects.width)
+                except DataError as error:
+                    raise UnreadableSample(f"{sample.key}: {error}") from error
+                masks[row] = torch.from_numpy(targets.placement.mask(whole, targets.boxes[row], self.mask_cells))
         return masks
 
-    def collate(self, values: list[Tensor]) -> Tensor:
-        """uint8 [B, N, cells, cells]."""
-        return padded(values, 0)
-
-    def _mask(self, segmentation: Any, found: Found, row: int, key: str) -> NDArray[np.uint8]:
-        try:
-            whole = mask_of(segmentation, found.objects.height, found.objects.width)
-        except DataError as error:
-            raise UnreadableSample(f"{key}: {error}") from error
-        return found.place.mask(whole, found.boxes[row], self.cells)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RegionBoxReader:
-    """The boxes of stored regions, where the image now shows them: float32 [B, M, 4], padded with zeros.
-
-    Those that were cut away are zeros too, since rows belong to those of :class:`RegionFeatureReader`. The first
-    ``most`` regions are taken, the best ones.
-    """
-
-    scene: Scene
-    wanted: Wanted
-    most: int = 300
-    fields: Sequence[str] = (FIELD,)
-
-    @property
-    def sidecars(self) -> tuple[Wanted, ...]:
-        """The regions."""
-        return (self.wanted,)
-
-    def read(self, sample: Sample, place: tuple[int, int]) -> Tensor:
-        """float32 [m, 4]; raises ``SidecarError`` for regions of an image of another size."""
-        row, found = sample.rows[self.wanted.name], self.scene.find(sample, place)
-        boxes = np.array(row["boxes"], np.float64).reshape(-1, 4)[: self.most]
-        height, width = found.objects.height, found.objects.width
+    def _region_boxes(self, sample: Sample, targets: Targets) -> Tensor:
+        assert self.regions is not None
+        wanted = self.regions.wanted
+        row = sample.rows[wanted.name]
+        boxes = np.array(row["boxes"], np.float64).reshape(-1, 4)[: self.regions.most]
+        height, width = targets.objects.height, targets.objects.width
         if len(boxes) and (row["height"], row["width"]) != (height, width):
             sizes = f"{row['width']} x {row['height']} pixels, its boxes of one of {width} x {height}"
             raise SidecarError(
-                f"{self.wanted.name} of sample {sample.key} are of an image of {sizes}; make them with "
-                f"{self.wanted.job}"
+                f"{wanted.name} of sample {sample.key} are of an image of {sizes}; make them with {wanted.job}"
             )
-        moved = found.place.boxes(boxes * [width, height, width, height])
+        moved = targets.placement.boxes(boxes * [width, height, width, height])
         return torch.from_numpy(np.where(large_enough(moved)[:, None], moved, 0.0)).float()
 
-    def collate(self, values: list[Tensor]) -> Tensor:
-        """float32 [B, M, 4]."""
-        return padded(values, 0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RegionFeatureReader:
-    """The features of stored regions, L2-normalised: float16 [B, M, D], padded with zeros."""
-
-    wanted: Wanted
-    width: int
-    most: int = 300
-    fields: Sequence[str] = ()
-
-    @property
-    def sidecars(self) -> tuple[Wanted, ...]:
-        """The regions."""
-        return (self.wanted,)
-
-    def read(self, sample: Sample, place: tuple[int, int]) -> Tensor:
-        """float16 [m, D]; raises ``SidecarError`` where there are not as many as boxes."""
-        row = sample.rows[self.wanted.name]
+    def _region_features(self, sample: Sample) -> Tensor:
+        assert self.regions is not None
+        wanted, width = self.regions.wanted, self.regions.width
+        row = sample.rows[wanted.name]
         features = np.frombuffer(row["features"], np.float16)
-        if len(features) * 4 != len(row["boxes"]) * self.width:
+        if len(features) * 4 != len(row["boxes"]) * width:
             raise SidecarError(
-                f"{self.wanted.name} of sample {sample.key} have {len(row['boxes']) // 4} boxes and {len(features)} "
-                f"numbers, not {self.width} for each; make them again with {self.wanted.job}"
+                f"{wanted.name} of sample {sample.key} have {len(row['boxes']) // 4} boxes and {len(features)} "
+                f"numbers, not {width} for each; make them again with {wanted.job}"
             )
-        return torch.from_numpy(features.reshape(-1, self.width)[: self.most].copy())
+        return torch.from_numpy(features.reshape(-1, width)[: self.regions.most].copy())
 
-    def collate(self, values: list[Tensor]) -> Tensor:
-        """float16 [B, M, D]."""
-        return padded(values, 0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DrawReader:
-    """A random number for each sample, by which its anchors and regions are drawn, whichever rank has it: int64 [B]."""
-
-    seed: int = 0
-    fields: Sequence[str] = ()
-
-    def read(self, sample: Sample, place: tuple[int, int]) -> int:
-        """0 to 2**63 - 1."""
-        return int(random_words(self.seed, DRAWS, *place, 1)[0] >> np.uint64(1))
-
-    def collate(self, values: list[int]) -> Tensor:
-        """int64 [B]."""
-        return torch.tensor(values, dtype=torch.int64)
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {plain_word(name): number for number, name in enumerate(self.classes)}
 
 
 def padded(values: list[Tensor], fill: float) -> Tensor:

@@ -26,13 +26,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.config import require
-from pipeline.loaders.order import random_words
+from pipeline.loaders.order import RandomStream, random_bits
 from pipeline.loaders.samples import UnreadableSample
 
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 
-CROPS = 3  # purpose of random words, see order.py
 MAX_PIXELS = 64_000_000  # a shard's images are small; more is an attack or a mistake
 ATTEMPTS = 10
 SHRINKS = (8, 4, 2)  # 1 / what libjpeg decodes to with vector instructions; 3/8, 5/8 and so on are slower than 1
@@ -71,7 +70,7 @@ class ImageTransform:
 
     @property
     def random(self) -> bool:
-        """Whether the result depends on random words."""
+        """Whether the result depends on random bits."""
         return self.crop != "centre" or self.flip > 0
 
     def __call__(self, pixels: Pixels, words: NDArray[np.uint64] | None = None) -> Tensor:
@@ -79,7 +78,7 @@ class ImageTransform:
         if self.crop == "centre":
             tensor = self._centre(pixels)
         else:
-            assert words is not None, "a random crop needs random words"
+            assert words is not None, "a random crop needs random bits"
             tensor = self._cut(pixels, self.box(pixels.shape[0], pixels.shape[1], words))
         return self._flipped(tensor, words)
 
@@ -142,7 +141,7 @@ class ImageTransform:
 
 
 def read_crops(content: bytes, crops: Sequence[tuple[ImageTransform, NDArray[np.uint64]]]) -> list[Tensor]:
-    """Several random crops of the image ``content``, each a transform with its random words, from one decoding.
+    """Several random crops of the image ``content``, each a transform with its random bits, from one decoding.
 
     A JPEG is decoded as small as the crop allows that needs the most pixels.
 
@@ -164,8 +163,8 @@ def read_crops(content: bytes, crops: Sequence[tuple[ImageTransform, NDArray[np.
 
 
 def crop_words(seed: int, epoch: int, number: int) -> NDArray[np.uint64]:
-    """The random words for the image of sample ``number`` in ``epoch``; a pure function of the arguments."""
-    return random_words(seed, CROPS, epoch, number, 1 + 4 * ATTEMPTS)
+    """The random bits for the image of sample ``number`` in ``epoch``; a pure function of the arguments."""
+    return random_bits(seed, RandomStream.CROPS, epoch, number, 1 + 4 * ATTEMPTS)
 
 
 def random_resized_box(

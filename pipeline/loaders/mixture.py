@@ -18,13 +18,12 @@ import numpy as np
 from pipeline.config import require
 from pipeline.errors import SettingError
 from pipeline.loaders.cache import FileCache
-from pipeline.loaders.order import Integers, Order, random_words
+from pipeline.loaders.order import Integers, Order, RandomStream, random_bits
 from pipeline.loaders.samples import Samples
 from pipeline.shards.sample import Sample
 from pipeline.shards.sidecar import Wanted
 from pipeline.shards.snapshot import Shard, Snapshot, read_snapshot
 
-PARTS = 16  # purpose of random words, see order.py
 CLOSE = 0.01
 """How far a part may be from its weight, relatively, to be made of whole lanes."""
 
@@ -212,7 +211,7 @@ def open_samples(
 
 def _seed(seed: int, number: int) -> int:
     """Parts of equal shape are shuffled differently, and as no other seed shuffles any part."""
-    return int(random_words(seed, PARTS, number, 0, 1)[0] >> np.uint64(1))
+    return int(random_bits(seed, RandomStream.PARTS, number, 0, 1)[0] >> np.uint64(1))
 
 
 def _weight(data: str, text: str) -> float:

@@ -16,6 +16,7 @@ generators, those are promised to stay the same from version to version.
 
 import math
 from collections.abc import Sequence
+from enum import IntEnum
 from functools import lru_cache
 
 import numpy as np
@@ -25,21 +26,57 @@ from pipeline.config import require
 
 Integers = NDArray[np.int64]
 
-SHARDS, BLOCKS = 1, 2  # what a stream of random words is for
 REMEMBERED_EPOCHS = 4
 
 
-def random_words(seed: int, purpose: int, epoch: int, number: int, count: int) -> NDArray[np.uint64]:
-    """``count`` random 64-bit words, a pure function of the other arguments (each 0 to 2**64 - 1)."""
-    generator = np.random.Philox(key=[seed, purpose], counter=[0, 0, epoch, number])
-    words: NDArray[np.uint64] = generator.random_raw(count)
-    return words
+class RandomStream(IntEnum):
+    """All streams of random numbers of a run; no two have the same number, so no two are correlated.
+
+    The numbers are part of the results: a number that changes gives another order or other crops.
+    """
+
+    SHARDS = 1
+    """Order of the shards in an epoch."""
+    BLOCKS = 2
+    """Order of the samples in a block of a lane."""
+    CROPS = 3
+    """Random crop and mirroring of an image."""
+    STEPS = 4
+    """Seed of torch's generators in a training step."""
+    FEW_SHOT_ORDER = 5
+    """Order of the images in an epoch of a few-shot adaptation."""
+    CHOSEN_VIEWS = 6
+    """Which stored view of an image a few-shot adaptation reads in an epoch."""
+    PROBE_ORDER = 7
+    """Order of the images in an epoch of a linear probe."""
+    HELD_OUT = 8
+    """Which training images a linear probe holds out for validation."""
+    PLACEMENTS = 9
+    """Large-scale jitter of a detector's image."""
+    DRAWS = 10
+    """Which anchors and regions of an image a detector's loss counts."""
+    PARTS = 16
+    """Seeds of the snapshots of a mixture."""
+    VIEWS = 64
+    """Random crops of view v of an image: 64 + v, 64 to 127."""
+    COLOURS = 128
+    """Random colours of view v of an image: 128 + v, 128 to 191."""
 
 
-def permutation(seed: int, purpose: int, epoch: int, number: int, length: int) -> Integers:
+def random_bits(seed: int, stream: int, epoch: int, number: int, count: int) -> NDArray[np.uint64]:
+    """``count`` random 64-bit integers, a pure function of the other arguments (each 0 to 2**64 - 1).
+
+    ``stream`` is a :class:`RandomStream`, or one plus an offset where the stream has a range of numbers.
+    """
+    generator = np.random.Philox(key=[seed, int(stream)], counter=[0, 0, epoch, number])
+    bits: NDArray[np.uint64] = generator.random_raw(count)
+    return bits
+
+
+def permutation(seed: int, stream: int, epoch: int, number: int, length: int) -> Integers:
     """A permutation of ``range(length)``, a pure function of the arguments."""
-    words = random_words(seed, purpose, epoch, number, length)
-    return np.argsort(words, kind="stable").astype(np.int64)
+    bits = random_bits(seed, stream, epoch, number, length)
+    return np.argsort(bits, kind="stable").astype(np.int64)
 
 
 class Order:
@@ -111,7 +148,7 @@ class Order:
 
     def _shuffle(self, epoch: int, lane: int, block: int, length: int) -> Integers:
         """The sample numbers of one block of one lane, in the order in which they are seen."""
-        within = permutation(self.seed, BLOCKS, epoch, (lane << 40) + block, length)
+        within = permutation(self.seed, RandomStream.BLOCKS, epoch, (lane << 40) + block, length)
         places = self._bounds[lane] + block * self.shuffle_block + within
         shards, ends = self._layout(epoch)
         nth = np.searchsorted(ends, places, side="right")
@@ -120,7 +157,7 @@ class Order:
 
     def _lay_out(self, epoch: int) -> tuple[Integers, Integers]:
         """The shards in the order of an epoch, and where each ends in the row of samples."""
-        shards = permutation(self.seed, SHARDS, epoch, 0, len(self.sizes))
+        shards = permutation(self.seed, RandomStream.SHARDS, epoch, 0, len(self.sizes))
         return shards, np.cumsum(self.sizes[shards])
 
 

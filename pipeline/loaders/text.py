@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -79,6 +80,23 @@ class WordTokenizer:
         if len(word) <= LONGEST_REMEMBERED:
             self._words[word] = tokens
         return tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """Where a run's texts come from.
+
+    Raises:
+        SettingError: ``caption`` has neither of its forms.
+    """
+
+    caption: str = "txt"
+    """Field of the captions: txt, or json:KEY."""
+    tokens: str = ""
+    """Sidecar with the captions' tokens; without it they are tokenised while they are loaded."""
+
+    def __post_init__(self) -> None:
+        caption_field(self.caption)
 
 
 def caption_field(caption: str) -> str:

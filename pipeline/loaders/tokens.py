@@ -7,7 +7,7 @@ caption, so that they are never read for another.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
 
-from pipeline.loaders.batches import Place, Reader, TextReader
+from pipeline.loaders.batches import Batch, Row, SamplePosition, TextReader
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.loaders.text import Tokenizer, cut_text, faster, read_caption
 from pipeline.shards.sample import Sample
@@ -99,6 +98,7 @@ class StoredTextReader:
     end_of_text: int | None
     caption: str
     name: str
+    key: str = "text"
     fields = ()
 
     @cached_property
@@ -106,34 +106,34 @@ class StoredTextReader:
         """The sidecar, of this tokenizer and this caption."""
         return (Wanted(name=self.name, job=JOB, facts=facts(self.tokenizer, self.caption)),)
 
-    def read(self, sample: Sample, place: Place) -> list[int]:
+    def read(self, sample: Sample, at: SamplePosition | None) -> Row:
         """The tokens without padding."""
         tokens: list[int] | None = sample.rows[self.name]["tokens"]
         if tokens is None:
             raise UnreadableSample(f"{sample.key} had no caption {self.caption} when its tokens were made")
-        return tokens
+        return {self.key: tokens}
 
-    def collate(self, values: list[list[int]]) -> Tensor:
+    def collate(self, rows: list[Row]) -> Batch:
         """int64 [B, L]."""
         width, pad = self._shape
-        padded = np.full((len(values), width), pad, np.int64)
-        for row, tokens in zip(padded, values, strict=True):
-            row[: len(tokens)] = tokens
-        return cut_text(torch.from_numpy(padded), self.end_of_text)
+        padded = np.full((len(rows), width), pad, np.int64)
+        for line, row in zip(padded, rows, strict=True):
+            line[: len(row[self.key])] = row[self.key]
+        return {self.key: cut_text(torch.from_numpy(padded), self.end_of_text)}
 
     @cached_property
     def _shape(self) -> tuple[int, int]:
         return self.tokenizer([""]).shape[1], _padding(self.tokenizer)
 
 
-def from_sidecar(readers: Mapping[str, Reader], name: str) -> dict[str, Reader]:
-    """``readers`` with those of captions replaced by such as read the sidecar ``name``."""
-    return {key: _stored(reader, name) if isinstance(reader, TextReader) else reader for key, reader in readers.items()}
-
-
-def _stored(reader: TextReader, name: str) -> StoredTextReader:
+def from_sidecar(reader: TextReader, name: str) -> StoredTextReader:
+    """What reads from the sidecar ``name`` as ``reader`` reads captions."""
     return StoredTextReader(
-        tokenizer=reader.tokenizer, end_of_text=reader.end_of_text, caption=reader.caption, name=name
+        tokenizer=reader.tokenizer,
+        end_of_text=reader.end_of_text,
+        caption=reader.caption,
+        name=name,
+        key=reader.key,
     )
 
 

@@ -15,6 +15,7 @@ from pipeline.errors import SettingError
 from pipeline.loaders.text import cut_text
 from pipeline.models.clip import Clip, Config
 from pipeline.models.towers import openclip
+from pipeline.models.towers.prompts import average_prompts
 from pipeline.models.towers.weights import digest_of
 from pipeline.shards.objects import names_of
 
@@ -76,8 +77,7 @@ def class_vectors(
     finally:
         torch.set_float32_matmul_precision(precision)
         clip.to(home)
-    features = torch.cat(parts).float().unflatten(0, (-1, len(templates)))
-    vectors = functional.normalize(features.mean(dim=1), dim=-1).split([len(some) for some in names])
+    vectors = average_prompts(torch.cat(parts).float(), len(templates)).split([len(some) for some in names])
     return functional.normalize(torch.stack([some.mean(dim=0) for some in vectors]), dim=-1).to(home)
 
 

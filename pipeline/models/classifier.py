@@ -31,10 +31,11 @@ from torchvision.transforms import v2
 
 from pipeline.config import require
 from pipeline.loaders.batches import LabelReader, Reader
-from pipeline.loaders.text import cut_text
+from pipeline.loaders.text import TextSettings, cut_text
 from pipeline.models import clip
 from pipeline.models.towers import openclip
 from pipeline.models.towers.locked import lock
+from pipeline.models.towers.prompts import average_prompts
 from pipeline.models.towers.unprojected import projection, unprojected, unprojected_width
 
 
@@ -74,7 +75,7 @@ class Config(clip.Config):
 class Classifier(clip.Clip):
     """A CLIP whose image tower has a linear head and learns with it."""
 
-    fields = ("image", "label")
+    batch_keys = ("image", "label")
     config: Config
 
     def __init__(self, config: Config, description: Mapping[str, str] | None = None) -> None:
@@ -115,10 +116,15 @@ class Classifier(clip.Clip):
         """The names of the head's rows."""
         return self.config.class_names
 
-    def readers(self, train: bool, *, seed: int = 0, caption: str = "txt") -> dict[str, Reader]:
+    def readers(self, train: bool, *, seed: int = 0, settings: TextSettings | None = None) -> Sequence[Reader]:
         """Images, and the numbers of their classes."""
-        label = LabelReader(classes=self.config.class_names, key=self.config.label_key)
-        return {**super().readers(train, seed=seed, caption=caption), "label": label}
+        label = LabelReader(classes=self.config.class_names, json_key=self.config.label_key)
+        return [*super().readers(train, seed=seed, settings=settings), label]
+
+    @classmethod
+    def sample_fields(cls, config: clip.Config, settings: TextSettings | None = None) -> Sequence[str]:
+        """Images, and the json that has the label."""
+        return (*super().sample_fields(config, settings), "json")
 
     def classify(self, image: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] to logits, float32 [B, C]."""
@@ -175,9 +181,9 @@ def class_vectors(method: clip.Clip, classes: Sequence[str], templates: Sequence
     for name in classes:
         tokens = method.tokenizer([template.replace("{}", name) for template in templates])
         prompts = method.encode_text(cut_text(tokens, method.end_of_text).to(device))
-        vectors.append(functional.normalize(prompts.mean(dim=0), dim=-1))
+        vectors.append(average_prompts(prompts, len(templates)))
     method.to(home).train(was_training)
-    return torch.stack(vectors).to(home)
+    return torch.cat(vectors).to(home)
 
 
 def _mixing(config: Config) -> v2.Transform | None:

@@ -47,7 +47,7 @@ from pipeline.models.losses import (
     tiled_distillation_loss,
     tiled_sigmoid_loss,
 )
-from pipeline.models.method import EmbeddingMethod
+from pipeline.models.method import EmbeddingMethod, ImageTextMethod
 from pipeline.models.towers import openclip, teacher
 from pipeline.models.towers.layers import Layer, layers
 from pipeline.models.towers.locked import lock
@@ -127,10 +127,11 @@ class Config:
         require(0 < self.distillation <= 1, "distillation", self.distillation, "more than 0, up to 1")
 
 
-class Clip(EmbeddingMethod):
+class Clip(ImageTextMethod, EmbeddingMethod):
     """Two towers of open_clip and the contrastive loss between them."""
 
-    fields: ClassVar[tuple[str, ...]] = ("image", "text")
+    batch_keys: ClassVar[tuple[str, ...]] = ("image", "text")
+    registered_as: ClassVar[str] = "clip"
     mean: Tensor
     std: Tensor
 

@@ -9,34 +9,40 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
 import pipeline.models
 from pipeline.errors import SettingError
+from pipeline.loaders import tokens
 from pipeline.loaders.batches import ImageReader, Reader, TextReader
 from pipeline.loaders.images import ImageTransform
-from pipeline.loaders.text import Tokenizer
+from pipeline.loaders.text import TextSettings, Tokenizer, caption_field
 from pipeline.models.losses import ALONE, Exchange, Gather, alone
 from pipeline.models.towers.layers import Layer, blocks
+from pipeline.shards.sidecar import Wanted
 
 
 class Method(nn.Module, ABC):
-    """A model with its loss.
+    """A model with its loss, whatever it reads: images, texts, or neither.
 
-    ``model`` is the part that another library can open: it is what ``model.safetensors`` of a checkpoint holds, under
-    that library's names. Whatever a method has besides (a projection head for one of its losses) is saved beside it.
-    ``gather`` and ``exchange`` are set by the loop when several processes share a batch.
+    ``model``, where a method has one, is the part that another library can open: it is what ``model.safetensors`` of a
+    checkpoint holds, under that library's names. Whatever a method has besides (a projection head for one of its
+    losses) is saved beside it. ``gather`` and ``exchange`` are set by the loop when several processes share a batch.
     """
 
-    fields: ClassVar[tuple[str, ...]]
+    batch_keys: ClassVar[tuple[str, ...]]
     """Keys of the batches that :meth:`training_step` reads."""
+    registered_as: ClassVar[str]
+    """Name of the MLflow model of which a checkpoint becomes a version: ``clip`` for all that open_clip reads, else the
+    method's name."""
+    parity_tolerance: ClassVar[float] = 1e-6
+    """How far a gradient of two processes may be from that of one, as a part of its tensor's largest entry. It is for
+    sums over many positions, which round by their largest part."""
 
     config: Any
-    model: nn.Module
-    tokenizer: Tokenizer
-    end_of_text: int | None = None
     gather: Gather = staticmethod(alone)
     exchange: Exchange = ALONE
 
@@ -66,16 +72,24 @@ class Method(nn.Module, ABC):
     def prepare_training(self) -> None:  # noqa: B027  # most methods need nothing more
         """Called once before the first step of a start, on the CPU: load what training alone needs."""
 
-    @abstractmethod
-    def transforms(self, train: bool) -> ImageTransform:
-        """How an image becomes this method's input; ``train`` adds random augmentation."""
+    @classmethod
+    def reader_settings(cls, run: Any) -> Any:
+        """What the readers need of the settings of a training run: handed to the three methods below."""
+        return None
 
-    def readers(self, train: bool, *, seed: int = 0, caption: str = "txt") -> dict[str, Reader]:
-        """How samples become batches with the keys in ``fields``; methods with other keys add theirs."""
-        known: dict[str, Reader] = {"image": ImageReader(transform=self.transforms(train), seed=seed)}
-        if "text" in self.fields:
-            known["text"] = TextReader(tokenizer=self.tokenizer, end_of_text=self.end_of_text, caption=caption)
-        return {key: known[key] for key in self.fields if key in known}
+    @classmethod
+    def sample_fields(cls, config: Any, settings: Any = None) -> Sequence[str]:
+        """The sample fields that training reads, as far as they are known before anything is built."""
+        return ()
+
+    @classmethod
+    def sidecars(cls, config: Any, settings: Any = None) -> Sequence[Wanted]:
+        """The sidecars that training reads, likewise."""
+        return ()
+
+    @abstractmethod
+    def readers(self, train: bool, *, seed: int = 0, settings: Any = None) -> Sequence[Reader]:
+        """How samples become batches with the keys in ``batch_keys``; ``train`` adds random augmentation."""
 
     @abstractmethod
     def training_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -105,16 +119,63 @@ class Method(nn.Module, ABC):
         ]
 
     def layers(self) -> Mapping[str, Layer]:
-        """Which of the two towers a parameter is in, by its name, and how deep; none of what is in neither."""
+        """Which tower a parameter is in, by its name, and how deep; parameters of no tower are left out."""
         return {}
 
     def blocks(self) -> Sequence[nn.Module]:
         """The repeated parts of the model, which are compiled, computed again or sharded one by one."""
-        return list(blocks(self.model).values())
+        model = getattr(self, "model", None)
+        return [] if model is None else list(blocks(model).values())
 
     def description(self) -> Mapping[str, str]:
         """Further text files of a checkpoint, by name: what the other library needs beside the weights."""
         return {}
+
+
+class ImageTextMethod(Method):
+    """A method that reads images and their captions."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    end_of_text: int | None = None
+
+    @abstractmethod
+    def transforms(self, train: bool) -> ImageTransform:
+        """How an image becomes this method's input; ``train`` adds random augmentation."""
+
+    @classmethod
+    def reader_settings(cls, run: Any) -> TextSettings:
+        """Where the captions are: ``run.caption`` and ``run.tokens``."""
+        return TextSettings(caption=run.caption, tokens=run.tokens)
+
+    @classmethod
+    def sample_fields(cls, config: Any, settings: TextSettings | None = None) -> Sequence[str]:
+        """Images, and captions where no sidecar has their tokens."""
+        text = settings or TextSettings()
+        return ("image", *([caption_field(text.caption)] if cls._reads_text() and not text.tokens else []))
+
+    @classmethod
+    def sidecars(cls, config: Any, settings: TextSettings | None = None) -> Sequence[Wanted]:
+        """The captions' tokens, where the run names a sidecar."""
+        stored = settings.tokens if settings and cls._reads_text() else ""
+        return [Wanted(name=stored, job=tokens.JOB)] if stored else []
+
+    def readers(self, train: bool, *, seed: int = 0, settings: TextSettings | None = None) -> Sequence[Reader]:
+        """Images and captions, those of the two that are among ``batch_keys``."""
+        image = [ImageReader(transform=self.transforms(train), seed=seed)] if "image" in self.batch_keys else []
+        return [*image, *self.text_readers(settings)]
+
+    def text_readers(self, settings: TextSettings | None = None) -> Sequence[Reader]:
+        """The reader of captions, or of their tokens in a sidecar; none where ``batch_keys`` has no text."""
+        if not self._reads_text():
+            return []
+        text = settings or TextSettings()
+        reader = TextReader(tokenizer=self.tokenizer, end_of_text=self.end_of_text, caption=text.caption)
+        return [tokens.from_sidecar(reader, text.tokens) if text.tokens else reader]
+
+    @classmethod
+    def _reads_text(cls) -> bool:
+        return "text" in cls.batch_keys
 
 
 class EmbeddingMethod(Method):
@@ -150,10 +211,8 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 
 def method_names() -> list[str]:
-    """The methods that exist, sorted."""
-    modules = (module.name for module in pkgutil.iter_modules(pipeline.models.__path__))
-    others = ("method", "losses", "detections", "class_vectors", "towers", "configs", "adapters")
-    return sorted(name for name in modules if name not in others)
+    """The methods that exist, sorted: the modules and folders with a ``Config`` and one :class:`Method`."""
+    return sorted(name for name in _module_names() if _methods_in(_module(name)))
 
 
 def method_class(name: str) -> type[Method]:
@@ -162,12 +221,10 @@ def method_class(name: str) -> type[Method]:
     Raises:
         SettingError: there is none; those that exist are listed.
     """
-    if name not in method_names():
+    # Only the module that is asked for is imported: all of them take seconds.
+    found = _methods_in(_module(name)) if name in _module_names() else []
+    if not found:
         raise SettingError("method", name, "one of " + ", ".join(method_names()))
-    module = import_module(f"pipeline.models.{name}")
-    classes: list[type[Any]] = [value for _, value in inspect.getmembers(module, inspect.isclass)]
-    found: list[type[Method]] = [value for value in classes if _is_method_of(value, module.__name__)]
-    assert len(found) == 1, f"{module.__name__} must define exactly one Method, not {found}"
     return found[0]
 
 
@@ -189,5 +246,23 @@ def build_method(config: Any) -> Method:
     return build(config)
 
 
-def _is_method_of(value: type, module: str) -> bool:
-    return issubclass(value, Method) and (value.__module__ + ".").startswith(module + ".")
+def _module_names() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(pipeline.models.__path__)]
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(f"pipeline.models.{name}")
+
+
+def _methods_in(module: ModuleType) -> list[type[Method]]:
+    """The method of ``module``, if it is one: what it only imports from other modules does not count."""
+    own = [value for _, value in inspect.getmembers(module, inspect.isclass) if _is_of(value, module.__name__)]
+    found: list[type[Any]] = [value for value in own if issubclass(value, Method) and not inspect.isabstract(value)]
+    if not found or not any(value.__name__ == "Config" for value in own):
+        return []
+    assert len(found) == 1, f"{module.__name__} must define exactly one Method, not {found}"
+    return found
+
+
+def _is_of(value: type, module: str) -> bool:
+    return (value.__module__ + ".").startswith(module + ".")

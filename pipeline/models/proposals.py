@@ -42,11 +42,11 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from pipeline.config import require
 from pipeline.loaders.batches import Reader
-from pipeline.loaders.detection import FILL, BoxReader, DrawReader, ExtentReader, Jitter, Place, Scene, SceneReader
-from pipeline.loaders.images import ImageTransform
+from pipeline.loaders.detection import FILL, DetectionReader, Placement, RandomResize
 from pipeline.models.detections import check_words
 from pipeline.models.method import Method
 from pipeline.models.towers import small_resnet  # noqa: F401 - timm's registry learns of it
+from pipeline.shards.objects import FIELD
 
 STD = (58.4, 57.1, 57.4)  # ImageNet's; the mean is that with which images are filled
 MOMENTUM, EPSILON = 0.003, 1e-4  # of batch normalisation, as ViLD's code has them
@@ -103,13 +103,13 @@ class Config:
         if self.class_names:
             check_words(self.class_names)
         require(self.pyramid_width % 8 == 0, "pyramid_width", self.pyramid_width, "a multiple of 8")
-        self.jitter()
+        self.resize()
 
-    def jitter(self, train: bool = True) -> Jitter:
+    def resize(self, train: bool = True) -> RandomResize:
         """How images are laid into the square."""
         if train:
-            return Jitter(size=self.image_size, scale=self.jitter_scale, flip=self.flip)
-        return Jitter(size=self.image_size, scale=(1.0, 1.0), flip=0.0)
+            return RandomResize(size=self.image_size, scale=self.jitter_scale, flip=self.flip)
+        return RandomResize(size=self.image_size, scale=(1.0, 1.0), flip=0.0)
 
 
 def norm_layer(kind: str) -> Callable[..., nn.Module]:
@@ -250,7 +250,10 @@ class Network(nn.Module):
 class Proposals(Method):
     """Learns to propose regions."""
 
-    fields: ClassVar[tuple[str, ...]] = ("image", "extent", "boxes", "draws")
+    batch_keys: ClassVar[tuple[str, ...]] = ("image", "extent", "boxes", "draws")
+    registered_as: ClassVar[str] = "proposals"
+    # A detector's sums over many positions round by their largest part, which a small entry of a filter has too.
+    parity_tolerance: ClassVar[float] = 5e-5
     config: Config
     model: Network
     mean: Tensor
@@ -285,24 +288,26 @@ class Proposals(Method):
         """The modules alone."""
         return cls(config, description)
 
-    def transforms(self, train: bool) -> ImageTransform:
-        """The whole image in the square, for those who want images alone; see :meth:`readers`."""
-        return ImageTransform(size=(self.config.image_size,) * 2, fit="longest", interpolation="bilinear")
+    @classmethod
+    def sample_fields(cls, config: Config, settings: None = None) -> Sequence[str]:
+        """Images and their objects."""
+        return ("image", FIELD)
 
-    def scene(self, train: bool, seed: int) -> Scene:
-        """What is learnt of the samples' objects."""
-        config = self.config
-        return Scene(jitter=config.jitter(train), classes=config.class_names, most=config.most_objects, seed=seed)
-
-    def readers(self, train: bool, *, seed: int = 0, caption: str = "txt") -> dict[str, Reader]:
+    def readers(self, train: bool, *, seed: int = 0, settings: None = None) -> Sequence[Reader]:
         """Images in the square, where they lie there, and their objects' boxes."""
-        scene = self.scene(train, seed)
-        return {
-            "image": SceneReader(scene=scene),
-            "extent": ExtentReader(scene=scene),
-            "boxes": BoxReader(scene=scene),
-            "draws": DrawReader(seed=seed),
-        }
+        return [self.reader(train, seed, self.batch_keys)]
+
+    def reader(self, train: bool, seed: int, keys: tuple[str, ...], **more: Any) -> DetectionReader:
+        """What reads ``keys`` of the classes that are trained; ``more`` are further fields of the reader."""
+        config = self.config
+        return DetectionReader(
+            keys=keys,
+            resize=config.resize(train),
+            classes=config.class_names,
+            most=config.most_objects,
+            seed=seed,
+            **more,
+        )
 
     def training_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The two losses of the proposal network."""
@@ -328,10 +333,10 @@ class Proposals(Method):
             for boxes, scores, place in zip(proposed.boxes, proposed.scores, places, strict=True)
         ]
 
-    def laid_out(self, images: Sequence[Tensor]) -> tuple[Tensor, list[Place]]:
+    def laid_out(self, images: Sequence[Tensor]) -> tuple[Tensor, list[Placement]]:
         """Images uint8 [3, H, W], each of its size, as normalised [B, 3, S, S], and where they lie there."""
-        jitter = self.config.jitter(train=False)
-        places = [jitter.whole(*image.shape[1:]) for image in images]
+        resize = self.config.resize(train=False)
+        places = [resize.whole(*image.shape[1:]) for image in images]
         squares = [
             place.image(image.permute(1, 2, 0).cpu().numpy()) for place, image in zip(places, images, strict=True)
         ]
@@ -367,7 +372,7 @@ def generators(draws: Tensor) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(draw) for draw in draws.tolist()]
 
 
-def unplaced(boxes: Tensor, place: Place) -> Tensor:
+def unplaced(boxes: Tensor, place: Placement) -> Tensor:
     """Boxes [n, 4] in the square as boxes in the image, inside it; for a place without a mirror or an offset."""
     across, down = place.width / place.scaled[1], place.height / place.scaled[0]
     limits = boxes.new_tensor([place.width, place.height] * 2)

@@ -23,7 +23,7 @@ To hold a run against: table 1, 25 epochs of YFCC15M, ImageNet zero-shot / linea
 81.0); ViT-B on CC3M 23.0 / 65.4 / 81.4 and CC12M 40.7 / 73.7 / 83.1.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -34,6 +34,7 @@ from torch.nn import functional
 from pipeline.config import require
 from pipeline.loaders.augment import ColourReader, Colours, ViewsReader
 from pipeline.loaders.batches import Reader
+from pipeline.loaders.text import TextSettings
 from pipeline.models import clip
 from pipeline.models.losses import Gather, alone
 from pipeline.models.towers import openclip
@@ -124,7 +125,7 @@ class Head(nn.Module):
 class Slip(clip.Clip):
     """CLIP with a self-supervised loss on two further views."""
 
-    fields = ("views", "colours", "text")
+    batch_keys = ("views", "colours", "text")
     config: Config
 
     def __init__(self, config: Config, description: Mapping[str, str] | None = None) -> None:
@@ -136,15 +137,15 @@ class Slip(clip.Clip):
         """The smallest CLIP with a small head."""
         return Config(architecture="clipmill-tiny", ssl_hidden=64, ssl_width=32)
 
-    def readers(self, train: bool, *, seed: int = 0, caption: str = "txt") -> dict[str, Reader]:
+    def readers(self, train: bool, *, seed: int = 0, settings: TextSettings | None = None) -> Sequence[Reader]:
         """Three crops from one decoding, the numbers that colour the last two, and captions."""
         config = self.config
         view = openclip.image_transform(self.model, crop="resized", scale=config.view_scale, flip=config.view_flip)
-        return {
-            **super().readers(train, seed=seed, caption=caption),
-            "views": ViewsReader(transforms=(self.transforms(True), view, view), seed=seed),
-            "colours": ColourReader(colours=config.colours, views=2, seed=seed),
-        }
+        return [
+            ViewsReader(transforms=(self.transforms(True), view, view), seed=seed),
+            ColourReader(colours=config.colours, views=2, seed=seed),
+            *self.text_readers(settings),
+        ]
 
     def embed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """CLIP's features of the first view and the captions; the tower's own features of the two other views."""

@@ -57,7 +57,7 @@ from pipeline.dataset import check_templates
 from pipeline.errors import DataError
 from pipeline.loaders.batches import Reader
 from pipeline.loaders.cache import FileCache
-from pipeline.loaders.detection import MaskReader, ObjectLabelReader, Place, RegionBoxReader, RegionFeatureReader
+from pipeline.loaders.detection import Placement, StoredRegions
 from pipeline.models import class_vectors, proposals
 from pipeline.models.clip import Clip
 from pipeline.models.detections import Detections, check_words
@@ -75,6 +75,7 @@ NAMED = ("text", "vild", "ensemble")
 """Modes that learn from text vectors."""
 MOVES = (10.0, 10.0, 5.0, 5.0)  # what the moves of a box are multiplied by, so that they are of about one size
 FACTS = "vild.json"
+REGIONS_JOB = "jobs/extract_region_features.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +181,8 @@ class Drawn:
 class Vild(proposals.Proposals):
     """Detects what words name."""
 
-    fields: ClassVar[tuple[str, ...]] = ("image", "extent", "boxes", "labels", "draws")
+    batch_keys: ClassVar[tuple[str, ...]] = ("image", "extent", "boxes", "labels", "draws")
+    registered_as: ClassVar[str] = "vild"
     config: Config
     vectors: Tensor
 
@@ -231,19 +233,21 @@ class Vild(proposals.Proposals):
         """What is known of the teacher without it."""
         return {FACTS: json.dumps({"width": self.vectors.shape[1], "teacher": self.teacher_digest})}
 
-    def readers(self, train: bool, *, seed: int = 0, caption: str = "txt") -> dict[str, Reader]:
+    @classmethod
+    def sidecars(cls, config: proposals.Config, settings: None = None) -> Sequence[Wanted]:
+        """The stored regions, in the modes that are trained on them."""
+        assert isinstance(config, Config)
+        return [Wanted(name=config.regions, job=REGIONS_JOB)] if config.mode in TAUGHT else []
+
+    def readers(self, train: bool, *, seed: int = 0, settings: None = None) -> Sequence[Reader]:
         """As for the proposer, and labels, masks and stored regions, as far as the mode has a use for them."""
-        config, scene = self.config, self.scene(train, seed)
-        readers = {**super().readers(train, seed=seed), "labels": ObjectLabelReader(scene=scene)}
-        if config.masks:
-            readers["masks"] = MaskReader(scene=scene, cells=config.mask_cells)
+        config, regions = self.config, None
+        keys = [*self.batch_keys, *(["masks"] if config.masks else [])]
         if config.mode in TAUGHT:
-            job = "jobs/extract_region_features.py"
-            wanted = Wanted(name=config.regions, job=job, facts={"teacher": self.teacher_digest})
-            width, most = self.vectors.shape[1], config.most_regions
-            readers["region_boxes"] = RegionBoxReader(scene=scene, wanted=wanted, most=most)
-            readers["region_features"] = RegionFeatureReader(wanted=wanted, width=width, most=most)
-        return readers
+            wanted = Wanted(name=config.regions, job=REGIONS_JOB, facts={"teacher": self.teacher_digest})
+            regions = StoredRegions(wanted=wanted, width=self.vectors.shape[1], most=config.most_regions)
+            keys += ["region_boxes", "region_features"]
+        return [self.reader(train, seed, tuple(keys), mask_cells=config.mask_cells, regions=regions)]
 
     def training_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The losses of proposals, boxes, masks and of what the mode learns."""
@@ -406,7 +410,7 @@ class Vild(proposals.Proposals):
             return ensemble(by_text, by_image, is_base, config.base_share)
         return by_text
 
-    def _best(self, boxes: Tensor, scores: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor]:
+    def _best(self, boxes: Tensor, scores: Tensor, place: Placement) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes [n, 4], scores [n] and labels [n] of an image's detections, from boxes [N, 4] and scores [N, W]."""
         boxes = clip_boxes_to_image(boxes, place.extent)
         flat = torch.where(((boxes[:, 2:] - boxes[:, :2]) > 1e-2).all(dim=1)[:, None], scores, 0.0).flatten()

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pipeline.evaluation.showcase import snapshot_figure
 from pipeline.evaluation.suite import Evaluations
 from pipeline.loaders.mixture import parts_of
-from pipeline.models.method import EmbeddingMethod, method_class, method_name
+from pipeline.models.method import method_class, method_name
 from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.runs.evaluate import CheckpointEvaluation
 from pipeline.shards.storage import Folder
@@ -65,13 +65,9 @@ def pretrain(job: Pretraining, keeps: bool = True) -> None:
             outcome = launch(plan, tracker.handle.open)
         metrics = beside.results.get(outcome.steps, {}) if beside else {}
         if keeps:
-            tracker.register_checkpoint(outcome.checkpoint, metrics, outcome.steps, name=_registered(job.method))
-
-
-def _registered(method: Any) -> str:
-    """The name of the model of which the checkpoint becomes a version: one for all that open_clip reads."""
-    name = method_name(method)
-    return "clip" if issubclass(method_class(name), EmbeddingMethod) else name
+            tracker.register_checkpoint(
+                outcome.checkpoint, metrics, outcome.steps, name=method_class(method_name(job.method)).registered_as
+            )
 
 
 def drawn(job: Job, scratch: str) -> Job:

@@ -26,7 +26,7 @@ from torch.nn import functional
 from pipeline.config import require
 from pipeline.errors import DataError, SettingError
 from pipeline.loaders.images import ImageTransform, crop_words
-from pipeline.loaders.order import permutation, random_words
+from pipeline.loaders.order import RandomStream, permutation, random_bits
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.models.adapters.adapter import Adapter, FrozenClip, Shots, adapter_class
 from pipeline.models.adapters.text import Spread, TextTower
@@ -36,7 +36,6 @@ from pipeline.training.adapt_recipes import Recipe, make_optimizer
 
 logger = logging.getLogger(__name__)
 
-IMAGES, CHOSEN_VIEWS = 5, 6  # purposes of random words, see pipeline/loaders/order.py
 FEATURES_AT_ONCE, PIXELS_AT_ONCE, PROMPTS_AT_ONCE = 4096, 64, 2048
 
 Log = Callable[[Mapping[str, float], int], object]
@@ -243,7 +242,7 @@ class _Training:
         require(finite, "learning_rate", self.recipe.learning_rate, allowed)
 
     def _batches(self, epoch: int, steps: int) -> Iterator[Any]:
-        order = permutation(self.seed, IMAGES, epoch, 0, len(self.train))
+        order = permutation(self.seed, RandomStream.FEW_SHOT_ORDER, epoch, 0, len(self.train))
         size = self.recipe.batch_size
         return (order[step * size : (step + 1) * size] for step in range(steps))
 
@@ -272,7 +271,7 @@ class _Images:
         """One of the views, or a random crop: a pure function of (seed, epoch, number)."""
         if self.features is None:
             return self._read(self.random, numbers, epoch)
-        views = random_words(self.seed, CHOSEN_VIEWS, epoch, 0, len(self.features))
+        views = random_bits(self.seed, RandomStream.CHOSEN_VIEWS, epoch, 0, len(self.features))
         chosen = (views % np.uint64(self.features.shape[1])).astype(np.int64)[numbers]
         rows = torch.from_numpy(np.stack([numbers, chosen])).to(self.device)
         return self.features[rows[0], rows[1]]

@@ -369,7 +369,8 @@ def _from_checkpoint(folder: Folder, ema: bool) -> Method:
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{folder.uri} is not a whole checkpoint ({error})") from error
     inner, rest = (MODEL_EMA, REST_EMA) if ema else (MODEL, REST)
-    _load(method.model, folder, inner)
+    if isinstance(model := getattr(method, "model", None), nn.Module):
+        _load(model, folder, inner)
     if folder.exists(rest):
         _load(method, folder, rest, elsewhere=INNER)
     return method

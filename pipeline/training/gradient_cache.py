@@ -62,7 +62,8 @@ def backward_in_parts(
                 _set_random_state(states[number], device)
                 with precision():
                     again = method.embed(part)
-                learns = [key for key in slopes if again[key].requires_grad]  # a locked tower's do not
+                # The embeddings of a locked tower need no gradient, and targets never do.
+                learns = [key for key in slopes if key in again and again[key].requires_grad]
                 torch.autograd.backward([again[key] for key in learns], [slopes[key][number] for key in learns])
     return {name: loss.detach() for name, loss in losses.items()}
 

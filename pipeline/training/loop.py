@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import ClipmillError
 from pipeline.loaders.batches import Batch, training_batches
-from pipeline.loaders.order import random_words
-from pipeline.loaders.tokens import from_sidecar
+from pipeline.loaders.order import RandomStream, random_bits
 from pipeline.models.method import EmbeddingMethod, Method, build_method, method_class, method_name
 from pipeline.training import distributed, fp8
 from pipeline.training.blocks import compile_each, recompute_each
@@ -41,9 +40,6 @@ from pipeline.training.tracker import Tracker
 from pipeline.training.writer import Writer, assist
 
 logger = logging.getLogger(__name__)
-
-STEPS = 4  # purpose of random words, see loaders/order.py
-
 
 NUMBERS = {(False, False): "float32", (False, True): "bfloat16", (True, True): "float8 and bfloat16"}
 
@@ -181,7 +177,9 @@ class _Training:
         with self.clock.phase("forward"), self._precision():
             losses: dict[str, Tensor] = self.module(batch)
         with self.clock.phase("backward"):
-            torch.stack(list(losses.values())).sum().backward()
+            total = torch.stack(list(losses.values())).sum()
+            if total.requires_grad:  # a method may have nothing that gradients train
+                total.backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
     def _precision(self) -> torch.autocast:
@@ -223,10 +221,10 @@ class _Training:
         return average
 
     def _batches(self) -> Generator[Batch, None, None]:
-        readers = self.method.readers(train=True, seed=self.config.seed, caption=self.config.caption)
+        settings = self.method.reader_settings(self.config)
         return training_batches(
             self.plan.snapshot,
-            from_sidecar(readers, self.config.tokens) if self.config.tokens else readers,
+            self.method.readers(train=True, seed=self.config.seed, settings=settings),
             self.order,
             steps=range(self.done, self.plan.steps),
             rank=self.rank,
@@ -244,7 +242,7 @@ class _Training:
             steps=self.plan.steps,
             first=config.optimizer.first_learning_rate,
             final=config.optimizer.final_learning_rate,
-            drops=config.optimizer.drops,
+            milestones=config.optimizer.drops,
         )
         set_rate(self.optimizer, rate)
         return rate
@@ -366,7 +364,7 @@ class _Training:
 
 def step_seed(seed: int, step: int, rank: int) -> int:
     """The seed of torch's generators for a step in a rank."""
-    return int(random_words(seed, STEPS, step, rank, 1)[0] >> 1)
+    return int(random_bits(seed, RandomStream.STEPS, step, rank, 1)[0] >> 1)
 
 
 def _numbers(tensors: Mapping[str, Tensor]) -> dict[str, float]:

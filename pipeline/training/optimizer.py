@@ -1,6 +1,7 @@
 """AdamW with the CLIP paper's values, SGD, and learning rates that fall with a layer's depth or differ by tower."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ SCALE = "rate_scale"  # in a parameter group: what the run's learning rate is mu
 
 
 @dataclass(frozen=True, kw_only=True)
-class Descent:
+class OptimizerConfig:
     """What the optimisers share: how the learning rate runs, and how it differs by layer and tower."""
 
     learning_rate: float = 5e-4
@@ -23,7 +24,7 @@ class Descent:
     final_learning_rate: float = 0.0
     """Where the rate falls to, by half a cosine."""
     drops: tuple[float, ...] = ()
-    """Parts of the run, 0 to 1, after each of which the rate is a tenth of what it was, instead of the cosine."""
+    """Milestones, parts of the run between 0 and 1. At each the rate falls to a tenth; there is no cosine then."""
     weight_decay: float = 0.2
     """Not applied to gains, biases and scalars."""
     layer_decay: float | None = None
@@ -33,6 +34,8 @@ class Descent:
     """Times the learning rate, for the image tower."""
     text_rate: float | None = None
     """Times the learning rate, for the text tower."""
+    tower_rates: Mapping[str, float] = field(default_factory=dict)
+    """Times the learning rate, for towers by name, such as audio 0.1; image and text may be named here as well."""
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
@@ -45,10 +48,22 @@ class Descent:
         for name in ("image_rate", "text_rate"):
             rate = getattr(self, name)
             require(rate is None or rate > 0, name, rate, "more than 0, or none")
+        for tower, rate in self.tower_rates.items():
+            require(rate > 0, "tower_rates", f"{tower} {rate}", "a rate of more than 0 for each tower")
+        twice = self._fields_of_towers().keys() & self.tower_rates.keys()
+        require(not twice, "tower_rates", sorted(twice), "towers whose rate is not given by an option of their own")
+
+    def rates(self) -> dict[str, float]:
+        """What the learning rate is multiplied by, for each tower that has a rate of its own."""
+        return {**self._fields_of_towers(), **self.tower_rates}
+
+    def _fields_of_towers(self) -> dict[str, float]:
+        own = {"image": self.image_rate, "text": self.text_rate}
+        return {tower: rate for tower, rate in own.items() if rate is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW(Descent):
+class AdamW(OptimizerConfig):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2017, arXiv 1711.05101).
 
     The values are the CLIP paper's for its vision transformers (table 18); its ResNets took beta2 0.999, epsilon 1e-8.
@@ -66,7 +81,7 @@ class AdamW(Descent):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sgd(Descent):
+class Sgd(OptimizerConfig):
     """Gradient descent with momentum, by which detectors are trained; the decay is added to the gradient."""
 
     learning_rate: float = 0.02
@@ -90,12 +105,19 @@ def make_optimizer(config: Optimizer, method: Method) -> torch.optim.Optimizer:
     return torch.optim.AdamW(_groups(config, method), betas=betas, eps=config.epsilon, **common)
 
 
-def rate_scales(config: Descent, method: Method) -> dict[str, float]:
-    """What the learning rate of each parameter is multiplied by; those that are not named have 1."""
-    of_tower: dict[str, float | None] = {"image": config.image_rate, "text": config.text_rate}
+def rate_scales(config: OptimizerConfig, method: Method) -> dict[str, float]:
+    """What the learning rate of each parameter is multiplied by; those that are not named have 1.
+
+    Raises:
+        SettingError: ``tower_rates`` names a tower that the method does not have.
+    """
     decay = 1.0 if config.layer_decay is None else config.layer_decay
-    rates = {tower: 1.0 if rate is None else rate for tower, rate in of_tower.items()}
-    return {name: rates[layer.tower] * decay**layer.above for name, layer in method.layers().items()}
+    rates, layers = config.rates(), method.layers()
+    towers = {layer.tower for layer in layers.values()}
+    unknown = sorted(config.tower_rates.keys() - towers)
+    known = ", ".join(sorted(towers)) or "it has none"
+    require(not unknown, "tower_rates", unknown, f"towers of the method: {known}")
+    return {name: rates.get(layer.tower, 1.0) * decay**layer.above for name, layer in layers.items()}
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -104,7 +126,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group.get(SCALE, 1.0)
 
 
-def _groups(config: Descent, method: Method) -> list[dict[str, Any]]:
+def _groups(config: OptimizerConfig, method: Method) -> list[dict[str, Any]]:
     """The method's groups, each divided into parts of one rate, the lowest (the deepest layers) first."""
     scales = rate_scales(config, method)
     scale_of = {id(value): scales.get(name, 1.0) for name, value in method.named_parameters()}

@@ -12,14 +12,12 @@ from typing import Any, Literal
 
 from pipeline.config import Scalar, flatten, from_plain, require, writable_folder
 from pipeline.errors import DataError, SettingError
-from pipeline.loaders import tokens
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.loaders.mixture import MixedOrder, TrainingData, make_order, mixed, parts_of, places, read_data
 from pipeline.loaders.order import Order
 from pipeline.loaders.samples import check_fields, check_sidecars
 from pipeline.loaders.text import caption_field
 from pipeline.models.method import EmbeddingMethod, method_class, method_name
-from pipeline.shards.sidecar import Wanted
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.training.fp8 import check_installed
@@ -297,13 +295,12 @@ def _is_number_or_range(workers: int | str) -> bool:
 
 
 def _check_readable(snapshot: TrainingData, method: Any, run: Run) -> None:
-    """Images and captions, which every snapshot names alike; the loop checks what else a method reads."""
-    places = {"image": "image", "text": caption_field(run.caption)}
-    if run.tokens:
-        del places["text"]
-        for part in parts_of(snapshot):
-            check_sidecars(part, [Wanted(name=run.tokens, job=tokens.JOB)])
-    check_fields(snapshot, [places[key] for key in method_class(method_name(method)).fields if key in places])
+    """What the method says that it reads, before a worker starts."""
+    kind = method_class(method_name(method))
+    settings = kind.reader_settings(run)
+    check_fields(snapshot, kind.sample_fields(method, settings))
+    for part in parts_of(snapshot):
+        check_sidecars(part, kind.sidecars(method, settings))
 
 
 def _pinned(data: str, earlier: Record | None) -> TrainingData:

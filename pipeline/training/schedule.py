@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step: linear warm-up, then half a cosine (arXiv 1608.03983) or drops."""
+"""The learning rate as a function of the step: linear warm-up, then half a cosine (arXiv 1608.03983) or milestones."""
 
 import math
 from collections.abc import Sequence
@@ -12,17 +12,17 @@ def learning_rate(
     steps: int,
     first: float = 0.0,
     final: float = 0.0,
-    drops: Sequence[float] = (),
+    milestones: Sequence[float] = (),
 ) -> float:
     """The rate of step ``step`` of ``steps``, counted from 0.
 
     It rises in equal parts from ``first`` (before any step) to ``peak`` in the last warm-up step, then falls to nearly
-    ``final`` in the last step of all; or, with ``drops``, parts of the run, to a tenth after each of them. A pure
+    ``final`` in the last step of all; or, with ``milestones``, parts of the run, to a tenth after each of them. A pure
     function: a resumed run needs no state of it.
     """
     if step < warmup_steps:
         return first + (peak - first) * (step + 1) / warmup_steps
-    if drops:
-        return peak * 0.1 ** sum(step >= part * steps for part in drops)
+    if milestones:
+        return peak * 0.1 ** sum(step >= part * steps for part in milestones)
     progress = (step - warmup_steps) / max(steps - warmup_steps, 1)
     return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2

@@ -88,7 +88,9 @@ def settle(arguments: argparse.Namespace, folder: Path, evaluates: bool = False,
 
 def loader_batches(plan: Plan) -> Any:
     """The batches of a plan, as its loop makes them."""
-    readers = build_method(plan.method).readers(train=True, seed=plan.run.seed, caption=plan.run.caption)
+    method = build_method(plan.method)
+    settings = method.reader_settings(plan.run)
+    readers = method.readers(train=True, seed=plan.run.seed, settings=settings)
     config = plan.run.loader
     return training_batches(plan.snapshot, readers, plan.order(), steps=range(plan.steps), config=config)
 

@@ -122,10 +122,10 @@ def read_ours(folder: str, workers: int, scale: tuple[float, float], epochs: int
 
     snapshot = read_snapshot(folder)
     transform = ImageTransform(size=(TARGET, TARGET), crop="resized", scale=scale)
-    readers = {
-        "image": ImageReader(transform=transform),
-        "text": TextReader(tokenizer=open_clip.get_tokenizer(ARCHITECTURE), end_of_text=49407),
-    }
+    readers = [
+        ImageReader(transform=transform),
+        TextReader(tokenizer=open_clip.get_tokenizer(ARCHITECTURE), end_of_text=49407),
+    ]
     order = Order([shard.samples for shard in snapshot.shards], seed=0, batch_size=BATCH)
     steps = range(snapshot.samples // BATCH * epochs)
     started, count = cpu_seconds(), 0

@@ -14,6 +14,9 @@ from pipeline.loaders.batches import (
     ImageReader,
     LabelReader,
     LoaderConfig,
+    Reader,
+    Row,
+    SamplePosition,
     TextReader,
     snapshot_batches,
     training_batches,
@@ -21,16 +24,17 @@ from pipeline.loaders.batches import (
 from pipeline.loaders.images import ImageTransform
 from pipeline.loaders.order import Order
 from pipeline.loaders.samples import Samples
+from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Snapshot
 
 IN_PROCESS = LoaderConfig(loader_workers=0)
 CLASSES = ("red", "green", "blue", "yellow")
 
 
-def readers() -> dict[str, ImageReader | TextReader]:
+def readers() -> list[Reader]:
     transform = ImageTransform(size=(32, 32), crop="resized", scale=(0.3, 1.0), flip=0.5)
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
-    return {"image": ImageReader(transform=transform), "text": TextReader(tokenizer=tokenizer, end_of_text=49407)}
+    return [ImageReader(transform=transform), TextReader(tokenizer=tokenizer, end_of_text=49407)]
 
 
 def batches(snapshot: Snapshot, steps: range, config: LoaderConfig = IN_PROCESS, **place: int) -> list[Batch]:
@@ -97,29 +101,60 @@ def test_a_shard_without_a_readable_sample_is_an_error(make_snapshot, workers: i
 
 
 def test_missing_fields_stop_before_the_first_batch(make_snapshot) -> None:
-    wrong = {"text": TextReader(tokenizer=open_clip.get_tokenizer("ViT-B-32"), caption="json:title")}
+    wrong = TextReader(tokenizer=open_clip.get_tokenizer("ViT-B-32"), caption="json:title")
     order = Order([20], seed=0, batch_size=4)
     snapshot = make_snapshot()
-    training_batches(snapshot, wrong, order, steps=range(1), config=IN_PROCESS)
+    training_batches(snapshot, [wrong], order, steps=range(1), config=IN_PROCESS)
     with pytest.raises(SettingError, match="caption"):
-        TextReader(tokenizer=wrong["text"].tokenizer, caption="title").fields  # noqa: B018
+        TextReader(tokenizer=wrong.tokenizer, caption="title").fields  # noqa: B018
     bare = Snapshot(**{**vars(snapshot), "fields": ("jpg",)})
     with pytest.raises(DataError, match="no field json"):
-        training_batches(bare, wrong, order, steps=range(1), config=IN_PROCESS)
+        training_batches(bare, [wrong], order, steps=range(1), config=IN_PROCESS)
 
 
 def test_evaluation_reads_every_sample_once_in_order(make_snapshot) -> None:
     spoilt = make_snapshot(spoil={5: {"jpg": b"", "json": b'{"label": "red"}'}, 6: {"jpg": b"", "json": b"{}"}})
-    labelled = {
-        "image": ImageReader(transform=ImageTransform(size=(16, 16))),
-        "label": LabelReader(classes=CLASSES),
-    }
+    labelled = [ImageReader(transform=ImageTransform(size=(16, 16))), LabelReader(classes=CLASSES)]
     made = list(snapshot_batches(spoilt, labelled, batch_size=6, config=IN_PROCESS))
     assert [len(batch["label"]) for batch in made] == [5, 5, 6, 2]
     labels = torch.cat([batch["label"] for batch in made]).tolist()
     assert labels == [number % 4 for number in range(20) if number not in (5, 6)]
     limited = list(snapshot_batches(spoilt, labelled, batch_size=3, limit=4, config=IN_PROCESS))
     assert [len(batch["label"]) for batch in limited] == [3, 1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_two_readers_of_one_key_are_refused(make_snapshot, workers: int) -> None:
+    twice, order = (
+        [*readers(), TextReader(tokenizer=open_clip.get_tokenizer("ViT-B-32"))],
+        Order([20], seed=0, batch_size=4),
+    )
+    with pytest.raises(ValueError, match="two that give text"):
+        next(
+            training_batches(make_snapshot(), twice, order, steps=range(1), config=LoaderConfig(loader_workers=workers))
+        )
+
+
+class PositionReader:
+    """Where samples are, under two keys; -1 in evaluation."""
+
+    fields = ()
+
+    def read(self, sample: Sample, at: SamplePosition | None) -> Row:
+        return {"epoch": at.epoch, "number": at.number} if at else {"epoch": -1, "number": -1}
+
+    def collate(self, rows: list[Row]) -> Batch:
+        return {key: torch.tensor([row[key] for row in rows]) for key in ("epoch", "number")}
+
+
+def test_a_reader_may_give_several_keys_and_knows_the_position_in_training_alone(make_snapshot) -> None:
+    snapshot, order = make_snapshot(), Order([7, 5, 8], seed=1, batch_size=4)
+    for step, batch in enumerate(
+        training_batches(snapshot, [PositionReader()], order, steps=range(7), config=IN_PROCESS)
+    ):
+        assert torch.stack([batch["epoch"], batch["number"]], dim=1).tolist() == order.batch(step).tolist()
+    found = next(snapshot_batches(snapshot, [PositionReader()], batch_size=3, config=IN_PROCESS))
+    assert found["epoch"].tolist() == found["number"].tolist() == [-1, -1, -1]
 
 
 def test_the_models_randomness_is_not_touched(make_snapshot, tmp_path: Path) -> None:

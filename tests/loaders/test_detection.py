@@ -12,19 +12,13 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as transforms
 
 from pipeline.errors import DataError, SettingError, SidecarError
-from pipeline.loaders.batches import LoaderConfig, snapshot_batches
+from pipeline.loaders.batches import LoaderConfig, SamplePosition, snapshot_batches
 from pipeline.loaders.detection import (
     BACKGROUND,
-    BoxReader,
-    DrawReader,
-    Jitter,
-    MaskReader,
-    ObjectLabelReader,
-    Place,
-    RegionBoxReader,
-    RegionFeatureReader,
-    Scene,
-    SceneReader,
+    DetectionReader,
+    Placement,
+    RandomResize,
+    StoredRegions,
     padded,
 )
 from pipeline.loaders.samples import Samples, UnreadableSample
@@ -36,12 +30,12 @@ HEIGHT, WIDTH = 90, 120
 BOXES = np.array([[10.0, 20.0, 50.0, 60.0], [60.0, 5.0, 115.0, 40.0], [0.0, 70.0, 30.0, 90.0]])
 
 
-def places(count: int = 40, size: int = 80) -> list[Place]:
-    jitter = Jitter(size=size, scale=(0.3, 2.0), flip=0.5)
-    return [jitter.place(HEIGHT, WIDTH, 3, (0, number)) for number in range(count)]
+def places(count: int = 40, size: int = 80) -> list[Placement]:
+    resize = RandomResize(size=size, scale=(0.3, 2.0), flip=0.5)
+    return [resize.place(HEIGHT, WIDTH, 3, SamplePosition(0, number)) for number in range(count)]
 
 
-def by_torchvision(place: Place, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def by_torchvision(place: Placement, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Moved boxes, and those of them with sides of a pixel, by torchvision's own operations."""
     moved = tv_tensors.BoundingBoxes(torch.from_numpy(boxes), format="XYXY", canvas_size=(HEIGHT, WIDTH))
     if place.mirrored:
@@ -104,19 +98,21 @@ def test_masks_move_as_images_do() -> None:
 
 def test_the_distribution_is_large_scale_jitter() -> None:
     """Scales are even between the limits; half are mirrored; an image that is smaller than the square is not cut."""
-    jitter = Jitter(size=100, scale=(0.5, 1.5), flip=0.5)
-    drawn = [jitter.place(100, 100, 0, (0, number)) for number in range(400)]
+    resize = RandomResize(size=100, scale=(0.5, 1.5), flip=0.5)
+    drawn = [resize.place(100, 100, 0, SamplePosition(0, number)) for number in range(400)]
     factors = np.array([place.scaled[0] / 100 for place in drawn])
     assert factors.min() < 0.55 and factors.max() > 1.45 and factors.mean() == pytest.approx(1.0, abs=0.05)
     assert 150 < sum(place.mirrored for place in drawn) < 250
     assert all(place.offset == (0, 0) for place in drawn if place.scaled[0] <= 100)
     offsets = [place.offset[0] / (place.scaled[0] - 100) for place in drawn if place.scaled[0] > 110]
     assert np.mean(offsets) == pytest.approx(0.5, abs=0.1)
-    assert jitter.place(100, 100, 0, (1, 3)) != drawn[3] == jitter.place(100, 100, 0, (0, 3))
+    assert (
+        resize.place(100, 100, 0, SamplePosition(1, 3)) != drawn[3] == resize.place(100, 100, 0, SamplePosition(0, 3))
+    )
 
 
 def test_a_whole_image_fits() -> None:
-    place = Jitter(size=64).whole(30, 60)
+    place = RandomResize(size=64).whole(30, 60)
     assert place.scaled == (32, 64) and place.extent == (32, 64) and place.offset == (0, 0) and not place.mirrored
 
 
@@ -128,7 +124,12 @@ def sample(objects: list[dict[str, Any]], side: int = 64, **more: Any) -> Sample
     return Sample("000001", {"boxes.json": content, "jpg": simplejpeg.encode_jpeg(pixels)})
 
 
-STILL = Scene(jitter=Jitter(size=64, scale=(1.0, 1.0), flip=0.0), classes=("cat", "dog"))
+def reader(*keys: str, **settings: Any) -> DetectionReader:
+    whole = RandomResize(size=64, scale=(1.0, 1.0), flip=0.0)
+    return DetectionReader(keys=keys, **{"resize": whole, "classes": ("cat", "dog"), **settings})
+
+
+FIRST = SamplePosition(0, 0)
 
 
 def test_what_is_not_learnt_is_left_out() -> None:
@@ -142,18 +143,16 @@ def test_what_is_not_learnt_is_left_out() -> None:
         {"label": "cat", "bbox": [60, 60, 30, 30]},
     ]
     one = sample(things)
-    boxes, labels = BoxReader(scene=STILL).read(one, (0, 0)), ObjectLabelReader(scene=STILL).read(one, (0, 0))
+    row = reader("boxes", "labels").read(one, FIRST)
+    boxes, labels = row["boxes"], row["labels"]
     assert boxes.tolist() == [[1, 2, 11, 22], [60, 60, 64, 64]] and labels.tolist() == [1, 0]
-    everything = Scene(jitter=STILL.jitter)
-    assert ObjectLabelReader(scene=everything).read(one, (0, 0)).tolist() == [0, 0, 0]
-    few = Scene(jitter=STILL.jitter, classes=("cat", "dog"), most=1)
-    assert len(BoxReader(scene=few).read(one, (0, 0))) == 1
+    assert reader("labels", classes=()).read(one, FIRST)["labels"].tolist() == [0, 0, 0]
+    assert len(reader("boxes", most=1).read(one, FIRST)["boxes"]) == 1
 
 
 def test_labels_are_compared_as_words() -> None:
-    scene = Scene(jitter=STILL.jitter, classes=("Hot_Dog", "cat"))
     one = sample([{"label": label, "bbox": [1, 2, 10, 20]} for label in ("hot dog", "CAT", "hotdog")])
-    assert ObjectLabelReader(scene=scene).read(one, (0, 0)).tolist() == [0, 1]
+    assert reader("labels", classes=("Hot_Dog", "cat")).read(one, FIRST)["labels"].tolist() == [0, 1]
 
 
 def test_masks_follow_their_objects() -> None:
@@ -162,7 +161,7 @@ def test_masks_follow_their_objects() -> None:
         {"label": "cat", "bbox": [8, 8, 16, 16], "segmentation": [[8, 8, 24, 8, 24, 16, 8, 16]]},
         {"label": "dog", "bbox": [30, 30, 10, 10]},
     ]
-    masks = MaskReader(scene=STILL, cells=8).read(sample(things), (0, 0))
+    masks = reader("masks", mask_cells=8).read(sample(things), FIRST)["masks"]
     assert masks.shape == (2, 8, 8)
     assert masks[0, :4].all() and not masks[0, 5:].any()  # the upper half of its box
     assert masks[1].all()  # without a segmentation: the box
@@ -171,16 +170,21 @@ def test_masks_follow_their_objects() -> None:
 def test_unusable_samples_are_named() -> None:
     broken = sample([{"label": "cat", "bbox": [8, 8, 16, 16], "segmentation": {"size": [9, 9], "counts": [81]}}])
     with pytest.raises(UnreadableSample, match="000001.*segmentation"):
-        MaskReader(scene=STILL, cells=8).read(broken, (0, 0))
+        reader("masks", mask_cells=8).read(broken, FIRST)
     with pytest.raises(UnreadableSample, match=r"no boxes\.json"):
-        BoxReader(scene=STILL).read(Sample("000002", {}), (0, 0))
+        reader("boxes").read(Sample("000002", {}), FIRST)
     with pytest.raises(DataError, match="resize-mode no"):
-        SceneReader(scene=STILL).read(sample([], side=128), (0, 0))
+        reader("image").read(sample([], side=128), FIRST)
     with pytest.raises(SettingError, match="jitter_scale"):
-        Jitter(scale=(0.0, 1.0))
+        RandomResize(scale=(0.0, 1.0))
+    with pytest.raises(SettingError, match="some of image, extent"):
+        reader("picture")
+    with pytest.raises(SettingError, match="regions"):
+        reader("region_boxes")
 
 
 WANTED = Wanted(name="regions", job="jobs/make_them.py")
+STORED = StoredRegions(wanted=WANTED, width=3)
 
 
 def with_regions(boxes: list[float], features: np.ndarray, side: int = 64) -> Sample:
@@ -191,19 +195,21 @@ def with_regions(boxes: list[float], features: np.ndarray, side: int = 64) -> Sa
 
 
 def test_regions_that_are_cut_away_keep_their_row_and_lose_their_box() -> None:
-    zoom = Scene(jitter=Jitter(size=64, scale=(2.0, 2.0), flip=0.0), seed=1)
-    place = zoom.jitter.place(64, 64, 1, (0, 0))
+    zoom = RandomResize(size=64, scale=(2.0, 2.0), flip=0.0)
+    place = zoom.place(64, 64, 1, FIRST)
     boxes = np.array([[0.0, 0.0, 0.1, 0.1], [0.9, 0.9, 1.0, 1.0], [0.2, 0.2, 0.8, 0.8]])
     one = with_regions(boxes.ravel().tolist(), np.eye(3))
-    moved = RegionBoxReader(scene=zoom, wanted=WANTED).read(one, (0, 0)).numpy()
-    features = RegionFeatureReader(wanted=WANTED, width=3).read(one, (0, 0))
+    both = {"resize": zoom, "seed": 1}
+    row = reader("region_boxes", "region_features", regions=STORED, **both).read(one, FIRST)
+    moved, features = row["region_boxes"].numpy(), row["region_features"]
     assert features.tolist() == np.eye(3).tolist()
     expected = place.boxes(boxes * 64)
     gone = (expected[:, 2:] - expected[:, :2] < 1).any(axis=1)
     assert gone.any() and not gone[2]
     assert not moved[gone].any() and np.allclose(moved[~gone], expected[~gone], atol=1e-4)
-    first = RegionBoxReader(scene=zoom, wanted=WANTED, most=1).read(one, (0, 0))
-    assert len(first) == len(RegionFeatureReader(wanted=WANTED, width=3, most=1).read(one, (0, 0))) == 1
+    few = StoredRegions(wanted=WANTED, width=3, most=1)
+    row = reader("region_boxes", "region_features", regions=few, **both).read(one, FIRST)
+    assert len(row["region_boxes"]) == len(row["region_features"]) == 1
 
 
 @pytest.mark.parametrize("scale", [(1.0, 1.0), (0.7, 1.9)])
@@ -214,10 +220,12 @@ def test_stored_regions_are_mirrored_as_boxes_are(scale: tuple[float, float]) ->
     corners = np.array([[x, y, x + width, y + height] for x, y, width, height in boxes]) / 64
     one.rows["regions"] = with_regions(corners.ravel().tolist(), np.eye(3)).rows["regions"]
     for number in range(5):
-        scene = Scene(jitter=Jitter(size=64, scale=scale, flip=1.0), seed=number)
-        moved = RegionBoxReader(scene=scene, wanted=WANTED).read(one, (0, number))
+        resize = RandomResize(size=64, scale=scale, flip=1.0)
+        both = reader("boxes", "region_boxes", resize=resize, seed=number, regions=STORED)
+        row = both.read(one, SamplePosition(0, number))
+        moved = row["region_boxes"]
         kept = (moved[:, 2:] > moved[:, :2]).all(dim=1)
-        assert torch.allclose(moved[kept], BoxReader(scene=scene).read(one, (0, number)), atol=1e-4)
+        assert torch.allclose(moved[kept], row["boxes"], atol=1e-4)
         assert int(kept.sum()) >= 1
         if scale == (1.0, 1.0):
             assert torch.allclose(moved[0], torch.tensor([53.0, 2.0, 63.0, 22.0]), atol=1e-4)
@@ -225,9 +233,9 @@ def test_stored_regions_are_mirrored_as_boxes_are(scale: tuple[float, float]) ->
 
 def test_regions_that_do_not_fit_are_refused() -> None:
     with pytest.raises(SidecarError, match=r"image of 32 x 32 .*make_them"):
-        RegionBoxReader(scene=STILL, wanted=WANTED).read(with_regions([0, 0, 1, 1], np.eye(1), side=32), (0, 0))
+        reader("region_boxes", regions=STORED).read(with_regions([0, 0, 1, 1], np.eye(1), side=32), FIRST)
     with pytest.raises(SidecarError, match=r"1 boxes and 6 numbers.*make_them"):
-        RegionFeatureReader(wanted=WANTED, width=3).read(with_regions([0, 0, 1, 1], np.ones((2, 3))), (0, 0))
+        reader("region_features", regions=STORED).read(with_regions([0, 0, 1, 1], np.ones((2, 3))), FIRST)
 
 
 def test_padding() -> None:
@@ -237,9 +245,20 @@ def test_padding() -> None:
 
 
 def test_draws_belong_to_samples() -> None:
-    reader, one = DrawReader(seed=5), sample([])
-    assert reader.read(one, (0, 1)) == reader.read(one, (0, 1)) != reader.read(one, (1, 1))
-    assert reader.collate([1, 2]).tolist() == [1, 2]
+    draws, one = reader("draws", seed=5), sample([])
+    first = draws.read(one, SamplePosition(0, 1))
+    assert first == draws.read(one, SamplePosition(0, 1)) != draws.read(one, SamplePosition(1, 1))
+    assert draws.read(one, None) == {"draws": 0}
+    assert draws.collate([{"draws": 1}, {"draws": 2}])["draws"].tolist() == [1, 2]
+
+
+def test_evaluation_sees_the_whole_image() -> None:
+    """Without a position nothing is random, whatever the settings of training."""
+    one = sample([{"label": "cat", "bbox": [8, 8, 16, 16]}])
+    trains = reader("extent", "boxes", resize=RandomResize(size=64, scale=(0.5, 0.7), flip=1.0))
+    row = trains.read(one, None)
+    assert row["extent"] == (64, 64) and row["boxes"].tolist() == [[8, 8, 24, 24]]
+    assert trains.read(one, FIRST)["extent"] != (64, 64)
 
 
 @pytest.fixture(scope="module")
@@ -249,15 +268,12 @@ def regions(make_snapshot: Callable[..., Snapshot]) -> Snapshot:
 
 def test_sidecars_are_joined_by_key(regions: Snapshot) -> None:
     wanted = Wanted(name="regions", job="jobs/x.py", facts={"teacher": "teacher"})
-    scene = Scene(jitter=Jitter(size=32, scale=(1.0, 1.0), flip=0.0))
-    readers = {
-        "image": SceneReader(scene=scene),
-        "region_boxes": RegionBoxReader(scene=scene, wanted=wanted),
-        "features": RegionFeatureReader(wanted=wanted, width=8),
-    }
-    batches = list(snapshot_batches(regions, readers, batch_size=3, config=LoaderConfig(loader_workers=0)))
-    features = torch.cat([batch["features"][:, :3] if batch["features"].shape[1] >= 3 else torch.zeros(1, 3, 8)
-                          for batch in batches])  # fmt: skip
+    stored = StoredRegions(wanted=wanted, width=8)
+    keys = ("image", "region_boxes", "region_features")
+    joined = DetectionReader(keys=keys, resize=RandomResize(size=32), regions=stored)
+    batches = list(snapshot_batches(regions, [joined], batch_size=3, config=LoaderConfig(loader_workers=0)))
+    given = [batch["region_features"] for batch in batches]
+    features = torch.cat([some[:, :3] if some.shape[1] >= 3 else torch.zeros(1, 3, 8) for some in given])
     import pyarrow.parquet as pq
 
     rows = [row for n in range(2) for row in pq.read_table(f"{regions.folder}/0000{n}.regions.parquet").to_pylist()]

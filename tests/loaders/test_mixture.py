@@ -95,14 +95,14 @@ def test_batches_read_from_all_parts(mixture: Mixture) -> None:
     config = LoaderConfig(loader_workers=0)
     got = [
         batch["text"][:, 0].tolist()
-        for batch in training_batches(mixture, {"text": reader}, order, steps=range(5), config=config)
+        for batch in training_batches(mixture, [reader], order, steps=range(5), config=config)
     ]
     # A caption ends in the number of the sample in its own snapshot.
     expected = [
         [number if number < 20 else number - 20 for _, number in order.batch(step).tolist()] for step in range(5)
     ]
     assert got == expected
-    later = training_batches(mixture, {"text": reader}, order, steps=range(3, 5), config=config)
+    later = training_batches(mixture, [reader], order, steps=range(3, 5), config=config)
     assert [batch["text"][:, 0].tolist() for batch in later] == expected[3:]
 
 
@@ -114,16 +114,16 @@ def test_a_part_without_one_readable_sample_is_named(make_snapshot: MakeSnapshot
     class Images(TextReader):
         fields = ("image",)
 
-        def read(self, sample: Any, place: Any) -> str:
+        def read(self, sample: Any, at: Any) -> Any:
             from pipeline.loaders.samples import UnreadableSample
 
             if sample.image() is None:
                 raise UnreadableSample("no image")
-            return "0"
+            return {"text": "0"}
 
     batches = training_batches(
         mixed,
-        {"text": Images(tokenizer=lambda texts: torch.zeros(len(texts), 1))},
+        [Images(tokenizer=lambda texts: torch.zeros(len(texts), 1))],
         make_order(mixed, batch_size=4, **SETTINGS),
         steps=range(1),
         config=LoaderConfig(loader_workers=0),
@@ -169,7 +169,7 @@ def test_parts_with_differing_fields_have_those_of_all(make_snapshot: MakeSnapsh
         next(
             training_batches(
                 mixed,
-                {"text": TextReader(tokenizer=lambda texts: torch.zeros(len(texts), 1))},
+                [TextReader(tokenizer=lambda texts: torch.zeros(len(texts), 1))],
                 make_order(mixed, batch_size=4, **SETTINGS),
                 steps=range(1),
                 config=LoaderConfig(loader_workers=0),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import SettingError
-from pipeline.loaders.order import Order, permutation, random_words
+from pipeline.loaders.order import Order, permutation, random_bits
 
 SIZES = [7, 1, 13, 0, 5, 11, 4, 20, 9, 3]  # 73 samples, an empty shard among them
 
@@ -76,7 +76,7 @@ def test_the_order_is_the_same_in_every_version() -> None:
     assert permutation(7, 1, 2, 3, 12).tolist() == [2, 3, 6, 8, 5, 1, 7, 4, 11, 9, 10, 0]
     frozen = Order([5, 4, 6], seed=11, batch_size=6, lanes=2, shuffle_block=4)
     assert frozen.batch(3).tolist() == [[1, 10], [1, 11], [1, 13], [1, 8], [1, 7], [1, 0]]
-    assert int(random_words(7, 2, 1, 5, 1)[0]) == int(random_words(7, 2, 1, 5, 9)[0])
+    assert int(random_bits(7, 2, 1, 5, 1)[0]) == int(random_bits(7, 2, 1, 5, 9)[0])
 
 
 def test_lanes_are_reduced_to_what_divides_the_batch() -> None:

@@ -55,9 +55,9 @@ def stored(snapshot: Snapshot, make: Callable[[], Tokenizer], **settings: Any) -
     return annotate(snapshot, load, Annotation(name=NAME, **settings), Workers(processes_count=0))
 
 
-def batches(snapshot: Snapshot, readers: dict[str, Reader]) -> list[dict[str, Tensor]]:
+def batches(snapshot: Snapshot, reader: Reader) -> list[dict[str, Tensor]]:
     order = Order([shard.samples for shard in snapshot.shards], seed=0, batch_size=3, lanes=1)
-    return list(training_batches(snapshot, readers, order, steps=range(4), config=ALONE))
+    return list(training_batches(snapshot, [reader], order, steps=range(4), config=ALONE))
 
 
 @pytest.mark.parametrize(("make", "end"), [(clip_tokenizer, 49407), (clip_tokenizer, None), (Letters, None)])
@@ -66,9 +66,9 @@ def test_batches_are_the_same(
 ) -> None:
     """A missing caption is replaced as without the sidecar."""
     snapshot = stored(nasty(make_snapshot, tmp_path), make)
-    readers: dict[str, Reader] = {"text": TextReader(tokenizer=make(), end_of_text=end)}
-    expected = batches(snapshot, readers)
-    found = batches(snapshot, from_sidecar(readers, NAME))
+    reader = TextReader(tokenizer=make(), end_of_text=end)
+    expected = batches(snapshot, reader)
+    found = batches(snapshot, from_sidecar(reader, NAME))
     assert sum(int(batch["replaced"]) for batch in expected) == 1
     for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
@@ -85,9 +85,9 @@ def test_tokens_of_another_tokenizer_are_refused(make_snapshot: Callable[..., Sn
     snapshot = stored(make_snapshot((7, 5), folder=tmp_path), clip_tokenizer)
     other = open_clip.get_tokenizer("ViT-B-32", context_length=16)
     with pytest.raises(SidecarError, match="tokenizer.*tokenize_dataset"):
-        batches(snapshot, from_sidecar({"text": TextReader(tokenizer=other)}, NAME))
+        batches(snapshot, from_sidecar(TextReader(tokenizer=other), NAME))
     with pytest.raises(SidecarError, match="the caption txt, not json:label"):
-        batches(snapshot, from_sidecar({"text": TextReader(tokenizer=clip_tokenizer(), caption="json:label")}, NAME))
+        batches(snapshot, from_sidecar(TextReader(tokenizer=clip_tokenizer(), caption="json:label"), NAME))
     with pytest.raises(SidecarError, match="overwrite"):
         stored(snapshot, Letters)
     assert stored(snapshot, Letters, overwrite=True).shards[0].sidecars != snapshot.shards[0].sidecars
@@ -125,4 +125,4 @@ def test_a_run_with_stored_tokens_is_the_same_run(make_snapshot: Callable[..., S
 def test_a_missing_sidecar_is_named(make_snapshot: Callable[..., Snapshot], tmp_path: Path) -> None:
     snapshot = nasty(make_snapshot, tmp_path)
     with pytest.raises(DataError, match=f"no {NAME} for 2 of its 2 shards"):
-        batches(snapshot, from_sidecar({"text": TextReader(tokenizer=clip_tokenizer())}, NAME))
+        batches(snapshot, from_sidecar(TextReader(tokenizer=clip_tokenizer()), NAME))

@@ -20,9 +20,9 @@ from pipeline.config import flatten, from_json, to_json
 from pipeline.errors import SettingError
 from pipeline.loaders.batches import LoaderConfig, training_batches
 from pipeline.loaders.order import Order
+from pipeline.loaders.samples import check_fields
 from pipeline.models.class_vectors import clip_digest, open_teacher
 from pipeline.models.method import Method, build_method, config_class, method_class, method_name, method_names
-from pipeline.models.proposals import Proposals
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.training import distributed
 from pipeline.training.checkpoint import Checkpoints, Meta, load_method
@@ -74,7 +74,7 @@ def snapshot(make_snapshot: Callable[..., Snapshot]) -> Snapshot:
 def test_losses_are_scalars_and_gradients_are_where_they_should_be(name: str, snapshot: Snapshot) -> None:
     method = build(name)
     batch = first_batch(method, snapshot)
-    assert set(method.fields) <= set(batch)
+    assert set(method.batch_keys) <= set(batch)
     losses = method.training_step(batch)
     assert losses and all(loss.shape == () and loss.isfinite() for loss in losses.values())
     found = gradients(method, batch)
@@ -173,20 +173,34 @@ def test_the_docstring_says_what_it_is(name: str) -> None:
     assert "arXiv" in text and "left out" in text.lower() and len(text) > 600
 
 
-def test_two_processes_equal_one(two_processes: list[dict[str, Any]], snapshot: Snapshot) -> None:
+@EVERY
+def test_two_processes_equal_one(name: str, two_processes: list[dict[str, Any]], snapshot: Snapshot) -> None:
     """Half of the batch in each of two ranks gives the loss and the gradients of the whole in one."""
-    for name in method_names():
-        method = build(name)
-        alone = gradients(method, first_batch(method, snapshot))
-        first, second = (results[name] for results in two_processes)
-        assert float(first["loss"] + second["loss"]) / 2 == pytest.approx(float(alone["loss"]), rel=1e-5)
-        assert first.keys() == alone.keys()
-        for key in alone.keys() - {"loss"}:
-            assert torch.equal(first[key], second[key]), key
-            # Sums round by their largest part, which a small entry has too; a detector's go over many more places.
-            share = 5e-5 if isinstance(method, Proposals) else 1e-6
-            slack = max(2e-6, share * float(alone[key].abs().max()))
-            torch.testing.assert_close(first[key], alone[key], rtol=2e-4, atol=slack, msg=f"{name} {key}")
+    method = build(name)
+    alone = gradients(method, first_batch(method, snapshot))
+    first, second = (results[name] for results in two_processes)
+    assert float(first["loss"] + second["loss"]) / 2 == pytest.approx(float(alone["loss"]), rel=1e-5)
+    assert first.keys() == alone.keys()
+    for key in alone.keys() - {"loss"}:
+        assert torch.equal(first[key], second[key]), key
+        largest = float(alone[key].abs().max())
+        slack = max(2e-6, method.parity_tolerance * largest)
+        far = float((first[key] - alone[key]).abs().max())
+        said = f"{name} {key}: {far:.2g} apart, the largest entry is {largest:.2g}"
+        torch.testing.assert_close(first[key], alone[key], rtol=2e-4, atol=slack, msg=said)
+
+
+@EVERY
+def test_what_a_method_says_of_itself(name: str, snapshot: Snapshot) -> None:
+    """It names its model, and before it is built the fields and sidecars that its readers ask for."""
+    method, config = build(name), method_class(name).smallest()
+    readers = method.readers(train=True)
+    assert method.registered_as in (name, "clip")
+    assert 0 <= method.parity_tolerance <= 1e-3
+    assert set(method.sample_fields(config)) == {field for reader in readers for field in reader.fields}
+    wanted = [one.name for reader in readers for one in getattr(reader, "sidecars", ())]
+    assert [one.name for one in method.sidecars(config)] == wanted
+    check_fields(snapshot, method.sample_fields(config))
 
 
 def test_unknown_methods_are_listed() -> None:

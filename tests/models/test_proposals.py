@@ -87,7 +87,7 @@ def test_proposals_come_back_to_the_image_that_was_given() -> None:
 
 
 def test_boxes_in_the_square_become_boxes_in_the_image() -> None:
-    place = Config(image_size=64).jitter(train=False).whole(32, 128)
+    place = Config(image_size=64).resize(train=False).whole(32, 128)
     boxes = torch.tensor([[0.0, 0.0, 64.0, 16.0], [10.0, 4.0, 20.0, 30.0]])
     assert unplaced(boxes, place).tolist() == [[0, 0, 128, 32], [20, 8, 40, 32]]
 

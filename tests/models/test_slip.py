@@ -16,7 +16,7 @@ from torch.nn import functional
 from torchvision.transforms.v2 import functional as peer
 
 from pipeline.loaders.augment import NUMBERS, Colours
-from pipeline.loaders.order import random_words
+from pipeline.loaders.order import random_bits
 from pipeline.models.slip import BatchNorm, Config, Head, Slip, nt_xent
 from pipeline.models.towers.colours import recolour
 from pipeline.models.towers.unprojected import unprojected, unprojected_width
@@ -131,7 +131,7 @@ def test_colours_are_torchvisions_row_by_row() -> None:
     torch.manual_seed(1)
     images = torch.rand(24, 3, 20, 28)
     images[0] = 0.5  # grey: no hue
-    rows = [Colours().draw(random_words(5, 9, 0, number, 12)) for number in range(24)]
+    rows = [Colours().draw(random_bits(5, 9, 0, number, 12)) for number in range(24)]
     numbers = torch.tensor(rows, dtype=torch.float32)
     found = recolour(images, numbers, 2.0)
     for number, row in enumerate(numbers):
@@ -150,7 +150,7 @@ def by_torchvision(image: Tensor, numbers: Tensor) -> Tensor:
 
 
 def test_random_colours_have_the_papers_distribution() -> None:
-    numbers = torch.tensor([Colours().draw(random_words(0, 9, 0, number, 12)) for number in range(4000)])
+    numbers = torch.tensor([Colours().draw(random_bits(0, 9, 0, number, 12)) for number in range(4000)])
     assert numbers.shape[1] == NUMBERS
     jittered = numbers[numbers[:, 0] >= 0]
     assert len(jittered) / 4000 == pytest.approx(0.8, abs=0.03)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.errors import DataError, SettingError
-from pipeline.loaders.order import permutation
+from pipeline.loaders.order import RandomStream, permutation
 from pipeline.models.adapters import coop, tip_adapter, tip_adapter_f
 from pipeline.models.adapters.adapter import Adapter, FrozenClip, adapter_class
 from pipeline.training import adapt as runner
@@ -157,7 +157,7 @@ def test_coop_learns_as_a_plain_loop_of_torch(clip: FrozenClip, sets: Any) -> No
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
     for epoch in range(4):
-        order = torch.from_numpy(permutation(3, runner.IMAGES, epoch, 0, 12))
+        order = torch.from_numpy(permutation(3, RandomStream.FEW_SHOT_ORDER, epoch, 0, 12))
         if epoch == 0:
             optimizer.param_groups[0]["lr"] = 1e-5
         for batch in order[:10].split(5):

@@ -1,17 +1,18 @@
 """The optimiser against the update rule written out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 
 from pipeline.errors import SettingError
-from pipeline.models.clip import Config
+from pipeline.models.clip import Clip, Config
 from pipeline.models.method import Method, build_method
+from pipeline.models.towers.layers import Layer
 from pipeline.training.checkpoint import Checkpoints, read_weights
 from pipeline.training.loop import run_training
-from pipeline.training.optimizer import AdamW, Sgd, make_optimizer, take_step
+from pipeline.training.optimizer import AdamW, Sgd, make_optimizer, rate_scales, take_step
 from pipeline.training.run import Run, prepare
 
 
@@ -101,3 +102,24 @@ def test_without_decay_the_groups_are_the_methods(tiny_config: Config) -> None:
 def test_bad_settings(bad: dict[str, float]) -> None:
     with pytest.raises(SettingError):
         AdamW(**bad)
+
+
+class Heard(Clip):
+    """The tiny CLIP, whose scale stands for a third tower."""
+
+    def layers(self) -> Mapping[str, Layer]:
+        return {**super().layers(), "model.logit_scale": Layer("audio", 0)}
+
+
+def test_a_third_tower_has_a_rate_of_its_own() -> None:
+    method = Heard(Clip.smallest())
+    scales = rate_scales(AdamW(image_rate=0.5, tower_rates={"audio": 0.1, "text": 0.2}), method)
+    assert scales["model.logit_scale"] == 0.1 and set(scales.values()) == {0.1, 0.2, 0.5}
+    with pytest.raises(SettingError, match="towers of the method: audio, image, text"):
+        rate_scales(AdamW(tower_rates={"depth": 0.1}), method)
+
+
+@pytest.mark.parametrize("settings", [{"tower_rates": {"audio": 0}}, {"text_rate": 1, "tower_rates": {"text": 1}}])
+def test_rates_of_towers_are_checked(settings: dict[str, Any]) -> None:
+    with pytest.raises(SettingError, match="tower_rates"):
+        AdamW(**settings)

@@ -39,7 +39,7 @@ def test_rates_between_a_first_and_a_final_one() -> None:
 def test_drops_to_a_tenth() -> None:
     """ViLD's recipe: 0.32 from step 1,000 on, a tenth after 162,000 of 180,000 steps, and twice more."""
     at = [
-        learning_rate(step, peak=0.32, warmup_steps=1000, steps=180_000, first=0.0032, drops=(0.9, 0.95, 0.975))
+        learning_rate(step, peak=0.32, warmup_steps=1000, steps=180_000, first=0.0032, milestones=(0.9, 0.95, 0.975))
         for step in (0, 999, 161_999, 162_000, 171_000, 175_500, 179_999)
     ]
     assert at == pytest.approx([0.0032 + (0.32 - 0.0032) / 1000, 0.32, 0.32, 0.032, 0.0032, 0.00032, 0.00032])

@@ -7,11 +7,12 @@ lists within lists (the stages of a ConvNeXt) the inner ones count. For towers o
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
-Tower = Literal["image", "text"]
+Tower = str
+"""The name of a tower: ``image`` and ``text`` in CLIP; a method may have others."""
 
 # What comes before the first block, in open_clip's and Hugging Face's names: convolutions, tables, their norms.
 _STEM = re.compile(r"(^|\.)((conv|bn)\d|ln_pre|\w*embed\w*|cls_\w+|patch\w*|stem)(\.|$)")
