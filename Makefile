@@ -1,10 +1,12 @@
 # Everything needs only make and Python >= 3.11; every target sets up .venv by itself.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench ui clean
+.PHONY: help setup demo test test-all check bench ui clean
 SHELL := /bin/sh
 
 PYTHONS ?= python3.11 python3.12 python3.13 python3
 ARGS ?=
+# Processes of the tests; four at most, since each takes up to a gigabyte.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && n=4; echo $$n)
 FOLDER ?= runs/demo
 PORT ?= 5000
 
@@ -23,7 +25,7 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 setup: ## Make or refresh .venv from requirements.lock (the other targets do it by themselves)
 	@stamp="$$(cat requirements.lock pyproject.toml | cksum) $(CURDIR)"; \
@@ -55,8 +57,11 @@ setup: ## Make or refresh .venv from requirements.lock (the other targets do it 
 demo: setup ## Refresh, pre-train, evaluate on a local Ray and MLflow; ends with a table (again from the start: ARGS=--fresh)
 	@.venv/bin/python jobs/demo.py demo $(ARGS)
 
-test: setup ## Run the tests (make test ARGS='tests/shards -k tar')
-	@.venv/bin/python -m pytest $(ARGS)
+test: setup ## Run the tests but the slow ones (make test ARGS='tests/shards -k tar')
+	@.venv/bin/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow" $(ARGS)
+
+test-all: setup ## Run every test, clusters and killed nodes included
+	@.venv/bin/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 check: setup ## Formatting, lint and types
 	@.venv/bin/ruff format --check .

@@ -55,6 +55,17 @@ for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "MLFLOW_TRACKING_URI", "PYTHONDO
     os.environ.pop(name, None)
 
 
+CLUSTERS = {"ray_cluster", "nodes"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a Ray, and slow ones, run in one process of pytest-xdist: one Ray serves them all."""
+    for item in items:
+        if CLUSTERS & set(getattr(item, "fixturenames", ())) or item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(autouse=True)
 def seeds() -> None:
     """Every test starts from the same random state, whichever tests ran before it."""

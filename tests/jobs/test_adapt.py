@@ -81,6 +81,7 @@ def test_a_job_goes_on_where_it_was_stopped(job: Type, tmp_path: Path) -> None:
     assert all(path.stat().st_mtime_ns > time for path, time in kept.items())
 
 
+@pytest.mark.slow
 def test_trials_on_a_cluster_are_those_in_this_process(job: Type, tmp_path: Path, ray_cluster: RayCluster) -> None:
     assert job("adapt", "smoke", *QUICK) == 0
     here = top1(tmp_path)
@@ -89,6 +90,7 @@ def test_trials_on_a_cluster_are_those_in_this_process(job: Type, tmp_path: Path
     assert top1(tmp_path) == here
 
 
+@pytest.mark.slow
 def test_workers_that_share_a_trials_classes_are_one_process(
     job: Type, tmp_path: Path, ray_cluster: RayCluster
 ) -> None:

@@ -23,6 +23,7 @@ def test_smoke_embeds_and_exports(job: Type, tmp_path: Path, capsys: pytest.Capt
     assert job("embed_dataset", *words) == 0 and read_snapshot(str(tmp_path / "data")) == first
 
 
+@pytest.mark.slow
 def test_on_a_cluster_a_wrong_checkpoint_is_one_sentence(
     job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_cluster: Any
 ) -> None:

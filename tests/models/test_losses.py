@@ -101,6 +101,7 @@ def test_one_process(kind: str, tile: int) -> None:
     assert_equal(value_and_gradients(lambda *given: tiled(kind, *given, tile=tile), tensors), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ranks_together_are_one(world: int, tmp_path: Path) -> None:
     """Mean of the values, features' gradients in their places, and the mean of the scalars' gradients."""

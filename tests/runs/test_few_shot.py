@@ -41,6 +41,7 @@ def at_a_time(times: list[list[float]]) -> int:
     return max(sum(began <= start < ended for _, began, ended in times) for _, start, _ in times)
 
 
+@pytest.mark.slow
 def test_each_trial_gets_its_part_of_a_gpu() -> None:
     command = [sys.executable, "-c", ON_GPUS]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=200)

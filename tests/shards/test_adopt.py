@@ -151,6 +151,7 @@ def jpeg(number: int) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # img2dataset's own
 def test_the_real_img2dataset_goes_on_in_an_adopted_folder(tmp_path: Path, serve: Any) -> None:
     pytest.importorskip("imghdr", reason="img2dataset does not import on Python 3.13")

@@ -38,6 +38,7 @@ def refuses(device: torch.device) -> None:
     raise SettingError("learning_rate", 1e9, "less")
 
 
+@pytest.mark.slow
 def test_two_workers_learn_what_one_process_does(tmp_path: Path, ray_cluster: Any) -> None:
     """The tests are pickled by value, since Ray's workers cannot import them."""
     import sys

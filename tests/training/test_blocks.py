@@ -87,6 +87,7 @@ def test_a_run_that_computes_again_is_the_same_run(
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+@pytest.mark.slow
 @TRACED
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("architecture", ["clipmill-tiny", "clipmill-small"])
@@ -109,6 +110,7 @@ def test_compiled_blocks_give_the_same_gradients(architecture: str, again: bool)
             torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 @TRACED
 @pytest.mark.parametrize("again", [False, True])
 def test_blocks_of_one_shape_are_compiled_once(again: bool) -> None:

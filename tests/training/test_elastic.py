@@ -54,6 +54,7 @@ class ToFile:
     def close(self) -> None: ...
 
 
+@pytest.mark.slow
 def test_a_number_that_does_not_divide_the_batch_trains_the_same_run(
     run: MakeRun, tiny_config: Config, remember: Any, tmp_path: Path, ray_cluster: Any
 ) -> None:

@@ -114,6 +114,7 @@ def test_loader_processes_do_not_change_a_run(plan: Plan, remember: Any, tmp_pat
     assert alone.series("train/loss") == helped.series("train/loss")
 
 
+@pytest.mark.slow
 def test_kill_nine_in_the_middle(plan: Plan, remember: Any, tmp_path: Path) -> None:
     """A process killed while it trains; the same command again ends with the losses of a run without a kill."""
     whole, resumed, plan = remember(), remember(), replace(plan, steps=16)
@@ -181,6 +182,7 @@ def test_a_resume_in_parts_is_exact(run: MakeRun, dropout_config: Config, rememb
     assert sorted(second.history) == [5, 6, 7, 8]
 
 
+@pytest.mark.slow
 def test_two_ranks_in_parts_with_tiles_round_a_ring_train_as_one(
     run: MakeRun, tiny_config: Config, remember: Any, tmp_path: Path
 ) -> None:

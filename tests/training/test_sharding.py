@@ -27,6 +27,8 @@ from pipeline.training.loop import run_training
 from pipeline.training.optimizer import AdamW, make_optimizer
 from pipeline.training.run import Plan, Run, prepare
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 POISONED = 3  # the step whose losses are spoilt in plans that are called so
 SHARDED = ("full", "again", "parts", "resumed", "poisoned-full", "bf16", "slip-full", "taught-full")

@@ -138,6 +138,7 @@ def test_running_statistics_are_put_back() -> None:
         assert all(torch.equal(buffers[name], kept) == stay for name, kept in before.items())
 
 
+@pytest.mark.slow
 def test_what_one_rank_meets_all_leave_out(run: MakeRun, tiny_config: Config, tmp_path: Path) -> None:
     plan = prepare(tiny_config, run(steps=4))[0]
     (tmp_path / "plan.pickle").write_bytes(pickle.dumps(plan))

@@ -144,6 +144,7 @@ writer.finish()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "meta.json"])
 def test_a_kill_in_mid_write_leaves_the_one_before(name: str, tmp_path: Path) -> None:
     """The thread is killed, with its process, before the first file and before the commit mark."""
