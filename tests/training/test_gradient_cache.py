@@ -10,7 +10,6 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.loaders.images import ImageTransform
 from pipeline.models.clip import Clip
 from pipeline.models.losses import tiled_contrastive_loss, tiled_sigmoid_loss
 from pipeline.models.method import EmbeddingMethod
@@ -46,8 +45,8 @@ class Towers(EmbeddingMethod):
     def smallest(cls) -> Config:
         return Config()
 
-    def transforms(self, train: bool) -> ImageTransform:
-        return ImageTransform(size=(8, 8))
+    def readers(self, train: bool, *, seed: int = 0, settings: Any = None) -> Any:
+        raise NotImplementedError
 
     def embed(self, batch: Any) -> dict[str, Tensor]:
         self.rows.append(len(batch["image"]))

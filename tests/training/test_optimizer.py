@@ -24,7 +24,7 @@ class TwoParameters(Method):
         self.weight = torch.nn.Parameter(torch.tensor([[2.0]]))
         self.bias = torch.nn.Parameter(torch.tensor([3.0]))
 
-    smallest = transforms = training_step = None  # type: ignore[assignment]
+    smallest = readers = training_step = None  # type: ignore[assignment]
 
 
 TwoParameters.__abstractmethods__ = frozenset()
