@@ -18,8 +18,9 @@ from typing import Literal, cast
 import tyro
 
 from pipeline.config import require, run_job, writable_folder
+from pipeline.evaluation.encoder import Evaluable
 from pipeline.evaluation.models import load_model
-from pipeline.evaluation.suite import Evaluable, Evaluations, Prepared, evaluate
+from pipeline.evaluation.suite import Evaluations, Prepared, evaluate
 from pipeline.models.method import Method
 from pipeline.shards.storage import Folder
 from pipeline.training.average import Average, greedy_soup, uniform_soup, wise_ft, write_average

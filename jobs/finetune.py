@@ -17,7 +17,8 @@ import torch
 
 from pipeline.config import require, run_job, writable_folder
 from pipeline.dataset import card_names, load_card
-from pipeline.evaluation.suite import Evaluations, read_classes, read_templates
+from pipeline.evaluation.classes import read_classes, read_templates
+from pipeline.evaluation.suite import Evaluations
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.models.classifier import Classifier, Config
 from pipeline.runs.train import Pretraining, in_place, pretrain

@@ -15,7 +15,7 @@ from typing import Literal
 import tyro
 
 from pipeline.config import require, run_job, writable_folder
-from pipeline.evaluation.linear_probe import Probe, ProbeSets, linear_probe
+from pipeline.evaluation.linear_probe import REPORT, Probe, ProbeSets, linear_probe
 from pipeline.evaluation.models import load_model, trained_steps
 from pipeline.evaluation.report import table, write_result
 from pipeline.tracking.runs import Tracking, open_tracker
@@ -81,7 +81,7 @@ def main(run: LinearProbe) -> None:
     with open_tracker(run.tracking, run, run_id=run.run_id, new=run.track) as tracker:
         metrics = linear_probe(load_model(run.checkpoint, run.device), prepared, run.sets.settings(), run.probe)
         tracker.log(metrics, step or 0)
-    print(table(metrics))
+    print(table(metrics, [REPORT]))
     if output:
         write_result(output, metrics, {"checkpoint": run.checkpoint, "step": step})
 

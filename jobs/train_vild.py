@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.config import run_job
 from pipeline.dataset import load_card
+from pipeline.evaluation.classes import read_templates
 from pipeline.evaluation.regions import LoadRegionModel, ProposerOptions
-from pipeline.evaluation.suite import read_templates
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.loaders.classes import OF_DATA, base_classes
 from pipeline.models.proposals import SMALL

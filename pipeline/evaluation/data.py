@@ -8,18 +8,16 @@ import json
 import logging
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
-
-from torch import Tensor
+from typing import Any, TypeVar
 
 from pipeline.config import require
 from pipeline.dataset import Card, card_names, load_card
 from pipeline.errors import DataError
-from pipeline.loaders.images import Pixels, decode
+from pipeline.evaluation.readers import Reader
 from pipeline.loaders.samples import Samples, UnreadableSample
 from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Snapshot, read_snapshot
@@ -69,11 +67,12 @@ class CardData:
     def _sample(self, number: int, row: Row) -> Sample:
         if row.problem is not None:
             return Sample(f"{number:09d}", {})
-        if row.image is None:
+        if row.image is None and fetches(self.source):
             raise DataError(f"the card {self.card.name} lists urls; {_download(self.card)}")
         record = json.dumps({**row.columns, "caption": row.caption}).encode()
         text = {} if row.caption is None else {"txt": row.caption.encode()}
-        return Sample(f"{number:09d}", {**row.members, "jpg": row.image, "json": record, **text})
+        image = {} if row.image is None else {"jpg": row.image}
+        return Sample(f"{number:09d}", {**row.members, **image, "json": record, **text})
 
 
 Data = SnapshotData | CardData
@@ -108,21 +107,27 @@ def spread(count: int, limit: int | None) -> Sequence[int]:
     return [number * count // limit for number in range(limit)]
 
 
-def readable_images(
-    samples: Iterator[Sample], transform: Callable[[Pixels], Tensor], read: Callable[[Sample], Value], threads: int
-) -> Iterator[tuple[Tensor, Value]]:
-    """The image, uint8 ``[3, H, W]``, of each sample, and what ``read`` gives for it, in order.
+def evaluation_batches(
+    samples: Iterable[Sample], readers: Sequence[Reader], batch: int, threads: int
+) -> Iterator[dict[str, Any]]:
+    """Batches of what ``readers`` read, all of their keys together, in order.
 
-    Decoding runs in ``threads`` threads, a few images ahead of the reader. Samples without a readable image are
-    left out, as are those for which ``read`` raises :class:`UnreadableSample`; how many is said at the end.
+    Samples are read in ``threads`` threads, a few ahead. Those for which a reader raises :class:`UnreadableSample`
+    are left out; how many is said at the end.
 
     Raises:
         DataError: not one sample is readable.
     """
+    rows = _readable(iter(samples), readers, threads)
+    while together := list(islice(rows, batch)):
+        yield {key: value for reader in readers for key, value in reader.collate(together).items()}
+
+
+def _readable(samples: Iterator[Sample], readers: Sequence[Reader], threads: int) -> Iterator[dict[str, Any]]:
     good = bad = 0
     reason = ""
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        for future in _ahead(pool, samples, lambda sample: _read(sample, transform, read), 4 * threads):
+        for future in _ahead(pool, samples, lambda sample: _read(sample, readers), 4 * threads):
             result = future.result()
             if isinstance(result, UnreadableSample):
                 bad, reason = bad + 1, str(result)
@@ -135,14 +140,9 @@ def readable_images(
         raise DataError(f"not one of {bad} samples is readable; the last one: {reason or 'there are none'}")
 
 
-def _read(
-    sample: Sample, transform: Callable[[Pixels], Tensor], read: Callable[[Sample], Value]
-) -> tuple[Tensor, Value] | UnreadableSample:
+def _read(sample: Sample, readers: Sequence[Reader]) -> dict[str, Any] | UnreadableSample:
     try:
-        content = sample.image()
-        if content is None:
-            raise UnreadableSample(f"{sample.key} has no image")
-        return transform(decode(content)), read(sample)
+        return {key: value for reader in readers for key, value in reader.read(sample).items()}
     except UnreadableSample as error:
         return error
 

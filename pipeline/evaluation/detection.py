@@ -7,22 +7,20 @@ group is the mean over its classes: generalised zero-shot detection (Bansal et a
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.config import require
 from pipeline.errors import SettingError
 from pipeline.evaluation.average_precision import AveragePrecision
-from pipeline.evaluation.data import readable_images
+from pipeline.evaluation.data import evaluation_batches
 from pipeline.evaluation.encoder import inference
-from pipeline.loaders.images import Pixels
+from pipeline.evaluation.readers import ImageReader, ObjectsReader
 from pipeline.models.detections import Detector, check_words
-from pipeline.shards.objects import Objects, overlaps, plain_word, read_objects
+from pipeline.shards.objects import Objects, overlaps, plain_word
 from pipeline.shards.sample import Sample
 from pipeline.sources.coco_annotations import class_word
 
@@ -130,19 +128,10 @@ def evaluate_detection(
 def batches_of(samples: Iterable[Sample], batch: int, threads: int) -> Iterator[tuple[list[Tensor], list[Objects]]]:
     """Images, uint8 [3, H, W] as they are stored, and what is marked in them; unreadable ones are left out."""
 
-    def marked(sample: Sample) -> tuple[str, Objects]:
-        return sample.key, read_objects(sample)
-
-    read = readable_images(iter(samples), as_stored, marked, threads)
-    while rows := list(islice(read, batch)):
-        for image, (key, objects) in rows:
+    for rows in evaluation_batches(samples, (ImageReader(), ObjectsReader()), batch, threads):
+        for image, objects, key in zip(rows["image"], rows["objects"], rows["key"], strict=True):
             objects.check_size(image.shape[1], image.shape[2], key)
-        yield [image for image, _ in rows], [objects for _, (_, objects) in rows]
-
-
-def as_stored(pixels: Pixels) -> Tensor:
-    """uint8 [H, W, 3] to uint8 [3, H, W]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        yield rows["image"], rows["objects"]
 
 
 class ProposalRecall:
@@ -193,5 +182,5 @@ def finding_ranks(proposals: NDArray[np.float64], boxes: NDArray[np.float64]) ->
 def as_detector(method: object, address: str) -> Detector:
     """``method``, if it has ``predict``; raises ``SettingError`` if not."""
     has = callable(getattr(method, "predict", None))
-    require(has, "checkpoint", address, "a method that finds the things that words name (it has `predict`)")
+    require(has, "checkpoint", address, "a method that finds the objects that words name (it has `predict`)")
     return cast(Detector, method)

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.config import require
-from pipeline.evaluation.encoder import inference
+from pipeline.evaluation.encoder import Evaluable, inference
 from pipeline.evaluation.models import load_model
-from pipeline.evaluation.suite import Evaluable
 from pipeline.evaluation.zero_shot import classifier
 from pipeline.loaders.images import crop_words, decode, read_crops
 from pipeline.loaders.samples import UnreadableSample

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.config import require
+from pipeline.loaders.images import ImageTransform
 from pipeline.loaders.text import cut_text
 
 TEXTS_AT_ONCE = 512
@@ -24,6 +26,14 @@ class Encoder(Protocol):
 
     def encode_text(self, text: Tensor) -> Tensor:
         """Tokens, int64 ``[B, L]`` -> L2-normalised float ``[B, D]``."""
+        ...
+
+
+class Evaluable(Encoder, Protocol):
+    """An encoder that says how images become its input; every method here is one."""
+
+    def transforms(self, train: bool) -> ImageTransform:
+        """``train=False``: the transform of evaluation."""
         ...
 
 
@@ -57,3 +67,10 @@ def encode_tokens(model: Encoder, tokens: Tensor, device: torch.device) -> Tenso
     parts = (cut_text(chunk, end).to(device) for chunk in tokens.split(TEXTS_AT_ONCE))
     chunks = [model.encode_text(part).float() for part in parts]
     return functional.normalize(torch.cat(chunks), dim=-1)
+
+
+def as_encoder(model: object, address: str) -> Evaluable:
+    """``model``, if it encodes images and texts; raises ``SettingError`` if not."""
+    both = all(callable(getattr(model, name, None)) for name in ("encode_image", "encode_text"))
+    require(both, "checkpoint", address, "a model that encodes images and texts")
+    return cast(Evaluable, model)

@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.config import require
 from pipeline.dataset import PARTS, Card, load_card
 from pipeline.errors import DataError
-from pipeline.evaluation.suite import DEFAULT_TEMPLATES
+from pipeline.evaluation.classes import DEFAULT_TEMPLATES
 from pipeline.shards.storage import Folder
 from pipeline.sources import open_source
 from pipeline.sources.drawn.sets import wanted_class

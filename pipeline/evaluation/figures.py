@@ -37,6 +37,21 @@ def sample_grid(images: Tensor, captions: Sequence[str], columns: int = 4, title
     return figure
 
 
+def sample_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> "Figure":
+    """Samples that are no images: a line of texts for each, wrapped and cut."""
+    figure = _figure(2.6 * max(2, len(head)), 0.5 * (len(rows) + 1) + 0.6, title)
+    axis = figure.subplots()
+    axis.axis("off")
+    cells = [[_lines(text, 34, 2) for text in row] for row in rows] or [[""] * len(head)]
+    drawn = axis.table(cells, colLabels=[_lines(text, 34, 1) for text in head], loc="center", cellLoc="left")
+    drawn.auto_set_font_size(False)
+    drawn.set_fontsize(8)
+    drawn.scale(1, 2)
+    for cell in drawn.get_celld().values():
+        cell.get_text().set_parse_math(False)
+    return figure
+
+
 def image_grid(images: Sequence[Tensor], captions: Sequence[str], columns: int = 4, title: str = "") -> "Figure":
     """Images of any sizes, each uint8 ``[3, H, W]``, large enough to read what is written on them."""
     rows = -(-len(images) // columns)

@@ -29,18 +29,12 @@ from torch.nn import functional
 
 from pipeline.config import require
 from pipeline.errors import SettingError
+from pipeline.evaluation.classes import IMAGENET, Labels, labelled_batches, read_classes
 from pipeline.evaluation.data import CardData, Data, open_data
-from pipeline.evaluation.encoder import inference
-from pipeline.evaluation.suite import (
-    IMAGENET,
-    Evaluable,
-    Evaluations,
-    PreparedSet,
-    labelled_batches,
-    name_and_data,
-    read_classes,
-    read_label,
-)
+from pipeline.evaluation.encoder import Evaluable, inference
+from pipeline.evaluation.readers import read_label
+from pipeline.evaluation.suite import name_and_data
+from pipeline.evaluation.task import ACCURACY, Column, PreparedSet, Reading, Report
 from pipeline.evaluation.zero_shot import Counts, label_ranks
 from pipeline.loaders.images import ImageTransform, Pixels, crop_words
 from pipeline.loaders.order import RandomStream, permutation
@@ -52,7 +46,7 @@ from pipeline.sources import open_source
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "linear_probe"
+REPORT = Report("linear_probe", "linear probe", (*ACCURACY, Column("trained_on", "trained on", ",.0f")))
 DECADES, WIDEST, FINEST = 6, 2.0, 1 / 8  # the penalty is sought in 10 ** (-6 ... 6)
 Chosen = dict[str, float]
 
@@ -121,9 +115,9 @@ class ProbeSets:
             require(many in (0, len(self.data)), name, many, f"none, or one for each of the {len(self.data)} of data")
         self.settings()
 
-    def settings(self) -> Evaluations:
+    def settings(self) -> Reading:
         """How images are read and encoded, for what the evaluations share."""
-        return Evaluations(
+        return Reading(
             evaluation_batch=self.encoding_batch,
             evaluation_precision=self.encoding_precision,
             evaluation_threads=self.decoding_threads,
@@ -151,7 +145,7 @@ class ProbeSets:
         label = self.label or (card.label if card else "label")
 
         def of(what: Data, limit: int | None) -> PreparedSet:
-            return PreparedSet(name, "zero_shot", what, limit, classes, (), label, "auto")
+            return PreparedSet(name, REPORT.prefix, what, limit, Labels(classes, (), label))
 
         classes = self._classes(opened, name, label)
         return PreparedProbe(
@@ -200,7 +194,7 @@ def part_of(data: Data, part: str) -> CardData | None:
     return CardData(open_source({**card.source, **card.few_shot.parts[part]}), card)
 
 
-def linear_probe(model: Evaluable, sets: tuple[PreparedProbe, ...], settings: Evaluations, probe: Probe) -> Chosen:
+def linear_probe(model: Evaluable, sets: tuple[PreparedProbe, ...], settings: Reading, probe: Probe) -> Chosen:
     """Probe on all sets: ``{"linear_probe/<set>/top1": ..., ".../mean_per_class": ..., ".../log10_c": ...}``.
 
     Raises:
@@ -210,12 +204,14 @@ def linear_probe(model: Evaluable, sets: tuple[PreparedProbe, ...], settings: Ev
     metrics: Chosen = {}
     for one in sets:
         found = _probe_one(model, one, settings, probe)
-        logger.info("%s %s: %s", PREFIX, one.name, ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
-        metrics |= {f"{PREFIX}/{one.name}/{name}": value for name, value in found.items()}
+        logger.info(
+            "%s %s: %s", REPORT.prefix, one.name, ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+        )
+        metrics |= {f"{REPORT.prefix}/{one.name}/{name}": value for name, value in found.items()}
     return metrics
 
 
-def _probe_one(model: Evaluable, one: PreparedProbe, settings: Evaluations, probe: Probe) -> Chosen:
+def _probe_one(model: Evaluable, one: PreparedProbe, settings: Reading, probe: Probe) -> Chosen:
     def features(what: PreparedSet, views: int = 0) -> Shots:
         return embed(model, what, settings, probe, views)
 
@@ -297,7 +293,7 @@ def by_sgd(train: Shots, classes: int, probe: Probe) -> Linear:
     return Linear(weight.detach(), bias.detach(), {})
 
 
-def embed(model: Evaluable, one: PreparedSet, settings: Evaluations, probe: Probe, views: int = 0) -> Shots:
+def embed(model: Evaluable, one: PreparedSet, settings: Reading, probe: Probe, views: int = 0) -> Shots:
     """Features, float32 [N, V, D] on the CPU: of the evaluation's view, or of ``views`` random crops.
 
     A crop is a pure function of (seed, view, image).
@@ -367,7 +363,7 @@ def random_view(still: ImageTransform, seed: int, view: int) -> RandomView:
 
 
 def _one_look(
-    model: Evaluable, one: PreparedSet, settings: Evaluations, look: ImageTransform, kind: str
+    model: Evaluable, one: PreparedSet, settings: Reading, look: ImageTransform, kind: str
 ) -> tuple[Tensor, Tensor]:
     features, labels = [], []
     for batch in labelled_batches(look, one, settings):

@@ -3,7 +3,7 @@
 import torch
 
 from pipeline.evaluation.detection import as_detector
-from pipeline.evaluation.suite import Evaluable, as_encoder
+from pipeline.evaluation.encoder import Evaluable, as_encoder
 from pipeline.models.class_vectors import UNTRAINED, untrained
 from pipeline.models.detections import Detector
 from pipeline.models.method import Method

@@ -16,9 +16,8 @@ from pipeline.config import require
 from pipeline.dataset import check_templates
 from pipeline.errors import SettingError
 from pipeline.evaluation.embedder import Precision
-from pipeline.evaluation.encoder import inference
+from pipeline.evaluation.encoder import Evaluable, inference
 from pipeline.evaluation.models import load_model
-from pipeline.evaluation.suite import Evaluable
 from pipeline.loaders.images import decode
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.models import class_vectors

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from pipeline.errors import DataError, SettingError, SnapshotError
-from pipeline.evaluation.suite import Evaluations, EvaluationSet, evaluate, prepare, read_classes, read_templates
+from pipeline.evaluation.classes import read_classes, read_templates
+from pipeline.evaluation.suite import Evaluations, evaluate
 from pipeline.shards.snapshot import Snapshot
 
 MakeSnapshot = Callable[..., Snapshot]
@@ -82,7 +83,7 @@ def test_class_numbers_are_labels_too(
 
 def test_a_cap_takes_samples_from_everywhere(row: MakeRow, make_snapshot: MakeSnapshot, tmp_path: Path) -> None:
     snapshot = make_snapshot([row(name) for name in NAMES for _ in range(6)])  # sorted by class
-    one = prepare(EvaluationSet(name="a", data=snapshot.uri, kind="retrieval", samples=6))
+    one = Evaluations(retrieval=(f"a={snapshot.uri}",), evaluation_samples=6).prepare().sets[0]
     assert [json.loads(sample.fields["json"])["label"] for sample in one.samples()] == sorted(
         NAMES * 2, key=NAMES.index
     )
@@ -90,7 +91,7 @@ def test_a_cap_takes_samples_from_everywhere(row: MakeRow, make_snapshot: MakeSn
 
 def test_a_cap_holds_for_cards_too(colour_card: Callable[..., str]) -> None:
     for cap in (1, 7, 19, 20, 1000):
-        one = prepare(EvaluationSet(name="a", data=colour_card(20), kind="retrieval", samples=cap))
+        one = Evaluations(retrieval=(f"a={colour_card(20)}",), evaluation_samples=cap).prepare().sets[0]
         keys = [sample.key for sample in one.samples()]
         assert len(keys) == len(set(keys)) == min(cap, 20)
 

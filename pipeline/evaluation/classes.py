@@ -1,0 +1,113 @@
+"""Class names and prompts of a set, from the setting that names them, and the batches of a labelled set."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from pipeline.config import require
+from pipeline.dataset import Card
+from pipeline.errors import SettingError
+from pipeline.evaluation.data import evaluation_batches
+from pipeline.evaluation.readers import ClassReader, ImageReader
+from pipeline.evaluation.task import PreparedSet, Reading
+from pipeline.loaders.images import ImageTransform
+from pipeline.shards.storage import Folder
+
+IMAGENET = ("imagenet", "imagenet_v2", "imagenet_sketch")  # the sets with all of ImageNet's 1,000 classes
+DEFAULT_TEMPLATES = ("a photo of a {}.",)  # section 3.1.4 of the CLIP paper
+CLASSES = "auto, imagenet, or a file with one name a line (or a YAML or JSON list)"
+TEMPLATES = "auto, imagenet (80), imagenet-simple (7), none, or a file with one template a line"
+CLASSES_HELP = "Class names: auto (the card's, or ImageNet's for a set named imagenet), imagenet, or a file of names."
+LABEL_HELP = "Key of the samples' json that holds the class; empty for the card's; cls for webdataset's member .cls."
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a labelled set is classified into. ``label`` is where its samples hold their class."""
+
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+    label: str
+
+
+def label_key(setting: str, card: Card | None) -> str:
+    """The key that ``setting`` means for a set with this card."""
+    return setting or (card.label if card else "label")
+
+
+def labelled_batches(transform: ImageTransform, one: PreparedSet, reading: Reading) -> Iterator[dict[str, Any]]:
+    """``image`` uint8 ``[B, 3, H, W]`` and ``label`` int64 ``[B]``, of a set that has :class:`Labels`."""
+    labels: Labels = one.ready
+    readers = (ImageReader(transform), ClassReader(one.name, labels.label, labels.classes))
+    return evaluation_batches(one.samples(), readers, reading.evaluation_batch, reading.evaluation_threads)
+
+
+def read_classes(setting: str, card: Card | None, name: str) -> tuple[str, ...]:
+    """The class names that ``setting`` means for a set with this card and name."""
+    if setting == "imagenet" or (setting == "auto" and not (card and card.classes) and name in IMAGENET):
+        from open_clip import IMAGENET_CLASSNAMES
+
+        return tuple(IMAGENET_CLASSNAMES)
+    if setting == "auto":
+        if card is None or not card.classes:
+            raise SettingError("classes", setting, f"for {name}, which has no card with classes: {CLASSES}")
+        return card.classes
+    return lines_of("classes", setting, CLASSES)
+
+
+def read_templates(setting: str, card: Card | None, name: str) -> tuple[str, ...]:
+    """The prompt templates that ``setting`` means, each with one ``{}``."""
+    if setting == "none":
+        return ("{}",)
+    own = card.templates if card else ()
+    if setting in ("imagenet", "imagenet-simple") or (setting == "auto" and not own and name in IMAGENET):
+        from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+
+        chosen = SIMPLE_IMAGENET_TEMPLATES if setting == "imagenet-simple" else OPENAI_IMAGENET_TEMPLATES
+        return tuple(template("{}") for template in chosen)
+    if setting == "auto":
+        return own or DEFAULT_TEMPLATES
+    templates = lines_of("templates", setting, TEMPLATES)
+    for template in templates:
+        require(template.count("{}") == 1, f"templates in {setting}", template, "exactly one {} for the class name")
+    return templates
+
+
+def json_of(field: str, place: str, allowed: str) -> object:
+    """What the JSON file at ``place`` holds; ``allowed`` is said of ``field`` where it cannot be read."""
+    try:
+        return json.loads(text_of(field, place, allowed))
+    except ValueError as error:  # annotation files are large: PyYAML would take minutes
+        raise SettingError(field, place, f"well-formed JSON ({error})") from error
+
+
+def text_of(field: str, place: str, allowed: str) -> str:
+    """The text of the file at ``place``; the rest as :func:`json_of`."""
+    folder, _, name = place.rpartition("/")
+    try:
+        return Folder(folder or ("/" if place.startswith("/") else ".")).read_text(name)
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise SettingError(field, place, f"{allowed} ({error})") from error
+
+
+def lines_of(field: str, place: str, allowed: str) -> tuple[str, ...]:
+    """The lines of the file at ``place``, or the list in it; the rest as :func:`json_of`."""
+    text = text_of(field, place, allowed)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if place.endswith((".yaml", ".yml", ".json")):
+        lines = _list_of(field, place, text)
+    require(bool(lines), field, place, "a file that is not empty")
+    return tuple(lines)
+
+
+def _list_of(field: str, place: str, text: str) -> list[str]:
+    try:
+        plain = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingError(field, place, f"well-formed YAML or JSON ({error})") from error
+    if not isinstance(plain, list) or not all(isinstance(line, str) for line in plain):
+        raise SettingError(field, place, "a YAML or JSON file that is a list of texts")
+    return plain

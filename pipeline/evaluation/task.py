@@ -1,0 +1,144 @@
+"""What a kind of evaluation is: a module of :mod:`pipeline.evaluation.tasks` with one :class:`Task`.
+
+Its flag is the module's name. The fields of its ``Config`` are the options that a set may bring in its argument,
+``NAME=DATA,option=value``; those made by :func:`option` with a ``flag`` are also flags, for all sets of the kind.
+"""
+
+import inspect
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import pipeline.evaluation.tasks
+from pipeline.config import require
+from pipeline.evaluation.data import Data
+from pipeline.shards.sample import Sample
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Cache = dict[object, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of a report: the metric's name, the head of its column, and how it is written; percent by default."""
+
+    name: str
+    title: str = ""
+    format: str = ""
+
+    def shown(self, value: float | None) -> str:
+        """The number as text."""
+        if value is None:
+            return "-"
+        return format(value, self.format) if self.format else f"{100 * value:.2f} %"
+
+
+@dataclass(frozen=True)
+class Report:
+    """How metrics named ``<prefix>/<set>/<column>`` are shown."""
+
+    prefix: str
+    title: str
+    columns: tuple[Column, ...]
+
+
+SAMPLES = Column("samples", format=",.0f")
+ACCURACY = (
+    *(Column("top1", "top-1"), Column("top5", "top-5"), Column("mean_per_class", "per class")),
+    *(Column("chance"), SAMPLES),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How the samples of all sets are read and encoded."""
+
+    evaluation_samples: int | None = None
+    """Samples of each set, taken at equal distances; all of them where it is not given."""
+    evaluation_batch: int = 64
+    """Samples encoded at a time."""
+    evaluation_precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the towers; similarities are always fp32."""
+    evaluation_threads: int = 4
+    """Threads that decode samples."""
+
+    def __post_init__(self) -> None:
+        cap = self.evaluation_samples
+        require(cap is None or cap > 0, "evaluation_samples", cap, "1 or more")
+        require(1 <= self.evaluation_batch <= 65_536, "evaluation_batch", self.evaluation_batch, "1 to 65,536")
+        require(1 <= self.evaluation_threads <= 256, "evaluation_threads", self.evaluation_threads, "1 to 256")
+
+
+@dataclass(frozen=True)
+class PreparedSet:
+    """A set with its data found. ``ready`` is what its task's ``prepare`` gave."""
+
+    name: str
+    kind: str
+    data: Data
+    limit: int | None
+    ready: Any = None
+
+    def samples(self, most: int | None = None) -> Iterator[Sample]:
+        """The samples to evaluate on; at most ``most`` of them."""
+        limits = [limit for limit in (self.limit, most) if limit is not None]
+        return self.data.samples(min(limits, default=None))
+
+
+class Task(ABC):
+    """A kind of evaluation."""
+
+    report: ClassVar[Report]
+    help: ClassVar[str]
+    rank: ClassVar[int] = 9  # where its sets and its table stand among the others
+    Config: ClassVar[type[Any]]
+
+    @abstractmethod
+    def check(self, model: object, one: PreparedSet) -> None:
+        """Raise ``SettingError`` if ``model`` cannot do what the set needs."""
+
+    @abstractmethod
+    def prepare(self, config: Any, data: Data, name: str) -> Any:
+        """What the set needs besides its data, from its options; becomes :attr:`PreparedSet.ready`.
+
+        Raises:
+            SettingError: options or data that cannot work.
+        """
+
+    @abstractmethod
+    def run(self, model: Any, one: PreparedSet, reading: Reading, cache: Cache) -> dict[str, float]:
+        """The metrics of a set. ``cache`` lives as long as the model is evaluated, for what sets share."""
+
+    def figures(self, model: Any, one: PreparedSet, title: str) -> dict[str, "Figure"]:
+        """Figures of a few samples; the set's name and a slash come behind each name."""
+        return {}
+
+
+def option(default: Any, flag: str = "", help: str = "") -> Any:
+    """An option of a set; with ``flag`` also a flag of that name, the default of all sets of the kind."""
+    return field(default=default, metadata={"flag": flag, "help": help})
+
+
+def task_names() -> list[str]:
+    """The kinds that exist, by their rank."""
+    found = [module.name for module in pkgutil.iter_modules(pipeline.evaluation.tasks.__path__)]
+    return sorted(found, key=lambda name: (_task(name).rank, name))
+
+
+def tasks() -> dict[str, Task]:
+    """All kinds by name, in the order of :func:`task_names`."""
+    return {name: _task(name) for name in task_names()}
+
+
+def _task(name: str) -> Task:
+    module = import_module(f"pipeline.evaluation.tasks.{name}")
+    classes: list[type[Any]] = [value for _, value in inspect.getmembers(module, inspect.isclass)]
+    found = [value for value in classes if issubclass(value, Task) and value.__module__ == module.__name__]
+    assert len(found) == 1, f"{module.__name__} must define exactly one Task, not {found}"
+    made: Task = found[0]()
+    return made

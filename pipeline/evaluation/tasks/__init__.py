@@ -1,0 +1,1 @@
+"""Kinds of evaluation: one file each, found by name; see ``pipeline/evaluation/task.py``."""
