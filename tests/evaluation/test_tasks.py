@@ -43,7 +43,7 @@ class WordReader:
 class Counting(Task):
     report = Report("counting", "counting", (Column("share", "with it"), SAMPLES))
     help = "Sets whose words are counted."
-    Config = Config
+    options = Config
     def check(self, model, one):
         pass
     def prepare(self, config, data, name):
