@@ -75,7 +75,7 @@ class Sets(Reading):
 
     def _set(self, kind: str, one: Task, text: str) -> EvaluationSet:
         text, own = own_options(text)
-        allowed = [option.name for option in fields(one.Config)]
+        allowed = [option.name for option in fields(one.options)]
         for name, value in own.items():
             require(
                 name in (*allowed, "samples"), kind, f"{name}={value}", "one of " + ", ".join((*allowed, "samples"))
@@ -90,7 +90,7 @@ class Sets(Reading):
             data=data,
             kind=kind,
             samples=self.evaluation_samples if cap is None else int(cap),
-            config=from_plain(one.Config, {**shared, **own}, origin=kind),
+            config=from_plain(one.options, {**shared, **own}, origin=kind),
             own=frozenset(own),
         )
 
@@ -112,7 +112,7 @@ class Sets(Reading):
 
 def flags_of(one: Task) -> dict[str, str]:
     """The options of a task's sets that are flags for all of them, with the flags' names."""
-    return {option.name: option.metadata["flag"] for option in fields(one.Config) if option.metadata.get("flag")}
+    return {option.name: option.metadata["flag"] for option in fields(one.options) if option.metadata.get("flag")}
 
 
 def evaluations_class() -> type[Sets]:
@@ -124,10 +124,10 @@ def evaluations_class() -> type[Sets]:
     ]
     options: dict[str, tuple[str, Any, Any]] = {}
     for one in found.values():
-        for given in fields(one.Config):
+        for given in fields(one.options):
             flag = given.metadata.get("flag")
             if flag:
-                kind: Any = Annotated[given.type, tyro.conf.arg(help=given.metadata["help"])]  # type: ignore[valid-type]
+                kind: Any = Annotated[given.type, tyro.conf.arg(help=given.metadata["help"])]
                 options.setdefault(flag, (flag, kind, field(default=given.default)))
     made = make_dataclass("Evaluations", [*kinds, *options.values()], bases=(Sets,), frozen=True, kw_only=True)
     made.__module__, made.__doc__ = __name__, "Which sets are evaluated, and how."

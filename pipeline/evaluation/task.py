@@ -96,7 +96,7 @@ class Task(ABC):
     report: ClassVar[Report]
     help: ClassVar[str]
     rank: ClassVar[int] = 9  # where its sets and its table stand among the others
-    Config: ClassVar[type[Any]]
+    options: ClassVar[type[Any]]  # the module's Config
 
     @abstractmethod
     def check(self, model: object, one: PreparedSet) -> None:

@@ -25,7 +25,7 @@ class Classification(Task):
     report = Report("classification", "classification", ACCURACY)
     help = "Classification sets for the own head of a fine-tuned model, named in the same way."
     rank = 2
-    Config = Config
+    options = Config
 
     def check(self, model: object, one: PreparedSet) -> None:
         """It is an encoder with a head."""

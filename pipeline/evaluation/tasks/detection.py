@@ -61,7 +61,7 @@ class Detection(Task):
     report = Report("det", "detection", (*map(_column, MEASURED), SAMPLES))
     help = "Sets with boxes (and masks) for a detector, named in the same way."
     rank = 3
-    Config = Config
+    options = Config
 
     def check(self, model: object, one: PreparedSet) -> None:
         """It finds what words name."""

@@ -54,7 +54,7 @@ class Retrieval(Task):
     )
     help = "Retrieval sets, named in the same way."
     rank = 1
-    Config = Config
+    options = Config
 
     def check(self, model: object, one: PreparedSet) -> None:
         """It encodes images and texts."""

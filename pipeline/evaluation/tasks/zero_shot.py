@@ -37,7 +37,7 @@ class ZeroShot(Task):
     report = Report("zeroshot", "zero-shot", ACCURACY)
     help = "Classification sets: dataset cards or snapshot folders; NAME=DATA gives a set a name of its own."
     rank = 0
-    Config = Config
+    options = Config
 
     def check(self, model: object, one: PreparedSet) -> None:
         """It encodes images and texts."""
