@@ -31,7 +31,7 @@ def test_smoke_makes_a_snapshot_that_webdataset_reads(job: Type, tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["url"], "one of urls, folder"),
+        (["url"], "one of coco, drawn"),
         (["urls", "--url-list", "/no/such.parquet", "--output-folder", "OUT"], "url_list: '/no/such.parquet'"),
         (["urls", "--url-list", "LIST", "--url-col", "link", "--output-folder", "OUT"], "url_col: 'link'"),
         (["urls", "--url-list", "EMPTY", "--output-folder", "OUT"], "at least one row"),
