@@ -16,10 +16,10 @@ import tyro
 
 from pipeline.config import require, run_job, writable_folder
 from pipeline.errors import DataError, SettingError
-from pipeline.evaluation.detection import as_stored
 from pipeline.evaluation.drawing import draw_detections
 from pipeline.evaluation.encoder import inference
 from pipeline.evaluation.models import load_detector
+from pipeline.evaluation.readers import as_stored
 from pipeline.evaluation.report import detections_table
 from pipeline.loaders.images import Pixels, decode
 from pipeline.loaders.samples import UnreadableSample

@@ -142,7 +142,7 @@ def _readable(samples: Iterator[Sample], readers: Sequence[Reader], threads: int
 
 def _read(sample: Sample, readers: Sequence[Reader]) -> dict[str, Any] | UnreadableSample:
     try:
-        return {key: value for reader in readers for key, value in reader.read(sample).items()}
+        return {key: value for reader in readers for key, value in reader.read(sample, None).items()}
     except UnreadableSample as error:
         return error
 
