@@ -13,9 +13,13 @@ IN_PROCESS = Workers(processes_count=0)
 
 
 def drawn_snapshot(
-    folder: Folder, samples: int = 64, rows_per_shard: int = 16, workers: Workers = IN_PROCESS
+    folder: Folder,
+    samples: int = 64,
+    rows_per_shard: int = 16,
+    workers: Workers = IN_PROCESS,
+    card: str | None = "drawn",
 ) -> Snapshot:
     """``samples`` drawn images of 64 pixels a side in ``folder``; what is there is kept."""
     options = replace(AS_IT_IS, number_sample_per_shard=rows_per_shard)
     source = open_source({"kind": "drawn", "samples": samples, "size": 64})
-    return refresh(source, folder, options, workers, card="drawn")
+    return refresh(source, folder, options, workers, card=card)

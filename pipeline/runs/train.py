@@ -73,6 +73,6 @@ def pretrain(job: Pretraining, keeps: bool = True) -> None:
 def drawn(job: Job, scratch: str) -> Job:
     """The job with places in ``scratch`` where it was given none: data that are drawn now, and the run's folder."""
     if not job.run.data:
-        drawn_snapshot(Folder(f"{scratch}/data"), job.draw, rows_per_shard=32)
+        drawn_snapshot(Folder(f"{scratch}/data"), job.draw, rows_per_shard=32, card=None)  # a job names its own classes
     data, output_folder = job.run.data or f"{scratch}/data", job.run.output_folder or f"{scratch}/run"
     return replace(job, run=replace(job.run, data=data, output_folder=output_folder))

@@ -17,6 +17,7 @@ from pipeline.errors import DataError, SettingError
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.models.clip import Config
 from pipeline.models.proposals import Proposals
+from pipeline.shards.snapshot import Snapshot
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.launch import _own_error, finished, follower, launch, own_threads, worker_resources
 from pipeline.training.loop import Outcome, TrainingError
@@ -102,10 +103,12 @@ def test_more_workers_than_this_machine_has(run: MakeRun, tiny_config: Config, r
         launch(plan)
 
 
-def test_what_needs_gpus_is_refused_before_workers_are_asked_for(run: MakeRun, ray_cluster: Any) -> None:
+def test_what_needs_gpus_is_refused_before_workers_are_asked_for(
+    run: MakeRun, make_snapshot: Callable[..., Snapshot], ray_cluster: Any
+) -> None:
     """In a sentence; torch's SyncBatchNorm would kill the workers again and again."""
     config = replace(Proposals.smallest(), norm="batch")
-    plan, _ = prepare(config, run(workers=2))
+    plan, _ = prepare(config, run(workers=2, data=make_snapshot((8,), regions=("teacher", 4)).folder))
     with pytest.raises(SettingError, match="norm: 'batch' is not allowed"):
         launch(plan)
 
