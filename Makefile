@@ -60,8 +60,8 @@ demo: setup ## Refresh, pre-train, evaluate on a local Ray and MLflow; ends with
 test: setup ## Run the tests but the slow ones (make test ARGS='tests/shards -k tar')
 	@.venv/bin/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow" $(ARGS)
 
-test-all: setup ## Run every test, clusters and killed nodes included
-	@.venv/bin/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+test-all: test ## Run every test: after those of `make test` the slow ones, one at a time, as they watch the clock
+	@.venv/bin/python -m pytest -m slow $(ARGS)
 
 check: setup ## Formatting, lint and types
 	@.venv/bin/ruff format --check .

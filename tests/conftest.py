@@ -60,10 +60,12 @@ CLUSTERS = {"ray_cluster", "nodes"}
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a Ray, and slow ones, run in one process of pytest-xdist: one Ray serves them all."""
+    """Tests that need a Ray run in one process of pytest-xdist, so that one Ray serves them; slow ones may take longer."""
     for item in items:
-        if CLUSTERS & set(getattr(item, "fixturenames", ())) or item.get_closest_marker("slow"):
+        if CLUSTERS & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group("ray"))
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(900))
 
 
 @pytest.fixture(autouse=True)

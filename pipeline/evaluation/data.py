@@ -8,7 +8,7 @@ import json
 import logging
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from pipeline.config import require
 from pipeline.dataset import Card, card_names, load_card
 from pipeline.errors import DataError
-from pipeline.evaluation.readers import Reader
+from pipeline.loaders.batches import Reader
 from pipeline.loaders.samples import Samples, UnreadableSample
 from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Snapshot, read_snapshot
@@ -118,9 +118,9 @@ def evaluation_batches(
     Raises:
         DataError: not one sample is readable.
     """
-    rows = _readable(iter(samples), readers, threads)
+    rows: Iterator[Mapping[str, Any]] = _readable(iter(samples), readers, threads)
     while together := list(islice(rows, batch)):
-        yield {key: value for reader in readers for key, value in reader.collate(together).items()}
+        yield {key: value for reader in readers for key, value in reader.collate(list(together)).items()}
 
 
 def _readable(samples: Iterator[Sample], readers: Sequence[Reader], threads: int) -> Iterator[dict[str, Any]]:

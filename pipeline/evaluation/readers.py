@@ -6,13 +6,14 @@ They have the shape of the training's readers; ``at``, the place in the training
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.errors import DataError
+from pipeline.loaders.batches import SamplePosition
 from pipeline.loaders.images import ImageTransform, Pixels, decode
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.loaders.text import read_caption
@@ -22,27 +23,6 @@ from pipeline.shards.sample import Sample
 Rows = Sequence[Mapping[str, Any]]
 
 
-class Reader(Protocol):
-    """Some keys of a sample."""
-
-    @property
-    def fields(self) -> Sequence[str]:
-        """The sample fields that it reads (``image`` for an image of any format)."""
-        ...
-
-    def read(self, sample: Sample, at: tuple[int, int] | None = None) -> dict[str, Any]:
-        """The keys of one sample; called in several threads.
-
-        Raises:
-            UnreadableSample: the sample is left out.
-        """
-        ...
-
-    def collate(self, rows: Rows) -> dict[str, Any]:
-        """The keys of a batch."""
-        ...
-
-
 @dataclass(frozen=True)
 class ImageReader:
     """``image``: uint8 ``[B, 3, H, W]``; without a transform a list of images as they are stored, of any sizes."""
@@ -50,7 +30,7 @@ class ImageReader:
     transform: ImageTransform | None = None
     fields = ("image",)
 
-    def read(self, sample: Sample, at: tuple[int, int] | None = None) -> dict[str, Any]:
+    def read(self, sample: Sample, at: SamplePosition | None = None) -> dict[str, Any]:
         """The decoded image, uint8 ``[3, H, W]``."""
         content = sample.image()
         if content is None:
@@ -72,7 +52,7 @@ class ClassReader:
     classes: tuple[str, ...]
     fields = ("json",)
 
-    def read(self, sample: Sample, at: tuple[int, int] | None = None) -> dict[str, Any]:
+    def read(self, sample: Sample, at: SamplePosition | None = None) -> dict[str, Any]:
         """The class as the sample says it."""
         return {"label": read_label(sample, self.key)}
 
@@ -97,7 +77,7 @@ class CaptionsReader:
     where: str = "auto"
     fields = ()
 
-    def read(self, sample: Sample, at: tuple[int, int] | None = None) -> dict[str, Any]:
+    def read(self, sample: Sample, at: SamplePosition | None = None) -> dict[str, Any]:
         """The captions."""
         return {"captions": read_captions(sample, self.where)}
 
@@ -115,7 +95,7 @@ class FirstCaptionReader:
     where: str = "auto"
     fields = ()
 
-    def read(self, sample: Sample, at: tuple[int, int] | None = None) -> dict[str, Any]:
+    def read(self, sample: Sample, at: SamplePosition | None = None) -> dict[str, Any]:
         """The first caption."""
         try:
             return {"caption": read_captions(sample, self.where)[0]}
@@ -133,7 +113,7 @@ class ObjectsReader:
 
     fields = (FIELD,)
 
-    def read(self, sample: Sample, at: tuple[int, int] | None = None) -> dict[str, Any]:
+    def read(self, sample: Sample, at: SamplePosition | None = None) -> dict[str, Any]:
         """The marked objects of one sample."""
         return {"key": sample.key, "objects": read_objects(sample)}
 
