@@ -60,7 +60,7 @@ CLUSTERS = {"ray_cluster", "nodes"}
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a Ray run in one process of pytest-xdist, so that one Ray serves them; slow ones may take longer."""
+    """Tests that need a Ray run in one process of pytest-xdist: one Ray serves them. Slow ones may take longer."""
     for item in items:
         if CLUSTERS & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group("ray"))
