@@ -11,7 +11,7 @@ ARCHITECTURE:untrained for random weights. A set is a dataset card or the folder
 metrics join that MLflow run, at the checkpoint's step or --step; with --track they make a run of their own.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import tyro
@@ -82,6 +82,7 @@ PRESETS: dict[str, tuple[str, Evaluate]] = {
 
 def main(run: Evaluate) -> None:
     """Wire model, sets and tracker; everything is checked before the model is loaded."""
+    run = replace(run, evaluations=with_used_settings(run.evaluations))
     sets = run.evaluations.sets()
     require(
         bool(sets),
@@ -99,6 +100,17 @@ def main(run: Evaluate) -> None:
     print(table(metrics))
     if output:
         write_result(output, metrics, {"checkpoint": run.checkpoint, "step": step})
+
+
+def with_used_settings(evaluations: Evaluations) -> Evaluations:
+    """Without those settings of the preset `imagenet` that its sets do not take: nobody typed them."""
+    takers = {"templates": ("zero_shot",), "classes": ("zero_shot", "classification")}
+    unused = [
+        name
+        for name, kinds in takers.items()
+        if getattr(evaluations, name) == "imagenet" and not any(getattr(evaluations, kind) for kind in kinds)
+    ]
+    return replace(evaluations, **dict.fromkeys(unused, "auto"))
 
 
 if __name__ == "__main__":

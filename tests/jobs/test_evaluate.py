@@ -1,6 +1,7 @@
 """The evaluation job as users type it: a table, a JSON file, an MLflow run; wrong options in one sentence."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,13 @@ def test_wrong_options_are_one_sentence(
     out, error = capsys.readouterr()
     assert sentence in " ".join(error.replace("│", " ").split()) and "Traceback" not in error
     assert out == ""
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("zero_shot", 2), ("classification", 1), ("retrieval", 0)])
+def test_the_imagenet_preset_takes_sets_of_every_kind(kind: str, settings: int) -> None:
+    """Its classes and prompts are not those of a set that has none, and nobody typed them."""
+    script = load_job("evaluate")
+    asked = replace(script["PRESETS"]["imagenet"][1].evaluations, **{kind: ("drawn_shapes",)})
+    used = script["with_used_settings"](asked)
+    assert [used.classes, used.templates].count("imagenet") == settings
+    used._check_used(used.sets())
