@@ -116,6 +116,7 @@ def test_ranks_together_are_one(world: int, tmp_path: Path) -> None:
         assert_equal(together, expected)
 
 
+@pytest.mark.slow
 def test_ranks_may_weigh_their_losses(tmp_path: Path) -> None:
     """Rank r multiplies its value by r + 1: features' gradients are those of the weighted sum."""
     ranks = results_of_ranks(2, tmp_path)

@@ -89,6 +89,7 @@ def test_the_loss_and_its_gradients_are_the_plain_ones() -> None:
         torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-11, msg=key)
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_plain_loss_and_gradient(tmp_path: Path) -> None:
     ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in range(2)]
     assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]

@@ -18,6 +18,8 @@ from pipeline.training import distributed
 from pipeline.training.adapt import _spread, adapt
 from tests.training.few_shot import TEMPLATES, make_clip, make_images, short, small
 
+pytestmark = pytest.mark.slow
+
 FIVE = ("red", "dark green", "blue", "very light and pale yellow", "black and white")
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "coop": ("coop", {}),

@@ -139,6 +139,7 @@ def test_kill_nine_in_the_middle(plan: Plan, remember: Any, tmp_path: Path) -> N
     assert printed == {step: losses[step] for step in range(1, 10)}
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_and_go_on_from_one(plan: Plan, remember: Any, tmp_path: Path) -> None:
     """One rank stops at step 6; two ranks go on from step 4 with the same samples and, but for rounding, losses."""
     plan = replace(plan, method=Clip.smallest())  # patch dropout would draw per rank
