@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING
 
 from pipeline.evaluation.data import SnapshotData, evaluation_batches
 from pipeline.evaluation.figures import sample_grid, sample_table
-from pipeline.evaluation.readers import FirstCaptionReader, ImageReader
 from pipeline.evaluation.suite import Prepared
 from pipeline.evaluation.task import tasks
 from pipeline.loaders.images import ImageTransform
+from pipeline.loaders.readers import FirstCaptionReader, ImageReader
 from pipeline.shards.sample import IMAGE_FIELDS, Sample
 from pipeline.shards.snapshot import Snapshot
 
@@ -33,7 +33,9 @@ def snapshot_figure(snapshot: Snapshot, count: int = 16, caption: str = "auto") 
     if not set(snapshot.fields) & set(IMAGE_FIELDS):
         rows = [[sample.key, *(_shown(sample, field) for field in snapshot.fields)] for sample in samples]
         return sample_table(["key", *snapshot.fields], rows, title=f"{name}: {len(rows)} {of_all}")
-    (batch,) = evaluation_batches(samples, (ImageReader(SHOWN), FirstCaptionReader(caption)), count, threads=2)
+    (batch,) = evaluation_batches(
+        samples, (ImageReader(transform=SHOWN), FirstCaptionReader(caption=caption)), count, threads=2
+    )
     return sample_grid(batch["image"], batch["caption"], title=f"{name}: {len(batch['image'])} {of_all}")
 
 

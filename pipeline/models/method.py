@@ -17,8 +17,9 @@ from torch import Tensor, nn
 import pipeline.models
 from pipeline.errors import SettingError
 from pipeline.loaders import tokens
-from pipeline.loaders.batches import ImageReader, Reader, TextReader
+from pipeline.loaders.batches import Reader
 from pipeline.loaders.images import ImageTransform
+from pipeline.loaders.readers import ImageReader, TextReader
 from pipeline.loaders.text import TextSettings, Tokenizer, caption_field
 from pipeline.models.losses import ALONE, Exchange, Gather, alone
 from pipeline.models.towers.layers import Layer, blocks
