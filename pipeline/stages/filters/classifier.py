@@ -31,6 +31,7 @@ class Classifier(Filter):
     """Drop what scores outside the bounds: ``classifier``; ``no_embedding`` or ``no_picture`` where there is none."""
 
     name: ClassVar[str] = "classifier"
+    rank: ClassVar[int] = 11
     classifier: str = ""
     """``package.module:function``."""
     classifier_input: Literal["embeddings", "pictures"] = "embeddings"

@@ -27,6 +27,7 @@ class ClipScore(Filter):
     """Drop pairs that do not fit: ``clip_score``; ``no_score`` where embedding or score is missing."""
 
     name: ClassVar[str] = "clip_score"
+    rank: ClassVar[int] = 8
     scratch: ClassVar[tuple[str, ...]] = ("scores",)
     min_clip_score: float = 0.28
     clip_fraction: float | None = None

@@ -33,6 +33,7 @@ class UidList(Filter):
     """Keep what a list names, as often as it does: ``not_listed``."""
 
     name: ClassVar[str] = "uids"
+    rank: ClassVar[int] = 10
     uids: str = ""
     """The .npy file, local or any fsspec URI (then copied to each node's temporary folder)."""
     uid_column: str = "uid"

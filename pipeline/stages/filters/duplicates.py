@@ -25,6 +25,7 @@ class ExactDuplicates(Filter):
     """Drop images that came before: ``duplicate``."""
 
     name: ClassVar[str] = "exact_duplicates"
+    rank: ClassVar[int] = 5
     scratch: ClassVar[tuple[str, ...]] = ("digests",)
 
     def prepare(self, step: Step) -> None:

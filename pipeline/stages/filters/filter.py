@@ -81,9 +81,14 @@ class Step:
 
 
 class Filter:
-    """The base of filters: no look at all shards, every sample stays."""
+    """The base of filters: no look at all shards, every sample stays.
+
+    A filter is found by its module, see :mod:`pipeline.stages.filters.options`; its ``name`` is a word of ``--steps``.
+    """
 
     name: ClassVar[str]
+    rank: ClassVar[int] = 99
+    """Where its options stand among those of the others."""
     scratch: ClassVar[tuple[str, ...]] = ()
     """Tables of ``prepare`` that nobody needs when the run is over."""
 

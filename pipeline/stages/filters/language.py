@@ -21,6 +21,7 @@ class Language(Filter):
     """Drop captions in other languages, and those of too little probability: ``language``, ``language_unsure``."""
 
     name: ClassVar[str] = "language"
+    rank: ClassVar[int] = 2
     languages: tuple[str, ...] = ("en",)
     """ISO 639-1 codes to keep."""
     min_language_probability: float = 0.0

@@ -18,6 +18,7 @@ class Length(Filter):
     """Drop short and endless captions: ``few_words``, ``few_characters``, ``many_words``."""
 
     name: ClassVar[str] = "length"
+    rank: ClassVar[int] = 1
     min_words: int = 3
     min_characters: int = 6
     max_words: int = 1000

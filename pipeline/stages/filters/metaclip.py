@@ -39,6 +39,7 @@ class MetaClip(Filter):
     """Balance captions over entries: ``no_entry`` without any, ``balanced`` where all its entries are too frequent."""
 
     name: ClassVar[str] = "metaclip"
+    rank: ClassVar[int] = 9
     scratch: ClassVar[tuple[str, ...]] = ("matches", "counts")
     entries: str = ""
     """The list: a JSON list of strings, or a text file with one entry a line; local or any fsspec URI."""

@@ -41,6 +41,7 @@ class PerceptualDuplicates(Filter):
     """Drop images that look like an earlier one: ``near_duplicate``. Those that cannot be decoded stay."""
 
     name: ClassVar[str] = "near_duplicates"
+    rank: ClassVar[int] = 6
     scratch: ClassVar[tuple[str, ...]] = ("hashes", "distinct", "pairs")
     max_hamming: int = 4
 

@@ -26,6 +26,7 @@ class Repetition(Filter):
     """Drop captions that repeat themselves: ``repetition``."""
 
     name: ClassVar[str] = "repetition"
+    rank: ClassVar[int] = 3
     min_repeats: int = 3
     """How often an n-gram of 2 to 4 words has to occur before its share counts; no paper's number."""
 

@@ -34,6 +34,7 @@ class SemanticDuplicates(Filter):
     """Drop images that show what another one shows: ``semantic_duplicate``; ``no_embedding`` where there is none."""
 
     name: ClassVar[str] = "semantic_duplicates"
+    rank: ClassVar[int] = 7
     scratch: ClassVar[tuple[str, ...]] = ("assigned",)
     epsilon: float = 0.05
     clusters: int | None = None

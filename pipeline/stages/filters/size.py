@@ -19,6 +19,7 @@ class Size(Filter):
     """Drop small and stretched images: ``small``, ``aspect``."""
 
     name: ClassVar[str] = "size"
+    rank: ClassVar[int] = 4
     min_side: int = 200
     max_aspect: float = 3.0
     stored_size: bool = False

@@ -14,6 +14,7 @@ class Text(Filter):
     """Drop captions of which cleaning leaves nothing: reason ``no_text``."""
 
     name: ClassVar[str] = "text"
+    rank: ClassVar[int] = 0
 
     def judge(self, view: ShardView, step: Step) -> Verdict:
         """By :func:`pipeline.stages.filters.captions.clean_text`."""
