@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from pipeline.evaluation.data import SnapshotData, evaluation_batches
 from pipeline.evaluation.figures import sample_grid, sample_table
 from pipeline.evaluation.readers import FirstCaptionReader, ImageReader
-from pipeline.evaluation.suite import Prepared
+from pipeline.evaluation.suite import PreparedSuite
 from pipeline.evaluation.task import tasks
 from pipeline.loaders.images import ImageTransform
 from pipeline.shards.sample import IMAGE_FIELDS, Sample
@@ -37,7 +37,7 @@ def snapshot_figure(snapshot: Snapshot, count: int = 16, caption: str = "auto") 
     return sample_grid(batch["image"], batch["caption"], title=f"{name}: {len(batch['image'])} {of_all}")
 
 
-def model_figures(model: object, prepared: Prepared, title: str = "") -> dict[str, "Figure"]:
+def model_figures(model: object, prepared: PreparedSuite, title: str = "") -> dict[str, "Figure"]:
     """``<figure>/<set>`` for every figure that a set's task draws, of a few of its samples."""
     kinds = tasks()
     figures: dict[str, Figure] = {}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from pipeline.config import require
-from pipeline.stages.filters.classifier import Classifier
+from pipeline.stages.filters.classifier import ClassifierFilter
 from pipeline.stages.filters.clip_score import ClipScore
 from pipeline.stages.filters.datacomp import UidList
 from pipeline.stages.filters.duplicates import ExactDuplicates
@@ -36,7 +36,7 @@ class Filters:
     clip_score: ClipScore = field(default_factory=ClipScore)
     metaclip: MetaClip = field(default_factory=MetaClip)
     uids: UidList = field(default_factory=UidList)
-    classifier: Classifier = field(default_factory=Classifier)
+    classifier: ClassifierFilter = field(default_factory=ClassifierFilter)
 
     def chosen(self) -> tuple[Filter, ...]:
         """The filters that run, in order.
