@@ -36,7 +36,7 @@ from pipeline.runs.few_shot import (
     prepare,
     run_trials,
 )
-from pipeline.runs.few_shot_records import Record
+from pipeline.runs.few_shot_records import FewShotRecord
 from pipeline.shards.storage import Folder
 from pipeline.stages.shard_tasks import Workers
 from pipeline.tracking.runs import Tracking
@@ -185,7 +185,7 @@ def main(run: Adapt) -> None:
         check(trial, specs[trial.method], clip, sets[name], others, place.workers)
     embedder = LoadEmbedder(checkpoint=run.model, device=run.device, precision=run.precision, views=run.views)
     reads = {adapter_class(spec.method).reads for spec in specs.values()}
-    with Record(run.tracking, run, folder, run.track) as record:
+    with FewShotRecord(run.tracking, run, folder, run.track) as record:
         ready = {
             name: prepare(
                 data,

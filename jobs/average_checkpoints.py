@@ -20,7 +20,7 @@ import tyro
 from pipeline.config import require, run_job, writable_folder
 from pipeline.evaluation.encoder import Evaluable
 from pipeline.evaluation.models import load_model
-from pipeline.evaluation.suite import Evaluations, Prepared, evaluate
+from pipeline.evaluation.suite import Evaluations, PreparedSuite, evaluate
 from pipeline.models.method import Method
 from pipeline.shards.storage import Folder
 from pipeline.training.average import Average, greedy_soup, uniform_soup, wise_ft, write_average
@@ -105,7 +105,7 @@ def averaged(run: Averaging) -> Average:
     return greedy_soup(run.checkpoints, load, lambda method: judged(run, prepared, method), found)
 
 
-def judged(run: Averaging, prepared: Prepared, method: Method) -> float:
+def judged(run: Averaging, prepared: PreparedSuite, method: Method) -> float:
     """The metric of a method on the job's sets."""
     device = method_device(run.device)
     metrics = evaluate(cast(Evaluable, method.to(device)), prepared)

@@ -24,7 +24,7 @@ from pipeline.evaluation.embedder import LoadEmbedder, Precision, Views
 from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
-from pipeline.stages.annotate.embeddings import EmbedOptions, Export, embed
+from pipeline.stages.annotate.embeddings import EmbedOptions, FeatureExport, embed
 from pipeline.stages.annotate.view_features import NAME
 from pipeline.stages.shard_tasks import Workers
 
@@ -99,7 +99,7 @@ def main(run: Embed) -> None:
     snapshot = embed(read_snapshot(run.data), model, run.options, run.workers, use_gpu)
     print(f"{snapshot.uri}: {run.options.name} of {sum(shard.stored for shard in snapshot.shards)} samples")
     if export:
-        exported = Export(
+        exported = FeatureExport(
             snapshot=snapshot, folder=Folder(export), name=run.options.name, rows_per_file=run.export_rows
         )
         print(f"{export}: {exported.write(run.workers)} rows in {exported.files} files")

@@ -19,7 +19,7 @@ from pipeline.shards.storage import Folder
 from pipeline.stages.filters.clip_score import ClipScore
 from pipeline.stages.filters.datacomp import write_uids
 from pipeline.stages.filters.options import Filters
-from pipeline.stages.filters.run import Outcome, filter_snapshot
+from pipeline.stages.filters.run import FilterOutcome, filter_snapshot
 from pipeline.stages.filters.size import Size
 from pipeline.stages.shard_tasks import Workers
 
@@ -94,7 +94,7 @@ def main(job: FilterDataset) -> None:
         print(funnel(outcome))
 
 
-def funnel(outcome: Outcome) -> str:
+def funnel(outcome: FilterOutcome) -> str:
     """The table that ends the job: what each reason dropped, and what was left after it."""
     total = outcome.parent.samples
     lines = [f"{'filter':<22}{'reason':<22}{'dropped':>12}{'left':>14}{'':>9}"]

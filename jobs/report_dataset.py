@@ -22,7 +22,7 @@ from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder, split_file
 from pipeline.stages.refresh.make_shard import AS_IT_IS
 from pipeline.stages.report.dataset_report import make_report, report_page
-from pipeline.stages.report.dataset_statistics import Measuring, measure
+from pipeline.stages.report.dataset_statistics import ReportLimits, measure
 from pipeline.stages.shard_tasks import Workers
 from pipeline.tracking.runs import Tracking, open_tracker
 
@@ -42,7 +42,7 @@ class ReportDataset:
     """HTML file, at a path or any fsspec URI; empty for MLflow alone."""
     draw: int = 0
     """Draw this many samples of the embedded world into the folder first."""
-    measuring: Measuring = field(default_factory=Measuring)
+    measuring: ReportLimits = field(default_factory=ReportLimits)
     workers: Workers = field(default_factory=Workers)
     track: bool = True
     """Keep the page in MLflow."""

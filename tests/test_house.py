@@ -154,6 +154,16 @@ def test_modules_are_named_for_what_they_hold():
     assert not [by_name(path) for path in MODULES + JOBS if path.stem in EMPTY_NAMES]
 
 
+def test_a_class_name_means_one_class():
+    """A name in a traceback or a message says where to look; ``Config`` is every method's own, by convention."""
+    places: dict[str, list[str]] = {}
+    for path in MODULES:
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.ClassDef) and node.name != "Config":
+                places.setdefault(node.name, []).append(by_name(path))
+    assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
 def test_jobs_do_not_shadow_a_library():
     """``python jobs/x.py`` puts jobs/ first on sys.path, so a job called like a module hides that module."""
     assert not {path.stem for path in JOBS} & set(sys.stdlib_module_names)

@@ -28,7 +28,7 @@ TINT = 0.45
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownObject:
     """A thing to draw: its box x1, y1, x2, y2 in the image's pixels, what is written, and bool [H, W] if masked."""
 
     box: tuple[float, float, float, float]
@@ -58,7 +58,7 @@ def draw_detections(
         x1, y1, x2, y2 = found.boxes[place].tolist()
         label, score = int(found.labels[place]), float(found.scores[place])
         mask = None if masks is None else masks[place]
-        things.append(Shown((x1, y1, x2, y2), f"{_short(words[label])} {score:.2f}", label, mask))
+        things.append(ShownObject((x1, y1, x2, y2), f"{_short(words[label])} {score:.2f}", label, mask))
     return draw(image, things)
 
 
@@ -69,11 +69,11 @@ def draw_marked(image: Tensor, marked: Objects, words: Sequence[str]) -> Tensor:
     for box, label, segmentation in zip(marked.boxes, marked.labels, marked.segmentations, strict=True):
         mask = None if segmentation is None else mask_of(segmentation, marked.height, marked.width).astype(bool)
         x1, y1, x2, y2 = box.tolist()
-        things.append(Shown((x1, y1, x2, y2), _short(label), places.get(plain_word(label), -1), mask))
+        things.append(ShownObject((x1, y1, x2, y2), _short(label), places.get(plain_word(label), -1), mask))
     return draw(image, things)
 
 
-def draw(image: Tensor, things: Sequence[Shown]) -> Tensor:
+def draw(image: Tensor, things: Sequence[ShownObject]) -> Tensor:
     """``things`` on an image, the first on top; uint8 [3, H, W], with a longer side of 480 pixels or more."""
     pixels = np.ascontiguousarray(image.cpu().numpy().transpose(1, 2, 0))
     for thing in reversed(things):
@@ -112,7 +112,7 @@ def _outline(
 
 def _write(
     pen: ImageDraw.ImageDraw,
-    thing: Shown,
+    thing: ShownObject,
     scale: float,
     size: tuple[int, int],
     taken: list[tuple[float, float, float, float]],

@@ -26,7 +26,7 @@ from pipeline.models.towers.crops import CropRule, crop_boxes, cut_crops
 from pipeline.models.towers.weights import digest_of
 from pipeline.shards.objects import plain_word, read_objects
 from pipeline.shards.sample import Sample
-from pipeline.stages.annotate.regions import Proposals
+from pipeline.stages.annotate.regions import RegionProposals
 from pipeline.training.checkpoint import load_method
 
 CROPS_AT_ONCE = {"cpu": 128}  # whose activations stay in the cache: twice as fast as many
@@ -54,12 +54,12 @@ class ProposerOptions:
         require(self.smallest >= 1, "smallest", self.smallest, "1 pixel or more")
 
 
-class Proposer(Protocol):
+class RegionProposer(Protocol):
     """Proposes regions; ``maker`` is the digest of what decides them."""
 
     maker: str
 
-    def __call__(self, images: Sequence[Tensor], samples: Sequence[Sample]) -> list[Proposals]:
+    def __call__(self, images: Sequence[Tensor], samples: Sequence[Sample]) -> list[RegionProposals]:
         """The regions of images uint8 [3, H, W] on the model's device."""
         ...
 
@@ -97,7 +97,7 @@ class LoadRegionModel:
 class ClipRegions:
     """A CLIP and a proposer as the stage wants them."""
 
-    def __init__(self, clip: Clip, proposer: Proposer, settings: LoadRegionModel) -> None:
+    def __init__(self, clip: Clip, proposer: RegionProposer, settings: LoadRegionModel) -> None:
         self._clip = clip.to(memory_format=torch.channels_last)
         self._propose, self._settings = proposer, settings
         self._size = clip.transforms(train=False).size[0]
@@ -119,7 +119,7 @@ class ClipRegions:
         """Height and width."""
         return image.shape[1], image.shape[2]
 
-    def propose(self, images: Sequence[Tensor], samples: Sequence[Sample]) -> list[Proposals]:
+    def propose(self, images: Sequence[Tensor], samples: Sequence[Sample]) -> list[RegionProposals]:
         """The best regions that are large enough, inside their image."""
         options = self._settings.proposer
         device = self._clip.mean.device
@@ -166,7 +166,7 @@ class ClipRegions:
         return found
 
 
-def make_proposer(options: ProposerOptions, device: torch.device) -> Proposer:
+def make_proposer(options: ProposerOptions, device: torch.device) -> RegionProposer:
     """The proposer that ``options`` name.
 
     Raises:
@@ -175,8 +175,8 @@ def make_proposer(options: ProposerOptions, device: torch.device) -> Proposer:
     if options.proposer == GIVEN:
         return GivenBoxes(options.labels)
     if options.proposer.startswith(TORCHVISION):
-        return Detector(options.proposer.removeprefix(TORCHVISION), device, options.most)
-    return Checkpoint(options.proposer, device)
+        return TorchvisionDetector(options.proposer.removeprefix(TORCHVISION), device, options.most)
+    return CheckpointProposer(options.proposer, device)
 
 
 class GivenBoxes:
@@ -186,19 +186,19 @@ class GivenBoxes:
         self._labels = frozenset(map(plain_word, labels))
         self.maker = " ".join(["boxes.json without crowds", *sorted(self._labels)])
 
-    def __call__(self, images: Sequence[Tensor], samples: Sequence[Sample]) -> list[Proposals]:
+    def __call__(self, images: Sequence[Tensor], samples: Sequence[Sample]) -> list[RegionProposals]:
         """Raises ``DataError`` for a sample without boxes."""
         return [self._of(sample, image) for sample, image in zip(samples, images, strict=True)]
 
-    def _of(self, sample: Sample, image: Tensor) -> Proposals:
+    def _of(self, sample: Sample, image: Tensor) -> RegionProposals:
         things = read_objects(sample)
         things.check_size(image.shape[1], image.shape[2], sample.key)
         wanted = [not self._labels or plain_word(label) in self._labels for label in things.labels]
         kept = [n for n, (want, crowd) in enumerate(zip(wanted, things.crowd, strict=True)) if want and not crowd]
-        return Proposals(things.boxes[kept], np.ones(len(kept)))
+        return RegionProposals(things.boxes[kept], np.ones(len(kept)))
 
 
-class Detector:
+class TorchvisionDetector:
     """The detections of one of torchvision's models, whatever their class."""
 
     def __init__(self, name: str, device: torch.device, most: int) -> None:
@@ -216,13 +216,13 @@ class Detector:
         self._model = model.to(device).eval()
         self.maker = digest_of(self._model, f"{name} {limited.detections_per_img}")
 
-    def __call__(self, images: Sequence[Tensor], samples: Sequence[Sample]) -> list[Proposals]:
+    def __call__(self, images: Sequence[Tensor], samples: Sequence[Sample]) -> list[RegionProposals]:
         """Boxes by score; the model resizes and normalises by itself."""
         found = self._model([image.float() / 255 for image in images])
         return [_proposals(one["boxes"], one["scores"]) for one in found]
 
 
-class Checkpoint:
+class CheckpointProposer:
     """The proposals of a method of ours."""
 
     def __init__(self, address: str, device: torch.device) -> None:
@@ -231,18 +231,18 @@ class Checkpoint:
         self._method = method.eval()
         self.maker = digest_of(method)
 
-    def __call__(self, images: Sequence[Tensor], samples: Sequence[Sample]) -> list[Proposals]:
+    def __call__(self, images: Sequence[Tensor], samples: Sequence[Sample]) -> list[RegionProposals]:
         """As the method orders them."""
         return [_proposals(boxes, scores) for boxes, scores in self._method.propose(images)]
 
 
-def _proposals(boxes: Tensor, scores: Tensor) -> Proposals:
-    return Proposals(boxes.double().cpu().numpy(), scores.double().cpu().numpy())
+def _proposals(boxes: Tensor, scores: Tensor) -> RegionProposals:
+    return RegionProposals(boxes.double().cpu().numpy(), scores.double().cpu().numpy())
 
 
-def _kept(proposed: Proposals, height: int, width: int, options: ProposerOptions) -> Proposals:
+def _kept(proposed: RegionProposals, height: int, width: int, options: ProposerOptions) -> RegionProposals:
     """The best ``most`` of those that are numbers, and large enough inside the image."""
     boxes = np.clip(proposed.boxes, 0, [width, height, width, height])
     large = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= options.smallest).all(axis=1))  # no NaN is
     order = large[np.argsort(-proposed.scores[large], kind="stable")][: options.most]
-    return Proposals(boxes[order], proposed.scores[order])
+    return RegionProposals(boxes[order], proposed.scores[order])

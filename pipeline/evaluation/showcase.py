@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.evaluation.data import SnapshotData
-from pipeline.evaluation.suite import Prepared
+from pipeline.evaluation.suite import PreparedSuite
 from pipeline.evaluation.task import tasks
 from pipeline.loaders.sample_figures import sample_figure
 from pipeline.shards.sample import Sample
@@ -27,7 +27,7 @@ def snapshot_figure(
     return draw(samples, f"{name}: {len(samples)} of {snapshot.samples:,} samples, snapshot {snapshot.id}")
 
 
-def model_figures(model: object, prepared: Prepared, title: str = "") -> dict[str, "Figure"]:
+def model_figures(model: object, prepared: PreparedSuite, title: str = "") -> dict[str, "Figure"]:
     """``<figure>/<set>`` for every figure that a set's task draws, of a few of its samples."""
     kinds = tasks()
     figures: dict[str, Figure] = {}

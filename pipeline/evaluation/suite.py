@@ -62,7 +62,7 @@ class Sets(Reading):
         """The sets, in the order of the kinds."""
         return tuple(self._set(kind, one, text) for kind, one in tasks().items() for text in getattr(self, kind, ()))
 
-    def prepare(self) -> "Prepared":
+    def prepare(self) -> "PreparedSuite":
         """Read cards, manifests, class and template files.
 
         Raises:
@@ -71,7 +71,7 @@ class Sets(Reading):
         """
         sets = self.sets()
         self._check_used(sets)
-        return Prepared(self, tuple(one.prepare() for one in sets))
+        return PreparedSuite(self, tuple(one.prepare() for one in sets))
 
     def _set(self, kind: str, one: Task, text: str) -> EvaluationSet:
         text, own = own_options(text)
@@ -146,14 +146,14 @@ else:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedSuite:
     """All that :func:`evaluate` needs besides a model."""
 
     settings: Reading
     sets: tuple[PreparedSet, ...]
 
 
-def evaluate(model: object, prepared: Prepared) -> dict[str, float]:
+def evaluate(model: object, prepared: PreparedSuite) -> dict[str, float]:
     """Run all sets: ``{"zeroshot/<set>/top1": ..., "retrieval/<set>/i2t_r1": ..., "det/<set>/ap_novel": ...}``.
 
     Raises:

@@ -115,11 +115,11 @@ class Config:
 def norm_layer(kind: str) -> Callable[..., nn.Module]:
     """What makes a normalisation for a number of channels."""
     if kind == "batch":
-        return partial(BatchNorm, momentum=MOMENTUM, eps=EPSILON)
+        return partial(EmptySafeBatchNorm, momentum=MOMENTUM, eps=EPSILON)
     return _group_norm
 
 
-class BatchNorm(nn.SyncBatchNorm):
+class EmptySafeBatchNorm(nn.SyncBatchNorm):
     """torch's batch normalisation over all processes, for a head that may see nothing.
 
     Of an empty input torch sends statistics in the input's type, of others in float32: with bfloat16 a rank whose

@@ -74,7 +74,7 @@ class Config(clip.Config):
         require(0 <= self.view_flip <= 1, "view_flip", self.view_flip, "0 to 1")
 
 
-class BatchNorm(nn.Module):
+class GatheredBatchNorm(nn.Module):
     """Batch normalisation over the rows of all ranks (Ioffe and Szegedy 2015), on any device.
 
     torch's SyncBatchNorm runs on GPUs only. Here means and variances travel through the method's gather, whose
@@ -111,8 +111,8 @@ class Head(nn.Module):
 
     def __init__(self, width: int, hidden: int, output: int) -> None:
         super().__init__()
-        self.first, self.first_norm = nn.Linear(width, hidden, bias=False), BatchNorm(hidden)
-        self.second, self.second_norm = nn.Linear(hidden, hidden, bias=False), BatchNorm(hidden)
+        self.first, self.first_norm = nn.Linear(width, hidden, bias=False), GatheredBatchNorm(hidden)
+        self.second, self.second_norm = nn.Linear(hidden, hidden, bias=False), GatheredBatchNorm(hidden)
         self.last = nn.Linear(hidden, output)
 
     def forward(self, features: Tensor, gather: Gather = alone) -> Tensor:

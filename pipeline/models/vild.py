@@ -167,7 +167,7 @@ class Branch(nn.Module):
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledRegions:
     """The drawn regions of one image: ``boxes`` [n, 4], ``labels`` [n], 0 for background, else class + 1, ``matched``
     [n], the number of the object that each covers, and ``truth`` [n, 4], its box; the last two mean nothing for
     background."""
@@ -267,7 +267,7 @@ class Vild(proposals.Proposals):
     def _region_losses(
         self,
         features: Mapping[str, Tensor],
-        regions: Sequence[Drawn],
+        regions: Sequence[SampledRegions],
         stored: tuple[list[Tensor], Tensor],
         masks: Tensor | None,
     ) -> dict[str, Tensor]:
@@ -297,7 +297,7 @@ class Vild(proposals.Proposals):
             losses["box"] = box_loss(moves, boxes, truth, labels > 0, self.coder) / covering
         return losses if masks is None else losses | {"mask": masks / covering}
 
-    def _draw(self, proposed: Tensor, boxes: Tensor, labels: Tensor, draw: torch.Generator) -> Drawn:
+    def _draw(self, proposed: Tensor, boxes: Tensor, labels: Tensor, draw: torch.Generator) -> SampledRegions:
         """Regions of one image among its proposals and the boxes of its objects."""
         candidates = torch.cat([proposed, boxes])
         best, matched = candidates.new_zeros(len(candidates)), labels.new_zeros(len(candidates))
@@ -306,7 +306,7 @@ class Vild(proposals.Proposals):
             best, matched = box_iou(boxes, candidates).max(dim=0)
             classes, truth = torch.where(best > 0.5, labels[matched] + 1, 0), boxes[matched]
         places = torch.cat(drawn((best > 0.5).long(), self.config.regions_drawn, self.config.foreground, draw))
-        return Drawn(candidates[places], classes[places], matched[places], truth[places])
+        return SampledRegions(candidates[places], classes[places], matched[places], truth[places])
 
     def _taught(self, batch: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
         """The stored regions that the images show: their boxes, and all their features [S, D]."""
@@ -328,7 +328,11 @@ class Vild(proposals.Proposals):
         return embedding @ classes.T / self.config.temperature
 
     def _mask_loss(
-        self, features: Mapping[str, Tensor], regions: Sequence[Drawn], targets: Sequence[Tensor], masks: Tensor
+        self,
+        features: Mapping[str, Tensor],
+        regions: Sequence[SampledRegions],
+        targets: Sequence[Tensor],
+        masks: Tensor,
     ) -> Tensor:
         """Summed over regions that cover an object, averaged over pixels."""
         chosen = [one.labels > 0 for one in regions]

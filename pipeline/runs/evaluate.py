@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pipeline.evaluation.models import load_any
 from pipeline.evaluation.showcase import model_figures
-from pipeline.evaluation.suite import Evaluations, Prepared, evaluate
+from pipeline.evaluation.suite import Evaluations, PreparedSuite, evaluate
 from pipeline.tracking.records import charted
 from pipeline.tracking.runs import RunHandle
 
@@ -23,7 +23,7 @@ def evaluate_checkpoint(
     *,
     device: str = "auto",
     figures: bool = True,
-    prepared: Prepared | None = None,
+    prepared: PreparedSuite | None = None,
 ) -> dict[str, float]:
     """The metrics of ``checkpoint``, also logged into ``run`` at ``step``.
 

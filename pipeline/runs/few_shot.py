@@ -45,8 +45,8 @@ from pipeline.stages.shard_tasks import Workers, run_tasks
 from pipeline.training import distributed
 from pipeline.training.adapt import Accuracy, Adapted, Labelled, accuracy, adapt
 from pipeline.training.adapt_artifact import save
+from pipeline.training.adapt_recipes import AdaptRecipe, paper_config, paper_recipe
 from pipeline.training.adapt_recipes import Protocol as RecipeProtocol
-from pipeline.training.adapt_recipes import Recipe, paper_config, paper_recipe
 from pipeline.training.adapt_workers import on_workers
 
 logger = logging.getLogger(__name__)
@@ -73,14 +73,14 @@ class Spec:
     config: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
-    def build(self, protocol: Protocol, shots: int, data_set: str) -> tuple[Any, Recipe | None]:
+    def build(self, protocol: Protocol, shots: int, data_set: str) -> tuple[Any, AdaptRecipe | None]:
         """The ``Config`` and the recipe; raises ``SettingError`` for values that they refuse."""
         kind = RECIPES[protocol]
         config = paper_config(self.method, kind)
         plain = {one.name: getattr(config, one.name) for one in fields(config)} | dict(self.config)
         recipe = paper_recipe(self.method, max(shots, 1), kind, data_set)
         if recipe is not None:
-            recipe = from_plain(Recipe, asdict(recipe) | dict(self.recipe), self.text)
+            recipe = from_plain(AdaptRecipe, asdict(recipe) | dict(self.recipe), self.text)
         return from_plain(type(config), plain, self.text), recipe
 
 
@@ -138,7 +138,7 @@ def parse_spec(text: str) -> Spec:
     method, _, settings = text.partition(":")
     kind = adapter_class(method)
     config = {one.name for one in fields(import_module(kind.__module__).Config)} - {"seed"}
-    recipe = {one.name for one in fields(Recipe)} if kind.learns else set()
+    recipe = {one.name for one in fields(AdaptRecipe)} if kind.learns else set()
     chosen: dict[str, dict[str, Any]] = {"config": {}, "recipe": {}}
     for part in filter(None, re.split(r",(?=\w+=)", settings)):
         name, given, value = part.partition("=")

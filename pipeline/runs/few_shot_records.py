@@ -30,7 +30,7 @@ class TrialSettings:
     seed: int
 
 
-class Record:
+class FewShotRecord:
     """The runs of one job; a context manager that ends the parent."""
 
     def __init__(self, settings: Tracking, job: Any, folder: Folder, track: bool) -> None:
@@ -42,7 +42,7 @@ class Record:
             self._parent = start(settings, job, run_id=self._known.get(PARENT, ""))
             self._remember(PARENT, self._parent.run_id)
 
-    def __enter__(self) -> "Record":
+    def __enter__(self) -> "FewShotRecord":
         self._parent.__enter__()
         return self
 

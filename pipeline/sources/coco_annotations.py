@@ -37,7 +37,7 @@ _NORMALISED_FROM = 4  # boxes; fewer may be as small as a pixel by chance
 
 
 @dataclass(frozen=True, slots=True)
-class Thing:
+class CocoAnnotation:
     """An annotation: ``box`` is x1, y1, x2, y2 in pixels, float64 [4], None where it is not four finite numbers.
 
     ``text`` is the JSON of what is kept of it, numbers as they were published.
@@ -78,7 +78,7 @@ class Annotations:
 
     images: tuple[AnnotatedImage, ...]
     categories: Mapping[int, Category]
-    things: Mapping[int, Sequence[Thing]]
+    things: Mapping[int, Sequence[CocoAnnotation]]
     left_out: Mapping[int, Counter[Reason]]
 
 
@@ -93,7 +93,7 @@ def read_annotations(uri: str) -> Annotations:
     try:
         images = tuple(_image(record) for record in content["images"])
         categories = tuple(_category(record) for record in content["categories"])
-        things = [thing if isinstance(thing, Thing) else _refused(thing) for thing in content["annotations"]]
+        things = [thing if isinstance(thing, CocoAnnotation) else _refused(thing) for thing in content["annotations"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{uri} is not as COCO's files are ({error!r})") from error
     require(bool(images), "annotations", uri, "a file with at least one image")
@@ -135,7 +135,7 @@ def _read(uri: str, keys: Sequence[str], kind: str) -> dict[str, Any]:
     return found
 
 
-def _compact(record: dict[str, Any]) -> "dict[str, Any] | Thing":
+def _compact(record: dict[str, Any]) -> "dict[str, Any] | CocoAnnotation":
     """Annotations become texts as soon as they are read: LVIS's, as Python's numbers, would take ten times its size."""
     if not record.keys() >= {"image_id", "category_id", "bbox"}:
         return record
@@ -146,11 +146,11 @@ def _compact(record: dict[str, Any]) -> "dict[str, Any] | Thing":
         text = json.dumps({key: record[key] for key in KEPT if key in record}, allow_nan=False)
         box = corners(record["bbox"])
     except (ValueError, TypeError, OverflowError):  # not four numbers, or one of NaN and Infinity somewhere in it
-        return Thing(image, category, None, "")
-    return Thing(image, category, box if np.isfinite(box).all() else None, text)
+        return CocoAnnotation(image, category, None, "")
+    return CocoAnnotation(image, category, box if np.isfinite(box).all() else None, text)
 
 
-def _refused(record: Any) -> Thing:
+def _refused(record: Any) -> CocoAnnotation:
     raise DataError(f"the annotation {str(record)[:100]} has not image_id, category_id and bbox")
 
 
@@ -189,7 +189,7 @@ def class_word(record: Mapping[str, Any]) -> str:
 
 
 def _check_ids(
-    uri: str, images: Sequence[AnnotatedImage], categories: Sequence[Category], things: Sequence[Thing]
+    uri: str, images: Sequence[AnnotatedImage], categories: Sequence[Category], things: Sequence[CocoAnnotation]
 ) -> None:
     _once(uri, "image id", (image.id for image in images))
     _once(uri, "category id", (category.id for category in categories))
@@ -214,7 +214,7 @@ def _known(uri: str, what: str, values: Iterable[object], known: set[int]) -> No
         raise DataError(f"{uri}: {count} annotations name an unknown {what}, such as {first!r}")
 
 
-def _check_boxes(uri: str, things: Sequence[Thing], sizes: Mapping[int, tuple[int, int]]) -> None:
+def _check_boxes(uri: str, things: Sequence[CocoAnnotation], sizes: Mapping[int, tuple[int, int]]) -> None:
     """Boxes are plausible as x, y, width, height in pixels; no single box tells, the whole file does."""
     known = [thing for thing in things if thing.box is not None]
     if not known:
@@ -236,9 +236,9 @@ def _check_boxes(uri: str, things: Sequence[Thing], sizes: Mapping[int, tuple[in
 
 
 def _usable(
-    things: Iterable[Thing], sizes: Mapping[int, tuple[int, int]]
-) -> tuple[dict[int, list[Thing]], dict[int, Counter[Reason]]]:
-    kept: dict[int, list[Thing]] = {}
+    things: Iterable[CocoAnnotation], sizes: Mapping[int, tuple[int, int]]
+) -> tuple[dict[int, list[CocoAnnotation]], dict[int, Counter[Reason]]]:
+    kept: dict[int, list[CocoAnnotation]] = {}
     left_out: dict[int, Counter[Reason]] = {}
     for thing in things:
         reason = _unusable(thing, sizes[thing.image])
@@ -249,7 +249,7 @@ def _usable(
     return kept, left_out
 
 
-def _unusable(thing: Thing, size: tuple[int, int]) -> Reason | None:
+def _unusable(thing: CocoAnnotation, size: tuple[int, int]) -> Reason | None:
     if thing.box is None:
         return "no_box"
     if not (thing.box[2:] - thing.box[:2] > SMALLEST).all():

@@ -51,7 +51,7 @@ Cutout = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class Thing:
+class PlacedStamp:
     """A stamp in a scene; ``whole`` and ``visible`` are bool [size, size], ``left`` and ``top`` where it begins."""
 
     name: str
@@ -186,11 +186,11 @@ class StampScenes:
     def _draws(self, index: int, purpose: str) -> Draws:
         return Draws(self.seed, f"stamp-scenes {self.split}", index, purpose)
 
-    def _things(self, draws: Draws, album: "_Album") -> list[Thing]:
+    def _things(self, draws: Draws, album: "_Album") -> list[PlacedStamp]:
         """What stands where, from the back to the front: one thing at least."""
         names = list(self.classes)
         wanted = 1 + draws.integer(self.most_things)
-        things: list[Thing] = []
+        things: list[PlacedStamp] = []
         for number in range(wanted + _TRIES):
             if number >= wanted and things:
                 break
@@ -205,7 +205,9 @@ class StampScenes:
             raise SampleError("failed_to_resize", "too_small", f"no stamp is seen at {self.size} pixels")
         return things
 
-    def _placed(self, things: list[Thing], name: str, stamp: str, cutout: Cutout, draws: Draws) -> list[Thing]:
+    def _placed(
+        self, things: list[PlacedStamp], name: str, stamp: str, cutout: Cutout, draws: Draws
+    ) -> list[PlacedStamp]:
         """The things with a new one in front, or as they were where it would hide too much of another."""
         height, width = cutout.shape[:2]
         for _ in range(_TRIES):
@@ -216,10 +218,10 @@ class StampScenes:
                 return things
             behind = [replace(thing, visible=thing.visible & ~whole) for thing in things]
             if all(_hidden(thing) <= world.OCCLUSION_CAP for thing in behind):
-                return [*behind, Thing(name, stamp, cutout, left, top, whole, whole)]
+                return [*behind, PlacedStamp(name, stamp, cutout, left, top, whole, whole)]
         return things
 
-    def _image(self, things: list[Thing], draws: Draws) -> bytes:
+    def _image(self, things: list[PlacedStamp], draws: Draws) -> bytes:
         style = draws.pick(("photo", "flat"))
         image = paint_ground(draws.pick(world.GROUND_NAMES), style, self.size, draws)
         for thing in things:
@@ -278,11 +280,11 @@ def _scaled(cutout: Cutout, longest: float) -> Cutout:
     return np.asarray(cv2.resize(cutout, (width, height), interpolation=way), np.float32)
 
 
-def _hidden(thing: Thing) -> float:
+def _hidden(thing: PlacedStamp) -> float:
     return 1 - float(np.count_nonzero(thing.visible)) / float(np.count_nonzero(thing.whole))
 
 
-def _told(place: int, thing: Thing) -> dict[str, Any]:
+def _told(place: int, thing: PlacedStamp) -> dict[str, Any]:
     """An entry of ``objects`` in boxes.json."""
     return {
         "id": place,

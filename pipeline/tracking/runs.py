@@ -36,7 +36,7 @@ from pipeline.tracking.store import (
     spoken_to,
 )
 from pipeline.tracking.system import SystemMetrics
-from pipeline.tracking.writer import Point, Writer
+from pipeline.tracking.writer import MetricWriter, Point
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,7 +96,7 @@ class MlflowTracker:
     def __init__(self, handle: RunHandle, owns: bool = False) -> None:
         self.handle, self.owns = handle, owns
         self._client: MlflowClient = client(handle.uri)
-        self._writer = Writer(self._send, is_refusal, lambda: answers(handle.uri))
+        self._writer = MetricWriter(self._send, is_refusal, lambda: answers(handle.uri))
         self._system: SystemMetrics | None = None
 
     def __reduce__(self) -> tuple[Callable[[RunHandle], "MlflowTracker"], tuple[RunHandle]]:

@@ -35,7 +35,7 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class UploadTask:
     """Something else to be done in order with the metrics: an upload. ``what`` names it in warnings."""
 
     run: Callable[[], None]
@@ -59,9 +59,9 @@ class Lost:
         more = len(self.tasks) - NAMED
         return ", ".join([*values, *self.tasks[:NAMED], *([f"{more} more"] if more > 0 else [])])
 
-    def add(self, item: Point | Task) -> None:
+    def add(self, item: Point | UploadTask) -> None:
         """Count one more."""
-        if isinstance(item, Task):
+        if isinstance(item, UploadTask):
             self.tasks.append(item.what)
             return
         first, last = self.steps if self.values else (item.step, item.step)
@@ -69,7 +69,7 @@ class Lost:
         self.values += 1
 
 
-class Writer:
+class MetricWriter:
     """Sends points through ``send`` and runs tasks, in its own daemon thread.
 
     Args:
@@ -88,9 +88,9 @@ class Writer:
         limit: int = LIMIT,
     ) -> None:
         self._send, self._is_refusal, self._is_there, self._limit = send, is_refusal, is_there, limit
-        self._queue: deque[Point | Task] = deque()
+        self._queue: deque[Point | UploadTask] = deque()
         self._changed = threading.Condition()
-        self._under_way: list[Point | Task] = []
+        self._under_way: list[Point | UploadTask] = []
         self._closing = False
         self._away = False
         self._pause = 0.0
@@ -106,7 +106,7 @@ class Writer:
 
     def do(self, run: Callable[[], None], what: str) -> None:
         """Queue a task; returns at once."""
-        self._append([Task(run, what)])
+        self._append([UploadTask(run, what)])
 
     def flush(self, seconds: float) -> bool:
         """Wait until all that was queued is sent; ``False`` if ``seconds`` are not enough or the server stays away."""
@@ -138,7 +138,7 @@ class Writer:
     def _is_empty(self) -> bool:
         return not self._queue and not self._under_way
 
-    def _append(self, items: "list[Point] | list[Task]") -> None:
+    def _append(self, items: "list[Point] | list[UploadTask]") -> None:
         with self._changed:
             self._queue.extend(items)
             while len(self._queue) > self._limit:
@@ -164,22 +164,22 @@ class Writer:
                 self._changed.notify_all()
             self._rest(verdict)
 
-    def _next(self) -> list[Point | Task]:
+    def _next(self) -> list[Point | UploadTask]:
         """The next task alone, or the points before it; taken off the queue."""
-        batch: list[Point | Task] = []
+        batch: list[Point | UploadTask] = []
         while self._queue and len(batch) < AT_ONCE:
-            if isinstance(self._queue[0], Task) and batch:
+            if isinstance(self._queue[0], UploadTask) and batch:
                 break
             batch.append(self._queue.popleft())
-            if isinstance(batch[-1], Task):
+            if isinstance(batch[-1], UploadTask):
                 break
         return batch
 
-    def _try(self, batch: list[Point | Task]) -> Verdict:
+    def _try(self, batch: list[Point | UploadTask]) -> Verdict:
         try:
             if not self._is_there():
                 return "away"
-            if isinstance(batch[0], Task):
+            if isinstance(batch[0], UploadTask):
                 batch[0].run()
             else:
                 self._send([item for item in batch if isinstance(item, Point)])
@@ -187,7 +187,7 @@ class Writer:
             return self._judge(batch, error)
         return "sent"
 
-    def _judge(self, batch: list[Point | Task], error: Exception) -> Verdict:
+    def _judge(self, batch: list[Point | UploadTask], error: Exception) -> Verdict:
         if not self._is_refusal(error):
             logger.debug("tracking server: %s", error)
             return "away"
@@ -196,7 +196,7 @@ class Writer:
             verdicts = {self._try(batch[:half]), self._try(batch[half:])}
             return "away" if "away" in verdicts else "sent"
         self.lost.add(batch[0])
-        what = batch[0].what if isinstance(batch[0], Task) else batch[0].name
+        what = batch[0].what if isinstance(batch[0], UploadTask) else batch[0].name
         self._refused += 1
         if self._refused <= NAMED:
             logger.warning("the tracking server refused %s: %s", what, error)

@@ -32,7 +32,7 @@ from pipeline.models.adapters.adapter import Adapter, FrozenClip, Shots, adapter
 from pipeline.models.adapters.text import Spread, TextTower
 from pipeline.models.towers import openclip
 from pipeline.training import distributed
-from pipeline.training.adapt_recipes import Recipe, make_optimizer
+from pipeline.training.adapt_recipes import AdaptRecipe, make_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Adapted:
 
     method: str
     config: Any
-    recipe: Recipe | None
+    recipe: AdaptRecipe | None
     seed: int
     adapter: Adapter
     chosen: Mapping[str, float]
@@ -111,7 +111,7 @@ class Adapted:
 def adapt(
     method: str,
     config: Any,
-    recipe: Recipe | None,
+    recipe: AdaptRecipe | None,
     clip: FrozenClip,
     classes: Sequence[str],
     templates: Sequence[str],
@@ -154,7 +154,7 @@ def adapt(
         require(recipe is not None, "recipe", None, f"a recipe, for {method} learns by gradients")
         assert recipe is not None
         with _spread(adapter):
-            chosen["epoch"] = _Training(adapter, recipe, train, validation, seed, log).run(history)
+            chosen["epoch"] = _AdapterTraining(adapter, recipe, train, validation, seed, log).run(history)
     if adapter.reads == "features":
         adapter.select(_on(train.shots(), clip.device), _on(validation.shots(), clip.device))
     chosen |= adapter.choices()
@@ -182,11 +182,11 @@ def accuracy(adapter: Adapter, data: Labelled) -> Accuracy:
     return Accuracy(right, seen, loss / len(data))
 
 
-class _Training:
+class _AdapterTraining:
     """The epochs of one method."""
 
     def __init__(
-        self, adapter: Adapter, recipe: Recipe, train: Labelled, validation: Labelled, seed: int, log: Log | None
+        self, adapter: Adapter, recipe: AdaptRecipe, train: Labelled, validation: Labelled, seed: int, log: Log | None
     ) -> None:
         self.adapter, self.recipe, self.train, self.validation = adapter, recipe, train, validation
         self.seed, self.log = seed, log
@@ -250,7 +250,7 @@ class _Training:
 class _Images:
     """What an adapter reads of labelled images, by their numbers."""
 
-    def __init__(self, adapter: Adapter, data: Labelled, recipe: Recipe | None = None, seed: int = 0) -> None:
+    def __init__(self, adapter: Adapter, data: Labelled, recipe: AdaptRecipe | None = None, seed: int = 0) -> None:
         self.device, self.seed = adapter.clip.device, seed
         self.features = data.shots().features.to(self.device) if adapter.reads == "features" else None
         if self.features is None:

@@ -22,14 +22,14 @@ from pipeline.models.adapters.adapter import Adapter, FrozenClip, adapter_class
 from pipeline.models.adapters.prompts import nearest_words
 from pipeline.shards.storage import Folder, storage_errors
 from pipeline.training.adapt import Adapted
-from pipeline.training.adapt_recipes import Recipe
+from pipeline.training.adapt_recipes import AdaptRecipe
 
 TENSORS, WORDS, CONFIG = "adapter.safetensors", "words.tsv", "config.json"
 VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
+class AdapterRecord:
     """What ``config.json`` says."""
 
     method: str
@@ -54,7 +54,7 @@ def save(adapted: Adapted, folder: Folder, about: Mapping[str, str] | None = Non
         StorageError: the folder cannot be written.
     """
     adapter = adapted.adapter
-    record = Record(
+    record = AdapterRecord(
         method=adapted.method,
         config=asdict(adapted.config),
         recipe=None if adapted.recipe is None else asdict(adapted.recipe),
@@ -93,7 +93,7 @@ def load_adapted(
     kind = adapter_class(record.method)
     origin = folder.join(CONFIG)
     config = from_plain(import_module(kind.__module__).Config, record.config, origin)
-    recipe = None if record.recipe is None else from_plain(Recipe, record.recipe, origin)
+    recipe = None if record.recipe is None else from_plain(AdaptRecipe, record.recipe, origin)
     adapter = kind(config, clip, record.classes, record.templates)
     adapter.restore(_tensors(folder, clip.device))
     if classes is not None or templates is not None:
@@ -102,11 +102,11 @@ def load_adapted(
     return Adapted(record.method, config, recipe, record.seed, adapter.eval(), record.chosen, record.history)
 
 
-def read_record(folder: Folder) -> Record:
+def read_record(folder: Folder) -> AdapterRecord:
     """What is said about the adapter in ``folder``; raises ``DataError`` where there is none, or a damaged one."""
     try:
         plain = json.loads(folder.read_text(CONFIG))
-        record = from_plain(Record, plain, folder.join(CONFIG))
+        record = from_plain(AdapterRecord, plain, folder.join(CONFIG))
         require(record.version == VERSION, "version", record.version, f"{VERSION}, which this clipmill reads")
     except FileNotFoundError as error:
         raise DataError(f"{folder.uri} holds no adapter: it has no {CONFIG}") from error

@@ -35,7 +35,7 @@ Protocol = Literal["few_shot", "base_to_new", "cross"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class AdaptRecipe:
     """How a method learns; the values are CoOp's for 8 shots or more."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -98,8 +98,8 @@ class Recipe:
         return self.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 
-_CLIP_ADAPTER = Recipe(optimizer="adamw", learning_rate=1e-5, weight_decay=0.0, epochs=200, warmup_epochs=0)
-_TIP = Recipe(
+_CLIP_ADAPTER = AdaptRecipe(optimizer="adamw", learning_rate=1e-5, weight_decay=0.0, epochs=200, warmup_epochs=0)
+_TIP = AdaptRecipe(
     optimizer="adamw",
     learning_rate=0.001,
     weight_decay=0.01,  # torch's own, which the code leaves as it is
@@ -111,10 +111,10 @@ _TIP = Recipe(
     falls="step",
     crop_scale=(0.5, 1.0),
 )
-_DEEP = Recipe(learning_rate=0.0035, epochs=5, batch_size=4)
+_DEEP = AdaptRecipe(learning_rate=0.0035, epochs=5, batch_size=4)
 
 
-def paper_recipe(method: str, shots: int, protocol: Protocol = "few_shot", data_set: str = "") -> Recipe | None:
+def paper_recipe(method: str, shots: int, protocol: Protocol = "few_shot", data_set: str = "") -> AdaptRecipe | None:
     """The recipe of ``method``'s paper; ``None`` for a method that does not learn by gradients.
 
     Raises:
@@ -125,11 +125,11 @@ def paper_recipe(method: str, shots: int, protocol: Protocol = "few_shot", data_
         return None
     if method == "coop":
         few = 50 if shots == 1 else 100 if shots <= 4 else 200
-        return Recipe(epochs=50 if data_set == "imagenet" else few)
+        return AdaptRecipe(epochs=50 if data_set == "imagenet" else few)
     if method == "maple" and protocol == "cross":
         return replace(_DEEP, learning_rate=0.0026, epochs=2)
     known = {
-        "cocoop": Recipe(epochs=10, batch_size=1),
+        "cocoop": AdaptRecipe(epochs=10, batch_size=1),
         "maple": _DEEP,
         "ivlp": _DEEP,
         "vpt": replace(_DEEP, learning_rate=0.0025),
@@ -153,7 +153,7 @@ def paper_config(method: str, protocol: Protocol = "few_shot") -> Any:
     return import_module(adapter_class(method).__module__).Config(**values)
 
 
-def make_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(recipe: AdaptRecipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """torch's own optimiser; the rate is set anew at every step."""
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(

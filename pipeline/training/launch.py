@@ -22,9 +22,9 @@ from pipeline.stages.ray_session import connect
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.elastic import join_those_that_share
 from pipeline.training.follow import Follower, Record
-from pipeline.training.loop import Outcome, TrainingError, run_training
+from pipeline.training.loop import TrainingError, TrainingOutcome, run_training
 from pipeline.training.preemption import RayNotice
-from pipeline.training.run import Plan
+from pipeline.training.run import RunPlan
 from pipeline.training.submit import Evaluate, as_ray_task, in_a_process, in_this_process
 from pipeline.training.tracker import LogTracker, OpenTracker
 
@@ -33,15 +33,15 @@ logger = logging.getLogger(__name__)
 SHARE = 0.001  # of a node's custom resource: it says where to go, not how many fit
 
 
-def finished(plan: Plan) -> Outcome | None:
+def finished(plan: RunPlan) -> TrainingOutcome | None:
     """The outcome of a run that is at its end already, else ``None``."""
     latest = Checkpoints(plan.run.output_folder).latest()
     if latest is None or latest.meta.step < plan.steps:
         return None
-    return Outcome(steps=latest.meta.step, checkpoint=latest.folder.uri)
+    return TrainingOutcome(steps=latest.meta.step, checkpoint=latest.folder.uri)
 
 
-def launch(plan: Plan, open_tracker: OpenTracker = LogTracker) -> Outcome:
+def launch(plan: RunPlan, open_tracker: OpenTracker = LogTracker) -> TrainingOutcome:
     """Train ``plan`` to its end; a finished run is left as it is.
 
     Raises:
@@ -58,7 +58,7 @@ def launch(plan: Plan, open_tracker: OpenTracker = LogTracker) -> Outcome:
     return outcome
 
 
-def follower(plan: Plan, evaluate: Evaluate, record: Record | None = None) -> Follower:
+def follower(plan: RunPlan, evaluate: Evaluate, record: Record | None = None) -> Follower:
     """What evaluates the checkpoints of ``plan``: in a process, or on the cluster on which the run trains.
 
     An evaluation gets a GPU where the cluster has one more than the run trains on.
@@ -75,7 +75,7 @@ def follower(plan: Plan, evaluate: Evaluate, record: Record | None = None) -> Fo
     return Follower(plan.run.output_folder, evaluate, record, submit)
 
 
-def _in_this_process(plan: Plan, open_tracker: OpenTracker) -> Outcome:
+def _in_this_process(plan: RunPlan, open_tracker: OpenTracker) -> TrainingOutcome:
     # With its index: torch.cuda.set_device refuses one without.
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     _set_up(device, own_threads(plan.run.loader))
@@ -91,7 +91,7 @@ def own_threads(loader: LoaderConfig) -> int | None:
     return None if "OMP_NUM_THREADS" in os.environ else max(1, cores() - loader.processes())
 
 
-def _on_ray(plan: Plan, open_tracker: OpenTracker) -> Outcome:
+def _on_ray(plan: RunPlan, open_tracker: OpenTracker) -> TrainingOutcome:
     # One poll of the workers each half second: the time after which a dead one is noticed.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     patience, starts = _patience(plan)
@@ -130,20 +130,20 @@ def _on_ray(plan: Plan, open_tracker: OpenTracker) -> Outcome:
             result: Any = trainer.fit()
         except TrainingFailedError as error:
             raise _own_error(error) or error from error
-    outcome: Outcome = result.return_value
+    outcome: TrainingOutcome = result.return_value
     return outcome
 
 
-def train_worker(config: Mapping[str, Any]) -> Outcome:
+def train_worker(config: Mapping[str, Any]) -> TrainingOutcome:
     """What Ray Train runs in each worker; a process group exists."""
     from ray.train.torch import get_device
 
     _speak()
-    plan: Plan = config["plan"]
+    plan: RunPlan = config["plan"]
     device = get_device()
     _set_up(device, plan.run.cluster.cpus_per_worker)
     if not join_those_that_share(plan.run.batch_size):
-        return Outcome(steps=0, checkpoint="")
+        return TrainingOutcome(steps=0, checkpoint="")
     is_first = torch.distributed.get_rank() == 0
     return run_training(plan, device, config["open_tracker"]() if is_first else LogTracker(), RayNotice())
 
@@ -165,7 +165,7 @@ def _speak() -> None:
     ours.setLevel(logging.INFO)
 
 
-def worker_resources(plan: Plan, cluster: Mapping[str, float]) -> dict[str, float]:
+def worker_resources(plan: RunPlan, cluster: Mapping[str, float]) -> dict[str, float]:
     """What each worker asks of a cluster that has, at this moment, the resources ``cluster``."""
     wanted = plan.run.cluster
     resources: dict[str, float] = {"CPU": wanted.cpus_per_worker}
@@ -176,7 +176,7 @@ def worker_resources(plan: Plan, cluster: Mapping[str, float]) -> dict[str, floa
     return resources
 
 
-def _check_room(plan: Plan, resources: Mapping[str, float], cluster: Mapping[str, float]) -> None:
+def _check_room(plan: RunPlan, resources: Mapping[str, float], cluster: Mapping[str, float]) -> None:
     """A cluster that is too small may grow; a private one on this machine cannot, and would wait in vain."""
     workers = plan.run.fewest_workers
     short = [name for name, each in resources.items() if cluster.get(name, 0) < workers * each]
@@ -190,7 +190,7 @@ def _check_room(plan: Plan, resources: Mapping[str, float], cluster: Mapping[str
     logger.warning("%d workers do not fit yet: the cluster has %s; waiting for it to grow", workers, has)
 
 
-def _patience(plan: Plan) -> tuple[float, int]:
+def _patience(plan: RunPlan) -> tuple[float, int]:
     """Seconds to wait for workers that were asked for, and how often to ask again when they did not come.
 
     A range of workers is asked for by what the cluster seems to have, which may count a node that has just died: it is
@@ -201,7 +201,7 @@ def _patience(plan: Plan) -> tuple[float, int]:
     return (cluster.resize_seconds, 20) if is_range else (cluster.start_timeout_seconds, 2)
 
 
-def _number(plan: Plan) -> int | tuple[int, int]:
+def _number(plan: RunPlan) -> int | tuple[int, int]:
     fewest, most = plan.run.fewest_workers, plan.run.most_workers
     return most if fewest == most else (fewest, most)
 

@@ -33,11 +33,11 @@ from pipeline.training.measure import Profile, make_clock, memory, sizes, tower_
 from pipeline.training.moving_average import MovingAverage
 from pipeline.training.optimizer import make_optimizer, set_rate, take_step
 from pipeline.training.preemption import Notice, never
-from pipeline.training.run import Plan
+from pipeline.training.run import RunPlan
 from pipeline.training.schedule import learning_rate
 from pipeline.training.skipping import Skipping
 from pipeline.training.tracker import Tracker
-from pipeline.training.writer import Writer, assist
+from pipeline.training.writer import CheckpointWriter, assist
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class TrainingError(ClipmillError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class TrainingOutcome:
     """How a run ended: its steps, its last checkpoint, and the samples per second of this start."""
 
     steps: int
@@ -59,7 +59,7 @@ class Outcome:
     """Why it stopped early, in all ranks alike."""
 
 
-def run_training(plan: Plan, device: torch.device, tracker: Tracker, notice: Notice = never) -> Outcome:
+def run_training(plan: RunPlan, device: torch.device, tracker: Tracker, notice: Notice = never) -> TrainingOutcome:
     """Train ``plan`` to its end, from its latest checkpoint if it has one; every rank calls this.
 
     ``tracker`` is used by rank 0, and closed at the end; ``notice`` is asked by rank 0 when it logs. An end that all
@@ -70,25 +70,27 @@ def run_training(plan: Plan, device: torch.device, tracker: Tracker, notice: Not
         SettingError: the checkpoint was made with settings that this run has not.
         DataError, StorageError: data cannot be read, a checkpoint cannot be written.
     """
-    training = _Training(plan, device, tracker, notice)
+    training = _TrainingState(plan, device, tracker, notice)
     try:
         return training.run()
     except TrainingError as error:
-        return Outcome(steps=training.done, checkpoint=training.last_checkpoint, problem=str(error))
+        return TrainingOutcome(steps=training.done, checkpoint=training.last_checkpoint, problem=str(error))
     finally:
         training.writer.close()
         tracker.close()
 
 
-class _Training:
+class _TrainingState:
     """The state of a run in one process: ``done`` steps are behind it."""
 
-    def __init__(self, plan: Plan, device: torch.device, tracker: Tracker, notice: Notice) -> None:
+    def __init__(self, plan: RunPlan, device: torch.device, tracker: Tracker, notice: Notice) -> None:
         self.plan, self.config, self.device, self.tracker, self.notice = plan, plan.run, device, tracker, notice
         self.rank, self.world = distributed.rank(), distributed.world()
         self.order = plan.order()
         self.checkpoints = Checkpoints(plan.run.output_folder)
-        self.writer = Writer(self.checkpoints, plan.run.saving, plan.run.keep_checkpoints, plan.run.keep_waiting)
+        self.writer = CheckpointWriter(
+            self.checkpoints, plan.run.saving, plan.run.keep_checkpoints, plan.run.keep_waiting
+        )
         latest = self._latest()
         self.done = latest.meta.step if latest else 0
         self.last_checkpoint = latest.folder.uri if latest else ""
@@ -122,7 +124,7 @@ class _Training:
         self.skipping = Skipping(self.method, self.config.max_skipped_steps, device, *before)
         self.warned = before[0]
 
-    def run(self) -> Outcome:
+    def run(self) -> TrainingOutcome:
         if self.rank == 0:
             self._announce()
         with closing(self._batches()) as batches:
@@ -135,7 +137,7 @@ class _Training:
         self.writer.finish()
         distributed.barrier()
         speed = self.clock.overall()
-        return Outcome(steps=self.done, checkpoint=self.last_checkpoint, samples_per_second=speed)
+        return TrainingOutcome(steps=self.done, checkpoint=self.last_checkpoint, samples_per_second=speed)
 
     def _step(self, batch: Batch) -> None:
         """Train on one batch; log and save as often as asked."""

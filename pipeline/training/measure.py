@@ -37,7 +37,7 @@ GIBIBYTE = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measuring:
+class MeasurementConfig:
     """What is measured besides; nothing here changes the result."""
 
     peak_tflops: float | None = None
@@ -149,7 +149,7 @@ class Clock:
 
 
 def make_clock(
-    batch_size: int, measuring: Measuring, method: Method, device: torch.device, *, bf16: bool, counts: bool
+    batch_size: int, measuring: MeasurementConfig, method: Method, device: torch.device, *, bf16: bool, counts: bool
 ) -> Clock:
     """The clock of a run; one process ``counts`` its work. To be made before ``method`` is wrapped or compiled."""
     peak = measuring.peak_tflops or peak_of(device_name(device), precision(device, bf16))

@@ -21,7 +21,7 @@ from pipeline.models.method import EmbeddingMethod, method_class, method_name
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.training.fp8 import check_installed
-from pipeline.training.measure import Measuring
+from pipeline.training.measure import MeasurementConfig
 from pipeline.training.optimizer import AdamW, Optimizer
 from pipeline.training.writer import Saving
 
@@ -148,7 +148,7 @@ class Run:
     saving: Saving = field(default_factory=Saving)
     evaluate_every_steps: int | None = None
     """Steps between evaluations, which run beside the training; none: only what comes of the last step."""
-    measuring: Measuring = field(default_factory=Measuring)
+    measuring: MeasurementConfig = field(default_factory=MeasurementConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     cluster: Cluster = field(default_factory=Cluster)
 
@@ -191,7 +191,7 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RunPlan:
     """A run with everything settled, as each worker gets it: ``method`` is the method's config.
 
     ``evaluates`` says whether somebody will evaluate the checkpoints that are marked for it.
@@ -209,7 +209,7 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
+class RunRecord:
     """The content of ``run.json``."""
 
     settings: Mapping[str, Scalar]
@@ -218,7 +218,7 @@ class Record:
     tracking_run: str = ""
 
 
-def prepare(method: Any, run: Run, *, evaluates: bool = False) -> tuple[Plan, Record]:
+def prepare(method: Any, run: Run, *, evaluates: bool = False) -> tuple[RunPlan, RunRecord]:
     """Settle a run before anything is started: its folder, its data, its number of steps.
 
     A new folder gets its ``run.json``; in the folder of an earlier start of the same run, the data stay those of the
@@ -246,17 +246,17 @@ def prepare(method: Any, run: Run, *, evaluates: bool = False) -> tuple[Plan, Re
     _check_readable(snapshot, method, run)
     run = replace(run, data=snapshot.uri)
     settings = {"method": method_name(method), **flatten(method), **_deciding(run)}
-    record = Record(settings=settings, snapshot=snapshot.uri, digest=snapshot.digest)
+    record = RunRecord(settings=settings, snapshot=snapshot.uri, digest=snapshot.digest)
     if earlier is None:
         write_record(folder, record)
     else:
         _check_same(folder, earlier, record)
         record = earlier
     steps = run.steps or order_of(run, snapshot).steps(run.epochs)
-    return Plan(method=method, run=run, snapshot=snapshot, steps=steps, evaluates=evaluates), record
+    return RunPlan(method=method, run=run, snapshot=snapshot, steps=steps, evaluates=evaluates), record
 
 
-def keep_tracking_run(plan: Plan, record: Record, run_id: str) -> None:
+def keep_tracking_run(plan: RunPlan, record: RunRecord, run_id: str) -> None:
     """Remember the run's id in the tracker, for the next start of the same command."""
     if record.tracking_run != run_id:
         write_record(Folder(plan.run.output_folder), replace(record, tracking_run=run_id))
@@ -267,7 +267,7 @@ def order_of(run: Run, data: TrainingData) -> Order | MixedOrder:
     return make_order(data, seed=run.seed, batch_size=run.batch_size, lanes=run.lanes, shuffle_block=run.shuffle_block)
 
 
-def read_record(folder: Folder) -> Record | None:
+def read_record(folder: Folder) -> RunRecord | None:
     """The record of the run in ``folder``, or ``None``.
 
     Raises:
@@ -275,14 +275,14 @@ def read_record(folder: Folder) -> Record | None:
     """
     try:
         plain = json.loads(folder.read_text(RECORD))
-        return from_plain(Record, plain, folder.join(RECORD))
+        return from_plain(RunRecord, plain, folder.join(RECORD))
     except FileNotFoundError:
         return None
     except (ValueError, NotADirectoryError) as error:
         raise DataError(f"{folder.join(RECORD)} was not written by a training run ({error})") from error
 
 
-def write_record(folder: Folder, record: Record) -> None:
+def write_record(folder: Folder, record: RunRecord) -> None:
     """Write ``run.json``."""
     folder.write_atomic(RECORD, json.dumps(asdict(record), indent=2).encode())
 
@@ -303,7 +303,7 @@ def _check_readable(snapshot: TrainingData, method: Any, run: Run) -> None:
         check_sidecars(part, kind.sidecars(method, settings))
 
 
-def _pinned(data: str, earlier: Record | None) -> TrainingData:
+def _pinned(data: str, earlier: RunRecord | None) -> TrainingData:
     """The data of the first start; those of ``data`` where this is the first, or where they were moved."""
     if earlier is None:
         return read_data(data)
@@ -334,7 +334,7 @@ def _deciding(run: Run) -> dict[str, Scalar]:
     }
 
 
-def _check_same(folder: Folder, earlier: Record, now: Record) -> None:
+def _check_same(folder: Folder, earlier: RunRecord, now: RunRecord) -> None:
     names = sorted({*earlier.settings, *now.settings})
     differing = [name for name in names if earlier.settings.get(name) != now.settings.get(name)]
     if differing:

@@ -76,7 +76,7 @@ def in_a_process(evaluate: Evaluate, uri: str, step: int) -> Pending:
     return _Process(process, ours)
 
 
-class _Done:
+class _FinishedEvaluation:
     """An evaluation that ran while it was submitted."""
 
     def __init__(self, evaluate: Evaluate, uri: str, step: int) -> None:
@@ -94,7 +94,7 @@ class _Done:
 
 def in_this_process(evaluate: Evaluate, uri: str, step: int) -> Pending:
     """Run an evaluation here and now; for when there is no training left that it could disturb."""
-    return _Done(evaluate, uri, step)
+    return _FinishedEvaluation(evaluate, uri, step)
 
 
 class _Task:

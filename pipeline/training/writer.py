@@ -61,7 +61,7 @@ class Saving:
         require(minutes >= 0, "checkpoint_patience_minutes", minutes, "0 or more")
 
 
-class Writer:
+class CheckpointWriter:
     """Writes the checkpoints of a run from a thread, one at a time; rank 0 has one.
 
     ``keep`` and ``keep_waiting`` are those of :meth:`Checkpoints.prune`, which runs after each checkpoint.

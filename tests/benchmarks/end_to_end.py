@@ -46,7 +46,7 @@ from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers
 from pipeline.tracking.runs import Tracking, start
 from pipeline.training.launch import follower, launch
-from pipeline.training.run import Plan, Run, prepare
+from pipeline.training.run import Run, RunPlan, prepare
 
 KEPT = 12  # batches in memory for the loop alone
 
@@ -68,7 +68,7 @@ class Waits:
         """Nothing is queued."""
 
 
-def settle(arguments: argparse.Namespace, folder: Path, evaluates: bool = False, **changes: Any) -> Plan:
+def settle(arguments: argparse.Namespace, folder: Path, evaluates: bool = False, **changes: Any) -> RunPlan:
     """The plan of a run in a new folder."""
     settings = Run(
         output_folder=tempfile.mkdtemp(dir=folder),
@@ -86,7 +86,7 @@ def settle(arguments: argparse.Namespace, folder: Path, evaluates: bool = False,
     return prepare(method, settings, evaluates=evaluates)[0]
 
 
-def loader_batches(plan: Plan) -> Any:
+def loader_batches(plan: RunPlan) -> Any:
     """The batches of a plan, as its loop makes them."""
     method = build_method(plan.method)
     settings = method.reader_settings(plan.run)
@@ -95,7 +95,7 @@ def loader_batches(plan: Plan) -> Any:
     return training_batches(plan.snapshot, readers, plan.order(), steps=range(plan.steps), config=config)
 
 
-def loader_alone(plan: Plan) -> float:
+def loader_alone(plan: RunPlan) -> float:
     """Samples per second, once the first batches are there."""
     with closing(loader_batches(plan)) as batches:
         list(islice(batches, KEPT))
@@ -107,7 +107,7 @@ def loader_alone(plan: Plan) -> float:
         return seen / (time.perf_counter() - began)
 
 
-def loop_alone(plan: Plan) -> float:
+def loop_alone(plan: RunPlan) -> float:
     """Samples per second with batches that are in memory."""
     with closing(loader_batches(plan)) as batches:
         kept = list(islice(batches, KEPT))

@@ -32,7 +32,7 @@ from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers
 from pipeline.training.loop import run_training
 from pipeline.training.measure import PHASES
-from pipeline.training.run import Plan, Run, prepare
+from pipeline.training.run import Run, RunPlan, prepare
 
 # A transformer, since batch normalisation would give each worker statistics, and so losses, of its own.
 MODEL = {
@@ -73,7 +73,7 @@ def train(pickled: str, meeting: str, rank: int, world: int) -> None:
     if world > 1:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=world)
-    plan: Plan = pickle.loads(Path(pickled).read_bytes())
+    plan: RunPlan = pickle.loads(Path(pickled).read_bytes())
     tracker = Remember()
     run_training(plan, torch.device("cpu"), tracker)
     if tracker.rows:
@@ -84,7 +84,7 @@ def train(pickled: str, meeting: str, rank: int, world: int) -> None:
         print(json.dumps({"speed": speed, "losses": losses, "parts": parts}), flush=True)
 
 
-def run(plan: Plan, folder: Path, ways: list[tuple[Plan, int, int]]) -> list[dict[str, object]]:
+def run(plan: RunPlan, folder: Path, ways: list[tuple[RunPlan, int, int]]) -> list[dict[str, object]]:
     """Start processes side by side, each with a plan, its rank (and core) and its world; what they print."""
     processes = []
     meeting = tempfile.mktemp(dir=folder)
@@ -100,7 +100,7 @@ def run(plan: Plan, folder: Path, ways: list[tuple[Plan, int, int]]) -> list[dic
     return [json.loads(output) for output in outputs if output]
 
 
-def settle(arguments: argparse.Namespace, folder: Path, batch_size: int, steps: int) -> Plan:
+def settle(arguments: argparse.Namespace, folder: Path, batch_size: int, steps: int) -> RunPlan:
     """The plan of a run that saves at its end alone."""
     settings = Run(
         output_folder=str(folder / f"settled-{batch_size}"),

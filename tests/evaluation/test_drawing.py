@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import SettingError
-from pipeline.evaluation.drawing import COLOURS, Shown, draw, draw_detections, draw_marked
+from pipeline.evaluation.drawing import COLOURS, ShownObject, draw, draw_detections, draw_marked
 from pipeline.models.detections import Detections
 from pipeline.shards.objects import Objects
 
@@ -77,7 +77,7 @@ def test_any_name_and_any_box_can_be_drawn(name: str, box: tuple[float, float, f
 
 
 def test_names_do_not_cover_each_other() -> None:
-    three = [Shown((50, 200, 150, 300), "one and the same", colour) for colour in range(3)]
+    three = [ShownObject((50, 200, 150, 300), "one and the same", colour) for colour in range(3)]
     drawn = draw(grey(), three)
     heights = []
     for colour in range(3):

@@ -9,17 +9,17 @@ import torch
 import torchvision
 
 from pipeline.errors import SettingError
-from pipeline.evaluation.regions import Detector, GivenBoxes, LoadRegionModel, ProposerOptions, _kept
+from pipeline.evaluation.regions import GivenBoxes, LoadRegionModel, ProposerOptions, TorchvisionDetector, _kept
 from pipeline.shards.sample import Sample
-from pipeline.stages.annotate.regions import Proposals
+from pipeline.stages.annotate.regions import RegionProposals
 
 TINY = "clipmill-tiny:untrained"
 CPU = torch.device("cpu")
 
 
-def proposals(*boxes: tuple[float, float, float, float], scores: list[float] | None = None) -> Proposals:
+def proposals(*boxes: tuple[float, float, float, float], scores: list[float] | None = None) -> RegionProposals:
     known = np.linspace(0.9, 0.1, len(boxes)) if scores is None else np.array(scores)
-    return Proposals(np.array(boxes, np.float64).reshape(-1, 4), known)
+    return RegionProposals(np.array(boxes, np.float64).reshape(-1, 4), known)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +100,6 @@ def test_detectors_may_find_as_many_as_are_wanted(name: str, monkeypatch: pytest
     bare: dict[str, Any] = {"weights": None, "weights_backbone": None}
     monkeypatch.setattr(torchvision.models, "get_model", lambda name, **_: build(name, **bare))
     for most, least in ((700, 700), (5, 100)):
-        model = Detector(name, CPU, most)._model
+        model = TorchvisionDetector(name, CPU, most)._model
         limit = getattr(model, "roi_heads", model).detections_per_img
         assert limit == 700 if most == 700 else limit >= least

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as peer
 
 from pipeline.loaders.augment import NUMBERS, Colours
 from pipeline.loaders.order import random_bits
-from pipeline.models.slip import BatchNorm, Config, Head, Slip, nt_xent
+from pipeline.models.slip import Config, GatheredBatchNorm, Head, Slip, nt_xent
 from pipeline.models.towers.colours import recolour
 from pipeline.models.towers.unprojected import unprojected, unprojected_width
 from pipeline.training import distributed
@@ -111,7 +111,7 @@ def test_two_images_by_hand() -> None:
 
 def test_batch_normalisation_is_torchs() -> None:
     torch.manual_seed(0)
-    ours, theirs = BatchNorm(5), nn.BatchNorm1d(5)
+    ours, theirs = GatheredBatchNorm(5), nn.BatchNorm1d(5)
     for _ in range(3):
         features = torch.randn(7, 5) * 3 + 1
         torch.testing.assert_close(ours(features), theirs(features))

@@ -30,7 +30,7 @@ from pipeline.training.flops import Work
 from pipeline.training.gradient_cache import backward_in_parts
 from pipeline.training.loop import run_training
 from pipeline.training.optimizer import AdamW, make_optimizer
-from pipeline.training.run import Plan, Run, prepare
+from pipeline.training.run import Run, RunPlan, prepare
 
 CPU = torch.device("cpu")
 
@@ -144,7 +144,7 @@ def test_images_and_texts_are_made_fit(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def plan(address: str, make_snapshot: Callable[..., Snapshot], tmp_path: Path) -> Plan:
+def plan(address: str, make_snapshot: Callable[..., Snapshot], tmp_path: Path) -> RunPlan:
     run = Run(
         output_folder=str(tmp_path / "run"), data=make_snapshot((14, 9, 17)).folder, batch_size=8, lanes=4, steps=5,
         warmup_steps=2, log_every_steps=1, checkpoint_every_steps=3, ema_decay=0.5,
@@ -171,7 +171,7 @@ class Losses:
 
 
 def test_a_resume_is_exact_and_no_checkpoint_holds_the_teacher(
-    plan: Plan, address: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    plan: RunPlan, address: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="pipeline")
     whole, first, rest = Losses(), Losses(stop_at=4), Losses()

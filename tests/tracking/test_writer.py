@@ -7,7 +7,7 @@ import time
 import pytest
 
 from pipeline.tracking import writer as module
-from pipeline.tracking.writer import Point, Writer
+from pipeline.tracking.writer import MetricWriter, Point
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def refuses(error: Exception) -> bool:
 
 def test_metrics_arrive_in_order_and_in_batches() -> None:
     server = Server()
-    writer = Writer(server.send, refuses)
+    writer = MetricWriter(server.send, refuses)
     for step in range(2500):
         writer.put({"loss": step / 10}, step)
     assert writer.close(10) == 0
@@ -51,7 +51,7 @@ def test_metrics_arrive_in_order_and_in_batches() -> None:
 
 def test_put_does_not_wait_for_a_slow_server() -> None:
     gate = threading.Event()
-    writer = Writer(lambda points: gate.wait(5) and None, refuses)
+    writer = MetricWriter(lambda points: gate.wait(5) and None, refuses)
     start = time.perf_counter()
     for step in range(1000):
         writer.put({"loss": 1.0}, step)
@@ -63,7 +63,7 @@ def test_put_does_not_wait_for_a_slow_server() -> None:
 def test_nothing_is_lost_while_the_server_is_away_for_a_while(caplog: pytest.LogCaptureFixture) -> None:
     server = Server()
     server.away = True
-    writer = Writer(server.send, refuses)
+    writer = MetricWriter(server.send, refuses)
     for step in range(20):
         writer.put({"loss": 1.0}, step)
     while server.requests < 3:
@@ -78,7 +78,7 @@ def test_nothing_is_lost_while_the_server_is_away_for_a_while(caplog: pytest.Log
 def test_what_is_never_sent_is_counted_and_said(caplog: pytest.LogCaptureFixture) -> None:
     server = Server()
     server.away = True
-    writer = Writer(server.send, refuses, limit=5)
+    writer = MetricWriter(server.send, refuses, limit=5)
     with caplog.at_level(logging.WARNING):
         for step in range(8):
             writer.put({"loss": 1.0}, step)
@@ -92,7 +92,7 @@ def test_what_is_never_sent_is_counted_and_said(caplog: pytest.LogCaptureFixture
 def test_what_was_lost_is_one_sentence(caplog: pytest.LogCaptureFixture) -> None:
     """Metrics by number and steps, ten other things by name; also what hangs in a request that has no end."""
     hung = threading.Event()
-    writer = Writer(lambda points: hung.wait(20) and None, refuses)
+    writer = MetricWriter(lambda points: hung.wait(20) and None, refuses)
     writer.put({"loss": 1.0, "lr": 0.1}, 7)
     while not writer._under_way:
         time.sleep(0.01)
@@ -112,7 +112,7 @@ def test_an_end_without_a_server_is_not_waited_for(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "PATIENCE", 0.05)
     server = Server()
     server.away = True
-    writer = Writer(server.send, refuses)
+    writer = MetricWriter(server.send, refuses)
     writer.put({"loss": 1.0}, 1)
     while server.requests < 5:
         time.sleep(0.01)
@@ -131,7 +131,7 @@ def test_an_end_without_a_server_is_not_waited_for(monkeypatch: pytest.MonkeyPat
 def test_a_full_queue_loses_the_oldest() -> None:
     server = Server()
     there = threading.Event()
-    writer = Writer(server.send, refuses, is_there=there.is_set, limit=5)
+    writer = MetricWriter(server.send, refuses, is_there=there.is_set, limit=5)
     for step in range(50):
         writer.put({"loss": 1.0}, step)
     there.set()
@@ -143,7 +143,7 @@ def test_a_full_queue_loses_the_oldest() -> None:
 
 def test_one_refused_metric_does_not_take_the_others_with_it(caplog: pytest.LogCaptureFixture) -> None:
     server = Server()
-    writer = Writer(server.send, refuses)
+    writer = MetricWriter(server.send, refuses)
     for step in range(30):
         writer.put({"bad name" if step == 13 else "loss": 1.0}, step)
     assert writer.close(10) == 1
@@ -153,7 +153,7 @@ def test_one_refused_metric_does_not_take_the_others_with_it(caplog: pytest.LogC
 
 def test_refusals_without_end_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
     """As those of a server that has lost the run."""
-    writer = Writer(Server().send, refuses)
+    writer = MetricWriter(Server().send, refuses)
     for step in range(50):
         writer.put({"bad": 1.0}, step)
     assert writer.close(10) == 50
@@ -163,7 +163,7 @@ def test_refusals_without_end_do_not_fill_the_log(caplog: pytest.LogCaptureFixtu
 def test_tasks_keep_their_place_and_a_failing_one_is_dropped() -> None:
     server = Server()
     seen: list[int] = []
-    writer = Writer(server.send, refuses)
+    writer = MetricWriter(server.send, refuses)
 
     def fail() -> None:
         raise ValueError("no")
@@ -180,7 +180,7 @@ def test_tasks_keep_their_place_and_a_failing_one_is_dropped() -> None:
 
 def test_a_server_that_does_not_answer_is_not_asked() -> None:
     server = Server()
-    writer = Writer(server.send, refuses, is_there=lambda: False)
+    writer = MetricWriter(server.send, refuses, is_there=lambda: False)
     writer.put({"a": 1.0}, 1)
     assert not writer.flush(0.2)
     assert writer.close(0.1) == 1

@@ -14,7 +14,7 @@ from pipeline.evaluation.zero_shot import classifier
 from pipeline.models.adapters.adapter import FrozenClip, adapter_class, adapter_names
 from pipeline.models.clip import Clip, Config
 from pipeline.training.adapt import Adapted, Labelled, adapt
-from pipeline.training.adapt_recipes import Recipe, paper_config, paper_recipe
+from pipeline.training.adapt_recipes import AdaptRecipe, paper_config, paper_recipe
 
 NAMES = ("red", "green", "blue")
 TEMPLATES = ("a photo of a {}.",)
@@ -65,7 +65,7 @@ def small(method: str) -> Any:
     return replace(config, **shallow)
 
 
-def short(method: str, **changes: Any) -> Recipe | None:
+def short(method: str, **changes: Any) -> AdaptRecipe | None:
     recipe = paper_recipe(method, 4)
     values = {"epochs": 3, "batch_size": min(recipe.batch_size, 4), "learning_rate": 0.01} if recipe else {}
     return replace(recipe, **{**values, **changes}) if recipe else None

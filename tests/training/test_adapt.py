@@ -18,7 +18,7 @@ from pipeline.models.adapters import coop, tip_adapter, tip_adapter_f
 from pipeline.models.adapters.adapter import Adapter, FrozenClip, adapter_class
 from pipeline.training import adapt as runner
 from pipeline.training.adapt import Accuracy, Labelled, accuracy, adapt
-from pipeline.training.adapt_recipes import Recipe
+from pipeline.training.adapt_recipes import AdaptRecipe
 from tests.training.few_shot import (  # noqa: F401
     LEARNERS,
     METHODS,
@@ -124,7 +124,7 @@ def test_the_best_epoch_by_validation_images_is_kept(method: str, clip: FrozenCl
     train, validation, _ = sets
     states: list[dict[str, Tensor]] = []
     found: list[Adapter] = []
-    real = runner._Training.__init__
+    real = runner._AdapterTraining.__init__
 
     def spy(self: Any, adapter: Adapter, *arguments: Any) -> None:
         found.append(adapter)
@@ -135,7 +135,7 @@ def test_the_best_epoch_by_validation_images_is_kept(method: str, clip: FrozenCl
         states.append({name: p.detach().clone() for name, p in found[0].named_parameters()})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner._Training, "__init__", spy)
+        patch.setattr(runner._AdapterTraining, "__init__", spy)
         adapted = run(clip, method, train, validation, recipe=short(method, epochs=6), log=log)
     scores = [(numbers["validation/top1"], -numbers["validation/loss"]) for numbers in adapted.history]
     best = scores.index(max(scores))
@@ -151,7 +151,7 @@ def test_coop_learns_as_a_plain_loop_of_torch(clip: FrozenClip, sets: Any) -> No
     """torch's SGD and its schedulers around the class vectors, in the same order of images."""
     train, validation, _ = sets
     one_view = Labelled(labels=train.labels, features=train.features[:, :1])
-    recipe = Recipe(epochs=4, batch_size=5, learning_rate=0.1, select="last")
+    recipe = AdaptRecipe(epochs=4, batch_size=5, learning_rate=0.1, select="last")
     adapted = adapt("coop", coop.Config(context=3), recipe, clip, NAMES, (), one_view, validation, seed=3)
     plain = coop.CoOp(coop.Config(context=3, seed=3), clip, NAMES, ())
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -177,7 +177,7 @@ def test_coop_learns_as_a_plain_loop_of_torch(clip: FrozenClip, sets: Any) -> No
 def test_every_view_is_used_and_every_image_once_an_epoch(clip: FrozenClip, sets: Any) -> None:
     train, validation, _ = sets
     adapter = coop.CoOp(coop.Config(), clip, NAMES, ())
-    training = runner._Training(adapter, Recipe(batch_size=4), train, validation, 5, None)
+    training = runner._AdapterTraining(adapter, AdaptRecipe(batch_size=4), train, validation, 5, None)
     seen = set()
     for epoch in range(40):
         batches = list(training._batches(epoch, 3))
@@ -195,7 +195,7 @@ def test_every_view_is_used_and_every_image_once_an_epoch(clip: FrozenClip, sets
 
 def test_random_crops_are_a_function_of_seed_epoch_and_image(clip: FrozenClip, sets: Any) -> None:
     train, validation, _ = sets
-    images = runner._Images(adapter_class("vpt")(small("vpt"), clip, NAMES, TEMPLATES), train, Recipe(), 5)
+    images = runner._Images(adapter_class("vpt")(small("vpt"), clip, NAMES, TEMPLATES), train, AdaptRecipe(), 5)
     numbers = np.array([3, 1])
     first = images.view(numbers, 0)
     assert first.shape == (2, 3, 32, 32) and first.dtype == torch.uint8
@@ -280,7 +280,7 @@ def test_what_cannot_be(clip: FrozenClip, sets: Any) -> None:
         (lambda: run(clip, "vpt", broken, validation), DataError, "cannot be read"),
         (lambda: run(clip, "linear_probe", one, validation), SettingError, "shots of two classes or more"),
         (lambda: run(clip, "coop", train, validation, seed=-1), SettingError, "seed: -1"),
-        (lambda: run(clip, "no_method", train, validation, recipe=Recipe()), SettingError, "one of clip_adapter"),
+        (lambda: run(clip, "no_method", train, validation, recipe=AdaptRecipe()), SettingError, "one of clip_adapter"),
         (lambda: Labelled(labels=train.labels), SettingError, "features or images"),
         (lambda: Labelled(labels=train.labels[:0], images=[]), SettingError, "one image or more"),
         (lambda: Labelled(labels=train.labels, images=[b""]), SettingError, "images: 1"),

@@ -8,17 +8,17 @@ import torch
 
 from pipeline.errors import SettingError
 from pipeline.models.adapters.adapter import adapter_class, adapter_names
-from pipeline.training.adapt_recipes import Recipe, make_optimizer, paper_config, paper_recipe
+from pipeline.training.adapt_recipes import AdaptRecipe, make_optimizer, paper_config, paper_recipe
 
 
-def rates(recipe: Recipe, steps: int = 1) -> list[float]:
+def rates(recipe: AdaptRecipe, steps: int = 1) -> list[float]:
     return [recipe.rate(epoch, step, steps) for epoch in range(recipe.epochs) for step in range(steps)]
 
 
 @pytest.mark.parametrize("epochs", [2, 5, 10, 50, 200])
 def test_epochs_are_torchs_cosine_behind_a_constant_one(epochs: int) -> None:
     """As the reference: a scheduler of the whole run's length, stepped once an epoch, from its top after epoch 1."""
-    recipe = Recipe(epochs=epochs)
+    recipe = AdaptRecipe(epochs=epochs)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
     expected = [1e-5]
@@ -30,7 +30,7 @@ def test_epochs_are_torchs_cosine_behind_a_constant_one(epochs: int) -> None:
 
 
 def test_the_rates_that_the_reference_logs() -> None:
-    few = rates(Recipe(epochs=50))
+    few = rates(AdaptRecipe(epochs=50))
     assert few[:4] == pytest.approx([1e-5, 2e-3, 1.998027e-3, 1.992115e-3], rel=1e-6)
     assert few[-1] == pytest.approx(7.885e-6, rel=1e-3)
     maple = paper_recipe("maple", 16)
@@ -108,7 +108,7 @@ def test_every_method_has_a_recipe_or_does_not_learn() -> None:
 
 def test_steps_of_an_epoch() -> None:
     """160 shots in batches of 32; a set smaller than a batch is a batch; the rest is left out or kept."""
-    recipe = Recipe(batch_size=32)
+    recipe = AdaptRecipe(batch_size=32)
     assert [recipe.steps(images) for images in (160, 10, 170, 32, 33)] == [5, 1, 5, 1, 1]
     assert [replace(recipe, drop_last=False).steps(images) for images in (160, 10, 170, 33)] == [5, 1, 6, 2]
 
@@ -129,4 +129,4 @@ def test_steps_of_an_epoch() -> None:
 )
 def test_values_that_cannot_be(values: dict[str, Any]) -> None:
     with pytest.raises(SettingError):
-        Recipe(**values)
+        AdaptRecipe(**values)

@@ -14,7 +14,7 @@ from pipeline.shards.storage import Folder
 from pipeline.training import distributed
 from pipeline.training.adapt import Adapted, adapt
 from pipeline.training.adapt_artifact import load_adapted, read_record, save
-from pipeline.training.adapt_recipes import Recipe
+from pipeline.training.adapt_recipes import AdaptRecipe
 from pipeline.training.adapt_workers import _worker, on_workers
 from tests.training import few_shot
 from tests.training.few_shot import NAMES, make_clip, make_images
@@ -22,7 +22,7 @@ from tests.training.few_shot import NAMES, make_clip, make_images
 
 def learn(folder: Path) -> Adapted:
     clip = make_clip(folder)
-    recipe = Recipe(epochs=3, batch_size=4, learning_rate=0.05)
+    recipe = AdaptRecipe(epochs=3, batch_size=4, learning_rate=0.05)
     train, validation = make_images(clip, 12, 0), make_images(clip, 9, 1)
     return adapt("coop", coop.Config(context=3), recipe, clip, NAMES, (), train, validation, seed=2)
 

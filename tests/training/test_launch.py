@@ -20,7 +20,7 @@ from pipeline.models.proposals import Proposals
 from pipeline.shards.snapshot import Snapshot
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.launch import _own_error, finished, follower, launch, own_threads, worker_resources
-from pipeline.training.loop import Outcome, TrainingError
+from pipeline.training.loop import TrainingError, TrainingOutcome
 from pipeline.training.optimizer import AdamW
 from pipeline.training.run import Cluster, Run, prepare
 
@@ -50,7 +50,7 @@ def test_a_training_in_this_process_takes_the_first_gpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
-    ended = Outcome(steps=10, checkpoint="")
+    ended = TrainingOutcome(steps=10, checkpoint="")
     monkeypatch.setattr("pipeline.training.launch.run_training", lambda plan, device, _: taken.append(device) or ended)
     assert launch(prepare(tiny_config, run())[0]) == ended
     assert taken == [torch.device("cuda", 0)] * 2
@@ -162,7 +162,7 @@ def test_a_problem_of_all_ranks_is_raised_by_the_driver(
     run: MakeRun, tiny_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, _ = prepare(tiny_config, run(workers=1))
-    ended = Outcome(steps=3, checkpoint="", problem="the loss is not finite")
+    ended = TrainingOutcome(steps=3, checkpoint="", problem="the loss is not finite")
     monkeypatch.setattr("pipeline.training.launch._on_ray", lambda *_: ended)
     with pytest.raises(TrainingError, match="^the loss is not finite$"):
         launch(plan)

@@ -26,25 +26,25 @@ from pipeline.loaders.batches import LoaderConfig
 from pipeline.models.clip import Clip, Config, contrastive_loss
 from pipeline.shards.snapshot import Snapshot
 from pipeline.training.checkpoint import Checkpoints, load_method
-from pipeline.training.loop import Outcome, run_training, step_seed
+from pipeline.training.loop import TrainingOutcome, run_training, step_seed
 from pipeline.training.measure import PHASES
-from pipeline.training.run import Plan, Run, prepare
+from pipeline.training.run import Run, RunPlan, prepare
 
 MakeRun = Callable[..., Run]
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def plan(run: MakeRun, dropout_config: Config) -> Plan:
+def plan(run: MakeRun, dropout_config: Config) -> RunPlan:
     return prepare(dropout_config, run())[0]
 
 
-def moved(plan: Plan, folder: Path) -> Plan:
+def moved(plan: RunPlan, folder: Path) -> RunPlan:
     """The same run in another folder."""
     return replace(plan, run=replace(plan.run, output_folder=str(folder)))
 
 
-def test_what_a_run_leaves(plan: Plan, remember: Any) -> None:
+def test_what_a_run_leaves(plan: RunPlan, remember: Any) -> None:
     tracker = remember()
     outcome = run_training(plan, CPU, tracker)
     assert outcome.steps == 10 and outcome.samples_per_second > 0 and not outcome.problem and tracker.closed == 1
@@ -79,7 +79,7 @@ def test_what_a_run_leaves(plan: Plan, remember: Any) -> None:
     assert loaded.encode_text(loaded.tokenizer(["red"])).shape == (1, 32)
 
 
-def test_a_resume_in_the_middle_of_an_epoch_is_exact(plan: Plan, remember: Any, tmp_path: Path) -> None:
+def test_a_resume_in_the_middle_of_an_epoch_is_exact(plan: RunPlan, remember: Any, tmp_path: Path) -> None:
     """Bit for bit: losses, gradient norms and weights of a run that stopped at step 6 and one that never did."""
     whole, first, second = remember(), remember(stop_at=6), remember()
     expected = run_training(plan, CPU, whole)
@@ -106,7 +106,7 @@ def test_unreadable_samples_are_counted(
     assert counts[10] == 2 * 3 and counts[5] == 3  # two epochs of five steps
 
 
-def test_loader_processes_do_not_change_a_run(plan: Plan, remember: Any, tmp_path: Path) -> None:
+def test_loader_processes_do_not_change_a_run(plan: RunPlan, remember: Any, tmp_path: Path) -> None:
     alone, helped = remember(), remember()
     run_training(plan, CPU, alone)
     settings = replace(plan.run, output_folder=str(tmp_path / "b"), loader=LoaderConfig(loader_workers=2))
@@ -115,7 +115,7 @@ def test_loader_processes_do_not_change_a_run(plan: Plan, remember: Any, tmp_pat
 
 
 @pytest.mark.slow
-def test_kill_nine_in_the_middle(plan: Plan, remember: Any, tmp_path: Path) -> None:
+def test_kill_nine_in_the_middle(plan: RunPlan, remember: Any, tmp_path: Path) -> None:
     """A process killed while it trains; the same command again ends with the losses of a run without a kill."""
     whole, resumed, plan = remember(), remember(), replace(plan, steps=16)
     run_training(plan, CPU, whole)
@@ -140,7 +140,7 @@ def test_kill_nine_in_the_middle(plan: Plan, remember: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one_and_go_on_from_one(plan: Plan, remember: Any, tmp_path: Path) -> None:
+def test_two_ranks_train_as_one_and_go_on_from_one(plan: RunPlan, remember: Any, tmp_path: Path) -> None:
     """One rank stops at step 6; two ranks go on from step 4 with the same samples and, but for rounding, losses."""
     plan = replace(plan, method=Clip.smallest())  # patch dropout would draw per rank
     whole = remember()
@@ -207,7 +207,7 @@ def test_a_resume_of_three_ranks_is_exact(run: MakeRun, tiny_config: Config, tmp
     plan = prepare(tiny_config, run(batch_size=9, lanes=3, steps=8))[0]
     again = moved(plan, tmp_path / "again")
 
-    def losses(plan: Plan) -> dict[int, tuple[float, float]]:
+    def losses(plan: RunPlan) -> dict[int, tuple[float, float]]:
         (tmp_path / "meeting").unlink(missing_ok=True)
         output = [rank.communicate(timeout=200)[0] for rank in [start(plan, tmp_path, rank, 3) for rank in range(3)]]
         logged = dict(json.loads(line) for line in output[0].splitlines())
@@ -295,7 +295,7 @@ def test_data_and_checkpoints_in_an_object_store(
     assert load_method(f"{s3}/run").encode_text(torch.zeros(1, 77, dtype=torch.int64)).shape == (1, 32)
 
 
-def test_a_checkpoint_of_another_order_is_refused(plan: Plan, remember: Any) -> None:
+def test_a_checkpoint_of_another_order_is_refused(plan: RunPlan, remember: Any) -> None:
     run_training(plan, CPU, remember())
     with pytest.raises(SettingError, match="lanes: 2 is not allowed; allowed: 4, with which"):
         run_training(replace(plan, run=replace(plan.run, lanes=2), steps=12), CPU, remember())
@@ -306,7 +306,7 @@ def test_steps_and_ranks_have_their_own_seeds() -> None:
     assert len(seeds) == 300 and all(0 <= seed < 2**63 for seed in seeds)
 
 
-def start(plan: Plan, folder: Path, rank: int = 0, world: int = 1) -> "subprocess.Popen[str]":
+def start(plan: RunPlan, folder: Path, rank: int = 0, world: int = 1) -> "subprocess.Popen[str]":
     """Run this file as a process that trains ``plan``."""
     pickled = folder / f"plan-{rank}-{world}.pickle"
     pickled.write_bytes(pickle.dumps(plan))
@@ -322,7 +322,7 @@ class _Print:
     def close(self) -> None: ...
 
 
-def _train(pickled: str, rank: int, world: int) -> Outcome:
+def _train(pickled: str, rank: int, world: int) -> TrainingOutcome:
     torch.set_num_threads(1)
     if world > 1:
         meeting = f"file://{Path(pickled).parent}/meeting"

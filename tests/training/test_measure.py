@@ -18,7 +18,7 @@ from pipeline.models.clip import Clip, Config
 from pipeline.models.slip import Slip
 from pipeline.training import measure
 from pipeline.training.loop import run_training
-from pipeline.training.measure import PHASES, SAMPLED, Clock, Measuring, memory, sizes, tower_norms, towers
+from pipeline.training.measure import PHASES, SAMPLED, Clock, MeasurementConfig, memory, sizes, tower_norms, towers
 from pipeline.training.run import Run, prepare
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -183,7 +183,7 @@ def test_the_start_says_what_a_sample_costs(
 ) -> None:
     caplog.set_level(logging.INFO)
     tracker = remember()
-    settings = run(steps=3, measuring=Measuring(peak_tflops=0.5))
+    settings = run(steps=3, measuring=MeasurementConfig(peak_tflops=0.5))
     run_training(prepare(Clip.smallest(), settings)[0], CPU, tracker)
     (line,) = [record.getMessage() for record in caplog.records if "GFLOP a sample" in record.getMessage()]
     assert "perf/mfu is the share of 0.5 TFLOP/s, the peak of cpu" in line and "0.01" in line
@@ -198,7 +198,7 @@ def test_the_start_says_what_a_sample_costs(
 def test_profiled_steps_leave_a_trace(run: Callable[..., Run], remember: Any) -> None:
     """A gzipped Chrome trace, in which our parts of a step enclose torch's operations, once for each traced step."""
     tracker = remember()
-    settings = run(steps=6, micro_batch=4, measuring=Measuring(profile_steps="3:4"))
+    settings = run(steps=6, micro_batch=4, measuring=MeasurementConfig(profile_steps="3:4"))
     run_training(prepare(Clip.smallest(), settings)[0], CPU, tracker)
     assert list(tracker.files) == ["profiles/steps-00000003-00000004.json.gz"]
     (content,) = tracker.files.values()
@@ -214,21 +214,21 @@ def test_profiled_steps_leave_a_trace(run: Callable[..., Run], remember: Any) ->
 
 def test_a_trace_ends_where_the_training_does(run: Callable[..., Run], remember: Any) -> None:
     tracker = remember()
-    settings = run(steps=3, measuring=Measuring(profile_steps="2:9"))
+    settings = run(steps=3, measuring=MeasurementConfig(profile_steps="2:9"))
     plan = prepare(Clip.smallest(), settings)[0]
     run_training(plan, CPU, tracker)
     assert list(tracker.files) == ["profiles/steps-00000002-00000003.json.gz"]
-    other = replace(plan.run, measuring=Measuring())
+    other = replace(plan.run, measuring=MeasurementConfig())
     assert prepare(Clip.smallest(), other)[1].settings == prepare(Clip.smallest(), plan.run)[1].settings
 
 
 @pytest.mark.parametrize("steps", ["5", "5:", ":5", "6:5", "0:5", "a:b", "1:2:3", "-1:4"])
 def test_steps_that_are_no_range_are_refused(steps: str) -> None:
     with pytest.raises(SettingError, match="profile_steps"):
-        Measuring(profile_steps=steps)
+        MeasurementConfig(profile_steps=steps)
 
 
 def test_a_peak_is_a_number_above_zero() -> None:
-    assert list(Measuring(profile_steps="2:4").profiled()) == [2, 3, 4] and not Measuring().profiled()
+    assert list(MeasurementConfig(profile_steps="2:4").profiled()) == [2, 3, 4] and not MeasurementConfig().profiled()
     with pytest.raises(SettingError, match="peak_tflops"):
-        Measuring(peak_tflops=0)
+        MeasurementConfig(peak_tflops=0)

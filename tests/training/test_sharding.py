@@ -25,7 +25,7 @@ from pipeline.models.slip import Slip
 from pipeline.training.checkpoint import Checkpoints, Meta, load_method, read_weights
 from pipeline.training.loop import run_training
 from pipeline.training.optimizer import AdamW, make_optimizer
-from pipeline.training.run import Plan, Run, prepare
+from pipeline.training.run import Run, RunPlan, prepare
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ SHARDED = ("full", "again", "parts", "resumed", "poisoned-full", "bf16", "slip-f
 @pytest.fixture(scope="module")
 def plans(
     make_snapshot: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict[str, Plan], dict[str, dict[int, dict[str, float]]]]:
+) -> tuple[dict[str, RunPlan], dict[str, dict[int, dict[str, float]]]]:
     """Plans by name, all of them trained by two ranks, and what these logged."""
     folder = tmp_path_factory.mktemp("sharding")
     data = make_snapshot((14, 9, 17)).folder
@@ -70,7 +70,7 @@ def teacher(folder: Path) -> str:
     return str(Checkpoints(str(folder)).save(method, make_optimizer(AdamW(), method), meta).folder.path)
 
 
-def train(folder: Path, plans: dict[str, Plan], copies: dict[str, str]) -> dict[str, dict[int, dict[str, float]]]:
+def train(folder: Path, plans: dict[str, RunPlan], copies: dict[str, str]) -> dict[str, dict[int, dict[str, float]]]:
     (folder / "plans.pickle").write_bytes(pickle.dumps((plans, copies)))
     command = [sys.executable, __file__, str(folder)]
     ranks = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
@@ -80,7 +80,7 @@ def train(folder: Path, plans: dict[str, Plan], copies: dict[str, str]) -> dict[
     return {name: {int(step): metrics for step, metrics in steps.items()} for name, steps in logged.items()}
 
 
-def state(plan: Plan, step: int = 6) -> dict[str, Tensor]:
+def state(plan: RunPlan, step: int = 6) -> dict[str, Tensor]:
     """Weights, average and optimiser's state of a checkpoint."""
     folder = Checkpoints(plan.run.output_folder).at(step)
     loaded = torch.load(f"{folder.path}/state.pt", weights_only=True)["optimizer"]["state"]

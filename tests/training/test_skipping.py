@@ -26,7 +26,7 @@ from pipeline.training import loop
 from pipeline.training.checkpoint import Checkpoints, read_weights
 from pipeline.training.loop import run_training
 from pipeline.training.optimizer import take_step
-from pipeline.training.run import Plan, Run, prepare
+from pipeline.training.run import Run, RunPlan, prepare
 from pipeline.training.skipping import Skipping
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def leave_out(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(loop, "take_step", stepped)
 
 
-def saved(plan: Plan) -> dict[str, Any]:
+def saved(plan: RunPlan) -> dict[str, Any]:
     """Weights and the optimiser's state at the end."""
     folder = Checkpoints(plan.run.output_folder).at(plan.steps)
     state = torch.load(f"{folder.path}/state.pt", weights_only=True)["optimizer"]
@@ -172,8 +172,8 @@ class _Keep:
 def _rank(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
-    plan: Plan = pickle.loads((folder / "plan.pickle").read_bytes())
-    training = loop._Training(plan, CPU, _Keep(folder / "log.json"), lambda: False)
+    plan: RunPlan = pickle.loads((folder / "plan.pickle").read_bytes())
+    training = loop._TrainingState(plan, CPU, _Keep(folder / "log.json"), lambda: False)
     with pytest.MonkeyPatch.context() as patch:
         # The loss alone, without a trace in the gradient that the ranks share anyway.
         finite = Tensor.isfinite

@@ -30,7 +30,7 @@ from pipeline.training.checkpoint import (
 from pipeline.training.loop import run_training
 from pipeline.training.optimizer import AdamW, make_optimizer
 from pipeline.training.run import prepare
-from pipeline.training.writer import Saving, Staging, Writer, may_pass
+from pipeline.training.writer import CheckpointWriter, Saving, Staging, may_pass
 
 CPU = torch.device("cpu")
 
@@ -92,7 +92,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     checkpoints, optimizer = Checkpoints(uri), stepped(method)
     before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
     moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
-    writer = Writer(checkpoints, Saving(), keep=3, keep_waiting=3)
+    writer = CheckpointWriter(checkpoints, Saving(), keep=3, keep_waiting=3)
     writer.save(method, method.state_dict(), optimizer.state_dict(), meta(1), ema=method.state_dict())
     optimizer.step()  # in place
     assert checkpoints.latest() is None  # it is still under way
@@ -110,7 +110,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 
 
 def test_the_next_checkpoint_waits_for_the_one_before(method: Clip, held: threading.Event, tmp_path: Path) -> None:
-    writer = Writer(Checkpoints(str(tmp_path)), Saving(), keep=3, keep_waiting=3)
+    writer = CheckpointWriter(Checkpoints(str(tmp_path)), Saving(), keep=3, keep_waiting=3)
     writer.save(method, method.state_dict(), None, meta(1))
     assert set(writer.measures()) == {"perf/checkpoint_wait", "perf/checkpoint_copy"} and not writer.measures()
     threading.Timer(0.3, held.set).start()
@@ -161,7 +161,7 @@ def test_averaged_weights_are_loaded_when_asked_for(method: Clip, tmp_path: Path
     average = {
         name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in method.state_dict().items()
     }
-    writer = Writer(Checkpoints(str(tmp_path)), Saving(), keep=1, keep_waiting=1)
+    writer = CheckpointWriter(Checkpoints(str(tmp_path)), Saving(), keep=1, keep_waiting=1)
     writer.save(method, method.state_dict(), None, meta(1), ema=average)
     writer.finish()
     plain, scale = load_method(str(tmp_path)), method.model.logit_scale
@@ -205,7 +205,7 @@ def test_a_server_that_is_away_is_waited_for(method: Clip, monkeypatch: pytest.M
     s3fs.S3FileSystem.clear_instance_cache()
     s3fs.S3FileSystem().mkdir("s3://outage")
     checkpoints = Checkpoints("s3://outage/run")
-    writer = Writer(checkpoints, Saving(), keep=3, keep_waiting=3)
+    writer = CheckpointWriter(checkpoints, Saving(), keep=3, keep_waiting=3)
     server.stop()
     failed = threading.Event()
     monkeypatch.setattr(writing.logger, "warning", lambda *_: failed.set())
@@ -239,7 +239,7 @@ def test_what_waiting_does_not_mend_ends_the_run(
 def test_patience_ends(method: Clip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tried = outage(monkeypatch, 10**9, lambda: _caused(ConnectionResetError("gone")), "config.json")
     saving = Saving(checkpoint_patience_minutes=0.2 / 60)
-    writer = Writer(Checkpoints(str(tmp_path)), saving, keep=1, keep_waiting=1)
+    writer = CheckpointWriter(Checkpoints(str(tmp_path)), saving, keep=1, keep_waiting=1)
     writer.save(method, method.state_dict(), None, meta(1))
     with pytest.raises(StorageError):
         writer.finish()
@@ -252,7 +252,7 @@ def test_the_end_of_a_failing_run_does_not_wait_for_a_store(
 ) -> None:
     outage(monkeypatch, 10**9, lambda: _caused(ConnectionResetError("gone")), "config.json")
     monkeypatch.setattr(writing, "FIRST_PAUSE", 50.0)
-    writer = Writer(Checkpoints(str(tmp_path)), Saving(), keep=1, keep_waiting=1)
+    writer = CheckpointWriter(Checkpoints(str(tmp_path)), Saving(), keep=1, keep_waiting=1)
     writer.save(method, method.state_dict(), None, meta(1))
     writer.close()
     assert "was not written" in caplog.text and Checkpoints(str(tmp_path)).whole() == []

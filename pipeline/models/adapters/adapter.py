@@ -29,7 +29,7 @@ from pipeline.models.towers.weights import weights_digest
 SHARED = ("adapter", "prompts", "text", "vision")
 
 
-class Classifier(Protocol):
+class ClassVectorMaker(Protocol):
     """Makes class vectors, float [C, D] of unit length: :func:`pipeline.evaluation.zero_shot.classifier`."""
 
     def __call__(self, model: Any, classes: Sequence[str], templates: Sequence[str]) -> Tensor: ...
@@ -41,7 +41,7 @@ class FrozenClip:
     ``classifier`` makes zero-shot class vectors; it belongs to the evaluations, and so is handed in.
     """
 
-    def __init__(self, method: Clip, classifier: Classifier) -> None:
+    def __init__(self, method: Clip, classifier: ClassVectorMaker) -> None:
         self.method = method.eval().requires_grad_(False)
         self.model: Any = method.model
         self._classifier = classifier

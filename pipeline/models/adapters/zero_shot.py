@@ -15,7 +15,7 @@ class Config:
     """Nothing to choose."""
 
 
-class ZeroShot(Adapter):
+class ZeroShotClassifier(Adapter):
     """The class vectors of the templates."""
 
     learns = False

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 from pipeline.sources.drawn import world
 from pipeline.sources.drawn.draws import Draws
-from pipeline.sources.drawn.scenes import Scene, Thing
+from pipeline.sources.drawn.scenes import Scene, SceneObject
 from pipeline.sources.drawn.words import article
 
 
@@ -104,14 +104,14 @@ def _style(scene: Scene, draws: Draws) -> Question:
     return Question("style", "what kind of picture is this?", world.STYLE_CLASSES[scene.style])
 
 
-def _lone(scene: Scene, draws: Draws, key: Callable[[Thing], str]) -> Thing | None:
+def _lone(scene: Scene, draws: Draws, key: Callable[[SceneObject], str]) -> SceneObject | None:
     """A thing that shares its ``key`` with no other."""
     numbers = Counter(map(key, scene.things))
     alone = [thing for thing in scene.things if numbers[key(thing)] == 1]
     return draws.pick(alone) if alone else None
 
 
-def _centre(thing: Thing, axis: int) -> float:
+def _centre(thing: SceneObject, axis: int) -> float:
     return thing.box[axis] + thing.box[axis + 2] / 2
 
 

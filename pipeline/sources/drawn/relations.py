@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-from pipeline.sources.drawn.scenes import Scene, Thing
+from pipeline.sources.drawn.scenes import Scene, SceneObject
 
 RELATIONS = ("left of", "right of", "above", "below", "inside", "behind", "in front of")
 PHRASES = {
@@ -37,7 +37,7 @@ def relation_between(scene: Scene, first: int, second: int) -> str | None:
     return "behind" if _hides(other, one) and not _within(other, one) else None
 
 
-def _side(one: Thing, other: Thing) -> str | None:
+def _side(one: SceneObject, other: SceneObject) -> str | None:
     x, y, width, height = one.box
     other_x, other_y, other_width, other_height = other.box
     across = (other_x + other_width / 2) - (x + width / 2)
@@ -51,12 +51,12 @@ def _side(one: Thing, other: Thing) -> str | None:
     return "below" if other_y + other_height <= y else None
 
 
-def _within(inner: Thing, outer: Thing) -> bool:
+def _within(inner: SceneObject, outer: SceneObject) -> bool:
     filled = np.zeros_like(inner.coverage)
     cv2.fillPoly(filled, outer.outline.subpixels()[:1], 255, cv2.LINE_AA, 4)
     return not bool((inner.whole & (filled < 128)).any())
 
 
-def _hides(front: Thing, back: Thing) -> bool:
+def _hides(front: SceneObject, back: SceneObject) -> bool:
     covered = np.count_nonzero(front.visible & back.whole)
     return bool(covered >= HIDING * np.count_nonzero(back.whole))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline.sources.drawn import world
 from pipeline.sources.drawn.draws import Draws
 from pipeline.sources.drawn.outlines import Outline, Pixels, trace
-from pipeline.sources.drawn.scenes import Scene, Thing
+from pipeline.sources.drawn.scenes import Scene, SceneObject
 
 Field = NDArray[np.float32]
 Rgb = tuple[int, int, int]
@@ -66,7 +66,7 @@ def finish(image: Pixels, style: str, draws: Draws) -> Pixels:
     return image
 
 
-def _paint_thing(image: Pixels, thing: Thing, scene: Scene, draws: Draws) -> None:
+def _paint_thing(image: Pixels, thing: SceneObject, scene: Scene, draws: Draws) -> None:
     points = thing.outline.points
     left, top = (max(0, int(low) - 1) for low in points.min(axis=0))
     right, bottom = (min(scene.size, int(high) + 3) for high in points.max(axis=0))
@@ -85,7 +85,7 @@ def _paint_thing(image: Pixels, thing: Thing, scene: Scene, draws: Draws) -> Non
         trace(image, thing.outline, rim if max(thing.look.rgb) > 60 else (150, 150, 150), _line(scene.size))
 
 
-def _sketch_thing(image: Pixels, thing: Thing, area: tuple[slice, slice], draws: Draws) -> None:
+def _sketch_thing(image: Pixels, thing: SceneObject, area: tuple[slice, slice], draws: Draws) -> None:
     """Paper first (it hides what lies behind), then the marks in thin colour, then two unsteady outlines."""
     rgb = thing.look.rgb
     pale = _mixed(rgb, _WHITE, 0.72)
@@ -101,7 +101,7 @@ def _scale(image: Pixels) -> float:
     return int(image.shape[0]) / 128
 
 
-def _fill(thing: Thing, base: Rgb, mark: Rgb, area: tuple[slice, slice], draws: Draws) -> Pixels:
+def _fill(thing: SceneObject, base: Rgb, mark: Rgb, area: tuple[slice, slice], draws: Draws) -> Pixels:
     """The thing's colour with its texture's marks, for the pixels of ``area``."""
     rows, columns = area
     height, width = rows.stop - rows.start, columns.stop - columns.start
@@ -115,7 +115,7 @@ def _fill(thing: Thing, base: Rgb, mark: Rgb, area: tuple[slice, slice], draws: 
     return _tinted(_marks(texture, x, y, thing, draws), base, mark)
 
 
-def _marks(texture: str, x: Field, y: Field, thing: Thing, draws: Draws) -> Pixels:
+def _marks(texture: str, x: Field, y: Field, thing: SceneObject, draws: Draws) -> Pixels:
     """Where the texture's marks are: uint8 [len(y), len(x)], 255 on a mark."""
     radius = thing.pose.radius
     angle = thing.pose.angle + draws.pick((0.0, 0.25 * math.pi, 0.5 * math.pi))
@@ -148,7 +148,7 @@ def _lay(image: Pixels, area: tuple[slice, slice], patch: Pixels, covered: Pixel
     image[area] = cv2.blendLinear(patch, np.ascontiguousarray(image[area]), weight, np.float32(1) - weight)
 
 
-def _shadow(image: Pixels, thing: Thing, draws: Draws) -> None:
+def _shadow(image: Pixels, thing: SceneObject, draws: Draws) -> None:
     """A soft dark copy of the thing, down and to one side."""
     if not draws.chance(0.7):
         return

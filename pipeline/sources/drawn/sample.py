@@ -32,7 +32,7 @@ Value = str | int | bool | None
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class DrawnSample:
     """``record`` is the content of ``boxes.json`` (None for digits, which have no objects)."""
 
     image: bytes
@@ -49,7 +49,7 @@ def columns_of(split: str) -> Mapping[str, type]:
     return RELATION_COLUMNS if name == "relations" else SCENE_COLUMNS
 
 
-def draw_sample(split: str, seed: int, index: int, size: int, captions: int = 1, questions: int = 4) -> Sample:
+def draw_sample(split: str, seed: int, index: int, size: int, captions: int = 1, questions: int = 4) -> DrawnSample:
     """Sample ``index`` of ``split``: the same bytes whoever asks, and whatever was asked before."""
     if sets.recipe_name(split) in sets.IMAGE_SETS:
         return _draw_digit(split, seed, index, size)
@@ -57,7 +57,7 @@ def draw_sample(split: str, seed: int, index: int, size: int, captions: int = 1,
     brush = Draws(seed, split, index, "render")
     image, _ = encode(render(scene, brush), brush)
     record, columns = describe_scene(split, seed, index, scene, captions, questions)
-    return Sample(image, record["caption"], columns, record)
+    return DrawnSample(image, record["caption"], columns, record)
 
 
 def describe_scene(
@@ -115,7 +115,7 @@ def _say_relation(scene: Scene, index: int, pen: Draws) -> tuple[words.Caption, 
     }
 
 
-def _draw_digit(split: str, seed: int, index: int, size: int) -> Sample:
+def _draw_digit(split: str, seed: int, index: int, size: int) -> DrawnSample:
     brush = Draws(seed, split, index, "render")
     if sets.recipe_name(split) == "digits_real":
         number = digits.scans(split.endswith("_train"))[index]
@@ -125,4 +125,4 @@ def _draw_digit(split: str, seed: int, index: int, size: int) -> Sample:
         pixels, font = digits.render_digit(label, size, brush)
     image, _ = encode(pixels, brush)
     columns: dict[str, Value] = {"index": index, "split": split, "label": label, "font": font}
-    return Sample(image, f"the digit {label}", columns, None)
+    return DrawnSample(image, f"the digit {label}", columns, None)

@@ -64,7 +64,7 @@ class Pose:
 
 
 @dataclass(frozen=True, slots=True)
-class Thing:
+class SceneObject:
     """One object of a scene.
 
     ``coverage`` is the antialiased whole of it (uint8 [size, size]), ``whole`` its pixels (coverage of at least one
@@ -91,12 +91,12 @@ class Scene:
     size: int
     style: str
     ground: str
-    things: tuple[Thing, ...]
+    things: tuple[SceneObject, ...]
     main: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class SceneRecipe:
     """What the scenes of a split are like.
 
     With ``varies`` the samples walk through ``classes``: sample i shows class i mod n, so every class has the same
@@ -129,7 +129,7 @@ class Wish:
 
 
 def sample_scene(
-    recipe: Recipe,
+    recipe: SceneRecipe,
     draws: Draws,
     wanted: str | None,
     size: int,
@@ -176,20 +176,20 @@ def sample_pose(draws: Draws, shape: str, radius: float) -> Pose:
     return Pose(radius, angle, draws.uniform(-0.15, 0.15), draws.uniform(0.92, 1.09), draws.chance(0.5))
 
 
-def make_thing(look: Look, pose: Pose, centre: tuple[float, float], size: int) -> Thing:
+def make_thing(look: Look, pose: Pose, centre: tuple[float, float], size: int) -> SceneObject:
     """The thing at ``centre`` (x, y in pixels), nothing hiding it yet."""
     outline = outline_of(look.shape, look.variant).placed(pose.matrix(), centre)
     covered = coverage(outline, size)
     whole: Mask = covered >= 128
-    return Thing(look, pose, outline, covered, whole, whole)
+    return SceneObject(look, pose, outline, covered, whole, whole)
 
 
-def finished(stack: list[Thing]) -> tuple[Thing, ...]:
+def finished(stack: list[SceneObject]) -> tuple[SceneObject, ...]:
     """The stack (back to front) with boxes, areas, occlusion and depth filled in."""
     return tuple(_measured(thing, depth) for depth, thing in enumerate(stack))
 
 
-def _wish(recipe: Recipe, wanted: str | None) -> Wish:
+def _wish(recipe: SceneRecipe, wanted: str | None) -> Wish:
     if wanted is None:
         return Wish()
     if recipe.label == "pair":
@@ -218,7 +218,7 @@ _ARRANGEMENT_OF: dict[str, Arrangement] = {
 }
 
 
-def _attempt(recipe: Recipe, draws: Draws, wish: Wish, size: int) -> Scene | None:
+def _attempt(recipe: SceneRecipe, draws: Draws, wish: Wish, size: int) -> Scene | None:
     count = wish.count or draws.weighted(recipe.counts) + 1
     styles = recipe.styles or world.seen_styles()
     odds = _SEEN_STYLE_ODDS if not recipe.styles else world.cumulate([1.0] * len(styles))
@@ -232,7 +232,9 @@ def _attempt(recipe: Recipe, draws: Draws, wish: Wish, size: int) -> Scene | Non
     return Scene(size, style, ground, finished(stack), main) if main is not None else None
 
 
-def _sample_looks(recipe: Recipe, draws: Draws, wish: Wish, count: int, arrangement: Arrangement | None) -> list[Look]:
+def _sample_looks(
+    recipe: SceneRecipe, draws: Draws, wish: Wish, count: int, arrangement: Arrangement | None
+) -> list[Look]:
     """The main thing first; the others are no larger, and sometimes of its kind."""
     main_size = draws.weighted(recipe.main_sizes or _MAIN_SIZES[min(count, 4)])
     if arrangement == "nested":
@@ -266,13 +268,13 @@ def _unlike(draws: Draws, main: Look) -> Wish:
 
 
 def _place(
-    recipe: Recipe, draws: Draws, looks: list[Look], arrangement: Arrangement | None, size: int
-) -> tuple[list[Thing], int | None]:
+    recipe: SceneRecipe, draws: Draws, looks: list[Look], arrangement: Arrangement | None, size: int
+) -> tuple[list[SceneObject], int | None]:
     """Put the things down one by one, on top of or below the others; one that fits nowhere is left out.
 
     Returns the stack, back to front, and where the first look stands in it (None: it was left out).
     """
-    stack: list[Thing] = []
+    stack: list[SceneObject] = []
     main: int | None = None
     first: tuple[float, float] | None = None
     for position, look in enumerate(looks):
@@ -307,7 +309,7 @@ def _spot(
     first: tuple[float, float] | None,
     reach: tuple[float, float],
     radius: float,
-    stack: list[Thing],
+    stack: list[SceneObject],
     size: int,
 ) -> tuple[float, float]:
     """Where to try a thing; ``first`` is the centre of the one that it is arranged with."""
@@ -338,7 +340,7 @@ def _between(draws: Draws, low: float, high: float) -> float:
     return draws.uniform(low, high) if low < high else (low + high) / 2
 
 
-def _inserted(stack: list[Thing], thing: Thing, on_top: bool, cap: float) -> list[Thing] | None:
+def _inserted(stack: list[SceneObject], thing: SceneObject, on_top: bool, cap: float) -> list[SceneObject] | None:
     """The stack with the thing at its top or bottom, or None where something would be hidden beyond ``cap``."""
     if on_top or not stack:
         below = [replace(other, visible=other.visible & ~thing.whole) for other in stack]
@@ -350,13 +352,13 @@ def _inserted(stack: list[Thing], thing: Thing, on_top: bool, cap: float) -> lis
     return grown if seen and all(_hidden(other) <= cap for other in grown) else None
 
 
-def _hidden(thing: Thing) -> float:
+def _hidden(thing: SceneObject) -> float:
     if thing.visible is thing.whole:
         return 0.0
     return 1.0 - int(np.count_nonzero(thing.visible)) / max(1, int(np.count_nonzero(thing.whole)))
 
 
-def _measured(thing: Thing, depth: int) -> Thing:
+def _measured(thing: SceneObject, depth: int) -> SceneObject:
     rows = np.flatnonzero(thing.visible.any(axis=1))
     columns = np.flatnonzero(thing.visible.any(axis=0))
     left, top = int(columns[0]), int(rows[0])

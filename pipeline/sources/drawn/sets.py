@@ -25,9 +25,9 @@ from pipeline.sources.drawn.draws import Draws
 from pipeline.sources.drawn.relations import RELATIONS, relation_between
 from pipeline.sources.drawn.scenes import (
     Look,
-    Recipe,
     Scene,
-    Thing,
+    SceneObject,
+    SceneRecipe,
     Wish,
     finished,
     make_thing,
@@ -45,13 +45,13 @@ DIGIT_CLASSES = tuple("0123456789")
 CAPTIONED = ("train", "val")
 """The splits whose captions are sometimes wrong."""
 
-_ONE = Recipe(varies=True, counts=(0.75, 0.95, 1.0), main_sizes=(0.0, 0.2, 1.0), alike=0.0, arranged=0.0)
+_ONE = SceneRecipe(varies=True, counts=(0.75, 0.95, 1.0), main_sizes=(0.0, 0.2, 1.0), alike=0.0, arranged=0.0)
 _SHAPES = replace(_ONE, classes=world.SHAPE_NAMES)
 _PAIR = replace(_ONE, label="pair")
 
-RECIPES: dict[str, Recipe] = {
-    "train": Recipe(),
-    "val": Recipe(),
+RECIPES: dict[str, SceneRecipe] = {
+    "train": SceneRecipe(),
+    "val": SceneRecipe(),
     "held_out_pairs": replace(_PAIR, classes=tuple(f"{c} {s}" for s, c in world.held_out_pairs())),
     "seen_pairs": replace(_PAIR, classes=tuple(f"{c} {s}" for s, c in world.seen_pairs())),
     "shapes": _SHAPES,
@@ -136,7 +136,7 @@ def _aerial(draws: Draws, wanted: str, size: int) -> Scene:
     """Some 15 to 40 tiny things on a shaken grid, most of them of the shape ``wanted``, none touching."""
     side = 4 + draws.integer(3)
     cell = size / side
-    stack: list[Thing] = []
+    stack: list[SceneObject] = []
     for row in range(side):
         for column in range(side):
             if draws.chance(0.1):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from pipeline.config import require, to_json
 from pipeline.shards.storage import Folder
 from pipeline.sources.drawn import digits, sets, truth
-from pipeline.sources.drawn.sample import Sample, Value, columns_of, draw_sample
+from pipeline.sources.drawn.sample import DrawnSample, Value, columns_of, draw_sample
 from pipeline.sources.drawn.world import NOVEL_SHAPES, WORLD_VERSION
 from pipeline.sources.source import UNCHANGED, Row, Slice
 
@@ -102,13 +102,13 @@ class Drawn:
         members = self._members(sample)
         return Row(url=url, caption=sample.caption, image=sample.image, columns=self._columns(sample), members=members)
 
-    def _members(self, sample: Sample) -> dict[str, bytes]:
+    def _members(self, sample: DrawnSample) -> dict[str, bytes]:
         if sample.record is None or self.truth == "none":
             return {}
         record = truth.only_base(sample.record) if self.truth == "base" else sample.record
         return {"boxes.json": truth.to_bytes(record)}
 
-    def _columns(self, sample: Sample) -> dict[str, Value]:
+    def _columns(self, sample: DrawnSample) -> dict[str, Value]:
         """Without the label where the truth must not be told."""
         hidden = self.truth == "none" or (self.truth == "base" and sample.columns.get("shape") in NOVEL_SHAPES)
         secret = ("label", "shape", "variant") if hidden else ()

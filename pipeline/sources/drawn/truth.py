@@ -27,12 +27,12 @@ from typing import Any
 
 from pipeline.shards.segmentation import run_lengths
 from pipeline.sources.drawn import world
-from pipeline.sources.drawn.scenes import Scene, Thing
+from pipeline.sources.drawn.scenes import Scene, SceneObject
 
 Record = dict[str, Any]
 
 
-def object_record(thing: Thing, size: int) -> Record:
+def object_record(thing: SceneObject, size: int) -> Record:
     """One entry of ``objects``."""
     look = thing.look
     return {

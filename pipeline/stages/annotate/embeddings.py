@@ -160,7 +160,7 @@ def read_features(folder: Folder, shard: Shard, name: str = "embeddings") -> Sha
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export:
+class FeatureExport:
     """A snapshot's features as clip-retrieval's inference writes them, to build an index from.
 
     ``img_emb/img_emb_0.npy`` and ``text_emb/text_emb_0.npy``, float16 [N, D], and ``metadata/metadata_0.parquet`` with

@@ -45,7 +45,7 @@ COVERED = 0.1  # share of the objects that any proposer covers whose boxes fit t
 
 
 @dataclass(frozen=True)
-class Proposals:
+class RegionProposals:
     """Boxes x1, y1, x2, y2 in pixels, float64 [n, 4], the best first, and their scores float64 [n]."""
 
     boxes: NDArray[np.float64]
@@ -67,7 +67,7 @@ class RegionModel(Protocol):
         """Its height and width."""
         ...
 
-    def propose(self, images: Sequence[Any], samples: Sequence[Sample]) -> list[Proposals]:
+    def propose(self, images: Sequence[Any], samples: Sequence[Sample]) -> list[RegionProposals]:
         """The regions of each image."""
         ...
 
@@ -321,7 +321,7 @@ class RegionMaker:
         return [made.get(sample.key) or _empty(sample.key) for sample, _ in batch], found
 
     def _checked(
-        self, sample: Sample, shape: tuple[int, int], proposed: Proposals, encoded: NDArray[np.float32]
+        self, sample: Sample, shape: tuple[int, int], proposed: RegionProposals, encoded: NDArray[np.float32]
     ) -> Check:
         """Compares the features of regions that cover an annotated object with the names of the classes.
 
@@ -354,7 +354,7 @@ COLUMNS: Mapping[str, pa.DataType] = {
 SCHEMA = pa.schema(COLUMNS)
 
 
-def _row(key: str, shape: tuple[int, int], proposed: Proposals, encoded: NDArray[np.float32]) -> dict[str, Any]:
+def _row(key: str, shape: tuple[int, int], proposed: RegionProposals, encoded: NDArray[np.float32]) -> dict[str, Any]:
     height, width = shape
     fractions = (proposed.boxes / [width, height, width, height]).astype(np.float32)
     boxes, scores = fractions.reshape(-1).tolist(), proposed.scores.astype(np.float32).tolist()

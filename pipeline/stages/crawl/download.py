@@ -135,7 +135,7 @@ class DownloadOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Known:
+class KnownBody:
     """What is known of a body before it is asked for.
 
     With ``etag`` or ``last_modified``, as an earlier answer gave them, a body that has not changed is not sent again.
@@ -152,7 +152,7 @@ class Download:
     """A body that arrived whole. ``url`` is the one that answered, ``digest`` that of ``body`` (hex).
 
     ``etag`` and ``last_modified`` are what the server said about this version, for the next refresh. Where such were
-    given (see :class:`Known`) and still hold, ``not_modified`` is true, ``http_status`` 304 and ``body`` empty.
+    given (see :class:`KnownBody`) and still hold, ``not_modified`` is true, ``http_status`` 304 and ``body`` empty.
     """
 
     body: bytes
@@ -170,7 +170,7 @@ class Download:
         return self.http_status == 304
 
 
-Request = tuple[int, str] | tuple[int, str, Known]
+Request = tuple[int, str] | tuple[int, str, KnownBody]
 
 
 def download_all(
@@ -255,13 +255,13 @@ class Downloader:
         while any(one.fileno() != -1 for one in alive) and time.monotonic() < patience:
             await asyncio.sleep(0.002)
 
-    async def fetch(self, url: str, known: Known | None = None) -> Download:
+    async def fetch(self, url: str, known: KnownBody | None = None) -> Download:
         """Fetch one url, with retries.
 
         Raises:
             SampleError: status "failed_to_download"; classes as in ``ERROR_CLASSES``.
         """
-        known, give_up = known or Known(), math.inf
+        known, give_up = known or KnownBody(), math.inf
         for attempt in range(1, self._options.retries + 2):
             try:
                 return await self._attempt(url, known, attempt)
@@ -276,7 +276,7 @@ class Downloader:
             await asyncio.sleep(pause)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    async def _attempt(self, text: str, known: Known, attempt: int) -> Download:
+    async def _attempt(self, text: str, known: KnownBody, attempt: int) -> Download:
         try:
             async with asyncio.timeout(self._options.timeout) as deadline:
                 if isinstance(text, str) and self._stores.serve(text):
@@ -287,7 +287,7 @@ class Downloader:
         except (aiohttp.ClientError, OSError) as error:
             raise _classify(error) from error
 
-    async def _read_store(self, text: str, known: Known, attempt: int, deadline: asyncio.Timeout) -> Download:
+    async def _read_store(self, text: str, known: KnownBody, attempt: int, deadline: asyncio.Timeout) -> Download:
         host = self._stores.host(text)
         await self._wait_for_turn(host, deadline)
         try:
@@ -302,7 +302,7 @@ class Downloader:
             refuse_other_things(stored.body[:ENOUGH], None)
         return self._finished(stored.body, known, Download(b"", text, 200, "", attempt, None, etag, changed))
 
-    async def _follow(self, url: URL, known: Known, attempt: int, deadline: asyncio.Timeout) -> Download:
+    async def _follow(self, url: URL, known: KnownBody, attempt: int, deadline: asyncio.Timeout) -> Download:
         """Redirects are followed here, so that every hop's scheme and address pass the same checks."""
         headers = _conditions(known)
         for _ in range(self._options.max_redirects + 1):
@@ -363,7 +363,7 @@ class Downloader:
         with _stopped(deadline):
             await self._turns.take(host)
 
-    async def _receive(self, response: aiohttp.ClientResponse, attempt: int, known: Known) -> Download:
+    async def _receive(self, response: aiohttp.ClientResponse, attempt: int, known: KnownBody) -> Download:
         status, headers = response.status, response.headers
         unchanged = status == 304 and bool(known.etag or known.last_modified)
         if not 200 <= status < 300 and not unchanged:
@@ -382,7 +382,7 @@ class Downloader:
         )
         return about if unchanged else self._finished(await self._read(response), known, about)
 
-    def _finished(self, body: bytes, known: Known, about: Download) -> Download:
+    def _finished(self, body: bytes, known: KnownBody, about: Download) -> Download:
         if not body:
             raise Failure("empty", "empty body", about.http_status)
         if known.expected is not None:
@@ -446,7 +446,7 @@ def _validator(value: str | None) -> str | None:
     return value if value is not None and re.fullmatch(r"[\x20-\x7e]{1,512}", value) else None
 
 
-def _conditions(known: Known) -> dict[str, str] | None:
+def _conditions(known: KnownBody) -> dict[str, str] | None:
     pairs = ("If-None-Match", _validator(known.etag)), ("If-Modified-Since", _validator(known.last_modified))
     return {name: value for name, value in pairs if value is not None} or None
 

@@ -27,7 +27,7 @@ Score = Callable[[Any], Sequence[float] | NDArray[np.floating]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classifier(Filter):
+class ClassifierFilter(Filter):
     """Drop what scores outside the bounds: ``classifier``; ``no_embedding`` or ``no_picture`` where there is none."""
 
     name: ClassVar[str] = "classifier"

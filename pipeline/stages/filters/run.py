@@ -39,7 +39,7 @@ CAPTIONS = "captions"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class FilterOutcome:
     """The snapshot that was published, the one it came from, and samples dropped by ``filter.reason``, in order."""
 
     snapshot: Snapshot
@@ -61,7 +61,7 @@ class Outcome:
 
 def filter_snapshot(
     parent: Snapshot, filters: Sequence[Filter], workers: Workers, captions_sidecar: bool = False
-) -> Outcome:
+) -> FilterOutcome:
     """Publish the snapshot of ``parent``'s samples that pass all ``filters``.
 
     When the folder's latest snapshot is already what the same filters made of ``parent``, or of its own parent, it is
@@ -89,7 +89,7 @@ def _filtered(
     workers: Workers,
     captions_sidecar: bool,
     held: Lease,
-) -> Outcome:
+) -> FilterOutcome:
     folder = Folder(parent.folder)
     work = folder.folder(FILTERS).folder(_identity(parent, options))
     last = _judge_all(parent, folder, work, filters, workers)
@@ -115,7 +115,7 @@ def _filtered(
         parent=parent.id,
     )
     _clear(work, filters)
-    return Outcome(snapshot=snapshot, parent=parent, dropped=dropped, names=tuple(one.name for one in filters))
+    return FilterOutcome(snapshot=snapshot, parent=parent, dropped=dropped, names=tuple(one.name for one in filters))
 
 
 def read_reasons(snapshot: Snapshot) -> Iterator[tuple[str, pa.Table]]:
@@ -160,7 +160,7 @@ def _identity(parent: Snapshot, options: Sequence[Mapping[str, Any]]) -> str:
     return hashlib.sha256(json.dumps([parent.id, parent.digest, options]).encode()).hexdigest()[:16]
 
 
-def _already(parent: Snapshot, options: Sequence[Mapping[str, Any]]) -> Outcome | None:
+def _already(parent: Snapshot, options: Sequence[Mapping[str, Any]]) -> FilterOutcome | None:
     """The outcome of an earlier run of the same filters that published the folder's latest snapshot."""
     latest = read_snapshot(parent.folder)
     if latest.options.get("filters") != options or parent.id not in (latest.id, latest.options["filters_parent"]):
@@ -169,7 +169,7 @@ def _already(parent: Snapshot, options: Sequence[Mapping[str, Any]]) -> Outcome 
     origin = read_snapshot(f"{latest.folder}@{latest.options['filters_parent']}")
     names = tuple(str(one["name"]) for one in options)
     new = Counter(latest.dropped) - Counter(origin.dropped)
-    return Outcome(snapshot=latest, parent=origin, dropped=dict(new), names=names)
+    return FilterOutcome(snapshot=latest, parent=origin, dropped=dict(new), names=names)
 
 
 def _judge_all(parent: Snapshot, folder: Folder, work: Folder, filters: Sequence[Filter], workers: Workers) -> Folder:

@@ -104,7 +104,7 @@ class Partitions:
 
 
 @dataclass(kw_only=True)
-class Difference:
+class RowDifference:
     """What is to be done. ``fresh`` are places in the source, the others in the shards, all ascending.
 
     Of those that are ``gone``, the ``replaced`` have changed where they came from, and never come back.
@@ -131,10 +131,10 @@ class Difference:
         return not (len(self.fresh) or len(self.gone) or len(self.opted_out) or len(self.back))
 
 
-def compare(source: Partitions, shards: Partitions, again: NDArray[np.bool_]) -> Difference:
+def compare(source: Partitions, shards: Partitions, again: NDArray[np.bool_]) -> RowDifference:
     """The difference of two sides; ``again`` bool [256] says which failures are to be fetched again, by state."""
     parts = [_compare(source.read(number), shards.read(number), again) for number in range(PARTITIONS)]
-    total = Difference()
+    total = RowDifference()
     for name in ("gone", "replaced", "opted_out", "back"):
         setattr(total, name, np.sort(np.concatenate([getattr(part.found, name) for part in parts])))
     fresh = np.concatenate([part.found.fresh for part in parts])
@@ -153,7 +153,7 @@ def compare(source: Partitions, shards: Partitions, again: NDArray[np.bool_]) ->
 
 @dataclass(frozen=True)
 class _Part:
-    found: Difference
+    found: RowDifference
     gone_urls: NDArray[np.uint64]
     new_urls: NDArray[np.uint64]
 
@@ -173,7 +173,7 @@ def _compare(source: Records, shards: Records, again: NDArray[np.bool_]) -> _Par
     gone = shards[(shards["state"] == VISIBLE) & ~kept]
     fresh = np.concatenate([source[new], here[retried]])
     states = there["state"][answered]
-    found = Difference(
+    found = RowDifference(
         fresh=fresh["place"],
         fresh_listed=fresh["state"] == LISTED,
         gone=gone["place"],

@@ -21,7 +21,7 @@ from pipeline.errors import SampleError
 from pipeline.shards.storage import Folder, split_file
 from pipeline.sources.source import Row, Slice, Source, content_of
 from pipeline.stages.crawl.download import digest
-from pipeline.stages.refresh.comparison import INDEX_BITS, Difference
+from pipeline.stages.refresh.comparison import INDEX_BITS, RowDifference
 from pipeline.stages.refresh.make_shard import ARROW_TYPES, clean_caption
 
 ROWS_FILE = "rows.parquet"
@@ -75,7 +75,7 @@ class Delta:
 def write_rows(
     path: Path,
     source: Source,
-    found: Difference,
+    found: RowDifference,
     pieces: Sequence[Slice],
     beside: Folder,
     size: int,
@@ -118,7 +118,7 @@ def write_rows(
             writer.write_table(pa.Table.from_pylist(held, schema=schema), row_group_size=size)
 
 
-def _fresh(source: Source, found: Difference, pieces: Sequence[Slice]) -> Iterator[tuple[int, int, Row, bool]]:
+def _fresh(source: Source, found: RowDifference, pieces: Sequence[Slice]) -> Iterator[tuple[int, int, Row, bool]]:
     numbers = found.fresh >> INDEX_BITS
     for number in np.unique(numbers).tolist():
         first, last = np.searchsorted(numbers, [number, number + 1])

@@ -18,7 +18,7 @@ from pipeline.shards.storage import Folder
 from pipeline.shards.writer import ShardStats, ShardWriter, parquet_schema, read_stats
 from pipeline.sources.source import UNCHANGED, Row, Source, content_of, fetches, has_images
 from pipeline.stages.crawl.decode_apart import Apart, needs_care
-from pipeline.stages.crawl.download import Download, DownloadOptions, Known, digest, download_all
+from pipeline.stages.crawl.download import Download, DownloadOptions, KnownBody, digest, download_all
 from pipeline.stages.crawl.images import EncodedImage, ImageOptions, transform
 from pipeline.stages.refresh.plan import Unit
 
@@ -111,7 +111,7 @@ class _Maker:
                 yield index, row, _Body(content, digest(content, self._hash))
             else:
                 waiting[index] = row
-        requests = [(index, row.url, Known(expected=row.expected)) for index, row in waiting.items()]
+        requests = [(index, row.url, KnownBody(expected=row.expected)) for index, row in waiting.items()]
         if not requests:
             return
         downloads = self._options.downloads

@@ -47,7 +47,7 @@ class Unit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RefreshPlan:
     """All units of a job; ``digest`` is the SHA-256 hex over theirs, in order."""
 
     digest: str
@@ -61,7 +61,7 @@ class Plan:
 
 def make_plan(
     source: Source, folder: Folder, rows_per_shard: int, options: Mapping[str, object], replace: bool = False
-) -> Plan:
+) -> RefreshPlan:
     """Plan the work of reading ``source`` into ``folder`` and write the plan down.
 
     ``options`` are those that change a shard's bytes. With ``replace`` another plan gives way to this one, as long as
@@ -85,7 +85,7 @@ def make_plan(
     return plan
 
 
-def drop_shards(folder: Folder, known: "Known", plan: Plan | None) -> None:
+def drop_shards(folder: Folder, known: "StoredPlan", plan: RefreshPlan | None) -> None:
     """Delete the shards of a plan that was never published, but for those whose numbers ``plan`` has too."""
     kept = {unit.shard_id for unit in plan.units} if plan else set()
     for number in sorted(set(known.shards) - kept):
@@ -95,13 +95,13 @@ def drop_shards(folder: Folder, known: "Known", plan: Plan | None) -> None:
 
 def plan_of(
     source: Source, scratch: Folder, rows_per_shard: int, options: Mapping[str, object], first: int = 0
-) -> Plan:
+) -> RefreshPlan:
     """The plan of reading ``source`` into shards numbered from ``first``; nothing is written but what it needs."""
     check_rows_per_shard(rows_per_shard)
     shaping = json.dumps({**options, "number_sample_per_shard": rows_per_shard}, sort_keys=True)
     units = tuple(_units(source.slices(rows_per_shard, scratch), shaping, first))
     digest = hashlib.sha256("\n".join(unit.digest for unit in units).encode()).hexdigest()
-    return Plan(digest=digest, units=units)
+    return RefreshPlan(digest=digest, units=units)
 
 
 def _units(slices: Iterator[Slice], shaping: str, first: int) -> Iterator[Unit]:
@@ -110,7 +110,7 @@ def _units(slices: Iterator[Slice], shaping: str, first: int) -> Iterator[Unit]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Known:
+class StoredPlan:
     """A plan that was written down: its digest, the number of its first shard, and the numbers of all."""
 
     digest: str
@@ -118,7 +118,7 @@ class Known:
     shards: tuple[int, ...]
 
 
-def read_plan(folder: Folder, name: str) -> Known | None:
+def read_plan(folder: Folder, name: str) -> StoredPlan | None:
     """The plan called ``name`` (:data:`ROOT`, :data:`FIRST`, or the snapshot whose refresh it is), if there is one."""
     place = _place(folder, name)
     if not place.exists(PLAN_FILE):
@@ -126,10 +126,10 @@ def read_plan(folder: Folder, name: str) -> Known | None:
     table = parse_parquet(place.read_bytes(PLAN_FILE), ["shard_id"])
     metadata = table.schema.metadata or {}
     digest, first = metadata.get(PLAN_DIGEST, b"").decode(), int(metadata.get(PLAN_FIRST, b"0"))
-    return Known(digest=digest, first=first, shards=tuple(table["shard_id"].to_numpy().tolist()))
+    return StoredPlan(digest=digest, first=first, shards=tuple(table["shard_id"].to_numpy().tolist()))
 
 
-def write_plan(folder: Folder, name: str, plan: Plan, first: int = 0) -> None:
+def write_plan(folder: Folder, name: str, plan: RefreshPlan, first: int = 0) -> None:
     """Write a plan down."""
     rows = [
         {

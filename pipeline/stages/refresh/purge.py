@@ -119,7 +119,9 @@ def _publish(folder: Folder, before: Snapshot, names: Mapping[str, str], workers
     work = [
         _Work(old=old, new=new, shard=shown.get(old), reasons=reasons.get(int(old), {})) for old, new in names.items()
     ]
-    done = {work[number].old: from_json(_Done, text) for number, text in run_tasks(_Rewrite(folder), work, workers)}
+    done = {
+        work[number].old: from_json(_PurgedShard, text) for number, text in run_tasks(_Rewrite(folder), work, workers)
+    }
     shards = [done[shard.name].shard if shard.name in done else shard for shard in before.shards]
     return publish_shards(
         folder,
@@ -149,7 +151,7 @@ class _Work:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Done:
+class _PurgedShard:
     """What a shard became, ``None`` where no sample is left, and how many samples it lost."""
 
     shard: Shard | None
@@ -165,7 +167,7 @@ class _Rewrite:
     def __call__(self, work: _Work) -> str:
         made = _rewrite(self._folder, work.old, work.new, work.shard, work.reasons)
         lost = _stored(self._folder, work.old) - (made.stored if made else 0)
-        return to_json(_Done(shard=made, lost=lost))
+        return to_json(_PurgedShard(shard=made, lost=lost))
 
 
 def _rewrite(folder: Folder, old: str, new: str, shard: Shard | None, reasons: Mapping[int, str]) -> Shard | None:

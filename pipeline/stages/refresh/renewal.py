@@ -32,9 +32,9 @@ from pipeline.stages.refresh.comparison import (
     OPTED_OUT,
     TO_HIDE,
     WANTED,
-    Difference,
     Partitions,
     Places,
+    RowDifference,
     compare,
     parts_of,
     place,
@@ -59,8 +59,8 @@ from pipeline.stages.refresh.plan import (
     PLAN_FILE,
     PLANS,
     ROOT,
-    Known,
-    Plan,
+    RefreshPlan,
+    StoredPlan,
     drop_shards,
     plan_of,
     read_plan,
@@ -76,19 +76,19 @@ RETRYABLE = TRANSIENT | {"dns"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
+class PlannedRefresh:
     """A refresh that is planned: what differs, and the plan of what to fetch from ``source``."""
 
     name: str
     parent: Snapshot | None
-    found: Difference
+    found: RowDifference
     failures: Failures
     opt_out: OptOut
     source: Source
-    plan: Plan
+    plan: RefreshPlan
 
 
-def prepare(job: RefreshJob) -> Prepared | Snapshot:
+def prepare(job: RefreshJob) -> PlannedRefresh | Snapshot:
     """Compare the source with the folder's shards and plan the refresh; a snapshot where nothing is to be done.
 
     The job's workers ask again for stored images, where the renewal wants that.
@@ -128,7 +128,9 @@ def prepare(job: RefreshJob) -> Prepared | Snapshot:
             return parent
         _replace(folder, name, known, plan, ledger.first, rows)
     delta = Delta(base=source, table=place.join(ROWS_FILE))
-    return Prepared(name=name, parent=parent, found=found, failures=failures, opt_out=opt_out, source=delta, plan=plan)
+    return PlannedRefresh(
+        name=name, parent=parent, found=found, failures=failures, opt_out=opt_out, source=delta, plan=plan
+    )
 
 
 def _parent(folder: Folder, renewal: Renewal) -> Snapshot | None:
@@ -150,7 +152,7 @@ def _refuse_other_shape(parent: Snapshot, shaping: Mapping[str, Any]) -> None:
 
 def _difference(
     job: RefreshJob, pieces: Sequence[Slice], ledger: Ledger, opt_out: OptOut, failures: Failures, scratch: Path
-) -> Difference:
+) -> RowDifference:
     here, there = Partitions(scratch, "source"), Partitions(scratch, "shards")
     out = [TO_HIDE, OPTED_OUT, failures.state("opt_out")]
     urls = [np.zeros(0, np.uint64)]
@@ -189,14 +191,14 @@ def _expected(expected: str | None, hash_name: str | None) -> str | None:
     return hexadecimal.lower() if hexadecimal and algorithm == hash_name else None
 
 
-def _planned(job: RefreshJob, scratch: Folder, found: Difference, first: int) -> Plan:
+def _planned(job: RefreshJob, scratch: Folder, found: RowDifference, first: int) -> RefreshPlan:
     """The plan of the fresh rows; its digest covers what is to be hidden and shown again too."""
     delta = Delta(base=job.source, table=scratch.join(ROWS_FILE))
     plan = plan_of(delta, scratch, job.options.number_sample_per_shard, job.shaping, first)
     return dataclasses.replace(plan, digest=plan.digest + digest_of_places(found.gone, found.opted_out, found.back))
 
 
-def _finished(folder: Folder, parent: Snapshot, known: Known | None, plan: Plan) -> Snapshot:
+def _finished(folder: Folder, parent: Snapshot, known: StoredPlan | None, plan: RefreshPlan) -> Snapshot:
     """The snapshot that this very refresh has published; any other start from an old snapshot is refused."""
     newest = read_snapshot(folder.uri)
     same = known is not None and known.digest == plan.digest
@@ -205,7 +207,7 @@ def _finished(folder: Folder, parent: Snapshot, known: Known | None, plan: Plan)
     return newest
 
 
-def _replace(folder: Folder, name: str, known: Known | None, plan: Plan, first: int, rows: Path) -> None:
+def _replace(folder: Folder, name: str, known: StoredPlan | None, plan: RefreshPlan, first: int, rows: Path) -> None:
     """Write plan and rows down; shards of an earlier plan that was never published give way."""
     if known is not None and known.digest != plan.digest:
         logger.info("the source has changed since this refresh began; it is planned anew")
@@ -220,7 +222,7 @@ def _replace(folder: Folder, name: str, known: Known | None, plan: Plan, first: 
         write_plan(folder, name, plan, first)
 
 
-def _discard(folder: Folder, name: str, known: Known | None) -> None:
+def _discard(folder: Folder, name: str, known: StoredPlan | None) -> None:
     """Take back a plan that was never published, now that the source is again what it was."""
     if known is not None:
         drop_shards(folder, known, None)
@@ -228,7 +230,7 @@ def _discard(folder: Folder, name: str, known: Known | None) -> None:
             folder.folder(f"{PLANS}/{name}").delete(file)
 
 
-def publish_renewal(job: RefreshJob, prepared: Prepared, stats: Iterable[ShardStats]) -> Snapshot:
+def publish_renewal(job: RefreshJob, prepared: PlannedRefresh, stats: Iterable[ShardStats]) -> Snapshot:
     """Publish the parent's shards, with what has to be hidden hidden, and the new ones.
 
     Raises:
@@ -276,7 +278,9 @@ def _listed(folder: Folder, shard: Shard, opt_out: OptOut) -> NDArray[np.bool_]:
     return listed[good]
 
 
-def _hidden(folder: Folder, prepared: Prepared, listed: Mapping[str, NDArray[np.bool_]]) -> dict[int, dict[int, str]]:
+def _hidden(
+    folder: Folder, prepared: PlannedRefresh, listed: Mapping[str, NDArray[np.bool_]]
+) -> dict[int, dict[int, str]]:
     """All reasons known so far, less the rows that are shown again, more those that this refresh hides."""
     hidden = read_hidden(folder, prepared.parent)
     for shard, position in _pairs(prepared.found.back):
@@ -296,7 +300,7 @@ def _pairs(where: Places) -> Iterator[tuple[int, int]]:
     return zip(numbers.tolist(), positions.tolist(), strict=True)
 
 
-def _with_returned(folder: Folder, parent: Snapshot | None, found: Difference) -> list[Shard]:
+def _with_returned(folder: Folder, parent: Snapshot | None, found: RowDifference) -> list[Shard]:
     """The parent's shards, and those of which it shows nothing but rows have come back."""
     shards = list(parent.shards) if parent else []
     known = {shard.name for shard in shards}
@@ -317,7 +321,7 @@ def _with_returned(folder: Folder, parent: Snapshot | None, found: Difference) -
     return shards
 
 
-def _reselected(folder: Folder, shard: Shard, found: Difference) -> Shard:
+def _reselected(folder: Folder, shard: Shard, found: RowDifference) -> Shard:
     """``shard`` without what is gone and opted out, with what is back; the same shard where nothing concerns it."""
     if not shard.name.isdigit():
         return shard
@@ -341,7 +345,7 @@ def _positions(where: Places, number: int) -> Places:
     return parts_of(where[first:last])[1]
 
 
-def _dropped(prepared: Prepared, done: Sequence[ShardStats], listed: int) -> dict[str, int]:
+def _dropped(prepared: PlannedRefresh, done: Sequence[ShardStats], listed: int) -> dict[str, int]:
     """Why rows of the source are no samples, by reason."""
     dropped: Counter[str] = Counter()
     for state, count in prepared.found.failures.items():
@@ -354,7 +358,9 @@ def _dropped(prepared: Prepared, done: Sequence[ShardStats], listed: int) -> dic
     return {reason: count for reason, count in dropped.items() if count}
 
 
-def _changes(found: Difference, done: Sequence[ShardStats], listed: Mapping[str, NDArray[np.bool_]]) -> dict[str, int]:
+def _changes(
+    found: RowDifference, done: Sequence[ShardStats], listed: Mapping[str, NDArray[np.bool_]]
+) -> dict[str, int]:
     refused = sum(one.reasons.get("opt_out", 0) for one in done)
     opted_out = len(found.opted_out) + sum(int(mask.sum()) for mask in listed.values()) + refused
     changes = {

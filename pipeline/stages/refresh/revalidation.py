@@ -29,7 +29,7 @@ from pipeline.shards.parquet import parse_parquet
 from pipeline.shards.selection import read_selection
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
-from pipeline.stages.crawl.download import Download, DownloadOptions, Known, Request, download_all
+from pipeline.stages.crawl.download import Download, DownloadOptions, KnownBody, Request, download_all
 from pipeline.stages.refresh.ledger import body_digests, read_rows
 from pipeline.stages.refresh.opt_out import OptOut
 from pipeline.stages.shard_tasks import Workers, run_tasks
@@ -73,7 +73,7 @@ class Revalidation:
         shown[np.flatnonzero(good)[slice(None) if indices is None else np.unique(indices)]] = True
         shown &= ~self.opt_out.matches(urls, table["key"].to_pylist(), digests)
         position = np.cumsum(good) - 1
-        known = [Known(etag=etag, last_modified=date) for etag, date in zip(*_validators(table), strict=True)]
+        known = [KnownBody(etag=etag, last_modified=date) for etag, date in zip(*_validators(table), strict=True)]
         rows = [int(row) for row in np.flatnonzero(shown) if self._asks_for(known[row])]
         requests: list[Request] = [(row, urls[row], known[row]) for row in rows]
         answers = download_all(requests, self.downloads) if requests else iter(())
@@ -83,7 +83,7 @@ class Revalidation:
             {"position": pa.array(found, pa.int32()), "verdict": pa.array([verdicts[row] for row in rows], pa.string())}
         )
 
-    def _asks_for(self, known: Known) -> bool:
+    def _asks_for(self, known: KnownBody) -> bool:
         return self.which == "all" or bool(known.etag or known.last_modified)
 
 

@@ -47,7 +47,7 @@ class Funnel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class SnapshotDifference:
     """What a snapshot changed. Samples in a tar that was written anew count as removed and added."""
 
     parent: str
@@ -84,7 +84,7 @@ def funnel(snapshot: Snapshot, statistics: Statistics) -> Funnel:
     )
 
 
-def difference(snapshot: Snapshot) -> Difference | None:
+def difference(snapshot: Snapshot) -> SnapshotDifference | None:
     """What ``snapshot`` changed against its parent; ``None`` where it has none, or the parent is gone.
 
     Raises:
@@ -104,7 +104,7 @@ def difference(snapshot: Snapshot) -> Difference | None:
         moved = list(pool.map(lambda pair: _moved(folder, *pair), both))
     same = [_readers_see(old) == _readers_see(new) for old, new in both]
     gone, fresh = before.keys() - after.keys(), after.keys() - before.keys()
-    return Difference(
+    return SnapshotDifference(
         parent=parent.id,
         unchanged=sum(same),
         changed=len(both) - sum(same),

@@ -17,9 +17,9 @@ from pipeline.stages.report.dataset_funnel import (
     DOWNLOAD,
     FILTER,
     RESIZE,
-    Difference,
     Funnel,
     Reason,
+    SnapshotDifference,
     difference,
     funnel,
 )
@@ -28,9 +28,9 @@ from pipeline.stages.report.dataset_statistics import (
     SCALES,
     Copies,
     Histogram,
-    Measuring,
     Message,
-    Shown,
+    ReportLimits,
+    ShownSample,
     Statistics,
     representative,
     shares,
@@ -96,19 +96,19 @@ summary { cursor: pointer; color: var(--faint); }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class DatasetReport:
     """All that the page shows."""
 
     snapshot: Snapshot
     statistics: Statistics
     funnel: Funnel
-    difference: Difference | None
-    groups: tuple[tuple[Copies, Shown | None], ...]
+    difference: SnapshotDifference | None
+    groups: tuple[tuple[Copies, ShownSample | None], ...]
     exact_images: bool
     exact_rows: bool
 
 
-def make_report(snapshot: Snapshot, statistics: Statistics, options: Measuring) -> Report:
+def make_report(snapshot: Snapshot, statistics: Statistics, options: ReportLimits) -> DatasetReport:
     """Gather what the page shows, beyond the statistics: the largest groups of duplicates and the parent.
 
     Raises:
@@ -118,7 +118,7 @@ def make_report(snapshot: Snapshot, statistics: Statistics, options: Measuring) 
     repeated = (copies for copies in statistics.images.values() if copies.count > 1)
     groups = sorted(repeated, key=lambda copies: (-copies.count, copies.keys))[:GROUPS]
     shown = _first_of_each(snapshot, groups, options.thumbnail_size)
-    return Report(
+    return DatasetReport(
         snapshot=snapshot,
         statistics=statistics,
         funnel=funnel(snapshot, statistics),
@@ -129,7 +129,7 @@ def make_report(snapshot: Snapshot, statistics: Statistics, options: Measuring) 
     )
 
 
-def report_page(report: Report) -> str:
+def report_page(report: DatasetReport) -> str:
     """The whole page as HTML text; the same report gives the same text."""
     snapshot = report.snapshot
     name = snapshot.card or snapshot.folder.rstrip("/").rsplit("/", 1)[-1]
@@ -177,7 +177,7 @@ def _foreign(text: str, longest: int = 400) -> str:
     return f"<bdi>{_text(text, longest)}</bdi>"
 
 
-def _heading(name: str, report: Report) -> str:
+def _heading(name: str, report: DatasetReport) -> str:
     snapshot, statistics = report.snapshot, report.statistics
     facts = {
         "samples": _number(statistics.visible),
@@ -338,7 +338,7 @@ def _samples_section(statistics: Statistics) -> str:
     )
 
 
-def _figure(shown: Shown, note: str = "") -> str:
+def _figure(shown: ShownSample, note: str = "") -> str:
     caption = _foreign(shown.caption, 300) if plain(shown.caption) else "<em>no caption</em>"
     # Tall images are shown narrower, so that none fills the screen; boxes stay where they belong.
     narrow = min(100.0, 100 * TALLEST * shown.width / max(shown.height, 1))
@@ -358,7 +358,7 @@ def _figure(shown: Shown, note: str = "") -> str:
     )
 
 
-def _overlay(shown: Shown) -> str:
+def _overlay(shown: ShownSample) -> str:
     """Boxes and outlines over the image, in a unit square that is stretched over it."""
     parts = []
     for region in shown.regions:
@@ -375,7 +375,7 @@ def _overlay(shown: Shown) -> str:
     return f'<svg viewBox="0 0 1 1" preserveAspectRatio="none" aria-hidden="true">{"".join(parts)}</svg>'
 
 
-def _duplicates_section(report: Report) -> str:
+def _duplicates_section(report: DatasetReport) -> str:
     images = report.statistics.images
     compared = sum(copies.count for copies in images.values())
     repeated = [copies.count for copies in images.values() if copies.count > 1]
@@ -399,7 +399,7 @@ def _duplicates_section(report: Report) -> str:
     return _section("Duplicates", f'{words}<div class="samples">{figures}</div>')
 
 
-def _difference_section(snapshot: Snapshot, change: Difference | None) -> str:
+def _difference_section(snapshot: Snapshot, change: SnapshotDifference | None) -> str:
     title = "Difference to the parent"
     if change is None:
         parent = snapshot.parent
@@ -423,7 +423,7 @@ def _difference_section(snapshot: Snapshot, change: Difference | None) -> str:
     return _section(title, table + (f"<p>New sidecars: {names}.</p>" if names else ""))
 
 
-def _hosts_section(report: Report) -> str:
+def _hosts_section(report: DatasetReport) -> str:
     hosts = report.statistics.hosts
     if not hosts:
         return ""
@@ -512,7 +512,7 @@ def _value(value: float, name: str) -> str:
     return f"{value:.2f}" if name in ("aspect", "score") else f"{value:,.0f}"
 
 
-def _first_of_each(snapshot: Snapshot, groups: Sequence[Copies], size: int) -> dict[str, Shown]:
+def _first_of_each(snapshot: Snapshot, groups: Sequence[Copies], size: int) -> dict[str, ShownSample]:
     """The first sample of every group of duplicates, by key; only the shards that can hold one are read."""
     keys = [copies.keys[0] for copies in groups]
     if not keys:

@@ -119,7 +119,7 @@ class Histogram:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
+class ShownSample:
     """A sample to look at.
 
     ``thumbnail`` is a JPEG in base64, empty for a sample without an image; ``regions`` are boxes and outlines on it.
@@ -176,7 +176,7 @@ class Statistics:
     field_bytes: Mapping[str, int] = field(default_factory=dict)
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
     languages: Mapping[str, int] = field(default_factory=dict)
-    samples: tuple[Shown, ...] = ()
+    samples: tuple[ShownSample, ...] = ()
     reasons: Mapping[str, int] = field(default_factory=dict)
     messages: Mapping[str, tuple[Message, ...]] = field(default_factory=dict)
     hosts: Mapping[str, Host] = field(default_factory=dict)
@@ -184,7 +184,7 @@ class Statistics:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measuring:
+class ReportLimits:
     """How much is kept of a data set."""
 
     samples: int = 24
@@ -212,7 +212,7 @@ class Shares:
     captions: int
 
 
-def measure(snapshot: Snapshot, options: Measuring, workers: Workers) -> Statistics:
+def measure(snapshot: Snapshot, options: ReportLimits, workers: Workers) -> Statistics:
     """The statistics of everything that readers of ``snapshot`` see.
 
     Raises:
@@ -223,7 +223,7 @@ def measure(snapshot: Snapshot, options: Measuring, workers: Workers) -> Statist
     return merge_all(parts, options.samples)
 
 
-def shares(snapshot: Snapshot, options: Measuring) -> Shares:
+def shares(snapshot: Snapshot, options: ReportLimits) -> Shares:
     """What part of the snapshot's rows, images and samples is looked at one by one."""
     stored = sum(shard.stored for shard in snapshot.shards)
     return Shares(
@@ -267,7 +267,7 @@ def merge(one: Statistics, other: Statistics, samples: int) -> Statistics:
     )
 
 
-def measure_shard(folder: Folder, shard: Shard, options: Measuring, limits: Shares) -> Statistics:
+def measure_shard(folder: Folder, shard: Shard, options: ReportLimits, limits: Shares) -> Statistics:
     """The statistics of one shard: its visible samples from the tar, its input rows from the parquet file.
 
     Raises:
@@ -285,10 +285,10 @@ def measure_shard(folder: Folder, shard: Shard, options: Measuring, limits: Shar
     return counted.statistics(rows)
 
 
-def representative(folder: Folder, shards: Iterable[Shard], keys: Iterable[str], size: int) -> dict[str, Shown]:
-    """The samples of some keys as :class:`Shown`, found in the shards given; what cannot be read is left out."""
+def representative(folder: Folder, shards: Iterable[Shard], keys: Iterable[str], size: int) -> dict[str, ShownSample]:
+    """The samples of some keys as :class:`ShownSample`, found in the shards given; what cannot be read is left out."""
     wanted = set(keys)
-    found: dict[str, Shown] = {}
+    found: dict[str, ShownSample] = {}
     for shard in shards:
         for sample in read_samples(folder, shard) if len(found) < len(wanted) else ():
             if sample.key in wanted and sample.key not in found:
@@ -301,7 +301,7 @@ class _Counted:
     """The visible samples of one shard, one after the other."""
 
     def __init__(
-        self, options: Measuring, limits: Shares, scores: Mapping[str, float], languages: Mapping[str, str]
+        self, options: ReportLimits, limits: Shares, scores: Mapping[str, float], languages: Mapping[str, str]
     ) -> None:
         self._options, self._limits, self._scores, self._languages = options, limits, scores, languages
         self.histograms: dict[str, _Bins] = {}
@@ -309,7 +309,7 @@ class _Counted:
         self._fields: Counter[str] = Counter()
         self._field_bytes: Counter[str] = Counter()
         self._spoken: Counter[str] = Counter()
-        self._shown: list[Shown] = []
+        self._shown: list[ShownSample] = []
         self._images: dict[str, Copies] = {}
 
     def add(self, sample: Sample, repeated: bool) -> None:
@@ -466,12 +466,12 @@ def _limit(wanted: int, present: int) -> int:
     return 2**64 if present <= wanted else wanted * 2**64 // present
 
 
-def _shown(sample: Sample, order: str, size: int) -> Shown | None:
+def _shown(sample: Sample, order: str, size: int) -> ShownSample | None:
     """``None`` where the image cannot be decoded; without a thumbnail where the sample has no image."""
     image = sample.image()
     caption = sample.fields.get("txt", b"").decode("utf-8", errors="replace")[:LONGEST_CAPTION]
     if image is None:
-        return Shown(order=order, key=sample.key, caption=caption, width=0, height=0, thumbnail="")
+        return ShownSample(order=order, key=sample.key, caption=caption, width=0, height=0, thumbnail="")
     small = ImageOptions(
         image_size=size,
         resize_mode="keep_ratio_largest",
@@ -484,7 +484,7 @@ def _shown(sample: Sample, order: str, size: int) -> Shown | None:
     except SampleError:
         return None
     width, height = shown.original_width or 1, shown.original_height or 1
-    return Shown(
+    return ShownSample(
         order=order,
         key=sample.key,
         caption=caption,
@@ -553,7 +553,7 @@ def _columns(folder: Folder, shard: Shard, name: str) -> list[str]:
 class _MeasureShard:
     """The task of measuring one shard of a snapshot; gives the statistics as JSON text."""
 
-    def __init__(self, snapshot: Snapshot, options: Measuring) -> None:
+    def __init__(self, snapshot: Snapshot, options: ReportLimits) -> None:
         self._folder, self._shards = Folder(snapshot.folder), snapshot.shards
         self._options, self._limits = options, shares(snapshot, options)
 

@@ -66,7 +66,7 @@ class Unreachable(Exception):
     """Ray's job server does not answer, or refuses to take anything now."""
 
 
-class Cluster(Protocol):
+class JobCluster(Protocol):
     """What the scheduler needs of Ray. Every method raises :class:`Unreachable`."""
 
     def jobs(self) -> list[Submitted]:
@@ -101,7 +101,7 @@ class History(Protocol):
 class Scheduler:
     """Brings cluster and history up to a moment, as often as :meth:`tick` is called."""
 
-    def __init__(self, timetable: Timetable, cluster: Cluster, history: History) -> None:
+    def __init__(self, timetable: Timetable, cluster: JobCluster, history: History) -> None:
         self._timetable, self._cluster, self._history = timetable, cluster, history
         self._known = {job.name: {fire.id: fire for fire in history.fires(job.name)} for job in timetable.jobs}
         self._reachable = True

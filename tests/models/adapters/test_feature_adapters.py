@@ -92,7 +92,7 @@ def test_tips_limits() -> None:
         tip.prepare(of)
         return tip.logits(images)
 
-    plain = zero_shot.ZeroShot(zero_shot.Config(), clip, NAMES, ()).logits(images)
+    plain = zero_shot.ZeroShotClassifier(zero_shot.Config(), clip, NAMES, ()).logits(images)
     torch.testing.assert_close(logits(0, 5.5), plain)
     torch.testing.assert_close(logits(2, 0), plain + 2 * 3)
     nearest = (functional.normalize(images, dim=1) @ functional.normalize(few.first_view(), dim=1).T).argmax(dim=1)
@@ -210,7 +210,7 @@ def test_clip_adapter_by_hand() -> None:
 
 def test_clip_adapters_limits() -> None:
     images = random_shots(10, width=2, classes=2).first_view()
-    clip = zero_shot.ZeroShot(zero_shot.Config(), stand_in([(1, 0), (0, 1)]), TWO, ())
+    clip = zero_shot.ZeroShotClassifier(zero_shot.Config(), stand_in([(1, 0), (0, 1)]), TWO, ())
     torch.testing.assert_close(adapter_by_hand(ratio=0.0).logits(images).detach(), clip.logits(images))
     alone = adapter_by_hand(ratio=1.0)
     assert alone.visual is not None
@@ -244,7 +244,7 @@ def test_the_papers_number_of_parameters(clip: FrozenClip) -> None:
     assert sum(parameter.numel() for parameter in made.parameters()) == 32 * 32 // 4 * 2
 
 
-@pytest.mark.parametrize("kind", [zero_shot.ZeroShot, clip_adapter.ClipAdapter, tip_adapter.TipAdapter])
+@pytest.mark.parametrize("kind", [zero_shot.ZeroShotClassifier, clip_adapter.ClipAdapter, tip_adapter.TipAdapter])
 def test_names_that_a_prompt_would_cut(clip: FrozenClip, kind: type[Any]) -> None:
     """77 tokens: start, end, "a photo of a", the full stop and 70 of the name."""
     config = sys.modules[kind.__module__].Config()

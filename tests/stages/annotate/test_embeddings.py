@@ -19,7 +19,7 @@ from pipeline.errors import DataError, SidecarError
 from pipeline.shards.selection import select
 from pipeline.shards.snapshot import Snapshot, publish_shards, read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder, file_digest
-from pipeline.stages.annotate.embeddings import EmbedOptions, Export, embed, read_features
+from pipeline.stages.annotate.embeddings import EmbedOptions, FeatureExport, embed, read_features
 from pipeline.stages.shard_tasks import Workers
 
 HERE = Workers(processes_count=0)
@@ -139,7 +139,7 @@ def test_samples_without_image_or_caption_are_not_numbers(make_snapshot: MakeSna
     assert features.text is not None
     assert np.isnan(features.image).all(axis=1).tolist() == [False, True, True, True]
     assert np.isnan(features.text).all(axis=1).tolist() == [False, False, False, True]
-    exported = Export(snapshot=embedded, folder=Folder(tmp_path / "out"))
+    exported = FeatureExport(snapshot=embedded, folder=Folder(tmp_path / "out"))
     assert exported.write(HERE) == 5
 
 
@@ -151,7 +151,7 @@ def test_snapshots_without_captions_get_image_features_alone(snapshot: Snapshot,
     )
     embedded = run(bare)
     assert read_features(Folder(bare.folder), embedded.shards[0]).text is None
-    Export(snapshot=embedded, folder=Folder(tmp_path / "out")).write(HERE)
+    FeatureExport(snapshot=embedded, folder=Folder(tmp_path / "out")).write(HERE)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["img_emb", "metadata"]
 
 
@@ -222,7 +222,7 @@ def test_the_export_is_what_readers_see_in_clip_retrievals_layout(
     folder = Folder(snapshot.folder)
     some = (select(folder, snapshot.shards[0], np.array([0, 2, 2, 3])), snapshot.shards[1])
     publish_shards(folder, some, fields=snapshot.fields, card=None, options={}, rows=9, dropped={})
-    export = Export(snapshot=run(snapshot), folder=Folder(tmp_path / "out"), rows_per_file=rows_per_file)
+    export = FeatureExport(snapshot=run(snapshot), folder=Folder(tmp_path / "out"), rows_per_file=rows_per_file)
     assert export.write(HERE) == 9
     images, texts, metadata = read_as_clip_retrieval_does(tmp_path / "out")
     assert images.dtype == texts.dtype == np.float16 and images.shape == texts.shape == (9, 3)
@@ -237,6 +237,6 @@ def test_the_export_is_what_readers_see_in_clip_retrievals_layout(
 
 def test_file_numbers_have_clip_retrievals_width(snapshot: Snapshot, tmp_path: Path) -> None:
     for files, width in ((1, 1), (9, 1), (10, 2), (100, 3), (101, 3)):
-        export = Export(snapshot=snapshot, folder=Folder(tmp_path), rows_per_file=1)
+        export = FeatureExport(snapshot=snapshot, folder=Folder(tmp_path), rows_per_file=1)
         assert len(str(files)) == int(np.log10(files)) + 1 == width
         assert export.files == 9

@@ -28,7 +28,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 
 from pipeline.errors import SampleError, SettingError
 from pipeline.stages.crawl import download
-from pipeline.stages.crawl.download import Download, Downloader, DownloadOptions, Known, download_all, parse_url
+from pipeline.stages.crawl.download import Download, Downloader, DownloadOptions, KnownBody, download_all, parse_url
 from pipeline.stages.crawl.turns import Turns
 
 BODY = b"\xff\xd8\xff" + bytes(range(256)) * 40
@@ -911,7 +911,7 @@ def test_validators_are_kept_and_asked_with(raw: RawServer) -> None:
     assert (got.etag, got.last_modified, got.not_modified) == ('"v1"', version["Last_Modified"], False)
 
     raw.add("/a", answer(b"", "304 Not Modified", ETag='"v1"'))
-    known = Known(etag=got.etag, last_modified=got.last_modified)
+    known = KnownBody(etag=got.etag, last_modified=got.last_modified)
     ((_, again),) = download_all([(0, url, known)], quick())
     assert isinstance(again, Download) and again.not_modified
     assert (again.body, again.etag, again.last_modified) == (b"", got.etag, got.last_modified)
@@ -923,7 +923,7 @@ def test_validators_are_kept_and_asked_with(raw: RawServer) -> None:
 def test_validators_that_can_not_be_sent_back_are_dropped(raw: RawServer) -> None:
     got = success(raw.add("/a", answer(ETag='"\u00e9\u00e9"', Last_Modified="x" * 5000)))
     assert (got.etag, got.last_modified) == (None, None)
-    evil = Known(etag='"a"\r\nX-Evil: 1', last_modified="\0")
+    evil = KnownBody(etag='"a"\r\nX-Evil: 1', last_modified="\0")
     ((_, outcome),) = download_all([(0, raw.add("/b", answer()), evil)], quick())
     assert isinstance(outcome, Download)
     assert "Evil" not in raw.heads[-1] and "If-" not in raw.heads[-1]
@@ -933,7 +933,7 @@ def test_validators_that_can_not_be_sent_back_are_dropped(raw: RawServer) -> Non
 def test_a_body_has_to_have_the_expected_digest(raw: RawServer, algorithm: str) -> None:
     url, right = raw.add("/a", answer()), hashlib.new(algorithm, BODY).hexdigest()
     expected = [right, right.upper() + " ", right[:-1], "", "0" * len(right)]
-    requests = [(number, url, Known(expected=f"{algorithm}:{text}")) for number, text in enumerate(expected)]
+    requests = [(number, url, KnownBody(expected=f"{algorithm}:{text}")) for number, text in enumerate(expected)]
     outcomes = dict(download_all(requests, quick(compute_hash=None, retries=3)))
     assert {number for number, outcome in outcomes.items() if isinstance(outcome, Download)} == {0, 1}
     for number in (2, 3, 4):

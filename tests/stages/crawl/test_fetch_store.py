@@ -12,13 +12,13 @@ import fsspec
 import pytest
 
 from pipeline.errors import SampleError, SettingError
-from pipeline.stages.crawl.download import Download, DownloadOptions, Known, download_all
+from pipeline.stages.crawl.download import Download, DownloadOptions, KnownBody, download_all
 
 JPEG = b"\xff\xd8\xff" + bytes(range(250)) * 8
 
 
-def fetch(url: str, known: Known | None = None, **changes: Any) -> Download | SampleError:
-    ((_, outcome),) = download_all([(0, url, known or Known())], DownloadOptions(**{"timeout": 20.0, **changes}))
+def fetch(url: str, known: KnownBody | None = None, **changes: Any) -> Download | SampleError:
+    ((_, outcome),) = download_all([(0, url, known or KnownBody())], DownloadOptions(**{"timeout": 20.0, **changes}))
     return outcome
 
 
@@ -105,7 +105,7 @@ def test_local_files_have_the_same_caps_and_classes(root: Path) -> None:
     assert failure(f"{root}/link.jpg", **opened, max_bytes=100).error_class == "too_large"
     (root / "page.html").write_bytes(b"<html>not an image at all</html>")
     assert failure("page.html", **opened).error_class == "not_a_picture"
-    wrong = fetch("link.jpg", Known(expected="md5:00"), **opened)
+    wrong = fetch("link.jpg", KnownBody(expected="md5:00"), **opened)
     assert isinstance(wrong, SampleError) and wrong.message == "hash mismatch"
 
 
@@ -171,7 +171,7 @@ def test_s3_gives_bodies_validators_and_statuses(s3: str) -> None:
     assert got.body == JPEG and got.digest == hashlib.md5(JPEG).hexdigest()
     # S3's ETag of a whole put is the MD5 of the body.
     assert got.etag == f'"{got.digest}"' and got.last_modified
-    again = fetch(f"{s3}/a b/ü.jpg", Known(etag=got.etag), allow_stores=("s3",))
+    again = fetch(f"{s3}/a b/ü.jpg", KnownBody(etag=got.etag), allow_stores=("s3",))
     assert isinstance(again, Download) and again.not_modified and again.body == b""
     missing = failure(f"{s3}/none.jpg", allow_stores=("s3",))
     assert (missing.error_class, missing.http_status) == ("http_4xx", 404)
@@ -253,7 +253,7 @@ def test_googles_store_is_read(google: Any) -> None:
     outcome = fetch("gs://bucket/images/a.jpg", allow_stores=("gs://bucket/images",))
     assert isinstance(outcome, Download), outcome
     assert outcome.body == JPEG and outcome.etag == "CJ4="
-    again = fetch("gs://bucket/images/a.jpg", Known(etag="CJ4="), allow_stores=("gs",))
+    again = fetch("gs://bucket/images/a.jpg", KnownBody(etag="CJ4="), allow_stores=("gs",))
     assert isinstance(again, Download) and again.not_modified
     assert failure("gs://bucket/images/b.jpg", allow_stores=("gs",)).error_class in ("missing", "http_4xx")
     assert failure("gs://other/a.jpg", allow_stores=("gs://bucket",)).error_class == "policy"

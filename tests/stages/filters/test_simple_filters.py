@@ -10,7 +10,7 @@ from pipeline.errors import DataError, SettingError
 from pipeline.shards.snapshot import Snapshot
 from pipeline.shards.storage import Folder
 from pipeline.stages.filters.captions import clean_text
-from pipeline.stages.filters.classifier import Classifier
+from pipeline.stages.filters.classifier import ClassifierFilter
 from pipeline.stages.filters.filter import Filter, Step
 from pipeline.stages.filters.language import Language, identify
 from pipeline.stages.filters.length import Length
@@ -167,7 +167,7 @@ def test_a_classifier_of_embeddings(make_data: Any):
     snapshot = make_data(["a"] * 5)
     rows = np.array([[1.0, 0], [0.6, 0.8], [-1, 0], [0, 1], [0.8, 0.6]])
     make_data.add_embeddings(snapshot, rows, skip={4})
-    chosen = Classifier(classifier=f"{__name__}:first_coordinate", min_classifier_score=0.5)
+    chosen = ClassifierFilter(classifier=f"{__name__}:first_coordinate", min_classifier_score=0.5)
     found = reasons(snapshot, chosen)
     assert found == ["", "", "classifier.classifier", "classifier.classifier", "classifier.no_embedding"]
 
@@ -176,14 +176,14 @@ def test_a_classifier_of_images(make_data: Any):
     sizes = [(96, 64), (400, 400)]
     images = [make_data.photograph(number, *size) for number, size in enumerate(sizes)]
     limit = (len(images[0]) + len(images[1])) / 2
-    small = Classifier(classifier=f"{__name__}:brightness", classifier_input="images", max_classifier_score=limit)
+    small = ClassifierFilter(classifier=f"{__name__}:brightness", classifier_input="images", max_classifier_score=limit)
     assert reasons(make_data(["a", "b"], images), small) == ["", "classifier.classifier"]
 
 
 def test_a_classifier_that_gives_something_else_is_named(make_data: Any):
     snapshot = make_data(["a"] * 3)
     make_data.add_embeddings(snapshot, np.eye(3))
-    wrong = Classifier(classifier=f"{__name__}:two_for_one", min_classifier_score=0.5)
+    wrong = ClassifierFilter(classifier=f"{__name__}:two_for_one", min_classifier_score=0.5)
     with pytest.raises(DataError, match="two_for_one gave scores of shape"):
         filter_snapshot(snapshot, [wrong], HERE)
 
@@ -196,9 +196,9 @@ def test_a_classifier_that_gives_something_else_is_named(make_data: Any):
         (Language(min_language_probability=2), "min_language_probability"),
         (Repetition(min_repeats=1), "min_repeats"),
         (Size(max_aspect=0.5), "max_aspect"),
-        (Classifier(classifier="no.such:thing", min_classifier_score=0), "classifier"),
-        (Classifier(classifier="math:pi", min_classifier_score=0), "classifier"),
-        (Classifier(classifier="math:fsum"), "min_classifier_score"),
+        (ClassifierFilter(classifier="no.such:thing", min_classifier_score=0), "classifier"),
+        (ClassifierFilter(classifier="math:pi", min_classifier_score=0), "classifier"),
+        (ClassifierFilter(classifier="math:fsum"), "min_classifier_score"),
     ],
 )
 def test_bad_options_are_named(made, field, make_data: Any):

@@ -14,7 +14,7 @@ from pipeline.shards.selection import select
 from pipeline.shards.snapshot import Snapshot, publish_shards
 from pipeline.shards.storage import Folder
 from pipeline.stages.report.dataset_report import make_report, plain, report_page
-from pipeline.stages.report.dataset_statistics import Measuring, measure
+from pipeline.stages.report.dataset_statistics import ReportLimits, measure
 from pipeline.stages.shard_tasks import Workers
 
 Make = Callable[..., Snapshot]
@@ -61,7 +61,7 @@ class Page(HTMLParser):
 
 
 def page_of(snapshot: Snapshot, **options: int) -> str:
-    measuring = Measuring(**options)
+    measuring = ReportLimits(**options)
     statistics = measure(snapshot, measuring, Workers(processes_count=0))
     return report_page(make_report(snapshot, statistics, measuring))
 

@@ -26,7 +26,7 @@ from pipeline.stages.report import dataset_statistics
 from pipeline.stages.report.dataset_funnel import UNRECORDED, difference, funnel
 from pipeline.stages.report.dataset_statistics import (
     SCALES,
-    Measuring,
+    ReportLimits,
     Statistics,
     host_of,
     measure,
@@ -57,7 +57,7 @@ def failed_rows(snapshot: Snapshot, rows: list[dict[str, object]]) -> None:
 
 def test_counts_sizes_and_captions(make_snapshot: Make) -> None:
     snapshot = make_snapshot((7, 5, 8))
-    measured = measure(snapshot, Measuring(samples=6), HERE)
+    measured = measure(snapshot, ReportLimits(samples=6), HERE)
     samples = [one for shard in snapshot.shards for one in read_samples(Folder(snapshot.folder), shard)]
     assert (measured.shards, measured.visible, measured.unique, measured.unreadable) == (3, 20, 20, 0)
     words = [len(one.fields["txt"].split()) for one in samples]
@@ -94,7 +94,7 @@ def test_quantiles_are_right_to_within_a_bin() -> None:
 def test_any_order_gives_the_same_and_so_does_json(make_snapshot: Make) -> None:
     from pipeline.config import from_json, to_json
 
-    options = Measuring(samples=5, thumbnail_size=32)
+    options = ReportLimits(samples=5, thumbnail_size=32)
     snapshot = make_snapshot((4, 3, 5))
     failed_rows(
         snapshot, [{"key": f"{n}", "status": "failed_to_download", "url": f"http://h{n % 3}/"} for n in range(9)]
@@ -113,11 +113,11 @@ def test_any_order_gives_the_same_and_so_does_json(make_snapshot: Make) -> None:
 
 def test_ray_gives_what_this_process_gives(make_snapshot: Make, ray_cluster) -> None:
     snapshot = make_snapshot((7, 5, 8))
-    assert measure(snapshot, Measuring(), Workers(processes_count=2)) == measure(snapshot, Measuring(), HERE)
+    assert measure(snapshot, ReportLimits(), Workers(processes_count=2)) == measure(snapshot, ReportLimits(), HERE)
 
 
 def test_samples_do_not_depend_on_how_shards_are_cut(make_snapshot: Make) -> None:
-    options = Measuring(samples=4)
+    options = ReportLimits(samples=4)
     snapshot = make_snapshot((9, 9))
     halves = [select(Folder(snapshot.folder), snapshot.shards[0], np.arange(9) % 2 == half) for half in (0, 1)]
     limits = shares(snapshot, options)
@@ -134,12 +134,12 @@ def test_a_large_data_set_is_looked_at_in_part(make_snapshot: Make, monkeypatch:
     """What is kept does not grow with the data set, and hashes choose it."""
     monkeypatch.setattr(dataset_statistics, "EXACT_ROWS", 30)
     snapshot = make_snapshot((150,))
-    limits = shares(snapshot, Measuring(samples=2))
+    limits = shares(snapshot, ReportLimits(samples=2))
     assert limits.images == limits.rows == 30 * 2**64 // 150
-    measured = measure(snapshot, Measuring(samples=2), HERE)
+    measured = measure(snapshot, ReportLimits(samples=2), HERE)
     assert 12 <= len(measured.images) <= 55 and len(measured.samples) == 2
     everything = replace(limits, shown=2**64)
-    first = measure_shard(Folder(snapshot.folder), snapshot.shards[0], Measuring(samples=2), everything).samples
+    first = measure_shard(Folder(snapshot.folder), snapshot.shards[0], ReportLimits(samples=2), everything).samples
     assert measured.samples == first, "the pre-selection has to hold the smallest hashes"
 
 
@@ -147,7 +147,7 @@ def test_repeated_samples_are_seen_twice_and_are_no_duplicates(make_snapshot: Ma
     snapshot = make_snapshot((6,))
     picked = select(Folder(snapshot.folder), snapshot.shards[0], np.array([0, 0, 0, 2, 5]))
     again = publish_again(snapshot, [picked])
-    measured = measure(again, Measuring(), HERE)
+    measured = measure(again, ReportLimits(), HERE)
     assert (measured.visible, measured.unique, len(measured.samples)) == (5, 3, 3)
     assert {copies.count for copies in measured.images.values()} == {1}
     way = funnel(again, measured)
@@ -159,7 +159,7 @@ def test_equal_images_are_found_across_shards(make_snapshot: Make) -> None:
     plain = make_snapshot((3, 3))
     same = next(read_samples(Folder(plain.folder), plain.shards[0])).fields
     snapshot = make_snapshot((3, 3), spoil={4: same, 5: same})
-    groups = [one for one in measure(snapshot, Measuring(), HERE).images.values() if one.count > 1]
+    groups = [one for one in measure(snapshot, ReportLimits(), HERE).images.values() if one.count > 1]
     assert [(one.count, one.keys) for one in groups] == [(3, ("0000000", "0000101", "0000102"))]
 
 
@@ -179,7 +179,7 @@ def test_rows_hosts_and_messages(make_snapshot: Make) -> None:
             for row in shuffled
         ],
     )
-    measured = measure(snapshot, Measuring(), HERE)
+    measured = measure(snapshot, ReportLimits(), HERE)
     assert measured.reasons == {
         "failed_to_download/failed_to_download": 50,
         "failed_to_resize/empty": 1,
@@ -209,7 +209,7 @@ def test_scores_and_languages_come_from_sidecars(make_snapshot: Make) -> None:
     table = pa.table({"key": keys, "image": list(images), "text": list(texts), "language": ["en", "de", "en", None]})
     sidecars = {"embeddings": write_sidecar(folder, shard, "embeddings", table, "model")}
     again = publish_again(snapshot, [replace(shard, sidecars=sidecars)])
-    measured = measure(again, Measuring(), HERE)
+    measured = measure(again, ReportLimits(), HERE)
     assert measured.languages == {"en": 2, "de": 1}
     score = measured.histograms["score"]
     assert score.count == 4 and score.mean == pytest.approx(0.3, abs=1e-3)
@@ -226,20 +226,20 @@ def test_languages_are_identified_where_nobody_told_them(make_snapshot: Make) ->
     )
     spoil = {number: {"jpg": image, "txt": text.encode()} for number, text in enumerate(captions)}
     snapshot = make_snapshot((4,), spoil=spoil)
-    assert measure(snapshot, Measuring(), HERE).languages == {"de": 1, "en": 1, "fr": 1}
-    assert measure(snapshot, Measuring(languages=False), HERE).languages == {}
+    assert measure(snapshot, ReportLimits(), HERE).languages == {"de": 1, "en": 1, "fr": 1}
+    assert measure(snapshot, ReportLimits(languages=False), HERE).languages == {}
 
 
 def test_a_missing_sidecar_names_the_job(make_snapshot: Make) -> None:
     snapshot = make_snapshot((2,))
     again = publish_again(snapshot, [replace(snapshot.shards[0], sidecars={"embeddings": "0" * 64})])
     with pytest.raises(DataError, match="jobs/embed_dataset.py"):
-        measure(again, Measuring(), HERE)
+        measure(again, ReportLimits(), HERE)
 
 
 def test_images_that_do_not_decode_are_counted_and_not_shown(make_snapshot: Make) -> None:
     broken = {"jpg": b"\xff\xd8\xff not an image", "txt": b"\xff\xfe"}
-    measured = measure(make_snapshot((3,), spoil={1: broken, 2: {"txt": b"no image"}}), Measuring(), HERE)
+    measured = measure(make_snapshot((3,), spoil={1: broken, 2: {"txt": b"no image"}}), ReportLimits(), HERE)
     assert (measured.visible, measured.unreadable, len(measured.samples)) == (3, 1, 2)
 
 
@@ -252,7 +252,7 @@ def test_the_funnel_splits_reasons_by_step(make_snapshot: Make) -> None:
     kept = select(Folder(snapshot.folder), snapshot.shards[0], np.arange(10) < 6)
     # 3 of the 4 too large ones are in the shard's rows; the dns ones were in a shard without any sample.
     again = publish_again(snapshot, [kept], rows=19, dropped={"too_large": 4, "dns": 5, "caption_short": 4})
-    way = funnel(again, measure(again, Measuring(), HERE))
+    way = funnel(again, measure(again, ReportLimits(), HERE))
     assert (way.rows, way.downloaded, way.resized, way.kept, way.visible) == (19, 14, 10, 6, 6)
     assert {(one.step, one.name, one.count) for one in way.reasons} == {
         ("failed_to_resize", "too_large", 4),
@@ -287,4 +287,4 @@ def test_a_parent_that_is_gone_is_no_error(make_snapshot: Make) -> None:
 
 
 def test_statistics_hold_no_numpy(make_snapshot: Make) -> None:
-    json.dumps(measure(make_snapshot((2,)), Measuring(), HERE).histograms["width"].__dict__)
+    json.dumps(measure(make_snapshot((2,)), ReportLimits(), HERE).histograms["width"].__dict__)
