@@ -133,7 +133,7 @@ DAMAGES: list[tuple[Callable[[Path], object], str, str]] = [
         "folder",
         "00009-x.shards.parquet was left",
     ),
-    (lambda place: (place / "sizes.json").write_text("{}"), "folder", "sizes.json does not tell the sizes"),
+    (lambda place: (place / "sizes.json").write_text("{}"), "folder", "sizes.json does not have the sizes"),
     (
         lambda place: cut(sorted((place / "_snapshots").glob("*.json"))[0], 0.5),
         "folder",
