@@ -81,5 +81,5 @@ def test_a_unit_that_always_kills_its_worker_is_named(
     ray_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_tasks, "MAX_DEATHS", 1)
-    with pytest.raises(StorageError, match="unit 1 took its worker with it 2 times"):
+    with pytest.raises(StorageError, match="the worker of unit 1 died 2 times"):
         list(run_tasks(partial(dies, tmp_path, 100), range(4), TWO))

@@ -239,7 +239,7 @@ def test_a_job_that_cannot_be_submitted_does_not_hold_up_others() -> None:
     assert world.states() == {"a-20261122T1200Z": "failed", "b-20261122T1200Z": "running"}
 
 
-def test_secrets_come_from_the_environment_and_are_not_told(
+def test_secrets_come_from_the_environment_and_are_not_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("THE_PASSWORD", "hunter2")
