@@ -1,4 +1,4 @@
-"""Adopting shards of other tools: nothing of theirs changes, and the real img2dataset goes on afterwards."""
+"""Adopting shards of other tools: their files do not change, and the real img2dataset continues afterwards."""
 
 import gzip
 import io
@@ -185,7 +185,7 @@ def test_the_real_img2dataset_goes_on_in_an_adopted_folder(tmp_path: Path, serve
     assert requests == 6 and {name: state(out)[name] for name in before} == before
     grown = adopt(out)
     assert grown.samples == 6 and grown.parent == snapshot.id and grown.shards[0] == snapshot.shards[0]
-    # Why no index may lie beside the tars: this is what its resume does with one.
+    # The reason why no index may be beside the tars: its resume fails with one.
     (out / "sizes.json").write_text("{}")
     with pytest.raises(ValueError, match="sizes.json"):
         run(6)

@@ -1,4 +1,4 @@
-"""Boxes as they are stored: what cannot be used is left out and counted, what is none is said so."""
+"""Stored boxes: unusable boxes are left out and counted; a malformed file is an error."""
 
 import json
 from typing import Any

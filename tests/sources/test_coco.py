@@ -1,4 +1,4 @@
-"""COCO's and LVIS's files as they are published and as they are broken, their images, and which annotations stay."""
+"""COCO's and LVIS's files, valid and broken, their images, and the annotations that are kept."""
 
 import json
 import subprocess
@@ -299,7 +299,7 @@ def test_the_whole_file_tells_what_boxes_are_meant(data: Path, seed: int) -> Non
 
 
 def broken() -> Iterator[tuple[dict[str, Any], str]]:
-    """Files that contradict themselves, and what is said of them."""
+    """Inconsistent files and their error messages."""
 
     def changed(part: str, place: int, **more: Any) -> dict[str, Any]:
         content = instances()

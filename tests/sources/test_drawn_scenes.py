@@ -1,4 +1,4 @@
-"""Scenes and their truth, held against brute force over the pixels."""
+"""Scenes and their annotations, compared with brute force over the pixels."""
 
 from collections import Counter
 from functools import cache
@@ -21,7 +21,7 @@ def scenes(split: str, count: int, size: int = 64) -> tuple[Scene, ...]:
 
 
 def decode(segmentation: dict[str, list[int]]) -> NDArray[np.bool_]:
-    """COCO's run-length code pixel by pixel, as its format says: down each column, zeros first."""
+    """COCO's run-length encoding, decoded pixel by pixel: down each column, zeros first."""
     height, width = segmentation["size"]
     mask = np.zeros((height, width), bool)
     place, value = 0, False
@@ -142,7 +142,7 @@ def test_aerial_views_hold_dozens_of_tiny_objects_that_do_not_touch() -> None:
 
 
 def side(one: list[int], other: list[int]) -> str | None:
-    """Left, right, above or below by boxes that are apart, along the longer way between the centres."""
+    """Left, right, above or below by disjoint boxes, along the axis with the larger distance of the centres."""
     apart = [(one[axis] + one[axis + 2] / 2) - (other[axis] + other[axis + 2] / 2) for axis in (0, 1)]
     axis = 0 if abs(apart[0]) >= abs(apart[1]) else 1
     gap = max(one[axis], other[axis]) - min(one[axis] + one[axis + 2], other[axis] + other[axis + 2])
@@ -152,7 +152,7 @@ def side(one: list[int], other: list[int]) -> str | None:
 
 
 def test_relations_are_true_and_their_negatives_false() -> None:
-    """The sentence is parsed by hand; the sides from boxes, inside and behind from masks and depth."""
+    """Parses the sentence by hand; sides are computed from boxes, inside and behind from masks and depth."""
     words = {"to the left of": "left of", "to the right of": "right of"}
     swaps = Counter()
     for index, scene in enumerate(scenes("relations", 180)):

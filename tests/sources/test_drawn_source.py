@@ -1,4 +1,4 @@
-"""The source: the same bytes in any order and process, options that are refused, and the splits as rows."""
+"""The source: the same bytes in any order and process, invalid options, and the splits as rows."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Captions and questions: spans to the letter, and every statement checked against the objects it is about."""
+"""Captions and questions: exact spans, and every statement checked against the objects it refers to."""
 
 import re
 from functools import cache
@@ -33,7 +33,7 @@ def captions() -> list[tuple[Record, Record]]:
 
 
 def side(one: list[int], other: list[int]) -> str | None:
-    """Left, right, above or below by boxes that are apart, along the longer way between the centres."""
+    """Left, right, above or below by disjoint boxes, along the axis with the larger distance of the centres."""
     apart = [(one[axis] + one[axis + 2] / 2) - (other[axis] + other[axis + 2] / 2) for axis in (0, 1)]
     axis = 0 if abs(apart[0]) >= abs(apart[1]) else 1
     gap = max(one[axis], other[axis]) - min(one[axis] + one[axis + 2], other[axis] + other[axis + 2])
@@ -41,7 +41,7 @@ def side(one: list[int], other: list[int]) -> str | None:
 
 
 def meaning(text: str) -> dict[str, str]:
-    """What a phrase says, read word by word from the vocabulary alone."""
+    """The attributes of a phrase, parsed word by word with the vocabulary only."""
     rest = text.lower()
     said: dict[str, str] = {}
     many = re.match(r"(two|three|four|five|six|some|several) ", rest)

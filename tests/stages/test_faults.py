@@ -44,7 +44,7 @@ Fault = Callable[[str, str, int], str]
 
 
 class FaultyProxy:
-    """Hands requests on to ``target`` unless ``fault`` spoils them."""
+    """Forwards requests to ``target`` unless ``fault`` breaks them."""
 
     def __init__(self, target: str) -> None:
         self.target, self.fault = urlsplit(target).netloc, lambda *_: ""

@@ -1,4 +1,4 @@
-"""One shard of a url table: what its parquet says about each download, and what stays out of its samples."""
+"""One shard of a url table: its parquet rows for each download, and the fields of its samples."""
 
 import hashlib
 import io

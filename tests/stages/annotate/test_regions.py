@@ -1,4 +1,4 @@
-"""Features of regions: of the right boxes, checked, made once, refused where something else made them."""
+"""Features of regions: they match their boxes, are checked, are made once, and are rejected from another maker."""
 
 import io
 import json
@@ -69,7 +69,7 @@ def shard_of(folder: Path, *samples: Sample) -> Snapshot:
 
 
 def plainly(sample: Sample, size: int = 64) -> tuple[np.ndarray, torch.Tensor]:
-    """Boxes and features as one would write it down: Pillow, one crop at a time, both scales, added, normalised."""
+    """Boxes and features by a simple implementation: Pillow, one crop at a time, both scales, added, normalised."""
     clip: Any = load_model(TINY, "cpu")
     image = Image.open(io.BytesIO(sample.image())).convert("RGB")
     boxes, features = [], []

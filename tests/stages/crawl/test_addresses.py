@@ -1,4 +1,4 @@
-"""The rule about addresses, against the ranges as RFC 6890 and the cloud providers write them."""
+"""The address policy, checked with the ranges of RFC 6890 and of cloud providers."""
 
 import asyncio
 import ipaddress

@@ -1,4 +1,4 @@
-"""Images in, images out: side by side with img2dataset's own Resizer, with Pillow, and with hostile bytes."""
+"""Image transforms compared with img2dataset's own Resizer and with Pillow, and tested with hostile bytes."""
 
 import io
 import itertools
@@ -418,7 +418,7 @@ def test_of_an_animation_the_first_image_is_kept(kind: str) -> None:
 
 
 def test_names_and_types_are_not_believed() -> None:
-    """There is no door for them: a PNG that was called .jpg is a PNG."""
+    """Names and content types are not used: a PNG with the name .jpg is a PNG."""
     assert read_header(encoded(SQUARES, "PNG")).kind == "png"
     assert transform(encoded(SQUARES, "PNG"), ImageOptions(resize_mode="no", skip_reencode=True)).kept is False
 

@@ -1,4 +1,4 @@
-"""Ours beside the real img2dataset: the same layout on the same urls, and its engine under our rules."""
+"""Our engine compared with the real img2dataset: the same layout on the same urls; its engine under our rules."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""The progress line: right numbers, few lines, and a stop when too little succeeds."""
+"""The progress line: correct numbers, few lines, and a stop at too many failures."""
 
 import logging
 import time
@@ -76,7 +76,7 @@ def test_too_little_success_is_judged_late_enough_and_by_all_shards() -> None:
     counter.seen(stats(10, 0))
     with pytest.raises(TooManyFailures, match=r"20.0% of 20 rows.*--minimum-success 0.5.*timeout \(16\)"):
         counter.seen(stats(10, 4))
-    # What an earlier run did counts as well; a floor that is just reached is reached.
+    # Shards of an earlier run count too; a fraction equal to the floor is enough.
     counter = Progress(100, floor)
     counter.seen(stats(10, 10, made=False))
     counter.seen(stats(10, 0))

@@ -1,4 +1,4 @@
-"""Refreshing from a parent: fetched once, kept byte for byte, hidden when gone, the same wherever it was stopped."""
+"""Refreshing from a parent: rows are fetched once, kept unchanged, hidden when removed; stops do not matter."""
 
 import hashlib
 import io
@@ -286,7 +286,7 @@ class Killed(BaseException):
 
 
 def stopping(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Let ``steps`` writes and deletions happen, and no more."""
+    """Allow ``steps`` writes and deletions, then stop."""
     left = steps
     real_write, real_delete = Folder.write_atomic, Folder.delete
 

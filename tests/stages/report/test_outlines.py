@@ -1,4 +1,4 @@
-"""Boxes and masks as outlines, against masks drawn by hand; what does not fit is left out."""
+"""Boxes and masks as outlines, compared with hand-drawn masks; invalid entries are left out."""
 
 import json
 
