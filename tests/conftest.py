@@ -3,6 +3,7 @@
 The environment is set here, before ray, torch or botocore are imported, so that worker processes inherit it.
 """
 
+import fcntl
 import json
 import os
 import random
@@ -66,6 +67,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("ray"))
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(900))
+
+
+def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """The folder ``name`` that ``make`` fills once per run, by whichever worker of pytest-xdist comes first."""
+    base = factory.getbasetemp()
+    # The parent is shared by the workers of a run; without workers it is shared by all runs of this user.
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"once-{name}"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "whole").exists():
+            (folder / "made").mkdir()
+            make(folder / "made")
+            (folder / "whole").touch()
+    return folder / "made"
 
 
 @pytest.fixture(autouse=True)
@@ -357,11 +373,27 @@ def make_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Sna
 
 
 @pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The URI of one sqlite store of MLflow for all tests, whose tables exist; tests keep apart by experiment."""
-    folder: Path = tmp_path_factory.mktemp("mlflow")
-    uri = f"sqlite:///{folder / 'mlflow.db'}"
-    from pipeline.tracking.store import client
+def migrated_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sqlite store of MLflow with all tables and no runs, made once per run; to be copied."""
 
-    client(uri).search_experiments()
-    return uri
+    def make(folder: Path) -> None:
+        from pipeline.tracking.store import client
+
+        client(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
+
+    return make_once(tmp_path_factory, "mlflow", make) / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def store(migrated_store: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The URI of one sqlite store for all tests of a worker; tests keep apart by experiment."""
+    path: Path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    shutil.copy(migrated_store, path)
+    return f"sqlite:///{path}"
+
+
+@pytest.fixture
+def own_store(migrated_store: Path, tmp_path: Path) -> str:
+    """The URI of an empty sqlite store at ``tmp_path/mlflow.db``."""
+    shutil.copy(migrated_store, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path}/mlflow.db"
