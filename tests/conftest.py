@@ -59,12 +59,18 @@ for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "MLFLOW_TRACKING_URI", "PYTHONDO
 CLUSTERS = {"ray_cluster", "nodes"}
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a Ray run in one process of pytest-xdist: one Ray serves them. Slow ones may take longer."""
+    """Keep in one process of pytest-xdist what shares something costly. Slow tests may take longer.
+
+    One group are all tests that need a Ray, another each file's tests with a fixture of their module.
+    """
     for item in items:
+        fixtures = getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009 - private, and the only place
         if CLUSTERS & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group("ray"))
+        elif any(fixture.scope in ("module", "class") for defined in fixtures.values() for fixture in defined):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(900))
 
