@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,6 +99,41 @@ def seeds() -> None:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+Count = Callable[[Any, Mapping[str, Any], Any], int]
+
+
+def counted_once(count: Count) -> Count:
+    """``count`` of :mod:`pipeline.training.flops`, once for each method, its config and the shapes of its batch."""
+    known: dict[Any, int] = {}
+
+    def counted(method: Any, batch: Mapping[str, Any], mode: Any) -> int:
+        parameters = tuple((name, one.shape, one.requires_grad) for name, one in method.named_parameters())
+        shapes = tuple((name, values.shape, values.dtype) for name, values in batch.items())
+        key = (type(method), repr(method.config), method.training, parameters, shapes)
+        if key not in known:
+            known[key] = count(method, batch, mode)
+        return known[key]
+
+    return counted
+
+
+_remembering: list[Count] = []
+
+
+@pytest.fixture(autouse=True)
+def work_is_counted_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting the work of a step takes a quarter of a second, and most trainings of the tests have the same step.
+
+    The tests of the count itself count each time.
+    """
+    flops: Any = sys.modules.get("pipeline.training.flops")
+    if flops is None or request.path.name == "test_flops.py":
+        return
+    if not _remembering:
+        _remembering.append(counted_once(flops.count))
+    monkeypatch.setattr(flops, "count", _remembering[0])
 
 
 @dataclass(frozen=True)
