@@ -6,6 +6,7 @@ command typed again are the same thing.
 """
 
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ from pipeline.training.tracker import LogTracker, OpenTracker
 logger = logging.getLogger(__name__)
 
 SHARE = 0.001  # of a node's custom resource: it says where to go, not how many fit
+LOOK_AGAIN_SECONDS = 10.0  # at most, for workers that the cluster has room for: they are placed at once or not at all
 
 
 def finished(plan: RunPlan) -> TrainingOutcome | None:
@@ -193,12 +195,14 @@ def _check_room(plan: RunPlan, resources: Mapping[str, float], cluster: Mapping[
 def _patience(plan: RunPlan) -> tuple[float, int]:
     """Seconds to wait for workers that were asked for, and how often to ask again when they did not come.
 
-    A range of workers is asked for by what the cluster seems to have, which may count a node that has just died: it is
-    better to look again soon than to wait for that one.
+    A range of workers is asked for by what the cluster seems to have, which for some 20 seconds counts a node that has
+    died: it is better to look again soon than to wait for that one. In all, the wait is 20 times ``resize_seconds``.
     """
     cluster = plan.run.cluster
-    is_range = plan.run.fewest_workers < plan.run.most_workers
-    return (cluster.resize_seconds, 20) if is_range else (cluster.start_timeout_seconds, 2)
+    if plan.run.fewest_workers == plan.run.most_workers:
+        return cluster.start_timeout_seconds, 2
+    seconds = min(cluster.resize_seconds, LOOK_AGAIN_SECONDS)
+    return seconds, math.ceil(20 * cluster.resize_seconds / seconds)
 
 
 def _number(plan: RunPlan) -> int | tuple[int, int]:

@@ -70,8 +70,8 @@ class Cluster:
     start_timeout_seconds: float = 600.0
     """How long to wait for the workers' nodes, which may have to boot."""
     resize_seconds: float = 60.0
-    """Where the number of workers is a range: seconds between looks for room for more, and the time that those found
-    have to start. All start from the latest checkpoint, so that the work since then is done again."""
+    """Where the number of workers is a range: seconds between looks for room for more. All start from the latest
+    checkpoint, so that the work since then is done again."""
 
     def __post_init__(self) -> None:
         require(self.cpus_per_worker >= 1, "cpus_per_worker", self.cpus_per_worker, "1 or more")

@@ -28,16 +28,17 @@ def top1(folder: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def test_smoke_leaves_a_table_a_plot_and_runs(job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    store = f"sqlite:///{tmp_path}/mlflow.db"
-    common = ["smoke", "--output", "out", "--tracking-uri", store, "--experiment", "few"]
+def test_smoke_leaves_a_table_a_plot_and_runs(
+    job: Type, tmp_path: Path, own_store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["smoke", "--output", "out", "--tracking-uri", own_store, "--experiment", "few"]
     assert job("adapt", *common) == 0
     shown = capsys.readouterr().out
     assert "| drawn_fine_grained | 0 shots | 1 shots | 2 shots |" in shown
     assert (tmp_path / "out/table.md").read_text() in shown
     assert len((tmp_path / "out/table.csv").read_text().splitlines()) == 6
     assert (tmp_path / "out/accuracy.png").read_bytes()[:4] == b"\x89PNG"
-    client = MlflowClient(store)
+    client = MlflowClient(own_store)
     found = client.search_runs([client.get_experiment_by_name("few").experiment_id])
     (parent,) = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
     children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
