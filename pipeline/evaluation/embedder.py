@@ -15,7 +15,7 @@ from pipeline.config import require
 from pipeline.evaluation.encoder import Evaluable, inference
 from pipeline.evaluation.models import load_model
 from pipeline.evaluation.zero_shot import classifier
-from pipeline.loaders.images import crop_words, decode, read_crops
+from pipeline.loaders.images import crop_bits, decode, read_crops
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.loaders.text import cut_text
 from pipeline.models.adapters.adapter import FrozenClip
@@ -128,10 +128,10 @@ class ViewEmbedder:
     def prepare(self, image: bytes, key: str) -> Tensor | None:
         """The views as uint8 [V, 3, H, W]; ``None`` where the image cannot be decoded."""
         number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
-        words = [crop_words(self._views.seed, view, number) for view in range(1, 1 + self._views.views)]
+        bits = [crop_bits(self._views.seed, view, number) for view in range(1, 1 + self._views.views)]
         try:
             still = self._still.read(image)
-            crops = read_crops(image, [(self._random, word) for word in words]) if words else []
+            crops = read_crops(image, [(self._random, random) for random in bits]) if bits else []
             return torch.stack([still, *crops])
         except UnreadableSample:
             return None

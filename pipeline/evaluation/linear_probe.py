@@ -36,7 +36,7 @@ from pipeline.evaluation.readers import read_label
 from pipeline.evaluation.suite import name_and_data
 from pipeline.evaluation.task import ACCURACY, Column, PreparedSet, Reading, Report
 from pipeline.evaluation.zero_shot import Counts, label_ranks
-from pipeline.loaders.images import ImageTransform, Pixels, crop_words
+from pipeline.loaders.images import ImageTransform, Pixels, crop_bits
 from pipeline.loaders.order import RandomStream, permutation
 from pipeline.models.adapters.adapter import Shots
 from pipeline.models.adapters.linear_probe import class_rows, regression
@@ -345,15 +345,15 @@ def joined(first: Shots, second: Shots | None) -> Shots:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomView(ImageTransform):
-    """A crop whose random words come from the image itself."""
+    """A crop whose random bits come from the image itself."""
 
     seed: int = 0
     view: int = 0
 
-    def __call__(self, pixels: Pixels, words: Any = None) -> Tensor:
+    def __call__(self, pixels: Pixels, random_bits: Any = None) -> Tensor:
         """uint8 [H, W, 3] to uint8 [3, height, width]."""
         digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()
-        return super().__call__(pixels, crop_words(self.seed, self.view, int.from_bytes(digest[:8], "big")))
+        return super().__call__(pixels, crop_bits(self.seed, self.view, int.from_bytes(digest[:8], "big")))
 
 
 def random_view(still: ImageTransform, seed: int, view: int) -> RandomView:

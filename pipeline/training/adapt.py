@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from pipeline.config import require
 from pipeline.errors import DataError, SettingError
-from pipeline.loaders.images import ImageTransform, crop_words
+from pipeline.loaders.images import ImageTransform, crop_bits
 from pipeline.loaders.order import RandomStream, permutation, random_bits
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.models.adapters.adapter import Adapter, FrozenClip, Shots, adapter_class
@@ -277,10 +277,10 @@ class _Images:
         return self.features[rows[0], rows[1]]
 
     def _read(self, transform: ImageTransform, numbers: Any, epoch: int | None) -> Tensor:
-        words = [None if epoch is None else crop_words(self.seed, epoch, int(number)) for number in numbers]
+        bits = [None if epoch is None else crop_bits(self.seed, epoch, int(number)) for number in numbers]
         contents = [self.images[int(number)] for number in numbers]
         try:
-            images = [transform.read(content, word) for content, word in zip(contents, words, strict=True)]
+            images = [transform.read(content, random) for content, random in zip(contents, bits, strict=True)]
         except UnreadableSample as error:
             raise DataError(f"one of the images {numbers.tolist()} cannot be read: {error}") from error
         return torch.stack(images).to(self.device)
