@@ -18,7 +18,7 @@ from pipeline.evaluation.regions import LoadRegionModel, ProposerOptions
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.loaders.classes import OF_DATA, base_classes
 from pipeline.models.proposals import SMALL
-from pipeline.models.vild import SMALL_HEADS, TAUGHT, Config
+from pipeline.models.vild import DISTILLED, SMALL_HEADS, Config
 from pipeline.runs.train import Pretraining, in_place, pretrain
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.stages.annotate.regions import RegionOptions, extract_regions
@@ -95,7 +95,7 @@ def main(job: Train) -> None:
         start_from=resolved(job.method.start_from),
     )
     with in_place(replace(job, method=method)) as placed:
-        if job.draw and method.mode in TAUGHT:
+        if job.draw and method.mode in DISTILLED:
             model = LoadRegionModel(teacher=method.teacher, proposer=ProposerOptions())
             options = RegionOptions(name=method.regions, floor=0.0)
             extract_regions(read_snapshot(placed.run.data), model, (), options, Workers(processes_count=0))
