@@ -59,7 +59,7 @@ class Config(clip.Config):
     mixup: float = 0.0
     """Mixup (arXiv 1710.09412): alpha of the Beta distribution of the mixing weight; 0 disables it."""
     cutmix: float = 0.0
-    """CutMix (arXiv 1905.04899): alpha of the Beta distribution; with mixup, each batch uses one of both; 0 disables."""
+    """CutMix (arXiv 1905.04899): alpha of the Beta distribution, 0 disables; with mixup, each batch uses one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
