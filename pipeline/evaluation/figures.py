@@ -1,8 +1,8 @@
-"""Images of what a model is trained on and what it does: samples, a similarity matrix, retrieval examples.
+"""Figures of a model's data and results: samples, a similarity matrix, retrieval examples.
 
-Each function gives a matplotlib figure of its own, without pyplot's global state, so it can be called from any thread
-and nothing has to be closed. Captions come from the open web: they are shown as plain text (no TeX), wrapped, cut,
-and what the font cannot draw becomes a box.
+Each function returns a new matplotlib figure, without pyplot's global state, so it can be called from any thread and
+nothing has to be closed. Captions come from the open web: they are shown as plain text (no TeX), wrapped and truncated,
+and characters that the font lacks become a box.
 """
 
 import textwrap
@@ -24,7 +24,7 @@ MATRIX_SIDE = 24
 
 
 def sample_grid(images: Tensor, captions: Sequence[str], columns: int = 4, title: str = "") -> "Figure":
-    """Images, uint8 ``[N, 3, H, W]``, each above its caption."""
+    """Images, uint8 ``[N, 3, H, W]``, each with its caption below."""
     rows = -(-len(images) // columns)
     figure = _figure(2.5 * columns, 3.3 * rows + 0.4, title)
     axes = figure.subplots(rows, columns, squeeze=False).flat
@@ -38,7 +38,7 @@ def sample_grid(images: Tensor, captions: Sequence[str], columns: int = 4, title
 
 
 def sample_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> "Figure":
-    """Samples that are no images: a line of texts for each, wrapped and cut."""
+    """Samples without images: a line of texts for each, wrapped and truncated."""
     figure = _figure(2.6 * max(2, len(head)), 0.5 * (len(rows) + 1) + 0.6, title)
     axis = figure.subplots()
     axis.axis("off")
@@ -53,7 +53,7 @@ def sample_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str 
 
 
 def image_grid(images: Sequence[Tensor], captions: Sequence[str], columns: int = 4, title: str = "") -> "Figure":
-    """Images of any sizes, each uint8 ``[3, H, W]``, large enough to read what is written on them."""
+    """Images of any sizes, each uint8 ``[3, H, W]``, large enough to read text in them."""
     rows = -(-len(images) // columns)
     figure = _figure(4.4 * columns, 4.6 * rows + 0.5, title)
     axes = figure.subplots(rows, columns, squeeze=False).flat
@@ -66,14 +66,14 @@ def image_grid(images: Sequence[Tensor], captions: Sequence[str], columns: int =
 
 
 def similarity_matrix(images: Tensor, captions: Sequence[str], scores: Tensor, title: str = "") -> "Figure":
-    """Cosine similarity of every image (column) with every caption (row) of a batch; right pairs on the diagonal.
+    """Cosine similarity of every image (column) with every caption (row) of a batch; matching pairs on the diagonal.
 
     ``images`` uint8 ``[N, 3, H, W]``, ``scores`` ``[N, N]`` with images first; at most 24 pairs are drawn.
     """
     count = min(len(images), MATRIX_SIDE)
     values = scores[:count, :count].float().cpu().numpy().T
     figure = _figure(5 + 0.5 * count, 1.7 + 0.5 * count, title)
-    figure.set_layout_engine("compressed")  # the plain one forgets that the cells are square, and cuts the captions
+    figure.set_layout_engine("compressed")  # the constrained layout ignores square cells and cuts off the captions
     axis = figure.subplots()
     drawn = axis.imshow(values, cmap="viridis")
     axis.set_yticks(range(count), [_lines(text, 34, 2) for text in captions[:count]], fontsize=8)
@@ -91,7 +91,7 @@ def similarity_matrix(images: Tensor, captions: Sequence[str], scores: Tensor, t
 
 
 def _write_cells(axis: "Axes", values: "np.ndarray[Any, Any]") -> None:
-    """The number in every cell, in the ink that shows; right pairs bold and outlined."""
+    """The number in every cell, in a contrasting colour; matching pairs bold and outlined."""
     from matplotlib.patches import Rectangle
 
     plain = np.nan_to_num(values)
@@ -107,10 +107,10 @@ def _write_cells(axis: "Axes", values: "np.ndarray[Any, Any]") -> None:
 def retrieval_examples(
     images: Tensor, captions: Sequence[str], scores: Tensor, queries: int = 6, top: int = 3, title: str = ""
 ) -> "Figure":
-    """For some captions the ``top`` images found, and for as many images the captions found; right ones green.
+    """The ``top`` retrieved images for some captions, and retrieved captions for as many images; correct ones green.
 
     ``images`` uint8 ``[N, 3, H, W]``, ``scores`` ``[N, N]`` with images first; pair ``i`` is ``(i, i)``, and equal
-    captions are equally right.
+    captions are equally correct.
     """
     queries = min(queries, len(images))
     scores = scores.float().cpu()
@@ -159,7 +159,7 @@ def _captions_found(
 
 
 def readable(text: str) -> str:
-    """``text`` on one line, with a box in place of every character that the figures' font cannot draw."""
+    """``text`` on one line, with a box instead of every character that the figures' font lacks."""
     drawable = _drawable()
     plain = "".join(letter for letter in text if letter.isprintable() or letter.isspace())
     return "".join(letter if ord(letter) in drawable else BOX for letter in " ".join(plain.split()))
