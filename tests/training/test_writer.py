@@ -299,7 +299,7 @@ def test_the_best_and_every_nth_are_kept(method: Clip, tmp_path: Path) -> None:
 
 def test_the_best_need_evaluations(run: Any) -> None:
     settings = run(saving=Saving(keep_best=1, keep_best_metric="zeroshot/x/top1"))
-    with pytest.raises(SettingError, match="keep_best: 1 is not allowed.*no evaluation"):
+    with pytest.raises(SettingError, match="keep_best: 1 is not allowed.*0 without evaluations"):
         prepare(Clip.smallest(), settings)
     plan, record = prepare(Clip.smallest(), settings, evaluates=True)
     assert not any(name.startswith("saving") for name in record.settings)
