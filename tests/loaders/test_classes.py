@@ -30,15 +30,17 @@ def telling(plain: Snapshot, classes: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("told", "names"),
+    ("classes", "names"),
     [
         ({"cat": "f", "dog": "r", "cow": "c"}, ("cat", "cow")),
         ({"cat": "novel", "dog": "base"}, ("dog",)),
         ({"cat": "", "dog": ""}, ("cat", "dog")),
     ],
 )
-def test_the_data_say_which_classes_are_base(make_snapshot: Make, told: Mapping[str, str], names: tuple[str]) -> None:
-    assert base_classes("data", telling(make_snapshot((1,)), told)) == names
+def test_the_data_say_which_classes_are_base(
+    make_snapshot: Make, classes: Mapping[str, str], names: tuple[str]
+) -> None:
+    assert base_classes("data", telling(make_snapshot((1,)), classes)) == names
 
 
 def test_a_mixture_has_the_classes_of_all(make_snapshot: Make) -> None:

@@ -56,9 +56,9 @@ def test_the_loss_is_the_papers() -> None:
         )
     assert float(found["objectness"]) == pytest.approx(float(entropy) / 20_000, rel=1e-4)
 
-    boxes, things = anchors[covers], targets[0][matched[covers]]
-    sizes, wanted_sizes = boxes[:, 2:] - boxes[:, :2], things[:, 2:] - things[:, :2]
-    shift = ((things[:, 2:] + things[:, :2]) - (boxes[:, 2:] + boxes[:, :2])) / 2 / sizes
+    boxes, objects = anchors[covers], targets[0][matched[covers]]
+    sizes, wanted_sizes = boxes[:, 2:] - boxes[:, :2], objects[:, 2:] - objects[:, :2]
+    shift = ((objects[:, 2:] + objects[:, :2]) - (boxes[:, 2:] + boxes[:, :2])) / 2 / sizes
     wanted = torch.cat([shift, (wanted_sizes / sizes).log()], dim=1)
     error = (proposed.moves[0][covers] - wanted).abs()
     huber = torch.where(error < 1 / 9, error**2 / 2, (error - 1 / 18) / 9)

@@ -244,7 +244,7 @@ def test_patience_ends(method: Clip, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     with pytest.raises(StorageError):
         writer.finish()
     assert 2 <= len(tried) <= 6  # pauses of 10, 20, 40 and 80 ms
-    writer.close()  # the error was told once
+    writer.close()  # the error was raised once
 
 
 def test_the_end_of_a_failing_run_does_not_wait_for_a_store(
