@@ -55,7 +55,7 @@ def from_json(kind: type[Config], text: str, origin: str = "config") -> Config:
     """Read ``text`` as a ``kind``.
 
     Raises:
-            SettingError: not JSON, an unknown key, a wrong type or an invalid value; the message names its path.
+        SettingError: not JSON, an unknown key, a wrong type or an invalid value; the message names its path.
     """
     try:
         return from_plain(kind, json.loads(text), origin)

@@ -90,7 +90,7 @@ def load_card(name: str) -> Card:
     """The card named ``name``, or in the YAML file at the path ``name``.
 
     Raises:
-            SettingError: no such card (similar names are listed), or an unknown key.
+        SettingError: no such card (similar names are listed), or an unknown key.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else CARDS / f"{name}.yaml"
     if not path.is_file():

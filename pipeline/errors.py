@@ -5,7 +5,7 @@ ClipmillError
   DataError        stored data is broken, missing or stale; the sentence names the file
     SnapshotError  a snapshot cannot be read or published
     SidecarError   a sidecar is missing, or was made from other bytes
-    StorageError     a write failed (disk full, object store refuses); run again to resume
+  StorageError     a write failed (disk full, object store refuses); run again to resume
   ClusterError     Ray did not start on this machine; run again, or with fewer workers
   TooManyFailures  a job gave up because fewer rows became samples than the user's floor allows
   SampleError      one sample is bad; caught at a stage's sample boundary and counted, never seen by a user

@@ -90,7 +90,7 @@ class AveragePrecision:
         the same, 0 to 1. Metrics without any object are left out.
 
         Raises:
-                DataError: no object has a label that is one of the words.
+            DataError: no object has a label that is one of the words.
         """
         if not any(self._objects):
             some = ", ".join(map(repr, sorted(self._unknown)[:5])) or "none"

@@ -82,8 +82,8 @@ def open_data(data: str) -> Data:
     """The samples at ``data``: a card's name or YAML file, else the URI of a snapshot's folder, ``folder[@id]``.
 
     Raises:
-            SettingError: an invalid card, or invalid options of its source.
-            SnapshotError: neither a card nor a folder with a snapshot.
+        SettingError: an invalid card, or invalid options of its source.
+        SnapshotError: neither a card nor a folder with a snapshot.
     """
     if data in card_names() or data.endswith((".yaml", ".yml")):
         given = load_card(data)

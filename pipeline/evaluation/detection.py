@@ -53,7 +53,7 @@ def open_vocabulary(base: Sequence[str], novel: Sequence[str]) -> Vocabulary:
     """Base and novel words.
 
     Raises:
-            SettingError: no words, duplicates, or a word that is both base and novel, compared without case.
+        SettingError: no words, duplicates, or a word that is both base and novel, compared without case.
     """
     groups = {"base": tuple(base), "novel": tuple(novel)}
     return Vocabulary((*base, *novel), {name: words for name, words in groups.items() if words})
@@ -63,7 +63,7 @@ def published_vocabulary(record: Mapping[str, Any], place: str) -> Vocabulary:
     """The classes of an annotation file of COCO or LVIS; in files with class frequencies, rare classes are novel.
 
     Raises:
-            SettingError: no list of ``categories`` with names.
+        SettingError: no list of ``categories`` with names.
     """
     try:
         names = [class_word(category) for category in record["categories"]]

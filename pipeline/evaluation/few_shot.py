@@ -66,12 +66,12 @@ def read_data_set(name: str, root: str = "", samples: int | None = None) -> Data
     Args:
         name: a dataset card's name or YAML file.
         root: folder that holds the data sets' own folders, for cards with split files.
-            samples: images of each part of a drawn set, if not the card's own number.
+        samples: images of each part of a drawn set, if not the card's own number.
 
     Raises:
-            SettingError: an unknown card, a card without parts, a missing folder or split file, less than two classes,
-                duplicate class names.
-            DataError: an invalid split file.
+        SettingError: an unknown card, a card without parts, a missing folder or split file, less than two classes,
+            duplicate class names.
+        DataError: an invalid split file.
     """
     card = load_card(name)
     if card.few_shot is None:
@@ -124,7 +124,7 @@ def halves(classes: int) -> Halves:
     """Base and new class numbers.
 
     Raises:
-            SettingError: fewer than four classes: each half needs two.
+        SettingError: fewer than four classes: each half needs two.
     """
     require(classes >= FEWEST, "classes", classes, f"{FEWEST} classes or more, for base-to-new needs two in each half")
     base = -(-classes // 2)

@@ -68,6 +68,7 @@ class Probe:
     learning_rate: float = 0.1 * 16 / 256
     """Initial learning rate of SGD; it falls to zero along a cosine."""
     momentum: float = 0.9
+    """Momentum of SGD, 0 to less than 1."""
     batch: int = 1024
     """Images per step of SGD."""
     views: int = 8
@@ -198,8 +199,8 @@ def linear_probe(model: Evaluable, sets: tuple[PreparedProbe, ...], settings: Re
     """Probe on all sets: ``{"linear_probe/<set>/top1": ..., ".../mean_per_class": ..., ".../log10_c": ...}``.
 
     Raises:
-            SettingError: a tower with unknown features before the projection; data with fewer than two classes.
-            DataError: no readable sample, a label outside of the classes.
+        SettingError: a tower with unknown features before the projection; data with fewer than two classes.
+        DataError: no readable sample, a label outside of the classes.
     """
     metrics: Chosen = {}
     for one in sets:
@@ -310,7 +311,7 @@ def tower_features(model: Evaluable, images: Tensor, kind: str = "tower") -> Ten
     """uint8 [B, 3, H, W] on the model's device to float [B, D].
 
     Raises:
-            SettingError: the tower's own features of a model with an unknown image tower.
+        SettingError: the tower's own features of a model with an unknown image tower.
     """
     if kind == "joint":
         return functional.normalize(model.encode_image(images), dim=-1)

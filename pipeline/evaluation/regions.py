@@ -69,11 +69,13 @@ class LoadRegionModel:
     """Loads teacher and proposer when it is called."""
 
     teacher: str
+    """CLIP that encodes the regions: a checkpoint or run folder, ARCHITECTURE:TAG, or ARCHITECTURE:untrained."""
     proposer: ProposerOptions = field(default_factory=ProposerOptions)
     crop: CropRule = field(default_factory=CropRule)
     templates: tuple[str, ...] = ("a photo of a {}.",)
     """Prompts of the class names that check the features."""
     device: str = "auto"
+    """Device of the models; auto uses GPUs if available."""
     precision: Precision = "fp32"
 
     def __post_init__(self) -> None:

@@ -28,15 +28,15 @@ def retrieval(model: Encoder, batches: Iterable[Mapping[str, Tensor]], precision
     """Retrieve captions by images and images by captions over all of ``batches``.
 
     Args:
-            model: encodes both.
-            batches: mappings with ``image``, uint8 ``[B, 3, H, W]``, and ``text``, int64 ``[T, L]``. If images do not
-                have exactly one caption each, ``owner``, int64 ``[T]``, is the image of the batch that a caption
-                describes.
+        model: encodes both.
+        batches: mappings with ``image``, uint8 ``[B, 3, H, W]``, and ``text``, int64 ``[T, L]``. If images do not
+            have exactly one caption each, ``owner``, int64 ``[T]``, is the image of the batch that a caption
+            describes.
         precision: "fp32" or "bf16".
 
     Returns:
-            ``i2t_r1 ... t2i_r10`` in 0 ... 1, ``i2t_median_rank`` and ``t2i_median_rank`` (1 is best), ``chance`` (R@1
-            of random guessing, mean of both directions) and ``samples`` (images).
+        ``i2t_r1 ... t2i_r10`` in 0 ... 1, ``i2t_median_rank`` and ``t2i_median_rank`` (1 is best), ``chance`` (R@1
+        of random guessing, mean of both directions) and ``samples`` (images).
     """
     with inference(model, precision) as device:
         images, tokens, owners = _gather(model, batches, device)

@@ -66,7 +66,7 @@ class Sets(Reading):
         """Read cards, manifests, class and template files.
 
         Raises:
-                SettingError: an unknown set, a set without classes, a template without ``{}``, a setting that no set
+            SettingError: an unknown set, a set without classes, a template without ``{}``, a setting that no set
                 uses. DataError: an invalid snapshot.
         """
         sets = self.sets()
@@ -157,8 +157,8 @@ def evaluate(model: object, prepared: PreparedSuite) -> dict[str, float]:
     """Run all sets: ``{"zeroshot/<set>/top1": ..., "retrieval/<set>/i2t_r1": ..., "det/<set>/ap_novel": ...}``.
 
     Raises:
-            SettingError: the model does not support a set's task.
-            DataError: no readable sample, a label outside of the classes, a damaged shard.
+        SettingError: the model does not support a set's task.
+        DataError: no readable sample, a label outside of the classes, a damaged shard.
     """
     cache: Cache = {}
     metrics: dict[str, float] = {}

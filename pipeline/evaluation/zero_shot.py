@@ -54,8 +54,8 @@ def zero_shot(
         precision: "fp32" or "bf16".
 
     Returns:
-            ``top1``, ``top5``, ``mean_per_class`` (top-1, averaged over the classes that occur) and ``chance`` (top-1
-            of random guessing), all in 0 ... 1; ``samples``.
+        ``top1``, ``top5``, ``mean_per_class`` (top-1, averaged over the classes that occur) and ``chance`` (top-1
+        of random guessing), all in 0 ... 1; ``samples``.
     """
     counts = Counts(len(class_vectors))
     with inference(model, precision) as device:

@@ -30,9 +30,11 @@ class Colours:
     """Strengths and probabilities of colour augmentation, with SimCLR's values as used by SLIP (section 4.1)."""
 
     brightness: float = 0.4
-    """Half-width of the factor's range, 0 to 1: uniform from 1 - this to 1 + this; contrast and saturation alike."""
+    """Half-width of the range of the brightness factor, 0 to 1: uniform from 1 - this to 1 + this."""
     contrast: float = 0.4
+    """Half-width of the range of the contrast factor, 0 to 1."""
     saturation: float = 0.4
+    """Half-width of the range of the saturation factor, 0 to 1."""
     hue: float = 0.1
     """Maximum hue shift in both directions, as a part of the colour wheel, 0 to 0.5."""
     jitter: float = 0.8

@@ -39,7 +39,7 @@ class FileCache:
         ETag) of the file.
 
         Raises:
-                DataError: the file is missing, or its SHA-256 differs from ``sha256``.
+            DataError: the file is missing, or its SHA-256 differs from ``sha256``.
             StorageError: the cache's disk is full.
         """
         if folder.is_local:

@@ -25,7 +25,7 @@ def classes_of(snapshot: Snapshot) -> Mapping[str, str]:
     """Names and groups of the classes in the options of ``snapshot``, in their order; empty without such options.
 
     Raises:
-            SnapshotError: the option ``classes`` is not a mapping of names to groups.
+        SnapshotError: the option ``classes`` is not a mapping of names to groups.
     """
     found = snapshot.options.get("classes", {})
     if not isinstance(found, Mapping) or not all(isinstance(group, str) for group in found.values()):

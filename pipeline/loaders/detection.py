@@ -214,9 +214,9 @@ class DetectionReader:
         """The values of ``keys``; :meth:`collate` pads them.
 
         Raises:
-                UnreadableSample: objects, a segmentation or an image cannot be read.
-                DataError: the boxes belong to an image of another size.
-                SidecarError: the regions belong to an image of another size, or boxes and features differ in number.
+            UnreadableSample: objects, a segmentation or an image cannot be read.
+            DataError: the boxes belong to an image of another size.
+            SidecarError: the regions belong to an image of another size, or boxes and features differ in number.
         """
         targets = self.find(sample, at)
         return {key: self._value(key, sample, at, targets) for key in self.keys}

@@ -201,7 +201,7 @@ def decode(content: bytes) -> Pixels:
     """The image in ``content`` as uint8 [H, W, 3]; grey, CMYK, palette and alpha become plain RGB.
 
     Raises:
-            UnreadableSample: not an image, a broken image, or more than ``MAX_PIXELS`` pixels.
+        UnreadableSample: not an image, a broken image, or more than ``MAX_PIXELS`` pixels.
     """
     if content[:2] == b"\xff\xd8":
         try:

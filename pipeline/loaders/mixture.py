@@ -69,7 +69,7 @@ def places(data: str) -> list[tuple[str, float | None]]:
     """The addresses in a ``data`` setting with their weights: one without a weight, or ``A=0.7,B=0.3``.
 
     Raises:
-            SettingError: a weight that is not a positive number, or an address that occurs twice.
+        SettingError: a weight that is not a positive number, or an address that occurs twice.
     """
     if "," not in data:
         return [(data, None)]
@@ -130,7 +130,7 @@ def divided(batch_size: int, weights: Sequence[float], lanes: int) -> list[int]:
     its weight: lanes spread a part's samples over its shards.
 
     Raises:
-            SettingError: a weight too small for one sample per batch.
+        SettingError: a weight too small for one sample per batch.
     """
     shares = [batch_size * weight / sum(weights) for weight in weights]
     common = math.gcd(lanes, batch_size)

@@ -86,7 +86,7 @@ class Order:
     ``lanes`` is reduced to a divisor of the batch size (and to the number of samples, for tiny data).
 
     Raises:
-            SettingError: no samples, or a batch size, a block or a seed out of range.
+        SettingError: no samples, or a batch size, a block or a seed out of range.
     """
 
     def __init__(

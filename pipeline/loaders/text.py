@@ -103,7 +103,7 @@ def caption_field(caption: str) -> str:
     """The sample field that a caption setting reads: ``txt`` -> ``txt``, ``json:title`` -> ``json``.
 
     Raises:
-            SettingError: neither of these two forms.
+        SettingError: neither of these two forms.
     """
     field, _, key = caption.partition(":")
     if caption == "txt" or (field == "json" and key):

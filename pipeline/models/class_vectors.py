@@ -29,7 +29,7 @@ def open_teacher(address: str) -> Clip:
     WEIGHTS are a tag of open_clip, a file, a checkpoint's folder, or ``untrained`` (random with a fixed seed).
 
     Raises:
-            SettingError: not found, or ``address`` has another form.
+        SettingError: not found, or ``address`` has another form.
     """
     if address.endswith(UNTRAINED):
         return untrained(address.removesuffix(UNTRAINED))

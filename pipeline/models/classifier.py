@@ -44,6 +44,7 @@ class Config(clip.Config):
     """CLIP's settings (those of the loss and the texts have no effect) and the head."""
 
     crop: Literal["square", "resized"] = "resized"
+    """Training crop: CLIP's random square, or a box of random area and aspect ratio."""
     class_names: tuple[str, ...] = ()
     """Class names, in the order of the head's rows."""
     label_key: str = "label"

@@ -95,8 +95,9 @@ class Config:
     lock_image_unlocked: int = 0
     """Last layers of a locked image tower that are trained: 1 is the part after the blocks, 2 adds the last block."""
     lock_text: bool = False
-    """Freeze the text tower; see lock_image."""
+    """Freeze the text tower."""
     lock_text_unlocked: int = 0
+    """Last layers of a locked text tower that are trained; see --lock-image-unlocked."""
     teacher: str = ""
     """CLIP to distil from: ARCHITECTURE:WEIGHTS with a tag, a file or a checkpoint folder, or local-dir:FOLDER. It gets
     the student's images and needs the student's tokenizer."""

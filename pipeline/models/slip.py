@@ -49,7 +49,9 @@ class Config(clip.Config):
     architecture: str = "ViT-B-16"
     """open_clip architecture, or one of ours, such as clipmill-slip-small and -large (the paper's ViT-S and ViT-L)."""
     crop: Literal["square", "resized"] = "resized"
+    """Training crop: CLIP's random square, or a box of random area and aspect ratio."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
+    """Range of the area of the crop for captions, as a part of the image, 0 to 1."""
     self_supervision: float = 1.0
     """Weight of the self-supervised loss."""
     ssl_temperature: float = 0.1

@@ -112,10 +112,13 @@ class Config(proposals.Config):
     crop_samples: int = 2
     """Points, down and across, whose mean is a cell of what is cut; fewer are faster."""
     head_convolutions: tuple[int, ...] = (256, 256, 256, 256)
+    """Channels of the convolutions of a region head."""
     head_layers: tuple[int, ...] = (1024, 1024)
+    """Widths of the linear layers of a region head."""
     masks: bool = True
     """Train and predict masks."""
     mask_convolutions: tuple[int, ...] = (256, 256, 256, 256)
+    """Channels of the convolutions of the mask head."""
     mask_cells: int = 112
     """Side of the grid over an object's box for its true mask, in cells."""
     detections: int = 300

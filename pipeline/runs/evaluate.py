@@ -28,16 +28,16 @@ def evaluate_checkpoint(
     """The metrics of ``checkpoint``, also logged into ``run`` at ``step``.
 
     Args:
-            checkpoint: an address of :func:`pipeline.evaluation.models.load_any`.
-            evaluations: the sets.
-            run: the MLflow run to write into, or none.
-            step: the checkpoint's step.
-            device: the model's device, ``cpu``, ``cuda`` or ``auto``.
-            figures: also log similarity matrices and examples of retrieval sets, and detections of detection sets.
-            prepared: ``evaluations.prepare()``, if the caller has it already.
+        checkpoint: an address of :func:`pipeline.evaluation.models.load_any`.
+        evaluations: the sets.
+        run: the MLflow run to write into, or none.
+        step: the checkpoint's step.
+        device: the model's device, ``cpu``, ``cuda`` or ``auto``.
+        figures: also log similarity matrices and examples of retrieval sets, and detections of detection sets.
+        prepared: ``evaluations.prepare()``, if the caller has it already.
 
     Raises:
-            SettingError: an unknown set or checkpoint, or a model that does not support a set's task.
+        SettingError: an unknown set or checkpoint, or a model that does not support a set's task.
         DataError: damaged data.
     """
     ready = prepared or evaluations.prepare()

@@ -37,7 +37,7 @@ class MlflowHistory:
     """Records fires in the experiment of ``settings``.
 
     Raises:
-            SettingError: the store does not answer when the scheduler starts.
+        SettingError: the store does not answer when the scheduler starts.
     """
 
     def __init__(self, settings: Tracking) -> None:

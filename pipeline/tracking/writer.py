@@ -73,11 +73,11 @@ class MetricWriter:
     """Sends points through ``send`` and runs tasks, in its own daemon thread.
 
     Args:
-            send: sends at most 1000 points; raises on failure.
-            is_refusal: distinguishes an error that a retry cannot fix (a bad metric name) from an unreachable server.
-            is_there: a quick check of whether the server answers, called before each request, because the HTTP client
-                retries for minutes without interruption.
-            limit: points kept while the server is unreachable.
+        send: sends at most 1000 points; raises on failure.
+        is_refusal: distinguishes an error that a retry cannot fix (a bad metric name) from an unreachable server.
+        is_there: a quick check of whether the server answers, called before each request, because the HTTP client
+            retries for minutes without interruption.
+        limit: points kept while the server is unreachable.
     """
 
     def __init__(

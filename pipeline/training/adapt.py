@@ -137,8 +137,8 @@ def adapt(
         log: gets each epoch's metrics.
 
     Raises:
-            SettingError: an invalid setting of the method, labels outside of the classes, data without the method's
-                inputs, or a learning rate with which the loss becomes non-finite.
+        SettingError: an invalid setting of the method, labels outside of the classes, data without the method's
+            inputs, or a learning rate with which the loss becomes non-finite.
     """
     kind = adapter_class(method)
     require(0 <= seed < 2**63, "seed", seed, "0 to 2**63 - 1")

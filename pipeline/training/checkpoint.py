@@ -301,7 +301,7 @@ def read_weights(folder: Folder, *, ema: bool = False) -> dict[str, Tensor]:
     """All weights of a checkpoint on the CPU, or their moving average, by the method's names; empty if it has none.
 
     Raises:
-            DataError: a damaged file.
+        DataError: a damaged file.
     """
     inner, rest = (MODEL_EMA, REST_EMA) if ema else (MODEL, REST)
     weights = {INNER + name: tensor for name, tensor in _read_tensors(folder, inner).items()}

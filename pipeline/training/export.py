@@ -24,8 +24,8 @@ def export(method: Method, folder: Folder, kind: Format) -> None:
     ``CLIPModel`` and ``CLIPProcessor``.
 
     Raises:
-            SettingError: not a model of open_clip, a model that ``CLIPModel`` cannot express, or a folder that holds a
-                checkpoint, whose files would be lost.
+        SettingError: not a model of open_clip, a model that ``CLIPModel`` cannot express, or a folder that holds a
+            checkpoint, whose files would be lost.
         StorageError: the folder cannot be written.
     """
     require(not folder.exists(META), "output", folder.uri, "a folder that is not a checkpoint itself")

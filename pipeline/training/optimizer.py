@@ -109,7 +109,7 @@ def rate_scales(config: OptimizerConfig, method: Method) -> dict[str, float]:
     """The factor of each parameter's learning rate, by name; 1 for parameters that are not listed.
 
     Raises:
-            SettingError: ``tower_rates`` names a tower that the method lacks.
+        SettingError: ``tower_rates`` names a tower that the method lacks.
     """
     decay = 1.0 if config.layer_decay is None else config.layer_decay
     rates, layers = config.rates(), method.layers()

@@ -225,8 +225,8 @@ def prepare(method: Any, run: Run, *, evaluates: bool = False) -> tuple[RunPlan,
     the snapshot of the first start, even if the data set has grown since.
 
     Raises:
-            SettingError: an invalid setting of the method, an unusable folder, or a folder that holds another run.
-            DataError: the data cannot be read, or lack a field that the method reads.
+        SettingError: an invalid setting of the method, an unusable folder, or a folder that holds another run.
+        DataError: the data cannot be read, or lack a field that the method reads.
     """
     kind = method_class(method_name(method))
     kind.check(method)
@@ -271,7 +271,7 @@ def read_record(folder: Folder) -> RunRecord | None:
     """The record of the run in ``folder``, or ``None``.
 
     Raises:
-            DataError: ``run.json`` exists but is invalid.
+        DataError: ``run.json`` exists but is invalid.
     """
     try:
         plain = json.loads(folder.read_text(RECORD))

@@ -71,11 +71,11 @@ class ColourDetector:
         return Detections(corners, torch.full((len(labels),), 0.9), torch.tensor(labels, dtype=torch.int64), ones)
 
 
-def row(*objects: tuple[str, tuple[int, int, int, int]], **record: Any) -> dict[str, bytes]:
+def row(*labelled: tuple[str, tuple[int, int, int, int]], **record: Any) -> dict[str, bytes]:
     """A PNG of 60 x 40 with coloured squares at x, y, width, height, and their boxes."""
     pixels = np.full((40, 60, 3), 128, np.uint8)
     objects = []
-    for label, (x, y, width, height) in objects:
+    for label, (x, y, width, height) in labelled:
         pixels[y : y + height, x : x + width] = COLOURS.get(label, (9, 9, 9))
         polygon = [x, y, x + width, y, x + width, y + height, x, y + height]
         objects.append({"label": label, "bbox": [x, y, width, height], "segmentation": [polygon]})
@@ -137,7 +137,7 @@ def test_unreadable_images_are_left_out() -> None:
     ("base", "novel", "sentence"),
     [
         (("cat", "dog", "Cat"), ("cow",), "every word once"),
-        (("cat", "dog"), ("hot dog", "Dog "), "a novel class is no base class"),
+        (("cat", "dog"), ("hot dog", "Dog "), "a novel class must not be a base class"),
         ((), (), "one word or more"),
         (("cat", " "), (), "none of them empty"),
     ],

@@ -74,7 +74,7 @@ class FrozenClip:
         """The zero-shot classifier: float32 [C, D], unit length.
 
         Raises:
-                SettingError: a name that does not fit the context, and would be truncated silently.
+            SettingError: a name that does not fit the context, and would be truncated silently.
         """
         tokenizer: Any = self.method.tokenizer
         for name in classes:
@@ -154,7 +154,7 @@ class Adapter(nn.Module, ABC):
         """Classify into ``classes`` from now on; ``templates`` have one ``{}`` each, for methods that use them.
 
         Raises:
-                SettingError: missing, duplicate or too long class names, or a method that cannot be bound again.
+            SettingError: missing, duplicate or too long class names, or a method that cannot be bound again.
         """
         check_classes(classes)
         same = tuple(classes) == self.learned_classes

@@ -3,8 +3,8 @@
 Khattak, Rasheed, Maaz, Khan, Khan, 2022, arXiv 2210.03117. Both towers get b learned rows in each of their first J
 layers. The image tower's rows are linear images of the text tower's, so the two are trained together (section 3.2):
 
-        text    [start, P_0, words, name, end] into layer 0;  P_i replaces rows 1 ... b before layer i < J
-        vision  [class, patches, F_0(P_0)] into layer 0;  F_i(P_i) replaces the last b rows before layer i < J
+    text    [start, P_0, words, name, end] into layer 0;  P_i replaces rows 1 ... b before layer i < J
+    vision  [class, patches, F_0(P_0)] into layer 0;  F_i(P_i) replaces the last b rows before layer i < J
 
 P_0 is initialised with the words "a photo", and "of a" follows it. The others are initialised at random with deviation
 0.02, and F_1 to F_(J-1) equally. Only for ViT towers. For ViT-B/16 with J = 9, b = 2: 3,555,072 parameters.

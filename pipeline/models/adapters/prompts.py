@@ -44,7 +44,7 @@ def lay_out(
     ``class_specific`` rows differ between classes, so only the start of text is shared.
 
     Raises:
-            SettingError: a prompt is longer than the tower's context; the message names the class.
+        SettingError: a prompt is longer than the tower's context; the message names the class.
     """
     leading = {"end": context, "middle": context // 2, "front": 0}[position]
     shared = 0 if class_specific else leading
@@ -78,7 +78,7 @@ def initial_context(
     The token embeddings of ``phrase``, which then determines M, or normal random numbers with deviation 0.02.
 
     Raises:
-            SettingError: no rows, more rows than the tower's context, or a phrase without words.
+        SettingError: no rows, more rows than the tower's context, or a phrase without words.
     """
     if phrase is not None:
         words = tower.encode(phrase.replace("_", " "))

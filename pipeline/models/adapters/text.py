@@ -142,13 +142,13 @@ class TextTower:
         """Features of all classes, not normalised: float [B, C, D].
 
         Args:
-                shared: float [B, P, width], the first rows of every prompt, start of text included, without positions;
-                    B is 1 if all images share them.
-                rows: the rows after them, for each class.
-                context: the learned rows that ``slots`` refer to: float [M, width], or [C, M, width] of each class.
-                deep: for each layer from the second on, float [b, width] that replaces rows 1 to b there.
-                classes_at_once: maximum number of classes per pass; the activations of several passes are recomputed in
-                    the backward pass instead of being stored.
+            shared: float [B, P, width], the first rows of every prompt, start of text included, without positions;
+                B is 1 if all images share them.
+            rows: the rows after them, for each class.
+            context: the learned rows that ``slots`` refer to: float [M, width], or [C, M, width] of each class.
+            deep: for each layer from the second on, float [b, width] that replaces rows 1 to b there.
+            classes_at_once: maximum number of classes per pass; the activations of several passes are recomputed in
+                the backward pass instead of being stored.
 
         Raises:
             SettingError: fewer classes than workers that share them.

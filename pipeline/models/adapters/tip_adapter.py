@@ -82,7 +82,7 @@ class TipAdapter(Adapter):
         """Fill the cache with the shots.
 
         Raises:
-                SettingError: a label outside of the classes, or features of another width.
+            SettingError: a label outside of the classes, or features of another width.
         """
         width = self.clip.features
         require(shots.features.shape[-1] == width, "shots", tuple(shots.features.shape), f"features of width {width}")

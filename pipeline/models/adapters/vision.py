@@ -35,7 +35,7 @@ class VisionTower:
 
         Args:
             images: float [B, 3, H, W], normalised.
-                prompts: for each layer from the first on, float [b, width]; later layers pass the rows on.
+            prompts: for each layer from the first on, float [b, width]; later layers pass the rows on.
         """
         visual = self.visual
         # Layer norm acts on each row alone, so the rows may be normalised separately.

@@ -55,8 +55,8 @@ def convert(model: Any, tokenizer: Any) -> tuple[dict[str, Tensor], dict[str, st
     """The weights under transformers' names, and the text files that belong to them.
 
     Raises:
-            SettingError: a model, a tokenizer or an image transform that ``CLIPModel`` and its processor cannot
-                express; the message lists the reasons.
+        SettingError: a model, a tokenizer or an image transform that ``CLIPModel`` and its processor cannot
+            express; the message lists the reasons.
     """
     check(model, tokenizer)
     files = {

@@ -37,7 +37,7 @@ def check_architecture(name: str) -> dict[str, Any]:
     """open_clip's model config of ``name``: one of its names or ours, ``local-dir:FOLDER`` or ``hf-hub:ORG/REPO``.
 
     Raises:
-            SettingError: unknown (similar names are listed), or a captioning model, which does not support a CLIP loss.
+        SettingError: unknown (similar names are listed), or a captioning model, which does not support a CLIP loss.
     """
     try:
         config = open_clip.get_model_config(name if ":" in name else plain_name(name))
@@ -97,9 +97,9 @@ def create(
     part of the patches that is dropped in training.
 
     Raises:
-            SettingError: no such architecture or weights, weights that were trained with the other kind of GELU, or
-                patch dropout for a tower without patches.
-            DataError: a damaged checkpoint.
+        SettingError: no such architecture or weights, weights that were trained with the other kind of GELU, or
+            patch dropout for a tower without patches.
+        DataError: a damaged checkpoint.
     """
     config = check_architecture(architecture)
     found, found_preprocess = _find(architecture, config, pretrained) if pretrained and load else (None, {})
@@ -214,7 +214,7 @@ def start_as_bag_of_words(model: Any) -> None:
     on separating them.
 
     Raises:
-            SettingError: not open_clip's own text transformer.
+        SettingError: not open_clip's own text transformer.
     """
     require(isinstance(model, open_clip.CLIP), "text_start", "bag_of_words", "paper, for this text tower")
     with torch.no_grad():
