@@ -238,8 +238,8 @@ def test_wrong_options_are_one_sentence(
 @pytest.mark.parametrize(
     ("names", "arguments", "sentence"),
     [
-        (["cat", "cat", "emu", "fox"], [], "names that occur once"),
-        (["cat", "Cat", "emu", "fox"], [], "occur once"),
+        (["cat", "cat", "emu", "fox"], [], "distinct names"),
+        (["cat", "Cat", "emu", "fox"], [], "distinct names"),
         (["cat", " ", "emu", "fox"], [], "not empty"),
         (["cat"], [], "two class names or more"),
         (["cat", "dog", "emu"], ["--protocol", "base_to_new"], "4 classes or more"),

@@ -86,7 +86,7 @@ def test_presets_name_sets_that_exist(preset: str) -> None:
         (["smoke", "--track", "--tracking-uri", "http://127.0.0.1:9"], "MLflow server that answers"),
         (["smoke", "--detection", "drawn_shpaes"], "drawn_shpaes"),
         (["smoke", "--detection", "drawn_val", "--detection-words", "missing.txt"], "detection_words: 'missing.txt'"),
-        (["smoke", "--detection", "drawn_val"], "it has `predict`"),
+        (["smoke", "--detection", "drawn_val"], "a method with `predict`"),
         (["smoke", "--checkpoint", "nowhere"], "checkpoint: 'nowhere'"),
         (["samll"], "preset: 'samll'"),
     ],

@@ -177,7 +177,7 @@ def test_a_node_with_notice_is_left_with_a_checkpoint(nodes, tmp_path, own_store
     finally:
         training.kill()
         training.wait()
-    assert "is about to be taken away: writing a checkpoint now" in log.read_text()
+    assert "is about to be removed: writing a checkpoint now" in log.read_text()
 
 
 def captions_in(folder: Path) -> set[bytes]:

@@ -94,7 +94,7 @@ def test_a_drawing_job_leaves_nothing_in_the_temporary_folder(
     smoke = replace(smoke, tracking=replace(store, experiment="left"), run=settings, evaluations=Evaluations())
     with caplog.at_level("INFO"):
         script["run_pretraining"](smoke)
-    assert "is gone; with --output-folder FOLDER it is kept" in caplog.text
+    assert "is deleted; --output-folder FOLDER keeps it" in caplog.text
     client = MlflowClient(store.tracking_uri)
     experiment = client.get_experiment_by_name("left")
     assert experiment is not None

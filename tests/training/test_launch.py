@@ -128,7 +128,7 @@ def test_what_needs_gpus_is_refused_before_workers_are_asked_for(
 def test_a_killed_ray_worker_is_replaced(
     run: MakeRun, tiny_config: Config, remember: Any, tmp_path: Path, ray_cluster: Any
 ) -> None:
-    """Two workers, of which the first dies at step 6: the run ends as if nothing had happened."""
+    """Two workers, and the first dies at step 6: the run ends like one without a failure."""
     alone = remember()
     launch(prepare(tiny_config, run(output_folder=str(tmp_path / "alone")))[0], lambda: alone)
     plan, _ = prepare(tiny_config, run(workers=2))
