@@ -329,18 +329,18 @@ def coloured_sample(shard: int, index: int, number: int) -> Sample:
 
 
 def drawn_objects(number: int, side: int = 72) -> bytes:
-    """``boxes.json`` of one to three things in the image of ``number``, the first in its colour."""
+    """``boxes.json`` of one to three objects in the image of ``number``, the first in its colour."""
     import numpy as np
 
     numbers = np.random.default_rng(number)
-    things = []
+    objects = []
     for nth in range(1 + number % 3):
         left, top = numbers.integers(0, side // 2, 2).tolist()
         width, height = numbers.integers(side // 5, side // 2, 2).tolist()
         polygon = [left, top, left + width, top, left + width / 2, top + height]
         name = list(COLOURS)[(number + nth) % len(COLOURS)]
-        things.append({"label": name, "bbox": [left, top, width, height], "segmentation": [polygon]})
-    return json.dumps({"width": side, "height": side, "objects": things}).encode()
+        objects.append({"label": name, "bbox": [left, top, width, height], "segmentation": [polygon]})
+    return json.dumps({"width": side, "height": side, "objects": objects}).encode()
 
 
 def write_drawn_regions(folder: Folder, shard: Shard, keys: Sequence[str], teacher: str, width: int) -> str:
