@@ -42,7 +42,7 @@ class Method(nn.Module, ABC):
     batch_keys: ClassVar[tuple[str, ...]]
     """Keys of the batches that :meth:`training_step` reads."""
     registered_as: ClassVar[str]
-    """Name of the registered MLflow model: ``clip`` for every checkpoint that open_clip reads, else the method's name."""
+    """Name of the registered MLflow model: ``clip`` for checkpoints that open_clip reads, else the method's name."""
     parity_tolerance: ClassVar[float] = 1e-6
     """Largest difference between the gradients of two processes and of one, relative to the tensor's largest entry."""
 
