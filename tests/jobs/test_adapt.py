@@ -266,7 +266,7 @@ def test_a_missing_split_file_says_where_it_comes_from(
     own_images(tmp_path)
     (tmp_path / "root/mine/split.json").unlink()
     assert job("adapt", "smoke", *QUICK, *MINE) == 2
-    assert "the file split.json, which comes from a friend" in capsys.readouterr().err
+    assert "the published file split.json, which comes from a friend" in capsys.readouterr().err
 
 
 def test_features_of_another_model_are_made_again(job: Type, tmp_path: Path) -> None:
