@@ -211,4 +211,4 @@ def main(run: Adapt) -> None:
 
 
 if __name__ == "__main__":
-    run_job(PRESETS, main)
+    run_job(PRESETS, main, "the same command goes on and keeps the finished trials")

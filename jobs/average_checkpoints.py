@@ -19,7 +19,7 @@ import tyro
 
 from pipeline.config import require, run_job, writable_folder
 from pipeline.evaluation.encoder import Evaluable
-from pipeline.evaluation.models import load_model
+from pipeline.evaluation.models import load_model, usable_device
 from pipeline.evaluation.suite import Evaluations, PreparedSuite, evaluate
 from pipeline.models.method import Method
 from pipeline.shards.storage import Folder
@@ -78,6 +78,7 @@ PRESETS = {
 
 def main(run: Averaging) -> None:
     """Resolve folders and sets, then average."""
+    usable_device(run.device)
     temporary = not run.output and set(run.checkpoints) == {UNTRAINED}
     with TemporaryDirectory(prefix="clipmill-average-") if temporary else nullcontext(run.output) as output:
         folder = Folder(writable_folder("output", output))
@@ -107,8 +108,7 @@ def averaged(run: Averaging) -> Average:
 
 def judged(run: Averaging, prepared: PreparedSuite, method: Method) -> float:
     """The metric of a method on the job's sets."""
-    device = method_device(run.device)
-    metrics = evaluate(cast(Evaluable, method.to(device)), prepared)
+    metrics = evaluate(cast(Evaluable, method.to(usable_device(run.device))), prepared)
     method.cpu()
     require(run.metric in metrics, "metric", run.metric, "one of " + ", ".join(sorted(metrics)))
     return metrics[run.metric]
@@ -117,13 +117,6 @@ def judged(run: Averaging, prepared: PreparedSuite, method: Method) -> float:
 def load(address: str) -> Method:
     """A model on the CPU, where weights are averaged."""
     return cast(Method, load_model(address, "cpu"))
-
-
-def method_device(wanted: str) -> str:
-    """``auto``: a GPU if available."""
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
 if __name__ == "__main__":

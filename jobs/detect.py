@@ -14,8 +14,8 @@ from typing import Literal
 import cv2
 import tyro
 
-from pipeline.config import require, run_job, writable_folder
-from pipeline.errors import DataError, SettingError
+from pipeline.config import require, run_job, writable_file
+from pipeline.errors import DataError, unreadable
 from pipeline.evaluation.drawing import draw_detections
 from pipeline.evaluation.encoder import inference
 from pipeline.evaluation.models import load_detector
@@ -79,7 +79,7 @@ PRESETS: dict[str, tuple[str, Detect]] = {
 def main(run: Detect) -> None:
     """Check words and files, then detect, print and draw."""
     check_words(run.words)
-    folder, name = split_file(writable_folder("output", run.output))
+    folder, name = split_file(writable_file("output", run.output))
     pixels = read_image(run.image)
     image = as_stored(pixels)
     detector = load(run)
@@ -102,7 +102,7 @@ def read_image(place: str) -> Pixels:
     except UnreadableSample as error:
         raise DataError(f"{place} is not a readable image ({error})") from error
     except (OSError, ValueError) as error:
-        raise SettingError("image", place, f"an image that exists ({error})") from error
+        raise unreadable("image", place, "an image", error) from error
 
 
 def load(run: Detect) -> Detector:

@@ -14,7 +14,7 @@ from typing import Literal
 
 import cv2
 
-from pipeline.config import require, run_job, writable_folder
+from pipeline.config import require, run_job, writable_file
 from pipeline.shards.storage import split_file
 from pipeline.sources.drawn import gallery
 from pipeline.sources.drawn.outlines import Pixels
@@ -55,7 +55,7 @@ PRESETS = {
 
 def main(run: Gallery) -> None:
     """Draw and write."""
-    folder, name = split_file(writable_folder("output", run.output))
+    folder, name = split_file(writable_file("output", run.output))
     page = cv2.cvtColor(PAGES[run.page](run.seed), cv2.COLOR_RGB2BGR)
     folder.write_atomic(name, cv2.imencode(".png", page)[1].tobytes())
 

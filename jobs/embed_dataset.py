@@ -106,4 +106,4 @@ def main(run: Embed) -> None:
 
 
 if __name__ == "__main__":
-    run_job(PRESETS, main)
+    run_job(PRESETS, main, "the same command goes on and keeps the finished shards")

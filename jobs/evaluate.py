@@ -17,8 +17,8 @@ from typing import Literal
 
 import tyro
 
-from pipeline.config import require, run_job, writable_folder
-from pipeline.evaluation.models import trained_steps
+from pipeline.config import require, run_job, writable_file
+from pipeline.evaluation.models import trained_steps, usable_device
 from pipeline.evaluation.report import table, write_result
 from pipeline.evaluation.suite import Evaluations
 from pipeline.runs.evaluate import evaluate_checkpoint
@@ -91,13 +91,15 @@ def main(run: Evaluate) -> None:
         (),
         "at least one set: --zero-shot, --retrieval or --detection with a dataset card or a folder",
     )
-    output = writable_folder("output", run.output) if run.output else ""
+    output = writable_file("output", run.output) if run.output else ""
     prepared = run.evaluations.prepare()
+    usable_device(run.device)
     step = trained_steps(run.checkpoint) if run.step is None else run.step
     with open_tracker(run.tracking, run, run_id=run.run_id, new=run.track) as tracker:
         metrics = evaluate_checkpoint(
             run.checkpoint, run.evaluations, tracker.handle, step or 0, device=run.device, prepared=prepared
         )
+        tracker.describe(table(metrics), run.checkpoint)
     print(table(metrics))
     if output:
         write_result(output, metrics, {"checkpoint": run.checkpoint, "step": step})

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from tempfile import TemporaryDirectory
 
-from pipeline.config import require, run_job, writable_folder
+from pipeline.config import require, run_job, writable_file
 from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
@@ -89,7 +89,7 @@ def main(job: FilterDataset) -> None:
         parent = read_snapshot(ready.data)
         outcome = filter_snapshot(parent, ready.filters.chosen(), ready.workers, ready.captions_sidecar)
         if ready.write_uids:
-            place = writable_folder("write_uids", ready.write_uids)
+            place = writable_file("write_uids", ready.write_uids)
             write_uids(outcome.snapshot, place, ready.filters.uids.uid_column)
         print(funnel(outcome))
 
@@ -111,4 +111,4 @@ def drawn(job: FilterDataset, scratch: str) -> FilterDataset:
 
 
 if __name__ == "__main__":
-    run_job(PRESETS, main)
+    run_job(PRESETS, main, "the same command goes on and keeps the finished shards")

@@ -27,7 +27,7 @@ from pipeline.shards.storage import Folder
 from pipeline.training.average import write_start
 from pipeline.training.checkpoint import META
 from pipeline.training.optimizer import AdamW
-from pipeline.training.run import Cluster, Run
+from pipeline.training.run import Cluster, Run, with_weights
 
 logger = logging.getLogger(__name__)
 
@@ -136,9 +136,10 @@ def main(job: Finetune) -> None:
         settled = replace(placed, method=with_classes(placed))
         output = Folder(writable_folder("output_folder", settled.run.output_folder)).folder(START)
         if not output.exists(META):
-            Classifier.check(settled.method)
+            method = with_weights(settled.method)
+            Classifier.check(method)
             torch.manual_seed(settled.run.seed)  # the seed of the training's initial weights
-            write_start(Classifier(settled.method), output)
+            write_start(Classifier(method), output)
         pretrain(settled, keeps=bool(job.run.output_folder))
 
 
@@ -155,4 +156,4 @@ def with_classes(job: Finetune) -> Config:
 
 
 if __name__ == "__main__":
-    run_job(PRESETS, main)
+    run_job(PRESETS, main, "the same command goes on from the last checkpoint, or from the beginning if there is none")

@@ -14,9 +14,9 @@ from typing import Literal
 
 import tyro
 
-from pipeline.config import require, run_job, writable_folder
+from pipeline.config import require, run_job, writable_file
 from pipeline.evaluation.linear_probe import REPORT, Probe, ProbeSets, linear_probe
-from pipeline.evaluation.models import load_model, trained_steps
+from pipeline.evaluation.models import load_model, trained_steps, usable_device
 from pipeline.evaluation.report import table, write_result
 from pipeline.tracking.runs import Tracking, open_tracker
 
@@ -75,12 +75,14 @@ PRESETS: dict[str, tuple[str, LinearProbe]] = {
 def main(run: LinearProbe) -> None:
     """Wire model, sets and tracker; checks all settings before the model is loaded."""
     require(bool(run.sets.data), "data", (), "at least one set: --data with a dataset card or a folder")
-    output = writable_folder("output", run.output) if run.output else ""
+    output = writable_file("output", run.output) if run.output else ""
     prepared = run.sets.prepare()
+    usable_device(run.device)
     step = trained_steps(run.checkpoint) if run.step is None else run.step
     with open_tracker(run.tracking, run, run_id=run.run_id, new=run.track) as tracker:
         metrics = linear_probe(load_model(run.checkpoint, run.device), prepared, run.sets.settings(), run.probe)
         tracker.log(metrics, step or 0)
+        tracker.describe(table(metrics, [REPORT]), run.checkpoint)
     print(table(metrics, [REPORT]))
     if output:
         write_result(output, metrics, {"checkpoint": run.checkpoint, "step": step})

@@ -84,4 +84,8 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    run_job(PRESETS, run_pretraining)
+    run_job(
+        PRESETS,
+        run_pretraining,
+        "the same command goes on from the last checkpoint, or from the beginning if there is none",
+    )

@@ -111,4 +111,4 @@ def main(run: Refresh) -> None:
 
 
 if __name__ == "__main__":
-    run_job(PRESETS, main)
+    run_job(PRESETS, main, "the same command goes on and keeps the finished shards")

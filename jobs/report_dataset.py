@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import tyro
 
-from pipeline.config import require, run_job, writable_folder
+from pipeline.config import require, run_job, writable_file
 from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder, split_file
@@ -75,7 +75,7 @@ PRESETS = {
 
 def main(run: ReportDataset) -> None:
     """Wire snapshot, statistics, report and tracker."""
-    output = writable_folder("output", run.output) if run.output else ""
+    output = writable_file("output", run.output) if run.output else ""
     if run.draw:
         drawn_snapshot(Folder(run.data), run.draw, AS_IT_IS.number_sample_per_shard, run.workers)
     snapshot = read_snapshot(run.data)

@@ -86,7 +86,7 @@ def main(run: Schedule) -> None:
     if run.show:
         print(table(timetable, run.show))
         return
-    require(bool(run.file), "file", run.file, "a YAML file")
+    require(bool(run.file), "file", run.file, "a YAML file of jobs")
     scheduler = Scheduler(timetable, RayJobs(run.address), MlflowHistory(run.tracking))
     logger.info("%d jobs\n%s", len(timetable.jobs), table(timetable, 1))
     scheduler.tick()
@@ -107,4 +107,4 @@ def table(timetable: Timetable, count: int) -> str:
 
 
 if __name__ == "__main__":
-    run_job(PRESETS, main)
+    run_job(PRESETS, main, "submitted jobs go on running, and the same command submits the next ones")

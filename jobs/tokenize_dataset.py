@@ -78,4 +78,4 @@ def main(run: Tokenize) -> None:
 
 
 if __name__ == "__main__":
-    run_job(PRESETS, main)
+    run_job(PRESETS, main, "the same command goes on and keeps the finished shards")

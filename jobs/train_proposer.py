@@ -80,4 +80,4 @@ def main(job: Train) -> None:
 
 
 if __name__ == "__main__":
-    run_job(PRESETS, main)
+    run_job(PRESETS, main, "the same command goes on from the last checkpoint, or from the beginning if there is none")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import tyro
 
-from pipeline.config import run_job, writable_folder
+from pipeline.config import run_job, writable_file
 from pipeline.errors import DataError
 from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.shards.snapshot import read_snapshot
@@ -55,7 +55,7 @@ PRESETS: dict[str, tuple[str, Verify]] = {
 
 def main(run: Verify) -> None:
     """Wire snapshot, checks and workers."""
-    output = writable_folder("json", run.json) if run.json else ""
+    output = writable_file("json", run.json) if run.json else ""
     if isinstance(run, Smoke):
         drawn_snapshot(Folder(run.data))
     snapshot = read_snapshot(run.data)

@@ -6,6 +6,7 @@ written as JSON beside the job's output; ``--from run.json`` instead of a preset
 
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import io
 import json
@@ -15,19 +16,21 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from types import UnionType
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from pipeline.errors import ClipmillError, SettingError
+from pipeline.errors import ClipmillError, SettingError, unreadable
 
 Config = TypeVar("Config")
 Scalar = str | int | float | bool | None
+_chosen: tuple[str, Any] | None = None
 
 
 def require(ok: bool, field: str, value: object, allowed: str) -> None:
-    """Raise :class:`SettingError` unless ``ok``; ``allowed`` describes the allowed values."""
+    """Raise :class:`SettingError` unless ``ok``; ``allowed`` completes the words "expected ..."."""
     if not ok:
         raise SettingError(field, value, allowed)
 
@@ -60,7 +63,7 @@ def from_json(kind: type[Config], text: str, origin: str = "config") -> Config:
     try:
         return from_plain(kind, json.loads(text), origin)
     except json.JSONDecodeError as error:
-        raise SettingError(origin, text[:80], f"JSON ({error})") from error
+        raise SettingError(origin, text[:80], f"well-formed JSON ({error})") from error
 
 
 def from_yaml(kind: type[Config], path: str | Path) -> Config:
@@ -68,7 +71,7 @@ def from_yaml(kind: type[Config], path: str | Path) -> Config:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingError("file", str(path), f"a readable YAML file ({error})") from error
+        raise unreadable("file", str(path), "a YAML file", error) from error
     try:
         plain = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -81,12 +84,7 @@ def from_plain(kind: type[Config], plain: object, origin: str = "config") -> Con
     try:
         return _adapter(kind).validate_python(plain, strict=False)
     except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"]) or origin
-        allowed = str(first["msg"])
-        if first["type"] == "unexpected_keyword_argument" and dataclasses.is_dataclass(kind):
-            allowed = "one of " + ", ".join(sorted(field.name for field in dataclasses.fields(kind)))
-        raise SettingError(f"{origin}: {path}", first["input"], allowed) from error
+        raise _sentence(kind, error.errors()[0], origin) from error
 
 
 def fingerprint(config: Any, exclude: Iterable[str] = ()) -> str:
@@ -100,32 +98,96 @@ def fingerprint(config: Any, exclude: Iterable[str] = ()) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def run_job(presets: Mapping[str, tuple[str, Any]], main: Callable[[Any], None]) -> None:
-    """The command line of a job: ``PRESET [--flags]`` or ``--from run.json``, then ``main(config)``.
+def chosen_preset() -> tuple[str, Any] | None:
+    """The preset that this process's command line names, and its config without flags; none with ``--from``."""
+    return _chosen
 
-    Errors that a user can fix are one sentence on stderr: exit code 2 for a setting, 1 for data and storage.
+
+def differences(config: Any, other: Any, prefix: str = "") -> dict[str, str]:
+    """The fields of ``config``, by flattened name, whose value is not that of ``other``, with their values as text."""
+    if type(config) is not type(other) or not dataclasses.is_dataclass(config):
+        if dataclasses.is_dataclass(config):
+            return {name: str(value) for name, value in flatten(config, prefix).items()}
+        return {} if config == other else {prefix.removesuffix("."): str(_plain(config))}
+    found: dict[str, str] = {}
+    for field in dataclasses.fields(config):
+        name = field.name
+        found |= differences(getattr(config, name), getattr(other, name), f"{prefix}{name}.")
+    return found
+
+
+def near(wanted: str, names: Iterable[str]) -> str:
+    """`` (did you mean NAME?)`` with the most similar of ``names``; empty if none is similar."""
+    found = difflib.get_close_matches(wanted, list(names), n=1)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+def run_job(
+    presets: Mapping[str, tuple[str, Any]],
+    main: Callable[[Any], None],
+    again: str = "the same command starts again from the beginning",
+) -> None:
+    """The command line of a job: ``PRESET [--flags]`` or ``--from config.json [--flags]``, then ``main(config)``.
+
+    Errors that a user can fix are one sentence on stderr: exit code 2 for a setting, 1 for data and storage. After
+    Ctrl-C or TERM the sentence is ``again``, which says what the same command will do; the exit code is 128 + the
+    signal's number.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # `ray job stop` sends TERM: as an exception it lets the job close its MLflow run and stop what it started.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         main(_parse(dict(presets), sys.argv[1:]))
+        sys.stdout.flush()
     except SettingError as error:
-        _stop(error, code=2)
+        _stop(f"error: {as_typed(error, sys.argv[1:])}", code=2)
     except ClipmillError as error:
-        _stop(error, code=1)
+        _stop(f"error: {error}", code=1)
+    except KeyboardInterrupt:
+        _stop(f"stopped; {again}", code=128 + signal.SIGINT)
+    except _Terminated:
+        _stop(f"stopped; {again}", code=128 + signal.SIGTERM)
+    except BrokenPipeError:  # `--help | head`; what is left in the buffer has no reader either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def as_typed(error: SettingError, arguments: list[str]) -> str:
+    """The sentence of ``error``, with the flag in place of the field if the flag is among ``arguments``."""
+    flag = "--" + error.field.replace("_", "-")
+    typed = any(argument.partition("=")[0] == flag for argument in arguments)
+    return flag + str(error).removeprefix(error.field) if typed else str(error)
 
 
 def writable_folder(field: str, value: str) -> str:
-    """``value`` as an absolute path or URI for output.
+    """``value`` as an absolute path or URI of a folder for output.
 
     A job of ``ray job submit`` runs in a temporary copy of the working directory, so results in a relative folder would
     be lost.
 
     Raises:
-        SettingError: empty, or relative inside a Ray job.
+        SettingError: empty, relative inside a Ray job, or a file.
     """
-    require(bool(value), field, value, "a folder or an fsspec URI such as s3://bucket/path")
+    place = _absolute(field, value, "a folder or an fsspec URI such as s3://bucket/path")
+    if "://" not in place and Path(place).is_file():
+        raise SettingError(field, value, "a folder", f"{value!r} is a file")
+    return place
+
+
+def writable_file(field: str, value: str) -> str:
+    """``value`` as an absolute path or URI of a file for output; otherwise as :func:`writable_folder`.
+
+    Raises:
+        SettingError: empty, relative inside a Ray job, or a folder.
+    """
+    place = _absolute(field, value, "a file or an fsspec URI such as s3://bucket/path")
+    if "://" not in place and Path(place).is_dir():
+        raise SettingError(field, value, "a file", f"{value!r} is a folder")
+    return place
+
+
+def _absolute(field: str, value: str, allowed: str) -> str:
+    require(bool(value), field, value, allowed)
     if "://" in value:
         return value
     inside_ray_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
@@ -136,29 +198,31 @@ def writable_folder(field: str, value: str) -> str:
         value,
         "an absolute path or a URI (a Ray job's working directory vanishes when the job ends)",
     )
+    file = next((parent for parent in path.absolute().parents if parent.is_file()), None)
+    if file is not None:
+        raise SettingError(field, value, allowed, f"{str(file)!r} is a file")
     return str(path.absolute())
 
 
 def _parse(presets: dict[str, tuple[str, Any]], arguments: list[str]) -> Any:
-    if arguments and arguments[0] == "--from":
-        return _from_file(presets, arguments[1:])
+    saved = _from_file(presets, arguments[1:2]) if arguments and arguments[0] == "--from" else None
     # tyro takes 0.9 s to import, which workers that only read configs avoid.
     import tyro
 
     wanted = arguments[0] if arguments else ""
     if wanted and not wanted.startswith("-") and wanted not in presets:
-        raise SettingError("preset", wanted, "one of " + ", ".join(presets))
+        raise SettingError("preset", wanted, "one of " + ", ".join(presets) + near(wanted, presets))
+    global _chosen
+    _chosen = (wanted, presets[wanted][1]) if wanted in presets else None
     program = Path(sys.argv[0]).name
+    # For a field of several dataclass types, the preset or the file selects the type.
+    style = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.extras.overridable_config_cli(
-                presets,
-                prog=program,
-                args=arguments,
-                # For a field of several dataclass types, the preset selects the type.
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
-            )
+            if saved is not None:
+                return tyro.cli(type(saved), default=saved, prog=program, args=arguments[2:], config=style)
+            return tyro.extras.overridable_config_cli(presets, prog=program, args=arguments, config=style)
     except SystemExit as stopped:
         # tyro prints a dataclass's error in a box; our messages are one sentence.
         own = _setting_error(stopped)
@@ -175,17 +239,12 @@ def _setting_error(error: BaseException | None) -> SettingError | None:
 
 
 def _from_file(presets: dict[str, tuple[str, Any]], arguments: list[str]) -> Any:
-    require(
-        len(arguments) == 1,
-        "--from",
-        " ".join(arguments),
-        "exactly one JSON file that an earlier run wrote",
-    )
+    require(bool(arguments), "--from", "", "the config.json of an earlier run, and flags that differ from it")
     try:
         plain = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SettingError("--from", arguments[0], f"a readable JSON file ({error})") from error
-    kinds = {type(config) for _, config in presets.values()}
+        raise unreadable("--from", arguments[0], "the config.json of an earlier run", error) from error
+    kinds = dict.fromkeys(type(config) for _, config in presets.values())
     problem: SettingError | None = None
     for kind in kinds:
         try:
@@ -193,6 +252,39 @@ def _from_file(presets: dict[str, tuple[str, Any]], arguments: list[str]) -> Any
         except SettingError as error:
             problem = error
     raise problem or SettingError("--from", arguments[0], "a config of this job")
+
+
+def _sentence(kind: Any, problem: Any, origin: str) -> SettingError:
+    """The error for one ``problem`` of pydantic's list, found in ``origin`` when reading a ``kind``."""
+    place, value = list(problem["loc"]), problem["input"]
+    path = ".".join(str(part) for part in place)
+    inner = problem.get("ctx", {}).get("error")
+    if isinstance(inner, SettingError):  # raised by the class itself, about one of its fields
+        return inner.within(f"{origin}: {path}{'.' if path else ''}")
+    field = f"{origin}: {path}" if path else origin
+    if problem["type"] == "missing_keyword_only_argument":
+        return SettingError(field, value, "", "missing")
+    if problem["type"] == "unexpected_keyword_argument":
+        owner = _class_at(kind, place[:-1])
+        names = sorted(one.name for one in dataclasses.fields(owner))
+        allowed = f"a key of {owner.__name__}: {', '.join(names)}{near(str(place[-1]), names)}"
+        return SettingError(field, value, allowed, "unknown key")
+    return SettingError(field, value, str(problem["msg"]).removeprefix("Input should be "))
+
+
+def _class_at(kind: Any, place: list[str | int]) -> Any:
+    """The dataclass at a place that pydantic names: keys, numbers in sequences, and classes of a union."""
+    if dataclasses.is_dataclass(kind):
+        if not place:
+            return kind
+        if place[0] in (hints := get_type_hints(kind)):
+            return _class_at(hints[place[0]], place[1:])
+    inner = [one for one in get_args(kind) if one not in (type(None), ...)]
+    named = [one for one in inner if place and getattr(one, "__name__", "") == place[0]]
+    if named:
+        return _class_at(named[0], place[1:])
+    is_container = place and get_origin(kind) not in (None, Union, UnionType)
+    return _class_at(inner[-1], place[1:] if is_container else place) if inner else kind
 
 
 def _adapter(kind: type[Config]) -> "TypeAdapter[Config]":
@@ -221,6 +313,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _stop(error: ClipmillError, code: Literal[1, 2]) -> None:
-    print(f"error: {error}", file=sys.stderr)
+class _Terminated(BaseException):
+    """TERM was received; not an ``Exception``, like ``KeyboardInterrupt``."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
+def _stop(sentence: str, code: int) -> None:
+    print(sentence, file=sys.stderr)
     raise SystemExit(code)

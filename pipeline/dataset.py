@@ -4,13 +4,13 @@ A card is one YAML file in the top-level folder ``datasets/``, named like the da
 ``source.kind`` names the source that reads the data, which is in ``pipeline/sources/``.
 """
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import from_yaml, require
+from pipeline.config import from_yaml, near, require
+from pipeline.errors import SettingError, missing
 
 CARDS = Path(__file__).resolve().parent.parent / "datasets"
 PARTS = ("train", "val", "test")
@@ -94,14 +94,9 @@ def load_card(name: str) -> Card:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else CARDS / f"{name}.yaml"
     if not path.is_file():
-        near = difflib.get_close_matches(name, card_names(), n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        require(
-            False,
-            "card",
-            name,
-            "a YAML file or one of " + ", ".join(card_names()) + hint,
-        )
+        if name != path.stem:
+            raise missing("card", name)
+        raise SettingError("card", name, "a YAML file or one of " + ", ".join(card_names()) + near(name, card_names()))
     card = from_yaml(Card, path)
     require(
         card.name == path.stem,

@@ -23,17 +23,23 @@ class ClipmillError(Exception):
 class SettingError(ClipmillError, ValueError):
     """An invalid setting, found before a cluster or a GPU is used.
 
-    ``allowed`` completes the sentence "allowed: ..." and describes the allowed values.
+    The sentence is "FIELD: got VALUE, expected ALLOWED". ``problem`` replaces "got VALUE"; an empty ``allowed`` leaves
+    out the rest.
     """
 
-    def __init__(self, field: str, value: object, allowed: str) -> None:
-        super().__init__(f"{field}: {_shorten(value)} is not allowed; allowed: {allowed}")
+    def __init__(self, field: str, value: object, allowed: str, problem: str = "") -> None:
+        super().__init__(f"{field}: {problem or _got(value)}" + (f", expected {allowed}" if allowed else ""))
         self.field = field
         self.value = value
         self.allowed = allowed
+        self.problem = problem
 
-    def __reduce__(self) -> tuple[type["SettingError"], tuple[str, object, str]]:
-        return SettingError, (self.field, self.value, self.allowed)
+    def __reduce__(self) -> tuple[type["SettingError"], tuple[str, object, str, str]]:
+        return SettingError, (self.field, self.value, self.allowed, self.problem)
+
+    def within(self, place: str) -> "SettingError":
+        """The same error with ``place`` before the field: the file, the key or the method that has the field."""
+        return SettingError(f"{place}{self.field}", self.value, self.allowed, self.problem)
 
 
 class DataError(ClipmillError):
@@ -92,6 +98,28 @@ class SampleError(ClipmillError):
             self.http_status,
             self.attempts,
         )
+
+
+def missing(field: str, place: str) -> SettingError:
+    """The error for a setting that names a file or folder that does not exist."""
+    return SettingError(field, place, "", f"no such file or folder: {_shorten(place)}")
+
+
+def unreadable(field: str, place: str, allowed: str, error: Exception) -> SettingError:
+    """The error for a setting that names a file that cannot be read, by the ``error`` of reading it."""
+    if isinstance(error, FileNotFoundError):
+        return missing(field, place)
+    if isinstance(error, PermissionError):
+        return SettingError(field, place, "", f"no permission to read {_shorten(place)}")
+    if isinstance(error, IsADirectoryError):
+        return SettingError(field, place, allowed, f"{_shorten(place)} is a folder")
+    if isinstance(error, UnicodeDecodeError):
+        return SettingError(field, place, allowed, f"{_shorten(place)} is not UTF-8 text")
+    return SettingError(field, place, allowed, f"cannot read {_shorten(place)} ({' '.join(str(error).split())})")
+
+
+def _got(value: object) -> str:
+    return "nothing given" if value is None or value in ("", (), []) else f"got {_shorten(value)}"
 
 
 def _shorten(value: object, limit: int = 200) -> str:

@@ -9,7 +9,7 @@ import yaml
 
 from pipeline.config import require
 from pipeline.dataset import Card
-from pipeline.errors import SettingError
+from pipeline.errors import SettingError, unreadable
 from pipeline.evaluation.data import evaluation_batches
 from pipeline.evaluation.task import PreparedSet, Reading
 from pipeline.loaders.images import ImageTransform
@@ -54,7 +54,9 @@ def read_classes(setting: str, card: Card | None, name: str) -> tuple[str, ...]:
         return tuple(IMAGENET_CLASSNAMES)
     if setting == "auto":
         if card is None or not card.classes:
-            raise SettingError("classes", setting, f"for {name}, which has no card with classes: {CLASSES}")
+            raise SettingError(
+                "classes", setting, f"something else for {name}, which has no card with classes: {CLASSES}"
+            )
         return card.classes
     return lines_of("classes", setting, CLASSES)
 
@@ -82,7 +84,7 @@ def json_of(field: str, place: str, allowed: str) -> object:
     try:
         return json.loads(text_of(field, place, allowed))
     except ValueError as error:  # annotation files are large; PyYAML would take minutes
-        raise SettingError(field, place, f"well-formed JSON ({error})") from error
+        raise unreadable(field, place, "well-formed JSON", error) from error
 
 
 def text_of(field: str, place: str, allowed: str) -> str:
@@ -91,7 +93,7 @@ def text_of(field: str, place: str, allowed: str) -> str:
     try:
         return Folder(folder or ("/" if place.startswith("/") else ".")).read_text(name)
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise SettingError(field, place, f"{allowed} ({error})") from error
+        raise unreadable(field, place, allowed, error) from error
 
 
 def lines_of(field: str, place: str, allowed: str) -> tuple[str, ...]:
@@ -108,7 +110,7 @@ def _list_of(field: str, place: str, text: str) -> list[str]:
     try:
         plain = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise SettingError(field, place, f"well-formed YAML or JSON ({error})") from error
+        raise unreadable(field, place, "well-formed YAML or JSON", error) from error
     if not isinstance(plain, list) or not all(isinstance(line, str) for line in plain):
         raise SettingError(field, place, "a YAML or JSON file that is a list of texts")
     return plain

@@ -2,12 +2,24 @@
 
 import torch
 
+from pipeline.config import require
 from pipeline.evaluation.detection import as_detector
 from pipeline.evaluation.encoder import Evaluable, as_encoder
 from pipeline.models.class_vectors import UNTRAINED, untrained
 from pipeline.models.detections import Detector
 from pipeline.models.method import Method
 from pipeline.training.checkpoint import checkpoint_folder, load_method, read_meta
+
+
+def usable_device(wanted: str) -> str:
+    """``cpu`` or ``cuda`` for ``wanted``; ``auto`` is a GPU if available.
+
+    Raises:
+        SettingError: ``cuda`` without a GPU.
+    """
+    some = torch.cuda.is_available()
+    require(some or wanted != "cuda", "device", wanted, "cpu or auto: this machine has no GPU that torch can use")
+    return ("cuda" if some else "cpu") if wanted == "auto" else wanted
 
 
 def load_any(address: str, device: str = "auto") -> Method:
@@ -18,11 +30,10 @@ def load_any(address: str, device: str = "auto") -> Method:
     of any training.
 
     Raises:
-        SettingError: none of these.
+        SettingError: none of these, or no such device.
         DataError: a damaged checkpoint.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = usable_device(device)
     if address.endswith(UNTRAINED):
         return untrained(address.removesuffix(UNTRAINED)).to(device).eval()
     return load_method(address, device)

@@ -20,11 +20,11 @@ from typing import Any, Literal, cast, overload
 import torch
 import yaml
 
-from pipeline.config import fingerprint, from_plain, require
+from pipeline.config import fingerprint, from_plain, near, require
 from pipeline.errors import DataError, SettingError
 from pipeline.evaluation.embedder import LoadEmbedder, ViewEmbedder, Views
 from pipeline.evaluation.few_shot import DataSet, Drawing, draw, halves, harmonic_mean
-from pipeline.evaluation.models import load_model
+from pipeline.evaluation.models import load_model, usable_device
 from pipeline.evaluation.zero_shot import classifier
 from pipeline.loaders.samples import Samples
 from pipeline.models.adapters.adapter import Adapter, FrozenClip, adapter_class
@@ -141,7 +141,12 @@ def parse_spec(text: str) -> Spec:
     chosen: dict[str, dict[str, Any]] = {"config": {}, "recipe": {}}
     for part in filter(None, re.split(r",(?=\w+=)", settings)):
         name, given, value = part.partition("=")
-        require(bool(given) and name in config | recipe, text, part, f"{sorted(config | recipe)}, each with =VALUE")
+        require(
+            bool(given) and name in config | recipe,
+            text,
+            part,
+            f"{', '.join(sorted(config | recipe))}, each with =VALUE{near(name, config | recipe)}",
+        )
         chosen["config" if name in config else "recipe"][name] = yaml.safe_load(value)
     return Spec(text, method, **chosen)
 
@@ -189,8 +194,7 @@ def find_place(device: str, gpus: float, per_trial: int, workers: Workers) -> Pl
         SettingError: ``device`` is ``cuda`` and there is no GPU.
     """
     if workers.processes_count == 0 and per_trial == 1:
-        here = torch.cuda.is_available()
-        require(here or device != "cuda", "device", device, "cpu or auto: this machine has no GPU that torch can use")
+        usable_device(device)
         return Place(device=device)
     connect(max(workers.processes_count, per_trial) if workers.processes_count else None)
     import ray
@@ -219,7 +223,10 @@ def check(
         classes, new = tuple(data.classes[one] for one in parts.base), tuple(data.classes[one] for one in parts.new)
     count = len(classes)
     require(workers <= count, "workers_per_trial", workers, f"at most {count}, the classes that {data.name} learns")
-    adapter = adapter_class(spec.method)(config, clip, classes, data.templates)
+    try:
+        adapter = adapter_class(spec.method)(config, clip, classes, data.templates)
+    except SettingError as error:
+        raise error.within(f"{spec.text}: ") from error
     others = [(trial.data, new)] if new else [(name, target.classes) for name, target in targets.items()]
     for name, names in others:
         fits = adapter.rebinds or names == classes

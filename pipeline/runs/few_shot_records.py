@@ -75,6 +75,7 @@ class FewShotRecord:
         with self._folder.scratch_file(".png") as path:
             plot.savefig(path)
             self._folder.write_atomic("accuracy.png", path)
+        self._parent.describe(text)
         self._parent.log_text("table.md", text)
         self._parent.log_text("table.csv", comma_separated(results))
         self._parent.log_figure("accuracy", plot)

@@ -8,12 +8,15 @@ from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+from pipeline.config import writable_folder
+from pipeline.evaluation.report import table
 from pipeline.evaluation.showcase import snapshot_figure
 from pipeline.evaluation.suite import Evaluations
 from pipeline.loaders.mixture import parts_of
 from pipeline.models.method import method_class, method_name
 from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.runs.evaluate import CheckpointEvaluation
+from pipeline.shards.lease import lease
 from pipeline.shards.storage import Folder
 from pipeline.tracking.runs import Tracking, start
 from pipeline.training.launch import follower, launch
@@ -53,8 +56,17 @@ def in_place(job: Job) -> Iterator[Job]:
 
 
 def pretrain(job: Pretraining, keeps: bool = True) -> None:
-    """Resolve the run, train it, evaluate it beside the training and, if it ``keeps`` it, register the result."""
+    """Resolve the run, train it, evaluate it beside the training and, if it ``keeps`` it, register the result.
+
+    Raises:
+        StorageError: another training holds the output folder.
+    """
     evaluates = bool(job.evaluations.prepare().sets)
+    with lease(Folder(writable_folder("output_folder", job.run.output_folder)), "a training"):
+        _pretrain(job, evaluates, keeps)
+
+
+def _pretrain(job: Pretraining, evaluates: bool, keeps: bool) -> None:
     plan, record = prepare(job.method, job.run, evaluates=evaluates)
     method = method_class(method_name(job.method))
     with start(job.tracking, job, run_id=record.tracking_run) as tracker:
@@ -67,6 +79,7 @@ def pretrain(job: Pretraining, keeps: bool = True) -> None:
         with follower(plan, evaluation) if evaluates else nullcontext() as beside:
             outcome = launch(plan, tracker.handle.open)
         metrics = beside.results.get(outcome.steps, {}) if beside else {}
+        tracker.describe(table(metrics), outcome.checkpoint if keeps else "")
         if keeps:
             tracker.register_checkpoint(outcome.checkpoint, metrics, outcome.steps, name=method.registered_as)
 

@@ -20,6 +20,8 @@ from pipeline.errors import StorageError
 BLOCK = 1 << 20
 TEMPORARY = ".tmp-"
 S3_ATTEMPTS = 10
+# The optional dependencies of pyproject.toml, and the schemes that need them.
+EXTRAS = {"gcs": ("gs", "gcs"), "azure": ("az", "abfs", "abfss", "adl")}
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk is full",
@@ -61,7 +63,7 @@ class Folder:
         self.fs.invalidate_cache(self.path)
         try:
             entries = self.fs.ls(self.path, detail=True)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         names = (entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
         return sorted(name for name in names if name.endswith(suffix) and not name.startswith(TEMPORARY))
@@ -234,5 +236,14 @@ def store_options(scheme: str, seconds: float = 60.0) -> dict[str, Any]:
 
 def _file_system(uri: str) -> tuple[Any, str]:
     scheme = uri.partition("://")[0] if "://" in uri and "::" not in uri else ""
-    fs, path = fsspec.core.url_to_fs(uri, **store_options(scheme))
+    try:
+        fs, path = fsspec.core.url_to_fs(uri, **store_options(scheme))
+    except ImportError as error:
+        extra = next((name for name, schemes in EXTRAS.items() if scheme in schemes), "")
+        remedy = f'pip install "clipmill[{extra}]"' if extra else str(error)
+        raise StorageError(f"{uri}: {scheme}:// needs another package: {remedy}") from error
+    except ValueError as error:
+        if scheme in fsspec.available_protocols():
+            raise
+        raise StorageError(f"{uri}: unknown scheme {scheme}://; a path, s3://, gs:// or az:// is possible") from error
     return fs, str(path)

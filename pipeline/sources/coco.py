@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import require
 from pipeline.dataset import load_card
-from pipeline.errors import DataError, SampleError
+from pipeline.errors import DataError, SampleError, missing
 from pipeline.shards.objects import FIELD, MOST_OBJECTS, plain_word
 from pipeline.shards.storage import Folder, split_file
 from pipeline.sources.coco_annotations import (
@@ -183,7 +183,8 @@ class Coco:
     def _files(self) -> dict[str, str]:
         """Relative paths of all files in the folder, with their version stamps."""
         fs, root = self._place.fs, str(self._place.path)
-        require(bool(fs.isdir(root)), "images", self.images, "an existing folder, or the beginning of urls (https://…)")
+        if not fs.isdir(root):
+            raise missing("images", self.images)
         found = fs.find(root, detail=True).items()
         base = root.rstrip("/") + "/"
         return {path.split(base, 1)[-1]: file_stamp(about) for path, about in found}

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import require
-from pipeline.errors import DataError, SettingError
+from pipeline.errors import DataError, unreadable
 from pipeline.shards.objects import SMALLEST, corners, inside, plain_word, word_of
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def _read(uri: str, keys: Sequence[str], kind: str) -> dict[str, Any]:
         with fsspec.open(uri, "rt", encoding="utf-8", compression="infer") as file:
             content = json.load(file, object_hook=_compact)
     except (OSError, ValueError, RecursionError) as error:
-        raise SettingError(field, uri, f"{allowed} ({error})") from error
+        raise unreadable(field, uri, allowed, error) from error
     missing = [key for key in keys if not (isinstance(content, dict) and isinstance(content.get(key), list))]
     require(not missing, field, uri, f"{allowed}; it has no list {' and no list '.join(missing)}")
     found: dict[str, Any] = content

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import fsspec
 
 from pipeline.config import require
-from pipeline.errors import SampleError
+from pipeline.errors import SampleError, missing
 from pipeline.shards.storage import Folder, split_file
 from pipeline.sources.source import Row, Slice
 
@@ -73,7 +73,9 @@ class ImageFolder:
     def _files(self) -> list[tuple[str, str, str]]:
         """Path relative to the folder, version stamp of the image, version stamp of its caption."""
         fs, root = fsspec.core.url_to_fs(self._place.uri)
-        require(fs.isdir(root), "folder", self.folder, "an existing folder")
+        if not fs.exists(root):
+            raise missing("folder", self.folder)
+        require(fs.isdir(root), "folder", self.folder, "a folder")
         found = {path[len(root) :].lstrip("/"): info for path, info in fs.find(root, detail=True).items()}
         images = sorted(path for path in found if path.lower().endswith(IMAGES))
         require(

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import require
-from pipeline.errors import SampleError, SettingError
+from pipeline.errors import SampleError, missing, unreadable
 from pipeline.shards.storage import Folder, split_file
 from pipeline.shards.writer import reserved_columns
 from pipeline.sources.source import Row, Scalar, Slice
@@ -130,7 +130,9 @@ class HuggingFaceParquet:
             found = sorted(file for file in fs.find(path, maxdepth=1) if file.endswith(".parquet"))
         else:
             found = [path] if fs.exists(path) else []
-        require(bool(found), "parquet", self.parquet, "an existing parquet file, a folder of them, or a pattern")
+        if not fs.isdir(path) and not found:
+            raise missing("parquet", self.parquet)
+        require(bool(found), "parquet", self.parquet, "a folder with parquet files")
         return [Folder(fs.unstrip_protocol(file).removeprefix("file://")).uri for file in map(str, found)]
 
     def _footer(self, file: str) -> tuple[int, pa.Schema, str]:
@@ -144,7 +146,7 @@ class HuggingFaceParquet:
                 stamp = json.dumps([_stamp(fs.info(path)), sizes])
                 return parquet.metadata.num_rows, parquet.schema_arrow, stamp
         except (pa.ArrowInvalid, OSError) as error:
-            raise SettingError("parquet", file, f"a whole parquet file ({' '.join(str(error).split())})") from error
+            raise unreadable("parquet", file, "a whole parquet file", error) from error
 
     def _check(self, file: str, schema: pa.Schema) -> None:
         asked = [("image_col", self.image_col), ("caption_col", self.caption_col), ("url_col", self.url_col)]

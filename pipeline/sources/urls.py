@@ -23,7 +23,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from pipeline.config import require
-from pipeline.errors import SettingError
+from pipeline.errors import missing, unreadable
 from pipeline.shards.storage import Folder, split_file
 from pipeline.shards.writer import reserved_columns
 from pipeline.sources.source import Row, Scalar, Slice
@@ -195,7 +195,8 @@ class UrlTable:
             SettingError: there are none.
         """
         fs, path = fsspec.core.url_to_fs(self.url_list)
-        require(fs.exists(path), "url_list", self.url_list, "an existing file or folder")
+        if not fs.exists(path):
+            raise missing("url_list", self.url_list)
         if not fs.isdir(path):
             return [str(path)]
         endings = (self.input_format,) if self.input_format else FORMATS
@@ -231,11 +232,7 @@ class UrlTable:
                 read = _READERS[form.removesuffix(".gz")]
                 yield from read(opened, self._columns(), self._texts(), self._refuse_missing)
         except (pa.ArrowInvalid, OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
-            raise SettingError(
-                "url_list",
-                file,
-                f"a readable {form} table ({' '.join(str(error).split())})",
-            ) from error
+            raise unreadable("url_list", file, f"a {form} table", error) from error
 
     def _refuse_missing(self, available: list[str]) -> None:
         asked = [("url_col", self.url_col), ("caption_col", self.caption_col), ("verify_hash", self._hash_column)]

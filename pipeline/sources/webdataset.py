@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import fsspec
 
 from pipeline.config import require
-from pipeline.errors import DataError, SampleError
+from pipeline.errors import DataError, SampleError, missing, unreadable
 from pipeline.shards.sample import IMAGE_FIELDS, Sample
 from pipeline.shards.storage import Folder, split_file
 from pipeline.shards.tar import iterate_tar
@@ -118,7 +118,8 @@ class WebDatasetTars:
             numbers = range(int(low), int(high) + 1)
             return [part[: match.start()] + f"{number:0{len(low)}d}" + part[match.end() :] for number in numbers]
         place = Folder(part)
-        require(bool(place.fs.exists(place.path)), "tars", part, "an existing folder or tar")
+        if not place.fs.exists(place.path):
+            raise missing("tars", part)
         if not place.fs.isdir(place.path):
             return [place.uri]
         return [place.join(name) for name in place.names(".tar")]
@@ -134,7 +135,7 @@ def _headers(uri: str) -> Iterator[tuple[str, list[tuple[str, int]]]]:
                     [(field, len(value)) for field, value in sample.fields.items()],
                 )
     except (FileNotFoundError, DataError) as error:
-        require(False, "tars", uri, f"a whole tar ({error})")
+        raise unreadable("tars", uri, "a whole tar", error) from error
 
 
 def _stamp(uri: str) -> str:

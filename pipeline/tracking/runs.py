@@ -12,7 +12,6 @@ detected before a cluster is used.
 
 import json
 import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,6 +23,7 @@ from pipeline.config import flatten, require, to_json
 from pipeline.errors import SettingError
 from pipeline.shards.privacy import masked, masked_value
 from pipeline.shards.snapshot import Snapshot
+from pipeline.tracking.description import NOTE, description, preset_tags, result, run_title
 from pipeline.tracking.provenance import provenance_tags
 from pipeline.tracking.records import log_snapshot, register
 from pipeline.tracking.store import (
@@ -62,7 +62,7 @@ class Tracking:
     experiment: str = "clipmill"
     """Experiment of the run; compare runs within one experiment."""
     run_name: str = ""
-    """Name of the run in the UI; empty for the date and time."""
+    """Name of the run in the UI; empty for method, preset, architecture and data."""
     primary_metric: str = "zeroshot/drawn_shapes/top1"
     """Metric that ranks the experiment's runs; higher is better."""
     system_metrics: bool = True
@@ -96,6 +96,7 @@ class MlflowTracker:
         self._client: MlflowClient = client(handle.uri)
         self._writer = MetricWriter(self._send, is_refusal, lambda: answers(handle.uri))
         self._system: SystemMetrics | None = None
+        self.about = ""
 
     def __reduce__(self) -> tuple[Callable[[RunHandle], "MlflowTracker"], tuple[RunHandle]]:
         return MlflowTracker, (self.handle,)
@@ -148,6 +149,14 @@ class MlflowTracker:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run; secrets in them are masked and long ones are cut."""
         self._later(lambda: self._set_tags(tags), "tags")
+
+    def describe(self, table: str = "", checkpoint: str = "") -> None:
+        """Add the final table and the links to figures and checkpoint to the description, if this tracker owns the run.
+
+        The description begins with what is trained, on what, and by which command.
+        """
+        if self.owns:
+            self._later(lambda: self._describe(table, checkpoint), "description")
 
     def register_checkpoint(
         self,
@@ -208,6 +217,11 @@ class MlflowTracker:
             path.write_bytes(content)
             self._client.log_artifact(self.run_id, str(path), str(name.parent) if name.parent.name else None)
 
+    def _describe(self, table: str, checkpoint: str) -> None:
+        experiment = self._client.get_run(self.run_id).info.experiment_id
+        artifacts = f"#/experiments/{experiment}/runs/{self.run_id}/artifacts"
+        self._set_tags({NOTE: f"{self.about}\n\n{result(table, artifacts, checkpoint)}"})
+
     def _set_tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
@@ -250,6 +264,9 @@ class NoTracker:
         """Do nothing."""
 
     def log_dataset(self, snapshot: Snapshot, context: str = "training") -> None:
+        """Do nothing."""
+
+    def describe(self, table: str = "", checkpoint: str = "") -> None:
         """Do nothing."""
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
@@ -305,11 +322,13 @@ def _start(uri: str, settings: Tracking, config: Any, run_id: str, tags: Mapping
         logger.warning("run %s is no longer in the store: creating a new one", run_id)
     if old:
         _check_reached(uri, old)
-    run = _revive(store, old) if old else _create(store, uri, settings)
+    run = _revive(store, old) if old else _create(store, uri, settings, run_title(config))
     tracker = MlflowTracker(RunHandle(uri=uri, run_id=run.info.run_id), owns=True)
     changed = _log_params(store, run, config)
     lost = {"continues": run_id} if run_id and not old else {}
-    tracker._set_tags({**provenance_tags(), **changed, **lost, **tags})
+    known = {**provenance_tags(), **preset_tags(config), **changed, **lost, **tags}
+    tracker.about = description(config, known["mlflow.source.name"], known)
+    tracker._set_tags({**known, NOTE: tracker.about})
     store.log_text(run.info.run_id, masked(to_json(config)), CONFIG)
     if settings.system_metrics:
         tracker.watch_node()
@@ -365,10 +384,9 @@ def _revive(store: "MlflowClient", run: "Run") -> "Run":
     return store.get_run(run.info.run_id)
 
 
-def _create(store: "MlflowClient", uri: str, settings: Tracking) -> "Run":
-    name = settings.run_name or time.strftime("%Y-%m-%d %H:%M:%S")
+def _create(store: "MlflowClient", uri: str, settings: Tracking, title: str) -> "Run":
     experiment = _experiment(store, uri, settings)
-    return store.create_run(experiment, run_name=name)
+    return store.create_run(experiment, run_name=settings.run_name or title)
 
 
 def _experiment(store: "MlflowClient", uri: str, settings: Tracking) -> str:

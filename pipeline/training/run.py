@@ -18,8 +18,9 @@ from pipeline.loaders.order import Order
 from pipeline.loaders.samples import check_fields, check_sidecars
 from pipeline.loaders.text import caption_field
 from pipeline.models.method import EmbeddingMethod, method_class, method_name
-from pipeline.shards.snapshot import read_snapshot
+from pipeline.shards.snapshot import read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder
+from pipeline.training.checkpoint import resolved
 from pipeline.training.fp8 import check_installed
 from pipeline.training.measure import MeasurementConfig
 from pipeline.training.optimizer import AdamW, Optimizer
@@ -30,8 +31,10 @@ logger = logging.getLogger(__name__)
 RECORD = "run.json"
 MOST_WORKERS = 100_000
 
-# Settings that may change between starts: places, speed, and intervals of writing.
+# Settings that may change between starts: places, speed, intervals of writing; and the length, which may grow.
+LENGTH = ("epochs", "steps")
 FREE = (
+    *LENGTH,
     "output_folder",
     "data",
     "workers",
@@ -210,26 +213,28 @@ class RunPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """The content of ``run.json``."""
+    """The content of ``run.json``; ``steps`` is the length of the run, 0 in a record that does not have it."""
 
     settings: Mapping[str, Scalar]
     snapshot: str
     digest: str
     tracking_run: str = ""
+    steps: int = 0
 
 
 def prepare(method: Any, run: Run, *, evaluates: bool = False) -> tuple[RunPlan, RunRecord]:
     """Resolve a run before anything is started: its folder, its data, its number of steps.
 
     Writes ``run.json`` into a new folder. In the folder of an earlier start of the same run, the data stay pinned to
-    the snapshot of the first start, even if the data set has grown since.
+    the snapshot of the first start, even if the data set has grown since, and the run may become longer.
 
     Raises:
         SettingError: an invalid setting of the method, an unusable folder, or a folder that holds another run.
         DataError: the data cannot be read, or lack a field that the method reads.
     """
     kind = method_class(method_name(method))
-    kind.check(method)
+    started = with_weights(method)
+    kind.check(started)
     cached = run.micro_batch is None or issubclass(kind, EmbeddingMethod)
     require(
         cached, "micro_batch", run.micro_batch, f"none, since the losses of {method_name(method)} need whole batches"
@@ -243,17 +248,26 @@ def prepare(method: Any, run: Run, *, evaluates: bool = False) -> tuple[RunPlan,
     folder = Folder(run.output_folder)
     earlier = read_record(folder)
     snapshot = _pinned(run.data, earlier)
+    most = f"at most {snapshot.samples}, the number of samples of the data"
+    require(run.batch_size <= snapshot.samples, "batch_size", run.batch_size, most)
     _check_readable(snapshot, method, run)
     run = replace(run, data=snapshot.uri)
-    settings = {"method": method_name(method), **flatten(method), **_deciding(run)}
-    record = RunRecord(settings=settings, snapshot=snapshot.uri, digest=snapshot.digest)
-    if earlier is None:
-        write_record(folder, record)
-    else:
-        _check_same(folder, earlier, record)
-        record = earlier
     steps = run.steps or order_of(run, snapshot).steps(run.epochs)
-    return RunPlan(method=method, run=run, snapshot=snapshot, steps=steps, evaluates=evaluates), record
+    settings = {"method": method_name(method), **flatten(method), **_deciding(run)}
+    record = RunRecord(settings=settings, snapshot=snapshot.uri, digest=snapshot.digest, steps=steps)
+    if earlier is not None:
+        _check_same(folder, earlier, record)
+        _check_length(folder, earlier, run, steps)
+        record = replace(earlier, steps=steps)
+    if record != earlier:
+        write_record(folder, record)
+    return RunPlan(method=started, run=run, snapshot=snapshot, steps=steps, evaluates=evaluates), record
+
+
+def with_weights(method: Any) -> Any:
+    """The config with the checkpoint's folder in ``pretrained``, if that names a run or a moving average."""
+    pretrained = getattr(method, "pretrained", None)
+    return replace(method, pretrained=resolved(pretrained)) if pretrained else method
 
 
 def keep_tracking_run(plan: RunPlan, record: RunRecord, run_id: str) -> None:
@@ -307,8 +321,12 @@ def _pinned(data: str, earlier: RunRecord | None) -> TrainingData:
     """The data of the first start; those of ``data`` for a first start, or if the data were moved."""
     if earlier is None:
         return read_data(data)
-    before = {address.rpartition("@")[0]: address for address, _ in places(earlier.snapshot)}
+    pinned_before = [address for address, _ in places(earlier.snapshot)]
+    before = {address.rpartition("@")[0]: address for address in pinned_before}
     wanted = [(_as_before(address, before), weight) for address, weight in places(data)]
+    if len(wanted) == len(pinned_before):
+        moved = zip(wanted, pinned_before, strict=True)
+        wanted = [(_of_same_content(address, known), weight) for (address, weight), known in moved]
     found = mixed(wanted)
     if found.digest != earlier.digest:
         raise SettingError("data", data, f"{earlier.snapshot}, on which the run in this folder is trained")
@@ -325,6 +343,15 @@ def _as_before(address: str, before: Mapping[str, str]) -> str:
     return before.get(Folder(address).uri, address)
 
 
+def _of_same_content(address: str, known: str) -> str:
+    """The snapshot in the folder ``address`` with the content of ``known``, which was moved; else ``address``."""
+    if "@" in address.rsplit("/", 1)[-1]:
+        return address
+    content = known.rpartition("-")[2]
+    same = [name for name in snapshot_ids(Folder(address)) if name.endswith(f"-{content}")]
+    return f"{address}@{same[-1]}" if same else address
+
+
 def _deciding(run: Run) -> dict[str, Scalar]:
     settings = flatten(run)
     return {
@@ -334,9 +361,20 @@ def _deciding(run: Run) -> dict[str, Scalar]:
     }
 
 
+def _check_length(folder: Folder, earlier: RunRecord, run: Run, steps: int) -> None:
+    """Check that the run becomes no shorter; log what a longer run does to the learning rate."""
+    name, value = ("steps", run.steps) if run.steps else ("epochs", run.epochs)
+    allowed = f"{earlier.steps} steps or more, which is the length of the run in {folder.uri}; or another folder"
+    require(steps >= earlier.steps, name, value, allowed)
+    if 0 < earlier.steps < steps:
+        message = "the run in %s is extended from %d to %d steps; its learning rate follows the schedule of %d steps"
+        logger.info(message, folder.uri, earlier.steps, steps, steps)
+
+
 def _check_same(folder: Folder, earlier: RunRecord, now: RunRecord) -> None:
     names = sorted({*earlier.settings, *now.settings})
-    differing = [name for name in names if earlier.settings.get(name) != now.settings.get(name)]
+    compared = [name for name in names if name not in LENGTH]  # records of older versions have them
+    differing = [name for name in compared if earlier.settings.get(name) != now.settings.get(name)]
     if differing:
         first = differing[0]
         details = ", ".join(f"{name} {earlier.settings.get(name)}" for name in differing)

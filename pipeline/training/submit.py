@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import signal
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -138,6 +139,7 @@ def _call(evaluate: Evaluate, uri: str, step: int) -> Mapping[str, float]:
 
 
 def _evaluate_into(results: "Connection[Any, Any]", pickled: bytes, uri: str, step: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to both; the training ends this process
     if hasattr(os, "nice"):
         os.nice(GIVES_WAY)  # before the evaluation's imports
     try:

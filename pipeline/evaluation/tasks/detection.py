@@ -115,7 +115,9 @@ def read_vocabulary(setting: str, card: Card | None, name: str) -> Vocabulary:
         card, setting = load_card(setting), "auto"
     if setting == "auto":
         if card is None or not card.classes:
-            raise SettingError("detection_words", setting, f"for {name}, whose card has no classes: {WORDS}")
+            raise SettingError(
+                "detection_words", setting, f"something else for {name}, whose card has no classes: {WORDS}"
+            )
         return card_vocabulary(card)
     if setting.endswith(".json"):
         record = json_of("detection_words", setting, WORDS)

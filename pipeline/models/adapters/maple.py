@@ -59,7 +59,8 @@ class MaPLe(Adapter):
         config = self.config
         self.tower, self.vision = self.clip.text_tower(), VisionTower(self.clip.model)
         layers = min(len(self.tower.blocks), self.vision.layers)
-        require(config.depth <= layers, "depth", config.depth, f"at most the {layers} layers of the shallower tower")
+        allowed = f"at most {layers}, the layers of the shallower tower, as in maple:depth={layers}"
+        require(config.depth <= layers, "depth", config.depth, allowed)
         random = torch.Generator().manual_seed(config.seed)
         first, self.words = first_rows(self.tower, config.length, config.start, random)
         self.context = nn.Parameter(first)

@@ -93,7 +93,7 @@ def load_function(name: str) -> Score:
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        require(False, "classifier", name, f"package.module:function ({error})")
+        require(False, "classifier", name, f"package.module:function that can be imported ({error})")
         raise
     require(callable(found), "classifier", name, "package.module:function of a callable")
     loaded: Score = found

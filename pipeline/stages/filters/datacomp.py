@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import require
-from pipeline.errors import DataError
+from pipeline.errors import DataError, unreadable
 from pipeline.shards.snapshot import Snapshot
 from pipeline.shards.storage import Folder, split_file
 from pipeline.stages.filters.filter import Filter, Step, Verdict
@@ -108,8 +108,7 @@ def read_uids(place: str) -> NDArray[Any]:
         local = place if "://" not in place else fsspec.open_local(f"simplecache::{place}")
         listed = np.load(local, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        require(False, "uids", place, f"{allowed} ({error})")
-        raise
+        raise unreadable("uids", place, allowed, error) from error
     require(listed.dtype == UID and listed.ndim == 1, "uids", f"{place}: {listed.dtype}", allowed)
     found: NDArray[Any] = listed
     return found

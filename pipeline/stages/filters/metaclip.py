@@ -25,6 +25,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.config import require
+from pipeline.errors import unreadable
 from pipeline.shards.storage import split_file
 from pipeline.stages.filters.filter import Filter, Step, Verdict
 from pipeline.stages.filters.view import ShardView
@@ -157,7 +158,7 @@ def read_entries(place: str) -> tuple[str, ...]:
         text = folder.read_text(file)
         plain = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
     except (OSError, ValueError) as error:
-        require(False, "entries", place, f"{allowed} ({error})")
+        raise unreadable("entries", place, allowed, error) from error
     listed = isinstance(plain, list) and all(isinstance(entry, str) for entry in plain)
     require(listed, "entries", place, allowed)
     entries = tuple(dict.fromkeys(entry for entry in plain if entry.strip()))

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.errors import SettingError
+from pipeline.errors import unreadable
 
 # NumPy drops trailing zeros of such strings, on both sides of a comparison.
 DIGEST = np.dtype("S16")
@@ -87,8 +87,8 @@ def read_opt_out(uri: str | None) -> OptOut:
         with fsspec.open(uri, "rb") as file:
             return OptOut(_parquet_entries(file) if uri.endswith(".parquet") else _text_entries(file))
     except (OSError, UnicodeDecodeError, pa.ArrowInvalid) as error:
-        allowed = f"a readable .txt with one entry a line, or a .parquet with a text column ({error})"
-        raise SettingError("opt_out", uri, allowed) from error
+        allowed = "a .txt with one entry a line, or a .parquet with a text column"
+        raise unreadable("opt_out", uri, allowed, error) from error
 
 
 def _text_entries(file: Iterable[bytes]) -> Iterator[str]:
