@@ -262,7 +262,7 @@ def _sentence(kind: Any, problem: Any, origin: str) -> SettingError:
     if isinstance(inner, SettingError):  # raised by the class itself, about one of its fields
         return inner.within(f"{origin}: {path}{'.' if path else ''}")
     field = f"{origin}: {path}" if path else origin
-    if problem["type"] == "missing_keyword_only_argument":
+    if problem["type"] in ("missing", "missing_keyword_only_argument", "missing_argument"):
         return SettingError(field, value, "", "missing")
     if problem["type"] == "unexpected_keyword_argument":
         owner = _class_at(kind, place[:-1])

@@ -1,7 +1,9 @@
 """Configs through every door: JSON, YAML, flattened, fingerprint, command line."""
 
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,17 +12,21 @@ from typing import Any, Literal
 import pytest
 
 from pipeline.config import (
+    chosen_preset,
+    differences,
     fingerprint,
     flatten,
     from_json,
+    from_plain,
     from_yaml,
     require,
     run_job,
     to_json,
+    writable_file,
     writable_folder,
 )
 from pipeline.dataset import Card, card_names, load_card
-from pipeline.errors import DataError, SettingError
+from pipeline.errors import DataError, SettingError, unreadable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +55,84 @@ def test_json_round_trip_is_equal() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"optimizer": {"lrr": 1}}', r"optimizer\.lrr.*allowed: one of"),
-        ('{"nmae": 1}', r"nmae.*name, optimizer"),
-        ('{"precision": "fp7"}', "precision.*'bf16' or 'fp32'"),
-        ('{"steps": "many"}', "steps"),
-        ('{"optimizer": {"lr": -1}}', "lr"),
-        ("{", "JSON"),
+        (
+            '{"optimizer": {"lrr": 1}}',
+            r"^config: optimizer\.lrr: unknown key, expected a key of Optimizer: betas, lr \(did",
+        ),
+        ('{"nmae": 1}', r"^config: nmae: unknown key, expected a key of Run: name, .*\(did you mean name\?\)$"),
+        ('{"precision": "fp7"}', "^config: precision: got 'fp7', expected 'bf16' or 'fp32'$"),
+        ('{"steps": "many"}', "^config: steps: got 'many', expected a valid integer"),
+        ('{"optimizer": {"lr": -1}}', r"^config: optimizer\.lr: got -1.0, expected more than 0$"),
+        ("{", "well-formed JSON"),
         ("[]", "config"),
     ],
 )
 def test_wrong_json_is_one_sentence_with_the_path(text: str, said: str) -> None:
     with pytest.raises(SettingError, match=said):
         from_json(Run, text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Several:
+    runs: tuple[Run, ...] = ()
+    named: Mapping[str, Run] = field(default_factory=dict)
+    either: Run | Optimizer | None = None
+    maybe: Optimizer | None = None
+
+
+@pytest.mark.parametrize(
+    ("plain", "said"),
+    [
+        ({"runs": [{}, {"stps": 1}]}, r"runs\.1\.stps: unknown key, expected a key of Run: .*\(did you mean steps\?\)"),
+        ({"named": {"a": {"optimizer": {"beta": 1}}}}, "named.a.optimizer.beta: .* a key of Optimizer: .*mean betas"),
+        ({"maybe": {"rate": 1}}, r"maybe\.rate: unknown key, expected a key of Optimizer: betas, lr$"),
+        ({"either": {"precison": 1}}, "a key of Run: .*did you mean precision"),
+    ],
+)
+def test_an_unknown_key_is_explained_by_its_own_class(plain: Any, said: str) -> None:
+    with pytest.raises(SettingError, match=said):
+        from_plain(Several, plain)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needed:
+    name: str
+
+
+def test_a_missing_key_is_called_missing() -> None:
+    with pytest.raises(SettingError, match=r"^config: name: missing$"):
+        from_plain(Needed, {})
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (-1, "steps: got -1, expected 1 or more"),
+        ("", "steps: nothing given, expected 1 or more"),
+        (None, "steps: nothing given, expected 1 or more"),
+        ((), "steps: nothing given, expected 1 or more"),
+        (0, "steps: got 0, expected 1 or more"),
+        (False, "steps: got False, expected 1 or more"),
+    ],
+)
+def test_a_setting_error_is_a_sentence(value: object, said: str) -> None:
+    assert str(SettingError("steps", value, "1 or more")) == said
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    """Each with the reason, by the errors that Python itself raises."""
+    (tmp_path / "latin").write_bytes(b"\xe9")
+    found = []
+    for name in ("none", "", "latin"):
+        try:
+            (tmp_path / name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            found.append(str(unreadable("url_list", name, "a table", error)))
+    assert found == [
+        "url_list: no such file or folder: 'none'",
+        "url_list: '' is a folder, expected a table",
+        "url_list: 'latin' is not UTF-8 text, expected a table",
+    ]
 
 
 def test_yaml_numbers_that_yaml_reads_as_text_become_numbers(tmp_path: Path) -> None:
@@ -112,14 +184,29 @@ def test_presets_flags_and_saved_runs_reach_main(monkeypatch: pytest.MonkeyPatch
     path = tmp_path / "run.json"
     path.write_text(to_json(Run(name="saved")))
     assert called(monkeypatch, "--from", str(path)) == Run(name="saved")
+    changed = called(monkeypatch, "--from", str(path), "--lr", "0.25", "--steps", "7")
+    assert changed == Run(name="saved", steps=7, optimizer=Optimizer(lr=0.25))
+
+
+def test_the_preset_of_the_command_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = called(monkeypatch, "named", "--lr", "0.5")
+    assert chosen_preset() == ("named", Run(name="n"))
+    assert differences(run, Run(name="n")) == {"optimizer.lr": "0.5"}
+    path = tmp_path / "run.json"
+    path.write_text(to_json(run))
+    called(monkeypatch, "--from", str(path))
+    assert chosen_preset() is None
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["smal"], "preset: 'smal' is not allowed; allowed: one of small, named"),
-        (["--from", "/missing.json"], "--from"),
-        (["small", "--lr", "-1"], "lr"),
+        (["smal"], "preset: got 'smal', expected one of small, named"),
+        (["smal"], "(did you mean small?)"),
+        (["--from"], "--from: nothing given, expected the config.json of an earlier run"),
+        (["--from", "/missing.json"], "--from: no such file or folder: '/missing.json'"),
+        (["small", "--lr", "-1"], "error: --lr: got -1.0, expected more than 0"),
+        (["small", "--lr=-1"], "error: --lr: got -1.0, expected more than 0"),
     ],
 )
 def test_a_wrong_setting_exits_with_2_and_one_sentence(
@@ -129,6 +216,58 @@ def test_a_wrong_setting_exits_with_2_and_one_sentence(
         called(monkeypatch, *arguments)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and said in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_job_with_what_the_same_command_does(
+    sent: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cleaned = []
+
+    def main(_: Run) -> None:
+        try:
+            signal.raise_signal(sent)
+            time.sleep(10)
+        finally:
+            cleaned.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["job.py", "small"])
+    with pytest.raises(SystemExit) as stopped:
+        run_job(PRESETS, main, "the same command goes on")
+    signal.signal(signal.SIGTERM, before)
+    assert stopped.value.code == code and cleaned
+    assert capsys.readouterr().err == "stopped; the same command goes on\n"
+
+
+@pytest.mark.parametrize("arguments", ["'small', '--help'", "'small'"])
+def test_a_reader_that_leaves_is_no_error(arguments: str) -> None:
+    """As in ``--help | head -1``."""
+    code = (
+        "import dataclasses, sys; sys.argv = ['job.py', " + arguments + "]\n"
+        "@dataclasses.dataclass\n"
+        "class Run:\n    steps: int = 1\n"
+        "from pipeline.config import run_job\n"
+        "run_job({'small': ('Small.', Run())}, lambda run: print('x' * 1_000_000))\n"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as job:
+        assert job.stdout is not None and job.stderr is not None
+        job.stdout.close()
+        assert job.stderr.read() == b""
+        assert job.wait() == 141
+
+
+def test_a_file_is_no_output_folder(tmp_path: Path) -> None:
+    path = tmp_path / "list.csv"
+    path.write_text("a")
+    with pytest.raises(SettingError, match=r"^output: '.*list\.csv' is a file, expected a folder$"):
+        writable_folder("output", str(path))
+    with pytest.raises(SettingError, match=r"^output: '.*list\.csv' is a file, expected"):
+        writable_folder("output", str(path / "below" / "it"))
+    assert writable_file("output", str(path)) == str(path)
+    with pytest.raises(SettingError, match="^output: .* is a folder, expected a file$"):
+        writable_file("output", str(tmp_path))
 
 
 def test_broken_data_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,8 +312,12 @@ def test_a_card_is_found_by_name_or_path_and_checked(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(SettingError):
             load_card(str(path))
-    with pytest.raises(SettingError, match="one of"):
+    with pytest.raises(SettingError, match="card: got 'no_such_card', expected a YAML file or one of"):
         load_card("no_such_card")
+    with pytest.raises(SettingError, match=r"\(did you mean drawn_shapes\?\)"):
+        load_card("drawn_shape")
+    with pytest.raises(SettingError, match="^card: no such file or folder: 'none.yaml'$"):
+        load_card("none.yaml")
 
 
 @pytest.mark.parametrize("name", card_names())

@@ -376,7 +376,7 @@ def _existing(store: "MlflowClient", run_id: str) -> "Run | None":
 
 def _check_reached(uri: str, run: "Run") -> None:
     reached = not needs_a_server(uri, run.info.artifact_uri)
-    require(reached, "run_id", run.info.run_id, THROUGH_A_SERVER)
+    require(reached, "run_id", run.info.run_id, f"a run with files in this store, or {THROUGH_A_SERVER}")
 
 
 def _revive(store: "MlflowClient", run: "Run") -> "Run":

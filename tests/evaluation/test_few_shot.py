@@ -129,7 +129,7 @@ def test_class_names_that_make_no_task(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="two class names or more"):
         read_data_set(own_card(tmp_path, one), root=str(tmp_path))
     doubled = {"train": [["a.jpg", 0, "crane"]], "test": [["b.jpg", 1, "crane"]]}
-    with pytest.raises(SettingError, match="'crane' is not allowed; allowed: distinct names; `renames`"):
+    with pytest.raises(SettingError, match="'crane', expected distinct names; `renames`"):
         read_data_set(own_card(tmp_path, doubled), root=str(tmp_path))
     with pytest.raises(SettingError, match="few_shot"):
         read_data_set("tuxpaint_stamps")

@@ -64,7 +64,7 @@ def test_a_card_tells_without_data() -> None:
 
 def test_data_that_tell_nothing_are_said_so(make_snapshot: Make) -> None:
     plain = make_snapshot((1,))
-    with pytest.raises(SettingError, match="classes: 'data' is not allowed; .*from a source with classes"):
+    with pytest.raises(SettingError, match="classes: got 'data', .*from a source with classes"):
         base_classes("data", plain.uri, "classes")
     with pytest.raises(SettingError, match="base: 'lvis' .*a card with classes"):
         base_classes("lvis", plain.uri)

@@ -135,7 +135,7 @@ def test_the_papers_network_can_be_built() -> None:
 
 def test_batch_normalisation_over_workers_needs_gpus() -> None:
     group, batch = Config(norm="group"), Config(norm="batch")
-    with pytest.raises(SettingError, match="norm: 'batch' is not allowed; allowed: group where workers have no GPU"):
+    with pytest.raises(SettingError, match="norm: got 'batch', expected group where workers have no GPU"):
         Proposals.check_workers(batch, gpus=False)
     for config, gpus in ((batch, True), (group, True), (group, False)):
         Proposals.check_workers(config, gpus)

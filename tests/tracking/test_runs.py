@@ -23,7 +23,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.artifacts import load_text
 
-from pipeline.config import from_json
+from pipeline.config import from_json, run_job
 from pipeline.errors import SettingError
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.tracking.runs import MlflowTracker, NoTracker, RunHandle, Tracking, attach, start
@@ -260,16 +260,16 @@ def test_a_servers_experiment_is_not_written_to_through_its_database(settings: T
     experiment = client.create_experiment(settings.experiment, artifact_location="mlflow-artifacts:/7")
     run_id = client.create_run(experiment).info.run_id
     remedy = "as --tracking-uri the address of the server"
-    with pytest.raises(SettingError, match=f"^experiment: '{settings.experiment}' .*: another name, or {remedy}"):
+    with pytest.raises(SettingError, match=f"^experiment: got '{settings.experiment}', .* name, or {remedy}"):
         begin(settings)
     for goes_on in (begin, attach):
-        with pytest.raises(SettingError, match=f"^run_id: '{run_id}' is not allowed; allowed: {remedy}"):
+        with pytest.raises(SettingError, match=f"^run_id: got '{run_id}', .* this store, or {remedy}"):
             goes_on(settings, run_id)
     assert [run.info.run_id for run in client.search_runs([experiment])] == [run_id]
 
 
 def test_adding_to_a_run_that_is_not_there(settings: Tracking) -> None:
-    with pytest.raises(SettingError, match="run_id: '0+' is not allowed; allowed: a run of sqlite"):
+    with pytest.raises(SettingError, match="run_id: got '0+', expected a run of sqlite"):
         attach(settings, "0" * 32)
 
 
@@ -395,3 +395,49 @@ def test_a_server_gets_everything_that_a_sqlite_store_gets(
     assert not list(tmp_path.iterdir())  # no stray store in the working folder
     with begin(settings, tracker.run_id):
         assert client.get_run(tracker.run_id).info.status == "RUNNING"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    architecture: str = "ViT-B-32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    data: str = "s3://bucket/data@00001-abc"
+    steps: int = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    method: Method = field(default_factory=Method)
+    run: Recipe = field(default_factory=Recipe)
+    tracking: Tracking = field(default_factory=Tracking)
+
+
+def test_a_run_is_called_by_what_it_is_and_describes_itself(
+    settings: Tracking, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The note that MLflow's page shows: method, preset, data, changes, command; at the end the table and links."""
+    Method.__module__ = "pipeline.models.clip"
+    monkeypatch.setattr(sys, "argv", ["train.py", "demo", "--steps", "5"])
+    job: list[Training] = []
+    run_job({"demo": ("A demo.", Training(tracking=replace(settings, run_name="")))}, job.append)
+    with start(job[0].tracking, job[0]) as tracker:
+        tracker.describe("zero-shot  top1\nshapes     0.5", "/runs/first/step-5")
+    run = MlflowClient(store).get_run(tracker.run_id)
+    assert run.info.run_name == "clip demo ViT-B-32 data"
+    assert run.data.tags["preset"] == "demo" and run.data.tags["differs_from_preset"] == "run.steps=5"
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith("**clip**, preset `demo`, model `ViT-B-32`, data `s3://bucket/data@00001-abc`\n")
+    assert "train.py demo --steps 5" in note and "shapes     0.5" in note and "`/runs/first/step-5`" in note
+    assert f"runs/{tracker.run_id}/artifacts/figures" in note
+
+
+def test_an_attached_tracker_leaves_the_description(settings: Tracking, store: str) -> None:
+    with begin(settings) as tracker:
+        pass
+    before = MlflowClient(store).get_run(tracker.run_id).data.tags["mlflow.note.content"]
+    with attach(settings, tracker.run_id) as other:
+        other.describe("another table")
+    assert MlflowClient(store).get_run(tracker.run_id).data.tags["mlflow.note.content"] == before

@@ -110,7 +110,7 @@ def test_patience(run: MakeRun, tiny_config: Config) -> None:
 
 def test_more_workers_than_this_machine_has(run: MakeRun, tiny_config: Config, ray_cluster: Any) -> None:
     plan, _ = prepare(tiny_config, run(workers=8))
-    with pytest.raises(SettingError, match="workers: 8 is not allowed; allowed: at most 4 here"):
+    with pytest.raises(SettingError, match="workers: got 8, expected at most 4 here"):
         launch(plan)
 
 
@@ -120,7 +120,7 @@ def test_what_needs_gpus_is_refused_before_workers_are_asked_for(
     """In a sentence; torch's SyncBatchNorm would kill the workers again and again."""
     config = replace(Proposals.smallest(), norm="batch")
     plan, _ = prepare(config, run(workers=2, data=make_snapshot((8,), regions=("teacher", 4)).folder))
-    with pytest.raises(SettingError, match="norm: 'batch' is not allowed"):
+    with pytest.raises(SettingError, match="norm: got 'batch'"):
         launch(plan)
 
 

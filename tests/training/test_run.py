@@ -7,15 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.errors import DataError, SettingError, SnapshotError
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.models.clip import Config
-from pipeline.models.method import Method
+from pipeline.models.method import Method, build_method
 from pipeline.shards.snapshot import Snapshot, publish_shards
 from pipeline.shards.storage import Folder
+from pipeline.training.loop import run_training
 from pipeline.training.optimizer import AdamW
 from pipeline.training.run import Cluster, Run, prepare, read_record, write_record
+from pipeline.training.tracker import LogTracker
 
 MakeRun = Callable[..., Run]
 
@@ -55,7 +58,6 @@ def test_what_may_change_between_starts(run: MakeRun, tiny_config: Config, tmp_p
     [
         ({"batch_size": 16}, "batch_size"),
         ({"seed": 1}, "seed"),
-        ({"steps": 11}, "steps"),
         ({"optimizer": AdamW(learning_rate=1e-4)}, "optimizer.learning_rate"),
         ({"precision": "bf16"}, "precision"),
         ({"caption": "json:caption"}, "caption"),
@@ -76,6 +78,38 @@ def test_all_differing_settings_are_named(run: MakeRun, tiny_config: Config) -> 
         prepare(replace(tiny_config, flip=0.5), run(seed=3))
 
 
+def test_a_run_may_become_longer_and_not_shorter(run: MakeRun, tiny_config: Config, tmp_path: Path, caplog) -> None:
+    assert prepare(tiny_config, run(steps=None, epochs=2))[0].steps == 10  # 40 samples, 8 a step
+    with caplog.at_level(logging.INFO):
+        assert prepare(tiny_config, run(steps=None, epochs=4))[0].steps == 20
+    assert "extended from 10 to 20 steps" in caplog.text
+    assert prepare(tiny_config, run(steps=21))[0].steps == 21
+    with pytest.raises(SettingError, match="^epochs: got 2, expected 21 steps or more, .*; or another folder$"):
+        prepare(tiny_config, run(steps=None, epochs=2))
+    record = read_record(Folder(tmp_path / "run"))
+    assert record is not None and record.steps == 21
+
+
+def test_a_batch_larger_than_the_data_is_refused(run: MakeRun, tiny_config: Config, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="^batch_size: got 41, expected at most 40, the number of samples"):
+        prepare(tiny_config, run(batch_size=41))
+    assert not (tmp_path / "run").exists()
+    prepare(tiny_config, run(batch_size=40))
+
+
+def test_pretrained_takes_a_run_and_its_average(run: MakeRun, tiny_config: Config, tmp_path: Path) -> None:
+    """As --checkpoint does: the newest checkpoint of the run."""
+    first = tmp_path / "first"
+    plan, _ = prepare(tiny_config, run(steps=2, ema_decay=0.5, output_folder=str(first)))
+    run_training(plan, torch.device("cpu"), LogTracker())
+    weights = first / "checkpoints" / "step-00000002"
+    for address, place in ((str(first), weights), (f"{first}:ema", weights / "model_ema.safetensors")):
+        method = replace(tiny_config, pretrained=address)
+        plan, record = prepare(method, run(output_folder=f"{tmp_path}/{place.name}"))
+        assert plan.method.pretrained == str(place) and record.settings["pretrained"] == address
+        build_method(plan.method)
+
+
 def test_parts_of_a_batch_need_a_method_that_embeds(
     run: MakeRun, tiny_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,7 +117,7 @@ def test_parts_of_a_batch_need_a_method_that_embeds(
         """Its losses cannot be had apart from its towers."""
 
     monkeypatch.setattr("pipeline.training.run.method_class", lambda name: Whole)
-    with pytest.raises(SettingError, match="micro_batch: 2 is not allowed; allowed: none, since"):
+    with pytest.raises(SettingError, match="micro_batch: got 2, expected none, since"):
         prepare(tiny_config, run(micro_batch=2))
 
 
@@ -100,8 +134,9 @@ def test_a_run_keeps_its_snapshot(
     with pytest.raises(SettingError, match="on which the run in this folder is trained"):
         prepare(tiny_config, run(data=second.uri))
     (tmp_path / "data").rename(tmp_path / "elsewhere")
-    plan, _ = prepare(tiny_config, run(data=f"{tmp_path}/elsewhere@{first.id}"))
-    assert plan.snapshot.folder == f"{tmp_path}/elsewhere"
+    for moved in (f"{tmp_path}/elsewhere@{first.id}", f"{tmp_path}/elsewhere"):
+        plan, _ = prepare(tiny_config, run(data=moved))
+        assert plan.snapshot.folder == f"{tmp_path}/elsewhere" and plan.snapshot.id == first.id
 
 
 def test_epochs_become_steps(run: MakeRun, tiny_config: Config) -> None:
@@ -117,7 +152,7 @@ def test_a_record_that_is_none(run: MakeRun, tiny_config: Config, tmp_path: Path
 
 
 def test_missing_data(run: MakeRun, tiny_config: Config, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="data: '' is not allowed"):
+    with pytest.raises(SettingError, match="data: nothing given, expected"):
         prepare(tiny_config, run(data=""))
     with pytest.raises(SnapshotError, match="has no snapshot"):
         prepare(tiny_config, run(data=str(tmp_path / "none")))

@@ -171,7 +171,7 @@ def test_averaged_weights_are_loaded_when_asked_for(method: Clip, tmp_path: Path
     assert trained_steps(f"{tmp_path}:ema") == 1 == trained_steps(str(tmp_path))
     writer.save(method, method.state_dict(), None, meta(2))
     writer.finish()
-    with pytest.raises(SettingError, match=r"ema: True is not allowed.*no model_ema\.safetensors"):
+    with pytest.raises(SettingError, match=r"ema: got True.*no model_ema\.safetensors"):
         load_method(f"{tmp_path}:ema")
 
 
@@ -299,7 +299,7 @@ def test_the_best_and_every_nth_are_kept(method: Clip, tmp_path: Path) -> None:
 
 def test_the_best_need_evaluations(run: Any) -> None:
     settings = run(saving=Saving(keep_best=1, keep_best_metric="zeroshot/x/top1"))
-    with pytest.raises(SettingError, match="keep_best: 1 is not allowed.*0 without evaluations"):
+    with pytest.raises(SettingError, match="keep_best: got 1.*0 without evaluations"):
         prepare(Clip.smallest(), settings)
     plan, record = prepare(Clip.smallest(), settings, evaluates=True)
     assert not any(name.startswith("saving") for name in record.settings)

@@ -32,7 +32,7 @@ import simplejpeg
 from PIL import Image
 
 from pipeline.config import require
-from pipeline.errors import SampleError
+from pipeline.errors import SampleError, SettingError
 from pipeline.stages.crawl.exif import PILLOW_ERRORS, exif_json, jpeg_segments, orientation_of, read_exif
 
 ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
@@ -71,6 +71,9 @@ _FAST_SHRINK = (1.4, 4.0)
 _MAX_JPEG_SCANS = 100
 
 _PILLOW_FORMATS = ("GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "JPEG", "MPO")
+_MOST_PIXELS = 2**30
+# Pillow refuses twice this when it opens an image; the limit of the options is checked after the header is read.
+Image.MAX_IMAGE_PIXELS = _MOST_PIXELS // 2
 # Warnings of libjpeg for images with complete pixels.
 _HARMLESS_JPEG_WARNINGS = (
     "extraneous bytes",
@@ -128,11 +131,14 @@ class ImageOptions:
         _require_one_of("encode_format", self.encode_format, EncodeFormat)
         _, low, high = _ENCODERS[self.encode_format]
         allowed = f"{low} to {high} when encode_format is {self.encode_format}"
+        if self.encode_format == "png" and self.encode_quality == type(self).encode_quality:
+            problem = f"got 'png' with the default encode_quality {self.encode_quality}, which is for jpg and webp"
+            raise SettingError("encode_format", "png", f"encode_quality (compression level) {low} to {high}", problem)
         require(low <= self.encode_quality <= high, "encode_quality", self.encode_quality, allowed)
         require(self.min_image_size >= 0, "min_image_size", self.min_image_size, "0 or more pixels")
         require(self.max_image_area > 0, "max_image_area", self.max_image_area, "more than 0 pixels")
         require(self.max_aspect_ratio >= 1, "max_aspect_ratio", self.max_aspect_ratio, "1 or more")
-        require(1 <= self.max_pixels <= 2**30, "max_pixels", self.max_pixels, "1 to 2^30 pixels")
+        require(1 <= self.max_pixels <= _MOST_PIXELS, "max_pixels", self.max_pixels, "1 to 2^30 pixels")
         ok = len(self.background) == 3 and all(0 <= value <= 255 for value in self.background)
         require(ok, "background", self.background, "three values from 0 to 255 (red green blue)")
 
@@ -254,7 +260,7 @@ def read_header(body: bytes) -> Header:
 def _check_limits(size: tuple[int, int], body: bytes, options: ImageOptions) -> None:
     short, long, area = min(size), max(size), size[0] * size[1]
     if area > options.max_pixels:
-        _fail("too_many_pixels", "Image decoding error: too many pixels")
+        _fail("too_many_pixels", f"Image decoding error: more pixels than --max-pixels {options.max_pixels}")
     if short < options.min_image_size:
         _fail("too_small", "image too small")
     if area > options.max_image_area:
@@ -263,7 +269,7 @@ def _check_limits(size: tuple[int, int], body: bytes, options: ImageOptions) -> 
         _fail("aspect_ratio", "aspect ratio too large")
     scans = _jpeg_scans(body) if body.startswith(b"\xff\xd8") else 1
     if scans > _MAX_JPEG_SCANS and scans * area > options.max_pixels:
-        _fail("too_many_pixels", "Image decoding error: too many passes")
+        _fail("too_many_pixels", f"Image decoding error: passes over more than --max-pixels {options.max_pixels}")
 
 
 def _jpeg_scans(body: bytes) -> int:
@@ -282,7 +288,7 @@ def _check_output(geometry: Geometry, options: ImageOptions) -> None:
     # A line of 1 x 30,000 pixels resized to a shorter side of 256 would have two gigapixels.
     width, height = geometry.resized
     if width * height > options.max_pixels:
-        _fail("too_many_pixels", "resized image area too large")
+        _fail("too_many_pixels", f"resized image has more pixels than --max-pixels {options.max_pixels}")
 
 
 # Headers
@@ -346,7 +352,7 @@ def _open_with_pillow(body: bytes) -> Image.Image:
     try:
         return Image.open(BytesIO(body), formats=_PILLOW_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        _fail("too_many_pixels", "Image decoding error: too many pixels")
+        _fail("too_many_pixels", "Image decoding error: more than 2^30 pixels, the most that --max-pixels allows")
     except PILLOW_ERRORS:
         _fail("damaged", "Image decoding error: damaged")
 

@@ -6,6 +6,7 @@ Output is in order: rows that finish before a slow row are held in memory.
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from pipeline.shards.writer import ShardStats, ShardWriter, parquet_schema, read
 from pipeline.sources.source import UNCHANGED, Row, Source, content_of, fetches, has_images
 from pipeline.stages.crawl.decode_apart import Apart, needs_care
 from pipeline.stages.crawl.download import Download, DownloadOptions, KnownBody, digest, download_all
-from pipeline.stages.crawl.images import EncodedImage, ImageOptions, transform
+from pipeline.stages.crawl.images import EncodedImage, ImageOptions, read_header, transform
 from pipeline.stages.refresh.plan import Unit
 
 ARROW_TYPES: Mapping[type, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
@@ -135,8 +136,9 @@ class _Maker:
         except SampleError as error:
             return self._failed(record, error, body), None
         record |= self._described(image, body.digest)
-        # The validators are not in the sample, whose bytes do not depend on the server.
-        return {**record, **body.validators}, self._sample(key, row, record, image)
+        # The validators and the attempts are not in the sample, whose bytes do not depend on the server.
+        of_server = {**body.validators, **({"attempts": body.attempts} if body.attempts else {})}
+        return {**record, **of_server}, self._sample(key, row, record, image)
 
     def _image(self, content: bytes) -> EncodedImage:
         try:
@@ -158,6 +160,7 @@ class _Maker:
             # Of the download, also where what came by it was no good.
             "http_status": body.http_status,
             "attempts": body.attempts,
+            **(_original_size(body.content) if self._imaged and isinstance(body, _Body) else {}),
         }
 
     def _described(self, image: EncodedImage | None, digest: str | None) -> dict[str, Any]:
@@ -176,6 +179,15 @@ class _Maker:
             fields["txt"] = (record["caption"] or "").encode()
         fields["json"] = _flat_json(record)
         return Sample(key, fields)
+
+
+def _original_size(content: bytes) -> dict[str, int]:
+    """The columns of the size that an image's header states, where it can be read without a process apart."""
+    with suppress(Exception):  # the sample boundary, as for decoding
+        if not needs_care(content):
+            header = read_header(content)
+            return {"original_width": header.width, "original_height": header.height}
+    return {}
 
 
 def _flat_json(record: Mapping[str, Any]) -> bytes:

@@ -653,7 +653,8 @@ def test_huge_images_in_small_files_are_refused_before_decoding(kind: str, monke
     monkeypatch.setattr(Image.Image, "load", forbidden)
     began = time.monotonic()
     error = failure(body)
-    assert (error.error_class, error.message) == ("too_many_pixels", "Image decoding error: too many pixels")
+    assert error.error_class == "too_many_pixels"
+    assert error.message.startswith("Image decoding error: more") and "--max-pixels" in error.message
     assert time.monotonic() - began < 1
 
 
