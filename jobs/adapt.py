@@ -7,10 +7,10 @@
         --methods coop cocoop maple --data oxford_pets dtd --root s3://bucket/datasets --output s3://bucket/pets
 
 Append a method's own options and its recipe's to its name: coop:class_specific=true,epochs=50. A data set is a card
-with `few_shot`; split files are read from --root, which holds folders named as in CoOp's DATASETS.md. Trials run in
-parallel on the cluster (--processes-count 0: one after the other in this process), each with a part of a GPU if the
-cluster has GPUs. The same command resumes. With --workers-per-trial each trial has several workers that share its
-classes, for ImageNet's thousand classes.
+with `few_shot`, a snapshot's folder, or a folder of class folders. Split files of cards are read from --root, which
+holds folders named as in CoOp's DATASETS.md. Trials run in parallel on the cluster (--processes-count 0: one after the
+other in this process), each with a part of a GPU if the cluster has GPUs. The same command resumes. With
+--workers-per-trial each trial has several workers that share its classes, for ImageNet's thousand classes.
 """
 
 import getpass
@@ -59,7 +59,8 @@ class Adapt:
     methods: tuple[str, ...]
     """Names of pipeline/models/adapters, each with optional :key=value,... that override the paper's values."""
     data: tuple[str, ...]
-    """Dataset cards with `few_shot` to train on."""
+    """Data sets to train on: cards with `few_shot`, folders of snapshots, or folders of class folders (maybe with
+    train, val and test in them); NAME=FOLDER gives a folder a name."""
     output: str
     """Folder for images, features, results, adapters, table and plot; a path or a URI."""
     protocol: Protocol = "few_shot"

@@ -14,20 +14,27 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
-from pipeline.config import require
+from pipeline.config import near, require
 from pipeline.dataset import Card, card_names, load_card
-from pipeline.errors import DataError
+from pipeline.errors import DataError, SettingError
 from pipeline.loaders.batches import Reader
 from pipeline.loaders.samples import Samples, UnreadableSample
 from pipeline.shards.sample import Sample
-from pipeline.shards.snapshot import Snapshot, read_snapshot
+from pipeline.shards.snapshot import Snapshot, read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder
 from pipeline.sources import open_source
 from pipeline.sources.source import Row, Slice, Source, fetches
+from pipeline.sources.split_file import SplitFile
 
 logger = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 64  # rows of a source per read
+# The folders of a divided folder of classes, and their parts.
+PART_FOLDERS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 Value = TypeVar("Value")
 
 
@@ -79,7 +86,8 @@ Data = SnapshotData | CardData
 
 
 def open_data(data: str) -> Data:
-    """The samples at ``data``: a card's name or YAML file, else the URI of a snapshot's folder, ``folder[@id]``.
+    """The samples at ``data``: a card's name or YAML file, the URI of a snapshot's folder, ``folder[@id]``, or of a
+    folder with one folder of images per class.
 
     Raises:
         SettingError: an invalid card, or invalid options of its source.
@@ -91,9 +99,32 @@ def open_data(data: str) -> Data:
         require(not fetches(source), "data", data, f"a set with local images; {_download(given)}")
         return CardData(source, given)
     require(bool(data), "data", data, "a dataset card (" + ", ".join(card_names()) + ") or the folder of a snapshot")
+    place = Folder(data.rpartition("@")[0] if "@" in data.rsplit("/", 1)[-1] else data)
+    if not place.fs.exists(place.path):
+        similar = near(data, card_names())
+        raise SettingError(
+            "data", data, f"a dataset card or the folder of a snapshot{similar}", f"no such set: {data!r}"
+        )
+    if not snapshot_ids(place) and (folders := _class_folders(data, place)) is not None:
+        return folders
     snapshot = read_snapshot(data)
     card = load_card(snapshot.card) if snapshot.card in card_names() else None
     return SnapshotData(snapshot, card)
+
+
+def _class_folders(data: str, folder: Folder) -> CardData | None:
+    """The images of a folder with one folder per class; ``None`` if there are none."""
+    source = SplitFile(folder=folder.uri, format="folders")
+    try:
+        classes = sorted({item.name for item in source.items})
+    except SettingError:
+        return None
+    parts = [name for name in classes if name in PART_FOLDERS]
+    require(len(parts) < len(classes), "data", data, f"a folder of class folders, such as {folder.join(classes[0])}")
+    options = {"kind": source.kind, "folder": folder.uri, "format": "folders"}
+    return CardData(
+        source, Card(name=folder.uri.rpartition("/")[2], title=data, source=options, classes=tuple(classes))
+    )
 
 
 def _download(card: Card) -> str:

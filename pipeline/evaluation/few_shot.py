@@ -11,19 +11,25 @@ import math
 import random
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
-from pipeline.config import require
-from pipeline.dataset import PARTS, Card, load_card
-from pipeline.errors import DataError
+from pipeline.config import near, require
+from pipeline.dataset import PARTS, Card, card_names, load_card
+from pipeline.errors import DataError, SettingError, missing
 from pipeline.evaluation.classes import DEFAULT_TEMPLATES
+from pipeline.evaluation.data import PART_FOLDERS
+from pipeline.evaluation.suite import name_and_data
+from pipeline.shards.snapshot import read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder
 from pipeline.sources import open_source
 from pipeline.sources.drawn.sets import wanted_class
 from pipeline.sources.drawn.source import Drawn
+from pipeline.sources.picked import Picked
 from pipeline.sources.source import Source
 from pipeline.sources.split_file import SplitFile
+from pipeline.sources.stored import StoredSamples
 
 VALIDATION_SHOTS = 4
 FEWEST = 4  # classes of base-to-new: two in each half
@@ -61,10 +67,12 @@ class Halves:
 
 
 def read_data_set(name: str, root: str = "", samples: int | None = None) -> DataSet:
-    """Read the split of the card ``name``.
+    """Read the split of the card ``name``, or divide the data in the folder ``name``.
 
     Args:
-        name: a dataset card's name or YAML file.
+        name: a dataset card's name or YAML file; or the folder of a snapshot, or a folder with one folder of images
+            per class, both maybe as ``NAME=FOLDER``. A folder of classes may be divided into ``train``, ``val`` and
+            ``test``; other data are divided as in CoOp's code: 50, 20 and 30 % of each class.
         root: folder that holds the data sets' own folders, for cards with split files.
         samples: images of each part of a drawn set, if not the card's own number.
 
@@ -73,7 +81,10 @@ def read_data_set(name: str, root: str = "", samples: int | None = None) -> Data
             duplicate class names.
         DataError: an invalid split file.
     """
-    card = load_card(name)
+    called, place = name_and_data(name)
+    if place not in card_names() and not place.endswith((".yaml", ".yml")):
+        return _own_data_set(called, place)
+    card = load_card(place)
     if card.few_shot is None:
         require(False, "data", name, "a card with `few_shot`, which defines the training and test parts")
         raise AssertionError
@@ -86,6 +97,77 @@ def read_data_set(name: str, root: str = "", samples: int | None = None) -> Data
     require(doubled is None, "classes", doubled, allowed)
     templates = card.few_shot.templates or card.templates or DEFAULT_TEMPLATES
     return DataSet(name=card.name, classes=classes, templates=templates, sources=sources, labels=labels)
+
+
+def _own_data_set(name: str, place: str) -> DataSet:
+    folder = Folder(place.partition("@")[0])
+    if not folder.fs.isdir(folder.path):
+        cards = card_names()
+        allowed = f"a card with `few_shot`, a snapshot's folder, or a folder of class folders{near(place, cards)}"
+        raise missing("data", place) if "/" in place else SettingError("data", place, allowed)
+    card = None
+    if snapshot_ids(folder):
+        snapshot = read_snapshot(place)
+        card = load_card(snapshot.card) if snapshot.card in card_names() else None
+        stored = StoredSamples(data=snapshot.uri, label=card.label if card else "label")
+        parts = _divided({"kind": StoredSamples.kind, **asdict(stored)}, stored.labels())
+    else:
+        parts = _class_folders(folder)
+    found = {label for _, labels in parts.values() for label in labels}
+    classes = tuple(one for one in (card.classes if card else ()) if one in found) or tuple(sorted(found))
+    require(len(classes) > 1, "classes", classes, f"two class names or more, for {place}")
+    foreign = sorted(found - set(classes))
+    require(not foreign, "data", foreign[:5], f"samples of the classes of the card {card.name if card else ''}")
+    numbers = {label: number for number, label in enumerate(classes)}
+    return DataSet(
+        name=name,
+        classes=classes,
+        templates=(card.templates if card else ()) or DEFAULT_TEMPLATES,
+        sources={part: options for part, (options, _) in parts.items()},
+        labels={part: tuple(numbers[label] for label in labels) for part, (_, labels) in parts.items()},
+    )
+
+
+Parts = dict[str, tuple[Mapping[str, Any], list[str]]]
+
+
+def _class_folders(folder: Folder) -> Parts:
+    """The options and labels of each part of a folder of class folders."""
+    plain = {"kind": SplitFile.kind, "folder": folder.uri, "format": "folders"}
+    below = {PurePosixPath(str(entry["name"])).name for entry in folder.fs.ls(folder.path, detail=True)}
+    named = {PART_FOLDERS[one]: one for one in sorted(below) if one in PART_FOLDERS}
+    if "test" not in named and "val" in named:
+        named["test"] = named.pop("val")
+    if not {"train", "test"} <= named.keys():
+        return _divided(plain, [item.name for item in SplitFile(folder=folder.uri, format="folders").items])
+    parts: Parts = {}
+    for part in (one for one in PARTS if one in named):
+        source = SplitFile(folder=folder.uri, format="folders", pictures=named[part])
+        parts[part] = {**plain, "pictures": named[part]}, [item.name for item in source.items]
+    return parts
+
+
+def _divided(options: Mapping[str, Any], labels: Sequence[str]) -> Parts:
+    """50, 20 and 30 % of each class in a fixed random order; at least one image to train, then one to test."""
+    groups: dict[str, list[int]] = {}
+    for number, label in enumerate(labels):
+        groups.setdefault(label, []).append(number)
+    chosen: dict[str, list[int]] = {part: [] for part in PARTS}
+    generator = random.Random(0)
+    for _, group in sorted(groups.items()):
+        generator.shuffle(group)
+        train = max(1, round(0.5 * len(group)))
+        train = train - 1 if train == len(group) > 1 else train
+        val = min(round(0.2 * len(group)), max(0, len(group) - train - 1))
+        chosen["train"] += group[:train]
+        chosen["val"] += group[train : train + val]
+        chosen["test"] += group[train + val :]
+    parts: Parts = {}
+    for part, numbers in chosen.items():
+        if numbers:
+            picked = {"kind": Picked.kind, "sources": [dict(options)], "numbers": [(0, one) for one in sorted(numbers)]}
+            parts[part] = picked, [labels[one] for one in sorted(numbers)]
+    return parts
 
 
 def draw(data: DataSet, shots: int, seed: int) -> Drawing:

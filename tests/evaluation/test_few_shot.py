@@ -73,7 +73,7 @@ def test_without_validation_images_they_come_from_those_that_are_no_shots() -> N
 
 
 def test_no_shots_and_nothing_to_learn_from() -> None:
-    with pytest.raises(SettingError, match="shots: 0"):
+    with pytest.raises(SettingError, match="shots: got 0"):
         draw(data_set([0, 1]), shots=0, seed=1)
     only = DataSet(name="v2", classes=("a", "b"), templates=("{}",), sources={}, labels={"test": (0, 1)})
     with pytest.raises(SettingError, match="for testing only"):
