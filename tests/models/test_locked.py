@@ -171,7 +171,7 @@ def test_wrong_settings(changes: dict[str, Any], field: str) -> None:
 
 
 def test_more_layers_than_there_are_cannot_be_unlocked(start: str) -> None:
-    with pytest.raises(SettingError, match="lock_image_unlocked: 9"):
+    with pytest.raises(SettingError, match="lock_image_unlocked: got 9"):
         Clip(replace(Clip.smallest(), pretrained=start, lock_image=True, lock_image_unlocked=9))
 
 
@@ -195,10 +195,10 @@ def test_patch_dropout_is_for_training_alone_and_follows_the_steps_seed(start: s
 
 
 def test_patch_dropout_needs_patches(resnet: str) -> None:
-    with pytest.raises(SettingError, match="patch_dropout: 0.5.*no patches"):
+    with pytest.raises(SettingError, match="patch_dropout: got 0.5.*no patches"):
         Clip.check(Config(architecture="RN50", patch_dropout=0.5))
     for architecture in (resnet, "clipmill-small"):  # timm's door swallows what a tower does not know
-        with pytest.raises(SettingError, match="patch_dropout: 0.5.*no patches"):
+        with pytest.raises(SettingError, match="patch_dropout: got 0.5.*no patches"):
             Clip(Config(architecture=architecture, patch_dropout=0.5))
 
 

@@ -65,7 +65,7 @@ def test_a_missing_split_file_says_where_it_comes_from(tmp_path: Path) -> None:
     assert isinstance(source, SplitFile)
     with pytest.raises(SettingError, match=r"split_zhou_OxfordPets\.json, which comes from .*DATASETS\.md"):
         source.items  # noqa: B018
-    with pytest.raises(SettingError, match="folder: ''"):
+    with pytest.raises(SettingError, match="folder: nothing given"):
         SplitFile(split="x.json").items  # noqa: B018
 
 

@@ -74,7 +74,7 @@ def test_languages(stamps: Path, read: Callable[..., list[Row]]) -> None:
         assert rows[0].caption == caption and rows[3].caption == ""
     rows = read(TuxPaintStamps(folder=str(stamps), language="de", fall_back_to_english=True))
     assert [row.caption for row in rows] == ["Eine Krähe.", "Eine Krähe.", "", "A sign."]
-    with pytest.raises(SettingError, match="language: 'xx'.*de, en, fr, sr@latin"):
+    with pytest.raises(SettingError, match="language: got 'xx'.*de, en, fr, sr@latin"):
         read(TuxPaintStamps(folder=str(stamps), language="xx"))
 
 

@@ -65,5 +65,5 @@ def test_what_is_wrong_is_said_as_in_one_process(monkeypatch: pytest.MonkeyPatch
     error = _worker({"work": refuses, "threads": threads})
     assert isinstance(error, SettingError) and "learning_rate" in str(error)
     assert _worker({"work": lambda device: "lost", "threads": threads}) is None
-    with pytest.raises(SettingError, match="workers: 9 .*at most 4 on this machine"):
+    with pytest.raises(SettingError, match="workers: got 9.*at most 4 on this machine"):
         on_workers(refuses, workers=9)

@@ -145,7 +145,7 @@ def test_other_architectures_are_refused(other: dict[str, Any]) -> None:
 
 def test_wrong_settings(folders: Callable[..., list[str]]) -> None:
     members = folders(1.0, 2.0)
-    with pytest.raises(SettingError, match="alpha: 1.5"):
+    with pytest.raises(SettingError, match="alpha: got 1.5"):
         wise_ft(*members, 1.5, load_method)
     with pytest.raises(SettingError, match="all of them different"):
         uniform_soup([members[0], members[0]], load_method)

@@ -264,5 +264,5 @@ def test_a_store_whose_package_is_missing_is_named_before_anything_starts(monkey
         raise ImportError("Please install gcsfs to access Google Storage")
 
     monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
-    with pytest.raises(SettingError, match="allow_stores: 'gs'.*Please install gcsfs"):
+    with pytest.raises(SettingError, match="allow_stores: got 'gs'.*Please install gcsfs"):
         DownloadOptions(allow_stores=("gs",))

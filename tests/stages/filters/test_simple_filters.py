@@ -207,7 +207,7 @@ def test_bad_options_are_named(made, field, make_data: Any):
 
 
 def test_unknown_steps_are_named():
-    with pytest.raises(SettingError, match="steps: 'sise'.*text, length"):
+    with pytest.raises(SettingError, match="steps: got 'sise'.*text, length"):
         Filters(steps=("sise",)).chosen()
 
 

@@ -171,7 +171,7 @@ def test_a_killed_job_asks_for_no_picture_twice(site: Site, monkeypatch: pytest.
 
 def test_images_without_a_digest_cannot_be_compared(site: Site) -> None:
     site.refresh(Renewal(parent="latest"), compute_hash=None)
-    with pytest.raises(SettingError, match="compute_hash: None"):
+    with pytest.raises(SettingError, match="compute_hash: nothing given"):
         site.refresh(ALL, compute_hash=None)
 
 
