@@ -63,8 +63,8 @@ def main(run: Adopt) -> None:
     adoption = find_shards(folder)
     if adoption.unfinished:
         logger.warning("%d tars are not marked as done and left out", len(adoption.unfinished))
-    learnt = [text for _, text in run_tasks(adoption.learn, range(len(adoption.names)), run.workers)]
-    snapshot = adoption.publish(learnt, card, run.skip_damaged)
+    described = [text for _, text in run_tasks(adoption.read_tar, range(len(adoption.names)), run.workers)]
+    snapshot = adoption.publish(described, card, run.skip_damaged)
     print(f"{snapshot.uri}: {snapshot.samples} samples in {len(snapshot.shards)} shards")
 
 

@@ -19,9 +19,8 @@ from pipeline.errors import DataError, SettingError
 from pipeline.evaluation.drawing import draw_detections
 from pipeline.evaluation.encoder import inference
 from pipeline.evaluation.models import load_detector
-from pipeline.evaluation.readers import as_stored
 from pipeline.evaluation.report import detections_table
-from pipeline.loaders.images import Pixels, decode
+from pipeline.loaders.images import Pixels, as_stored, decode
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.models.detections import Detections, Detector, check_words
 from pipeline.models.method import build_method

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "extending.md"
@@ -15,7 +16,6 @@ PAGE = ROOT / "docs" / "extending.md"
 # One process for all jobs: importing torch takes most of the time.
 SCRIPT = """
 import importlib, runpy, sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 root, added = Path(sys.argv[1]), Path(sys.argv[2])
@@ -34,18 +34,8 @@ job(root / "jobs/evaluate.py", "sets", "--checkpoint", "runs", "--output", "resu
     "--tone-accuracy", "all=data", "few=data,samples=4,least=1.0", "--tone-floor", "0.5")
 job(root / "jobs/verify_dataset.py", "snapshot", "data")
 
-from pipeline.shards.snapshot import read_snapshot
-from pipeline.stages.filters.no_squares import NoSquares
-from pipeline.stages.filters.options import Filters
-from pipeline.stages.filters.run import filter_snapshot
-from pipeline.stages.shard_tasks import Workers
-
-@dataclass(frozen=True, kw_only=True)
-class WithField(Filters):
-    no_squares: NoSquares = field(default_factory=NoSquares)
-
-chosen = WithField(steps=("no_squares",)).chosen()
-filter_snapshot(read_snapshot("data"), chosen, Workers(processes_count=0))
+job(root / "jobs/filter_dataset.py", "custom", "--data", "data", "--processes-count", "0",
+    "--steps", "length", "no_squares", "--forbidden-word", "square")
 """
 
 
@@ -83,7 +73,7 @@ def test_a_source_makes_samples_without_images(used: Path) -> None:
     assert snapshots
     latest = read_snapshot(str(used / "data"))
     assert latest.fields == ("json", "npy", "txt")
-    # The filter, the last of the steps, leaves the sixteen sines.
+    # The filter, the last of the jobs, leaves the sixteen sines.
     assert latest.samples == 16
 
 
@@ -94,6 +84,12 @@ def test_a_method_is_trained_and_its_kind_of_evaluation_has_a_flag(used: Path) -
     assert metrics["tones/all/passed"] == 1.0
     record = json.loads((used / "runs" / "run.json").read_text())
     assert record["settings"]["method"] == "tone_classifier"
+
+
+def test_a_method_draws_its_own_figure_of_samples(used: Path) -> None:
+    (drawn,) = used.rglob("figures/samples.png")
+    with Image.open(drawn) as image:
+        assert image.size == (880, 220)  # four curves in a row, not the table that is the default
 
 
 @pytest.mark.parametrize("path", sorted(examples()))

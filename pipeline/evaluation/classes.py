@@ -11,9 +11,9 @@ from pipeline.config import require
 from pipeline.dataset import Card
 from pipeline.errors import SettingError
 from pipeline.evaluation.data import evaluation_batches
-from pipeline.evaluation.readers import ClassReader, ImageReader
 from pipeline.evaluation.task import PreparedSet, Reading
 from pipeline.loaders.images import ImageTransform
+from pipeline.loaders.readers import ImageReader, LabelReader
 from pipeline.shards.storage import Folder
 
 IMAGENET = ("imagenet", "imagenet_v2", "imagenet_sketch")  # the sets with all of ImageNet's 1,000 classes
@@ -41,7 +41,8 @@ def label_key(setting: str, card: Card | None) -> str:
 def labelled_batches(transform: ImageTransform, one: PreparedSet, reading: Reading) -> Iterator[dict[str, Any]]:
     """``image`` uint8 ``[B, 3, H, W]`` and ``label`` int64 ``[B]``, of a set that has :class:`Labels`."""
     labels: Labels = one.ready
-    readers = (ImageReader(transform), ClassReader(one.name, labels.label, labels.classes))
+    label = LabelReader(classes=labels.classes, json_key=labels.label, evaluated=one.name)
+    readers = (ImageReader(transform=transform), label)
     return evaluation_batches(one.samples(), readers, reading.evaluation_batch, reading.evaluation_threads)
 
 

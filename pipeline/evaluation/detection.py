@@ -18,7 +18,7 @@ from pipeline.errors import SettingError
 from pipeline.evaluation.average_precision import AveragePrecision
 from pipeline.evaluation.data import evaluation_batches
 from pipeline.evaluation.encoder import inference
-from pipeline.evaluation.readers import ImageReader, ObjectsReader
+from pipeline.loaders.readers import ImageReader, ObjectsReader
 from pipeline.models.detections import Detector, check_words
 from pipeline.shards.objects import Objects, overlaps, plain_word
 from pipeline.shards.sample import Sample
@@ -128,7 +128,7 @@ def evaluate_detection(
 def batches_of(samples: Iterable[Sample], batch: int, threads: int) -> Iterator[tuple[list[Tensor], list[Objects]]]:
     """Images, uint8 [3, H, W] as they are stored, and what is marked in them; unreadable ones are left out."""
 
-    for rows in evaluation_batches(samples, (ImageReader(), ObjectsReader()), batch, threads):
+    for rows in evaluation_batches(samples, (ImageReader(transform=None), ObjectsReader()), batch, threads):
         for image, objects, key in zip(rows["image"], rows["objects"], rows["key"], strict=True):
             objects.check_size(image.shape[1], image.shape[2], key)
         yield rows["image"], rows["objects"]

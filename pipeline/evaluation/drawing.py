@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.config import require
 from pipeline.errors import DataError
-from pipeline.evaluation.figures import FONT, readable
+from pipeline.loaders.sample_figures import FONT, readable
 from pipeline.models.detections import Detections
 from pipeline.shards.objects import Objects, names_of, plain_word
 from pipeline.shards.segmentation import mask_of

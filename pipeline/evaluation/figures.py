@@ -1,66 +1,34 @@
-"""Images of what a model is trained on and what it does: samples, a similarity matrix, retrieval examples.
+"""Figures of what a model does: a similarity matrix, retrieval examples, images with what was found in them.
 
-Each function gives a matplotlib figure of its own, without pyplot's global state, so it can be called from any thread
-and nothing has to be closed. Captions come from the open web: they are shown as plain text (no TeX), wrapped, cut,
-and what the font cannot draw becomes a box.
+They are made as those of :mod:`pipeline.loaders.sample_figures`: without global state, and with captions as plain text.
 """
 
-import textwrap
 from collections.abc import Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
+from pipeline.loaders.sample_figures import FONT, blank_figure, readable, show_image, wrapped
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FONT = "DejaVu Sans"
-BOX, TICK, CROSS = "\u25a1", "\u2713", "\u2717"
+TICK, CROSS = "\u2713", "\u2717"
 RIGHT, WRONG = "#1a7f37", "#b3261e"
 MATRIX_SIDE = 24
-
-
-def sample_grid(images: Tensor, captions: Sequence[str], columns: int = 4, title: str = "") -> "Figure":
-    """Images, uint8 ``[N, 3, H, W]``, each above its caption."""
-    rows = -(-len(images) // columns)
-    figure = _figure(2.5 * columns, 3.3 * rows + 0.4, title)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for place, axis in enumerate(axes):
-        if place < len(images):
-            _show(axis, images[place])
-            _caption(axis, captions[place], width=30, lines=5)
-        else:
-            axis.axis("off")
-    return figure
-
-
-def sample_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> "Figure":
-    """Samples that are no images: a line of texts for each, wrapped and cut."""
-    figure = _figure(2.6 * max(2, len(head)), 0.5 * (len(rows) + 1) + 0.6, title)
-    axis = figure.subplots()
-    axis.axis("off")
-    cells = [[_lines(text, 34, 2) for text in row] for row in rows] or [[""] * len(head)]
-    drawn = axis.table(cells, colLabels=[_lines(text, 34, 1) for text in head], loc="center", cellLoc="left")
-    drawn.auto_set_font_size(False)
-    drawn.set_fontsize(8)
-    drawn.scale(1, 2)
-    for cell in drawn.get_celld().values():
-        cell.get_text().set_parse_math(False)
-    return figure
 
 
 def image_grid(images: Sequence[Tensor], captions: Sequence[str], columns: int = 4, title: str = "") -> "Figure":
     """Images of any sizes, each uint8 ``[3, H, W]``, large enough to read what is written on them."""
     rows = -(-len(images) // columns)
-    figure = _figure(4.4 * columns, 4.6 * rows + 0.5, title)
+    figure = blank_figure(4.4 * columns, 4.6 * rows + 0.5, title)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis in axes[len(images) :]:
         axis.axis("off")
     for axis, image, caption in zip(axes, images, captions, strict=False):
-        _show(axis, image)
+        show_image(axis, image)
         axis.set_title(readable(caption), fontsize=9, parse_math=False)
     return figure
 
@@ -72,11 +40,11 @@ def similarity_matrix(images: Tensor, captions: Sequence[str], scores: Tensor, t
     """
     count = min(len(images), MATRIX_SIDE)
     values = scores[:count, :count].float().cpu().numpy().T
-    figure = _figure(5 + 0.5 * count, 1.7 + 0.5 * count, title)
+    figure = blank_figure(5 + 0.5 * count, 1.7 + 0.5 * count, title)
     figure.set_layout_engine("compressed")  # the plain one forgets that the cells are square, and cuts the captions
     axis = figure.subplots()
     drawn = axis.imshow(values, cmap="viridis")
-    axis.set_yticks(range(count), [_lines(text, 34, 2) for text in captions[:count]], fontsize=8)
+    axis.set_yticks(range(count), [wrapped(text, 34, 2) for text in captions[:count]], fontsize=8)
     for label in axis.get_yticklabels():
         label.set_parse_math(False)
     axis.set_xticks([])
@@ -114,7 +82,7 @@ def retrieval_examples(
     """
     queries = min(queries, len(images))
     scores = scores.float().cpu()
-    figure = _figure(2.2 * (top + 1) + 6, 2.2 * queries + 0.8, title)
+    figure = blank_figure(2.2 * (top + 1) + 6, 2.2 * queries + 0.8, title)
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(2.2 * (top + 1), 6))[0]
     left.suptitle("caption \u2192 images", fontsize=11)
     right.suptitle("image \u2192 captions", fontsize=11)
@@ -128,10 +96,10 @@ def _images_found(
 ) -> None:
     for query, row in enumerate(axes):
         row[0].axis("off")
-        _text(row[0], 0.98, 0.5, _lines(captions[query], 26, 7), ha="right", va="center", fontsize=9)
+        _text(row[0], 0.98, 0.5, wrapped(captions[query], 26, 7), ha="right", va="center", fontsize=9)
         order = scores[:, query].argsort(descending=True, stable=True)
         for axis, found in zip(row[1:], order[:top].tolist(), strict=False):
-            _show(axis, images[found])
+            show_image(axis, images[found])
             _frame(axis, captions[found] == captions[query])
             axis.set_xlabel(f"{float(scores[found, query]):.2f}", fontsize=8, labelpad=2)
         rank = next(place for place, found in enumerate(order.tolist(), 1) if captions[found] == captions[query])
@@ -147,59 +115,15 @@ def _captions_found(
     first = {text: place for place, text in reversed(list(enumerate(captions)))}
     places = sorted(first.values())
     for query, (image, words) in enumerate(axes):
-        _show(image, images[query])
+        show_image(image, images[query])
         words.axis("off")
         order = sorted(places, key=lambda place: -float(scores[query, place]))
         for line, found in enumerate(order[:top]):
             right = captions[found] == captions[query]
             text = f"{float(scores[query, found]):.2f}  {TICK if right else CROSS}  "
-            lines = _lines(captions[found], 44, 2).replace("\n", "\n" + " " * 15)
+            lines = wrapped(captions[found], 44, 2).replace("\n", "\n" + " " * 15)
             height = 1 - (line + 0.5) / top
             _text(words, 0, height, text + lines, va="center", fontsize=9.5, color=RIGHT if right else WRONG)
-
-
-def readable(text: str) -> str:
-    """``text`` on one line, with a box in place of every character that the figures' font cannot draw."""
-    drawable = _drawable()
-    plain = "".join(letter for letter in text if letter.isprintable() or letter.isspace())
-    return "".join(letter if ord(letter) in drawable else BOX for letter in " ".join(plain.split()))
-
-
-@cache
-def _drawable() -> frozenset[int]:
-    from matplotlib.font_manager import findfont
-    from matplotlib.ft2font import FT2Font
-
-    return frozenset(FT2Font(findfont(FONT)).get_charmap())
-
-
-def _lines(text: str, width: int, lines: int) -> str:
-    """At most ``lines`` lines of ``width`` characters; words longer than a line are broken."""
-    wrapped = textwrap.wrap(readable(text[: 4 * width * lines]), width) or ["(no caption)"]
-    if len(wrapped) > lines:
-        wrapped[lines - 1] = wrapped[lines - 1][: width - 2].rstrip() + " \u2026"
-    return "\n".join(wrapped[:lines])
-
-
-def _figure(width: float, height: float, title: str) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    if title:
-        figure.suptitle(readable(title), fontsize=12, parse_math=False)
-    return figure
-
-
-def _show(axis: "Axes", image: Tensor) -> None:
-    axis.imshow(image.cpu().numpy().transpose(1, 2, 0))
-    axis.set_xticks([])
-    axis.set_yticks([])
-
-
-def _caption(axis: "Axes", text: str, width: int, lines: int) -> None:
-    axis.set_xlabel(_lines(text, width, lines), fontsize=8.5, family=FONT, parse_math=False)
 
 
 def _text(axis: "Axes", x: float, y: float, text: str, **style: Any) -> None:

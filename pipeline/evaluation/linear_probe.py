@@ -32,12 +32,12 @@ from pipeline.errors import SettingError
 from pipeline.evaluation.classes import IMAGENET, Labels, labelled_batches, read_classes
 from pipeline.evaluation.data import CardData, Data, open_data
 from pipeline.evaluation.encoder import Evaluable, inference
-from pipeline.evaluation.readers import read_label
 from pipeline.evaluation.suite import name_and_data
 from pipeline.evaluation.task import ACCURACY, Column, PreparedSet, Reading, Report
 from pipeline.evaluation.zero_shot import Counts, label_ranks
 from pipeline.loaders.images import ImageTransform, Pixels, crop_words
 from pipeline.loaders.order import RandomStream, permutation
+from pipeline.loaders.readers import read_label
 from pipeline.models.adapters.adapter import Shots
 from pipeline.models.adapters.linear_probe import class_rows, regression
 from pipeline.models.clip import Clip

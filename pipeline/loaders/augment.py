@@ -15,9 +15,8 @@ from torch.utils.data import default_collate
 
 from pipeline.config import require
 from pipeline.loaders.batches import Batch, Row, SamplePosition
-from pipeline.loaders.images import ATTEMPTS, ImageTransform, read_crops
+from pipeline.loaders.images import ATTEMPTS, ImageTransform, encoded_image, read_crops
 from pipeline.loaders.order import RandomStream, random_bits
-from pipeline.loaders.samples import UnreadableSample
 from pipeline.shards.sample import Sample
 
 MOST_VIEWS = RandomStream.COLOURS - RandomStream.VIEWS
@@ -79,9 +78,7 @@ class ViewsReader:
     def read(self, sample: Sample, at: SamplePosition | None) -> Row:
         """uint8 [V, 3, H, W]."""
         assert at is not None, "random views are for training"
-        content = sample.image()
-        if content is None:
-            raise UnreadableSample(f"{sample.key} has no image")
+        content = encoded_image(sample)
         bits = [
             random_bits(self.seed, RandomStream.VIEWS + v, *at, 1 + 4 * ATTEMPTS) for v in range(len(self.transforms))
         ]

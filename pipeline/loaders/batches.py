@@ -1,32 +1,28 @@
 """Batches for training and evaluation: a torch DataLoader over an order of sample numbers.
 
-What a batch holds is said by *readers*. Each reads one or several keys: it turns a sample into values and a list of
-these into tensors. A batch is the union of what its readers give. A sample that a reader cannot read (an undecodable
-image, no caption) is replaced by the next readable one of
-its shard, so that batches keep their size and every run makes the same replacement; ``replaced`` counts them.
+What a batch holds is said by *readers*, those of :mod:`pipeline.loaders.readers` or a method's own. Each reads one or
+several keys: it turns a sample into values and a list of these into tensors. A batch is the union of what its readers
+give. A sample that a reader cannot read (an undecodable image, no caption) is replaced by the next readable one of its
+shard, so that batches keep their size and every run makes the same replacement; ``replaced`` counts them.
 """
 
-import json
 import logging
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice, starmap
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipeline.config import require
 from pipeline.errors import ClipmillError, DataError
 from pipeline.loaders.cache import FileCache
 from pipeline.loaders.cores import cores
-from pipeline.loaders.images import ImageTransform, crop_words
 from pipeline.loaders.mixture import MixedOrder, MixedSamples, TrainingData, open_samples
 from pipeline.loaders.order import Order
 from pipeline.loaders.samples import Samples, UnreadableSample, check_fields
-from pipeline.loaders.text import Tokenizer, caption_field, cut_text, faster, read_caption
 from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Snapshot
 
@@ -70,88 +66,6 @@ class Reader(Protocol):
     def collate(self, rows: list[Row]) -> Batch:
         """The batch of ``rows``, with the same keys for every batch."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageReader:
-    """Images as uint8 [B, 3, H, W]; random crops are a pure function of (seed, epoch, sample)."""
-
-    transform: ImageTransform
-    seed: int = 0
-    key: str = "image"
-    fields = ("image",)
-
-    def read(self, sample: Sample, at: SamplePosition | None) -> Row:
-        """uint8 [3, H, W]."""
-        content = sample.image()
-        if content is None:
-            raise UnreadableSample(f"{sample.key} has no image")
-        random = self.transform.random and at is not None
-        return {self.key: self.transform.read(content, crop_words(self.seed, *at) if random and at else None)}
-
-    def collate(self, rows: list[Row]) -> Batch:
-        """uint8 [B, 3, H, W], in a loader's process in memory that it shares with the training process."""
-        return {self.key: default_collate([row[self.key] for row in rows])}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextReader:
-    """Captions as int64 tokens [B, L], cut at the batch's longest text where the tower allows it."""
-
-    tokenizer: Tokenizer
-    end_of_text: int | None = None
-    caption: str = "txt"
-    key: str = "text"
-
-    @property
-    def fields(self) -> Sequence[str]:
-        """The field that holds captions."""
-        return (caption_field(self.caption),)
-
-    def read(self, sample: Sample, at: SamplePosition | None) -> Row:
-        """The caption."""
-        return {self.key: read_caption(sample, self.caption)}
-
-    def collate(self, rows: list[Row]) -> Batch:
-        """int64 [B, L]."""
-        return {self.key: cut_text(self._faster([row[self.key] for row in rows]), self.end_of_text)}
-
-    @cached_property
-    def _faster(self) -> Tokenizer:
-        return faster(self.tokenizer)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelReader:
-    """Class numbers as int64 [B]: the index in ``classes`` of what is under ``json_key`` in the sample's json.
-
-    A whole number that is no class name is an index itself.
-    """
-
-    classes: tuple[str, ...]
-    json_key: str = "label"
-    key: str = "label"
-    fields = ("json",)
-
-    def read(self, sample: Sample, at: SamplePosition | None) -> Row:
-        """The class number."""
-        try:
-            return {self.key: self._number(json.loads(sample.fields["json"])[self.json_key])}
-        except (KeyError, ValueError, TypeError) as error:
-            raise UnreadableSample(f"{sample.key}.json has no {self.json_key} among the classes ({error})") from error
-
-    def collate(self, rows: list[Row]) -> Batch:
-        """int64 [B]."""
-        return {self.key: torch.tensor([row[self.key] for row in rows], dtype=torch.int64)}
-
-    def _number(self, value: Any) -> int:
-        if type(value) is int and str(value) not in self._numbers and 0 <= value < len(self.classes):
-            return value
-        return self._numbers[str(value)]
-
-    @cached_property
-    def _numbers(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.classes)}
 
 
 @dataclass(frozen=True, kw_only=True)

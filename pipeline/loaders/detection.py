@@ -25,7 +25,7 @@ from torch.utils.data import default_collate
 from pipeline.config import require
 from pipeline.errors import DataError, SidecarError
 from pipeline.loaders.batches import Batch, Row, SamplePosition
-from pipeline.loaders.images import Pixels, decode, resize
+from pipeline.loaders.images import Pixels, decode, encoded_image, resize
 from pipeline.loaders.order import RandomStream, random_bits
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.shards.objects import FIELD, Objects, plain_word, read_objects
@@ -268,10 +268,7 @@ class DetectionReader:
         return stacked
 
     def _image(self, sample: Sample, targets: Targets) -> Tensor:
-        content = sample.image()
-        if content is None:
-            raise UnreadableSample(f"{sample.key} has no image")
-        pixels = decode(content)
+        pixels = decode(encoded_image(sample))
         targets.objects.check_size(pixels.shape[0], pixels.shape[1], sample.key)
         return targets.placement.image(pixels)
 

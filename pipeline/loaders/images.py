@@ -28,6 +28,7 @@ from torch.nn import functional
 from pipeline.config import require
 from pipeline.loaders.order import RandomStream, random_bits
 from pipeline.loaders.samples import UnreadableSample
+from pipeline.shards.sample import Sample
 
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
@@ -195,6 +196,19 @@ def resize(pixels: Pixels, size: tuple[int, int], interpolation: str = "bicubic"
     if tuple(tensor.shape[1:]) == size:
         return tensor.contiguous()
     return functional.interpolate(tensor[None], size=size, mode=interpolation, antialias=True)[0].contiguous()
+
+
+def encoded_image(sample: Sample) -> bytes:
+    """The encoded image of ``sample``, whatever its format; raises ``UnreadableSample`` where it has none."""
+    content = sample.image()
+    if content is None:
+        raise UnreadableSample(f"{sample.key} has no image")
+    return content
+
+
+def as_stored(pixels: Pixels) -> Tensor:
+    """uint8 [H, W, 3] to uint8 [3, H, W], without a transform."""
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def decode(content: bytes) -> Pixels:

@@ -1,5 +1,6 @@
 """The samples of a snapshot by number, read from mapped tars."""
 
+import json
 import os
 from bisect import bisect_right
 from collections import OrderedDict
@@ -26,6 +27,19 @@ class UnreadableSample(Exception):
 
     Training counts it and takes the next sample of the shard; it is never seen by a user.
     """
+
+
+def json_of_sample(sample: Sample) -> dict[str, Any]:
+    """The object in the sample's ``json``; empty where it has none.
+
+    Raises:
+        UnreadableSample: the field is no JSON.
+    """
+    try:
+        record = json.loads(sample.fields.get("json", b"{}"))
+    except ValueError as error:
+        raise UnreadableSample(f"{sample.key}.json is no JSON") from error
+    return record if isinstance(record, dict) else {}
 
 
 class Fielded(Protocol):

@@ -1,7 +1,6 @@
 """Captions to tokens."""
 
 import copy
-import json
 import re
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import SettingError
-from pipeline.loaders.samples import UnreadableSample
+from pipeline.loaders.samples import UnreadableSample, json_of_sample
 from pipeline.shards.sample import Sample
 
 REMEMBERED_WORDS = 100_000
@@ -118,18 +117,31 @@ def read_caption(sample: Sample, caption: str = "txt") -> str:
         UnreadableSample: the sample has none there.
     """
     field, _, key = caption.partition(":")
-    content = sample.fields.get(field)
-    if content is None:
+    if field not in sample.fields:
         raise UnreadableSample(f"{sample.key} has no .{field}")
     if not key:
-        return content.decode("utf-8", errors="replace")
-    try:
-        value = json.loads(content).get(key)
-    except (ValueError, AttributeError) as error:
-        raise UnreadableSample(f"{sample.key}.json is no JSON object") from error
+        return sample.fields[field].decode("utf-8", errors="replace")
+    value = json_of_sample(sample).get(key)
     if not isinstance(value, str):
         raise UnreadableSample(f"{sample.key}.json has no text {key}")
     return value
+
+
+def read_captions(sample: Sample, caption: str = "auto") -> list[str]:
+    """The captions of ``sample`` that are not empty, one or more.
+
+    ``auto`` takes the list ``captions`` of its json where there is one, else its ``.txt``; the rest is as in
+    :func:`read_caption`.
+
+    Raises:
+        UnreadableSample: the sample has none.
+    """
+    several = json_of_sample(sample).get("captions") if caption == "auto" else None
+    texts = several if isinstance(several, list) else [read_caption(sample, "txt" if caption == "auto" else caption)]
+    found = [text for text in texts if isinstance(text, str) and text.strip()]
+    if not found:
+        raise UnreadableSample(f"{sample.key} has no caption")
+    return found
 
 
 def cut_text(tokens: Tensor, end_of_text: int | None) -> Tensor:

@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.loaders.batches import Batch, Row, SamplePosition, TextReader
+from pipeline.loaders.batches import Batch, Row, SamplePosition
+from pipeline.loaders.readers import TextReader
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.loaders.text import Tokenizer, cut_text, faster, read_caption
 from pipeline.shards.sample import Sample

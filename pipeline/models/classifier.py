@@ -30,7 +30,8 @@ from torch.nn import functional
 from torchvision.transforms import v2
 
 from pipeline.config import require
-from pipeline.loaders.batches import LabelReader, Reader
+from pipeline.loaders.batches import Reader
+from pipeline.loaders.readers import LabelReader
 from pipeline.loaders.text import TextSettings, cut_text
 from pipeline.models import clip
 from pipeline.models.towers import openclip

@@ -10,19 +10,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor, nn
 
 import pipeline.models
 from pipeline.errors import SettingError
 from pipeline.loaders import tokens
-from pipeline.loaders.batches import ImageReader, Reader, TextReader
+from pipeline.loaders.batches import Reader
 from pipeline.loaders.images import ImageTransform
+from pipeline.loaders.readers import ImageReader, TextReader
+from pipeline.loaders.sample_figures import sample_figure
 from pipeline.loaders.text import TextSettings, Tokenizer, caption_field
 from pipeline.models.losses import ALONE, Exchange, Gather, alone
 from pipeline.models.towers.layers import Layer, blocks
+from pipeline.shards.sample import Sample
 from pipeline.shards.sidecar import Wanted
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Method(nn.Module, ABC):
@@ -74,7 +80,7 @@ class Method(nn.Module, ABC):
 
     @classmethod
     def reader_settings(cls, run: Any) -> Any:
-        """What the readers need of the settings of a training run: handed to the three methods below."""
+        """What the readers need of the settings of a training run: handed to the methods below as ``settings``."""
         return None
 
     @classmethod
@@ -102,6 +108,22 @@ class Method(nn.Module, ABC):
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """:meth:`training_step`, under the name that ``DistributedDataParallel`` calls."""
         return self.training_step(batch)
+
+    def lengths(self, batch: Mapping[str, Tensor]) -> Mapping[str, int]:
+        """Lengths of ``batch`` by unit, such as ``{"text tokens": 24}``, on which the work of a step depends.
+
+        The work has to be a polynomial of second degree in them. Without any, all batches are the same work a sample.
+        """
+        return {}
+
+    @classmethod
+    def samples_figure(cls, config: Any, settings: Any, samples: Sequence[Sample], title: str) -> "Figure":
+        """A figure of a few samples that training reads, for the run's record.
+
+        Here: images with their captions, or a table of the fields where samples have no image. A method with a medium
+        of its own draws it on a :func:`~pipeline.loaders.sample_figures.blank_figure`.
+        """
+        return sample_figure(samples, title)
 
     def after_step(self) -> None:  # noqa: B027  # most methods have nothing to do here
         """Called after every step of the optimiser."""
@@ -172,6 +194,17 @@ class ImageTextMethod(Method):
         text = settings or TextSettings()
         reader = TextReader(tokenizer=self.tokenizer, end_of_text=self.end_of_text, caption=text.caption)
         return [tokens.from_sidecar(reader, text.tokens) if text.tokens else reader]
+
+    def lengths(self, batch: Mapping[str, Tensor]) -> Mapping[str, int]:
+        """Texts are cut to their batch's longest."""
+        return {"text tokens": batch["text"].shape[1]} if "text" in batch else {}
+
+    @classmethod
+    def samples_figure(
+        cls, config: Any, settings: TextSettings | None, samples: Sequence[Sample], title: str
+    ) -> "Figure":
+        """Images with the captions that training reads."""
+        return sample_figure(samples, title, caption=(settings or TextSettings()).caption)
 
     @classmethod
     def _reads_text(cls) -> bool:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
@@ -55,19 +56,19 @@ def pretrain(job: Pretraining, keeps: bool = True) -> None:
     """Settle the run, then train it, evaluate it beside the training and register what came out, if it ``keeps`` it."""
     evaluates = bool(job.evaluations.prepare().sets)
     plan, record = prepare(job.method, job.run, evaluates=evaluates)
+    method = method_class(method_name(job.method))
     with start(job.tracking, job, run_id=record.tracking_run) as tracker:
         keep_tracking_run(plan, record, tracker.run_id)
         for number, snapshot in enumerate(parts_of(plan.snapshot), start=1):
             tracker.log_dataset(snapshot, "training" if number == 1 else f"training_{number}")
-        tracker.log_figure("samples", snapshot_figure(parts_of(plan.snapshot)[0], caption=job.run.caption))
+        draw = partial(method.samples_figure, job.method, method.reader_settings(job.run))
+        tracker.log_figure("samples", snapshot_figure(parts_of(plan.snapshot)[0], draw))
         evaluation = CheckpointEvaluation(evaluations=job.evaluations, run=tracker.handle)
         with follower(plan, evaluation) if evaluates else nullcontext() as beside:
             outcome = launch(plan, tracker.handle.open)
         metrics = beside.results.get(outcome.steps, {}) if beside else {}
         if keeps:
-            tracker.register_checkpoint(
-                outcome.checkpoint, metrics, outcome.steps, name=method_class(method_name(job.method)).registered_as
-            )
+            tracker.register_checkpoint(outcome.checkpoint, metrics, outcome.steps, name=method.registered_as)
 
 
 def drawn(job: Job, scratch: str) -> Job:

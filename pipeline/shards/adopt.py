@@ -1,8 +1,8 @@
-"""A folder of shards that something else made becomes a snapshot where it lies.
+"""Publish a snapshot of tars made by other tools, in place.
 
-img2dataset's output and plain WebDataset tars are read once, for their digests and counts; nothing of what is there is
-copied or changed, and only ``_snapshots/`` is added, so img2dataset can go on in the folder and the new shards be
-adopted afterwards. What was learnt of a tar is kept in ``_snapshots/adopted.parquet`` and not learnt again.
+Tars of img2dataset and plain WebDataset tars are read once, for digests and counts. No file is copied or changed; only
+``_snapshots/`` is added. So img2dataset can continue in the folder, and a later run adopts the new shards. The stats of
+each tar are stored in ``_snapshots/adopted.parquet``, so no tar is read twice.
 """
 
 import hashlib
@@ -30,15 +30,15 @@ logger = logging.getLogger(__name__)
 
 ENGINE = "adopted"
 KNOWN = "adopted.parquet"  # name, stamp and counts of every tar adopted so far
-LEARNT = "adopting"  # a folder with one small file for each tar that a running adoption has read
+PROGRESS = "adopting"  # folder with one small file per tar that a running adoption has read
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adoption:
-    """The tars of ``folder`` that are to be adopted; ``unfinished`` ones are those img2dataset has not marked done.
+    """The tars of ``folder`` to adopt; ``unfinished`` are those that img2dataset has not marked as done.
 
-    ``known`` maps a tar's name to its stamp and what an earlier adoption learnt of it.
+    ``known`` maps a tar's name to its version stamp and its stats from an earlier adoption.
     """
 
     folder: Folder
@@ -46,38 +46,38 @@ class Adoption:
     unfinished: tuple[str, ...]
     known: Mapping[str, tuple[str, str]]
 
-    def learn(self, number: int) -> str:
+    def read_tar(self, number: int) -> str:
         """Read tar ``number``: the JSON of :class:`~pipeline.shards.writer.ShardStats`, or of ``{"problem": ...}``."""
         name = self.names[number]
         stamp = _stamp(self.folder, name)
-        learnt = _learnt(self.folder)
+        progress = _progress(self.folder)
         if name in self.known and self.known[name][0] == stamp:
             return self.known[name][1]
-        if learnt.exists(f"{name}.json"):
-            before = json.loads(learnt.read_bytes(f"{name}.json"))
+        if progress.exists(f"{name}.json"):
+            before = json.loads(progress.read_bytes(f"{name}.json"))
             if before["stamp"] == stamp:
                 return str(before["stats"])
         try:
             stats = json.dumps(vars(describe(self.folder, name)))
         except DataError as error:
             return json.dumps({"shard": name, "problem": str(error)})
-        learnt.write_atomic(f"{name}.json", json.dumps({"stamp": stamp, "stats": stats}).encode())
+        progress.write_atomic(f"{name}.json", json.dumps({"stamp": stamp, "stats": stats}).encode())
         return stats
 
-    def publish(self, learnt: Iterable[str], card: str | None, skip_damaged: bool) -> Snapshot:
-        """Make the tars that :meth:`learn` described the folder's newest snapshot.
+    def publish(self, described: Iterable[str], card: str | None, skip_damaged: bool) -> Snapshot:
+        """Publish the tars that :meth:`read_tar` described as the folder's newest snapshot.
 
         Raises:
-            DataError: some are damaged, and ``skip_damaged`` does not say to leave them out.
-            SnapshotError: no tar holds a sample.
-            StorageError: the store refused.
+            DataError: some tars are damaged, and ``skip_damaged`` is off.
+            SnapshotError: no tar contains a sample.
+            StorageError: the file system or store failed.
         """
-        plain = {entry["shard"]: (entry, text) for text in learnt for entry in (json.loads(text),)}
+        plain = {entry["shard"]: (entry, text) for text in described for entry in (json.loads(text),)}
         problems = [entry["problem"] for _, (entry, _) in sorted(plain.items()) if "problem" in entry]
         if problems and not skip_damaged:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-            said = "; ".join(problems[:3]) + more
-            raise DataError(f"{said}; make them again or leave them out with --skip-damaged")
+            listed = "; ".join(problems[:3]) + more
+            raise DataError(f"{listed}; make them again or leave them out with --skip-damaged")
         for problem in problems:
             logger.warning("left out: %s", problem)
         good = {name: (entry, text) for name, (entry, text) in plain.items() if "problem" not in entry}
@@ -88,7 +88,7 @@ class Adoption:
         return snapshot
 
     def _publish(self, stats: list[ShardStats], card: str | None) -> Snapshot:
-        """Tars that the latest snapshot has already keep their sidecars and selections."""
+        """Tars of the latest snapshot keep their sidecars and selections."""
         latest = read_snapshot(self.folder.uri) if snapshot_ids(self.folder) else None
         before = {(shard.name, shard.sha256): shard for shard in latest.shards} if latest else {}
         new = [Shard(name=one.shard, samples=one.successes, bytes=one.bytes, sha256=one.sha256) for one in stats]
@@ -113,16 +113,16 @@ class Adoption:
         content = BytesIO()
         pq.write_table(pa.Table.from_pylist(rows), content)
         self.folder.folder(SNAPSHOTS).write_atomic(KNOWN, content.getvalue())
-        learnt = _learnt(self.folder)
-        if learnt.fs.exists(learnt.path):
-            learnt.fs.rm(learnt.path, recursive=True)
+        progress = _progress(self.folder)
+        if progress.fs.exists(progress.path):
+            progress.fs.rm(progress.path, recursive=True)
 
 
 def find_shards(folder: Folder) -> Adoption:
-    """What there is to adopt. Where img2dataset's marks (``_stats.json``) are found, a tar without one is unfinished.
+    """The tars to adopt. If the folder has marks of img2dataset (``_stats.json``), a tar without one is unfinished.
 
     Raises:
-        SettingError: no tar, or a folder that clipmill itself made.
+        SettingError: no tar, or a folder made by clipmill itself.
         StorageError: the folder cannot be written.
     """
     tars = [name.removesuffix(".tar") for name in folder.names(".tar")]
@@ -144,10 +144,10 @@ def find_shards(folder: Folder) -> Adoption:
 
 
 def describe(folder: Folder, name: str) -> ShardStats:
-    """Counts, digest and fields of the tar ``name``, read once from front to back, and img2dataset's own counts.
+    """Counts, digest and fields of the tar ``name``, in one sequential read, with img2dataset's own counts.
 
     Raises:
-        DataError: a damaged, hostile or compressed tar, or one with another number of samples than its mark says.
+        DataError: a damaged, hostile or compressed tar, or one whose number of samples differs from its mark.
     """
     uri = folder.join(f"{name}.tar")
     fields: set[str] = set()
@@ -185,7 +185,7 @@ def describe(folder: Folder, name: str) -> ShardStats:
 
 
 class _Hashed:
-    """A file that is read in order, hashed and counted on the way."""
+    """A sequentially read file that hashes and counts the bytes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.digest, self.count, self.compression = file, hashlib.sha256(), 0, ""
@@ -210,14 +210,14 @@ def _stats(folder: Folder, name: str) -> dict[str, Any]:
 
 
 def _stamp(folder: Folder, name: str) -> str:
-    """What changes when the tar is written anew: its size with its time, or the store's own digest."""
+    """Version stamp of the tar: its size with its modification time, or the store's ETag."""
     info = folder.fs.info(f"{folder.path}/{name}.tar")
     changed = next((info[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if key in info), "")
     return f"{info.get('size', '')}/{changed}"
 
 
-def _learnt(folder: Folder) -> Folder:
-    return folder.folder(SNAPSHOTS).folder(LEARNT)
+def _progress(folder: Folder) -> Folder:
+    return folder.folder(SNAPSHOTS).folder(PROGRESS)
 
 
 def _known(folder: Folder) -> dict[str, tuple[str, str]]:
@@ -229,12 +229,12 @@ def _known(folder: Folder) -> dict[str, tuple[str, str]]:
 
 
 def _check_writable(folder: Folder) -> None:
-    """Before terabytes are read for nothing."""
-    place = _learnt(folder)
+    """Check this before reading terabytes."""
+    place = _progress(folder)
     try:
         place.write_atomic("started", b"")
     except StorageError as error:
         raise StorageError(
-            f"{folder.uri} cannot be written, and a snapshot lies beside its shards in {SNAPSHOTS}/ ({error}); ask for "
-            f"write access, or copy the samples with jobs/refresh_dataset.py webdataset --tars {folder.uri}"
+            f"{folder.uri} cannot be written, but the snapshot is stored there, in {SNAPSHOTS}/ ({error}); get write "
+            f"access, or copy the samples with jobs/refresh_dataset.py webdataset --tars {folder.uri}"
         ) from error

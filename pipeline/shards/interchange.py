@@ -1,9 +1,9 @@
-"""Index files by which other tools find a snapshot's shards: ``sizes.json``, a wids index, a Croissant card.
+"""Index files for other tools: ``sizes.json``, a wids index, a Croissant card.
 
-They lie in ``{folder}/_snapshots/{id}/``, each naming the tars by a relative path, and are written just before the
-manifest that makes the snapshot visible. open_clip looks for ``sizes.json`` beside the tars, so it is there too, but
-for folders that img2dataset made: it takes every ``*.json`` beside its tars for one of its marks, and its resume would
-fail. These tools know nothing of selections, so the counts are of what the tars hold.
+They are stored in ``{folder}/_snapshots/{id}/``, with relative paths to the tars, and are written just before the
+manifest that makes the snapshot visible. open_clip expects ``sizes.json`` beside the tars, so a copy is written there,
+except in folders made by img2dataset: it reads every ``*.json`` beside its tars as one of its marks, and its resume
+would fail. These tools ignore selections, so the counts include hidden samples.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ from pipeline.shards.storage import Folder
 
 SIZES, WIDS, CROISSANT = "sizes.json", "wids.json", "croissant.json"
 UP = "../../"  # from `_snapshots/{id}/` to the tars
-LISTED_SHARDS = 10_000  # a Croissant card lists up to this many tars; of larger snapshots it names the manifest alone
+LISTED_SHARDS = 10_000  # largest number of tars that a Croissant card lists; above it, the card names the manifest only
 FOREIGN_ENGINES = ("img2dataset", "adopted")
 CROISSANT_VERSION = "http://mlcommons.org/croissant/1.0"
-# The context that the Croissant 1.0 specification prescribes (appendix "JSON-LD context").
+# The context prescribed by the Croissant 1.0 specification (appendix "JSON-LD context").
 CONTEXT: Mapping[str, Any] = {
     "@language": "en",
     "@vocab": "https://schema.org/",
@@ -72,10 +72,10 @@ TEXT = ("text/", "application/json")
 
 
 def write_indexes(folder: Folder, snapshot: Snapshot, manifest: bytes) -> None:
-    """Write the index files of ``snapshot``, whose list of shards is the parquet file ``manifest``.
+    """Write the index files of ``snapshot``; ``manifest`` is the parquet file that lists its shards.
 
     Raises:
-        StorageError: the store refused.
+        StorageError: the file system or store failed.
     """
     place = folder.folder(f"_snapshots/{snapshot.id}")
     sizes = json.dumps(shard_sizes(snapshot.shards)).encode()
@@ -88,19 +88,19 @@ def write_indexes(folder: Folder, snapshot: Snapshot, manifest: bytes) -> None:
 
 
 def delete_indexes(folder: Folder, snapshot_id: str) -> None:
-    """Delete the index files of a snapshot; missing ones are fine. ``sizes.json`` beside the tars is the latest's."""
+    """Delete the index files of a snapshot, if any. ``sizes.json`` beside the tars stays: it is the latest's."""
     place = folder.folder(f"_snapshots/{snapshot_id}")
     if place.fs.exists(place.path):
         place.fs.rm(place.path, recursive=True)
 
 
 def shard_sizes(shards: tuple[Shard, ...]) -> dict[str, int]:
-    """open_clip's ``sizes.json``: tar to number of samples in it."""
+    """open_clip's ``sizes.json``: tar to number of samples."""
     return {shard.tar: shard.stored for shard in shards}
 
 
 def wids_index(snapshot: Snapshot) -> dict[str, Any]:
-    """The index that ``wids.ShardListDataset`` opens, local or remote."""
+    """The index for ``wids.ShardListDataset``, local or remote."""
     shards = [
         {"url": UP + shard.tar, "nsamples": shard.stored, "filesize": shard.bytes, "sha256": shard.sha256}
         for shard in snapshot.shards
@@ -165,8 +165,8 @@ def _tar(snapshot: Snapshot, shard: Shard) -> dict[str, Any]:
         "@type": "cr:FileObject",
         "@id": shard.tar,
         "name": shard.tar,
-        # By way of the snapshot's own folder: mlcroissant keeps what it has extracted under the address as it is
-        # written, and would take the `../../00000.tar` of one data set for that of another.
+        # The path includes the snapshot's folder: mlcroissant caches extracted files by the literal address, and would
+        # confuse the `../../00000.tar` of two datasets.
         "contentUrl": f"../{snapshot.id}/{UP}{shard.tar}",
         "contentSize": f"{shard.bytes} B",
         "encodingFormat": "application/x-tar",
@@ -175,10 +175,10 @@ def _tar(snapshot: Snapshot, shard: Shard) -> dict[str, Any]:
 
 
 def _file_sets(snapshot: Snapshot, listed: tuple[Shard, ...]) -> dict[str, dict[str, Any]]:
-    """For each field of the samples, the members of the tars that hold it."""
+    """For each field of the samples, its members in the tars."""
     sets = {}
     for field in snapshot.fields if listed else ():
-        # `*.json` would take the members `.boxes.json` too; keys end in a digit.
+        # `*.json` would match the members `.boxes.json` too; keys end in a digit.
         ambiguous = any(other.endswith(f".{field}") for other in snapshot.fields)
         sets[field] = {
             "@type": "cr:FileSet",
@@ -192,14 +192,14 @@ def _file_sets(snapshot: Snapshot, listed: tuple[Shard, ...]) -> dict[str, dict[
 
 
 def _data_type(field: str) -> str | None:
-    """Croissant's type of a field's content; None for media that it has no type for, such as arrays."""
+    """Croissant's type of a field's content; None where it has no such type, as for arrays."""
     if field in (*IMAGE_FIELDS, "mask.png"):
         return "sc:ImageObject"
     return "sc:Text" if MEDIA.get(field.rpartition(".")[2], "").startswith(TEXT) else None
 
 
 def _record_set(field: str, kind: str) -> dict[str, Any]:
-    """Records of key and content; equal keys belong to one sample."""
+    """Records of key and content; records with equal keys belong to one sample."""
     name = field.replace(".", "-")
     source = {"fileSet": {"@id": f"{field}-files"}}
     key = {

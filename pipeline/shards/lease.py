@@ -1,9 +1,9 @@
-"""One writer at a time: a job that changes a folder holds its lease while it works.
+"""A lease on a folder: one writer at a time.
 
-The lease is the file ``_lease``. Its holder writes a new beat into it every few seconds; whoever finds it watches
-whether the beat changes, which needs no clocks that agree. A holder that died on this machine is known at once, any
-other after ``SILENCE_SECONDS`` without a beat. Stores that cannot refuse to overwrite (S3 and disks can) let two jobs
-that start in the same instant both begin; the later one is noticed by the earlier one before it publishes.
+The lease is the file ``_lease``. Its holder writes a new heartbeat every few seconds. Another job watches whether the
+heartbeat changes, so the clocks need not agree. A dead holder on this machine is detected at once, one on another
+machine after ``SILENCE_SECONDS`` without a heartbeat. On stores without exclusive creation (S3 and disks have it) two
+jobs that start at the same instant may both begin; the earlier one detects this before it publishes.
 """
 
 import json
@@ -25,14 +25,14 @@ from pipeline.shards.storage import Folder
 
 logger = logging.getLogger(__name__)
 
-LEASE = "_lease"  # not .json: img2dataset takes every such file beside tars for a mark of its own
+LEASE = "_lease"  # not .json: img2dataset reads every such file beside tars as one of its marks
 BEAT_SECONDS = 10.0
 SILENCE_SECONDS = 45.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """Who holds a lease: ``work`` is what for, ``born`` the start of the process in seconds since 1970."""
+    """The holder of a lease: ``work`` names its job, ``born`` is the start of the process in seconds since 1970."""
 
     work: str
     host: str = field(default_factory=socket.gethostname)
@@ -42,7 +42,7 @@ class Holder:
     beat: int = 0
 
     def is_dead(self) -> bool:
-        """Whether it was on this machine and is no more."""
+        """Whether it was a process on this machine and has ended."""
         if self.host != socket.gethostname():
             return False
         try:
@@ -52,7 +52,7 @@ class Holder:
 
 
 class Lease:
-    """A lease that is held."""
+    """A held lease."""
 
     def __init__(self, folder: Folder, holder: Holder) -> None:
         self._folder, self._holder = folder, holder
@@ -61,7 +61,7 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise ``StorageError`` if another job has taken the lease meanwhile, as it may after a long silence."""
+        """Raise ``StorageError`` if another job took the lease, which it may do after a long silence."""
         found = _read(self._folder)
         if found is not None and found.name != self._holder.name:
             raise StorageError(
@@ -69,14 +69,14 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Give it back."""
+        """Release the lease."""
         self._ended.set()
         self._thread.join()
         found = _read(self._folder)
         if found is not None and found.name == self._holder.name:
             self._folder.delete(LEASE)
             if self._folder.is_local:
-                with suppress(OSError):  # a job that was refused before it wrote anything leaves no folder
+                with suppress(OSError):  # a rejected job that wrote no file leaves no folder
                     os.rmdir(self._folder.path)
 
     def _beat(self) -> None:
@@ -93,10 +93,10 @@ class Lease:
 
 @contextmanager
 def lease(folder: Folder, work: str) -> Iterator[Lease]:
-    """Hold the lease of ``folder`` for ``work`` ("a refresh"); waits for no one who is alive.
+    """Hold the lease of ``folder`` for ``work`` ("a refresh"); does not wait for a live holder.
 
     Raises:
-        StorageError: another job is at work there, or the store refused.
+        StorageError: another job holds the lease, or the file system or store failed.
     """
     held = Lease(folder, _take(folder, Holder(work=work)))
     try:
@@ -109,7 +109,7 @@ def _take(folder: Folder, mine: Holder) -> Holder:
     while not folder.create(LEASE, _text(mine)):
         theirs = _read(folder)
         if theirs is None:
-            continue  # given back this moment
+            continue  # released at this moment
         if not theirs.is_dead() and not _falls_silent(folder, theirs):
             raise StorageError(f"{folder.uri}: {_described(theirs)} is at work here; let it end, or stop it")
         logger.info("%s in %s is no more", _described(theirs), folder.uri)
@@ -120,7 +120,7 @@ def _take(folder: Folder, mine: Holder) -> Holder:
 
 
 def _falls_silent(folder: Folder, theirs: Holder) -> bool:
-    """Watch for a beat; whether there was none for a while."""
+    """Watch the heartbeat; whether it stayed silent."""
     logger.info("%s may be at work in %s: watching for up to %.0f s", _described(theirs), folder.uri, SILENCE_SECONDS)
     until = time.monotonic() + SILENCE_SECONDS
     while time.monotonic() < until:
@@ -137,7 +137,7 @@ def _read(folder: Folder) -> Holder | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError):
-        # Not ours, or cut short by a store that does: as good as silent.
+        # Not a lease of ours, or truncated by the store: treated as silent.
         return Holder(work="something", host="an unknown host", process=0, born=0.0, name="")
 
 

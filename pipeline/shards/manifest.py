@@ -1,7 +1,7 @@
-"""What a manifest says of a snapshot: its shards, its samples' fields, and how it was made.
+"""Records of a manifest: a snapshot's shards, the fields of its samples, and its provenance.
 
-Plain records without input or output; ``snapshot.py`` publishes and reads them, ``interchange.py`` describes them to
-other tools.
+This module does no I/O: ``snapshot.py`` publishes and reads the records, ``interchange.py`` exports them to other
+tools.
 """
 
 from collections.abc import Mapping
@@ -13,8 +13,9 @@ from typing import Any
 class Shard:
     """One tar of a snapshot. ``sidecars`` maps a sidecar's name (``regions``) to the SHA-256 hex of its file.
 
-    ``samples`` counts what readers see, ``stored`` what the tar holds. They differ where ``selection``, the SHA-256
-    hex of a file of positions, hides or repeats some (see ``selection.py``); ``bytes`` and ``sha256`` are the tar's.
+    ``samples`` counts visible samples, ``stored`` the samples in the tar. They differ where ``selection``, the SHA-256
+    (hex) of a file of positions, hides or repeats samples (see ``selection.py``). ``bytes`` and ``sha256`` are the
+    tar's.
     """
 
     name: str
@@ -31,17 +32,17 @@ class Shard:
 
     @property
     def tar(self) -> str:
-        """File name of the tar in the data set's folder."""
+        """File name of the tar in the dataset's folder."""
         return f"{self.name}.tar"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """What readers see of a data set.
+    """An immutable version of a dataset.
 
-    ``rows`` counts input rows, ``dropped`` those that became no sample, by error class; ``changes`` tells what differs
-    from the parent, by kind. ``digest`` is the SHA-256 hex of shards, selections and sidecars, so two snapshots with
-    the same samples have the same digest wherever they lie.
+    ``rows`` counts input rows, ``dropped`` the rows without a sample, by error class; ``changes`` counts differences to
+    the parent, by kind. ``digest`` is the SHA-256 (hex) of shards, selections and sidecars, so two snapshots with the
+    same samples have the same digest in any folder.
     """
 
     id: str
@@ -59,10 +60,10 @@ class Snapshot:
 
     @property
     def samples(self) -> int:
-        """Number of samples that readers see."""
+        """Number of visible samples."""
         return sum(shard.samples for shard in self.shards)
 
     @property
     def uri(self) -> str:
-        """What :func:`~pipeline.shards.snapshot.read_snapshot` takes to read this very snapshot again."""
+        """The argument of :func:`~pipeline.shards.snapshot.read_snapshot` that reads exactly this snapshot."""
         return f"{self.folder}@{self.id}"

@@ -1,15 +1,15 @@
-"""What is known of the things in an image: the member ``boxes.json``, COCO's conventions per sample.
+"""Annotations of the objects in an image: the member ``boxes.json``, in COCO's conventions.
 
-    {"width": 640, "height": 480,                        pixels of the image that boxes and masks are measured in
+    {"width": 640, "height": 480,                        size of the image in pixels
      "objects": [{"label": "cat", "bbox": [x, y, width, height],
                   "segmentation": polygons, or {"size": [height, width], "counts": runs or COCO's string},
                   "iscrowd": 0, "area": 812.5, "id": 17}],
-     "negative": ["dog"],                                labels known not to be there (LVIS); where the list exists, if
-                                                         only an empty one, nobody looked for labels that are nowhere
-     "incomplete": ["cat"]}                              labels of which only some are marked (LVIS)
+     "negative": ["dog"],                                labels verified absent (LVIS); if the list exists, even empty,
+                                                         labels not mentioned anywhere were not verified
+     "incomplete": ["cat"]}                              labels with unannotated instances (LVIS)
 
-Everything but ``width``, ``height``, ``objects``, ``label`` and ``bbox`` may be missing. Whoever wrote the file is not
-trusted: boxes are cut to the image, and those that then have no area, or were no numbers, are left out and counted.
+All keys but ``width``, ``height``, ``objects``, ``label`` and ``bbox`` are optional. The file is not trusted: boxes are
+clipped to the image; boxes without area or with values that are not numbers are left out and counted.
 """
 
 import json
@@ -26,17 +26,18 @@ from pipeline.shards.sample import Sample
 FIELD = "boxes.json"
 MOST_OBJECTS = 10_000
 SMALLEST = 1e-3
-"""Pixels: a box with a shorter side has no area."""
+"""Shortest side of a box in pixels; below it the box has no area."""
 
 
 @dataclass(frozen=True)
 class Objects:
-    """The things in one image of ``height`` x ``width`` pixels; the lists belong together.
+    """The objects in one image of ``height`` x ``width`` pixels, as parallel lists.
 
-    ``boxes`` are x1, y1, x2, y2 in pixels, float64 [N, 4], inside the image; ``left_out`` counts unusable ones.
-    ``areas``, float64 [N], are what COCO sorts small and large by: the visible pixels where they are stated, else the
-    box's. A segmentation is None also where it is an empty list, as tools write that know boxes only. ``federated``:
-    only the labels of ``negative`` and of the objects were looked for (LVIS). ``key`` is that of their sample.
+    - ``boxes``: x1, y1, x2, y2 in pixels, float64 [N, 4], inside the image; ``left_out`` counts unusable boxes.
+    - ``areas``: float64 [N], for COCO's size ranges: the stated area in pixels, else the area of the box.
+    - ``segmentations``: None also for an empty list, as written by tools without masks.
+    - ``federated``: only the labels in ``negative`` and of the objects were verified (LVIS).
+    - ``key``: key of the sample.
     """
 
     height: int
@@ -56,24 +57,24 @@ class Objects:
         return len(self.labels)
 
     def check_size(self, height: int, width: int, key: str) -> None:
-        """Raise ``DataError`` unless the image of sample ``key`` has the size that the boxes are measured in."""
+        """Raise ``DataError`` unless the image of sample ``key`` has the size for which the boxes were made."""
         if (height, width) != (self.height, self.width):
             sizes = f"{width} x {height} pixels, its boxes are measured in {self.width} x {self.height}"
             raise DataError(f"the image of sample {key} has {sizes}: refresh with --resize-mode no")
 
 
 def plain_word(word: str) -> str:
-    """``hot dog`` of ``Hot_Dog; frankfurter``: names and labels that become the same are the same class."""
+    """Normalised first name, ``hot dog`` of ``Hot_Dog; frankfurter``; equal results mean the same class."""
     return " ".join(names_of(word)[0].replace("_", " ").lower().split()).rstrip(".")
 
 
 def names_of(word: str) -> tuple[str, ...]:
-    """``couch`` and ``sofa`` of ``couch; sofa``: a class is known by its first name, and described by all of them."""
+    """All names, ``couch`` and ``sofa`` of ``couch; sofa``: the first identifies the class, the others are synonyms."""
     return tuple(name.strip() for name in word.split(";"))
 
 
 def word_of(names: Iterable[str]) -> str:
-    """``couch; sofa`` of these names, each once, empty ones left out."""
+    """Join names to ``couch; sofa``, without repeated and empty ones."""
     kept: dict[str, str] = {}
     for name in names:
         kept.setdefault(plain_word(name), name)
@@ -84,42 +85,42 @@ def read_objects(sample: Sample) -> Objects:
     """The objects of ``sample``.
 
     Raises:
-        DataError: no ``boxes.json``, or one that is none; the key is named.
+        DataError: ``boxes.json`` is missing or malformed; the message names the key.
     """
     content = sample.fields.get(FIELD)
     if content is None:
-        raise DataError(f"sample {sample.key} has no {FIELD}: these data have no boxes")
+        raise DataError(f"sample {sample.key} has no {FIELD}: this dataset has no boxes")
     try:
         record = json.loads(content)
         height, width = int(record["height"]), int(record["width"])
-        things = record["objects"]
-        if not (height > 0 and width > 0 and isinstance(things, list) and len(things) <= MOST_OBJECTS):
-            raise ValueError(f"{width} x {height} pixels, {type(things).__name__} of objects")
-        return replace(_objects(things, record, height, width), key=sample.key)
+        objects = record["objects"]
+        if not (height > 0 and width > 0 and isinstance(objects, list) and len(objects) <= MOST_OBJECTS):
+            raise ValueError(f"{width} x {height} pixels, {type(objects).__name__} of objects")
+        return replace(_objects(objects, record, height, width), key=sample.key)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"{FIELD} of sample {sample.key} is not as described ({error!r})") from error
 
 
-def _objects(things: Sequence[Mapping[str, Any]], record: Mapping[str, Any], height: int, width: int) -> Objects:
-    boxes = [inside(corners(thing["bbox"]), height, width) for thing in things]
-    kept = [(box, thing) for box, thing in zip(boxes, things, strict=True) if box is not None]
+def _objects(objects: Sequence[Mapping[str, Any]], record: Mapping[str, Any], height: int, width: int) -> Objects:
+    boxes = [inside(corners(obj["bbox"]), height, width) for obj in objects]
+    kept = [(box, obj) for box, obj in zip(boxes, objects, strict=True) if box is not None]
     return Objects(
         height=height,
         width=width,
         boxes=np.array([box for box, _ in kept], np.float64).reshape(-1, 4),
-        labels=tuple(str(thing["label"]) for _, thing in kept),
-        segmentations=tuple(thing.get("segmentation") or None for _, thing in kept),
-        crowd=tuple(bool(thing.get("iscrowd", 0)) for _, thing in kept),
+        labels=tuple(str(obj["label"]) for _, obj in kept),
+        segmentations=tuple(obj.get("segmentation") or None for _, obj in kept),
+        crowd=tuple(bool(obj.get("iscrowd", 0)) for _, obj in kept),
         negative=tuple(str(label) for label in record.get("negative", ())),
         incomplete=tuple(str(label) for label in record.get("incomplete", ())),
-        left_out=len(things) - len(kept),
-        areas=np.array([_area(thing, box) for box, thing in kept], np.float64),
+        left_out=len(objects) - len(kept),
+        areas=np.array([_area(obj, box) for box, obj in kept], np.float64),
         federated="negative" in record,
     )
 
 
-def _area(thing: Mapping[str, Any], box: NDArray[np.float64]) -> float:
-    stated = float(thing.get("area") or 0.0)
+def _area(obj: Mapping[str, Any], box: NDArray[np.float64]) -> float:
+    stated = float(obj.get("area") or 0.0)
     return stated if 0 < stated < np.inf else float((box[2:] - box[:2]).prod())
 
 
@@ -130,7 +131,7 @@ def corners(bbox: Sequence[float]) -> NDArray[np.float64]:
 
 
 def inside(box: NDArray[np.float64], height: int, width: int) -> NDArray[np.float64] | None:
-    """The part of a box (x1, y1, x2, y2) that is in the image; ``None`` where there is none, or no number."""
+    """The box (x1, y1, x2, y2) clipped to the image; ``None`` where it has no area or a value that is not finite."""
     if not np.isfinite(box).all():
         return None
     cut: NDArray[np.float64] = np.clip(box, 0, [width, height, width, height])

@@ -1,9 +1,8 @@
-"""Parquet in memory, parsed in the thread that asks.
+"""Parquet in memory, parsed in the calling thread.
 
-Given a Python object, Arrow's own threads have to take Python's lock in order to read from it, or merely to let go of
-its bytes. One that still wants it while the process ends is killed inside C++: "terminate called without an active
-exception" and exit code 134, after work that was done (seen in one of twenty processes that ended right after
-``pq.read_table(BytesIO(...))``).
+Arrow's own threads need Python's GIL to read from a Python object, or to release its bytes. A thread that waits for the
+GIL while the process ends is killed in C++: "terminate called without an active exception" and exit code 134, after
+finished work (seen in one of twenty processes that ended right after ``pq.read_table(BytesIO(...))``).
 """
 
 import pyarrow as pa
@@ -11,9 +10,9 @@ import pyarrow.parquet as pq
 
 
 def parse_parquet(content: bytes, columns: list[str] | None = None) -> pa.Table:
-    """The table in the bytes of a parquet file; of ``columns`` alone where they are given.
+    """Parse the bytes of a parquet file to a table; with ``columns`` only those.
 
     Raises:
-        ArrowInvalid: it is no parquet file, or a damaged one.
+        ArrowInvalid: not a parquet file, or a damaged one.
     """
     return pq.ParquetFile(pa.BufferReader(content)).read(columns, use_threads=False)

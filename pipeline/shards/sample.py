@@ -1,4 +1,4 @@
-"""A sample: a key and named fields, as one tar holds it. Keys are numbered as img2dataset numbers them."""
+"""A sample of a tar: a key and named fields. Keys are numbered as by img2dataset."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from pipeline.config import require
 
 SHARD_WIDTH = 5
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
-# Fields that say where things are in the image: a resize would make them wrong.
+# Fields with positions in the image: a resize would make them wrong.
 GEOMETRIC_FIELDS = ("boxes.json", "mask.png")
 
 
@@ -17,7 +17,7 @@ GEOMETRIC_FIELDS = ("boxes.json", "mask.png")
 class Sample:
     """``fields`` maps the part of the member's name after the key's first dot (``jpg``, ``boxes.json``) to bytes.
 
-    ``rows`` are the sample's rows of the sidecars that a reader asked for, by the sidecar's name.
+    ``rows`` are the sample's rows of the sidecars that a reader requested, by the sidecar's name.
     """
 
     key: str
@@ -25,12 +25,12 @@ class Sample:
     rows: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def image(self) -> bytes | None:
-        """The encoded image, whatever its format; ``None`` where the sample has none."""
+        """The encoded image in any format; ``None`` where the sample has none."""
         return next((self.fields[name] for name in IMAGE_FIELDS if name in self.fields), None)
 
 
 def joined_fields(fields: Mapping[str, bytes]) -> bytes:
-    """The fields as one text of bytes, in the order of their names: what a digest of a sample without image covers."""
+    """The fields as one byte string, sorted by name: the content for the digest of a sample without an image."""
     return b"".join(f"{name} {len(fields[name])}\n".encode() + fields[name] for name in sorted(fields))
 
 
@@ -40,7 +40,7 @@ def shard_name(shard_id: int) -> str:
 
 
 def sample_key(shard_id: int, index: int, rows_per_shard: int) -> str:
-    """img2dataset's key of row ``index`` of a shard: shard number, then the index in as many digits as it may need.
+    """img2dataset's key of row ``index`` of a shard: shard number, then the zero-padded index.
 
     >>> sample_key(3, 17, 10_000)
     '000030017'
@@ -50,5 +50,5 @@ def sample_key(shard_id: int, index: int, rows_per_shard: int) -> str:
 
 
 def check_rows_per_shard(value: int) -> None:
-    """Raise ``SettingError`` unless a shard can hold ``value`` rows and their keys stay readable."""
+    """Raise ``SettingError`` unless ``value`` is a valid number of rows per shard."""
     require(1 <= value <= 10_000_000, "number_sample_per_shard", value, "1 to 10,000,000")

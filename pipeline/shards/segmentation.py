@@ -1,11 +1,11 @@
-"""Masks as COCO and LVIS write them: polygons, run lengths, and run lengths as a string.
+"""Masks in the formats of COCO and LVIS: polygons, run lengths, and run lengths as a string.
 
     [[x, y, x, y, ...], ...]                         polygons in pixels, filled and joined
     {"size": [height, width], "counts": [5, 3, ...]}   runs of 0, 1, 0, ... down the columns, the first of zeros
-    {"size": [height, width], "counts": "51Q..."}      the same in COCO's printable code
+    {"size": [height, width], "counts": "51Q..."}      the same in COCO's printable encoding
 
-The code has, for each run, the difference to the run before the last one (from the fourth on), in groups of five bits,
-the lowest first: 48 is added to each, bit 5 says that more follow, bit 4 of the last is the sign.
+The encoding stores, for each run, the difference to the run two before it (from the fourth run on), in groups of five
+bits, lowest first. 48 is added to each group; bit 5 means that more groups follow; bit 4 of the last group is the sign.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from pipeline.errors import DataError
 
-SHIFT = 4  # bits of a pixel's fraction with which polygons are filled
+SHIFT = 4  # fractional bits of polygon coordinates when filling
 
 
 def mask_of(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
     """``segmentation`` as uint8 [height, width] of 0 and 1.
 
     Raises:
-        DataError: it is none of the three, or of another size.
+        DataError: none of the three formats, or another size.
     """
     try:
         if isinstance(segmentation, Mapping):
@@ -44,14 +44,14 @@ def run_lengths(mask: NDArray[Any]) -> list[int]:
 
 
 def run_lengths_at(mask: NDArray[np.bool_], top: int, left: int, height: int, width: int) -> list[int]:
-    """The counts of an image [height, width] that has ``mask``, [h, w], at (``top``, ``left``) and zeros elsewhere.
+    """The counts of an image [height, width] with ``mask`` [h, w] at (``top``, ``left``) and zeros elsewhere.
 
-    The image itself is never made: most detections cover little of it, and an evaluation has a million.
+    The full image is never allocated: most detections cover little of it, and an evaluation has a million.
     """
     edges = np.diff(np.pad(mask.astype(np.int8), ((1, 1), (0, 0))), axis=0).T  # column by column, as COCO counts
     column, row = np.nonzero(edges)
-    positions = (left + column) * height + top + row  # of beginnings and ends in turns
-    going_on = np.flatnonzero(positions[1:-1:2] == positions[2::2])  # from the foot of a column into the next one
+    positions = (left + column) * height + top + row  # of alternating beginnings and ends
+    going_on = np.flatnonzero(positions[1:-1:2] == positions[2::2])  # from the bottom of a column to the next one
     positions = np.delete(positions, np.concatenate([2 * going_on + 1, 2 * going_on + 2]))
     counts: list[int] = np.diff(np.concatenate([[0], positions, [height * width]])).tolist()
     if counts[-1] == 0 and positions.size:
@@ -93,12 +93,12 @@ def _from_runs(segmentation: Mapping[str, Any], height: int, width: int) -> NDAr
 
 
 def _from_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> NDArray[np.uint8]:
-    """A pixel belongs to a polygon that covers its middle, or nearly so."""
+    """A pixel belongs to a polygon that covers its centre, or nearly so."""
     mask = np.zeros((height, width), np.uint8)
     for polygon in polygons:
         points = np.asarray(polygon, np.float64).reshape(-1, 2)
         if not np.isfinite(points).all():
-            raise ValueError("a polygon with a corner that is no number")
-        points = points.clip(-1, [width + 1, height + 1]) - 0.5  # OpenCV's pixels have their middle at whole numbers
+            raise ValueError("a polygon corner is not a number")
+        points = points.clip(-1, [width + 1, height + 1]) - 0.5  # OpenCV's pixel centres are at integers
         cv2.fillPoly(mask, [np.round(points * 2**SHIFT).astype(np.int32)], 1, shift=SHIFT)
     return mask

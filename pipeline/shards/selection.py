@@ -1,8 +1,8 @@
-"""Selections: which of a tar's samples readers see.
+"""Selections: the visible samples of a tar.
 
-Filters, opt-outs and rows that left their source hide samples without touching a tar; a list that names a sample
-twice repeats it. ``{folder}/_selections/{sha256}.parquet`` holds one column ``index``: positions in the tar,
-ascending. Named by their content, selections can be shared by snapshots and written again at no risk.
+Filters, opt-outs and removed source rows hide samples without changing a tar; a selection that lists a sample twice
+repeats it. ``{folder}/_selections/{sha256}.parquet`` has one column ``index``: ascending positions in the tar. A
+selection is named by its content, so snapshots can share it and rewriting it is safe.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ Indices = NDArray[np.int32]
 
 
 def select(folder: Folder, shard: Shard, keep: NDArray[np.bool_] | NDArray[np.integer]) -> Shard:
-    """``shard`` with only those of its visible samples that ``keep`` names; the selection is written.
+    """``shard`` restricted to the visible samples in ``keep``; writes the selection.
 
     ``keep`` is a mask bool [samples], or positions int [any] among the visible samples, ascending, repeats allowed.
 
     Raises:
-        ValueError: a mask of another length, positions out of range or out of order.
-        DataError: the shard's present selection is missing or damaged.
-        StorageError: the store refused.
+        ValueError: a mask of the wrong length, positions out of range or not ascending.
+        DataError: the shard's current selection is missing or damaged.
+        StorageError: the file system or store failed.
     """
     positions = np.asarray(keep)
     if positions.dtype == np.bool_:
@@ -51,10 +51,10 @@ def select(folder: Folder, shard: Shard, keep: NDArray[np.bool_] | NDArray[np.in
 
 
 def write_selection(folder: Folder, indices: Indices) -> str:
-    """Store positions int32 [any], ascending; returns the SHA-256 hex that names the file.
+    """Store ascending positions, int32 [any]; returns the SHA-256 (hex) that names the file.
 
     Raises:
-        StorageError: the store refused.
+        StorageError: the file system or store failed.
     """
     buffer = BytesIO()
     pq.write_table(pa.table({"index": pa.array(indices, pa.int32())}), buffer)
@@ -66,7 +66,7 @@ def write_selection(folder: Folder, indices: Indices) -> str:
 
 
 def read_selection(folder: Folder, shard: Shard) -> Indices | None:
-    """Positions in the tar that readers of ``shard`` see, int32 [samples]; ``None``: all of them.
+    """Positions in the tar of the visible samples of ``shard``, int32 [samples]; ``None`` = all.
 
     Raises:
         DataError: the selection is missing, damaged, or does not fit the shard.
@@ -87,10 +87,10 @@ def read_selection(folder: Folder, shard: Shard) -> Indices | None:
 
 
 def read_samples(folder: Folder, shard: Shard) -> Iterator[Sample]:
-    """The visible samples of ``shard`` in order, front to back through the tar, local or remote; repeats included.
+    """The visible samples of ``shard`` in the order of the tar, local or remote, with repeats.
 
     Raises:
-        DataError: as :func:`read_selection` and :func:`pipeline.shards.tar.iterate_tar`.
+        DataError: see :func:`read_selection` and :func:`pipeline.shards.tar.iterate_tar`.
     """
     indices = read_selection(folder, shard)
     times = np.ones(shard.stored, np.int64) if indices is None else np.bincount(indices, minlength=shard.stored)

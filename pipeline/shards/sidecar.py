@@ -1,8 +1,7 @@
-"""Sidecars: annotations made later, one parquet beside each tar, joined to it by key.
+"""Sidecars: annotations added later, in one parquet file beside each tar, joined by key.
 
-``00017.regions.parquet`` carries, in its schema's metadata, the digest of the tar it was made from and of its maker
-(a model, a rule). Images are never rewritten for an annotation, and an annotation of other images is never taken for
-one of these.
+The schema metadata of ``00017.regions.parquet`` holds the digest of its tar and of its maker (a model, a rule). So
+images are never rewritten for an annotation, and a sidecar of another tar is detected.
 """
 
 import json
@@ -25,9 +24,9 @@ from pipeline.shards.storage import Folder, file_digest, storage_errors
 TAR_DIGEST = b"clipmill.tar_sha256"
 MAKER = b"clipmill.maker"
 FACTS = b"clipmill.facts"
-"""What readers should know, as JSON."""
+"""Metadata for readers, as JSON."""
 GROUP_BYTES = 1 << 20
-"""Rows are stored in groups of about so much, so that who wants a few need not read all."""
+"""Approximate size of a row group in bytes, so that reading a few rows does not read the whole file."""
 
 
 def sidecar_file(shard: Shard, name: str) -> str:
@@ -36,13 +35,13 @@ def sidecar_file(shard: Shard, name: str) -> str:
 
 
 def write_sidecar(folder: Folder, shard: Shard, name: str, table: pa.Table, maker: str) -> str:
-    """Write ``table`` (it has a column ``key``) as the sidecar ``name`` of ``shard``; returns its SHA-256 hex.
+    """Write ``table``, with a column ``key``, as the sidecar ``name`` of ``shard``; returns its SHA-256 (hex).
 
-    ``maker`` is the digest of what made it: the model's weights, the rule's version.
+    ``maker`` is the digest of its maker: the weights of a model, the version of a rule.
 
     Raises:
-        SidecarError: no column ``key``, or ``name`` is not a plain word.
-        StorageError: the store refused.
+        SidecarError: no column ``key``, or an invalid ``name``.
+        StorageError: the file system or store failed.
     """
     if "key" not in table.column_names or not name.isidentifier():
         raise SidecarError(f"sidecar {name!r}: needs a plain word as its name and a column `key`")
@@ -59,10 +58,10 @@ def write_sidecar(folder: Folder, shard: Shard, name: str, table: pa.Table, make
 
 
 def read_sidecar(folder: Folder, shard: Shard, name: str, job: str, maker: str | None = None) -> pa.Table:
-    """The sidecar ``name`` of ``shard``; ``job`` is named in errors as the way to make it.
+    """Read the sidecar ``name`` of ``shard``; errors name ``job`` as the command that makes it.
 
     Raises:
-        SidecarError: missing, made from another tar, or made by something else than ``maker``.
+        SidecarError: missing, made from another tar, or not made by ``maker``.
     """
     with _readable(folder, shard, name, job):
         table = parse_parquet(folder.read_bytes(sidecar_file(shard, name)))
@@ -71,8 +70,7 @@ def read_sidecar(folder: Folder, shard: Shard, name: str, job: str, maker: str |
 
 
 def read_sidecar_schema(folder: Folder, shard: Shard, name: str, job: str, maker: str | None = None) -> pa.Schema:
-    """The columns of a sidecar and what it says of itself; of the file only its end is read. Raises as
-    :func:`read_sidecar`."""
+    """The columns of a sidecar and its metadata; reads only the footer. Raises as :func:`read_sidecar`."""
     with _readable(folder, shard, name, job), folder.open(sidecar_file(shard, name)) as file:
         schema = pq.read_schema(file)
     _check_stamps(schema, folder, shard, name, job, maker)
@@ -81,7 +79,7 @@ def read_sidecar_schema(folder: Folder, shard: Shard, name: str, job: str, maker
 
 @contextmanager
 def _readable(folder: Folder, shard: Shard, name: str, job: str) -> Iterator[None]:
-    """Turns a file that is missing, or no parquet, into ``SidecarError``."""
+    """Raise ``SidecarError`` for a file that is missing or not parquet."""
     file = sidecar_file(shard, name)
     try:
         yield
@@ -92,7 +90,7 @@ def _readable(folder: Folder, shard: Shard, name: str, job: str) -> Iterator[Non
 
 
 def _check_stamps(schema: pa.Schema, folder: Folder, shard: Shard, name: str, job: str, maker: str | None) -> None:
-    """Whether the sidecar with this schema was made from ``shard``'s tar, and by ``maker`` where one is named."""
+    """Check that the sidecar with this schema was made from ``shard``'s tar, and by ``maker`` if given."""
     file, metadata = sidecar_file(shard, name), schema.metadata or {}
     if metadata.get(TAR_DIGEST) != shard.sha256.encode():
         raise SidecarError(f"{folder.join(file)} was made from another {shard.tar}; make it again with {job}")
@@ -103,7 +101,7 @@ def _check_stamps(schema: pa.Schema, folder: Folder, shard: Shard, name: str, jo
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """A sidecar that is to be joined: ``job`` makes it, ``facts`` are what its own must say (which teacher)."""
+    """A sidecar to join: ``job`` makes it, ``facts`` are required metadata (for example the teacher)."""
 
     name: str
     job: str
@@ -111,13 +109,13 @@ class Wanted:
 
 
 class SidecarRows:
-    """The rows of one shard's sidecar by key, each read when it is asked for; the file stays open."""
+    """The rows of one shard's sidecar by key, read on request; the file stays open."""
 
     def __init__(self, path: Path, shard: Shard, wanted: Wanted) -> None:
-        """Opens the sidecar of ``shard`` in the local file ``path``.
+        """Open the sidecar of ``shard`` in the local file ``path``.
 
         Raises:
-            SidecarError: no parquet, made from another tar, or what it says of itself is not what is wanted.
+            SidecarError: not parquet, made from another tar, or with other metadata than required.
         """
         self._wanted, self._path = wanted, path
         try:
@@ -137,7 +135,7 @@ class SidecarRows:
         self._ends = list(accumulate(groups.row_group(number).num_rows for number in range(groups.num_row_groups)))
 
     def group(self, key: str) -> int:
-        """The group of rows in which ``key`` is; raises ``SidecarError`` where there is no such row."""
+        """The row group with ``key``; raises ``SidecarError`` where there is no such row."""
         if key not in self._places:
             raise self._error(f"has no row for sample {key}")
         return bisect_right(self._ends, self._places[key])

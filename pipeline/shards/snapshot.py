@@ -1,8 +1,8 @@
-"""Snapshots: immutable manifests of what a data set's folder held at one moment.
+"""Snapshots: immutable manifests of a dataset's folder.
 
-``{folder}/_snapshots/{id}.shards.parquet`` lists the shards with counts, bytes and digests; ``{id}.json``, written
-after it, is the small rest and the commit mark. A reader sees a whole snapshot or none. The id starts with a number,
-so the latest is the last in order, and ends in the digest of its content.
+``{folder}/_snapshots/{id}.shards.parquet`` lists the shards with counts, bytes and digests. ``{id}.json`` holds the
+other metadata; it is written last and is the commit mark. A reader sees a whole snapshot or none. The id starts with a
+number, so the latest is the last in order, and ends with the digest of its content.
 """
 
 import hashlib
@@ -36,15 +36,14 @@ def publish(
     card: str | None,
     options: Mapping[str, Any],
 ) -> Snapshot:
-    """Make the shards that ``stats`` describe the folder's newest snapshot; the latest one becomes its parent.
+    """Publish the shards that ``stats`` describe as the folder's newest snapshot; the latest one becomes its parent.
 
-    Nothing is written when a snapshot already says the same, be it an older one: what was made of it since (a refresh,
-    a filter) stays the newest. The index files that other tools read appear
-    with it (see ``interchange.py``).
+    If any snapshot, even an older one, has the same content, nothing is written: later snapshots made from it (by a
+    refresh, a filter) stay the newest. The index files for other tools are written with it (see ``interchange.py``).
 
     Raises:
         SnapshotError: no sample in any shard.
-        StorageError: the store refused.
+        StorageError: the file system or store failed.
     """
     done = sorted(stats, key=lambda one: one.shard)
     shards = tuple(
@@ -91,9 +90,9 @@ def publish_shards(
 ) -> Snapshot:
     """Publish a list of shards, for jobs that add sidecars or hide samples; otherwise as :func:`publish`.
 
-    ``parent`` is the id of the snapshot that they were made from, where that is not the latest.
-    Only the latest snapshot counts as saying the same; with ``always`` not even that, for changes without a trace in
-    the shards, such as rows that failed once more.
+    ``parent`` is the id of the snapshot that they were made from, if not the latest. Nothing is written if the latest
+    snapshot has the same content. With ``always`` a snapshot is written anyway, for changes that are not in the shards,
+    such as rows that failed again.
     """
     digest = _digest(shards)
     ids = snapshot_ids(folder)
@@ -146,7 +145,7 @@ def _with_digest(folder: Folder, digest: str) -> Snapshot | None:
 
 
 def delete_snapshot(folder: Folder, name: str) -> None:
-    """Delete the manifest of one snapshot, its commit mark first; a missing one is fine."""
+    """Delete the manifest of one snapshot, commit mark first; does nothing where it is missing."""
     manifests = folder.folder(SNAPSHOTS)
     manifests.delete(f"{name}.json")
     manifests.delete(f"{name}.shards.parquet")

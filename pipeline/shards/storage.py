@@ -1,7 +1,7 @@
-"""One door to files, local or remote: a folder with whole reads and all-or-nothing writes.
+"""Access to local and remote files: a folder with whole-file reads and atomic writes.
 
-A write either leaves the complete file under its name or nothing under it. On a local disk that is a temporary name,
-``fsync`` and a rename; on an object store a put is whole by itself. Readers therefore never see half a file.
+A write leaves either the complete file or none. On a local disk it uses a temporary name, ``fsync`` and a rename; on an
+object store a put is atomic. So readers never see a partial file.
 """
 
 import errno
@@ -30,8 +30,8 @@ _FULL = {
 class Folder:
     """A folder at a local path or any fsspec URI (``s3://bucket/path``, ``memory://path``).
 
-    ``uri`` is what a user would type, ``path`` what the file system ``fs`` understands. Nothing is created until the
-    first write. Pickles, so a worker on another node opens the same folder.
+    ``uri`` is the form for users, ``path`` the form for the file system ``fs``. Nothing is created until the first
+    write. Picklable, so a worker on another node opens the same folder.
     """
 
     def __init__(self, uri: str | Path) -> None:
@@ -57,7 +57,7 @@ class Folder:
         return Folder(self.join(name))
 
     def names(self, suffix: str = "") -> list[str]:
-        """Sorted names of the files directly in this folder that end in ``suffix``; temporary ones are left out."""
+        """Sorted names of the files directly in this folder that end in ``suffix``, without temporary files."""
         self.fs.invalidate_cache(self.path)
         try:
             entries = self.fs.ls(self.path, detail=True)
@@ -72,7 +72,7 @@ class Folder:
         return bool(self.fs.exists(self._at(name)))
 
     def size(self, name: str) -> int:
-        """Bytes of the file ``name``; raises ``FileNotFoundError``."""
+        """Size of the file ``name`` in bytes; raises ``FileNotFoundError``."""
         return int(self.fs.size(self._at(name)))
 
     def open(self, name: str) -> BinaryIO:
@@ -90,10 +90,10 @@ class Folder:
         return self.read_bytes(name).decode("utf-8")
 
     def write_atomic(self, name: str, content: bytes | Path) -> None:
-        """Write ``content`` (bytes, or the local file at a path, which is moved or uploaded) under ``name``.
+        """Write ``content`` (bytes, or the path of a local file, which is moved or uploaded) as ``name``.
 
         Raises:
-            StorageError: the disk is full or the store refused; nothing half-written stands under ``name``.
+            StorageError: the disk is full or the store failed; no partial file is left under ``name``.
         """
         with storage_errors(self.join(name)):
             if self.is_local:
@@ -105,12 +105,12 @@ class Folder:
                 self.fs.pipe_file(self._at(name), content)
 
     def create(self, name: str, content: bytes) -> bool:
-        """Write the file ``name`` unless there is one already; returns whether this call wrote it.
+        """Create the file ``name`` unless it exists; returns whether this call wrote it.
 
-        Of several callers one succeeds, where the store can do that: local disks and S3 can.
+        On local disks and S3 exactly one of several concurrent callers succeeds.
 
         Raises:
-            StorageError: the disk is full or the store refused.
+            StorageError: the disk is full or the store failed.
         """
         with storage_errors(self.join(name)):
             try:
@@ -123,24 +123,24 @@ class Folder:
         return True
 
     def delete(self, name: str) -> None:
-        """Delete the file ``name``; a missing one is fine."""
+        """Delete the file ``name``, if it exists."""
         try:
             self.fs.rm_file(self._at(name))
         except FileNotFoundError:
             pass
 
     def remove_temporary(self) -> None:
-        """Delete what killed local writers left under temporary names."""
+        """Delete temporary files of killed local writers."""
         if self.is_local and os.path.isdir(self.path):
             for leftover in Path(self.path).glob(TEMPORARY + "*"):
                 leftover.unlink(missing_ok=True)
 
     @contextmanager
     def scratch_file(self, suffix: str = "") -> Iterator[Path]:
-        """A new local file to fill and hand to :meth:`write_atomic`.
+        """A new local file to fill and pass to :meth:`write_atomic`.
 
-        For a local folder it lies in the folder itself, so that the final rename stays on one disk. It is deleted at
-        the end unless it was moved.
+        For a local folder it is in the folder itself, so that the final rename stays on one disk. It is deleted at the
+        end unless it was moved.
         """
         place = None
         if self.is_local:
@@ -164,7 +164,7 @@ class Folder:
         with tempfile.NamedTemporaryFile(prefix=TEMPORARY, dir=target.parent) as file:
             file.write(content)
             file.flush()
-            os.link(file.name, target)  # whole from the first moment, and never over another
+            os.link(file.name, target)  # atomic, and never replaces an existing file
 
     def _write_local(self, name: str, content: bytes | Path) -> None:
         target = Path(self._at(name))
@@ -189,25 +189,25 @@ class Folder:
 
 
 def split_file(place: str) -> tuple[Folder, str]:
-    """The folder and the name of the file at ``place``, a path (relative ones too) or any fsspec URI."""
+    """The folder and the name of the file at ``place``, an absolute or relative path or an fsspec URI."""
     folder, _, name = place.rpartition("/")
     return Folder(folder or ("/" if place.startswith("/") else ".")), name
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 hex of the local file at ``path``."""
+    """SHA-256 (hex) of the local file at ``path``."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def storage_errors(place: str) -> Iterator[None]:
-    """Turn the many errors of disks and object stores into one :class:`StorageError` that names the place."""
+    """Convert the errors of disks and object stores to :class:`StorageError`, with the path."""
     try:
         yield
     except OSError as error:
         reason = _FULL.get(error.errno or 0) or str(error) or repr(error)
-        raise StorageError(f"cannot write {place}: {reason}; mend that and run the same command again") from error
+        raise StorageError(f"cannot write {place}: {reason}; fix this and run the same command again") from error
     except Exception as error:
         # botocore's errors do not share a base with OSError, and importing botocore only to name them costs 0.3 s.
         if type(error).__module__.partition(".")[0] not in (
@@ -216,14 +216,14 @@ def storage_errors(place: str) -> Iterator[None]:
             "aiohttp",
         ):
             raise
-        raise StorageError(f"cannot write {place}: {error}; mend that and run the same command again") from error
+        raise StorageError(f"cannot write {place}: {error}; fix this and run the same command again") from error
 
 
 def store_options(scheme: str, seconds: float = 60.0) -> dict[str, Any]:
-    """How fsspec's file system of ``scheme`` is to be opened: patient where its defaults give up early.
+    """Options for fsspec's file system of ``scheme``, with more retries than its defaults.
 
-    S3 is asked again (throttled, 5xx, broken connections) for about a minute and a half before a job stops; botocore's
-    own variables win. ``seconds`` is how long one answer may take.
+    S3 requests are retried (throttling, 5xx, broken connections) for about a minute and a half; botocore's own
+    environment variables take precedence. ``seconds`` is the time-out of one request.
     """
     if scheme not in ("s3", "s3a"):
         return {}

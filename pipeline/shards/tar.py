@@ -1,8 +1,8 @@
-"""Tar shards: written the same way every time, read with suspicion.
+"""Tar shards: deterministic writing, defensive reading.
 
-The layout is webdataset's: a sample is a run of members ``{key}.{field}``, the key being the path up to the first dot
-of its last component. Written members are USTAR with fixed owner, mode and time, so that equal samples give equal
-bytes. Read archives come from anywhere, so a member that is not a plain file with a plain relative name is refused.
+The layout is webdataset's: a sample is a run of members ``{key}.{field}``; the key is the path up to the first dot of
+its last component. Members are written as USTAR with fixed owner, mode and time, so that equal samples give equal
+bytes. Archives to read are not trusted: a member that is not a plain file with a plain relative name is rejected.
 """
 
 import functools
@@ -19,11 +19,11 @@ from pipeline.shards.sample import Sample
 from pipeline.shards.tar_headers import NO_PLAIN_FILE, RECORD, read_headers
 
 METADATA = re.compile(r"__[^/]*__($|/)")
-PLAIN = re.compile(r"([0-9A-Za-z-][0-9A-Za-z_-]*)\.([0-9a-z_.]+)")  # nearly all names; just a short cut
+PLAIN = re.compile(r"([0-9A-Za-z-][0-9A-Za-z_-]*)\.([0-9a-z_.]+)")  # nearly all names; a fast path only
 
 
 class _WholeTar(tarfile.TarInfo):
-    """Makes tarfile refuse an archive with a spoilt header or no end mark, which it would take for a shorter one."""
+    """Make tarfile reject an archive with a damaged header or no end mark, which it would read as a shorter one."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
@@ -36,19 +36,19 @@ class _WholeTar(tarfile.TarInfo):
 
 
 class TarWriter:
-    """Write samples to a binary file as a tar; :meth:`close` adds the end mark and leaves the file open."""
+    """Writes samples to a binary file as a tar; :meth:`close` adds the end mark and leaves the file open."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._size = file, 0
 
     def write(self, sample: Sample) -> None:
-        """Append ``sample``; its members are in the order of their field names."""
+        """Append ``sample``; its members are sorted by field name."""
         for field in sorted(sample.fields):
             content = sample.fields[field]
             self._append(_header(f"{sample.key}.{field}", len(content)), content, bytes(-len(content) % RECORD))
 
     def close(self) -> None:
-        """Write the end-of-archive mark: two empty records, then as many as make whole blocks of 20."""
+        """Write the end-of-archive mark: two empty records, then padding to whole blocks of 20."""
         self._append(bytes(2 * RECORD))
         self._append(bytes(-self._size % tarfile.RECORDSIZE))
 
@@ -60,19 +60,19 @@ class TarWriter:
 
 
 def _header(name: str, size: int) -> bytes:
-    """The USTAR header (POSIX.1-1988) of a member. tarfile takes 50 us for each, and remembers all of them."""
+    """The USTAR header (POSIX.1-1988) of a member. tarfile takes 50 us for each, and keeps all of them in memory."""
     encoded, digits = name.encode("utf-8", "surrogateescape"), b"%011o" % size
     if len(encoded) > 100 or len(digits) > 11:
         return _tarfile_header(name, size)
     owner, time, rest, total = _constant_header()
-    # The sum of all bytes, the sum's own eight counted as spaces.
+    # The sum of all bytes, with the checksum's own eight bytes as spaces.
     checksum = b"%06o\0 " % (total + sum(encoded) + sum(digits))
     return b"".join((encoded.ljust(100, b"\0"), owner, digits, b"\0", time, checksum, rest))
 
 
 @functools.cache
 def _constant_header() -> tuple[bytes, bytes, bytes, int]:
-    """Mode and owners, the time, and what follows the checksum; the sum of these and of eight spaces."""
+    """Mode and owners, the time, and the part after the checksum; the sum of these and of eight spaces."""
     header = _tarfile_header("", 0)
     owner, time, rest = header[100:124], header[136:148], header[156:]
     return owner, time, rest, sum(owner) + sum(time) + sum(rest) + 8 * ord(" ")
@@ -86,10 +86,10 @@ def _tarfile_header(name: str, size: int) -> bytes:
 
 
 def iterate_tar(file: BinaryIO, name: str = "tar") -> Iterator[Sample]:
-    """The samples of a tar, read front to back from a binary file (gzip, bz2 and xz are understood).
+    """The samples of a tar, read sequentially from a binary file (gzip, bz2 and xz are supported).
 
     Raises:
-        DataError: truncated, not a tar, a hostile member, or members of one key that do not follow one another.
+        DataError: truncated, not a tar, a hostile member, or members of one key that are not adjacent.
     """
     sample: Sample | None = None
     seen: set[str] = set()
@@ -118,11 +118,11 @@ def iterate_tar(file: BinaryIO, name: str = "tar") -> Iterator[Sample]:
 class TarShard:
     """A local, uncompressed tar with random access to its samples.
 
-    The headers are read once, without the help of tarfile, which would take ten times as long; the contents stay on
-    disk behind a memory map, so that an open shard costs its index only. Safe to read from several threads.
+    The headers are read once, without tarfile, which would take ten times as long. The contents stay on disk behind a
+    memory map, so an open shard needs memory for its index only. Safe to read from several threads.
 
     Raises:
-        DataError: as :func:`iterate_tar`; also for sparse files and for headers that tarfile would put up with.
+        DataError: as :func:`iterate_tar`; also for sparse files and for some headers that tarfile accepts.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -172,10 +172,10 @@ class TarShard:
 
 
 def split_member(member: tarfile.TarInfo, name: str) -> tuple[str, str] | None:
-    """``(key, field)`` of a tar member; ``None`` for folders, and for names webdataset skips too.
+    """``(key, field)`` of a tar member; ``None`` for folders, and for names that webdataset skips.
 
     Raises:
-        DataError: an absolute name, a parent folder in it, a link, a device or a sparse file.
+        DataError: an absolute name, a name with ``..``, a link, a device or a sparse file.
     """
     if member.isdir():
         return None
@@ -185,10 +185,10 @@ def split_member(member: tarfile.TarInfo, name: str) -> tuple[str, str] | None:
 
 
 def split_path(path: str, name: str) -> tuple[str, str] | None:
-    """``(key, field)`` of a file's path in a tar; ``None`` for names webdataset skips too.
+    """``(key, field)`` of a file's path in a tar; ``None`` for names that webdataset skips.
 
     Raises:
-        DataError: an absolute name, or a parent folder in it.
+        DataError: an absolute name, or a name with ``..``.
     """
     plain = PLAIN.fullmatch(path)
     if plain is not None:

@@ -1,8 +1,8 @@
 """The headers of an uncompressed tar, read directly: POSIX.1-1988 (USTAR), POSIX.1-2001 (pax) and GNU's.
 
-What is accepted reads as tarfile reads it, in a tenth of the time. What a shard has no use for is refused: links,
-devices, sparse files, numbers with signs, two extended headers for one member, and a header with a wrong checksum,
-which tarfile takes for the end of the archive.
+Accepted archives give the same result as tarfile, in a tenth of the time. Headers that no shard needs are rejected:
+links, devices, sparse files, signed numbers, two extended headers for one member, and a header with a wrong checksum,
+which tarfile treats as the end of the archive.
 """
 
 import mmap
@@ -15,7 +15,7 @@ from pipeline.errors import DataError
 
 RECORD = 512
 END = bytes(RECORD)
-LARGEST_EXTENSION = 1 << 20  # bytes of an extended header, which holds a name and a few numbers
+LARGEST_EXTENSION = 1 << 20  # largest extended header in bytes; it holds a name and a few numbers
 CHECKED_AT_ONCE = 8192  # headers, 4 MB
 FILES, OLD_FILE, FOLDER, LONG_NAME, GLOBAL, EXTENSIONS = b"0\x007", 0, ord("5"), ord("L"), ord("g"), b"LxXg"
 NO_PLAIN_FILE = "a link, a device or a sparse file; a shard holds plain files only"
@@ -24,13 +24,13 @@ Member = tuple[str, int, int]
 
 
 def read_headers(archive: mmap.mmap, name: str) -> Iterator[Member]:
-    """``(path, start, size)`` of every file in ``archive``, in its order; folders are left out.
+    """``(path, start, size)`` of every file in ``archive``, in order, without folders.
 
-    A file's content is ``archive[start : start + size]``, all of it within the archive. The checksums of many headers
-    are looked at together: an iteration that comes to its end has checked them all.
+    A file's content is ``archive[start : start + size]``, always within the archive. Checksums are verified in batches:
+    an iteration that reaches its end has verified all of them.
 
     Raises:
-        DataError: no tar, cut off, a wrong checksum, or something else than files and folders.
+        DataError: not a tar, truncated, a wrong checksum, or a member other than a file or folder.
     """
     offset = 0
     headers: list[int] = []
@@ -61,7 +61,7 @@ def read_headers(archive: mmap.mmap, name: str) -> Iterator[Member]:
 def _extended(
     archive: mmap.mmap, offset: int, headers: list[int], name: str
 ) -> tuple[bytes, int, str | None, int | None]:
-    """The header behind extended ones, where its member's content starts, and the path and size they give it."""
+    """The header after extended ones, the start of its member's content, and the path and size they set."""
     path: str | None = None
     size: int | None = None
     named = False
@@ -94,7 +94,7 @@ def _pax(content: bytes, name: str) -> tuple[str | None, int | None]:
         stop = at + int(digits) if digits.isdigit() else 0
         key, equals, value = content[at + len(digits) + 1 : stop].partition(b"=")
         if not equals or not key or value[-1:] != b"\n" or stop > len(content) or key.startswith(b"GNU.sparse"):
-            raise DataError(f"{name}: not a whole tar (a spoilt pax header, or a sparse file)")
+            raise DataError(f"{name}: not a whole tar (a damaged pax header, or a sparse file)")
         values[key], at = value[:-1], stop
     path, size = values.get(b"path"), values.get(b"size")
     if size is not None and not (size.isdigit() and len(size) < 20):
@@ -103,18 +103,18 @@ def _pax(content: bytes, name: str) -> tuple[str | None, int | None]:
 
 
 def _check(archive: mmap.mmap, headers: list[int], name: str) -> None:
-    """Compare checksums: the sum of a header's bytes, its checksum's own eight taken for spaces."""
+    """Verify checksums: the sum of a header's bytes, with the checksum's own eight bytes as spaces."""
     found = _bytes_of(archive, headers)
     stated = np.array([_number(field.tobytes(), name) & 0xFFFFFF for field in found[:, 148:156]])
     found[:, 148:156] = ord(" ")
-    # Some old programs summed signed bytes.
+    # Some old programs sum signed bytes.
     right = (found.sum(axis=1, dtype=np.int64) == stated) | (found.view(np.int8).sum(axis=1, dtype=np.int64) == stated)
     if not right.all():
         raise DataError(f"{name}: not a whole tar (a wrong checksum at byte {headers[int(right.argmin())]})")
 
 
 def _bytes_of(archive: mmap.mmap, headers: list[int]) -> NDArray[np.uint8]:
-    """A copy of the headers, [N, 512]. A view would keep the map from being closed."""
+    """A copy of the headers, [N, 512]. A view would prevent closing the memory map."""
     blocks = np.frombuffer(archive, np.uint8, len(archive) // RECORD * RECORD).reshape(-1, RECORD)
     return np.asarray(blocks[np.array(headers, np.int64) // RECORD])
 
@@ -130,7 +130,7 @@ def _path(header: bytes) -> str:
 
 
 def _number(field: bytes, name: str) -> int:
-    """A number in octal digits, or in base 256 behind a byte 0x80."""
+    """A number in octal digits, or in base 256 after a byte 0x80."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.partition(b"\0")[0].strip(b" ")

@@ -1,4 +1,4 @@
-"""Check a snapshot's files against its manifest: digests, counts, keys, members, and what does not belong there."""
+"""Check a snapshot's files against its manifest: digests, counts, keys, members, and foreign files."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import DataError, SnapshotError
-from pipeline.shards.adopt import ENGINE, LEARNT
+from pipeline.shards.adopt import ENGINE, PROGRESS
 from pipeline.shards.interchange import FOREIGN_ENGINES, SIZES, shard_sizes
 from pipeline.shards.parquet import parse_parquet
 from pipeline.shards.sample import IMAGE_FIELDS, Sample
@@ -26,18 +26,18 @@ Decode = Callable[[bytes], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """The checks of one snapshot, shard by shard. ``decode`` raises where an image cannot be decoded."""
+    """The checks of one snapshot, per shard. ``decode`` raises where an image cannot be decoded."""
 
     snapshot: Snapshot
     decode: Decode | None = None
 
     def check(self, number: int) -> str:
-        """The JSON list of what is wrong with shard ``number``, in words; empty where nothing is."""
+        """The JSON list of problems of shard ``number``, as text; empty where there are none."""
         shard = self.snapshot.shards[number]
         return json.dumps(list(self.problems(shard)))
 
     def problems(self, shard: Shard) -> Iterator[str]:
-        """What is wrong with the files of ``shard``; each file is read once, from front to back."""
+        """The problems of the files of ``shard``; each file is read once, sequentially."""
         folder = Folder(self.snapshot.folder)
         content = _Content(self.snapshot.fields, self.decode)
         yield from _tar(folder, shard, content)
@@ -49,13 +49,13 @@ class Verification:
 
     @property
     def _made_by_rows(self) -> bool:
-        """Whether parquet and stats have to lie beside each tar."""
+        """Whether each tar must have parquet and stats files beside it."""
         options = self.snapshot.options
         return options.get("engine") != ENGINE and ("source" in options or "engine" in options)
 
 
 class _Content:
-    """What the samples of a tar are like, gathered while they pass."""
+    """Facts about the samples of a tar, collected in one pass."""
 
     def __init__(self, fields: tuple[str, ...], decode: Decode | None) -> None:
         self._fields, self._decode = set(fields), decode
@@ -89,7 +89,7 @@ class _Content:
         try:
             self._decode(image)
         except Exception:
-            # The sample boundary: decoders raise whatever they like on damaged input.
+            # The sample boundary: decoders raise arbitrary exceptions on damaged input.
             return False
         return True
 
@@ -121,7 +121,7 @@ def _tar(folder: Folder, shard: Shard, content: _Content) -> Iterator[str]:
 
 
 class _Tee:
-    """A file that is read in order and hashed on the way."""
+    """A sequentially read file that hashes its bytes."""
 
     def __init__(self, file: Any, digest: Any) -> None:
         self._file, self._digest = file, digest
@@ -186,7 +186,7 @@ def _table(folder: Folder, shard: Shard, keys: list[str] | None, expected: bool)
     if keys is not None and {"key", "status"} <= set(table.column_names):
         rows = zip(table["key"].to_pylist(), table["status"].to_pylist(), strict=True)
         listed = {key for key, status in rows if status == "success"}
-        # A key may be a path in a tar; the parquet has its last part.
+        # A key may be a path in a tar; the parquet file has its last component.
         stored = {key.rsplit("/", 1)[-1] for key in keys}
         if listed != stored:
             more, fewer = len(listed - stored), len(stored - listed)
@@ -212,7 +212,7 @@ def _counts(shard: Shard, stats: dict[str, Any]) -> Iterator[str]:
 
 
 def folder_problems(folder: Folder, snapshot: Snapshot) -> list[str]:
-    """What is wrong with the folder itself: broken manifests, a wrong ``sizes.json``, files that no run vouches for."""
+    """Problems of the folder itself: broken manifests, a wrong ``sizes.json``, files of unfinished runs."""
     return [*_manifests(folder), *_sizes(folder, snapshot), *_strays(folder)]
 
 
@@ -233,7 +233,7 @@ def _sizes(folder: Folder, snapshot: Snapshot) -> Iterator[str]:
     except ValueError:
         same = False
     if not same:
-        yield f"{SIZES} does not tell the sizes of the snapshot's shards"
+        yield f"{SIZES} does not have the sizes of the snapshot's shards"
 
 
 def _strays(folder: Folder) -> Iterator[str]:
@@ -247,13 +247,13 @@ def _strays(folder: Folder) -> Iterator[str]:
     for name in folder.folder(SNAPSHOTS).names(".shards.parquet"):
         if name.removesuffix(".shards.parquet") not in manifests:
             yield f"{SNAPSHOTS}/{name} was {LEFT}"
-    if folder.exists(f"{SNAPSHOTS}/{LEARNT}"):
-        yield f"{SNAPSHOTS}/{LEARNT} was {LEFT}"
+    if folder.exists(f"{SNAPSHOTS}/{PROGRESS}"):
+        yield f"{SNAPSHOTS}/{PROGRESS} was {LEFT}"
     yield from _unlisted(folder, names, [*_readable(folder, manifests)])
 
 
 def _unlisted(folder: Folder, names: list[str], snapshots: list[Snapshot]) -> Iterator[str]:
-    """Tars and sidecars that belong to no snapshot. Shards without a sample are in none, rightly."""
+    """Tars and sidecars that belong to no snapshot. Shards without samples are correctly in none."""
     shards = [shard for snapshot in snapshots for shard in snapshot.shards]
     listed = {shard.tar for shard in shards}
     sidecars = {sidecar_file(shard, name) for shard in shards for name in shard.sidecars}
@@ -274,11 +274,11 @@ def _readable(folder: Folder, ids: Iterable[str]) -> Iterator[Snapshot]:
         try:
             yield read_snapshot(f"{folder.uri}@{name}")
         except SnapshotError:
-            continue  # said by _manifests
+            continue  # reported by _manifests
 
 
 def _all_names(folder: Folder) -> Iterator[str]:
-    """Temporary files included, which :meth:`Folder.names` leaves out."""
+    """All files, also temporary ones, which :meth:`Folder.names` leaves out."""
     try:
         entries = folder.fs.ls(folder.path, detail=True)
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""Write one shard as a unit: tar, parquet, and ``_stats.json`` last as the mark that both are whole.
+"""Write one shard as a unit: tar, parquet, and ``_stats.json`` last, as the mark that both are complete.
 
-The layout is img2dataset's, so that whatever reads its output reads ours. Rows keep the order of the input, and
-nothing in tar or parquet depends on time or place: the same input gives the same bytes.
+The layout is img2dataset's, so tools that read its output read ours. Rows keep the order of the input. Tar and parquet
+do not depend on time or machine: the same input gives the same bytes.
 """
 
 import hashlib
@@ -31,8 +31,8 @@ PARQUET_ROWS = 1_000
 class ShardStats:
     """The counts of one finished shard: img2dataset's keys, then ours.
 
-    ``unit`` is the digest of the unit of work (input slice and options) that the shard was made from; ``reasons``
-    counts failed rows by error class; ``columns`` are the fields that its samples have, sorted.
+    ``unit`` is the digest of the unit of work (input slice and options) of the shard; ``reasons`` counts failed rows by
+    error class; ``columns`` are the sorted fields of its samples.
     """
 
     shard: str
@@ -59,9 +59,9 @@ class _Counts:
 
 
 class ShardWriter:
-    """Fill a shard row by row, then :meth:`commit`. Used as a context manager; leaving without commit leaves nothing.
+    """Fills a shard row by row, then :meth:`commit`. A context manager; without commit it leaves no files.
 
-    ``schema`` is the schema of the parquet file; each row given to :meth:`add` has its columns.
+    ``schema`` is the schema of the parquet file; each row passed to :meth:`add` has its columns.
     """
 
     def __init__(self, folder: Folder, shard_id: int, schema: pa.Schema, unit: str) -> None:
@@ -95,7 +95,7 @@ class ShardWriter:
         trace: TracebackType | None,
     ) -> None:
         try:
-            # Closing flushes what is buffered, which fails again where the disk was full before.
+            # Closing flushes the buffer, which fails again on a full disk.
             self._tar_file.close()
             self._table.close()
         except OSError:
@@ -125,10 +125,10 @@ class ShardWriter:
                 self._write_rows()
 
     def commit(self) -> ShardStats:
-        """Put tar, parquet and, last, the stats under their final names.
+        """Write tar, parquet and, last, the stats under their final names.
 
         Raises:
-            StorageError: the disk is full or the store refused; the shard then counts as not done.
+            StorageError: the disk is full or the store failed; the shard then counts as not done.
         """
         with storage_errors(self.folder.join(f"{self.name}.tar")):
             self._tar.close()
@@ -136,7 +136,7 @@ class ShardWriter:
             self._write_rows()
             self._table.close()
         stats = self._stats(self._tar_path)
-        # A rerun may replace a shard whose mark is stale: without the mark no reader takes the mixture for whole.
+        # A rerun may replace a shard with a stale mark. Without a mark no reader uses a mixture of old and new files.
         self.folder.delete(self.name + STATS)
         self.folder.write_atomic(f"{self.name}.tar", self._tar_path)
         self.folder.write_atomic(f"{self.name}.parquet", self._table_path)
@@ -170,10 +170,10 @@ class ShardWriter:
 
 
 def read_stats(folder: Folder, name: str) -> ShardStats | None:
-    """The stats of the shard called ``name`` (``00017``); ``None`` where the shard is not done.
+    """The stats of the shard ``name`` (``00017``); ``None`` where the shard is not done.
 
     Raises:
-        SnapshotError: the stats are there but were not written by clipmill.
+        SnapshotError: the stats were not written by clipmill.
     """
     try:
         plain = json.loads(folder.read_bytes(name + STATS))
@@ -186,12 +186,12 @@ def read_stats(folder: Folder, name: str) -> ShardStats | None:
 
 
 def unit_digest(*parts: str) -> str:
-    """SHA-256 hex that names a unit of work by its parts (input slice digest, options fingerprint)."""
+    """SHA-256 (hex) that identifies a unit of work by its parts (input slice digest, options fingerprint)."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def parquet_schema(columns: Mapping[str, pa.DataType], hash_name: str | None) -> pa.Schema:
-    """img2dataset's parquet columns around the input's own ``columns``, then what clipmill adds about failures."""
+    """img2dataset's parquet columns with the input's own ``columns``, then clipmill's columns about failures."""
     named: list[tuple[str, pa.DataType]] = [*columns.items()]
     named += [
         ("key", pa.string()),
@@ -210,7 +210,7 @@ def parquet_schema(columns: Mapping[str, pa.DataType], hash_name: str | None) ->
 
 
 def reserved_columns() -> Sequence[str]:
-    """Names that an input column must not have, since the parquet file and the json use them."""
+    """Reserved names of input columns: the parquet file and the json use them."""
     names = parquet_schema({}, None).names
     return (*names, "caption", "url", "md5", "sha256", "sha512", "etag", "last_modified")
 

@@ -1,8 +1,8 @@
-"""Raw rows: url tables, folders of images, WebDataset tars, split files, COCO's and LVIS's annotations, the drawn
-world, the Tux Paint stamps and scenes of them.
+"""Sources of raw rows: url tables, folders of images, WebDataset tars, split files, COCO and LVIS annotations, the
+drawn world, the Tux Paint stamps and scenes of them.
 
-Each source is one frozen dataclass, found by its name: the class whose ``kind`` is the name of its module, with ``_``
-for ``-``. Where the module is a package, the class is in its module ``source``. A dataset card names it by ``kind``.
+Each source is one frozen dataclass, found by name: its ``kind`` is the name of its module, with ``_`` for ``-``. Where
+the module is a package, the class is in its module ``source``. A dataset card names a source by ``kind``.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ KIND = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
 def open_source(options: Mapping[str, Any]) -> Source:
-    """The source that a card's ``source`` mapping describes: its ``kind`` and that source's options.
+    """The source described by a card's ``source`` mapping: its ``kind`` and the options of that source.
 
     Raises:
-        SettingError: an unknown kind, or an option that the source does not have or refuses.
+        SettingError: an unknown kind, an unknown option, or an invalid value.
     """
     kind = str(options.get("kind"))
     source = source_class(kind)
@@ -32,7 +32,7 @@ def open_source(options: Mapping[str, Any]) -> Source:
 
 
 def source_class(kind: str) -> type[Source]:
-    """The class of the sources of a kind. Only its own module is imported: reading a url table loads no drawing code.
+    """The class of a kind of source. Imports only its own module: reading a url table loads no drawing code.
 
     Raises:
         SettingError: an unknown kind.
@@ -45,14 +45,14 @@ def source_class(kind: str) -> type[Source]:
 
 
 def source_classes() -> dict[str, type[Source]]:
-    """Every source by its kind, in the order of the kinds; imports them all."""
+    """All source classes by kind, sorted; imports all of them."""
     kinds = sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
     found = {kind: _class_of(kind) for kind in kinds}
     return {kind: source for kind, source in found.items() if source is not None}
 
 
 def _class_of(kind: str) -> type[Source] | None:
-    """``None`` where there is no such module, or it is a helper: without a class of that kind."""
+    """``None`` where there is no such module, or the module is a helper without a class of that kind."""
     if not KIND.fullmatch(kind):
         return None
     name = f"{__name__}.{kind.replace('-', '_')}"

@@ -1,14 +1,14 @@
-"""COCO and LVIS as they are published: an annotation file and the images, in a folder or still on the web.
+"""COCO and LVIS as published: an annotation file, and the images in a folder or on the web.
 
     jobs/refresh_dataset.py coco --annotations instances_train2017.json --images train2017 --output-folder coco
 
 Each image becomes a sample with ``boxes.json`` (see ``shards/objects.py``): boxes, polygons, run lengths and crowds
-with the numbers of the file, and LVIS's lists of labels that are not there or only partly marked. Planning parses the
-file once and leaves a table with one row group per slice in the scratch folder, from which workers read their slice.
+with the numbers of the file, and LVIS's lists of absent and not exhaustively annotated classes. Planning parses the
+file once and writes a table to the scratch folder, with one row group per slice. Workers read their slice from it.
 
-``keep`` leaves out annotations, not images: an open-vocabulary detector is trained on images whose novel things
-have no boxes. What is novel is said by a dataset card, or by LVIS's frequency (rare). ``with_objects`` leaves out the
-images that have nothing left, as the usual split of COCO into 48 base and 17 novel classes does.
+``keep`` filters annotations, not images: an open-vocabulary detector is trained on images whose novel objects have no
+boxes. A dataset card, or LVIS's frequency (rare), defines the novel classes. ``with_objects`` leaves out the images
+without remaining annotations, as the usual split of COCO into 48 base and 17 novel classes does.
 """
 
 import hashlib
@@ -57,27 +57,27 @@ _SCHEMA = pa.schema(_TYPES)
 
 @dataclass(frozen=True, kw_only=True)
 class Coco:
-    """The images of an annotation file, in its order."""
+    """The images of an annotation file, in the order of the file."""
 
     kind: ClassVar[str] = "coco"
     summary: ClassVar[str] = (
-        "COCO's or LVIS's annotations and images; images stay as they are, since boxes are measured in them."
+        "COCO's or LVIS's annotations and images; images are stored unchanged, since boxes are in their pixels."
     )
     image_options: ClassVar[Mapping[str, Any]] = UNCHANGED
 
     annotations: str
-    """COCO's or LVIS's instances (JSON), at a path or any fsspec URI."""
+    """COCO's or LVIS's instances (JSON), as a path or fsspec URI."""
     images: str = ""
-    """Folder of the images, at a path or any fsspec URI that every worker can read, or the beginning of their urls
-    (https://…); empty = download each image's coco_url."""
+    """Folder of the images, as a path or fsspec URI that every worker can read, or a URL prefix (https://…);
+    empty = download each image's coco_url."""
     captions: str = ""
-    """COCO's captions (JSON), of which each image gets the first; empty = no captions."""
+    """COCO's captions (JSON); each image gets its first caption. Empty = no captions."""
     classes_of: str = ""
-    """Dataset card whose classes count; annotations of others are left out. Empty = all categories of the file."""
+    """Dataset card of the classes to keep; annotations of other classes are left out. Empty = all categories."""
     keep: Literal["all", "base", "novel"] = "all"
-    """Annotations of all classes that count, or of one side: novel or not by the card, or rare or not in LVIS."""
+    """Annotations to keep: all, or those of base or novel classes, by the card or by LVIS's frequency (rare)."""
     with_objects: bool = False
-    """Only images with an annotation that is kept (crowds count), as Bansal et al. 2018 and OVR-CNN have them."""
+    """Keep only images with a kept annotation (crowds count), as Bansal et al. 2018 and OVR-CNN do."""
 
     def __post_init__(self) -> None:
         require(bool(self.annotations), "annotations", self.annotations, "COCO's or LVIS's instances (JSON)")
@@ -89,22 +89,22 @@ class Coco:
 
     @property
     def downloads(self) -> bool:
-        """Whether the images are to be fetched from the web."""
+        """Whether the images are downloaded from the web."""
         return not self.images or self.images.startswith(_WEB)
 
     @cached_property
     def classes(self) -> Mapping[str, str]:
-        """The classes that count by name, LVIS's with their synonyms, in the order of their ids, with their groups.
+        """Kept class name (LVIS's with synonyms) to group, in the order of the category ids.
 
-        That is LVIS's frequency, r, c or f; base or novel where the card says; empty where nobody does.
+        The group is LVIS's frequency (r, c or f), the card's base or novel, or empty.
         """
         return self._groups(read_annotations(self.annotations))
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
-        """See :class:`~pipeline.sources.source.Source`; memory holds the annotation file, its numbers as text.
+        """See :class:`~pipeline.sources.source.Source`; holds the annotation file in memory, annotations as text.
 
         Raises:
-            DataError: the annotations contradict themselves, or boxes cannot be meant as x, y, width, height.
+            DataError: the annotations are inconsistent, or boxes cannot be x, y, width, height.
         """
         found = read_annotations(self.annotations)
         self.__dict__["classes"] = self._groups(found)  # as cached_property does; the file is not read again
@@ -130,7 +130,7 @@ class Coco:
             yield self._row(values)
 
     def schema(self) -> Mapping[str, type]:
-        """``left_out`` counts unusable boxes; ``boxes_digest`` lets a refresh see which have changed."""
+        """``left_out`` counts unusable boxes; ``boxes_digest`` shows a refresh which annotations have changed."""
         return {"image_id": int, "objects": int, "left_out": int, "boxes_digest": str}
 
     @cached_property
@@ -138,7 +138,7 @@ class Coco:
         return Folder(self.images)
 
     def _groups(self, found: Annotations) -> dict[str, str]:
-        """Name to group of the categories that are kept."""
+        """Name to group of the kept categories."""
         if self.classes_of:
             groups = self._card_groups(tuple(found.categories.values()))
         else:
@@ -181,7 +181,7 @@ class Coco:
             logger.info(message, self.annotations, missing, self.images, unnamed)
 
     def _files(self) -> dict[str, str]:
-        """What lies below the folder: paths and their stamps."""
+        """Relative paths of all files in the folder, with their version stamps."""
         fs, root = self._place.fs, str(self._place.path)
         require(bool(fs.isdir(root)), "images", self.images, "an existing folder, or the beginning of urls (https://…)")
         found = fs.find(root, detail=True).items()
@@ -189,7 +189,7 @@ class Coco:
         return {path.split(base, 1)[-1]: file_stamp(about) for path, about in found}
 
     def _file(self, image: AnnotatedImage, files: Mapping[str, str]) -> tuple[str, str]:
-        """The image's path below the folder and its stamp, which is empty where there is no such file."""
+        """The image's path relative to the folder, and its version stamp; empty where there is no such file."""
         wanted = [image.file, "/".join(image.url.split("/")[-2:]), *_names(image)]
         for path in wanted:
             if path and path in files:
@@ -206,16 +206,16 @@ class Coco:
         return url
 
     def _boxes(self, image: AnnotatedImage, found: Annotations) -> tuple[int, bytes]:
-        """Number of objects and the member ``boxes.json``."""
+        """Number of objects, and the content of the member ``boxes.json``."""
         names = {number: one.name for number, one in found.categories.items() if one.word in self.classes}
-        things = [thing for thing in found.things.get(image.id, ()) if thing.category in names]
-        objects = ", ".join(f'{{"label": {json.dumps(names[one.category])}, {one.text[1:]}' for one in things)
+        annotations = [one for one in found.annotations.get(image.id, ()) if one.category in names]
+        objects = ", ".join(f'{{"label": {json.dumps(names[one.category])}, {one.text[1:]}' for one in annotations)
         text = f'{{"width": {image.width}, "height": {image.height}, "objects": [{objects}]'
         if image.negative is not None and image.incomplete is not None:
             lists = (("negative", image.negative), ("incomplete", image.incomplete))
             for key, numbers in lists:
                 text += f', "{key}": ' + json.dumps([names[number] for number in numbers if number in names])
-        return len(things), (text + "}").encode()
+        return len(annotations), (text + "}").encode()
 
     def _digest(self, part: list[dict[str, Any]]) -> str:
         return hashlib.sha256(repr((self.images, part)).encode("utf-8", "surrogatepass")).hexdigest()
@@ -244,5 +244,5 @@ class Coco:
 
 
 def _names(image: AnnotatedImage) -> Iterator[str]:
-    """The image's bare file name, as its record or its url has it."""
+    """The image's bare file name, by its record and by its url."""
     return (place.rpartition("/")[2] for place in (image.file, image.url) if place)

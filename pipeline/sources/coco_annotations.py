@@ -1,12 +1,12 @@
-"""COCO's and LVIS's annotation files, read whole and checked before anything is made of them.
+"""Reading and validation of COCO and LVIS annotation files.
 
     {"images": [{"id", "width", "height", "file_name" and / or "coco_url"}, ...],
      "categories": [{"id", "name", LVIS: "frequency" of r, c or f, "synonyms"}, ...],
      "annotations": [{"image_id", "category_id", "bbox": [x, y, width, height], "segmentation", "iscrowd", ...}, ...]}
 
-LVIS's images have ``neg_category_ids`` (searched for, none there) and ``not_exhaustive_category_ids`` (only some are
-marked). What contradicts itself stops the reading: an id or a name twice, an id that is nowhere, boxes that cannot be
-meant as x, y, width, height. One annotation whose box is unusable is left out and counted by its reason.
+LVIS's images have ``neg_category_ids`` (verified absent) and ``not_exhaustive_category_ids`` (not all instances are
+annotated). An inconsistent file is an error: a repeated id or name, an unknown id, boxes that cannot be x, y, width,
+height. A single annotation with an unusable box is left out and counted by reason.
 """
 
 import json
@@ -33,14 +33,14 @@ Reason = Literal["no_box", "no_area", "outside"]
 _OUTSIDE_SHARE = 0.1
 _FEW_UNFIT = 0.02  # share of broken boxes among corners
 _FEW_OUTSIDE = 1.0  # pixels by which published boxes may stick out
-_NORMALISED_FROM = 4  # boxes; fewer may be as small as a pixel by chance
+_NORMALISED_FROM = 4  # boxes; fewer could all be below one pixel by chance
 
 
 @dataclass(frozen=True, slots=True)
 class CocoAnnotation:
-    """An annotation: ``box`` is x1, y1, x2, y2 in pixels, float64 [4], None where it is not four finite numbers.
+    """An annotation: ``box`` is x1, y1, x2, y2 in pixels, float64 [4], or None where it is not four finite numbers.
 
-    ``text`` is the JSON of what is kept of it, numbers as they were published.
+    ``text`` is the JSON of the kept keys, with the published numbers.
     """
 
     image: int
@@ -51,7 +51,7 @@ class CocoAnnotation:
 
 @dataclass(frozen=True, slots=True)
 class AnnotatedImage:
-    """An image record; ``file`` or ``url`` may be empty. The category ids are None where the file has no such lists."""
+    """An image record; ``file`` or ``url`` may be empty; ``negative`` and ``incomplete`` are None if not given."""
 
     id: int
     width: int
@@ -64,7 +64,7 @@ class AnnotatedImage:
 
 @dataclass(frozen=True, slots=True)
 class Category:
-    """A class; ``frequency`` is LVIS's r, c or f, empty where the file does not say; ``word`` has all its names."""
+    """A class; ``frequency`` is LVIS's r, c or f, or empty; ``word`` holds the name and all synonyms."""
 
     id: int
     name: str
@@ -74,43 +74,43 @@ class Category:
 
 @dataclass(frozen=True)
 class Annotations:
-    """A file's content: images in its order, categories by id, the usable things of each image by its id."""
+    """A file's content: images in file order, categories by id, usable annotations by image id."""
 
     images: tuple[AnnotatedImage, ...]
     categories: Mapping[int, Category]
-    things: Mapping[int, Sequence[CocoAnnotation]]
+    annotations: Mapping[int, Sequence[CocoAnnotation]]
     left_out: Mapping[int, Counter[Reason]]
 
 
 def read_annotations(uri: str) -> Annotations:
-    """The annotation file at ``uri``, a path or any fsspec URI; ``.gz`` is unpacked.
+    """Read the annotation file at ``uri``, a path or fsspec URI; ``.gz`` is decompressed.
 
     Raises:
-        SettingError: no file, or one of another kind.
-        DataError: it contradicts itself.
+        SettingError: no file, or not an annotation file.
+        DataError: the file is inconsistent.
     """
     content = _read(uri, ("images", "annotations", "categories"), "COCO's or LVIS's instances")
     try:
         images = tuple(_image(record) for record in content["images"])
         categories = tuple(_category(record) for record in content["categories"])
-        things = [thing if isinstance(thing, CocoAnnotation) else _refused(thing) for thing in content["annotations"]]
+        annotations = [one if isinstance(one, CocoAnnotation) else _refused(one) for one in content["annotations"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{uri} is not as COCO's files are ({error!r})") from error
     require(bool(images), "annotations", uri, "a file with at least one image")
-    _check_ids(uri, images, categories, things)
+    _check_ids(uri, images, categories, annotations)
     sizes = {image.id: (image.width, image.height) for image in images}
-    _check_boxes(uri, things, sizes)
-    kept, left_out = _usable(things, sizes)
+    _check_boxes(uri, annotations, sizes)
+    kept, left_out = _usable(annotations, sizes)
     for reason, count in sum(left_out.values(), Counter[Reason]()).most_common():
         logger.warning("%s: %d annotations left out (%s)", uri, count, reason)
     return Annotations(images, {one.id: one for one in sorted(categories, key=lambda one: one.id)}, kept, left_out)
 
 
 def read_captions(uri: str) -> dict[int, str]:
-    """The first caption of each image, by its id, of a captions file.
+    """The first caption of each image in a captions file, by image id.
 
     Raises:
-        SettingError: no file, or one of another kind.
+        SettingError: no file, or not a captions file.
     """
     captions: dict[int, str] = {}
     for record in _read(uri, ("annotations",), "COCO's captions")["annotations"]:
@@ -136,7 +136,7 @@ def _read(uri: str, keys: Sequence[str], kind: str) -> dict[str, Any]:
 
 
 def _compact(record: dict[str, Any]) -> "dict[str, Any] | CocoAnnotation":
-    """Annotations become texts as soon as they are read: LVIS's, as Python's numbers, would take ten times its size."""
+    """Keep annotations as JSON text while parsing: as Python objects, LVIS's would take ten times the memory."""
     if not record.keys() >= {"image_id", "category_id", "bbox"}:
         return record
     image, category = record["image_id"], record["category_id"]
@@ -159,7 +159,7 @@ def _image(record: Mapping[str, Any]) -> AnnotatedImage:
     if width <= 0 or height <= 0:
         raise ValueError(f"image {record['id']} of {width} x {height} pixels")
     file, url = (str(record.get(key) or "") for key in ("file_name", "coco_url"))
-    (file + url).encode()  # a lone surrogate, which no store can name, is a ValueError
+    (file + url).encode()  # raises ValueError for a lone surrogate, which no file system can store
     negative, incomplete = (record.get(key) for key in ("neg_category_ids", "not_exhaustive_category_ids"))
     federated = negative is not None or incomplete is not None
     return AnnotatedImage(
@@ -181,7 +181,7 @@ def _category(record: Mapping[str, Any]) -> Category:
 
 
 def class_word(record: Mapping[str, Any]) -> str:
-    """``couch; sofa`` of a category of a published file; raises ``TypeError`` where its synonyms are no list."""
+    """Name and synonyms of a category record, ``couch; sofa``; raises ``TypeError`` if its synonyms are not a list."""
     synonyms = record.get("synonyms") or []
     if not isinstance(synonyms, list):
         raise TypeError(f"synonyms {synonyms!r}")
@@ -189,14 +189,14 @@ def class_word(record: Mapping[str, Any]) -> str:
 
 
 def _check_ids(
-    uri: str, images: Sequence[AnnotatedImage], categories: Sequence[Category], things: Sequence[CocoAnnotation]
+    uri: str, images: Sequence[AnnotatedImage], categories: Sequence[Category], annotations: Sequence[CocoAnnotation]
 ) -> None:
     _once(uri, "image id", (image.id for image in images))
     _once(uri, "category id", (category.id for category in categories))
     _once(uri, "category name", (plain_word(category.name) for category in categories))
     known, classes = {image.id for image in images}, {category.id for category in categories}
-    _known(uri, "image id", (thing.image for thing in things), known)
-    _known(uri, "category id", (thing.category for thing in things), classes)
+    _known(uri, "image id", (annotation.image for annotation in annotations), known)
+    _known(uri, "category id", (annotation.category for annotation in annotations), classes)
     listed = (number for one in images for number in (*(one.negative or ()), *(one.incomplete or ())))
     _known(uri, "category id", listed, classes)
 
@@ -214,16 +214,16 @@ def _known(uri: str, what: str, values: Iterable[object], known: set[int]) -> No
         raise DataError(f"{uri}: {count} annotations name an unknown {what}, such as {first!r}")
 
 
-def _check_boxes(uri: str, things: Sequence[CocoAnnotation], sizes: Mapping[int, tuple[int, int]]) -> None:
-    """Boxes are plausible as x, y, width, height in pixels; no single box tells, the whole file does."""
-    known = [thing for thing in things if thing.box is not None]
+def _check_boxes(uri: str, annotations: Sequence[CocoAnnotation], sizes: Mapping[int, tuple[int, int]]) -> None:
+    """Check that the boxes of the whole file are plausible as x, y, width, height in pixels."""
+    known = [annotation for annotation in annotations if annotation.box is not None]
     if not known:
         return
-    boxes = np.array([thing.box for thing in known])
+    boxes = np.array([annotation.box for annotation in known])
     published = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
     if len(boxes) >= _NORMALISED_FROM and (boxes >= 0).all() and (boxes <= 1 + 1e-6).all():
         raise DataError(f"{uri}: no box reaches beyond 1: they seem to be shares of the image's sides, not pixels")
-    limits = np.array([sizes[thing.image] for thing in known]) + _FEW_OUTSIDE
+    limits = np.array([sizes[annotation.image] for annotation in known]) + _FEW_OUTSIDE
     beyond = (boxes[:, 2:] > limits).any(axis=1)
     if beyond.mean() <= _OUTSIDE_SHARE:
         return
@@ -236,23 +236,23 @@ def _check_boxes(uri: str, things: Sequence[CocoAnnotation], sizes: Mapping[int,
 
 
 def _usable(
-    things: Iterable[CocoAnnotation], sizes: Mapping[int, tuple[int, int]]
+    annotations: Iterable[CocoAnnotation], sizes: Mapping[int, tuple[int, int]]
 ) -> tuple[dict[int, list[CocoAnnotation]], dict[int, Counter[Reason]]]:
     kept: dict[int, list[CocoAnnotation]] = {}
     left_out: dict[int, Counter[Reason]] = {}
-    for thing in things:
-        reason = _unusable(thing, sizes[thing.image])
+    for annotation in annotations:
+        reason = _unusable(annotation, sizes[annotation.image])
         if reason is None:
-            kept.setdefault(thing.image, []).append(thing)
+            kept.setdefault(annotation.image, []).append(annotation)
         else:
-            left_out.setdefault(thing.image, Counter())[reason] += 1
+            left_out.setdefault(annotation.image, Counter())[reason] += 1
     return kept, left_out
 
 
-def _unusable(thing: CocoAnnotation, size: tuple[int, int]) -> Reason | None:
-    if thing.box is None:
+def _unusable(annotation: CocoAnnotation, size: tuple[int, int]) -> Reason | None:
+    if annotation.box is None:
         return "no_box"
-    if not (thing.box[2:] - thing.box[:2] > SMALLEST).all():
+    if not (annotation.box[2:] - annotation.box[:2] > SMALLEST).all():
         return "no_area"
     width, height = size
-    return "outside" if inside(thing.box, height, width) is None else None
+    return "outside" if inside(annotation.box, height, width) is None else None

@@ -21,7 +21,7 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 class ImageFolder:
     """Every image below ``folder``, in the order of their paths.
 
-    The caption of ``a/cat.jpg`` is the text of ``a/cat.txt``, and empty where there is none. With ``label_from_folder``
+    The caption of ``a/cat.jpg`` is the text of ``a/cat.txt``, or empty without that file. With ``label_from_folder``
     the first folder of the path becomes the column ``label``, as in torchvision's ImageFolder.
     """
 
@@ -30,11 +30,11 @@ class ImageFolder:
     has_captions: ClassVar[bool] = True
 
     folder: str
-    """The folder, at a path or any fsspec URI that every worker can read."""
+    """Folder of the images: a path or fsspec URI that every worker can read."""
     caption_suffix: str = ".txt"
-    """Ending of the caption's file, put in the place of the image's own."""
+    """Extension of the caption files; replaces the image's extension."""
     label_from_folder: bool = True
-    """Keep the first folder of an image's path as the column `label`."""
+    """Store the first folder of an image's path in the column `label`."""
 
     def __post_init__(self) -> None:
         require(bool(self.folder), "folder", self.folder, "a folder or an fsspec URI")
@@ -63,7 +63,7 @@ class ImageFolder:
             yield self._row(path)
 
     def schema(self) -> Mapping[str, type]:
-        """``label`` where asked for."""
+        """``label`` with ``label_from_folder``, otherwise no columns."""
         return {"label": str} if self.label_from_folder else {}
 
     @cached_property
@@ -71,7 +71,7 @@ class ImageFolder:
         return Folder(self.folder)
 
     def _files(self) -> list[tuple[str, str, str]]:
-        """Path below the folder, stamp of the image, stamp of its caption."""
+        """Path relative to the folder, version stamp of the image, version stamp of its caption."""
         fs, root = fsspec.core.url_to_fs(self._place.uri)
         require(fs.isdir(root), "folder", self.folder, "an existing folder")
         found = {path[len(root) :].lstrip("/"): info for path, info in fs.find(root, detail=True).items()}
@@ -110,7 +110,7 @@ class ImageFolder:
 
 
 def file_stamp(info: Mapping[str, Any]) -> str:
-    """Size and time or tag of a file, of what ``fsspec`` tells of it."""
+    """Size and modification time or ETag of a file, from fsspec's ``info``."""
     changed = next(
         (info[name] for name in ("ETag", "etag", "mtime", "LastModified", "created") if name in info),
         "",

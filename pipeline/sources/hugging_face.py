@@ -1,7 +1,7 @@
-"""Parquet files with the images inside, as Hugging Face stores image data sets.
+"""Parquet files that contain the images, as Hugging Face stores image datasets.
 
-An image is a struct ``{bytes, path}`` (Hugging Face's feature ``Image``) or plain bytes; the caption is a text or a
-list of texts, of which the first is taken. Rows are read by row group, so that a worker holds a few images at a time.
+An image is a struct ``{bytes, path}`` (Hugging Face's feature ``Image``) or plain bytes. The caption is a string, or
+the first of a list of strings. Rows are read by row group, so a worker holds a few images at a time.
 """
 
 import hashlib
@@ -32,30 +32,30 @@ from pipeline.sources.tables import (
 )
 
 BATCH_ROWS = 32  # images held at a time
-FEATURES = b"huggingface"  # where the package `datasets` describes its columns in a parquet file's metadata
+FEATURES = b"huggingface"  # key of the parquet metadata in which the package `datasets` describes its columns
 
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceParquet:
-    """The rows of parquet files that hold their images.
+    """The rows of parquet files that contain their images.
 
-    A class label (Hugging Face's feature ``ClassLabel``, a number) among the additional columns becomes its name.
-    An image given only by an http address is downloaded.
+    Class labels (Hugging Face's feature ``ClassLabel``, integers) in additional columns are replaced by class names.
+    An image with only an http address is downloaded.
     """
 
     kind: ClassVar[str] = "hugging-face"
-    summary: ClassVar[str] = "Parquet files with the images inside, as Hugging Face stores image data sets."
+    summary: ClassVar[str] = "Parquet files that contain the images, as Hugging Face stores image datasets."
 
     parquet: str
-    """A parquet file, a folder of them, or a pattern such as `data/train-*.parquet`; a path or any fsspec URI."""
+    """Parquet file, folder of them, or glob pattern such as `data/train-*.parquet`; a path or fsspec URI."""
     image_col: str = "image"
-    """Column with the images."""
+    """Column of the images."""
     caption_col: str | None = "text"
-    """Column with the captions; None for data without."""
+    """Column of the captions; None = no captions."""
     url_col: str | None = None
-    """Column with the images' addresses, where there is one."""
+    """Column of the image URLs, if any."""
     save_additional_columns: tuple[str, ...] = ()
-    """Columns to keep in the shards' json and parquet."""
+    """Additional columns to store in the shards' json and parquet."""
 
     def __post_init__(self) -> None:
         require(bool(self.parquet), "parquet", self.parquet, "a parquet file, a folder or a pattern")
@@ -155,7 +155,7 @@ class HuggingFaceParquet:
         return [Folder(fs.unstrip_protocol(file).removeprefix("file://")).uri for file in map(str, found)]
 
     def _footer(self, file: str) -> tuple[int, pa.Schema, str]:
-        """Number of rows, columns, and what changes when the file does."""
+        """Number of rows, schema, and a version stamp of the file."""
         fs, path = fsspec.core.url_to_fs(file)
         try:
             with fs.open(path, "rb") as opened:
@@ -185,7 +185,7 @@ class HuggingFaceParquet:
 
 
 def _groups(file: pq.ParquetFile, start: int, end: int) -> tuple[list[int], int]:
-    """The row groups with rows from ``start`` to ``end``, and the number of the first one's first row."""
+    """Row groups that overlap rows ``start`` to ``end``, and the index of the first row in them."""
     groups: list[int] = []
     first = position = 0
     for index in range(file.num_row_groups):
@@ -217,7 +217,7 @@ def _label(value: Scalar, names: list[str] | None) -> Scalar:
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
-    """The names of the columns that are class labels, from what the package ``datasets`` left in the metadata."""
+    """Class names by column, for the class labels in the metadata of the package ``datasets``."""
     try:
         features = json.loads((schema.metadata or {}).get(FEATURES, b"{}"))["info"]["features"]
         labels = {name: kind for name, kind in features.items() if kind.get("_type") == "ClassLabel"}

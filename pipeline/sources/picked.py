@@ -1,4 +1,4 @@
-"""Some rows of other sources, by their numbers: the few images that a few-shot method learns from."""
+"""Selected rows of other sources: the few images that a few-shot method is trained on."""
 
 import hashlib
 import json
@@ -15,22 +15,22 @@ from pipeline.sources.source import Row, Slice, Source
 
 @dataclass(frozen=True, kw_only=True)
 class Picked:
-    """Rows ``numbers`` of ``sources``, in the order in which they are given; their captions are left out."""
+    """The rows ``numbers`` of ``sources``, in the given order, without captions."""
 
     kind: ClassVar[str] = "picked"
     has_captions: ClassVar[bool] = False
 
     sources: Sequence[Mapping[str, Any]]
-    """Kind and options of each, as a dataset card has them."""
+    """Kind and options of each source, as in a dataset card."""
     numbers: Sequence[tuple[int, int]]
-    """Which source, and which of its rows, both from 0."""
+    """Pairs of source index and row index, both from 0."""
 
     def __post_init__(self) -> None:
         require(bool(self.sources), "sources", (), "one source or more")
         require(bool(self.numbers), "numbers", (), "one row or more")
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
-        """See :class:`~pipeline.sources.source.Source`; a slice holds the slices of one row that it is made of."""
+        """See :class:`~pipeline.sources.source.Source`; a slice lists the one-row slices that it consists of."""
         pieces = [list(source.slices(1, scratch.folder(str(place)))) for place, source in enumerate(self._opened)]
         for start in range(0, len(self.numbers), rows_per_shard):
             part = [(source, pieces[source][row]) for source, row in self.numbers[start : start + rows_per_shard]]
@@ -46,7 +46,7 @@ class Picked:
                 yield Row(url=row.url, image=row.image, columns=shown, problem=row.problem)
 
     def schema(self) -> Mapping[str, type]:
-        """The columns that all sources have."""
+        """The columns that all sources share."""
         first, *others = (source.schema() for source in self._opened)
         return {name: kind for name, kind in first.items() if all(other.get(name) is kind for other in others)}
 

@@ -1,8 +1,8 @@
-"""What a source is: rows of raw input in a fixed order, cut into slices that become shards.
+"""The protocol of a source: rows of raw input in a fixed order, cut into slices that become shards.
 
-A source is planned once, by the driver, and read many times, by workers on other nodes. So a :class:`Slice` says all
-that is needed to find its rows again, and carries a digest of what they will be: when the input changes, the digest
-does, and a shard made from the old rows is not mistaken for one made from the new.
+The driver plans a source once; workers on other nodes read it many times. A :class:`Slice` holds everything needed to
+find its rows again, and a digest of their content. The digest changes with the input, so a shard of the old rows is
+never taken for a shard of the new ones.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from pipeline.shards.sample import joined_fields
 from pipeline.shards.storage import Folder
 
 UNCHANGED: Mapping[str, Any] = {"resize_mode": "no", "skip_reencode": True}
-"""Image options of a source whose images are stored as they are: they are ready, or boxes are measured in them."""
+"""Image options of a source whose images are stored unchanged, for example because boxes are in their pixels."""
 
 Scalar = str | int | float | bool | None
 
@@ -23,11 +23,13 @@ Scalar = str | int | float | bool | None
 class Row:
     """One row of input.
 
-    ``url`` says where the image is or was. ``image`` holds its encoded bytes where the source has them; where it is
-    ``None`` the downloader fetches ``url``, unless the source has no images: ``members`` alone make the sample then.
-    ``columns`` go into the parquet file and the sample's json; ``members`` are further fields of the sample, written
-    as they are. ``problem`` is set where the source could not read the row. ``expected`` is the digest
-    ("sha256:0123...") that the body at ``url`` has to have; None for any.
+    - ``url``: address of the image.
+    - ``image``: encoded bytes, if the source has them. Where it is ``None`` the downloader fetches ``url``; if the
+      source has no images, the sample consists of ``members`` alone.
+    - ``columns``: written to the parquet file and to the sample's json.
+    - ``members``: further fields of the sample, written unchanged.
+    - ``problem``: set where the source could not read the row.
+    - ``expected``: required digest ("sha256:0123...") of the body at ``url``; None = any.
     """
 
     url: str
@@ -43,7 +45,7 @@ class Row:
 class Slice:
     """The rows that become one shard.
 
-    ``digest`` is the SHA-256 hex of what :meth:`Source.rows` will give for it; ``where`` is plain JSON.
+    ``digest`` is the SHA-256 (hex) of the content that :meth:`Source.rows` yields for it; ``where`` is plain JSON.
     """
 
     count: int
@@ -53,42 +55,41 @@ class Slice:
 
 @runtime_checkable
 class Classed(Protocol):
-    """A source that knows the classes of its boxes; the snapshot keeps them among its options, as ``classes``."""
+    """A source that knows the classes of its boxes; the snapshot stores them in its options, as ``classes``."""
 
     @property
     def classes(self) -> Mapping[str, str]:
-        """Names and groups (LVIS's r, c and f; base and novel; or empty), in the classes' order."""
+        """Class name to group (r, c or f of LVIS; base or novel; or empty), in the order of the classes."""
         ...
 
 
 def fetches(source: "Source") -> bool:
-    """Whether the rows' images are to be downloaded; a source may stand for a part of another, its ``base``."""
+    """Whether the images are downloaded. A source that is a part of another one has it as ``base``."""
     return bool(getattr(getattr(source, "base", source), "downloads", False))
 
 
 def has_images(source: "Source") -> bool:
-    """Whether the rows have images, at hand or to be downloaded; a source may stand for a part of its ``base``."""
+    """Whether the rows have images, in the source or to download. A source that is a part of another has a ``base``."""
     return bool(getattr(getattr(source, "base", source), "has_images", True))
 
 
 def content_of(source: "Source", row: Row) -> bytes | None:
-    """What the digest of a row covers: its image, or all members where the source has no images.
+    """The content that a row's digest covers: its image, or all members if the source has no images.
 
-    ``None`` where the image is still to be downloaded.
+    ``None`` where the image is not downloaded yet.
     """
     return row.image if has_images(source) else joined_fields(row.members)
 
 
 class Source(Protocol):
-    """Rows of one kind of input. Frozen dataclasses whose fields are the command line's options; they pickle.
+    """Rows of one kind of input: a frozen, picklable dataclass whose fields are options of the command line.
 
-    The module has the name of the ``kind``, with ``_`` for ``-``; nothing else lists it. Further class variables are
-    optional:
+    The module's name is the ``kind``, with ``_`` for ``-``; there is no registry. Further class variables are optional:
 
-    - ``summary``: one line of help. A source that has it is a preset of jobs/refresh_dataset.py.
+    - ``summary``: one line of help. A source with a summary is a preset of jobs/refresh_dataset.py.
     - ``image_options``: the preset's defaults of :class:`~pipeline.stages.crawl.images.ImageOptions`, by name.
-    - ``downloads``: True where rows without image bytes are downloaded, so that servers' validators are kept.
-    - ``has_images``: False where rows have no image; their ``members`` become the sample, and nothing is fetched.
+    - ``downloads``: True where rows without image bytes are downloaded; the servers' validators are then stored.
+    - ``has_images``: False where rows have no image; the sample then consists of ``members``, without a download.
     """
 
     kind: ClassVar[str]
@@ -101,15 +102,15 @@ class Source(Protocol):
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
         """Cut the input into slices of at most ``rows_per_shard`` rows, always the same way.
 
-        ``scratch`` is a folder that workers can read too; a source may leave a random-access copy of its rows there.
+        ``scratch`` is a folder that workers can read too; a source may write a random-access copy of its rows there.
 
         Raises:
-            SettingError: the input is missing, empty or has not the columns asked for.
+            SettingError: the input is missing or empty, or lacks a requested column.
         """
         ...
 
     def rows(self, piece: Slice) -> Iterator[Row]:
-        """The rows of a slice, in order; exactly ``piece.count`` of them, good or with a ``problem``."""
+        """The rows of a slice, in order: exactly ``piece.count``, each valid or with a ``problem``."""
         ...
 
     def schema(self) -> Mapping[str, type]:

@@ -1,13 +1,13 @@
-"""Labelled images in the order of a published split, as papers on few-shot learning read them.
+"""Labelled images in the order of a published split, as in papers on few-shot learning.
 
     json      CoOp's split files: {"train": [[path, label, class name], ...], "val": [...], "test": [...]}
     aircraft  FGVC-Aircraft's own: variants.txt, and images_variant_{train,val,test}.txt with lines "0034309 707-320"
-    folders   a folder of images for each class, in sorted order; the file of class names has lines "n01440764 tench"
-              in the order of the labels, and without one the sorted folders' own names are the classes
+    folders   one folder of images per class, in sorted order; the file of class names has lines "n01440764 tench" in
+              the order of the labels; without that file the sorted folder names are the classes
 
-Shots are drawn by a number in this order, so (split file, seed) decides which images they are, everywhere. ImageNet
-has no split file: the reference reads its folders in the order that the file system gives, which differs between
-machines; sorted, they are the same everywhere, and not the same as the papers'.
+Few-shot images are sampled by their index in this order, so (split file, seed) fixes them on every machine. ImageNet
+has no split file: the reference code reads its folders in file system order, which differs between machines. Sorted
+order is the same on every machine, but differs from the papers' order.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class Item:
-    """An image: its path below the folder, the number and the name of its class."""
+    """An image: its path relative to the folder, and the number and name of its class."""
 
     path: str
     number: int
@@ -37,27 +37,27 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitFile:
-    """One part of a split; see the module."""
+    """One part of a split; the module's docstring describes the formats."""
 
     kind: ClassVar[str] = "split-file"
     has_captions: ClassVar[bool] = False
 
     folder: str = ""
-    """The data set's own folder, at a path or any fsspec URI that every worker can read."""
+    """Folder of the dataset: a path or fsspec URI that every worker can read."""
     pictures: str = ""
-    """Folder in it that the paths of the split begin in."""
+    """Subfolder to which the paths of the split are relative; empty = the folder itself."""
     format: Literal["json", "aircraft", "folders"] = "json"
-    """How the split is written down, see pipeline/sources/split_file.py."""
+    """Format of the split, see pipeline/sources/split_file.py."""
     split: str = ""
-    """File in the folder with the split, or with the class names where the format is folders."""
+    """File of the split in the folder; with the format folders, the file of the class names."""
     part: Part = "train"
-    """Which part of a split file."""
+    """Part of the split."""
     home: str = ""
-    """Where the split file comes from."""
+    """Origin of the split file, shown where the file is missing."""
     renames: Mapping[str, str] = field(default_factory=dict)
-    """Class names in the split file, or the folders of classes, and what they are called in prompts."""
+    """Class names or class folders of the split, mapped to their names in prompts."""
     leave_out: tuple[str, ...] = ()
-    """Class names whose images are left out."""
+    """Names of classes to leave out."""
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
         """See :class:`~pipeline.sources.source.Source`; the digest covers the split, not the images."""
@@ -79,13 +79,13 @@ class SplitFile:
 
     @cached_property
     def items(self) -> tuple[Item, ...]:
-        """What the split lists, in its order; no image is opened.
+        """The images of the split, in its order; opens no image.
 
         Raises:
             SettingError: no folder, or no split file in it.
-            DataError: a split file that is broken, or names one class with several numbers.
+            DataError: the split file is malformed, or gives one class number several names.
         """
-        require(bool(self.folder), "folder", self.folder, f"the data set's folder, with {self.split or 'its images'}")
+        require(bool(self.folder), "folder", self.folder, f"the dataset's folder, with {self.split or 'its images'}")
         read = {"json": self._read_json, "aircraft": self._read_aircraft, "folders": self._read_folders}[self.format]
         found = (Item(item.path, item.number, self.renames.get(item.name, item.name)) for item in read())
         items = tuple(item for item in found if item.name not in self.leave_out)
@@ -101,8 +101,8 @@ class SplitFile:
         try:
             return self._place.read_text(name)
         except FileNotFoundError as error:
-            comes = f"{self.home}; " if self.home else "the data set's home; "
-            allowed = f"a folder with the file {name}, which comes from {comes}a split made anew is another one"
+            home = self.home or "the dataset's home page"
+            allowed = f"a folder with the published file {name}, which comes from {home}; do not make a new split"
             require(False, "folder", self.folder, allowed)
             raise AssertionError from error
         except UnicodeDecodeError as error:
@@ -144,7 +144,7 @@ class SplitFile:
                 yield Item(path, *names[folder])
 
     def _names(self, folders: list[str]) -> dict[str, tuple[int, str]]:
-        """Number and name of each class by its folder; folders called 0, 1, ... are numbers of labels (ImageNet V2)."""
+        """Number and name of each class by its folder; folder names 0, 1, ... are class numbers (ImageNet V2)."""
         if not self.split:
             return {folder: (number, folder) for number, folder in enumerate(folders)}
         lines = [line.strip().partition(" ") for line in self._text(self.split).splitlines() if line.strip()]
@@ -155,7 +155,7 @@ class SplitFile:
         }
 
     def _check(self, items: tuple[Item, ...]) -> None:
-        """One name for a number; two numbers for a name are told by whoever makes prompts of them."""
+        """Each number has one name. The code that makes prompts checks for names with several numbers."""
         names: dict[int, str] = {}
         for item in items:
             if names.setdefault(item.number, item.name) != item.name:

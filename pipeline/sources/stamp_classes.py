@@ -1,7 +1,7 @@
-"""The classes of the scenes of Tux Paint stamps: nouns of which the Debian package has three images or more.
+"""The classes of the scenes of Tux Paint stamps: nouns with at least three images in the Debian package.
 
-The novel ones are named in captions only: a detector that is trained with the truth ``base`` is told nothing of them.
-They are of several kinds, and most have a like among the base classes (orange and apple, car and truck).
+Novel classes are named in captions only: with the truth ``base`` a detector is trained without boxes of them. They are
+of several kinds, and most resemble a base class (orange and apple, car and truck).
 """
 
 from collections.abc import Mapping
@@ -105,10 +105,10 @@ CLASSES: Mapping[str, Mapping[str, str]] = {
         "seasonal/christmas": "Christmas_Tree_photo tree",
     },
 }
-"""By class, folders below the package's and the names of stamps in them, :data:`ALL` for every one."""
+"""Class to folders of the package and the names of the stamps in them; :data:`ALL` = every stamp."""
 
 NOVEL = ("airplane", "car", "mushroom", "orange", "penguin", "rabbit", "sheep", "tree")
 """Classes without boxes in training."""
 
 PLURALS = {"deer": "deer", "fish": "fish", "sheep": "sheep", "strawberry": "strawberries"}
-"""What does not take an s."""
+"""Irregular plurals."""

@@ -4,8 +4,8 @@
     apt-get download tuxpaint-stamps-default && dpkg-deb -x *.deb unpacked   # or without root: folder "unpacked"
 
 A stamp is ``animals/birds/crow.png`` with ``crow.txt`` beside it: the first line is English, further lines read
-``de.utf8=Eine Krähe.`` Some stamps have a second image, ``crow_mirror.png``, that shares the text. Vector images
-(``crow.svg``) are not decoded: where no ``.png`` stands in for one, its row has a problem and is counted.
+``de.utf8=Eine Krähe.`` Some stamps have a second image, ``crow_mirror.png``, with the same text. Vector images
+(``crow.svg``) are not decoded: without a ``.png`` of the same name, the row has a problem and is counted.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from pipeline.sources.source import Row, Slice
 PACKAGE = "tuxpaint-stamps-default"
 INSTALLED = "/usr/share/tuxpaint/stamps"
 MOST_PIXELS = 1 << 26
-"""A PNG that says it is larger is not decoded."""
+"""Largest PNG to decode, by the size in its header."""
 
 _TRANSLATION = re.compile(r"([A-Za-z]+(?:[_@-][A-Za-z]+)*)\.utf8=(.*)")
 _PNG_HEADER = b"\x89PNG\r\n\x1a\n"
@@ -40,24 +40,24 @@ _ALLOWED = f"the folder of the Debian package {PACKAGE} (apt-get install {PACKAG
 
 @dataclass(frozen=True, kw_only=True)
 class TuxPaintStamps:
-    """The images below ``folder``, in the order of their paths, laid on a background; label = top folder."""
+    """The images below ``folder``, in the order of their paths, on a plain background; label = top folder."""
 
     kind: ClassVar[str] = "stamps"
-    summary: ClassVar[str] = "The Tux Paint stamps of Debian's package tuxpaint-stamps-default."
+    summary: ClassVar[str] = "The Tux Paint stamps of the Debian package tuxpaint-stamps-default."
     has_captions: ClassVar[bool] = True
 
     folder: str = INSTALLED
-    """The stamps, at a path that every worker has: installed, or where the Debian package was unpacked."""
+    """Folder of the stamps on every worker: the installed or the unpacked Debian package."""
     language: str = "en"
     """Language of the captions: `en`, or a code of the package such as `de`, `pt_BR`, `sr@latin`."""
     fall_back_to_english: bool = False
-    """Take the English caption where there is no translation; otherwise such captions are empty."""
+    """Use the English caption where there is no translation; otherwise the caption is empty."""
     background: str = "white"
-    """Colour below transparent pixels: a CSS name or `#rrggbb`."""
+    """Background colour of transparent pixels: a CSS name or `#rrggbb`."""
     split: Literal["all", "train", "held_out"] = "all"
-    """All stamps, or a part by hash of the path; a stamp and its mirror image fall on the same side."""
+    """All stamps, or one split by the hash of the path; a stamp and its mirror image are in the same split."""
     held_out_share: float = 0.2
-    """The share of stamps that are held out, above 0 and below 1."""
+    """Fraction of held-out stamps, between 0 and 1 (exclusive)."""
 
     def __post_init__(self) -> None:
         require(0 < self.held_out_share < 1, "held_out_share", self.held_out_share, "a number between 0 and 1")
@@ -70,7 +70,7 @@ class TuxPaintStamps:
         """See :class:`~pipeline.sources.source.Source`; the digest covers options, names and the files' content.
 
         Raises:
-            SettingError: no stamps there, or a language that none of them has.
+            SettingError: the folder has no stamps, or none with a caption in the language.
         """
         paths = self._images()
         self._check_language(paths)
@@ -95,7 +95,7 @@ class TuxPaintStamps:
         return stamps_root(self.folder)
 
     def _images(self) -> list[str]:
-        """Sorted paths below the root of this split's images."""
+        """Sorted paths of this split's images, relative to the root."""
         files = {file.relative_to(self._root).as_posix() for file in self._root.rglob("*") if file.is_file()}
         raster = {path for path in files if path.endswith(".png")}
         vector = {path for path in files if path.endswith(".svg") and path.removesuffix(".svg") + ".png" not in raster}
@@ -105,7 +105,7 @@ class TuxPaintStamps:
         return chosen
 
     def _side(self, path: str) -> str:
-        """Which split an image is in: the SHA-256 of the stamp's path, read as a fraction, against the share."""
+        """The split of an image: the SHA-256 of the stamp's path, as a fraction, compared with the held-out share."""
         fraction = int.from_bytes(hashlib.sha256(_stamp(path).encode()).digest()[:8], "big") / 2**64
         return "held_out" if fraction < self.held_out_share else "train"
 
@@ -134,7 +134,7 @@ class TuxPaintStamps:
             return Row(url=path, caption=caption, columns=columns, problem=problem)
 
     def _captions(self, path: str) -> dict[str, str]:
-        """Captions by language code; none where the text is missing."""
+        """Captions by language code; empty without a text file."""
         lines = (_bytes_of(self._text_file(path)) or b"").decode("utf-8-sig", errors="replace").splitlines()
         captions = {"en": lines[0].strip()} if lines and not _TRANSLATION.match(lines[0]) else {}
         for line in lines:
@@ -151,7 +151,7 @@ class TuxPaintStamps:
         """The image on the background, as PNG.
 
         Raises:
-            SampleError: a vector image, an unreadable file, or bytes that are no PNG.
+            SampleError: a vector image, an unreadable file, or not a PNG.
         """
         if path.endswith(".svg"):
             raise SampleError("failed_to_resize", "vector_picture", "svg images are not decoded")
@@ -164,7 +164,7 @@ class TuxPaintStamps:
 
 
 def stamps_root(folder: str) -> Path:
-    """Where the stamps are, given the folder that has them or that the package was unpacked in.
+    """The folder of the stamps, given that folder or the one the package was unpacked in.
 
     Raises:
         SettingError: there is no such folder.
@@ -177,12 +177,12 @@ def stamps_root(folder: str) -> Path:
 
 
 def is_mirror(name: str) -> bool:
-    """Whether an image is another one's mirrored copy."""
+    """Whether an image is the mirrored copy of another one."""
     return name.rpartition(".")[0].endswith(_MIRROR)
 
 
 def _stamp(path: str) -> str:
-    """The stamp that an image belongs to: its path without ending and ``_mirror``."""
+    """The stamp of an image: its path without extension and ``_mirror``."""
     return path.rpartition(".")[0].removesuffix(_MIRROR)
 
 
@@ -194,10 +194,10 @@ def _bytes_of(file: Path) -> bytes | None:
 
 
 def read_stamp(root: Path, path: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """A PNG of any kind: red, green and blue [H, W, 3] of 0 to 255, and alpha [H, W, 1] of 0 to 1.
+    """Read a PNG of any colour type: RGB float32 [H, W, 3], 0 to 255, and alpha float32 [H, W, 1], 0 to 1.
 
     Raises:
-        SampleError: no such file, or bytes that are no PNG or too large a one.
+        SampleError: no such file, not a PNG, or a PNG that is too large.
     """
     data = _bytes_of(root / path)
     if data is None:

@@ -1,8 +1,8 @@
-"""Url tables: rows of a parquet, csv, tsv, json or jsonl file (or a folder of them), columns chosen by name.
+"""Url tables: rows of a parquet, csv, tsv, json or jsonl file, or of a folder of them.
 
-Planning copies the chosen columns into parquet files in the scratch folder, one file per input file and one row group
-per slice, so that any worker reads any slice without touching the rest, whatever the input's format. As in
-img2dataset, a slice never reaches over the end of an input file.
+Planning copies the selected columns into parquet files in the scratch folder: one file per input file, one row group
+per slice. So a worker reads only its slice, for every input format. As in img2dataset, a slice has rows of one input
+file only.
 """
 
 import hashlib
@@ -41,10 +41,10 @@ from pipeline.sources.tables import (
 
 @dataclass(frozen=True, kw_only=True)
 class UrlTable:
-    """Rows whose images are to be downloaded.
+    """Rows whose images are downloaded.
 
-    Option names are img2dataset's. ``input_format`` is told from the file's ending unless it is given; for a folder
-    only files of that ending are read.
+    Option names are img2dataset's. Without ``input_format`` the file extension decides; in a folder, only files with
+    that extension are read.
     """
 
     kind: ClassVar[str] = "urls"
@@ -52,19 +52,19 @@ class UrlTable:
     downloads: ClassVar[bool] = True
 
     url_list: str
-    """The table: a file or a folder, at a path or any fsspec URI."""
+    """Table of urls: a file or folder, as a path or fsspec URI."""
     url_col: str = "url"
-    """Column with the addresses."""
+    """Column of the image URLs."""
     caption_col: str | None = None
-    """Column with the captions."""
+    """Column of the captions; None = no captions."""
     save_additional_columns: tuple[str, ...] = ()
-    """Columns to keep in the shards' json and parquet."""
+    """Additional columns to store in the shards' json and parquet."""
     verify_hash: str | None = None
-    """COLUMN:sha256, :md5 or :sha512: refuse bodies whose digest is not the hex text in that column."""
+    """COLUMN:sha256, COLUMN:md5 or COLUMN:sha512: reject downloads whose hex digest differs from that column."""
     input_format: str | None = None
-    """parquet, csv, tsv, json or jsonl, each but parquet also with .gz."""
+    """Format: parquet, csv, tsv, json or jsonl; all but parquet also with .gz. None = by file extension."""
     quoting: Quoting | None = None
-    """Whether quotation marks of a csv or tsv enclose values (minimal) or belong to the text (none); None: as found."""
+    """Quotation marks of a csv or tsv enclose values (minimal) or belong to the text (none). None = as found."""
 
     def __post_init__(self) -> None:
         require(
@@ -200,7 +200,7 @@ class UrlTable:
         return files
 
     def format_of(self, file: str) -> str:
-        """One of :data:`FORMATS`, as set or told from the file's ending."""
+        """One of :data:`FORMATS`: ``input_format``, or by the file extension."""
         if self.input_format:
             return self.input_format
         matches = [ending for ending in FORMATS if file.lower().endswith(f".{ending}")]
@@ -258,9 +258,9 @@ def _regroup(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.Table]
 
 
 def _digest(table: pa.Table) -> str:
-    """SHA-256 of names and values, whatever Arrow's inner layout (chunks, offsets, null buffers) happens to be.
+    """SHA-256 of names and values, independent of Arrow's memory layout (chunks, offsets, null buffers).
 
-    Texts go in as lengths and bytes, without a Python object each: a plan of 100 million rows is made of them.
+    Strings are hashed as lengths and bytes, without Python objects: a plan may have 100 million rows.
     """
     digest = hashlib.sha256()
     for name in table.column_names:
@@ -280,7 +280,7 @@ def _digest(table: pa.Table) -> str:
 
 
 def _text_bytes(chunk: Any) -> bytes:
-    """The texts of a chunk one after another, nulls as nothing."""
+    """The concatenated strings of a chunk; nulls are empty."""
     filled = chunk.cast(pa.large_string()).fill_null("")
     _, offsets, data = filled.buffers()
     if data is None:

@@ -1,4 +1,4 @@
-"""Existing WebDataset tars, img2dataset's output included: one tar in, one shard out, fields kept."""
+"""Existing WebDataset tars, including img2dataset's output: each tar becomes one shard with the same fields."""
 
 import hashlib
 import json
@@ -23,25 +23,24 @@ RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 class WebDatasetTars:
     """The samples of existing tars.
 
-    ``tars`` is a folder, one tar, or a brace range ``s3://bucket/{00000..00123}.tar``; parts may be joined by ``::``.
-    The image is the member jpg, jpeg, png or webp; ``caption_field`` the caption; flat values of the json member
-    named in ``json_columns`` become columns. Other members are kept unless ``keep_members`` says no.
+    The image is the member jpg, jpeg, png or webp, the caption the member ``caption_field``. The keys ``json_columns``
+    of the json member become columns. Other members are copied unless ``keep_members`` is off.
     """
 
     kind: ClassVar[str] = "webdataset"
     summary: ClassVar[str] = (
-        "Existing WebDataset tars, img2dataset's too; images stay as they are unless you say otherwise."
+        "Existing WebDataset tars, including img2dataset's; images are stored unchanged by default."
     )
     image_options: ClassVar[Mapping[str, Any]] = UNCHANGED
 
     tars: str
-    """A folder, a tar, or a brace range of tars; several joined by `::`."""
+    """Folder, tar, or brace range such as `s3://bucket/{00000..00123}.tar`; join several by `::`."""
     caption_field: str | None = "txt"
-    """Member that holds the caption; None for data without captions."""
+    """Member with the caption; None = no captions."""
     json_columns: tuple[str, ...] = ()
-    """Keys of the json member to keep as columns."""
+    """Keys of the json member to store as columns."""
     keep_members: bool = True
-    """Keep members other than image, caption and json as they are."""
+    """Copy members other than image, caption and json unchanged."""
 
     def __post_init__(self) -> None:
         require(
@@ -57,7 +56,7 @@ class WebDatasetTars:
         return self.caption_field is not None
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
-        """One slice per tar, however many samples it has (at most ``rows_per_shard``, so that keys stay unique)."""
+        """One slice per tar, of at most ``rows_per_shard`` samples, so that keys stay unique."""
         for uri in self._uris():
             count = 0
             digest = hashlib.sha256()
@@ -83,7 +82,7 @@ class WebDatasetTars:
                 yield self._row(sample)
 
     def schema(self) -> Mapping[str, type]:
-        """The json columns, as text."""
+        """The json columns, as strings."""
         return {name: str for name in self.json_columns}
 
     def _row(self, sample: Sample) -> Row:

@@ -1,1 +1,1 @@
-"""The work of a data job: plan, download, decode and resize, make shards, publish a snapshot."""
+"""Stages of a data job: plan, download, decode and resize, make shards, publish a snapshot."""

@@ -7,26 +7,26 @@ import secrets
 from pipeline.config import require
 from pipeline.errors import ClusterError
 
-# What every worker needs besides its code: no update checks, one thread per library (Ray counts the cores).
+# Environment of every worker: no update checks, one thread per library (Ray counts the cores).
 WORKER_ENVIRONMENT = {"NO_ALBUMENTATIONS_UPDATE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def connect(num_cpus: int | None = None) -> None:
     """Connect to the cluster named by ``RAY_ADDRESS`` (set inside ``ray job submit``), else start a private one.
 
-    A Ray that happens to run on this machine is not joined unasked. ``num_cpus`` is the size of the private cluster,
-    all cores by default. Does nothing when this process is connected already.
+    Does not join another Ray on this machine without ``RAY_ADDRESS``. ``num_cpus`` is the size of the private cluster,
+    all cores by default. Does nothing if this process is already connected.
 
     Raises:
-        ClusterError: a private one does not start.
+        ClusterError: a private cluster does not start.
         SettingError: ``RAY_ADDRESS`` names a cluster that does not answer.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
-        # Ray listens on all of the machine's addresses and asks for a token; given one here, it writes none into the
-        # home folder.
+        # Ray listens on all addresses of the machine and requires a token. With a token set here, it does not write one
+        # into the home folder.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
     import ray
 
@@ -45,7 +45,7 @@ def connect(num_cpus: int | None = None) -> None:
                 logging_level=logging.ERROR,
             )
         except Exception as error:  # a plain one after 30 s
-            reason = "the machine may be short of memory or of time; the same command goes on"
+            reason = "the machine may lack memory or CPU time; run the same command again to continue"
             raise ClusterError(f"Ray did not start here ({error}): {reason}") from error
         return
     try:
@@ -57,7 +57,7 @@ def connect(num_cpus: int | None = None) -> None:
 def quiet_worker() -> None:
     """Run by Ray in each process of a private cluster, which has no dashboard.
 
-    One of Ray Train's helpers asks the dashboard once a second whether its controller lives, and warns each time.
+    A helper of Ray Train polls the dashboard for its controller once a second, and warns each time.
     """
     name = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
     logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
-"""Run a function once per unit of work, here or as Ray tasks.
+"""Run a function once per unit of work, in this process or as Ray tasks.
 
-The function takes its unit, writes its own files and gives back a small text; no image travels through Ray. It has
-to find its work already done where an earlier run did it, so that a task whose node dies is simply run again. Every
-stage that works by the shard runs through here.
+The function takes its unit, writes its own files and returns a short string; no image passes through Ray. It must be
+idempotent: it finds the finished work of an earlier run, so Ray can rerun a task whose node died. All stages that work
+per shard use this module.
 """
 
 import itertools
@@ -16,20 +16,20 @@ from pipeline.errors import ClipmillError, StorageError
 from pipeline.stages.ray_session import connect
 
 MAX_DEATHS = 10
-"""Times that a unit is run again because its worker or node died."""
+"""Largest number of reruns of a unit whose worker or node died."""
 SPARE = 8
 DATA_RESOURCE = "data_worker"
-"""What the data nodes of cluster.yaml have, and tasks ask for."""
+"""Custom resource of the data nodes in cluster.yaml, requested by tasks."""
 
 Unit = TypeVar("Unit")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """Where the units run. ``processes_count`` 0 makes the shards in this process, without Ray."""
+    """Placement of the units. With ``processes_count`` 0 they run in this process, without Ray."""
 
     processes_count: int | None = None
-    """Shards made at a time; None for as many as the cluster has CPUs, 0 for this process without a cluster."""
+    """Number of shards made at the same time; None = one per CPU of the cluster, 0 = in this process without Ray."""
 
     def __post_init__(self) -> None:
         ok = self.processes_count is None or self.processes_count >= 0
@@ -39,12 +39,12 @@ class Workers:
 def run_tasks(
     task: Callable[[Unit], str], units: Sequence[Unit], workers: Workers, gpus: float = 0.0
 ) -> Iterator[tuple[int, str]]:
-    """``(number, task(units[number]))`` for all units, in any order; lazily. ``task`` and units have to pickle.
+    """Yield ``(number, task(units[number]))`` for all units, in order of completion. ``task`` and units are picklable.
 
-    ``gpus`` is the part of a GPU that each unit gets as a task, 0 to 1; units with none stay away from GPU nodes.
+    ``gpus`` is the fraction of a GPU per task, 0 to 1; tasks without a GPU avoid GPU nodes.
 
     Raises:
-        ClipmillError: what a task raised, as it raised it.
+        ClipmillError: the original exception of a task.
     """
     if workers.processes_count == 0:
         yield from ((number, task(unit)) for number, unit in enumerate(units))
@@ -53,7 +53,7 @@ def run_tasks(
 
 
 def data_resource(cluster: dict[str, float]) -> dict[str, float] | None:
-    """Ask for the data nodes of cluster.yaml where the cluster has such nodes, so that GPU nodes are left alone."""
+    """Request the data nodes of cluster.yaml if the cluster has such nodes, so that GPU nodes stay free."""
     return {DATA_RESOURCE: 0.001} if DATA_RESOURCE in cluster else None
 
 
@@ -84,7 +84,7 @@ def _run_by_ray(
 
 
 def _attempt(task: Callable[[Any], str], unit: Any) -> tuple[str, bytes]:
-    """A unit's text, or our own error beside it: Ray wraps what a task raises, and may lose the original on the way."""
+    """A unit's result, or our own error as a value: Ray wraps the exceptions of tasks, and may lose the original."""
     try:
         return task(unit), b""
     except ClipmillError as error:
@@ -97,21 +97,21 @@ def _result(done: Any, number: int) -> str:
     try:
         text, error = ray.get(done)
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as death:
-        died = f"unit {number} took its worker with it {MAX_DEATHS + 1} times ({str(death).splitlines()[0]})"
-        raise StorageError(f"{died}: give the workers more memory, or fewer a node") from death
+        died = f"the worker of unit {number} died {MAX_DEATHS + 1} times ({str(death).splitlines()[0]})"
+        raise StorageError(f"{died}: give the workers more memory, or run fewer per node") from death
     if error:
         raise pickle.loads(error)
     return str(text)
 
 
 def _window(workers: Workers, cluster: Mapping[str, float]) -> int:
-    """How many units Ray has at a time: one for each CPU, and some that wait, for which an autoscaler starts nodes."""
+    """Number of units submitted to Ray at a time: one per CPU, and some pending ones, so an autoscaler adds nodes."""
     if workers.processes_count is not None:
         return workers.processes_count
     return 2 * int(cluster.get("CPU", 1)) + SPARE
 
 
 def _name_of(task: object) -> str:
-    """What Ray's dashboard calls the tasks, and counts their progress by."""
+    """Name of the tasks in Ray's dashboard."""
     inner = getattr(task, "func", task)
     return str(getattr(inner, "__name__", type(inner).__name__)).lstrip("_")

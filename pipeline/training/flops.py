@@ -13,8 +13,9 @@ the device's time.
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import combinations_with_replacement
 from typing import Any, Literal
 
 import numpy
@@ -83,25 +84,43 @@ class Work:
     def __init__(self, method: Method) -> None:
         self._mode = FakeTensorMode()
         self._shapes = _shapes_of(method, self._mode)
-        self._counted: dict[int, float] = {}
-        self._parabola: numpy.polynomial.Polynomial | None = None
+        self._counted: dict[tuple[int, ...], float] = {}
+        self._known: dict[tuple[int, ...], float] = {}
         self._impossible = False
 
     def of(self, batch: Mapping[str, Tensor]) -> float | None:
         """Useful FLOPs, forward and backward, of this rank's ``batch``; ``None`` if they cannot be counted.
 
-        Texts are cut to their batch's longest, so the work differs from batch to batch. It is a polynomial of second
-        degree in their length: three lengths are counted, the others follow.
+        The work differs with the batch's :meth:`~pipeline.models.method.Method.lengths`. It is a polynomial of second
+        degree in them: with one, three lengths are counted and the others follow.
         """
-        length = batch["text"].shape[1] if "text" in batch else 0
-        each = self._counted.get(length)
-        if each is None and self._parabola is not None:
-            each = float(self._parabola(length))
-        if each is None and not self._impossible:
-            each = self._count(batch, length)
+        lengths = tuple(self.lengths(batch).values())
+        if lengths not in self._known and not self._impossible:
+            each = self._extrapolated(lengths)
+            if each is None:
+                each = self._count(batch, lengths)
+            if each is not None:
+                self._known[lengths] = each
+        each = self._known.get(lengths)
         return None if each is None else each * len(next(iter(batch.values())))
 
-    def _count(self, batch: Mapping[str, Tensor], length: int) -> float | None:
+    def lengths(self, batch: Mapping[str, Tensor]) -> Mapping[str, int]:
+        """What the work of ``batch`` depends on, by unit."""
+        return self._shapes.lengths(batch)
+
+    def _extrapolated(self, lengths: tuple[int, ...]) -> float | None:
+        """The work a sample, where that of the counted lengths determines it."""
+        if not self._counted:
+            return None
+        scale = next(iter(self._counted))
+        known = numpy.array([_terms(counted, scale) for counted in self._counted])
+        wanted = numpy.array(_terms(lengths, scale))
+        if numpy.linalg.matrix_rank(numpy.vstack([known, wanted])) > numpy.linalg.matrix_rank(known):
+            return None
+        factors = numpy.linalg.lstsq(known, numpy.array(list(self._counted.values())), rcond=None)[0]
+        return float(wanted @ factors)
+
+    def _count(self, batch: Mapping[str, Tensor], lengths: tuple[int, ...]) -> float | None:
         rows = {key: values[:ROWS] for key, values in batch.items()}
         try:
             total = count(self._shapes, rows, self._mode)
@@ -109,11 +128,14 @@ class Work:
             logger.warning("the work of a step is not counted: %s", str(error).partition("\n")[0])
             self._impossible = True
             return None
-        self._counted[length] = total / len(next(iter(rows.values())))
-        if len(self._counted) == 3:
-            lengths, counts = list(self._counted), list(self._counted.values())
-            self._parabola = numpy.polynomial.Polynomial.fit(lengths, counts, 2)
-        return self._counted[length]
+        self._counted[lengths] = total / len(next(iter(rows.values())))
+        return self._counted[lengths]
+
+
+def _terms(lengths: Sequence[int], scale: Sequence[int]) -> list[float]:
+    """The terms of a polynomial of second degree in ``lengths``, each in parts of ``scale`` so that they are near 1."""
+    parts = [length / max(1, unit) for length, unit in zip(lengths, scale, strict=True)]
+    return [1.0, *parts, *(one * other for one, other in combinations_with_replacement(parts, 2))]
 
 
 def count(method: Method, batch: Mapping[str, Tensor], mode: FakeTensorMode) -> int:

@@ -126,11 +126,12 @@ class Clock:
 
     def _announce(self, flops: float, batch: Mapping[str, Tensor]) -> None:
         rows, name = len(next(iter(batch.values()))), device_name(self.device)
-        texts = f" with texts of {batch['text'].shape[1]} tokens" if "text" in batch else ""
+        lengths = self.work.lengths(batch) if self.work else {}
+        of = "".join(f", {length} {unit}" for unit, length in lengths.items())
         known = f"perf/mfu is the share of {self.peak} TFLOP/s, the peak of {name}" if self.peak else ""
         unknown = f"no perf/mfu, since the peak of {name} is not known; --peak-tflops gives it"
         gigaflops = flops / rows / 1e9
-        logger.info("%.4g GFLOP a sample, forward and backward%s; %s", gigaflops, texts, known or unknown)
+        logger.info("%.4g GFLOP a sample%s, forward and backward; %s", gigaflops, of, known or unknown)
 
     def _parts(self, spans: "list[Span]", steps: int, seconds: float) -> dict[str, float]:
         """Each part's share of the time."""

@@ -116,9 +116,10 @@ def read_ours(folder: str, workers: int, scale: tuple[float, float], epochs: int
     """Samples read and CPU seconds used by our loader."""
     import open_clip
 
-    from pipeline.loaders.batches import ImageReader, LoaderConfig, TextReader, training_batches
+    from pipeline.loaders.batches import LoaderConfig, training_batches
     from pipeline.loaders.images import ImageTransform
     from pipeline.loaders.order import Order
+    from pipeline.loaders.readers import ImageReader, TextReader
 
     snapshot = read_snapshot(folder)
     transform = ImageTransform(size=(TARGET, TARGET), crop="resized", scale=scale)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.evaluation.figures import BOX, readable, retrieval_examples, sample_grid, similarity_matrix
+from pipeline.evaluation.figures import retrieval_examples, similarity_matrix
+from pipeline.loaders.sample_figures import BOX, readable, sample_grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from pipeline.errors import DataError
 from pipeline.evaluation.showcase import model_figures, snapshot_figure
 from pipeline.evaluation.suite import Evaluations
+from pipeline.loaders.sample_figures import sample_figure
 from pipeline.shards.snapshot import Snapshot
 
 MakeRow = Callable[..., dict[str, bytes]]
@@ -33,7 +35,7 @@ def test_samples_without_a_caption_are_shown_too(row: MakeRow, make_snapshot: Ma
 
 def test_a_named_caption_is_shown(row: MakeRow, make_snapshot: MakeSnapshot) -> None:
     snapshot = make_snapshot([row("red", title="other")])
-    assert captions_of(snapshot_figure(snapshot, caption="json:title")) == ["other"]
+    assert captions_of(snapshot_figure(snapshot, partial(sample_figure, caption="json:title"))) == ["other"]
 
 
 def test_images_that_cannot_be_read_are_an_error(row: MakeRow, make_snapshot: MakeSnapshot) -> None:

@@ -11,18 +11,16 @@ import torch
 from pipeline.errors import DataError, SettingError
 from pipeline.loaders.batches import (
     Batch,
-    ImageReader,
-    LabelReader,
     LoaderConfig,
     Reader,
     Row,
     SamplePosition,
-    TextReader,
     snapshot_batches,
     training_batches,
 )
 from pipeline.loaders.images import ImageTransform
 from pipeline.loaders.order import Order
+from pipeline.loaders.readers import ImageReader, LabelReader, TextReader
 from pipeline.loaders.samples import Samples
 from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Snapshot

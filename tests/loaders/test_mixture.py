@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from pipeline.errors import DataError, SettingError, SnapshotError
-from pipeline.loaders.batches import LoaderConfig, TextReader, training_batches
+from pipeline.loaders.batches import LoaderConfig, training_batches
 from pipeline.loaders.mixture import MixedOrder, Mixture, divided, make_order, places, read_data
+from pipeline.loaders.readers import TextReader
 from pipeline.shards.snapshot import Snapshot
 
 MakeSnapshot = Callable[..., Snapshot]

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DataError, SidecarError
-from pipeline.loaders.batches import LoaderConfig, Reader, TextReader, training_batches
+from pipeline.loaders.batches import LoaderConfig, Reader, training_batches
 from pipeline.loaders.order import Order
+from pipeline.loaders.readers import TextReader
 from pipeline.loaders.text import Tokenizer
 from pipeline.loaders.tokens import NAME, LoadTokenMaker, from_sidecar, tokenizer_digest
 from pipeline.models.clip import Clip

@@ -15,7 +15,8 @@ from torch.nn import functional
 from pipeline.errors import SettingError
 from pipeline.evaluation.suite import Evaluations, evaluate
 from pipeline.evaluation.zero_shot import classifier, own_head, zero_shot
-from pipeline.loaders.batches import LabelReader, LoaderConfig
+from pipeline.loaders.batches import LoaderConfig
+from pipeline.loaders.readers import LabelReader
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.models.classifier import Classifier, Config
 from pipeline.models.clip import Clip

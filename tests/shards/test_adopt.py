@@ -1,4 +1,4 @@
-"""Adopting shards of other tools: nothing of theirs changes, and the real img2dataset goes on afterwards."""
+"""Adopting shards of other tools: their files do not change, and the real img2dataset continues afterwards."""
 
 import gzip
 import io
@@ -25,8 +25,8 @@ from pipeline.shards.storage import Folder, file_digest
 
 def adopt(place: Path | str, skip_damaged: bool = False) -> Snapshot:
     adoption = find_shards(Folder(place))
-    learnt = [adoption.learn(number) for number in range(len(adoption.names))]
-    return adoption.publish(learnt, None, skip_damaged)
+    described = [adoption.read_tar(number) for number in range(len(adoption.names))]
+    return adoption.publish(described, None, skip_damaged)
 
 
 def foreign_tar(path: Path, keys: Sequence[str], text: str = "hello") -> None:
@@ -81,7 +81,7 @@ def test_again_reads_only_new_tars_and_keeps_sidecars(tmp_path: Path, monkeypatc
 def test_a_killed_adoption_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in "012":
         foreign_tar(tmp_path / f"{name}.tar", [name])
-    find_shards(Folder(tmp_path)).learn(1)
+    find_shards(Folder(tmp_path)).read_tar(1)
     read: list[str] = []
     real = Folder.open
     monkeypatch.setattr(Folder, "open", lambda self, name: read.append(name) or real(self, name))
@@ -131,7 +131,7 @@ def test_a_read_only_folder_is_refused_before_anything_is_read(tmp_path: Path, m
         raise StorageError("Permission denied")
 
     monkeypatch.setattr(Folder, "write_atomic", refuse)
-    with pytest.raises(StorageError, match="ask for write access, or copy the samples with jobs/refresh_dataset.py"):
+    with pytest.raises(StorageError, match="get write access, or copy the samples with jobs/refresh_dataset.py"):
         adopt(tmp_path)
 
 
@@ -185,7 +185,7 @@ def test_the_real_img2dataset_goes_on_in_an_adopted_folder(tmp_path: Path, serve
     assert requests == 6 and {name: state(out)[name] for name in before} == before
     grown = adopt(out)
     assert grown.samples == 6 and grown.parent == snapshot.id and grown.shards[0] == snapshot.shards[0]
-    # Why no index may lie beside the tars: this is what its resume does with one.
+    # The reason why no index may be beside the tars: its resume fails with one.
     (out / "sizes.json").write_text("{}")
     with pytest.raises(ValueError, match="sizes.json"):
         run(6)

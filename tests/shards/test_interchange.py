@@ -1,4 +1,4 @@
-"""Our shards in the hands of the tools that others use: webdataset, wids, open_clip, Ray Data, Croissant."""
+"""Our shards read by other tools: webdataset, wids, open_clip, Ray Data, Croissant."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""One writer at a time, on a disk and on S3: the living are respected, the dead are not waited for."""
+"""One writer at a time, on a disk and on S3: a live holder blocks, a dead one does not."""
 
 import json
 import multiprocessing

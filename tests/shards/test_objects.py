@@ -1,4 +1,4 @@
-"""Boxes as they are stored: what cannot be used is left out and counted, what is none is said so."""
+"""Stored boxes: unusable boxes are left out and counted; a malformed file is an error."""
 
 import json
 from typing import Any
@@ -12,21 +12,21 @@ from pipeline.shards.sample import Sample
 
 
 def sample(*boxes: Any, **more: Any) -> Sample:
-    things = [{"label": f"thing {number}", "bbox": box} for number, box in enumerate(boxes)]
-    record = {"width": 40, "height": 30, "objects": things, **more}
+    objects = [{"label": f"object {number}", "bbox": box} for number, box in enumerate(boxes)]
+    record = {"width": 40, "height": 30, "objects": objects, **more}
     return Sample("0007", {"boxes.json": json.dumps(record).encode()})
 
 
 def test_boxes_are_corners_inside_the_image() -> None:
-    things = read_objects(sample([5, 6, 10, 4], [-5, 20, 10, 20], [30.5, 0, 20, 30]))
-    np.testing.assert_array_equal(things.boxes, [[5, 6, 15, 10], [0, 20, 5, 30], [30.5, 0, 40, 30]])
-    assert things.labels == ("thing 0", "thing 1", "thing 2") and things.left_out == 0
+    objects = read_objects(sample([5, 6, 10, 4], [-5, 20, 10, 20], [30.5, 0, 20, 30]))
+    np.testing.assert_array_equal(objects.boxes, [[5, 6, 15, 10], [0, 20, 5, 30], [30.5, 0, 40, 30]])
+    assert objects.labels == ("object 0", "object 1", "object 2") and objects.left_out == 0
 
 
 def test_boxes_without_area_outside_or_without_numbers_are_counted() -> None:
     bad = ([5, 6, 0, 4], [5, 6, -3, 4], [50, 6, 5, 5], [float("nan"), 0, 5, 5], [0, 0, float("inf"), 5])
-    things = read_objects(sample(*bad, [1, 1, 2, 2]))
-    assert things.labels == ("thing 5",) and things.left_out == 5
+    objects = read_objects(sample(*bad, [1, 1, 2, 2]))
+    assert objects.labels == ("object 5",) and objects.left_out == 5
 
 
 def test_no_objects_are_legal() -> None:
@@ -60,23 +60,23 @@ def test_overlaps_are_torchvisions() -> None:
 
 
 def test_an_image_of_another_size_is_refused() -> None:
-    things = read_objects(sample([1, 1, 2, 2]))
-    things.check_size(30, 40, "0007")
+    objects = read_objects(sample([1, 1, 2, 2]))
+    objects.check_size(30, 40, "0007")
     with pytest.raises(DataError, match="20 x 15 pixels, its boxes are measured in 40 x 30"):
-        things.check_size(15, 20, "0007")
+        objects.check_size(15, 20, "0007")
 
 
 def test_areas_are_the_stated_ones_or_the_boxes() -> None:
-    things = [{"label": "a", "bbox": [1, 2, 3, 4], "area": area} for area in (5.5, None, 0, -3, float("nan"))]
-    record = {"width": 40, "height": 30, "objects": [*things, {"label": "a", "bbox": [38, 0, 10, 10]}]}
+    objects = [{"label": "a", "bbox": [1, 2, 3, 4], "area": area} for area in (5.5, None, 0, -3, float("nan"))]
+    record = {"width": 40, "height": 30, "objects": [*objects, {"label": "a", "bbox": [38, 0, 10, 10]}]}
     found = read_objects(Sample("0007", {"boxes.json": json.dumps(record).encode()}))
     np.testing.assert_array_equal(found.areas, [5.5, 12, 12, 12, 12, 20])
 
 
 def test_an_empty_segmentation_is_none() -> None:
     runs = {"size": [30, 40], "counts": [1200]}
-    things = [{"label": "a", "bbox": [1, 2, 3, 4], "segmentation": one} for one in ([], None, {}, runs)]
-    record = {"width": 40, "height": 30, "objects": things}
+    objects = [{"label": "a", "bbox": [1, 2, 3, 4], "segmentation": one} for one in ([], None, {}, runs)]
+    record = {"width": 40, "height": 30, "objects": objects}
     found = read_objects(Sample("0007", {"boxes.json": json.dumps(record).encode()}))
     assert found.segmentations == (None, None, None, runs)
 

@@ -1,4 +1,4 @@
-"""Parquet read in the thread that asks: none of Arrow's own starts, which could die when the process ends."""
+"""Parquet is read in the calling thread: no Arrow thread starts, which could crash at the end of the process."""
 
 import ast
 import os

@@ -1,4 +1,4 @@
-"""Nothing that looks like a secret may reach a log; nothing that does not may be touched."""
+"""Secrets are masked in logs; other text is unchanged."""
 
 import pytest
 

@@ -10,7 +10,7 @@ MASK = np.array([[0, 1, 1, 0], [0, 1, 0, 0], [1, 1, 0, 0]], np.uint8)
 
 
 def text_of_runs(runs: list[int]) -> str:
-    """COCO's string, written down from its description: differences to the run before the last one, five bits each."""
+    """COCO's string, implemented from its description: differences to the run two before, five bits per group."""
     letters = []
     for place, run in enumerate(runs):
         value = run - runs[place - 2] if place > 2 else run

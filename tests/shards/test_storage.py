@@ -1,4 +1,4 @@
-"""Folders: whole reads, all-or-nothing writes, on disk and in an object store."""
+"""Folders: whole-file reads and atomic writes, on disk and in an object store."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Tars: the same bytes every time, read by webdataset, hostile ones refused."""
+"""Tars: deterministic bytes, readable by webdataset, hostile ones rejected."""
 
 import io
 import tarfile

@@ -1,4 +1,4 @@
-"""Tar headers against tarfile, GNU tar and webdataset, and against whatever random bytes make of them."""
+"""Tar headers compared with tarfile, GNU tar and webdataset, also with random corruption."""
 
 import io
 import mmap

@@ -1,4 +1,4 @@
-"""A snapshot is damaged in each way there is, and each is named; an undamaged one is said to be well."""
+"""Every kind of damage to a snapshot is reported; an undamaged snapshot has no problems."""
 
 import hashlib
 import io
@@ -45,7 +45,7 @@ def place(whole: Path, tmp_path: Path) -> Path:
 
 
 def problems(place: Path | str, snapshot: Snapshot | None = None, **more: Callable[[bytes], object]) -> dict[str, str]:
-    """What is said, joined, by shard; that of the folder under ``folder``."""
+    """The reported problems, joined, by shard; those of the folder under ``folder``."""
     snapshot = snapshot or read_snapshot(str(place))
     checks = Verification(snapshot=snapshot, **more)  # type: ignore[arg-type]
     found = {shard.name: json.loads(checks.check(number)) for number, shard in enumerate(snapshot.shards)}
@@ -133,7 +133,7 @@ DAMAGES: list[tuple[Callable[[Path], object], str, str]] = [
         "folder",
         "00009-x.shards.parquet was left",
     ),
-    (lambda place: (place / "sizes.json").write_text("{}"), "folder", "sizes.json does not tell the sizes"),
+    (lambda place: (place / "sizes.json").write_text("{}"), "folder", "sizes.json does not have the sizes"),
     (
         lambda place: cut(sorted((place / "_snapshots").glob("*.json"))[0], 0.5),
         "folder",

@@ -1,4 +1,4 @@
-"""Shards are whole or not there; snapshots are immutable and say what is in them."""
+"""Shards are complete or absent; snapshots are immutable and describe their content."""
 
 import hashlib
 import json

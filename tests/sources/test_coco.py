@@ -1,4 +1,4 @@
-"""COCO's and LVIS's files as they are published and as they are broken, their images, and which annotations stay."""
+"""COCO's and LVIS's files, valid and broken, their images, and the annotations that are kept."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ def annotation(number: int, image: int, category: int, bbox: Any, **more: Any) -
 
 
 def instances() -> dict[str, Any]:
-    """Three images, the last without things; ids have gaps, the classes are in no order."""
+    """Three images, the last without objects; ids have gaps, the classes are in no order."""
     return {
         "info": {"year": 2017},
         "images": [
@@ -128,9 +128,9 @@ def test_images_and_boxes_are_what_was_published(data: Path) -> None:
         mine = [one for one in instances()["annotations"] if one["image_id"] == row.columns["image_id"]]
         expected = [{"label": names[o["category_id"]], **{k: o[k] for k in kept if k in o}} for o in mine]
         assert record(row) == {"width": 72, "height": 72, "objects": expected}
-    things = read_objects(Sample("0", dict(rows[0].members)))
-    assert things.labels == ("car", "cat") and things.crowd == (True, False) and not things.federated
-    assert mask_of(things.segmentations[0], 72, 72).sum() == 60
+    objects = read_objects(Sample("0", dict(rows[0].members)))
+    assert objects.labels == ("car", "cat") and objects.crowd == (True, False) and not objects.federated
+    assert mask_of(objects.segmentations[0], 72, 72).sum() == 60
     assert b"10.1," in rows[1].members["boxes.json"] and b"20.4" in rows[1].members["boxes.json"]
 
 
@@ -146,10 +146,10 @@ def test_lvis_says_what_was_looked_for(data: Path) -> None:
     rows = rows_of(Coco(annotations=write(data, lvis()), images=str(data)), data)
     assert [row.url for row in rows] == ["val2017/000139.jpg", "val2017/000007.jpg", "val2017/000009.jpg"]
     assert rows[2].problem is not None and rows[1].image == (data / "val2017/000007.jpg").read_bytes()
-    things = [read_objects(Sample("0", dict(row.members))) for row in rows]
-    assert [one.negative for one in things] == [("car", "dog"), (), ("cat",)]
-    assert [one.incomplete for one in things] == [(), ("dog", "cat"), ()]
-    assert all(one.federated for one in things)
+    objects = [read_objects(Sample("0", dict(row.members))) for row in rows]
+    assert [one.negative for one in objects] == [("car", "dog"), (), ("cat",)]
+    assert [one.incomplete for one in objects] == [(), ("dog", "cat"), ()]
+    assert all(one.federated for one in objects)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_lvis_frequency_chooses_annotations_not_images(
 
 
 def test_synonyms_of_lvis_are_told_and_label_nothing(data: Path) -> None:
-    """A class is known by its first name in the labels, and by all of them where classes are told of."""
+    """Labels use the first name of a class; the classes of the source list all names."""
     content = lvis()
     by_name = {category["name"]: category for category in content["categories"]}
     by_name["cat"]["synonyms"], by_name["dog"]["synonyms"] = ["cat", "kitty", "", "house_cat"], ["hound"]
@@ -299,7 +299,7 @@ def test_the_whole_file_tells_what_boxes_are_meant(data: Path, seed: int) -> Non
 
 
 def broken() -> Iterator[tuple[dict[str, Any], str]]:
-    """Files that contradict themselves, and what is said of them."""
+    """Inconsistent files and their error messages."""
 
     def changed(part: str, place: int, **more: Any) -> dict[str, Any]:
         content = instances()

@@ -1,4 +1,4 @@
-"""The source: the same bytes in any order and process, options that are refused, and the splits as rows."""
+"""The source: the same bytes in any order and process, invalid options, and the splits as rows."""
 
 import hashlib
 import json
@@ -102,13 +102,13 @@ def test_sizes(size: int) -> None:
         record = json.loads(row.members["boxes.json"])
         assert (record["width"], record["height"]) == (size, size)
         assert simplejpeg.decode_jpeg(row.image).shape == (size, size, 3)
-        for thing in record["objects"]:
-            x, y, width, height = thing["bbox"]
+        for obj in record["objects"]:
+            x, y, width, height = obj["bbox"]
             assert 0 <= x < x + width <= size and 0 <= y < y + height <= size
 
 
 def test_boxes_lie_on_what_was_painted() -> None:
-    """On a flat image the pixels of a plain thing have its colour."""
+    """On a flat image the pixels of a plain object have its colour."""
     found = 0
     for index in range(200):
         sample = draw_sample("colours", 0, index, 128)
@@ -134,11 +134,13 @@ def test_base_truth_tells_nothing_of_novel_shapes() -> None:
     hidden = 0
     for row, known in zip(rows, full, strict=True):
         record = json.loads(row.members["boxes.json"])
-        told = json.dumps({key: value for key, value in record.items() if key not in ("caption", "more_captions")})
-        novel = {thing["id"] for thing in known["objects"] if thing["label"] in world.NOVEL_SHAPES}
+        annotations = json.dumps(
+            {key: value for key, value in record.items() if key not in ("caption", "more_captions")}
+        )
+        novel = {obj["id"] for obj in known["objects"] if obj["label"] in world.NOVEL_SHAPES}
         hidden += len(novel)
-        assert not {thing["label"] for thing in record["objects"]} & set(world.NOVEL_SHAPES)
-        assert not any(f'"{shape}"' in told for shape in world.NOVEL_SHAPES)
+        assert not {obj["label"] for obj in record["objects"]} & set(world.NOVEL_SHAPES)
+        assert not any(f'"{shape}"' in annotations for shape in world.NOVEL_SHAPES)
         assert not any(novel & set(phrase["objects"]) for phrase in record["phrases"])
         assert record["caption"] == known["caption"]
         assert (row.columns["label"] is None) == (known["main"] in novel)

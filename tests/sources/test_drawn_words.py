@@ -1,4 +1,4 @@
-"""Captions and questions: spans to the letter, and every statement checked against the objects it is about."""
+"""Captions and questions: exact spans, and every statement checked against the objects it refers to."""
 
 import re
 from functools import cache
@@ -33,7 +33,7 @@ def captions() -> list[tuple[Record, Record]]:
 
 
 def side(one: list[int], other: list[int]) -> str | None:
-    """Left, right, above or below by boxes that are apart, along the longer way between the centres."""
+    """Left, right, above or below by disjoint boxes, along the axis with the larger distance of the centres."""
     apart = [(one[axis] + one[axis + 2] / 2) - (other[axis] + other[axis + 2] / 2) for axis in (0, 1)]
     axis = 0 if abs(apart[0]) >= abs(apart[1]) else 1
     gap = max(one[axis], other[axis]) - min(one[axis] + one[axis + 2], other[axis] + other[axis + 2])
@@ -41,7 +41,7 @@ def side(one: list[int], other: list[int]) -> str | None:
 
 
 def meaning(text: str) -> dict[str, str]:
-    """What a phrase says, read word by word from the vocabulary alone."""
+    """The attributes of a phrase, parsed word by word with the vocabulary only."""
     rest = text.lower()
     said: dict[str, str] = {}
     many = re.match(r"(two|three|four|five|six|some|several) ", rest)
@@ -73,7 +73,7 @@ def test_spans_are_exact_and_in_order() -> None:
             assert end <= phrase["start"] < phrase["end"]
             assert phrase["text"].strip(" ,.") == phrase["text"]
             assert bool(phrase["objects"]) == (phrase["kind"] == "object")
-            assert set(phrase["objects"]) <= {thing["id"] for thing in record["objects"]}
+            assert set(phrase["objects"]) <= {obj["id"] for obj in record["objects"]}
             end = phrase["end"]
 
 
@@ -133,7 +133,7 @@ def test_one_caption_in_twenty_is_wrong() -> None:
     for record, entry in wrong:
         assert entry["phrases"] == []
         text = re.sub(r"[^a-z -]", "", entry["caption"].lower())
-        shown = {thing["label"] for thing in record["objects"]}
+        shown = {obj["label"] for obj in record["objects"]}
         for noun in world.SHAPES:
             spoken = any(re.search(rf"\b({name}|{world.plural(name)})\b", text) for name in (noun.name, *noun.synonyms))
             # "plus" and "box" are no part of another name; "disc" is of "half disc", which is another shape's.
@@ -179,11 +179,11 @@ def test_articles() -> None:
 
 def answer(question: str, record: Record) -> str | None:
     """The answer by brute force over the objects."""
-    things = record["objects"]
+    objects = record["objects"]
 
     def only(key: str, value: str) -> Record:
-        (thing,) = [thing for thing in things if thing[key] == value]
-        return thing
+        (obj,) = [obj for obj in objects if obj[key] == value]
+        return obj
 
     if found := re.fullmatch(r"what colour is the (.+)\?", question):
         return str(only("label", found[1])["colour"])
@@ -193,9 +193,9 @@ def answer(question: str, record: Record) -> str | None:
         return str(only("colour", found[1])["label"])
     if found := re.fullmatch(r"how many (.+) are there\?", question):
         names = {world.plural(name): name for name in world.SHAPE_NAMES}
-        return world.NUMBER_WORDS[sum(thing["label"] == names[found[1]] for thing in things)]
+        return world.NUMBER_WORDS[sum(obj["label"] == names[found[1]] for obj in objects)]
     if found := re.fullmatch(r"is there an? (\w+) (.+)\?", question):
-        return "yes" if any((t["colour"], t["label"]) == (found[1], found[2]) for t in things) else "no"
+        return "yes" if any((t["colour"], t["label"]) == (found[1], found[2]) for t in objects) else "no"
     if found := re.fullmatch(
         r"which is (further left|further right|higher up|lower down), the (.+) or the (.+)\?", question
     ):
@@ -204,7 +204,7 @@ def answer(question: str, record: Record) -> str | None:
         ]
         ordered = sorted(
             (only("label", found[2]), only("label", found[3])),
-            key=lambda thing: thing["bbox"][axis] + thing["bbox"][axis + 2] / 2,
+            key=lambda obj: obj["bbox"][axis] + obj["bbox"][axis + 2] / 2,
         )
         return str(ordered[-last]["label"])
     if question == "what kind of picture is this?":

@@ -1,4 +1,4 @@
-"""The vocabulary: enough of it, disjoint, long-tailed, and split so that every split is fair."""
+"""The vocabulary: size, disjoint names, long-tailed frequencies, and fair splits."""
 
 import colorsys
 import hashlib

@@ -1,4 +1,4 @@
-"""Folders of images and existing tars become rows; what cannot be read is a row with a problem."""
+"""Rows of image folders and existing tars; unreadable files are rows with a problem."""
 
 import io
 import tarfile

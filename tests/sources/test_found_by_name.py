@@ -1,4 +1,4 @@
-"""Sources are found by the names of their modules, and the refresh job has a preset for each that says what it is."""
+"""Sources are found by the names of their modules; the refresh job has a preset for each source with a summary."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Parquet files with images inside, as pyarrow and as Hugging Face's own package write them."""
+"""Parquet files with images, written by pyarrow and by Hugging Face's own package."""
 
 import io
 from pathlib import Path

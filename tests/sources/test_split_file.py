@@ -1,4 +1,4 @@
-"""Split files as their authors write them, and what is wrong with some; images picked out of other sources."""
+"""Published split files, malformed ones, and selected rows of other sources."""
 
 import json
 from pathlib import Path

@@ -63,13 +63,13 @@ def pixels(row: Row) -> NDArray[np.int64]:
 
 def masks(row: Row) -> list[tuple[str, NDArray[np.bool_]]]:
     """Label and mask of every object, by the reference decoder."""
-    things = json.loads(row.members["boxes.json"])["objects"]
+    objects = json.loads(row.members["boxes.json"])["objects"]
     found = []
-    for thing in things:
-        height, width = thing["segmentation"]["size"]
-        code = coco_mask.frPyObjects(thing["segmentation"], height, width)
-        found.append((thing["label"], coco_mask.decode(code).astype(bool)))
-        assert list(coco_mask.toBbox(code)) == thing["bbox"] and coco_mask.area(code) == thing["area"]
+    for obj in objects:
+        height, width = obj["segmentation"]["size"]
+        code = coco_mask.frPyObjects(obj["segmentation"], height, width)
+        found.append((obj["label"], coco_mask.decode(code).astype(bool)))
+        assert list(coco_mask.toBbox(code)) == obj["bbox"] and coco_mask.area(code) == obj["area"]
     return found
 
 
@@ -123,7 +123,7 @@ def test_the_splits_share_no_stamp_and_no_mirrored_one(folder: Path, tmp_path: P
     for split in ("train", "val"):
         source = StampScenes(folder=str(folder), only=ONLY, split=split, samples=60)  # type: ignore[arg-type]
         records = [json.loads(row.members["boxes.json"]) for row in rows_of(source, tmp_path)]
-        seen[split] = {thing["stamp"] for record in records for thing in record["objects"]}
+        seen[split] = {obj["stamp"] for record in records for obj in record["objects"]}
         assert seen[split] == {path for paths in source.stamps.values() for path in paths}
     assert not seen["train"] & seen["val"] and len(seen["train"] | seen["val"]) == 8
     (folder / "town/flags/red.png").unlink()
@@ -132,27 +132,27 @@ def test_the_splits_share_no_stamp_and_no_mirrored_one(folder: Path, tmp_path: P
     assert alone[0] == alone[1] == {"flag": ("town/flags/blue.png",)}
 
 
-def test_captions_name_all_and_boxes_only_what_may_be_told(folder: Path, tmp_path: Path) -> None:
+def test_captions_name_all_classes_and_boxes_follow_the_truth_option(folder: Path, tmp_path: Path) -> None:
     everything = rows_of(StampScenes(folder=str(folder), only=ONLY, samples=40), tmp_path)
     base = rows_of(StampScenes(folder=str(folder), only=ONLY, samples=40, truth="base"), tmp_path)
     numbers = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4, "five": 5}
-    for row, told in zip(everything, base, strict=True):
-        assert (row.image, row.caption) == (told.image, told.caption) and row.caption is not None
+    for row, known in zip(everything, base, strict=True):
+        assert (row.image, row.caption) == (known.image, known.caption) and row.caption is not None
         labels = [label for label, _ in masks(row)]
         named = Counter[str]()
         for number, name in re.findall(r"\b(an?|two|three|four|five) (apple|flag|penguin)s?\b", row.caption):
             assert (number == "an") <= (name == "apple")
             named[name] += numbers[number]
         assert named == Counter(labels) and row.columns["objects"] == len(labels)
-        assert [label for label, _ in masks(told)] == [label for label in labels if label != "penguin"]
+        assert [label for label, _ in masks(known)] == [label for label in labels if label != "penguin"]
         main = row.columns["label"]
-        assert told.columns["label"] == (None if main == "penguin" else main)
+        assert known.columns["label"] == (None if main == "penguin" else main)
     sizes = [len(masks(row)) for row in everything]
     assert min(sizes) == 1 and max(sizes) >= 4
     assert any("penguin" in (row.caption or "") for row in base)
 
 
-def test_single_things_are_labelled(folder: Path, tmp_path: Path) -> None:
+def test_a_scene_of_one_object_has_a_label(folder: Path, tmp_path: Path) -> None:
     for row in rows_of(StampScenes(folder=str(folder), only=ONLY, samples=12, most_things=1), tmp_path):
         assert [label for label, _ in masks(row)] == [row.columns["label"]]
         objects = read_objects(Sample("0", dict(row.members)))

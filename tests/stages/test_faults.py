@@ -44,7 +44,7 @@ Fault = Callable[[str, str, int], str]
 
 
 class FaultyProxy:
-    """Hands requests on to ``target`` unless ``fault`` spoils them."""
+    """Forwards requests to ``target`` unless ``fault`` breaks them."""
 
     def __init__(self, target: str) -> None:
         self.target, self.fault = urlsplit(target).netloc, lambda *_: ""
@@ -319,7 +319,7 @@ def test_a_disk_that_fills_up_stops_the_job_and_loses_nothing(tmp_path: Path) ->
     stopped = run_smoke(tmp_path / "out", max(map(len, tars.values())) // 2)
     assert stopped.returncode == 1
     sentence = stopped.stderr.strip().splitlines()[-1]
-    assert "cannot write" in sentence and sentence.endswith("mend that and run the same command again")
+    assert "cannot write" in sentence and sentence.endswith("fix this and run the same command again")
     assert "Traceback" not in stopped.stderr
     left = {path.name for path in (tmp_path / "out").iterdir() if path.is_file()}
     assert not any(name.startswith(".tmp") for name in left), left

@@ -1,4 +1,4 @@
-"""Images that are small in bytes and huge in everything else: none may cost much memory, each must get an answer.
+"""Images that are small in bytes and expensive to decode: none may use much memory, each must give a result.
 
 The whole collection is decoded in one child process, whose peak memory the kernel tells.
 """
@@ -135,7 +135,7 @@ with Apart(options) as apart:
         except SampleError as error:
             answers[name] = error.error_class
         assert time.process_time() - began < 5, name
-    # Not getrusage: what it tells starts at what the parent had when it forked.
+    # Not getrusage: its value starts at the parent's memory at the fork.
     processes = [os.getpid(), apart._child.pid]
     peaks = [re.search(r"VmHWM:\\s+(\\d+) kB", open(f"/proc/{one}/status").read())[1] for one in processes]
 print(json.dumps([answers, max(map(int, peaks))]))
@@ -143,7 +143,7 @@ print(json.dumps([answers, max(map(int, peaks))]))
 
 
 def run(bodies: dict[str, bytes]) -> tuple[dict[str, str], int]:
-    """What became of each, and the most memory in bytes that the process or its child had."""
+    """The result of each, and the peak memory in bytes of the process or its child."""
     lines = "".join(json.dumps([name, base64.b64encode(body).decode()]) + "\n" for name, body in bodies.items())
     path = os.pathsep.join(part for part in sys.path if part)
     command = [sys.executable, "-c", PROGRAM]

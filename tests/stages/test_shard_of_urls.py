@@ -1,4 +1,4 @@
-"""One shard of a url table: what its parquet says about each download, and what stays out of its samples."""
+"""One shard of a url table: its parquet rows for each download, and the fields of its samples."""
 
 import hashlib
 import io
@@ -77,8 +77,8 @@ def test_every_failed_row_tells_status_class_http_status_and_attempts(serve: Any
     }
     server = serve(files)
     rows, samples = make(table(tmp_path, [{"url": f"{server.url}/{name}"} for name in files]), tmp_path)
-    told = [(row["status"], row["error_class"], row["http_status"], row["attempts"]) for row in rows]
-    assert told == [
+    outcomes = [(row["status"], row["error_class"], row["http_status"], row["attempts"]) for row in rows]
+    assert outcomes == [
         ("failed_to_download", "http_4xx", 404, 1),
         ("failed_to_download", "http_5xx", 503, 2),
         ("failed_to_resize", "not_a_picture", 200, 1),
@@ -97,10 +97,10 @@ def test_only_bodies_with_the_hash_in_the_table_pass(serve: Any, tmp_path: Path,
     hashes[1], hashes[3] = hashes[0], None
     rows = [{"url": f"{server.url}/{number}.jpg", algorithm: value} for number, value in enumerate(hashes)]
     source = table(tmp_path, rows, verify_hash=f"{algorithm}:{algorithm}")
-    told, samples = make(source, tmp_path)
-    assert [row["status"] for row in told] == ["success", "failed_to_download"] * 2
-    assert [row["error_message"] for row in told] == [None, "hash mismatch"] * 2
-    assert [row["sha256"] for row in told[::2]] == [hashlib.sha256(image(number)).hexdigest() for number in (0, 2)]
+    made, samples = make(source, tmp_path)
+    assert [row["status"] for row in made] == ["success", "failed_to_download"] * 2
+    assert [row["error_message"] for row in made] == [None, "hash mismatch"] * 2
+    assert [row["sha256"] for row in made[::2]] == [hashlib.sha256(image(number)).hexdigest() for number in (0, 2)]
     assert len(samples) == 2
 
 
@@ -110,7 +110,7 @@ def test_a_senseless_hash_column_is_refused(tmp_path: Path, value: str) -> None:
         table(tmp_path, [{"url": "x"}], verify_hash=value)
 
 
-def test_a_missing_hash_column_is_told(tmp_path: Path) -> None:
+def test_a_missing_hash_column_is_reported(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="verify_hash"):
         list(table(tmp_path, [{"url": "x"}], verify_hash="digest:md5").slices(10, Folder(tmp_path / "plan")))
 

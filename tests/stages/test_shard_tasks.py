@@ -1,4 +1,4 @@
-"""Units of work in this process and as Ray tasks: every unit once, errors as they were raised, deaths made good."""
+"""Units of work in this process and as Ray tasks: every unit once, original errors, reruns after deaths."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ def squared(number: int) -> str:
 
 
 def noted(folder: Path, number: int) -> str:
-    """Say that the unit has begun; the first takes longer than the others."""
+    """Report that the unit has begun; the first takes longer than the others."""
     (folder / f"{number}-{os.getpid()}").touch()
     time.sleep(1.0 if number == 0 else 0.05)
     return ""
@@ -34,7 +34,7 @@ def refuses(number: int) -> str:
 
 
 def dies(folder: Path, times: int, number: int) -> str:
-    """The unit 1 takes its process with it so many times."""
+    """Unit 1 kills its process the given number of times."""
     if number == 1 and len(list(folder.iterdir())) < times:
         (folder / str(time.monotonic_ns())).touch()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -81,5 +81,5 @@ def test_a_unit_that_always_kills_its_worker_is_named(
     ray_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_tasks, "MAX_DEATHS", 1)
-    with pytest.raises(StorageError, match="unit 1 took its worker with it 2 times"):
+    with pytest.raises(StorageError, match="the worker of unit 1 died 2 times"):
         list(run_tasks(partial(dies, tmp_path, 100), range(4), TWO))

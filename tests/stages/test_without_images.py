@@ -128,7 +128,7 @@ def test_tars_without_images_are_adopted(waves: Snapshot, tmp_path: Path) -> Non
     for name in ("00000.tar", "00001.tar"):
         place.write_atomic(name, Folder(waves.folder).read_bytes(name))
     adoption = find_shards(place)
-    found = adoption.publish([adoption.learn(number) for number in range(2)], None, skip_damaged=False)
+    found = adoption.publish([adoption.read_tar(number) for number in range(2)], None, skip_damaged=False)
     assert found.fields == waves.fields and found.samples == 6
 
 

@@ -1,12 +1,12 @@
 """The count of a step's work, against a transformer's closed form and published figures, and the table of peaks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.loaders.batches import LoaderConfig, training_batches
 from pipeline.loaders.order import Order
@@ -57,6 +57,48 @@ def test_a_fourth_length_follows_from_three(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(flops, "count", None)
     assert work.of(batch(16, 70)) == pytest.approx(expected, rel=1e-9)
     assert work.of(batch(16, 8)) == 4 * work.of(batch(4, 8))  # type: ignore[operator]
+
+
+class TwoLengths(Method):
+    """Attention among frames, and a layer on letters."""
+
+    batch_keys = ("frames", "letters")
+    registered_as = "two_lengths"
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.heard, self.read = nn.Linear(4, 8), nn.Linear(4, 16)
+
+    smallest = readers = None  # type: ignore[assignment]
+
+    def lengths(self, batch: Mapping[str, Tensor]) -> Mapping[str, int]:
+        return {"frames": batch["frames"].shape[1], "letters": batch["letters"].shape[1]}
+
+    def training_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        heard = self.heard(batch["frames"])
+        return {"loss": (heard @ heard.mT).sum() + self.read(batch["letters"]).sum()}
+
+
+def two_lengths(frames: int, letters: int) -> dict[str, Tensor]:
+    return {"frames": torch.zeros(4, frames, 4), "letters": torch.zeros(4, letters, 4)}
+
+
+@pytest.mark.parametrize(
+    ("counted", "asked"),
+    [
+        ([(300, 8), (100, 9), (250, 4), (120, 40), (310, 20), (90, 5)], (1000, 77)),
+        ([(300, 8), (300, 9), (300, 4)], (300, 77)),  # one of them never changes
+    ],
+)
+def test_the_work_of_any_lengths_follows_from_a_few(
+    counted: list[tuple[int, int]], asked: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = Work(TwoLengths())
+    for lengths in counted:
+        work.of(two_lengths(*lengths))
+    expected = Work(TwoLengths()).of(two_lengths(*asked))
+    monkeypatch.setattr(flops, "count", None)
+    assert work.of(two_lengths(*asked)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_locked_tower_needs_no_backward_pass() -> None:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import re
 import resource
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,6 +40,9 @@ class Counted:
 
     def of(self, batch: dict[str, Tensor]) -> float:
         return 1e9 * len(batch["image"])
+
+    def lengths(self, batch: dict[str, Tensor]) -> dict[str, int]:
+        return {}
 
 
 @pytest.fixture
@@ -183,6 +187,7 @@ def test_the_start_says_what_a_sample_costs(
     run_training(prepare(Clip.smallest(), settings)[0], CPU, tracker)
     (line,) = [record.getMessage() for record in caplog.records if "GFLOP a sample" in record.getMessage()]
     assert "perf/mfu is the share of 0.5 TFLOP/s, the peak of cpu" in line and "0.01" in line
+    assert re.search(r"GFLOP a sample, \d+ text tokens, forward and backward; ", line)
     (line,) = [record.getMessage() for record in caplog.records if "million parameters" in record.getMessage()]
     assert "float32" in line and "on cpu" in line
     last = tracker.history[3]

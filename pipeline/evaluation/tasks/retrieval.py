@@ -8,9 +8,9 @@ from torch import Tensor
 from pipeline.evaluation.data import Data, evaluation_batches
 from pipeline.evaluation.encoder import Evaluable, as_encoder, encode_tokens, inference
 from pipeline.evaluation.figures import retrieval_examples, similarity_matrix
-from pipeline.evaluation.readers import CaptionsReader, FirstCaptionReader, ImageReader
 from pipeline.evaluation.retrieval import retrieval
 from pipeline.evaluation.task import SAMPLES, Cache, Column, PreparedSet, Reading, Report, Task, option
+from pipeline.loaders.readers import CaptionsReader, FirstCaptionReader, ImageReader
 from pipeline.loaders.text import caption_field
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ class Retrieval(Task):
 
     def run(self, model: Any, one: PreparedSet, reading: Reading, cache: Cache) -> dict[str, float]:
         """Recall and median ranks."""
-        readers = (ImageReader(model.transforms(train=False)), CaptionsReader(model.tokenizer, one.ready))
+        image = ImageReader(transform=model.transforms(train=False))
+        readers = (image, CaptionsReader(tokenizer=model.tokenizer, caption=one.ready))
         batches = evaluation_batches(one.samples(), readers, reading.evaluation_batch, reading.evaluation_threads)
         return retrieval(model, batches, reading.evaluation_precision)
 
@@ -87,7 +88,7 @@ class Retrieval(Task):
 
 def _scores(model: Evaluable, one: PreparedSet) -> tuple[Tensor, list[str], Tensor]:
     """Images, their captions, and the cosines ``[N, N]`` with images first."""
-    readers = (ImageReader(model.transforms(train=False)), FirstCaptionReader(one.ready))
+    readers = (ImageReader(transform=model.transforms(train=False)), FirstCaptionReader(caption=one.ready))
     (batch,) = evaluation_batches(one.samples(GALLERY), readers, GALLERY, threads=2)
     with inference(model) as device:
         image_features = model.encode_image(batch["image"].to(device)).float()

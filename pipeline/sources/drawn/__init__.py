@@ -1,9 +1,9 @@
-"""The embedded world: drawn by counter, never downloaded, known to the pixel.
+"""The embedded world: images drawn from a counter-based generator, with exact boxes, masks and captions.
 
-world      what exists, its names and frequencies, who may see it
-draws      random numbers by counter
-outlines   shapes as formulas; scenes: what stands where; relations: how things stand to each other
-render     pixels; words: captions with spans; questions; truth: boxes and masks as JSON
-sets       splits and small sets; digits; sample: one sample of a split
-source     the source of rows; gallery: pages to look at
+world      the vocabulary: names, frequencies, and which splits show what
+draws      counter-based random numbers
+outlines   shapes as formulas; scenes: object placement; relations: spatial relations between two objects
+render     pixels; words: captions with phrase spans; questions; truth: boxes and masks as JSON
+sets       splits and small test sets; digits; sample: one sample of a split
+source     the source of rows; gallery: pages for inspection
 """

@@ -1,7 +1,7 @@
 """Images of digits: OpenCV's stroke fonts, and the scans that scikit-learn ships.
 
-Digits stand in no caption of this world, so a model pre-trained on it has no word for them. They are as clean and
-centred as handwriting sets are: a linear model on their pixels does well.
+No caption of this world names a digit, so a model pre-trained on it has no word for them. The digits are as clean and
+centred as in handwriting datasets: a linear model on their pixels does well.
 """
 
 from functools import cache
@@ -24,13 +24,13 @@ FONTS = {
     "script": cv2.FONT_HERSHEY_SCRIPT_COMPLEX,
 }
 TRAIN_SCANS = 1000
-"""The first 1000 scans are the pool for few-shot learning, the other 797 (by other writers) the test."""
+"""The first 1000 scans are the few-shot pool; the other 797 (by other writers) are the test set."""
 
 _CANVAS = 160
 
 
 def render_digit(digit: str, size: int, draws: Draws) -> tuple[Pixels, str]:
-    """A light digit on a dark ground, uint8 [size, size, 3], and the name of its font."""
+    """A light digit on a dark background, uint8 [size, size, 3], and the name of its font."""
     name = draws.pick(tuple(FONTS))
     glyph = _glyph(digit, name, draws.integer(3))
     scale = size / _CANVAS * draws.uniform(0.85, 1.1)
@@ -55,7 +55,7 @@ def real_digit(number: int, size: int) -> tuple[Pixels, str]:
 
 
 def scans(train: bool) -> range:
-    """The numbers of the scans of a part."""
+    """Indices of the scans of the train or test part."""
     return range(TRAIN_SCANS) if train else range(TRAIN_SCANS, 1797)
 
 
@@ -70,7 +70,7 @@ def _scans() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
 
 @cache
 def _glyph(digit: str, font: str, weight: int) -> Pixels:
-    """The digit in the middle of a square canvas, three fifths of it high."""
+    """The digit in the middle of a square canvas; its height is three fifths of the canvas."""
     face = FONTS[font]
     thickness = 6 + 4 * weight
     (_, height), _ = cv2.getTextSize(digit, face, 1.0, 1)

@@ -1,7 +1,7 @@
-"""Random numbers by counter: every sample owns its own stream, whoever draws it and when.
+"""Counter-based random numbers: every sample has its own stream, independent of worker and order.
 
 The generator is Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Its raw output
-is fixed by the paper, so streams outlast changes in numpy's distributions; those are not used.
+is fixed by the paper. numpy's distributions may change between versions, so they are not used.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ _BUFFER = 160
 class Draws:
     """An endless stream of choices that is a pure function of (seed, split, index, purpose).
 
-    One stream per purpose keeps them apart: a new word in the grammar moves no object.
+    Each purpose has its own stream: a new word in the grammar moves no object.
     """
 
     def __init__(self, seed: int, split: str, index: int, purpose: str) -> None:
@@ -51,11 +51,11 @@ class Draws:
         return int(self.random() * end)
 
     def pick(self, items: Sequence[Item]) -> Item:
-        """One of ``items``, all alike likely."""
+        """One of ``items``, uniformly."""
         return items[int(self.random() * len(items))]
 
     def weighted(self, cumulative: Sequence[float]) -> int:
-        """An index whose odds are the steps of ``cumulative`` (running sums that end at 1)."""
+        """An index; ``cumulative`` holds cumulative probabilities that end at 1."""
         return min(bisect_right(cumulative, self.random()), len(cumulative) - 1)
 
     def shuffled(self, items: Sequence[Item]) -> list[Item]:

@@ -1,4 +1,4 @@
-"""Pages to look at before trusting the world: every shape in every style, scenes with their truth drawn in, the sets.
+"""Pages for inspection: every shape in every style, scenes with their annotations drawn in, the test sets.
 
 A page is an image, uint8 [height, width, 3], RGB.
 """
@@ -13,7 +13,7 @@ from pipeline.sources.drawn.draws import Draws
 from pipeline.sources.drawn.outlines import Pixels
 from pipeline.sources.drawn.render import render
 from pipeline.sources.drawn.sample import describe_scene, draw_sample
-from pipeline.sources.drawn.scenes import Look, Pose, Scene, finished, make_thing, sample_rgb
+from pipeline.sources.drawn.scenes import Look, Pose, Scene, finished, make_object, sample_rgb
 from pipeline.sources.drawn.truth import Record
 
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
@@ -22,7 +22,7 @@ _MARKS = ((200, 30, 30), (30, 90, 200), (20, 130, 50), (170, 90, 0), (130, 40, 1
 
 
 def shapes_page(size: int = 96, seed: int = 0) -> Pixels:
-    """One row per shape (and finer name), one column per style; colours and textures take turns."""
+    """One row per shape (and variant), one column per style; colours and textures alternate."""
     rows = []
     names = [(noun.name, variant) for noun in world.SHAPES for variant in noun.variants or (None,)]
     for number, (shape, variant) in enumerate(names):
@@ -35,7 +35,7 @@ def shapes_page(size: int = 96, seed: int = 0) -> Pixels:
 
 
 def attributes_page(size: int = 96, seed: int = 0) -> Pixels:
-    """One row per colour, one column per texture, all discs, and flat."""
+    """One row per colour, one column per texture; all discs in the flat style."""
     rows = [np.hstack([_label("", 170, 24), *(_label(texture, size, 24) for texture in world.TEXTURE_NAMES)])]
     for colour in world.COLOUR_NAMES:
         looks = [
@@ -48,15 +48,16 @@ def attributes_page(size: int = 96, seed: int = 0) -> Pixels:
 
 
 def scenes_page(split: str = "train", count: int = 12, size: int = 256, seed: int = 0) -> Pixels:
-    """Scenes with masks as outlines, boxes, ids and depth; below each its caption with phrases underlined in their
-    objects' colours, and its questions."""
+    """Scenes with mask outlines, boxes, ids and depth.
+
+    Below each scene: its questions and its caption, with phrases underlined in their objects' colours."""
     cells = [_explained(split, index, size, seed) for index in range(count)]
     cells += [np.full_like(cells[0], 255)] * (count % 2)
     return np.vstack([np.hstack(cells[i : i + 2]) for i in range(0, len(cells), 2)])
 
 
 def sets_page(columns: int = 10, size: int = 96, seed: int = 0) -> Pixels:
-    """One row per split: its first samples, with their labels."""
+    """One row per split: its first samples with their labels."""
     rows = []
     for split in (*sets.RECIPES, *sets.IMAGE_SETS):
         cells = []
@@ -77,18 +78,18 @@ def _alone(shape: str, variant: str | None, turn: int, style: str, size: int, se
 
 
 def _posed(look: Look, style: str, size: int, draws: Draws) -> Pixels:
-    """The thing upright in the middle."""
+    """The object, upright in the middle."""
     middle = (size - 1) / 2
-    thing = make_thing(look, Pose(0.33 * size, 0.0, 0.0, 1.0, False), (middle, middle), size)
-    return render(Scene(size, style, draws.pick(world.GROUND_NAMES), finished([thing]), 0), draws)
+    obj = make_object(look, Pose(0.33 * size, 0.0, 0.0, 1.0, False), (middle, middle), size)
+    return render(Scene(size, style, draws.pick(world.GROUND_NAMES), finished([obj]), 0), draws)
 
 
 def _explained(split: str, index: int, size: int, seed: int) -> Pixels:
     scene = sets.scene_of(split, Draws(seed, split, index, "scene"), index, size)
     image = render(scene, Draws(seed, split, index, "render"))
     record, _ = describe_scene(split, seed, index, scene)
-    for thing in record["objects"]:
-        _outline(image, thing)
+    for obj in record["objects"]:
+        _outline(image, obj)
     text = np.full((120, 5 * size // 2, 3), 255, np.uint8)
     _write_caption(text, record)
     wide = np.full((size, 5 * size // 2, 3), 255, np.uint8)
@@ -97,32 +98,30 @@ def _explained(split: str, index: int, size: int, seed: int) -> Pixels:
     return np.vstack([wide, text])
 
 
-def _outline(image: Pixels, thing: Record) -> None:
+def _outline(image: Pixels, obj: Record) -> None:
     """Mask edge, box and id, in the colour of the id."""
-    colour = _MARKS[thing["id"] % len(_MARKS)]
-    mask = mask_of(thing["segmentation"], *thing["segmentation"]["size"])
+    colour = _MARKS[obj["id"] % len(_MARKS)]
+    mask = mask_of(obj["segmentation"], *obj["segmentation"]["size"])
     contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(image, contours, -1, colour, 1)
-    x, y, width, height = thing["bbox"]
+    x, y, width, height = obj["bbox"]
     cv2.rectangle(image, (x, y), (x + width - 1, y + height - 1), colour, 1)
-    cv2.putText(image, str(thing["id"]), (x + 2, y + 11), _FONT, 0.4, colour, 1, cv2.LINE_AA)
+    cv2.putText(image, str(obj["id"]), (x + 2, y + 11), _FONT, 0.4, colour, 1, cv2.LINE_AA)
 
 
 def _write_objects(wide: Pixels, record: Record, left: int) -> None:
     scene = record["scene"]
     _text(wide, f"{scene['style']}, {scene['ground']}, main {record['main']}", left + 8, 16)
-    for row, thing in enumerate(record["objects"]):
-        words = (
-            f"{thing['id']}: {thing['size']} {thing['texture']} {thing['colour']} {thing['variant'] or thing['label']}"
-        )
-        _text(wide, words, left + 8, 36 + 28 * row, _MARKS[thing["id"] % len(_MARKS)])
-        _text(wide, f"hidden {100 * thing['occlusion']:.0f} %  area {thing['area']}", left + 24, 49 + 28 * row)
+    for row, obj in enumerate(record["objects"]):
+        line = f"{obj['id']}: {obj['size']} {obj['texture']} {obj['colour']} {obj['variant'] or obj['label']}"
+        _text(wide, line, left + 8, 36 + 28 * row, _MARKS[obj["id"] % len(_MARKS)])
+        _text(wide, f"hidden {100 * obj['occlusion']:.0f} %  area {obj['area']}", left + 24, 49 + 28 * row)
     for row, question in enumerate(record["questions"]):
         _text(wide, f"{question['question']} {question['answer']}", left + 8, wide.shape[0] - 60 + 14 * row)
 
 
 def _write_caption(canvas: Pixels, record: Record) -> None:
-    """The caption in a fixed pitch, so that the underlines show the spans exactly."""
+    """The caption in a fixed pitch, so that the underlines match the spans."""
     caption, pitch, per_line = record["caption"], 7, canvas.shape[1] // 7 - 2
     if not record["caption_true"]:
         _text(canvas, "(wrong on purpose)", 8, 112, (200, 30, 30))

@@ -1,7 +1,7 @@
 """The outlines of the shapes and their pixels.
 
 An outline is a list of closed contours in a unit frame (radius about 1, y downwards), filled by the even-odd rule, so
-a contour inside another is a hole. They are written as formulas: nothing here depends on a raster.
+a contour inside another is a hole. Outlines are formulas and independent of resolution.
 """
 
 import math
@@ -52,7 +52,7 @@ def trace(image: Pixels, outline: Outline, colour: tuple[float, ...], thickness:
 
 @cache
 def outline_of(shape: str, variant: str | None = None) -> Outline:
-    """The unit outline of a shape; ``variant`` is the finer name of a star or polygon."""
+    """The unit outline of a shape; ``variant`` is the fine-grained name of a star or polygon."""
     contours = _FORMULAS[shape](variant) if shape in ("star", "polygon") else _FORMULAS[shape](None)
     starts = np.cumsum([0, *(len(contour) for contour in contours)])
     return Outline(np.concatenate(contours), tuple(int(start) for start in starts))

@@ -1,11 +1,11 @@
-"""Questions about a scene, each with one right answer that follows from the list of objects.
+"""Questions about a scene, each with one answer that follows from the list of objects.
 
-colour    what colour is the star?                 red           (asked of a shape that occurs once)
-texture   what is the texture of the star?         striped       (likewise)
-shape     what shape is the red thing?             star          (asked of a colour that occurs once)
-count     how many stars are there?                two           (none where there is none)
+colour    what colour is the star?                 red           (for a shape that occurs once)
+texture   what is the texture of the star?         striped       (for a shape that occurs once)
+shape     what shape is the red thing?             star          (for a colour that occurs once)
+count     how many stars are there?                two           ("none" for zero)
 side      which is further left, the star or the disc?   star    (both occur once, centres well apart)
-presence  is there a red star?                     yes           (as often no: another colour, or another shape)
+presence  is there a red star?                     yes           (half are "no": another colour or another shape)
 style     what kind of picture is this?            sketch
 """
 
@@ -33,7 +33,7 @@ class Question:
 
 
 def ask(scene: Scene, draws: Draws, count: int = 4) -> tuple[Question, ...]:
-    """Up to ``count`` questions of different kinds, in a random order; kinds that do not apply are passed over."""
+    """Up to ``count`` questions of different kinds, in random order; kinds that do not apply are skipped."""
     asked: list[Question] = []
     for kind in draws.shuffled(tuple(_KINDS)):
         question = _KINDS[kind](scene, draws)
@@ -45,22 +45,22 @@ def ask(scene: Scene, draws: Draws, count: int = 4) -> tuple[Question, ...]:
 
 
 def _colour(scene: Scene, draws: Draws) -> Question | None:
-    thing = _lone(scene, draws, lambda thing: thing.look.shape)
-    return Question("colour", f"what colour is the {thing.look.shape}?", thing.look.colour) if thing else None
+    obj = _lone(scene, draws, lambda obj: obj.look.shape)
+    return Question("colour", f"what colour is the {obj.look.shape}?", obj.look.colour) if obj else None
 
 
 def _texture(scene: Scene, draws: Draws) -> Question | None:
-    thing = _lone(scene, draws, lambda thing: thing.look.shape)
-    return Question("texture", f"what is the texture of the {thing.look.shape}?", thing.look.texture) if thing else None
+    obj = _lone(scene, draws, lambda obj: obj.look.shape)
+    return Question("texture", f"what is the texture of the {obj.look.shape}?", obj.look.texture) if obj else None
 
 
 def _shape(scene: Scene, draws: Draws) -> Question | None:
-    thing = _lone(scene, draws, lambda thing: thing.look.colour)
-    return Question("shape", f"what shape is the {thing.look.colour} thing?", thing.look.shape) if thing else None
+    obj = _lone(scene, draws, lambda obj: obj.look.colour)
+    return Question("shape", f"what shape is the {obj.look.colour} thing?", obj.look.shape) if obj else None
 
 
 def _count(scene: Scene, draws: Draws) -> Question | None:
-    shown = [thing.look.shape for thing in scene.things]
+    shown = [obj.look.shape for obj in scene.objects]
     shape = draws.pick(shown) if draws.chance(0.8) else draws.pick(world.SHAPE_NAMES)
     number = shown.count(shape)
     if number >= len(world.NUMBER_WORDS):
@@ -69,8 +69,8 @@ def _count(scene: Scene, draws: Draws) -> Question | None:
 
 
 def _side(scene: Scene, draws: Draws) -> Question | None:
-    numbers = Counter(thing.look.shape for thing in scene.things)
-    alone = draws.shuffled([thing for thing in scene.things if numbers[thing.look.shape] == 1])
+    numbers = Counter(obj.look.shape for obj in scene.objects)
+    alone = draws.shuffled([obj for obj in scene.objects if numbers[obj.look.shape] == 1])
     if len(alone) < 2:
         return None
     axis, (low, high) = draws.pick(((0, ("further left", "further right")), (1, ("higher up", "lower down"))))
@@ -80,23 +80,23 @@ def _side(scene: Scene, draws: Draws) -> Question | None:
         return None
     wants_low = draws.chance(0.5)
     answer = one if (apart < 0) == wants_low else other
-    words = f"which is {low if wants_low else high}, the {one.look.shape} or the {other.look.shape}?"
-    return Question("side", words, answer.look.shape)
+    question = f"which is {low if wants_low else high}, the {one.look.shape} or the {other.look.shape}?"
+    return Question("side", question, answer.look.shape)
 
 
 def _presence(scene: Scene, draws: Draws) -> Question:
-    """Yes and no alike often; a "no" keeps half of the truth, so that neither word alone gives it away.
+    """Yes and no with equal probability; a "no" changes either the colour or the shape, so neither alone decides.
 
-    A "no" never asks for a held-out pair: training would learn that there is no such thing.
+    A "no" never asks for a held-out pair: training would learn that such pairs do not exist.
     """
-    look = draws.pick(scene.things).look
+    look = draws.pick(scene.objects).look
     colour, shape = look.colour, look.shape
     if draws.chance(0.5):
         if draws.chance(0.5):
             colour = draws.pick([name for name in world.COLOUR_NAMES if not world.is_held_out(shape, name)])
         else:
             shape = draws.pick([name for name in world.SHAPE_NAMES if not world.is_held_out(name, colour)])
-    there = any(thing.look.colour == colour and thing.look.shape == shape for thing in scene.things)
+    there = any(obj.look.colour == colour and obj.look.shape == shape for obj in scene.objects)
     return Question("presence", f"is there {article(colour)} {colour} {shape}?", "yes" if there else "no")
 
 
@@ -105,14 +105,14 @@ def _style(scene: Scene, draws: Draws) -> Question:
 
 
 def _lone(scene: Scene, draws: Draws, key: Callable[[SceneObject], str]) -> SceneObject | None:
-    """A thing that shares its ``key`` with no other."""
-    numbers = Counter(map(key, scene.things))
-    alone = [thing for thing in scene.things if numbers[key(thing)] == 1]
+    """An object whose ``key`` is unique in the scene."""
+    numbers = Counter(map(key, scene.objects))
+    alone = [obj for obj in scene.objects if numbers[key(obj)] == 1]
     return draws.pick(alone) if alone else None
 
 
-def _centre(thing: SceneObject, axis: int) -> float:
-    return thing.box[axis] + thing.box[axis + 2] / 2
+def _centre(obj: SceneObject, axis: int) -> float:
+    return obj.box[axis] + obj.box[axis + 2] / 2
 
 
 _KINDS: dict[str, Callable[[Scene, Draws], Question | None]] = {

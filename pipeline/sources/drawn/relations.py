@@ -1,4 +1,4 @@
-"""How two things stand to each other, read off their boxes and masks."""
+"""Spatial relations between two objects, computed from their boxes and masks."""
 
 import cv2
 import numpy as np
@@ -16,17 +16,17 @@ PHRASES = {
     "in front of": ("in front of", "partly covering"),
 }
 HIDING = 0.06
-"""A thing is behind another that hides at least this fraction of it."""
+"""An object is behind another one that hides at least this fraction of it."""
 
 
 def relation_between(scene: Scene, first: int, second: int) -> str | None:
-    """The one relation that holds of the things with these indices, or None.
+    """The relation of the object ``first`` to the object ``second`` (indices), or None.
 
-    Sides are judged by boxes that do not overlap along an axis, the axis being that on which the centres lie farther
-    apart; ``inside`` means that all of the first lies within the outer contour of the second and in front of it;
-    ``behind`` means hidden by it (:data:`HIDING`), and ``in front of`` is its reverse.
+    - left, right, above, below: the boxes do not overlap along the axis on which the centres are farther apart.
+    - ``inside``: all of the first is within the outer contour of the second, and in front of it.
+    - ``behind``: the second hides part of the first (:data:`HIDING`); ``in front of`` is the reverse.
     """
-    one, other = scene.things[first], scene.things[second]
+    one, other = scene.objects[first], scene.objects[second]
     beside = _side(one, other)
     if beside is not None:
         return beside

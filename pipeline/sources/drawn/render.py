@@ -1,6 +1,6 @@
-"""From a scene to pixels: ground, clutter, things, and then what the style does to an image.
+"""Rendering: ground, clutter strokes, objects, then the style's effect on the whole image.
 
-All drawing is OpenCV's; Python touches shapes, never pixels. Images are uint8 [size, size, 3], RGB.
+OpenCV and numpy do all work on pixels; no Python loop runs over them. Images are uint8 [size, size, 3], RGB.
 """
 
 import math
@@ -27,13 +27,13 @@ _WHITE = (255, 255, 255)
 def render(scene: Scene, draws: Draws) -> Pixels:
     """Paint the scene: uint8 [size, size, 3], RGB."""
     image = paint_ground(scene.ground, scene.style, scene.size, draws)
-    for thing in scene.things:
-        _paint_thing(image, thing, scene, draws)
+    for obj in scene.objects:
+        _paint_object(image, obj, scene, draws)
     return finish(image, scene.style, draws)
 
 
 def encode(image: Pixels, draws: Draws) -> tuple[bytes, int]:
-    """The image as a JPEG, and its quality: 35..95, better ones oftener, coarse ones with halved colour."""
+    """The image as a JPEG, and its quality: 35 to 95, skewed to high; 4:2:0 chroma subsampling below 88."""
     quality = 35 + round(60 * math.sqrt(draws.random()))
     subsampling = "444" if quality >= 88 else "420"
     return simplejpeg.encode_jpeg(image, quality=quality, colorspace="RGB", colorsubsampling=subsampling), quality
@@ -54,7 +54,7 @@ def paint_ground(ground: str, style: str, size: int, draws: Draws) -> Pixels:
 
 
 def finish(image: Pixels, style: str, draws: Draws) -> Pixels:
-    """What the style does to the whole image."""
+    """Apply the style's effect on the whole image."""
     if style == "photo":
         return _photographed(image, draws)
     if style == "low contrast":
@@ -66,59 +66,59 @@ def finish(image: Pixels, style: str, draws: Draws) -> Pixels:
     return image
 
 
-def _paint_thing(image: Pixels, thing: SceneObject, scene: Scene, draws: Draws) -> None:
-    points = thing.outline.points
+def _paint_object(image: Pixels, obj: SceneObject, scene: Scene, draws: Draws) -> None:
+    points = obj.outline.points
     left, top = (max(0, int(low) - 1) for low in points.min(axis=0))
     right, bottom = (min(scene.size, int(high) + 3) for high in points.max(axis=0))
     area = (slice(top, bottom), slice(left, right))
     if scene.style == "photo":
-        _shadow(image, thing, draws)
+        _shadow(image, obj, draws)
     if scene.style == "sketch":
-        _sketch_thing(image, thing, area, draws)
+        _sketch_object(image, obj, area, draws)
         return
-    _lay(image, area, _fill(thing, thing.look.rgb, _mark_colour(thing.look.rgb), area, draws), thing.coverage)
-    close = _distance(thing.look.rgb, tuple(int(value) for value in image[top, left])) < 110
+    _lay(image, area, _fill(obj, obj.look.rgb, _mark_colour(obj.look.rgb), area, draws), obj.coverage)
+    close = _distance(obj.look.rgb, tuple(int(value) for value in image[top, left])) < 110
     if scene.style == "inverted":
-        trace(image, thing.outline, (235, 235, 235), _line(scene.size))
+        trace(image, obj.outline, (235, 235, 235), _line(scene.size))
     elif close or draws.chance(0.15 if scene.style == "photo" else 0.5):
-        rim = tuple(round(0.35 * value) for value in thing.look.rgb)
-        trace(image, thing.outline, rim if max(thing.look.rgb) > 60 else (150, 150, 150), _line(scene.size))
+        rim = tuple(round(0.35 * value) for value in obj.look.rgb)
+        trace(image, obj.outline, rim if max(obj.look.rgb) > 60 else (150, 150, 150), _line(scene.size))
 
 
-def _sketch_thing(image: Pixels, thing: SceneObject, area: tuple[slice, slice], draws: Draws) -> None:
-    """Paper first (it hides what lies behind), then the marks in thin colour, then two unsteady outlines."""
-    rgb = thing.look.rgb
+def _sketch_object(image: Pixels, obj: SceneObject, area: tuple[slice, slice], draws: Draws) -> None:
+    """Paper first (it hides objects behind), then the marks in a pale colour, then two unsteady outlines."""
+    rgb = obj.look.rgb
     pale = _mixed(rgb, _WHITE, 0.72)
-    _lay(image, area, _fill(thing, pale, _mixed(rgb, _WHITE, 0.15), area, draws), thing.coverage)
+    _lay(image, area, _fill(obj, pale, _mixed(rgb, _WHITE, 0.15), area, draws), obj.coverage)
     ink = _mixed(rgb, (40, 40, 40), 0.35) if min(rgb) < 200 else (120, 120, 120)
     for _ in range(2):
-        shaky = thing.outline.points + _wobble(len(thing.outline.points), _scale(image), draws)
-        trace(image, Outline(shaky, thing.outline.starts), ink, _line(image.shape[0]))
+        shaky = obj.outline.points + _wobble(len(obj.outline.points), _scale(image), draws)
+        trace(image, Outline(shaky, obj.outline.starts), ink, _line(image.shape[0]))
 
 
 def _scale(image: Pixels) -> float:
-    """Pixels per 1/128 of the side: what line widths and jitter are measured in."""
+    """Pixels per 1/128 of the side: the unit of line widths and jitter."""
     return int(image.shape[0]) / 128
 
 
-def _fill(thing: SceneObject, base: Rgb, mark: Rgb, area: tuple[slice, slice], draws: Draws) -> Pixels:
-    """The thing's colour with its texture's marks, for the pixels of ``area``."""
+def _fill(obj: SceneObject, base: Rgb, mark: Rgb, area: tuple[slice, slice], draws: Draws) -> Pixels:
+    """The object's colour with its texture's marks, for the pixels of ``area``."""
     rows, columns = area
     height, width = rows.stop - rows.start, columns.stop - columns.start
-    texture = thing.look.texture
+    texture = obj.look.texture
     if texture == "plain":
         patch = np.empty((height, width, 3), np.uint8)
         patch[:] = base
         return patch
-    x = np.arange(columns.start, columns.stop, dtype=np.float32) - np.float32(thing.box[0] + thing.box[2] / 2)
-    y = np.arange(rows.start, rows.stop, dtype=np.float32) - np.float32(thing.box[1] + thing.box[3] / 2)
-    return _tinted(_marks(texture, x, y, thing, draws), base, mark)
+    x = np.arange(columns.start, columns.stop, dtype=np.float32) - np.float32(obj.box[0] + obj.box[2] / 2)
+    y = np.arange(rows.start, rows.stop, dtype=np.float32) - np.float32(obj.box[1] + obj.box[3] / 2)
+    return _tinted(_marks(texture, x, y, obj, draws), base, mark)
 
 
-def _marks(texture: str, x: Field, y: Field, thing: SceneObject, draws: Draws) -> Pixels:
+def _marks(texture: str, x: Field, y: Field, obj: SceneObject, draws: Draws) -> Pixels:
     """Where the texture's marks are: uint8 [len(y), len(x)], 255 on a mark."""
-    radius = thing.pose.radius
-    angle = thing.pose.angle + draws.pick((0.0, 0.25 * math.pi, 0.5 * math.pi))
+    radius = obj.pose.radius
+    angle = obj.pose.angle + draws.pick((0.0, 0.25 * math.pi, 0.5 * math.pi))
     across = np.add.outer(np.float32(math.sin(angle)) * y, np.float32(math.cos(angle)) * x)
     if texture == "shaded":
         return _pixels(110.0 + across * np.float32(150.0 / radius))
@@ -148,20 +148,20 @@ def _lay(image: Pixels, area: tuple[slice, slice], patch: Pixels, covered: Pixel
     image[area] = cv2.blendLinear(patch, np.ascontiguousarray(image[area]), weight, np.float32(1) - weight)
 
 
-def _shadow(image: Pixels, thing: SceneObject, draws: Draws) -> None:
-    """A soft dark copy of the thing, down and to one side."""
+def _shadow(image: Pixels, obj: SceneObject, draws: Draws) -> None:
+    """A soft dark copy of the object, down and to one side."""
     if not draws.chance(0.7):
         return
     size = image.shape[0]
-    reach = thing.pose.radius * draws.uniform(0.08, 0.2)
+    reach = obj.pose.radius * draws.uniform(0.08, 0.2)
     move = np.array([[1, 0, draws.uniform(-1, 1) * reach], [0, 1, reach]], np.float32)
-    moved = cv2.warpAffine(thing.coverage, move, (size, size))
+    moved = cv2.warpAffine(obj.coverage, move, (size, size))
     weight = cv2.blur(moved, (_odd(reach), _odd(reach))).astype(np.float32) * np.float32(draws.uniform(0.2, 0.5) / 255)
     image[:] = cv2.blendLinear(np.zeros_like(image), image, weight, np.float32(1) - weight)
 
 
 def _photographed(image: Pixels, draws: Draws) -> Pixels:
-    """Uneven light, a colour cast, a lens that is not sharp, a sensor that is not clean."""
+    """Uneven light, a colour cast, lens blur and sensor noise."""
     size = image.shape[0]
     coarse = np.array([draws.uniform(0.55, 1.05) for _ in range(9)], np.float32).reshape(3, 3)
     light: Field = np.clip(cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC), 0.4, 1.0)
@@ -223,7 +223,7 @@ def _tinted(pattern: Pixels, low: Rgb, high: Rgb) -> Pixels:
 
 
 def _mark_colour(rgb: Rgb) -> Rgb:
-    """Darker marks on light colours, lighter ones on dark, so that the colour keeps its name."""
+    """Darker marks on light colours and lighter marks on dark ones, so that the colour keeps its name."""
     luminance = 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2]
     return _mixed(rgb, (0, 0, 0), 0.4) if luminance > 110 else _mixed(rgb, _WHITE, 0.4)
 

@@ -1,4 +1,4 @@
-"""One sample of a split: the image, its caption, its columns and what is known of it."""
+"""One sample of a split: image, caption, columns and annotations."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ def columns_of(split: str) -> Mapping[str, type]:
 
 
 def draw_sample(split: str, seed: int, index: int, size: int, captions: int = 1, questions: int = 4) -> DrawnSample:
-    """Sample ``index`` of ``split``: the same bytes whoever asks, and whatever was asked before."""
+    """Sample ``index`` of ``split``: a pure function of its arguments."""
     if sets.recipe_name(split) in sets.IMAGE_SETS:
         return _draw_digit(split, seed, index, size)
     scene = sets.scene_of(split, Draws(seed, split, index, "scene"), index, size)
@@ -63,7 +63,7 @@ def draw_sample(split: str, seed: int, index: int, size: int, captions: int = 1,
 def describe_scene(
     split: str, seed: int, index: int, scene: Scene, captions: int = 1, questions: int = 4
 ) -> tuple[Record, dict[str, Value]]:
-    """The record and the columns of a scene: all that is not pixels."""
+    """The record and the columns of a scene: everything but pixels."""
     pen = Draws(seed, split, index, "words")
     columns = _scene_columns(split, index, scene)
     if sets.recipe_name(split) == "relations":
@@ -81,12 +81,12 @@ def describe_scene(
 
 
 def _wrong(split: str) -> float:
-    """Only pre-training lies: a test set with false captions would punish the better model."""
+    """Only the pre-training splits have false captions: in a test set they would penalise the better model."""
     return WRONG_CAPTIONS if split in sets.CAPTIONED else 0.0
 
 
 def _scene_columns(split: str, index: int, scene: Scene) -> dict[str, Value]:
-    look = scene.things[scene.main].look
+    look = scene.objects[scene.main].look
     return {
         "index": index,
         "split": split,
@@ -98,12 +98,12 @@ def _scene_columns(split: str, index: int, scene: Scene) -> dict[str, Value]:
         "size": look.size,
         "style": scene.style,
         "ground": scene.ground,
-        "objects": len(scene.things),
+        "objects": len(scene.objects),
     }
 
 
 def _say_relation(scene: Scene, index: int, pen: Draws) -> tuple[words.Caption, dict[str, Value]]:
-    """The true sentence, and the columns with the false one; the swaps take turns."""
+    """The true sentence, and the columns with the false one; the kinds of swap alternate."""
     relation = str(sets.wanted_class("relations", index))
     first, second = sets.ordered_pair(scene, relation)
     swap = words.SWAPS[index // len(sets.RELATION_CLASSES) % len(words.SWAPS)]

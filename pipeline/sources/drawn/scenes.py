@@ -1,4 +1,4 @@
-"""What stands where: a scene is sampled, placed with masks, and known to the pixel before anything is painted."""
+"""Scene sampling: object attributes, placement and exact masks, before anything is rendered."""
 
 import colorsys
 import math
@@ -19,7 +19,7 @@ Arrangement = Literal["beside", "stacked", "nested", "overlapping"]
 
 ARRANGEMENTS: tuple[Arrangement, ...] = ("beside", "stacked", "nested", "overlapping")
 NESTS = ("disc", "square", "polygon", "heart", "ring", "cloud", "house", "semicircle", "triangle")
-"""Shapes with room for a small thing inside."""
+"""Shapes that a small object fits inside."""
 
 _TRIES = 6
 _OFF_CENTRE = 0.05
@@ -28,14 +28,14 @@ _SHAPE_ODDS = world.cumulate(world.SHAPE_FREQUENCIES.values())
 _TEXTURE_ODDS = world.cumulate(world.TEXTURE_FREQUENCIES.values())
 _SEEN_STYLE_ODDS = world.cumulate(world.STYLE_FREQUENCIES[style] for style in world.seen_styles())
 _VARIANT_ODDS = {count: world.cumulate(odds) for count, odds in world.VARIANT_FREQUENCIES.items()}
-# Odds of (small, medium, large) for the main thing by how many things there are, and for the others.
+# Odds of (small, medium, large) for the main object by how many objects there are, and for the others.
 _MAIN_SIZES = {1: (0.03, 0.15, 1.0), 2: (0.05, 0.3, 1.0), 3: (0.08, 0.45, 1.0), 4: (0.2, 0.8, 1.0)}
 _OTHER_SIZES = (0.5, 0.9, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """A thing's class and attributes, all words of :mod:`~pipeline.sources.drawn.world`; ``rgb`` is 0..255 each."""
+    """An object's class and attributes, names of :mod:`~pipeline.sources.drawn.world`; ``rgb`` is 0..255 each."""
 
     shape: str
     variant: str | None
@@ -56,7 +56,7 @@ class Pose:
     mirrored: bool
 
     def matrix(self) -> NDArray[np.float64]:
-        """2 x 2: mirror, stretch and shear the unit outline, then turn it, then scale it to pixels."""
+        """2 x 2 matrix: mirror, stretch and shear the unit outline, rotate it, scale it to pixels."""
         turn = np.array([[math.cos(self.angle), -math.sin(self.angle)], [math.sin(self.angle), math.cos(self.angle)]])
         across = -self.stretch if self.mirrored else self.stretch
         shape: NDArray[np.float64] = turn @ np.array([[across, self.shear], [0.0, 1.0 / self.stretch]])
@@ -67,9 +67,10 @@ class Pose:
 class SceneObject:
     """One object of a scene.
 
-    ``coverage`` is the antialiased whole of it (uint8 [size, size]), ``whole`` its pixels (coverage of at least one
-    half) and ``visible`` those that no nearer thing hides. ``box`` is (x, y, width, height) around ``visible``, in
-    pixels as COCO has it; ``occlusion`` is the hidden fraction of ``whole``. ``depth`` counts from the back.
+    ``coverage`` is its antialiased mask before occlusion (uint8 [size, size]), ``whole`` its pixels (coverage of at
+    least one half) and ``visible`` the pixels that no nearer object hides. ``box`` is (x, y, width, height) around
+    ``visible``, in pixels, as in COCO; ``occlusion`` is the hidden fraction of ``whole``. ``depth`` counts from the
+    back.
     """
 
     look: Look
@@ -86,22 +87,22 @@ class SceneObject:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """``things`` from the farthest to the nearest; ``main`` is the index of the one that the image is about."""
+    """``objects`` from the farthest to the nearest; ``main`` is the index of the main object."""
 
     size: int
     style: str
     ground: str
-    things: tuple[SceneObject, ...]
+    objects: tuple[SceneObject, ...]
     main: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class SceneRecipe:
-    """What the scenes of a split are like.
+    """The distribution of the scenes of a split.
 
-    With ``varies`` the samples walk through ``classes``: sample i shows class i mod n, so every class has the same
-    number of samples. ``counts`` are cumulated odds of 1, 2, ... things. ``alike`` is the chance that all things have
-    the main one's shape; ``arranged`` the chance that the first two stand in one of the arrangements.
+    With ``varies`` sample i shows class i mod n of ``classes``, so every class has the same number of samples.
+    ``counts`` are cumulative probabilities of 1, 2, ... objects. ``alike`` is the probability that all objects have the
+    main object's shape; ``arranged`` is the probability that the first two are in one of the arrangements.
     """
 
     label: Literal["shape", "variant", "colour", "texture", "style", "pair", "count", "relation"] = "shape"
@@ -117,7 +118,7 @@ class SceneRecipe:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a sample's class asks of its scene or thing; None leaves it to chance."""
+    """What a sample's class requires of its scene or object; None = sampled."""
 
     shape: str | None = None
     variant: str | None = None
@@ -135,20 +136,21 @@ def sample_scene(
     size: int,
     accept: Callable[[Scene], bool] | None = None,
 ) -> Scene:
-    """A scene of ``recipe`` that shows the class ``wanted`` (None: whatever comes), ``size`` pixels wide and high.
+    """A scene of ``recipe`` that shows the class ``wanted`` (None = any), ``size`` pixels wide and high.
 
-    Scenes that ``accept`` refuses are drawn again from the same stream.
+    Scenes that ``accept`` rejects are sampled again from the same stream.
     """
     wish = _wish(recipe, wanted)
     while True:
         scene = _attempt(recipe, draws, wish, size)
-        if scene is not None and wish.count in (None, len(scene.things)) and (accept is None or accept(scene)):
+        if scene is not None and wish.count in (None, len(scene.objects)) and (accept is None or accept(scene)):
             return scene
 
 
 def sample_look(draws: Draws, wish: Wish, size: str) -> Look:
-    """A thing as the wish wants it and otherwise as frequent as in the world; its pair is never a held-out one unless
-    the wish names both shape and colour."""
+    """Attributes from the wish; the others are sampled by the world's frequencies.
+
+    The pair of shape and colour is never a held-out one unless the wish names both."""
     shape = wish.shape or world.SHAPE_NAMES[draws.weighted(_SHAPE_ODDS)]
     while wish.shape is None and wish.colour is not None and world.is_held_out(shape, wish.colour):
         shape = world.SHAPE_NAMES[draws.weighted(_SHAPE_ODDS)]
@@ -162,7 +164,7 @@ def sample_look(draws: Draws, wish: Wish, size: str) -> Look:
 
 
 def sample_rgb(draws: Draws, name: str) -> tuple[int, int, int]:
-    """A value from the region of the colour ``name``: three integers in 0..255."""
+    """A random value of the colour ``name``: three integers in 0..255."""
     region = world.colour(name)
     hue = draws.uniform(*region.hue) % 360 / 360
     red, green, blue = colorsys.hsv_to_rgb(hue, draws.uniform(*region.saturation), draws.uniform(*region.value))
@@ -170,14 +172,14 @@ def sample_rgb(draws: Draws, name: str) -> tuple[int, int, int]:
 
 
 def sample_pose(draws: Draws, shape: str, radius: float) -> Pose:
-    """Things with an upright mostly stand within some 20 degrees of it, others turn more freely."""
+    """A random pose; upright shapes are mostly within some 20 degrees of upright, others rotate more freely."""
     steady, spread = (0.9, 0.1) if world.noun(shape).upright else (0.85, 0.12)
     angle = draws.normal() * spread if draws.chance(steady) else draws.uniform(0.0, 2 * math.pi)
     return Pose(radius, angle, draws.uniform(-0.15, 0.15), draws.uniform(0.92, 1.09), draws.chance(0.5))
 
 
-def make_thing(look: Look, pose: Pose, centre: tuple[float, float], size: int) -> SceneObject:
-    """The thing at ``centre`` (x, y in pixels), nothing hiding it yet."""
+def make_object(look: Look, pose: Pose, centre: tuple[float, float], size: int) -> SceneObject:
+    """The object at ``centre`` (x, y in pixels), not occluded yet."""
     outline = outline_of(look.shape, look.variant).placed(pose.matrix(), centre)
     covered = coverage(outline, size)
     whole: Mask = covered >= 128
@@ -186,7 +188,7 @@ def make_thing(look: Look, pose: Pose, centre: tuple[float, float], size: int) -
 
 def finished(stack: list[SceneObject]) -> tuple[SceneObject, ...]:
     """The stack (back to front) with boxes, areas, occlusion and depth filled in."""
-    return tuple(_measured(thing, depth) for depth, thing in enumerate(stack))
+    return tuple(_measured(obj, depth) for depth, obj in enumerate(stack))
 
 
 def _wish(recipe: SceneRecipe, wanted: str | None) -> Wish:
@@ -235,7 +237,7 @@ def _attempt(recipe: SceneRecipe, draws: Draws, wish: Wish, size: int) -> Scene 
 def _sample_looks(
     recipe: SceneRecipe, draws: Draws, wish: Wish, count: int, arrangement: Arrangement | None
 ) -> list[Look]:
-    """The main thing first; the others are no larger, and sometimes of its kind."""
+    """The main object first; the others are no larger, and sometimes have its shape."""
     main_size = draws.weighted(recipe.main_sizes or _MAIN_SIZES[min(count, 4)])
     if arrangement == "nested":
         main_size = 2
@@ -259,7 +261,7 @@ def _sample_looks(
 
 
 def _unlike(draws: Draws, main: Look) -> Wish:
-    """Another shape in another colour, such that both may also swap their colours within the seen pairs."""
+    """Another shape in another colour; swapping the two colours gives no held-out pair either."""
     while True:
         look = sample_look(draws, Wish(), "small")
         swapped = world.is_held_out(look.shape, main.colour) or world.is_held_out(main.shape, look.colour)
@@ -270,9 +272,9 @@ def _unlike(draws: Draws, main: Look) -> Wish:
 def _place(
     recipe: SceneRecipe, draws: Draws, looks: list[Look], arrangement: Arrangement | None, size: int
 ) -> tuple[list[SceneObject], int | None]:
-    """Put the things down one by one, on top of or below the others; one that fits nowhere is left out.
+    """Place the objects one by one, in front of or behind the others; an object that fits nowhere is left out.
 
-    Returns the stack, back to front, and where the first look stands in it (None: it was left out).
+    Returns the stack, back to front, and the index of the first look in it (None: it was left out).
     """
     stack: list[SceneObject] = []
     main: int | None = None
@@ -284,7 +286,7 @@ def _place(
         on_top = arranged in ("nested", "overlapping") or draws.chance(0.7)
         for _ in range(_TRIES):
             centre = _spot(draws, arranged, first, (float(reach[0]), float(reach[1])), pose.radius, stack, size)
-            grown = _inserted(stack, make_thing(look, pose, centre, size), on_top, recipe.cap)
+            grown = _inserted(stack, make_object(look, pose, centre, size), on_top, recipe.cap)
             if grown is not None:
                 stack = grown
                 if position == 0:
@@ -297,7 +299,7 @@ def _place(
 
 
 def _fitting_pose(draws: Draws, look: Look, size: int) -> Pose:
-    """A pose of the look's size whose outline fits the image with a pixel to spare on each side."""
+    """A pose of the look's size whose outline fits the image with a margin of one pixel."""
     pose = sample_pose(draws, look.shape, draws.uniform(*world.RADII[look.size]) * size)
     reach = float(np.abs(outline_of(look.shape, look.variant).points @ pose.matrix().T).max()) + 2.0
     return pose if reach <= size / 2 else replace(pose, radius=pose.radius * (size / 2 - 2.0) / reach)
@@ -312,9 +314,9 @@ def _spot(
     stack: list[SceneObject],
     size: int,
 ) -> tuple[float, float]:
-    """Where to try a thing; ``first`` is the centre of the one that it is arranged with."""
+    """A candidate centre for an object; ``first`` is the centre of the object that it is arranged with."""
     if first is None:
-        # People put what an image is about near its middle.
+        # The main object of a photograph is mostly near the middle.
         spot = [size * (0.5 + _OFF_CENTRE * draws.normal()) for _ in range(2)]
     else:
         spot = [_between(draws, reach[axis], size - reach[axis]) for axis in (0, 1)]
@@ -340,31 +342,31 @@ def _between(draws: Draws, low: float, high: float) -> float:
     return draws.uniform(low, high) if low < high else (low + high) / 2
 
 
-def _inserted(stack: list[SceneObject], thing: SceneObject, on_top: bool, cap: float) -> list[SceneObject] | None:
-    """The stack with the thing at its top or bottom, or None where something would be hidden beyond ``cap``."""
+def _inserted(stack: list[SceneObject], obj: SceneObject, on_top: bool, cap: float) -> list[SceneObject] | None:
+    """The stack with the object added in front or behind, or None where an object would be hidden beyond ``cap``."""
     if on_top or not stack:
-        below = [replace(other, visible=other.visible & ~thing.whole) for other in stack]
-        grown = [*below, thing]
+        below = [replace(other, visible=other.visible & ~obj.whole) for other in stack]
+        grown = [*below, obj]
     else:
         hiding = np.logical_or.reduce([other.whole for other in stack])
-        grown = [replace(thing, visible=thing.whole & ~hiding), *stack]
-    seen = np.count_nonzero(thing.whole) >= _FEWEST_PIXELS
+        grown = [replace(obj, visible=obj.whole & ~hiding), *stack]
+    seen = np.count_nonzero(obj.whole) >= _FEWEST_PIXELS
     return grown if seen and all(_hidden(other) <= cap for other in grown) else None
 
 
-def _hidden(thing: SceneObject) -> float:
-    if thing.visible is thing.whole:
+def _hidden(obj: SceneObject) -> float:
+    if obj.visible is obj.whole:
         return 0.0
-    return 1.0 - int(np.count_nonzero(thing.visible)) / max(1, int(np.count_nonzero(thing.whole)))
+    return 1.0 - int(np.count_nonzero(obj.visible)) / max(1, int(np.count_nonzero(obj.whole)))
 
 
-def _measured(thing: SceneObject, depth: int) -> SceneObject:
-    rows = np.flatnonzero(thing.visible.any(axis=1))
-    columns = np.flatnonzero(thing.visible.any(axis=0))
+def _measured(obj: SceneObject, depth: int) -> SceneObject:
+    rows = np.flatnonzero(obj.visible.any(axis=1))
+    columns = np.flatnonzero(obj.visible.any(axis=0))
     left, top = int(columns[0]), int(rows[0])
     box = (left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1)
-    area = int(np.count_nonzero(thing.visible))
-    return replace(thing, box=box, area=area, occlusion=_hidden(thing), depth=depth)
+    area = int(np.count_nonzero(obj.visible))
+    return replace(obj, box=box, area=area, occlusion=_hidden(obj), depth=depth)
 
 
 def _sample_colour(draws: Draws, shape: str) -> str:

@@ -1,20 +1,20 @@
-"""The splits: pre-training, the tests that let methods differ, and the small sets that stand for the ones papers use.
+"""The splits: pre-training, the tests that separate methods, and small counterparts of the papers' test sets.
 
     train, val           long-tailed, captioned, 5 % wrong; no held-out pair, no sketch
-    held_out_pairs       label "red star", all pairs that training never shows; seen_pairs the others. Name the label
-                         among all 240 pairs in both, then the two numbers compare
-    shapes               label = shape, every class as often; unseen_style the same as sketches
+    held_out_pairs       label "red star": all pairs that training never shows; seen_pairs: the others. Classify
+                         among all 240 pairs in both, so that the two numbers are comparable
+    shapes               label = shape, balanced classes; unseen_style: the same as sketches
     base, novel, rare    like shapes, of the 18 base shapes, the 6 novel ones, the rarest tenth
     colours, textures, styles    label = that attribute
     counting             "one thing" ... "six things", all of one shape, none hidden
     relations            a true caption, a false one with words swapped (column ``negative``), label = relation
     fine_grained         stars by points, polygons by sides
-    aerial               dozens of tiny things, label = the shape of most
+    aerial               dozens of tiny objects, label = the most frequent shape
     digits, digits_real  "0" ... "9" from OpenCV's stroke fonts, and scikit-learn's 8 x 8 scans
 
-``<name>_train`` is a labelled pool for few-shot protocols: the same recipe under its own counter, except that the scans
-of ``digits_real_train`` come from the first 1000 of the 1797. Take the first k samples of each class for shots, and
-another ``seed`` of the source for another draw.
+``<name>_train`` is a labelled pool for few-shot protocols: the same recipe with its own random stream, except that
+``digits_real_train`` is the first 1000 of the 1797 scans. Take the first k samples of each class as shots; for another
+draw, change the ``seed`` of the source.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from pipeline.sources.drawn.scenes import (
     SceneRecipe,
     Wish,
     finished,
-    make_thing,
+    make_object,
     sample_look,
     sample_pose,
     sample_scene,
@@ -43,7 +43,7 @@ AERIAL_CLASSES = ("disc", "square", "star", "triangle", "ring", "heart", "arrow"
 DIGIT_CLASSES = tuple("0123456789")
 
 CAPTIONED = ("train", "val")
-"""The splits whose captions are sometimes wrong."""
+"""The splits with some false captions."""
 
 _ONE = SceneRecipe(varies=True, counts=(0.75, 0.95, 1.0), main_sizes=(0.0, 0.2, 1.0), alike=0.0, arranged=0.0)
 _SHAPES = replace(_ONE, classes=world.SHAPE_NAMES)
@@ -70,7 +70,7 @@ RECIPES: dict[str, SceneRecipe] = {
     "aerial": replace(_ONE, classes=AERIAL_CLASSES),
 }
 IMAGE_SETS = {"digits": DIGIT_CLASSES, "digits_real": DIGIT_CLASSES}
-"""Sets without a scene: images of a class and nothing else."""
+"""Sets without scenes: images with a class label only."""
 
 SMALL_SETS = (
     "shapes", "colours", "textures", "counting", "relations", "fine_grained", "aerial", "styles",
@@ -84,12 +84,12 @@ SPLITS = (
 
 
 def recipe_name(split: str) -> str:
-    """The recipe that a split is drawn by: its own, or that of the set whose few-shot pool it is."""
+    """The recipe of a split; a few-shot pool ``<name>_train`` has the recipe of its test set."""
     return split.removesuffix("_train")
 
 
 def classes_of(split: str) -> tuple[str, ...]:
-    """The class names that a split's labels are to be told from; for train, val and rare, all shapes."""
+    """The class names to classify a split's samples among; for train, val and rare, all shapes."""
     name = recipe_name(split)
     if name in IMAGE_SETS:
         return IMAGE_SETS[name]
@@ -101,7 +101,7 @@ def classes_of(split: str) -> tuple[str, ...]:
 
 
 def wanted_class(split: str, index: int) -> str | None:
-    """The class that sample ``index`` of a split shows; None where classes come as they occur."""
+    """The class that sample ``index`` of a split shows; None where classes are sampled by frequency."""
     name = recipe_name(split)
     classes = IMAGE_SETS[name] if name in IMAGE_SETS else RECIPES[name].classes
     return classes[index % len(classes)] if classes else None
@@ -117,12 +117,12 @@ def scene_of(split: str, draws: Draws, index: int, size: int) -> Scene:
 
 
 def label_of(split: str, scene: Scene, index: int) -> str:
-    """The class name of a sample, for its column ``label``."""
-    return wanted_class(split, index) or scene.things[scene.main].look.shape
+    """The value of a sample's column ``label``."""
+    return wanted_class(split, index) or scene.objects[scene.main].look.shape
 
 
 def ordered_pair(scene: Scene, relation: str) -> tuple[int, int]:
-    """The indices (subject, object) of a scene of two things, such that the relation holds."""
+    """The indices (subject, object) of a scene of two objects, such that the relation holds."""
     return (0, 1) if relation_between(scene, 0, 1) == relation else (1, 0)
 
 
@@ -133,7 +133,7 @@ def _acceptance(name: str, wanted: str | None) -> Callable[[Scene], bool] | None
 
 
 def _aerial(draws: Draws, wanted: str, size: int) -> Scene:
-    """Some 15 to 40 tiny things on a shaken grid, most of them of the shape ``wanted``, none touching."""
+    """Some 15 to 40 tiny objects on a jittered grid, most of the shape ``wanted``; no two touch."""
     side = 4 + draws.integer(3)
     cell = size / side
     stack: list[SceneObject] = []
@@ -145,10 +145,10 @@ def _aerial(draws: Draws, wanted: str, size: int) -> Scene:
             pose = sample_pose(draws, look.shape, cell * draws.uniform(0.25, 0.3))
             shake = [draws.uniform(-0.08, 0.08) * cell for _ in range(2)]
             centre = ((column + 0.5) * cell - 0.5 + shake[0], (row + 0.5) * cell - 0.5 + shake[1])
-            stack.append(make_thing(look, pose, centre, size))
-    things = finished(stack)
-    main = next((i for i, thing in enumerate(things) if thing.look.shape == wanted), 0)
-    return Scene(size, world.seen_styles()[draws.integer(4)], draws.pick(world.GROUND_NAMES), things, main)
+            stack.append(make_object(look, pose, centre, size))
+    objects = finished(stack)
+    main = next((i for i, obj in enumerate(objects) if obj.look.shape == wanted), 0)
+    return Scene(size, world.seen_styles()[draws.integer(4)], draws.pick(world.GROUND_NAMES), objects, main)
 
 
 def _tiny_look(draws: Draws, wanted: str) -> Look:

@@ -1,4 +1,4 @@
-"""`drawn` as a source of rows: any split of the made-up world, drawn where it is needed."""
+"""The source `drawn`: any split of the embedded world, rendered on the workers."""
 
 import hashlib
 import logging
@@ -31,19 +31,19 @@ class Drawn:
     has_captions: ClassVar[bool] = True
 
     split: str = "train"
-    """What to draw: train, val, a test split or a small set (`shapes`, `digits`, ...), see datasets/drawn*.yaml."""
+    """Split to draw: train, val, a test split or a small set (`shapes`, `digits`, ...), see datasets/drawn*.yaml."""
     samples: int = 10_000
-    """How many samples. There is no end to them but for `digits_real`: 797, and 1000 in its `_train`."""
+    """Number of samples, at least 1. Unlimited, except `digits_real` (797) and `digits_real_train` (1000)."""
     first: int = 0
-    """Number of the first sample: draw more of the same world later."""
+    """Index of the first sample, 0 or more; raise it to draw further samples of the same split."""
     size: int = 128
     """Width and height in pixels, 64 to 512."""
     seed: int = 0
-    """Another seed is another world of the same kind."""
+    """Random seed, 0 or more; another seed gives other samples of the same distribution."""
     truth: Literal["all", "base", "none"] = "all"
-    """What is told besides the caption: all; nothing of the novel shapes; nothing."""
+    """Annotations besides the caption: of all shapes, of the base shapes only, or none."""
     captions: int = 1
-    """Captions per sample, 1 to 5; those after the first are in `boxes.json` only."""
+    """Captions per sample, 1 to 5; all but the first are in `boxes.json` only."""
     questions: int = 4
     """Questions per sample, 0 to 7."""
 
@@ -83,7 +83,7 @@ class Drawn:
         return end
 
     def _digest(self, start: int, count: int) -> str:
-        # Where the range began and ends is no part of a slice: a longer request keeps its first shards.
+        # The digest leaves out the range of the request: a longer request keeps its first shards.
         one = Drawn(
             split=self.split,
             samples=count,
@@ -109,7 +109,7 @@ class Drawn:
         return {"boxes.json": truth.to_bytes(record)}
 
     def _columns(self, sample: DrawnSample) -> dict[str, Value]:
-        """Without the label where the truth must not be told."""
+        """The columns; the label is null where ``truth`` hides it."""
         hidden = self.truth == "none" or (self.truth == "base" and sample.columns.get("shape") in NOVEL_SHAPES)
         secret = ("label", "shape", "variant") if hidden else ()
         return {name: None if name in secret else value for name, value in sample.columns.items()}

@@ -1,13 +1,13 @@
-"""What is known of a sample, as the JSON of its member ``boxes.json``.
+"""The annotations of a sample, as the JSON of its member ``boxes.json``.
 
-    {"version": 2, "width": 128, "height": 128,          pixels of the image that the boxes and masks are measured in
+    {"version": 2, "width": 128, "height": 128,          size of the image in pixels
      "objects": [{"id": 0, "label": "star", "variant": "six-pointed star" or null, "supercategory": "symbol",
                   "colour": "red", "texture": "plain", "size": "large",
-                  "bbox": [x, y, width, height],         COCO's convention: pixels, top left, around the visible part
+                  "bbox": [x, y, width, height],         as in COCO: pixels, top left, around the visible part
                   "area": 812, "occlusion": 0.12,        visible pixels; hidden fraction of the object's own pixels
-                  "depth": 0,                            from the back: 0 is the farthest; equal to id
+                  "depth": 0,                            0 is the farthest; equal to id
                   "segmentation": {"size": [height, width], "counts": [...]}}],
-     "main": 0,                                          the object that the image is about
+     "main": 0,                                          id of the main object
      "caption": "...", "caption_true": true,
      "phrases": [{"start": 2, "end": 10, "text": "red star", "kind": "object", "objects": [0]}],
      "more_captions": [{"caption": ..., "caption_true": ..., "phrases": ...}],
@@ -15,11 +15,11 @@
      "scene": {"style": "photo", "ground": "brick", "count": 2, "shapes": [...], "colours": [...]}}
 
 ``start`` and ``end`` count Unicode code points, end exclusive, so ``caption[start:end] == text``. ``objects`` of a
-phrase are all objects that fit its words (several for "two red stars"); kinds other than ``object`` (``ground``,
-``style``) have none. A caption that is wrong on purpose has no phrases.
+phrase are all objects that match it (several for "two red stars"); kinds other than ``object`` (``ground``,
+``style``) have none. A caption that is false on purpose has no phrases.
 
-``counts`` is COCO's uncompressed run-length code: the mask is read column by column (Fortran order), and the counts are
-the lengths of runs of 0, 1, 0, 1, ...; the first is the run of zeros and may be 0. It holds the visible pixels.
+``counts`` is COCO's uncompressed run-length encoding of the visible pixels: the mask is read column by column (Fortran
+order), and the counts are the lengths of runs of 0, 1, 0, 1, ...; the first is the run of zeros and may be 0.
 """
 
 import json
@@ -32,33 +32,33 @@ from pipeline.sources.drawn.scenes import Scene, SceneObject
 Record = dict[str, Any]
 
 
-def object_record(thing: SceneObject, size: int) -> Record:
+def object_record(obj: SceneObject, size: int) -> Record:
     """One entry of ``objects``."""
-    look = thing.look
+    look = obj.look
     return {
-        "id": thing.depth,
+        "id": obj.depth,
         "label": look.shape,
         "variant": look.variant,
         "supercategory": world.noun(look.shape).hypernym,
         "colour": look.colour,
         "texture": look.texture,
         "size": look.size,
-        "bbox": list(thing.box),
-        "area": thing.area,
-        "occlusion": round(thing.occlusion, 4),
-        "depth": thing.depth,
-        "segmentation": {"size": [size, size], "counts": run_lengths(thing.visible)},
+        "bbox": list(obj.box),
+        "area": obj.area,
+        "occlusion": round(obj.occlusion, 4),
+        "depth": obj.depth,
+        "segmentation": {"size": [size, size], "counts": run_lengths(obj.visible)},
     }
 
 
 def scene_record(scene: Scene) -> Record:
-    """Everything but words: geometry, objects and scene labels."""
-    looks = [thing.look for thing in scene.things]
+    """The part of the record without text: geometry, objects and scene labels."""
+    looks = [obj.look for obj in scene.objects]
     return {
         "version": world.WORLD_VERSION,
         "width": scene.size,
         "height": scene.size,
-        "objects": [object_record(thing, scene.size) for thing in scene.things],
+        "objects": [object_record(obj, scene.size) for obj in scene.objects],
         "main": scene.main,
         "scene": {
             "style": scene.style,
@@ -71,13 +71,14 @@ def scene_record(scene: Scene) -> Record:
 
 
 def only_base(record: Record) -> Record:
-    """The record as a detector in training may see it: nothing of the novel shapes, in objects, phrases, questions or
-    the scene's labels. Captions stay, since novel shapes are known from them; ids stay too, and may have gaps."""
-    kept = [thing for thing in record["objects"] if thing["label"] not in world.NOVEL_SHAPES]
-    known = {thing["id"] for thing in kept}
+    """The record without the novel shapes in objects, phrases, questions and the scene's labels, to train a detector.
+
+    Captions stay, because a method may use novel shapes from captions. Ids stay too, and may have gaps."""
+    kept = [obj for obj in record["objects"] if obj["label"] not in world.NOVEL_SHAPES]
+    known = {obj["id"] for obj in kept}
     scene = dict(record["scene"], count=len(kept))
-    scene["shapes"] = sorted({thing["label"] for thing in kept})
-    scene["colours"] = sorted({thing["colour"] for thing in kept})
+    scene["shapes"] = sorted({obj["label"] for obj in kept})
+    scene["colours"] = sorted({obj["colour"] for obj in kept})
     more = [dict(entry, phrases=_known(entry["phrases"], known)) for entry in record["more_captions"]]
     return dict(
         record,
@@ -96,5 +97,5 @@ def to_bytes(record: Record) -> bytes:
 
 
 def _known(phrases: list[Record], known: set[int]) -> list[Record]:
-    """Phrases whose objects are all known; one that also means a novel object would teach a half-truth."""
+    """Phrases whose objects are all known; a phrase that also refers to a novel object would be incomplete."""
     return [phrase for phrase in phrases if known.issuperset(phrase["objects"])]

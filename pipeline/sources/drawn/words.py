@@ -1,8 +1,8 @@
-"""The grammar: captions as people leave them on the web, with the exact place of every phrase.
+"""The grammar: captions like those on the web, with the exact span of every phrase.
 
-A caption aims at a length drawn from a log-normal law and adds fragments until it is there: an opening ("a photo of"),
-what the image shows, where, how things stand, what has nothing to do with it. Attributes are left out more often than
-they are named. A phrase refers to every object that fits its words, which is what makes it checkable.
+A caption has a target length from a log-normal distribution. Fragments are added up to it: an opening ("a photo of"),
+the main object, the ground, further objects, relations, unrelated clauses. Most attributes are left out. A phrase
+refers to every object that matches it, so a test can check it.
 """
 
 import math
@@ -63,7 +63,7 @@ GENERIC = ("shape", "thing", "object")
 
 @dataclass(frozen=True, slots=True)
 class Phrase:
-    """``caption[start:end]``: what it names (``object``, ``ground`` or ``style``) and which objects fit it."""
+    """``caption[start:end]``: its kind (``object``, ``ground`` or ``style``) and the objects that match it."""
 
     start: int
     end: int
@@ -73,7 +73,7 @@ class Phrase:
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """``truthful`` is False for one that describes another image or none; it has no phrases."""
+    """A caption; ``truthful`` is False where it describes another image or none, and has no phrases."""
 
     text: str
     truthful: bool = True
@@ -96,7 +96,7 @@ class Caption:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What is said of a thing: canonical attribute names (None: not said) and the words that say it."""
+    """A description of an object: canonical attribute names (None = not named) and the words for them."""
 
     shape: str | None
     variant: str | None
@@ -108,7 +108,7 @@ class Description:
     adjectives: tuple[str, ...]
 
     def fits(self, look: Look) -> bool:
-        """Whether everything that is said holds of ``look``."""
+        """Whether ``look`` matches every named attribute."""
         return (
             self.shape in (None, look.shape)
             and self.variant in (None, look.variant)
@@ -119,13 +119,13 @@ class Description:
         )
 
     def words(self, many: bool = False) -> str:
-        """The noun phrase without an article."""
+        """The noun phrase without an article; plural with ``many``."""
         return " ".join((*self.adjectives, world.plural(self.noun) if many else self.noun))
 
 
 @dataclass(slots=True)
 class _Line:
-    """A caption in the making."""
+    """A caption under construction."""
 
     text: str = ""
     phrases: list[Phrase] = field(default_factory=list)
@@ -146,7 +146,7 @@ class _Line:
 
 
 def write_caption(scene: Scene, draws: Draws, wrong: float = world.WRONG_CAPTIONS) -> Caption:
-    """A caption for the scene; with the chance ``wrong`` it is not about this one."""
+    """A caption for the scene; with probability ``wrong`` it describes another image or none."""
     if draws.chance(wrong):
         return _wrong_caption(scene, draws)
     target = min(max(_MEDIAN_WORDS * math.exp(_SPREAD * draws.normal()), SHORTEST), LONGEST)
@@ -154,13 +154,13 @@ def write_caption(scene: Scene, draws: Draws, wrong: float = world.WRONG_CAPTION
 
 
 def say_relation(scene: Scene, first: int, second: int, relation: str) -> Caption:
-    """The plain sentence of the relations set: both things by colour and shape, as in
+    """The sentence of the relations set, with colour and shape of both objects:
     "a red star to the left of a blue disc"."""
     line = _Line()
     for index, joint in ((first, None), (second, PHRASES[relation][0])):
         if joint is not None:
             line.add(joint)
-        look = scene.things[index].look
+        look = scene.objects[index].look
         said = f"{look.colour} {look.shape}"
         line.add(article(said))
         line.phrase(said, "object", [index])
@@ -168,20 +168,20 @@ def say_relation(scene: Scene, first: int, second: int, relation: str) -> Captio
 
 
 def swap_words(scene: Scene, first: int, second: int, relation: str, swap: str, draws: Draws) -> str:
-    """A false sentence made of the words of :func:`say_relation`, or nearly so.
+    """A false sentence with the words of :func:`say_relation`, or nearly so.
 
-    ``swap`` is one of :data:`SWAPS`: the two things change places, or exchange their colours, or the relation gives
-    way to one along another axis.
+    ``swap`` is one of :data:`SWAPS`: swap the two objects, swap their colours, or replace the relation by one along
+    another axis.
     """
     if swap == "order":
         return say_relation(scene, second, first, relation).text
     if swap == "relation":
         other = draws.pick([name for name in _SIDES if name not in _same_axis(relation)])
         return say_relation(scene, first, second, other).text
-    one, other_look = scene.things[first].look, scene.things[second].look
+    one, other_look = scene.objects[first].look, scene.objects[second].look
     exchanged = {first: replace(one, colour=other_look.colour), second: replace(other_look, colour=one.colour)}
-    things = [replace(thing, look=exchanged.get(index, thing.look)) for index, thing in enumerate(scene.things)]
-    return say_relation(replace(scene, things=tuple(things)), first, second, relation).text
+    objects = [replace(obj, look=exchanged.get(index, obj.look)) for index, obj in enumerate(scene.objects)]
+    return say_relation(replace(scene, objects=tuple(objects)), first, second, relation).text
 
 
 def _same_axis(relation: str) -> tuple[str, ...]:
@@ -189,13 +189,14 @@ def _same_axis(relation: str) -> tuple[str, ...]:
 
 
 def article(words: str) -> str:
-    """ "a" or "an": by the first letter, but for the silent one of "hourglass"."""
+    """ "a" or "an": by the first letter, except "hourglass" with its silent h."""
     return "an" if words[0] in "aeiou" or words.startswith("hour") else "a"
 
 
 def describe(look: Look, draws: Draws, named: bool = False, keen: float = 1.0) -> Description:
-    """Choose what to say of a thing. ``named`` forbids wider words than the shape's own; ``keen`` scales how readily
-    attributes are named."""
+    """Choose a description of an object.
+
+    ``named`` excludes words more general than the shape's own; ``keen`` scales the probabilities of attributes."""
     noun = world.noun(look.shape)
     choice = draws.random()
     shape: str | None = look.shape
@@ -227,7 +228,7 @@ def _adjectives(colour: str | None, texture: str | None, size: str | None, draws
 
 
 def _write(scene: Scene, draws: Draws, target: int, wrong: bool = False) -> _Line:
-    """Fragments until ``target`` words are there; never more than :data:`LONGEST`."""
+    """Add fragments up to about ``target`` words, at most :data:`LONGEST`."""
     line = _Line()
     opened = target >= 5 and draws.chance(0.55)
     if opened:
@@ -253,8 +254,8 @@ def _open(line: _Line, scene: Scene, draws: Draws) -> None:
 
 
 def _tell(line: _Line, scene: Scene, draws: Draws, bare: bool, target: int, named: bool) -> None:
-    """What the image shows: its main thing, or all things of that kind when there are several."""
-    look = scene.things[scene.main].look
+    """Name the main object, or all objects that match its description."""
+    look = scene.objects[scene.main].look
     said = describe(look, draws, named, keen=1.15 if target < 4 else 1.0)
     if target <= 2 and not said.adjectives and " " not in said.noun:
         said = Description(look.shape, None, None, look.colour, None, None, look.shape, (look.colour,))
@@ -262,7 +263,7 @@ def _tell(line: _Line, scene: Scene, draws: Draws, bare: bool, target: int, name
 
 
 def _mention(line: _Line, scene: Scene, said: Description, draws: Draws, bare: bool = False) -> None:
-    """A noun phrase for all that fits ``said``: with its number when that is more than one."""
+    """Add a noun phrase for all objects that match ``said``, with their number if there are several."""
     fits = _fitting(scene, said)
     if len(fits) > 1:
         number = draws.pick(("some", "several")) if draws.chance(0.1) else world.NUMBER_WORDS[len(fits)]
@@ -281,43 +282,43 @@ def _place(line: _Line, scene: Scene, draws: Draws) -> None:
 
 
 def _extend(line: _Line, fragment: str, scene: Scene, draws: Draws, room: int, wrong: bool) -> None:
-    """Append one fragment if it applies and fits into some words more than ``room``."""
+    """Append one fragment if it applies and has at most three words more than ``room``."""
     trial = _Line(line.text, list(line.phrases))
     if fragment == "clause":
         trial.add(", " + draws.pick(CLAUSES))
     elif fragment == "style" and all(phrase.kind != "style" for phrase in line.phrases):
         trial.add(", " + draws.pick(("in", "from")) + " a collection,")
         trial.phrase(draws.pick(_STYLE_WORDS[scene.style]).removesuffix(" of"), "style")
-    elif fragment == "count" and len(scene.things) > 1:
-        trial.phrase(f", {world.NUMBER_WORDS[len(scene.things)]} things", "object", range(len(scene.things)))
+    elif fragment == "count" and len(scene.objects) > 1:
+        trial.phrase(f", {world.NUMBER_WORDS[len(scene.objects)]} things", "object", range(len(scene.objects)))
         _trim_comma(trial)
         trial.add("in all")
-    elif fragment == "others" and len(scene.things) > 1:
+    elif fragment == "others" and len(scene.objects) > 1:
         _mention_another(trial, scene, draws, wrong)
-    elif fragment == "relation" and len(scene.things) > 1:
+    elif fragment == "relation" and len(scene.objects) > 1:
         _relate(trial, scene, draws, wrong)
     if trial.length() <= min(line.length() + room + 3, LONGEST):
         line.text, line.phrases = trial.text, trial.phrases
 
 
 def _trim_comma(line: _Line) -> None:
-    """The comma that joins a fragment is no part of its phrase."""
+    """Take the joining comma out of the last phrase's span."""
     last = line.phrases[-1]
     line.phrases[-1] = Phrase(last.start + 2, last.end, last.kind, last.objects)
 
 
 def _mention_another(line: _Line, scene: Scene, draws: Draws, wrong: bool) -> None:
-    """ "... and a small key": a thing that no phrase has told of yet."""
-    told = {index for phrase in line.phrases for index in phrase.objects}
-    untold = [index for index in range(len(scene.things)) if index not in told]
-    if untold:
+    """ "... and a small key": an object that no phrase mentions yet."""
+    mentioned = {index for phrase in line.phrases for index in phrase.objects}
+    others = [index for index in range(len(scene.objects)) if index not in mentioned]
+    if others:
         line.add(draws.pick(("and", "with", "next to", ", and also")))
-        _mention(line, scene, describe(scene.things[draws.pick(untold)].look, draws, wrong), draws)
+        _mention(line, scene, describe(scene.objects[draws.pick(others)].look, draws, wrong), draws)
 
 
 def _relate(line: _Line, scene: Scene, draws: Draws, wrong: bool) -> None:
-    """ ". The red star is to the left of a key", where both can be told from everything else."""
-    first, second = draws.shuffled(range(len(scene.things)))[:2]
+    """ ". The red star is to the left of a key", if both descriptions are unique in the scene."""
+    first, second = draws.shuffled(range(len(scene.objects)))[:2]
     relation = relation_between(scene, first, second)
     if relation is None:
         return
@@ -334,8 +335,8 @@ def _relate(line: _Line, scene: Scene, draws: Draws, wrong: bool) -> None:
 
 
 def _relate_main(line: _Line, scene: Scene, draws: Draws, wrong: bool) -> bool:
-    """ "a red star to the left of a key": the main thing and another, if both can be told from everything else."""
-    others = [index for index in range(len(scene.things)) if index != scene.main]
+    """ "a red star to the left of a key": the main object and another, if both descriptions are unique."""
+    others = [index for index in range(len(scene.objects)) if index != scene.main]
     for second in draws.shuffled(others):
         relation = relation_between(scene, scene.main, second)
         said = [_single(scene, index, draws, wrong) for index in (scene.main, second)] if relation else []
@@ -350,20 +351,20 @@ def _relate_main(line: _Line, scene: Scene, draws: Draws, wrong: bool) -> bool:
 
 
 def _single(scene: Scene, index: int, draws: Draws, named: bool) -> Description | None:
-    """A description that fits this thing alone, if two tries find one."""
+    """A description that matches this object only, or None after two tries."""
     for keen in (1.0, 1.6):
-        said = describe(scene.things[index].look, draws, named, keen)
+        said = describe(scene.objects[index].look, draws, named, keen)
         if len(_fitting(scene, said)) == 1:
             return said
     return None
 
 
 def _fitting(scene: Scene, said: Description) -> list[int]:
-    return [index for index, thing in enumerate(scene.things) if said.fits(thing.look)]
+    return [index for index, obj in enumerate(scene.objects) if said.fits(obj.look)]
 
 
 def _dress(line: _Line, draws: Draws) -> Caption:
-    """Capital letter and full stop as people use them: sometimes."""
+    """Sometimes begin with a capital letter, sometimes end with a full stop."""
     text = line.text
     if draws.chance(0.4):
         text = text[0].upper() + text[1:]
@@ -373,7 +374,7 @@ def _dress(line: _Line, draws: Draws) -> Caption:
 
 
 def _wrong_caption(scene: Scene, draws: Draws) -> Caption:
-    """Text about nothing, or about shapes that are not in the image."""
+    """Unrelated text, or a caption of shapes that are not in the image."""
     if draws.chance(0.4):
         return Caption(_dress(_Line(draws.pick(UNRELATED)), draws).text, truthful=False)
     target = min(max(_MEDIAN_WORDS * math.exp(_SPREAD * draws.normal()), SHORTEST), LONGEST)
@@ -382,22 +383,22 @@ def _wrong_caption(scene: Scene, draws: Draws) -> Caption:
 
 
 def _elsewhere(scene: Scene, draws: Draws) -> Scene:
-    """The scene with every shape replaced by one that it does not show."""
-    shown = {thing.look.shape for thing in scene.things}
+    """The scene with every shape replaced by one that is not in it."""
+    shown = {obj.look.shape for obj in scene.objects}
     absent = [shape for shape in world.SHAPE_NAMES if shape not in shown]
-    things = []
-    for thing in scene.things:
+    objects = []
+    for obj in scene.objects:
         shape = draws.pick(absent)
         names, odds = world.allowed_colours(shape, held_out=False)
         variants = world.noun(shape).variants
         look = replace(
-            thing.look,
+            obj.look,
             shape=shape,
             variant=draws.pick(variants) if variants else None,
             colour=names[draws.weighted(odds)],
         )
-        things.append(replace(thing, look=look))
-    return replace(scene, things=tuple(things))
+        objects.append(replace(obj, look=look))
+    return replace(scene, objects=tuple(objects))
 
 
 def _table(words: Sequence[world.Word]) -> dict[str, tuple[str, ...]]:

@@ -1,7 +1,7 @@
-"""The vocabulary of the made-up world: what exists, what people call it, how often it occurs, and who may see it.
+"""The vocabulary of the embedded world: classes and attributes, their synonyms, frequencies and splits.
 
-Everything here is data and questions about data; nothing draws. Change a value and the samples change: raise
-:data:`WORLD_VERSION` in the same commit.
+This module holds data and lookups only. Changing a value changes the samples: raise :data:`WORLD_VERSION` in the same
+commit.
 """
 
 import colorsys
@@ -13,7 +13,7 @@ from itertools import accumulate
 WORLD_VERSION = 2
 
 OCCLUSION_CAP = 0.4
-"""No object is hidden by others by more than this fraction of its own pixels."""
+"""Largest fraction of an object's pixels that other objects may hide."""
 
 WRONG_CAPTIONS = 0.05
 """The share of training captions that describe another image, or no image at all."""
@@ -21,9 +21,9 @@ WRONG_CAPTIONS = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Noun:
-    """A thing that can be named: the class name, other names for it, the wider word, and finer names if it has any.
+    """A class: its name, synonyms, hypernym, and fine-grained variants if it has any.
 
-    ``upright`` things are drawn within 20 degrees of standing in most scenes, as people draw them.
+    ``upright`` objects are within 20 degrees of upright in most scenes.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Noun:
 
 @dataclass(frozen=True, kw_only=True)
 class Colour:
-    """A region of HSV space: ``hue`` in degrees (a range below 0 wraps round), saturation and value in 0..1."""
+    """A region of HSV space: ``hue`` in degrees (a range below 0 wraps around), saturation and value in 0..1."""
 
     name: str
     synonyms: tuple[str, ...]
@@ -46,7 +46,7 @@ class Colour:
 
 @dataclass(frozen=True, kw_only=True)
 class Word:
-    """A texture, size, style or ground: the name that columns use and the words that captions use."""
+    """A texture, size, style or ground: its name in columns and its wordings in captions."""
 
     name: str
     words: tuple[str, ...]
@@ -62,7 +62,7 @@ STAR_POINTS = {
 POLYGON_SIDES = {"pentagon": 5, "hexagon": 6, "heptagon": 7, "octagon": 8}
 FINE_GRAINED = (*STAR_POINTS, *POLYGON_SIDES)
 
-# In order of frequency: the first is the commonest.
+# By frequency, the most frequent first.
 SHAPES: tuple[Noun, ...] = (
     Noun(name="disc", synonyms=("circle", "round spot"), hypernym="round shape"),
     Noun(name="square", synonyms=("block", "box"), hypernym="straight-sided shape"),
@@ -95,7 +95,7 @@ SHAPES: tuple[Noun, ...] = (
     Noun(name="spiral", synonyms=("coil", "swirl"), hypernym="symbol"),
 )
 
-# Regions that almost touch: a lamp's cast or a faded print makes neighbours hard to tell apart, as in photographs.
+# The regions almost touch: a colour cast or low contrast makes neighbours hard to distinguish, as in photographs.
 COLOURS: tuple[Colour, ...] = (
     Colour(name="red", synonyms=("scarlet", "crimson"), hue=(-12, 11), saturation=(0.62, 1), value=(0.66, 0.98)),
     Colour(name="blue", synonyms=("azure", "cobalt"), hue=(195, 250), saturation=(0.45, 1), value=(0.4, 0.95)),
@@ -161,10 +161,10 @@ GROUND_NAMES = tuple(word.name for word in GROUNDS)
 NUMBER_WORDS = ("none", "one", "two", "three", "four", "five", "six")
 
 NOVEL_SHAPES = ("polygon", "arrow", "house", "crescent", "bolt", "key")
-"""Known from captions only; boxes, masks and few-shot labels exist for the other 18. Spread over the frequencies."""
+"""Named in captions only; boxes, masks and few-shot labels exist for the other 18. Spread over the frequencies."""
 
 UNSEEN_STYLE = "sketch"
-"""The style that no training image has."""
+"""The style of no training image."""
 
 RARE_SHAPES = SHAPE_NAMES[-3:]
 """The rarest tenth of the shapes (rounded up)."""
@@ -201,8 +201,8 @@ def colour(name: str) -> Colour:
 def is_held_out(shape: str, colour_name: str) -> bool:
     """Whether this pair never occurs on one object before testing.
 
-    A fifth of the 24 x 10 pairs: every shape misses two colours, every colour misses four or five shapes, so no word
-    can be told from another by how often it is held out.
+    A fifth of the 24 x 10 pairs: every shape misses two colours and every colour four or five shapes, so the number of
+    held-out pairs does not distinguish one word from another.
     """
     return (_SHAPE_RANKS[shape] + 2 * _COLOUR_RANKS[colour_name]) % 5 == 0
 
@@ -223,7 +223,7 @@ def base_shapes() -> tuple[str, ...]:
 
 
 def novel_shapes() -> tuple[str, ...]:
-    """The 6 shapes that only captions tell of."""
+    """The 6 shapes that only captions name."""
     return NOVEL_SHAPES
 
 
@@ -234,19 +234,19 @@ def seen_styles() -> tuple[str, ...]:
 
 @cache
 def allowed_colours(shape: str, held_out: bool) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """The colours that ``shape`` may have in training (or, ``held_out``, in the held-out pairs) and cumulated odds."""
+    """The colours of ``shape`` in training (with ``held_out``: in the held-out pairs) and cumulative probabilities."""
     names = tuple(name for name in COLOUR_NAMES if is_held_out(shape, name) == held_out)
     return names, cumulate(COLOUR_FREQUENCIES[name] for name in names)
 
 
 def cumulate(weights: Iterable[float]) -> tuple[float, ...]:
-    """Running sums, scaled to end at 1: what :meth:`Draws.weighted` takes."""
+    """Cumulative sums, scaled to end at 1, for :meth:`Draws.weighted`."""
     sums = list(accumulate(weights))
     return tuple(value / sums[-1] for value in sums)
 
 
 def name_colour(red: int, green: int, blue: int) -> str | None:
-    """The colour whose region holds the RGB value (0..255 each), or None between the regions."""
+    """The colour whose region contains the RGB value (0..255 each), or None between the regions."""
     hue, saturation, value = colorsys.rgb_to_hsv(red / 255, green / 255, blue / 255)
     for candidate in COLOURS:
         low, high = candidate.hue
@@ -256,7 +256,7 @@ def name_colour(red: int, green: int, blue: int) -> str | None:
             and candidate.saturation[0] - 0.02 <= saturation <= candidate.saturation[1] + 0.02
             and candidate.value[0] - 0.01 <= value <= candidate.value[1] + 0.01
         )
-        # Hue and saturation of near-black are quantisation noise in 8 bits; value alone names it.
+        # Hue and saturation of near-black are quantisation noise in 8 bits, so black is defined by value alone.
         if inside or (candidate.name == "black" and value <= candidate.value[1] + 0.01):
             return candidate.name
     return None

@@ -1,1 +1,1 @@
-"""Sidecars: what a model or a rule says of stored samples, beside the tars."""
+"""Sidecars: annotations of stored samples by a model or a rule, beside the tars."""

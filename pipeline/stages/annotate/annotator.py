@@ -1,7 +1,7 @@
-"""Sidecars for a whole snapshot: one for each shard, made on the cluster's CPUs or GPUs, each made once.
+"""Sidecars for a whole snapshot: one per shard, made on the cluster's CPUs or GPUs, each once.
 
-What is made of a shard's samples, a table with a column ``key``, is an :class:`Annotator`'s business: features,
-pseudo boxes, features of regions. The job brings it, as a function that loads it in the process that will use it.
+An :class:`Annotator` makes the table of a shard, with a column ``key``: features, pseudo boxes, features of regions.
+The job passes a function that loads the annotator in the process that uses it.
 """
 
 import hashlib
@@ -34,24 +34,24 @@ MOST_THREADS = 4  # of a worker without a GPU: more workers use the cores better
 
 
 class Annotator(Protocol):
-    """Makes the table of one shard; ``maker`` is the digest of all that decides what comes out, such as weights."""
+    """Makes the table of one shard; ``maker`` is the digest of everything that determines it, such as weights."""
 
     maker: str
 
     def table(self, samples: Iterator[Sample], shard: Shard) -> pa.Table:
-        """A row for every sample, in their order, with its ``key``; raises ``DataError`` for what cannot be used."""
+        """One row per sample, in order, with its ``key``; raises ``DataError`` for unusable samples."""
         ...
 
 
 MakeAnnotator = Callable[[int], Annotator]
-"""Loads the annotator in the process that will use it, for a number of CPU threads; pickles."""
+"""Picklable function that loads the annotator in its worker process, for a number of CPU threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Annotation:
-    """How the sidecars are called, and whether those of another maker are replaced.
+    """Name of the sidecars, and whether to replace those of another maker.
 
-    ``facts`` are what a finished one must say of itself to be kept by ``overwrite``, beside having the same maker.
+    With ``overwrite`` a finished sidecar is kept if it has the same maker and the metadata ``facts``.
     """
 
     name: str
@@ -65,14 +65,14 @@ class Annotation:
 def annotate(
     snapshot: Snapshot, make: MakeAnnotator, annotation: Annotation, workers: Workers, use_gpu: bool | None = None
 ) -> Snapshot:
-    """Give every shard of ``snapshot`` its sidecar and publish that; shards that have it are not read again.
+    """Make the sidecar of every shard of ``snapshot`` and publish it; finished shards are not read again.
 
-    ``use_gpu`` ``None``: where the cluster has GPUs.
+    ``use_gpu`` ``None`` = if the cluster has GPUs.
 
     Raises:
-        SidecarError: a sidecar of this name by another maker is there.
+        SidecarError: a sidecar of this name was made by another maker.
         DataError: a damaged shard.
-        StorageError: the store refused (the same command goes on from there), or another job is at work in the folder.
+        StorageError: the store failed (run the same command to continue), or another job holds the folder's lease.
     """
     digests: dict[tuple[str, str], str] = {}
     with lease(Folder(snapshot.folder), f"the making of {annotation.name}") as held:
@@ -86,7 +86,7 @@ def annotate(
 
 
 def annotate_shard(folder: Folder, shard: Shard, annotator: Annotator, annotation: Annotation) -> str:
-    """Write the sidecar of one shard, unless it is there; returns its SHA-256 hex. Raises as :func:`annotate`."""
+    """Write the sidecar of one shard unless it exists; returns its SHA-256 (hex). Raises as :func:`annotate`."""
     done = _finished(folder, shard, annotator.maker, annotation)
     if done is not None:
         return done
@@ -140,7 +140,7 @@ class _Places:
 
 
 def _places(asked: int | None, use_gpu: bool | None, shards: int) -> _Places:
-    """How many actors, each with how many CPUs: one for each GPU, or on CPUs some of a few threads."""
+    """Number of actors and CPUs per actor: one actor per GPU, or on CPUs several with a few threads each."""
     import ray
 
     cluster = dict(ray.cluster_resources())
@@ -156,14 +156,14 @@ def _places(asked: int | None, use_gpu: bool | None, shards: int) -> _Places:
 
 
 class _AnnotateShards:
-    """The actor: holds the annotator; a batch of shard numbers to a batch of digests."""
+    """The actor: holds the annotator; maps a batch of shard numbers to a batch of digests."""
 
     def __init__(self, make: MakeAnnotator, snapshot: Snapshot, annotation: Annotation, threads: int) -> None:
         self._make, self._snapshot, self._annotation, self._threads = make, snapshot, annotation, threads
         self._annotator: Annotator | None = None
 
     def digest(self, number: int) -> str:
-        # Loaded with the first shard: what is wrong with a checkpoint is lost on the way where __init__ raises it.
+        # Load with the first shard: Ray loses the error of a bad checkpoint if __init__ raises it.
         self._annotator = self._annotator or self._make(self._threads)
         shard = self._snapshot.shards[number]
         return annotate_shard(Folder(self._snapshot.folder), shard, self._annotator, self._annotation)
@@ -175,14 +175,14 @@ class _AnnotateShards:
                 digests.append(self.digest(int(number)))
                 errors.append(b"")
             except ClipmillError as error:
-                # As a value: of what an actor raises, Ray gives back the text alone.
+                # Return the error as a value: Ray passes on only the text of an actor's exception.
                 digests.append("")
                 errors.append(pickle.dumps(error))
         return {"number": batch["number"], "digest": np.array(digests, object), "error": np.array(errors, object)}
 
 
 def _finished(folder: Folder, shard: Shard, maker: str, annotation: Annotation) -> str | None:
-    """The digest of the sidecar that is there already, of the same tar and maker."""
+    """The digest of the existing sidecar of the same tar and maker."""
     name = sidecar_file(shard, annotation.name)
     try:
         with folder.open(name) as file:
@@ -194,7 +194,7 @@ def _finished(folder: Folder, shard: Shard, maker: str, annotation: Annotation) 
     facts = json.loads(metadata.get(FACTS, b"{}"))
     same = all(facts.get(name) == value for name, value in annotation.facts.items())
     if metadata.get(MAKER) == maker.encode() and (same or not annotation.overwrite):
-        with folder.open(name) as file:  # whole, but never in memory at once: features of regions are gigabytes
+        with folder.open(name) as file:  # hashed in parts: features of regions are gigabytes
             return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # fsspec's are such files
     if not annotation.overwrite:
         ways = "--overwrite replaces it, another --name keeps both"
@@ -203,7 +203,7 @@ def _finished(folder: Folder, shard: Shard, maker: str, annotation: Annotation) 
 
 
 def _publish(snapshot: Snapshot, digests: dict[tuple[str, str], str], name: str) -> Snapshot:
-    """The newest snapshot with the new sidecars, by tar: it may have been published while they were made."""
+    """The newest snapshot with the new sidecars, matched by tar: it may be newer than the annotated one."""
     latest = read_snapshot(snapshot.folder)
     shards = []
     for shard in latest.shards:

@@ -1,9 +1,9 @@
-"""Image and text features of a snapshot as a sidecar, and as the files that clip-retrieval reads.
+"""Image and text features of a snapshot, as a sidecar and as files for clip-retrieval.
 
-``00017.embeddings.parquet`` has a row for every sample that the tar stores, hidden ones too, so that it outlives
-selections: ``key``, ``image`` and ``text``, L2-normalised float16 [D]; NaN where a sample has no readable image or no
-caption. The model is whatever has the few methods of :class:`Embedder`; the job brings it. One that gives several
-views of an image has a row of V x D numbers for each: see ``view_features.py``.
+``00017.embeddings.parquet`` has one row per sample of the tar, also for hidden ones, so it stays valid for every
+selection: ``key``, ``image`` and ``text``, L2-normalised float16 [D]; NaN where a sample has no readable image or no
+caption. The job passes the model, any :class:`Embedder`. For a model with several views per image, ``image`` has V x D
+numbers: see ``view_features.py``.
 """
 
 import json
@@ -38,18 +38,18 @@ Features = NDArray[np.float16]
 
 
 class Embedder(Protocol):
-    """What this stage needs of a model; ``maker`` is the digest of its weights and of what is done to its input."""
+    """Interface of the model; ``maker`` is the digest of its weights and its preprocessing."""
 
     maker: str
     facts: Mapping[str, str | int]
-    """What readers of the features should know of them, such as ``views``; kept with them."""
+    """Metadata of the features for readers, such as ``views``; stored with them."""
     reads_text: bool
-    """Whether captions get features too."""
+    """Whether the model encodes captions too."""
 
     def prepare(self, image: bytes, key: str) -> Any | None:
-        """The image as :meth:`encode_image` wants it, ``None`` where it cannot be read; called from many threads.
+        """The input of :meth:`encode_image`, ``None`` for an unreadable image; called from many threads.
 
-        What is random about it depends on the sample's ``key`` alone.
+        Random augmentation depends on the sample's ``key`` only.
         """
         ...
 
@@ -63,19 +63,19 @@ class Embedder(Protocol):
 
 
 MakeEmbedder = Callable[[int], Embedder]
-"""Loads the model in the process that will use it, for a number of CPU threads; pickles."""
+"""Picklable function that loads the model in its worker process, for a number of CPU threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedOptions:
-    """How the features are made and kept."""
+    """Options of the features."""
 
     name: str = "embeddings"
-    """Name of the sidecar: a plain word, so that the features of several models can lie side by side."""
+    """Name of the sidecar, a plain word; use one name per model to store features of several models."""
     batch_size: int = 256
-    """Images encoded at a time."""
+    """Batch size in images."""
     overwrite: bool = False
-    """Replace features that another model made."""
+    """Replace features of another model."""
 
     def __post_init__(self) -> None:
         require(self.name.isidentifier(), "name", self.name, "a plain word")
@@ -84,7 +84,7 @@ class EmbedOptions:
 
 @dataclass(frozen=True)
 class ShardFeatures:
-    """Features float16 [N, D] of one shard's N stored samples; rows of NaN where a sample has none."""
+    """Features float16 [N, D] of one shard's N stored samples; NaN rows for samples without features."""
 
     keys: list[str]
     image: Features
@@ -94,14 +94,14 @@ class ShardFeatures:
 def embed(
     snapshot: Snapshot, make: MakeEmbedder, options: EmbedOptions, workers: Workers, use_gpu: bool | None = None
 ) -> Snapshot:
-    """Give every shard of ``snapshot`` its features and publish that; shards that have them are not read again.
+    """Make the features of every shard of ``snapshot`` and publish them; finished shards are not read again.
 
-    ``use_gpu`` ``None``: where the cluster has GPUs.
+    ``use_gpu`` ``None`` = if the cluster has GPUs.
 
     Raises:
-        SidecarError: features of another model are there.
+        SidecarError: the sidecar has features of another model.
         DataError: a damaged shard.
-        StorageError: the store refused (the same command goes on from there), or another job is at work in the folder.
+        StorageError: the store failed (run the same command to continue), or another job holds the folder's lease.
     """
     load = LoadShardEmbedder(make, tuple(snapshot.fields), options.batch_size)
     annotation = Annotation(name=options.name, overwrite=options.overwrite)
@@ -110,7 +110,7 @@ def embed(
 
 @dataclass(frozen=True)
 class LoadShardEmbedder:
-    """Loads what makes a shard's features with the embedder that ``make`` loads, of samples with these ``fields``."""
+    """Load the annotator for samples with these ``fields``; ``make`` loads its embedder."""
 
     make: MakeEmbedder
     fields: tuple[str, ...]
@@ -122,7 +122,7 @@ class LoadShardEmbedder:
 
 
 class ShardEmbedder:
-    """The features of a shard's samples as a table; decodes ahead in ``threads`` threads."""
+    """Makes the table of features of a shard's samples; decodes ahead in ``threads`` threads."""
 
     def __init__(self, embedder: Embedder, with_text: bool, batch_size: int, threads: int) -> None:
         self._embedder, self._with_text, self._batch_size, self._threads = embedder, with_text, batch_size, threads
@@ -161,11 +161,11 @@ def read_features(folder: Folder, shard: Shard, name: str = "embeddings") -> Sha
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureExport:
-    """A snapshot's features as clip-retrieval's inference writes them, to build an index from.
+    """A snapshot's features in the files of clip-retrieval's inference, to build an index from.
 
     ``img_emb/img_emb_0.npy`` and ``text_emb/text_emb_0.npy``, float16 [N, D], and ``metadata/metadata_0.parquet`` with
     ``image_path`` (the key), ``caption`` and the keys of the samples' json: row ``i`` of all three is one sample. Rows
-    are in the order that readers see; samples without an image's or a caption's features are left out.
+    are in the snapshot's order; samples without image or text features are left out.
     """
 
     snapshot: Snapshot
@@ -178,7 +178,7 @@ class FeatureExport:
 
         Raises:
             SidecarError: the snapshot has no features of this name.
-            StorageError: the store refused.
+            StorageError: the file system or store failed.
         """
         return sum(int(rows) for _, rows in run_tasks(self.write_file, range(self.files), workers))
 
@@ -230,7 +230,7 @@ class FeatureExport:
 def _prepared(
     samples: Iterator[Sample], size: int, pool: ThreadPoolExecutor, embedder: Embedder
 ) -> Iterator[list[tuple[Sample, "Future[Any]"]]]:
-    """Batches with their images being decoded; the next batch is begun before one is handed out."""
+    """Batches with their images being decoded; decoding of the next batch starts before a batch is yielded."""
     ahead: list[tuple[Sample, Future[Any]]] = []
     while batch := list(islice(samples, size)):
         begun = [(sample, pool.submit(_prepare, embedder, sample)) for sample in batch]
@@ -249,7 +249,7 @@ def _prepare(embedder: Embedder, sample: Sample) -> Any | None:
 def _some(
     encode: Callable[[list[Any]], NDArray[np.float32]], inputs: Sequence[Any | None]
 ) -> list[NDArray[np.float32] | None]:
-    """The features of each input, ``None`` for ``None``."""
+    """The features of each input; ``None`` stays ``None``."""
     present = [one for one in inputs if one is not None]
     made = iter(encode(present)) if present else iter(())
     return [None if one is None else next(made) for one in inputs]
@@ -261,7 +261,7 @@ def _caption(sample: Sample) -> str | None:
 
 
 def _column(rows: list[NDArray[np.float32] | None], keys: Sequence[str], width: int) -> Any:
-    """Lists of ``width`` float16; NaN for ``None``, since null lists of fixed size do not survive parquet."""
+    """Lists of ``width`` float16; NaN for ``None``, since parquet does not preserve null lists of fixed size."""
     empty = np.full(width, np.nan, np.float16)
     parts = [empty if row is None else _half(row, key) for row, key in zip(rows, keys, strict=True)]
     return pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate([empty[:0], *parts]), pa.float16()), width)
@@ -293,7 +293,7 @@ def _described(sample: Sample, with_caption: bool) -> dict[str, Any]:
 
 
 def _uniform(frame: pd.DataFrame) -> pd.DataFrame:
-    """Columns whose values are of several types become text, since parquet has one type a column."""
+    """Columns with values of several types become strings, since a parquet column has one type."""
     for name in frame.columns:
         try:
             pa.array(frame[name], from_pandas=True)

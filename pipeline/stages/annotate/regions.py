@@ -1,16 +1,14 @@
-"""Features of regions as a sidecar: what ViLD's image branch learns from (Gu, Lin, Kuo, Cui, 2021, section 3.2).
+"""Features of regions as a sidecar: the targets of ViLD's image branch (Gu, Lin, Kuo, Cui, 2021, section 3.2).
 
-``00017.regions.parquet`` has a row for every sample that the tar stores: ``key``, ``height`` and ``width`` of the
-image, ``boxes`` (x1, y1, x2, y2 as fractions of its sides, float32, one after the other), ``scores`` of the
-proposals, and ``features``, L2-normalised float16 [n, D] as bytes in C order. Boxes and features are of the image as
-it is stored, so an augmentation that moves the image moves the boxes and leaves the features. An image without
-proposals, or one that cannot be read, has none.
+``00017.regions.parquet`` has one row per sample of the tar: ``key``, ``height`` and ``width`` of the image, ``boxes``
+(x1, y1, x2, y2 as fractions of its sides, float32, flattened), ``scores`` of the proposals, and ``features``,
+L2-normalised float16 [n, D] as bytes in C order. Boxes and features are of the stored image, so an augmentation that
+moves the image moves the boxes and keeps the features. An image that is unreadable or has no proposals has none.
 
-Boxes that no longer belong to their features are the failure that goes unseen: training goes on and novel classes
-stay at half their score. So each shard is checked while it is made. Where a proposal covers an object of a class that
-the annotations name, the feature is compared with the class names' text features; the share that is right is kept
-with the shard, and below a floor the job stops. It also stops where regions cover less than a tenth of these objects,
-since then there is nothing to compare.
+Boxes that do not match their features are a silent failure: training continues, and novel classes reach half their
+score. So each shard is checked while it is made. Where a proposal covers an annotated object, its feature is classified
+among the text features of the class names. The accuracy is stored with the shard; below a floor the job stops. It also
+stops if regions cover less than a tenth of these objects, since the accuracy then means nothing.
 """
 
 import hashlib
@@ -40,8 +38,8 @@ from pipeline.stages.shard_tasks import Workers
 logger = logging.getLogger(__name__)
 
 JOB = "jobs/extract_region_features.py"
-MATCHED = 0.5  # intersection over union from which on a proposal shows an object
-COVERED = 0.1  # share of the objects that any proposer covers whose boxes fit the images
+MATCHED = 0.5  # smallest intersection over union at which a proposal covers an object
+COVERED = 0.1  # fraction of objects that any proposer covers if its boxes fit the images
 
 
 @dataclass(frozen=True)
@@ -53,14 +51,14 @@ class RegionProposals:
 
 
 class RegionModel(Protocol):
-    """What this stage needs: a proposer and an image tower; ``maker`` is the digest of both and of the crop rule."""
+    """Interface of proposer and image tower; ``maker`` is the digest of both and of the crop rule."""
 
     maker: str
     facts: Mapping[str, Any]
-    """What readers should know: ``teacher``, ``proposer``, ``crop``, ``width`` D; kept with the features."""
+    """Metadata for readers: ``teacher``, ``proposer``, ``crop``, ``width`` D; stored with the features."""
 
     def prepare(self, image: bytes) -> Any | None:
-        """The decoded image, ``None`` where it cannot be read; called from many threads."""
+        """The decoded image, ``None`` if unreadable; called from many threads."""
         ...
 
     def shape(self, image: Any) -> tuple[int, int]:
@@ -81,27 +79,26 @@ class RegionModel(Protocol):
 
 
 class MakeRegionModel(Protocol):
-    """Loads the model in the process that will use it, for a number of CPU threads; pickles."""
+    """Picklable function that loads the model in its worker process, for a number of CPU threads."""
 
     def __call__(self, threads: int) -> RegionModel: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegionOptions:
-    """How the features are kept and checked."""
+    """Options of the features and of their check."""
 
     name: str = "regions"
-    """Name of the sidecar: a plain word, so that those of several models can lie side by side."""
+    """Name of the sidecar, a plain word; use one name per model to store features of several models."""
     pictures_at_once: int = 8
-    """Images whose regions are encoded together."""
+    """Batch size in images; their regions are encoded together."""
     overwrite: bool = False
-    """Replace the features of another model or other settings, and those that were checked by other classes."""
+    """Replace features of another model, of other settings, or checked with other classes."""
     floor: float = 0.1
-    """Least zero-shot accuracy of features, of a shard's and of all, on regions that cover an object of ``classes``;
-    0 never stops."""
+    """Smallest zero-shot accuracy, per shard and overall, of the features of regions that cover an object of
+    ``classes``, 0 to 1; below it the job stops. 0 disables the check."""
     least_matched: int = 50
-    """Regions that must cover an object before the floor counts, and objects before it counts whether they are covered.
-    """
+    """Smallest number of regions that cover an object, and of objects, at which the checks apply."""
 
     def __post_init__(self) -> None:
         require(self.name.isidentifier(), "name", self.name, "a plain word")
@@ -112,8 +109,10 @@ class RegionOptions:
 
 @dataclass(frozen=True)
 class Check:
-    """What annotated objects say of regions: of ``matched`` regions that cover one, the features of ``right`` were
-    nearest to its name; of ``objects`` of the classes, crowds apart, ``covered`` have a region."""
+    """Agreement of regions with annotated objects.
+
+    Of ``matched`` regions that cover an object, ``right`` have features nearest to its name. Of ``objects`` objects of
+    the classes, without crowds, ``covered`` have a region."""
 
     matched: int = 0
     right: int = 0
@@ -134,14 +133,14 @@ class Check:
 
     @property
     def accuracy(self) -> float:
-        """The share that is right; 0 where nothing matched."""
+        """The fraction of correct regions; 0 without matched regions."""
         return self.right / self.matched if self.matched else 0.0
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a shard's sidecar says of itself: the number of its regions, what was found when they were made, and the
-    digest of the classes by which that was (``classes_digest``)."""
+    """Metadata of a shard's sidecar: the number of regions, the result of the check, and the digest of the classes of
+    the check (``classes_digest``)."""
 
     regions: int
     check: Check
@@ -168,7 +167,7 @@ class ShardRegions:
         return len(self._rows)
 
     def __getitem__(self, key: str) -> Regions:
-        """Raises ``SidecarError`` for a sample without a row."""
+        """The regions of sample ``key``; raises ``SidecarError`` for a sample without a row."""
         if key not in self._rows:
             raise SidecarError(f"sample {key} has no row among its shard's regions; make them again with {JOB}")
         row = {name: self._table[name][self._rows[key]].as_py() for name in ("boxes", "scores", "features")}
@@ -189,14 +188,14 @@ def extract_regions(
     workers: Workers,
     use_gpu: bool | None = None,
 ) -> Snapshot:
-    """Give every shard its regions and publish that; shards that have them are not read again.
+    """Make the regions of every shard and publish them; finished shards are not read again.
 
-    ``classes`` are the names of annotated classes by which the features are checked; none where nothing is annotated.
+    ``classes`` are the names of annotated classes for the check of the features; empty without annotations.
 
     Raises:
-        SidecarError: those of another model, proposer or crop are there.
-        DataError: a damaged shard, or features that do not fit their boxes.
-        StorageError: the store refused (the same command goes on from there), or another job is at work in the folder.
+        SidecarError: the sidecar has regions of another model, proposer or crop.
+        DataError: a damaged shard, or features that do not match their boxes.
+        StorageError: the store failed (run the same command to continue), or another job holds the folder's lease.
     """
     load = LoadRegionMaker(make, tuple(classes), options)
     facts = {"checked_by": classes_digest(classes)} if classes else {}
@@ -208,7 +207,7 @@ def read_regions(folder: Folder, shard: Shard, name: str = "regions", maker: str
     """The regions of ``shard``'s stored samples.
 
     Raises:
-        SidecarError: missing, of another tar, by another maker, or no regions.
+        SidecarError: missing, of another tar, by another maker, or without regions.
     """
     table = read_sidecar(folder, shard, name, JOB, maker)
     facts = _facts(table.schema)
@@ -218,10 +217,10 @@ def read_regions(folder: Folder, shard: Shard, name: str = "regions", maker: str
 
 
 def read_found(folder: Folder, shard: Shard, name: str = "regions") -> Found:
-    """What the regions of ``shard`` say of themselves; they are not read.
+    """The metadata of the regions of ``shard``; the regions are not read.
 
     Raises:
-        SidecarError: missing, of another tar, or no regions.
+        SidecarError: missing, of another tar, or without regions.
     """
     facts = _facts(read_sidecar_schema(folder, shard, name, JOB))
     try:
@@ -230,34 +229,34 @@ def read_found(folder: Folder, shard: Shard, name: str = "regions") -> Found:
     except (KeyError, TypeError, ValueError) as error:
         file = folder.join(sidecar_file(shard, name))
         raise SidecarError(
-            f"{file} says not what was found in it ({error!r}): make it again with --overwrite"
+            f"{file} lacks the result of its check ({error!r}): make it again with --overwrite"
         ) from error
 
 
 def classes_digest(classes: Sequence[str]) -> str:
-    """SHA-256 hex of the names of classes, whatever their order; empty where there are none."""
+    """SHA-256 (hex) of the class names in any order; empty without classes."""
     names = sorted(plain_word(name) for name in classes)
     return hashlib.sha256("\n".join(names).encode()).hexdigest() if names else ""
 
 
 def together(found: Sequence[Found], classes: Sequence[str]) -> Check:
-    """What was found in all shards that were checked by ``classes``; how many were not is logged as a warning."""
+    """The summed result of all shards that were checked with ``classes``; logs a warning with the number of others."""
     digest = classes_digest(classes)
     checked = [one.check for one in found if one.checked_by == digest]
     if classes and len(checked) < len(found):
         others, again = len(found) - len(checked), "--overwrite makes them again"
-        logger.warning("%d shards were finished before and not checked by these classes; %s", others, again)
+        logger.warning("%d finished shards were not checked with these classes; %s", others, again)
     return sum(checked, Check())
 
 
 def judge(found: Check, options: RegionOptions, where: str) -> None:
-    """Raise ``DataError`` where what was found in ``where`` is too little to be right."""
+    """Raise ``DataError`` where the result of ``where`` is below the limits."""
     if not options.floor:
         return
     if found.objects >= options.least_matched and found.covered < COVERED * found.objects:
         raise DataError(
-            f"{where}: {found}, less than a tenth: the boxes do not fit the images, or regions are proposed of other "
-            "things (--floor 0 lets it pass)"
+            f"{where}: {found}, less than a tenth: the boxes do not fit the images, or the proposals cover "
+            "other objects (--floor 0 disables the check)"
         )
     if found.matched >= options.least_matched and found.accuracy < options.floor:
         raise DataError(
@@ -273,7 +272,7 @@ def _facts(schema: pa.Schema) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class LoadRegionMaker:
-    """Loads what makes a shard's table."""
+    """Load the annotator of regions."""
 
     make: MakeRegionModel
     classes: tuple[str, ...]
@@ -284,7 +283,7 @@ class LoadRegionMaker:
 
 
 class RegionMaker:
-    """The regions of a shard's samples as a table; decodes ahead in ``threads`` threads."""
+    """Makes the table of regions of a shard's samples; decodes ahead in ``threads`` threads."""
 
     def __init__(self, model: RegionModel, classes: tuple[str, ...], options: RegionOptions, threads: int) -> None:
         self._model, self._options, self._threads = model, options, threads
@@ -294,7 +293,7 @@ class RegionMaker:
         self.maker = model.maker
 
     def table(self, samples: Iterator[Sample], shard: Shard) -> pa.Table:
-        """The sidecar's rows, a chunk for each batch of images; raises ``DataError`` where the check fails."""
+        """The sidecar's rows, one chunk per batch of images; raises ``DataError`` where the check fails."""
         parts, found = [SCHEMA.empty_table()], Check()
         with ThreadPoolExecutor(self._threads, thread_name_prefix="prepare") as pool:
             for batch in _decoded(samples, self._options.pictures_at_once, pool, self._model):
@@ -303,7 +302,7 @@ class RegionMaker:
                 found += check
         logger.info("%s: %s", shard.name, found)
         judge(found, self._options, shard.name)
-        # Chunks stay as they are: one of all features of a shard may be larger than the 2 GB that a chunk can be.
+        # Keep the chunks separate: all features of a shard may exceed the limit of 2 GB per chunk.
         whole = pa.concat_tables(parts)
         count = int(pc.sum(pc.list_value_length(whole["scores"])).as_py() or 0)
         facts = {**self._model.facts, "regions": count, **asdict(found), "checked_by": self._checked_by}
@@ -323,19 +322,19 @@ class RegionMaker:
     def _checked(
         self, sample: Sample, shape: tuple[int, int], proposed: RegionProposals, encoded: NDArray[np.float32]
     ) -> Check:
-        """Compares the features of regions that cover an annotated object with the names of the classes.
+        """Compare the features of regions that cover an annotated object with the names of the classes.
 
-        A crowd is no truth: its box is that of many things, and may cover half of the image.
+        Crowds are left out: such a box covers many objects, and may fill half of the image.
         """
         if self._vectors is None or FIELD not in sample.fields:
             return Check()
-        things = read_objects(sample)
-        things.check_size(*shape, sample.key)
-        numbers = [self._numbers.get(plain_word(label), -1) for label in things.labels]
-        known = [place for place, number in enumerate(numbers) if number >= 0 and not things.crowd[place]]
+        objects = read_objects(sample)
+        objects.check_size(*shape, sample.key)
+        numbers = [self._numbers.get(plain_word(label), -1) for label in objects.labels]
+        known = [place for place, number in enumerate(numbers) if number >= 0 and not objects.crowd[place]]
         if not known or not len(proposed.boxes):
             return Check(objects=len(known))
-        shared = overlaps(proposed.boxes, things.boxes[known])
+        shared = overlaps(proposed.boxes, objects.boxes[known])
         covering = shared.max(axis=1) >= MATCHED
         truth = np.array(numbers)[known][shared.argmax(axis=1)]
         right = covering & ((encoded @ self._vectors.T).argmax(axis=1) == truth)
@@ -369,7 +368,7 @@ def _empty(key: str) -> dict[str, Any]:
 def _decoded(
     samples: Iterator[Sample], size: int, pool: ThreadPoolExecutor, model: RegionModel
 ) -> Iterator[list[tuple[Sample, Any | None]]]:
-    """Batches with their images; the next batch is being decoded while one is worked on."""
+    """Batches with their images; the next batch is decoded in the meantime."""
 
     def begin(sample: Sample) -> tuple[Sample, Any]:
         content = sample.image()

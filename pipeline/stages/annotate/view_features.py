@@ -1,8 +1,8 @@
-"""Raw features of several views of every image, as few-shot methods read them from a sidecar.
+"""Raw features of several views of every image, from a sidecar, for few-shot methods.
 
-``jobs/embed_dataset.py views`` makes it: for each sample ``image``, float16 [V x D] and not normalised, view 0 as in
-evaluation and the others random crops; NaN where there is no readable image. The sidecar knows its tar, the digest
-of the model with all settings (``maker``), and says how many views it has and how they were cut.
+``jobs/embed_dataset.py views`` makes it: ``image`` of each sample is float16 [V x D], not normalised; view 0 is the
+evaluation transform, the others are random crops; NaN for an unreadable image. The metadata of the sidecar holds its
+tar, the digest of the model with all settings (``maker``), the number of views and the crop settings.
 """
 
 import json
@@ -21,12 +21,12 @@ from pipeline.stages.annotate.embeddings import JOB, matrix
 
 NAME = "views"
 MAKE = f"{JOB} views"
-NO_IMAGE = (1, 1)  # the shape of a row in a shard without one readable image
+NO_IMAGE = (1, 1)  # the shape of a row in a shard without a readable image
 
 
 @dataclass(frozen=True)
 class ViewFeatures:
-    """Raw features float16 [N, V, D] of N samples by key, and how they were made; NaN for unreadable images."""
+    """Raw features float16 [N, V, D] of N samples by key, with their metadata; NaN for unreadable images."""
 
     keys: tuple[str, ...]
     features: NDArray[np.float16]
@@ -36,7 +36,7 @@ class ViewFeatures:
         """float32 [M, V, D] of these samples.
 
         Raises:
-            DataError: a sample without features, or with some that are not finite; its key is named.
+            DataError: a sample without features, or with features that are not finite; the message names its key.
         """
         rows = {key: row for row, key in enumerate(self.keys)}
         wanted = list(keys)
@@ -54,12 +54,12 @@ class ViewFeatures:
 
 
 def read_views(snapshot: Snapshot, maker: str | None = None, name: str = NAME) -> ViewFeatures:
-    """The features of all samples that ``snapshot`` shows, in its order.
+    """The features of all visible samples of ``snapshot``, in order.
 
-    ``maker`` is that of the :class:`pipeline.evaluation.embedder.ViewEmbedder` which should have made them.
+    ``maker`` is the expected digest, of a :class:`pipeline.evaluation.embedder.ViewEmbedder`.
 
     Raises:
-        SidecarError: missing, of another tar, of another model or other views, or no features of views.
+        SidecarError: missing, of another tar, of another model or other views, or without features of views.
     """
     folder = Folder(snapshot.folder)
     parts = [_read_shard(folder, shard, maker, name) for shard in snapshot.shards]

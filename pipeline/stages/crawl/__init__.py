@@ -1,1 +1,1 @@
-"""Fetch bodies from the open web or from stores, and turn them into images that shards hold."""
+"""Download images from the web or from stores, and convert them to the images of shards."""

@@ -1,10 +1,10 @@
-"""Which network addresses a download may connect to.
+"""The policy of network addresses that a download may connect to.
 
-Urls come from strangers, and a data job runs inside somebody's network. So only public unicast addresses are allowed:
-no private, loopback, link-local, shared (RFC 6598), multicast, reserved or documentation ranges, none of the cloud
-metadata services, and no IPv6 address that carries such an IPv4 one (mapped, 6to4, Teredo, NAT64). The check is made on
-addresses, never on names alone, and the one made when the socket is opened is the one that counts: neither a redirect
-nor a name server that changes its answer gets around it.
+Urls are not trusted, and a data job runs inside a private network. So only public unicast addresses are allowed: no
+private, loopback, link-local, shared (RFC 6598), multicast, reserved or documentation ranges, no cloud metadata
+services, and no IPv6 address that contains such an IPv4 address (mapped, 6to4, Teredo, NAT64). Addresses are checked,
+not only names, and the decisive check is made when the socket is opened. So neither a redirect nor a changed DNS answer
+bypasses it.
 """
 
 import ipaddress
@@ -27,11 +27,11 @@ _NAT64 = IPv6Network("64:ff9b::/96")
 
 
 class AddressRefused(OSError):
-    """An address that the policy forbids; an OSError, as connectors expect from name look-up and from sockets."""
+    """An address that the policy forbids; an OSError, as connectors expect from DNS look-ups and sockets."""
 
 
 def is_public(address: Address) -> bool:
-    """Whether a stranger may have us connect to ``address``."""
+    """Whether ``address`` is public, so that an untrusted url may lead to it."""
     if isinstance(address, IPv4Address):
         unicast = address.is_global and not address.is_multicast and not address.is_reserved
         return unicast and not any(address in network for network in _SPECIAL_V4)
@@ -45,7 +45,7 @@ def is_public(address: Address) -> bool:
 
 
 def parse_address(text: str) -> Address | None:
-    """The address that ``text`` spells in its one canonical way; None for names, and for 127.1 or 017.0.0.1."""
+    """The address in canonical spelling ``text``; None for names, and for spellings such as 127.1 or 017.0.0.1."""
     try:
         return ipaddress.ip_address(text)
     except ValueError:
@@ -61,13 +61,13 @@ class _Rule:
 
 @dataclass(frozen=True)
 class AddressPolicy:
-    """Public addresses, and what ``allow_hosts`` adds to them.
+    """Public addresses, and the additions of ``allow_hosts``.
 
     An entry is a name (``localhost``), an address (``127.0.0.1``, ``::1``) or a network (``10.0.0.0/8``); the first two
     may end in a port (``localhost:9000``, ``[::1]:80``). A name opens whatever it resolves to, for that name only.
 
     Raises:
-        SettingError: an entry that is none of these.
+        SettingError: an invalid entry.
     """
 
     allow_hosts: tuple[str, ...] = ()
@@ -82,7 +82,7 @@ class AddressPolicy:
         return any(rule.name == host and rule.port in (None, port) for rule in self._rules if rule.network is None)
 
     def allows_address(self, text: str, port: int) -> bool:
-        """Whether a connection to the address spelled ``text`` may be opened; False when it is no canonical address."""
+        """Whether a connection to the address ``text`` may be opened; False for a non-canonical address."""
         address = parse_address(text)
         if address is None:
             return False
@@ -99,10 +99,10 @@ def check_address(address: str, host: str, port: int, allow_hosts: tuple[str, ..
 
 
 class GuardedResolver(AbstractResolver):
-    """Looks names up with ``inner`` and keeps the addresses that the policy allows.
+    """Resolves names with ``inner`` and returns the addresses that the policy allows.
 
-    Addresses that are allowed only because of their name are remembered in ``opened``, for the check at the socket.
-    ``sockets`` are those handed out and still alive.
+    Addresses that are allowed only by their name are recorded in ``opened``, for the check at the socket. ``sockets``
+    are the sockets created and still alive.
     """
 
     def __init__(self, policy: AddressPolicy, inner: AbstractResolver) -> None:
@@ -114,7 +114,7 @@ class GuardedResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        """Addresses of ``host``; raises :class:`AddressRefused` when it has some but none is allowed."""
+        """Addresses of ``host``; raises :class:`AddressRefused` where none of them is allowed."""
         found = await self._inner.resolve(host, port, family)
         if self._policy.allows_name(host, port):
             self.opened.update((result["host"], result["port"]) for result in found)

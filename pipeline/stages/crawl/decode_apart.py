@@ -1,12 +1,12 @@
-"""Images of the rarer kinds decoded in a process apart, which a decoder may hang or crash without harm to the job.
+"""Decode rare image formats in a child process, so that a hanging or crashing decoder does not harm the job.
 
-JPEG, PNG and WebP are decoded in place: their decoders (libjpeg-turbo, libpng, libwebp) do work that is bounded by
-what was checked before (bytes, pixels, passes over the pixels) and have been fuzzed for a decade. Everything else goes
-through Pillow's many formats, is a few images in a thousand on the web, and so pays for a pipe: one child process,
-started at the first such image, which the kernel ends when an image takes longer than ``SECONDS``.
+JPEG, PNG and WebP are decoded in this process: the work of their decoders (libjpeg-turbo, libpng, libwebp) is bounded
+by the checks before (bytes, pixels, passes over the pixels), and they have been fuzzed for a decade. Other formats are
+decoded by Pillow, and are a few in a thousand images of the web. They are sent through a pipe to one child process,
+which starts with the first such image. The kernel kills it when an image takes longer than ``SECONDS``.
 
-Frames on the pipe are an 8-byte length and that many bytes. The child answers in JSON and raw bytes, never in pickles:
-it has read what strangers sent.
+Frames on the pipe are an 8-byte length and that many bytes. The child answers in JSON and raw bytes, not in pickles,
+because it has parsed untrusted data.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _LENGTH = struct.Struct(">Q")
 
 
 def needs_care(body: bytes) -> bool:
-    """Whether ``body`` is of a kind that is decoded apart."""
+    """Whether ``body`` has a format that is decoded in the child process."""
     return not body.startswith(_IN_PLACE) and starts_like_an_image(body)
 
 
@@ -53,10 +53,10 @@ class Apart:
         self._end()
 
     def transform(self, body: bytes) -> EncodedImage:
-        """As :func:`pipeline.stages.crawl.images.transform`, which does the work.
+        """As :func:`pipeline.stages.crawl.images.transform`, in the child process.
 
         Raises:
-            SampleError: its classes; "decode_timeout" and "decode_crash" where the child was lost.
+            SampleError: its error classes; also "decode_timeout" and "decode_crash" where the child died.
         """
         child = self._child or self._start()
         assert child.stdin is not None and child.stdout is not None
@@ -73,7 +73,7 @@ class Apart:
         return EncodedImage(data=data, **values)
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # Ray and tests find the library by sys.path, which a child does not inherit.
+        # Ray and tests find the package by sys.path, which a child does not inherit.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         command = [sys.executable, "-c", _PROGRAM]
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
@@ -104,13 +104,13 @@ class Apart:
 
 
 def serve() -> None:
-    """The child: images come by standard input until it ends, answers go out by standard output."""
+    """The child process: reads images from standard input until its end, writes answers to standard output."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The default action ends the process from outside, however deep in a decoder it is.
+    # The default action kills the process, even inside a decoder.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not end up between the answers
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
     seconds = float(_read(requests) or b"0")
     options = from_json(ImageOptions, (_read(requests) or b"").decode())
     while (body := _read(requests)) is not None:
@@ -127,7 +127,7 @@ def _answer(body: bytes, options: ImageOptions) -> tuple[dict[str, object], byte
     except SampleError as error:
         return {"status": error.status, "error_class": error.error_class, "message": error.message}, b""
     except Exception as error:
-        # The sample boundary, as in the parent: decoders raise whatever they like.
+        # The sample boundary, as in the parent: decoders raise arbitrary exceptions.
         message = f"Image decoding error: {error}"
         return {"status": "failed_to_resize", "error_class": "decode", "message": message}, b""
     names = [field.name for field in dataclasses.fields(image) if field.name != "data"]
@@ -141,7 +141,7 @@ def _write(pipe: IO[bytes], data: bytes) -> None:
 
 
 def _read(pipe: IO[bytes]) -> bytes | None:
-    """The next frame; None where the other side is gone."""
+    """The next frame; None where the other side has closed the pipe."""
     head = pipe.read(_LENGTH.size)
     if len(head) < _LENGTH.size:
         return None

@@ -1,19 +1,19 @@
-"""Urls -> bodies, many at a time, in one thread beside the one that decodes.
+"""Concurrent downloads, in one thread beside the decoding thread.
 
-One event loop holds all the connections of a worker (aiohttp); one verified TLS context and one name cache serve the
-whole process, and connections are kept alive. img2dataset's options keep their names and meanings; what differs:
+One event loop holds all connections of a worker (aiohttp); one verified TLS context and one DNS cache serve the whole
+process, and connections are kept alive. Options of img2dataset keep their names and meanings. Differences:
 
-* ``timeout`` is the whole time of one attempt, redirects and body included, not that of one socket operation; waiting
-  for a free connection does not count.
-* Only http and https are fetched, and only from public addresses (see ``addresses.py``); ``allow_hosts`` opens more.
-* Bodies are capped while they arrive, after decompression. A body shorter than announced is a failure, never an image.
-* Retries wait, and are made only for what may pass. ``X-Robots-Tag`` is obeyed before the body is read, and
-  robots.txt, where it is asked for, before anything else.
-* What is no image by its first bytes is refused before the rest arrives.
-* Stores (``s3://bucket/a.jpg``) and local files are read only where the options open them.
+* ``timeout`` limits a whole attempt, with redirects and body, not one socket operation. Waiting for a free connection
+  does not count.
+* Only http and https are fetched, and only from public addresses (see ``addresses.py``) and ``allow_hosts``.
+* Body size is limited during the download, after decompression. A body shorter than announced is a failure.
+* Retries wait, and are made only for transient failures. ``X-Robots-Tag`` is obeyed before the body is read, and
+  robots.txt, where enabled, before the first request.
+* A body that is not an image by its first bytes is rejected before the rest arrives.
+* Stores (``s3://bucket/a.jpg``) and local files are read only where the options allow it.
 
-Every failure is a :class:`SampleError` of one of the classes in ``ERROR_CLASSES``; its status is "failed_to_download",
-and "failed_to_resize" for what is no image, as in img2dataset's tables.
+Every failure is a :class:`SampleError` with a class of ``ERROR_CLASSES``. Its status is "failed_to_download", or
+"failed_to_resize" for a body that is not an image, as in img2dataset's tables.
 """
 
 import asyncio
@@ -51,7 +51,7 @@ from pipeline.stages.crawl.failure import Failure, http_failure
 from pipeline.stages.crawl.fetch_store import Stores, store_threads
 from pipeline.stages.crawl.robots import MAX_BYTES as ROBOTS_BYTES
 from pipeline.stages.crawl.robots import Robots
-from pipeline.stages.crawl.sniff import ENOUGH, refuse_other_things
+from pipeline.stages.crawl.sniff import ENOUGH, refuse_non_images
 from pipeline.stages.crawl.turns import Turns
 
 logger = logging.getLogger(__name__)
@@ -67,51 +67,52 @@ _DNS_SECONDS = 300.0
 _DNS_FAILURE_SECONDS = 60.0
 _DNS_ENTRIES = 100_000
 _DNS_THREADS = 64
-# Bodies that wait to be taken; beyond this no new request starts.
+# Bytes of downloaded bodies in the queue; above it no new request starts.
 _MAX_WAITING_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadOptions:
-    """How urls are fetched; names and defaults are img2dataset's where it has one."""
+    """Download options; names and defaults are img2dataset's where it has the option."""
 
     timeout: float = 10.0
-    """Seconds for one attempt, from the connection to the last byte."""
+    """Time limit of one attempt in seconds, from the connection to the last byte."""
     retries: int = 0
-    """Further attempts after a failure that may pass."""
+    """Number of further attempts after a transient failure."""
     retry_delay: float = 0.5
-    """Seconds before the first further attempt; doubled each time, and varied by half up and down."""
+    """Wait in seconds before the first retry; doubles each time, with jitter of up to half."""
     max_retry_delay: float = 30.0
-    """The longest wait, also when a server's Retry-After asks for more."""
+    """Longest wait in seconds, also for a server's Retry-After."""
     thread_count: int = 256
-    """Requests at a time in one worker (connections; there are no threads)."""
+    """Concurrent requests per worker (connections, not threads)."""
     retry_for: float = 300.0
-    """No further attempt starts later than this many seconds after the first one failed."""
+    """Time limit for retries: none starts later than this many seconds after the first failure."""
     connections_per_host: int = 16
-    """Requests at a time to one host."""
+    """Concurrent requests per host, in each worker."""
     host_pause: float = 0.0
-    """Seconds between the starts of two requests to one host, in each worker."""
+    """Minimum time in seconds between the starts of two requests to one host, in each worker."""
     max_bytes: int = 32 * 2**20
-    """Refuse longer bodies (counted after decompression)."""
+    """Largest body in bytes, after decompression; larger ones fail."""
     max_redirects: int = 5
+    """Largest number of redirects to follow."""
     user_agent_token: str | None = None
-    """Name of the crawler, sent in User-Agent and matched against X-Robots-Tag."""
+    """Name of the crawler, sent in User-Agent and matched in X-Robots-Tag and robots.txt."""
     disallowed_header_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
-    """X-Robots-Tag directives that forbid the use; none = do not look."""
+    """X-Robots-Tag directives that forbid the download; empty = ignore the header."""
     robots_txt: bool = False
-    """Ask every host for its robots.txt first and obey it, Crawl-delay included."""
+    """Fetch and obey each host's robots.txt, with Crawl-delay."""
     max_crawl_delay: float = 5.0
-    """The longest Crawl-delay in seconds that is kept to."""
+    """Upper limit in seconds for the Crawl-delay to obey."""
     pictures_only: bool = True
-    """Refuse what is no image of a known kind by its first bytes, before the rest is fetched."""
+    """Reject bodies whose first bytes are no known image format, before the rest is downloaded."""
     allow_hosts: tuple[str, ...] = ()
-    """Names, addresses or networks outside the public internet that may be fetched from, maybe with a port."""
+    """Host names, addresses or networks to allow besides public addresses, optionally with a port."""
     allow_stores: tuple[str, ...] = ()
-    """Stores that urls may name, read with this machine's credentials: s3 (all of it), or s3://bucket/prefix."""
+    """Stores to allow in urls, read with this machine's credentials: s3 (every bucket), or s3://bucket/prefix."""
     allow_local_root: str | None = None
-    """Folder below which urls may name local files (file:///… or a path)."""
+    """Folder of local files to allow in urls (file:///… or a path); None = no local files."""
     compute_hash: Literal["sha256", "md5", "sha512"] | None = "sha256"
-    """Digest of the body as received."""
+    """Digest to store for the body as received."""
 
     def __post_init__(self) -> None:
         require(0 < self.timeout <= 3600, "timeout", self.timeout, "more than 0, at most 3600 seconds")
@@ -136,10 +137,10 @@ class DownloadOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KnownBody:
-    """What is known of a body before it is asked for.
+    """Known facts about a body before the request.
 
-    With ``etag`` or ``last_modified``, as an earlier answer gave them, a body that has not changed is not sent again.
-    ``expected`` is the digest that it has to have, as "sha256:0123…" (sha256, md5 or sha512; case does not matter).
+    With ``etag`` or ``last_modified`` of an earlier response, an unchanged body is not sent again. ``expected`` is its
+    required digest, as "sha256:0123…" (sha256, md5 or sha512, in either case).
     """
 
     etag: str | None = None
@@ -149,10 +150,10 @@ class KnownBody:
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """A body that arrived whole. ``url`` is the one that answered, ``digest`` that of ``body`` (hex).
+    """A complete body. ``url`` is the final url after redirects, ``digest`` the hex digest of ``body``.
 
-    ``etag`` and ``last_modified`` are what the server said about this version, for the next refresh. Where such were
-    given (see :class:`KnownBody`) and still hold, ``not_modified`` is true, ``http_status`` 304 and ``body`` empty.
+    ``etag`` and ``last_modified`` are the server's validators of this version, for the next refresh. If the validators
+    of :class:`KnownBody` still match, ``not_modified`` is true, ``http_status`` is 304 and ``body`` is empty.
     """
 
     body: bytes
@@ -166,7 +167,7 @@ class Download:
 
     @property
     def not_modified(self) -> bool:
-        """Whether the body is still the one that was known, so that it was not sent."""
+        """Whether the known body is unchanged, and was not sent."""
         return self.http_status == 304
 
 
@@ -178,19 +179,19 @@ def download_all(
 ) -> Iterator[tuple[int, Download | SampleError]]:
     """Fetch ``(number, url)`` pairs or ``(number, url, known)``; yield ``(number, outcome)`` in order of completion.
 
-    The network runs in a thread of its own while the caller works on what it got. ``urls`` is read lazily, in the
-    caller's thread, never more than four times ``thread_count`` ahead of what was taken; requests pause while 256 MiB
-    of bodies wait. Closing the generator early cancels what is under way.
+    The network runs in its own thread while the caller processes results. ``urls`` is read lazily, in the caller's
+    thread, at most four times ``thread_count`` ahead of the results taken. Requests pause while 256 MiB of bodies are
+    in the queue. Closing the generator early cancels running requests.
     """
     with _Pump(options, resolver) as pump:
         yield from pump.run(urls)
 
 
 class Downloader:
-    """The asynchronous door: ``async with Downloader(options) as downloader: await downloader.fetch(url)``.
+    """The asynchronous API: ``async with Downloader(options) as downloader: await downloader.fetch(url)``.
 
-    ``resolver`` looks names up (default: the system's, cached per process); its answers are checked like any other.
-    While ``paused()`` is true no new request starts.
+    ``resolver`` resolves names (default: the system's, cached per process); its answers are checked, too. While
+    ``paused()`` is true no new request starts.
     """
 
     def __init__(
@@ -246,7 +247,7 @@ class Downloader:
         await self._hang_up()
 
     async def _hang_up(self) -> None:
-        """End the TLS connections whose other side does not say goodbye, so that the loop can close without them."""
+        """Abort TLS connections whose other side does not close them, so that the loop can close."""
         alive = [one for one in self._resolver.sockets if one.fileno() != -1]
         for one in alive:
             with contextlib.suppress(OSError):
@@ -259,7 +260,7 @@ class Downloader:
         """Fetch one url, with retries.
 
         Raises:
-            SampleError: status "failed_to_download"; classes as in ``ERROR_CLASSES``.
+            SampleError: status "failed_to_download"; error classes in ``ERROR_CLASSES``.
         """
         known, give_up = known or KnownBody(), math.inf
         for attempt in range(1, self._options.retries + 2):
@@ -299,7 +300,7 @@ class Downloader:
         if etag is not None and etag == known.etag:
             return Download(b"", text, 304, "", attempt, None, etag, changed)
         if stored.body and self._options.pictures_only:
-            refuse_other_things(stored.body[:ENOUGH], None)
+            refuse_non_images(stored.body[:ENOUGH], None)
         return self._finished(stored.body, known, Download(b"", text, 200, "", attempt, None, etag, changed))
 
     async def _follow(self, url: URL, known: KnownBody, attempt: int, deadline: asyncio.Timeout) -> Download:
@@ -327,7 +328,7 @@ class Downloader:
             self._turns.slow_down(host, pause)
 
     async def _get_robots(self, url: URL) -> tuple[int, bytes]:
-        """Status and first bytes of a robots.txt, by the same checked way that images go."""
+        """Status and first bytes of a robots.txt, with the same checks as for images."""
         try:
             async with asyncio.timeout(self._options.timeout) as deadline:
                 for _ in range(_ROBOTS_REDIRECTS + 1):
@@ -359,7 +360,7 @@ class Downloader:
         return host
 
     async def _wait_for_turn(self, host: str, deadline: asyncio.Timeout) -> None:
-        """Take a turn at the host; the clock of the attempt stands still meanwhile."""
+        """Take a turn at the host; the waiting time does not count for the attempt."""
         with _stopped(deadline):
             await self._turns.take(host)
 
@@ -392,7 +393,7 @@ class Downloader:
         return replace(about, body=body, digest=digest(body, self._options.compute_hash))
 
     def _opted_out(self, values: Iterable[str]) -> bool:
-        """img2dataset's reading: ``[token:] directive, directive``; a token other than ours does not concern us."""
+        """img2dataset's parsing: ``[token:] directive, directive``; directives for another token are ignored."""
         for value in values:
             token, colon, rest = value.partition(":")
             directives = {word.strip().lower() for word in (rest if colon else token).split(",")}
@@ -413,7 +414,7 @@ class Downloader:
                 raise _too_large(response)
             chunks.append(part)
             if looking and size >= ENOUGH:
-                refuse_other_things(b"".join(chunks)[:ENOUGH], response.status)
+                refuse_non_images(b"".join(chunks)[:ENOUGH], response.status)
                 looking = False
         if inflate:
             inflate.finish()
@@ -421,7 +422,7 @@ class Downloader:
 
 
 async def _read_start(response: aiohttp.ClientResponse, most: int) -> bytes:
-    """The first ``most`` bytes of a body, of which there may be more."""
+    """The first ``most`` bytes of a body that may be longer."""
     inflate = _Inflater.for_encoding(response.headers.get("Content-Encoding", ""), response.status)
     start = bytearray()
     async for chunk in response.content.iter_any():
@@ -433,7 +434,7 @@ async def _read_start(response: aiohttp.ClientResponse, most: int) -> bytes:
 
 @contextlib.contextmanager
 def _stopped(deadline: asyncio.Timeout) -> Iterator[None]:
-    """The clock of an attempt stands still inside."""
+    """Suspends the time limit of an attempt."""
     loop = asyncio.get_running_loop()
     left = (deadline.when() or 0.0) - loop.time()
     deadline.reschedule(None)
@@ -442,7 +443,7 @@ def _stopped(deadline: asyncio.Timeout) -> Iterator[None]:
 
 
 def _validator(value: str | None) -> str | None:
-    """An ETag or Last-Modified that can be kept and sent back; servers say whatever they like."""
+    """An ETag or Last-Modified that is valid to store and send back; servers send arbitrary values."""
     return value if value is not None and re.fullmatch(r"[\x20-\x7e]{1,512}", value) else None
 
 
@@ -452,7 +453,7 @@ def _conditions(known: KnownBody) -> dict[str, str] | None:
 
 
 class SystemResolver(AbstractResolver):
-    """The system's name look-up, in threads, with answers and failures cached for the whole process."""
+    """The system's DNS look-up, in threads, with answers and failures cached per process."""
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
@@ -472,7 +473,7 @@ class SystemResolver(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        """Nothing to close: cache and threads belong to the process."""
+        """Does nothing: cache and threads belong to the process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -508,13 +509,13 @@ def _dns_threads() -> ThreadPoolExecutor:
 
 @functools.cache
 def _tls_context() -> ssl.SSLContext:
-    # Reading the certificate store costs tens of milliseconds: once a process, not once a request.
+    # Reading the certificate store takes tens of milliseconds: once per process, not per request.
     return ssl.create_default_context()
 
 
 @functools.cache
 def _raise_file_limit() -> None:
-    # Kept-alive connections to many hosts soon pass the usual soft limit of 1,024 open files.
+    # Kept-alive connections to many hosts soon exceed the usual soft limit of 1,024 open files.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65_536 if hard == resource.RLIM_INFINITY else min(65_536, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -522,12 +523,12 @@ def _raise_file_limit() -> None:
 
 
 def digest(body: bytes, algorithm: str | None) -> str | None:
-    """Hex digest of ``body``; None when no algorithm is asked for."""
+    """Hex digest of ``body``; None without an algorithm."""
     return None if algorithm is None else hashlib.new(algorithm, body, usedforsecurity=False).hexdigest()
 
 
 def parse_url(text: str) -> URL:
-    """A url to fetch, without user name and password; spaces and other characters that may not stand are quoted."""
+    """A url to fetch, without user name and password; spaces and other invalid characters are percent-encoded."""
     text = text.strip() if isinstance(text, str) else ""
     scheme = _SCHEME.match(text)
     if scheme is None or len(text) > _MAX_URL:
@@ -583,7 +584,7 @@ def _too_large(response: aiohttp.ClientResponse) -> Failure:
 
 
 def _retry_after(value: str) -> float:
-    """Seconds that a Retry-After header asks for (RFC 9110, 10.2.3: seconds or a date); 0 when it says neither."""
+    """Seconds of a Retry-After header (RFC 9110, 10.2.3: seconds or a date); 0 if it is neither."""
     try:
         if re.fullmatch(r"\s*[0-9]{1,10}\s*", value):
             return float(value)
@@ -598,7 +599,7 @@ def _pause(attempt: int, retry_after: float, options: DownloadOptions) -> float:
 
 
 class _Inflater:
-    """Undoes gzip or deflate for servers that compress although "identity" was asked for; never past a given size."""
+    """Decompresses gzip or deflate, up to a size limit, for servers that compress in spite of "identity"."""
 
     def __init__(self, window: int, status: int) -> None:
         self._stream = zlib.decompressobj(window)
@@ -626,7 +627,7 @@ class _Inflater:
 
 
 class _Pump:
-    """An event loop in a thread: urls go in by batches, outcomes come out through a queue."""
+    """An event loop in a thread: takes urls in batches, returns outcomes through a queue."""
 
     def __init__(self, options: DownloadOptions, resolver: AbstractResolver | None) -> None:
         self._options = options
@@ -662,7 +663,7 @@ class _Pump:
                 self._loop.call_soon_threadsafe(self._begin, part)
             if not outstanding:
                 return
-            # Filling the window comes first; once it is full (or the urls are used up) there is time to wait.
+            # Fill the window first; wait once it is full or the urls are used up.
             if more and outstanding <= window - batch and self._results.empty():
                 continue
             yield self._take()
@@ -714,6 +715,6 @@ class _Pump:
         elif isinstance(error, SampleError):
             self._results.put((number, error))
         else:
-            # The sample boundary: one url that finds a hole in an HTTP parser is one row, not the end of a crawl.
+            # The sample boundary: a url that triggers a bug in an HTTP parser fails one row, not the whole crawl.
             logger.error("url number %d failed unexpectedly", number, exc_info=error)
             self._results.put((number, SampleError("failed_to_download", "unexpected", type(error).__name__)))

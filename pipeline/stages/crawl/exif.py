@@ -1,7 +1,7 @@
-"""EXIF: the tags of a JPEG, PNG, WebP or TIFF as text, and which way up the image is.
+"""EXIF: the tags of a JPEG, PNG, WebP or TIFF as text, and the orientation of the image.
 
-Only the block that holds the tags is looked at; no pixel is decoded. Tags come from strangers and are often damaged:
-what can not be read is left out and never costs the image.
+Only the block with the tags is read; no pixel is decoded. Tags are untrusted and often damaged: unreadable tags are
+left out, and never make the image fail.
 """
 
 import json
@@ -28,7 +28,7 @@ _MAX_TEXT = 1000
 
 
 def read_exif(body: bytes, kind: str) -> Image.Exif | None:
-    """The tags of the first image, empty when there are none, None when they can not be read."""
+    """The tags of the first image; empty without tags, None for unreadable ones."""
     exif = Image.Exif()
     try:
         block = _exif_block(body, kind)
@@ -67,7 +67,7 @@ def _jpeg_exif_block(body: bytes) -> bytes:
 def jpeg_segments(body: bytes) -> Iterator[tuple[int, int, int]]:
     """Marker (second byte), start and end of the content of a JPEG's segments, up to the header of its first scan.
 
-    Ends early at what has no length (fill bytes, restart marks): libjpeg may read on there, so nothing is known.
+    Stops at markers without a length (fill bytes, restart markers): libjpeg may continue there, so the rest is unknown.
     """
     start, marker = 2, 0
     while start + 10 <= len(body) and body[start] == 0xFF and marker != 0xDA:
@@ -80,7 +80,7 @@ def jpeg_segments(body: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def orientation_of(exif: Image.Exif | None) -> int:
-    """1 to 8 as EXIF 2.32 numbers them (tag 0x0112); 1, upright, when it is missing, senseless or unreadable."""
+    """Orientation 1 to 8 of EXIF 2.32 (tag 0x0112); 1, upright, if it is missing, invalid or unreadable."""
     try:
         value = exif.get(ExifTags.Base.Orientation, 1) if exif else 1
     except PILLOW_ERRORS:
@@ -112,7 +112,7 @@ def exif_json(exif: Image.Exif | None) -> str | None:
 
 
 def _exif_text(value: Any) -> str | None:
-    """One value as text; None for what is binary (maker notes, thumbnails) or too long to be worth keeping."""
+    """One value as text; None for binary values (maker notes, thumbnails) and for very long ones."""
     if isinstance(value, bytes):
         value = value.decode("ascii", "replace").rstrip("\0")
     if isinstance(value, tuple):

@@ -1,7 +1,7 @@
-"""Why a row has no image: the classes that the downloader and the decoder give, and which of them may pass.
+"""Error classes of rows without an image, from downloader and decoder, and which of them are transient.
 
-The class goes into the parquet column ``error_class`` and into the counts of ``_stats.json``; ``docs/operations.md``
-has the table for readers.
+The class is stored in the parquet column ``error_class`` and counted in ``_stats.json``; ``docs/operations.md`` has the
+table for users.
 """
 
 import http.client
@@ -9,12 +9,12 @@ from typing import Literal
 
 ERROR_CLASSES = (
     "bad_url",  # not a url
-    "policy",  # another scheme, an address that is not public, or a file outside the named root
+    "policy",  # another scheme, a non-public address, or a file outside the allowed root
     "dns",  # the name does not resolve
-    "dns_again",  # the name server did not answer, or asked to come back
+    "dns_again",  # the name server did not answer, or reported a temporary failure
     "connect",  # refused or unreachable
     "tls",  # no valid certificate, or no common protocol
-    "timeout",  # the attempt took longer than allowed
+    "timeout",  # the attempt exceeded its time limit
     "reset",  # the connection broke
     "protocol",  # the answer is not HTTP
     "http_3xx",  # a redirect to nowhere
@@ -24,16 +24,16 @@ ERROR_CLASSES = (
     "too_many_redirects",
     "optout",  # the publisher's X-Robots-Tag forbids this use
     "robots",  # the host's robots.txt forbids the url
-    "robots_unreachable",  # robots.txt could not be read, which forbids everything for a while
-    "not_a_picture",  # told from the first bytes, before the rest was fetched
+    "robots_unreachable",  # robots.txt was unreadable, which forbids all urls of the host for a while
+    "not_a_picture",  # by the first bytes, before the rest was downloaded
     "too_large",
     "short_read",  # the body ended before its announced end
-    "encoding",  # a content encoding that was not asked for and is not understood
+    "encoding",  # an unsupported content encoding that was not requested
     "missing",  # no such local file
     "empty",
-    "hash_mismatch",  # not the bytes that the table says
+    "hash_mismatch",  # the body does not match the digest in the table
     "store",  # an object store or a disk failed in another way
-    "unexpected",  # an exception that nobody foresaw; it is logged
+    "unexpected",  # an unexpected exception; it is logged
 )
 """Classes of failed downloads; those of images are listed at ``pipeline.stages.crawl.images.transform``."""
 
@@ -50,13 +50,13 @@ TRANSIENT = frozenset(
         "timeout",
     }
 )
-"""Classes of failures that may pass: they are tried again at once where ``retries`` says so, and by a later run."""
+"""Classes of transient failures: retried at once, according to ``retries``, and by a later run."""
 
 
 class Failure(Exception):
-    """One attempt's failure, before it is known whether another attempt follows.
+    """The failure of one attempt, before the decision about a retry.
 
-    ``retry_after`` is how many seconds the server asks to wait; ``status`` is img2dataset's.
+    ``retry_after`` is the wait in seconds requested by the server; ``status`` is img2dataset's.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class Failure(Exception):
 
     @property
     def may_pass(self) -> bool:
-        """Whether another attempt is worth making."""
+        """Whether a retry makes sense."""
         return self.error_class in TRANSIENT
 
 
 def http_failure(status: int, retry_after: float = 0.0) -> Failure:
-    """The failure that an HTTP status other than 2xx is, in urllib's words (which img2dataset's tables have)."""
+    """The failure for an HTTP status other than 2xx, with urllib's message, as in img2dataset's tables."""
     phrase = http.client.responses.get(status, "Unknown")
     error_class = "http_429" if status == 429 else f"http_{min(max(status // 100, 3), 5)}xx"
     return Failure(error_class, f"HTTP Error {status}: {phrase}", status, retry_after)

@@ -1,8 +1,8 @@
-"""Images in object stores and on local disks, for tables whose urls are not of the web.
+"""Images in object stores and on local disks, for tables with such urls.
 
-Nothing is read unless the options name it: a table from a stranger must not reach, with our credentials, a bucket or
-a file that its author could not. A store is opened by a scheme (``s3``: every bucket) or by a prefix
-(``s3://bucket/images``); local files by one folder, which symbolic links do not lead out of.
+Stores and files are read only where the options allow it: an untrusted table must not use our credentials to read a
+bucket or file that its author cannot. A store is allowed by its scheme (``s3``: every bucket) or by a prefix
+(``s3://bucket/images``); local files by one folder. Symbolic links cannot leave that folder.
 """
 
 import functools
@@ -24,13 +24,13 @@ from pipeline.stages.crawl.failure import Failure, http_failure
 
 THREADS = 64
 _PLACE = re.compile(r"([a-z][a-z0-9+.\-]*)://([^/?#:@]+)(?:/(.*))?", re.DOTALL)
-# These read local files or the web by other names, or wrap another file system.
+# These read local files or the web under other schemes, or wrap another file system.
 _NO_STORES = frozenset({"", "file", "local", "http", "https", "ftp", "sftp", "ssh", "smb", "data", "generic", "dir"})
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A whole file. ``etag`` and ``last_modified`` are the store's, where it keeps them."""
+    """A complete file. ``etag`` and ``last_modified`` are the store's, if it has them."""
 
     body: bytes
     etag: str | None
@@ -38,10 +38,10 @@ class Stored:
 
 
 class Stores:
-    """Reads urls of stores and local files that ``allow_stores`` and ``allow_local_root`` open.
+    """Reads urls of stores and local files allowed by ``allow_stores`` and ``allow_local_root``.
 
     Raises:
-        SettingError: an entry that is no store, or a root that is no folder.
+        SettingError: an entry that is not a store, or a root that is not a folder.
     """
 
     def __init__(self, allow_stores: tuple[str, ...], allow_local_root: str | None, max_bytes: int) -> None:
@@ -51,21 +51,21 @@ class Stores:
         self._most = max_bytes
 
     def serve(self, text: str) -> bool:
-        """Whether ``text`` is a url of a kind that was opened; whether this very one is, :meth:`read` tells."""
+        """Whether ``text`` is a url of an allowed kind; :meth:`read` checks whether this url is allowed."""
         scheme, mark, _ = text.partition("://")
         if not mark:
             return self._root is not None and ":" not in text.partition("/")[0] and text.strip() != ""
         return scheme.lower() in self._schemes or (self._root is not None and scheme.lower() == "file")
 
     def host(self, text: str) -> str:
-        """What requests are counted by: the bucket, or the disk."""
+        """The key of rate limits: the bucket, or the disk."""
         return "/".join(text.split("/")[:3]) if "://" in text else "file://"
 
     def read(self, text: str, seconds: float) -> Stored:
-        """The file at ``text``; ``seconds`` is how long a store may take for one answer.
+        """The file at ``text``; ``seconds`` is the time-out of one request to a store.
 
         Raises:
-            Failure: as for a download; "policy" where it was not opened, "missing" where there is no such file.
+            Failure: as for a download; "policy" for a url that is not allowed, "missing" for a missing file.
         """
         scheme = text.partition("://")[0].lower() if "://" in text else "file"
         if scheme == "file":
@@ -120,7 +120,7 @@ class Stores:
 
 @functools.cache
 def store_threads() -> ThreadPoolExecutor:
-    """The threads of this process that wait for stores and disks."""
+    """The thread pool of this process for stores and disks."""
     return ThreadPoolExecutor(THREADS, thread_name_prefix="store")
 
 
@@ -147,15 +147,15 @@ def _root(folder: str) -> Path:
 
 
 def _open_below(root: Path, path: str) -> int:
-    """A descriptor of the regular file at ``path`` (absolute, or relative to ``root``), which lies below ``root``."""
+    """A descriptor of the regular file at ``path`` (absolute, or relative to ``root``), which must be in ``root``."""
     resolved = (root / path).resolve()
     if not resolved.is_relative_to(root):
         raise PermissionError("outside the root")
     resolved = resolved.resolve(strict=True)
-    # Without links and without waiting: a pipe that nobody writes to must not hold us up.
+    # Without following links and without blocking: a pipe without a writer must not hang the worker.
     handle = os.open(resolved, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     opened = os.fstat(handle)
-    # Somebody may have moved a folder between the two steps: what was opened has to be what was checked.
+    # A folder may have been moved between the two steps: check that the opened file is the checked one.
     again = resolved.resolve()
     if stat.S_ISREG(opened.st_mode) and again.is_relative_to(root) and os.path.samestat(opened, os.stat(again)):
         return handle

@@ -1,22 +1,21 @@
-"""One encoded image from anywhere -> one image of the wanted size and format.
+"""Decode, check, resize and re-encode one untrusted image.
 
-The options carry img2dataset's names and meanings (its ``resizer.py``, version 1.47), and every resize mode gives the
-same geometry. The order of the work differs, because the input is hostile and processor time is the cost:
+The options have img2dataset's names and meanings (its ``resizer.py``, version 1.47), and every resize mode gives the
+same geometry. The order of the steps differs, because the input is hostile and CPU time is the cost:
 
-1. the kind is found from the first bytes (never from a name or a Content-Type), the size is read from the header, and
-   every limit is applied before any pixel is allocated;
-2. JPEG is decoded by libjpeg-turbo, in the default mode straight to a half, a quarter or an eighth of the size when
-   that still leaves ``_MARGIN`` times the wanted size; PNG and WebP by OpenCV; all other kinds by Pillow;
-3. OpenCV resizes (area when shrinking, Lanczos when growing, unless told otherwise), crops or pads, and encodes. In
-   the default mode area averaging takes a faster way (see ``_shrink``).
+1. The format is detected from the first bytes (never from a name or a Content-Type), the size is read from the header,
+   and every limit is checked before pixels are allocated.
+2. libjpeg-turbo decodes JPEG, in the default mode directly at a half, a quarter or an eighth of the size if that is
+   still ``_MARGIN`` times the target size. OpenCV decodes PNG and WebP, Pillow all other formats.
+3. OpenCV resizes (by default area for downscaling, Lanczos for upscaling), crops or pads, and encodes. In the default
+   mode a faster method replaces area averaging (see ``_shrink``).
 
-What comes out is 8 bits deep: grey stays one channel (as img2dataset leaves it), all else is RGB. Alpha is composited
-on the background, 16-bit values are scaled down, palettes expanded, CMYK converted, and of an animation only the first
-image is kept. EXIF orientation is ignored by default, as img2dataset does, so that shards agree with its own;
-re-encoded images carry no EXIF, so an orientation that was applied here can not be applied twice.
+The output has 8 bits per channel: grey stays one channel (as in img2dataset), all others become RGB. Alpha is
+composited on the background, 16-bit values are scaled down, palettes are expanded, CMYK is converted, and an animation
+is reduced to its first image. EXIF orientation is ignored by default, as in img2dataset, so that shards match its own.
+Re-encoded images have no EXIF, so an applied orientation cannot be applied twice.
 
-Everything here is a pure function of its arguments and may be called from many threads: the decoders hold no shared
-state and leave Python's lock while they work.
+All functions here are pure and thread-safe: the decoders have no shared state and release the GIL.
 """
 
 import functools
@@ -59,20 +58,20 @@ _ENCODERS: dict[str, tuple[int, int, int]] = {
 }
 _KIND_OF_FORMAT = {"jpg": "jpeg", "png": "png", "webp": "webp"}
 
-# A JPEG is decoded to a fraction of its size only when the area filter still has this many pixels to average a side
+# A JPEG is decoded to a fraction of its size only if the area filter still averages this many pixels per side
 # (measured on photographs: 2 keeps 42 dB on average against a full decode, 1.5 some 38 dB, 1.25 only 33 dB) ...
 _MARGIN = 2.0
-# ... and when the far edge lands this near, in output pixels, to where a full decode would put it.
+# ... and if the far edge is this close, in output pixels, to its position in a full decode.
 _MAX_SHIFT = 0.13
 _MAX_PADDING = 32
 # Between these the area filter is replaced by one that is three times as fast (see ``_shrink``); nearer to 1 more would
 # be lost than is won.
 _FAST_SHRINK = (1.4, 4.0)
-# A progressive JPEG can repeat a whole pass over its pixels in a few bytes; real ones have about ten passes.
+# A progressive JPEG can encode a whole pass over its pixels in a few bytes; real ones have about ten passes.
 _MAX_JPEG_SCANS = 100
 
 _PILLOW_FORMATS = ("GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "JPEG", "MPO")
-# What libjpeg warns about although the pixels are whole.
+# Warnings of libjpeg for images with complete pixels.
 _HARMLESS_JPEG_WARNINGS = (
     "extraneous bytes",
     "unknown jfif revision",
@@ -85,40 +84,41 @@ _HARMLESS_JPEG_WARNINGS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions:
-    """How images are resized and encoded; names and defaults are img2dataset's."""
+    """Options of resizing and encoding; names and defaults are img2dataset's."""
 
     image_size: int = 256
-    """Side of the output in pixels; what it limits depends on the mode."""
+    """Target side in pixels; resize_mode says which side."""
     resize_mode: ResizeMode = "border"
-    """no: as it is; keep_ratio: shorter side; keep_ratio_largest: longer side; center_crop: shorter side, then a
-    square from the middle; border: longer side, then padded to a square."""
+    """no: keep the size; keep_ratio: resize the shorter side; keep_ratio_largest: resize the longer side;
+    center_crop: resize the shorter side and crop the central square; border: resize the longer side and pad to a
+    square."""
     resize_only_if_bigger: bool = False
-    """Leave an image as it is when that side is not longer than image_size."""
+    """Keep the size of an image whose side is not longer than image_size."""
     upscale_interpolation: Interpolation = "lanczos"
     downscale_interpolation: Interpolation = "area"
     encode_format: EncodeFormat = "jpg"
     encode_quality: int = 95
-    """jpg: 0 to 100; webp: 1 to 100, 101 is lossless; png: compression 0 to 9."""
+    """Quality of jpg (0 to 100) or webp (1 to 100; 101 = lossless), or compression level of png (0 to 9)."""
     skip_reencode: bool = False
-    """Keep the original bytes of an image that is in encode_format already and needs no change."""
+    """Keep the original bytes of an image that is already in encode_format and needs no change."""
     disable_all_reencoding: bool = False
-    """Keep the original bytes of everything, unchecked, named as encode_format."""
+    """Keep the original bytes of every image, unchecked, under the extension of encode_format."""
     min_image_size: int = 0
-    """Refuse images whose shorter side is below this."""
+    """Smallest shorter side in pixels; smaller images fail."""
     max_image_area: float = math.inf
-    """Refuse images with more pixels than this."""
+    """Largest area in pixels; larger images fail."""
     max_aspect_ratio: float = math.inf
-    """Refuse images whose longer side is more than this many times the shorter one."""
+    """Largest ratio of the longer to the shorter side; more elongated images fail."""
     max_pixels: int = 128_000_000
-    """Refuse, before anything is allocated, images that would decode (or grow) to more pixels than this."""
+    """Largest number of pixels to decode or to resize to; checked before allocation, larger images fail."""
     exact: bool = False
-    """Decode JPEG at full size before shrinking: img2dataset's own pixels, for up to twice the processor time."""
+    """Decode JPEG at full size before downscaling: exactly img2dataset's pixels, for up to twice the CPU time."""
     background: tuple[int, int, int] = (255, 255, 255)
-    """Red, green, blue (0 to 255) behind transparent pixels and in the border."""
+    """Background colour of transparent pixels and of the border: red, green, blue (0 to 255)."""
     apply_exif_orientation: bool = False
-    """Turn images as their EXIF asks. Off by default: img2dataset does not."""
+    """Apply the EXIF orientation. Off by default, as in img2dataset."""
     extract_exif: bool = True
-    """Return the EXIF tags as JSON text."""
+    """Store the EXIF tags as JSON text."""
 
     def __post_init__(self) -> None:
         require(1 <= self.image_size <= 16384, "image_size", self.image_size, "1 to 16384 pixels")
@@ -139,12 +139,12 @@ class ImageOptions:
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """What :func:`transform` made of one body.
+    """The result of :func:`transform` for one body.
 
-    ``width`` and ``height`` are those of ``data``; the original ones those of the body (as displayed, when the EXIF
-    orientation was applied). They are None only under ``disable_all_reencoding``, for a body that is no image.
-    ``kept`` says that ``data`` is the body itself. ``exif`` is a JSON object, "{}" when there are no tags, None when
-    not asked for or not readable.
+    ``width`` and ``height`` are those of ``data``; the original ones those of the body (as displayed, if the EXIF
+    orientation was applied). They are None only with ``disable_all_reencoding``, for a body that is not an image.
+    ``kept`` means that ``data`` is the body itself. ``exif`` is a JSON object, "{}" without tags, None if not requested
+    or unreadable.
     """
 
     data: bytes
@@ -159,9 +159,9 @@ class EncodedImage:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the first bytes of an image tell: its kind and its size in pixels, before any EXIF orientation.
+    """Header of an image: its format and its size in pixels, before EXIF orientation.
 
-    ``colour`` is libjpeg's name of a JPEG's colour space ("" when only Pillow reads it, or for another kind);
+    ``colour`` is libjpeg's name of a JPEG's colour space ("" for other formats, or if only Pillow reads it);
     ``animated`` marks PNG and WebP with several frames.
     """
 
@@ -183,7 +183,7 @@ class Geometry:
 
     @property
     def changes(self) -> bool:
-        """Whether the image is resized, cropped or padded at all."""
+        """Whether the image is resized, cropped or padded."""
         return not self.original == self.resized == self.final
 
 
@@ -192,7 +192,7 @@ def transform(body: bytes, options: ImageOptions) -> EncodedImage:
 
     Raises:
         SampleError: status "failed_to_resize"; ``error_class`` is one of empty, not_a_picture, truncated, damaged,
-            too_many_pixels, too_small, too_large, aspect_ratio, encode. Messages are few and fixed, to be counted.
+            too_many_pixels, too_small, too_large, aspect_ratio, encode. Messages are few and fixed, for counting.
     """
     _use_one_thread()
     if options.disable_all_reencoding:
@@ -213,7 +213,7 @@ def transform(body: bytes, options: ImageOptions) -> EncodedImage:
 
 
 def plan(width: int, height: int, options: ImageOptions) -> Geometry:
-    """The sizes that ``options`` give an image of ``width`` x ``height`` pixels; rounding is img2dataset's."""
+    """The sizes for an image of ``width`` x ``height`` pixels under ``options``; rounding is img2dataset's."""
     original, target = (width, height), options.image_size
     mode = options.resize_mode
     side = min(original) if mode in ("keep_ratio", "center_crop") else max(original)
@@ -228,7 +228,7 @@ def plan(width: int, height: int, options: ImageOptions) -> Geometry:
 
 
 def read_header(body: bytes) -> Header:
-    """Kind and size of an encoded image, without decoding it.
+    """Format and size of an encoded image, without decoding it.
 
     Raises:
         SampleError: classes empty, not_a_picture, damaged.
@@ -267,7 +267,7 @@ def _check_limits(size: tuple[int, int], body: bytes, options: ImageOptions) -> 
 
 
 def _jpeg_scans(body: bytes) -> int:
-    """At most how many scans a decoder would go through."""
+    """Upper bound of the number of scans that a decoder processes."""
     components = -1
     for marker, start, _ in jpeg_segments(body):
         if marker in (0xC0, 0xC1):
@@ -279,7 +279,7 @@ def _jpeg_scans(body: bytes) -> int:
 
 
 def _check_output(geometry: Geometry, options: ImageOptions) -> None:
-    # A line of 1 x 30,000 pixels brought to a shorter side of 256 would be two gigapixels.
+    # A line of 1 x 30,000 pixels resized to a shorter side of 256 would have two gigapixels.
     width, height = geometry.resized
     if width * height > options.max_pixels:
         _fail("too_many_pixels", "resized image area too large")
@@ -355,7 +355,7 @@ def _open_with_pillow(body: bytes) -> Image.Image:
 
 
 def _decode(body: bytes, header: Header, shrink: int = 1) -> Pixels:
-    """Pixels at the header's size, a JPEG's divided by ``shrink`` (rounded up)."""
+    """Pixels at the header's size; for JPEG divided by ``shrink`` (rounded up)."""
     if header.kind == "jpeg" and header.colour:
         return _decode_jpeg(body, header, shrink)
     if header.kind in ("png", "webp"):
@@ -380,9 +380,9 @@ def _decode_jpeg(body: bytes, header: Header, shrink: int) -> Pixels:
 
 
 def _decode_doubtful_jpeg(body: bytes, header: Header, shrink: int, warning: str) -> Pixels:
-    """Tell a whole image with a blemish in its file from one that libjpeg would fill up with grey."""
+    """Accept a complete image with a minor file defect; reject one that libjpeg would fill with grey."""
     if "premature end of jpeg file" in warning:
-        # Only the end mark may be missing; of a progressive file one can not know whether passes are missing too.
+        # Only the end mark may be missing; in a progressive file, passes may be missing too, without a sign.
         if body.endswith(b"\xff\xd9") or b"\xff\xc2" in body[: body.find(b"\xff\xda")]:
             _fail("truncated", "Image decoding error: truncated")
         return _decode_jpeg(body + b"\xff\xd9", header, shrink)
@@ -390,14 +390,14 @@ def _decode_doubtful_jpeg(body: bytes, header: Header, shrink: int, warning: str
         _fail("truncated", "Image decoding error: truncated")
     if not any(harmless in warning for harmless in _HARMLESS_JPEG_WARNINGS):
         _fail("damaged", "Image decoding error: damaged")
-    # TurboJPEG makes errors of these; OpenCV reads on, but knows no scale.
+    # TurboJPEG raises errors for these; OpenCV continues, but cannot decode at a scale.
     pixels = _decode_with_opencv(body, "jpeg")
     size = -(-header.width // shrink), -(-header.height // shrink)
     return pixels if shrink == 1 else np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA))
 
 
 def _cmyk_to_bgr(pixels: Pixels) -> Pixels:
-    # JPEG writers store the inks inverted, so that each value is a share of light: colour = value * black / 255.
+    # JPEG writers store inverted inks, so each value is a fraction of light: colour = value * black / 255.
     black = cv2.merge([pixels[:, :, 3]] * 3)
     return np.asarray(cv2.multiply(np.ascontiguousarray(pixels[:, :, 2::-1]), black, scale=1 / 255))
 
@@ -416,7 +416,7 @@ def _decode_with_opencv(body: bytes, kind: str) -> Pixels:
 
 
 def _bare_png(body: bytes) -> bytes:
-    """The chunks that hold pixels; libpng writes to stderr about others (colour profiles above all)."""
+    """The chunks with pixels; libpng writes warnings about others to stderr (mostly colour profiles)."""
     chunks, start, kind = [body[:8]], 8, b""
     while start + 12 <= len(body) and kind != b"IEND":
         length, kind = struct.unpack_from(">I4s", body, start)
@@ -495,9 +495,9 @@ def _resized(
 def _axis(length: int, factor: int, wanted: int) -> _Axis:
     """How to bring ``length`` pixels, decoded ``factor`` times smaller, to ``wanted`` without moving them.
 
-    The last decoded pixel may stand for fewer than ``factor`` ones, so that resizing all of them to ``wanted`` would
-    shrink the image a little too much. A few more pixels at the far edge, cut off afterwards, make the number of
-    output pixels come out (nearly) whole at the right scale.
+    The last decoded pixel may represent fewer than ``factor`` original ones, so resizing all of them to ``wanted``
+    would shrink the image slightly too much. A few more pixels at the far edge, cut off afterwards, make the number of
+    output pixels (nearly) integral at the right scale.
     """
     decoded, step = -(-length // factor), factor * wanted / length
     best = _Axis(decoded, 0, wanted, math.inf)
@@ -518,9 +518,9 @@ def _resize_scaled(pixels: Pixels, across: _Axis, down: _Axis, size: tuple[int, 
 
 
 def _shrink(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    """The area filter at a third of its cost: a straight-line resize to twice ``size``, then the mean of 2 x 2.
+    """The area filter at a third of its cost: a bilinear resize to twice ``size``, then the mean of 2 x 2.
 
-    OpenCV has vector instructions for these two, but averages any other area one number at a time.
+    OpenCV has SIMD code for these two, but not for averaging other areas.
     """
     shrinks = pixels.shape[1] / size[0], pixels.shape[0] / size[1]
     if _FAST_SHRINK[0] <= min(shrinks) and max(shrinks) <= _FAST_SHRINK[1]:
@@ -534,7 +534,7 @@ def composite(pixels: Pixels, background: tuple[int, int, int]) -> Pixels:
         return np.ascontiguousarray(pixels[:, :, :3])
     result = np.empty((*pixels.shape[:2], 3), np.uint8)
     behind = np.array(background[::-1], np.uint16)
-    # A band at a time keeps the 16-bit temporaries small for huge images.
+    # Process in bands, to keep the 16-bit temporaries small for huge images.
     band = max(1, 2**18 // pixels.shape[1])
     for top in range(0, pixels.shape[0], band):
         part = pixels[top : top + band].astype(np.uint16)
@@ -546,7 +546,7 @@ def composite(pixels: Pixels, background: tuple[int, int, int]) -> Pixels:
 
 
 def _crop_or_pad(pixels: Pixels, geometry: Geometry, background: tuple[int, int, int]) -> Pixels:
-    """Cut the final size from the middle, or put the background around."""
+    """Crop the final size from the middle, or pad with the background."""
     more_x = geometry.final[0] - geometry.resized[0]
     more_y = geometry.final[1] - geometry.resized[1]
     if more_x < 0 or more_y < 0:
@@ -573,7 +573,7 @@ def _encode(pixels: Pixels, options: ImageOptions) -> bytes:
 def _kept_bytes(
     body: bytes, header: Header, geometry: Geometry, orientation: int, options: ImageOptions
 ) -> bytes | None:
-    """The body, when it may stand for the output; it is decoded all the same, to find damage."""
+    """The body, if it can be the output; it is decoded anyway, to detect damage."""
     wanted = options.skip_reencode and header.kind == _KIND_OF_FORMAT[options.encode_format]
     if not wanted or geometry.changes or header.animated or orientation != 1:
         return None
@@ -586,7 +586,7 @@ def _kept_bytes(
 
 
 def _untouched(body: bytes, options: ImageOptions) -> EncodedImage:
-    """``disable_all_reencoding``: everything passes; the size is told when the body has one."""
+    """``disable_all_reencoding``: accept every body; the size is set where the header has one."""
     try:
         header: Header | None = read_header(body)
     except SampleError:
@@ -604,7 +604,7 @@ def _turn(pixels: Pixels, orientation: int) -> Pixels:
     """Undo an EXIF orientation (1 to 8; Exif 2.32, tag 0x0112)."""
     if orientation in (5, 6, 7, 8):
         pixels = np.asarray(cv2.transpose(pixels))
-    # After the transposition 5 is done, 6 lacks a mirror left-right, 8 one top-bottom, 7 both.
+    # After the transposition 5 is done, 6 still needs a left-right mirror, 8 a top-bottom one, 7 both.
     flip = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)
     return pixels if flip is None else np.asarray(cv2.flip(pixels, flip))
 
@@ -620,5 +620,5 @@ def _require_one_of(field: str, value: object, kind: object) -> None:
 
 @functools.cache
 def _use_one_thread() -> None:
-    # Images are worked on side by side; OpenCV's own threads would only fight over the same cores.
+    # Images are processed in parallel; OpenCV's own threads would compete for the same cores.
     cv2.setNumThreads(1)

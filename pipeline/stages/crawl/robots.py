@@ -1,8 +1,8 @@
-"""robots.txt as RFC 9309 reads it: fetched once per host, kept for a day, obeyed before anything else is asked for.
+"""robots.txt by RFC 9309: fetched once per host before the first request, cached for a day.
 
-* 2xx: its rules hold (section 2.2; parsed by protego). 500 KiB are read, what comes after is ignored (2.5).
-* 4xx but 429, or more than five redirects: there are no rules (2.3.1.2, 2.3.1.3).
-* 5xx, 429, no answer: everything is forbidden (2.3.1.4), for a minute; then it is asked for again.
+* 2xx: the rules apply (section 2.2; parsed by protego). The first 500 KiB are read, the rest is ignored (2.5).
+* 4xx except 429, or more than five redirects: no rules (2.3.1.2, 2.3.1.3).
+* 5xx, 429, no answer: all urls are forbidden (2.3.1.4) for a minute; then robots.txt is fetched again.
 """
 
 import asyncio
@@ -28,22 +28,22 @@ Get = Callable[[URL], Awaitable[tuple[int, bytes]]]
 
 @dataclass(frozen=True, slots=True)
 class _Rules:
-    """``parsed`` is None where nothing is forbidden; ``failure`` says why there are none that one could keep to."""
+    """Rules of a host; ``parsed`` is None without rules; ``failure`` is the reason where they are unreadable."""
 
     parsed: Protego | None
     failure: str | None
     expires: float
 
 
-# The rules of a host serve all shards that a worker makes; requests under way belong to one event loop each.
+# The rules of a host are shared by all shards of a worker; a running request belongs to one event loop.
 _kept: dict[tuple[str, str], _Rules] = {}
 
 
 class Robots:
-    """Asks for each host's rules once and answers from them.
+    """Fetches each host's rules once, and applies them.
 
-    ``get`` fetches a url and gives its status and at most ``MAX_BYTES`` of its body; it raises ``Failure``.
-    ``token`` is the crawler's own name, ``max_delay`` the longest ``Crawl-delay`` (seconds) that is kept to.
+    ``get`` fetches a url and returns its status and at most ``MAX_BYTES`` of its body; it raises ``Failure``. ``token``
+    is the crawler's name, ``max_delay`` the upper limit in seconds for the ``Crawl-delay``.
     """
 
     def __init__(self, get: Get, token: str | None, max_delay: float) -> None:
@@ -51,10 +51,10 @@ class Robots:
         self._under_way: dict[str, asyncio.Task[_Rules]] = {}
 
     async def check(self, url: URL) -> float:
-        """The pause in seconds that the host of ``url`` asks for between requests, 0 for none.
+        """The Crawl-delay in seconds of the host of ``url``, 0 for none.
 
         Raises:
-            Failure: "robots" where the rules forbid ``url``, "robots_unreachable" where they could not be read.
+            Failure: "robots" where the rules forbid ``url``, "robots_unreachable" where they are unreadable.
         """
         rules = await self._rules(url)
         if rules.failure is not None:
@@ -64,11 +64,11 @@ class Robots:
         if not rules.parsed.can_fetch(str(url), self._agent):
             raise Failure("robots", "disallowed by robots.txt")
         delay = rules.parsed.crawl_delay(self._agent) or 0.0
-        # A comparison with "nan" is false, so that it asks for nothing.
+        # A comparison with "nan" is false, so it means no delay.
         return min(delay, self._max_delay) if delay > 0 else 0.0
 
     async def close(self) -> None:
-        """Cancel what is under way."""
+        """Cancel running requests."""
         for task in self._under_way.values():
             task.cancel()
         await asyncio.gather(*self._under_way.values(), return_exceptions=True)
@@ -83,7 +83,7 @@ class Robots:
             task = asyncio.get_running_loop().create_task(self._fetch(url.origin(), origin))
             self._under_way[origin] = task
             task.add_done_callback(lambda _: self._under_way.pop(origin, None))
-        # One row that gives up must not take the answer from those that wait with it.
+        # A cancelled row must not cancel the request for other waiting rows.
         return await asyncio.shield(task)
 
     async def _fetch(self, site: URL, origin: str) -> _Rules:
@@ -110,10 +110,10 @@ class Robots:
 
 
 def parse_rules(body: bytes, agent: str) -> Protego:
-    """The rules of ``body`` (UTF-8) that concern ``agent``, or everybody.
+    """The rules of ``body`` (UTF-8) for ``agent`` or for all agents.
 
-    Groups for others are given one name: a file that lists ten thousand agents before ten thousand rules would
-    otherwise cost their product.
+    Other agents are replaced by one name: otherwise the cost of a file with ten thousand agents and ten thousand rules
+    would be their product.
     """
     lines = body.decode("utf-8", errors="replace").removeprefix("\ufeff").splitlines()
     return Protego.parse("\n".join(_anonymous(line, agent) for line in lines))

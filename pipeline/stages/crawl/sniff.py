@@ -1,13 +1,13 @@
-"""Images told from other things by the first bytes of a body, while the rest is still on its way.
+"""Detect images by the first bytes of a body, before the rest is downloaded.
 
-Agrees with ``pipeline.stages.crawl.images.read_header``, which is asked again once the body is whole; kept
-apart from it so that the downloader loads no image library.
+Consistent with ``pipeline.stages.crawl.images.read_header``, which checks the complete body. A separate module, so that
+the downloader loads no image library.
 """
 
 from pipeline.stages.crawl.failure import Failure
 
 ENOUGH = 16
-"""So many first bytes tell every kind."""
+"""Number of first bytes that identify every known format."""
 
 _STARTS = (
     b"\xff\xd8\xff",
@@ -25,7 +25,7 @@ _STARTS = (
 
 
 def starts_like_an_image(start: bytes) -> bool:
-    """Whether a body whose first ``ENOUGH`` bytes (or more) are ``start`` can be an image of a known kind."""
+    """Whether a body that starts with ``start`` (at least ``ENOUGH`` bytes) may be an image of a known format."""
     if start.startswith(_STARTS):
         return True
     if start.startswith(b"RIFF"):
@@ -35,8 +35,8 @@ def starts_like_an_image(start: bytes) -> bool:
     return start[:1] == b"P" and start[1:2] in (b"1", b"2", b"3", b"4", b"5", b"6") and start[2:3].isspace()
 
 
-def refuse_other_things(start: bytes, http_status: int | None) -> None:
-    """Raise the :class:`Failure` that the decoder would give, with img2dataset's status for what does not decode."""
+def refuse_non_images(start: bytes, http_status: int | None) -> None:
+    """Raise the decoder's :class:`Failure` for a body that is not an image, with img2dataset's status."""
     if starts_like_an_image(start):
         return
     page = start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"<", b"{")

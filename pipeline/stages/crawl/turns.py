@@ -1,4 +1,4 @@
-"""Who may ask whom, and when: a place at the host, a pause between two requests to it, then a place among all."""
+"""Global and per-host rate limits: concurrent requests per host, a pause between them, concurrent requests overall."""
 
 import asyncio
 from collections import defaultdict
@@ -13,9 +13,9 @@ class _Host:
 
 
 class Turns:
-    """At most ``places`` requests at a time, ``per_host`` of them at one host, which start ``pause`` seconds apart.
+    """At most ``places`` concurrent requests, ``per_host`` per host, with ``pause`` seconds between starts at a host.
 
-    While ``paused()`` is true nobody gets a turn.
+    While ``paused()`` is true no request starts.
     """
 
     def __init__(self, places: int, per_host: int, pause: float, paused: Callable[[], bool]) -> None:
@@ -28,7 +28,7 @@ class Turns:
         self._hosts[host].pause = max(self._hosts[host].pause, pause)
 
     async def take(self, host: str) -> None:
-        """Wait for a turn at ``host``; the caller gives it back by :meth:`release`."""
+        """Wait for a turn at ``host``; the caller returns it by :meth:`release`."""
         entry = self._hosts[host]
         await entry.places.acquire()
         try:
@@ -39,7 +39,7 @@ class Turns:
             raise
 
     def release(self, host: str) -> None:
-        """Give back a turn at ``host``."""
+        """Return a turn at ``host``."""
         self._places.release()
         self._hosts[host].places.release()
 
@@ -57,6 +57,6 @@ async def _wait_for_moment(entry: _Host) -> None:
     if entry.pause:
         now = asyncio.get_running_loop().time()
         moment = max(now, entry.next)
-        # The next one's moment is fixed before waiting, so that those who wait together still start apart.
+        # Reserve the next start before waiting, so that concurrent waiters start at different times.
         entry.next = moment + entry.pause
         await asyncio.sleep(moment - now)

@@ -1,1 +1,1 @@
-"""Cleaning: filters that decide which samples of a snapshot readers see, each with its paper's numbers."""
+"""Filters that select the visible samples of a snapshot, each with its paper's defaults."""

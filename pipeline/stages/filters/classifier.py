@@ -1,11 +1,10 @@
-"""A hook for classifiers: safety, aesthetics, watermarks, whatever gives a score.
+"""A hook for classifiers that return a score: safety, aesthetics, watermarks.
 
 ``--classifier package.module:function`` names a function of one batch of at most 256 samples that returns one float per
 sample: float32 [n]. With ``classifier_input`` "embeddings" it gets the image embeddings, L2-normalised float32 [n, D],
-from the sidecar ``embeddings``; with "pictures" a list of n encoded images (bytes). It is imported in every worker,
-so it has to be importable there (``ray job submit --working-dir .`` takes the working folder along), and it should
-load its weights once, outside the function. LAION-5B's own thresholds (arXiv 2210.08402): unsafe from 0.5 on, aesthetic
-from 5 on.
+from the sidecar ``embeddings``; with "pictures" a list of n encoded images (bytes). It must be importable in every
+worker (``ray job submit --working-dir .`` uploads the working folder), and should load its weights once, outside the
+function. LAION-5B's thresholds (arXiv 2210.08402): unsafe from 0.5, aesthetic from 5.
 """
 
 import functools
@@ -28,9 +27,10 @@ Score = Callable[[Any], Sequence[float] | NDArray[np.floating]]
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierFilter(Filter):
-    """Drop what scores outside the bounds: ``classifier``; ``no_embedding`` or ``no_picture`` where there is none."""
+    """Drop samples with scores outside the bounds: ``classifier``; ``no_embedding`` or ``no_picture`` without input."""
 
     name: ClassVar[str] = "classifier"
+    rank: ClassVar[int] = 11
     classifier: str = ""
     """``package.module:function``."""
     classifier_input: Literal["embeddings", "pictures"] = "embeddings"
@@ -38,20 +38,20 @@ class ClassifierFilter(Filter):
     max_classifier_score: float | None = None
 
     def check(self) -> None:
-        """A function that can be imported, and a bound."""
+        """Require an importable function and a bound."""
         load_function(self.classifier)
         least, most = self.min_classifier_score, self.max_classifier_score
         require(least is not None or most is not None, "min_classifier_score", least, "a bound here or as the maximum")
 
     def judge(self, view: ShardView, step: Step) -> Verdict:
-        """Scores of the samples that have what the classifier reads."""
+        """Scores of the samples that have the classifier's input."""
         scores = np.zeros(len(view), np.float32)
         missing = np.zeros(len(view), bool)
         for rows, batch, there in self._batches(view):
             missing[rows] = ~there
             if there.any():
                 scores[rows[there]] = self._scores(batch, int(there.sum()))
-        # Scores that are NaN lie outside of any bound.
+        # NaN scores are outside of any bounds.
         outside = np.isnan(scores)
         if self.min_classifier_score is not None:
             outside |= scores < self.min_classifier_score
@@ -67,7 +67,7 @@ class ClassifierFilter(Filter):
         return scores
 
     def _batches(self, view: ShardView) -> Iterator[tuple[NDArray[np.int64], Any, NDArray[np.bool_]]]:
-        """Row numbers, what the classifier gets, and which rows that is for."""
+        """Row numbers, the classifier's input, and the rows it is for."""
         if self.classifier_input == "embeddings":
             embeddings = view.embeddings(text=False)
             for start in range(0, len(view), BATCH):
@@ -84,10 +84,10 @@ class ClassifierFilter(Filter):
 
 @functools.cache
 def load_function(name: str) -> Score:
-    """The function that ``package.module:function`` names.
+    """Import the function ``package.module:function``.
 
     Raises:
-        SettingError: there is none.
+        SettingError: no such function.
     """
     module, _, function = name.partition(":")
     try:
@@ -95,6 +95,6 @@ def load_function(name: str) -> Score:
     except (ImportError, AttributeError, ValueError) as error:
         require(False, "classifier", name, f"package.module:function ({error})")
         raise
-    require(callable(found), "classifier", name, "package.module:function, something that can be called")
+    require(callable(found), "classifier", name, "package.module:function of a callable")
     loaded: Score = found
     return loaded

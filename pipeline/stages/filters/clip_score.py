@@ -1,9 +1,9 @@
-"""How well image and caption fit: the cosine of their CLIP embeddings.
+"""CLIP score: the cosine of the CLIP embeddings of image and caption.
 
-LAION-400M kept pairs from 0.3 on (Schuhmann et al., 2021, arXiv 2111.02114), LAION-5B's English part from 0.28 on
-(2022, arXiv 2210.08402), both with OpenAI's ViT-B/32; other models have other scales. DataComp keeps the best part
-instead (Gadre et al., 2023, arXiv 2304.14108: 30 % by ViT-L/14), which needs the quantile over all shards. It is found
-exactly in two passes over histograms, in memory that does not grow.
+LAION-400M keeps pairs from 0.3 (Schuhmann et al., 2021, arXiv 2111.02114), LAION-5B's English part from 0.28 (2022,
+arXiv 2210.08402), both with OpenAI's ViT-B/32; other models have other scales. DataComp keeps the best fraction instead
+(Gadre et al., 2023, arXiv 2304.14108: 30 % by ViT-L/14), which needs the quantile over all shards. Two passes over
+histograms find it exactly, in constant memory.
 """
 
 import math
@@ -24,24 +24,25 @@ HALF = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class ClipScore(Filter):
-    """Drop pairs that do not fit: ``clip_score``; ``no_score`` where embedding or score is missing."""
+    """Drop pairs with a low CLIP score: ``clip_score``; ``no_score`` without embedding or score."""
 
     name: ClassVar[str] = "clip_score"
+    rank: ClassVar[int] = 8
     scratch: ClassVar[tuple[str, ...]] = ("scores",)
     min_clip_score: float = 0.28
     clip_fraction: float | None = None
-    """Keep this part of the samples, the best ones; then ``min_clip_score`` does not count."""
+    """Fraction of samples with the highest scores to keep, above 0 to 1; replaces ``min_clip_score``. None = off."""
     score_column: str | None = None
-    """Take the score from this column of the shards' parquet (LAION: similarity), not from the embeddings."""
+    """Column of the shards' parquet with the score (LAION: similarity); None = compute it from the embeddings."""
 
     def check(self) -> None:
-        """A cosine, a part of the whole."""
+        """Require a valid cosine and a valid fraction."""
         require(-1 <= self.min_clip_score <= 1, "min_clip_score", self.min_clip_score, "-1 to 1")
         part = self.clip_fraction
         require(part is None or 0 < part <= 1, "clip_fraction", part, "more than 0, at most 1, or none")
 
     def prepare(self, step: Step) -> None:
-        """Find the threshold, if a fraction is asked for."""
+        """Find the threshold for a fraction."""
         if self.clip_fraction is not None:
             step.each_shard("scores", self._table)
             step.each_part("threshold", 1, self._threshold)
@@ -55,7 +56,7 @@ class ClipScore(Filter):
         return Verdict({"no_score": np.isnan(scores), "clip_score": scores < np.float32(threshold)})
 
     def scores(self, view: ShardView) -> Floats:
-        """Cosines float32 [n]; NaN where there is none."""
+        """Cosines float32 [n]; NaN without a score."""
         if self.score_column is not None:
             values = view.column(self.score_column)
             return np.array([np.nan if value is None else float(value) for value in values], np.float32)
@@ -84,7 +85,7 @@ class ClipScore(Filter):
 
 
 def _ordered(scores: Floats) -> NDArray[np.int64]:
-    """Numbers below 2**32 in the order of the scores: IEEE's bits, negatives turned over."""
+    """Integers below 2**32 in the order of the scores: IEEE bits, with inverted negatives."""
     bits = (scores + np.float32(0)).view(np.uint32).astype(np.int64)
     return np.where(bits >> 31, (1 << 32) - 1 - bits, bits + (1 << 31))
 
@@ -95,7 +96,7 @@ def _score(ordered: int) -> float:
 
 
 def _bin_of(histogram: NDArray[np.int64], wanted: int) -> tuple[int, int]:
-    """The bin in which the ``wanted``-th largest value lies, and which largest of that bin it is."""
+    """The bin of the ``wanted``-th largest value, and its rank within that bin."""
     above = np.cumsum(histogram[::-1])
     place = int(np.searchsorted(above, max(wanted, 1)))
     if place == len(histogram):

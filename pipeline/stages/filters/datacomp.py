@@ -1,8 +1,8 @@
-"""DataComp's lists of samples, in and out (Gadre et al., 2023, arXiv 2304.14108).
+"""Import and export of DataComp's lists of samples (Gadre et al., 2023, arXiv 2304.14108).
 
-A list is a .npy file of dtype "u8,u8": the upper and lower half of 128-bit uids (32 hex characters), sorted, where a
-uid that stands there several times is seen several times. Reading is a binary search in a memory map, so a list of a
-billion uids costs no memory. Writing goes by ranges of uids, each small enough to sort.
+A list is a .npy file of dtype "u8,u8": the upper and lower half of 128-bit uids (32 hex characters), sorted. A uid
+listed several times repeats its sample. Reading is a binary search in a memory map, so a list of a billion uids needs
+no memory. Writing proceeds by ranges of uids, each small enough to sort.
 """
 
 import functools
@@ -30,16 +30,17 @@ RANGE_ROWS = 20_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class UidList(Filter):
-    """Keep what a list names, as often as it does: ``not_listed``."""
+    """Keep the listed samples, with the repeats of the list: ``not_listed``."""
 
     name: ClassVar[str] = "uids"
+    rank: ClassVar[int] = 10
     uids: str = ""
-    """The .npy file, local or any fsspec URI (then copied to each node's temporary folder)."""
+    """List of uids: a .npy file, as a path or fsspec URI (copied to each node's temporary folder)."""
     uid_column: str = "uid"
-    """Column of the shards' parquet (or key of the samples' json) that holds the uid."""
+    """Column of the shards' parquet (or key of the samples' json) with the uid."""
 
     def check(self) -> None:
-        """A sorted list of the right kind; reads it through once."""
+        """Require a sorted list of the right dtype; reads it once."""
         listed = read_uids(self.uids)
         before = np.zeros(0, UID)
         for start in range(0, len(listed), CHECKED_ROWS):
@@ -68,7 +69,7 @@ def parse_uids(texts: list[Any]) -> NDArray[Any]:
     """Uids of 32 hex characters as "u8,u8" [n].
 
     Raises:
-        DataError: one that is none.
+        DataError: an invalid uid.
     """
     parsed = np.zeros(len(texts), UID)
     for row, text in enumerate(texts):
@@ -81,7 +82,7 @@ def parse_uids(texts: list[Any]) -> NDArray[Any]:
 
 
 def bisect(listed: NDArray[Any], wanted: NDArray[Any], right: bool = False) -> NDArray[np.int64]:
-    """Where each of ``wanted`` would stand in the sorted list, before or after its equals; int64 [n]."""
+    """Insertion positions of ``wanted`` in the sorted list, before or after equal uids; int64 [n]."""
     low, high = np.zeros(len(wanted), np.int64), np.full(len(wanted), len(listed), np.int64)
     while (low < high).any():
         open_ = low < high
@@ -115,11 +116,11 @@ def read_uids(place: str) -> NDArray[Any]:
 
 
 def write_uids(snapshot: Snapshot, place: str, uid_column: str = "uid", range_rows: int = RANGE_ROWS) -> int:
-    """Write the uids of what readers of ``snapshot`` see, repeats included, as a sorted list; returns their number.
+    """Write the uids of the visible samples of ``snapshot``, with repeats, as a sorted list; returns their number.
 
     Raises:
-        DataError: a shard without the column, or a uid that is none.
-        StorageError: the store refused.
+        DataError: a shard without the column, or an invalid uid.
+        StorageError: the file system or store failed.
     """
     folder, (parent, file) = Folder(snapshot.folder), split_file(place)
     ranges = max(1, -(-snapshot.samples // range_rows))

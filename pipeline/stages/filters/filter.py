@@ -1,9 +1,9 @@
-"""What a filter is: it judges the samples of a shard, after a look at all shards where it needs one.
+"""The interface of filters.
 
-A filter is a frozen dataclass of options. ``judge`` runs in a task per shard. A filter that needs a global view
+A filter is a frozen dataclass of options. ``judge`` runs in one task per shard. A filter that needs a global view
 (duplicates, quantiles, counts) first makes tables in ``prepare``: one per shard (:meth:`Step.each_shard`), then one per
-part of the whole (:meth:`Step.each_part`). Every table is a file, written whole, so a job that was killed goes on from
-the tables that are there.
+part of the whole (:meth:`Step.each_part`). Every table is a file, written atomically, so a killed job resumes from the
+existing tables.
 """
 
 import functools
@@ -28,9 +28,9 @@ SMALL_ROW_GROUP = 4096
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which samples of a view go, bool [n] by reason (the first reason counts), and how often the others are seen.
+    """The samples of a view to drop, bool [n] by reason (the first reason counts), and the repeats of the others.
 
-    ``times`` int32 [n] is for filters that repeat samples; a 0 in it says nothing without a reason.
+    ``times`` int32 [n] is for filters that repeat samples; a 0 needs a reason to drop the sample.
     """
 
     drops: Mapping[str, NDArray[np.bool_]]
@@ -39,7 +39,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Step:
-    """One filter's place in a run: the shards, what earlier filters left of them, and a folder for its tables."""
+    """One filter's step in a run: the shards, the samples left by earlier filters, and a folder for its tables."""
 
     folder: Folder
     shards: tuple[Shard, ...]
@@ -48,7 +48,7 @@ class Step:
     workers: Workers
 
     def view(self, number: int) -> ShardView:
-        """What earlier filters left of shard ``number``."""
+        """The samples of shard ``number`` that earlier filters left."""
         shard = self.shards[number]
         if self.before is None:
             return ShardView(self.folder, shard)
@@ -81,29 +81,34 @@ class Step:
 
 
 class Filter:
-    """The base of filters: no look at all shards, every sample stays."""
+    """The base class of filters: needs no global view, keeps every sample.
+
+    A filter is found by its module, see :mod:`pipeline.stages.filters.options`; its ``name`` is a word of ``--steps``.
+    """
 
     name: ClassVar[str]
+    rank: ClassVar[int] = 99
+    """Where its options stand among those of the others."""
     scratch: ClassVar[tuple[str, ...]] = ()
-    """Tables of ``prepare`` that nobody needs when the run is over."""
+    """Tables of ``prepare`` to delete after the run."""
 
     def input_digest(self) -> str:
-        """SHA-256 hex of what else decides, beside the options and the snapshot: a list's content."""
+        """SHA-256 (hex) of further inputs besides the options and the snapshot, such as a list's content."""
         return ""
 
     def check(self) -> None:
-        """Raise :class:`SettingError` for options that cannot work, before anything is read."""
+        """Raise :class:`SettingError` for invalid options, before any data is read."""
 
     def prepare(self, step: Step) -> None:
         """Make the tables that ``judge`` needs; runs in the driver."""
 
     def judge(self, view: ShardView, step: Step) -> Verdict:
-        """Decide about the samples of a view; runs in a task."""
+        """Judge the samples of a view; runs in a task."""
         return Verdict({})
 
     @classmethod
     def looks_at_all(cls) -> bool:
-        """Whether it has to see every shard before it judges one."""
+        """Whether the filter needs all shards before it judges one."""
         return cls.prepare is not Filter.prepare
 
 
@@ -113,7 +118,7 @@ def table_file(number: int) -> str:
 
 
 def read_table(folder: Folder, name: str, **options: Any) -> pa.Table:
-    """A parquet file of ``folder``; with ``filters`` or ``columns`` only what they need is fetched."""
+    """A parquet file of ``folder``; ``filters`` and ``columns`` limit the data that is read."""
     if not options:
         return parse_parquet(folder.read_bytes(name))
     with folder.open(name) as file:
@@ -121,7 +126,7 @@ def read_table(folder: Folder, name: str, **options: Any) -> pa.Table:
 
 
 def write_table(folder: Folder, name: str, table: pa.Table) -> None:
-    """Write a parquet file, whole or not at all, in row groups small enough to fetch one by one."""
+    """Write a parquet file atomically, in row groups small enough to read one by one."""
     buffer = BytesIO()
     pq.write_table(table, buffer, row_group_size=SMALL_ROW_GROUP)
     folder.write_atomic(name, buffer.getvalue())

@@ -1,15 +1,15 @@
 """Balancing by MetaCLIP (Xu et al., 2023, "Demystifying CLIP data", arXiv 2309.16671, section 3).
 
-A list of entries (the paper: 500,000 from WordNet and Wikipedia) is looked for in every caption. An entry matches where
-it stands in the caption between spaces, after the paper's spacing: upper and lower case differ, and , . ; : ? ! ` are
-words. With ``count(e)`` captions matching entry e and a limit t, entry e keeps a caption with probability
+Every caption is searched for a list of entries (the paper: 500,000 from WordNet and Wikipedia). An entry matches
+between spaces, after the paper's spacing: case matters, and , . ; : ? ! ` are words. With ``count(e)`` captions
+matching entry e and a limit t, entry e keeps a caption with probability
 
     p(e) = t / max(count(e), t)        t = 20,000 for 400M pairs, 170,000 for 2.5B
 
-and a pair stays where at least one of its entries keeps it. So rare entries keep all theirs, frequent ones about t
-each, and captions without entries go. Two passes: counts over all shards, then the draws. The draw of a caption and an
-entry is a hash of the seed, the sample's key and the entry, so neither the order nor the machine changes it. (The
-paper's code draws from a global random state; everything else is equal to it.)
+and a pair is kept if at least one of its entries keeps it. So rare entries keep all their captions, frequent ones about
+t each, and captions without entries are dropped. There are two passes: counts over all shards, then sampling. The
+random number of a caption and an entry is a hash of the seed, the sample's key and the entry, so it does not depend on
+order or machine. (The paper's code uses a global random state; the rest is identical.)
 """
 
 import functools
@@ -36,34 +36,35 @@ SHARDS_PER_COUNT = 256
 
 @dataclass(frozen=True, kw_only=True)
 class MetaClip(Filter):
-    """Balance captions over entries: ``no_entry`` without any, ``balanced`` where all its entries are too frequent."""
+    """Balance captions over entries: ``no_entry`` without entries, ``balanced`` if no entry keeps the caption."""
 
     name: ClassVar[str] = "metaclip"
+    rank: ClassVar[int] = 9
     scratch: ClassVar[tuple[str, ...]] = ("matches", "counts")
     entries: str = ""
-    """The list: a JSON list of strings, or a text file with one entry a line; local or any fsspec URI."""
+    """List of entries: a JSON list of strings, or a text file with one entry per line; a path or fsspec URI."""
     entry_limit: int = 20_000
-    """The paper's t: about as many captions an entry keeps."""
+    """Limit t of the paper: approximate number of captions kept per entry."""
     balancing_seed: int = 0
 
     def check(self) -> None:
-        """A list that can be read, a limit."""
+        """Require a readable list and a valid limit."""
         require(self.entry_limit >= 1, "entry_limit", self.entry_limit, "1 or more")
         read_entries(self.entries)
 
     def input_digest(self) -> str:
-        """Of the entries."""
+        """SHA-256 (hex) of the entries."""
         return hashlib.sha256("\n".join(read_entries(self.entries)).encode("utf-8", "surrogatepass")).hexdigest()
 
     def prepare(self, step: Step) -> None:
-        """Matches by shard, counts by groups of shards, counts of all."""
+        """Make tables of matches by shard, counts by groups of shards, and total counts."""
         step.each_shard("matches", self._matches)
         step.each_part("counts", -(-len(step.shards) // SHARDS_PER_COUNT), _counts)
         step.each_part("total", 1, _total)
 
     def judge(self, view: ShardView, step: Step) -> Verdict:
-        """By the captions as they are stored, with the counts over all shards."""
-        # The view is the one that was matched: a filter that looks at all shards is the first of its pass.
+        """Judge by the stored captions, with the counts over all shards."""
+        # The view is the one that was matched: a filter with a global view is the first of its pass.
         matches = step.read("matches", step.number(view))
         rows, entries = matches["row"].to_numpy(), matches["entry"].to_numpy()
         probability = keep_probability(_dense(step.read("total", 0), len(read_entries(self.entries))), self.entry_limit)
@@ -79,8 +80,8 @@ class MetaClip(Filter):
 
 
 def spaced(text: str) -> str:
-    """``text`` between spaces, with spaces around its punctuation and for its tabs and line ends."""
-    # Seven replacements that find nothing are three times as fast as one str.translate.
+    """``text`` between spaces, with spaces around punctuation and in place of tabs and line ends."""
+    # Seven replacements without matches are three times as fast as one str.translate.
     text = f" {text} "
     for mark in PUNCTUATION:
         text = text.replace(mark, f" {mark} ")
@@ -88,12 +89,12 @@ def spaced(text: str) -> str:
 
 
 def spaced_entry(entry: str) -> str:
-    """``entry`` as it is looked for: it begins and ends in a space."""
+    """``entry`` as a search string, which begins and ends with a space."""
     return ("" if entry.startswith(" ") else " ") + entry + ("" if entry.endswith(" ") else " ")
 
 
 class EntryAutomaton:
-    """Finds all of many entries in captions at once (Aho and Corasick, 1975); 500,000 take 4 CPU seconds to build."""
+    """Finds many entries in captions at once (Aho and Corasick, 1975); 500,000 entries take 4 CPU seconds to build."""
 
     def __init__(self, entries: Sequence[str]) -> None:
         import ahocorasick_rs
@@ -102,7 +103,7 @@ class EntryAutomaton:
         self._automaton = ahocorasick_rs.AhoCorasick([spaced_entry(entry) for entry in entries], implementation=kind)
 
     def match(self, captions: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Row and entry of every match, int64 [any] each, ascending, an entry once a caption."""
+        """Row and entry of every match, int64 [any] each, ascending, each entry once per caption."""
         found = [self._match_chunk(captions[start : start + CHUNK]) for start in range(0, len(captions), CHUNK)]
         rows = [chunk[0] + number * CHUNK for number, chunk in enumerate(found)]
         if not rows:
@@ -110,7 +111,7 @@ class EntryAutomaton:
         return np.concatenate(rows), np.concatenate([chunk[1] for chunk in found])
 
     def _match_chunk(self, captions: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        # One search through all captions of a chunk: a line end, which spacing leaves in none, keeps them apart.
+        # One search through all captions of a chunk, separated by line ends, which no spaced caption contains.
         lines = [spaced(caption) for caption in captions]
         matches = self._automaton.find_matches_as_indexes("\n".join(lines), overlapping=True)
         if not matches:
@@ -148,9 +149,9 @@ def read_entries(place: str) -> tuple[str, ...]:
     """The entries of a list, each once, in its order.
 
     Raises:
-        SettingError: no such file, or nothing in it.
+        SettingError: no such file, or an empty one.
     """
-    allowed = "a JSON list of strings, or a text file with one entry a line"
+    allowed = "a JSON list of strings, or a text file with one entry per line"
     try:
         folder, file = split_file(place)
         text = folder.read_text(file)
@@ -166,7 +167,7 @@ def read_entries(place: str) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=2)
 def automaton(place: str) -> EntryAutomaton:
-    """The automaton of a list, built once per process."""
+    """The search automaton of a list, built once per process."""
     return EntryAutomaton(read_entries(place))
 
 
@@ -182,7 +183,7 @@ def _total(step: Step, number: int) -> pa.Table:
 
 
 def _summed(tables: Any) -> pa.Table:
-    """Entry and count over tables of entries, with or without counts of their own."""
+    """Counts by entry over tables of entries, with or without a column of counts."""
     counts = np.zeros(0, np.int64)
     for table in tables:
         entries = table["entry"].to_numpy()
@@ -206,7 +207,7 @@ def _hash64(text: str) -> int:
 
 
 def _scramble(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's finaliser (Steele et al., 2014): every input bit reaches every output bit."""
+    """splitmix64's finaliser (Steele et al., 2014): every input bit affects every output bit."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

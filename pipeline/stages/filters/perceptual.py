@@ -1,15 +1,15 @@
 """Near duplicates by perceptual hash: images that look the same at 32 pixels.
 
 The hash is the 64-bit DCT hash of Zauner (2010, "Implementation and benchmarking of perceptual image hash functions"),
-as the imagehash package has it: of the 32×32 grey image's cosine transform the 8×8 lowest frequencies, one bit each
-for above their median. Two images are near where at most ``max_hamming`` bits differ; clusters are what such pairs
-join, and the first of a cluster in the snapshot's order is kept. (The threshold is no paper's number.)
+as in the imagehash package: of the cosine transform of the 32×32 grey image, one bit for each of the 8×8 lowest
+frequencies, set above their median. Two images are near duplicates if at most ``max_hamming`` bits differ. Clusters are
+the connected components of such pairs; the first image of a cluster in the snapshot's order is kept. (The threshold is
+not from a paper.)
 
-Pairs are found without comparing all: the bits are cut into blocks, and two hashes that differ in d bits agree in all
-but d blocks. So for every choice of that many blocks the hashes are sorted by these blocks alone, and only equal
-neighbours are compared; by the pigeonhole principle no pair is missed. The hashes of the whole data set (16 bytes a
-sample with its place, about 50 while they are sorted) have to fit into the memory of one worker: some 5 GB for 100
-million, by arithmetic.
+Pairs are found without comparing all: the bits are divided into blocks, and two hashes that differ in d bits agree in
+all but d blocks. For every choice of that many blocks the hashes are sorted by these blocks only, and equal neighbours
+are compared; by the pigeonhole principle no pair is missed. The hashes of the whole dataset (16 bytes per sample with
+its position, about 50 during sorting) must fit into the memory of one worker: a calculated 5 GB for 100 million.
 """
 
 import itertools
@@ -38,18 +38,19 @@ Hashes = NDArray[np.uint64]
 
 @dataclass(frozen=True, kw_only=True)
 class PerceptualDuplicates(Filter):
-    """Drop images that look like an earlier one: ``near_duplicate``. Those that cannot be decoded stay."""
+    """Drop images that look like an earlier one: ``near_duplicate``. Undecodable images are kept."""
 
     name: ClassVar[str] = "near_duplicates"
+    rank: ClassVar[int] = 6
     scratch: ClassVar[tuple[str, ...]] = ("hashes", "distinct", "pairs")
     max_hamming: int = 4
 
     def check(self) -> None:
-        """Up to a quarter of the bits; farther apart, chance pairs are the rule."""
+        """Require at most a quarter of the bits; above it, most pairs match by chance."""
         require(0 <= self.max_hamming <= 16, "max_hamming", self.max_hamming, "0 to 16 bits")
 
     def prepare(self, step: Step) -> None:
-        """Hashes by shard, the distinct ones of all, pairs by choice of blocks, clusters."""
+        """Make tables of hashes by shard, distinct hashes, pairs by choice of blocks, and clusters."""
         step.each_shard("hashes", _hashes)
         step.each_part("distinct", 1, _distinct)
         masks = self._masks(step)
@@ -57,7 +58,7 @@ class PerceptualDuplicates(Filter):
         step.each_part("duplicates", 1, self._clusters)
 
     def judge(self, view: ShardView, step: Step) -> Verdict:
-        """By the table of duplicates."""
+        """Judge by the table of duplicates."""
         return Verdict({"near_duplicate": in_duplicates(view, step, 1)})
 
     def _masks(self, step: Step) -> list[int]:
@@ -75,7 +76,7 @@ class PerceptualDuplicates(Filter):
         pairs = pa.concat_tables(tables)
         label = join_pairs(len(distinct), pairs["left"].to_numpy(), pairs["right"].to_numpy())
         hashes, first = distinct["hash"].to_numpy(), distinct["first"].to_numpy()
-        # The distinct hashes are in order of their first sample, so a cluster's smallest number leads to its first.
+        # The distinct hashes are in order of their first sample, so a cluster's smallest number is its first sample's.
         kept_of, sorter = first[label], np.argsort(hashes)
         ranked = hashes[sorter]
         dropped, kept = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
@@ -88,7 +89,7 @@ class PerceptualDuplicates(Filter):
 
 
 def perceptual_hashes(grey: NDArray[np.uint8]) -> Hashes:
-    """Hashes uint64 [n] of grey images uint8 [n, 32, 32]; the first bit is the mean's."""
+    """Hashes uint64 [n] of grey images uint8 [n, 32, 32]; the first bit is that of the mean."""
     low = _COSINES @ grey.astype(np.float64) @ _COSINES.T
     flat = low.reshape(len(grey), LOW * LOW)
     bits = flat > np.median(flat, axis=1, keepdims=True)
@@ -97,14 +98,14 @@ def perceptual_hashes(grey: NDArray[np.uint8]) -> Hashes:
 
 
 def grey_thumbnail(image: bytes) -> NDArray[np.uint8] | None:
-    """The image as uint8 [32, 32]; ``None`` where it cannot be decoded or is too large."""
+    """The image as uint8 [32, 32]; ``None`` if it is undecodable or too large."""
     try:
         header = read_header(image)
     except SampleError:
         return None
     if header.width * header.height > MAX_PIXELS:
         return None
-    # Half-size and smaller decodes come almost free from the JPEG's own transform.
+    # JPEG's transform makes decoding at half size and below almost free.
     shrink = min(header.width, header.height) // (4 * SIDE)
     flag = next((flag for factor, flag in _REDUCED if shrink >= factor), cv2.IMREAD_GRAYSCALE)
     try:
@@ -116,9 +117,9 @@ def grey_thumbnail(image: bytes) -> NDArray[np.uint8] | None:
 
 
 def block_masks(distance: int, count: int) -> list[int]:
-    """Masks of bits: two hashes at most ``distance`` apart agree under at least one of them.
+    """Bit masks: two hashes at most ``distance`` apart agree under at least one of them.
 
-    The number of blocks is the one that costs ``count`` hashes the least: more blocks, more sorts, fewer comparisons.
+    The number of blocks minimises the cost for ``count`` hashes: more blocks mean more sorts and fewer comparisons.
     """
 
     def cost(blocks: int) -> float:
@@ -132,7 +133,7 @@ def block_masks(distance: int, count: int) -> list[int]:
 
 
 def pairs_within(hashes: Hashes, mask: int, distance: int) -> tuple[Positions, Positions]:
-    """Places int64 of the pairs of distinct ``hashes`` that agree under ``mask`` and differ in few bits."""
+    """Indices int64 of the pairs of distinct ``hashes`` that agree under ``mask`` and differ in few bits."""
     keys = hashes & np.uint64(mask)
     order = np.argsort(keys, kind="stable")
     keys, ranked = keys[order], hashes[order]
@@ -145,12 +146,12 @@ def pairs_within(hashes: Hashes, mask: int, distance: int) -> tuple[Positions, P
 
 
 def join_pairs(count: int, left: NDArray[np.integer], right: NDArray[np.integer]) -> Positions:
-    """The smallest number int64 [count] in each one's cluster: union-find, all pairs at once."""
+    """The smallest number in the cluster of each node, int64 [count]: union-find, vectorised over all pairs."""
     label = np.arange(count)
     while True:
         low = np.minimum(label[left], label[right])
         before = label.copy()
-        # Hook both ends and their present roots below the smaller root, then let every path point at its root.
+        # Attach both ends and their current roots to the smaller root, then compress all paths.
         for ends in (left, right):
             np.minimum.at(label, before[ends], low)
             np.minimum.at(label, ends, low)
@@ -161,7 +162,7 @@ def join_pairs(count: int, left: NDArray[np.integer], right: NDArray[np.integer]
 
 
 def _steps(keys: Hashes) -> Iterator[tuple[Positions, Positions]]:
-    """Places of all pairs of equal keys in sorted ``keys``: neighbours, then those two apart, and so on."""
+    """Indices of all pairs of equal keys in sorted ``keys``: neighbours, then at distance two, and so on."""
     start = np.arange(len(keys))
     for step in itertools.count(1):
         start = start[start < len(keys) - step]
@@ -192,7 +193,7 @@ def _add(batch: list[tuple[int, NDArray[np.uint8]]], hashes: list[Hashes], place
 
 
 def _distinct(step: Step, number: int) -> pa.Table:
-    """Distinct hashes with the position of the first sample that has each, in the order of those."""
+    """Distinct hashes with the position of their first sample, sorted by that position."""
     hashes, positions = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
     for shard, table in step.read_all("hashes", len(step.shards)):
         hashes.append(table["hash"].to_numpy())

@@ -1,9 +1,8 @@
-"""Captions that say the same over and over, by Gopher's rules (Rae et al., 2021, arXiv 2112.11446, table A1).
+"""Repetitive captions, by Gopher's rules (Rae et al., 2021, arXiv 2112.11446, table A1).
 
-Of a caption's characters, the most frequent n-gram of words may hold at most 20 % (n=2), 18 % (n=3) and 16 % (n=4), and
-all n-grams that occur twice at most 15 % (n=5) down to 10 % (n=10). The rules are made for documents; in a short
-caption any n-gram fills more than that. So an n-gram counts as most frequent only where it occurs ``min_repeats``
-times.
+The most frequent n-gram of words may contain at most 20 % (n=2), 18 % (n=3) or 16 % (n=4) of a caption's characters,
+and all n-grams that occur twice at most 15 % (n=5) down to 10 % (n=10). The rules are made for documents; in a short
+caption any n-gram exceeds these limits. So the first rule applies only to n-grams that occur ``min_repeats`` times.
 """
 
 from collections import Counter
@@ -26,15 +25,17 @@ class Repetition(Filter):
     """Drop captions that repeat themselves: ``repetition``."""
 
     name: ClassVar[str] = "repetition"
+    rank: ClassVar[int] = 3
     min_repeats: int = 3
-    """How often an n-gram of 2 to 4 words has to occur before its share counts; no paper's number."""
+    """Smallest number of repeats of an n-gram of 2 to 4 words, at least 2, at which its limit applies. Not from a
+    paper."""
 
     def check(self) -> None:
-        """At least two, or every caption would go."""
+        """Require at least two, since one would drop every caption."""
         require(self.min_repeats >= 2, "min_repeats", self.min_repeats, "2 or more")
 
     def judge(self, view: ShardView, step: Step) -> Verdict:
-        """By the words of the cleaned caption, in lower case."""
+        """Judge by the words of the cleaned caption, in lower case."""
         repeats = [is_repetitive(text, self.min_repeats) for text in view.captions()]
         return Verdict({"repetition": np.array(repeats, bool)})
 
@@ -50,14 +51,14 @@ def is_repetitive(text: str, min_repeats: int = 3) -> bool:
 
 
 def _most_frequent(words: list[str], n: int, min_repeats: int) -> float:
-    """Share of the characters of the words that lie in the n-gram with the most of them."""
+    """Fraction of the words' characters in the n-gram with the most characters."""
     grams = Counter(zip(*(words[start:] for start in range(n)), strict=False))
     held = (count * sum(map(len, gram)) for gram, count in grams.items() if count >= min_repeats)
     return max(held, default=0) / sum(map(len, words))
 
 
 def _duplicated(words: list[str], n: int) -> float:
-    """Share of the characters of the words that lie in n-grams which occur more than once; none counted twice."""
+    """Fraction of the words' characters in n-grams that occur more than once, each character counted once."""
     grams = list(zip(*(words[start:] for start in range(n)), strict=False))
     counts = Counter(grams)
     inside = {start + offset for start, gram in enumerate(grams) if counts[gram] > 1 for offset in range(n)}

@@ -1,10 +1,9 @@
-"""Filter a snapshot: judge every visible sample, publish what is left as a new snapshot.
+"""Filter a snapshot: judge every visible sample, publish the kept ones as a new snapshot.
 
-Filters run in the order in which they are named, each on what the earlier ones left. Neighbours that need no look at
-all shards share one pass. Tables lie in ``{folder}/_filters/{id}/``; ``reasons/{number}.parquet`` tells, for every
-visible sample of the parent's shard of that number: ``key``, ``reason`` ("" = kept, else ``filter.reason``) and
-``times``, how often it is seen. The id is made of parent and options, so the same command finds its own work after a
-kill.
+Filters run in the given order, each on the samples left by the earlier ones. Consecutive filters without a global view
+share one pass. Tables are stored in ``{folder}/_filters/{id}/``. ``reasons/{number}.parquet`` has one row per visible
+sample of the parent's shard of that number: ``key``, ``reason`` ("" = kept, else ``filter.reason``) and ``times``, its
+number of repeats. The id is made from parent and options, so the same command resumes its work after a kill.
 """
 
 import contextlib
@@ -40,7 +39,7 @@ CAPTIONS = "captions"
 
 @dataclass(frozen=True, kw_only=True)
 class FilterOutcome:
-    """The snapshot that was published, the one it came from, and samples dropped by ``filter.reason``, in order."""
+    """The published snapshot, its parent, and the numbers of dropped samples by ``filter.reason``, in order."""
 
     snapshot: Snapshot
     parent: Snapshot
@@ -48,7 +47,7 @@ class FilterOutcome:
     names: tuple[str, ...]
 
     def funnel(self) -> list[tuple[str, str, int, int]]:
-        """Filter, reason, samples dropped, samples left; the parent's samples first. Filters without drops have "-"."""
+        """Rows of filter, reason, dropped and remaining samples; the parent first. Reason "-" = no dropped samples."""
         left = self.parent.samples
         rows = [("", "", 0, left)]
         for name in self.names:
@@ -64,14 +63,14 @@ def filter_snapshot(
 ) -> FilterOutcome:
     """Publish the snapshot of ``parent``'s samples that pass all ``filters``.
 
-    When the folder's latest snapshot is already what the same filters made of ``parent``, or of its own parent, it is
-    taken as it is. ``captions_sidecar`` writes the cleaned captions beside each tar, as the sidecar ``captions``.
+    If the same filters already made the folder's latest snapshot from ``parent``, or from its own parent, that snapshot
+    is returned. ``captions_sidecar`` writes the cleaned captions beside each tar, as the sidecar ``captions``.
 
     Raises:
-        SettingError: no filter, one twice, or options that cannot work.
+        SettingError: no filter, a repeated filter, or invalid options.
         DataError: a shard, a sidecar or a list that a filter needs is missing or broken.
         SnapshotError: no sample is left.
-        StorageError: the store refused, or another job is at work in the folder.
+        StorageError: the store failed, or another job holds the folder's lease.
     """
     _check(filters)
     options = _options(filters)
@@ -119,10 +118,10 @@ def _filtered(
 
 
 def read_reasons(snapshot: Snapshot) -> Iterator[tuple[str, pa.Table]]:
-    """Shard name and reasons table of every shard that a filter run judged, for reports.
+    """Shard name and reasons table of every shard of a filter run, for reports.
 
     Raises:
-        SnapshotError: ``snapshot`` was not made by filters, or their tables are gone.
+        SnapshotError: ``snapshot`` was not made by filters, or their tables were deleted.
     """
     place = snapshot.options.get("filters_folder")
     if place is None:
@@ -133,9 +132,9 @@ def read_reasons(snapshot: Snapshot) -> Iterator[tuple[str, pa.Table]]:
 
 
 def read_duplicates(snapshot: Snapshot) -> Iterator[tuple[str, pa.Table]]:
-    """Tables of the duplicates that the run behind ``snapshot`` found, each with the name of its filter.
+    """Tables of the duplicates found by the filter run of ``snapshot``, each with the name of its filter.
 
-    Columns: shard, index, kept_shard, kept_index; numbers of the parent's shards and places among their visible
+    Columns: shard, index, kept_shard, kept_index: numbers of the parent's shards, and indices among their visible
     samples.
     """
     place = snapshot.options.get("filters_folder")
@@ -161,7 +160,7 @@ def _identity(parent: Snapshot, options: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _already(parent: Snapshot, options: Sequence[Mapping[str, Any]]) -> FilterOutcome | None:
-    """The outcome of an earlier run of the same filters that published the folder's latest snapshot."""
+    """The result of an earlier run of the same filters that published the folder's latest snapshot."""
     latest = read_snapshot(parent.folder)
     if latest.options.get("filters") != options or parent.id not in (latest.id, latest.options["filters_parent"]):
         return None
@@ -173,7 +172,7 @@ def _already(parent: Snapshot, options: Sequence[Mapping[str, Any]]) -> FilterOu
 
 
 def _judge_all(parent: Snapshot, folder: Folder, work: Folder, filters: Sequence[Filter], workers: Workers) -> Folder:
-    """Judge by all filters in turn; returns the folder of the last reasons."""
+    """Apply all filters in turn; returns the folder of the final reasons."""
     before: Folder | None = None
     groups = list(_passes(filters))
     for number, group in enumerate(groups):
@@ -193,7 +192,7 @@ def _judge_all(parent: Snapshot, folder: Folder, work: Folder, filters: Sequence
 
 
 def _clear(work: Folder, filters: Sequence[Filter]) -> None:
-    """Delete the tables that were only on the way, which can be as large as the sidecars they come from."""
+    """Delete intermediate tables, which can be as large as the sidecars they are made from."""
     for one in filters:
         for name in one.scratch:
             with contextlib.suppress(FileNotFoundError):
@@ -201,7 +200,7 @@ def _clear(work: Folder, filters: Sequence[Filter]) -> None:
 
 
 def _passes(filters: Sequence[Filter]) -> Iterator[list[Filter]]:
-    """Neighbours that can share a pass: only the first of a pass may look at all shards."""
+    """Groups of consecutive filters that share a pass: only the first of a pass may need a global view."""
     group: list[Filter] = []
     for one in filters:
         if group and one.looks_at_all():
@@ -212,7 +211,7 @@ def _passes(filters: Sequence[Filter]) -> Iterator[list[Filter]]:
 
 
 def _judge(step: Step, group: tuple[Filter, ...], target: Folder, number: int) -> str:
-    """Write the reasons for one shard: those of earlier passes, and of this one's filters in turn."""
+    """Write the reasons for one shard: those of earlier passes, then of this pass's filters in turn."""
     if target.exists(table_file(number)):
         return ""
     shard = step.shards[number]
@@ -243,7 +242,7 @@ def _known(step: Step, number: int) -> tuple[Any, Any]:
 
 
 def _finish(folder: Folder, shards: tuple[Shard, ...], reasons: Folder, captions: bool, number: int) -> str:
-    """The shard as the new snapshot has it, with its counts, as JSON."""
+    """The shard of the new snapshot with its counts, as JSON."""
     shard, table = shards[number], read_table(reasons, table_file(number))
     times = table["times"].to_numpy()
     left = select(folder, shard, np.repeat(np.arange(shard.samples), times)) if shard.samples else shard
@@ -256,7 +255,7 @@ def _finish(folder: Folder, shards: tuple[Shard, ...], reasons: Folder, captions
 
 
 def _with_captions(folder: Folder, shard: Shard) -> Shard:
-    """``shard`` with the cleaned captions of all that its tar holds as a sidecar."""
+    """``shard`` with a sidecar of the cleaned captions of all samples in its tar."""
     whole = ShardView(folder, replace(shard, samples=shard.stored, selection=""))
     table = pa.table({"key": pa.array(whole.keys(), pa.string()), "caption": pa.array(whole.captions(), pa.string())})
     digest = write_sidecar(folder, shard, CAPTIONS, table, maker="ftfy")

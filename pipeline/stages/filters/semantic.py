@@ -1,14 +1,14 @@
-"""Near duplicates by meaning: SemDeDup (Abbas et al., 2023, arXiv 2303.09540).
+"""Semantic duplicates: SemDeDup (Abbas et al., 2023, arXiv 2303.09540).
 
-Image embeddings are clustered by k-means; within each cluster, a sample is dropped whose cosine with another one is
-above 1 - epsilon. As in the paper's algorithm, the cluster's samples are first ordered by their distance from the
-centroid, the farthest first, and each is dropped that is too close to any before it, dropped or not: of a group of two,
-the one less typical of its cluster stays. (Ties: the first in the snapshot's order stays.)
+Image embeddings are clustered by k-means. Within each cluster, a sample is dropped if its cosine with an earlier one is
+above 1 - epsilon. As in the paper's algorithm, a cluster's samples are first sorted by their distance from the
+centroid, the farthest first, and compared with all samples before them, dropped or not. So of a group of two, the one
+less typical of its cluster is kept. (Ties: the first in the snapshot's order is kept.)
 
-The paper makes 50,000 clusters of LAION-440M, which is one for 8,800 samples, the default here; it tunes epsilon to the
-share that is to be kept, so the default is only a start. Centroids are learnt from at most ``kmeans_samples``
-embeddings. Rows travel between shards and clusters through files that hold the embeddings once more (float16)
-until the run is over.
+The paper makes 50,000 clusters of LAION-440M, one per 8,800 samples, which is the default here. It tunes epsilon to the
+fraction to keep, so the default is only a start. Centroids are fitted on at most ``kmeans_samples`` embeddings. Rows
+are exchanged between shards and clusters through files with a copy of the embeddings (float16), until the end of the
+run.
 """
 
 from dataclasses import dataclass
@@ -31,30 +31,31 @@ BLOCK = 1_024
 
 @dataclass(frozen=True, kw_only=True)
 class SemanticDuplicates(Filter):
-    """Drop images that show what another one shows: ``semantic_duplicate``; ``no_embedding`` where there is none."""
+    """Drop images with nearly the same content as another one: ``semantic_duplicate``; ``no_embedding`` without one."""
 
     name: ClassVar[str] = "semantic_duplicates"
+    rank: ClassVar[int] = 7
     scratch: ClassVar[tuple[str, ...]] = ("assigned",)
     epsilon: float = 0.05
     clusters: int | None = None
-    """Number of k-means clusters; one for 8,800 samples by default."""
+    """Number of k-means clusters; None = one per 8,800 samples."""
     kmeans_samples: int = 500_000
     kmeans_seed: int = 0
 
     def check(self) -> None:
-        """A cosine's distance, at least one cluster."""
+        """Require a valid cosine distance and at least one cluster."""
         require(0 <= self.epsilon < 2, "epsilon", self.epsilon, "0 or more, below 2")
         require(self.clusters is None or self.clusters >= 1, "clusters", self.clusters, "1 or more, or none")
         require(self.kmeans_samples >= 1, "kmeans_samples", self.kmeans_samples, "1 or more")
 
     def prepare(self, step: Step) -> None:
-        """Centroids, then clusters by shard, then duplicates by clusters."""
+        """Make tables of centroids, then clusters by shard, then duplicates by cluster."""
         step.each_part("centroids", 1, self._centroids)
         step.each_shard("assigned", _Assign(step))
         step.each_part("duplicates", parts_of(step, PART_ROWS), self._duplicates)
 
     def judge(self, view: ShardView, step: Step) -> Verdict:
-        """By the tables of duplicates."""
+        """Judge by the tables of duplicates."""
         missing = ~view.embeddings(text=False).present
         return Verdict({"no_embedding": missing, "semantic_duplicate": self._dropped(view, step)})
 
@@ -94,7 +95,7 @@ class SemanticDuplicates(Filter):
 
 
 def closest_before(vectors: Floats) -> tuple[Positions, Floats]:
-    """For each of n unit rows the closest earlier row and its cosine (-inf for the first); blockwise, float32."""
+    """For each of n unit rows, the closest earlier row and its cosine (-inf for the first); in blocks, float32."""
     count = len(vectors)
     closest, cosine = np.zeros(count, np.int64), np.full(count, -np.inf, np.float32)
     for start in range(0, count, BLOCK):
@@ -132,7 +133,7 @@ class _Assign:
 
 
 def _some(view: ShardView, every: int) -> Floats:
-    """Every so many-th embedding of a shard."""
+    """A strided subsample of a shard's embeddings."""
     found = view.embeddings(text=False)
     return found.image[found.present][::every]
 

@@ -1,7 +1,7 @@
-"""Size and aspect of images, as DataComp's basic filter has them (Gadre et al., 2023, arXiv 2304.14108).
+"""Size and aspect ratio of images, as in DataComp's basic filter (Gadre et al., 2023, arXiv 2304.14108).
 
-Kept are images whose shorter side is at least 200 pixels and whose sides differ by a factor of at most 3, as they
-were found on the web where the shard knows that, otherwise as they are stored.
+Keeps images with a shorter side of at least 200 pixels and an aspect ratio of at most 3. The size is that of the
+downloaded image if the shard stores it, otherwise that of the stored image.
 """
 
 from dataclasses import dataclass
@@ -16,21 +16,22 @@ from pipeline.stages.filters.view import ShardView
 
 @dataclass(frozen=True, kw_only=True)
 class Size(Filter):
-    """Drop small and stretched images: ``small``, ``aspect``."""
+    """Drop small and elongated images: ``small``, ``aspect``."""
 
     name: ClassVar[str] = "size"
+    rank: ClassVar[int] = 4
     min_side: int = 200
     max_aspect: float = 3.0
     stored_size: bool = False
-    """Judge the stored image, not the one that was downloaded."""
+    """Use the size of the stored image, not of the downloaded one."""
 
     def check(self) -> None:
-        """Bounds that leave something."""
+        """Require valid bounds."""
         require(self.min_side >= 0, "min_side", self.min_side, "0 or more pixels")
         require(self.max_aspect >= 1, "max_aspect", self.max_aspect, "1 or more")
 
     def judge(self, view: ShardView, step: Step) -> Verdict:
-        """By width and height alone; images are not decoded."""
+        """Judge by width and height; images are not decoded."""
         sizes = view.sizes(original=not self.stored_size)
         shorter, longer = sizes.min(axis=1, initial=1 << 40), sizes.max(axis=1, initial=0)
         aspect = longer / np.maximum(shorter, 1)

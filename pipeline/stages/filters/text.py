@@ -1,4 +1,4 @@
-"""Captions with nothing in them once they are cleaned."""
+"""Captions that are empty after cleaning."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,10 +11,11 @@ from pipeline.stages.filters.view import ShardView
 
 @dataclass(frozen=True, kw_only=True)
 class Text(Filter):
-    """Drop captions of which cleaning leaves nothing: reason ``no_text``."""
+    """Drop captions that are empty after cleaning: ``no_text``."""
 
     name: ClassVar[str] = "text"
+    rank: ClassVar[int] = 0
 
     def judge(self, view: ShardView, step: Step) -> Verdict:
-        """By :func:`pipeline.stages.filters.captions.clean_text`."""
+        """Judge by :func:`pipeline.stages.filters.captions.clean_text`."""
         return Verdict({"no_text": np.array([not text for text in view.captions()], bool)})

@@ -1,6 +1,6 @@
-"""What a filter sees of a shard: captions, sizes, digests, images and embeddings of the samples still in.
+"""A filter's view of a shard: captions, sizes, digests, images and embeddings of the remaining samples.
 
-Columns come from the shard's parquet where it has one, which costs a small read; otherwise from the tar.
+Columns are read from the shard's parquet file, a small read, or from the tar if there is none.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ Floats = NDArray[np.float32]
 class Embeddings:
     """L2-normalised rows float32 [n, D] for image and text, and whether each sample has them, bool [n].
 
-    Rows of samples without are zero.
+    Rows of samples without embeddings are zero.
     """
 
     image: Floats
@@ -55,7 +55,7 @@ class ShardView:
         return len(self.positions)
 
     def narrowed(self, keep: Mask) -> "ShardView":
-        """The view of the samples that the mask bool [n] keeps; what was read is shared."""
+        """The view of the samples selected by the mask bool [n]; shares the data read so far."""
         view = object.__new__(ShardView)
         view.__dict__.update(self.__dict__)
         view.positions = self.positions[keep]
@@ -71,7 +71,7 @@ class ShardView:
         return self._rows("key") or []
 
     def captions(self, cleaned: bool = True) -> list[str]:
-        """Captions [n], "" where there is none; ``cleaned`` by :func:`clean_text` or as they are stored."""
+        """Captions [n], "" for none; ``cleaned`` by :func:`clean_text`, or as stored."""
         found = self._rows("caption") if self._stored.has("caption") else None
         plain = [text or "" for text in found] if found is not None else [""] * len(self)
         return [clean_text(text) for text in plain] if cleaned else plain
@@ -89,15 +89,15 @@ class ShardView:
         return found
 
     def sizes(self, original: bool = True) -> NDArray[np.int64]:
-        """Width and height int64 [n, 2], of the image as it was found (if known) or as it is stored; 0: unknown."""
+        """Width and height int64 [n, 2], of the downloaded image (if known) or the stored one; 0 = unknown."""
         prefix = "original_" if original and self._stored.has("original_width") else ""
         pairs = [self._rows(f"{prefix}{side}") or [0] * len(self) for side in ("width", "height")]
         return np.array([[value or 0 for value in one] for one in pairs], np.int64).T.reshape(len(self), 2)
 
     def digests(self) -> list[bytes]:
-        """SHA-256 [n] of the images as they were downloaded (if the shard knows them) or as they are stored.
+        """SHA-256 [n] of the downloaded images (if the shard has it) or of the stored ones.
 
-        Of a sample without an image it covers all fields but the json.
+        For a sample without an image it covers all fields but the json.
         """
         known = self._rows("sha256") if self._stored.has("sha256") else None
         if known is not None and all(known):
@@ -105,14 +105,14 @@ class ShardView:
         return [hashlib.sha256(_content(sample)).digest() for sample in self.samples()]
 
     def images(self) -> Iterator[bytes | None]:
-        """Encoded images, one per sample in order; ``None`` for a sample without. Raises as :meth:`samples`."""
+        """Encoded images, one per sample in order; ``None`` for a sample without one. Raises as :meth:`samples`."""
         return (sample.image() for sample in self.samples())
 
     def samples(self) -> Iterator[Sample]:
         """The samples themselves, in order, read from the tar.
 
         Raises:
-            DataError: the tar's keys are not those of the shard's parquet.
+            DataError: the keys of the tar and of the shard's parquet file differ.
         """
         wanted, keys, following = self.indices, self.keys(), 0
         for index, sample in enumerate(self._stored.samples()):
@@ -144,7 +144,7 @@ class ShardView:
 
 
 class _Stored:
-    """The columns of all samples in a tar, in its order; read when first asked for."""
+    """The columns of all samples in a tar, in its order; read on first use."""
 
     def __init__(self, folder: Folder, shard: Shard) -> None:
         self._folder, self._shard = folder, shard
@@ -181,7 +181,7 @@ class _Stored:
             self._columns = {name: table[name] for name in table.column_names}
 
     def _open_table(self) -> pq.ParquetFile | None:
-        """The shard's parquet, if its good rows are as many as the tar's samples."""
+        """The shard's parquet file, if its successful rows are as many as the tar's samples."""
         try:
             content = self._folder.open(f"{self._shard.name}.parquet")
         except FileNotFoundError:
@@ -195,7 +195,7 @@ class _Stored:
 
 
 def _described(sample: Sample) -> dict[str, Any]:
-    """What a parquet row would say, taken from the sample itself."""
+    """The values of a parquet row, from the sample itself."""
     try:
         plain = json.loads(sample.fields.get("json", b"{}"))
     except ValueError:
@@ -214,7 +214,7 @@ def _described(sample: Sample) -> dict[str, Any]:
 
 
 def _content(sample: Sample) -> bytes:
-    """The image; of a sample without, all fields but the json, which holds its key."""
+    """The image; for a sample without one, all fields but the json, which contains the key."""
     image = sample.image()
     rest = {name: value for name, value in sample.fields.items() if name != "json"}
     return joined_fields(rest) if image is None else image
@@ -229,14 +229,14 @@ def _size(image: bytes) -> tuple[int, int]:
 
 
 def _vectors(column: Any, rows: Any) -> tuple[Floats, Mask]:
-    """The lists of ``column`` at ``rows`` (null: none) as float32 [n, D], and which of them are there."""
+    """The lists of ``column`` at ``rows`` (null = none) as float32 [n, D], and a mask of the present ones."""
     taken = column.combine_chunks().take(rows)
     present: Mask = pc.is_valid(taken).to_numpy(zero_copy_only=False).copy()
     flat = taken.drop_null().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     dimension = len(flat) // max(int(present.sum()), 1)
     vectors = np.zeros((len(taken), dimension), np.float32)
     vectors[present] = flat.reshape(-1, dimension) if dimension else 0
-    # The embedding job marks what it could not embed by NaN.
+    # The embedding job marks samples without an embedding by NaN.
     present &= ~np.isnan(vectors).any(axis=1)
     vectors[~present] = 0
     return vectors, present

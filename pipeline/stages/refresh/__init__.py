@@ -1,1 +1,1 @@
-"""A source becomes a snapshot, and a snapshot becomes its successor."""
+"""Make a snapshot from a source, and refresh a snapshot."""

@@ -1,12 +1,11 @@
-"""What a refresh finds: rows of the source against rows that a folder's shards already hold.
+"""Compare the rows of a source with the rows in a folder's shards.
 
-A row is known by 16 bytes: the BLAKE2b digest of its url (or source key), caption and saved columns. Both sides are
-dealt into partitions by that digest, which lie in a temporary folder once they are large, and are compared partition
-by partition: memory is bounded by the largest partition (1/64 of the rows, 41 bytes each), not by the data set.
+A row is identified by 16 bytes: the BLAKE2b digest of its url (or source key), caption and saved columns. Both sides
+are partitioned by that digest; large partitions are stored in a temporary folder. Partitions are compared one by one,
+so memory is bounded by the largest one (1/64 of the rows, 41 bytes each), not by the dataset.
 
-The same row may stand in the source several times, and in the shards too (when it was fetched again); the n-th of the
-one side answers the n-th of the other, the shards' best first: visible, then gone, then hidden, then the latest
-failure.
+The same row may be in the source several times, and in the shards too (if it was fetched again). The n-th row of one
+side matches the n-th of the other. The shards' rows are ordered: visible, gone, hidden, then the latest failure.
 """
 
 import hashlib
@@ -21,13 +20,13 @@ from numpy.typing import NDArray
 PARTITIONS = 64
 HELD_RECORDS = 2_000_000
 RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("url", "<u8"), ("body", "<u8"), ("place", "<i8"), ("state", "u1")])
-"""One row: its digest in two halves, digests of url and image (0: unknown), where it is, and its state."""
+"""One row: its digest in two halves, digests of url and image (0 = unknown), its position, and its state."""
 
 STALE = np.uint64(2**64 - 1)
-"""In place of a stored image's digest: it has changed where it came from."""
+"""Replaces the digest of a stored image that has changed at its url."""
 
 INDEX_BITS = 24
-# States of rows in shards; a failure is FAILED plus the number of its class.
+# States of rows in shards; a failure is FAILED plus the number of its error class.
 VISIBLE, GONE, HIDDEN, OPTED_OUT, TO_HIDE, FAILED = range(6)
 # States of rows of the source.
 WANTED, LISTED = range(2)
@@ -38,12 +37,12 @@ Places = NDArray[np.int64]
 
 
 def place(number: int, index: int) -> int:
-    """Where a row is: the number of its shard or slice, and its index there (below 2 ** 24)."""
+    """The position of a row: the number of its shard or slice, and its index in it (below 2 ** 24)."""
     return number << INDEX_BITS | index
 
 
 def parts_of(where: Places) -> tuple[Places, Places]:
-    """The numbers and indices of places."""
+    """The numbers and indices of positions."""
     return where >> INDEX_BITS, where & ((1 << INDEX_BITS) - 1)
 
 
@@ -76,7 +75,7 @@ def _identity(value: object) -> object:
 
 
 class Partitions:
-    """Records dealt by digest; written below ``folder`` once there are more than two million."""
+    """Records partitioned by digest; written below ``folder`` above two million records."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder, self._name = folder, name
@@ -84,7 +83,7 @@ class Partitions:
         self._count = 0
 
     def add(self, found: Records) -> None:
-        """Deal records [any]."""
+        """Add records [any] to their partitions."""
         number = (found["high"] >> np.uint64(58)).astype(np.int64)
         order = np.argsort(number, kind="stable")
         ends = np.searchsorted(number[order], np.arange(PARTITIONS + 1))
@@ -113,11 +112,11 @@ class Partitions:
 
 @dataclass(kw_only=True)
 class RowDifference:
-    """What is to be done. ``fresh`` are places in the source, the others in the shards, all ascending.
+    """The work of a refresh. ``fresh`` are positions in the source, the others in the shards, all ascending.
 
-    Of those that are ``gone``, the ``replaced`` have changed where they came from, and never come back.
-    ``fresh_listed`` says of each fresh row whether it is on the opt-out list; ``failures`` counts, by state, the known
-    failures that stay; ``hidden`` the rows of the source whose samples are hidden.
+    ``replaced`` is the part of ``gone`` whose images have changed at their urls; these samples are never shown again.
+    ``fresh_listed`` is True for each fresh row on the opt-out list. ``failures`` counts the remaining known failures by
+    state; ``hidden`` counts the rows of the source whose samples are hidden.
     """
 
     fresh: Places = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -135,12 +134,12 @@ class RowDifference:
 
     @property
     def empty(self) -> bool:
-        """Nothing to fetch, to hide or to show again."""
+        """Whether there is nothing to fetch, to hide or to show again."""
         return not (len(self.fresh) or len(self.gone) or len(self.opted_out) or len(self.back))
 
 
 def compare(source: Partitions, shards: Partitions, again: NDArray[np.bool_]) -> RowDifference:
-    """The difference of two sides; ``again`` bool [256] says which failures are to be fetched again, by state."""
+    """The difference of two sides; ``again`` bool [256] selects the failures to fetch again, by state."""
     parts = [_compare(source.read(number), shards.read(number), again) for number in range(PARTITIONS)]
     total = RowDifference()
     for name in ("gone", "replaced", "opted_out", "back"):
@@ -198,7 +197,7 @@ def _compare(source: Records, shards: Records, again: NDArray[np.bool_]) -> _Par
 
 
 def _pairs(source: Records, shards: Records) -> tuple[Places, Places]:
-    """Indices of rows that answer one another: same digest, same rank among those of that digest."""
+    """Indices of matching rows: same digest, same rank among the rows with that digest."""
     both = np.concatenate([source, shards])
     side = np.arange(len(both)) >= len(source)
     order = np.where(side, _ORDER[both["state"]], 0)
@@ -225,7 +224,7 @@ def _counts(states: NDArray[np.uint8]) -> Counter[int]:
 
 
 def _in_both(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> int:
-    """How many elements the two have in common, repeats counted."""
+    """Number of common elements, with repeats."""
     values, counts = np.unique(first, return_counts=True)
     others, numbers = np.unique(second, return_counts=True)
     _, here, there = np.intersect1d(values, others, assume_unique=True, return_indices=True)

@@ -1,8 +1,8 @@
-"""The rows of a refresh as a source of their own: those of another source that are new, changed or tried again.
+"""The source of a refresh: the rows of another source that are new, changed or retried.
 
-They are written to a table beside the plan, one row group per shard, so that a worker reads its rows without the rest.
-A row whose image is to be downloaded is in the table whole. One whose image or members the source holds is in it by
-its place in that source, and is read from there.
+They are written to a table beside the plan, with one row group per shard, so a worker reads only its rows. The table
+holds complete rows for images to download. For a row whose image or members are in the source, it holds the position in
+that source, and the row is read from there.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ COLUMN = "column."
 
 @dataclass(frozen=True, kw_only=True)
 class Delta:
-    """Some rows of ``base``, as the parquet file at ``table`` lists them."""
+    """The rows of ``base`` listed in the parquet file ``table``."""
 
     kind: ClassVar[str] = "delta"
 
@@ -44,7 +44,7 @@ class Delta:
         return self.base.has_captions
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
-        """The row groups of the table; the digest covers the rows, not where they lie."""
+        """The row groups of the table; the digest covers the rows, not their position."""
         place, name = split_file(self.table)
         with place.open(name) as file:
             table = pq.ParquetFile(file)
@@ -82,10 +82,10 @@ def write_rows(
     size: int,
     hash_name: str | None,
 ) -> None:
-    """Write the fresh rows of ``found`` to ``path``, ``size`` to a row group.
+    """Write the fresh rows of ``found`` to ``path``, ``size`` per row group.
 
-    ``pieces`` are the slices of ``source`` that the places in ``found`` count by. What the source needs to find rows
-    again that hold their image goes into ``beside``.
+    ``pieces`` are the slices of ``source`` that the positions in ``found`` refer to. ``beside`` receives the data that
+    the source needs to read rows that contain their image.
     """
     schema = _schema(source)
     names = {name: COLUMN + name for name in source.schema()}

@@ -1,7 +1,7 @@
-"""The second engine: the real img2dataset over the same Ray cluster, published as a snapshot like any other.
+"""The second engine: the package img2dataset on the same Ray cluster, published as a snapshot.
 
-Its files are left as it wrote them. It follows any address a url table names, ``file://`` and private networks
-included, so its requests go through an opener that keeps clipmill's rule about addresses.
+Its files are not changed. img2dataset fetches any address in a url table, including ``file://`` and private networks,
+so its requests go through an opener that applies clipmill's address policy.
 """
 
 import hashlib
@@ -37,11 +37,11 @@ logger = logging.getLogger(__name__)
 def refresh_with_img2dataset(
     source: UrlTable, folder: Folder, options: ShardOptions, workers: Workers, card: str | None = None
 ) -> Snapshot:
-    """As :func:`pipeline.stages.refresh.refresh.refresh`, by the package img2dataset.
+    """As :func:`pipeline.stages.refresh.refresh.refresh`, with the package img2dataset.
 
     Raises:
-        SettingError: the package is not installed (it does not import on Python 3.13), or an option it has not.
-        StorageError: it left shards undone.
+        SettingError: the package is not installed (it does not import on Python 3.13), or lacks an option.
+        StorageError: some shards were not finished.
     """
     _refuse_what_it_lacks(source, options.downloads)
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -106,7 +106,7 @@ def _arguments(source: UrlTable, folder: Folder, options: ShardOptions, workers:
 
 
 def _refuse_what_it_lacks(source: UrlTable, downloads: DownloadOptions) -> None:
-    """Promises to publishers and ways around the web must not be dropped in silence."""
+    """Options for robots and for stores must not be ignored silently."""
     same = source.verify_hash is None or source.verify_hash.rpartition(":")[2] == downloads.compute_hash
     require(
         same, "verify_hash", source.verify_hash, f"img2dataset's: of the kind of compute_hash {downloads.compute_hash}"
@@ -124,7 +124,7 @@ def _guarded_downloader(rules: DownloadOptions) -> Any:
 
 
 class _Guarded:
-    """img2dataset's downloader, told in its worker process which addresses it may connect to."""
+    """img2dataset's downloader; installs the address policy in its worker process."""
 
     def __init__(self, kind: Any, rules: DownloadOptions, **arguments: Any) -> None:
         self._inner, self._rules = kind(**arguments), rules
@@ -135,7 +135,7 @@ class _Guarded:
 
 
 def guarded_opener(rules: DownloadOptions) -> urllib.request.OpenerDirector:
-    """An opener for http and https alone that refuses private addresses, also after redirects."""
+    """An opener for http and https only that rejects private addresses, also after redirects."""
 
     policy = AddressPolicy(rules.allow_hosts)
 
@@ -147,7 +147,7 @@ def guarded_opener(rules: DownloadOptions) -> urllib.request.OpenerDirector:
             numbers = [number for number in numbers if policy.allows_address(number, port)]
         if not numbers:
             raise AddressRefused(f"refused: {host} is not a public address")
-        # Connecting to the number that was checked leaves no second look-up to lie in.
+        # Connect to the checked address, so that a second DNS look-up cannot return another one.
         return socket.create_connection((numbers[0], port), *rest, **named)
 
     class Http(http.client.HTTPConnection):

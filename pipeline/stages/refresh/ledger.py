@@ -1,8 +1,8 @@
-"""What the shards of a folder hold, row by row: visible, hidden and why, failed and why.
+"""The state of every row in the shards of a folder: visible, hidden with reason, failed with reason.
 
-The parquet file beside each tar lists every row that the shard was made from. Which of its samples readers see is the
-snapshot's to say. Why a sample was hidden by a refresh is kept in ``_plan/{parent}/hidden.parquet``, all reasons so
-far, beside the plan of the refresh that hid it: a row that left the source may come back, one that was opted out not.
+The parquet file beside each tar lists every input row of the shard. The snapshot defines the visible samples. The
+reasons why refreshes hid samples are stored in ``_plan/{parent}/hidden.parquet``, all reasons so far, beside the plan
+of the refresh. A row that left the source may be shown again, an opted-out row may not.
 """
 
 import hashlib
@@ -43,12 +43,12 @@ HIDDEN_FILE = "hidden.parquet"
 HASHES = ("sha256", "md5", "sha512")
 OTHER = "other"
 REPLACED = "changed"
-"""Why an image is hidden that has changed where it came from: no row of a source is answered by it any more."""
+"""Reason of hidden images that have changed at their url: they match no row of a source any more."""
 _REASONS = {"gone": GONE, "opt_out": OPTED_OUT}
 
 
 class Failures:
-    """Numbers for classes of failures, in the order they are met."""
+    """Numbers for error classes, in the order of their occurrence."""
 
     def __init__(self) -> None:
         self._names: list[str] = [OTHER]
@@ -67,7 +67,7 @@ class Failures:
         return self._names[state - FAILED]
 
     def mask(self, names: Iterable[str]) -> NDArray[np.bool_]:
-        """Which states stand for the given reasons, bool [256]."""
+        """The states of the given reasons, bool [256]."""
         chosen = np.zeros(256, np.bool_)
         for name in set(names) & set(self._names):
             chosen[self.state(name)] = True
@@ -76,9 +76,9 @@ class Failures:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The shards of ``folder`` with numbers below ``first``, as readers of ``parent`` see them.
+    """The shards of ``folder`` with numbers below ``first``, as visible in ``parent``.
 
-    ``stale`` has the positions of images that have changed where they came from, by the number of their shard.
+    ``stale`` has the positions of images that have changed at their url, by the number of their shard.
     """
 
     folder: Folder
@@ -87,10 +87,10 @@ class Ledger:
     stale: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)
 
     def records(self, source: Source, opt_out: OptOut, failures: Failures) -> Iterator[Records]:
-        """Records of all rows, shard by shard; identified by what ``source`` would give for them.
+        """Records of all rows, shard by shard, identified by the values that ``source`` yields for them.
 
         Raises:
-            DataError: a shard's parquet file is missing, or does not fit its tar.
+            DataError: a shard's parquet file is missing, or does not match its tar.
         """
         entries = {shard.name: shard for shard in self.parent.shards} if self.parent else {}
         reasons = read_hidden(self.folder, self.parent)
@@ -147,7 +147,7 @@ def shard_numbers(folder: Folder, below: int | None = None) -> list[tuple[int, s
 
 
 def next_number(folder: Folder) -> int:
-    """The number after the last that any file of the folder has."""
+    """The number after the largest shard number of any file in the folder."""
     heads = (name.partition(".")[0].removesuffix("_stats") for name in folder.names())
     return max((int(head) for head in heads if head.isdigit()), default=-1) + 1
 
@@ -177,7 +177,7 @@ def _values(table: pa.Table, name: str) -> list[Any]:
 
 
 def read_hidden(folder: Folder, snapshot: Snapshot | None) -> dict[int, dict[int, str]]:
-    """Why refreshes hid what they hid, up to ``snapshot``: shard number -> position -> reason."""
+    """The reasons of samples hidden by refreshes, up to ``snapshot``: shard number -> position -> reason."""
     known = set(snapshot_ids(folder))
     parent = snapshot.parent if snapshot else None
     while parent is not None:
@@ -189,10 +189,10 @@ def read_hidden(folder: Folder, snapshot: Snapshot | None) -> dict[int, dict[int
 
 
 def write_hidden(folder: Folder, parent: str, hidden: Mapping[int, Mapping[int, str]]) -> None:
-    """Keep the reasons beside the plan of the refresh of ``parent``; nothing is written that stands there already."""
+    """Store the reasons beside the plan of the refresh of ``parent``, unless the same file exists."""
     rows = [(shard, at, reasons[at]) for shard, reasons in sorted(hidden.items()) for at in sorted(reasons)]
-    shards, positions, words = zip(*rows, strict=True) if rows else ((), (), ())
-    arrays = [pa.array(shards, pa.int64()), pa.array(positions, pa.int64()), pa.array(words, pa.string())]
+    shards, positions, texts = zip(*rows, strict=True) if rows else ((), (), ())
+    arrays = [pa.array(shards, pa.int64()), pa.array(positions, pa.int64()), pa.array(texts, pa.string())]
     content = BytesIO()
     pq.write_table(pa.table(arrays, names=["shard", "position", "reason"]), content)
     place = folder.folder(f"{PLANS}/{parent}")
@@ -213,7 +213,7 @@ def _read_hidden(place: Folder) -> dict[int, dict[int, str]]:
 
 
 def digest_of_places(*parts: Places) -> str:
-    """SHA-256 hex of lists of places."""
+    """SHA-256 (hex) of lists of positions."""
     content = hashlib.sha256()
     for part in parts:
         content.update(f"{len(part)}\n".encode() + part.astype("<i8").tobytes())

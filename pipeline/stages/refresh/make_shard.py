@@ -1,7 +1,7 @@
-"""Make one shard: read its rows, fetch, transform, and write in the order of the input.
+"""Make one shard: read its rows, download, transform, and write in the order of the input.
 
-Runs in one process without Ray, which only hands out the units. Downloads run in a thread of their own while images
-are decoded here; a slow row is waited for in order, with the finished ones behind it held in memory.
+Runs in one process; Ray only schedules the units. Downloads run in their own thread while images are decoded here.
+Output is in order: rows that finish before a slow row are held in memory.
 """
 
 import json
@@ -29,7 +29,7 @@ ARROW_TYPES: Mapping[type, pa.DataType] = {str: pa.string(), int: pa.int64(), fl
 
 @dataclass(frozen=True, kw_only=True)
 class ShardOptions:
-    """What a shard is made with."""
+    """Inputs and options of a shard."""
 
     images: ImageOptions = field(default_factory=ImageOptions)
     downloads: DownloadOptions = field(default_factory=DownloadOptions)
@@ -37,14 +37,14 @@ class ShardOptions:
 
 
 AS_IT_IS = ShardOptions(images=ImageOptions(**UNCHANGED))
-"""Images are stored as the source has them."""
+"""Whether images are stored as in the source."""
 
 
 def make_shard(unit: Unit, source: Source, folder: Folder, options: ShardOptions) -> ShardStats:
-    """Make the shard of ``unit`` in ``folder``, or return its stats where it is already whole.
+    """Make the shard of ``unit`` in ``folder``, or return the stats of the finished shard.
 
     Raises:
-        StorageError: the disk is full or the store refused.
+        StorageError: the disk is full or the store failed.
     """
     done = read_stats(folder, shard_name(unit.shard_id))
     if done is not None and done.unit == unit.digest:
@@ -83,12 +83,12 @@ class _Maker:
             columns["caption"] = pa.string()
         self.schema = parquet_schema({**columns, "url": pa.string()}, self._hash)
         if fetches(source):
-            # What the server said about this version of the image, for the next refresh.
+            # The server's validators of this version of the image, for the next refresh.
             for name in ("last_modified", "etag"):
                 self.schema = self.schema.append(pa.field(name, pa.string()))
 
     def finished(self) -> Iterator[tuple[dict[str, Any], Sample | None]]:
-        """Parquet row and sample of every input row, in order."""
+        """The parquet row and the sample of every input row, in order."""
         ahead: dict[int, tuple[dict[str, Any], Sample | None]] = {}
         following = 0
         for index, row, body in self._bodies():
@@ -98,7 +98,7 @@ class _Maker:
                 following += 1
 
     def _bodies(self) -> Iterator[tuple[int, Row, _Body | SampleError]]:
-        """Every row with its image's bytes; those at hand first, then the downloads as they come.
+        """Every row with its image's bytes; rows with images first, then the downloads in order of completion.
 
         Where the source has no images, the bytes are those of the members.
         """
@@ -137,7 +137,7 @@ class _Maker:
         except SampleError as error:
             return self._failed(record, error, body), None
         record |= self._described(image, body.digest)
-        # The validators stay out of the sample, whose bytes are the same whichever server sent it.
+        # The validators are not in the sample, whose bytes do not depend on the server.
         return {**record, **body.validators}, self._sample(key, row, record, image)
 
     def _image(self, content: bytes) -> EncodedImage:
@@ -148,7 +148,7 @@ class _Maker:
         except SampleError:
             raise
         except Exception as error:
-            # The sample boundary: decoders raise whatever they like on hostile input, and one image is one row.
+            # The sample boundary: decoders raise arbitrary exceptions on hostile input, and must fail one row only.
             raise SampleError("failed_to_resize", "decode", f"Image decoding error: {error}") from error
 
     def _failed(self, record: dict[str, Any], error: SampleError, body: _Body | SampleError) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def clean_value(value: Scalar) -> Scalar:
 
 
 def _flat_json(record: Mapping[str, Any]) -> bytes:
-    """``json.dumps(record, indent=4)`` of a dict without lists or dicts in it, at a fifth of the time.
+    """``json.dumps(record, indent=4)`` of a flat dict, in a fifth of the time.
 
     The standard library's fast encoder does not indent, but takes any separator. JSON has no NaN and no infinity:
     null stands for both.
@@ -200,7 +200,7 @@ def _flat_json(record: Mapping[str, Any]) -> bytes:
 
 
 def _refuse_stale_members(row: Row, image: EncodedImage) -> None:
-    """Boxes and masks say where things are in the image as it was; a resized one would contradict them."""
+    """Reject resized images with boxes or masks, which are in pixels of the original image."""
     stale = [name for name in GEOMETRIC_FIELDS if name in row.members]
     if stale and (image.width, image.height) != (image.original_width, image.original_height):
         message = f"{stale[0]} would not fit the resized image; use --resize-mode no"
@@ -213,7 +213,7 @@ def _refuse_stale_members(row: Row, image: EncodedImage) -> None:
 
 
 def _measured_in(boxes: bytes | None) -> tuple[int, int] | None:
-    """Width and height that boxes say their image has; None where they do not, and another tool's format may not."""
+    """Width and height of the image according to ``boxes.json``; None where it has none, as in other tools' formats."""
     try:
         record = json.loads(boxes or b"{}")
         return int(record["width"]), int(record["height"])

@@ -1,13 +1,13 @@
-"""Opt-out lists: who does not want to be in the data set.
+"""Opt-out lists: images to remove from the dataset.
 
-One entry a line (blank lines and lines that begin with # are skipped), or the first text column of a parquet file:
+One entry per line (blank lines and lines that begin with # are skipped), or the first string column of a parquet file:
 
-* a url, ``https://example.com/a.jpg``: that image, whether asked for by http or https;
-* a prefix, ``https://example.com/people/`` or ``example.com/img*``: everything below it;
-* a host, ``example.com``: everything there, sub-domains included;
-* the hex digest of a file as it was downloaded (the column that ``--compute-hash`` makes), or a sample's key.
+* a url, ``https://example.com/a.jpg``: that image, by http or https;
+* a prefix, ``https://example.com/people/`` or ``example.com/img*``: all urls below it;
+* a host, ``example.com``: all urls of the host and its subdomains;
+* the hex digest of a downloaded file (the column of ``--compute-hash``), or a sample's key.
 
-Where in doubt an entry matches: hiding one image too many costs less than keeping one that was asked to go.
+In doubt an entry matches: hiding one image too many is better than keeping an opted-out one.
 """
 
 import hashlib
@@ -24,14 +24,14 @@ from numpy.typing import NDArray
 
 from pipeline.errors import SettingError
 
-# NumPy drops zeros at the end of such strings, on both sides of a comparison alike.
+# NumPy drops trailing zeros of such strings, on both sides of a comparison.
 DIGEST = np.dtype("S16")
 _PARTS = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.\-]*://)?(?:[^/@?#]*@)?(\[[^\]/]*\]|[^/:?#]*)(.*)", re.DOTALL)
 _HOST = re.compile(r"[a-z0-9_\-]+(\.[a-z0-9_\-]+)+")
 
 
 class OptOut:
-    """A list in memory: 16 bytes an entry, but for prefixes and hosts, which are kept as text."""
+    """A list in memory: 16 bytes per entry; prefixes and hosts as text."""
 
     def __init__(self, entries: Iterable[str] = ()) -> None:
         self._hosts: set[str] = set()
@@ -109,7 +109,7 @@ def _parquet_entries(file: Any) -> Iterator[str]:
 
 
 def _plain(url: str) -> str:
-    """Without scheme, user and fragment; the host in small letters. What is no url stays as it is."""
+    """The url without scheme, user and fragment, with the host in lower case; other text is unchanged."""
     text = url.strip()
     match = _PARTS.fullmatch(text)
     if match is None:

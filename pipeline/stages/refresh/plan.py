@@ -1,8 +1,8 @@
-"""The plan of a data job: one unit of work per shard, with a digest of its input and of the options that shape it.
+"""The plan of a data job: one unit of work per shard, with a digest of its input and of the options that affect it.
 
-Plan and row copies lie in ``{folder}/_plan/``. The same input and options give the same plan, so the same command
-finds its own work again after a kill; another plan in the same folder is refused rather than mixed in. A refresh has a
-plan of its own, ``{folder}/_plan/{parent}/``, named by the snapshot it starts from: a folder has a chain of plans.
+Plan and row copies are stored in ``{folder}/_plan/``. The same input and options give the same plan, so the same
+command resumes its work after a kill. A different plan for the same folder is an error. Each refresh has its own plan,
+``{folder}/_plan/{parent}/``, named by the snapshot it starts from, so a folder has a chain of plans.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ _TYPES: Mapping[str, pa.DataType] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """One shard to make: its number, the slice of input, and the digest of both slice and options."""
+    """One shard to make: its number, its slice of the input, and the digest of slice and options."""
 
     shard_id: int
     piece: Slice
@@ -48,7 +48,7 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class RefreshPlan:
-    """All units of a job; ``digest`` is the SHA-256 hex over theirs, in order."""
+    """All units of a job; ``digest`` is the SHA-256 (hex) of their digests, in order."""
 
     digest: str
     units: tuple[Unit, ...]
@@ -62,10 +62,10 @@ class RefreshPlan:
 def make_plan(
     source: Source, folder: Folder, rows_per_shard: int, options: Mapping[str, object], replace: bool = False
 ) -> RefreshPlan:
-    """Plan the work of reading ``source`` into ``folder`` and write the plan down.
+    """Plan the shards of ``source`` in ``folder``, and write the plan.
 
-    ``options`` are those that change a shard's bytes. With ``replace`` another plan gives way to this one, as long as
-    nothing of it has been published.
+    ``options`` are those that change a shard's bytes. With ``replace`` this plan replaces another one that has not been
+    published.
 
     Raises:
         SettingError: the input is missing or empty, or the folder holds the work of another plan.
@@ -86,7 +86,7 @@ def make_plan(
 
 
 def drop_shards(folder: Folder, known: "StoredPlan", plan: RefreshPlan | None) -> None:
-    """Delete the shards of a plan that was never published, but for those whose numbers ``plan`` has too."""
+    """Delete the shards of an unpublished plan, except those whose numbers are in ``plan`` too."""
     kept = {unit.shard_id for unit in plan.units} if plan else set()
     for number in sorted(set(known.shards) - kept):
         for ending in (STATS, ".tar", ".parquet"):
@@ -96,7 +96,7 @@ def drop_shards(folder: Folder, known: "StoredPlan", plan: RefreshPlan | None) -
 def plan_of(
     source: Source, scratch: Folder, rows_per_shard: int, options: Mapping[str, object], first: int = 0
 ) -> RefreshPlan:
-    """The plan of reading ``source`` into shards numbered from ``first``; nothing is written but what it needs."""
+    """The plan of shards of ``source`` numbered from ``first``; writes only the source's row copies."""
     check_rows_per_shard(rows_per_shard)
     shaping = json.dumps({**options, "number_sample_per_shard": rows_per_shard}, sort_keys=True)
     units = tuple(_units(source.slices(rows_per_shard, scratch), shaping, first))
@@ -111,7 +111,7 @@ def _units(slices: Iterator[Slice], shaping: str, first: int) -> Iterator[Unit]:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredPlan:
-    """A plan that was written down: its digest, the number of its first shard, and the numbers of all."""
+    """A stored plan: its digest, the number of its first shard, and all shard numbers."""
 
     digest: str
     first: int
@@ -119,7 +119,7 @@ class StoredPlan:
 
 
 def read_plan(folder: Folder, name: str) -> StoredPlan | None:
-    """The plan called ``name`` (:data:`ROOT`, :data:`FIRST`, or the snapshot whose refresh it is), if there is one."""
+    """The plan ``name`` (:data:`ROOT`, :data:`FIRST`, or the parent snapshot of a refresh), if it exists."""
     place = _place(folder, name)
     if not place.exists(PLAN_FILE):
         return None
@@ -130,7 +130,7 @@ def read_plan(folder: Folder, name: str) -> StoredPlan | None:
 
 
 def write_plan(folder: Folder, name: str, plan: RefreshPlan, first: int = 0) -> None:
-    """Write a plan down."""
+    """Store a plan."""
     rows = [
         {
             "shard_id": unit.shard_id,

@@ -1,4 +1,4 @@
-"""How far a data job is, in one line every ten seconds, and when it is not worth going on."""
+"""Progress of a data job, one line every ten seconds, and the limit of failures at which it stops."""
 
 import logging
 import time
@@ -17,12 +17,12 @@ REASONS_NAMED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Floor:
-    """The least share of rows that have to become samples."""
+    """The smallest fraction of rows that must become samples."""
 
     minimum_success: float = 0.0
-    """Stop with exit code 1 when a smaller share than this of the rows becomes samples (0.2: a fifth)."""
+    """Smallest fraction of rows that must become samples, 0 to 1; below it the job stops with exit code 1."""
     minimum_success_after: int = 10_000
-    """Rows after which the share is judged, shard by shard; at the end in any case."""
+    """Number of rows from which the fraction is checked after every shard; it is always checked at the end."""
 
     def __post_init__(self) -> None:
         require(0 <= self.minimum_success <= 1, "minimum_success", self.minimum_success, "0 to 1")
@@ -30,11 +30,11 @@ class Floor:
 
 
 class Progress:
-    """Counts the shards of a job of ``rows`` rows; those that an earlier run made count, but not for the rate."""
+    """Counts the finished shards of a job of ``rows`` rows; shards of an earlier run count, but not for the rate."""
 
     def __init__(self, rows: int, floor: Floor) -> None:
         self._all, self._floor = rows, floor
-        self._start = self._told = time.monotonic()
+        self._start = self._reported = time.monotonic()
         self._wall = time.time()
         self._rows = self._successes = self._bytes = self._fresh_rows = self._fresh_samples = 0
         self._reasons: Counter[str] = Counter()
@@ -43,7 +43,7 @@ class Progress:
         """Count a finished shard.
 
         Raises:
-            TooManyFailures: the floor is not reached.
+            TooManyFailures: the fraction of samples is below the floor.
         """
         self._rows += stats.count
         self._successes += stats.successes
@@ -52,15 +52,15 @@ class Progress:
             self._fresh_rows += stats.count
             self._fresh_samples += stats.successes
             self._bytes += stats.bytes
-        # The last shard's line is that of finish().
-        if self._rows < self._all and time.monotonic() - self._told > REPORT_SECONDS:
-            self._told = time.monotonic()
+        # finish() logs the line after the last shard.
+        if self._rows < self._all and time.monotonic() - self._reported > REPORT_SECONDS:
+            self._reported = time.monotonic()
             logger.info("%s", self.line())
         self._judge()
         return stats
 
     def finish(self) -> None:
-        """Tell the end, and how many rows were dropped for which reason."""
+        """Log the final line, and the number of dropped rows by reason."""
         if self._rows:
             logger.info("%s", self.line())
         for reason, count in self._reasons.most_common():
@@ -81,6 +81,6 @@ class Progress:
             reasons = ", ".join(f"{reason} ({count})" for reason, count in self._reasons.most_common(REASONS_NAMED))
             raise TooManyFailures(
                 f"{share:.1%} of {self._rows} rows became samples, less than --minimum-success "
-                f"{self._floor.minimum_success:g}; most of the others failed for: {reasons}; what is done is kept, "
-                "and the same command with a lower floor goes on"
+                f"{self._floor.minimum_success:g}; most of the others failed for: {reasons}; finished shards are kept, "
+                "run the same command with a lower --minimum-success to continue"
             )

@@ -1,11 +1,11 @@
-"""Delete hidden samples from disk: the one thing that breaks old snapshots, on purpose.
+"""Delete hidden samples from disk: the only operation that breaks old snapshots.
 
-Each shard with hidden samples is written again, under a new number, with what readers see; a snapshot of the new
-shards is published; then the old files and the snapshots that showed them are deleted. ``_plan/purge.json`` is
-written first and deleted last: wherever a purge is stopped, the next refresh finishes it.
+Each shard with hidden samples is rewritten with its visible samples, under a new number. A snapshot of the new shards
+is published; then the old files and the snapshots that show them are deleted. ``_plan/purge.json`` is written first and
+deleted last: if a purge is stopped, the next refresh finishes it.
 
-Rows of opted-out samples stay in the new parquet files as failed rows, since a row that is forgotten would be fetched
-again; rows that left their source are dropped.
+Rows of opted-out samples stay in the new parquet files as failed rows, since they would otherwise be fetched again;
+rows that left their source are dropped.
 """
 
 import dataclasses
@@ -48,15 +48,14 @@ _KEPT_WHEN_FAILED = ("width", "height", "original_width", "original_height", "ex
 
 
 def purge(folder: Folder, snapshot: Snapshot, workers: Workers) -> Snapshot:
-    """Delete what ``snapshot``, the newest of ``folder``, does not show; returns the snapshot that is left.
+    """Delete the samples that are not visible in ``snapshot``, the newest of ``folder``; returns the new snapshot.
 
-    ``workers`` write the new shards, each a task.
-
-    Nothing is written where nothing is hidden and no older snapshot shows more.
+    ``workers`` write the new shards, one task each. Does nothing if no sample is hidden and no older snapshot shows
+    more.
 
     Raises:
         DataError: a stored shard is damaged.
-        StorageError: the store refused.
+        StorageError: the file system or store failed.
     """
     shown = {shard.name: shard for shard in snapshot.shards}
     hidden = [name for _, name in shard_numbers(folder) if _hides(folder, name, shown.get(name))]
@@ -70,7 +69,7 @@ def purge(folder: Folder, snapshot: Snapshot, workers: Workers) -> Snapshot:
 
 
 def finish_purge(folder: Folder, workers: Workers) -> bool:
-    """Go on with a purge that was stopped; whether there was one."""
+    """Finish a purge that was stopped; returns whether there was one."""
     plans = folder.folder(PLANS)
     if not plans.exists(PURGE_FILE):
         return False
@@ -91,7 +90,7 @@ def _purge(folder: Folder, of: str, names: Mapping[str, str], workers: Workers) 
     purged = _published(folder, of)
     newest = read_snapshot(folder.uri)
     if purged is None and newest.id != of:
-        logger.warning("%s was published in the middle of a purge, which is given up; ask for it again", newest.uri)
+        logger.warning("%s was published during a purge, which is cancelled; run the purge again", newest.uri)
         for name in names.values():
             _delete_shard(folder, name)
         mark.delete(PURGE_FILE)
@@ -104,7 +103,7 @@ def _purge(folder: Folder, of: str, names: Mapping[str, str], workers: Workers) 
 
 
 def _published(folder: Folder, of: str) -> Snapshot | None:
-    """The snapshot that the purge of the snapshot ``of`` has published."""
+    """The snapshot published by the purge of the snapshot ``of``."""
     for name in snapshot_ids(folder):
         if name > of:
             later = read_snapshot(f"{folder.uri}@{name}")
@@ -142,7 +141,7 @@ def _stored(folder: Folder, name: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Work:
-    """The shard ``old`` is to be written again as ``new``; ``reasons`` say why its hidden samples are."""
+    """Rewrite the shard ``old`` as ``new``; ``reasons`` are those of its hidden samples."""
 
     old: str
     new: str
@@ -152,14 +151,14 @@ class _Work:
 
 @dataclass(frozen=True, kw_only=True)
 class _PurgedShard:
-    """What a shard became, ``None`` where no sample is left, and how many samples it lost."""
+    """The new shard, ``None`` if no sample is left, and the number of deleted samples."""
 
     shard: Shard | None
     lost: int
 
 
 class _Rewrite:
-    """The task: a shard to what it became, as JSON."""
+    """The task: rewrite one shard; returns the result as JSON."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
@@ -171,7 +170,7 @@ class _Rewrite:
 
 
 def _rewrite(folder: Folder, old: str, new: str, shard: Shard | None, reasons: Mapping[int, str]) -> Shard | None:
-    """Write the visible samples of ``old`` as the shard ``new``; ``None`` where none is visible."""
+    """Write the visible samples of ``old`` as the shard ``new``; ``None`` if none is visible."""
     present = _present(folder, shard)
     unit = unit_digest("purge", old, shard.sha256 if shard else "", shard.selection if shard else "")
     stats = read_stats(folder, new)
@@ -198,7 +197,7 @@ def _rewrite(folder: Folder, old: str, new: str, shard: Shard | None, reasons: M
 
 
 def _present(folder: Folder, shard: Shard | None) -> Indices:
-    """Positions in the tar that readers see, repeats included."""
+    """Positions in the tar of visible samples, with repeats."""
     if shard is None:
         return np.zeros(0, np.int32)
     indices = read_selection(folder, shard)
@@ -229,7 +228,7 @@ def _write(
 
 
 def _schema(schema: pa.Schema) -> pa.Schema:
-    """The schema with the columns that failed rows need, which img2dataset's own files lack."""
+    """The schema with the columns for failed rows, which img2dataset's own files lack."""
     needed = (("error_class", pa.string()), ("http_status", pa.int32()), ("attempts", pa.int32()))
     for name, kind in needed:
         if name not in schema.names:
@@ -267,9 +266,9 @@ def _delete(folder: Folder, purged: Snapshot, names: Mapping[str, str]) -> None:
     for file in place.names(".parquet"):
         if file.removesuffix(".parquet") not in needed:
             place.delete(file)
-    # A plan that began the folder would make the deleted shards again.
+    # The folder's first plan would make the deleted shards again.
     folder.folder(PLANS).delete(PLAN_FILE)
-    # Names of tables as well: a stop may have left one without its mark.
+    # Names of tables too: an interrupted run may leave a table without its mark.
     for file in folder.folder(SNAPSHOTS).names():
         older = file.partition(".")[0]
         if older < purged.id:

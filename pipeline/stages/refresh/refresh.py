@@ -1,7 +1,7 @@
-"""A source becomes a snapshot: plan the shards, make them as Ray tasks, publish what came out.
+"""Make a snapshot from a source: plan the shards, make them as Ray tasks, publish the snapshot.
 
-Each task gets one unit of work, writes its own files and gives back a small row of counts; no image travels through
-Ray. A task whose worker dies is run again by Ray; a killed job is run again by its user, and finds its whole shards.
+Each task gets one unit of work, writes its own files and returns a small record of counts; no image passes through Ray.
+Ray reruns a task whose worker died. A killed job can be run again; it reuses its finished shards.
 """
 
 import logging
@@ -34,18 +34,18 @@ def refresh(
     renewal: Renewal = FROM_NOTHING,
     floor: Floor = NO_FLOOR,
 ) -> Snapshot:
-    """Bring ``source`` into ``folder`` and publish the snapshot; shards that are already whole are kept.
+    """Write ``source`` to ``folder`` and publish the snapshot; finished shards are kept.
 
-    With a ``renewal`` the folder's newest snapshot is taken over, and only what differs from it is fetched; where
-    nothing differs nothing is written, and that snapshot is given back.
+    With a ``renewal`` the samples of the folder's newest snapshot are kept, and only differences to it are fetched.
+    Without differences nothing is written, and that snapshot is returned.
 
     Raises:
-        SettingError: the input is missing or empty, or the folder holds other work.
-        StorageError: the disk is full or the store refused (the same command goes on from there), or another job is at
-            work in the folder.
-        DataError: what the folder holds is damaged.
+        SettingError: the input is missing or empty, or the folder holds the work of another plan.
+        StorageError: the disk is full or the store failed (run the same command to continue), or another job holds the
+            folder's lease.
+        DataError: the folder's files are damaged.
         SnapshotError: no row became a sample.
-        TooManyFailures: fewer rows than ``floor`` wants became samples.
+        TooManyFailures: the fraction of samples is below ``floor``.
     """
     job = RefreshJob(
         source=source, folder=folder, options=options, workers=workers, card=card, renewal=renewal, floor=floor
@@ -91,7 +91,7 @@ def _finished_shards(job: RefreshJob, plan: RefreshPlan) -> list[ShardStats]:
 
 
 class _MakeShards:
-    """The task: a unit of the plan to its stats."""
+    """The task: makes the shard of one unit and returns its stats."""
 
     def __init__(self, job: RefreshJob) -> None:
         self._source, self._folder, self._options = job.source, job.folder, job.options

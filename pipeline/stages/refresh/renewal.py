@@ -1,8 +1,8 @@
-"""Refresh a data set from its newest snapshot: fetch what is new, hide what is gone or opted out, keep the rest.
+"""Refresh a dataset from its newest snapshot: fetch new rows, hide removed and opted-out rows, keep the others.
 
-Nothing that an older snapshot refers to is touched: new rows become shards numbered after the last one, and samples to
-hide are left out of the shards' selections. Until the new snapshot is published the refresh can be stopped and run
-again; when the source has changed meanwhile, its unpublished plan gives way to the new one.
+Files of older snapshots are not changed: new rows become shards numbered after the last one, and hidden samples are
+left out of the shards' selections. Until the new snapshot is published, the refresh can be stopped and run again. If
+the source has changed in the meantime, a new plan replaces the unpublished one.
 """
 
 import dataclasses
@@ -78,7 +78,7 @@ RETRYABLE = TRANSIENT | {"dns"}
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRefresh:
-    """A refresh that is planned: what differs, and the plan of what to fetch from ``source``."""
+    """A planned refresh: the differences, and the plan of the rows to fetch from ``source``."""
 
     name: str
     parent: Snapshot | None
@@ -90,12 +90,12 @@ class PlannedRefresh:
 
 
 def prepare(job: RefreshJob) -> PlannedRefresh | Snapshot:
-    """Compare the source with the folder's shards and plan the refresh; a snapshot where nothing is to be done.
+    """Compare the source with the folder's shards and plan the refresh; returns the snapshot if there is no work.
 
-    The job's workers ask again for stored images, where the renewal wants that.
+    The job's workers revalidate stored images if the renewal requests it.
 
     Raises:
-        SettingError: the input, the parent or the opt-out list cannot be used.
+        SettingError: the input, the parent or the opt-out list is invalid.
         DataError: a stored shard is damaged.
     """
     source, folder, options, renewal = job.source, job.folder, job.options, job.renewal
@@ -162,7 +162,7 @@ def _difference(
         urls.append(found["url"][np.isin(found["state"], out)])
     opted_out = np.unique(np.concatenate(urls))
     for found in source_records(job.source, pieces, opt_out, job.options.downloads.compute_hash):
-        # With another caption, or without the list, it is still the image that was asked to go.
+        # With another caption, or without the list, it is still the opted-out image.
         found["state"][np.isin(found["url"], opted_out)] = LISTED
         here.add(found)
     return compare(here, there, failures.mask(RETRYABLE if job.renewal.retry_failed else ()))
@@ -171,7 +171,7 @@ def _difference(
 def source_records(
     source: Source, pieces: Sequence[Slice], opt_out: OptOut, hash_name: str | None
 ) -> Iterator[NDArray[np.void]]:
-    """Records of a source's rows; places count by ``pieces``."""
+    """Records of a source's rows; positions refer to ``pieces``."""
     columns = sorted(source.schema())
     for number, piece in enumerate(pieces):
         values: list[tuple[object, ...]] = []
@@ -188,35 +188,35 @@ def source_records(
 
 
 def _expected(expected: str | None, hash_name: str | None) -> str | None:
-    """The digest that a row's image has to have, where it is of the kind that is stored: another one is a change."""
+    """The required digest of a row's image, if its algorithm is the stored one; a different digest is a change."""
     algorithm, _, hexadecimal = (expected or "").partition(":")
     return hexadecimal.lower() if hexadecimal and algorithm == hash_name else None
 
 
 def _planned(job: RefreshJob, scratch: Folder, found: RowDifference, first: int) -> RefreshPlan:
-    """The plan of the fresh rows; its digest covers what is to be hidden and shown again too."""
+    """The plan of the fresh rows; its digest also covers the samples to hide and to show again."""
     delta = Delta(base=job.source, table=scratch.join(ROWS_FILE))
     plan = plan_of(delta, scratch, job.options.number_sample_per_shard, job.shaping, first)
     return dataclasses.replace(plan, digest=plan.digest + digest_of_places(found.gone, found.opted_out, found.back))
 
 
 def _finished(folder: Folder, parent: Snapshot, known: StoredPlan | None, plan: RefreshPlan) -> Snapshot:
-    """The snapshot that this very refresh has published; any other start from an old snapshot is refused."""
+    """The snapshot published by this same refresh; any other start from an old snapshot is an error."""
     newest = read_snapshot(folder.uri)
     same = known is not None and known.digest == plan.digest
-    require(same, "parent", parent.uri, f"the newest snapshot, {newest.uri}, which has taken this one's place")
+    require(same, "parent", parent.uri, f"the newest snapshot, {newest.uri}, which has replaced this one")
     logger.info("this refresh is done; the newest snapshot is %s", newest.uri)
     return newest
 
 
 def _replace(folder: Folder, name: str, known: StoredPlan | None, plan: RefreshPlan, first: int, rows: Path) -> None:
-    """Write plan and rows down; shards of an earlier plan that was never published give way."""
+    """Store plan and rows; delete the shards of an earlier, unpublished plan."""
     if known is not None and known.digest != plan.digest:
-        logger.info("the source has changed since this refresh began; it is planned anew")
+        logger.info("the source has changed since this refresh began; planning again")
         drop_shards(folder, known, plan)
     begun = read_plan(folder, ROOT) if name == FIRST else None
     if begun is not None:
-        # What was begun without an opt-out list must not be gone on with.
+        # Work that was begun without an opt-out list must not be continued.
         drop_shards(folder, begun, plan)
         folder.folder(PLANS).delete(PLAN_FILE)
     folder.folder(f"{PLANS}/{name}").write_atomic(ROWS_FILE, rows)
@@ -225,7 +225,7 @@ def _replace(folder: Folder, name: str, known: StoredPlan | None, plan: RefreshP
 
 
 def _discard(folder: Folder, name: str, known: StoredPlan | None) -> None:
-    """Take back a plan that was never published, now that the source is again what it was."""
+    """Delete an unpublished plan, because the source has its earlier content again."""
     if known is not None:
         drop_shards(folder, known, None)
         for file in (PLAN_FILE, ROWS_FILE):
@@ -233,11 +233,11 @@ def _discard(folder: Folder, name: str, known: StoredPlan | None) -> None:
 
 
 def publish_renewal(job: RefreshJob, prepared: PlannedRefresh, stats: Iterable[ShardStats]) -> Snapshot:
-    """Publish the parent's shards, with what has to be hidden hidden, and the new ones.
+    """Publish the parent's shards, with updated selections, and the new ones.
 
     Raises:
         SnapshotError: no sample is left.
-        StorageError: the store refused.
+        StorageError: the file system or store failed.
     """
     folder, found, parent, done = job.folder, prepared.found, prepared.parent, list(stats)
     new = [
@@ -270,7 +270,7 @@ def publish_renewal(job: RefreshJob, prepared: PlannedRefresh, stats: Iterable[S
 
 
 def _listed(folder: Folder, shard: Shard, opt_out: OptOut) -> NDArray[np.bool_]:
-    """Which samples of a new shard are opted out by the digest that only the download has told, or by key."""
+    """The samples of a new shard that are opted out by key, or by the digest of the downloaded file."""
     if not len(opt_out):
         return np.zeros(shard.stored, np.bool_)
     table = read_rows(folder, shard.name)
@@ -283,7 +283,7 @@ def _listed(folder: Folder, shard: Shard, opt_out: OptOut) -> NDArray[np.bool_]:
 def _hidden(
     folder: Folder, prepared: PlannedRefresh, listed: Mapping[str, NDArray[np.bool_]]
 ) -> dict[int, dict[int, str]]:
-    """All reasons known so far, less the rows that are shown again, more those that this refresh hides."""
+    """All known reasons, without the rows that are shown again, with those that this refresh hides."""
     hidden = read_hidden(folder, prepared.parent)
     for shard, position in _pairs(prepared.found.back):
         hidden[shard].pop(position, None)
@@ -303,7 +303,7 @@ def _pairs(where: Places) -> Iterator[tuple[int, int]]:
 
 
 def _with_returned(folder: Folder, parent: Snapshot | None, found: RowDifference) -> list[Shard]:
-    """The parent's shards, and those of which it shows nothing but rows have come back."""
+    """The parent's shards, and shards without visible samples some of whose rows are shown again."""
     shards = list(parent.shards) if parent else []
     known = {shard.name for shard in shards}
     for number in np.unique(parts_of(found.back)[0]).tolist():
@@ -324,7 +324,7 @@ def _with_returned(folder: Folder, parent: Snapshot | None, found: RowDifference
 
 
 def _reselected(folder: Folder, shard: Shard, found: RowDifference) -> Shard:
-    """``shard`` without what is gone and opted out, with what is back; the same shard where nothing concerns it."""
+    """``shard`` without removed and opted-out samples, with those shown again; the same shard without changes."""
     if not shard.name.isdigit():
         return shard
     number = int(shard.name)
@@ -334,7 +334,7 @@ def _reselected(folder: Folder, shard: Shard, found: RowDifference) -> Shard:
         return shard
     present = read_selection(folder, shard)
     shown = np.arange(shard.stored) if present is None else present.astype(np.int64)
-    # Repeats of what stays stay: a selection may name a sample several times.
+    # Keep repeats of visible samples: a selection may list a sample several times.
     shown = np.sort(np.concatenate([shown[~np.isin(shown, away)], back]))
     if len(shown) == shard.stored and (np.diff(shown) == 1).all():
         return dataclasses.replace(shard, samples=shard.stored, selection="")
@@ -348,7 +348,7 @@ def _positions(where: Places, number: int) -> Places:
 
 
 def _dropped(prepared: PlannedRefresh, done: Sequence[ShardStats], listed: int) -> dict[str, int]:
-    """Why rows of the source are no samples, by reason."""
+    """Number of source rows without a sample, by reason."""
     dropped: Counter[str] = Counter()
     for state, count in prepared.found.failures.items():
         dropped[prepared.failures.name(state)] += count

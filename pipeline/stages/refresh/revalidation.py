@@ -1,13 +1,12 @@
-"""Ask again for images that are stored: has the one behind the same url changed?
+"""Revalidate stored images: detect images that have changed at the same url.
 
-Every stored image whose server gave it an ``ETag`` or a date is asked for on the condition that it differs (RFC 9110,
-section 13): an answer 304 costs a few hundred bytes, and the stored one stays. An answer with a body counts as a change
-where its digest is another one, so servers that ignore conditions only cost time. What came to be forbidden
-(``X-Robots-Tag``, robots.txt) counts as a change too, since the fetch that follows refuses it. Any other failure leaves
-the stored image as it is.
+Every stored image with an ``ETag`` or a date from its server is requested conditionally (RFC 9110, section 13). A 304
+response costs a few hundred bytes, and the stored image stays. A response with a body is a change if its digest
+differs, so servers that ignore conditions only cost time. An image that is now forbidden (``X-Robots-Tag``, robots.txt)
+is a change too, since the download that follows is rejected. After any other failure the stored image stays.
 
-One file for each shard says what was found, so that a job that was killed asks for no image twice. They lie beside
-the refresh's plan, and go when nothing has changed.
+One file per shard stores the result, so a killed job requests no image twice. The files are beside the refresh's plan,
+and are deleted if there are no changes.
 """
 
 import json
@@ -46,7 +45,7 @@ FORBIDDEN = frozenset({"optout", "robots"})
 
 @dataclass(frozen=True)
 class Revalidation:
-    """The task of a shard. ``opt_out`` is never asked for; ``which`` may be "all", validators or not."""
+    """The task of a shard; requests no image in ``opt_out``; ``which`` "all" includes those without validators."""
 
     folder: Folder
     place: Folder
@@ -55,7 +54,7 @@ class Revalidation:
     which: Which
 
     def __call__(self, shard: Shard) -> str:
-        """Ask for the shard's visible images; counts as JSON."""
+        """Revalidate the shard's visible images; returns counts as JSON."""
         file = f"{shard.name}.parquet"
         if not self.place.exists(file):
             buffer = BytesIO()
@@ -96,12 +95,12 @@ def revalidate(
     which: Which,
     workers: Workers,
 ) -> Stale:
-    """The stored images of ``parent`` that have changed where they came from.
+    """The stored images of ``parent`` that have changed at their urls.
 
-    ``place`` keeps what each shard's task found. Robots and politeness are those of ``downloads``.
+    ``place`` stores the results per shard. The options for robots and rate limits are those of ``downloads``.
 
     Raises:
-        SettingError: images are stored without a digest, so that nothing can be compared.
+        SettingError: images are stored without a digest, so they cannot be compared.
         DataError: a stored shard is damaged.
     """
     name = downloads.compute_hash
@@ -117,7 +116,7 @@ def revalidate(
 
 
 def forget(place: Folder) -> None:
-    """Delete what was found: nothing has changed, and the next refresh asks again."""
+    """Delete the results, so that the next refresh requests the images again."""
     for which in ("known", "all"):
         beside = place.folder(f"{FOLDER}/{which}")
         for name in beside.names():

@@ -1,4 +1,4 @@
-"""What a refresh is asked to do, as one object that every layer of it reads."""
+"""The settings of a refresh, as one object for all its layers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,27 +19,27 @@ LATEST = "latest"
 
 @dataclass(frozen=True, kw_only=True)
 class Renewal:
-    """What a refresh takes over from the folder's newest snapshot, and what has to go."""
+    """Options for a refresh of the folder's newest snapshot."""
 
     parent: str | None = None
-    """Snapshot to go on from: `latest`, or folder@id of the newest one; only new and changed rows are fetched."""
+    """Snapshot to refresh: `latest`, or folder@id of the newest one; only new and changed rows are fetched."""
     opt_out: str | None = None
-    """List (.txt or .parquet) of urls, url prefixes, hosts, digests or keys: hidden at once and never fetched again."""
+    """List (.txt or .parquet) of urls, url prefixes, hosts, digests or keys to hide and never to fetch again."""
     retry_failed: bool = False
-    """Fetch again the rows whose failure may pass (time-outs, resets, 429, 5xx, names that did not resolve)."""
+    """Fetch rows with transient failures again (time-outs, resets, 429, 5xx, names that did not resolve)."""
     revalidate: Which = "none"
-    """Ask again for stored images, whose bytes may have changed behind the same url: of `known` validators (ETag or
-    date) on the condition that they differ, or `all`, which fetches what has none in order to compare it."""
+    """Check whether stored images have changed at their urls: `known` sends conditional requests for images with
+    validators (ETag or date); `all` also downloads images without validators, to compare them."""
     purge: bool = False
-    """Delete hidden samples from disk; older snapshots that show them go too."""
+    """Delete hidden samples from disk, and the older snapshots that show them."""
 
     @property
     def asked(self) -> bool:
-        """Whether this is more than a first refresh; each of these says that the newest snapshot counts."""
+        """Whether an option requires an existing snapshot."""
         return self != Renewal()
 
     def begins(self, folder: Folder) -> bool:
-        """Whether there is nothing to go on from, nor an opt-out list: a refresh from nothing, then."""
+        """Whether there is neither a parent snapshot nor an opt-out list."""
         opted_out = self.opt_out is not None or read_plan(folder, FIRST) is not None
         return self.parent in (None, LATEST) and not opted_out and not snapshot_ids(folder)
 
@@ -50,7 +50,7 @@ NO_FLOOR = Floor()
 
 @dataclass(frozen=True, kw_only=True)
 class RefreshJob:
-    """One refresh: what is read, where it goes, and how."""
+    """One refresh: source, output folder and options."""
 
     source: Source
     folder: Folder
@@ -62,16 +62,16 @@ class RefreshJob:
 
     @property
     def shaping(self) -> dict[str, Any]:
-        """The options that change what a shard holds."""
+        """The options that change the content of a shard."""
         return shaping_options(self.options)
 
     @property
     def recorded(self) -> Mapping[str, Any]:
-        """What the snapshot records of how it was made."""
+        """The options recorded in the snapshot."""
         classes = {"classes": dict(self.source.classes)} if isinstance(self.source, Classed) else {}
         return {"source": flatten(self.source), **self.shaping, **classes}
 
 
 def shaping_options(options: ShardOptions) -> dict[str, Any]:
-    """The options that change what a shard holds; how fast and how often to try are left out."""
+    """The options that change the content of a shard, without rate limits and retries."""
     return {**flatten(options.images), "compute_hash": options.downloads.compute_hash}

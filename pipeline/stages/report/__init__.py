@@ -1,1 +1,1 @@
-"""What a snapshot holds, as numbers and as one HTML page."""
+"""Reports of a snapshot: statistics and one HTML page."""

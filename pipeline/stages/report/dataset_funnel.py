@@ -1,4 +1,4 @@
-"""How input rows became what readers see, and what a snapshot changed against its parent."""
+"""The funnel from input rows to visible samples, and the changes of a snapshot against its parent."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -30,10 +30,10 @@ class Reason:
 
 @dataclass(frozen=True, kw_only=True)
 class Funnel:
-    """Counts that never grow from ``rows`` to ``visible``, and what became of the rest.
+    """Non-increasing counts from ``rows`` to ``visible``, and the losses in between.
 
-    ``repeated`` counts samples that readers see again; ``surplus`` is positive where a folder holds more samples than
-    its rows account for, as with shards that were made elsewhere.
+    ``repeated`` counts repeats of visible samples; ``surplus`` is positive if a folder holds more samples than its rows
+    account for, as with shards made by other tools.
     """
 
     rows: int
@@ -48,7 +48,7 @@ class Funnel:
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotDifference:
-    """What a snapshot changed. Samples in a tar that was written anew count as removed and added."""
+    """The changes of a snapshot. Samples in a rewritten tar count as removed and added."""
 
     parent: str
     unchanged: int
@@ -62,7 +62,7 @@ class SnapshotDifference:
 
 
 def funnel(snapshot: Snapshot, statistics: Statistics) -> Funnel:
-    """The way from input rows to visible samples, by the snapshot's counts; the shards tell at which step."""
+    """The funnel from input rows to visible samples, by the snapshot's counts; the steps are from the shards."""
     reasons = [part for name, count in snapshot.dropped.items() for part in _split(name, count, statistics.reasons)]
     lost: Counter[str] = Counter()
     for reason in reasons:
@@ -85,7 +85,7 @@ def funnel(snapshot: Snapshot, statistics: Statistics) -> Funnel:
 
 
 def difference(snapshot: Snapshot) -> SnapshotDifference | None:
-    """What ``snapshot`` changed against its parent; ``None`` where it has none, or the parent is gone.
+    """The changes of ``snapshot`` against its parent; ``None`` without a parent, or if it was deleted.
 
     Raises:
         DataError: a selection is missing or damaged.
@@ -118,9 +118,9 @@ def difference(snapshot: Snapshot) -> SnapshotDifference | None:
 
 
 def _split(name: str, count: int, seen: Mapping[str, int]) -> list[Reason]:
-    """One dropped class as reasons by step: as the shards' rows say, the rest where such a class belongs.
+    """One dropped class as reasons by step: from the shards' rows, the rest at the usual step of the class.
 
-    Rows of shards without any sample are in no shard of the snapshot, and download and decoder share some names.
+    Rows of shards without samples are in no shard of the snapshot, and downloader and decoder share some names.
     """
     parts: list[Reason] = []
     for step in (DOWNLOAD, RESIZE):
@@ -140,7 +140,7 @@ def _readers_see(shard: Shard) -> tuple[str, str]:
 
 
 def _moved(folder: Folder, old: Shard, new: Shard) -> tuple[int, int]:
-    """How many samples came and went between two versions of a shard, repeats counted."""
+    """Numbers of added and removed samples between two versions of a shard, with repeats."""
     if old.sha256 != new.sha256:
         return new.samples, old.samples
     if old.selection == new.selection:

@@ -1,8 +1,8 @@
 """A snapshot as one HTML page: funnel, histograms, samples with boxes, duplicates, differences, hosts.
 
-The page asks for nothing: charts are inline SVG, images inline JPEG, there are no scripts and no links, and its
-content security policy forbids what is not there. Captions, urls, labels and error messages come from the open web:
-they go through :func:`plain`, which makes them text on one line, and are escaped.
+The page is self-contained: charts are inline SVG, images inline JPEG, without scripts and links, and its content
+security policy forbids all other requests. Captions, urls, labels and error messages are untrusted: :func:`plain`
+reduces them to one line of text, and they are escaped.
 """
 
 import html
@@ -97,7 +97,7 @@ summary { cursor: pointer; color: var(--faint); }
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetReport:
-    """All that the page shows."""
+    """The content of the page."""
 
     snapshot: Snapshot
     statistics: Statistics
@@ -109,7 +109,7 @@ class DatasetReport:
 
 
 def make_report(snapshot: Snapshot, statistics: Statistics, options: ReportLimits) -> DatasetReport:
-    """Gather what the page shows, beyond the statistics: the largest groups of duplicates and the parent.
+    """Collect the content of the page besides the statistics: the largest groups of duplicates and the parent.
 
     Raises:
         DataError: a shard or a selection is missing or damaged.
@@ -153,9 +153,9 @@ def report_page(report: DatasetReport) -> str:
 
 
 def plain(text: str, longest: int = 400) -> str:
-    """``text`` on one line, at most ``longest`` characters, without characters that steer a display.
+    """``text`` on one line, at most ``longest`` characters, without control characters.
 
-    Controls, direction marks, lone surrogates and what has no meaning become U+FFFD. Not escaped yet.
+    Controls, direction marks, lone surrogates and unassigned characters become U+FFFD. Not escaped yet.
     """
     shown = []
     for letter in text[: 4 * longest]:
@@ -173,7 +173,7 @@ def _text(text: str, longest: int = 400) -> str:
 
 
 def _foreign(text: str, longest: int = 400) -> str:
-    """Text from the web: isolated, so that writing from right to left does not turn what stands beside it."""
+    """Text from the web, isolated so that right-to-left text does not reorder its surroundings."""
     return f"<bdi>{_text(text, longest)}</bdi>"
 
 
@@ -249,7 +249,7 @@ def _charts_section(statistics: Statistics) -> str:
 
 
 def _fields(statistics: Statistics) -> str:
-    """How many samples have which field, and its bytes."""
+    """Number of samples per field, and its bytes."""
     rows = [
         f'<tr><th scope="row">{_foreign(name, 60)}</th><td class="number">{_number(count)}</td>'
         f'<td class="number">{_size(statistics.field_bytes[name])}</td></tr>'
@@ -259,7 +259,7 @@ def _fields(statistics: Statistics) -> str:
 
 
 def _chart(name: str, histogram: Histogram) -> str:
-    """A histogram as bars, its numbers in words below and as a table to unfold."""
+    """A histogram as bars, with a text summary and a collapsible table."""
     scale = SCALES[name]
     bars = _bars(histogram, name)
     tallest = max(count for _, _, count in bars)
@@ -303,7 +303,7 @@ def _bars(histogram: Histogram, name: str) -> list[tuple[float, float, int]]:
     """At most ``MOST_BARS`` bars, from, below and count, over the range that has values."""
     scale = SCALES[name]
     first, last = min(histogram.bins), max(histogram.bins)
-    # A little air on both sides: one bar over the whole width says nothing.
+    # A margin on both sides: one bar over the whole width would be meaningless.
     first, last = max(first - 1, 0), last + 1
     wide = -(-(last - first + 1) // MOST_BARS)
     bars = []
@@ -340,7 +340,7 @@ def _samples_section(statistics: Statistics) -> str:
 
 def _figure(shown: ShownSample, note: str = "") -> str:
     caption = _foreign(shown.caption, 300) if plain(shown.caption) else "<em>no caption</em>"
-    # Tall images are shown narrower, so that none fills the screen; boxes stay where they belong.
+    # Tall images are shown narrower, so that none fills the screen; boxes scale with the image.
     narrow = min(100.0, 100 * TALLEST * shown.width / max(shown.height, 1))
     if not shown.thumbnail:
         words = f'<figcaption><div class="words">{caption}</div>{note}{_text(shown.key, 60)}</figcaption>'
@@ -467,7 +467,7 @@ def _section(title: str, content: str) -> str:
 
 
 def _table(caption: str, columns: Sequence[str], rows: Iterable[str]) -> str:
-    """A table; the names of number columns begin with ``#``, that of a column of bars is ``~``."""
+    """A table; names of number columns begin with ``#``, a column of bars is named ``~``."""
     heads = "".join(
         '<td class="meter"></td>'
         if name == "~"
@@ -506,18 +506,18 @@ def _size(count: float) -> str:
 
 
 def _value(value: float, name: str) -> str:
-    """A value of a histogram as it is read: bytes with their unit, ratios with two digits, counts whole."""
+    """A formatted value of a histogram: bytes with unit, ratios with two digits, counts as integers."""
     if name == "bytes":
         return _size(value)
     return f"{value:.2f}" if name in ("aspect", "score") else f"{value:,.0f}"
 
 
 def _first_of_each(snapshot: Snapshot, groups: Sequence[Copies], size: int) -> dict[str, ShownSample]:
-    """The first sample of every group of duplicates, by key; only the shards that can hold one are read."""
+    """The first sample of every group of duplicates, by key; reads only shards that may hold one."""
     keys = [copies.keys[0] for copies in groups]
     if not keys:
         return {}
     likely = [shard for shard in snapshot.shards if any(key.startswith(shard.name) for key in keys)]
     found = representative(Folder(snapshot.folder), likely, keys, size)
-    # Keys of shards that were made elsewhere need not begin with the shard's name.
+    # Keys in shards of other tools need not begin with the shard's name.
     return found if found or likely else representative(Folder(snapshot.folder), snapshot.shards[:1], keys, size)

@@ -1,9 +1,12 @@
-"""What a snapshot holds, measured shard by shard: sizes, captions, hosts, duplicates, and samples to look at.
+"""Statistics of a snapshot, computed per shard: sizes, captions, hosts, duplicates, and example samples.
 
-Every summary is of bounded size and merges by addition or by keeping the smallest hashes, in any order and on any
-machine to the same result: histograms have fixed bins and whole-number sums; samples are the ones whose keys hash
-lowest; hosts and duplicates are counted over all images up to ``EXACT_ROWS`` of them, and beyond that over those
-whose hash falls below a limit (distinct sampling, Gibbons 2001), so that a million entries describe any data set.
+Every summary has bounded size. Summaries merge by addition or by keeping the smallest hashes, with the same result in
+any order and on any machine:
+
+- Histograms have fixed bins and integer sums.
+- Example samples are those with the smallest hashes of their keys.
+- Hosts and duplicates are counted over all images up to ``EXACT_ROWS``, above that over those whose hash is below a
+  limit (distinct sampling, Gibbons 2001), so a million entries describe any dataset.
 """
 
 import base64
@@ -46,7 +49,7 @@ ROW_COLUMNS = ("key", "url", "status", "error_class", "error_message", "original
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Fixed bins of a histogram: ``per_unit`` bins a unit (a doubling, where ``doubling``) from ``low`` to ``high``."""
+    """Fixed bins from ``low`` to ``high``: ``per_unit`` bins per unit, or per doubling with ``doubling``."""
 
     title: str
     unit: str
@@ -56,7 +59,7 @@ class Scale:
     doubling: bool = False
 
     def bin(self, value: float) -> int:
-        """The bin of ``value``; what lies outside goes into the first or the last."""
+        """The bin of ``value``; values outside the range go into the first or last bin."""
         place, first, last = (self._place(one) for one in (value, self.low, self.high))
         return int(min(max(place - first, 0), last - first - 1))
 
@@ -85,7 +88,7 @@ SCALES: Mapping[str, Scale] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """Counts in the bins of a :class:`Scale`, with what adds up exactly: ``total`` is in millionths of the unit."""
+    """Counts in the bins of a :class:`Scale`, with an exact integer sum: ``total`` is in millionths of the unit."""
 
     bins: Mapping[int, int] = field(default_factory=dict)
     count: int = 0
@@ -108,7 +111,7 @@ class Histogram:
         return self.total / MILLIONTHS / self.count if self.count else 0.0
 
     def quantile(self, share: float, scale: Scale) -> float:
-        """The value below which ``share`` (0 to 1) of the values lie, to within half a bin."""
+        """The quantile ``share`` (0 to 1) of the values, to within half a bin."""
         seen = 0
         for number, count in sorted(self.bins.items()):
             seen += count
@@ -120,7 +123,7 @@ class Histogram:
 
 @dataclass(frozen=True, kw_only=True)
 class ShownSample:
-    """A sample to look at.
+    """An example sample.
 
     ``thumbnail`` is a JPEG in base64, empty for a sample without an image; ``regions`` are boxes and outlines on it.
     """
@@ -136,7 +139,7 @@ class ShownSample:
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """One failed row: what it said and where it came from."""
+    """One failed row: its error message and its url."""
 
     order: str
     text: str
@@ -153,7 +156,7 @@ class Host:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Copies:
-    """How many samples are the same image, by SHA-256 of the stored bytes, and the first few of their keys."""
+    """Number of samples with the same image, by SHA-256 of the stored bytes, and the first few keys."""
 
     count: int
     keys: tuple[str, ...]
@@ -161,10 +164,11 @@ class Copies:
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """All that is measured of some shards. ``visible`` counts samples with repeats, ``unique`` without.
-    ``fields`` counts the samples that have a field, ``field_bytes`` its bytes; repeats count.
+    """The statistics of some shards.
 
-    ``reasons`` and ``messages`` are of failed rows, by img2dataset's status and our error class: ``status/class``.
+    ``visible`` counts samples with repeats, ``unique`` without. ``fields`` counts the samples with a field,
+    ``field_bytes`` its bytes, with repeats. ``reasons`` and ``messages`` are of failed rows, by img2dataset's status
+    and our error class: ``status/class``.
     """
 
     shards: int = 0
@@ -185,16 +189,16 @@ class Statistics:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportLimits:
-    """How much is kept of a data set."""
+    """Limits of the statistics of a dataset."""
 
     samples: int = 24
-    """Images to show."""
+    """Number of example images."""
     thumbnail_size: int = 224
-    """Longer side of a shown image in pixels."""
+    """Longer side of an example image in pixels."""
     seed: int = 0
-    """Another seed shows other images."""
+    """Random seed of the choice of example images."""
     languages: bool = True
-    """Identify the languages of some captions, where no sidecar has a column ``language``."""
+    """Identify the languages of some captions, if no sidecar has a column ``language``."""
 
     def __post_init__(self) -> None:
         require(0 <= self.samples <= 1000, "samples", self.samples, "0 to 1000")
@@ -204,7 +208,7 @@ class ReportLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """Hash limits (0 to 2^64): what hashes below is looked at. Functions of the snapshot's size alone."""
+    """Hash limits (0 to 2^64) of sampling: items with smaller hashes are used. They depend on the snapshot's size."""
 
     shown: int
     rows: int
@@ -213,7 +217,7 @@ class Shares:
 
 
 def measure(snapshot: Snapshot, options: ReportLimits, workers: Workers) -> Statistics:
-    """The statistics of everything that readers of ``snapshot`` see.
+    """The statistics of all visible samples of ``snapshot``.
 
     Raises:
         DataError: a shard or a sidecar is missing, damaged or stale.
@@ -224,7 +228,7 @@ def measure(snapshot: Snapshot, options: ReportLimits, workers: Workers) -> Stat
 
 
 def shares(snapshot: Snapshot, options: ReportLimits) -> Shares:
-    """What part of the snapshot's rows, images and samples is looked at one by one."""
+    """The fractions of the snapshot's rows, images and samples that are examined individually."""
     stored = sum(shard.stored for shard in snapshot.shards)
     return Shares(
         shown=_limit(CANDIDATES * options.samples, stored),
@@ -235,7 +239,7 @@ def shares(snapshot: Snapshot, options: ReportLimits) -> Shares:
 
 
 def merge_all(parts: Iterable[Statistics], samples: int) -> Statistics:
-    """The statistics of all parts. They are merged in pairs of like size: one after the other would be quadratic."""
+    """The merged statistics of all parts. Parts of similar size are merged pairwise: a running merge is quadratic."""
     sizes: list[int] = []
     merged: list[Statistics] = []
     for part in parts:
@@ -248,7 +252,7 @@ def merge_all(parts: Iterable[Statistics], samples: int) -> Statistics:
 
 
 def merge(one: Statistics, other: Statistics, samples: int) -> Statistics:
-    """The statistics of the shards of both; commutative and associative."""
+    """The merged statistics of two parts; commutative and associative."""
     return Statistics(
         shards=one.shards + other.shards,
         visible=one.visible + other.visible,
@@ -286,7 +290,7 @@ def measure_shard(folder: Folder, shard: Shard, options: ReportLimits, limits: S
 
 
 def representative(folder: Folder, shards: Iterable[Shard], keys: Iterable[str], size: int) -> dict[str, ShownSample]:
-    """The samples of some keys as :class:`ShownSample`, found in the shards given; what cannot be read is left out."""
+    """The samples with the given keys as :class:`ShownSample`, from the given shards, without unreadable ones."""
     wanted = set(keys)
     found: dict[str, ShownSample] = {}
     for shard in shards:
@@ -298,7 +302,7 @@ def representative(folder: Folder, shards: Iterable[Shard], keys: Iterable[str],
 
 
 class _Counted:
-    """The visible samples of one shard, one after the other."""
+    """Statistics of the visible samples of one shard, added one by one."""
 
     def __init__(
         self, options: ReportLimits, limits: Shares, scores: Mapping[str, float], languages: Mapping[str, str]
@@ -313,7 +317,7 @@ class _Counted:
         self._images: dict[str, Copies] = {}
 
     def add(self, sample: Sample, repeated: bool) -> None:
-        """Count a sample as often as readers see it; show it, and compare it with others, once."""
+        """Count a sample with its repeats; use it as an example and for duplicates once."""
         self._visible += 1
         self._fields.update(sample.fields.keys())
         self._field_bytes.update({name: len(value) for name, value in sample.fields.items()})
@@ -335,7 +339,7 @@ class _Counted:
             self._shown += [shown] if shown else []
 
     def statistics(self, rows: "_RowCounts") -> Statistics:
-        """What was counted, with the counts of the shard's rows."""
+        """The statistics, with the counts of the shard's rows."""
         first = heapq.nsmallest(self._options.samples, self._shown, key=lambda shown: (shown.order, shown.key))
         return Statistics(
             shards=1,
@@ -380,7 +384,7 @@ class _Counted:
         self._put("aspect", header.width / max(header.height, 1))
 
     def _compare(self, key: str, image: bytes) -> None:
-        # 96 bits keep a million images apart, and take less room.
+        # 96 bits distinguish a million images, in less memory.
         digest = hashlib.sha256(image).hexdigest()[:24]
         if int(digest[:16], 16) < self._limits.images:
             copies = Copies(count=1, keys=(key,))
@@ -392,7 +396,7 @@ class _Counted:
 
 
 class _Bins:
-    """A histogram that grows."""
+    """A histogram under construction."""
 
     def __init__(self, name: str) -> None:
         self._scale = SCALES[name]
@@ -416,7 +420,7 @@ class _Bins:
 
 
 class _RowCounts:
-    """The input rows of one shard: why they failed, and where they came from."""
+    """Statistics of the input rows of one shard: reasons of failures, and hosts."""
 
     def __init__(self, limits: Shares, seed: int) -> None:
         self._limit, self._seed = limits.rows, seed
@@ -451,7 +455,7 @@ class _RowCounts:
 
 
 def host_of(url: str) -> str:
-    """The host of a url in lower case, at most 253 characters; empty where there is none.
+    """The host of a url in lower case, at most 253 characters; empty without a host.
 
     >>> host_of("https://me@Example.com:8080/a?b")
     'example.com'
@@ -467,7 +471,7 @@ def _limit(wanted: int, present: int) -> int:
 
 
 def _shown(sample: Sample, order: str, size: int) -> ShownSample | None:
-    """``None`` where the image cannot be decoded; without a thumbnail where the sample has no image."""
+    """The example; ``None`` for an undecodable image; without a thumbnail for a sample without an image."""
     image = sample.image()
     caption = sample.fields.get("txt", b"").decode("utf-8", errors="replace")[:LONGEST_CAPTION]
     if image is None:
@@ -496,7 +500,7 @@ def _shown(sample: Sample, order: str, size: int) -> ShownSample | None:
 
 
 def _rows(folder: Folder, shard: Shard) -> Iterator[dict[str, list[Any]]]:
-    """The columns of interest of the shard's parquet file, in batches; nothing where there is no such file."""
+    """The needed columns of the shard's parquet file, in batches; empty if there is no such file."""
     name = f"{shard.name}.parquet"
     if not folder.exists(name):
         return
@@ -508,7 +512,7 @@ def _rows(folder: Folder, shard: Shard) -> Iterator[dict[str, list[Any]]]:
 
 
 def _scores(folder: Folder, shard: Shard) -> dict[str, float]:
-    """Cosine of image and caption by key, where the shard has embeddings of both, L2-normalised, [D] each."""
+    """Cosine of image and caption by key, if the shard has embeddings of both, L2-normalised, [D] each."""
     if EMBEDDINGS not in shard.sidecars:
         return {}
     table = read_sidecar(folder, shard, EMBEDDINGS, "jobs/embed_dataset.py")
@@ -517,7 +521,7 @@ def _scores(folder: Folder, shard: Shard) -> dict[str, float]:
     scores: dict[str, float] = {}
     for batch in table.select(["key", "image", "text"]).to_batches(4096):
         images, texts = _matrix(batch.column("image")), _matrix(batch.column("text"))
-        # Rounded, so that the sum does not depend on how a machine's library multiplies.
+        # Rounded, so that the sum does not depend on the machine's BLAS library.
         cosines = np.round((images * texts).sum(axis=1), 4)
         pairs = zip(batch.column("key").to_pylist(), cosines.tolist(), strict=True)
         scores |= {str(key): score for key, score in pairs if math.isfinite(score)}
@@ -542,16 +546,16 @@ def _languages(folder: Folder, shard: Shard) -> dict[str, str]:
 
 
 def _columns(folder: Folder, shard: Shard, name: str) -> list[str]:
-    """The columns of a sidecar, from its end, without reading it."""
+    """The columns of a sidecar, from its footer."""
     try:
         with folder.open(sidecar_file(shard, name)) as file:
             return list(pq.ParquetFile(file).schema_arrow.names)
     except (FileNotFoundError, pa.ArrowInvalid):
-        return [LANGUAGE]  # let reading it say what is wrong
+        return [LANGUAGE]  # reading it raises the error
 
 
 class _MeasureShard:
-    """The task of measuring one shard of a snapshot; gives the statistics as JSON text."""
+    """The task of one shard of a snapshot; returns its statistics as JSON text."""
 
     def __init__(self, snapshot: Snapshot, options: ReportLimits) -> None:
         self._folder, self._shards = Folder(snapshot.folder), snapshot.shards
@@ -566,7 +570,7 @@ def _sum(one: Mapping[Any, int], other: Mapping[Any, int]) -> dict[Any, int]:
 
 
 def _joined(one: Mapping[Any, Any], other: Mapping[Any, Any], add: Any) -> dict[Any, Any]:
-    """Both mappings, sorted; ``add`` makes one value of two."""
+    """The merged mapping, sorted; ``add`` combines two values."""
     both = dict(one)
     for name, value in other.items():
         both[name] = add(both[name], value) if name in both else value

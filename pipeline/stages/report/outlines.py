@@ -1,8 +1,8 @@
-"""Boxes and masks of a sample as outlines to draw: fractions of the image, whatever size it is shown in.
+"""Boxes and masks of a sample as outlines to draw, in fractions of the image, so that any display size works.
 
 Read from ``boxes.json`` (COCO's ``bbox`` and uncompressed run-length ``segmentation`` per entry of ``objects``) and
-from ``mask.png`` (one grey value per object or class, 0 is background). Both come with the data and are not trusted:
-what does not fit the image is left out.
+from ``mask.png`` (one grey value per object or class, 0 is background). Both are untrusted: entries that do not fit the
+image are left out.
 """
 
 import json
@@ -38,7 +38,7 @@ class Region:
 
 
 def read_regions(sample: Sample, width: int, height: int) -> tuple[Region, ...]:
-    """What is known of where things are in a sample's image of ``width`` by ``height`` pixels."""
+    """The annotated regions of a sample's image of ``width`` by ``height`` pixels."""
     described = _described(sample.fields.get(BOXES, b""), width, height)
     return described or _masked(sample.fields.get(MASK, b""))
 
@@ -46,17 +46,17 @@ def read_regions(sample: Sample, width: int, height: int) -> tuple[Region, ...]:
 def _described(content: bytes, width: int, height: int) -> tuple[Region, ...]:
     try:
         record = json.loads(content[: MOST_BYTES + 1] if len(content) <= MOST_BYTES else b"")
-        things = list(record["objects"])[:MOST_REGIONS]
+        objects = list(record["objects"])[:MOST_REGIONS]
     except (ValueError, TypeError, KeyError, RecursionError):
         return ()
-    regions = (_region(thing, width, height) for thing in things if isinstance(thing, dict))
+    regions = (_region(obj, width, height) for obj in objects if isinstance(obj, dict))
     return tuple(region for region in regions if region)
 
 
-def _region(thing: Mapping[str, Any], width: int, height: int) -> Region | None:
-    label = str(thing.get("label") or thing.get("category") or "")[:LONGEST_LABEL]
-    box = _box(thing.get("bbox"), width, height)
-    outlines = _outlines_of_runs(thing.get("segmentation"))
+def _region(obj: Mapping[str, Any], width: int, height: int) -> Region | None:
+    label = str(obj.get("label") or obj.get("category") or "")[:LONGEST_LABEL]
+    box = _box(obj.get("bbox"), width, height)
+    outlines = _outlines_of_runs(obj.get("segmentation"))
     return Region(label=label, box=box, outlines=outlines) if box or outlines else None
 
 
@@ -73,7 +73,7 @@ def _box(values: object, width: int, height: int) -> tuple[float, float, float, 
 
 
 def _outlines_of_runs(segmentation: object) -> tuple[tuple[float, ...], ...]:
-    """Outlines of COCO's uncompressed run-length code, read column by column; runs of 0 and 1 take turns."""
+    """Outlines of COCO's uncompressed run-length encoding: alternating runs of 0 and 1, column by column."""
     if not isinstance(segmentation, dict):
         return ()
     size, counts = segmentation.get("size"), segmentation.get("counts")
@@ -88,7 +88,7 @@ def _outlines_of_runs(segmentation: object) -> tuple[tuple[float, ...], ...]:
 
 
 def _masked(content: bytes) -> tuple[Region, ...]:
-    """A region per grey value of a mask; palette images are read as the numbers they hold."""
+    """One region per grey value of a mask; palette images are read as palette indices."""
     if not content or len(content) > MOST_BYTES:
         return ()
     try:
@@ -106,7 +106,7 @@ def _masked(content: bytes) -> tuple[Region, ...]:
 
 
 def _outlines(mask: NDArray[np.uint8]) -> tuple[tuple[float, ...], ...]:
-    """The largest outer contours of a mask, uint8 [height, width] of 0 and 1, with few points."""
+    """The largest outer contours of a mask, uint8 [height, width] of 0 and 1, simplified to few points."""
     height, width = mask.shape
     found, _ = cv2.findContours(np.ascontiguousarray(mask), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     outlines = []

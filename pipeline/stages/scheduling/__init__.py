@@ -1,1 +1,1 @@
-"""Jobs submitted by cron expression, each fire once."""
+"""Jobs submitted by cron expression; each fire is submitted once."""

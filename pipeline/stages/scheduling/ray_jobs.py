@@ -1,4 +1,4 @@
-"""Ray's job server as the scheduler sees it: list, submit, read the log."""
+"""Client of Ray's job server for the scheduler: list, submit, stop, read the log."""
 
 import logging
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ logger = logging.getLogger(__name__)
 class RayJobs:
     """The jobs of the cluster whose dashboard is at ``address`` (``http://127.0.0.1:8265``).
 
-    The token, where the cluster asks for one, is found as `ray job submit` finds it: ``RAY_AUTH_TOKEN`` or
-    ``~/.ray/auth_token`` with ``RAY_AUTH_MODE=token``.
+    The token of the cluster, if any, is read as by `ray job submit`: from ``RAY_AUTH_TOKEN`` or
+    ``~/.ray/auth_token``, with ``RAY_AUTH_MODE=token``.
 
     Raises:
-        SettingError: nobody answers at the address.
+        SettingError: no server answers at the address.
     """
 
     def __init__(self, address: str) -> None:
@@ -33,7 +33,7 @@ class RayJobs:
             raise SettingError("address", address, f"a Ray job server that answers ({reason})") from error
 
     def jobs(self) -> list[Submitted]:
-        """All submissions that Ray knows; drivers that nobody submitted are left out."""
+        """All submissions in Ray's list; drivers without a submission are left out."""
         return [_submitted(one) for one in self._ask(self._client.list_jobs) if one.submission_id]
 
     def submit(self, job: ScheduledJob, id: str, environment: Mapping[str, str], metadata: Mapping[str, str]) -> None:
@@ -56,11 +56,11 @@ class RayJobs:
             raise Unreachable(_first_line(error)) from error
 
     def stop(self, id: str) -> None:
-        """Ask Ray to end the job: SIGTERM, and SIGKILL some seconds later."""
+        """Ask Ray to stop the job: SIGTERM, and SIGKILL some seconds later."""
         self._ask(lambda: self._client.stop_job(id))
 
     def log(self, id: str) -> str:
-        """What the job wrote; empty where its log is gone with its node."""
+        """The log of the job; empty where it was lost with its node."""
         try:
             return str(self._client.get_job_logs(id))
         except (ConnectionError, RuntimeError, OSError) as error:

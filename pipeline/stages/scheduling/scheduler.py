@@ -1,8 +1,8 @@
-"""Submit the jobs of a timetable to Ray when they are due: never one fire twice, never two of a job at once.
+"""Submit the jobs of a timetable to Ray when they are due: each fire once, one run per job at a time.
 
-What was done already is known from two places that outlive this process: Ray's list of jobs, where a submission's id
-is made of the job's name and its fire time, and the history (MLflow), which outlives Ray's head as well. So any number
-of restarts submits each due fire once, and of several fires missed the last one.
+The state survives this process in two places: Ray's list of jobs, where a submission id consists of the job's name and
+its fire time, and the history (MLflow), which also survives Ray's head node. After any number of restarts each due fire
+is submitted once; of several missed fires, only the last one.
 """
 
 import logging
@@ -26,7 +26,7 @@ TAGS = ("clipmill.schedule", "clipmill.fire", "clipmill.attempt")
 
 @dataclass(frozen=True, kw_only=True)
 class Fire:
-    """One submission of a job, done or to be done; times are UTC."""
+    """One submission of a job, past or pending; times are UTC."""
 
     job: str
     time: datetime
@@ -43,7 +43,7 @@ class Fire:
 
 @dataclass(frozen=True, kw_only=True)
 class Submitted:
-    """A job as Ray's list has it. ``status`` is Ray's: PENDING, RUNNING, STOPPED, SUCCEEDED, FAILED."""
+    """A job in Ray's list. ``status`` is Ray's: PENDING, RUNNING, STOPPED, SUCCEEDED, FAILED."""
 
     id: str
     status: str
@@ -55,22 +55,22 @@ class Submitted:
 
 
 class AlreadyThere(Exception):
-    """Ray has a job of this id already."""
+    """Ray already has a job with this id."""
 
 
 class Refused(Exception):
-    """Ray's client will not submit this, however often it is asked: a working directory that is not there."""
+    """Ray's client rejects this submission permanently, for example for a missing working directory."""
 
 
 class Unreachable(Exception):
-    """Ray's job server does not answer, or refuses to take anything now."""
+    """Ray's job server does not answer, or temporarily rejects submissions."""
 
 
 class JobCluster(Protocol):
-    """What the scheduler needs of Ray. Every method raises :class:`Unreachable`."""
+    """The scheduler's interface to Ray. Every method may raise :class:`Unreachable`."""
 
     def jobs(self) -> list[Submitted]:
-        """All jobs that Ray knows."""
+        """All jobs in Ray's list."""
         ...
 
     def submit(self, job: ScheduledJob, id: str, environment: Mapping[str, str], metadata: Mapping[str, str]) -> None:
@@ -78,19 +78,19 @@ class JobCluster(Protocol):
         ...
 
     def stop(self, id: str) -> None:
-        """Ask a job to end."""
+        """Stop a job."""
         ...
 
     def log(self, id: str) -> str:
-        """What a job has written."""
+        """The log of a job."""
         ...
 
 
 class History(Protocol):
-    """Where fires are recorded, beyond Ray's memory."""
+    """Persistent record of fires, which survives Ray."""
 
     def fires(self, job: str) -> list[Fire]:
-        """What is recorded of a job, the latest first; at least all that is open."""
+        """Recorded fires of a job, latest first; includes all open ones."""
         ...
 
     def save(self, fire: Fire) -> None:
@@ -99,7 +99,7 @@ class History(Protocol):
 
 
 class Scheduler:
-    """Brings cluster and history up to a moment, as often as :meth:`tick` is called."""
+    """Updates cluster and history at each call of :meth:`tick`."""
 
     def __init__(self, timetable: Timetable, cluster: JobCluster, history: History) -> None:
         self._timetable, self._cluster, self._history = timetable, cluster, history
@@ -107,7 +107,7 @@ class Scheduler:
         self._reachable = True
 
     def tick(self, now: datetime | None = None) -> None:
-        """Record what has ended, and submit what is due at ``now``."""
+        """Record finished fires, and submit the fires due at ``now``."""
         now = now or datetime.now(UTC)
         try:
             present = {one.id: one for one in self._cluster.jobs()}
@@ -121,12 +121,12 @@ class Scheduler:
             try:
                 self._serve(job, now)
             except Unreachable as error:
-                # One job that Ray cannot take now must not hold up the others.
+                # A job that Ray rejects for now must not delay the others.
                 logger.warning("%s could not be submitted (%s); trying again", job.name, error)
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is waiting or running."""
+        """Whether no fire is waiting or running."""
         return not any(fire.state in OPEN for fires in self._known.values() for fire in fires.values())
 
     def _tell_unreachable(self, why: str) -> None:
@@ -135,7 +135,7 @@ class Scheduler:
         self._reachable = False
 
     def _settle(self, job: ScheduledJob, present: Mapping[str, Submitted], now: datetime) -> None:
-        """Take over what Ray knows: jobs submitted before a crash, ends, losses."""
+        """Update the record from Ray's list: jobs submitted before a crash, finished jobs, lost jobs."""
         known = self._known[job.name]
         for one in present.values():
             if one.metadata.get(TAGS[0]) == job.name and one.id not in known:
@@ -149,7 +149,7 @@ class Scheduler:
                 self._stop_if_late(job, known[fire.id], now)
 
     def _stop_if_late(self, job: ScheduledJob, fire: Fire, now: datetime) -> None:
-        """Stop a fire that runs longer than it may; asked once, and again by every later tick until Ray has done it."""
+        """Stop a fire that exceeds its time limit; every later tick repeats the request until the job has stopped."""
         longest = job.stop_after_minutes
         if longest is None or fire.state != "running" or fire.submitted is None:
             return
@@ -180,7 +180,7 @@ class Scheduler:
         )
 
     def _serve(self, job: ScheduledJob, now: datetime) -> None:
-        """Submit the job if a fire or a retry is due and nothing of it runs."""
+        """Submit the job if a fire or a retry is due and no fire of it runs."""
         wanted = self._wanted(job, now)
         if wanted is None:
             return
@@ -195,7 +195,7 @@ class Scheduler:
             self._record(replace(wanted, state=state, ended=ended, message=f"{running.id} was still running"))
 
     def _wanted(self, job: ScheduledJob, now: datetime) -> Fire | None:
-        """The fire to submit: the one due now, else one that waits, else a retry; only ever of the latest time."""
+        """The fire to submit: the one due now, else a waiting one, else a retry; only for the latest time."""
         known = self._known[job.name]
         due = last_fire(job, now)
         if due is not None and not any(fire.time >= due for fire in known.values()):
@@ -258,5 +258,5 @@ def _adopted(job: ScheduledJob, one: Submitted) -> Fire:
 
 
 def latest_first(fires: Iterable[Fire]) -> list[Fire]:
-    """Fires by time and attempt, the latest first."""
+    """Fires by time and attempt, latest first."""
     return sorted(fires, key=lambda fire: (fire.time, fire.attempt), reverse=True)

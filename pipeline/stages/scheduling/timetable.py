@@ -1,10 +1,15 @@
-"""When scheduled jobs are due: cron expressions in a time zone, as pure functions of time.
+"""Due times of scheduled jobs: cron expressions in a time zone, as pure functions of time.
 
-The rules are cron's. Sunday is 0 and 7. Where both the day of the month and the day of the week are restricted, either
-is enough. A wall-clock time that a change to summer time leaves out fires as much later as the clock jumped; one that
-comes twice in autumn fires the first time only, unless the hour begins with ``*``: then it means real hours, and both
-count. APScheduler's trigger finds the wall-clock times. It is not asked about time zones, since its own answers stay
-at the second of two equal times for ever, and it takes Monday for 0.
+The rules are cron's:
+
+- Sunday is 0 and 7.
+- If both the day of the month and the day of the week are restricted, either matches.
+- A wall-clock time skipped by the change to summer time fires later, by the length of the jump.
+- A wall-clock time that occurs twice in autumn fires the first time only. If the hour begins with ``*`` it means real
+  hours, and fires both times.
+
+APScheduler's trigger finds the wall-clock times. It is not used for time zones: it would repeat the second of two equal
+times for ever. It also numbers Monday as 0.
 """
 
 import heapq
@@ -22,45 +27,45 @@ NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,60}[a-z0-9])?")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SECRET = re.compile(r"password|passwd|secret|token|credential|api_?key|access_?key", re.IGNORECASE)
 WEEK = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
-# No clock change is longer, and wall time never runs ahead or behind by more within the hours around one.
+# Upper bound of a clock change, and of the difference between wall time and real time around one.
 CHANGE = timedelta(hours=3)
 SEARCHED = timedelta(days=5 * 366)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduledJob:
-    """A command that is submitted to Ray at certain times.
+    """A command that is submitted to Ray on a schedule.
 
     Raises:
-        SettingError: a name, expression, time zone or setting that cannot be.
+        SettingError: an invalid name, expression, time zone or setting.
     """
 
     name: str
-    """Lower-case letters, digits and hyphens; it begins the submission ids."""
+    """Name: lower-case letters, digits and hyphens, at most 62; prefix of the submission ids."""
     cron: str
-    """Minute, hour, day of month, month, day of week; or @hourly, @daily, @weekly, @monthly."""
+    """Cron expression: minute, hour, day of month, month, day of week; or @hourly, @daily, @weekly, @monthly."""
     command: str
-    """What `ray job submit` gets after its --."""
+    """Command, as after the `--` of `ray job submit`."""
     timezone: str = "UTC"
-    """Name in the IANA database, such as Europe/Berlin."""
+    """Time zone by its IANA name, such as Europe/Berlin."""
     working_dir: str = "."
-    """Uploaded for the job: a folder, or the URI of a zip file."""
+    """Working directory to upload: a folder, or the URI of a zip file."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables of the job; never secrets."""
+    """Environment variables of the job; no secrets."""
     environment_from: tuple[str, ...] = ()
-    """Variables that the job gets from the scheduler's own environment: the way for secrets."""
+    """Names of environment variables to copy from the scheduler's environment; use it for secrets."""
     num_cpus: float = 0
-    """CPUs held by the job's driver."""
+    """CPUs reserved for the job's driver."""
     resources: Mapping[str, float] = field(default_factory=dict)
-    """Custom resources held by the job's driver."""
+    """Custom Ray resources reserved for the job's driver."""
     misfire_grace_minutes: float = 60
-    """How late a fire may still be submitted, after a restart or an outage; only the last one missed is."""
+    """Longest delay of a fire after a restart or outage, in minutes; only the last missed fire is submitted."""
     when_running: Literal["skip", "wait"] = "skip"
-    """What becomes of a fire while an earlier one runs: left out, or submitted when that has ended."""
+    """Policy for a fire while an earlier one runs: skip it, or submit it after the earlier one."""
     stop_after_minutes: float | None = None
-    """A fire that runs longer is stopped, so that a job that hangs does not keep its next fires from starting."""
+    """Time limit of a fire in minutes, so that a hanging job does not block its next fires; None = no limit."""
     retries: int = 0
-    """Further attempts of a fire that failed, unless the next fire is due."""
+    """Number of further attempts after a failed fire; none once the next fire is due."""
     retry_delay_minutes: float = 5
 
     def __post_init__(self) -> None:
@@ -96,7 +101,7 @@ class Timetable:
 
 @dataclass(frozen=True)
 class Cron:
-    """A parsed expression: the triggers, any of which may fire, and whether it means every real hour."""
+    """A parsed expression: its triggers (any may fire), and whether its hours are real hours."""
 
     triggers: tuple["object", ...]
     every_hour: bool
@@ -106,10 +111,10 @@ SHORTHANDS = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@weekly": "0 0 * *
 
 
 def parse_cron(expression: str) -> Cron:
-    """An expression of five fields, or a shorthand.
+    """Parse an expression of five fields, or a shorthand.
 
     Raises:
-        SettingError: not five fields, or one that cron does not know.
+        SettingError: not five fields, or an invalid field.
     """
     from apscheduler.triggers.cron import CronTrigger
 
@@ -136,14 +141,14 @@ def zone_of(name: str) -> ZoneInfo:
 
 
 def last_fire(job: ScheduledJob, now: datetime) -> datetime | None:
-    """The latest time (UTC) at or before ``now``, within the job's grace, at which it should have fired."""
+    """The job's latest fire time (UTC) at or before ``now``, within its grace period."""
     since = now - timedelta(minutes=job.misfire_grace_minutes)
     due = [fire for fire in fires(job, since, now) if since <= fire <= now]
     return due[-1] if due else None
 
 
 def next_fire(job: ScheduledJob, now: datetime) -> datetime | None:
-    """The first time (UTC) after ``now``; ``None`` where there is none within five years."""
+    """The first fire time (UTC) after ``now``; ``None`` if there is none within five years."""
     zone, cron = zone_of(job.timezone), parse_cron(job.cron)
     wall = now.astimezone(zone).replace(tzinfo=None) - CHANGE
     best: datetime | None = None
@@ -157,7 +162,7 @@ def next_fire(job: ScheduledJob, now: datetime) -> datetime | None:
 
 
 def fires(job: ScheduledJob, start: datetime, end: datetime) -> list[datetime]:
-    """All times (UTC) from ``start`` to ``end``, both included, ascending."""
+    """All fire times (UTC) from ``start`` to ``end`` inclusive, ascending."""
     zone, cron = zone_of(job.timezone), parse_cron(job.cron)
     first, last = (moment.astimezone(zone).replace(tzinfo=None) for moment in (start, end))
     found = {
@@ -169,7 +174,7 @@ def fires(job: ScheduledJob, start: datetime, end: datetime) -> list[datetime]:
 
 
 def fires_after(job: ScheduledJob, now: datetime, count: int) -> list[datetime]:
-    """The next ``count`` times after ``now``, in the job's time zone."""
+    """The next ``count`` fire times after ``now``, in the job's time zone."""
     found: list[datetime] = []
     while len(found) < count:
         fire = next_fire(job, found[-1] if found else now)
@@ -186,7 +191,7 @@ def submission_id(job: ScheduledJob, fire: datetime, attempt: int = 0) -> str:
 
 
 def _wall_times(cron: Cron, start: datetime, end: datetime) -> Iterator[datetime]:
-    """Wall-clock times without a zone, from ``start`` to ``end``, ascending, each once."""
+    """Distinct wall-clock times without a zone, from ``start`` to ``end``, ascending."""
     previous: datetime | None = None
     for time in heapq.merge(*(_of_trigger(trigger, start, end) for trigger in cron.triggers)):
         if time != previous:
@@ -205,7 +210,7 @@ def _of_trigger(trigger: object, start: datetime, end: datetime) -> Iterator[dat
 
 
 def _instants(wall: datetime, zone: ZoneInfo, every_hour: bool) -> list[datetime]:
-    """When a wall-clock time comes to pass, UTC."""
+    """The UTC times of a wall-clock time."""
     first, second = (wall.replace(tzinfo=zone, fold=fold).astimezone(UTC) for fold in (0, 1))
     if first == second:
         return [first]
@@ -214,7 +219,7 @@ def _instants(wall: datetime, zone: ZoneInfo, every_hour: bool) -> list[datetime
 
 
 def _named_days(weekday: str, expression: str) -> str:
-    """The field with names for numbers: cron begins the week with Sunday as 0, the trigger with Monday."""
+    """The field with weekday names for numbers: 0 is Sunday in cron and Monday in the trigger."""
     if weekday == "*":
         return weekday
     days: set[int] = set()

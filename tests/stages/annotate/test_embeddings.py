@@ -1,4 +1,4 @@
-"""Features as sidecars: of every stored sample, made once, joined by key; exported as clip-retrieval lays them out."""
+"""Features as sidecars: of every stored sample, made once, joined by key; exported in clip-retrieval's layout."""
 
 import io
 import shutil

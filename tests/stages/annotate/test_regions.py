@@ -1,4 +1,4 @@
-"""Features of regions: of the right boxes, checked, made once, refused where something else made them."""
+"""Features of regions: they match their boxes, are checked, are made once, and are rejected from another maker."""
 
 import io
 import json
@@ -69,12 +69,12 @@ def shard_of(folder: Path, *samples: Sample) -> Snapshot:
 
 
 def plainly(sample: Sample, size: int = 64) -> tuple[np.ndarray, torch.Tensor]:
-    """Boxes and features as one would write it down: Pillow, one crop at a time, both scales, added, normalised."""
+    """Boxes and features by a simple implementation: Pillow, one crop at a time, both scales, added, normalised."""
     clip: Any = load_model(TINY, "cpu")
     image = Image.open(io.BytesIO(sample.image())).convert("RGB")
     boxes, features = [], []
-    for thing in json.loads(sample.fields["boxes.json"])["objects"]:
-        x, y, width, height = thing["bbox"]
+    for obj in json.loads(sample.fields["boxes.json"])["objects"]:
+        x, y, width, height = obj["bbox"]
         boxes.append([x, y, x + width, y + height])
         encoded = []
         for scale in (1.0, 1.5):
@@ -117,7 +117,7 @@ def test_the_check_counts_what_the_nearest_name_says(snapshot: Snapshot) -> None
     matched = right = objects = 0
     for shard in made.shards:
         for sample in TarShard(Path(made.folder) / shard.tar):
-            labels = [thing["label"] for thing in json.loads(sample.fields["boxes.json"])["objects"]]
+            labels = [obj["label"] for obj in json.loads(sample.fields["boxes.json"])["objects"]]
             boxes, features = plainly(sample)
             known = [number for number, label in enumerate(labels) if label in classes]
             objects += len(known)
@@ -181,7 +181,7 @@ def test_shards_that_other_classes_checked_are_told_and_not_summed(caplog: pytes
     shards = [Found(9, Check(1, 1, 2, 1), disc), Found(9, Check(5, 5, 5, 5), star), Found(9, Check(2, 1, 3, 2), disc)]
     assert together(shards, ("star", "disc")) == Check(3, 2, 5, 3)
     (record,) = caplog.records
-    assert "1 shards were finished before and not checked by these classes; --overwrite" in record.getMessage()
+    assert "1 finished shards were not checked with these classes; --overwrite" in record.getMessage()
     assert together(shards, ()) == Check() and len(caplog.records) == 1
 
 
@@ -198,7 +198,7 @@ def tars_opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return opened
 
 
-def test_finished_shards_are_checked_by_other_classes_only_when_told(
+def test_finished_shards_are_checked_by_other_classes_only_with_overwrite(
     snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their maker is the same; with --overwrite each is made again once, so that the command can go on, too."""
@@ -217,12 +217,12 @@ def test_finished_shards_are_checked_by_other_classes_only_when_told(
 def test_crowds_are_no_truth_and_labels_are_words(snapshot: Snapshot, tmp_path: Path) -> None:
     """A crowd over the whole image, which a region of it covers; and a class that is written otherwise."""
     whole = TarShard(Path(snapshot.folder) / "00000.tar")[0]
-    things = [
+    objects = [
         {"label": "disc", "bbox": [0, 0, 64, 64], "iscrowd": 1},
         {"label": "star", "bbox": [0, 0, 64, 60]},
         {"label": "Hot_Dog", "bbox": [40, 40, 20, 20]},
     ]
-    record = {"width": 64, "height": 64, "objects": things}
+    record = {"width": 64, "height": 64, "objects": objects}
     one = Sample("0", {"jpg": whole.fields["jpg"], "boxes.json": json.dumps(record).encode()})
     made = extract_regions(shard_of(tmp_path / "crowd", one), model(), ("disc", "hot dog"), FREE, HERE)
     found = read_found(Folder(made.folder), made.shards[0])
@@ -384,6 +384,6 @@ def test_ray_makes_the_same_file(snapshot: Snapshot, ray_cluster: Any) -> None:
 def test_regions_that_say_nothing_of_themselves_are_made_again(make_snapshot: Callable[..., Snapshot]) -> None:
     """As those of earlier versions are, which kept no numbers."""
     other = make_snapshot((3,), regions=("teacher", 8))
-    with pytest.raises(SidecarError, match=r"00000.regions.parquet says not what was found .*--overwrite"):
+    with pytest.raises(SidecarError, match=r"00000.regions.parquet lacks the result of its check .*--overwrite"):
         read_found(Folder(other.folder), other.shards[0])
     assert len(read_regions(Folder(other.folder), other.shards[0])) == 3

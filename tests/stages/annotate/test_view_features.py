@@ -1,4 +1,4 @@
-"""Raw features of several views: each against the model and the crop taken alone; and every way they can be wrong."""
+"""Raw features of several views, each compared with model and crop applied alone; and every kind of error."""
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ def snapshot(make_snapshot: MakeSnapshot, tmp_path: Path) -> Snapshot:
 
 
 def test_every_view_is_what_the_model_gives_for_its_crop(snapshot: Snapshot) -> None:
-    """Not normalised; view v is cut by random words of (seed, v, key)."""
+    """Not normalised; view v is cropped by random bits of (seed, v, key)."""
     found = read_views(views_of(snapshot, seed=7), maker(seed=7))
     assert found.features.shape[:2] == (9, 3) and found.features.dtype == np.float16
     assert found.facts["views"] == 3 and found.facts["seed"] == 7 and "resized" in str(found.facts["random"])

@@ -1,4 +1,4 @@
-"""The rule about addresses, against the ranges as RFC 6890 and the cloud providers write them."""
+"""The address policy, checked with the ranges of RFC 6890 and of cloud providers."""
 
 import asyncio
 import ipaddress
@@ -137,7 +137,7 @@ def test_one_address_of_a_host_is_checked() -> None:
 
 
 class Answers(AbstractResolver):
-    """Gives each name the addresses it was told, with the port asked for."""
+    """Resolves each name to its given addresses, with the requested port."""
 
     def __init__(self, **names: list[str]) -> None:
         self.names = names

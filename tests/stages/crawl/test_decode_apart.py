@@ -1,4 +1,4 @@
-"""Decoding in a process apart: the same images, and decoders that raise, hang, crash and chatter."""
+"""Decoding in a child process: the same images, and decoders that raise, hang, crash and print."""
 
 import io
 import os

@@ -250,7 +250,7 @@ def test_a_body_that_stops_early_is_a_failure(raw: RawServer, reply: bytes) -> N
     ("sent", "classes"),
     [(b"", ["reset"]), (b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\nstart", ["reset", "short_read"])],
 )
-def test_a_connection_that_breaks_is_told(raw: RawServer, sent: bytes, classes: list[str]) -> None:
+def test_a_broken_connection_is_reported(raw: RawServer, sent: bytes, classes: list[str]) -> None:
     def script(connection: socket.socket, _: int) -> None:
         connection.sendall(sent)
         time.sleep(0.05)
@@ -490,7 +490,7 @@ def test_other_places_and_schemes_are_refused(url: str) -> None:
     "url",
     ["", "   ", "image.jpg", "//host/a", "http://", "http:///a", "http://[::1/", "http://a:99999/", "http:a", None],
 )
-def test_what_is_no_url_is_told(url: Any) -> None:
+def test_an_invalid_url_is_reported(url: Any) -> None:
     assert failure(url).error_class == "bad_url"
 
 

@@ -1,4 +1,4 @@
-"""The classes of failures against the table that users read."""
+"""The error classes compared with the table in the documentation."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ GUIDE = Path(__file__).resolve().parents[3] / "docs" / "operations.md"
 
 
 def table() -> dict[str, bool]:
-    """Class -> whether it is tried again at once, as docs/operations.md says."""
+    """Class -> whether it is retried at once, according to docs/operations.md."""
     part = GUIDE.read_text().partition("### Why rows fail")[2].partition("###")[0]
     rows = [line.split("|") for line in part.splitlines() if line.startswith("| `")]
     return {name: row[3].strip() == "yes" for row in rows for name in re.findall(r"`(\w+)`", row[1])}

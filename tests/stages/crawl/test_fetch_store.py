@@ -1,4 +1,4 @@
-"""Urls of stores and local files: what was opened is read, everything else is refused, and the caps hold."""
+"""Urls of stores and local files: allowed ones are read, all others are rejected, and the limits apply."""
 
 import hashlib
 import json

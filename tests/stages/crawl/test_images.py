@@ -1,4 +1,4 @@
-"""Images in, images out: side by side with img2dataset's own Resizer, with Pillow, and with hostile bytes."""
+"""Image transforms compared with img2dataset's own Resizer and with Pillow, and tested with hostile bytes."""
 
 import io
 import itertools
@@ -418,7 +418,7 @@ def test_of_an_animation_the_first_image_is_kept(kind: str) -> None:
 
 
 def test_names_and_types_are_not_believed() -> None:
-    """There is no door for them: a PNG that was called .jpg is a PNG."""
+    """Names and content types are not used: a PNG with the name .jpg is a PNG."""
     assert read_header(encoded(SQUARES, "PNG")).kind == "png"
     assert transform(encoded(SQUARES, "PNG"), ImageOptions(resize_mode="no", skip_reencode=True)).kept is False
 
@@ -510,7 +510,7 @@ def test_disable_all_reencoding_keeps_everything(theirs: Any) -> None:
         (b"II*\0\x08\0\0\0", "damaged"),
     ],
 )
-def test_what_is_no_picture_is_told(body: bytes, error_class: str) -> None:
+def test_a_body_that_is_not_an_image_is_reported(body: bytes, error_class: str) -> None:
     error = failure(body)
     assert error.error_class == error_class
     assert error.message.startswith("Image decoding error")
@@ -693,7 +693,7 @@ def test_passes_are_counted_unless_the_first_must_be_the_last() -> None:
         assert images._jpeg_scans(body) <= body.count(b"\xff\xda") or body is sequential
 
 
-def test_what_the_format_can_not_hold_is_told() -> None:
+def test_an_image_too_large_for_the_format_is_reported() -> None:
     body = encoded(np.zeros((2, 20_000, 3), np.uint8), "PNG")
     error = failure(body, resize_mode="no", encode_format="webp")
     assert (error.error_class, error.message) == ("encode", "Image encoding error")

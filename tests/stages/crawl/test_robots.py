@@ -1,4 +1,4 @@
-"""robots.txt against RFC 9309's own sentences, and against hosts that answer it badly."""
+"""robots.txt by the rules of RFC 9309, and with hosts that answer incorrectly."""
 
 import asyncio
 import itertools

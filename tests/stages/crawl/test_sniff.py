@@ -1,4 +1,4 @@
-"""Kinds told by first bytes, against the header reader that gets the whole body."""
+"""Image formats by first bytes, compared with the header reader on the whole body."""
 
 import io
 
@@ -8,7 +8,7 @@ from PIL import Image
 from pipeline.errors import SampleError
 from pipeline.stages.crawl.failure import Failure
 from pipeline.stages.crawl.images import read_header
-from pipeline.stages.crawl.sniff import ENOUGH, refuse_other_things, starts_like_an_image
+from pipeline.stages.crawl.sniff import ENOUGH, refuse_non_images, starts_like_an_image
 
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"]
 
@@ -24,7 +24,7 @@ def test_images_are_known_by_their_first_bytes(kind: str) -> None:
     body = encoded(kind)
     assert read_header(body)
     assert starts_like_an_image(body[:ENOUGH])
-    refuse_other_things(body[:ENOUGH], 200)
+    refuse_non_images(body[:ENOUGH], 200)
 
 
 OTHERS = [
@@ -46,6 +46,6 @@ def test_other_things_get_the_class_and_words_of_the_decoder(body: bytes) -> Non
     with pytest.raises(SampleError) as theirs:
         read_header(body)
     with pytest.raises(Failure) as ours:
-        refuse_other_things(body[:ENOUGH], 200)
+        refuse_non_images(body[:ENOUGH], 200)
     assert (ours.value.error_class, ours.value.message) == (theirs.value.error_class, theirs.value.message)
     assert ours.value.status == theirs.value.status and not ours.value.may_pass

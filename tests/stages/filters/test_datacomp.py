@@ -1,4 +1,4 @@
-"""DataComp's uid lists: repeats are seen again, what is written is what readers see."""
+"""DataComp's uid lists: repeats repeat samples, and an exported list has the visible samples."""
 
 from collections import Counter
 from typing import Any

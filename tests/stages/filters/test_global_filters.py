@@ -1,4 +1,4 @@
-"""Filters that look at all shards, against brute force and other people's libraries."""
+"""Filters with a global view, compared with brute force and third-party libraries."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""MetaCLIP's balancing against its description, written down plainly."""
+"""MetaCLIP's balancing compared with a simple implementation of its description."""
 
 import numpy as np
 import pytest

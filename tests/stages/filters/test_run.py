@@ -1,4 +1,4 @@
-"""A filter run publishes what its reasons say, the same however it was interrupted and wherever it runs."""
+"""A filter run publishes the samples of its reasons, the same after any interruption and on any machine."""
 
 import json
 import os

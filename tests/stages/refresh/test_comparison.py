@@ -1,4 +1,4 @@
-"""The comparison of a refresh against a plain one with dictionaries, over random rows with repeats."""
+"""The comparison of a refresh, checked against a simple one with dictionaries, over random rows with repeats."""
 
 import random
 from collections import Counter, defaultdict

@@ -1,4 +1,4 @@
-"""Ours beside the real img2dataset: the same layout on the same urls, and its engine under our rules."""
+"""Our engine compared with the real img2dataset: the same layout on the same urls; its engine under our rules."""
 
 import hashlib
 import io
@@ -28,7 +28,7 @@ pytest.importorskip("imghdr", reason="img2dataset does not import on Python 3.13
 
 from pipeline.stages.refresh.img2dataset_engine import guarded_opener, refresh_with_img2dataset  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # img2dataset's own, of which there are many
+pytestmark = pytest.mark.filterwarnings("ignore")  # img2dataset itself gives many warnings
 
 OPTIONS = ShardOptions(
     images=ImageOptions(image_size=64, exact=True),
@@ -113,11 +113,11 @@ def test_expected_hashes_mean_the_same(table: UrlTable, tmp_path: Path, ray_clus
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     refresh(checked, Folder(ours), OPTIONS, Workers(processes_count=0))
     refresh_with_img2dataset(checked, Folder(theirs), OPTIONS, Workers())
-    told = []
+    outcomes = []
     for place in (ours, theirs):
         rows = [row for shard in ("00000", "00001") for row in pq.read_table(place / f"{shard}.parquet").to_pylist()]
-        told.append({row["key"]: (row["status"], row["error_message"] == "hash mismatch") for row in rows})
-    assert told[0] == told[1] and sum(mismatch for _, mismatch in told[0].values()) == 4
+        outcomes.append({row["key"]: (row["status"], row["error_message"] == "hash mismatch") for row in rows})
+    assert outcomes[0] == outcomes[1] and sum(mismatch for _, mismatch in outcomes[0].values()) == 4
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Opt-out lists: what an entry reaches, and what it does not."""
+"""Opt-out lists: the rows that an entry matches, and those it does not."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The progress line: right numbers, few lines, and a stop when too little succeeds."""
+"""The progress line: correct numbers, few lines, and a stop at too many failures."""
 
 import logging
 import time
@@ -40,46 +40,46 @@ class Clock:
 
 def test_the_line_counts_only_what_this_run_made_for_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    told = Progress(1000, Floor())
-    told.seen(stats(400, 200, made=False))
+    counter = Progress(1000, Floor())
+    counter.seen(stats(400, 200, made=False))
     clock.now += 10
-    told.seen(stats(100, 80))
+    counter.seen(stats(100, 80))
     # 100 rows and 80 samples of 2 MB in 10 s; 500 rows left at 10 rows a second; 280 of 500 good.
-    assert told.line() == "500 of 1000 rows, 8 samples/s, 0.2 MB/s, 56.0 % good, 50 s left"
+    assert counter.line() == "500 of 1000 rows, 8 samples/s, 0.2 MB/s, 56.0 % good, 50 s left"
 
 
 def test_it_is_quiet_between_two_lines(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock(monkeypatch)
     caplog.set_level(logging.INFO)
-    told = Progress(10_000, Floor())
+    counter = Progress(10_000, Floor())
     for _ in range(250):
         clock.now += 0.1
-        told.seen(stats(10, 9))
+        counter.seen(stats(10, 9))
     assert len(caplog.records) == 2
-    told.finish()
+    counter.finish()
     assert caplog.records[-1].message == "dropped 250 rows: timeout"
 
 
 def test_the_end_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock(monkeypatch)
     caplog.set_level(logging.INFO)
-    told = Progress(10, Floor())
+    counter = Progress(10, Floor())
     clock.now += 60
-    told.seen(stats(10, 10))
-    told.finish()
+    counter.seen(stats(10, 10))
+    counter.finish()
     assert [record.message[:16] for record in caplog.records] == ["10 of 10 rows, 0"]
 
 
 def test_too_little_success_is_judged_late_enough_and_by_all_shards() -> None:
     floor = Floor(minimum_success=0.5, minimum_success_after=20)
-    told = Progress(100, floor)
-    told.seen(stats(10, 0))
+    counter = Progress(100, floor)
+    counter.seen(stats(10, 0))
     with pytest.raises(TooManyFailures, match=r"20.0% of 20 rows.*--minimum-success 0.5.*timeout \(16\)"):
-        told.seen(stats(10, 4))
-    # What an earlier run did counts as well; a floor that is just reached is reached.
-    told = Progress(100, floor)
-    told.seen(stats(10, 10, made=False))
-    told.seen(stats(10, 0))
+        counter.seen(stats(10, 4))
+    # Shards of an earlier run count too; a fraction equal to the floor is enough.
+    counter = Progress(100, floor)
+    counter.seen(stats(10, 10, made=False))
+    counter.seen(stats(10, 0))
 
 
 @pytest.mark.parametrize(("name", "value"), [("minimum_success", 1.5), ("minimum_success", -0.1)])

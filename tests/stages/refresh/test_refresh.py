@@ -1,4 +1,4 @@
-"""From rows to a snapshot: the same bytes however it was interrupted, every row accounted for, nothing half-written."""
+"""From rows to a snapshot: the same bytes after any interruption, every row counted, no partial files."""
 
 import errno
 import hashlib

@@ -1,4 +1,4 @@
-"""Refreshing from a parent: fetched once, kept byte for byte, hidden when gone, the same wherever it was stopped."""
+"""Refreshing from a parent: rows are fetched once, kept unchanged, hidden when removed; stops do not matter."""
 
 import hashlib
 import io
@@ -46,7 +46,7 @@ def image(number: int) -> bytes:
 
 
 class World:
-    """A web server with images 0 to 99, of which some are missing, and a url table that changes."""
+    """A web server with images 0 to 99, some of them missing, and a url table that changes."""
 
     def __init__(self, tmp_path: Path, serve: Any) -> None:
         self.missing: set[int] = set()
@@ -286,7 +286,7 @@ class Killed(BaseException):
 
 
 def stopping(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Let ``steps`` writes and deletions happen, and no more."""
+    """Allow ``steps`` writes and deletions, then stop."""
     left = steps
     real_write, real_delete = Folder.write_atomic, Folder.delete
 
@@ -511,7 +511,7 @@ def test_images_of_a_folder_are_compared_by_their_bytes(tmp_path: Path) -> None:
 def test_a_success_rate_under_the_floor_stops_and_goes_on_with_a_lower_one(world: World) -> None:
     world.missing, world.busy = set(range(8)) - {0}, {8}
     floor = Floor(minimum_success=0.5, minimum_success_after=8)
-    with pytest.raises(TooManyFailures, match=r"12.5% of 8 rows.*http_4xx \(7\).*lower floor"):
+    with pytest.raises(TooManyFailures, match=r"12.5% of 8 rows.*http_4xx \(7\).*lower --minimum-success"):
         world.refresh(range(12), Renewal(), floor=floor)
     assert world.asked() == list(range(8)) and snapshot_ids(world.folder) == []
     snapshot = world.refresh(range(12), Renewal(), floor=Floor(minimum_success=0.1))

@@ -1,4 +1,4 @@
-"""Asking again for stored images: a server with ETags, one without, one that forbids, one that fails."""
+"""Revalidation of stored images: servers with ETags, without ETags, with robots rules, and failing ones."""
 
 import hashlib
 from collections import Counter
@@ -69,7 +69,7 @@ class Site:
         return refresh(table, Folder(self.out), options, workers, renewal=renewal)
 
     def stored(self, snapshot: Snapshot) -> dict[int, bytes]:
-        """What readers see: images by number."""
+        """The visible images by number."""
         folder = Folder(snapshot.folder)
         samples = [sample for shard in snapshot.shards for sample in read_samples(folder, shard)]
         return {int(sample.fields["txt"].split()[-1]): sample.fields["jpg"] for sample in samples}

@@ -1,4 +1,4 @@
-"""The page about a snapshot: nothing hostile comes through, nothing is asked for, and what it says is so."""
+"""The report page of a snapshot: hostile text is escaped, no requests are made, and its numbers are right."""
 
 import re
 from collections.abc import Callable

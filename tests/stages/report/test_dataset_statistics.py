@@ -1,4 +1,4 @@
-"""What is measured of a snapshot, held against counting by hand; the same in any order, in Ray and without."""
+"""Statistics of a snapshot compared with counting by hand; the same in any order, with Ray and without."""
 
 import base64
 import io

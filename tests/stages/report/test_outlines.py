@@ -1,4 +1,4 @@
-"""Boxes and masks as outlines, against masks drawn by hand; what does not fit is left out."""
+"""Boxes and masks as outlines, compared with hand-drawn masks; invalid entries are left out."""
 
 import json
 
@@ -12,8 +12,8 @@ from pipeline.sources.drawn.sample import draw_sample
 from pipeline.stages.report.outlines import MOST_REGIONS, read_regions
 
 
-def sample(things: object = None, **fields: bytes) -> Sample:
-    described = {"boxes.json": json.dumps({"objects": things}).encode()} if things is not None else {}
+def sample(objects: object = None, **fields: bytes) -> Sample:
+    described = {"boxes.json": json.dumps({"objects": objects}).encode()} if objects is not None else {}
     return Sample("key", {**described, **{name.replace("_", "."): value for name, value in fields.items()}})
 
 
@@ -66,7 +66,7 @@ def test_masks_by_grey_value() -> None:
 
 
 @pytest.mark.parametrize(
-    "things",
+    "objects",
     [
         [{"bbox": "x"}],
         [{"bbox": [1, 2, 3]}],
@@ -84,8 +84,8 @@ def test_masks_by_grey_value() -> None:
         [None],
     ],
 )
-def test_what_does_not_fit_is_left_out(things: object) -> None:
-    assert read_regions(sample(things), 100, 100) == ()
+def test_what_does_not_fit_is_left_out(objects: object) -> None:
+    assert read_regions(sample(objects), 100, 100) == ()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"\xff\xfe", b'{"objects": 1}'])

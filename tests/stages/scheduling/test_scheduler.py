@@ -1,4 +1,4 @@
-"""Each fire once through crashes and restarts, never two at once, retries; with a Ray and a history made here."""
+"""Each fire once through crashes and restarts, no concurrent runs of a job, retries; with a fake Ray and history."""
 
 import logging
 from collections.abc import Mapping
@@ -108,7 +108,7 @@ def test_a_fire_is_submitted_once_and_its_end_recorded() -> None:
 
 @pytest.mark.parametrize("keeps", ["both", "ray", "history"])
 def test_a_restart_neither_misses_nor_doubles(keeps: str) -> None:
-    """Ray forgets its jobs when its head is made anew, MLflow may be a new one: either is enough."""
+    """Ray loses its jobs when its head is recreated, and MLflow may be new: either one is enough."""
     world = World()
     world.tick(0)
     world.ray.end("a-20261122T1200Z")
@@ -239,7 +239,7 @@ def test_a_job_that_cannot_be_submitted_does_not_hold_up_others() -> None:
     assert world.states() == {"a-20261122T1200Z": "failed", "b-20261122T1200Z": "running"}
 
 
-def test_secrets_come_from_the_environment_and_are_not_told(
+def test_secrets_come_from_the_environment_and_are_not_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("THE_PASSWORD", "hunter2")

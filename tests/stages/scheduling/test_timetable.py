@@ -1,4 +1,4 @@
-"""Fire times against calendars made by hand, through both clock changes, and against a slow reading of cron's rules."""
+"""Fire times compared with hand-made calendars, through both clock changes, and with brute force by cron's rules."""
 
 import random
 from datetime import UTC, datetime, timedelta
