@@ -5,7 +5,7 @@ SHELL := /bin/sh
 
 PYTHONS ?= python3.11 python3.12 python3.13 python3
 ARGS ?=
-# Processes of the tests; four at most, since each takes up to a gigabyte.
+# Test processes; at most four, because each takes up to a gigabyte.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && n=4; echo $$n)
 FOLDER ?= runs/demo
 PORT ?= 5000
@@ -13,13 +13,13 @@ PORT ?= 5000
 # `ray job submit` starts a bare `python`: it must be ours.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
-# Without bytecode every Ray worker compiles torch anew, about 8 s of CPU each.
+# Without bytecode every Ray worker compiles torch, about 8 s of CPU each.
 unexport PYTHONDONTWRITEBYTECODE
-# A cluster that the shell happens to point at is not ours to use.
+# Do not use a cluster that the shell points at.
 unexport RAY_ADDRESS RAY_JOB_HEADERS
 export RAY_USAGE_STATS_ENABLED := 0
 export RAY_TRAIN_V2_ENABLED := 1
-# The second engine's resizer looks for updates when it is imported.
+# img2dataset's resizer checks for updates when it is imported.
 export NO_ALBUMENTATIONS_UPDATE := 1
 # Two processes and 0.5 GB for the MLflow server instead of ten and 2 GB.
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
@@ -27,7 +27,7 @@ export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
-setup: ## Make or refresh .venv from requirements.lock (the other targets do it by themselves)
+setup: ## Make or refresh .venv from requirements.lock (the other targets do this automatically)
 	@stamp="$$(cat requirements.lock pyproject.toml | cksum) $(CURDIR)"; \
 	if [ "$$(cat .venv/.installed 2>/dev/null)" = "$$stamp" ] && .venv/bin/python -c pass 2>/dev/null; then exit 0; fi; \
 	if ! .venv/bin/python -c 'import pip' 2>/dev/null; then \
@@ -57,10 +57,10 @@ setup: ## Make or refresh .venv from requirements.lock (the other targets do it 
 demo: setup ## Refresh, pre-train, evaluate on a local Ray and MLflow; ends with a table (again from the start: ARGS=--fresh)
 	@.venv/bin/python jobs/demo.py demo $(ARGS)
 
-test: setup ## Run the tests but the slow ones (make test ARGS='tests/shards -k tar')
+test: setup ## Run the tests except the slow ones (make test ARGS='tests/shards -k tar')
 	@.venv/bin/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow" $(ARGS)
 
-test-all: test ## Run every test: after those of `make test` the slow ones, one at a time, as they watch the clock
+test-all: test ## Run every test: first `make test`, then the slow ones, one at a time, because they measure time
 	@.venv/bin/python -m pytest -m slow $(ARGS)
 
 check: setup ## Formatting, lint and types

@@ -6,11 +6,11 @@
     ray job submit --working-dir . -- python jobs/adapt.py base-to-new --model ViT-B-16-quickgelu:openai \
         --methods coop cocoop maple --data oxford_pets dtd --root s3://bucket/datasets --output s3://bucket/pets
 
-A method takes settings of its own and of its recipe: coop:class_specific=true,epochs=50. A data set is a card with
-`few_shot`; those with split files are looked for in --root, which holds folders as CoOp's DATASETS.md names them.
-Trials run side by side on the cluster (--processes-count 0: one after the other, here), with a part of a GPU each where
-it has some; the same command again goes on. With --workers-per-trial each trial has several workers, which share its
-classes: for ImageNet's thousand.
+Append a method's own options and its recipe's to its name: coop:class_specific=true,epochs=50. A data set is a card
+with `few_shot`; split files are read from --root, which holds folders named as in CoOp's DATASETS.md. Trials run in
+parallel on the cluster (--processes-count 0: one after the other in this process), each with a part of a GPU if the
+cluster has GPUs. The same command resumes. With --workers-per-trial each trial has several workers that share its
+classes, for ImageNet's thousand classes.
 """
 
 import getpass
@@ -55,46 +55,46 @@ class Adapt:
     """One model; every method on every data set, with every number of shots and every seed."""
 
     model: str
-    """What jobs/evaluate.py takes as a checkpoint; it has to be a CLIP."""
+    """Checkpoint of a CLIP, as in jobs/evaluate.py."""
     methods: tuple[str, ...]
-    """Names of pipeline/models/adapters, each with :key=value,... for what is not as in its paper."""
+    """Names of pipeline/models/adapters, each with optional :key=value,... that override the paper's values."""
     data: tuple[str, ...]
-    """Dataset cards to learn from, with `few_shot`."""
+    """Dataset cards with `few_shot` to train on."""
     output: str
     """Folder for images, features, results, adapters, table and plot; a path or a URI."""
     protocol: Protocol = "few_shot"
-    """few_shot: test on the classes learned; base_to_new: learn half of them; cross and generalise: test on targets."""
+    """few_shot: test on the training classes; base_to_new: train on half of them; cross, generalise: on targets."""
     targets: tuple[str, ...] = ()
-    """Cards that are only tested on: other data sets (cross), or the same classes under a shift (generalise)."""
+    """Test-only cards: other data sets (cross), or the same classes under a shift (generalise)."""
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
-    """Labelled images of each class; a class that has fewer gives all it has."""
+    """Labelled images per class; a class with fewer images uses all of them."""
     seeds: tuple[int, ...] = (1, 2, 3)
-    """Of the drawing of shots and of the training."""
+    """Seeds of the sampling of shots and of the training."""
     root: str = ""
-    """Folder that holds the folders of data sets with split files."""
+    """Folder with the folders of data sets with split files."""
     samples: int | None = None
-    """Images of each part of a drawn set, in place of the card's number."""
+    """Images of each part of a drawn set; replaces the card's number."""
     views: Views = field(default_factory=Views)
-    """Views of each shot, for methods that read features."""
+    """Views per shot, for methods that read features."""
     precision: Precision = "fp32"
-    """Arithmetic of the image tower when features are made."""
+    """Precision of the image tower when features are computed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where trials compute; auto: on GPUs where there are some."""
+    """Device of the trials; auto uses GPUs if available."""
     gpus_per_trial: float = 0.25
-    """Part of a GPU for each trial, so that several share one; not with `workers_per_trial`."""
+    """Part of a GPU per trial, above 0, up to 1, so that several trials share one; not with `workers_per_trial`."""
     workers_per_trial: int = 1
-    """More than one: trials one after the other, each on so many workers (a GPU each), which share its classes."""
+    """If more than 1, trials run one after the other, each on this many workers (a GPU each) that share its classes."""
     keep_adapters: bool = True
-    """Keep what each trial learned, below OUTPUT/adapters."""
+    """Save each trial's trained tensors below OUTPUT/adapters."""
     workers: Workers = field(default_factory=Workers)
     track: bool = True
-    """Record the job as an MLflow run, with a child for each trial."""
+    """Record the job as an MLflow run, with a child run per trial."""
     tracking: Tracking = field(default_factory=lambda: Tracking(system_metrics=False))
 
     def __post_init__(self) -> None:
         for name in ("methods", "data", "shots", "seeds"):
             chosen = getattr(self, name)
-            if not isinstance(chosen, tuple):  # a preset's place for what the command line has to give
+            if not isinstance(chosen, tuple):  # a preset's placeholder for a required option
                 continue
             require(len(chosen) > 0, name, chosen, "one or more")
             require(len(set(chosen)) == len(chosen), name, chosen, "each once")
@@ -109,11 +109,11 @@ class Adapt:
 
 PRESETS: dict[str, tuple[str, Adapt]] = {
     "few-shot": (
-        "1 to 16 images of each class, tested on the same classes.",
+        "1 to 16 images per class, tested on the same classes.",
         Adapt(model=tyro.MISSING, methods=tyro.MISSING, data=tyro.MISSING, output=tyro.MISSING),
     ),
     "base-to-new": (
-        "Learn half of the classes, test on them and on the others, and report the harmonic mean.",
+        "Train on half of the classes, test on both halves, and report the harmonic mean.",
         Adapt(
             model=tyro.MISSING,
             methods=tyro.MISSING,
@@ -124,7 +124,7 @@ PRESETS: dict[str, tuple[str, Adapt]] = {
         ),
     ),
     "cross": (
-        "Learn ImageNet's classes, test on the ten other data sets.",
+        "Train on ImageNet's classes, test on the ten other data sets.",
         Adapt(
             model=tyro.MISSING,
             methods=tyro.MISSING,
@@ -136,7 +136,7 @@ PRESETS: dict[str, tuple[str, Adapt]] = {
         ),
     ),
     "generalise": (
-        "Learn ImageNet's classes, test on ImageNet V2, Sketch, A and R.",
+        "Train on ImageNet's classes, test on ImageNet V2, Sketch, A and R.",
         Adapt(
             model=tyro.MISSING,
             methods=tyro.MISSING,
@@ -148,7 +148,7 @@ PRESETS: dict[str, tuple[str, Adapt]] = {
         ),
     ),
     "smoke": (
-        "Two methods and zero-shot on a few drawn images by an untrained model, in this process.",
+        "Two methods and zero-shot with an untrained model on a few drawn images, in this process.",
         Adapt(
             model="clipmill-tiny:untrained",
             methods=(ZERO_SHOT, "tip_adapter_f", "coop:epochs=2,context=4"),
@@ -165,7 +165,7 @@ PRESETS: dict[str, tuple[str, Adapt]] = {
 
 
 def main(run: Adapt) -> None:
-    """Wire model, data sets and trials; all that can be wrong is looked at before anything is drawn or embedded."""
+    """Wire model, data sets and trials; checks all settings before data are read or embedded."""
     folder = Folder(writable_folder("output", run.output))
     specs = {spec.text: spec for spec in map(parse_spec, run.methods)}
     learned, tested = (

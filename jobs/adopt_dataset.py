@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Make a snapshot of shards that img2dataset or another tool wrote, where they lie, without copying or changing them.
+"""Make a snapshot of shards written by img2dataset or another tool, in place, without copying or changing them.
 
     ray job submit --working-dir . -- python jobs/adopt_dataset.py folder s3://bucket/laion400m
 
-Only `_snapshots/` is added, so img2dataset can go on in the folder; the same command then adopts what is new. Tars that
-img2dataset has not marked as done are left out. A killed adoption goes on where it was.
+Adds only `_snapshots/`, so img2dataset can continue in the folder; the same command then adopts the new tars. Tars that
+img2dataset has not marked as done are left out. A killed adoption resumes.
 """
 
 import getpass
@@ -32,17 +32,17 @@ class Adopt:
     """A folder with tars."""
 
     folder: tyro.conf.Positional[str]
-    """The folder with the tars: a path or any fsspec URI."""
+    """Folder with the tars: a path or any fsspec URI."""
     card: str | None = None
     """Dataset card that describes the samples: a name of datasets/ or a YAML file."""
     skip_damaged: bool = False
-    """Leave out tars that are damaged, in place of stopping."""
+    """Leave out damaged tars instead of stopping."""
     workers: Workers = field(default_factory=Workers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Smoke(Adopt):
-    """As the job, on tars that it draws first."""
+    """The same job, on tars that it draws first."""
 
 
 PRESETS: dict[str, tuple[str, Adopt]] = {
@@ -69,7 +69,7 @@ def main(run: Adopt) -> None:
 
 
 def draw(folder: Folder) -> None:
-    """Plain tars without anything beside them, as another tool would have left them."""
+    """Plain tars without other files, as another tool may write them."""
     with tempfile.TemporaryDirectory() as drawn:
         drawn_snapshot(Folder(drawn), samples=48)
         for tar in Path(drawn).glob("*.tar"):

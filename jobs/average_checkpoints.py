@@ -6,8 +6,8 @@
     python jobs/average_checkpoints.py greedy --checkpoints runs/a runs/b runs/c --output runs/soup \
         --zero-shot imagenet=s3://bucket/held-out --metric zeroshot/imagenet/top1
 
-A checkpoint is what jobs/evaluate.py takes. The greedy soup goes from best to worst, by the metric in the checkpoints'
-evaluation.json (or by a first evaluation), and keeps what does not lower the average's metric on the given sets.
+For checkpoint addresses see jobs/evaluate.py. The greedy soup sorts the checkpoints by the metric in their
+evaluation.json (or by a first evaluation), and keeps those that do not lower the average's metric on the given sets.
 """
 
 from contextlib import nullcontext
@@ -31,22 +31,22 @@ UNTRAINED = "clipmill-tiny:untrained"
 
 @dataclass(frozen=True, kw_only=True)
 class Averaging:
-    """Some checkpoints and the way in which they become one."""
+    """The checkpoints, and how they are averaged."""
 
     checkpoints: tuple[str, ...]
-    """Two or more; for WiSE-FT the zero-shot model, then the fine-tuned one. FOLDER:ema means a moving average."""
+    """Two or more; for WiSE-FT the zero-shot model, then the fine-tuned one. FOLDER:ema is a moving average."""
     output: str = ""
     """Folder of the new checkpoint: a path or a URI."""
     kind: Literal["wise_ft", "uniform", "greedy"] = "uniform"
-    """WiSE-FT, the mean of all, or the mean of those that help."""
+    """wise_ft: weighted by alpha; uniform: the mean of all; greedy: the mean of those that improve the metric."""
     alpha: float = 0.5
-    """Share of the fine-tuned model in WiSE-FT."""
+    """Weight of the fine-tuned model in WiSE-FT, 0 to 1."""
     metric: str = ""
-    """What the greedy soup goes by, such as zeroshot/imagenet/top1: higher is better."""
+    """Metric of the greedy soup, such as zeroshot/imagenet/top1; higher is better."""
     evaluations: Evaluations = field(default_factory=Evaluations)
     """Held-out sets that have the metric."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the greedy soup is evaluated."""
+    """Device of the greedy soup's evaluations."""
 
     def __post_init__(self) -> None:
         count = len(self.checkpoints) if isinstance(self.checkpoints, tuple) else 2
@@ -61,11 +61,11 @@ def _preset(kind: Literal["wise_ft", "uniform", "greedy"]) -> Averaging:
 
 
 PRESETS = {
-    "wise-ft": ("Between a zero-shot and a fine-tuned model.", _preset("wise_ft")),
+    "wise-ft": ("Interpolate between a zero-shot and a fine-tuned model.", _preset("wise_ft")),
     "uniform": ("The mean of all.", _preset("uniform")),
-    "greedy": ("The mean of those that help, by --metric on --zero-shot and --retrieval.", _preset("greedy")),
+    "greedy": ("The mean of those that improve --metric on --zero-shot and --retrieval.", _preset("greedy")),
     "smoke": (
-        "A greedy soup of untrained models, in a folder that goes when the job ends unless --output names one.",
+        "A greedy soup of untrained models, in a temporary folder unless --output names one.",
         Averaging(
             checkpoints=(UNTRAINED, UNTRAINED),
             kind="greedy",
@@ -77,7 +77,7 @@ PRESETS = {
 
 
 def main(run: Averaging) -> None:
-    """Settle places and sets, then average."""
+    """Resolve folders and sets, then average."""
     temporary = not run.output and set(run.checkpoints) == {UNTRAINED}
     with TemporaryDirectory(prefix="clipmill-average-") if temporary else nullcontext(run.output) as output:
         folder = Folder(writable_folder("output", output))
@@ -91,7 +91,7 @@ def main(run: Averaging) -> None:
 
 
 def averaged(run: Averaging) -> Average:
-    """The average that the job asks for."""
+    """The average of the configured kind."""
     if run.kind == "wise_ft":
         zero_shot, fine_tuned = run.checkpoints
         return wise_ft(zero_shot, fine_tuned, run.alpha, load)
@@ -120,7 +120,7 @@ def load(address: str) -> Method:
 
 
 def method_device(wanted: str) -> str:
-    """``auto``: a GPU where there is one."""
+    """``auto``: a GPU if available."""
     import torch
 
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted

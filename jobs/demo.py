@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""The whole way on this machine: draw a data set, train a CLIP on it, evaluate it, compare it in MLflow.
+"""The whole pipeline on this machine: draw a data set, train a CLIP, evaluate it, compare it in MLflow.
 
     python jobs/demo.py demo
 
-Starts a Ray head and an MLflow server of its own on loopback, submits the jobs with `ray job submit` as one would to
-a cluster, prints a table, and stops what it started, also on Ctrl-C, on errors and when it is killed. Run it again
-and it goes on where it was: what is made already is not made again. `make demo` is the same.
+Starts its own Ray head and MLflow server on loopback, submits the jobs with `ray job submit` as for a cluster, and
+prints a table. It stops what it started, also on Ctrl-C, on errors and when it is killed. The same command resumes,
+without repeating finished parts. `make demo` does the same.
 """
 
 import ctypes
@@ -38,39 +38,39 @@ from pipeline.errors import ClipmillError
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = Path(sys.executable).parent
 CORES = os.cpu_count() or 1
-# On few cores two processes of one thread each are faster than one of two, above all where others use the cores too:
-# threads wait for each other some hundred times a step, processes once.
+# On few cores two processes of one thread each are faster than one process of two threads, above all if other programs
+# use the cores: threads wait for each other hundreds of times per step, processes once.
 WORKERS = 1 if CORES == 1 else 2 if CORES < 8 else 4
-# Every process that the demo starts carries this in its environment, so that the last sweep finds all of them.
+# All processes of the demo have this in their environment, so that the last sweep finds them.
 MARK = "CLIPMILL_DEMO"
 ENVIRONMENT = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "NO_ALBUMENTATIONS_UPDATE": "1",
     "OMP_NUM_THREADS": "1",
-    # Ray listens on all of the machine's addresses: without a token everybody near could run code here.
+    # Ray listens on all of the machine's addresses: without a token, anyone on the network could run code here.
     "RAY_AUTH_MODE": "token",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-# What the table shows, of the sets in datasets/.
+# The metrics of the table, of sets in datasets/.
 SETS = ("drawn_shapes", "drawn_colours", "drawn_textures", "drawn_fine_grained", "drawn_unseen_style")
 PAIRS = "drawn_val"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """How large the demo is and where it lies."""
+    """Size and folder of the demo."""
 
     folder: str = "runs/demo"
-    """Where data, checkpoints, runs and logs go."""
+    """Folder of data, checkpoints, runs and logs."""
     fresh: bool = False
-    """Delete what an earlier demo left in the folder first."""
+    """Delete an earlier demo in the folder first."""
     samples: int = 20000
-    """Images to draw."""
+    """Number of images to draw, 64 or more."""
     training: str = "demo"
     """Preset of jobs/pretrain_clip.py."""
     evaluation_samples: int = 500
-    """Images of each evaluation set."""
+    """Number of images of each evaluation set."""
 
     def __post_init__(self) -> None:
         require(self.samples >= 64, "samples", self.samples, "64 or more")
@@ -79,7 +79,7 @@ class Demo:
 PRESETS = {
     "demo": ("A few minutes on two cores.", Demo()),
     "smoke": (
-        "The same way with next to no data: about a minute.",
+        "The same with little data: about a minute.",
         Demo(
             folder=f"{tempfile.gettempdir()}/clipmill-smoke/demo", samples=64, training="smoke", evaluation_samples=48
         ),
@@ -88,11 +88,11 @@ PRESETS = {
 
 
 class StepFailed(ClipmillError):
-    """A program that the demo started ended badly."""
+    """A program of the demo failed."""
 
 
 class Programs:
-    """The programs that the demo starts: in process groups of their own, logged to files, ended together."""
+    """The programs of the demo: in their own process groups, logged to files, stopped together."""
 
     def __init__(self, logs: Path, interrupt: "Interrupt") -> None:
         self._logs, self._interrupt = logs, interrupt
@@ -103,11 +103,11 @@ class Programs:
         for name in ("PYTHONDONTWRITEBYTECODE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
             self._environment.pop(name, None)
         self._environment["PATH"] = f"{TOOLS}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-        # Loopback never goes through a proxy.
+        # Loopback must not use a proxy.
         self._environment["no_proxy"] = self._environment["NO_PROXY"] = "127.0.0.1,localhost"
 
     def start(self, name: str, command: Sequence[str | Path]) -> None:
-        """Start ``command`` and let it run; its output goes to ``logs/name.log``."""
+        """Start ``command`` in the background; its output goes to ``logs/name.log``."""
         with open(self._logs / f"{name}.log", "wb") as log:
             self._programs[name] = subprocess.Popen(
                 [str(word) for word in command],
@@ -130,7 +130,7 @@ class Programs:
             time.sleep(0.2)
 
     def wait_until_done(self, name: str) -> str:
-        """Wait for the end of the program ``name``, showing what it logs now and then; gives back its output."""
+        """Wait for the end of the program ``name``, printing its last log line at intervals; returns its output."""
         program = self._programs[name]
         with open(self._logs / f"{name}.log", encoding="utf-8", errors="replace") as log:
             shown = time.monotonic()
@@ -145,11 +145,11 @@ class Programs:
         return (self._logs / f"{name}.log").read_text(encoding="utf-8", errors="replace")
 
     def stop(self) -> None:
-        """End everything: gently what was started here, then whatever carries our mark."""
+        """Stop everything: first the started programs, with a signal, then every process with our mark."""
         for program in self._programs.values():
             if program.poll() is None:
                 program.terminate()
-        # One deadline for all of them: on a busy machine each would use up its own.
+        # One deadline for all of them, because on a busy machine each would use its whole time.
         deadline = time.monotonic() + 15
         for program in self._programs.values():
             try:
@@ -165,19 +165,19 @@ class Programs:
             _quietly(process.kill)
 
     def _marked(self) -> list[psutil.Process]:
-        """Every process with our mark but this one, which has it not in its own environment."""
+        """Every process with our mark; this one lacks it in its own environment."""
         return [process for process in psutil.process_iter() if _environment_of(process).get(MARK) == self._mark]
 
     def _last_lines(self, name: str, count: int = 25) -> str:
         path = self._logs / f"{name}.log"
-        # After this line `ray job submit` says everything once more.
+        # After this line `ray job submit` repeats everything.
         once = path.read_text(encoding="utf-8", errors="replace").partition("Status message: ")[0]
         lines = [line for line in once.splitlines() if not re.search(r"(INFO|ERR) (cli|sdk|job_manager)\.py", line)]
         return "\n".join(["", *(f"    {line}" for line in lines[-count:]), "", f"all of it: {path}"])
 
 
 def main(run: Demo) -> None:
-    """Servers up, three jobs, one table, servers down."""
+    """Start servers, run three jobs, print one table, stop servers."""
     folder = Path(run.folder).expanduser().absolute()
     began = time.monotonic()
     with ExitStack() as stack:
@@ -192,7 +192,7 @@ def main(run: Demo) -> None:
 
 
 def _run_jobs(run: Demo, programs: Programs, folder: Path, ray: str, mlflow: str) -> dict[str, Any]:
-    """Draw, train, evaluate the trained model and an untrained one; gives back all that the table shows."""
+    """Draw, train, evaluate the trained model and an untrained one; returns the numbers of the table."""
     submit = [TOOLS / "ray", "job", "submit", "--address", ray, "--working-dir", ".", "--"]
     shards, clip = folder / "shards", folder / "clip"
 
@@ -233,8 +233,8 @@ def _run_jobs(run: Demo, programs: Programs, folder: Path, ray: str, mlflow: str
 
 
 def _start_servers(stack: ExitStack, programs: Programs, folder: Path) -> tuple[str, str]:
-    """A Ray head and an MLflow server; gives back their addresses."""
-    # Sockets lie below Ray's folder and their paths have to be short.
+    """A Ray head and an MLflow server; returns their addresses."""
+    # Sockets are created below Ray's folder, and their paths must be short.
     scratch = Path(tempfile.mkdtemp(prefix="clipmill-", dir="/tmp"))
     stack.callback(shutil.rmtree, scratch, ignore_errors=True)
     gcs, dashboard, client, agent, metrics, tracking = _free_ports(6)
@@ -261,13 +261,13 @@ def _start_servers(stack: ExitStack, programs: Programs, folder: Path) -> tuple[
 
 
 def _last_rate(log: str) -> float | None:
-    """Samples per second that the refresh job told last; None where all shards were there already."""
+    """Samples per second in the refresh job's last report; None if all shards existed already."""
     rates = [float(rate) for rate in re.findall(r"rows, (\d+) samples/s", log)]
     return rates[-1] if rates and rates[-1] > 0 else None
 
 
 def _median_metric(mlflow: str, run_id: str, name: str) -> float | None:
-    """The median of a run's metric over its steps, asked of the MLflow server."""
+    """The median of a run's metric over its steps, from the MLflow server."""
     url = f"{mlflow}/api/2.0/mlflow/metrics/get-history?run_id={run_id}&metric_key={name}"
     with _loopback().open(url, timeout=30) as reply:
         history = json.load(reply).get("metrics", [])
@@ -275,7 +275,7 @@ def _median_metric(mlflow: str, run_id: str, name: str) -> float | None:
 
 
 def _table(results: dict[str, Any]) -> str:
-    """The evaluations, trained beside untrained, and how fast it went."""
+    """The evaluations of the trained and the untrained model, and the throughput."""
     trained, untrained = results["trained"], results["untrained"]
     titles = {"top1": "zero-shot top-1", "i2t_r1": "image to text R@1", "t2i_r1": "text to image R@1"}
     lines = ["", f"{'':40}{'trained':>9}{'untrained':>11}{'chance':>8}{'gain':>14}"]
@@ -313,12 +313,12 @@ def _answers(url: str, token: str) -> bool:
 
 
 def _loopback() -> urllib.request.OpenerDirector:
-    """Opens urls past any proxy."""
+    """Opens URLs without a proxy."""
     return urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now; held together, so that they differ."""
+    """Ports that are free now; held open together, so that they differ."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
@@ -327,7 +327,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _progress(log: IO[str]) -> str:
-    """The last thing that our own code logged since the last call, without time, module and worker."""
+    """The last message that our own code has logged since the last call, without time, module and worker."""
     plain = re.sub(r"\x1b\[\d+m", "", log.read())
     ours = r"^(?:\(\w+ pid=[^)]+\) )?\S+ \S+ (?:INFO|WARNING) pipeline\.[\w.]+: (.+)$"
     lines = re.findall(ours, plain, flags=re.MULTILINE)
@@ -345,7 +345,7 @@ def _made(folder: Path) -> Path:
 
 @contextmanager
 def _alone_in(folder: Path, fresh: bool) -> Iterator[None]:
-    """Hold the demo's folder; a second demo in the same place would write over the first."""
+    """Lock the demo's folder; a second demo in it would overwrite the first."""
     mark = _made(folder) / ".demo"
     require(
         mark.exists() or not any(folder.iterdir()),
@@ -366,9 +366,9 @@ def _alone_in(folder: Path, fresh: bool) -> Iterator[None]:
 
 
 class Interrupt:
-    """The signal that came, if any: noted by the handler, acted upon where the demo waits.
+    """The received signal, if any: stored by the handler, processed where the demo waits.
 
-    An exception raised in the handler itself would be lost where Python cannot let it through, such as in a finaliser.
+    An exception raised in the handler would be lost where Python cannot propagate it, such as in a finaliser.
     """
 
     def __init__(self) -> None:
@@ -379,7 +379,7 @@ class Interrupt:
         self._number = number
 
     def check(self) -> None:
-        """Leave the program if a signal came; everything is stopped on the way out."""
+        """Exit the program if a signal came; everything is stopped on exit."""
         if self._number:
             name = signal.Signals(self._number).name
             print(f"\nstopping, on {name}; the same command goes on from here", flush=True)
@@ -388,7 +388,7 @@ class Interrupt:
 
 @contextmanager
 def _signals_end_the_demo() -> Iterator[Interrupt]:
-    """Let INT, TERM and HUP end the demo where it waits next, at most a few seconds later."""
+    """Let INT, TERM and HUP end the demo at its next wait, at most a few seconds later."""
     interrupt = Interrupt()
     before = {
         number: signal.signal(number, interrupt.note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -401,14 +401,14 @@ def _signals_end_the_demo() -> Iterator[Interrupt]:
 
 
 def _with_signals_ignored(stop: Any) -> None:
-    """Stopping takes a few seconds, in which an impatient second Ctrl-C must not leave half of it running."""
+    """Ignore signals while stopping, which takes a few seconds: a second Ctrl-C must not leave programs running."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     stop()
 
 
 def _end_with_parent() -> None:
-    """In the child: get TERM when the demo is killed outright, which no handler sees. Linux alone can do it."""
+    """In the child: get TERM when the demo is killed by KILL, which no handler sees. Linux only."""
     if sys.platform == "linux":
         set_death_signal = 1
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)

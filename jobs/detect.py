@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Find the things that words name in an image: a table, and the image with boxes, names, scores and masks.
+"""Detect the objects named by words in an image: prints a table, draws boxes, names, scores and masks on the image.
 
     python jobs/detect.py picture IMAGE --checkpoint RUN --words "red star" circle --output found.png
     python jobs/detect.py picture s3://bucket/street.jpg --checkpoint RUN --words dog bicycle --json
 
-Works for every method that has `predict`. Words are any names, also of things that it has seen no box of.
+Works with every method that has `predict`. Words are any class names, also without boxes in the training data.
 """
 
 import json
@@ -34,24 +34,24 @@ SMOKE = "drawn://val/0/0"
 
 @dataclass(frozen=True, kw_only=True)
 class Detect:
-    """An image, a detector, and what to look for."""
+    """An image, a detector, and the words."""
 
     image: tyro.conf.Positional[str]
-    """The image: a path or any fsspec URI."""
+    """Image file: a path or any fsspec URI."""
     checkpoint: str
-    """Folder of a checkpoint or a run (path or URI) of a method that detects."""
+    """Checkpoint or run folder (path or URI) of a detector."""
     words: tuple[str, ...]
-    """What to look for; quotes hold names of several words together, and synonyms: "couch; sofa" is one thing."""
+    """Class names to detect; quote names of several words, and synonyms of one class: "couch; sofa"."""
     output: str = "detections.png"
-    """PNG file for the image with what was found: a path or a URI."""
+    """PNG file for the image with the detections: a path or a URI."""
     least_score: float = 0.05
-    """Detections with a lower score are neither listed nor drawn."""
+    """Minimum score of listed and drawn detections, 0 to 1."""
     most: int = 20
-    """Detections that are listed and drawn at the most, the best ones."""
+    """Maximum number of listed and drawn detections, the highest-scoring ones."""
     json: bool = False
-    """Print JSON in place of a table."""
+    """Print JSON instead of a table."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs; auto takes a GPU where there is one."""
+    """Device of the model; auto uses a GPU if available."""
 
     def __post_init__(self) -> None:
         require(self.output.endswith(".png"), "output", self.output, "a file that ends in .png")
@@ -61,23 +61,23 @@ class Detect:
 
 @dataclass(frozen=True, kw_only=True)
 class Smoke(Detect):
-    """As the job, with a detector that has learnt nothing, on an image that is drawn first."""
+    """The same job, with an untrained detector, on an image that it draws first."""
 
 
 PRESETS: dict[str, tuple[str, Detect]] = {
     "picture": (
-        "The things that --words name in one image.",
+        "Detect the objects of --words in one image.",
         Detect(image=tyro.MISSING, checkpoint=tyro.MISSING, words=tyro.MISSING),
     ),
     "smoke": (
-        "What an untrained detector finds in a drawn image.",
+        "Detections of an untrained detector in a drawn image.",
         Smoke(image=SMOKE, checkpoint="", words=("star", "disc"), least_score=0.0, most=5),
     ),
 }
 
 
 def main(run: Detect) -> None:
-    """Check words and places, then look, print and draw."""
+    """Check words and files, then detect, print and draw."""
     check_words(run.words)
     folder, name = split_file(writable_folder("output", run.output))
     pixels = read_image(run.image)
@@ -100,7 +100,7 @@ def read_image(place: str) -> Pixels:
     try:
         return decode(folder.read_bytes(name))
     except UnreadableSample as error:
-        raise DataError(f"{place} is no image that can be read ({error})") from error
+        raise DataError(f"{place} is not a readable image ({error})") from error
     except (OSError, ValueError) as error:
         raise SettingError("image", place, f"an image that exists ({error})") from error
 
@@ -113,14 +113,14 @@ def load(run: Detect) -> Detector:
 
 
 def best(found: Detections, run: Detect) -> Detections:
-    """Those that are shown: detections come sorted by score."""
+    """The shown detections; they are sorted by score."""
     count = min(run.most, int((found.scores >= run.least_score).sum()))
     masks = None if found.masks is None else found.masks[:count]
     return Detections(found.boxes[:count], found.scores[:count], found.labels[:count], masks)
 
 
 def as_json(found: Detections, words: tuple[str, ...]) -> str:
-    """A list of ``{"word", "score", "box": [x1, y1, x2, y2]}``, the best first."""
+    """A list of ``{"word", "score", "box": [x1, y1, x2, y2]}``, sorted by score."""
     rows = zip(found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
     plain = [{"word": names_of(words[label])[0], "score": score, "box": box} for label, score, box in rows]
     return json.dumps(plain, indent=2)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw a page of the embedded world to look at, as PNG.
+"""Draw a sample page of the embedded world as PNG.
 
     python jobs/draw_gallery.py scenes --output scenes.png --seed 1
 
@@ -22,13 +22,13 @@ from pipeline.sources.drawn.outlines import Pixels
 
 @dataclass(frozen=True, kw_only=True)
 class Gallery:
-    """Which page, and where to put it."""
+    """The page and its file."""
 
     page: Literal["shapes", "attributes", "scenes", "sets"] = "scenes"
     output: str = "gallery.png"
-    """A PNG file, at a path or any fsspec URI."""
+    """PNG file: a path or any fsspec URI."""
     seed: int = 0
-    """Another seed shows other samples."""
+    """Seed of the samples, 0 or more."""
 
     def __post_init__(self) -> None:
         require(self.output.endswith(".png"), "output", self.output, "a file that ends in .png")

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Image and text features of a snapshot by any CLIP, as a sidecar, and as files that clip-retrieval indexes.
+"""Compute image and text features of a snapshot with a CLIP, as a sidecar and as files that clip-retrieval indexes.
 
     ray job submit --working-dir . -- python jobs/embed_dataset.py snapshot --data s3://bucket/cc3m \
         --checkpoint ViT-B-32:laion2b_s34b_b79k --export s3://bucket/cc3m-features
 
-A checkpoint is what jobs/evaluate.py takes. Each shard gets a file of its own and is done once: the same command goes
-on where it was stopped, after a refresh only new shards are read, and --name keeps several models' features apart.
+For checkpoint addresses see jobs/evaluate.py. Each shard gets its own file and is processed once: the same command
+resumes, and after a refresh reads only new shards. --name keeps the features of several models apart.
 
     ... jobs/embed_dataset.py views --data s3://bucket/pets --checkpoint ViT-B-16:openai --views 10
 
-keeps raw image features of the image and ten random crops of it instead, which few-shot methods train from.
+stores raw features of each image and of ten random crops of it instead, the training data of few-shot methods.
 """
 
 import getpass
@@ -36,18 +36,18 @@ class Embed:
     """One snapshot, one model."""
 
     data: str
-    """The folder of a snapshot (its latest) or FOLDER@ID; a path or any fsspec URI."""
+    """Folder of a snapshot (its latest) or FOLDER@ID; a path or any fsspec URI."""
     checkpoint: str
     """Folder of a checkpoint or a run (path or URI), ARCHITECTURE:TAG, ARCHITECTURE:FILE, or ARCHITECTURE:untrained."""
     options: EmbedOptions = field(default_factory=EmbedOptions)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs; auto takes GPUs where there are some."""
+    """Device of the model; auto uses GPUs if available."""
     precision: Precision = "fp32"
-    """bf16 is faster on GPUs and counts as another model."""
+    """Precision of the model; bf16 is faster on GPUs and counts as another model."""
     export: str = ""
-    """Folder for img_emb/, text_emb/ and metadata/ as clip-retrieval reads them."""
+    """Folder for img_emb/, text_emb/ and metadata/ in clip-retrieval's format; empty for no export."""
     export_rows: int = 250_000
-    """Rows of each exported file."""
+    """Rows per exported file, 1 or more."""
     workers: Workers = field(default_factory=Workers)
 
     def __post_init__(self) -> None:
@@ -62,12 +62,12 @@ class EmbedViews(Embed):
     views: Views = field(default_factory=Views)
 
     def __post_init__(self) -> None:
-        require(not self.export, "export", self.export, "nothing: features of views are not exported")
+        require(not self.export, "export", self.export, "empty: features of views are not exported")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Smoke(Embed):
-    """As the job, on a snapshot that it draws first."""
+    """The same job, on a snapshot that it draws first."""
 
 
 PRESETS: dict[str, tuple[str, Embed]] = {

@@ -6,9 +6,10 @@
     python jobs/evaluate.py sets --checkpoint FOLDER --retrieval SHARDS --output result.json
     python jobs/evaluate.py sets --checkpoint VILD --detection coco=SHARDS --detection-words coco_ovd_all
 
-A checkpoint is one of our folders (of a run: its newest), an open_clip architecture with a pretrained tag or file, or
-ARCHITECTURE:untrained for random weights. A set is a dataset card or the folder of a snapshot. With --run-id the
-metrics join that MLflow run, at the checkpoint's step or --step; with --track they make a run of their own.
+A checkpoint is one of our folders (for a run: its newest checkpoint), an open_clip architecture with a pretrained tag
+or file, or ARCHITECTURE:untrained for random weights. A set is a dataset card or the folder of a snapshot. With
+--run-id the metrics are added to that MLflow run, at the checkpoint's step or --step; --track creates a new run for
+them.
 """
 
 from dataclasses import dataclass, field, replace
@@ -40,15 +41,15 @@ class Evaluate:
     """Folder of a checkpoint or a run (path or URI), ARCHITECTURE:TAG, ARCHITECTURE:FILE, or ARCHITECTURE:untrained."""
     evaluations: Evaluations = field(default_factory=Evaluations)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs; auto takes a GPU where there is one."""
+    """Device of the model; auto uses a GPU if available."""
     output: str = ""
-    """JSON file to write the metrics to: a path or a URI."""
+    """JSON file for the metrics: a path or a URI."""
     run_id: str = ""
-    """MLflow run that the metrics and figures join."""
+    """MLflow run to which metrics and figures are added."""
     step: int | None = None
-    """Step to log at; the checkpoint's own where it is not given."""
+    """Step of the logged metrics; none for the checkpoint's own."""
     track: bool = False
-    """Make a new MLflow run for this evaluation."""
+    """Create a new MLflow run for this evaluation."""
     tracking: Tracking = field(default_factory=lambda: Tracking(system_metrics=False))
 
     def __post_init__(self) -> None:
@@ -81,7 +82,7 @@ PRESETS: dict[str, tuple[str, Evaluate]] = {
 
 
 def main(run: Evaluate) -> None:
-    """Wire model, sets and tracker; everything is checked before the model is loaded."""
+    """Wire model, sets and tracker; checks all settings before the model is loaded."""
     run = replace(run, evaluations=with_used_settings(run.evaluations))
     sets = run.evaluations.sets()
     require(
@@ -103,7 +104,7 @@ def main(run: Evaluate) -> None:
 
 
 def with_used_settings(evaluations: Evaluations) -> Evaluations:
-    """Without those settings of the preset `imagenet` that its sets do not take: nobody typed them."""
+    """Drop the settings of the preset `imagenet` that its sets do not use: the user did not type them."""
     takers = {"templates": ("zero_shot",), "classes": ("zero_shot", "classification")}
     unused = [
         name

@@ -5,8 +5,8 @@
     python jobs/export_model.py hugging-face --checkpoint runs/first:ema --output s3://bucket/exported/first
 
 The first is for open_clip.create_model("local-dir:FOLDER"), the second for from_pretrained of transformers' CLIPModel
-and CLIPProcessor, which take ViT towers only. A checkpoint is what jobs/evaluate.py takes; FOLDER:ema means the moving
-average of its weights.
+and CLIPProcessor, which support ViT towers only. For checkpoint addresses see jobs/evaluate.py; FOLDER:ema is the
+moving average of the weights.
 """
 
 from contextlib import nullcontext
@@ -32,14 +32,14 @@ class Export:
     output: str = ""
     """Folder for the files: a path or a URI."""
     format: Format = "open_clip"
-    """The library that is to open it."""
+    """Target library: open_clip or hugging_face."""
 
 
 PRESETS = {
     "open-clip": ("For open_clip.", Export(checkpoint=tyro.MISSING)),
     "hugging-face": ("For transformers' CLIPModel.", Export(checkpoint=tyro.MISSING, format="hugging_face")),
     "smoke": (
-        "An untrained model for transformers, in a folder that goes when the job ends unless --output names one.",
+        "An untrained model for transformers, in a temporary folder unless --output names one.",
         Export(checkpoint="clipmill-tiny:untrained", format="hugging_face"),
     ),
 }

@@ -1,13 +1,12 @@
 #!/usr/bin/env python
-"""CLIP features of the regions of every image, as a sidecar from which ViLD's image branch learns.
+"""Compute CLIP features of the regions of every image, as a sidecar for the training of ViLD's image branch.
 
     ray job submit --working-dir . -- python jobs/extract_region_features.py proposals \
         --data s3://bucket/lvis-train --teacher ViT-B-32:openai --proposer s3://bucket/runs/rpn
 
-Each shard gets a file of its own and is done once: the same command goes on where it was stopped. While it works, the
-features of regions that cover an annotated object are compared with the names of the classes (--classes: a card, what
-the data tell, or none); the share that is right is logged for every shard and as a metric, and below --floor the job
-stops, as it does where hardly an object is covered.
+Each shard gets its own file and is processed once: the same command resumes. The job checks the features of regions
+that cover an annotated object against the class names (--classes: a card, the data's classes, or none). It logs the
+part that is right for every shard and as a metric. Below --floor, or if hardly any object is covered, the job stops.
 """
 
 import getpass
@@ -35,15 +34,15 @@ class Extract:
     """One snapshot, one teacher, one proposer."""
 
     data: str
-    """The folder of a snapshot (its latest) or FOLDER@ID; a path or any fsspec URI."""
+    """Folder of a snapshot (its latest) or FOLDER@ID; a path or any fsspec URI."""
     model: LoadRegionModel
     classes: str = OF_DATA
-    """Card whose class names, but the novel ones, the features are checked by; `data` for what the snapshot says of its
-    own, `none` for no check."""
+    """Card whose class names, except the novel ones, check the features; `data` for the snapshot's own classes, `none`
+    for no check."""
     options: RegionOptions = field(default_factory=RegionOptions)
     workers: Workers = field(default_factory=Workers)
     track: bool = True
-    """Log what was found to MLflow."""
+    """Log the results to MLflow."""
     tracking: Tracking = field(
         default_factory=lambda: Tracking(
             experiment="clipmill-data", primary_metric="regions/accuracy", system_metrics=False
@@ -51,22 +50,22 @@ class Extract:
     )
 
     def __post_init__(self) -> None:
-        require(bool(self.data), "data", self.data, "the folder of a snapshot, which jobs/refresh_dataset.py makes")
+        require(bool(self.data), "data", self.data, "the folder of a snapshot; jobs/refresh_dataset.py makes one")
         require(bool(self.classes), "classes", self.classes, f"a card, `{OF_DATA}` or `{NO_CLASSES}`")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Smoke(Extract):
-    """As the job, on a snapshot that it draws first."""
+    """The same job, on a snapshot that it draws first."""
 
 
 PRESETS: dict[str, tuple[str, Extract]] = {
     "boxes": (
-        "Features of the boxes that the data have.",
+        "Features of the boxes in the data.",
         Extract(data=tyro.MISSING, model=LoadRegionModel(teacher=tyro.MISSING)),
     ),
     "proposals": (
-        "Features of 300 proposals of each image: ViLD's setting.",
+        "Features of 300 proposals per image: ViLD's setting.",
         Extract(
             data=tyro.MISSING,
             model=LoadRegionModel(teacher=tyro.MISSING, proposer=ProposerOptions(proposer=tyro.MISSING)),

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Clean a snapshot: publish a new one with the samples that pass a row of filters.
+"""Filter a snapshot: publish a new one with the samples that pass a sequence of filters.
 
     ray job submit --working-dir . -- python jobs/filter_dataset.py datacomp-basic --data s3://bucket/cc3m
 
-The shards are not touched: the new snapshot says which samples its readers see, and training on the folder takes the
-latest. ``--steps length size metaclip`` chooses filters and their order. Every dropped sample keeps its reason in
-``_filters/``; a table of the funnel ends the job. The same command run again goes on where it was stopped.
+The shards do not change: the new snapshot lists the samples that readers see, and training on the folder uses the
+latest snapshot. ``--steps length size metaclip`` selects filters and their order. ``_filters/`` records why each sample
+was dropped; the job prints a summary table. The same command resumes.
 """
 
 from contextlib import nullcontext
@@ -26,18 +26,18 @@ from pipeline.stages.shard_tasks import Workers
 
 @dataclass(frozen=True, kw_only=True)
 class FilterDataset:
-    """A snapshot and the filters it goes through."""
+    """A snapshot and its filters."""
 
     filters: Filters
     data: str = ""
-    """The data set's folder (its latest snapshot) or folder@snapshot; any fsspec URI."""
+    """Folder of the data set (its latest snapshot) or folder@snapshot; any fsspec URI."""
     captions_sidecar: bool = False
     """Write the cleaned captions beside each tar, as the sidecar `captions`."""
     write_uids: str = ""
-    """Also write what is left as a DataComp uid list (.npy)."""
+    """Also write the remaining samples as a DataComp uid list (.npy)."""
     workers: Workers = field(default_factory=Workers)
     draw: int = 0
-    """Without --data: samples of the embedded world to filter, drawn into a folder that goes when the job ends."""
+    """Without --data: number of samples of the embedded world to draw into a temporary folder and filter."""
 
 
 BASIC = ("text", "length", "language", "size")
@@ -82,7 +82,7 @@ PRESETS = {
 
 
 def main(job: FilterDataset) -> None:
-    """Filter the snapshot; a job that draws its data does without."""
+    """Filter the snapshot; a job that draws its data needs none."""
     with TemporaryDirectory(prefix="clipmill-filter-") if job.draw and not job.data else nullcontext("") as scratch:
         ready = drawn(job, scratch) if scratch else job
         require(bool(ready.data), "data", ready.data, "the folder of a data set, or folder@snapshot")
@@ -95,7 +95,7 @@ def main(job: FilterDataset) -> None:
 
 
 def funnel(outcome: FilterOutcome) -> str:
-    """The table that ends the job: what each reason dropped, and what was left after it."""
+    """The summary table: how many samples each reason dropped, and how many were left after it."""
     total = outcome.parent.samples
     lines = [f"{'filter':<22}{'reason':<22}{'dropped':>12}{'left':>14}{'':>9}"]
     for name, reason, count, left in outcome.funnel():
@@ -105,7 +105,7 @@ def funnel(outcome: FilterOutcome) -> str:
 
 
 def drawn(job: FilterDataset, scratch: str) -> FilterDataset:
-    """The job with data that are drawn now."""
+    """The job with newly drawn data."""
     drawn_snapshot(Folder(scratch), job.draw, rows_per_shard=32)
     return replace(job, data=scratch)
 

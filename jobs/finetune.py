@@ -5,9 +5,9 @@
         --data s3://bucket/imagenet --classification imagenet=s3://bucket/val --output-folder s3://bucket/runs/tuned
     python jobs/average_checkpoints.py wise-ft --checkpoints runs/tuned/start runs/tuned --output runs/wise
 
---pretrained is a tag, a file or the folder of a checkpoint. Classes and prompts are those of --card, or of the card
-that the snapshot was made from. The model before the first step is kept in the output folder as the checkpoint
-`start`: WiSE-FT goes from there. The same command again goes on from the last whole checkpoint.
+--pretrained is a tag, a file or the folder of a checkpoint. Classes and prompts are those of --card, or of the card of
+the snapshot. The model before the first step is saved in the output folder as the checkpoint `start`, for WiSE-FT. The
+same command resumes from the last complete checkpoint.
 """
 
 import logging
@@ -36,11 +36,11 @@ START = "start"
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune(Pretraining):
-    """A head, the CLIP it is put on, and the images they learn from."""
+    """A linear head, its CLIP, and labelled training images."""
 
     method: Config = field(default_factory=Config)
     card: str = ""
-    """Dataset card with classes, prompts and the label's key; empty for that of the data."""
+    """Dataset card with classes, prompts and the label's key; empty for the data's card."""
 
 
 GPUS = Cluster(accelerator="gpu", cpus_per_worker=10)
@@ -61,7 +61,7 @@ IMAGENET = 1_281_167
 
 
 def slip(epochs: int, warmup_epochs: int, layer_decay: float) -> Run:
-    """SLIP's protocol, BEiT's recipe: batches of 1,024, and a rate that falls with the depth of a layer."""
+    """SLIP's protocol, BEiT's recipe: batches of 1,024, and a learning rate that decreases with a layer's depth."""
     rate = AdamW(
         learning_rate=4e-3,
         final_learning_rate=1e-6,
@@ -131,22 +131,22 @@ PRESETS = {
 
 
 def main(job: Finetune) -> None:
-    """Settle places and classes, keep the model as it is before the first step, then train it."""
+    """Resolve folders and classes, save the model before its first step, then train it."""
     with in_place(job) as placed:
         settled = replace(placed, method=with_classes(placed))
         output = Folder(writable_folder("output_folder", settled.run.output_folder)).folder(START)
         if not output.exists(META):
             Classifier.check(settled.method)
-            torch.manual_seed(settled.run.seed)  # as the training begins
+            torch.manual_seed(settled.run.seed)  # the seed of the training's initial weights
             write_start(Classifier(settled.method), output)
         pretrain(settled, keeps=bool(job.run.output_folder))
 
 
 def with_classes(job: Finetune) -> Config:
-    """The method with the classes, prompts and label of the card, where it has none of its own."""
+    """The method with the classes, prompts and label of the card, if it has none of its own."""
     if job.method.class_names:
         return job.method
-    require(bool(job.run.data), "data", job.run.data, "the folder of a snapshot, which jobs/refresh_dataset.py makes")
+    require(bool(job.run.data), "data", job.run.data, "the folder of a snapshot; jobs/refresh_dataset.py makes one")
     name = job.card or read_snapshot(job.run.data).card or ""
     require(bool(name), "card", name, "a card with class names, since the data have none: " + ", ".join(card_names()))
     card = load_card(name)

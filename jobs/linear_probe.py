@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Probe a checkpoint's image tower: how well a linear classifier tells classes from its frozen features.
+"""Train and evaluate a linear classifier on the frozen features of a checkpoint's image tower.
 
     ray job submit --working-dir . -- python jobs/linear_probe.py drawn --checkpoint s3://bucket/runs/first
     python jobs/linear_probe.py imagenet --checkpoint FOLDER --data imagenet=s3://bucket/train --test s3://bucket/val
     python jobs/linear_probe.py sets --checkpoint FOLDER --data SHARDS --label cls
 
-A checkpoint is what jobs/evaluate.py takes. Without --test a share of each class is held out. Metrics are named
-linear_probe/SET/top1; with --run-id they join that MLflow run, with --track they make one of their own.
+For checkpoint addresses see jobs/evaluate.py. Without --test a part of each class is held out. Metrics are named
+linear_probe/SET/top1; with --run-id they are added to that MLflow run, --track creates a new run.
 """
 
 from dataclasses import dataclass, field
@@ -35,15 +35,15 @@ class LinearProbe:
     sets: ProbeSets = field(default_factory=ProbeSets)
     probe: Probe = field(default_factory=Probe)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs; auto takes a GPU where there is one."""
+    """Device of the model; auto uses a GPU if available."""
     output: str = ""
-    """JSON file to write the metrics to: a path or a URI."""
+    """JSON file for the metrics: a path or a URI."""
     run_id: str = ""
-    """MLflow run that the metrics join."""
+    """MLflow run to which the metrics are added."""
     step: int | None = None
-    """Step to log at; the checkpoint's own where it is not given."""
+    """Step of the logged metrics; none for the checkpoint's own."""
     track: bool = False
-    """Make a new MLflow run for this probe."""
+    """Create a new MLflow run for this probe."""
     tracking: Tracking = field(default_factory=lambda: Tracking(system_metrics=False))
 
     def __post_init__(self) -> None:
@@ -73,7 +73,7 @@ PRESETS: dict[str, tuple[str, LinearProbe]] = {
 
 
 def main(run: LinearProbe) -> None:
-    """Wire model, sets and tracker; everything is checked before the model is loaded."""
+    """Wire model, sets and tracker; checks all settings before the model is loaded."""
     require(bool(run.sets.data), "data", (), "at least one set: --data with a dataset card or a folder")
     output = writable_folder("output", run.output) if run.output else ""
     prepared = run.sets.prepare()

@@ -4,8 +4,8 @@
     ray job submit --working-dir . -- python jobs/pretrain_clip.py paper-vit-b-32 --data s3://bucket/laion \
         --workers 64 --output-folder s3://bucket/runs/first --zero-shot imagenet=s3://bucket/imagenet-val
 
-The same command again goes on from the last whole checkpoint, also with another number of workers; --workers 0 trains
-in this process, without Ray. The sets of --zero-shot and --retrieval are evaluated beside the training.
+The same command resumes from the last complete checkpoint, also with another number of workers. --workers 0 trains in
+this process, without Ray. The sets of --zero-shot and --retrieval are evaluated beside the training.
 """
 
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from pipeline.training.run import Cluster, Run
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(Pretraining):
-    """A CLIP, its data, and what it is held against."""
+    """A CLIP, its training data, and its evaluations."""
 
     method: Config = field(default_factory=Config)
 

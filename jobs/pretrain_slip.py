@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Pre-train SLIP, CLIP with a self-supervised loss beside it, on the shards of a snapshot.
+"""Pre-train SLIP (CLIP with an additional self-supervised loss) on the shards of a snapshot.
 
     ray job submit --working-dir . -- python jobs/pretrain_slip.py paper-vit-b --data s3://bucket/yfcc15m \
         --workers 64 --output-folder s3://bucket/runs/slip --zero-shot imagenet=s3://bucket/imagenet-val
 
-The same command again goes on from the last whole checkpoint, as with jobs/pretrain_clip.py, which the checkpoint's
-model.safetensors also fits. With --self-supervision 0 only the augmentation of the first view is left of SLIP.
+The same command resumes from the last complete checkpoint, as in jobs/pretrain_clip.py. Its model.safetensors also
+loads there. With --self-supervision 0, SLIP differs from CLIP only by the augmentation of the first view.
 """
 
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from pipeline.training.run import Cluster, Run
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(Pretraining):
-    """A SLIP, its data, and what it is held against."""
+    """A SLIP, its training data, and its evaluations."""
 
     method: Config = field(default_factory=Config)
 
@@ -39,7 +39,7 @@ LOADER = LoaderConfig(loader_workers=8)
 
 
 def paper(samples: int, epochs: int) -> Run:
-    """The paper's recipe (section 4.1): an epoch of warm-up, which counts the data set's ``samples``."""
+    """The paper's recipe (section 4.1), with one epoch of warm-up over the data set's ``samples``."""
     return Run(
         workers=64,
         precision="bf16",

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Bring a data set into WebDataset shards and publish a snapshot of it.
+"""Convert a data set to WebDataset shards and publish a snapshot of it.
 
     ray job submit --working-dir . -- python jobs/refresh_dataset.py urls --url-list s3://bucket/list.parquet \
         --url-col url --caption-col caption --output-folder s3://bucket/cc3m --image-size 256 --resize-mode border
 
     python jobs/refresh_dataset.py urls … --parent latest --opt-out s3://bucket/opt-out.txt     # what has changed since
 
-The first word names the source: one of pipeline/sources with a summary (urls, folder, webdataset, hugging-face, coco,
-drawn, ...), or card for a card of datasets/. The same command run again goes on where it was stopped; options and
-layout are img2dataset's where it has them.
+The first argument names the source: one of pipeline/sources with a summary (urls, folder, webdataset, hugging-face,
+coco, drawn, ...), or card for a card of datasets/. The same command resumes. Options and layout are those of
+img2dataset where it has them.
 """
 
 import getpass
@@ -38,12 +38,12 @@ SMOKE_FOLDER = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/draw
 
 @dataclass(frozen=True, kw_only=True)
 class Refresh:
-    """What every refresh has."""
+    """Options of every refresh."""
 
     output_folder: str
-    """Where shards and snapshots go: a folder or any fsspec URI."""
+    """Output folder for shards and snapshots: a path or any fsspec URI."""
     engine: Literal["native", "img2dataset"] = "native"
-    """native, or the real img2dataset package (urls only)."""
+    """Download engine: native, or the img2dataset package (urls only)."""
     options: ShardOptions = field(default_factory=ShardOptions)
     workers: Workers = field(default_factory=Workers)
     renewal: Renewal = field(default_factory=Renewal)
@@ -52,14 +52,14 @@ class Refresh:
 
 @dataclass(frozen=True, kw_only=True)
 class FromCard(Refresh):
-    """Read what a dataset card names."""
+    """Read the source of a dataset card."""
 
     card: tyro.conf.Positional[str]
     """Name of a card in datasets/, or the path of a YAML file."""
 
 
 def refresh_of(kind: str, **settings: Any) -> Refresh:
-    """A refresh from a source of ``kind``; what it has to be given stays open. ``settings`` are the source's."""
+    """A refresh from a source of ``kind``; required options stay open. ``settings`` are the source's."""
     made = SOURCES[kind]
     open_fields = {one.name: tyro.MISSING for one in fields(made) if one.default is one.default_factory is MISSING}
     images = ImageOptions(**getattr(made, "image_options", {}))
@@ -69,7 +69,7 @@ def refresh_of(kind: str, **settings: Any) -> Refresh:
 
 
 SOURCES: dict[str, Any] = {kind: made for kind, made in source_classes().items() if hasattr(made, "summary")}
-# One class for each source, so that the command line and --from know its fields.
+# One class per source, so that the command line and --from know its fields.
 KINDS: dict[str, Any] = {
     kind: make_dataclass(
         f"Refresh{made.__name__}",
@@ -83,7 +83,7 @@ KINDS: dict[str, Any] = {
 }
 PRESETS: dict[str, tuple[str, Refresh]] = {
     **{kind: (made.summary, refresh_of(kind)) for kind, made in SOURCES.items()},
-    "card": ("What a dataset card names.", FromCard(card=tyro.MISSING, output_folder=tyro.MISSING)),
+    "card": ("The source of a dataset card.", FromCard(card=tyro.MISSING, output_folder=tyro.MISSING)),
     "smoke": (
         "Sixty-four drawn samples into a temporary folder, in this process.",
         replace(

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Write a page about a snapshot: what was dropped and why, sizes, captions, samples, duplicates, changes, hosts.
+"""Write a report of a snapshot: dropped samples and reasons, sizes, captions, samples, duplicates, changes, hosts.
 
     ray job submit --working-dir . -- python jobs/report_dataset.py snapshot --data s3://bucket/cc3m \
         --output s3://bucket/cc3m/report.html
     python jobs/report_dataset.py snapshot --data data/drawn --processes-count 0
 
-The page is one HTML file that needs no network. It also becomes an artifact of an MLflow run that has the snapshot as
-its input; --no-track leaves that out.
+The report is one HTML file that needs no network. It is also stored as an artifact of an MLflow run with the snapshot
+as its input; --no-track disables this.
 """
 
 import getpass
@@ -34,18 +34,18 @@ SMOKE_FOLDER = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/repo
 
 @dataclass(frozen=True, kw_only=True)
 class ReportDataset:
-    """Which snapshot, how much of it, and where the page goes."""
+    """The snapshot, how much of it to read, and the output file."""
 
     data: str
     """Folder of the data set (path or URI) for its latest snapshot, or FOLDER@SNAPSHOT_ID."""
     output: str = "report.html"
-    """HTML file, at a path or any fsspec URI; empty for MLflow alone."""
+    """HTML file: a path or any fsspec URI; empty for MLflow only."""
     draw: int = 0
-    """Draw this many samples of the embedded world into the folder first."""
+    """Number of samples of the embedded world to draw into the folder first."""
     measuring: ReportLimits = field(default_factory=ReportLimits)
     workers: Workers = field(default_factory=Workers)
     track: bool = True
-    """Keep the page in MLflow."""
+    """Store the report in MLflow."""
     tracking: Tracking = field(
         default_factory=lambda: Tracking(
             experiment="clipmill-data", primary_metric="data/samples", system_metrics=False
@@ -74,7 +74,7 @@ PRESETS = {
 
 
 def main(run: ReportDataset) -> None:
-    """Wire snapshot, measuring, page and tracker."""
+    """Wire snapshot, statistics, report and tracker."""
     output = writable_folder("output", run.output) if run.output else ""
     if run.draw:
         drawn_snapshot(Folder(run.data), run.draw, AS_IT_IS.number_sample_per_shard, run.workers)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Submit jobs to Ray at set times: each fire once, never two of the same job at once, history in MLflow.
+"""Submit jobs to Ray at set times: each fire once, one run per job at a time, history in MLflow.
 
     python jobs/schedule.py run schedule.yaml --address http://127.0.0.1:8265
     python jobs/schedule.py show schedule.yaml
@@ -10,13 +10,13 @@ The file lists the jobs:
       - name: refresh-cc3m
         cron: "0 3 * * *"
         timezone: Europe/Berlin
-        command: python jobs/refresh_dataset.py urls --url-list s3://bucket/list.parquet --output-folder s3://bucket/cc3m
-        misfire_grace_minutes: 120
+        command: python jobs/refresh_dataset.py urls --url-list s3://bucket/list.parquet --output-folder
+        s3://bucket/cc3m misfire_grace_minutes: 120
         retries: 2
         environment_from: [AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY]
 
-A fire's submission id is its name and time (refresh-cc3m-20261122T0200Z), so a scheduler that is restarted, or started
-twice, knows what was submitted. --once does what is due now and ends, for cron and systemd timers.
+A fire's submission id is its name and time (refresh-cc3m-20261122T0200Z), so a restarted scheduler, or a second one,
+knows what was submitted. --once submits what is due now and ends, for cron and systemd timers.
 """
 
 import logging
@@ -50,18 +50,18 @@ EXAMPLE = Timetable(
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Which timetable, and which cluster."""
+    """The timetable, and the cluster."""
 
     file: tyro.conf.Positional[str]
     """YAML file with the jobs."""
     address: str = field(default_factory=lambda: os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265"))
-    """Ray's job server; $RAY_API_SERVER_ADDRESS if set."""
+    """URL of Ray's job server; by default $RAY_API_SERVER_ADDRESS."""
     once: bool = False
-    """Submit what is due and end, instead of waiting for the next fire."""
+    """Submit the due jobs and end, instead of waiting for the next fire."""
     poll_seconds: float = 15.0
-    """How often jobs and clock are looked at."""
+    """Seconds between checks of the jobs and the clock, 0.1 to 60."""
     show: int = 0
-    """Only print this many coming fires of each job."""
+    """Print this number of next fires per job instead of submitting jobs; 0 disables."""
     tracking: Tracking = field(
         default_factory=lambda: Tracking(
             experiment="clipmill-schedule", primary_metric="schedule/duration_seconds", system_metrics=False
@@ -75,8 +75,8 @@ class Schedule:
 
 PRESETS = {
     "run": ("Submit the jobs of a file when they are due, until stopped.", Schedule(file=tyro.MISSING)),
-    "show": ("The coming fires of a file's jobs.", Schedule(file=tyro.MISSING, show=5)),
-    "smoke": ("The coming fires of a built-in example.", Schedule(file="", show=3)),
+    "show": ("Print the next fires of a file's jobs.", Schedule(file=tyro.MISSING, show=5)),
+    "smoke": ("Print the next fires of a built-in example.", Schedule(file="", show=3)),
 }
 
 
@@ -96,7 +96,7 @@ def main(run: Schedule) -> None:
 
 
 def table(timetable: Timetable, count: int) -> str:
-    """The coming fires of each job, in its time zone and in UTC."""
+    """The next fires of each job, in its time zone and in UTC."""
     now = datetime.now(UTC)
     rows = [
         f"{job.name:30} {local:%a %Y-%m-%d %H:%M %Z}  {local.astimezone(UTC):%Y-%m-%dT%H:%MZ}"

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Tokenise the captions of a snapshot once, into a sidecar that trainings read with --tokens.
+"""Tokenise the captions of a snapshot once, into a sidecar for trainings with --tokens.
 
     ray job submit --working-dir . -- python jobs/tokenize_dataset.py snapshot --data s3://bucket/cc3m \
         --architecture ViT-B-32
 
-Architectures with the same tokenizer and context length share the tokens. Each shard gets a file of its own and is done
-once: the same command goes on where it was stopped, and after a refresh only new shards are read.
+Architectures with the same tokenizer and context length share the tokens. Each shard gets its own file and is processed
+once: the same command resumes, and after a refresh reads only new shards.
 """
 
 import getpass
@@ -33,17 +33,17 @@ class Tokenize:
     """One snapshot, one tokenizer."""
 
     data: str
-    """The folder of a snapshot (its latest) or FOLDER@ID; a path or any fsspec URI."""
+    """Folder of a snapshot (its latest) or FOLDER@ID; a path or any fsspec URI."""
     architecture: str
-    """The open_clip architecture that will be trained: its tokenizer and its context length are taken."""
+    """open_clip architecture of the later training; provides the tokenizer and its context length."""
     context_length: int | None = None
-    """Tokens of a text, where the training has not the architecture's."""
+    """Tokens per text, if the training does not use the architecture's; 1 or more."""
     caption: str = "txt"
     """Field of the captions: txt, or json:KEY."""
     name: str = NAME
-    """Name of the sidecar: a plain word, so that the tokens of several tokenizers can lie side by side."""
+    """Name of the sidecar, an identifier; use several names for several tokenizers."""
     overwrite: bool = False
-    """Replace tokens that another tokenizer made."""
+    """Replace tokens of another tokenizer."""
     workers: Workers = field(default_factory=Workers)
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class Tokenize:
 
 @dataclass(frozen=True, kw_only=True)
 class Smoke(Tokenize):
-    """As the job, on a snapshot that it draws first."""
+    """The same job, on a snapshot that it draws first."""
 
 
 PRESETS: dict[str, tuple[str, Tokenize]] = {

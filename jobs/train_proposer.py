@@ -4,8 +4,8 @@
     ray job submit --working-dir . -- python jobs/train_proposer.py paper --data s3://bucket/lvis-train \
         --base data --output-folder s3://bucket/runs/proposer
 
-Objects of other classes are not looked at; that their images stay is what makes novel classes hard to find, and is
-as in the paper.
+Objects of other classes are ignored, but their images are used. This is as in the paper, and makes novel classes hard
+to detect.
 """
 
 from dataclasses import dataclass, field, replace
@@ -21,12 +21,12 @@ from pipeline.training.run import Cluster, Run
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Pretraining):
-    """A proposer and its data."""
+    """A proposer and its training data."""
 
     method: Config = field(default_factory=Config)
     base: str = ""
-    """Card whose classes, but the novel ones, are the base classes, or `data` for what the snapshot says of its own;
-    --class-names go before; without either, objects of all."""
+    """Card whose classes, except the novel ones, are the base classes, or `data` for the snapshot's own classes;
+    --class-names take precedence; without either, objects of all classes."""
 
 
 GPUS = Cluster(accelerator="gpu", cpus_per_worker=10)
@@ -74,7 +74,7 @@ PRESETS = {
 
 
 def main(job: Train) -> None:
-    """Name the classes and train."""
+    """Resolve the class names and train."""
     named = job.method.class_names or base_classes(job.base, job.run.data)
     run_pretraining(replace(job, method=replace(job.method, class_names=named)))
 

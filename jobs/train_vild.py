@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Train ViLD, which detects what words name, on boxes of base classes and on CLIP's features of stored regions.
+"""Train ViLD, an open-vocabulary detector, on boxes of base classes and on CLIP's features of stored regions.
 
     ray job submit --working-dir . -- python jobs/train_vild.py lvis --data s3://bucket/lvis-train \
         --teacher ViT-B-32:openai --output-folder s3://bucket/runs/vild
 
-The regions' features come from jobs/extract_region_features.py, by the same teacher; --mode text and --mode supervised
-do without them. --start-from RUN begins with the network of a proposer (jobs/train_proposer.py), where the paper begins
-at random. What it found is drawn by jobs/detect.py, measured by jobs/evaluate.py.
+jobs/extract_region_features.py computes the regions' features, with the same teacher; --mode text and --mode supervised
+do not need them. --start-from RUN initialises the network with a proposer (jobs/train_proposer.py); the paper starts
+from random weights. jobs/detect.py draws detections, jobs/evaluate.py measures them.
 """
 
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ from pipeline.evaluation.regions import LoadRegionModel, ProposerOptions
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.loaders.classes import OF_DATA, base_classes
 from pipeline.models.proposals import SMALL
-from pipeline.models.vild import SMALL_HEADS, TAUGHT, Config
+from pipeline.models.vild import DISTILLED, SMALL_HEADS, Config
 from pipeline.runs.train import Pretraining, in_place, pretrain
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.stages.annotate.regions import RegionOptions, extract_regions
@@ -30,12 +30,12 @@ from pipeline.training.run import Cluster, Run
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Pretraining):
-    """A ViLD, its data, and what it is held against."""
+    """A ViLD, its training data, and its evaluations."""
 
     method: Config = field(default_factory=Config)
     base: str = ""
-    """Card whose classes, but the novel ones, are the base classes, or `data` for what the snapshot says of its own;
-    --class-names go before."""
+    """Card whose classes, except the novel ones, are the base classes, or `data` for the snapshot's own classes;
+    --class-names take precedence."""
     prompt_file: str = ""
     """File of templates with {} for a class name, such as the paper's 63; auto for the card's, else open_clip's."""
 
@@ -85,7 +85,7 @@ PRESETS = {
 
 
 def main(job: Train) -> None:
-    """Name classes, prompts and what it starts from; a smoke test makes its own regions."""
+    """Resolve classes, prompts and initial weights; a smoke test makes its own regions."""
     card = load_card(job.base) if job.base not in ("", OF_DATA) else None
     method = replace(
         job.method,
@@ -95,7 +95,7 @@ def main(job: Train) -> None:
         start_from=resolved(job.method.start_from),
     )
     with in_place(replace(job, method=method)) as placed:
-        if job.draw and method.mode in TAUGHT:
+        if job.draw and method.mode in DISTILLED:
             model = LoadRegionModel(teacher=method.teacher, proposer=ProposerOptions())
             options = RegionOptions(name=method.regions, floor=0.0)
             extract_regions(read_snapshot(placed.run.data), model, (), options, Workers(processes_count=0))

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Re-hash and count a snapshot, and say what is wrong with which shard.
+"""Re-hash and count a snapshot, and report the problems of each shard.
 
     ray job submit --working-dir . -- python jobs/verify_dataset.py snapshot s3://bucket/cc3m
     python jobs/verify_dataset.py snapshot data/cc3m@00002-5d1b2c3a4e5f --decode --json problems.json
 
-Tars, parquet files, sidecars, selections and manifests are read once; --decode opens every image too. One line for
-each shard with a problem. Exit code 0 where all is well, 1 where anything is wrong.
+Tars, parquet files, sidecars, selections and manifests are read once; --decode also decodes every image. Prints one
+line per shard with a problem. The exit code is 0 without problems, else 1.
 """
 
 import getpass
@@ -28,20 +28,20 @@ SMOKE = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/verified"
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """One snapshot."""
+    """A snapshot and its checks."""
 
     data: tyro.conf.Positional[str]
-    """The folder of a snapshot (its latest) or FOLDER@ID; a path or any fsspec URI."""
+    """Folder of a snapshot (its latest) or FOLDER@ID; a path or any fsspec URI."""
     decode: bool = False
-    """Decode every image too."""
+    """Also decode every image."""
     json: str = ""
-    """JSON file to write the findings to: a path or a URI."""
+    """JSON file for the findings: a path or a URI."""
     workers: Workers = field(default_factory=Workers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Smoke(Verify):
-    """As the job, on a snapshot that it draws first."""
+    """The same job, on a snapshot that it draws first."""
 
 
 PRESETS: dict[str, tuple[str, Verify]] = {
@@ -75,12 +75,12 @@ def main(run: Verify) -> None:
         place.write_atomic(name, json.dumps(found, indent=2).encode())
     if wrong or around:
         shards = f"{len(wrong)} of {len(snapshot.shards)} shards are wrong"
-        raise DataError(f"{snapshot.uri}: {shards}, and {len(around)} things around them")
+        raise DataError(f"{snapshot.uri}: {shards}, and {len(around)} problems are outside of the shards")
     print(f"{snapshot.uri}: {snapshot.samples} samples in {len(snapshot.shards)} shards, all well")
 
 
 def decoder() -> Decode:
-    """The decoder that training uses; it brings torch, so only where it is wanted."""
+    """The decoder of training; it imports torch, so it is loaded only on demand."""
     from pipeline.loaders.images import decode
 
     return decode

@@ -11,5 +11,5 @@ Data flows one way through the folders, and imports go the other way:
     evaluation  (model, data) -> metrics
     tracking    MLflow runs
 
-``jobs/`` alone knows all of them.
+Only ``jobs/`` imports all of them.
 """

@@ -1,7 +1,7 @@
-"""Configs are frozen dataclasses; here are their doors: command line, JSON, YAML, MLflow, fingerprint.
+"""Configs are frozen dataclasses; this module converts them: command line, JSON, YAML, MLflow, fingerprint.
 
-A job calls :func:`run_job` with its presets. Every preset is a sub-command, every field a flag. The resolved config
-is written as JSON beside what the job makes, and ``--from run.json`` in the preset's place runs it again.
+A job calls :func:`run_job` with its presets. Every preset is a sub-command, every field a flag. The resolved config is
+written as JSON beside the job's output; ``--from run.json`` instead of a preset runs it again.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ Scalar = str | int | float | bool | None
 
 
 def require(ok: bool, field: str, value: object, allowed: str) -> None:
-    """Raise :class:`SettingError` unless ``ok``; ``allowed`` says what would have been right."""
+    """Raise :class:`SettingError` unless ``ok``; ``allowed`` describes the allowed values."""
     if not ok:
         raise SettingError(field, value, allowed)
 
@@ -47,7 +47,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Scalar]:
 
 
 def to_json(config: Any) -> str:
-    """The config as JSON text that :func:`from_json` reads back to an equal config."""
+    """The config as JSON text; :func:`from_json` converts it back to an equal config."""
     return json.dumps(_plain(config), indent=2) + "\n"
 
 
@@ -55,7 +55,7 @@ def from_json(kind: type[Config], text: str, origin: str = "config") -> Config:
     """Read ``text`` as a ``kind``.
 
     Raises:
-        SettingError: not JSON, an unknown key, a wrong type or a value that the dataclass refuses; named by path.
+        SettingError: not JSON, an unknown key, a wrong type or an invalid value; the message names its path.
     """
     try:
         return from_plain(kind, json.loads(text), origin)
@@ -103,10 +103,10 @@ def fingerprint(config: Any, exclude: Iterable[str] = ()) -> str:
 def run_job(presets: Mapping[str, tuple[str, Any]], main: Callable[[Any], None]) -> None:
     """The command line of a job: ``PRESET [--flags]`` or ``--from run.json``, then ``main(config)``.
 
-    Errors that a user can mend are one sentence on stderr: exit code 2 for a setting, 1 for data and storage.
+    Errors that a user can fix are one sentence on stderr: exit code 2 for a setting, 1 for data and storage.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # `ray job stop` sends TERM: as an exception it lets the job close its MLflow run and end what it started.
+    # `ray job stop` sends TERM: as an exception it lets the job close its MLflow run and stop what it started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         main(_parse(dict(presets), sys.argv[1:]))
@@ -119,8 +119,8 @@ def run_job(presets: Mapping[str, tuple[str, Any]], main: Callable[[Any], None])
 def writable_folder(field: str, value: str) -> str:
     """``value`` as an absolute path or URI for output.
 
-    A job that runs through ``ray job submit`` stands in a copy of the working directory that vanishes with it, so a
-    relative folder there would lose the results.
+    A job of ``ray job submit`` runs in a temporary copy of the working directory, so results in a relative folder would
+    be lost.
 
     Raises:
         SettingError: empty, or relative inside a Ray job.
@@ -142,7 +142,7 @@ def writable_folder(field: str, value: str) -> str:
 def _parse(presets: dict[str, tuple[str, Any]], arguments: list[str]) -> Any:
     if arguments and arguments[0] == "--from":
         return _from_file(presets, arguments[1:])
-    # tyro costs 0.9 s to import: workers that only read configs do without.
+    # tyro takes 0.9 s to import, which workers that only read configs avoid.
     import tyro
 
     wanted = arguments[0] if arguments else ""
@@ -156,11 +156,11 @@ def _parse(presets: dict[str, tuple[str, Any]], arguments: list[str]) -> Any:
                 presets,
                 prog=program,
                 args=arguments,
-                # Where a field may be one of several dataclasses, the preset says which.
+                # For a field of several dataclass types, the preset selects the type.
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
             )
     except SystemExit as stopped:
-        # tyro draws a box around what a dataclass refused; ours is to be one sentence.
+        # tyro prints a dataclass's error in a box; our messages are one sentence.
         own = _setting_error(stopped)
         if own is not None:
             raise own from None

@@ -1,7 +1,7 @@
 """Dataset cards: what a data set is, where it comes from and how it is evaluated.
 
-A card is one YAML file in the top-level folder ``datasets/``, named as papers name the data set. It holds no code;
-the source that reads the data is named by ``source.kind`` and lives in ``pipeline/sources/``.
+A card is one YAML file in the top-level folder ``datasets/``, named like the data set in papers. It holds no code;
+``source.kind`` names the source that reads the data, which is in ``pipeline/sources/``.
 """
 
 import difflib
@@ -20,9 +20,9 @@ PARTS = ("train", "val", "test")
 class FewShot:
     """How papers on few-shot learning use a data set.
 
-    ``parts`` says, for ``train``, ``val`` and ``test``, which options of the card's source are others there; without
-    ``val``, validation images are taken from ``train``, without ``train`` the set is only tested on. ``templates``
-    are the prompts where they are not the card's own. ``names`` says how the class names were made.
+    ``parts`` gives, for ``train``, ``val`` and ``test``, the source options that differ from the card's. Without
+    ``val``, validation images are sampled from ``train``; without ``train`` the set is for testing only. ``templates``
+    are the prompts, if they differ from the card's own. ``names`` documents how the class names were made.
     """
 
     parts: Mapping[str, Mapping[str, Any]]
@@ -39,11 +39,10 @@ class FewShot:
 class Card:
     """One data set.
 
-    ``source`` is the kind and the options of the source that reads it. ``classes`` and ``templates`` serve zero-shot
-    classification: ``label`` is the key of the sample's json that holds the class name, each template has one ``{}``
-    for it. ``novel`` are those of the classes of which an open-vocabulary detector has no boxes when it is trained.
-    ``samples`` is the number expected of a complete copy. ``few_shot`` is there where papers learn from a few of its
-    images.
+    ``source`` is the kind and the options of the source that reads it. ``classes`` and ``templates`` are for zero-shot
+    classification: ``label`` is the key of the class name in the sample's json, each template has one ``{}`` for it.
+    ``novel`` are the classes without boxes in the training of an open-vocabulary detector. ``samples`` is the expected
+    number of samples of a complete copy. ``few_shot`` is set for data sets of few-shot papers.
     """
 
     name: str
@@ -88,10 +87,10 @@ def card_names() -> list[str]:
 
 
 def load_card(name: str) -> Card:
-    """The card called ``name``, or in the YAML file at the path ``name``.
+    """The card named ``name``, or in the YAML file at the path ``name``.
 
     Raises:
-        SettingError: no such card (the known ones are listed), or a key that a card does not have.
+        SettingError: no such card (similar names are listed), or an unknown key.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else CARDS / f"{name}.yaml"
     if not path.is_file():

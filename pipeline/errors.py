@@ -1,11 +1,11 @@
-"""The errors of clipmill, and who is meant to catch each.
+"""The errors of clipmill, and who should catch each.
 
 ClipmillError
   SettingError     a setting is wrong; a job prints the sentence and exits with code 2
   DataError        stored data is broken, missing or stale; the sentence names the file
     SnapshotError  a snapshot cannot be read or published
     SidecarError   a sidecar is missing, or was made from other bytes
-  StorageError     a write failed (disk full, object store refuses); run again to go on
+  StorageError     a write failed (disk full, object store refuses); run again to resume
   ClusterError     Ray did not start on this machine; run again, or with fewer workers
   TooManyFailures  a job gave up because fewer rows became samples than the user's floor allows
   SampleError      one sample is bad; caught at a stage's sample boundary and counted, never seen by a user
@@ -21,9 +21,9 @@ class ClipmillError(Exception):
 
 
 class SettingError(ClipmillError, ValueError):
-    """A setting that cannot work, found before a cluster or a GPU was asked for.
+    """An invalid setting, found before a cluster or a GPU is used.
 
-    ``allowed`` completes the sentence "allowed: ...", so it says what would have been right.
+    ``allowed`` completes the sentence "allowed: ..." and describes the allowed values.
     """
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
@@ -45,11 +45,11 @@ class SnapshotError(DataError):
 
 
 class SidecarError(DataError):
-    """A sidecar that is missing, or that was made from another tar than the one beside it."""
+    """A sidecar that is missing, or that belongs to another tar."""
 
 
 class StorageError(ClipmillError):
-    """A write that did not succeed; nothing half-written is left under a final name."""
+    """A failed write; no partial file is left under a final name."""
 
 
 class ClusterError(ClipmillError):
@@ -57,14 +57,14 @@ class ClusterError(ClipmillError):
 
 
 class TooManyFailures(ClipmillError):
-    """Fewer rows became samples than the user's floor allows; what is done is kept."""
+    """Fewer rows became samples than the user's floor allows; finished work is kept."""
 
 
 class SampleError(ClipmillError):
     """One bad sample.
 
-    ``status`` is img2dataset's word for the row; ``error_class`` is the short reason that counters group by;
-    ``message`` is the sentence kept in the parquet. ``attempts`` counts requests made for a download.
+    ``status`` is img2dataset's status of the row; ``error_class`` is the short reason by which counters group;
+    ``message`` is the sentence stored in the parquet. ``attempts`` counts requests of a download.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 The environment is set here, before ray, torch or botocore are imported, so that worker processes inherit it.
 """
 
+import fcntl
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,14 +60,35 @@ for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "MLFLOW_TRACKING_URI", "PYTHONDO
 CLUSTERS = {"ray_cluster", "nodes"}
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a Ray run in one process of pytest-xdist: one Ray serves them. Slow ones may take longer."""
+    """Keep in one process of pytest-xdist what shares something costly. Slow tests may take longer.
+
+    One group are all tests that need a Ray, another each file's tests with a fixture of their module.
+    """
     for item in items:
+        fixtures = getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009 - private, and the only place
         if CLUSTERS & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group("ray"))
+        elif any(fixture.scope in ("module", "class") for defined in fixtures.values() for fixture in defined):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(900))
+
+
+def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """The folder ``name`` that ``make`` fills once per run, by whichever worker of pytest-xdist comes first."""
+    base = factory.getbasetemp()
+    # The parent is shared by the workers of a run; without workers it is shared by all runs of this user.
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"once-{name}"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "whole").exists():
+            (folder / "made").mkdir()
+            make(folder / "made")
+            (folder / "whole").touch()
+    return folder / "made"
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +99,41 @@ def seeds() -> None:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+Count = Callable[[Any, Mapping[str, Any], Any], int]
+
+
+def counted_once(count: Count) -> Count:
+    """``count`` of :mod:`pipeline.training.flops`, once for each method, its config and the shapes of its batch."""
+    known: dict[Any, int] = {}
+
+    def counted(method: Any, batch: Mapping[str, Any], mode: Any) -> int:
+        parameters = tuple((name, one.shape, one.requires_grad) for name, one in method.named_parameters())
+        shapes = tuple((name, values.shape, values.dtype) for name, values in batch.items())
+        key = (type(method), repr(method.config), method.training, parameters, shapes)
+        if key not in known:
+            known[key] = count(method, batch, mode)
+        return known[key]
+
+    return counted
+
+
+_remembering: list[Count] = []
+
+
+@pytest.fixture(autouse=True)
+def work_is_counted_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting the work of a step takes a quarter of a second, and most trainings of the tests have the same step.
+
+    The tests of the count itself count each time.
+    """
+    flops: Any = sys.modules.get("pipeline.training.flops")
+    if flops is None or request.path.name == "test_flops.py":
+        return
+    if not _remembering:
+        _remembering.append(counted_once(flops.count))
+    monkeypatch.setattr(flops, "count", _remembering[0])
 
 
 @dataclass(frozen=True)
@@ -271,18 +329,18 @@ def coloured_sample(shard: int, index: int, number: int) -> Sample:
 
 
 def drawn_objects(number: int, side: int = 72) -> bytes:
-    """``boxes.json`` of one to three things in the image of ``number``, the first in its colour."""
+    """``boxes.json`` of one to three objects in the image of ``number``, the first in its colour."""
     import numpy as np
 
     numbers = np.random.default_rng(number)
-    things = []
+    objects = []
     for nth in range(1 + number % 3):
         left, top = numbers.integers(0, side // 2, 2).tolist()
         width, height = numbers.integers(side // 5, side // 2, 2).tolist()
         polygon = [left, top, left + width, top, left + width / 2, top + height]
         name = list(COLOURS)[(number + nth) % len(COLOURS)]
-        things.append({"label": name, "bbox": [left, top, width, height], "segmentation": [polygon]})
-    return json.dumps({"width": side, "height": side, "objects": things}).encode()
+        objects.append({"label": name, "bbox": [left, top, width, height], "segmentation": [polygon]})
+    return json.dumps({"width": side, "height": side, "objects": objects}).encode()
 
 
 def write_drawn_regions(folder: Folder, shard: Shard, keys: Sequence[str], teacher: str, width: int) -> str:
@@ -357,11 +415,27 @@ def make_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Sna
 
 
 @pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The URI of one sqlite store of MLflow for all tests, whose tables exist; tests keep apart by experiment."""
-    folder: Path = tmp_path_factory.mktemp("mlflow")
-    uri = f"sqlite:///{folder / 'mlflow.db'}"
-    from pipeline.tracking.store import client
+def migrated_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sqlite store of MLflow with all tables and no runs, made once per run; to be copied."""
 
-    client(uri).search_experiments()
-    return uri
+    def make(folder: Path) -> None:
+        from pipeline.tracking.store import client
+
+        client(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
+
+    return make_once(tmp_path_factory, "mlflow", make) / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def store(migrated_store: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The URI of one sqlite store for all tests of a worker; tests keep apart by experiment."""
+    path: Path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    shutil.copy(migrated_store, path)
+    return f"sqlite:///{path}"
+
+
+@pytest.fixture
+def own_store(migrated_store: Path, tmp_path: Path) -> str:
+    """The URI of an empty sqlite store at ``tmp_path/mlflow.db``."""
+    shutil.copy(migrated_store, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path}/mlflow.db"

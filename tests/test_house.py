@@ -1,4 +1,4 @@
-"""The rules of the house: what lies where, who may import whom, what every file has."""
+"""The rules of the code base: the place of files, the direction of imports, the parts of every file."""
 
 import ast
 import importlib.util

@@ -3,14 +3,16 @@
 Lin et al. 2014, "Microsoft COCO" (arXiv 1405.0312) and its evaluator; Gupta, Dollar, Girshick 2019, "LVIS" (arXiv
 1908.03195), section 3. Detections of a class are sorted by score, and each takes the free object of its class that it
 overlaps most, if by the threshold or more; AP is the mean of the precision at 101 recalls, over thresholds 0.5, 0.55,
-... 0.95 and over classes that occur. An object marked as a crowd may be found any number of times and counts neither
-way. Small, medium and large objects have areas up to 32, 96 and more pixels squared.
+1908.03195), section 3. Detections of a class are sorted by score. Each matches the unmatched object of its class with
+the largest overlap, if that is at least the threshold. AP is the mean precision at 101 recalls, over thresholds 0.5,
+0.55, ... 0.95 and over classes that occur. Objects marked as crowds may be matched any number of times and are not
+counted. Small, medium and large objects have areas up to 32^2, 96^2 and more pixels.
 
-In federated data (LVIS) an image is searched for some classes only: detections of a class that is neither marked nor
-known to be absent do not count, nor do wrong ones of a class of which only some objects are marked. There the 300 best
-detections of an image count, elsewhere the 100 best of each class.
+In federated data (LVIS) each image is annotated for some classes only. Detections of a class that is neither annotated
+nor known to be absent are not counted; for a class with incomplete annotations, false detections are not counted
+either. LVIS counts the 300 best detections per image, COCO the 100 best per class.
 
-The counting is faster-coco-eval's, some classes at a time: what it holds grows with images times classes.
+faster-coco-eval does the counting, for some classes at a time, because its memory grows with images times classes.
 """
 
 import logging
@@ -34,19 +36,19 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 Overlap = Literal["bbox", "segm"]
 
-MOST_FEDERATED, MOST = 300, 100  # detections: of an image in LVIS, of a class in an image in COCO
+MOST_FEDERATED, MOST = 300, 100  # detections: per image in LVIS, per class and image in COCO
 CLASSES_AT_ONCE = 64
-HALF, THREE_QUARTERS = 0, 5  # places among the thresholds
-SIZES = {"": 0, "s": 1, "m": 2, "l": 3}  # as the evaluator orders its areas
+HALF, THREE_QUARTERS = 0, 5  # indices of thresholds 0.5 and 0.75
+SIZES = {"": 0, "s": 1, "m": 2, "l": 3}  # the evaluator's order of areas
 
 
 @dataclass
 class AveragePrecision:
-    """Gathers images with :meth:`add`, then :meth:`metrics`.
+    """Collects images with :meth:`add`, then computes :meth:`metrics`.
 
-    ``groups`` are sets of words (base, novel; rare, common, frequent) whose AP is also given on its own: the mean over
-    the group's classes with all words in the running, which is generalised zero-shot detection. Words and labels are
-    the same where :func:`~pipeline.shards.objects.plain_word` is.
+    ``groups`` are sets of words (base, novel; rare, common, frequent) with an AP of their own: the mean over the
+    group's classes while all words compete, which is generalised zero-shot detection. Words and labels are compared by
+    :func:`~pipeline.shards.objects.plain_word`.
     """
 
     words: Sequence[str]
@@ -63,12 +65,12 @@ class AveragePrecision:
         self._unknown: set[str] = set()
 
     def add(self, marked: Objects, found: Detections) -> None:
-        """One image: what is marked in it, and the detections, whose labels are places among the words.
+        """Add one image: its annotated objects, and the detections, whose labels are indices into the words.
 
-        Masks count while all images have them, marked and found.
+        Mask AP is computed only if all objects and detections of all images have masks.
 
         Raises:
-            DataError: a segmentation that is none.
+            DataError: an invalid segmentation.
         """
         labels = [self._number.get(plain_word(label), -1) for label in marked.labels]
         self._unknown |= {label for label, number in zip(marked.labels, labels, strict=True) if number < 0}
@@ -85,10 +87,10 @@ class AveragePrecision:
 
     def metrics(self) -> dict[str, float]:
         """``ap``, ``ap50``, ``ap75``, ``aps``, ``apm``, ``apl``, ``ap_<group>``, ``ap50_<group>``, and ``mask_`` with
-        the same, 0 to 1. What no object counts for is left out.
+        the same, 0 to 1. Metrics without any object are left out.
 
         Raises:
-            DataError: none of the objects has a label that is one of the words.
+            DataError: no object has a label that is one of the words.
         """
         if not any(self._objects):
             some = ", ".join(map(repr, sorted(self._unknown)[:5])) or "none"
@@ -114,11 +116,11 @@ class AveragePrecision:
         return {name: value for name, value in values.items() if value is not None}
 
     def _check_masks(self, marked: Objects, labels: Sequence[int]) -> None:
-        """No masks are counted from the first object on that has none; said once, since AP of masks is gone then."""
+        """Disable mask AP at the first object without a mask; warns once."""
         for place, number in enumerate(labels):
             if number >= 0 and marked.segmentations[place] is None:
                 bare = f"object {place} ({marked.labels[place]}) of sample {marked.key} has no segmentation"
-                logger.warning("%s: masks are not measured, boxes are", bare)
+                logger.warning("%s: mask AP is not computed, box AP is", bare)
                 self.with_masks = False
                 return
 
@@ -136,7 +138,7 @@ class AveragePrecision:
         }
 
     def _add_found(self, marked: Objects, found: Detections, labels: Sequence[int]) -> None:
-        """Keep the detections that count, so that what LVIS does not judge takes no memory."""
+        """Store the detections that count; LVIS's uncounted ones take no memory."""
         searched = set(range(len(self.words)))
         incomplete = {self._number.get(plain_word(label), -1) for label in marked.incomplete}
         if marked.federated:
@@ -155,7 +157,7 @@ class AveragePrecision:
             )
 
     def _counted(self, numbers: Sequence[int], overlap: Overlap) -> NDArray[np.float64]:
-        """The evaluator's table for some of the words, of the images that have something of them."""
+        """The evaluator's table for some of the words, over images that contain one of them."""
         objects = [{**one, "category_id": number + 1} for number in numbers for one in self._objects[number]]
         found = [{**one, "category_id": number + 1} for number in numbers for one in self._found[number]]
         partly: dict[int, set[int]] = {}
@@ -171,7 +173,7 @@ class AveragePrecision:
         return _count(objects, found, classes, images, overlap, MOST_FEDERATED if self.federated else MOST)
 
     def _image(self, one: int, partly: list[int], numbers: Sequence[int]) -> Record:
-        """What counts was decided when it was added: so no class of those left is unknown."""
+        """One image; detections that do not count were dropped in :meth:`add`, so no remaining class is unknown."""
         height, width = self._sizes[one - 1]
         searched = [number + 1 for number in numbers]
         about = {"neg_category_ids": searched, "not_exhaustive_category_ids": partly}
@@ -198,12 +200,12 @@ def _count(
 
 
 def coco_runs(segmentation: Any, height: int, width: int) -> Record:
-    """``segmentation`` as COCO's run lengths; polygons are filled as COCO's own code fills them.
+    """``segmentation`` as COCO's run lengths; polygons are filled like in COCO's own code.
 
-    Polygons of less than three corners cover nothing and are left out where there are others.
+    Polygons of less than three corners are empty and are left out if there are others.
 
     Raises:
-        DataError: it is neither polygons nor runs, or of another size.
+        DataError: neither polygons nor run lengths, or another size.
     """
     if isinstance(segmentation, Mapping):
         runs: Record = rle.encode(np.asfortranarray(mask_of(segmentation, height, width)))
@@ -214,14 +216,14 @@ def coco_runs(segmentation: Any, height: int, width: int) -> Record:
         raise DataError(f"a segmentation is neither polygons nor runs ({error})") from error
     polygons = [points for points in polygons if len(points) >= 3]
     if not polygons or not all(np.isfinite(points).all() for points in polygons):
-        raise DataError("a segmentation has no polygon of three corners, or one with a corner that is no number")
+        raise DataError("a segmentation has no polygon of three corners, or a corner that is not a number")
     inside = [points.clip(-1, [width + 1, height + 1]).ravel().tolist() for points in polygons]
     runs = rle.segmToRle(inside, width, height)
     return runs
 
 
 def runs_of(mask: NDArray[np.bool_], top: int, left: int, height: int, width: int) -> Record:
-    """COCO's run lengths of an image that has ``mask``, [h, w], at a place and nothing elsewhere."""
+    """COCO's run lengths of an image that has ``mask``, [h, w], at a position and zeros elsewhere."""
     counts = run_lengths_at(mask, top, left, height, width)
     runs: Record = rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)
     return runs

@@ -1,4 +1,4 @@
-"""Class names and prompts of a set, from the setting that names them, and the batches of a labelled set."""
+"""Class names and prompts of a set, and the batches of a labelled set."""
 
 import json
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ LABEL_HELP = "Key of the samples' json that holds the class; empty for the card'
 
 @dataclass(frozen=True)
 class Labels:
-    """What a labelled set is classified into. ``label`` is where its samples hold their class."""
+    """The classes of a labelled set. ``label`` is the key of the class in its samples."""
 
     classes: tuple[str, ...]
     templates: tuple[str, ...]
@@ -34,7 +34,7 @@ class Labels:
 
 
 def label_key(setting: str, card: Card | None) -> str:
-    """The key that ``setting`` means for a set with this card."""
+    """The label key for ``setting``, for a set with this card."""
     return setting or (card.label if card else "label")
 
 
@@ -47,7 +47,7 @@ def labelled_batches(transform: ImageTransform, one: PreparedSet, reading: Readi
 
 
 def read_classes(setting: str, card: Card | None, name: str) -> tuple[str, ...]:
-    """The class names that ``setting`` means for a set with this card and name."""
+    """The class names for ``setting``, for a set with this card and name."""
     if setting == "imagenet" or (setting == "auto" and not (card and card.classes) and name in IMAGENET):
         from open_clip import IMAGENET_CLASSNAMES
 
@@ -60,7 +60,7 @@ def read_classes(setting: str, card: Card | None, name: str) -> tuple[str, ...]:
 
 
 def read_templates(setting: str, card: Card | None, name: str) -> tuple[str, ...]:
-    """The prompt templates that ``setting`` means, each with one ``{}``."""
+    """The prompt templates for ``setting``, each with one ``{}``."""
     if setting == "none":
         return ("{}",)
     own = card.templates if card else ()
@@ -78,15 +78,15 @@ def read_templates(setting: str, card: Card | None, name: str) -> tuple[str, ...
 
 
 def json_of(field: str, place: str, allowed: str) -> object:
-    """What the JSON file at ``place`` holds; ``allowed`` is said of ``field`` where it cannot be read."""
+    """The content of the JSON file at ``place``; ``allowed`` completes the error about ``field`` if unreadable."""
     try:
         return json.loads(text_of(field, place, allowed))
-    except ValueError as error:  # annotation files are large: PyYAML would take minutes
+    except ValueError as error:  # annotation files are large; PyYAML would take minutes
         raise SettingError(field, place, f"well-formed JSON ({error})") from error
 
 
 def text_of(field: str, place: str, allowed: str) -> str:
-    """The text of the file at ``place``; the rest as :func:`json_of`."""
+    """The text of the file at ``place``; other arguments as in :func:`json_of`."""
     folder, _, name = place.rpartition("/")
     try:
         return Folder(folder or ("/" if place.startswith("/") else ".")).read_text(name)
@@ -95,7 +95,7 @@ def text_of(field: str, place: str, allowed: str) -> str:
 
 
 def lines_of(field: str, place: str, allowed: str) -> tuple[str, ...]:
-    """The lines of the file at ``place``, or the list in it; the rest as :func:`json_of`."""
+    """The lines of the file at ``place``, or the list in it; other arguments as in :func:`json_of`."""
     text = text_of(field, place, allowed)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if place.endswith((".yaml", ".yml", ".json")):

@@ -1,7 +1,7 @@
-"""The samples that an evaluation reads: of a snapshot's shards, or straight from the source of a dataset card.
+"""The samples of an evaluation: from a snapshot's shards, or directly from the source of a dataset card.
 
-A card whose source has its images at hand (the drawn sets, a folder, tars) needs no shards: its rows are read or
-rendered as they are asked for. One whose rows are urls has to be made into a snapshot first.
+A card with local images (the drawn sets, a folder, tars) needs no shards: its rows are read or rendered on demand. A
+card that lists URLs must be made into a snapshot first.
 """
 
 import json
@@ -27,32 +27,32 @@ from pipeline.sources.source import Row, Slice, Source, fetches
 
 logger = logging.getLogger(__name__)
 
-ROWS_AT_ONCE = 64  # rows of a source that are read together
+ROWS_AT_ONCE = 64  # rows of a source per read
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class SnapshotData:
-    """The samples of a snapshot. ``card`` is that of the data set, where it was made from one that is known here."""
+    """The samples of a snapshot. ``card`` is the card of its data set, if it is known here."""
 
     snapshot: Snapshot
     card: Card | None
 
     def samples(self, limit: int | None) -> Iterator[Sample]:
-        """All samples, or ``limit`` of them at equal distances, so that sorted shards give every class its share."""
+        """All samples, or ``limit`` of them at equal distances, so that sorted shards represent every class."""
         samples = Samples(self.snapshot, open_shards=2)
         return (samples[number] for number in spread(len(samples), limit))
 
 
 @dataclass(frozen=True)
 class CardData:
-    """The samples of a card's source, made when they are read."""
+    """The samples of a card's source, read or rendered on demand."""
 
     source: Source
     card: Card
 
     def samples(self, limit: int | None) -> Iterator[Sample]:
-        """As :meth:`SnapshotData.samples`, but in runs of up to 64 rows, since a source is read in slices."""
+        """Like :meth:`SnapshotData.samples`, but in runs of up to 64 rows, because a source is read in slices."""
         with tempfile.TemporaryDirectory() as scratch:
             together = ROWS_AT_ONCE if limit is None else max(1, min(ROWS_AT_ONCE, limit // 8))
             slices = list(self.source.slices(together, Folder(scratch)))
@@ -82,13 +82,13 @@ def open_data(data: str) -> Data:
     """The samples at ``data``: a card's name or YAML file, else the URI of a snapshot's folder, ``folder[@id]``.
 
     Raises:
-        SettingError: a broken card, or options that its source refuses.
+        SettingError: an invalid card, or invalid options of its source.
         SnapshotError: neither a card nor a folder with a snapshot.
     """
     if data in card_names() or data.endswith((".yaml", ".yml")):
         given = load_card(data)
         source = open_source(given.source)
-        require(not fetches(source), "data", data, f"a set whose images are at hand; {_download(given)}")
+        require(not fetches(source), "data", data, f"a set with local images; {_download(given)}")
         return CardData(source, given)
     require(bool(data), "data", data, "a dataset card (" + ", ".join(card_names()) + ") or the folder of a snapshot")
     snapshot = read_snapshot(data)
@@ -101,7 +101,7 @@ def _download(card: Card) -> str:
 
 
 def spread(count: int, limit: int | None) -> Sequence[int]:
-    """``limit`` of the numbers ``0 ... count - 1`` at equal distances; all of them where ``limit`` is none or more."""
+    """``limit`` of the numbers ``0 ... count - 1`` at equal distances; all of them if ``limit`` is none or larger."""
     if limit is None or limit >= count:
         return range(count)
     return [number * count // limit for number in range(limit)]
@@ -110,13 +110,13 @@ def spread(count: int, limit: int | None) -> Sequence[int]:
 def evaluation_batches(
     samples: Iterable[Sample], readers: Sequence[Reader], batch: int, threads: int
 ) -> Iterator[dict[str, Any]]:
-    """Batches of what ``readers`` read, all of their keys together, in order.
+    """Batches with the keys of all ``readers``, in order.
 
-    Samples are read in ``threads`` threads, a few ahead. Those for which a reader raises :class:`UnreadableSample`
-    are left out; how many is said at the end.
+    ``threads`` threads read samples ahead. Samples for which a reader raises :class:`UnreadableSample` are left out;
+    a log line at the end counts them.
 
     Raises:
-        DataError: not one sample is readable.
+        DataError: no sample is readable.
     """
     rows: Iterator[Mapping[str, Any]] = _readable(iter(samples), readers, threads)
     while together := list(islice(rows, batch)):
@@ -137,7 +137,7 @@ def _readable(samples: Iterator[Sample], readers: Sequence[Reader], threads: int
     if bad:
         logger.warning("%d of %d samples are unreadable and left out; the last one: %s", bad, good + bad, reason)
     if not good:
-        raise DataError(f"not one of {bad} samples is readable; the last one: {reason or 'there are none'}")
+        raise DataError(f"none of {bad} samples is readable; the last one: {reason or 'there are none'}")
 
 
 def _read(sample: Sample, readers: Sequence[Reader]) -> dict[str, Any] | UnreadableSample:

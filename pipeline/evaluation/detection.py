@@ -1,8 +1,8 @@
-"""Open-vocabulary detection: which words are looked for, and what a detector finds of them in a set.
+"""Open-vocabulary detection: the vocabulary of a set, and its evaluation.
 
-Words are base (the detector was trained on boxes of them) or novel. All are asked for at once, and the AP of each
-group is the mean over its classes: generalised zero-shot detection (Bansal et al. 2018, arXiv 1804.04340), with
-48 base and 17 novel classes of COCO; in LVIS novel is rare (Gu et al. 2021, arXiv 2104.13921, section 4.1).
+Words are base (the detector was trained on their boxes) or novel. All words compete, and the AP of each group is the
+mean over its classes: generalised zero-shot detection (Bansal et al. 2018, arXiv 1804.04340), with 48 base and 17 novel
+classes of COCO; in LVIS the rare classes are novel (Gu et al. 2021, arXiv 2104.13921, section 4.1).
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,7 +33,7 @@ GROUPS, BASE = ("base", "novel", *FREQUENCIES), ("base", "c", "f")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words that are looked for; ``groups`` of them (base, novel; r, c, f) are measured on their own, too."""
+    """The words to detect; ``groups`` of them (base, novel; r, c, f) get metrics of their own."""
 
     words: tuple[str, ...]
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Vocabulary:
 
     @property
     def base(self) -> tuple[str, ...] | None:
-        """The words that a detector was trained on; ``None`` where that is not said."""
+        """The words that a detector was trained on; ``None`` if unknown."""
         return self.groups.get("base")
 
 
@@ -53,17 +53,17 @@ def open_vocabulary(base: Sequence[str], novel: Sequence[str]) -> Vocabulary:
     """Base and novel words.
 
     Raises:
-        SettingError: none, one twice, or one that is base and novel, whatever its case.
+        SettingError: no words, duplicates, or a word that is both base and novel, compared without case.
     """
     groups = {"base": tuple(base), "novel": tuple(novel)}
     return Vocabulary((*base, *novel), {name: words for name, words in groups.items() if words})
 
 
 def published_vocabulary(record: Mapping[str, Any], place: str) -> Vocabulary:
-    """The classes of an annotation file of COCO or LVIS; where it says how frequent they are, rare ones are novel.
+    """The classes of an annotation file of COCO or LVIS; in files with class frequencies, rare classes are novel.
 
     Raises:
-        SettingError: it has no list of ``categories`` with names.
+        SettingError: no list of ``categories`` with names.
     """
     try:
         names = [class_word(category) for category in record["categories"]]
@@ -78,7 +78,7 @@ def published_vocabulary(record: Mapping[str, Any], place: str) -> Vocabulary:
 
 
 def grouped_vocabulary(classes: Mapping[str, str]) -> Vocabulary:
-    """Names with their group, as in ``loaders/classes.py``: r, c and f, of which r is novel, or base and novel."""
+    """Names with their group, as in ``loaders/classes.py``: r (novel), c and f, or base and novel."""
     having = {one: tuple(name for name, group in classes.items() if group == one) for one in GROUPS}
     having["novel"] += having["r"]
     having["base"] = tuple(name for name, group in classes.items() if group in BASE)
@@ -87,7 +87,7 @@ def grouped_vocabulary(classes: Mapping[str, str]) -> Vocabulary:
 
 @runtime_checkable
 class Proposer(Protocol):
-    """A method that also says where things are, whatever they are."""
+    """A method that proposes regions of objects of any class."""
 
     def propose(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """For uint8 images [3, H, W]: boxes float32 [n, 4], x1, y1, x2, y2 in pixels, and scores [n], best first."""
@@ -103,14 +103,14 @@ def evaluate_detection(
     threads: int = 4,
     precision: str = "fp32",
 ) -> dict[str, float]:
-    """Look for all words in all images.
+    """Detect all words in all images.
 
     Returns:
-        What :meth:`~pipeline.evaluation.average_precision.AveragePrecision.metrics` does; ``ar100``, ``ar300``,
-        ``ar1000`` and ``ar300_<group>`` where the method proposes boxes; ``samples``. All but the last 0 to 1.
+        The metrics of :meth:`~pipeline.evaluation.average_precision.AveragePrecision.metrics`; ``ar100``, ``ar300``,
+        ``ar1000`` and ``ar300_<group>`` if the method proposes boxes; ``samples``. All but the last are 0 to 1.
 
     Raises:
-        DataError: a sample without ``boxes.json`` or with one for an image of another size; no label is a word.
+        DataError: a sample without ``boxes.json`` or with boxes for another image size; no label is a word.
     """
     found = AveragePrecision(vocabulary.words, vocabulary.groups)
     recall = ProposalRecall(vocabulary)
@@ -126,7 +126,7 @@ def evaluate_detection(
 
 
 def batches_of(samples: Iterable[Sample], batch: int, threads: int) -> Iterator[tuple[list[Tensor], list[Objects]]]:
-    """Images, uint8 [3, H, W] as they are stored, and what is marked in them; unreadable ones are left out."""
+    """Images, uint8 [3, H, W] in their stored size, and their annotated objects; unreadable samples are left out."""
 
     for rows in evaluation_batches(samples, (ImageReader(transform=None), ObjectsReader()), batch, threads):
         for image, objects, key in zip(rows["image"], rows["objects"], rows["key"], strict=True):
@@ -135,10 +135,10 @@ def batches_of(samples: Iterable[Sample], batch: int, threads: int) -> Iterator[
 
 
 class ProposalRecall:
-    """The share of objects that the first 100, 300 and 1000 proposals of an image find, whatever their class.
+    """The recall of the first 100, 300 and 1000 proposals of an image, for objects of any class.
 
-    The mean over overlaps of 0.5, 0.55, ... 0.95. Proposals take objects in their order, each the free one that it
-    overlaps most, as COCO's evaluator does without classes. Crowds, and labels that are no words, are left out.
+    The mean over overlaps of 0.5, 0.55, ... 0.95. Proposals are matched in order, each to the unmatched object with the
+    largest overlap, as in COCO's evaluator without classes. Crowds, and labels outside of the words, are left out.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -147,14 +147,14 @@ class ProposalRecall:
         self._ranks: dict[str, list[NDArray[np.int64]]] = {name: [] for name in self._groups}
 
     def add(self, marked: Objects, proposals: NDArray[np.float64]) -> None:
-        """One image: its objects, and the proposed boxes x1, y1, x2, y2, float64 [n, 4], the best first."""
+        """Add one image: its objects, and the proposed boxes x1, y1, x2, y2, float64 [n, 4], sorted by score."""
         labels = [plain_word(label) for label in marked.labels]
         for group, words in self._groups.items():
             counted = [n for n, label in enumerate(labels) if label in words and not marked.crowd[n]]
             self._ranks[group].append(finding_ranks(proposals[: max(BUDGETS)], marked.boxes[counted]))
 
     def metrics(self) -> dict[str, float]:
-        """``ar100``, ``ar300``, ``ar1000`` and ``ar300_<group>``; nothing where no image or no object was added."""
+        """``ar100``, ``ar300``, ``ar1000`` and ``ar300_<group>``; empty without any image or object."""
         found = {}
         for group, ranks in self._ranks.items():
             together = np.concatenate([np.empty((len(THRESHOLDS), 0), np.int64), *ranks], axis=1)
@@ -165,7 +165,7 @@ class ProposalRecall:
 
 
 def finding_ranks(proposals: NDArray[np.float64], boxes: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The place of the proposal that takes each box, int64 [10 thresholds, boxes]; 2**62 where none does."""
+    """The index of the proposal that matches each box, int64 [10 thresholds, boxes]; 2**62 for unmatched boxes."""
     ranks = np.full((len(THRESHOLDS), len(boxes)), 2**62, np.int64)
     if not len(proposals) or not len(boxes):
         return ranks
@@ -173,14 +173,14 @@ def finding_ranks(proposals: NDArray[np.float64], boxes: NDArray[np.float64]) ->
     rows = np.arange(len(THRESHOLDS))
     for place in np.flatnonzero(overlap.max(axis=1) >= THRESHOLDS[0]):
         free = np.where(ranks == 2**62, overlap[place], -1)
-        best = len(boxes) - 1 - free[:, ::-1].argmax(axis=1)  # of equal ones the last, as COCO's evaluator
+        best = len(boxes) - 1 - free[:, ::-1].argmax(axis=1)  # at ties the last, as in COCO's evaluator
         taking = rows[free[rows, best] >= THRESHOLDS]
         ranks[taking, best[taking]] = place
     return ranks
 
 
 def as_detector(method: object, address: str) -> Detector:
-    """``method``, if it has ``predict``; raises ``SettingError`` if not."""
+    """``method``, if it has ``predict``; else raises ``SettingError``."""
     has = callable(getattr(method, "predict", None))
-    require(has, "checkpoint", address, "a method that finds the objects that words name (it has `predict`)")
+    require(has, "checkpoint", address, "a detector (a method with `predict`)")
     return cast(Detector, method)

@@ -22,14 +22,14 @@ COLOURS = (
     *((197, 27, 125), (110, 75, 60), (70, 70, 160), (120, 120, 0)),
 )
 SMALLEST_SIDE = 480
-"""Pixels of the longer side: smaller images are magnified to it, so that names can be read."""
-LETTERS = 30  # of a name; a longer one is cut
+"""Pixels of the longer side; smaller images are magnified to it, so that names are readable."""
+LETTERS = 30  # maximum length of a shown name
 TINT = 0.45
 
 
 @dataclass(frozen=True)
 class ShownObject:
-    """A thing to draw: its box x1, y1, x2, y2 in the image's pixels, what is written, and bool [H, W] if masked."""
+    """An object to draw: its box x1, y1, x2, y2 in the image's pixels, its label, and its mask, bool [H, W] or none."""
 
     box: tuple[float, float, float, float]
     text: str
@@ -43,51 +43,51 @@ def draw_detections(
     """The image, uint8 [3, H, W], with the ``most`` best detections that score ``least`` or more; see :func:`draw`.
 
     Args:
-        image: as it was given to ``predict``.
-        found: what ``predict`` gave.
-        words: what was asked for.
-        least: 0 to 1; detections with a lower score are not drawn.
+        image: the input of ``predict``.
+        found: the result of ``predict``.
+        words: the requested words.
+        least: minimum score of drawn detections, 0 to 1.
         most: 1 or more.
     """
     require(0 <= least <= 1, "least_score", least, "0 to 1")
     require(most >= 1, "most", most, "1 or more")
     count = min(most, int((found.scores >= least).sum()))
     masks = found.whole_masks(image.shape[1], image.shape[2], 0, count).numpy() if found.masks is not None else None
-    things = []
+    objects = []
     for place in range(count):
         x1, y1, x2, y2 = found.boxes[place].tolist()
         label, score = int(found.labels[place]), float(found.scores[place])
         mask = None if masks is None else masks[place]
-        things.append(ShownObject((x1, y1, x2, y2), f"{_short(words[label])} {score:.2f}", label, mask))
-    return draw(image, things)
+        objects.append(ShownObject((x1, y1, x2, y2), f"{_short(words[label])} {score:.2f}", label, mask))
+    return draw(image, objects)
 
 
 def draw_marked(image: Tensor, marked: Objects, words: Sequence[str]) -> Tensor:
-    """The image, uint8 [3, H, W], with what is marked in it, in the colours that its words have elsewhere."""
+    """The image, uint8 [3, H, W], with its annotated objects, in the same colours per word as detections."""
     places = {plain_word(word): place for place, word in enumerate(words)}
-    things = []
+    objects = []
     for box, label, segmentation in zip(marked.boxes, marked.labels, marked.segmentations, strict=True):
         mask = None if segmentation is None else mask_of(segmentation, marked.height, marked.width).astype(bool)
         x1, y1, x2, y2 = box.tolist()
-        things.append(ShownObject((x1, y1, x2, y2), _short(label), places.get(plain_word(label), -1), mask))
-    return draw(image, things)
+        objects.append(ShownObject((x1, y1, x2, y2), _short(label), places.get(plain_word(label), -1), mask))
+    return draw(image, objects)
 
 
-def draw(image: Tensor, things: Sequence[ShownObject]) -> Tensor:
-    """``things`` on an image, the first on top; uint8 [3, H, W], with a longer side of 480 pixels or more."""
+def draw(image: Tensor, objects: Sequence[ShownObject]) -> Tensor:
+    """``objects`` on an image, the first on top; uint8 [3, H, W], with a longer side of 480 pixels or more."""
     pixels = np.ascontiguousarray(image.cpu().numpy().transpose(1, 2, 0))
-    for thing in reversed(things):
-        if thing.mask is not None:
-            pixels = _tinted(pixels, thing.mask, COLOURS[thing.colour % len(COLOURS)])
+    for shown in reversed(objects):
+        if shown.mask is not None:
+            pixels = _tinted(pixels, shown.mask, COLOURS[shown.colour % len(COLOURS)])
     scale = max(1.0, SMALLEST_SIDE / max(pixels.shape[:2]))
     size = round(pixels.shape[1] * scale), round(pixels.shape[0] * scale)
     canvas = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(canvas)
-    for thing in reversed(things):
-        _outline(pen, [value * scale for value in thing.box], COLOURS[thing.colour % len(COLOURS)], size)
+    for shown in reversed(objects):
+        _outline(pen, [value * scale for value in shown.box], COLOURS[shown.colour % len(COLOURS)], size)
     taken: list[tuple[float, float, float, float]] = []
-    for thing in things:
-        _write(pen, thing, scale, size, taken)
+    for shown in objects:
+        _write(pen, shown, scale, size, taken)
     return torch.from_numpy(np.asarray(canvas).transpose(2, 0, 1).copy())
 
 
@@ -102,7 +102,7 @@ def _tinted(pixels: NDArray[np.uint8], mask: NDArray[np.bool_], colour: tuple[in
 def _outline(
     pen: ImageDraw.ImageDraw, box: Sequence[float], colour: tuple[int, int, int], size: tuple[int, int]
 ) -> None:
-    """A line inside the box, with a thin white one around it that shows on every ground."""
+    """A line inside the box, with a thin white line around it for contrast on any background."""
     width = max(2, round(max(size) / 240))
     x1, y1 = (min(max(0.0, value), side - 1) for value, side in zip(box[:2], size, strict=True))
     x2, y2 = (max(low, min(value, side) - 1) for low, value, side in zip((x1, y1), box[2:], size, strict=True))
@@ -112,24 +112,24 @@ def _outline(
 
 def _write(
     pen: ImageDraw.ImageDraw,
-    thing: ShownObject,
+    shown: ShownObject,
     scale: float,
     size: tuple[int, int],
     taken: list[tuple[float, float, float, float]],
 ) -> None:
-    """The name on a tag above its box, or where that is not in the image or taken, at the next place below."""
+    """Write the name on a tag above its box, or at the next free position below."""
     font = _font(max(12, round(max(size) / 34)))
-    left, top, right, bottom = pen.textbbox((0, 0), thing.text, font=font)
+    left, top, right, bottom = pen.textbbox((0, 0), shown.text, font=font)
     width, height = right - left + 6, bottom - top + 4
-    x = max(0.0, min(thing.box[0] * scale, size[0] - width))
-    y = first = max(0.0, min(thing.box[1] * scale - height, size[1] - height))
+    x = max(0.0, min(shown.box[0] * scale, size[0] - width))
+    y = first = max(0.0, min(shown.box[1] * scale - height, size[1] - height))
     while any(_meet((x, y, x + width, y + height), other) for other in taken):
         y += height + 1
-        if y + height > size[1]:  # no place left: rather over another name than nowhere
+        if y + height > size[1]:  # no free position: cover another name
             y = first
             break
-    pen.rectangle([x, y, x + width, y + height], fill=COLOURS[thing.colour % len(COLOURS)])
-    pen.text((x + 3 - left, y + 2 - top), thing.text, fill="white", font=font)
+    pen.rectangle([x, y, x + width, y + height], fill=COLOURS[shown.colour % len(COLOURS)])
+    pen.text((x + 3 - left, y + 2 - top), shown.text, fill="white", font=font)
     taken.append((x, y, x + width, y + height))
 
 

@@ -1,4 +1,4 @@
-"""A model that turns stored images and captions into features: what ``stages/annotate/embeddings.py`` is handed."""
+"""A model that computes features of stored images and captions, for ``stages/annotate/embeddings.py``."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from pipeline.config import require
 from pipeline.evaluation.encoder import Evaluable, inference
 from pipeline.evaluation.models import load_model
 from pipeline.evaluation.zero_shot import classifier
-from pipeline.loaders.images import crop_words, decode, read_crops
+from pipeline.loaders.images import crop_bits, decode, read_crops
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.loaders.text import cut_text
 from pipeline.models.adapters.adapter import FrozenClip
@@ -28,19 +28,19 @@ VIEWS_AT_ONCE = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """Which views of an image are embedded: view 0 as in evaluation, then random crops.
+    """The views of an image to embed: view 0 as in evaluation, then random crops.
 
-    View v of a sample is a pure function of (seed, v, key): more views leave the first ones as they are.
+    View v of a sample is a pure function of (seed, v, key): more views do not change the first ones.
     """
 
     views: int = 10
-    """Random crops of every image; 0 for images that are only tested on."""
+    """Number of random crops per image, 0 to 1000; 0 for test images."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
-    """Area of a random crop, as parts of the image; the default is Tip-Adapter's, CoOp has 0.08 to 1."""
+    """Range of a random crop's area, as a part of the image, 0 to 1; default Tip-Adapter's, CoOp uses 0.08 to 1."""
     flip: float = 0.5
-    """Probability of a mirrored crop."""
+    """Probability of mirroring a random crop."""
     seed: int = 0
-    """Of the crops."""
+    """Seed of the random crops."""
 
     def __post_init__(self) -> None:
         require(0 <= self.views <= 1000, "views", self.views, "0 to 1000")
@@ -52,19 +52,19 @@ class Views:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadEmbedder:
-    """Loads the model at ``checkpoint`` (see :func:`pipeline.evaluation.models.load_model`) where it is called."""
+    """Loads the model at ``checkpoint`` (see :func:`pipeline.evaluation.models.load_model`) when it is called."""
 
     checkpoint: str
     device: str = "auto"
     precision: Precision = "fp32"
     views: Views | None = None
-    """Raw features of several views in the place of unit features and captions."""
+    """Compute raw features of several views instead of unit features of images and captions."""
 
     def __call__(self, threads: int) -> "ModelEmbedder | ViewEmbedder":
-        """``threads`` is the number of CPU threads for the model, where no GPU computes.
+        """``threads`` is the number of CPU threads for the model, if it does not run on a GPU.
 
         Raises:
-            SettingError: no such checkpoint; or views asked of a model that is no CLIP.
+            SettingError: no such checkpoint; or views of a model that is not a CLIP.
         """
         model = load_model(self.checkpoint, self.device)
         if not torch.cuda.is_available() or self.device == "cpu":
@@ -76,7 +76,7 @@ class LoadEmbedder:
 
 
 class ModelEmbedder:
-    """A model with its own transform of evaluation and its own tokenizer."""
+    """A model with its own evaluation transform and tokenizer."""
 
     facts: Mapping[str, str | int] = {}
     reads_text = True
@@ -87,7 +87,7 @@ class ModelEmbedder:
         self.maker = digest_of(model, repr(self._transform), precision)
 
     def prepare(self, image: bytes, key: str = "") -> Tensor | None:
-        """The image as uint8 [3, H, W]; ``None`` where it cannot be decoded."""
+        """The image as uint8 [3, H, W]; ``None`` if it cannot be decoded."""
         try:
             return self._transform(decode(image))
         except UnreadableSample:
@@ -106,7 +106,7 @@ class ModelEmbedder:
 
 
 class ViewEmbedder:
-    """A CLIP that gives raw features, as few-shot methods want them, of several views of each image."""
+    """A CLIP that computes raw features of several views of each image, for few-shot methods."""
 
     reads_text = False
 
@@ -126,12 +126,12 @@ class ViewEmbedder:
         }
 
     def prepare(self, image: bytes, key: str) -> Tensor | None:
-        """The views as uint8 [V, 3, H, W]; ``None`` where the image cannot be decoded."""
+        """The views as uint8 [V, 3, H, W]; ``None`` if the image cannot be decoded."""
         number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
-        words = [crop_words(self._views.seed, view, number) for view in range(1, 1 + self._views.views)]
+        bits = [crop_bits(self._views.seed, view, number) for view in range(1, 1 + self._views.views)]
         try:
             still = self._still.read(image)
-            crops = read_crops(image, [(self._random, word) for word in words]) if words else []
+            crops = read_crops(image, [(self._random, random) for random in bits]) if bits else []
             return torch.stack([still, *crops])
         except UnreadableSample:
             return None
@@ -145,7 +145,7 @@ class ViewEmbedder:
         return raw
 
     def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """No text has views."""
+        """Not supported: texts have no views."""
         raise AssertionError("views are of images alone")
 
 

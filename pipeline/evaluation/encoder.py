@@ -1,4 +1,4 @@
-"""What an evaluation needs of a model: images and texts in one space, and the tokenizer that goes with it."""
+"""The interface of evaluated models: images and texts in one space, and the tokenizer."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ TEXTS_AT_ONCE = 512
 
 
 class Encoder(Protocol):
-    """Every image-text method here, and any other object with these three."""
+    """An image-text method, or any other object with these three members."""
 
     tokenizer: Callable[[list[str]], Tensor]
 
@@ -30,16 +30,16 @@ class Encoder(Protocol):
 
 
 class Evaluable(Encoder, Protocol):
-    """An encoder that says how images become its input; every method here is one."""
+    """An encoder with an image transform; every image-text method is one."""
 
     def transforms(self, train: bool) -> ImageTransform:
-        """``train=False``: the transform of evaluation."""
+        """``train=False``: the evaluation transform."""
         ...
 
 
 @contextmanager
 def inference(model: object, precision: str = "fp32") -> Iterator[torch.device]:
-    """Evaluation mode without gradients; gives the device of the model and puts its mode back at the end.
+    """Evaluation mode without gradients; yields the device of the model and restores its mode at the end.
 
     ``precision`` "bf16" computes features in bfloat16 where the operation allows; similarities stay float32.
     """
@@ -61,7 +61,7 @@ def inference(model: object, precision: str = "fp32") -> Iterator[torch.device]:
 def encode_tokens(model: Encoder, tokens: Tensor, device: torch.device) -> Tensor:
     """Features of many texts, a chunk at a time: int64 ``[N, L]`` -> float32 ``[N, D]`` on ``device``.
 
-    Pads behind the longest text of a chunk are cut off where the model sees nothing of them.
+    Padding after the longest text of a chunk is cut off if the model ignores it.
     """
     end = getattr(model, "end_of_text", None)
     parts = (cut_text(chunk, end).to(device) for chunk in tokens.split(TEXTS_AT_ONCE))
@@ -70,7 +70,7 @@ def encode_tokens(model: Encoder, tokens: Tensor, device: torch.device) -> Tenso
 
 
 def as_encoder(model: object, address: str) -> Evaluable:
-    """``model``, if it encodes images and texts; raises ``SettingError`` if not."""
+    """``model``, if it encodes images and texts; else raises ``SettingError``."""
     both = all(callable(getattr(model, name, None)) for name in ("encode_image", "encode_text"))
     require(both, "checkpoint", address, "a model that encodes images and texts")
     return cast(Evaluable, model)

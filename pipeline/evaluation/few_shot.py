@@ -1,10 +1,10 @@
-"""The protocols of few-shot papers: which images are shots, which classes are new, and what is reported.
+"""The protocols of few-shot papers: the choice of shots, the new classes, and the reported numbers.
 
-Shots are drawn as CoOp's code draws them (Zhou et al. 2022, arXiv 2109.01134; its library Dassl): a generator seeded
-with the seed (1, 2 and 3 in the papers) takes ``shots`` images of every class, without repeats, class by class in
-the order in which the split first names them; then min(shots, 4) validation images of every class in the same way.
-A class with fewer images gives all it has. Base and new classes are those of CoCoOp (arXiv 2203.05557, section
-4.1): the first half of the labels, rounded up, and the rest.
+Shots are sampled as in CoOp's code (Zhou et al. 2022, arXiv 2109.01134; its library Dassl). A generator with the seed
+(1, 2 and 3 in the papers) samples ``shots`` images of every class without replacement, class by class in the order in
+which the split first names them; then min(shots, 4) validation images of every class in the same way. A class with
+fewer images gives all of them. Base and new classes are those of CoCoOp (arXiv 2203.05557, section 4.1): the first half
+of the labels, rounded up, and the rest.
 """
 
 import math
@@ -26,14 +26,14 @@ from pipeline.sources.source import Source
 from pipeline.sources.split_file import SplitFile
 
 VALIDATION_SHOTS = 4
-FEWEST = 4  # classes of base-to-new: two to tell apart in each half
+FEWEST = 4  # classes of base-to-new: two in each half
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """A data set as its split lists it; nothing of it is read yet.
+    """A data set as its split lists it; its images are not read yet.
 
-    ``sources`` has the options of the source of each part, ``labels`` the class numbers of its rows in their order;
+    ``sources`` has the options of each part's source, ``labels`` the class numbers of its rows in their order;
     ``classes`` the names of the numbers 0, 1, ...
     """
 
@@ -46,7 +46,7 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What one seed draws: parts and numbers of rows, of the shots and of the validation images."""
+    """The sample of one seed: parts and row numbers of the shots and of the validation images."""
 
     train: tuple[tuple[str, int], ...]
     validation: tuple[tuple[str, int], ...]
@@ -61,43 +61,43 @@ class Halves:
 
 
 def read_data_set(name: str, root: str = "", samples: int | None = None) -> DataSet:
-    """What the split of the card ``name`` lists.
+    """Read the split of the card ``name``.
 
     Args:
         name: a dataset card's name or YAML file.
         root: folder that holds the data sets' own folders, for cards with split files.
-        samples: images of each part of a drawn set, where not the card's own number.
+        samples: images of each part of a drawn set, if not the card's own number.
 
     Raises:
-        SettingError: an unknown card, one without parts, a missing folder or split file, no classes or one, class
-            names that occur twice.
-        DataError: a broken split file.
+        SettingError: an unknown card, a card without parts, a missing folder or split file, less than two classes,
+            duplicate class names.
+        DataError: an invalid split file.
     """
     card = load_card(name)
     if card.few_shot is None:
-        require(False, "data", name, "a card with `few_shot`, which says what is learned from and tested on")
+        require(False, "data", name, "a card with `few_shot`, which defines the training and test parts")
         raise AssertionError
     sources = {part: _options(card, part, root, samples) for part in PARTS if part in card.few_shot.parts}
     listed = {part: _listed(open_source(options), card) for part, options in sources.items()}
     classes, labels = _dense(card, listed)
     require(len(classes) > 1, "classes", classes, f"two class names or more, for {name}")
     doubled = next((one for one in classes if classes.count(one) > 1), None)
-    allowed = f"names that occur once; `renames` in the source of the card {name} tells them apart"
+    allowed = f"distinct names; `renames` in the source of the card {name} can rename them"
     require(doubled is None, "classes", doubled, allowed)
     templates = card.few_shot.templates or card.templates or DEFAULT_TEMPLATES
     return DataSet(name=card.name, classes=classes, templates=templates, sources=sources, labels=labels)
 
 
 def draw(data: DataSet, shots: int, seed: int) -> Drawing:
-    """The shots and validation images of ``seed``; a class with fewer gives all it has.
+    """The shots and validation images of ``seed``; a class with fewer images gives all of them.
 
-    Where the data set has no validation images they are taken from the training images that are no shots.
+    If the data set has no validation images, they are sampled from the training images that are not shots.
 
     Raises:
-        SettingError: no training images, or no validation images are left.
+        SettingError: no training images, or no images are left for validation.
     """
     require(shots >= 1, "shots", shots, "1 or more")
-    require("train" in data.labels, "data", data.name, "a data set with training images: this one is tested on alone")
+    require("train" in data.labels, "data", data.name, "a data set with training images; this one is for testing only")
     generator = random.Random(seed)
     labels = data.labels["train"]
     train = draw_numbers(labels, range(len(labels)), shots, generator)
@@ -106,13 +106,13 @@ def draw(data: DataSet, shots: int, seed: int) -> Drawing:
     taken = set(train) if part == "train" else set()
     rest = [number for number in range(len(data.labels[part])) if number not in taken]
     validation = draw_numbers(data.labels[part], rest, wanted, generator)
-    allowed = f"fewer, so that images of {data.name} are left to choose by"
+    allowed = f"fewer, so that images of {data.name} are left for validation"
     require(bool(validation), "shots", shots, allowed)
     return Drawing(tuple(("train", one) for one in train), tuple((part, one) for one in validation))
 
 
 def draw_numbers(labels: Sequence[int], among: Iterable[int], shots: int, generator: random.Random) -> list[int]:
-    """``shots`` of the rows ``among`` of every class without repeats, or all where there are fewer."""
+    """``shots`` of the rows ``among`` of every class without replacement, or all if there are fewer."""
     groups: dict[int, list[int]] = {}
     for number in among:
         groups.setdefault(labels[number], []).append(number)
@@ -124,7 +124,7 @@ def halves(classes: int) -> Halves:
     """Base and new class numbers.
 
     Raises:
-        SettingError: fewer than four classes: in each half there have to be two to tell apart.
+        SettingError: fewer than four classes: each half needs two.
     """
     require(classes >= FEWEST, "classes", classes, f"{FEWEST} classes or more, for base-to-new needs two in each half")
     base = -(-classes // 2)
@@ -132,7 +132,7 @@ def halves(classes: int) -> Halves:
 
 
 def harmonic_mean(base: float, new: float) -> float:
-    """2bn / (b + n), 0 where one of them is."""
+    """2bn / (b + n), 0 if one of them is."""
     return 2 * base * new / (base + new) if base > 0 and new > 0 else 0.0
 
 
@@ -152,21 +152,21 @@ def _options(card: Card, part: str, root: str, samples: int | None) -> dict[str,
 
 
 def _listed(source: Source, card: Card) -> list[tuple[int | None, str]]:
-    """Class number, where the source has one, and class name of every row."""
+    """Class number, if the source has one, and class name of every row."""
     if isinstance(source, SplitFile):
         return [(item.number, item.name) for item in source.items]
     if isinstance(source, Drawn):
         named = [wanted_class(source.split, source.first + number) for number in range(source.samples)]
         return [(None, name) for name in named if name is not None]
-    raise DataError(f"{card.name}: the images of the source {source.kind} have no order that a split could name")
+    raise DataError(f"{card.name}: the source {source.kind} has no fixed order of images, which a split needs")
 
 
 def _dense(
     card: Card, listed: Mapping[str, list[tuple[int | None, str]]]
 ) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]]]:
-    """Class names in the order of their numbers, and the rows' labels as places among them.
+    """Class names in the order of their numbers, and the rows' labels as indices into them.
 
-    Classes of which no part has an image are left out: ImageNet-A has 200 of ImageNet's classes.
+    Classes without an image in any part are left out: ImageNet-A has 200 of ImageNet's classes.
     """
     order = {name: number for number, name in enumerate(card.classes)}
     names: dict[int, str] = {}

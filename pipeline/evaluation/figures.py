@@ -21,7 +21,7 @@ MATRIX_SIDE = 24
 
 
 def image_grid(images: Sequence[Tensor], captions: Sequence[str], columns: int = 4, title: str = "") -> "Figure":
-    """Images of any sizes, each uint8 ``[3, H, W]``, large enough to read what is written on them."""
+    """Images of any sizes, each uint8 ``[3, H, W]``, large enough to read text in them."""
     rows = -(-len(images) // columns)
     figure = blank_figure(4.4 * columns, 4.6 * rows + 0.5, title)
     axes = figure.subplots(rows, columns, squeeze=False).flat
@@ -34,7 +34,7 @@ def image_grid(images: Sequence[Tensor], captions: Sequence[str], columns: int =
 
 
 def similarity_matrix(images: Tensor, captions: Sequence[str], scores: Tensor, title: str = "") -> "Figure":
-    """Cosine similarity of every image (column) with every caption (row) of a batch; right pairs on the diagonal.
+    """Cosine similarity of every image (column) with every caption (row) of a batch; matching pairs on the diagonal.
 
     ``images`` uint8 ``[N, 3, H, W]``, ``scores`` ``[N, N]`` with images first; at most 24 pairs are drawn.
     """
@@ -59,7 +59,7 @@ def similarity_matrix(images: Tensor, captions: Sequence[str], scores: Tensor, t
 
 
 def _write_cells(axis: "Axes", values: "np.ndarray[Any, Any]") -> None:
-    """The number in every cell, in the ink that shows; right pairs bold and outlined."""
+    """The number in every cell, in a contrasting colour; matching pairs bold and outlined."""
     from matplotlib.patches import Rectangle
 
     plain = np.nan_to_num(values)
@@ -75,10 +75,10 @@ def _write_cells(axis: "Axes", values: "np.ndarray[Any, Any]") -> None:
 def retrieval_examples(
     images: Tensor, captions: Sequence[str], scores: Tensor, queries: int = 6, top: int = 3, title: str = ""
 ) -> "Figure":
-    """For some captions the ``top`` images found, and for as many images the captions found; right ones green.
+    """The ``top`` retrieved images for some captions, and retrieved captions for as many images; correct ones green.
 
     ``images`` uint8 ``[N, 3, H, W]``, ``scores`` ``[N, N]`` with images first; pair ``i`` is ``(i, i)``, and equal
-    captions are equally right.
+    captions are equally correct.
     """
     queries = min(queries, len(images))
     scores = scores.float().cpu()

@@ -1,15 +1,15 @@
-"""Linear probing: how much of what an image tower knows a linear classifier can read.
+"""Linear probing: the accuracy of a linear classifier on an image tower's features.
 
 Two protocols, both on frozen features of the tower before its projection into the space shared with texts:
 
 - ``clip``: Radford et al. 2021, arXiv 2103.00020, section 3.2 and appendix A.3. Logistic regression by L-BFGS with at
-  most 1,000 iterations, on one view of each image. The penalty is chosen on validation images out of 97 values
-  from 1e-6 to 1e6, eight a decade: every sixteenth first, then the interval around the best is halved until it is one
-  step wide. The last fit has training and validation images together.
+  most 1,000 iterations, on one view of each image. Validation images choose the penalty among 97 values from 1e-6 to
+  1e6, eight per decade: first every sixteenth, then the interval around the best is halved until it is one step wide.
+  The final fit uses training and validation images together.
 - ``slip``: Mu et al. 2021, arXiv 2112.12750, section 4.2, which is MoCo v3's: 90 epochs of SGD with momentum 0.9 in
   batches of 1,024, no penalty, random resized crops that are mirrored half of the time, a cosine from 0.1 x 16 / 256
-  (the released code scales by a sixteenth of what the batch would give). Features of ``views`` crops of each image
-  are made once and taken in turn; the paper draws a new one in every epoch, which ``views=90`` is.
+  (the released code scales by a sixteenth of the factor for this batch size). Features of ``views`` crops of each image
+  are computed once and used in turn; the paper uses a new crop in every epoch, which equals ``views=90``.
 
 To hold a run against: ImageNet with the ``slip`` protocol, ViT-B/16 after 25 epochs of YFCC15M, CLIP 66.5, SLIP 72.1.
 With ``clip``, the paper's table 10 has ImageNet at 76.1 for ViT-B/32 and 80.2 for ViT-B/16.
@@ -35,7 +35,7 @@ from pipeline.evaluation.encoder import Evaluable, inference
 from pipeline.evaluation.suite import name_and_data
 from pipeline.evaluation.task import ACCURACY, Column, PreparedSet, Reading, Report
 from pipeline.evaluation.zero_shot import Counts, label_ranks
-from pipeline.loaders.images import ImageTransform, Pixels, crop_words
+from pipeline.loaders.images import ImageTransform, Pixels, crop_bits
 from pipeline.loaders.order import RandomStream, permutation
 from pipeline.loaders.readers import read_label
 from pipeline.models.adapters.adapter import Shots
@@ -47,33 +47,34 @@ from pipeline.sources import open_source
 logger = logging.getLogger(__name__)
 
 REPORT = Report("linear_probe", "linear probe", (*ACCURACY, Column("trained_on", "trained on", ",.0f")))
-DECADES, WIDEST, FINEST = 6, 2.0, 1 / 8  # the penalty is sought in 10 ** (-6 ... 6)
+DECADES, WIDEST, FINEST = 6, 2.0, 1 / 8  # the penalty is searched in 10 ** (-6 ... 6)
 Chosen = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """How a linear classifier is made."""
+    """The training of a linear classifier."""
 
     protocol: Literal["clip", "slip"] = "clip"
-    """L-BFGS with a penalty chosen on validation images, or SGD on random crops."""
+    """clip: L-BFGS with a penalty chosen on validation images; slip: SGD on random crops."""
     features: Literal["tower", "joint"] = "tower"
-    """What the tower gives before its projection, or the unit features that are compared with texts."""
+    """tower: features before the projection; joint: the unit features that are compared with texts."""
     held_out: float = 0.2
-    """Share of each class that is held out where no images are named: to choose the penalty, and for the test."""
+    """Part of each class, 0 to 1, held out if no images are given: to choose the penalty, and for the test."""
     iterations: int = 1000
-    """At most so many iterations of L-BFGS."""
+    """Maximum number of L-BFGS iterations."""
     epochs: int = 90
     """Epochs of SGD."""
     learning_rate: float = 0.1 * 16 / 256
-    """Where SGD begins; it falls to zero along a cosine."""
+    """Initial learning rate of SGD; it falls to zero along a cosine."""
     momentum: float = 0.9
+    """Momentum of SGD, 0 to less than 1."""
     batch: int = 1024
-    """Images in a step of SGD."""
+    """Images per step of SGD."""
     views: int = 8
-    """Random crops of every image for SGD."""
+    """Random crops per image for SGD."""
     seed: int = 0
-    """Of crops, order, first weights, and of what is held out."""
+    """Seed of crops, order, initial weights, and of the held-out images."""
 
     def __post_init__(self) -> None:
         require(0 < self.held_out < 1, "held_out", self.held_out, "more than 0, less than 1")
@@ -86,28 +87,28 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeSets:
-    """The images, as cards or folders of snapshots; every tuple but the first may be empty."""
+    """The images, as cards or folders of snapshots; every tuple except the first may be empty."""
 
     data: tuple[str, ...] = ()
-    """Sets to learn from; NAME=DATA names one. A card with parts for few-shot papers brings its own test."""
+    """Training sets; NAME=DATA gives a set a name. A few-shot card has its own test part."""
     test: tuple[str, ...] = ()
-    """Sets to test on, one for each; without, a share of each class of the data."""
+    """Test sets, one per training set; if empty, a part of each class of the data."""
     validation: tuple[str, ...] = ()
-    """Sets that choose the penalty, one for each; without, a share of each class of what is left."""
+    """Validation sets that choose the penalty, one per training set; if empty, a part of each class of the rest."""
     classes: str = "auto"
     """Class names: auto (the card's, ImageNet's for a set named imagenet, else all labels of the data) or a file."""
     label: str = ""
-    """Key of the samples' json that holds the class; empty for the card's; cls for webdataset's member .cls."""
+    """Key of the class in the samples' json; empty for the card's; cls for webdataset's member .cls."""
     train_samples: int | None = None
-    """Images of each set to learn from, at equal distances; all of them where it is not given."""
+    """Training images of each set, at equal distances; none for all of them."""
     test_samples: int | None = None
-    """Images of each set to test on."""
+    """Test images of each set; none for all of them."""
     encoding_batch: int = 64
-    """Images encoded at a time."""
+    """Images per batch of the encoder."""
     encoding_precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the tower."""
+    """Precision of the tower."""
     decoding_threads: int = 4
-    """Threads that decode images."""
+    """Image decoding threads."""
 
     def __post_init__(self) -> None:
         for name in ("test", "validation"):
@@ -116,7 +117,7 @@ class ProbeSets:
         self.settings()
 
     def settings(self) -> Reading:
-        """How images are read and encoded, for what the evaluations share."""
+        """The reading and encoding settings, as the evaluations share them."""
         return Reading(
             evaluation_batch=self.encoding_batch,
             evaluation_precision=self.encoding_precision,
@@ -124,11 +125,11 @@ class ProbeSets:
         )
 
     def prepare(self) -> "tuple[PreparedProbe, ...]":
-        """Find data and classes.
+        """Read cards, manifests and class names.
 
         Raises:
-            SettingError: an unknown set, or class names that are none.
-            DataError: a broken snapshot.
+            SettingError: an unknown set, or invalid class names.
+            DataError: an invalid snapshot.
         """
         tests, validations = self.test or ("",) * len(self.data), self.validation or ("",) * len(self.data)
         together = zip(self.data, tests, validations, strict=True)
@@ -164,7 +165,7 @@ class ProbeSets:
 
 @dataclass(frozen=True)
 class PreparedProbe:
-    """A set with its images found; ``None`` for what is held out of the training images."""
+    """A set with its data opened; ``None`` for parts that are held out of the training images."""
 
     name: str
     train: PreparedSet
@@ -175,7 +176,7 @@ class PreparedProbe:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear classifier: ``weight`` float [C, D], ``bias`` float [C], and how it came about."""
+    """A linear classifier: ``weight`` float [C, D], ``bias`` float [C], and the choices of its training."""
 
     weight: Tensor
     bias: Tensor
@@ -187,7 +188,7 @@ class Linear:
 
 
 def part_of(data: Data, part: str) -> CardData | None:
-    """The images to learn from (``train``) or to ``test`` on, of a card that tells them apart; else ``None``."""
+    """The training images (``train``) or test images (``test``) of a card with such parts; else ``None``."""
     card = data.card
     if not isinstance(data, CardData) or card is None or card.few_shot is None or "train" not in card.few_shot.parts:
         return None
@@ -198,8 +199,8 @@ def linear_probe(model: Evaluable, sets: tuple[PreparedProbe, ...], settings: Re
     """Probe on all sets: ``{"linear_probe/<set>/top1": ..., ".../mean_per_class": ..., ".../log10_c": ...}``.
 
     Raises:
-        SettingError: a tower whose features before the projection are not known here; data with fewer than two classes.
-        DataError: no readable sample, a label that is none of the classes.
+        SettingError: a tower with unknown features before the projection; data with fewer than two classes.
+        DataError: no readable sample, a label outside of the classes.
     """
     metrics: Chosen = {}
     for one in sets:
@@ -241,7 +242,7 @@ def fit(train: Shots, validation: Shots | None, classes: int, probe: Probe) -> L
 
 
 def by_regression(train: Shots, validation: Shots | None, classes: int, probe: Probe) -> Linear:
-    """CLIP's: choose C on ``validation``, or on a share of each class, then fit both together."""
+    """CLIP's protocol: choose C on ``validation``, or on a part of each class, then fit both together."""
     part, held = (train, validation) if validation is not None else split(train, probe.held_out, probe.seed)
     fitted: dict[float, Any] = {}
 
@@ -260,9 +261,9 @@ def by_regression(train: Shots, validation: Shots | None, classes: int, probe: P
 
 
 def search(score: Callable[[float], float]) -> float:
-    """The best of 97 values of log10 C; of equals the smallest, which has the strongest penalty.
+    """The best of 97 values of log10 C; at ties the smallest, which has the strongest penalty.
 
-    All but the first look is at the two neighbours of the best so far, at half of the distance each time.
+    After the first round, each round tries the two neighbours of the best value, at half of the distance.
     """
     step = WIDEST
     scores = {step * place: score(step * place) for place in range(-3, 4)}
@@ -276,7 +277,7 @@ def search(score: Callable[[float], float]) -> float:
 
 
 def by_sgd(train: Shots, classes: int, probe: Probe) -> Linear:
-    """SLIP's and MoCo v3's: SGD through the views in turn."""
+    """SLIP's and MoCo v3's protocol: SGD over the views in turn."""
     features, labels = train.features, train.labels
     generator = torch.Generator().manual_seed(probe.seed)
     weight = (0.01 * torch.randn(classes, features.shape[2], generator=generator)).requires_grad_()
@@ -294,7 +295,7 @@ def by_sgd(train: Shots, classes: int, probe: Probe) -> Linear:
 
 
 def embed(model: Evaluable, one: PreparedSet, settings: Reading, probe: Probe, views: int = 0) -> Shots:
-    """Features, float32 [N, V, D] on the CPU: of the evaluation's view, or of ``views`` random crops.
+    """Features, float32 [N, V, D] on the CPU: of the evaluation view, or of ``views`` random crops.
 
     A crop is a pure function of (seed, view, image).
     """
@@ -310,7 +311,7 @@ def tower_features(model: Evaluable, images: Tensor, kind: str = "tower") -> Ten
     """uint8 [B, 3, H, W] on the model's device to float [B, D].
 
     Raises:
-        SettingError: a model whose image tower is not known here, where its own features are asked for.
+        SettingError: the tower's own features of a model with an unknown image tower.
     """
     if kind == "joint":
         return functional.normalize(model.encode_image(images), dim=-1)
@@ -323,7 +324,7 @@ def split(shots: Shots, share: float, seed: int) -> tuple[Shots, Shots]:
     """Two parts; ``share`` of each class, rounded down, is in the second.
 
     Raises:
-        SettingError: no class has enough images for one of them to be held out.
+        SettingError: no class has enough images to hold one out.
     """
     order = torch.from_numpy(permutation(seed, RandomStream.HELD_OUT, 0, 0, len(shots.labels)))
     labels = shots.labels[order]
@@ -332,12 +333,12 @@ def split(shots: Shots, share: float, seed: int) -> tuple[Shots, Shots]:
         places = (labels == label).nonzero().squeeze(1)
         held[places[: int(share * len(places))]] = True
     enough = bool(held.any())
-    require(enough, "held_out", share, "a larger share, more images, or images of their own to choose by")
+    require(enough, "held_out", share, "a larger share, more images, or a validation or test set")
     return _take(shots, order[~held].sort().values), _take(shots, order[held].sort().values)
 
 
 def joined(first: Shots, second: Shots | None) -> Shots:
-    """All images of both."""
+    """The images of both."""
     if second is None:
         return first
     return Shots(torch.cat([first.features, second.features]), torch.cat([first.labels, second.labels]))
@@ -345,15 +346,15 @@ def joined(first: Shots, second: Shots | None) -> Shots:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomView(ImageTransform):
-    """A crop whose random words come from the image itself."""
+    """A random crop whose random bits are a hash of the image."""
 
     seed: int = 0
     view: int = 0
 
-    def __call__(self, pixels: Pixels, words: Any = None) -> Tensor:
+    def __call__(self, pixels: Pixels, random_bits: Any = None) -> Tensor:
         """uint8 [H, W, 3] to uint8 [3, height, width]."""
         digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()
-        return super().__call__(pixels, crop_words(self.seed, self.view, int.from_bytes(digest[:8], "big")))
+        return super().__call__(pixels, crop_bits(self.seed, self.view, int.from_bytes(digest[:8], "big")))
 
 
 def random_view(still: ImageTransform, seed: int, view: int) -> RandomView:
@@ -374,10 +375,10 @@ def _one_look(
 
 
 def _regressed(shots: Shots, logarithm: float, probe: Probe, start: Any = None) -> Any:
-    """A fitted regression, which began at ``start``, another one of the same classes."""
+    """A fitted regression, initialised with ``start``, another regression of the same classes."""
     from sklearn.exceptions import ConvergenceWarning
 
-    # Double precision, as scikit-learn's L-BFGS had it for the paper.
+    # Double precision, as in scikit-learn's L-BFGS of the paper.
     inputs, targets = shots.features.flatten(0, 1).double(), shots.labels.repeat_interleave(shots.features.shape[1])
     model = regression(10**logarithm, probe.iterations)
     if start is not None:

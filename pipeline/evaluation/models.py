@@ -1,4 +1,4 @@
-"""The model that is evaluated, by its address."""
+"""Loads the evaluated model by its address."""
 
 import torch
 
@@ -11,11 +11,11 @@ from pipeline.training.checkpoint import checkpoint_folder, load_method, read_me
 
 
 def load_any(address: str, device: str = "auto") -> Method:
-    """A method in evaluation mode on ``device`` (``auto``: a GPU where there is one).
+    """A method in evaluation mode on ``device`` (``auto``: a GPU if available).
 
-    ``address`` is what :func:`pipeline.training.checkpoint.load_method` takes (a checkpoint's or a run's folder, or an
-    open_clip ``ARCHITECTURE:WEIGHTS``), or ``ARCHITECTURE:untrained``: random weights, always the same ones, the
-    baseline that any training has to beat.
+    ``address`` is an address of :func:`pipeline.training.checkpoint.load_method` (a checkpoint's or a run's folder, or
+    an open_clip ``ARCHITECTURE:WEIGHTS``), or ``ARCHITECTURE:untrained``: random weights of a fixed seed, the baseline
+    of any training.
 
     Raises:
         SettingError: none of these.
@@ -29,17 +29,17 @@ def load_any(address: str, device: str = "auto") -> Method:
 
 
 def load_model(address: str, device: str = "auto") -> Evaluable:
-    """:func:`load_any` of a method with towers for images and texts; ``SettingError`` for one without."""
+    """:func:`load_any` of a method with image and text towers; ``SettingError`` for other methods."""
     return as_encoder(load_any(address, device), address)
 
 
 def load_detector(address: str, device: str = "auto") -> Detector:
-    """:func:`load_any` of a method that finds things in images; ``SettingError`` for another."""
+    """:func:`load_any` of a detector; ``SettingError`` for other methods."""
     return as_detector(load_any(address, device), address)
 
 
 def trained_steps(address: str) -> int | None:
-    """The step at which the checkpoint at ``address`` was made; ``None`` for what is no checkpoint of ours."""
+    """The step of the checkpoint at ``address``; ``None`` if it is not a checkpoint of ours."""
     folder = checkpoint_folder(address)
     meta = read_meta(folder) if folder else None
     return meta.step if meta else None

@@ -1,4 +1,4 @@
-"""A proposer and a CLIP that turn stored images into regions with features, for ``stages/annotate/regions.py``."""
+"""A proposer and a CLIP that compute regions with features, for ``stages/annotate/regions.py``."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -29,25 +29,25 @@ from pipeline.shards.sample import Sample
 from pipeline.stages.annotate.regions import RegionProposals
 from pipeline.training.checkpoint import load_method
 
-CROPS_AT_ONCE = {"cpu": 128}  # whose activations stay in the cache: twice as fast as many
+CROPS_AT_ONCE = {"cpu": 128}  # their activations fit the cache: twice as fast as more crops
 MANY = 1024
 GIVEN, TORCHVISION = "boxes", "torchvision:"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProposerOptions:
-    """Which regions of an image are kept."""
+    """The proposer, and the regions of an image to keep."""
 
     proposer: str = GIVEN
-    """boxes: those of the data (boxes.json); torchvision:NAME or torchvision:NAME=FILE: a detector of torchvision, with
-    its published weights or those in a file; else a checkpoint of a method that proposes, such as jobs/train_vild.py
-    makes."""
+    """boxes: the data's boxes (boxes.json); torchvision:NAME or torchvision:NAME=FILE: a detector of torchvision, with
+    its published weights or those in a file; else a checkpoint of a method that proposes regions, such as of
+    jobs/train_vild.py."""
     most: int = 300
-    """Regions of each image at most, the best first."""
+    """Maximum number of regions per image, sorted by score; 1 to 10,000."""
     smallest: float = 2.0
-    """Pixels: shorter sides are left out."""
+    """Minimum length of a region's shorter side, in pixels, 1 or more."""
     labels: tuple[str, ...] = ()
-    """Where the data's boxes are taken: only those with these labels; all where none is named."""
+    """Labels of the data's boxes to use; all if empty."""
 
     def __post_init__(self) -> None:
         require(1 <= self.most <= 10_000, "most", self.most, "1 to 10,000")
@@ -55,7 +55,7 @@ class ProposerOptions:
 
 
 class RegionProposer(Protocol):
-    """Proposes regions; ``maker`` is the digest of what decides them."""
+    """Proposes regions; ``maker`` is a digest of everything that determines them."""
 
     maker: str
 
@@ -66,14 +66,16 @@ class RegionProposer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LoadRegionModel:
-    """Loads teacher and proposer where it is called."""
+    """Loads teacher and proposer when it is called."""
 
     teacher: str
+    """CLIP that encodes the regions: a checkpoint or run folder, ARCHITECTURE:TAG, or ARCHITECTURE:untrained."""
     proposer: ProposerOptions = field(default_factory=ProposerOptions)
     crop: CropRule = field(default_factory=CropRule)
     templates: tuple[str, ...] = ("a photo of a {}.",)
-    """Prompts of the class names by which features are checked."""
+    """Prompts of the class names that check the features."""
     device: str = "auto"
+    """Device of the models; auto uses GPUs if available."""
     precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
@@ -81,10 +83,10 @@ class LoadRegionModel:
         check_templates(self.templates)
 
     def __call__(self, threads: int) -> "ClipRegions":
-        """``threads`` is the number of CPU threads for the models, where no GPU computes.
+        """``threads`` is the number of CPU threads for the models, if they do not run on a GPU.
 
         Raises:
-            SettingError: no such checkpoint or detector, or a teacher that is no CLIP.
+            SettingError: no such checkpoint or detector, or a teacher that is not a CLIP.
         """
         model = load_model(self.teacher, self.device)
         require(isinstance(model, Clip), "teacher", self.teacher, "a CLIP")
@@ -95,7 +97,7 @@ class LoadRegionModel:
 
 
 class ClipRegions:
-    """A CLIP and a proposer as the stage wants them."""
+    """A CLIP and a proposer with the interface of the stage."""
 
     def __init__(self, clip: Clip, proposer: RegionProposer, settings: LoadRegionModel) -> None:
         self._clip = clip.to(memory_format=torch.channels_last)
@@ -109,7 +111,7 @@ class ClipRegions:
         self.maker = hashlib.sha256(repr(sorted(self.facts.items())).encode()).hexdigest()
 
     def prepare(self, image: bytes) -> Tensor | None:
-        """uint8 [3, H, W]; ``None`` where it cannot be decoded."""
+        """uint8 [3, H, W]; ``None`` if it cannot be decoded."""
         try:
             return torch.from_numpy(decode(image)).permute(2, 0, 1)
         except UnreadableSample:
@@ -120,7 +122,7 @@ class ClipRegions:
         return image.shape[1], image.shape[2]
 
     def propose(self, images: Sequence[Tensor], samples: Sequence[Sample]) -> list[RegionProposals]:
-        """The best regions that are large enough, inside their image."""
+        """The best regions of sufficient size, clipped to their image."""
         options = self._settings.proposer
         device = self._clip.mean.device
         with inference(cast(Evaluable, self._clip)):
@@ -129,7 +131,7 @@ class ClipRegions:
         return [_kept(one, *shape, options) for one, shape in zip(proposed, shapes, strict=True)]
 
     def encode(self, images: Sequence[Tensor], boxes: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float32]]:
-        """The features of all scales of each box, added and normalised: [n, D] of each image."""
+        """The features of all scales of each box, summed and normalised: [n, D] of each image."""
         rule, device = self._settings.crop, self._clip.mean.device
         crops = []
         for image, some in zip(images, boxes, strict=True):
@@ -146,11 +148,11 @@ class ClipRegions:
         return [functional.normalize(one, dim=-1).cpu().numpy() for one in sums]
 
     def _encoded(self, crops: Tensor) -> Tensor:
-        """uint8 [N, 3, size, size] to features [N, D], of unit length or raw as the rule says."""
+        """uint8 [N, 3, size, size] to features [N, D], of unit length or raw as the rule specifies."""
         clip = self._clip
         with inference(cast(Evaluable, clip), self._settings.precision):
             crops = crops.to(clip.mean.device)
-            # In place: on a CPU fresh memory costs as much as the arithmetic.
+            # In place: on a CPU, allocating memory costs as much as the arithmetic.
             parts = [
                 clip.model.encode_image(some.float().sub_(clip.mean).div_(clip.std)).float()
                 for some in crops.split(CROPS_AT_ONCE.get(crops.device.type, MANY))
@@ -159,7 +161,7 @@ class ClipRegions:
         return functional.normalize(features, dim=-1) if self._settings.crop.average == "unit" else features
 
     def class_vectors(self, classes: Sequence[str]) -> NDArray[np.float32]:
-        """The vectors of these names, cleaned and averaged over prompts as ViLD's training has them: [C, D]."""
+        """The vectors of these names, cleaned and averaged over prompts as in ViLD's training: [C, D]."""
         with inference(cast(Evaluable, self._clip)):
             vectors = class_vectors.class_vectors(self._clip, classes, self._settings.templates)
         found: NDArray[np.float32] = vectors.cpu().numpy()
@@ -167,10 +169,10 @@ class ClipRegions:
 
 
 def make_proposer(options: ProposerOptions, device: torch.device) -> RegionProposer:
-    """The proposer that ``options`` name.
+    """The proposer of ``options``.
 
     Raises:
-        SettingError: there is none of that name.
+        SettingError: no proposer of that name.
     """
     if options.proposer == GIVEN:
         return GivenBoxes(options.labels)
@@ -180,7 +182,7 @@ def make_proposer(options: ProposerOptions, device: torch.device) -> RegionPropo
 
 
 class GivenBoxes:
-    """The boxes that came with the data but for crowds, which are no things; all with a score of one."""
+    """The boxes in the data except crowds, which are not single objects; all with a score of one."""
 
     def __init__(self, labels: Sequence[str] = ()) -> None:
         self._labels = frozenset(map(plain_word, labels))
@@ -191,18 +193,18 @@ class GivenBoxes:
         return [self._of(sample, image) for sample, image in zip(samples, images, strict=True)]
 
     def _of(self, sample: Sample, image: Tensor) -> RegionProposals:
-        things = read_objects(sample)
-        things.check_size(image.shape[1], image.shape[2], sample.key)
-        wanted = [not self._labels or plain_word(label) in self._labels for label in things.labels]
-        kept = [n for n, (want, crowd) in enumerate(zip(wanted, things.crowd, strict=True)) if want and not crowd]
-        return RegionProposals(things.boxes[kept], np.ones(len(kept)))
+        objects = read_objects(sample)
+        objects.check_size(image.shape[1], image.shape[2], sample.key)
+        wanted = [not self._labels or plain_word(label) in self._labels for label in objects.labels]
+        kept = [n for n, (want, crowd) in enumerate(zip(wanted, objects.crowd, strict=True)) if want and not crowd]
+        return RegionProposals(objects.boxes[kept], np.ones(len(kept)))
 
 
 class TorchvisionDetector:
-    """The detections of one of torchvision's models, whatever their class."""
+    """The detections of a torchvision model, of any class."""
 
     def __init__(self, name: str, device: torch.device, most: int) -> None:
-        """``NAME`` loads its published weights, ``NAME=FILE`` those in a file; it may find ``most`` things."""
+        """``NAME`` loads its published weights, ``NAME=FILE`` those in a file; detects at most ``most`` objects."""
         name, _, file = name.partition("=")
         if name not in torchvision.models.list_models(module=torchvision.models.detection):
             known = ", ".join(torchvision.models.list_models(module=torchvision.models.detection))
@@ -217,13 +219,13 @@ class TorchvisionDetector:
         self.maker = digest_of(self._model, f"{name} {limited.detections_per_img}")
 
     def __call__(self, images: Sequence[Tensor], samples: Sequence[Sample]) -> list[RegionProposals]:
-        """Boxes by score; the model resizes and normalises by itself."""
+        """Boxes sorted by score; the model resizes and normalises."""
         found = self._model([image.float() / 255 for image in images])
         return [_proposals(one["boxes"], one["scores"]) for one in found]
 
 
 class CheckpointProposer:
-    """The proposals of a method of ours."""
+    """The proposals of one of our methods."""
 
     def __init__(self, address: str, device: torch.device) -> None:
         method: Any = load_method(address, str(device))
@@ -232,7 +234,7 @@ class CheckpointProposer:
         self.maker = digest_of(method)
 
     def __call__(self, images: Sequence[Tensor], samples: Sequence[Sample]) -> list[RegionProposals]:
-        """As the method orders them."""
+        """In the method's order."""
         return [_proposals(boxes, scores) for boxes, scores in self._method.propose(images)]
 
 
@@ -241,8 +243,8 @@ def _proposals(boxes: Tensor, scores: Tensor) -> RegionProposals:
 
 
 def _kept(proposed: RegionProposals, height: int, width: int, options: ProposerOptions) -> RegionProposals:
-    """The best ``most`` of those that are numbers, and large enough inside the image."""
+    """The best ``most`` of the finite boxes with sufficient size inside the image."""
     boxes = np.clip(proposed.boxes, 0, [width, height, width, height])
-    large = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= options.smallest).all(axis=1))  # no NaN is
+    large = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= options.smallest).all(axis=1))  # False for NaN
     order = large[np.argsort(-proposed.scores[large], kind="stable")][: options.most]
     return RegionProposals(boxes[order], proposed.scores[order])

@@ -1,4 +1,4 @@
-"""The result of an evaluation as a table to read and a JSON file to keep."""
+"""The result of an evaluation as a printed table and a JSON file."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,9 @@ from pipeline.shards.storage import Folder
 
 
 def table(metrics: Mapping[str, float], reports: Sequence[Report] = ()) -> str:
-    """The metrics, a table for each of ``reports`` (of all kinds of evaluation), a line for each set.
+    """The metrics, one table per kind of evaluation in ``reports`` (by default all kinds), one line per set.
 
-    Columns are shown that have a number: what is measured may depend on the set and the model.
+    Only columns with a number are shown: the metrics may depend on the set and the model.
     """
     parts = []
     for report in reports or [task.report for task in tasks().values()]:
@@ -28,7 +28,7 @@ def table(metrics: Mapping[str, float], reports: Sequence[Report] = ()) -> str:
 
 
 def detections_table(found: Detections, words: Sequence[str]) -> str:
-    """A line for each detection: its word, score, and box in pixels."""
+    """One line per detection: its word, score, and box in pixels."""
     rows = zip(found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
     called = [names_of(word)[0] for word in words]
     lines = [[called[label], f"{score:.3f}", *(f"{edge:.0f}" for edge in box)] for label, score, box in rows]

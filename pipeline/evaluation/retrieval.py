@@ -1,13 +1,13 @@
 """Image-text retrieval: R@1, R@5, R@10 and the median rank, in both directions.
 
 The protocol of Karpathy & Fei-Fei 2015 (arXiv 1412.2306) that CLIP (arXiv 2103.00020, table 13) reports on Flickr30k
-and COCO: an image is a query over all captions and has found if any of its own is among the first K; a caption is a
-query over all images.
+and COCO. An image is a query over all captions, and is a hit if any of its own captions is among the first K; a caption
+is a query over all images.
 
-A caption that several images share is one gallery entry and one query, and each of those images is a right
-answer: no model could tell such captions apart. Sets without equal captions are not touched by this.
+A caption that several images share is one gallery entry and one query, and each of those images is a correct answer: no
+model can distinguish equal captions. Sets without equal captions are not affected.
 
-Similarities are computed in tiles; the N x N matrix of a large set (10 GB for 50,000 images) never exists.
+Similarities are computed in tiles; the N x N matrix of a large set (10 GB for 50,000 images) is never stored.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,13 +29,14 @@ def retrieval(model: Encoder, batches: Iterable[Mapping[str, Tensor]], precision
 
     Args:
         model: encodes both.
-        batches: mappings with ``image``, uint8 ``[B, 3, H, W]``, and ``text``, int64 ``[T, L]``. Where images have
-            other than one caption each, ``owner``, int64 ``[T]``, says which image of the batch a caption describes.
+        batches: mappings with ``image``, uint8 ``[B, 3, H, W]``, and ``text``, int64 ``[T, L]``. If images do not
+            have exactly one caption each, ``owner``, int64 ``[T]``, is the image of the batch that a caption
+            describes.
         precision: "fp32" or "bf16".
 
     Returns:
-        ``i2t_r1 ... t2i_r10`` in 0 ... 1, ``i2t_median_rank`` and ``t2i_median_rank`` (1 is best), ``chance`` (R@1 of
-        a blind guess, mean of both directions) and ``samples`` (images).
+        ``i2t_r1 ... t2i_r10`` in 0 ... 1, ``i2t_median_rank`` and ``t2i_median_rank`` (1 is best), ``chance`` (R@1
+        of random guessing, mean of both directions) and ``samples`` (images).
     """
     with inference(model, precision) as device:
         images, tokens, owners = _gather(model, batches, device)
@@ -48,8 +49,8 @@ def retrieval(model: Encoder, batches: Iterable[Mapping[str, Tensor]], precision
 def retrieval_metrics(images: Tensor, texts: Tensor, pairs: Tensor) -> dict[str, float]:
     """The metrics of :func:`retrieval` from features.
 
-    ``images`` ``[N, D]`` and ``texts`` ``[M, D]`` are compared by dot product; ``pairs``, int64 ``[P, 2]``, lists
-    which image goes with which text, many to many.
+    ``images`` ``[N, D]`` and ``texts`` ``[M, D]`` are compared by dot product; ``pairs``, int64 ``[P, 2]``, lists the
+    matching images and texts, many to many.
     """
     pairs = torch.unique(pairs, dim=0)
     metrics: dict[str, float] = {}
@@ -68,9 +69,9 @@ def retrieval_metrics(images: Tensor, texts: Tensor, pairs: Tensor) -> dict[str,
 def match_ranks(queries: Tensor, gallery: Tensor, pairs: Tensor, scores_at_once: int = SCORES_AT_ONCE) -> Tensor:
     """Rank of each query's best match, from 1: ``[Q, D]``, ``[G, D]``, int64 ``[P, 2]`` -> int64 ``[Q]`` on the CPU.
 
-    A wrong entry with the same score as the best match is ranked before it (the pessimistic reading of a tie), so a
-    model that gives every pair the same score finds nothing. NaN ranks last; a query without a match ranks ``G + 1``.
-    Memory is ``scores_at_once`` similarities, and at least one row.
+    A wrong entry with the same score as the best match ranks before it (pessimistic ties), so a model that gives every
+    pair the same score gets no hit. NaN ranks last; a query without a match ranks ``G + 1``. Memory is
+    ``scores_at_once`` similarities, and at least one row.
     """
     pairs = pairs[pairs[:, 0].argsort()].to(queries.device)
     tile = max(1, scores_at_once // max(1, len(gallery)))
@@ -96,7 +97,7 @@ def _tile_ranks(scores: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def _gather(
     model: Encoder, batches: Iterable[Mapping[str, Tensor]], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Image features ``[N, D]``, all captions' tokens ``[T, L]`` and the image ``[T]`` that each belongs to."""
+    """Image features ``[N, D]``, all captions' tokens ``[T, L]`` and each caption's image ``[T]``."""
     images: list[Tensor] = []
     tokens: list[Tensor] = []
     owners: list[Tensor] = []

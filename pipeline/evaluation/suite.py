@@ -1,10 +1,10 @@
-"""Evaluations by name: which sets, each with its options, and one call that runs them all on a model.
+"""Evaluations by name: the sets, each with its options, and one call that runs them all on a model.
 
     prepared = Evaluations(zero_shot=("drawn_shapes", "imagenet=s3://bucket/val,templates=imagenet-simple")).prepare()
     evaluate(model, prepared)  ->  {"zeroshot/drawn_shapes/top1": 0.61, ..., "zeroshot/imagenet/chance": 0.001, ...}
 
-Preparing reads cards and manifests, so a wrong name is known before a model is loaded. The kinds are the modules of
-:mod:`pipeline.evaluation.tasks`; nothing here knows one of them.
+Preparing reads cards and manifests, so a wrong name is detected before a model is loaded. The kinds are the modules of
+:mod:`pipeline.evaluation.tasks`; this module does not depend on any of them.
 """
 
 import logging
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSet:
     """One set. ``data`` is a dataset card's name or YAML file, or the folder of a snapshot, ``folder[@id]``; ``own``
-    are the options that came with it, ``config`` is all of its options."""
+    are the options in its argument, ``config`` is all of its options."""
 
     name: str
     data: str
@@ -42,7 +42,7 @@ class EvaluationSet:
         require(self.samples is None or self.samples > 0, "samples", self.samples, "1 or more")
 
     def prepare(self) -> PreparedSet:
-        """Find the data and what else its task needs; raises as :meth:`Sets.prepare`."""
+        """Open the data and prepare its task; raises as :meth:`Sets.prepare`."""
         data = open_data(self.data)
         ready = tasks()[self.kind].prepare(self.config, data, self.name)
         return PreparedSet(self.name, self.kind, data, self.samples, ready)
@@ -50,7 +50,7 @@ class EvaluationSet:
 
 @dataclass(frozen=True, kw_only=True)
 class Sets(Reading):
-    """What :class:`Evaluations` has besides the flags of the kinds."""
+    """The fields of :class:`Evaluations` besides the flags of the kinds."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,8 +66,8 @@ class Sets(Reading):
         """Read cards, manifests, class and template files.
 
         Raises:
-            SettingError: an unknown set, a set without classes, a template without ``{}``, a setting of no set.
-            DataError: a broken snapshot.
+            SettingError: an unknown set, a set without classes, a template without ``{}``, a setting that no set
+                uses. DataError: an invalid snapshot.
         """
         sets = self.sets()
         self._check_used(sets)
@@ -95,7 +95,7 @@ class Sets(Reading):
         )
 
     def _check_used(self, sets: tuple[EvaluationSet, ...]) -> None:
-        """A setting that no set takes would be passed over in silence."""
+        """Refuse a setting that no set uses; it would be ignored silently."""
         used: set[str] = set()
         takers: dict[str, list[str]] = {}
         for kind, one in tasks().items():
@@ -111,12 +111,12 @@ class Sets(Reading):
 
 
 def flags_of(one: Task) -> dict[str, str]:
-    """The options of a task's sets that are flags for all of them, with the flags' names."""
+    """The options of a task's sets that are also flags, by option, with the flags' names."""
     return {option.name: option.metadata["flag"] for option in fields(one.options) if option.metadata.get("flag")}
 
 
 def evaluations_class() -> type[Sets]:
-    """:class:`Evaluations`, made of the tasks that exist now: a flag for each kind, and those of their options."""
+    """:class:`Evaluations`, made from the existing tasks: a flag for each kind, and those of their options."""
     found = tasks()
     kinds: list[tuple[str, Any, Any]] = [
         (kind, Annotated[tuple[str, ...], tyro.conf.arg(help=one.help)], field(default=()))
@@ -147,7 +147,7 @@ else:
 
 @dataclass(frozen=True)
 class PreparedSuite:
-    """All that :func:`evaluate` needs besides a model."""
+    """Everything that :func:`evaluate` needs besides a model."""
 
     settings: Reading
     sets: tuple[PreparedSet, ...]
@@ -157,13 +157,13 @@ def evaluate(model: object, prepared: PreparedSuite) -> dict[str, float]:
     """Run all sets: ``{"zeroshot/<set>/top1": ..., "retrieval/<set>/i2t_r1": ..., "det/<set>/ap_novel": ...}``.
 
     Raises:
-        SettingError: the model cannot do what a set needs.
-        DataError: no readable sample, a label that is none of the classes, a damaged shard.
+        SettingError: the model does not support a set's task.
+        DataError: no readable sample, a label outside of the classes, a damaged shard.
     """
     cache: Cache = {}
     metrics: dict[str, float] = {}
     kinds: Mapping[str, Task] = tasks()
-    for one in prepared.sets:  # all of them before the first takes its hours
+    for one in prepared.sets:  # check all of them before the first one runs for hours
         kinds[one.kind].check(model, one)
     for one in prepared.sets:
         prefix = kinds[one.kind].report.prefix

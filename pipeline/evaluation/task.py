@@ -1,7 +1,7 @@
-"""What a kind of evaluation is: a module of :mod:`pipeline.evaluation.tasks` with one :class:`Task`.
+"""The interface of a kind of evaluation: a module of :mod:`pipeline.evaluation.tasks` with one :class:`Task`.
 
-Its flag is the module's name. The fields of its ``Config`` are the options that a set may bring in its argument,
-``NAME=DATA,option=value``; those made by :func:`option` with a ``flag`` are also flags, for all sets of the kind.
+Its flag is the module's name. The fields of its ``Config`` are the options of a set in its argument,
+``NAME=DATA,option=value``; those made by :func:`option` with a ``flag`` are also flags for all sets of the kind.
 """
 
 import inspect
@@ -25,7 +25,7 @@ Cache = dict[object, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """A number of a report: the metric's name, the head of its column, and how it is written; percent by default."""
+    """A column of a report: the metric's name, the column's head, and the number format; percent by default."""
 
     name: str
     title: str = ""
@@ -40,7 +40,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Report:
-    """How metrics named ``<prefix>/<set>/<column>`` are shown."""
+    """The table of metrics named ``<prefix>/<set>/<column>``."""
 
     prefix: str
     title: str
@@ -59,13 +59,13 @@ class Reading:
     """How the samples of all sets are read and encoded."""
 
     evaluation_samples: int | None = None
-    """Samples of each set, taken at equal distances; all of them where it is not given."""
+    """Samples of each set, at equal distances; none for all of them."""
     evaluation_batch: int = 64
-    """Samples encoded at a time."""
+    """Samples per batch of the encoder, 1 to 65,536."""
     evaluation_precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the towers; similarities are always fp32."""
+    """Precision of the towers; similarities are always fp32."""
     evaluation_threads: int = 4
-    """Threads that decode samples."""
+    """Decoding threads, 1 to 256."""
 
     def __post_init__(self) -> None:
         cap = self.evaluation_samples
@@ -76,7 +76,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class PreparedSet:
-    """A set with its data found. ``ready`` is what its task's ``prepare`` gave."""
+    """A set with its data opened. ``ready`` is the result of its task's ``prepare``."""
 
     name: str
     kind: str
@@ -95,37 +95,37 @@ class Task(ABC):
 
     report: ClassVar[Report]
     help: ClassVar[str]
-    rank: ClassVar[int] = 9  # where its sets and its table stand among the others
+    rank: ClassVar[int] = 9  # position of its sets and its table among the kinds
     options: ClassVar[type[Any]]  # the module's Config
 
     @abstractmethod
     def check(self, model: object, one: PreparedSet) -> None:
-        """Raise ``SettingError`` if ``model`` cannot do what the set needs."""
+        """Raise ``SettingError`` if ``model`` does not support the set."""
 
     @abstractmethod
     def prepare(self, config: Any, data: Data, name: str) -> Any:
-        """What the set needs besides its data, from its options; becomes :attr:`PreparedSet.ready`.
+        """The set's requirements besides its data, from its options; becomes :attr:`PreparedSet.ready`.
 
         Raises:
-            SettingError: options or data that cannot work.
+            SettingError: invalid options or data.
         """
 
     @abstractmethod
     def run(self, model: Any, one: PreparedSet, reading: Reading, cache: Cache) -> dict[str, float]:
-        """The metrics of a set. ``cache`` lives as long as the model is evaluated, for what sets share."""
+        """The metrics of a set. ``cache`` exists while the model is evaluated, for results that sets share."""
 
     def figures(self, model: Any, one: PreparedSet, title: str) -> dict[str, "Figure"]:
-        """Figures of a few samples; the set's name and a slash come behind each name."""
+        """Figures of a few samples; a slash and the set's name are appended to each name."""
         return {}
 
 
 def option(default: Any, flag: str = "", help: str = "") -> Any:
-    """An option of a set; with ``flag`` also a flag of that name, the default of all sets of the kind."""
+    """An option of a set; with ``flag`` also a flag of that name, which sets the default of all sets of the kind."""
     return field(default=default, metadata={"flag": flag, "help": help})
 
 
 def task_names() -> list[str]:
-    """The kinds that exist, by their rank."""
+    """The existing kinds, sorted by their rank."""
     found = [module.name for module in pkgutil.iter_modules(pipeline.evaluation.tasks.__path__)]
     return sorted(found, key=lambda name: (_task(name).rank, name))
 

@@ -1,9 +1,9 @@
 """Zero-shot classification with an ensemble of prompts.
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision" (arXiv 2103.00020),
-section 3.1.4: every class is written into every template, the texts' unit features are averaged and made unit length
-again, and an image belongs to the class whose mean is nearest. The paper's ViT-B/32 reaches 63.2 % on ImageNet with
-80 templates; open_clip measures 63.3 % for the released weights.
+section 3.1.4: every class name is inserted into every template, the texts' unit features are averaged and normalised,
+and an image belongs to the class with the nearest mean. The paper's ViT-B/32 reaches 63.2 % on ImageNet with 80
+templates; open_clip measures 63.3 % for the released weights.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,8 +26,8 @@ def classifier(
 ) -> Tensor:
     """The class vectors, float32 ``[C, D]``, unit length, on the model's device.
 
-    ``templates`` hold one ``{}`` each for the class name. Prompts are encoded a few hundred at a time, so ImageNet's
-    80,000 never stand in memory together.
+    ``templates`` have one ``{}`` each for the class name. Prompts are encoded a few hundred at a time, so ImageNet's
+    80,000 are never in memory together.
     """
     require(len(classes) > 1, "classes", tuple(classes), "two class names or more")
     require(len(templates) > 0, "templates", tuple(templates), "one template or more")
@@ -54,8 +54,8 @@ def zero_shot(
         precision: "fp32" or "bf16".
 
     Returns:
-        ``top1``, ``top5``, ``mean_per_class`` (top-1, averaged over the classes that occur) and ``chance`` (top-1 of
-        a blind guess), all in 0 ... 1; ``samples``.
+        ``top1``, ``top5``, ``mean_per_class`` (top-1, averaged over the classes that occur) and ``chance`` (top-1
+        of random guessing), all in 0 ... 1; ``samples``.
     """
     counts = Counts(len(class_vectors))
     with inference(model, precision) as device:
@@ -71,12 +71,12 @@ def zero_shot(
 def own_head(
     model: "WithHead", batches: Iterable[Mapping[str, Tensor]], classes: Sequence[str], precision: str = "fp32"
 ) -> dict[str, float]:
-    """Classify by the head that a model was fine-tuned with; the rest as :func:`zero_shot`.
+    """Classify by the head of a fine-tuned model; other arguments as in :func:`zero_shot`.
 
-    ``classes`` are the names of the labels, in any order and as many as wanted of those that the head tells apart.
+    ``classes`` are the names of the labels, in any order, and may be a subset of the head's classes.
 
     Raises:
-        SettingError: a class that the head does not know.
+        SettingError: a class that the head does not have.
     """
     known = {name: number for number, name in enumerate(model.classes)}
     unknown = [name for name in classes if name not in known]
@@ -91,7 +91,7 @@ def own_head(
 
 
 class WithHead(Encoder, Protocol):
-    """A model with a classifier of its own."""
+    """A model with its own classifier."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -104,10 +104,10 @@ class WithHead(Encoder, Protocol):
 
 
 def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """How many classes come before the right one: scores ``[B, C]``, labels int64 ``[B]`` -> int64 ``[B]``.
+    """Number of classes that rank before the correct one: scores ``[B, C]``, labels int64 ``[B]`` -> int64 ``[B]``.
 
-    Of equal scores the lower class number comes first, as with argmax; so a model that gives every class the same
-    score is one that always says class 0. NaN never counts as right.
+    At equal scores the lower class number ranks first, as with argmax; so a model that gives every class the same score
+    always predicts class 0. NaN never counts as correct.
     """
     right = scores.gather(1, labels[:, None])
     numbers = torch.arange(scores.shape[1], device=scores.device)
@@ -117,7 +117,7 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 class Counts:
-    """Per-class tallies, int64 ``[C]``: all that is kept of the images seen."""
+    """Per-class counts, int64 ``[C]``, of all images so far."""
 
     def __init__(self, classes: int) -> None:
         self.classes = classes
@@ -130,7 +130,7 @@ class Counts:
         self.among += torch.bincount(labels[ranks < TOP], minlength=self.classes)
 
     def metrics(self) -> dict[str, float]:
-        """What :func:`zero_shot` returns."""
+        """The metrics of :func:`zero_shot`."""
         total = int(self.seen.sum())
         require(total > 0, "batches", total, "one image or more")
         occurring = self.seen > 0

@@ -1,8 +1,8 @@
-"""Several random crops of one image, and the random numbers with which the training device changes their colours.
+"""Several random crops of one image, and random parameters for colour augmentation on the training device.
 
-An image is decoded once. What is random is a pure function of (seed, epoch, sample number, view), as a single crop
-is: a resumed run, or one with more workers, sees the same images. The loader cuts and resizes; colours and blur are
-changed in batches on the training device (``pipeline.models.towers.colours``), so only uint8 and a few numbers travel.
+An image is decoded once. All randomness is a pure function of (seed, epoch, sample number, view), as for a single crop:
+a resumed run, or one with more workers, sees the same images. The loader crops and resizes. The training device changes
+colours and blurs in batches (``pipeline.models.towers.colours``), so the loader sends only uint8 and a few numbers.
 """
 
 from collections.abc import Sequence
@@ -21,27 +21,29 @@ from pipeline.shards.sample import Sample
 
 MOST_VIEWS = RandomStream.COLOURS - RandomStream.VIEWS
 ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, SIGMA, NUMBERS = slice(0, 4), 4, 5, 6, 7, 8, 9, 10
-"""Places in a row of :class:`ColourReader`."""
+"""Columns in a row of :class:`ColourReader`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Colours:
-    """Strengths and probabilities of random colours, with SimCLR's values as SLIP has them (section 4.1)."""
+    """Strengths and probabilities of colour augmentation, with SimCLR's values as used by SLIP (section 4.1)."""
 
     brightness: float = 0.4
-    """Factors are drawn from 1 less this to 1 plus this; for contrast and saturation too."""
+    """Half-width of the range of the brightness factor, 0 to 1: uniform from 1 - this to 1 + this."""
     contrast: float = 0.4
+    """Half-width of the range of the contrast factor, 0 to 1."""
     saturation: float = 0.4
+    """Half-width of the range of the saturation factor, 0 to 1."""
     hue: float = 0.1
-    """Turns of the colour wheel, up to 0.5, in both directions."""
+    """Maximum hue shift in both directions, as a part of the colour wheel, 0 to 0.5."""
     jitter: float = 0.8
-    """Probability of the four above, in random order."""
+    """Probability of applying the four above, in random order."""
     grey: float = 0.2
-    """Probability of a grey image."""
+    """Probability of converting to greyscale."""
     blur: float = 0.5
     """Probability of a Gaussian blur."""
     sigma: tuple[float, float] = (0.1, 2.0)
-    """Its standard deviation, in pixels."""
+    """Range of the blur's standard deviation, in pixels."""
 
     def __post_init__(self) -> None:
         for name in ("brightness", "contrast", "saturation", "jitter", "grey", "blur"):
@@ -50,7 +52,7 @@ class Colours:
         require(0 < self.sigma[0] <= self.sigma[1] <= 16, "sigma", self.sigma, "0 < low <= high <= 16")
 
     def draw(self, bits: NDArray[np.uint64]) -> list[float]:
-        """The ``NUMBERS`` of one view from 12 random integers; an order of -1 is no jitter, a sigma of 0 no blur."""
+        """The ``NUMBERS`` of one view from 12 random integers; an order of -1 means no jitter, a sigma of 0 no blur."""
         uniform = (bits >> np.uint64(11)) * 2.0**-53
         order = np.argsort(bits[:4], kind="stable").tolist() if uniform[4] < self.jitter else [-1] * 4
         strengths = (self.brightness, self.contrast, self.saturation)
@@ -91,7 +93,7 @@ class ViewsReader:
 
 @dataclass(frozen=True, kw_only=True)
 class ColourReader:
-    """The random numbers of each sample's views: float32 [B, V, NUMBERS]."""
+    """The random parameters of each sample's views: float32 [B, V, NUMBERS]."""
 
     colours: Colours
     views: int
@@ -100,7 +102,7 @@ class ColourReader:
     fields: Sequence[str] = ()
 
     def read(self, sample: Sample, at: SamplePosition | None) -> Row:
-        """[V, NUMBERS]; the image does not matter."""
+        """[V, NUMBERS]; independent of the image."""
         assert at is not None, "random colours are for training"
         bits = (random_bits(self.seed, RandomStream.COLOURS + v, *at, 12) for v in range(self.views))
         return {self.key: [self.colours.draw(some) for some in bits]}

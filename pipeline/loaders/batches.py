@@ -29,16 +29,16 @@ from pipeline.shards.snapshot import Snapshot
 logger = logging.getLogger(__name__)
 
 DEFAULT_WORKERS = 4
-TOLD_AT_MOST = 20  # unreadable samples that one process names
+MAX_WARNINGS = 20  # a process logs this many unreadable samples as warnings
 
 Batch = dict[str, Tensor]
 Row = Mapping[str, Any]
-"""What one reader reads of one sample, by key."""
+"""The values that one reader reads from one sample, by key."""
 COUNTED = "replaced"
 
 
 class SamplePosition(NamedTuple):
-    """Where a training sample is in the order; what is random in it is a function of the seed and of this."""
+    """Position of a training sample in the order; randomness is a function of the seed and of this position."""
 
     epoch: int
     number: int
@@ -70,18 +70,18 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """How samples are read; nothing here changes which samples a batch holds."""
+    """How the data loader reads samples; no option here changes which samples a batch holds."""
 
     loader_workers: int | None = None
-    """Processes that decode for each training worker; 0 decodes in it; none is four, or fewer where cores are fewer."""
+    """Decoding processes per training worker; 0 decodes in the worker; none is four, or fewer where cores are fewer."""
     prefetch: int = 4
-    """Batches that each of these processes prepares ahead."""
+    """Batches that each decoding process prepares ahead, 1 to 64."""
     open_shards: int = 128
-    """Shards that each process keeps mapped."""
+    """Shards that each decoding process keeps memory-mapped, 1 or more."""
     cache_folder: str = ""
-    """Where remote shards are kept; empty for $CLIPMILL_CACHE or ~/.cache/clipmill."""
+    """Folder of the cache of remote shards; empty for $CLIPMILL_CACHE or ~/.cache/clipmill."""
     cache_gigabytes: float = 100.0
-    """Size limit of that folder."""
+    """Size limit of the cache, in gigabytes."""
 
     def __post_init__(self) -> None:
         workers = self.loader_workers
@@ -164,17 +164,17 @@ class _InOrder(Sampler[list[SamplePosition]]):
 
 
 class _Readable(Dataset[Batch | ClipmillError]):
-    """Whole batches at a time, so that a batch's text is tokenised and cut together.
+    """Loads whole batches, so that the text of a batch is tokenised and cut together.
 
-    Without ``replace`` it is for evaluation: unreadable samples are left out, and readers get no position.
+    ``replace=False`` is for evaluation: unreadable samples are left out, and readers get no position.
     """
 
     def __init__(self, samples: Samples | MixedSamples, readers: Sequence[Reader], replace: bool) -> None:
         self.samples, self.readers, self.replace = samples, readers, replace
-        self.told = 0
+        self.warned = 0
 
     def __getitems__(self, positions: list[SamplePosition]) -> Batch | ClipmillError:
-        # The DataLoader would wrap an error of its process into pages of traceback; as a value it stays one sentence.
+        # An exception would reach the user inside a long DataLoader traceback; returned as a value it is one sentence.
         try:
             return self._batch(positions)
         except ClipmillError as error:
@@ -193,7 +193,7 @@ class _Readable(Dataset[Batch | ClipmillError]):
         return batch
 
     def _row(self, position: SamplePosition) -> tuple[list[Row] | None, int]:
-        """What each reader reads of the sample at ``position``, or of its replacement, and how many were unreadable."""
+        """Each reader's values for the sample at ``position`` or its replacement, and how many were unreadable."""
         skipped = 0
         at = position if self.replace else None
         for sample in self.samples.from_here(position.number):
@@ -201,17 +201,17 @@ class _Readable(Dataset[Batch | ClipmillError]):
                 return [reader.read(sample, at) for reader in self.readers], skipped
             except UnreadableSample as error:
                 skipped += 1
-                self._tell(sample.key, error)
+                self._warn(sample.key, error)
                 if not self.replace:
                     return None, skipped
-        raise DataError(f"{self.samples.where(position.number)}: not one readable sample")
+        raise DataError(f"{self.samples.where(position.number)}: no sample is readable; build this shard again")
 
-    def _tell(self, key: str, error: UnreadableSample) -> None:
-        level = logging.WARNING if self.told < TOLD_AT_MOST else logging.DEBUG
-        self.told += 1
+    def _warn(self, key: str, error: UnreadableSample) -> None:
+        level = logging.WARNING if self.warned < MAX_WARNINGS else logging.DEBUG
+        self.warned += 1
         verdict = "replaced" if self.replace else "left out"
         logger.log(level, "sample %s is unreadable and is %s: %s", key, verdict, error)
-        if self.told == TOLD_AT_MOST:
+        if self.warned == MAX_WARNINGS:
             logger.warning("further unreadable samples are counted and no longer named")
 
 
@@ -251,5 +251,5 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _one_thread(worker: int) -> None:
-    # The processes are the parallelism; threads inside each of them would only wait for one another.
+    # Decoding runs in parallel processes; threads within each of them would only compete for cores.
     torch.set_num_threads(1)

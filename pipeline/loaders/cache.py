@@ -1,7 +1,7 @@
 """A local cache of remote files, shared by the processes of a node.
 
-A file is fetched whole, checked, and renamed into place, so what stands under its final name is whole. Processes that
-want the same file wait for the first one instead of fetching it again.
+A file is downloaded, checked, and then renamed to its final name, so a file with its final name is complete. Processes
+that need the same file wait for the first one instead of downloading it again.
 """
 
 import fcntl
@@ -26,20 +26,20 @@ def default_cache() -> Path:
 
 
 class FileCache:
-    """Files of remote folders, kept in ``place`` up to ``limit_bytes`` in all; the longest unused ones go first."""
+    """Copies of remote files in ``place``, up to ``limit_bytes`` in total; deletes the least recently used first."""
 
     def __init__(self, place: str | Path = "", limit_bytes: int = 100 << 30) -> None:
         self.place = Path(place).expanduser() if str(place) else default_cache()
         self.limit_bytes = limit_bytes
 
     def fetch(self, folder: Folder, name: str, sha256: str = "") -> Path:
-        """The local path of the file ``name`` of ``folder``; a local folder's own file is used where it lies.
+        """The local path of the file ``name`` of ``folder``; a local folder's own file is used in place.
 
-        ``sha256`` is the expected digest in hex; without one the store's word for the file's version tells whether
-        the cache has it.
+        ``sha256`` is the expected digest in hex. Without one the cache compares the store's version mark (such as an
+        ETag) of the file.
 
         Raises:
-            DataError: the file is missing, or has other bytes than its digest says.
+            DataError: the file is missing, or its SHA-256 differs from ``sha256``.
             StorageError: the cache's disk is full.
         """
         if folder.is_local:
@@ -62,7 +62,7 @@ class FileCache:
             return f"{sha256}{Path(name).suffix}"
         try:
             folder.fs.invalidate_cache(folder.path)
-            # The store's own mark of this version: a file written anew under the same name is another file.
+            # The store's version mark (ETag): a file written again under the same name is another file.
             identity = f"{folder.join(name)} {folder.fs.ukey(folder.fs._strip_protocol(folder.join(name)))}"
         except FileNotFoundError as error:
             raise DataError(f"{folder.join(name)} is missing") from error

@@ -1,7 +1,7 @@
-"""The classes of boxes: those of a dataset card, or those that a snapshot tells of.
+"""The classes of boxes: from a dataset card, or from a snapshot's options.
 
-A source that knows its classes (``coco``, ``stamp-scenes``) leaves them in the snapshot's options, name by name with
-its group: LVIS's frequency r, c or f, ``base`` or ``novel``, or nothing. So LVIS's 1,203 names need no card.
+A source with known classes (``coco``, ``stamp-scenes``) writes them into the snapshot's options: each name with its
+group. A group is LVIS's frequency r, c or f, ``base`` or ``novel``, or empty. So LVIS's 1,203 names need no card.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,59 +14,58 @@ from pipeline.shards.objects import names_of, plain_word, word_of
 from pipeline.shards.snapshot import Snapshot
 
 OF_DATA = "data"
-"""In a card's place: what the data tell."""
+"""Instead of a card: use the classes in the data."""
 NO_CLASSES = "none"
-"""In a card's place: no class at all."""
+"""Instead of a card: use no classes."""
 NOVEL = ("novel", "r")
-"""Groups that an open-vocabulary detector has no boxes of."""
+"""Groups without training boxes for an open-vocabulary detector."""
 
 
 def classes_of(snapshot: Snapshot) -> Mapping[str, str]:
-    """Names and groups of the classes that ``snapshot`` tells of, in their order; empty where it tells nothing.
+    """Names and groups of the classes in the options of ``snapshot``, in their order; empty without such options.
 
     Raises:
-        SnapshotError: what it tells is no such mapping.
+        SnapshotError: the option ``classes`` is not a mapping of names to groups.
     """
-    told = snapshot.options.get("classes", {})
-    if not isinstance(told, Mapping) or not all(isinstance(group, str) for group in told.values()):
-        raise SnapshotError(f"{snapshot.uri}: its options' `classes` are no names with groups")
-    return told
+    found = snapshot.options.get("classes", {})
+    if not isinstance(found, Mapping) or not all(isinstance(group, str) for group in found.values()):
+        raise SnapshotError(f"{snapshot.uri}: the option `classes` must map names to groups; make the snapshot again")
+    return found
 
 
 def base_classes(base: str, data: str, setting: str = "base") -> tuple[str, ...]:
-    """The classes that a detector is trained on: all but the novel ones.
+    """The classes that a detector is trained on: all except the novel ones.
 
     Args:
-        base: name or path of a card; ``data`` for what the snapshots of ``data`` tell; ``none`` or nothing, which is no
-            class.
-        data: a snapshot, several with weights, or nothing where they are not made yet.
-        setting: what an error calls ``base``.
+        base: name or path of a card; ``data`` for the classes in the snapshots; ``none`` or empty for no classes.
+        data: a snapshot, several with weights, or empty where they do not exist yet.
+        setting: the name of ``base`` in an error message.
 
     Raises:
-        SettingError: no such card, neither it nor the data tell of classes, or the data tell of others than it.
+        SettingError: no such card, no classes in card or data, or a card that shares no class with the data.
     """
     if base in ("", NO_CLASSES):
         return ()
     card = load_card(base) if base != OF_DATA else None
     parts = parts_of(read_data(data)) if data or card is None else ()
-    told = _together(classes_of(part) for part in parts)
+    found = _together(classes_of(part) for part in parts)
     if card is None:
-        names = tuple(name for name, group in told.items() if group not in NOVEL)
+        names = tuple(name for name, group in found.items() if group not in NOVEL)
     else:
         names = tuple(name for name in card.classes if name not in card.novel)
-    wanted = "a card with classes, `data` for data whose source knew its classes (coco, stamp-scenes), or `none`"
+    wanted = "a card with classes, `data` for data from a source with classes (coco, stamp-scenes), or `none`"
     require(bool(names), setting, base, wanted)
-    known = {plain_word(name) for name in told}
+    known = {plain_word(name) for name in found}
     fits = card is None or not known or any(plain_word(name) in known for name in names)
-    others = f"a card whose classes ({_some(names)}) occur among those that the data tell of ({_some(told)})"
+    others = f"a card that shares a class with the data; the card has {_some(names)}, the data have {_some(found)}"
     require(fits, setting, base, others)
     return names
 
 
-def _together(told: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """The classes of several snapshots, each once, with all its names; of groups the last counts."""
+def _together(found: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """The classes of several snapshots without duplicates, with all synonyms; the last snapshot's group wins."""
     names, groups = dict[str, list[str]](), dict[str, str]()
-    for classes in told:
+    for classes in found:
         for word, group in classes.items():
             names.setdefault(plain_word(word), []).extend(names_of(word))
             groups[plain_word(word)] = group

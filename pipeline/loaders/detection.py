@@ -1,13 +1,13 @@
-"""Images with boxes, masks and stored regions, moved together: random resizing and mirroring.
+"""Images with boxes, masks and stored regions, transformed together by random resizing and mirroring.
 
-Ghiasi, Cui, Srinivas, Qian, Lin, Cubuk, Le, Zoph, 2020, arXiv 2012.07177: an image is resized so that it would fill
-the result times a random factor, a random part of it as large as the result is cut out, and what is missing at the
-right and below is filled. A :class:`Placement` is where one image comes to lie; it moves pixels, boxes and masks by the
-same numbers, so nothing can be mirrored that is not mirrored elsewhere. It is a pure function of (seed, epoch, sample
-number) and the image's size, as a crop is in ``images.py``.
+Ghiasi, Cui, Srinivas, Qian, Lin, Cubuk, Le, Zoph, 2020, arXiv 2012.07177. An image is resized to a random factor times
+the size that fits the result. A random part as large as the result is cut out; missing pixels at the right and bottom
+are filled. A :class:`Placement` transforms pixels, boxes and masks by the same numbers, so they stay aligned. It is a
+pure function of (seed, epoch, sample number) and the image's size, like a crop in ``images.py``.
 
-What is cut away: objects of which less than a pixel is left are left out. Stored regions keep their rows, since their
-features stay, but a box of zeros, which no loss counts. Both are padded with zeros to the batch's largest number.
+Objects with less than one visible pixel are dropped. Stored regions keep their rows, because their features stay; a
+region that is cut away gets a box of zeros, which losses ignore. Both are padded with zeros to the batch's largest
+number.
 """
 
 from collections.abc import Sequence
@@ -33,19 +33,19 @@ from pipeline.shards.sample import Sample
 from pipeline.shards.segmentation import mask_of
 from pipeline.shards.sidecar import Wanted
 
-FILL = (124, 116, 104)  # ImageNet's mean, which normalisation makes zero
+FILL = (124, 116, 104)  # ImageNet's mean, which becomes zero after normalisation
 SMALLEST = 1.0
-"""Pixels of the result: what has a shorter side is left out."""
+"""Smallest visible side of a box, in pixels of the result."""
 BACKGROUND = -1
-"""The label of a row that only pads."""
+"""Label of a padding row."""
 
 Boxes = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an image of ``height`` x ``width`` comes to lie in a square of ``size``: mirrored, then resized to
-    ``scaled`` (height, width), then moved up and left by ``offset`` (y, x)."""
+    """The position of an image of ``height`` x ``width`` in a square of ``size``: mirrored, then resized to ``scaled``
+    (height, width), then moved up and left by ``offset`` (y, x)."""
 
     height: int
     width: int
@@ -67,7 +67,7 @@ class Placement:
         return min(self.size, self.scaled[0] - self.offset[0]), min(self.size, self.scaled[1] - self.offset[1])
 
     def boxes(self, boxes: Boxes) -> Boxes:
-        """Boxes x1, y1, x2, y2 in the image's pixels, [N, 4], in the square's, cut to what is seen of it."""
+        """[N, 4] boxes x1, y1, x2, y2 in the image's pixels to boxes in the square, clipped to its visible part."""
         moved = boxes.copy()
         if self.mirrored:
             moved[:, [0, 2]] = self.width - boxes[:, [2, 0]]
@@ -77,13 +77,13 @@ class Placement:
         return seen
 
     def mask(self, mask: NDArray[np.uint8], box: NDArray[np.float64], cells: int) -> NDArray[np.uint8]:
-        """The part of a whole image's ``mask`` that a ``box`` in the square shows, on a grid of cells x cells."""
+        """The part of a whole image's ``mask`` inside a ``box`` of the square, on a grid of cells x cells."""
         scale = self.width / self.scaled[1], self.height / self.scaled[0]
         left, top = (box[0] + self.offset[1]) * scale[0], (box[1] + self.offset[0]) * scale[1]
         across, down = (box[2] - box[0]) * scale[0] / cells, (box[3] - box[1]) * scale[1] / cells
         if self.mirrored:
             left, across = self.width - left, -across
-        # OpenCV's pixels have their middle at whole numbers.
+        # The centres of OpenCV's pixels are at whole numbers.
         matrix = np.array([[across, 0, left + across / 2 - 0.5], [0, down, top + down / 2 - 0.5]])
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
         grid = cv2.warpAffine(mask * np.uint8(255), matrix, (cells, cells), flags=flags)
@@ -95,7 +95,7 @@ class Placement:
 
 
 def large_enough(boxes: Boxes) -> NDArray[np.bool_]:
-    """Bool [N]: which boxes still have sides of a pixel; none that is no number."""
+    """Bool [N]: the boxes with sides of at least one pixel; False for NaN."""
     enough: NDArray[np.bool_] = np.logical_and.reduce(boxes[:, 2:] - boxes[:, :2] >= SMALLEST, axis=1)
     return enough
 
@@ -104,14 +104,14 @@ def large_enough(boxes: Boxes) -> NDArray[np.bool_]:
 class RandomResize:
     """Random resizing (the paper's large-scale jitter) into a square of ``size`` pixels.
 
-    With a scale of (1, 1) and no flip nothing is random.
+    A scale of (1, 1) without a flip is deterministic.
     """
 
     size: int = 1024
     scale: tuple[float, float] = (0.1, 2.0)
-    """Factors, between which one is drawn evenly, of the size at which an image just fits."""
+    """Range of the random factor, uniform, relative to the size at which an image fits the square."""
     flip: float = 0.5
-    """Probability of a mirrored image."""
+    """Probability of mirroring an image."""
 
     def __post_init__(self) -> None:
         require(32 <= self.size <= 4096, "image_size", self.size, "32 to 4096")
@@ -119,7 +119,7 @@ class RandomResize:
         require(0 <= self.flip <= 1, "flip", self.flip, "0 to 1")
 
     def place(self, height: int, width: int, seed: int, at: SamplePosition | None) -> Placement:
-        """Where the image of the sample at ``at`` comes to lie; without ``at``, in evaluation, :meth:`whole`."""
+        """The placement of the image of the sample at ``at``; :meth:`whole` in evaluation, where ``at`` is ``None``."""
         if at is None:
             return self.whole(height, width)
         uniform = ((random_bits(seed, RandomStream.PLACEMENTS, *at, 4) >> np.uint64(11)) * 2.0**-53).tolist()
@@ -127,7 +127,7 @@ class RandomResize:
         return self._placed(height, width, factor, uniform[1] < self.flip, (uniform[2], uniform[3]))
 
     def whole(self, height: int, width: int) -> Placement:
-        """The whole image as large as fits, at the top left."""
+        """The whole image at the top left, as large as fits."""
         return self._placed(height, width, 1.0, False, (0.0, 0.0))
 
     def _placed(
@@ -141,8 +141,8 @@ class RandomResize:
 
 @dataclass(frozen=True)
 class Targets:
-    """The objects of a sample that its placement shows: ``boxes`` [N, 4] in the square, ``labels`` [N], class numbers;
-    ``numbers`` are their indices in ``objects``."""
+    """The visible objects of a sample: ``boxes`` [N, 4] in the square and ``labels`` [N], class numbers; ``numbers``
+    are their indices in ``objects``."""
 
     placement: Placement
     objects: Objects
@@ -153,38 +153,38 @@ class Targets:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredRegions:
-    """The sidecar of regions that a reader gives."""
+    """The sidecar with stored regions, as a reader uses it."""
 
     wanted: Wanted
     width: int
-    """Numbers of a feature."""
+    """Dimensions of a feature."""
     most: int = 300
-    """Regions of an image that are taken, the first ones, which are the best."""
+    """Maximum number of regions per image; the first ones are used, which are the best."""
 
 
 KEYS = ("image", "extent", "boxes", "labels", "masks", "region_boxes", "region_features", "draws")
-"""What :class:`DetectionReader` can give."""
+"""The keys that :class:`DetectionReader` can read."""
 _FILLS = {"boxes": 0.0, "labels": BACKGROUND, "masks": 0, "region_boxes": 0.0, "region_features": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionReader:
-    """Images in a square and their objects, found once for all ``keys`` that are asked for.
+    """Images in a square and their objects, parsed once for all ``keys``.
 
     image            uint8 [B, 3, size, size]
-    extent           int64 [B, 2], height and width of what is no padding
+    extent           int64 [B, 2], height and width of the part without padding
     boxes            float32 [B, N, 4], x1, y1, x2, y2 in pixels of the square, padded with zeros; N is at least 1
     labels           int64 [B, N], class numbers, padded with ``BACKGROUND``
     masks            uint8 [B, N, cells, cells] of 0 and 1, each on a grid over its object's own box
-    region_boxes     float32 [B, M, 4], stored regions where the image shows them; zeros where they were cut away
+    region_boxes     float32 [B, M, 4], stored regions in the square; zeros where they were cut away
     region_features  float16 [B, M, D], the features of these regions, L2-normalised
-    draws            int64 [B], a random number for each sample, whichever rank has it
+    draws            int64 [B], a random number per sample, independent of the rank that reads it
 
-    Objects of other classes (labels and names are compared by ``plain_word``) and crowds are left out, their images
-    are not; without ``classes`` all objects are of class 0. ``most`` objects of an image are taken, the first ones.
+    Objects of other classes (labels and names are compared by ``plain_word``) and crowds are left out; their images
+    stay. Without ``classes`` all objects have class 0. At most ``most`` objects per image are read, the first ones.
 
-    A mask on a grid takes 12.5 kB at 112 cells. Bits over an image of 1024 pixels a side would take 131 kB. An object
-    without a segmentation is taken to fill its box.
+    A mask on a grid takes 12.5 kB at 112 cells. A bit mask of an image of 1024 x 1024 pixels would take 131 kB. An
+    object without a segmentation gets a mask that fills its box.
     """
 
     keys: tuple[str, ...]
@@ -202,21 +202,21 @@ class DetectionReader:
 
     @property
     def fields(self) -> Sequence[str]:
-        """The objects, and the image where it is asked for."""
+        """The objects, and the image if a key needs it."""
         return ("image", FIELD) if "image" in self.keys else (FIELD,)
 
     @property
     def sidecars(self) -> tuple[Wanted, ...]:
-        """The stored regions, where they are asked for."""
+        """The stored regions, if a key needs them."""
         return () if self.regions is None else (self.regions.wanted,)
 
     def read(self, sample: Sample, at: SamplePosition | None) -> Row:
-        """What is asked for; padded by :meth:`collate`.
+        """The values of ``keys``; :meth:`collate` pads them.
 
         Raises:
-            UnreadableSample: objects, a segmentation or an image that cannot be read.
-            DataError: the boxes are of an image of another size.
-            SidecarError: regions of an image of another size, or not as many features as boxes.
+            UnreadableSample: objects, a segmentation or an image cannot be read.
+            DataError: the boxes belong to an image of another size.
+            SidecarError: the regions belong to an image of another size, or boxes and features differ in number.
         """
         targets = self.find(sample, at)
         return {key: self._value(key, sample, at, targets) for key in self.keys}
@@ -316,7 +316,7 @@ class DetectionReader:
 
 
 def padded(values: list[Tensor], fill: float) -> Tensor:
-    """Tensors [n, ...] of different n as one, [B, N, ...], filled behind each; N is at least 1."""
+    """Tensors [n, ...] of different n as one tensor [B, N, ...], filled at the end; N is at least 1."""
     most = max(1, *(len(value) for value in values))
     out = values[0].new_full((len(values), most, *values[0].shape[1:]), fill)
     for row, value in zip(out, values, strict=True):

@@ -1,13 +1,13 @@
 """Encoded images to uint8 tensors: decode, crop, resize.
 
-An image stays uint8 until it is on the training device, where the model normalises it: a quarter of the bytes
-through shared memory and over PCIe. The resize is antialiased bicubic, as Pillow's and open_clip's, to within one
-level; it runs on torch's vectorised uint8 kernel, five times faster than Pillow's.
+An image stays uint8 until it is on the training device, where the model normalises it: a quarter of the bytes through
+shared memory and over PCIe. The resize is antialiased bicubic and within one level of Pillow's and open_clip's. It uses
+torch's vectorised uint8 kernel, which is five times faster than Pillow's.
 
-For training, a JPEG of which a box much larger than the result is asked for is decoded at a half, a quarter or an
-eighth of its size, which libjpeg does in the frequency domain. What remains is at least 1.25 times the result; the
-box lies on the pixels of the smaller image, so nothing is shifted. Measured in tests/loaders/test_images.py: 38 dB
-or more on average against Pillow's bicubic of the same box of the whole image. Evaluation decodes whole images.
+For training, a JPEG is decoded at a half, a quarter or an eighth of its size if the crop is much larger than the
+result; libjpeg does this in the frequency domain. The decoded crop is at least 1.25 times the result. The box is
+aligned to the pixels of the smaller image, so the crop is not shifted. Measured in tests/loaders/test_images.py: 38 dB
+or more on average against Pillow's bicubic of the same box at full size. Evaluation decodes whole images.
 """
 
 import math
@@ -33,25 +33,25 @@ from pipeline.shards.sample import Sample
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 
-MAX_PIXELS = 64_000_000  # a shard's images are small; more is an attack or a mistake
+MAX_PIXELS = 64_000_000  # images in shards are small; a larger one is an attack or a mistake
 ATTEMPTS = 10
 SHRINKS = (8, 4, 2)  # 1 / what libjpeg decodes to with vector instructions; 3/8, 5/8 and so on are slower than 1
-MARGIN = 1.25  # of an image decoded smaller over the result; with less, sharp photographs fall to 36 dB
+MARGIN = 1.25  # smallest ratio of a reduced crop to the result; below it, sharp photographs fall to 36 dB
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTransform:
-    """How an image becomes a tensor of ``size`` (height, width).
+    """Converts an image to a tensor of ``size`` (height, width).
 
     ``crop`` is
 
-    - ``"centre"``: resize as ``fit`` says, then the middle; what evaluation uses, equal to open_clip's transform;
+    - ``"centre"``: resize as ``fit`` says, then cut the centre; for evaluation, equal to open_clip's transform;
     - ``"square"``: a random square with the short side's length, the only augmentation of the CLIP paper (section 2.5);
     - ``"resized"``: a random box with an area of ``scale`` times the image's and an aspect ratio within ``ratio``.
 
     ``fit`` is ``"shortest"`` (short side to size, then crop), ``"longest"`` (long side to size, then pad with
-    ``fill``) or ``"squash"``. The random boxes are resized to ``size`` whatever ``fit`` says. ``flip`` is the
-    probability of a mirrored image.
+    ``fill``) or ``"squash"``. Random boxes are resized to ``size`` regardless of ``fit``. ``flip`` is the probability
+    of mirroring an image.
     """
 
     size: tuple[int, int]
@@ -74,37 +74,37 @@ class ImageTransform:
         """Whether the result depends on random bits."""
         return self.crop != "centre" or self.flip > 0
 
-    def __call__(self, pixels: Pixels, words: NDArray[np.uint64] | None = None) -> Tensor:
-        """uint8 [H, W, 3] to uint8 [3, height, width]; ``words`` come from :func:`crop_words`."""
+    def __call__(self, pixels: Pixels, random_bits: NDArray[np.uint64] | None = None) -> Tensor:
+        """uint8 [H, W, 3] to uint8 [3, height, width]; ``random_bits`` are from :func:`crop_bits`."""
         if self.crop == "centre":
             tensor = self._centre(pixels)
         else:
-            assert words is not None, "a random crop needs random bits"
-            tensor = self._cut(pixels, self.box(pixels.shape[0], pixels.shape[1], words))
-        return self._flipped(tensor, words)
+            assert random_bits is not None, "a random crop needs random bits"
+            tensor = self._cut(pixels, self.box(pixels.shape[0], pixels.shape[1], random_bits))
+        return self._flipped(tensor, random_bits)
 
-    def read(self, content: bytes, words: NDArray[np.uint64] | None = None) -> Tensor:
-        """The encoded image ``content`` to uint8 [3, height, width]: as decoding and calling, or faster.
+    def read(self, content: bytes, random_bits: NDArray[np.uint64] | None = None) -> Tensor:
+        """The encoded image ``content`` to uint8 [3, height, width]: like decoding and calling, but faster if possible.
 
         Raises:
             UnreadableSample: as :func:`decode`.
         """
-        size = None if self.crop == "centre" or words is None else _jpeg_size(content)
-        if size is not None and words is not None:
-            box, shrink = self._place(*size, words)
+        size = None if self.crop == "centre" or random_bits is None else _jpeg_size(content)
+        if size is not None and random_bits is not None:
+            box, shrink = self._place(*size, random_bits)
             pixels = _decode_smaller(content, size, shrink) if shrink > 1 else None
             if pixels is not None:
                 top, left, height, width = (length // shrink for length in box)
-                return self._flipped(self._cut(pixels, (top, left, height, width)), words)
-        return self(decode(content), words)
+                return self._flipped(self._cut(pixels, (top, left, height, width)), random_bits)
+        return self(decode(content), random_bits)
 
-    def box(self, height: int, width: int, words: NDArray[np.uint64]) -> Box:
-        """(top, left, height, width) of the part of an image that a random crop shows."""
-        return self._place(height, width, words)[0]
+    def box(self, height: int, width: int, random_bits: NDArray[np.uint64]) -> Box:
+        """(top, left, height, width) of a random crop in an image of this size."""
+        return self._place(height, width, random_bits)[0]
 
-    def _place(self, height: int, width: int, words: NDArray[np.uint64]) -> tuple[Box, int]:
-        """The box, and how many times smaller the image may be decoded: its edges are multiples of that."""
-        top, left, box_height, box_width = self._box(height, width, _uniforms(words[1:]))
+    def _place(self, height: int, width: int, random_bits: NDArray[np.uint64]) -> tuple[Box, int]:
+        """The box, and the factor by which the image may be decoded smaller; the box's edges are multiples of it."""
+        top, left, box_height, box_width = self._box(height, width, _uniforms(random_bits[1:]))
         ratio = min(box_height / self.size[0], box_width / self.size[1]) / MARGIN
         shrink = next((shrink for shrink in SHRINKS if ratio >= shrink), 1)
         snapped = tuple(length - length % shrink for length in (top, left, box_height, box_width))
@@ -114,8 +114,8 @@ class ImageTransform:
         top, left, height, width = box
         return resize(pixels[top : top + height, left : left + width], self.size, self.interpolation)
 
-    def _flipped(self, tensor: Tensor, words: NDArray[np.uint64] | None) -> Tensor:
-        if self.flip and words is not None and _uniforms(words[:1])[0] < self.flip:
+    def _flipped(self, tensor: Tensor, random_bits: NDArray[np.uint64] | None) -> Tensor:
+        if self.flip and random_bits is not None and _uniforms(random_bits[:1])[0] < self.flip:
             return tensor.flip(-1)
         return tensor
 
@@ -142,28 +142,28 @@ class ImageTransform:
 
 
 def read_crops(content: bytes, crops: Sequence[tuple[ImageTransform, NDArray[np.uint64]]]) -> list[Tensor]:
-    """Several random crops of the image ``content``, each a transform with its random bits, from one decoding.
+    """Several random crops of the image ``content``, each a transform with its random bits; decodes once.
 
-    A JPEG is decoded as small as the crop allows that needs the most pixels.
+    A JPEG is decoded at the smallest size that is large enough for every crop.
 
     Raises:
         UnreadableSample: as :func:`decode`.
     """
     size = _jpeg_size(content)
     if size is not None:
-        places = [transform._place(*size, words) for transform, words in crops]
+        places = [transform._place(*size, random_bits) for transform, random_bits in crops]
         shrink = min(shrink for _, shrink in places)
         pixels = _decode_smaller(content, size, shrink) if shrink > 1 else None
         if pixels is not None:
-            # A box lies on multiples of its own shrink, so of the smallest one too: all are powers of two.
+            # Each box is aligned to its own factor, so also to the smallest one: all factors are powers of two.
             boxes = [(top // shrink, left // shrink, h // shrink, w // shrink) for (top, left, h, w), _ in places]
             cut = [transform._cut(pixels, box) for (transform, _), box in zip(crops, boxes, strict=True)]
-            return [crop._flipped(tensor, words) for (crop, words), tensor in zip(crops, cut, strict=True)]
+            return [crop._flipped(tensor, random_bits) for (crop, random_bits), tensor in zip(crops, cut, strict=True)]
     pixels = decode(content)
-    return [transform(pixels, words) for transform, words in crops]
+    return [transform(pixels, random_bits) for transform, random_bits in crops]
 
 
-def crop_words(seed: int, epoch: int, number: int) -> NDArray[np.uint64]:
+def crop_bits(seed: int, epoch: int, number: int) -> NDArray[np.uint64]:
     """The random bits for the image of sample ``number`` in ``epoch``; a pure function of the arguments."""
     return random_bits(seed, RandomStream.CROPS, epoch, number, 1 + 4 * ATTEMPTS)
 
@@ -215,7 +215,7 @@ def decode(content: bytes) -> Pixels:
     """The image in ``content`` as uint8 [H, W, 3]; grey, CMYK, palette and alpha become plain RGB.
 
     Raises:
-        UnreadableSample: no image, a broken one, or one with more than ``MAX_PIXELS`` pixels.
+        UnreadableSample: not an image, a broken image, or more than ``MAX_PIXELS`` pixels.
     """
     if content[:2] == b"\xff\xd8":
         try:
@@ -224,12 +224,12 @@ def decode(content: bytes) -> Pixels:
                 pixels: Pixels = simplejpeg.decode_jpeg(content)
                 return pixels
         except ValueError:
-            pass  # CMYK, or damage that Pillow judges
+            pass  # CMYK, or damage; Pillow decides
     return _decode_with_pillow(content)
 
 
 def _jpeg_size(content: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG that may be decoded smaller; ``None`` for what :func:`decode` has to judge."""
+    """(height, width) of a JPEG that may be decoded smaller; ``None`` for content that :func:`decode` must check."""
     if content[:2] != b"\xff\xd8":
         return None
     try:
@@ -240,7 +240,7 @@ def _jpeg_size(content: bytes) -> tuple[int, int] | None:
 
 
 def _decode_smaller(content: bytes, size: tuple[int, int], shrink: int) -> Pixels | None:
-    """The JPEG at 1 / ``shrink`` of its size, rounded up; ``None`` where the decoder cannot."""
+    """The JPEG at 1 / ``shrink`` of its size, rounded up; ``None`` if the decoder does not support it."""
     height, width = (-(-length // shrink) for length in size)
     try:
         pixels: Pixels = simplejpeg.decode_jpeg(content, min_height=height, min_width=width)
@@ -251,7 +251,7 @@ def _decode_smaller(content: bytes, size: tuple[int, int], shrink: int) -> Pixel
 
 def _decode_with_pillow(content: bytes) -> Pixels:
     try:
-        # Pillow warns about odd metadata and large images; both are judged here.
+        # Pillow warns about odd metadata and large images; the code below handles both.
         with warnings.catch_warnings(action="ignore"), Image.open(BytesIO(content)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UnreadableSample(f"{image.width} x {image.height} pixels")
@@ -260,9 +260,9 @@ def _decode_with_pillow(content: bytes) -> Pixels:
         raise UnreadableSample(str(error)) from error
 
 
-def _uniforms(words: NDArray[np.uint64]) -> list[float]:
-    """53 bits of each word as a number in [0, 1)."""
-    uniforms: list[float] = ((words >> np.uint64(11)) * 2.0**-53).tolist()
+def _uniforms(random_bits: NDArray[np.uint64]) -> list[float]:
+    """53 bits of each integer as a number in [0, 1)."""
+    uniforms: list[float] = ((random_bits >> np.uint64(11)) * 2.0**-53).tolist()
     return uniforms
 
 

@@ -1,10 +1,10 @@
 """Several snapshots as one, in given proportions.
 
-Every global batch holds the same number of samples of each: the batch is divided by the weights, as closely as whole
-samples and lanes allow. Each snapshot goes through epochs of its own, so a small one with a large weight is seen more
-often. Each of its samples is seen once in each of its epochs; in a snapshot of less than a few batches lanes end theirs
-at different steps, so one sample may come again before another's first turn. The samples are numbered through, snapshot
-after snapshot, so all else (augmentation, replacement, the position of a run) is as with one.
+Every global batch holds the same number of samples of each snapshot: the batch is divided by the weights, as closely as
+whole samples and lanes allow. Each snapshot has its own epochs, so a small snapshot with a large weight repeats more
+often. Every sample is seen once per epoch of its snapshot. In a snapshot smaller than a few batches, lanes end their
+epochs at different steps, so a sample may repeat before another is seen for the first time. Samples are numbered
+through all snapshots, so augmentation, replacement and the position of a run work as with one snapshot.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ from pipeline.shards.sidecar import Wanted
 from pipeline.shards.snapshot import Shard, Snapshot, read_snapshot
 
 CLOSE = 0.01
-"""How far a part may be from its weight, relatively, to be made of whole lanes."""
+"""Largest relative error of a part's size, compared with its weight, for whole multiples of the lanes."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Snapshots with positive weights, which need not sum to one; what is asked of a snapshot can be asked of it."""
+    """Snapshots with positive weights, which need not sum to one; has the interface of a snapshot."""
 
     parts: tuple[Snapshot, ...]
     weights: tuple[float, ...]
@@ -52,12 +52,12 @@ class Mixture:
 
     @property
     def uri(self) -> str:
-        """As :func:`read_data` reads it, with the snapshots pinned."""
+        """The address that :func:`read_data` reads, with the snapshots pinned."""
         return ",".join(f"{part.uri}={weight:g}" for part, weight in zip(self.parts, self.weights, strict=True))
 
     @property
     def digest(self) -> str:
-        """SHA-256 hex of what the parts hold and of their weights."""
+        """SHA-256 hex of the content and the weights of the parts."""
         described = [(part.digest, weight) for part, weight in zip(self.parts, self.weights, strict=True)]
         return hashlib.sha256(repr(described).encode()).hexdigest()
 
@@ -69,7 +69,7 @@ def places(data: str) -> list[tuple[str, float | None]]:
     """The addresses in a ``data`` setting with their weights: one without a weight, or ``A=0.7,B=0.3``.
 
     Raises:
-        SettingError: a weight that is no positive number, or an address that occurs twice.
+        SettingError: a weight that is not a positive number, or an address that occurs twice.
     """
     if "," not in data:
         return [(data, None)]
@@ -94,7 +94,7 @@ def read_data(data: str) -> TrainingData:
 
 
 def mixed(parts: Sequence[tuple[str, float | None]]) -> TrainingData:
-    """What :func:`places` found, read."""
+    """The data at the addresses that :func:`places` returns."""
     snapshots = tuple(read_snapshot(address) for address, _ in parts)
     if len(snapshots) == 1:
         return snapshots[0]
@@ -126,11 +126,11 @@ def make_order(
 def divided(batch_size: int, weights: Sequence[float], lanes: int) -> list[int]:
     """How many samples of a batch each part gives, by largest remainders (Hamilton's method).
 
-    Whole multiples of the lanes are taken, or of the largest divisor of them with which every part comes within
-    ``CLOSE`` of its weight: lanes spread a part's samples over its shards.
+    Parts are whole multiples of the lanes, or of their largest divisor with which every part is within ``CLOSE`` of
+    its weight: lanes spread a part's samples over its shards.
 
     Raises:
-        SettingError: a weight too small for one sample of a batch.
+        SettingError: a weight too small for one sample per batch.
     """
     shares = [batch_size * weight / sum(weights) for weight in weights]
     common = math.gcd(lanes, batch_size)
@@ -140,14 +140,14 @@ def divided(batch_size: int, weights: Sequence[float], lanes: int) -> list[int]:
         if close or unit == 1:
             break
     if min(counts) < 1:
-        raise SettingError("data", min(weights), f"weights of a sample or more in a batch of {batch_size}")
+        raise SettingError("data", min(weights), f"weights of at least one sample in a batch of {batch_size}")
     return counts
 
 
 class MixedOrder:
     """Which samples make up which global batch of a mixture: :class:`Order`, for several snapshots.
 
-    The parts of a batch are spread evenly over it, so that every rank gets its share of each.
+    The samples of each part are spread evenly over a batch, so that every rank gets its share of each part.
     """
 
     def __init__(self, orders: Sequence[Order]) -> None:
@@ -160,11 +160,11 @@ class MixedOrder:
         self._places = np.argsort(middles, kind="stable")
 
     def steps(self, epochs: float) -> int:
-        """The least number of global batches with ``epochs`` times as many samples as the parts have together."""
+        """The smallest number of global batches with ``epochs`` times as many samples as all parts together."""
         return math.ceil(epochs * self.samples / self.batch_size)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Integers:
-        """As :meth:`Order.batch`; numbers go through the parts in turn, epochs are those of the part."""
+        """Like :meth:`Order.batch`; sample numbers run through all parts, epochs are those of the part."""
         require(self.batch_size % world == 0, "batch_size", self.batch_size, f"a multiple of the {world} workers")
         whole = np.concatenate(
             [order.batch(step) + [0, first] for order, first in zip(self.orders, self._first, strict=False)]
@@ -210,7 +210,7 @@ def open_samples(
 
 
 def _seed(seed: int, number: int) -> int:
-    """Parts of equal shape are shuffled differently, and as no other seed shuffles any part."""
+    """The seed of a part: parts of equal size, and the same part with other seeds, are shuffled differently."""
     return int(random_bits(seed, RandomStream.PARTS, number, 0, 1)[0] >> np.uint64(1))
 
 
@@ -225,7 +225,7 @@ def _weight(data: str, text: str) -> float:
 
 def _apportioned(total: int, shares: Sequence[float]) -> list[int]:
     counts = [math.floor(share) for share in shares]
-    # Of equal remainders the first comes first; rounding keeps equal ones equal.
+    # Of equal remainders the first gets the sample; rounding makes float noise equal.
     remainders = [round(share - count, 9) for share, count in zip(shares, counts, strict=True)]
     for place in sorted(range(len(shares)), key=lambda place: -remainders[place])[: total - sum(counts)]:
         counts[place] += 1

@@ -1,17 +1,17 @@
 """The order of samples: a pure function of (seed, epoch, list of shards).
 
-An epoch permutes the shards and lays them end to end: N samples in a row. The row is cut into L contiguous *lanes* of
-equal length (to within one), and each lane is shuffled in blocks. A lane is an endless stream: its position p belongs
+An epoch permutes the shards and concatenates them: N samples in a row. The row is cut into L contiguous *lanes* of
+equal length (within one), and each lane is shuffled in blocks. A lane is an endless stream: its position p belongs
 to epoch p // length. The global batch number s takes the next B/L samples of every lane, lane after lane, and a rank
 takes a contiguous piece of the global batch. So
 
-- the global batches do not depend on the number of workers: a run goes on with more or fewer of them;
+- the global batches do not depend on the number of workers: a run can resume with more or fewer of them;
 - every lane shows each of its samples exactly once an epoch;
-- a rank reads from few shards at a time, which matters where shards lie in an object store;
-- the position is one number, the samples seen, and nothing has to be replayed to go on from it.
+- a rank reads from few shards at a time, which matters for shards in an object store;
+- the position is one number, the samples seen, and resuming from it replays nothing.
 
-Memory is O(shards + lanes x block). Randomness is Philox's raw words, sorted: unlike the methods of NumPy's
-generators, those are promised to stay the same from version to version.
+Memory is O(shards + lanes x block). Randomness is sorted raw 64-bit integers from Philox: NumPy guarantees that these
+stay the same in every version, unlike the methods of its generators.
 """
 
 import math
@@ -30,9 +30,9 @@ REMEMBERED_EPOCHS = 4
 
 
 class RandomStream(IntEnum):
-    """All streams of random numbers of a run; no two have the same number, so no two are correlated.
+    """The streams of random numbers of a run; the numbers differ, so the streams are not correlated.
 
-    The numbers are part of the results: a number that changes gives another order or other crops.
+    The numbers are part of the results: another number gives another order or other crops.
     """
 
     SHARDS = 1
@@ -46,7 +46,7 @@ class RandomStream(IntEnum):
     FEW_SHOT_ORDER = 5
     """Order of the images in an epoch of a few-shot adaptation."""
     CHOSEN_VIEWS = 6
-    """Which stored view of an image a few-shot adaptation reads in an epoch."""
+    """Which stored view of an image a few-shot adaptation uses in an epoch."""
     PROBE_ORDER = 7
     """Order of the images in an epoch of a linear probe."""
     HELD_OUT = 8
@@ -54,7 +54,7 @@ class RandomStream(IntEnum):
     PLACEMENTS = 9
     """Large-scale jitter of a detector's image."""
     DRAWS = 10
-    """Which anchors and regions of an image a detector's loss counts."""
+    """Which anchors and regions of an image the loss of a detector samples."""
     PARTS = 16
     """Seeds of the snapshots of a mixture."""
     VIEWS = 64
@@ -64,7 +64,7 @@ class RandomStream(IntEnum):
 
 
 def random_bits(seed: int, stream: int, epoch: int, number: int, count: int) -> NDArray[np.uint64]:
-    """``count`` random 64-bit integers, a pure function of the other arguments (each 0 to 2**64 - 1).
+    """``count`` random 64-bit integers: a pure function of the other arguments (each 0 to 2**64 - 1).
 
     ``stream`` is a :class:`RandomStream`, or one plus an offset where the stream has a range of numbers.
     """
@@ -80,13 +80,13 @@ def permutation(seed: int, stream: int, epoch: int, number: int, length: int) ->
 
 
 class Order:
-    """Which samples make up which global batch.
+    """The samples of each global batch.
 
-    ``shard_sizes`` are the sample counts of the snapshot's shards, in its order; samples are numbered through in that
-    order. ``lanes`` is reduced to what divides the batch (and to the number of samples, for tiny data).
+    ``shard_sizes`` are the sample counts of the snapshot's shards, in order; samples are numbered in that order.
+    ``lanes`` is reduced to a divisor of the batch size (and to the number of samples, for tiny data).
 
     Raises:
-        SettingError: no samples, or a batch, a block or a seed out of range.
+        SettingError: no samples, or a batch size, a block or a seed out of range.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Order:
         self._shuffled = lru_cache(2 * self.lanes)(self._shuffle)
 
     def steps(self, epochs: float) -> int:
-        """The least number of global batches in which every sample is seen ``epochs`` times."""
+        """The smallest number of global batches in which every sample is seen ``epochs`` times."""
         longest = int(np.diff(self._bounds).max())
         return math.ceil(epochs * longest / (self.batch_size // self.lanes))
 
@@ -133,7 +133,7 @@ class Order:
         return np.concatenate(pieces)
 
     def _stream(self, lane: int, start: int, stop: int) -> list[Integers]:
-        """Positions ``start`` to ``stop`` of an endless lane, as pieces that each lie in one block."""
+        """Positions ``start`` to ``stop`` of an endless lane, as pieces within one block each."""
         length = int(self._bounds[lane + 1] - self._bounds[lane])
         pieces = []
         while start < stop:
@@ -147,7 +147,7 @@ class Order:
         return pieces
 
     def _shuffle(self, epoch: int, lane: int, block: int, length: int) -> Integers:
-        """The sample numbers of one block of one lane, in the order in which they are seen."""
+        """The shuffled sample numbers of one block of one lane."""
         within = permutation(self.seed, RandomStream.BLOCKS, epoch, (lane << 40) + block, length)
         places = self._bounds[lane] + block * self.shuffle_block + within
         shards, ends = self._layout(epoch)
@@ -156,12 +156,12 @@ class Order:
         return np.asarray(self._first[shard] + places - (ends[nth] - self.sizes[shard]), dtype=np.int64)
 
     def _lay_out(self, epoch: int) -> tuple[Integers, Integers]:
-        """The shards in the order of an epoch, and where each ends in the row of samples."""
+        """The shards in the order of an epoch, and the end of each in the row of samples."""
         shards = permutation(self.seed, RandomStream.SHARDS, epoch, 0, len(self.sizes))
         return shards, np.cumsum(self.sizes[shards])
 
 
 def _lanes(lanes: int, batch_size: int, samples: int) -> int:
-    """The largest number of lanes that divides the batch and is no more than asked for, or than there are samples."""
+    """The largest divisor of the batch size up to the requested number of lanes and the number of samples."""
     common = math.gcd(lanes, batch_size)
     return max(divisor for divisor in range(1, common + 1) if common % divisor == 0 and divisor <= samples)

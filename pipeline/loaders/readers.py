@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 
 from pipeline.errors import DataError
 from pipeline.loaders.batches import Batch, Row, SamplePosition
-from pipeline.loaders.images import ImageTransform, as_stored, crop_words, decode, encoded_image
+from pipeline.loaders.images import ImageTransform, as_stored, crop_bits, decode, encoded_image
 from pipeline.loaders.samples import UnreadableSample, json_of_sample
 from pipeline.loaders.text import Tokenizer, caption_field, cut_text, faster, read_caption, read_captions
 from pipeline.shards.objects import FIELD, read_objects
@@ -41,7 +41,7 @@ class ImageReader:
         if self.transform is None:
             return {self.key: as_stored(decode(content))}
         random = self.transform.random and at is not None
-        return {self.key: self.transform.read(content, crop_words(self.seed, *at) if random and at else None)}
+        return {self.key: self.transform.read(content, crop_bits(self.seed, *at) if random and at else None)}
 
     def collate(self, rows: list[Row]) -> dict[str, Any]:
         """uint8 [B, 3, H, W], in a loader's process in memory that it shares with the training process; or a list."""

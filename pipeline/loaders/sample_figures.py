@@ -54,7 +54,7 @@ def sample_figure(samples: Sequence[Sample], title: str, caption: str = "auto") 
             reason = str(error)
             logger.warning("sample %s is unreadable and is not shown: %s", sample.key, error)
     if not shown:
-        raise DataError(f"not one of {len(samples)} samples is readable; the last one: {reason}")
+        raise DataError(f"none of {len(samples)} samples is readable; the last one: {reason}")
     return sample_grid(torch.stack([image for image, _ in shown]), [text for _, text in shown], title=title)
 
 

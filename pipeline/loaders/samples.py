@@ -1,4 +1,4 @@
-"""The samples of a snapshot by number, read from mapped tars."""
+"""The samples of a snapshot by number, read from memory-mapped tars."""
 
 import json
 import os
@@ -19,13 +19,13 @@ from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import TarShard
 
-HELD_BYTES = 64 << 20  # of sidecars' rows, in each process
+HELD_BYTES = 64 << 20  # cache of sidecar rows, in each process
 
 
 class UnreadableSample(Exception):
-    """A sample that cannot become an element of a batch: no image in its bytes, no caption.
+    """A sample that cannot become an element of a batch: no decodable image, no caption.
 
-    Training counts it and takes the next sample of the shard; it is never seen by a user.
+    Training counts it and uses the next sample of the shard; users never see this exception.
     """
 
 
@@ -43,7 +43,7 @@ def json_of_sample(sample: Sample) -> dict[str, Any]:
 
 
 class Fielded(Protocol):
-    """A snapshot, or several of them."""
+    """A snapshot, or a mixture of several."""
 
     @property
     def uri(self) -> str:
@@ -52,14 +52,14 @@ class Fielded(Protocol):
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """What its samples hold."""
+        """The fields of its samples."""
         ...
 
 
 def check_fields(snapshot: Fielded, wanted: Collection[str]) -> None:
     """Raise ``DataError`` unless the snapshot's samples have the fields ``wanted``.
 
-    ``image`` stands for an image in any format that shards hold.
+    ``image`` means an image in any format that shards hold.
     """
     for field in wanted:
         names = IMAGE_FIELDS if field == "image" else (field,)
@@ -69,7 +69,7 @@ def check_fields(snapshot: Fielded, wanted: Collection[str]) -> None:
 
 
 def check_sidecars(snapshot: Snapshot, wanted: Collection[Wanted]) -> None:
-    """Raise ``SidecarError``, which names the job that makes it, unless every shard has the ``wanted`` sidecars."""
+    """Raise ``SidecarError``, which names the job to run, unless every shard has the ``wanted`` sidecars."""
     for one in wanted:
         bare = [shard.name for shard in snapshot.shards if one.name not in shard.sidecars]
         if bare:
@@ -80,13 +80,14 @@ def check_sidecars(snapshot: Snapshot, wanted: Collection[Wanted]) -> None:
 class Samples:
     """Random access to a snapshot's samples, those that its selections show, numbered through its shards in order.
 
-    At most ``open_shards`` tars are mapped at a time; those of a remote folder are fetched whole into ``cache``. An
-    instance belongs to one process; it pickles as what it was made from. ``sidecars`` are joined by key: a sample gets
-    its rows of them.
+    At most ``open_shards`` tars are mapped at a time; tars of a remote folder are downloaded into ``cache``. An
+    instance belongs to one process; it pickles as its arguments. ``sidecars`` are joined by key: a sample gets its
+    rows of them.
 
     Raises:
-        SidecarError: a shard has no sidecar of a wanted name; on access, when it is of another tar or not as wanted.
-        DataError: on access, when a shard is missing, damaged, or does not hold as many samples as the snapshot says.
+        SidecarError: a shard has no sidecar of a wanted name; on access, if it belongs to another tar or was made
+            with other settings.
+        DataError: on access, if a shard is missing, damaged, or has another number of samples than the snapshot lists.
     """
 
     def __init__(
@@ -121,13 +122,13 @@ class Samples:
         return sample
 
     def from_here(self, number: int) -> Iterator[Sample]:
-        """Every sample of the shard that holds ``number`` once, beginning there and going round."""
+        """Every sample of the shard of ``number`` once, from ``number`` on and then from the shard's start."""
         shard, index = self.find(number)
         for step in range(shard.samples):
             yield self[number - index + (index + step) % shard.samples]
 
     def where(self, number: int) -> str:
-        """The tar of sample ``number``, for messages."""
+        """The tar of sample ``number``, for error messages."""
         return f"{self.snapshot.folder}/{self.find(number)[0].tar}"
 
     def find(self, number: int) -> tuple[Shard, int]:
@@ -142,13 +143,13 @@ class Samples:
         if shard.name not in self._open:
             self._open[shard.name] = self._open_tar(shard)
             if len(self._open) > self.open_shards:
-                # Not closed here: a caller may still iterate over it; the map goes with the last reference.
+                # Not closed here, because a caller may still iterate over it; the last reference closes the map.
                 self._open.popitem(last=False)
         self._open.move_to_end(shard.name)
         return self._open[shard.name]
 
     def _row(self, shard: Shard, name: str, key: str) -> Mapping[str, Any]:
-        """The sample's row of a sidecar; groups of rows that were read are kept while they are small."""
+        """The sample's row of a sidecar; row groups that were read stay in memory up to a size limit."""
         if (name, shard.name) not in self._rows:
             path = self.cache.fetch(self._home(), sidecar_file(shard, name), shard.sidecars[name])
             self._rows[name, shard.name] = SidecarRows(path, shard, self.sidecars[name])
@@ -168,15 +169,15 @@ class Samples:
 
     def _home(self) -> Folder:
         if self._folder is None or self._process != os.getpid():
-            # A client of an object store does not survive the fork into a loader's process.
+            # A client of an object store does not work after a fork into a loader process.
             self._folder, self._process = Folder(self.snapshot.folder), os.getpid()
         return self._folder
 
     def _open_tar(self, shard: Shard) -> tuple[TarShard, Indices | None]:
         path = self.cache.fetch(self._home(), shard.tar, shard.sha256)
         if path.stat().st_size != shard.bytes:
-            raise DataError(f"{path} has {path.stat().st_size} bytes, the snapshot says {shard.bytes}")
+            raise DataError(f"{path} has {path.stat().st_size} bytes, but the snapshot lists {shard.bytes}")
         tar = TarShard(path)
         if len(tar) != shard.stored:
-            raise DataError(f"{path} holds {len(tar)} samples, the snapshot says {shard.stored}")
+            raise DataError(f"{path} holds {len(tar)} samples, but the snapshot lists {shard.stored}")
         return tar, read_selection(self._home(), shard)

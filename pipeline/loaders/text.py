@@ -14,33 +14,33 @@ from pipeline.loaders.samples import UnreadableSample, json_of_sample
 from pipeline.shards.sample import Sample
 
 REMEMBERED_WORDS = 100_000
-LONGEST_REMEMBERED = 64  # characters: what is longer is an address or an attack, and comes once
-# Nothing in such a text is for ftfy or html to mend: printable ASCII without "&", and ordinary white space.
+LONGEST_REMEMBERED = 64  # characters: a longer word is an address or an attack, and occurs once
+# ftfy and html change nothing in such a text: printable ASCII without "&", and ordinary white space.
 CLEAN = re.compile(r"[ !-%'-~\t\n]*")
 
 
 class Tokenizer(Protocol):
-    """What open_clip's tokenizers are: texts to int64 [B, L], each row padded to the tower's context length."""
+    """The interface of open_clip's tokenizers: texts to int64 [B, L], each row padded to the tower's context length."""
 
     def __call__(self, texts: list[str]) -> Tensor: ...
 
 
 def faster(tokenizer: Tokenizer) -> Tokenizer:
-    """A tokenizer that gives the same tokens in less time, where one is known; else ``tokenizer`` itself."""
+    """A faster tokenizer with the same tokens, where one is known; else ``tokenizer`` itself."""
     kind = type(tokenizer)
     if (kind.__module__, kind.__name__) != ("open_clip.tokenizer", "SimpleTokenizer"):
         return tokenizer
-    # Other clean-ups and other ways to shorten a text than cutting it stay with open_clip.
+    # Texts with other clean-up functions or reductions than truncation use open_clip's tokenizer.
     known: Any = tokenizer
     plain = known.clean_fn.__name__ == "_clean_lower" and known.reduction_fn is None
     return WordTokenizer(known) if plain and (known.context_length or 0) >= 2 else tokenizer
 
 
 class WordTokenizer:
-    """open_clip's byte-pair tokenizer with a memory for words and a short cut for plain ASCII.
+    """open_clip's byte-pair tokenizer with a cache of words and a fast path for plain ASCII.
 
-    Its pattern never matches across white space, so that a text's tokens are its words' tokens in a row. ``tokenizer``
-    is not changed.
+    Its pattern never matches across white space, so a text's tokens are the concatenated tokens of its words.
+    ``tokenizer`` is not changed.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -69,7 +69,7 @@ class WordTokenizer:
 
     def _learn(self, word: str) -> list[int]:
         known = self._tokenizer
-        known.cache = dict(self._special)  # where open_clip would keep every part of a word that it ever met
+        known.cache = dict(self._special)  # open_clip would keep every part of every word here
         tokens: list[int] = []
         for part in known.pat.findall(word):
             letters = "".join(known.byte_encoder[byte] for byte in part.encode("utf-8"))
@@ -83,16 +83,16 @@ class WordTokenizer:
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings:
-    """Where a run's texts come from.
+    """Where a run reads its texts from.
 
     Raises:
-        SettingError: ``caption`` has neither of its forms.
+        SettingError: ``caption`` is neither ``txt`` nor ``json:KEY``.
     """
 
     caption: str = "txt"
     """Field of the captions: txt, or json:KEY."""
     tokens: str = ""
-    """Sidecar with the captions' tokens; without it they are tokenised while they are loaded."""
+    """Sidecar with the captions' tokens; if empty, captions are tokenised during loading."""
 
     def __post_init__(self) -> None:
         caption_field(self.caption)
@@ -102,7 +102,7 @@ def caption_field(caption: str) -> str:
     """The sample field that a caption setting reads: ``txt`` -> ``txt``, ``json:title`` -> ``json``.
 
     Raises:
-        SettingError: neither of these forms.
+        SettingError: neither of these two forms.
     """
     field, _, key = caption.partition(":")
     if caption == "txt" or (field == "json" and key):
@@ -113,8 +113,8 @@ def caption_field(caption: str) -> str:
 def read_caption(sample: Sample, caption: str = "txt") -> str:
     """The caption of ``sample`` from its ``.txt``, or from a key of its ``.json`` (``json:KEY``).
 
-    Raises:
-        UnreadableSample: the sample has none there.
+    UnreadableSample: the sample has no caption there.
+    UnreadableSample: the sample has none there.
     """
     field, _, key = caption.partition(":")
     if field not in sample.fields:
@@ -145,9 +145,9 @@ def read_captions(sample: Sample, caption: str = "auto") -> list[str]:
 
 
 def cut_text(tokens: Tensor, end_of_text: int | None) -> Tensor:
-    """Cut int64 [B, L] behind the batch's longest text; ``None`` leaves the full width.
+    """Cut int64 [B, L] after the batch's longest text; ``None`` keeps the full width.
 
-    Exact for a causal tower that pools at the first ``end_of_text`` token of a row: what follows it is never seen. A
+    Exact for a causal tower that pools at the first ``end_of_text`` token of a row: later tokens have no effect. A
     row without that token keeps the full width.
     """
     if end_of_text is None or tokens.numel() == 0:

@@ -1,8 +1,8 @@
-"""Captions' tokens, made once and kept in a sidecar.
+"""Captions' tokens, computed once and stored in a sidecar.
 
-``00017.tokens.parquet`` has for every sample that the tar stores, hidden ones too, its ``key`` and ``tokens``, int32
-without the padding; null where a sample has no caption. It says by a digest which tokenizer made them, and of which
-caption, so that they are never read for another.
+``00017.tokens.parquet`` has, for every sample that the tar stores (hidden ones too), its ``key`` and ``tokens``: int32
+without the padding; null for a sample without a caption. It records a digest of the tokenizer and of the caption field,
+so that a run with other settings does not read it.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ PROBES = ("", "A photo of 12 CATS' tails, isn't it?", "caf\u00e9 &amp; \u6771\u4
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """SHA-256 hex of a tokenizer: its kind, its vocabulary where it can be had, and what it makes of some texts."""
+    """SHA-256 hex of a tokenizer: its kind, its vocabulary if available, and its tokens of some texts."""
     known: Any = tokenizer
     inner: Any = getattr(known, "tokenizer", None)
     vocabulary = inner.get_vocab() if hasattr(inner, "get_vocab") else getattr(known, "encoder", {})
@@ -43,13 +43,13 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
 
 
 def facts(tokenizer: Tokenizer, caption: str) -> dict[str, str]:
-    """What a sidecar says of its tokens."""
+    """The metadata of a sidecar of tokens."""
     return {"tokenizer": tokenizer_digest(tokenizer), "caption": caption}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadTokenMaker:
-    """Loads what makes a shard's tokens, with the tokenizer that ``make`` gives."""
+    """Creates a :class:`TokenMaker` with the tokenizer that ``make`` returns."""
 
     make: Callable[[], Tokenizer]
     caption: str
@@ -93,7 +93,7 @@ class TokenMaker:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTextReader:
-    """What :class:`TextReader` gives, from the sidecar ``name``."""
+    """Like :class:`TextReader`, from the sidecar ``name``."""
 
     tokenizer: Tokenizer
     end_of_text: int | None
@@ -104,7 +104,7 @@ class StoredTextReader:
 
     @cached_property
     def sidecars(self) -> Sequence[Wanted]:
-        """The sidecar, of this tokenizer and this caption."""
+        """The sidecar for this tokenizer and this caption field."""
         return (Wanted(name=self.name, job=JOB, facts=facts(self.tokenizer, self.caption)),)
 
     def read(self, sample: Sample, at: SamplePosition | None) -> Row:
@@ -128,7 +128,7 @@ class StoredTextReader:
 
 
 def from_sidecar(reader: TextReader, name: str) -> StoredTextReader:
-    """What reads from the sidecar ``name`` as ``reader`` reads captions."""
+    """A reader of the sidecar ``name`` that is equivalent to ``reader``."""
     return StoredTextReader(
         tokenizer=reader.tokenizer,
         end_of_text=reader.end_of_text,
@@ -139,5 +139,5 @@ def from_sidecar(reader: TextReader, name: str) -> StoredTextReader:
 
 
 def _padding(tokenizer: Tokenizer) -> int:
-    """What fills a row behind its text."""
+    """The padding token of a row."""
     return int(tokenizer([""])[0, -1])

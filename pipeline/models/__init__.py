@@ -1,4 +1,4 @@
-"""Methods, one per file: what is learnt, from which fields of a sample, with which loss.
+"""Methods, one per file: what a method learns, from which fields of a sample, with which loss.
 
 ``pipeline.models.<name>`` holds a frozen ``Config`` and one subclass of ``Method``; see method.py for the contract.
 """

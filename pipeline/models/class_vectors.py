@@ -1,8 +1,8 @@
-"""Vectors of class names from the text tower of a CLIP that teaches another method, and that method's words for it.
+"""Class vectors from the text tower of a CLIP that teaches another method.
 
-A class is the mean of the unit features of its name in many prompts, made unit length again (Radford et al. 2021, arXiv
-2103.00020, section 3.1.4), as ViLD has it: names are cleaned, ``{article}`` in a prompt becomes "a" or "an". A class
-with several names, as LVIS's are, is the mean of their vectors, made unit length.
+The vector of a class is the mean of the unit features of its name in many prompts, normalised (Radford et al. 2021,
+arXiv 2103.00020, section 3.1.4). As in ViLD, names are cleaned, and ``{article}`` in a prompt becomes "a" or "an". The
+vector of a class with synonyms, as in LVIS, is the normalised mean of their vectors.
 """
 
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ TEXTS_AT_ONCE = 512
 def open_teacher(address: str) -> Clip:
     """The CLIP at ``ARCHITECTURE:WEIGHTS``, in evaluation mode on the CPU.
 
-    WEIGHTS are a tag of open_clip, a file, a checkpoint's folder, or ``untrained``: random, always the same ones.
+    WEIGHTS are a tag of open_clip, a file, a checkpoint's folder, or ``untrained`` (random with a fixed seed).
 
     Raises:
-        SettingError: there is none, or ``address`` has another form.
+        SettingError: not found, or ``address`` has another form.
     """
     if address.endswith(UNTRAINED):
         return untrained(address.removesuffix(UNTRAINED))
@@ -38,7 +38,7 @@ def open_teacher(address: str) -> Clip:
 
 
 def check(address: str) -> None:
-    """Raise ``SettingError`` as :func:`open_teacher` does; nothing is built or fetched."""
+    """Raise ``SettingError`` like :func:`open_teacher`; builds and downloads nothing."""
     if address.endswith(UNTRAINED):
         openclip.check_architecture(address.removesuffix(UNTRAINED))
     else:
@@ -46,14 +46,14 @@ def check(address: str) -> None:
 
 
 def untrained(architecture: str) -> Clip:
-    """A CLIP with random weights that do not change: what any training has to beat."""
+    """A CLIP with random weights of a fixed seed: the baseline of any training."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Clip(Config(architecture=architecture)).eval()
 
 
 def clip_digest(clip: Clip) -> str:
-    """The digest under which stored features of regions name their teacher."""
+    """The digest of the teacher that stored region features record."""
     return digest_of(clip, str(clip.transforms(train=False).size[0]))
 
 
@@ -61,10 +61,10 @@ def clip_digest(clip: Clip) -> str:
 def class_vectors(
     clip: Clip, words: Sequence[str], templates: Sequence[str], device: torch.device | None = None
 ) -> Tensor:
-    """Unit vectors float32 [C, D] of the classes ``words`` in all ``templates``, on the device where ``clip`` is.
+    """Unit vectors float32 [C, D] of the classes ``words`` in all ``templates``, on the device of ``clip``.
 
-    They are computed on ``device``, by default there too: 866 names in 80 prompts take minutes on a CPU. On a GPU in
-    full float32, since an error of 1e-3 would be a tenth of a logit at ViLD's temperature.
+    They are computed on ``device``, by default that of ``clip``: 866 names in 80 prompts take minutes on a CPU. A GPU
+    computes in full float32, because an error of 1e-3 is a tenth of a logit at ViLD's temperature.
     """
     names = [names_of(word) for word in words]
     prompts = [prompt(template, name) for some in names for name in some for template in templates]
@@ -82,15 +82,15 @@ def class_vectors(
 
 
 def fastest_device() -> torch.device:
-    """A GPU where this process sees one."""
+    """A GPU if this process sees one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def prompt(template: str, word: str) -> str:
-    """``This is a photo of an airplane.`` of ``{article} {}``-like templates and ``Airplane_``-like names.
+    """The prompt for a class name, such as ``This is a photo of an airplane.``
 
-    ViLD's rules: underscores are spaces, a slash is "or", names are in lower case without a full stop; where a template
-    asks for the article, a sentence that would begin with "a" or "the" begins with "This is".
+    ViLD's rules: underscores become spaces, a slash becomes "or", names are in lower case without a full stop. If a
+    template has ``{article}`` and the sentence would begin with "a" or "the", it begins with "This is".
     """
     name = word.replace("_", " ").replace("/", " or ").lower().strip().rstrip(".")
     article = "an" if name[:1] in tuple("aeiou") else "a"

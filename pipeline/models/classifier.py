@@ -5,15 +5,15 @@ fine-tuning of zero-shot models", arXiv 2109.01903 (WiSE-FT), section 3, and the
 (Mu et al. 2021, arXiv 2112.12750, section 4.2, which is that of BEiT).
 
 The idea: put a linear layer behind the image tower and train both on labelled images. With unit features x of an
-image, class vectors w_c and biases b_c the loss is the cross-entropy of the logits w_c.x + b_c. The head begins as
-the zero-shot classifier, w_c = t y_c with the scale t and the mean y_c of a class's prompts, so that the first step
-starts from the zero-shot model and the mean of both models' weights is a model too (jobs/average_checkpoints.py). Or it
-begins at zero or at random, which needs no text; the features may then be those before the tower's projection.
+image, class vectors w_c and biases b_c the loss is the cross-entropy of the logits w_c.x + b_c. The head is initialised
+with the zero-shot classifier, w_c = t y_c, with the scale t and the mean y_c of a class's prompts. So training starts
+from the zero-shot model, and the mean of both models' weights is also a model (jobs/average_checkpoints.py). A zero or
+random initialisation needs no text; the features may then be those before the tower's projection.
 
-The text tower stays as it is, and so does the scale: what was a CLIP still compares images with texts.
+The text tower and the scale are frozen, so the model can still compare images with texts.
 
 Left out: stochastic depth and random erasing of BEiT's recipe, which open_clip's towers and torchvision's batched
-transforms have no door for; its RandAugment.
+transforms do not support; its RandAugment.
 
 To hold a run against: ImageNet, SLIP's ViT-S/B/L after 25 epochs of YFCC15M 80.3 / 82.6 / 84.2, CLIP's 78.2 / 80.5 /
 81.0. WiSE-FT, CLIP's ViT-B/16: zero-shot 68.3, fine-tuned 81.3, half of each 81.7, and on five shifted sets 58.4, 53.8
@@ -42,25 +42,26 @@ from pipeline.models.towers.unprojected import projection, unprojected, unprojec
 
 @dataclass(frozen=True, kw_only=True)
 class Config(clip.Config):
-    """CLIP's settings, of which those of the loss and of the texts matter no more, and the head."""
+    """CLIP's settings (those of the loss and the texts have no effect) and the head."""
 
     crop: Literal["square", "resized"] = "resized"
+    """Training crop: CLIP's random square, or a box of random area and aspect ratio."""
     class_names: tuple[str, ...] = ()
     """Class names, in the order of the head's rows."""
     label_key: str = "label"
-    """Key of the samples' json that holds the class: its name, or its number."""
+    """Key of the class in the samples' json; its value is a name or a number."""
     prompts: tuple[str, ...] = ("a photo of a {}.",)
-    """Prompts of a head that begins as the zero-shot classifier."""
+    """Prompts for the zero-shot head, with {} for a name."""
     head: Literal["zero_shot", "zero", "random"] = "zero_shot"
-    """How the head begins."""
+    """Initialisation of the head: the zero-shot classifier, zeros or random numbers."""
     features: Literal["joint", "tower"] = "joint"
-    """What it reads: the unit features that are compared with texts, or those before the projection."""
+    """Input of the head: the unit features that are compared with texts, or the features before the projection."""
     label_smoothing: float = 0.0
-    """Share of the target that goes to all classes alike."""
+    """Label smoothing: part of the target that is spread over all classes, 0 to less than 1."""
     mixup: float = 0.0
-    """Mix images and labels (arXiv 1710.09412), by a share drawn from Beta(this, this); 0 for never."""
+    """Mixup (arXiv 1710.09412): alpha of the Beta distribution of the mixing weight; 0 disables it."""
     cutmix: float = 0.0
-    """Paste a box of another image (arXiv 1905.04899), likewise. With both, each batch has one of them."""
+    """CutMix (arXiv 1905.04899): alpha of the Beta distribution, 0 disables; with mixup, each batch uses one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +75,7 @@ class Config(clip.Config):
 
 
 class Classifier(clip.Clip):
-    """A CLIP whose image tower has a linear head and learns with it."""
+    """A CLIP whose image tower has a linear head; both are trained."""
 
     batch_keys = ("image", "label")
     config: Config
@@ -92,7 +93,7 @@ class Classifier(clip.Clip):
         nn.init.zeros_(self.head.bias)
         if config.head == "random":
             nn.init.normal_(self.head.weight, std=0.01)
-        elif config.head == "zero" or description is not None:  # a checkpoint brings the head
+        elif config.head == "zero" or description is not None:  # a checkpoint holds the head's weights
             nn.init.zeros_(self.head.weight)
         else:
             with torch.no_grad():
@@ -102,12 +103,12 @@ class Classifier(clip.Clip):
 
     @classmethod
     def smallest(cls) -> Config:
-        """The smallest CLIP, and colours to tell apart."""
+        """The smallest CLIP, and colours as classes."""
         return Config(architecture="clipmill-tiny", class_names=("red", "green", "blue", "yellow"))
 
     @classmethod
     def check(cls, config: clip.Config) -> None:
-        """As for CLIP, and whether there are classes."""
+        """Like CLIP's check; also requires classes."""
         super().check(config)
         assert isinstance(config, Config)
         require(len(config.class_names) >= 2, "class_names", config.class_names, "two class names or more")
@@ -145,10 +146,10 @@ class Classifier(clip.Clip):
         return {"classification": embeddings["losses"].mean()}
 
     def after_step(self) -> None:
-        """The scale is not learnt here."""
+        """The scale is frozen."""
 
     def measures(self) -> dict[str, float]:
-        """Nothing besides the loss."""
+        """No metrics besides the loss."""
         return {}
 
     def _logits(self, images: Tensor) -> Tensor:
@@ -173,7 +174,7 @@ class Classifier(clip.Clip):
 def class_vectors(method: clip.Clip, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
     """The zero-shot classifier, float32 [C, D] of unit length on the CPU: a class is the mean of its prompts.
 
-    As ``pipeline.evaluation.zero_shot.classifier``, which no method may know; on a GPU where there is one.
+    Equals ``pipeline.evaluation.zero_shot.classifier``, which methods must not import; runs on a GPU if there is one.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     home, was_training = method.mean.device, method.training
@@ -188,7 +189,7 @@ def class_vectors(method: clip.Clip, classes: Sequence[str], templates: Sequence
 
 
 def _mixing(config: Config) -> v2.Transform | None:
-    """What mixes the images of a batch: uses torch's generator, which the loop seeds in every step."""
+    """The transform that mixes the images of a batch; it uses torch's generator, which the loop seeds in every step."""
     classes = len(config.class_names)
     mixers: list[v2.Transform] = []
     if config.mixup:

@@ -2,23 +2,23 @@
 
 Radford, Kim, Hallacy, Ramesh, Goh, Agarwal, Sastry, Askell, Mishkin, Clark, Krueger, Sutskever, 2021, arXiv 2103.00020
 
-The idea: of a batch of images and captions, tell which belong together. An image tower and a text tower map both
-into one space; every caption is a class for every image and the reverse. What is learnt names new classes from
-their description alone. With L2-normalised features x_i of images and y_j of captions, B pairs and a learnt
-scale t = exp(s), the loss is (section 2.3, figure 3)
+The idea: in a batch of images and captions, find the matching pairs. An image tower and a text tower map both into one
+space; every caption is a class for every image, and the reverse. The trained model classifies new classes from their
+description. With L2-normalised features x_i of images and y_j of captions, B pairs and a learned scale t = exp(s), the
+loss is (section 2.3, figure 3)
 
     L = -1/2B sum_i [ log softmax_j(t x_i.y_j) at j = i  +  log softmax_j(t y_i.x_j) at j = i ]
 
-s starts at ln(1 / 0.07) and is held at or below ln 100 (section 2.5). Over W processes each takes its B/W rows
-against all B columns, gathered with their gradients.
+s starts at ln(1 / 0.07) and is clamped to ln 100 (section 2.5). With W processes, each computes its B/W rows against
+all B columns, gathered with their gradients.
 
-With ``loss="sigmoid"`` it is SigLIP (Zhai, Mustafa, Kolesnikov, Beyer, 2023, arXiv 2303.15343): every pair is a yes or
-no of its own, with a learnt bias; t starts at 10 and the bias at -10. See ``pipeline.models.losses`` for both.
+``loss="sigmoid"`` is SigLIP (Zhai, Mustafa, Kolesnikov, Beyer, 2023, arXiv 2303.15343): every pair is a binary
+classification, with a learned bias; t starts at 10 and the bias at -10. See ``pipeline.models.losses`` for both.
 
-With a ``teacher``, a CLIP that does not learn, the loss is (1 - d) L + d D, where D is the mean divergence of the
-student's softmaxes over both directions from the teacher's, each at its own scale, over the batch of all processes:
-L_Total of MobileCLIP (Vasu, Pouransari, Faghri, Vemulapalli, Tuzel, 2024, arXiv 2311.17049, section 3.2) with one
-teacher. open_clip's ``--distill-model`` and CLIP-KD (Yang et al., 2024, arXiv 2307.12732) add the same two terms.
+With a ``teacher``, a frozen CLIP, the loss is (1 - d) L + d D. D is the mean divergence of the student's softmaxes over
+both directions from the teacher's, each at its own scale, over the batch of all processes: L_Total of MobileCLIP (Vasu,
+Pouransari, Faghri, Vemulapalli, Tuzel, 2024, arXiv 2311.17049, section 3.2) with one teacher. open_clip's
+``--distill-model`` and CLIP-KD (Yang et al., 2024, arXiv 2307.12732) add the same two terms.
 
 Left out: the half precision of the paper's own code (bfloat16 instead), and its gradient checkpointing. Batch
 normalisation in the ResNets uses each process's own rows, so those depend on the number of workers; transformers do
@@ -59,49 +59,50 @@ class Config:
     """Architecture and augmentation, with the paper's values."""
 
     architecture: str = "ViT-B-32"
-    """Any open_clip architecture, or clipmill-tiny, clipmill-small; local-dir:FOLDER and hf-hub:REPO work too."""
+    """open_clip architecture, clipmill-tiny, clipmill-small, local-dir:FOLDER or hf-hub:REPO."""
     pretrained: str | None = None
-    """Weights to start from: a tag of the architecture, a file, or a checkpoint folder (path or URI)."""
+    """Initial weights: a tag of the architecture, a file, or a checkpoint folder (path or URI)."""
     pretrained_towers: bool = False
-    """Start towers of timm and Hugging Face from their own weights."""
+    """Initialise towers of timm and Hugging Face with their own pretrained weights."""
     image_size: int | None = None
-    """Pixels a side, where it is not the architecture's."""
+    """Side of the input images in pixels; none for the architecture's."""
     crop: Literal["square", "resized"] = "square"
     """Training crop: the paper's random square, or a box of random area and aspect ratio (open_clip's)."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
-    """Area of a resized crop, as parts of the image."""
+    """Range of a resized crop's area, as a part of the image, 0 to 1."""
     flip: float = 0.0
     """Probability of mirroring a training image."""
     text_start: Literal["paper", "bag_of_words"] = "paper"
-    """Initial text transformer: random as in the paper, or at first the mean of the words, for runs of minutes."""
+    """Initial text transformer: paper (random), or bag_of_words (every layer averages words) for short runs."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
-    """The paper's, or SigLIP's."""
+    """Contrastive loss: softmax (the paper's) or sigmoid (SigLIP's)."""
     loss_tile: int = TILE
-    """Logits of a larger batch are computed in tiles of so many rows and columns, never all at once."""
+    """Side of the tiles in which the logits of a larger batch are computed; bounds the loss's memory."""
     temperature: float = 0.07
-    """Initial softmax temperature; ignored where pretrained weights bring theirs."""
+    """Initial softmax temperature; ignored if the pretrained weights have one."""
     sigmoid_scale: float = 10.0
-    """Initial scale of the sigmoid loss, as its paper has it; ignored where pretrained weights bring theirs."""
+    """Initial scale of the sigmoid loss, SigLIP's by default; ignored if the pretrained weights have one."""
     sigmoid_bias: float = -10.0
-    """Initial bias of the sigmoid loss; ignored where pretrained weights bring one."""
+    """Initial bias of the sigmoid loss; ignored if the pretrained weights have one."""
     max_logit_scale: float = 100.0
-    """Upper limit of the learnt scale 1 / temperature."""
+    """Upper limit of the learned scale 1 / temperature."""
     context_length: int | None = None
-    """Tokens of a text, where they are not the architecture's; positions of other weights are interpolated."""
+    """Tokens per text; none for the architecture's. Position embeddings of pretrained weights are interpolated."""
     patch_dropout: float = 0.0
-    """Share of a training image's patches that a vision transformer does not see (FLIP has 0.5 and 0.75)."""
+    """Part of a training image's patches that the vision transformer drops, 0 to less than 1 (FLIP: 0.5 and 0.75)."""
     lock_image: bool = False
-    """Train the texts alone, against an image tower that stays as it is (LiT)."""
+    """Freeze the image tower and train the text tower alone (LiT)."""
     lock_image_unlocked: int = 0
-    """Layers of a locked image tower that learn: 1 is what lies behind the blocks, 2 the last block as well."""
+    """Last layers of a locked image tower that are trained: 1 is the part after the blocks, 2 adds the last block."""
     lock_text: bool = False
-    """The same for the text tower."""
+    """Freeze the text tower."""
     lock_text_unlocked: int = 0
+    """Last layers of a locked text tower that are trained; see --lock-image-unlocked."""
     teacher: str = ""
-    """A CLIP to learn from, ARCHITECTURE:WEIGHTS with a tag, a file or a checkpoint folder, or local-dir:FOLDER; it
-    sees the student's images and needs its tokenizer."""
+    """CLIP to distil from: ARCHITECTURE:WEIGHTS with a tag, a file or a checkpoint folder, or local-dir:FOLDER. It gets
+    the student's images and needs the student's tokenizer."""
     distillation: float = 0.5
-    """The teacher's share of the loss, of which the captions have the rest: 0.5 is open_clip's, 1 MobileCLIP's."""
+    """Weight of the distillation loss, up to 1 (MobileCLIP); the contrastive loss gets 1 - this. open_clip uses 0.5."""
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, "temperature", self.temperature, "more than 0")
@@ -122,7 +123,7 @@ class Config:
             require(locked or not unlocked, f"{name}_unlocked", unlocked, f"0 without {name}")
             brings = bool(self.pretrained or self.pretrained_towers or ":" in self.architecture)
             require(
-                brings or not locked, name, locked, "False, since nothing is learnt in random weights: --pretrained"
+                brings or not locked, name, locked, "False, since random weights must be trained: give --pretrained"
             )
         require(0 < self.distillation <= 1, "distillation", self.distillation, "more than 0, up to 1")
 
@@ -136,7 +137,7 @@ class Clip(ImageTextMethod, EmbeddingMethod):
     std: Tensor
 
     def __init__(self, config: Config, description: Mapping[str, str] | None = None) -> None:
-        """``description`` is given when weights are restored afterwards, so none are fetched here."""
+        """``description`` is given if weights are restored afterwards; no weights are downloaded then."""
         super().__init__(config)
         card = json.loads(description[openclip.MODEL_CARD]) if description else {}
         self.model: Any = openclip.create(
@@ -158,8 +159,8 @@ class Clip(ImageTextMethod, EmbeddingMethod):
             if config.text_start == "bag_of_words":
                 openclip.start_as_bag_of_words(self.model)
         if (bias := self._logit_bias()) is not None:
-            bias.requires_grad_(config.loss == "sigmoid")  # a softmax does not see it
-            if config.loss == "sigmoid" and not bias.any():  # open_clip's zero, for weights that bring none
+            bias.requires_grad_(config.loss == "sigmoid")  # the softmax loss does not use it
+            if config.loss == "sigmoid" and not bias.any():  # open_clip's default 0, for weights without a bias
                 torch.nn.init.constant_(bias, config.sigmoid_bias)
         self._still = self._locked()
         self.teacher: Teacher | None = None
@@ -174,7 +175,7 @@ class Clip(ImageTextMethod, EmbeddingMethod):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        """Whether architecture and weights exist and go together."""
+        """Check that the architecture and the weights exist and fit each other."""
         openclip.check(config.architecture, config.pretrained, config.patch_dropout)
         if config.teacher:
             teacher.check(config.teacher, openclip.check_architecture(config.architecture), config.context_length)
@@ -190,7 +191,7 @@ class Clip(ImageTextMethod, EmbeddingMethod):
         return openclip.describe(self.model, config.architecture, config.image_size, config.context_length)
 
     def _locked(self) -> tuple[nn.Module, ...]:
-        """Lock what the config says; the modules that stay in evaluation mode, with their statistics, because of it."""
+        """Freeze the towers that the config locks; returns the modules that must stay in evaluation mode."""
         config = self.config
         still: list[nn.Module] = []
         if config.lock_image:
@@ -200,12 +201,12 @@ class Clip(ImageTextMethod, EmbeddingMethod):
         return tuple(still)
 
     def prepare_training(self) -> None:
-        """Load the teacher, which nothing but training needs."""
+        """Load the teacher, which only training needs."""
         if self.config.teacher:
             self.teacher = Teacher(self.config.teacher)
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode, but for what is locked."""
+        """Set training mode, except for frozen modules."""
         super().train(mode)
         for module in self._still:
             module.eval()
@@ -220,7 +221,7 @@ class Clip(ImageTextMethod, EmbeddingMethod):
 
     @property
     def logit_scale(self) -> Tensor:
-        """The learnt s, of which exp(s) multiplies the cosines."""
+        """The learned s; exp(s) multiplies the cosines."""
         scale: Tensor = self.model.logit_scale
         return scale
 
@@ -245,7 +246,7 @@ class Clip(ImageTextMethod, EmbeddingMethod):
         return {"teacher_image": image, "teacher_text": text}
 
     def compare(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The contrastive loss of this rank's rows, and with a teacher their divergence from it, both weighted."""
+        """The contrastive loss of this rank's rows and, with a teacher, the distillation loss, both weighted."""
         image, text, scale = embeddings["image"], embeddings["text"], self.logit_scale.exp()
         contrastive = self._contrastive(image, text, scale)
         if self.teacher is None:
@@ -269,15 +270,15 @@ class Clip(ImageTextMethod, EmbeddingMethod):
         return bias
 
     def layers(self) -> Mapping[str, Layer]:
-        """Both towers' weights; the scale, the bias and what other methods add are in none."""
+        """The layers of both towers' weights; the scale, the bias and other methods' modules have none."""
         return {f"model.{name}": layer for name, layer in layers(self.model).items()}
 
     def after_step(self) -> None:
-        """Hold the scale between 1 and its limit."""
+        """Clamp the scale between 1 and its limit."""
         with torch.no_grad():
             self.logit_scale.clamp_(0, math.log(self.config.max_logit_scale))
 
     def measures(self) -> dict[str, float]:
-        """The scale that multiplies the cosines, and the bias that a sigmoid loss adds."""
+        """The scale that multiplies the cosines, and the bias of the sigmoid loss."""
         bias = self._logit_bias() if self.config.loss == "sigmoid" else None
         return {"logit_scale": self.logit_scale.exp().item(), **({} if bias is None else {"logit_bias": bias.item()})}

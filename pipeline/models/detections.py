@@ -1,4 +1,4 @@
-"""What a detector finds in an image, whichever method it is, and how it is asked."""
+"""The results of a detector, and the interface of all detectors."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from pipeline.shards.objects import names_of, plain_word
 
 @dataclass(frozen=True)
 class Detections:
-    """The things found in one image, the best first, on the CPU.
+    """The objects detected in one image, sorted by score, on the CPU.
 
-    ``boxes`` are x1, y1, x2, y2 in pixels of the image as it was given, float32 [n, 4], inside it; ``scores``
-    float32 [n], 0 to 1; ``labels`` int64 [n], places in the words that were asked for. ``masks``, where the method has
-    them, are probabilities on a grid over each box, float32 [n, m, m]; :meth:`whole_masks` puts them into the image.
+    ``boxes`` are x1, y1, x2, y2 in pixels of the input image, clipped to it, float32 [n, 4]; ``scores`` float32 [n],
+    0 to 1; ``labels`` int64 [n], indices into the requested words. ``masks``, if the method has them, are
+    probabilities on a grid over each box, float32 [n, m, m]; :meth:`whole_masks` pastes them into the image.
     """
 
     boxes: Tensor
@@ -30,9 +30,9 @@ class Detections:
         return len(self.scores)
 
     def whole_masks(self, height: int, width: int, first: int = 0, last: int | None = None) -> Tensor:
-        """Bool [k, height, width]: the masks of the things ``first`` to ``last`` in an image of this size.
+        """Bool [k, height, width]: the masks of the objects ``first`` to ``last`` in an image of this size.
 
-        A thousand at once may not fit in memory, so ask for some at a time.
+        A thousand masks may not fit in memory, so request them in parts.
         """
         some = range(len(self))[first:last]
         whole = torch.zeros(len(some), height, width, dtype=torch.bool)
@@ -42,9 +42,9 @@ class Detections:
         return whole
 
     def mask_in(self, place: int, height: int, width: int) -> tuple[slice, slice, Tensor]:
-        """The rows and columns of an image of this size that the thing at ``place`` may cover, and its mask there,
+        """The rows and columns of an image of this size that the object at ``place`` may cover, and its mask there,
         bool [rows, columns]."""
-        require(self.masks is not None, "masks", None, "a method that gives masks")
+        require(self.masks is not None, "masks", None, "a method that predicts masks")
         x1, y1, x2, y2 = self.boxes[place].tolist()
         rows, y = _pixels(y1, y2, height)
         columns, x = _pixels(x1, x2, width)
@@ -57,9 +57,9 @@ class Detections:
 
 
 def _pixels(low: float, high: float, length: int) -> tuple[slice, Tensor]:
-    """The pixels of a side whose centres lie between ``low`` and ``high``, and these centres from -1 to 1 in between.
+    """The pixels of a side with centres between ``low`` and ``high``, and these centres scaled to -1 to 1.
 
-    Torchvision's own way of pasting counts a box from its first pixel to its last, so masks come out a pixel too large.
+    Torchvision's pasting counts a box from its first pixel to its last, which makes masks a pixel too large.
     """
     centres = torch.arange(length) + 0.5
     first, last = int((centres < low).sum()), int((centres <= high).sum())
@@ -67,33 +67,34 @@ def _pixels(low: float, high: float, length: int) -> tuple[slice, Tensor]:
 
 
 class Detector(Protocol):
-    """Every method that finds the things that words name."""
+    """A method that detects objects by their names."""
 
     def predict(
         self, images: Sequence[Tensor], words: Sequence[str], base: Collection[str] | None = None
     ) -> list[Detections]:
-        """The detections in ``images``, uint8 [3, H, W] each of its own size, on the method's device or the CPU.
+        """The detections in ``images``, uint8 [3, H, W] of any sizes, on the method's device or the CPU.
 
-        ``words`` are any names; ``couch; sofa`` are two of one thing. ``base`` are those of them that the method was
-        trained on, where it matters how it knows a word; by default those that it finds among its training classes.
+        ``words`` are any class names; ``couch; sofa`` are synonyms of one class. ``base`` are the words that the method
+        was trained on, for methods that score these differently; by default those among its training classes.
 
         Raises:
-            SettingError: no words, a word twice (see :func:`check_words`), or ``base`` has another word.
+            SettingError: no words, a duplicate word (see :func:`check_words`), or a ``base`` word that is not in
+            ``words``.
         """
         ...
 
 
 def check_words(words: Sequence[str], base: Collection[str] | None = None) -> None:
-    """Raise ``SettingError`` for no words, an empty word, one that occurs twice or ``base`` words that do not occur.
+    """Raise ``SettingError`` for no words, an empty word, a duplicate, or ``base`` words that are not in ``words``.
 
-    Case, underscores and spaces do not make another word: a novel class that equals a base class would be scored
-    twice, once as what was trained and once as what was not.
+    Words that differ only in case, underscores or spaces are duplicates: a novel class that equals a base class would
+    be scored twice, once as a base class and once as a novel one.
     """
     plain = [plain_word(word) for word in words]
     empty = [word for word in words if not all(map(plain_word, names_of(word)))]
     require(len(plain) >= 1 and not empty, "words", list(words)[:5], "one word or more, none of them empty")
     twice = sorted({word for word in plain if plain.count(word) > 1}) if len(set(plain)) < len(plain) else []
-    once = "every word once, whatever its case and the synonyms after a semicolon; a novel class is no base class"
+    once = "every word once, compared without case and synonyms; a novel class must not be a base class"
     require(not twice, "words", twice[:5], once)
     unknown = [] if base is None else sorted({plain_word(word) for word in base} - set(plain))
     require(not unknown, "base", unknown[:5], "some of the words")

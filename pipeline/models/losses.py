@@ -10,19 +10,19 @@ With the logits T of a teacher for the same pairs, and p and q the softmaxes of 
 
     distillation:  1/2B sum_i [ KL(p_i. || q_i.) + KL(p_.i || q_.i) ]              Vasu et al., arXiv 2311.17049, 3.2
 
-The tiled losses never hold more of S than one tile. The forward pass keeps the logarithms of the sums over rows and
-columns; the backward pass computes the tiles again, and their slopes from these. That is four matrix products of the
-size of S in all, where the plain softmax loss has six, and memory linear in B. (Memory: Cheng et al., Inf-CL, arXiv
+The tiled losses never hold more of S than one tile. The forward pass stores the logarithms of the sums over rows and
+columns; the backward pass recomputes the tiles and their derivatives from these. That takes four matrix products of the
+size of S, where the plain softmax loss takes six, and memory linear in B. (Memory: Cheng et al., Inf-CL, arXiv
 2410.17243.)
 
-Each rank owns the rows of its images. It needs the texts of all: how they come to it, and how their sums and
-gradients go back, is an :class:`Exchange`: gathered at once, or passed round a ring (arXiv 2303.15343, section 3.3).
-Images do not travel.
+Each rank owns the rows of its images and needs the texts of all ranks. An :class:`Exchange` defines how texts reach a
+rank, and how their sums and gradients return: gathered at once, or passed around a ring (arXiv 2303.15343, section
+3.3). Images are not sent.
 
-A rank's value is the mean over its own pairs, so that the mean over ranks is the loss of the global batch. A gradient
-is that of the sum of all ranks' values, as with a gather that has gradients: averaged over ranks, those of all
-parameters (scale and bias too) are exact. All of it is computed in float32 (float64 stays) whatever autocast says,
-since logits reach 100, where bfloat16 has steps of 0.5.
+A rank's value is the mean over its own pairs, so the mean over ranks is the loss of the global batch. A gradient is
+that of the sum of all ranks' values, as with a gather with gradients. Averaged over ranks, the gradients of all
+parameters (scale and bias too) are exact. Losses are computed in float32 (float64 stays) regardless of autocast,
+because logits reach 100, where bfloat16 has steps of 0.5.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,23 +37,23 @@ Gather = Callable[[Tensor], Tensor]
 """float [B, D] of this rank -> float [W * B, D] of all ranks in order, with gradients."""
 
 Visit = Callable[[Tensor, Tensor, int | None], None]
-"""Called with columns [n, C], what they carry [n, ...], which it changes in place, and where this rank's own begin."""
+"""Called with columns [n, C], their carried values [n, ...], changed in place, and the start of this rank's columns."""
 
 TILE = 1024
 
 
 class Exchange(Protocol):
-    """How the columns of all ranks meet the rows of this one; no gradients pass through it."""
+    """How the columns of all ranks meet the rows of this rank; no gradients pass through it."""
 
     world: int
-    """Ranks, each with the same number of columns."""
+    """Number of ranks; each has the same number of columns."""
 
     def visit(self, columns: Tensor, carried: Tensor, work: Visit, combine: Literal["sum", "logsumexp"]) -> Tensor:
         """Call ``work`` with the columns of all ranks, in one or more parts; all ranks must call.
 
         ``columns`` [b, C] are this rank's, ``carried`` [b, ...] the neutral element of ``combine`` for each. Returns
-        what all ranks' ``work`` has made of it for this rank's columns. ``work`` is told where this rank's own columns
-        begin in the part, or ``None`` where they are not in it.
+        the combined results of all ranks' ``work`` for this rank's columns. The last argument of ``work`` is the start
+        of this rank's own columns in the part, or ``None`` if the part does not contain them.
         """
 
 
@@ -63,7 +63,7 @@ class Alone:
     world = 1
 
     def visit(self, columns: Tensor, carried: Tensor, work: Visit, combine: Literal["sum", "logsumexp"]) -> Tensor:
-        """All columns are here."""
+        """Visit the columns of the one process."""
         work(columns, carried, 0)
         return carried
 
@@ -79,7 +79,7 @@ def alone(features: Tensor) -> Tensor:
 def contrastive_loss(
     image_features: Tensor, text_features: Tensor, logit_scale: Tensor, gather: Gather = alone
 ) -> Tensor:
-    """The softmax loss at once, for small batches: local rows against the columns of all ranks; a scalar.
+    """The softmax loss in one piece, for small batches: local rows against the columns of all ranks; a scalar.
 
     ``image_features`` and ``text_features`` are L2-normalised float [B, D] of matching pairs, ``logit_scale`` is the
     positive factor itself. Memory grows with the square of the batch.
@@ -109,7 +109,7 @@ def tiled_sigmoid_loss(
     exchange: Exchange = ALONE,
     tile: int = TILE,
 ) -> Tensor:
-    """The sigmoid loss in tiles; ``logit_bias`` is added to the scaled products, the rest as for the softmax."""
+    """The sigmoid loss in tiles; ``logit_bias`` is added to the scaled products, other arguments as for the softmax."""
     tensors = _at_least_float32(image_features, text_features, logit_scale, logit_bias)
     return cast(Tensor, _Sigmoid.apply(*tensors, exchange, tile))
 
@@ -123,11 +123,11 @@ def tiled_distillation_loss(
     exchange: Exchange = ALONE,
     tile: int = TILE,
 ) -> Tensor:
-    """The divergence from a teacher's similarities in tiles; 0 where they are the same.
+    """The divergence from a teacher's similarities in tiles; 0 for equal similarities.
 
-    ``teacher_images`` and ``teacher_texts`` are its float [B, D'] for the same pairs, of any width, such that their
-    products are its logits: L2-normalised, and one of them times its scale. They get no gradient. The rest as for
-    :func:`contrastive_loss`.
+    ``teacher_images`` and ``teacher_texts`` are the teacher's float [B, D'] for the same pairs, of any width. Their
+    products are its logits: both L2-normalised, and one multiplied by its scale. They get no gradient. Other
+    arguments as for :func:`contrastive_loss`.
     """
     tensors = _at_least_float32(image_features, text_features, logit_scale, teacher_images, teacher_texts)
     return cast(Tensor, _Distillation.apply(*tensors, exchange, tile))
@@ -166,7 +166,7 @@ class _Softmax(torch.autograd.Function):
                 slopes.diagonal(diagonal).sub_(share)
                 _add_products(slopes, to_images[rows], features[part], to_texts[part], images[rows], factor)
 
-        # A column's weight is its own rank's, so that ranks may weigh their losses differently.
+        # A column is weighted by its own rank, so that ranks may weight their losses differently.
         weights = (share / 2).expand(len(texts), 1)
         columns = torch.cat([texts, over_images[:, None], weights], dim=1)
         with torch.autocast(images.device.type, enabled=False):
@@ -216,7 +216,7 @@ class _Sigmoid(torch.autograd.Function):
 
 
 class _Distillation(torch.autograd.Function):
-    """Columns 0 and 1 of sums are the student's and the teacher's."""
+    """Columns 0 and 1 of the sums belong to the student and to the teacher."""
 
     @staticmethod
     def forward(
@@ -283,7 +283,7 @@ class _Distillation(torch.autograd.Function):
 def _two_tiles(
     images: Tensor, teacher_images: Tensor, columns: Tensor, factor: Tensor, tile: int
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Rows, columns, logits and the teacher's logits of every tile; ``columns`` are both's texts side by side."""
+    """Rows, columns, logits and the teacher's logits of every tile; ``columns`` are both texts side by side."""
     width, end = images.shape[1], images.shape[1] + teacher_images.shape[1]
     of_student = _tiles(images, columns[:, :width], factor, None, tile)
     of_teacher = _tiles(teacher_images, columns[:, width:end], torch.ones_like(factor), None, tile)
@@ -294,7 +294,7 @@ def _two_tiles(
 def _tiles(
     images: Tensor, columns: Tensor, factor: Tensor, own: int | None, tile: int
 ) -> Iterator[tuple[slice, slice, Tensor, int]]:
-    """Rows, columns and logits of every tile, and the number of its diagonal on which pairs match (perhaps outside)."""
+    """Rows, columns and logits of every tile, and the diagonal of its matching pairs (may be outside the tile)."""
     for row in range(0, len(images), tile):
         rows = slice(row, row + tile)
         scaled = images[rows] * factor
@@ -306,12 +306,12 @@ def _tiles(
 def _add_products(
     slopes: Tensor, to_images: Tensor, texts: Tensor, to_texts: Tensor, images: Tensor, factor: Tensor
 ) -> None:
-    """Add a tile's part of both gradients, to that of the images without the factor."""
+    """Add a tile's part of both gradients; that of the images is not yet multiplied by the factor."""
     to_images.addmm_(slopes, texts)
     to_texts.addmm_(slopes.T, images * factor)
 
 
 def _at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """``tensors`` in the first one's precision, or in float32 where that is less."""
+    """``tensors`` in the first one's precision, at least float32."""
     kind = torch.promote_types(tensors[0].dtype, torch.float32)
     return tuple(tensor.to(kind) for tensor in tensors)

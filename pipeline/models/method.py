@@ -42,11 +42,9 @@ class Method(nn.Module, ABC):
     batch_keys: ClassVar[tuple[str, ...]]
     """Keys of the batches that :meth:`training_step` reads."""
     registered_as: ClassVar[str]
-    """Name of the MLflow model of which a checkpoint becomes a version: ``clip`` for all that open_clip reads, else the
-    method's name."""
+    """Name of the registered MLflow model: ``clip`` for checkpoints that open_clip reads, else the method's name."""
     parity_tolerance: ClassVar[float] = 1e-6
-    """How far a gradient of two processes may be from that of one, as a part of its tensor's largest entry. It is for
-    sums over many positions, which round by their largest part."""
+    """Largest difference between the gradients of two processes and of one, relative to the tensor's largest entry."""
 
     config: Any
     gather: Gather = staticmethod(alone)
@@ -220,10 +218,10 @@ class EmbeddingMethod(Method):
 
     @abstractmethod
     def embed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Float tensors [B, ...], a row of which depends on that row of ``batch`` (and on random numbers) alone."""
+        """Float tensors [B, ...]. Row i depends on row i of ``batch`` (and on random numbers) alone."""
 
     def targets(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a row's embeddings are held against that does not learn, such as a teacher's; float tensors [B, ...]."""
+        """Fixed targets of the rows' embeddings, such as a teacher's; float tensors [B, ...]."""
         return {}
 
     @abstractmethod

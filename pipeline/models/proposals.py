@@ -3,25 +3,25 @@
 Ren, He, Girshick, Sun, 2015, "Faster R-CNN", arXiv 1506.01497; Lin, Dollar, Girshick, He, Hariharan, Belongie, 2016,
 "Feature Pyramid Networks", arXiv 1612.03144; as ViLD has it (Gu, Lin, Kuo, Cui, 2021, arXiv 2104.13921, section 3.2).
 
-The idea: at every place of every level of the pyramid stand a few anchors, boxes of one size and several shapes. Two
-small convolutions say of each whether it covers a thing, and by how much it has to be moved to fit it; what is a
-thing, and not which thing, is learnt from boxes of base classes and holds for classes that have none. With o_i the
-score of a drawn anchor, p_i whether it covers a thing (an overlap of 0.7 or more, or the best of a thing), d_i its
-four moves, t_i the right ones, S the drawn anchors of the batch's B images and P_l those of level l that cover one:
+The idea: at every position of every pyramid level there are a few anchors, boxes of one size and several shapes. Two
+small convolutions predict for each anchor whether it covers an object, and the four offsets to the object's box. The
+network is trained on boxes of base classes, and its objectness transfers to classes without boxes. With o_i the score
+of a sampled anchor, p_i whether it covers an object (an overlap of 0.7 or more, or the best of an object), d_i its four
+offsets, t_i the true ones, S the sampled anchors of the batch's B images and P_l those of level l that cover an object:
 
     L = 1/256B sum_(i in S) BCE(sigmoid(o_i), p_i)  +  sum_l 1/4|P_l| sum_(i in P_l) Huber(d_i - t_i)
 
-with the Huber loss of delta 1/9, both as ViLD's code has them. 256 anchors of each image are drawn, half of them
-ones that cover something where there are as many. The best proposals that do not overlap each other by more than 0.7
-are kept. ViLD trains one on base classes alone, and takes 300 of its proposals of each image for its image branch.
+with the Huber loss of delta 1/9, both as in ViLD's code. 256 anchors of each image are sampled; up to half of them
+cover an object. The best proposals that do not overlap each other by more than 0.7 are kept. ViLD trains a proposer on
+base classes alone, and uses 300 of its proposals per image for its image branch.
 
-The network is torchvision's, on any ResNet of timm. Random numbers belong to an image, so that it does not matter
-which process has it; batch normalisation over processes is torch's SyncBatchNorm, which runs on GPUs.
+The network is torchvision's, on any ResNet of timm. Random numbers are seeded per image, so results do not depend on
+the process that reads it. Batch normalisation over processes is torch's SyncBatchNorm, which runs on GPUs.
 
 Left out: ViLD's batch normalisation inside the proposal head, and its anchors at the middle of a cell (torchvision's
 are at its corner).
 
-To hold a run against: recall of 1000 proposals on LVIS v1, base and novel; the paper's figures are of detection alone
+To hold a run against: recall of 1000 proposals on LVIS v1, base and novel; the paper reports only detection results
 (see vild.py).
 """
 
@@ -45,10 +45,10 @@ from pipeline.loaders.batches import Reader
 from pipeline.loaders.detection import FILL, DetectionReader, Placement, RandomResize
 from pipeline.models.detections import check_words
 from pipeline.models.method import Method
-from pipeline.models.towers import small_resnet  # noqa: F401 - timm's registry learns of it
+from pipeline.models.towers import small_resnet  # noqa: F401 - registers it with timm
 from pipeline.shards.objects import FIELD
 
-STD = (58.4, 57.1, 57.4)  # ImageNet's; the mean is that with which images are filled
+STD = (58.4, 57.1, 57.4)  # ImageNet's; the mean is the fill value of images
 MOMENTUM, EPSILON = 0.003, 1e-4  # of batch normalisation, as ViLD's code has them
 
 
@@ -57,40 +57,40 @@ class Config:
     """The proposer, with ViLD's values."""
 
     backbone: str = "resnet50"
-    """Any ResNet of timm, or clipmill_small_resnet."""
+    """ResNet of timm, or clipmill_small_resnet."""
     pretrained_backbone: bool = False
-    """Start it from timm's weights; the paper starts from random ones."""
+    """Initialise the backbone with timm's weights; the paper starts from random ones."""
     levels: tuple[int, ...] = (1, 2, 3, 4)
-    """Stages of the backbone that are levels of the pyramid; one more, half as large, is added on top."""
+    """Backbone stages that become pyramid levels; one further level of half the size is added."""
     norm: Literal["batch", "group"] = "batch"
-    """Normalisation: over the batch of all processes, or over groups of an image's channels."""
+    """Normalisation layers: batch (over all processes) or group (over an image's channels)."""
     pyramid_width: int = 256
-    """Channels of every level."""
+    """Channels of every pyramid level, a multiple of 8."""
     anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
-    """Side of the anchors of each level, in pixels."""
+    """Side of the anchors of each pyramid level, in pixels; one more than levels."""
     anchor_shapes: tuple[float, ...] = (1.0, 2.0, 0.5)
-    """Height over width of the anchors at each place."""
+    """Height over width of the anchors at each position."""
     head_depth: int = 2
-    """Convolutions of the proposal head."""
+    """Number of convolutions of the proposal head."""
     anchors_drawn: int = 256
-    """Anchors of each image that the loss counts."""
+    """Anchors per image that the loss samples."""
     proposals_tried: int = 2000
-    """Best proposals of each level, among which overlapping ones are removed."""
+    """Highest-scoring proposals per level before non-maximum suppression."""
     proposals_kept: int = 1000
-    """Proposals of an image."""
+    """Proposals per image."""
     proposal_overlap: float = 0.7
-    """Intersection over union from which on the worse of two proposals is removed."""
+    """Intersection over union above which non-maximum suppression removes the lower-scoring proposal, up to 1."""
     class_names: tuple[str, ...] = ()
-    """Labels of the objects that are learnt, in the order of their numbers: the base classes; all where none is named.
+    """Labels of the training objects, in the order of their class numbers: the base classes; all labels if empty.
     """
     image_size: int = 1024
-    """Pixels of the square in which images are seen."""
+    """Side of the square input, in pixels."""
     jitter_scale: tuple[float, float] = (0.1, 2.0)
-    """Training images are resized by a factor between these, times the size at which they fit, and cut."""
+    """Range of the random resize factor of training images, relative to the size at which they fit the square."""
     flip: float = 0.5
     """Probability of mirroring a training image."""
     most_objects: int = 300
-    """Objects of an image that are learnt from."""
+    """Maximum number of training objects per image."""
 
     def __post_init__(self) -> None:
         require(len(self.levels) >= 1, "levels", self.levels, "one or more")
@@ -106,24 +106,24 @@ class Config:
         self.resize()
 
     def resize(self, train: bool = True) -> RandomResize:
-        """How images are laid into the square."""
+        """The transform of images into the square."""
         if train:
             return RandomResize(size=self.image_size, scale=self.jitter_scale, flip=self.flip)
         return RandomResize(size=self.image_size, scale=(1.0, 1.0), flip=0.0)
 
 
 def norm_layer(kind: str) -> Callable[..., nn.Module]:
-    """What makes a normalisation for a number of channels."""
+    """The function that makes a normalisation layer for a number of channels."""
     if kind == "batch":
         return partial(EmptySafeBatchNorm, momentum=MOMENTUM, eps=EPSILON)
     return _group_norm
 
 
 class EmptySafeBatchNorm(nn.SyncBatchNorm):
-    """torch's batch normalisation over all processes, for a head that may see nothing.
+    """torch's batch normalisation over all processes, for a head whose input may be empty.
 
-    Of an empty input torch sends statistics in the input's type, of others in float32: with bfloat16 a rank whose
-    images show no object would send half of what the others expect.
+    For an empty input torch sends statistics in the input's type, otherwise in float32. With bfloat16, a rank whose
+    images show no object would send half of the bytes that the others expect.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -138,8 +138,8 @@ def _group_norm(channels: int, **place: Any) -> nn.GroupNorm:
 
 @dataclass(frozen=True)
 class Proposed:
-    """Proposals of each image, the best first, ``boxes`` [n, 4] with ``scores`` [n], 0 to 1; and of all anchors, [A,
-    4], their ``logits`` [B, A] and ``moves`` [B, A, 4], A counted by level in ``counts``."""
+    """Proposals of each image sorted by score: ``boxes`` [n, 4] with ``scores`` [n], 0 to 1; and for all ``anchors``
+    [A, 4] their ``logits`` [B, A] and ``moves`` [B, A, 4], where ``counts`` has the number of anchors per level."""
 
     boxes: list[Tensor]
     scores: list[Tensor]
@@ -150,14 +150,14 @@ class Proposed:
 
 
 class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]  # torchvision is not typed
-    """torchvision's, apart into proposing and its loss; the loss is ViLD's."""
+    """torchvision's, split into proposing and the loss; the loss is ViLD's."""
 
     def propose(self, images: Tensor, extents: Sequence[tuple[int, int]], features: Mapping[str, Tensor]) -> Proposed:
         """Proposals inside the ``extents`` (height, width) of images [B, 3, S, S] from their pyramid."""
         levels = list(features.values())
         logits, moves = self.head(levels)
         counts = tuple(level.shape[1] * level.shape[2] * level.shape[3] for level in logits)
-        # The generator makes anchors of the features' type, and in bfloat16 they would be off by pixels.
+        # The generator makes anchors in the features' type; in bfloat16 they would be off by pixels.
         shapes = [level.new_empty((), dtype=torch.float32).expand(level.shape) for level in levels]
         anchors = self.anchor_generator(ImageList(images, list(extents)), shapes)
         logits, moves = concat_box_prediction_layers(logits, moves)
@@ -180,7 +180,7 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]  # torchvisi
         ends = torch.tensor(proposed.counts, device=proposed.logits.device).cumsum(0)
         for logits, moves, boxes, draw in zip(proposed.logits, proposed.moves, targets, draws, strict=True):
             labels, matched = self.assign_targets_to_anchors([proposed.anchors], [{"boxes": boxes}])
-            positive, negative = drawn(labels[0], self.fg_bg_sampler.batch_size_per_image, 0.5, draw)
+            positive, negative = sample_balanced(labels[0], self.fg_bg_sampler.batch_size_per_image, 0.5, draw)
             chosen = torch.cat([positive, negative])
             truth = (torch.arange(len(chosen), device=chosen.device) < len(positive)).float()
             entropy.append(functional.binary_cross_entropy_with_logits(logits[chosen], truth, reduction="sum"))
@@ -190,17 +190,17 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]  # torchvisi
             sums.append(level.T @ errors.sum(dim=1))
             counts.append(level.T @ (wanted != 0).sum(dim=1).to(errors.dtype))
         per_level = torch.stack(sums).sum(dim=0) / average(torch.stack(counts).sum(dim=0))
-        drawn_in_all = len(targets) * self.fg_bg_sampler.batch_size_per_image
-        return {"objectness": torch.stack(entropy).sum() / drawn_in_all, "proposal_box": per_level.sum()}
+        sampled_in_all = len(targets) * self.fg_bg_sampler.batch_size_per_image
+        return {"objectness": torch.stack(entropy).sum() / sampled_in_all, "proposal_box": per_level.sum()}
 
 
 Average = Callable[[Tensor], Tensor]
-"""Counts [n] of a rank to their means over ranks, ones for zeros: what a rank's sums are divided by."""
+"""Counts [n] of a rank to their means over ranks, at least 1: the divisors of a rank's sums."""
 
 
-def drawn(labels: Tensor, count: int, share: float, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Places of ``count`` of the ``labels`` [N] at random: of those that are 1, up to ``share``, the rest of those
-    that are 0; fewer where there are fewer."""
+def sample_balanced(labels: Tensor, count: int, share: float, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Indices of ``count`` of the ``labels`` [N] at random: up to ``share`` of them with label 1, the rest with label
+    0; fewer if there are not enough."""
     priority = torch.rand(len(labels), generator=draw).to(labels.device)
     found = []
     for value, most in ((1, int(count * share)), (0, count)):
@@ -248,11 +248,11 @@ class Network(nn.Module):
 
 
 class Proposals(Method):
-    """Learns to propose regions."""
+    """A method that trains a region proposer."""
 
     batch_keys: ClassVar[tuple[str, ...]] = ("image", "extent", "boxes", "draws")
     registered_as: ClassVar[str] = "proposals"
-    # A detector's sums over many positions round by their largest part, which a small entry of a filter has too.
+    # A detector's sums over many positions round relative to their largest term, also in small entries of a filter.
     parity_tolerance: ClassVar[float] = 5e-5
     config: Config
     model: Network
@@ -260,7 +260,7 @@ class Proposals(Method):
     std: Tensor
 
     def __init__(self, config: Config, description: Mapping[str, str] | None = None) -> None:
-        """``description`` is given when weights are restored afterwards, so none are fetched here."""
+        """``description`` is given if weights are restored afterwards; no weights are downloaded then."""
         super().__init__(config)
         self.model = Network(config, load=description is None)
         self.register_buffer("mean", torch.tensor(FILL).float().view(1, 3, 1, 1), persistent=False)
@@ -273,7 +273,7 @@ class Proposals(Method):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        """Whether timm has the backbone."""
+        """Check that timm has the backbone."""
         known = timm.is_model(config.backbone)
         require(known, "backbone", config.backbone, "a ResNet of timm (timm.list_models('*resnet*'))")
 
@@ -294,11 +294,11 @@ class Proposals(Method):
         return ("image", FIELD)
 
     def readers(self, train: bool, *, seed: int = 0, settings: None = None) -> Sequence[Reader]:
-        """Images in the square, where they lie there, and their objects' boxes."""
+        """Images in the square, their extents there, and their objects' boxes."""
         return [self.reader(train, seed, self.batch_keys)]
 
     def reader(self, train: bool, seed: int, keys: tuple[str, ...], **more: Any) -> DetectionReader:
-        """What reads ``keys`` of the classes that are trained; ``more`` are further fields of the reader."""
+        """A reader of ``keys`` for the training classes; ``more`` are further fields of the reader."""
         config = self.config
         return DetectionReader(
             keys=keys,
@@ -311,7 +311,7 @@ class Proposals(Method):
 
     def training_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The two losses of the proposal network."""
-        # All that a GPU has to answer comes before it is given the network, which it would have to finish first.
+        # Everything that waits for the GPU comes before the network is queued, which would have to finish first.
         draws, extents = generators(batch["draws"]), extents_of(batch["extent"])
         targets = [boxes[real_boxes(boxes)] for boxes in batch["boxes"]]
         images = self.normalised(batch["image"])
@@ -321,9 +321,9 @@ class Proposals(Method):
 
     @torch.no_grad()
     def propose(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Boxes x1, y1, x2, y2 in pixels, float32 [n, 4], and scores [n] of images uint8 [3, H, W], the best first.
+        """Boxes x1, y1, x2, y2 in pixels, float32 [n, 4], and scores [n] of images uint8 [3, H, W], sorted by score.
 
-        On the method's device; in training mode too, statistics of batch normalisation apart.
+        Runs on the method's device; equal in training mode, except for statistics of batch normalisation.
         """
         square, places = self.laid_out(images)
         features = self.model.features(square)
@@ -334,7 +334,7 @@ class Proposals(Method):
         ]
 
     def laid_out(self, images: Sequence[Tensor]) -> tuple[Tensor, list[Placement]]:
-        """Images uint8 [3, H, W], each of its size, as normalised [B, 3, S, S], and where they lie there."""
+        """Images uint8 [3, H, W] of any sizes as normalised [B, 3, S, S], and their placements."""
         resize = self.config.resize(train=False)
         places = [resize.whole(*image.shape[1:]) for image in images]
         squares = [
@@ -343,7 +343,7 @@ class Proposals(Method):
         return self.normalised(torch.stack(squares).to(self.mean.device)), places
 
     def normalised(self, images: Tensor) -> Tensor:
-        """uint8 to float32 of mean 0 and variance 1; what was filled becomes 0."""
+        """uint8 to float32 of mean 0 and variance 1; the fill value becomes 0."""
         return ((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def average(self, counts: Tensor) -> Tensor:
@@ -357,13 +357,13 @@ class Proposals(Method):
 
 
 def real_boxes(boxes: Tensor) -> Tensor:
-    """Bool [N]: which of the boxes [N, 4] are no padding."""
+    """Bool [N]: which of the boxes [N, 4] are not padding."""
     real: Tensor = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     return real
 
 
 def extents_of(extents: Tensor) -> list[tuple[int, int]]:
-    """int64 [B, 2] as torchvision wants it."""
+    """int64 [B, 2] as the list that torchvision expects."""
     return [(height, width) for height, width in extents.tolist()]
 
 
@@ -373,7 +373,7 @@ def generators(draws: Tensor) -> list[torch.Generator]:
 
 
 def unplaced(boxes: Tensor, place: Placement) -> Tensor:
-    """Boxes [n, 4] in the square as boxes in the image, inside it; for a place without a mirror or an offset."""
+    """Boxes [n, 4] in the square to boxes in the image, clipped; for a placement without a mirror or an offset."""
     across, down = place.width / place.scaled[1], place.height / place.scaled[0]
     limits = boxes.new_tensor([place.width, place.height] * 2)
     return torch.minimum((boxes * boxes.new_tensor([across, down] * 2)).clamp(min=0), limits)
@@ -393,7 +393,7 @@ SMALL: dict[str, Any] = {
     "jitter_scale": (0.8, 1.25),
     "most_objects": 20,
 }
-"""For drawn images: minutes on a CPU."""
+"""Preset for drawn images: trains in minutes on a CPU."""
 
 SMALLEST: dict[str, Any] = {
     **SMALL,
@@ -408,5 +408,5 @@ SMALLEST: dict[str, Any] = {
 
 
 def small(**differences: Any) -> Config:
-    """The proposer for drawn images, but for ``differences``."""
+    """The proposer for drawn images, with ``differences``."""
     return replace(Config(**SMALL), **differences)

@@ -2,21 +2,21 @@
 
 Mu, Kirillov, Wagner, Xie, 2021, arXiv 2112.12750
 
-The idea: beside CLIP's loss, pull two strongly augmented crops of the same image together, as SimCLR does (Chen,
-Kornblith, Norouzi, Hinton, 2020, arXiv 2002.05709). Both share the image tower: one view goes to the captions, two
-others to a projection head of their own, which reads the tower's output before CLIP's projection. With unit outputs
-a_i, b_i of the head for the two views of image i, B images and temperature t = 0.1, the loss is
+The idea: in addition to CLIP's loss, pull two strongly augmented crops of an image together, as SimCLR does (Chen,
+Kornblith, Norouzi, Hinton, 2020, arXiv 2002.05709). Both losses share the image tower: one view is compared with the
+captions, two others pass through a projection head, which reads the tower's output before CLIP's projection. With unit
+outputs a_i, b_i of the head for the two views of image i, B images and temperature t = 0.1, the loss is
 
     L = CLIP + c SimCLR,   SimCLR = -1/2B sum_i [ log p(a_i, b_i) + log p(b_i, a_i) ],    c = 1
     p(a_i, b_i) = exp(a_i.b_i / t) / ( sum_j exp(a_i.b_j / t) + sum_(j != i) exp(a_i.a_j / t) )
 
-Over several processes each takes its own rows against the columns of all, gathered with their gradients, and the
-head's batch normalisation sees the rows of all. The head belongs to the comparison, not to the embedding of rows, so
-that gradient caching is exact with towers that do not normalise batches themselves.
+With several processes, each computes its own rows against the columns of all, gathered with their gradients, and the
+head's batch normalisation uses the rows of all. The head is applied in the comparison of embeddings, so that gradient
+caching is exact for towers without batch normalisation.
 
-Left out: the other self-supervised objectives of the paper's ablation; biases of the linear layers that batch
-normalisation would remove again; the random choice of a caption among several (``caption`` names one). The blur is a
-Gaussian of 3 sigma, where the paper's code has Pillow's approximation of one.
+Left out: the other self-supervised objectives of the paper's ablation; biases of the linear layers before batch
+normalisation, which would remove them; the random choice among several captions (``caption`` names one). The blur is a
+Gaussian of 3 sigma, where the paper's code uses Pillow's approximation.
 
 To hold a run against: table 1, 25 epochs of YFCC15M, ImageNet zero-shot / linear / fine-tuned: ViT-S 38.3 / 66.4 /
 80.3, ViT-B 42.8 / 72.1 / 82.6, ViT-L 46.2 / 76.0 / 84.2 (CLIP: 32.7 / 59.3 / 78.2, 37.6 / 66.5 / 80.5, 40.4 / 70.5 /
@@ -44,24 +44,26 @@ from pipeline.models.towers.unprojected import unprojected, unprojected_width
 
 @dataclass(frozen=True, kw_only=True)
 class Config(clip.Config):
-    """CLIP's settings with SLIP's crop, and the self-supervised half, with the paper's values."""
+    """CLIP's settings with SLIP's crop, and the settings of the self-supervised loss, with the paper's values."""
 
     architecture: str = "ViT-B-16"
-    """Any open_clip architecture, clipmill-slip-small or clipmill-slip-large (the paper's ViT-S and ViT-L), or ours."""
+    """open_clip architecture, or one of ours, such as clipmill-slip-small and -large (the paper's ViT-S and ViT-L)."""
     crop: Literal["square", "resized"] = "resized"
+    """Training crop: CLIP's random square, or a box of random area and aspect ratio."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
+    """Range of the area of the crop for captions, as a part of the image, 0 to 1."""
     self_supervision: float = 1.0
     """Weight of the self-supervised loss."""
     ssl_temperature: float = 0.1
-    """Its temperature, which is not learnt."""
+    """Temperature of the self-supervised loss; it is not trained."""
     ssl_hidden: int = 4096
     """Width of the two hidden layers of the projection head."""
     ssl_width: int = 256
-    """Width of its output."""
+    """Output width of the projection head."""
     view_scale: tuple[float, float] = (0.08, 1.0)
-    """Area of the two self-supervised crops, as parts of the image."""
+    """Range of the area of the two self-supervised crops, as a part of the image, 0 to 1."""
     view_flip: float = 0.5
-    """Probability of mirroring one of them."""
+    """Probability of mirroring each self-supervised crop."""
     colours: Colours = field(default_factory=Colours)
 
     def __post_init__(self) -> None:
@@ -77,7 +79,7 @@ class Config(clip.Config):
 class GatheredBatchNorm(nn.Module):
     """Batch normalisation over the rows of all ranks (Ioffe and Szegedy 2015), on any device.
 
-    torch's SyncBatchNorm runs on GPUs only. Here means and variances travel through the method's gather, whose
+    torch's SyncBatchNorm runs on GPUs only. Here means and variances are exchanged by the method's gather, whose
     gradients are those of one process with the whole batch.
     """
 
@@ -116,7 +118,7 @@ class Head(nn.Module):
         self.last = nn.Linear(hidden, output)
 
     def forward(self, features: Tensor, gather: Gather = alone) -> Tensor:
-        """Float [B, width] to float32 [B, output]; normalisation in float32 (float64 stays) whatever autocast says."""
+        """Float [B, width] to float32 [B, output]; normalises in float32 (float64 stays) regardless of autocast."""
         hidden = functional.relu(self.first_norm(_precise(self.first(features)), gather))
         hidden = functional.relu(self.second_norm(_precise(self.second(hidden)), gather))
         return _precise(self.last(hidden))
@@ -126,7 +128,7 @@ class Slip(clip.Clip):
     """CLIP with a self-supervised loss on two further views."""
 
     batch_keys = ("views", "colours", "text")
-    # Gradients before the head's batch normalisation are sums that reach 6 and round by a millionth of that.
+    # Gradients before the head's batch normalisation are sums up to 6, rounded to a millionth of that.
     parity_tolerance = 5e-6
     config: Config
 
@@ -140,7 +142,7 @@ class Slip(clip.Clip):
         return Config(architecture="clipmill-tiny", ssl_hidden=64, ssl_width=32)
 
     def readers(self, train: bool, *, seed: int = 0, settings: TextSettings | None = None) -> Sequence[Reader]:
-        """Three crops from one decoding, the numbers that colour the last two, and captions."""
+        """Three crops from one decoding, the colour parameters of the last two, and captions."""
         config = self.config
         view = openclip.image_transform(self.model, crop="resized", scale=config.view_scale, flip=config.view_flip)
         return [
@@ -150,7 +152,7 @@ class Slip(clip.Clip):
         ]
 
     def embed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """CLIP's features of the first view and the captions; the tower's own features of the two other views."""
+        """CLIP's features of the first view and the captions; the unprojected features of the two other views."""
         views, numbers = batch["views"], batch["colours"]
         with torch.no_grad(), torch.autocast(views.device.type, enabled=False):
             augmented = views[:, 1:].transpose(0, 1).flatten(0, 1).float() / 255
@@ -161,7 +163,7 @@ class Slip(clip.Clip):
         return {**embeddings, "first": first, "second": second}
 
     def targets(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a teacher sees in the first view."""
+        """The teacher's features of the first view."""
         return super().targets({"image": batch["views"][:, 0], "text": batch["text"]})
 
     def compare(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -175,7 +177,7 @@ class Slip(clip.Clip):
 def nt_xent(first: Tensor, second: Tensor, temperature: float, gather: Gather = alone) -> Tensor:
     """SimCLR's loss of two views' unit rows, float [B, D]: the mean over this rank's rows, a scalar.
 
-    A row's negatives are the other images' rows of both views, of all ranks; its own is left out.
+    A row's negatives are the other images' rows of both views, of all ranks; the row itself is left out.
     """
     with torch.autocast(first.device.type, enabled=False):
         all_first, all_second = gather(torch.cat([first, second], dim=1)).chunk(2, dim=1)

@@ -2,41 +2,45 @@
 
 Gu, Lin, Kuo, Cui, 2021, arXiv 2104.13921
 
-The idea: a Mask R-CNN whose classifier are the text vectors of class names, so that it is asked for any names at
-test time. What it sees in a region is taught twice: by the names of base classes (ViLD-text), and by the features that
-CLIP's image tower has of regions that a proposer found, those of things that nobody named among them (ViLD-image). With
-unit embeddings e_r of drawn regions r and e'_s of stored ones, text vectors y_c of the base classes C, a learnt
-background vector y_0 of unit length, CLIP's unit features v_s and temperature t = 0.01 (equations 1 to 5)
+The idea: a Mask R-CNN whose classifier consists of the text vectors of class names, so that it detects any class at
+test time. A region's embedding is trained with the names of base classes (ViLD-text), and with the features of CLIP's
+image tower for regions of a proposer, including unlabelled objects (ViLD-image). With unit embeddings e_r of sampled
+regions r and e'_s of stored ones, text vectors y_c of the base classes C, a learned background vector y_0 of unit
+length, CLIP's unit features v_s and temperature t = 0.01 (equations 1 to 5)
 
     L_text = -1/R sum_r log softmax_c(e_r.y_c / t) at r's class,  c in {0} and C
     L_image = 1/S sum_s |e'_s - v_s|_1
     L = proposals (see proposals.py) + box + mask + L_text + w L_image,    w = 0.5
 
-A region's class is that of the object it covers by more than a half, else 0. Box is the Huber loss of the four moves
-of regions with an object, mask the binary cross-entropy of 28 x 28 pixels; both know no classes. ``mode`` is
+A region's class is that of the object with an overlap of more than a half, else 0. Box is the Huber loss of the four
+offsets of regions with an object, mask the binary cross-entropy of 28 x 28 pixels; both are class-agnostic. ``mode`` is
 
 - ``text``: L_text alone;  ``image``: L_image alone;
 - ``vild``: both, of one embedding;
-- ``ensemble``: both, of an embedding each, with a head each. A region's score for a word is the geometric mean of the
+- ``ensemble``: both losses, each with its own embedding and head. A region's score for a word is the geometric mean of
   text head's p (background among the classes) and the image head's q (not among them), p^(2/3) q^(1/3) for base words,
   p^(1/3) q^(2/3) for novel ones (section 3.4);
-- ``supervised``: a learnt classifier of the base classes, which cannot know another word and scores it with 0.
+- ``supervised``: a learned classifier of the base classes; all other words get a score of 0.
 
 ``image`` has no background: its score is the geometric mean of q and the proposal's objectness, a rule of ours.
 
-Where we differ from the authors' code: classes without boxes are not in the softmax, where it has them with logits of 0
-(``zeroed_classes`` counts them back in); all that moves an image moves its stored regions, where it mirrors images
-and regions by two coins; regions are cut by torchvision's RoIAlign from the levels up to 1/32, and the level at 1/64 is
-torchvision's max-pooling of that at 1/32; linear layers have no batch normalisation, nor has the mask head behind its
-deconvolution. Boxes that cover an object by exactly a half are background, as there.
+Differences from the authors' code:
 
-Left out: the generator of the features (jobs/extract_region_features.py is ours); the larger backbones' recipes, but
-for what Config says.
+- classes without boxes are not in the softmax; there they have logits of 0 (``zeroed_classes`` adds them);
+- an image and its stored regions are mirrored together; there by two independent random numbers;
+- regions are cut by torchvision's RoIAlign from the levels up to 1/32, and the level at 1/64 is torchvision's
+  max-pooling of the level at 1/32;
+- linear layers and the mask head after its deconvolution have no batch normalisation.
+
+As there, boxes that cover an object by exactly a half are background.
+
+Left out: the generator of the features (jobs/extract_region_features.py is ours); the larger backbones' recipes, except
+for the options in Config.
 
 To hold a run against: LVIS v1 mask AP rare / common / frequent / all, ResNet-50: ViLD-text 10.1 / 23.9 / 32.5 / 24.9,
 ViLD 16.1 / 20.0 / 28.3 / 22.5, ViLD-ensemble 16.6 / 24.6 / 30.3 / 25.5 (table 3; the released weights 16.6 / 19.8 /
-28.2 / 22.5 and 18.0 / 24.7 / 30.6 / 25.9). All were made with the vectors of LVIS's synonyms of a class averaged, as
-ours are where the data tell of them (``couch; sofa``).
+28.2 / 22.5 and 18.0 / 24.7 / 30.6 / 25.9). All average the vectors of a class's LVIS synonyms, as this file does for
+synonyms in the data (``couch; sofa``).
 """
 
 import json
@@ -61,7 +65,7 @@ from pipeline.loaders.detection import Placement, StoredRegions
 from pipeline.models import class_vectors, proposals
 from pipeline.models.clip import Clip
 from pipeline.models.detections import Detections, check_words
-from pipeline.models.proposals import drawn, extents_of, generators, norm_layer, real_boxes, unplaced
+from pipeline.models.proposals import extents_of, generators, norm_layer, real_boxes, sample_balanced, unplaced
 from pipeline.models.towers.openclip import WEIGHTS
 from pipeline.models.towers.weights import read_tensors
 from pipeline.shards.objects import names_of, plain_word
@@ -69,11 +73,11 @@ from pipeline.shards.sidecar import Wanted
 from pipeline.shards.storage import Folder
 
 Mode = Literal["text", "image", "vild", "ensemble", "supervised"]
-TAUGHT = ("image", "vild", "ensemble")
-"""Modes that learn from stored features."""
+DISTILLED = ("image", "vild", "ensemble")
+"""Modes that are trained on stored features."""
 NAMED = ("text", "vild", "ensemble")
-"""Modes that learn from text vectors."""
-MOVES = (10.0, 10.0, 5.0, 5.0)  # what the moves of a box are multiplied by, so that they are of about one size
+"""Modes that are trained on text vectors."""
+MOVES = (10.0, 10.0, 5.0, 5.0)  # factors of a box's offsets, which make them similar in size
 FACTS = "vild.json"
 REGIONS_JOB = "jobs/extract_region_features.py"
 
@@ -83,48 +87,51 @@ class Config(proposals.Config):
     """The detector, with the paper's values."""
 
     mode: Mode = "vild"
-    """What it learns from: text, image, vild (both), ensemble (both, apart), or supervised."""
+    """Training targets: text, image, vild (both), ensemble (both, separate heads), or supervised."""
     teacher: str = ""
-    """The CLIP whose text vectors and region features are learnt: ARCHITECTURE:WEIGHTS, where WEIGHTS are a tag, a file
-    or a checkpoint folder, or untrained. The supervised mode needs none."""
+    """CLIP that provides text vectors and region features: ARCHITECTURE:WEIGHTS, where WEIGHTS are a tag, a file, a
+    checkpoint folder, or untrained. Not needed in supervised mode."""
     prompts: tuple[str, ...] = ()
-    """Prompts with {} for a name, and {article} for a or an; open_clip's 80 for ImageNet where none is given."""
+    """Prompts with {} for a name and {article} for a or an; open_clip's 80 for ImageNet if empty."""
     regions: str = "regions"
     """Name of the sidecar with the stored regions."""
     most_regions: int = 300
-    """Stored regions of an image that are learnt from."""
+    """Maximum number of stored regions per image in training."""
     distillation_weight: float = 0.5
-    """w; the paper's ResNet-152 has 1, and 2 in the ensemble."""
+    """Weight w of the distillation loss; the paper's ResNet-152 uses 1, and 2 in the ensemble."""
     temperature: float = 0.01
-    """t."""
+    """Softmax temperature t, more than 0."""
     zeroed_classes: int = 0
     """Classes without boxes that the softmax counts with a logit of 0, as the authors' code does (337 on LVIS)."""
     regions_drawn: int = 512
-    """Regions of each image that the loss counts."""
+    """Regions per image that the loss samples."""
     foreground: float = 0.25
-    """Share of these that may cover an object."""
+    """Maximum part of the sampled regions that cover an object, up to 1."""
     region_size: int = 224
     """Side of a box, in pixels, that is cut from the level at 1/16; half as large from 1/8."""
     crop_samples: int = 2
     """Points, down and across, whose mean is a cell of what is cut; fewer are faster."""
     head_convolutions: tuple[int, ...] = (256, 256, 256, 256)
+    """Channels of the convolutions of a region head."""
     head_layers: tuple[int, ...] = (1024, 1024)
+    """Widths of the linear layers of a region head."""
     masks: bool = True
-    """Learn and find masks."""
+    """Train and predict masks."""
     mask_convolutions: tuple[int, ...] = (256, 256, 256, 256)
+    """Channels of the convolutions of the mask head."""
     mask_cells: int = 112
-    """Grid over an object's box on which its true mask is read."""
+    """Side of the grid over an object's box for its true mask, in cells."""
     detections: int = 300
-    """Detections of an image."""
+    """Maximum number of detections per image."""
     detection_overlap: float = 0.5
-    """Intersection over union from which on the worse of two detections of a class is removed."""
+    """Intersection over union above which non-maximum suppression removes the lower-scoring box of a class, up to 1."""
     candidates: int = 10_000
-    """Scores of an image, the best of all regions and words, that become detections before that."""
+    """Highest scores per image, over all regions and words, before non-maximum suppression."""
     base_share: float = 2 / 3
-    """Exponent of the text head's score for base words in an ensemble, and of the image head's for novel ones."""
+    """Exponent of the text head's score for base words in the ensemble, and of the image head's for novel words."""
     start_from: str = ""
-    """Checkpoint folder of a proposer, or a file of its weights: backbone and proposal head are begun with these; the
-    paper begins at random."""
+    """Checkpoint folder of a proposer, or a file of its weights, to initialise the backbone and the proposal head; the
+    paper starts from random weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,7 +156,7 @@ class Config(proposals.Config):
 
 
 class Branch(nn.Module):
-    """A head over crops of the pyramid and, where it is compared with CLIP, its projection to CLIP's space."""
+    """A head over crops of the pyramid and, if it is compared with CLIP, a projection to CLIP's space."""
 
     def __init__(self, config: Config, width: int) -> None:
         super().__init__()
@@ -159,7 +166,8 @@ class Branch(nn.Module):
         self.project = nn.Linear(layers[-1], width) if width else None
 
     def forward(self, crops: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, C, 7, 7] to hidden features [N, H] and unit embeddings, float32 [N, D] (what is hidden without them)."""
+        """[N, C, 7, 7] to hidden features [N, H] and unit embeddings, float32 [N, D] (the hidden features without a
+        projection)."""
         hidden: Tensor = self.head(crops)
         if self.project is None:
             return hidden, hidden.float()
@@ -168,9 +176,9 @@ class Branch(nn.Module):
 
 @dataclass(frozen=True)
 class SampledRegions:
-    """The drawn regions of one image: ``boxes`` [n, 4], ``labels`` [n], 0 for background, else class + 1, ``matched``
-    [n], the number of the object that each covers, and ``truth`` [n, 4], its box; the last two mean nothing for
-    background."""
+    """The sampled regions of one image: ``boxes`` [n, 4], ``labels`` [n], 0 for background, else class + 1,
+    ``matched`` [n], the index of each region's object, and ``truth`` [n, 4], its box; the last two are undefined
+    for background."""
 
     boxes: Tensor
     labels: Tensor
@@ -179,7 +187,7 @@ class SampledRegions:
 
 
 class Vild(proposals.Proposals):
-    """Detects what words name."""
+    """A detector for any class names."""
 
     batch_keys: ClassVar[tuple[str, ...]] = ("image", "extent", "boxes", "labels", "draws")
     registered_as: ClassVar[str] = "vild"
@@ -187,11 +195,11 @@ class Vild(proposals.Proposals):
     vectors: Tensor
 
     def __init__(self, config: Config, description: Mapping[str, str] | None = None) -> None:
-        """``description`` is given when weights are restored afterwards: the teacher is not loaded then."""
+        """``description`` is given if weights are restored afterwards; the teacher is not loaded then."""
         _check_complete(config)
         super().__init__(config, description)
         self._load_start(description is None)
-        vectors, self.teacher_digest = self._taught_vectors(description)
+        vectors, self.teacher_digest = self._teacher_vectors(description)
         self.register_buffer("vectors", vectors)
         width, hidden = vectors.shape[1], config.head_layers[-1]
         names = [str(number) for number in range(len(config.levels))]
@@ -210,7 +218,7 @@ class Vild(proposals.Proposals):
 
     @classmethod
     def smallest(cls) -> Config:
-        """An ensemble with masks, of a teacher that knows nothing."""
+        """An ensemble with masks and an untrained teacher."""
         return Config(
             **proposals.SMALLEST,
             **SMALL_HEADS,
@@ -222,7 +230,7 @@ class Vild(proposals.Proposals):
 
     @classmethod
     def check(cls, config: proposals.Config) -> None:
-        """As for the proposer, and whether there are classes and a teacher."""
+        """Like the proposer's check; also requires classes and a teacher."""
         super().check(config)
         assert isinstance(config, Config)
         _check_complete(config)
@@ -230,29 +238,30 @@ class Vild(proposals.Proposals):
             class_vectors.check(config.teacher)
 
     def description(self) -> Mapping[str, str]:
-        """What is known of the teacher without it."""
+        """The teacher's metadata, which a checkpoint stores."""
         return {FACTS: json.dumps({"width": self.vectors.shape[1], "teacher": self.teacher_digest})}
 
     @classmethod
     def sidecars(cls, config: proposals.Config, settings: None = None) -> Sequence[Wanted]:
-        """The stored regions, in the modes that are trained on them."""
+        """The stored regions, in modes that are trained on them."""
         assert isinstance(config, Config)
-        return [Wanted(name=config.regions, job=REGIONS_JOB)] if config.mode in TAUGHT else []
+        return [Wanted(name=config.regions, job=REGIONS_JOB)] if config.mode in DISTILLED else []
 
     def readers(self, train: bool, *, seed: int = 0, settings: None = None) -> Sequence[Reader]:
-        """As for the proposer, and labels, masks and stored regions, as far as the mode has a use for them."""
+        """Like the proposer's, and the labels, masks and stored regions that the mode needs."""
         config, regions = self.config, None
         keys = [*self.batch_keys, *(["masks"] if config.masks else [])]
-        if config.mode in TAUGHT:
+        if config.mode in DISTILLED:
             wanted = Wanted(name=config.regions, job=REGIONS_JOB, facts={"teacher": self.teacher_digest})
             regions = StoredRegions(wanted=wanted, width=self.vectors.shape[1], most=config.most_regions)
             keys += ["region_boxes", "region_features"]
         return [self.reader(train, seed, tuple(keys), mask_cells=config.mask_cells, regions=regions)]
 
     def training_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The losses of proposals, boxes, masks and of what the mode learns."""
-        # All that a GPU has to answer comes before it is given the network, which it would have to finish first.
-        draws, extents, taught = generators(batch["draws"]), extents_of(batch["extent"]), self._taught(batch)
+        """The losses of proposals, boxes, masks and the mode's targets."""
+        # Everything that waits for the GPU comes before the network is queued, which would have to finish first.
+        draws, extents = generators(batch["draws"]), extents_of(batch["extent"])
+        stored = self._distillation_targets(batch)
         real = [real_boxes(boxes) for boxes in batch["boxes"]]
         targets = [boxes[kept] for boxes, kept in zip(batch["boxes"], real, strict=True)]
         labels = [some[kept] for some, kept in zip(batch["labels"], real, strict=True)]
@@ -262,7 +271,7 @@ class Vild(proposals.Proposals):
         losses = self.model.proposer.losses(proposed, targets, draws, self.average)
         regions = [self._draw(*one) for one in zip(proposed.boxes, targets, labels, draws, strict=True)]
         masks = None if self.mask is None else self._mask_loss(features, regions, targets, batch["masks"])
-        return losses | self._region_losses(features, regions, taught, masks)
+        return losses | self._region_losses(features, regions, stored, masks)
 
     def _region_losses(
         self,
@@ -271,26 +280,26 @@ class Vild(proposals.Proposals):
         stored: tuple[list[Tensor], Tensor],
         masks: Tensor | None,
     ) -> dict[str, Tensor]:
-        """``stored`` as :meth:`_taught` gives it; ``masks`` is what :meth:`_mask_loss` summed."""
+        """``stored`` is the result of :meth:`_distillation_targets`; ``masks`` the sum of :meth:`_mask_loss`."""
         labels = torch.cat([one.labels for one in regions])
         truth = torch.cat([one.truth for one in regions])
-        taught, wanted = stored
+        stored_boxes, wanted = stored
         sizes = labels.new_tensor([len(labels), int((labels > 0).sum()), len(wanted)]).float()
-        drawn_count, covering, taught_count = self.average(sizes)
+        sampled_count, covering, stored_count = self.average(sizes)
         crops = self._cut(self.crop, features, [one.boxes for one in regions])
-        taught_crops = self._cut(self.crop, features, taught)
+        stored_crops = self._cut(self.crop, features, stored_boxes)
         if self.image_branch is None:
-            hidden, embedding = self.branch(torch.cat([crops, taught_crops]))
+            hidden, embedding = self.branch(torch.cat([crops, stored_crops]))
             hidden, (embedding, student) = hidden[: len(labels)], embedding.split([len(labels), len(wanted)])
         else:
-            (hidden, embedding), (_, student) = self.branch(crops), self.image_branch(taught_crops)
+            (hidden, embedding), (_, student) = self.branch(crops), self.image_branch(stored_crops)
         losses = {}
         with torch.autocast(hidden.device.type, enabled=False):
             if self.config.mode != "image":
                 logits = self._logits(hidden, embedding)
-                losses["class"] = class_loss(logits, labels, self.config.zeroed_classes) / drawn_count
-            if self.config.mode in TAUGHT:
-                distance = distillation_loss(student, wanted) / taught_count
+                losses["class"] = class_loss(logits, labels, self.config.zeroed_classes) / sampled_count
+            if self.config.mode in DISTILLED:
+                distance = distillation_loss(student, wanted) / stored_count
                 losses["distillation"] = self.config.distillation_weight * distance
             boxes = torch.cat([one.boxes for one in regions])
             moves = self.box(hidden.float())
@@ -298,19 +307,21 @@ class Vild(proposals.Proposals):
         return losses if masks is None else losses | {"mask": masks / covering}
 
     def _draw(self, proposed: Tensor, boxes: Tensor, labels: Tensor, draw: torch.Generator) -> SampledRegions:
-        """Regions of one image among its proposals and the boxes of its objects."""
+        """Sampled regions of one image from its proposals and the boxes of its objects."""
         candidates = torch.cat([proposed, boxes])
         best, matched = candidates.new_zeros(len(candidates)), labels.new_zeros(len(candidates))
         classes, truth = matched, candidates
         if len(boxes):
             best, matched = box_iou(boxes, candidates).max(dim=0)
             classes, truth = torch.where(best > 0.5, labels[matched] + 1, 0), boxes[matched]
-        places = torch.cat(drawn((best > 0.5).long(), self.config.regions_drawn, self.config.foreground, draw))
+        places = torch.cat(
+            sample_balanced((best > 0.5).long(), self.config.regions_drawn, self.config.foreground, draw)
+        )
         return SampledRegions(candidates[places], classes[places], matched[places], truth[places])
 
-    def _taught(self, batch: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
+    def _distillation_targets(self, batch: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
         """The stored regions that the images show: their boxes, and all their features [S, D]."""
-        if self.config.mode not in TAUGHT:
+        if self.config.mode not in DISTILLED:
             return [batch["boxes"].new_zeros(0, 4) for _ in batch["boxes"]], batch["boxes"].new_zeros(0, 0)
         real = [real_boxes(boxes) for boxes in batch["region_boxes"]]
         boxes = [boxes[kept] for boxes, kept in zip(batch["region_boxes"], real, strict=True)]
@@ -318,10 +329,10 @@ class Vild(proposals.Proposals):
         return boxes, torch.cat([some.float() for some in features])
 
     def _logits(self, hidden: Tensor, embedding: Tensor, vectors: Tensor | None = None) -> Tensor:
-        """[N, 1 + C]: background, then the base classes, or those of ``vectors``."""
+        """[N, 1 + C]: background, then the base classes or the classes of ``vectors``."""
         if self.classifier is not None:
-            learnt: Tensor = self.classifier(hidden.float())
-            return learnt
+            learned: Tensor = self.classifier(hidden.float())
+            return learned
         assert self.background is not None
         background = functional.normalize(self.background, dim=0)
         classes = torch.cat([background[None], self.vectors if vectors is None else vectors])
@@ -334,7 +345,7 @@ class Vild(proposals.Proposals):
         targets: Sequence[Tensor],
         masks: Tensor,
     ) -> Tensor:
-        """Summed over regions that cover an object, averaged over pixels."""
+        """Summed over regions with an object, averaged over pixels."""
         chosen = [one.labels > 0 for one in regions]
         boxes = [one.boxes[kept] for one, kept in zip(regions, chosen, strict=True)]
         logits = self._mask_logits(features, boxes)
@@ -352,7 +363,7 @@ class Vild(proposals.Proposals):
         return logits[:, 0].float()
 
     def _cut(self, crop: MultiScaleRoIAlign, features: Mapping[str, Tensor], boxes: list[Tensor]) -> Tensor:
-        """Crops [N, C, cells, cells]; all images are as large as the square, whatever they show."""
+        """Crops [N, C, cells, cells]; all images have the size of the square."""
         sizes = [(self.config.image_size,) * 2 for _ in boxes]
         crops: Tensor = crop(dict(features), boxes, sizes)
         return crops
@@ -363,8 +374,8 @@ class Vild(proposals.Proposals):
     ) -> list[Detections]:
         """See :class:`~pipeline.models.detections.Detector`.
 
-        A word that is none of the training classes is given to the teacher's text tower, which is loaded for the first
-        such word.
+        Words that are not training classes are encoded by the teacher's text tower, which is loaded when it is first
+        needed.
         """
         check_words(words, base)
         known = {plain_word(word) for word in (self.config.class_names if base is None else base)}
@@ -432,11 +443,11 @@ class Vild(proposals.Proposals):
         return list(found.split([len(some) for some in boxes]))
 
     def word_vectors(self, words: Sequence[str]) -> Tensor:
-        """Unit text vectors [W, D]: those of the training classes are stored, by their first names and by all; the
-        teacher makes the others, a class with other synonyms than it was trained with among them.
+        """Unit text vectors [W, D]. Those of the training classes are stored, by their first names and by all synonyms;
+        the teacher encodes other words, and training classes with other synonyms.
 
         Raises:
-            SettingError: the teacher's weights are not those that this was trained with.
+            SettingError: the teacher's weights differ from those of the training.
         """
         known: dict[tuple[str, ...], Tensor] = {}
         for name, vector in zip(self.config.class_names, self.vectors, strict=True):
@@ -453,8 +464,8 @@ class Vild(proposals.Proposals):
         known |= {names: vector.to(self.vectors.device) for names, vector in self._learnt.items()}
         return torch.stack([known[asked[word]] for word in words])
 
-    def _taught_vectors(self, description: Mapping[str, str] | None) -> tuple[Tensor, str]:
-        """The vectors of the base classes, and the teacher's digest; zeros where a checkpoint will bring them."""
+    def _teacher_vectors(self, description: Mapping[str, str] | None) -> tuple[Tensor, str]:
+        """The vectors of the base classes, and the teacher's digest; zeros if a checkpoint provides them."""
         config = self.config
         if description is not None:
             facts = json.loads(description[FACTS])
@@ -487,7 +498,7 @@ class Vild(proposals.Proposals):
 
 
 def _check_complete(config: Config) -> None:
-    """What a config of a preset may lack."""
+    """Require the options that a preset may leave empty."""
     require(bool(config.class_names), "class_names", config.class_names, "the names of the base classes")
     needed = config.mode != "supervised"
     require(bool(config.teacher) or not needed, "teacher", config.teacher, f"a CLIP, for mode {config.mode}")
@@ -510,7 +521,7 @@ def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def box_loss(moves: Tensor, boxes: Tensor, truth: Tensor, covering: Tensor, coder: BoxCoder) -> Tensor:
-    """The Huber loss of moves [N, 4] of ``boxes`` to the ``truth``, of those that are ``covering`` an object.
+    """The Huber loss of offsets ``moves`` [N, 4] of ``boxes`` to the ``truth``, for boxes ``covering`` an object.
 
     Summed over boxes, averaged over the four moves.
     """
@@ -519,9 +530,9 @@ def box_loss(moves: Tensor, boxes: Tensor, truth: Tensor, covering: Tensor, code
 
 
 def mask_targets(masks: Tensor, objects: Tensor, boxes: Tensor, matched: Tensor, cells: int) -> Tensor:
-    """What ``boxes`` [n, 4] show of the masks of the objects ``matched`` [n]: 0 and 1, float32 [n, cells, cells].
+    """The masks of the objects ``matched`` [n] inside ``boxes`` [n, 4]: 0 and 1, float32 [n, cells, cells].
 
-    ``masks`` are uint8 [N, m, m], each on a grid over its box in ``objects`` [N, 4]; outside of it there is nothing.
+    ``masks`` are uint8 [N, m, m], each on a grid over its box in ``objects`` [N, 4]; 0 outside the box.
     """
     theirs = objects[matched]
     scale = masks.shape[-1] / (theirs[:, 2:] - theirs[:, :2]).clamp(min=1e-3)
@@ -533,8 +544,8 @@ def mask_targets(masks: Tensor, objects: Tensor, boxes: Tensor, matched: Tensor,
 
 
 def ensemble(by_text: Tensor, by_image: Tensor, is_base: Tensor, share: float = 2 / 3) -> Tensor:
-    """The geometric mean of scores [N, W]: a ``share`` of the text head's for base words, of the image head's for the
-    others (section 3.4)."""
+    """The geometric mean of scores [N, W]: the text head has the exponent ``share`` for base words, the image head for
+    the others (section 3.4)."""
     weight = torch.where(is_base, share, 1 - share)
     mean: Tensor = by_text**weight * by_image ** (1 - weight)
     return mean
@@ -551,4 +562,4 @@ SMALL_HEADS: dict[str, Any] = {
     "most_regions": 24,
     "detections": 50,
 }
-"""For drawn images: see ``proposals.SMALL``."""
+"""Preset for drawn images: see ``proposals.SMALL``."""

@@ -1,1 +1,1 @@
-"""Whole workflows that jobs call; the top floor, which may import every other folder."""
+"""Whole workflows that jobs call; the top layer, which may import every other folder."""

@@ -1,4 +1,4 @@
-"""A small drawn snapshot, for smoke presets and for jobs that draw the data they are not given."""
+"""A small drawn snapshot, for smoke presets and for jobs without given data."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ def drawn_snapshot(
     workers: Workers = IN_PROCESS,
     card: str | None = "drawn",
 ) -> Snapshot:
-    """``samples`` drawn images of 64 pixels a side in ``folder``; what is there is kept."""
+    """``samples`` drawn images of 64 pixels a side in ``folder``; existing data are kept."""
     options = replace(AS_IT_IS, number_sample_per_shard=rows_per_shard)
     source = open_source({"kind": "drawn", "samples": samples, "size": 64})
     return refresh(source, folder, options, workers, card=card)

@@ -1,7 +1,7 @@
-"""Evaluate a checkpoint and record the result in the run that made it, from any process.
+"""Evaluate a checkpoint and record the result in its training run, from any process.
 
-The training ranks write a checkpoint and go on; whoever follows them (a Ray task, a spawned process) calls
-:func:`evaluate_checkpoint` with the checkpoint's address and gets numbers back. All arguments pickle.
+The training ranks write a checkpoint and continue. A follower's Ray task or process calls :func:`evaluate_checkpoint`
+with the checkpoint's address and gets the metrics. All arguments pickle.
 
     Follower(output_folder, CheckpointEvaluation(evaluations=evaluations, run=tracker.handle), record)
 """
@@ -28,16 +28,16 @@ def evaluate_checkpoint(
     """The metrics of ``checkpoint``, also logged into ``run`` at ``step``.
 
     Args:
-        checkpoint: what :func:`pipeline.evaluation.models.load_any` takes.
-        evaluations: which sets.
+        checkpoint: an address of :func:`pipeline.evaluation.models.load_any`.
+        evaluations: the sets.
         run: the MLflow run to write into, or none.
-        step: the step that the checkpoint was made at.
-        device: where to run the model, ``cpu``, ``cuda`` or ``auto``.
-        figures: also log similarity matrices and examples of the retrieval sets, and what is found in detection sets.
-        prepared: ``evaluations.prepare()``, where the caller has done it already.
+        step: the checkpoint's step.
+        device: the model's device, ``cpu``, ``cuda`` or ``auto``.
+        figures: also log similarity matrices and examples of retrieval sets, and detections of detection sets.
+        prepared: ``evaluations.prepare()``, if the caller has it already.
 
     Raises:
-        SettingError: an unknown set or checkpoint, or one that cannot do what a set needs.
+        SettingError: an unknown set or checkpoint, or a model that does not support a set's task.
         DataError: damaged data.
     """
     ready = prepared or evaluations.prepare()
@@ -54,7 +54,7 @@ def evaluate_checkpoint(
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointEvaluation:
-    """:func:`evaluate_checkpoint` with everything but the checkpoint and its step decided; it pickles."""
+    """:func:`evaluate_checkpoint` with all arguments except the checkpoint and its step; it pickles."""
 
     evaluations: Evaluations
     run: RunHandle | None = None
@@ -62,7 +62,7 @@ class CheckpointEvaluation:
     figures: bool = True
 
     def __call__(self, checkpoint: str, step: int) -> dict[str, float]:
-        """The metrics of the checkpoint at an address, made at a step."""
+        """The metrics of the checkpoint at an address, of a step."""
         return evaluate_checkpoint(
             checkpoint, self.evaluations, self.run, step, device=self.device, figures=self.figures
         )

@@ -1,9 +1,8 @@
-"""Trials of few-shot adaptation: one method, data set, number of shots and seed each, all done once and side by side.
+"""Trials of few-shot adaptation: one method, data set, number of shots and seed each, each run once, in parallel.
 
-A data set is prepared once for all trials: the images that any seed draws, and the test images, become two small
-snapshots below the output folder, with their raw features as sidecars where a method reads these. A trial reads them,
-trains, tests, and leaves one JSON file, written last; a trial whose file is there and says the same settings is not
-run again.
+A data set is prepared once for all trials. The images that any seed samples, and the test images, become two small
+snapshots below the output folder, with their raw features as sidecars if a method reads these. A trial reads them,
+trains, tests, and writes one JSON file at the end. A trial with a file of the same settings is not run again.
 """
 
 import hashlib
@@ -66,7 +65,7 @@ VIEW_BATCH = 32
 
 @dataclass(frozen=True)
 class Spec:
-    """A method with the settings that differ from its paper's: ``coop``, or ``coop:class_specific=true,epochs=50``."""
+    """A method with overrides of its paper's values: ``coop``, or ``coop:class_specific=true,epochs=50``."""
 
     text: str
     method: str
@@ -74,7 +73,7 @@ class Spec:
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, protocol: Protocol, shots: int, data_set: str) -> tuple[Any, AdaptRecipe | None]:
-        """The ``Config`` and the recipe; raises ``SettingError`` for values that they refuse."""
+        """The ``Config`` and the recipe; raises ``SettingError`` for invalid values."""
         kind = RECIPES[protocol]
         config = paper_config(self.method, kind)
         plain = {one.name: getattr(config, one.name) for one in fields(config)} | dict(self.config)
@@ -86,7 +85,7 @@ class Spec:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One run of one method. ``shots`` is 0 for zero-shot, which has no use for any."""
+    """One run of one method. ``shots`` is 0 for zero-shot, which uses none."""
 
     protocol: Protocol
     method: str
@@ -96,14 +95,14 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """``coop-drawn_shapes-16-shots-seed-1``, fit for a file."""
+        """``coop-drawn_shapes-16-shots-seed-1``, valid as a file name."""
         words = re.sub(r"[^\w.]+", "-", self.method).strip("-")
         return f"{words}-{self.data}-{self.shots}-shots-seed-{self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What came of a trial.
+    """The result of a trial.
 
     ``scores`` holds, for each set of images and classes, ``top1`` and ``mean_per_class`` (0 to 1), ``right`` and
     ``seen`` (images); base-to-new has ``base``, ``new`` and the ``top1`` of their harmonic mean under ``harmonic``.
@@ -120,20 +119,20 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """A data set with its images at hand: snapshots of what is drawn, if anything is, and of what is tested on."""
+    """A data set with local images: snapshots of the sampled images, if any, and of the test images."""
 
     data: DataSet
     drawn: str
     rows: Mapping[tuple[str, int], int]
-    """Of each drawn image, by part and number: its row in the snapshot ``drawn``."""
+    """Row in the snapshot ``drawn`` of each sampled image, by part and number."""
     tested: str
 
 
 def parse_spec(text: str) -> Spec:
-    """Read what a user wrote as a method.
+    """Parse a method with its overrides.
 
     Raises:
-        SettingError: an unknown method, a setting that neither its config nor its recipe has, or no value for it.
+        SettingError: an unknown method, an unknown option of its config and recipe, or an invalid value.
     """
     method, _, settings = text.partition(":")
     kind = adapter_class(method)
@@ -150,7 +149,7 @@ def parse_spec(text: str) -> Spec:
 def plan_trials(
     protocol: Protocol, specs: Sequence[Spec], data: Sequence[str], shots: Sequence[int], seeds: Sequence[int]
 ) -> list[Trial]:
-    """All trials; zero-shot has one for each data set, since nothing is drawn for it."""
+    """All trials; zero-shot has one for each data set, because it samples nothing."""
     trials = []
     for name, spec in product(data, specs):
         grid = [(0, seeds[0])] if spec.method == ZERO_SHOT else product(shots, seeds)
@@ -162,10 +161,10 @@ def plan_trials(
 
 @cache
 def frozen_clip(checkpoint: str, device: str) -> FrozenClip:
-    """The CLIP at ``checkpoint``, kept for the trials that this process runs.
+    """The CLIP at ``checkpoint``, cached for this process's trials.
 
     Raises:
-        SettingError: no such checkpoint, or no CLIP.
+        SettingError: no such checkpoint, or not a CLIP.
     """
     model = load_model(checkpoint, device)
     require(isinstance(model, Clip), "model", checkpoint, "a CLIP")
@@ -174,20 +173,20 @@ def frozen_clip(checkpoint: str, device: str) -> FrozenClip:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """What a trial gets: a task's share of the cluster, or some workers of Ray Train, which share its classes."""
+    """The resources of a trial: a task's share of the cluster, or workers of Ray Train that share its classes."""
 
     device: str = "auto"
     gpus: float = 0.0
     """Part of a GPU for each trial's task."""
     workers: int = 1
-    """More than one: each trial on so many, with a GPU each where the device is one, and one trial after the other."""
+    """If more than 1, trials run one after the other, each on this many workers, with a GPU each on GPU devices."""
 
 
 def find_place(device: str, gpus: float, per_trial: int, workers: Workers) -> Place:
-    """Where trials compute: on GPUs where ``device`` is ``auto`` and the cluster has some.
+    """The device and resources of the trials: GPUs if ``device`` is ``auto`` and the cluster has some.
 
     Raises:
-        SettingError: ``device`` is ``cuda`` and there is none.
+        SettingError: ``device`` is ``cuda`` and there is no GPU.
     """
     if workers.processes_count == 0 and per_trial == 1:
         here = torch.cuda.is_available()
@@ -209,8 +208,8 @@ def check(
     """Build the method once, before anything is embedded or trained.
 
     Raises:
-        SettingError: class names that it refuses, a prompt that is too long, classes that it cannot be bound to, or
-            fewer classes than ``workers`` that share them.
+        SettingError: invalid class names, a too long prompt, classes that the method cannot be bound to, or fewer
+            classes than ``workers`` that share them.
     """
     config, _ = spec.build(trial.protocol, trial.shots, trial.data)
     classes = data.classes
@@ -236,12 +235,12 @@ def prepare(
     workers: Workers,
     use_gpu: bool | None = None,
 ) -> Ready:
-    """Fetch the images of all ``drawings`` and of the test, and embed them; what is there already is kept.
+    """Read the images of all ``drawings`` and of the test, and embed them; existing results are kept.
 
-    ``embedder`` brings the views of drawn images; ``None`` where no method reads features.
+    ``embedder`` computes the views of sampled images; ``None`` if no method reads features.
 
     Raises:
-        DataError: an image that the split lists cannot be read: other shots would not be the papers'.
+        DataError: an image of the split cannot be read; other shots would differ from the papers'.
     """
     wanted = sorted({one for drawing in drawings for one in (*drawing.train, *drawing.validation)})
     parts = [part for part in data.sources if part != "test"]
@@ -257,30 +256,30 @@ def prepare(
 
 
 def test_embedder(embedder: LoadEmbedder) -> LoadEmbedder:
-    """The same model, for images that are tested on: the plain view alone."""
+    """The same model for test images, with the plain view only."""
     return replace(embedder, views=Views(views=0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRunner:
-    """Runs trials in whatever process it is taken to; it pickles."""
+    """Runs trials in any process; it pickles."""
 
     embedder: LoadEmbedder
     ready: Mapping[str, Ready]
-    """By name: the data sets to learn from, and those that are only tested on."""
+    """By name: the training data sets, and those for testing only."""
     specs: Mapping[str, Spec]
     targets: tuple[str, ...]
-    """Data sets that are tested on besides the one learned from, where the protocol has any."""
+    """Test data sets besides the training one, if the protocol has any."""
     output: str
     clip: str
     """SHA-256 of the weights of CLIP."""
     keep_adapters: bool = True
-    """Keep what the trials learned."""
+    """Save the trained tensors of each trial."""
 
     def __call__(self, trial: Trial) -> str:
-        """Run ``trial`` unless its result is there; gives the name of the result's file.
+        """Run ``trial`` unless its result exists; returns the name of the result's file.
 
-        In a process group all ranks call, the classes that are learned are spread over them, and the first one writes.
+        In a process group all ranks must call; they share the learned classes, and the first one writes.
         """
         file = f"{trial.name}.json"
         if self.finished(trial) is None:
@@ -290,11 +289,11 @@ class TrialRunner:
         return file
 
     def at(self, device: str) -> "TrialRunner":
-        """The same on ``device``."""
+        """The same runner on ``device``."""
         return replace(self, embedder=replace(self.embedder, device=device))
 
     def finished(self, trial: Trial) -> Result | None:
-        """The result of ``trial``, where it is there and of these settings."""
+        """The result of ``trial``, if it exists with the same settings."""
         file = f"{trial.name}.json"
         try:
             result = from_plain(Result, json.loads(self._results.read_text(file)), self._results.join(file))
@@ -307,7 +306,7 @@ class TrialRunner:
         return Folder(self.output).folder("trials")
 
     def settings(self, trial: Trial) -> str:
-        """SHA-256 of all that decides the result."""
+        """SHA-256 of everything that determines the result."""
         config, recipe = self.specs[trial.method].build(trial.protocol, trial.shots, trial.data)
         listed = [_digest(self.ready[name]) for name in (trial.data, *self.targets)]
         anywhere = replace(self.embedder, device="auto")
@@ -315,7 +314,7 @@ class TrialRunner:
         return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
     def run(self, trial: Trial, settings: str = "") -> Result:
-        """Learn and test."""
+        """Train and test."""
         began = time.monotonic()
         spec, ready = self.specs[trial.method], self.ready[trial.data]
         clip = frozen_clip(self.embedder.checkpoint, self.embedder.device)
@@ -368,7 +367,7 @@ class TrialRunner:
         return {name: _counts(one) for name, one in found.items()}
 
     def _drawn(self, ready: Ready, wanted: Sequence[tuple[str, int]], reads: str, views: bool) -> Labelled:
-        """The images ``wanted``; of their features the random crops, where there are some, or the plain view."""
+        """The images ``wanted``; of their features the random crops if available, or the plain view."""
         labels = torch.tensor([ready.data.labels[part][number] for part, number in wanted])
         rows = [ready.rows[one] for one in wanted]
         if reads == "pixels":
@@ -378,7 +377,7 @@ class TrialRunner:
         return Labelled(labels=labels, features=few[:, 1:] if views and few.shape[1] > 1 else few[:, :1])
 
     def _tested(self, ready: Ready, adapter: Adapter, classes: Sequence[int] | None = None) -> Labelled:
-        """The test images of ``classes``, which count from 0 here; of all, where none are given."""
+        """The test images of ``classes``, renumbered from 0; all of them if none are given."""
         labels = torch.tensor(ready.data.labels["test"])
         kept = range(len(ready.data.classes)) if classes is None else classes
         rows = ((labels >= kept[0]) & (labels <= kept[-1])).nonzero().flatten()
@@ -397,14 +396,14 @@ def run_trials(
     place: Place,
     done: Callable[[Result], None] | None = None,
 ) -> list[Result]:
-    """The results of all ``trials`` in their order; each is told to ``done`` when it is there."""
+    """The results of all ``trials`` in order; calls ``done`` with each when it is available."""
     runner = runner.at(place.device)
     results: dict[int, Result] = {}
     for number in _run(runner, trials, workers, place):
         result = runner.finished(trials[number])
         if result is None:
             file = f"{runner.output}/trials/{trials[number].name}.json"
-            raise DataError(f"{file} has gone, or was written by another run in the same folder")
+            raise DataError(f"{file} is missing, or was written by another run in the same folder")
         results[number] = result
         logger.info("%d of %d trials: %s, %s", len(results), len(trials), trials[number].name, _short(result))
         if done is not None:
@@ -413,7 +412,7 @@ def run_trials(
 
 
 def _run(runner: TrialRunner, trials: Sequence[Trial], workers: Workers, place: Place) -> Iterator[int]:
-    """The numbers of trials, each when its result is there."""
+    """The numbers of trials, each when its result is available."""
     if place.workers == 1:
         yield from (number for number, _ in run_tasks(runner, trials, workers, place.gpus))
         return
@@ -424,12 +423,12 @@ def _run(runner: TrialRunner, trials: Sequence[Trial], workers: Workers, place: 
 
 
 def _one_of_many(runner: TrialRunner, trial: Trial, device: torch.device) -> None:
-    """What each of the workers of one trial does."""
+    """The function of each worker of one trial."""
     runner.at(device.type)(trial)
 
 
 class _StoredImages(Sequence[bytes]):
-    """Encoded images of some rows of a snapshot, read when they are asked for."""
+    """Encoded images of some rows of a snapshot, read on demand."""
 
     def __init__(self, samples: Samples, rows: Sequence[int]) -> None:
         self._samples, self._rows = samples, rows
@@ -448,13 +447,13 @@ class _StoredImages(Sequence[bytes]):
 
 
 def _snapshot(source: Source, folder: Folder, name: str, rows: int, workers: Workers) -> str:
-    """The rows of ``source`` as a snapshot below ``folder``, in a place named by what they are."""
+    """The rows of ``source`` as a snapshot below ``folder``, at a path derived from their content."""
     digest = hashlib.sha256(repr(source).encode()).hexdigest()[:12]
     place = folder.folder(f"{name}-{digest}")
     options = ShardOptions(images=UNTOUCHED, number_sample_per_shard=ROWS_PER_SHARD)
     made = refresh(source, place, options, workers)
     if made.samples != rows:
-        raise DataError(f"{place.uri} has {made.samples} of {rows} images, {made.dropped}: the split wants them all")
+        raise DataError(f"{place.uri} has {made.samples} of {rows} images, {made.dropped}: the split needs all of them")
     return place.uri
 
 
@@ -465,7 +464,7 @@ def _embed(uri: str, embedder: LoadEmbedder | None, workers: Workers, use_gpu: b
 
 
 def _sidecar(embedder: LoadEmbedder) -> str:
-    """A name for the features of one model and its views, so that those of several lie side by side."""
+    """The sidecar name for the features of one model and its views; it differs between models."""
     said = repr((embedder.checkpoint, embedder.precision, embedder.views))
     return f"views_{hashlib.sha256(said.encode()).hexdigest()[:12]}"
 

@@ -1,7 +1,6 @@
 """Few-shot trials in MLflow: one parent run for a job, with a table and a plot, and a child run for every trial.
 
-Which child belongs to which trial is remembered in the output folder, so a job that goes on after a stop adds to the
-runs that are there.
+The output folder stores the child run of each trial, so a resumed job adds to the existing runs.
 """
 
 import json
@@ -21,7 +20,7 @@ PARENT = "parent"
 
 @dataclass(frozen=True, kw_only=True)
 class TrialSettings:
-    """What a child run is compared by."""
+    """The parameters of a child run, for comparison."""
 
     protocol: str
     method: str
@@ -31,10 +30,10 @@ class TrialSettings:
 
 
 class FewShotRecord:
-    """The runs of one job; a context manager that ends the parent."""
+    """The MLflow runs of one job; a context manager that ends the parent."""
 
     def __init__(self, settings: Tracking, job: Any, folder: Folder, track: bool) -> None:
-        """Raises ``SettingError`` where the tracking server does not answer."""
+        """Raises ``SettingError`` if the tracking server does not answer."""
         self._settings, self._folder = settings, folder
         self._known = _read(folder) if track else {}
         self._parent: MlflowTracker | NoTracker = NoTracker()
@@ -50,16 +49,16 @@ class FewShotRecord:
         self._parent.__exit__(*error)
 
     def add(self, result: Result) -> None:
-        """A child run for ``result``, unless there is one."""
+        """Create a child run for ``result``, unless it exists."""
         key = f"{result.trial.name} {result.settings}"
         if isinstance(self._parent, NoTracker) or key in self._known:
             return
         trial = result.trial
-        told = TrialSettings(
+        parameters = TrialSettings(
             protocol=trial.protocol, method=trial.method, data=trial.data, shots=trial.shots, seed=trial.seed
         )
         settings = replace(self._settings, run_name=trial.name, system_metrics=False)
-        with start(settings, told, tags={"mlflow.parentRunId": self._parent.run_id}) as child:
+        with start(settings, parameters, tags={"mlflow.parentRunId": self._parent.run_id}) as child:
             for numbers in result.history:
                 child.log({name: value for name, value in numbers.items() if name != "epoch"}, int(numbers["epoch"]))
             child.log(_final(result), len(result.history))
@@ -69,7 +68,7 @@ class FewShotRecord:
         self._remember(key, child.run_id)
 
     def conclude(self, results: Sequence[Result], title: str) -> str:
-        """Keep table, csv and plot in the folder and in the parent run; gives the table."""
+        """Store table, csv and plot in the folder and in the parent run; returns the table."""
         text, plot = table(results), figure(results, title)
         self._folder.write_atomic("table.md", text.encode())
         self._folder.write_atomic("table.csv", comma_separated(results).encode())

@@ -1,4 +1,4 @@
-"""The results of few-shot trials as a table to read, a csv to compute with and a plot."""
+"""The results of few-shot trials as a Markdown table, a csv file and a plot."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 AVERAGE = "average"
 HALVES = ("base", "new", "harmonic")
 COLUMNS = ("protocol", "data", "method", "shots", "measured", "top1_mean", "top1_deviation", "seeds")
-# Eight hues that colour-blind readers tell apart (Okabe and Ito 2008), then they repeat with other marks.
+# Eight hues for colour-blind readers (Okabe and Ito 2008); more methods repeat them with other marks.
 HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B4513", "#444444")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 BAND = 0.15
@@ -35,21 +35,21 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """The mean over seeds."""
         return mean_and_deviation(self.values)[0]
 
     @property
     def deviation(self) -> float:
-        """Of the sample of seeds (n - 1); NaN for one."""
+        """The sample standard deviation over seeds (n - 1); NaN for one seed."""
         return mean_and_deviation(self.values)[1]
 
 
 def scores(results: Sequence[Result]) -> list[Score]:
-    """Every measurement over its seeds, and the averages over data sets where there are several.
+    """Every measurement over its seeds, and the averages over data sets if there are several.
 
-    Averages are taken for each seed and then over seeds. The harmonic mean of an average is that of the averaged base
-    and new accuracies, as the papers have it, and not an average of harmonic means. With one data set to learn from
-    and several others to test on, the average is that of the others.
+    Averages are computed for each seed and then over seeds. The harmonic mean of an average is that of the averaged
+    base and new accuracies, as in the papers, and not an average of harmonic means. With one training data set and
+    several test data sets, the average is that of the test data sets.
     """
     found: dict[tuple[str, str, int, str], dict[int, float]] = {}
     for result in results:
@@ -64,7 +64,7 @@ def scores(results: Sequence[Result]) -> list[Score]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Markdown: for each data set a line for each method, with mean and deviation in percent."""
+    """Markdown: one table per data set, one line per method, with mean and deviation in percent."""
     found = scores(results)
     protocol = results[0].trial.protocol
     few = protocol == "few_shot"
@@ -85,7 +85,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def comma_separated(results: Sequence[Result]) -> str:
-    """A line for each measurement; parts of one, not percent."""
+    """One line per measurement; values are 0 to 1, not percent."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -96,7 +96,7 @@ def comma_separated(results: Sequence[Result]) -> str:
 
 
 def figure(results: Sequence[Result], title: str = "") -> "Figure":
-    """Accuracy over shots for few-shot runs, else bars for each measurement; a panel for each data set."""
+    """Accuracy over shots for few-shot runs, else bars for each measurement; one panel per data set."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -154,7 +154,7 @@ def _averages(
 
 
 def _mean_of(parts: Sequence[Mapping[int, float]]) -> dict[int, float]:
-    """For each seed that all have."""
+    """The mean for each seed that all parts have."""
     seeds = [seed for seed in parts[0] if all(seed in part for part in parts)]
     return {seed: sum(part[seed] for part in parts) / len(parts) for seed in seeds}
 
@@ -177,7 +177,7 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _lines(axis: "Axes", own: Sequence[Score], methods: Sequence[str]) -> None:
-    """Accuracy over shots, in steps of doubling; what has no shots is a dashed line right across."""
+    """Accuracy over shots on a log scale; methods without shots are a dashed horizontal line."""
     shots = sorted({score.shots for score in own if score.shots})
     for place, method in enumerate(methods):
         line = sorted((score for score in own if score.method == method), key=lambda score: score.shots)
@@ -196,7 +196,7 @@ def _lines(axis: "Axes", own: Sequence[Score], methods: Sequence[str]) -> None:
 
 
 def _bars(axis: "Axes", own: Sequence[Score], methods: Sequence[str]) -> None:
-    """For each measurement a group of bars, a bar for each method; of several numbers of shots the largest."""
+    """A group of bars for each measurement, a bar for each method; uses the largest number of shots."""
     most = {method: max(score.shots for score in own if score.method == method) for method in _of(own, methods)}
     measured = list(dict.fromkeys(score.measured for score in own))
     width = 0.8 / max(1, len(methods))

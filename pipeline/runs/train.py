@@ -1,4 +1,4 @@
-"""A pre-training run of any method: settle it, train it, evaluate it beside the training, record what came out."""
+"""A training run of any method: resolve its settings, train it, evaluate it beside the training, record the results."""
 
 import logging
 from collections.abc import Iterator
@@ -24,36 +24,36 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Pretraining:
-    """A method, its data, and what it is held against. A job says which method's config it takes."""
+    """A method, its training data, and its evaluations. A subclass in each job sets the method's config."""
 
     method: Any
     run: Run = field(default_factory=Run)
     evaluations: Evaluations = field(default_factory=Evaluations)
     tracking: Tracking = field(default_factory=Tracking)
     draw: int = 0
-    """Without --data: samples of the embedded world to train on, drawn into a folder that goes when the job ends."""
+    """Without --data: number of samples of the embedded world to draw into a temporary folder and train on."""
 
 
 Job = TypeVar("Job", bound=Pretraining)
 
 
 def run_pretraining(job: Pretraining) -> None:
-    """Train in the places that the job names; a job that draws its data does without."""
+    """Train in the job's folders; a job that draws its data needs none."""
     with in_place(job) as placed:
         pretrain(placed, keeps=bool(job.run.output_folder))
 
 
 @contextmanager
 def in_place(job: Job) -> Iterator[Job]:
-    """The job with its places; what it was given none for is in a folder that goes at the end."""
+    """The job with all folders; missing ones are created in a temporary folder that is deleted at the end."""
     with TemporaryDirectory(prefix="clipmill-pretrain-") if job.draw else nullcontext("") as scratch:
         yield drawn(job, scratch) if job.draw else job
     if job.draw and not job.run.output_folder:
-        logger.info("the run's folder was temporary and is gone; with --output-folder FOLDER it is kept")
+        logger.info("the run's folder was temporary and is deleted; --output-folder FOLDER keeps it")
 
 
 def pretrain(job: Pretraining, keeps: bool = True) -> None:
-    """Settle the run, then train it, evaluate it beside the training and register what came out, if it ``keeps`` it."""
+    """Resolve the run, train it, evaluate it beside the training and, if it ``keeps`` it, register the result."""
     evaluates = bool(job.evaluations.prepare().sets)
     plan, record = prepare(job.method, job.run, evaluates=evaluates)
     method = method_class(method_name(job.method))
@@ -72,7 +72,7 @@ def pretrain(job: Pretraining, keeps: bool = True) -> None:
 
 
 def drawn(job: Job, scratch: str) -> Job:
-    """The job with places in ``scratch`` where it was given none: data that are drawn now, and the run's folder."""
+    """The job with newly drawn data and a run folder in ``scratch``, where it has none."""
     if not job.run.data:
         drawn_snapshot(Folder(f"{scratch}/data"), job.draw, rows_per_shard=32, card=None)  # a job names its own classes
     data, output_folder = job.run.data or f"{scratch}/data", job.run.output_folder or f"{scratch}/run"

@@ -1,1 +1,1 @@
-"""MLflow: the life of a run, what it is made from, its metrics, figures and checkpoints."""
+"""MLflow: the life cycle of a run, its provenance, metrics, figures and checkpoints."""

@@ -1,8 +1,8 @@
 """The history of scheduled jobs in MLflow: one experiment, one run per submission.
 
-A run's status says how the submission ended (waiting is SCHEDULED, skipped and stopped are KILLED, lost is FAILED);
-tags carry the submission id, fire time, attempt, exit code and the snapshot that the job published. What MLflow does
-not take is kept in memory and said again later, since a scheduler outlives servers.
+A run's status is the end of the submission (waiting is SCHEDULED, skipped and stopped are KILLED, lost is FAILED). Tags
+hold the submission id, fire time, attempt, exit code and the snapshot that the job published. Records that MLflow does
+not take are kept in memory and sent again later, because a scheduler outlives servers.
 """
 
 import logging
@@ -50,7 +50,7 @@ class MlflowHistory:
         self._unsaved: dict[str, Fire] = {}
 
     def fires(self, job: str) -> list[Fire]:
-        """The latest of a job's fires."""
+        """The latest fires of a job."""
         with spoken_to(self._uri):
             runs = self._client.search_runs(
                 [self._experiment],
@@ -66,7 +66,7 @@ class MlflowHistory:
         return latest_first(found)
 
     def save(self, fire: Fire) -> None:
-        """Record a fire; where MLflow does not answer now, with the next one."""
+        """Record a fire; if MLflow does not answer, together with the next one."""
         from mlflow.exceptions import MlflowException
 
         self._unsaved[fire.id] = fire
@@ -74,7 +74,7 @@ class MlflowHistory:
             try:
                 self._write(waiting)
             except (MlflowException, OSError) as error:
-                logger.warning("MLflow did not take %s (%s); it is said again later", name, masked(str(error))[:200])
+                logger.warning("MLflow did not take %s (%s); it is sent again later", name, masked(str(error))[:200])
                 return
             del self._unsaved[name]
 

@@ -1,8 +1,8 @@
-"""What a run was made from: the commit, the command, the machine and the job, as MLflow tags.
+"""The provenance of a run: the commit, the command, the machine and the job, as MLflow tags.
 
-``ray job submit --working-dir .`` leaves ``.git`` behind, so a job often runs in a copy that does not know its commit.
-It is then taken from ``CLIPMILL_COMMIT`` (submit with ``--runtime-env-json '{"env_vars": {"CLIPMILL_COMMIT": ...}}'``)
-or from the repository that this package is installed from in editable mode, if its files are the same.
+``ray job submit --working-dir .`` does not copy ``.git``, so a job often runs in a copy that does not know its commit.
+Then the commit comes from ``CLIPMILL_COMMIT`` (submit with ``--runtime-env-json '{"env_vars": {"CLIPMILL_COMMIT":
+...}}'``), or from the repository of an editable installation of this package, if its files are the same.
 """
 
 import getpass
@@ -26,7 +26,7 @@ RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def provenance_tags() -> dict[str, str]:
-    """MLflow tags: commit, branch and dirty flag where they are known; command, user, host, Ray job id, source hash."""
+    """MLflow tags: commit, branch and dirty flag if known; command, user, host, Ray job id, source hash."""
     tags = {
         "mlflow.source.name": _program(),
         "mlflow.source.type": "JOB",
@@ -64,7 +64,7 @@ def _git_tags() -> dict[str, str]:
 
 
 def _git(root: Path, *command: str) -> str:
-    """What git says in ``root``; empty where there is no git, no repository or no answer."""
+    """The output of git in ``root``; empty without git, a repository or an answer."""
     try:
         done = subprocess.run(
             ["git", "-C", str(root), *command], capture_output=True, text=True, timeout=10, check=False
@@ -84,7 +84,7 @@ def _editable_root() -> Path | None:
 
 
 def _program() -> str:
-    """The script as typed from the repository's root: ``jobs/pretrain_clip.py``."""
+    """The script's path relative to the repository's root: ``jobs/pretrain_clip.py``."""
     path = Path(sys.argv[0] or "python").absolute()
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
@@ -92,7 +92,7 @@ def _program() -> str:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (OSError, KeyError):  # a container's user without a name
+    except (OSError, KeyError):  # a container's user may have no name
         return ""
 
 

@@ -1,4 +1,4 @@
-"""What MLflow keeps beside a run's numbers: the data it was trained on, and its checkpoints as model versions."""
+"""The records of a run in MLflow besides its metrics: training data, and checkpoints as model versions."""
 
 import json
 import logging
@@ -20,14 +20,14 @@ LONGEST_DIGEST = 36  # MLflow's limit; the whole digest is in the run's tags
 
 
 def charted(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics of an evaluation without the sizes of its sets, which would be charts that never change."""
+    """The metrics of an evaluation without the sizes of its sets, which would be constant charts."""
     return {name: value for name, value in metrics.items() if not name.endswith("/samples")}
 
 
 def log_snapshot(client: "MlflowClient", run_id: str, snapshot: Snapshot, context: str) -> None:
-    """Record ``snapshot`` as an input of the run; saying it again changes nothing.
+    """Record ``snapshot`` as an input of the run; a repeated call changes nothing.
 
-    It is what MLflow's ``MetaDataset`` comes to, without its guess at the source's type, which warns when two fit.
+    Equals MLflow's ``MetaDataset``, without its guess of the source's type, which warns about ambiguous types.
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -50,9 +50,9 @@ def register(
     name: str,
     tags: dict[str, str],
 ) -> None:
-    """Make the checkpoint at ``uri`` a version of the registered model ``name``; its files stay where they are.
+    """Make the checkpoint at ``uri`` a version of the registered model ``name``; its files are not moved.
 
-    A checkpoint that this run has registered before is left alone.
+    Does nothing for a checkpoint that this run has registered before.
     """
     uri, metrics = masked(uri), charted(metrics)
     _create_registered_model(client, name)
@@ -77,7 +77,7 @@ def _create_registered_model(client: "MlflowClient", name: str) -> None:
 
 
 def _log_model(client: "MlflowClient", run_id: str, uri: str, metrics: dict[str, float], step: int) -> str:
-    """A logged model whose files lie outside of MLflow: the line of the UI's model table; gives its id."""
+    """A logged model with files outside of MLflow, the row of the UI's model table; returns its id."""
     from mlflow.entities import LoggedModelOutput, Metric
 
     run = client.get_run(run_id)
@@ -101,14 +101,14 @@ def _log_model(client: "MlflowClient", run_id: str, uri: str, metrics: dict[str,
 
 
 def _time_of(client: "MlflowClient", run_id: str, key: str, step: int, value: float) -> int:
-    """When the run logged this value, in ms since 1970, so that the model's is the same point and not a second one."""
+    """When the run logged this value, in ms since 1970, so that the model's point is the same and not a second one."""
     points = client.get_metric_history(run_id, key)
     same = (point.timestamp for point in points if point.step == step and point.value == value)
     return int(next(same, time.time_ns() // 1_000_000))
 
 
 def _description(uri: str, metrics: dict[str, float], step: int) -> str:
-    """Markdown for the version's page: where it is, how to load it, how good it is."""
+    """Markdown for the version's page: its address, how to load it, its metrics."""
     rows = [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
     load = "`open_clip.create_model(ARCHITECTURE, pretrained=CHECKPOINT/model.safetensors)`"
     table = ["", "| metric | value |", "|---|---|", *rows] if rows else []
@@ -136,8 +136,8 @@ def _create_version(
     try:
         version = client.create_model_version(name, uri, **settings)
     except MlflowException as error:
-        # A server does not let a version point into its own disk; then it points to the logged model, whose
-        # parameter says where the files are.
+        # A server does not let a version refer to its own disk; the version then refers to the logged model, whose
+        # parameter holds the address of the files.
         if error.error_code != "INVALID_PARAMETER_VALUE":
             raise
         version = client.create_model_version(name, f"models:/{model_id}", **settings)

@@ -1,13 +1,13 @@
-"""The life of an MLflow run: created or continued by the driver, written to by any process that knows its id.
+"""The life cycle of an MLflow run: the driver creates or continues it; any process that knows its id writes to it.
 
     with runs.start(config.tracking, config, run_id=remembered) as tracker:
         tracker.log_dataset(snapshot)
         tracker.log({"train/loss": 2.3}, step=10)
         tracker.register_checkpoint(uri, {"zeroshot/imagenet/top1": 0.63}, step=100)
 
-A tracker pickles: what arrives in a worker writes into the same run without owning it, so only the driver ends it.
-Logging never waits for the server and never raises because of it; :func:`start` does both, so that a wrong address is
-known before a cluster is asked for.
+A tracker pickles: a copy in a worker writes into the same run without owning it, so only the driver ends the run.
+Logging never waits for the server and never raises because of it. :func:`start` does both, so that a wrong address is
+detected before a cluster is used.
 """
 
 import json
@@ -50,9 +50,7 @@ CONFIG = "config.json"
 PARAMS_AT_ONCE = 100
 LONGEST_PARAM, LONGEST_TAG = 6000, 5000
 FLUSH_SECONDS = 60.0
-THROUGH_A_SERVER = (
-    "as --tracking-uri the address of the server through which it was made, and through which its files go"
-)
+THROUGH_A_SERVER = "as --tracking-uri the address of the server that created it, which also stores its files"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +60,11 @@ class Tracking:
     tracking_uri: str = ""
     """MLflow server or sqlite:///FILE; empty: $MLFLOW_TRACKING_URI, else a file in ~/.local/share/clipmill/mlflow."""
     experiment: str = "clipmill"
-    """Experiment that the run belongs to; runs of one experiment are compared."""
+    """Experiment of the run; compare runs within one experiment."""
     run_name: str = ""
     """Name of the run in the UI; empty for the date and time."""
     primary_metric: str = "zeroshot/drawn_shapes/top1"
-    """Metric by which the experiment's runs are ranked; more is better."""
+    """Metric that ranks the experiment's runs; higher is better."""
     system_metrics: bool = True
     """Record CPU, memory, disk, network and GPUs of the driver's machine every ten seconds."""
 
@@ -77,7 +75,7 @@ class Tracking:
 
 @dataclass(frozen=True, kw_only=True)
 class RunHandle:
-    """All that a process needs to write into a run. May hold a password of the server: never log it."""
+    """Everything that a process needs to write into a run. May hold a password of the server: never log it."""
 
     uri: str
     run_id: str
@@ -86,12 +84,12 @@ class RunHandle:
         return f"RunHandle(uri={masked(self.uri)!r}, run_id={self.run_id!r})"
 
     def open(self) -> "MlflowTracker":
-        """A tracker that writes into the run and does not own it."""
+        """A tracker that writes into the run without owning it."""
         return MlflowTracker(self)
 
 
 class MlflowTracker:
-    """Writes into one run. Made by :func:`start`, which owns the run, or by :meth:`RunHandle.open`."""
+    """Writes into one run. Created by :func:`start`, which owns the run, or by :meth:`RunHandle.open`."""
 
     def __init__(self, handle: RunHandle, owns: bool = False) -> None:
         self.handle, self.owns = handle, owns
@@ -113,16 +111,16 @@ class MlflowTracker:
 
     @property
     def run_id(self) -> str:
-        """MLflow's id of the run; the caller remembers it to continue the run."""
+        """MLflow's id of the run; store it to continue the run."""
         return self.handle.run_id
 
     @property
     def where(self) -> str:
-        """Where to look: the run's page on a server, or the command that serves a sqlite store."""
+        """The address of the run's page on a server, or the command that serves a sqlite store."""
         if self.handle.uri.startswith("http"):
             experiment = self._client.get_run(self.run_id).info.experiment_id
             page = f"{masked(self.handle.uri).rstrip('/')}/#/experiments/{experiment}/runs/{self.run_id}"
-            return f"{page}?workflowType=machine_learning"  # a new browser shows the pages for agents otherwise
+            return f"{page}?workflowType=machine_learning"  # else a new browser shows the pages for agents
         return f"mlflow server --backend-store-uri {masked(self.handle.uri)}"
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -138,7 +136,7 @@ class MlflowTracker:
         self._later(lambda: self._client.log_text(self.run_id, text, name), name)
 
     def log_dataset(self, snapshot: Snapshot, context: str = "training") -> None:
-        """Record a snapshot as input of the run: name, digest, address and size; once, however often it is said."""
+        """Record a snapshot as input of the run: name, digest, address and size; repeated calls change nothing."""
         tags = {f"{context}.snapshot": snapshot.uri, f"{context}.digest": snapshot.digest}
         self._later(lambda: log_snapshot(self._client, self.run_id, snapshot, context), f"dataset {snapshot.uri}")
         self.set_tags(tags)
@@ -148,7 +146,7 @@ class MlflowTracker:
         self._later(lambda: self._log_file(PurePosixPath(name), content), name)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags of the run; secrets in them are masked and long ones cut."""
+        """Set tags of the run; secrets in them are masked and long ones are cut."""
         self._later(lambda: self._set_tags(tags), "tags")
 
     def register_checkpoint(
@@ -161,7 +159,7 @@ class MlflowTracker:
     ) -> None:
         """Make the checkpoint at ``uri`` a version of the registered model ``name``, with its metrics.
 
-        The files stay where they are. A checkpoint that this run has registered before is not registered again.
+        The files are not moved. A checkpoint that this run has registered before is not registered again.
         """
         self._later(
             lambda: register(self._client, self.run_id, uri, dict(metrics), step, name, dict(tags or {})),
@@ -169,17 +167,17 @@ class MlflowTracker:
         )
 
     def watch_node(self, node: str = "") -> None:
-        """Record this machine's system metrics until :meth:`finish`; ``node`` tells several machines apart."""
+        """Record this machine's system metrics until :meth:`finish`; ``node`` distinguishes several machines."""
         if self._system is None:
             began = self._client.get_run(self.run_id).info.start_time / 1000
             self._system = SystemMetrics(self.run_id, self.handle.uri, began, self._writer.put, node)
 
     def flush(self, seconds: float = FLUSH_SECONDS) -> bool:
-        """Wait until all is sent; ``False`` if it took longer."""
+        """Wait until everything is sent; ``False`` on a timeout."""
         return self._writer.flush(seconds)
 
     def close(self, seconds: float = FLUSH_SECONDS) -> None:
-        """Send what is left, for at most ``seconds``; the run stays as it is."""
+        """Send the rest, for at most ``seconds``; does not end the run."""
         self._stop_watching()
         self._writer.close(seconds)
 
@@ -219,7 +217,7 @@ class MlflowTracker:
 
 
 class NoTracker:
-    """Has a tracker's methods and keeps what it is told in memory: for tests and runs without MLflow."""
+    """A tracker that keeps its records in memory, for tests and runs without MLflow."""
 
     run_id = ""
     handle = None
@@ -272,28 +270,28 @@ class NoTracker:
         """Do nothing."""
 
     def flush(self, seconds: float = 0.0) -> bool:
-        """Nothing is ever waiting."""
+        """True: nothing is queued."""
         return True
 
     def close(self, seconds: float = 0.0) -> None:
         """Do nothing."""
 
     def finish(self, status: Status = "FINISHED", seconds: float = 0.0) -> None:
-        """Remember how the run ended."""
+        """Store the run's final status."""
         self.status = status
 
 
 def start(settings: Tracking, config: Any, run_id: str = "", tags: Mapping[str, str] | None = None) -> MlflowTracker:
-    """Create a run, or continue the run ``run_id``, and record what it is made from.
+    """Create a run, or continue the run ``run_id``, and record its provenance.
 
-    ``config`` is the whole resolved config of the job: logged flattened as parameters, to compare, and as the
-    artifact ``config.json``, to run again with ``--from``. A continued run keeps its parameters; those that differ now
-    are listed in the tag ``changed_on_resume``. A remembered run that the store does not have any more becomes a new
-    run, with the old id in the tag ``continues``.
+    ``config`` is the whole resolved config of the job. It is logged flattened as parameters, for comparison, and as the
+    artifact ``config.json``, for a repetition with ``--from``. A continued run keeps its parameters; the tag
+    ``changed_on_resume`` lists those with new values. If the store no longer has the run, a new one is created, with
+    the old id in the tag ``continues``.
 
     Raises:
-        SettingError: the tracking server does not answer, or the URI is of no kind that MLflow takes, or the
-            experiment is one that only its server can write files into.
+        SettingError: the tracking server does not answer, MLflow does not support the kind of URI, or only the
+            experiment's server can write its files.
     """
     uri = checked_uri(settings.tracking_uri)
     with spoken_to(uri):
@@ -304,7 +302,7 @@ def _start(uri: str, settings: Tracking, config: Any, run_id: str, tags: Mapping
     store = client(uri)
     old = _existing(store, run_id)
     if run_id and not old:
-        logger.warning("run %s is not in the store any more: a new one is made", run_id)
+        logger.warning("run %s is no longer in the store: creating a new one", run_id)
     if old:
         _check_reached(uri, old)
     run = _revive(store, old) if old else _create(store, uri, settings)
@@ -320,7 +318,7 @@ def _start(uri: str, settings: Tracking, config: Any, run_id: str, tags: Mapping
 
 
 def attach(settings: Tracking, run_id: str) -> MlflowTracker:
-    """A tracker that adds to the run ``run_id`` and leaves its state as it is.
+    """A tracker that adds to the run ``run_id`` without changing its status.
 
     Raises:
         SettingError: the store has no such run, does not answer, or cannot write the run's files.
@@ -337,7 +335,7 @@ def attach(settings: Tracking, run_id: str) -> MlflowTracker:
 def open_tracker(
     settings: Tracking, config: Any, *, run_id: str = "", new: bool = False
 ) -> "MlflowTracker | NoTracker":
-    """A tracker that adds to the run ``run_id``, else to a ``new`` one; else one that records nothing."""
+    """A tracker that adds to the run ``run_id``, else to a ``new`` one; else a tracker that records nothing."""
     if run_id:
         return attach(settings, run_id)
     return start(settings, config) if new else NoTracker()
@@ -374,14 +372,14 @@ def _create(store: "MlflowClient", uri: str, settings: Tracking) -> "Run":
 
 
 def _experiment(store: "MlflowClient", uri: str, settings: Tracking) -> str:
-    """The id of the experiment, made where it is missing; its tags tell the UI what matters in its runs."""
+    """The id of the experiment, created if missing; its tags select the UI's default columns."""
     from mlflow.exceptions import MlflowException
 
     found = store.get_experiment_by_name(settings.experiment)
     if found is None:
         try:
             store.create_experiment(settings.experiment, artifact_location(uri, settings.experiment))
-        except MlflowException as error:  # another driver was faster
+        except MlflowException as error:  # another driver created it first
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         found = store.get_experiment_by_name(settings.experiment)
@@ -402,12 +400,12 @@ def _experiment(store: "MlflowClient", uri: str, settings: Tracking) -> str:
 
 
 def _log_params(store: "MlflowClient", run: "Run", config: Any) -> dict[str, str]:
-    """Log the parameters that the run does not have yet; a tag that lists those whose values are others now."""
+    """Log the parameters that the run does not have yet; returns a tag that lists changed values."""
     from mlflow.entities import Param
 
-    # How a run is recorded says nothing about it, and would stand out as a difference in every comparison.
-    told = {name: value for name, value in flatten(config).items() if "tracking" not in name.split(".")[:-1]}
-    wanted = {name: masked_value(name, value)[:LONGEST_PARAM] for name, value in told.items()}
+    # The tracking settings do not describe the run, and would appear as differences in every comparison.
+    logged = {name: value for name, value in flatten(config).items() if "tracking" not in name.split(".")[:-1]}
+    wanted = {name: masked_value(name, value)[:LONGEST_PARAM] for name, value in logged.items()}
     known = run.data.params
     missing = [Param(name, value) for name, value in wanted.items() if name not in known]
     for start_at in range(0, len(missing), PARAMS_AT_ONCE):

@@ -1,4 +1,4 @@
-"""Where runs are kept: the tracking URI, its client, and whether it answers."""
+"""The tracking store: its URI, its client, and whether it answers."""
 
 import os
 import socket
@@ -33,7 +33,7 @@ def checked_uri(uri: str) -> str:
     """The tracking URI to use for the setting ``uri``; empty means :func:`default_uri`.
 
     Raises:
-        SettingError: a kind of store that MLflow no longer takes, or a server that does not answer.
+        SettingError: a kind of store that MLflow no longer supports, or a server that does not answer.
     """
     resolved = uri or default_uri()
     scheme = resolved.partition(":")[0] if ":" in resolved else ""
@@ -49,7 +49,7 @@ def checked_uri(uri: str) -> str:
 
 
 def artifact_location(uri: str, experiment: str) -> str | None:
-    """Where a new experiment's artifacts go: beside a sqlite file; otherwise the server decides (``None``)."""
+    """The artifact folder of a new experiment: beside a sqlite file; ``None`` if the server decides."""
     if not uri.startswith(SQLITE):
         return None
     folder = Path(uri.removeprefix(SQLITE)).parent / "artifacts"
@@ -57,16 +57,16 @@ def artifact_location(uri: str, experiment: str) -> str | None:
 
 
 def needs_a_server(uri: str, location: str) -> bool:
-    """Whether the artifact ``location`` is only reached through a server, and the store at ``uri`` is none.
+    """Whether the artifact ``location`` requires a server, and the store at ``uri`` is not one.
 
-    Such are the experiments that were made through a server, seen from its own database.
+    This is the case for experiments that a server created, when they are opened through its database.
     """
     parsed = urlparse(location)
     return parsed.scheme == "mlflow-artifacts" and not parsed.netloc and not uri.startswith("http")
 
 
 def answers(uri: str) -> bool:
-    """Whether somebody listens at an ``http`` URI; always true for stores without a server or behind a proxy."""
+    """Whether a server listens at an ``http`` URI; always true for stores without a server or behind a proxy."""
     parsed = urlparse(uri)
     if parsed.scheme not in ("http", "https") or not parsed.hostname:
         return True
@@ -81,17 +81,17 @@ def answers(uri: str) -> bool:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether asking again cannot help: the store understood and said no, or the request was never valid."""
+    """Whether a retry cannot help: the store refused, or the request was invalid."""
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
         return 400 <= error.get_http_status_code() < 500 and error.get_http_status_code() not in (408, 429)
-    return not isinstance(error, OSError)  # requests' and urllib3's network errors are OSErrors
+    return not isinstance(error, OSError)  # network errors of requests and urllib3 are OSErrors
 
 
 @contextmanager
 def spoken_to(uri: str) -> Iterator[None]:
-    """Raise ``SettingError``, one sentence, where the store at ``uri`` fails to do what is asked within the block."""
+    """Convert failures of the store at ``uri`` within the block to a one-sentence ``SettingError``."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -105,11 +105,11 @@ def spoken_to(uri: str) -> Iterator[None]:
 
 
 def client(uri: str) -> "MlflowClient":
-    """A client of the store at ``uri`` that touches no global setting of MLflow."""
-    # MLflow reports its use to its makers unless told otherwise; what a job does is its user's business.
+    """A client of the store at ``uri`` that changes no global setting of MLflow."""
+    # MLflow reports usage statistics by default; they are disabled here, because a job's activity is private.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    # By itself it asks a dead server for more than four minutes, and cannot be interrupted; Writer asks again anyway.
+    # By default it retries a dead server for more than four minutes without interruption; Writer retries by itself.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     from mlflow import MlflowClient

@@ -1,7 +1,7 @@
 """System metrics of a node (CPU, memory, disk, network, GPUs) under MLflow's own names, sampled by a thread.
 
-MLflow's monitor ends for good when the server is away for one sample. Here its collectors are asked by our thread and
-the values go through the run's own queue, which waits for the server.
+MLflow's own monitor stops permanently if the server is unreachable for one sample. Here our thread calls its
+collectors, and the values go through the run's queue, which waits for the server.
 """
 
 import logging
@@ -39,7 +39,7 @@ class SystemMetrics:
         self._thread.join(timeout=5.0)
 
     def sample(self) -> dict[str, float]:
-        """One sample of everything this machine can tell."""
+        """One sample of all available metrics of this machine."""
         self._monitor.collect_metrics()
         values: dict[str, float] = self._monitor.aggregate_metrics()
         for part in self._monitor.monitors:
@@ -47,10 +47,10 @@ class SystemMetrics:
         return {self._prefix + name: value for name, value in values.items()}
 
     def _work(self) -> None:
-        self.sample()  # the first use of the CPU is measured from here, and reads 0
+        self.sample()  # CPU use is measured from the first call on, which reads 0
         while not self._stopped.wait(self._monitor.sampling_interval):
             try:
                 self._put(self.sample(), int(time.time() - self._began))
-            except Exception as error:  # a driver that goes away must not take anything else with it
+            except Exception as error:  # a failing driver must not affect anything else
                 logger.warning("system metrics end here: %s", error)
                 return

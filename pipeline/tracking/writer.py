@@ -1,7 +1,7 @@
-"""A thread that carries metrics to a tracking server, so that the training step never waits for one.
+"""A thread that sends metrics to a tracking server, so that the training step never waits for the server.
 
-What is put in is sent in order and in batches. A server that is away is asked again with growing pauses; meanwhile
-the queue grows up to its limit, then the oldest metrics go. What could not be sent is said in a sentence at the end.
+Entries are sent in order and in batches. An unreachable server is retried with growing pauses; meanwhile the queue
+grows up to its limit, and then drops the oldest metrics. A log line at the end lists what could not be sent.
 """
 
 import logging
@@ -14,12 +14,12 @@ from typing import Literal
 
 logger = logging.getLogger(__name__)
 
-NAMED = 10  # tasks and refusals that are named
+NAMED = 10  # tasks and refusals that log lines name
 AT_ONCE = 1000  # MLflow's limit for metrics in a batch
 LIMIT = 100_000
-LINGER = 0.3  # seconds in which the metrics of several steps gather into one request
+LINGER = 0.3  # seconds in which the metrics of several steps are collected into one request
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
-PATIENCE = 16.0  # the pause at which who waits for the queue gives up: the server has been away for about as long
+PATIENCE = 16.0  # the pause at which flush gives up: the server has been unreachable for about as long
 
 Verdict = Literal["sent", "refused", "away"]
 
@@ -36,7 +36,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class UploadTask:
-    """Something else to be done in order with the metrics: an upload. ``what`` names it in warnings."""
+    """A task to run in order with the metrics: an upload. ``what`` names it in warnings."""
 
     run: Callable[[], None]
     what: str
@@ -44,7 +44,7 @@ class UploadTask:
 
 @dataclass
 class Lost:
-    """What was never sent: values of metrics by number and steps, tasks by name."""
+    """Entries that were never sent: values of metrics by number and steps, tasks by name."""
 
     values: int = 0
     steps: tuple[int, int] = (0, 0)
@@ -60,7 +60,7 @@ class Lost:
         return ", ".join([*values, *self.tasks[:NAMED], *([f"{more} more"] if more > 0 else [])])
 
     def add(self, item: Point | UploadTask) -> None:
-        """Count one more."""
+        """Add one entry."""
         if isinstance(item, UploadTask):
             self.tasks.append(item.what)
             return
@@ -73,11 +73,11 @@ class MetricWriter:
     """Sends points through ``send`` and runs tasks, in its own daemon thread.
 
     Args:
-        send: sends at most 1000 points; raises where that fails.
-        is_refusal: tells an error that asking again cannot mend (a bad metric name) from a server that is away.
-        is_there: a quick look whether the server answers at all, made before each request, since the HTTP client
-            below retries for minutes without letting itself be interrupted.
-        limit: points kept while the server is away.
+        send: sends at most 1000 points; raises on failure.
+        is_refusal: distinguishes an error that a retry cannot fix (a bad metric name) from an unreachable server.
+        is_there: a quick check of whether the server answers, called before each request, because the HTTP client
+            retries for minutes without interruption.
+        limit: points kept while the server is unreachable.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class MetricWriter:
         self._thread.start()
 
     def put(self, metrics: dict[str, float], step: int) -> None:
-        """Queue metrics with the present time; returns at once."""
+        """Queue metrics with the current time; returns at once."""
         now = time.time_ns() // 1_000_000
         self._append([Point(name, float(value), step, now) for name, value in metrics.items()])
 
@@ -109,17 +109,17 @@ class MetricWriter:
         self._append([UploadTask(run, what)])
 
     def flush(self, seconds: float) -> bool:
-        """Wait until all that was queued is sent; ``False`` if ``seconds`` are not enough or the server stays away."""
+        """Wait until all queued entries are sent; ``False`` on a timeout or if the server stays unreachable."""
         with self._changed:
-            self._pause = 0.0  # a server that was away is asked at once
+            self._pause = 0.0  # retry at once
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._is_empty() or self._pause >= PATIENCE, seconds)
             return self._is_empty()
 
     def close(self, seconds: float) -> int:
-        """Send what is queued for up to ``seconds``, stop, and give the number of items that were never sent.
+        """Send queued entries for up to ``seconds``, stop, and return the number of entries that were never sent.
 
-        One that the server has not answered yet counts as not sent. Closing again does nothing.
+        An entry without the server's answer counts as not sent. Closing again does nothing.
         """
         if self._closing:
             return len(self.lost)
@@ -165,7 +165,7 @@ class MetricWriter:
             self._rest(verdict)
 
     def _next(self) -> list[Point | UploadTask]:
-        """The next task alone, or the points before it; taken off the queue."""
+        """The next task alone, or the points before it; removes them from the queue."""
         batch: list[Point | UploadTask] = []
         while self._queue and len(batch) < AT_ONCE:
             if isinstance(self._queue[0], UploadTask) and batch:
@@ -183,7 +183,7 @@ class MetricWriter:
                 batch[0].run()
             else:
                 self._send([item for item in batch if isinstance(item, Point)])
-        except Exception as error:  # whatever a server or its client raises must not end the thread
+        except Exception as error:  # no error of a server or its client may end the thread
             return self._judge(batch, error)
         return "sent"
 
@@ -191,7 +191,7 @@ class MetricWriter:
         if not self._is_refusal(error):
             logger.debug("tracking server: %s", error)
             return "away"
-        if len(batch) > 1:  # one bad name must not take the others with it
+        if len(batch) > 1:  # one bad name must not lose the other metrics
             half = len(batch) // 2
             verdicts = {self._try(batch[:half]), self._try(batch[half:])}
             return "away" if "away" in verdicts else "sent"
@@ -205,7 +205,7 @@ class MetricWriter:
         return "refused"
 
     def _rest(self, verdict: Verdict) -> None:
-        """Tell when the server goes and comes back, and wait before it is asked again."""
+        """Log when the server disappears and returns, and wait before the next retry."""
         away = verdict == "away"
         if away and not self._away:
             logger.warning("the tracking server does not answer; training goes on and the metrics are kept")

@@ -3,13 +3,14 @@
     adapted = adapt("coop", coop.Config(), paper_recipe("coop", 16), clip, classes, templates, train, validation)
     accuracy(adapted.adapter, test)
 
-What is chosen (the epoch, Tip-Adapter's alpha and beta, the linear probe's C) is chosen by validation images; test
-images are no argument here. The order of images, their views and crops are pure functions of (seed, epoch), so two
-runs with the same arguments on the same machine, with as many threads, end in the same bits.
+Validation images choose the epoch, Tip-Adapter's alpha and beta, and the linear probe's C; this module never sees test
+images. The order of images, their views and crops are pure functions of (seed, epoch), so two runs with the same
+arguments on the same machine, with as many threads, give the same bits.
 
-In a process group all ranks call with the same arguments. The classes of a learned prompt are spread over them: each
-rank runs the text tower for its own and gathers the features of all, and the gradients are those of one process. It is
-for a thousand classes and a large tower; methods without learned prompts do the same work in every rank.
+In a process group all ranks call with the same arguments. The classes of a learned prompt are spread over the ranks:
+each rank runs the text tower for its own classes and gathers the features of all. The gradients are those of one
+process. Use it for a thousand classes and a large tower; methods without learned prompts do the same work in every
+rank.
 """
 
 import logging
@@ -25,7 +26,7 @@ from torch.nn import functional
 
 from pipeline.config import require
 from pipeline.errors import DataError, SettingError
-from pipeline.loaders.images import ImageTransform, crop_words
+from pipeline.loaders.images import ImageTransform, crop_bits
 from pipeline.loaders.order import RandomStream, permutation, random_bits
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.models.adapters.adapter import Adapter, FrozenClip, Shots, adapter_class
@@ -39,15 +40,15 @@ logger = logging.getLogger(__name__)
 FEATURES_AT_ONCE, PIXELS_AT_ONCE, PROMPTS_AT_ONCE = 4096, 64, 2048
 
 Log = Callable[[Mapping[str, float], int], object]
-"""Takes the numbers of an epoch and its number, from 1 on: ``Tracker.log`` is one."""
+"""Gets the metrics of an epoch and its number, from 1 on: ``Tracker.log`` is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Labelled:
     """Images with class numbers, int64 [N]: as raw features, float [N, V, D] of V views, as encoded files, or both.
 
-    Methods that read features need these: of the shots all views are used, of validation and test images the first.
-    Methods that read pixels need the files.
+    Methods that read features need these: they use all views of the shots, and the first view of validation and test
+    images. Methods that read pixels need the files.
     """
 
     labels: Tensor
@@ -66,7 +67,7 @@ class Labelled:
         return len(self.labels)
 
     def shots(self) -> Shots:
-        """The features; raises ``SettingError`` where there are none."""
+        """The features; raises ``SettingError`` if there are none."""
         if self.features is None:
             raise SettingError("data", "images alone", "features, for a method that reads features")
         return Shots(self.features, self.labels)
@@ -74,7 +75,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Counts, int64 [C] each: images of a class that were classified right, and all of it."""
+    """Counts, int64 [C] each: correctly classified images of a class, and all its images."""
 
     right: Tensor
     seen: Tensor
@@ -83,19 +84,19 @@ class Accuracy:
 
     @property
     def top1(self) -> float:
-        """Part of the images that was classified right, 0 to 1."""
+        """Accuracy over all images, 0 to 1."""
         return int(self.right.sum()) / int(self.seen.sum())
 
     @property
     def mean_per_class(self) -> float:
-        """The mean of the classes' own, over those that occur."""
+        """The mean of the classes' accuracies, over classes that occur."""
         occurs = self.seen > 0
         return float((self.right[occurs] / self.seen[occurs]).double().mean())
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """A method that has learned, and how it came about."""
+    """A trained method, with its config, recipe and history."""
 
     method: str
     config: Any
@@ -103,7 +104,7 @@ class Adapted:
     seed: int
     adapter: Adapter
     chosen: Mapping[str, float]
-    """What validation images decided: ``epoch`` (from 1), ``alpha``, ``beta``, ``C``; empty where nothing is."""
+    """Choices by validation images: ``epoch`` (from 1), ``alpha``, ``beta``, ``C``; empty if the method has none."""
     history: tuple[Mapping[str, float], ...]
     """For each epoch ``epoch``, ``train/loss``, ``train/lr``, ``validation/top1``, ``validation/loss``."""
 
@@ -121,23 +122,23 @@ def adapt(
     seed: int = 0,
     log: Log | None = None,
 ) -> Adapted:
-    """Build ``method`` for ``classes``, train it, and choose by ``validation`` what there is to choose.
+    """Build ``method`` for ``classes``, train it, and select by ``validation``.
 
     Args:
         method: a module of ``pipeline.models.adapters``.
-        config: its ``Config``; where that has a ``seed``, it is set to ``seed``.
-        recipe: how it learns, such as :func:`paper_recipe` gives; ``None`` for methods that do not.
-        clip: on the device that is to compute.
+        config: its ``Config``; a field ``seed`` is set to ``seed``.
+        recipe: the training recipe, such as from :func:`paper_recipe`; ``None`` for methods without training.
+        clip: the model, on the device that computes.
         classes: the names of the labels 0, 1, ...
         templates: prompts with a ``{}``, for the methods that use them.
         train: the shots.
-        validation: images of the same classes that are neither shots nor test.
-        seed: of the start, the order, views and crops.
-        log: takes each epoch's numbers.
+        validation: images of the same classes that are neither shots nor test images.
+        seed: seed of the initial values, the order, views and crops.
+        log: gets each epoch's metrics.
 
     Raises:
-        SettingError: what the method refuses, labels that are no classes, data that it cannot read, or a rate at which
-            the loss is not finite any more.
+        SettingError: an invalid setting of the method, labels outside of the classes, data without the method's
+            inputs, or a learning rate with which the loss becomes non-finite.
     """
     kind = adapter_class(method)
     require(0 <= seed < 2**63, "seed", seed, "0 to 2**63 - 1")
@@ -162,10 +163,10 @@ def adapt(
 
 
 def accuracy(adapter: Adapter, data: Labelled) -> Accuracy:
-    """Classify ``data`` into the classes that ``adapter`` is bound to; of equal logits the lower class wins.
+    """Classify ``data`` into the classes of ``adapter``; of equal logits the lower class wins.
 
     Raises:
-        SettingError: labels that are no classes, or data that the method cannot read.
+        SettingError: labels outside of the classes, or data without the method's inputs.
     """
     _check("data", data, adapter)
     images = _Images(adapter, data)
@@ -183,7 +184,7 @@ def accuracy(adapter: Adapter, data: Labelled) -> Accuracy:
 
 
 class _AdapterTraining:
-    """The epochs of one method."""
+    """The training epochs of one method."""
 
     def __init__(
         self, adapter: Adapter, recipe: AdaptRecipe, train: Labelled, validation: Labelled, seed: int, log: Log | None
@@ -194,7 +195,7 @@ class _AdapterTraining:
         self.optimizer = make_optimizer(recipe, adapter.parameters())
 
     def run(self, history: list[Mapping[str, float]]) -> int:
-        """All epochs; leaves the adapter as it was after the chosen one, and gives that one's number from 1 on."""
+        """Run all epochs; restores the chosen epoch's weights and returns its number, from 1 on."""
         best: tuple[float, float] | None = None
         chosen, kept = self.recipe.epochs, None
         for epoch in range(self.recipe.epochs):
@@ -248,7 +249,7 @@ class _AdapterTraining:
 
 
 class _Images:
-    """What an adapter reads of labelled images, by their numbers."""
+    """The inputs of an adapter, by image numbers."""
 
     def __init__(self, adapter: Adapter, data: Labelled, recipe: AdaptRecipe | None = None, seed: int = 0) -> None:
         self.device, self.seed = adapter.clip.device, seed
@@ -262,7 +263,7 @@ class _Images:
                 self.random = openclip.image_transform(adapter.clip.model, **crop)
 
     def plain(self, numbers: Any) -> Tensor:
-        """The first view, or the transform of evaluation."""
+        """The first view, or the evaluation transform."""
         if self.features is not None:
             return self.features[torch.from_numpy(numbers).to(self.device), 0]
         return self._read(self.still, numbers, None)
@@ -277,17 +278,17 @@ class _Images:
         return self.features[rows[0], rows[1]]
 
     def _read(self, transform: ImageTransform, numbers: Any, epoch: int | None) -> Tensor:
-        words = [None if epoch is None else crop_words(self.seed, epoch, int(number)) for number in numbers]
+        bits = [None if epoch is None else crop_bits(self.seed, epoch, int(number)) for number in numbers]
         contents = [self.images[int(number)] for number in numbers]
         try:
-            images = [transform.read(content, word) for content, word in zip(contents, words, strict=True)]
+            images = [transform.read(content, random) for content, random in zip(contents, bits, strict=True)]
         except UnreadableSample as error:
             raise DataError(f"one of the images {numbers.tolist()} cannot be read: {error}") from error
         return torch.stack(images).to(self.device)
 
 
 def _check(name: str, data: Labelled, adapter: Adapter) -> None:
-    """Raise ``SettingError`` unless ``data`` is what ``adapter`` reads, and labelled with its classes."""
+    """Raise ``SettingError`` unless ``data`` has the inputs of ``adapter`` and labels of its classes."""
     has = data.features if adapter.reads == "features" else data.images
     kind = type(adapter).__name__
     require(has is not None, name, "other data", f"{adapter.reads} of images, which {kind} reads")
@@ -301,7 +302,7 @@ def _check(name: str, data: Labelled, adapter: Adapter) -> None:
 
 @contextmanager
 def _spread(adapter: Adapter) -> Iterator[None]:
-    """Share the classes of a learned prompt with the other processes of the group, where there is one."""
+    """Share the classes of a learned prompt with the other processes of the group, if there is one."""
     tower = getattr(adapter, "tower", None)
     if not isinstance(tower, TextTower) or distributed.world() == 1:
         yield
@@ -310,11 +311,11 @@ def _spread(adapter: Adapter) -> Iterator[None]:
     try:
         yield
     finally:
-        tower.spread = None  # whoever uses it later may be alone
+        tower.spread = None  # a later user may run without a process group
 
 
 def _at_once(adapter: Adapter) -> int:
-    """Images that go through ``adapter`` together, for a bounded memory."""
+    """Number of images per forward pass of ``adapter``, to bound the memory."""
     if adapter.reads == "pixels":
         return PIXELS_AT_ONCE
     return max(1, PROMPTS_AT_ONCE // len(adapter.classes)) if adapter.per_image else FEATURES_AT_ONCE

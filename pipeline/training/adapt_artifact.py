@@ -1,4 +1,4 @@
-"""What adaptation leaves behind: a small folder, without code in it and without CLIP.
+"""The result of an adaptation: a small folder without code and without CLIP's weights.
 
 adapter.safetensors   the learned tensors (a context, an adapter, a cache, a probe)
 words.tsv             the words nearest to learned context vectors, where there are some
@@ -30,7 +30,7 @@ VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterRecord:
-    """What ``config.json`` says."""
+    """The content of ``config.json``."""
 
     method: str
     config: dict[str, Any]
@@ -46,9 +46,9 @@ class AdapterRecord:
 
 
 def save(adapted: Adapted, folder: Folder, about: Mapping[str, str] | None = None) -> None:
-    """Write ``adapted`` into ``folder``; one that is there is written over.
+    """Write ``adapted`` into ``folder``; overwrites an existing one.
 
-    ``about`` may say where it came from: the checkpoint of CLIP, the data set, the digest of its split.
+    ``about`` may describe the origin: the checkpoint of CLIP, the data set, the digest of its split.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -80,11 +80,11 @@ def save(adapted: Adapted, folder: Folder, about: Mapping[str, str] | None = Non
 def load_adapted(
     folder: Folder, clip: FrozenClip, classes: Sequence[str] | None = None, templates: Sequence[str] | None = None
 ) -> Adapted:
-    """What :func:`save` wrote, around the same CLIP, for its own classes or for others.
+    """Load the result of :func:`save` with the same CLIP, for its own classes or for others.
 
     Raises:
         DataError: no such folder, damaged files, or another CLIP.
-        SettingError: other classes for a method that belongs to its own.
+        SettingError: other classes, for a method that is bound to its training classes.
     """
     record = read_record(folder)
     if record.clip != clip.digest:
@@ -103,7 +103,7 @@ def load_adapted(
 
 
 def read_record(folder: Folder) -> AdapterRecord:
-    """What is said about the adapter in ``folder``; raises ``DataError`` where there is none, or a damaged one."""
+    """The record of the adapter in ``folder``; raises ``DataError`` if it is missing or damaged."""
     try:
         plain = json.loads(folder.read_text(CONFIG))
         record = from_plain(AdapterRecord, plain, folder.join(CONFIG))
@@ -116,9 +116,9 @@ def read_record(folder: Folder) -> AdapterRecord:
 
 
 def words_table(adapter: Adapter, count: int = 3) -> str:
-    """Tab-separated: class (where contexts differ), number of the vector, then words and distances, nearest first.
+    """Tab-separated: class (if class-specific), number of the vector, then words and distances, nearest first.
 
-    Empty for methods without a context in the space of words.
+    Empty for methods without a context of word embeddings.
     """
     context, tower = getattr(adapter, "context", None), getattr(adapter, "tower", None)
     if context is None or tower is None:

@@ -11,11 +11,11 @@
     clip_adapter   AdamW                 1e-5    200                           32     each epoch  CLIP-Adapter, sec. 4
     tip_adapter_f  AdamW, epsilon 1e-4   0.001   20 (100 on EuroSAT)           256    each step   Tip-Adapter, sec. 4.1
 
-Momentum, decay and the schedule of the first five are not in the papers but in the library of their code: the first
-epoch at a constant 1e-5, then half a cosine that begins at its top and is as long as the whole run, so that a short run
-never comes down to nothing. CLIP-Adapter names Adam's kind and no decay: torch's AdamW with decay 0, and since its code
-has no recipe, a cosine without a warm-up. The reference takes the last epoch of all but Tip-Adapter-F, whose best epoch
-it takes by test images; here ``select`` says, and test images never do.
+Momentum, decay and the schedule of the first five come from the library of their code, not from the papers. The first
+epoch has a constant rate of 1e-5. Then half a cosine starts at its peak and has the length of the whole run, so a short
+run does not reach zero. CLIP-Adapter names Adam and no decay: this is torch's AdamW with decay 0 and, since its code
+has no recipe, a cosine without a warm-up. The reference takes the last epoch of all methods but Tip-Adapter-F, whose
+best epoch it chooses by test images. Here ``select`` decides, and never uses test images.
 """
 
 import math
@@ -36,38 +36,38 @@ Protocol = Literal["few_shot", "base_to_new", "cross"]
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptRecipe:
-    """How a method learns; the values are CoOp's for 8 shots or more."""
+    """The training recipe of a method; the defaults are CoOp's for 8 shots or more."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW."""
     learning_rate: float = 0.002
-    """Where the cosine begins."""
+    """Learning rate at the start of the cosine."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     weight_decay: float = 5e-4
-    """Of all that is learned."""
+    """Weight decay of all trained parameters."""
     epsilon: float = 1e-8
-    """Of AdamW; 1e-4 in Tip-Adapter, for its half precision."""
+    """Epsilon of AdamW; 1e-4 in Tip-Adapter, for its half precision."""
     epochs: int = 200
     """Passes over the shots."""
     batch_size: int = 32
-    """Images of a step; fewer shots than that make one step."""
+    """Images per step; fewer shots make one step."""
     drop_last: bool = True
-    """Leave out an epoch's last batch where it is not full."""
+    """Drop an epoch's last batch if it is not full."""
     warmup_epochs: int = 1
-    """First epochs at ``warmup_rate``."""
+    """Number of first epochs with ``warmup_rate``."""
     warmup_rate: float = 1e-5
-    """A constant rate."""
+    """Constant learning rate of the warm-up."""
     falls: Literal["epoch", "step"] = "epoch"
-    """Whether the cosine goes down once an epoch, or with every step, to nothing."""
+    """Update the cosine once per epoch, or per step; per step it falls to zero."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Area of a random crop, for methods that read pixels; 0.5 to 1 in Tip-Adapter."""
+    """Range of a random crop's area, 0 to 1, for methods that read pixels; 0.5 to 1 in Tip-Adapter."""
     flip: float = 0.5
-    """Probability of a mirrored image, for these."""
+    """Probability of mirroring an image, for methods that read pixels."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the towers while it learns; what is learned is float32 in any case."""
+    """Precision of the towers in training; trained parameters are always float32."""
     select: Literal["validation", "last"] = "validation"
-    """Take the epoch with the best validation accuracy (of equals, the least loss), or the last as the papers do."""
+    """Use the epoch with the best validation accuracy (at ties the lowest loss), or the last as the papers do."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -82,7 +82,7 @@ class AdaptRecipe:
         require(0 <= self.flip <= 1, "flip", self.flip, "0 to 1")
 
     def steps(self, images: int) -> int:
-        """Steps of an epoch over so many images."""
+        """Steps per epoch for this number of images."""
         whole = images // self.batch_size
         return max(1, whole if self.drop_last else -(-images // self.batch_size))
 
@@ -102,7 +102,7 @@ _CLIP_ADAPTER = AdaptRecipe(optimizer="adamw", learning_rate=1e-5, weight_decay=
 _TIP = AdaptRecipe(
     optimizer="adamw",
     learning_rate=0.001,
-    weight_decay=0.01,  # torch's own, which the code leaves as it is
+    weight_decay=0.01,  # torch's default, which the code does not change
     epsilon=1e-4,
     epochs=20,
     batch_size=256,
@@ -115,7 +115,7 @@ _DEEP = AdaptRecipe(learning_rate=0.0035, epochs=5, batch_size=4)
 
 
 def paper_recipe(method: str, shots: int, protocol: Protocol = "few_shot", data_set: str = "") -> AdaptRecipe | None:
-    """The recipe of ``method``'s paper; ``None`` for a method that does not learn by gradients.
+    """The recipe of ``method``'s paper; ``None`` for a method without gradient training.
 
     Raises:
         SettingError: an unknown method, or no shots.
@@ -142,8 +142,8 @@ def paper_recipe(method: str, shots: int, protocol: Protocol = "few_shot", data_
 def paper_config(method: str, protocol: Protocol = "few_shot") -> Any:
     """The ``Config`` of ``method`` with the paper's values for ``protocol``.
 
-    Away from few-shot classification CoOp starts from four words (CoCoOp, section 4.1), and MaPLe for other data sets
-    learns in three layers.
+    In other protocols than few-shot classification, CoOp starts from four words (CoCoOp, section 4.1), and MaPLe learns
+    in three layers for other data sets.
     """
     values: dict[str, Any] = {}
     if method == "coop" and protocol != "few_shot":

@@ -1,13 +1,13 @@
-"""Averages of checkpoints in weight space: one model, at the cost of one.
+"""Averages of checkpoints in weight space: one model with the inference cost of one.
 
 - WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903, section 3): (1 - alpha) zero-shot + alpha fine-tuned, which keeps
-  much of the zero-shot model's robustness and most of what fine-tuning gained; alpha = 0.5 where nothing is known.
+  much of the zero-shot model's robustness and most of the gain of fine-tuning; use alpha = 0.5 by default.
 - Model soups (Wortsman et al. 2022, arXiv 2203.05482, section 2): the mean of models fine-tuned from one start with
-  different settings. Uniform takes all; greedy (recipe 1) goes through them from best to worst, and keeps each that
+  different settings. Uniform averages all; greedy (recipe 1) tries them from best to worst, and keeps each that
   does not make the mean worse on held-out data.
 
-All floating point tensors are averaged, in float64: running statistics of batch normalisation as well, which are then
-only an approximation, and the logit scale in its logarithm. Integers (counters) are those of the first model.
+All floating point tensors are averaged, in float64. Running statistics of batch normalisation are averaged too, which
+is only an approximation; the logit scale is averaged in its logarithm. Integers (counters) are the first model's.
 """
 
 import json
@@ -33,7 +33,7 @@ Weights = Mapping[str, Tensor]
 Load = Callable[[str], Method]
 """The method at an address, in evaluation mode."""
 Judge = Callable[[Method], float]
-"""A number for a method, higher being better, on data that none was trained on."""
+"""A score of a method on held-out data; higher is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +74,9 @@ def uniform_soup(members: Sequence[str], load: Load) -> Average:
 
 
 def greedy_soup(members: Sequence[str], load: Load, judge: Judge, known: Mapping[str, float] | None = None) -> Average:
-    """The mean of those that keep ``judge`` from falling, tried from best to worst; raises as :func:`wise_ft`.
+    """The mean of the members that do not lower ``judge``, tried from best to worst; raises as :func:`wise_ft`.
 
-    The order is by ``known`` scores where all members have one, else by the judge's.
+    The order is by ``known`` scores if all members have one, else by the judge's.
     """
     scores = dict(known or {})
     if set(scores) != set(members):
@@ -92,7 +92,7 @@ def greedy_soup(members: Sequence[str], load: Load, judge: Judge, known: Mapping
         candidate = weighted([(mean, 1 - share), (other.state_dict(), share)])
         other.load_state_dict(candidate)
         value = judge(other)
-        logger.info("with %s %.4f, without %.4f: it %s", member, value, best, "stays" if value >= best else "goes")
+        logger.info("with %s %.4f, without %.4f: %s", member, value, best, "kept" if value >= best else "left out")
         if value >= best:
             kept, best, mean = [*kept, member], value, candidate
     method.load_state_dict(mean)
@@ -100,7 +100,7 @@ def greedy_soup(members: Sequence[str], load: Load, judge: Judge, known: Mapping
 
 
 def check_alike(first: Method, other: Method, address: str, other_address: str) -> None:
-    """Raise ``SettingError`` unless two methods differ in nothing but the numbers in their weights."""
+    """Raise ``SettingError`` unless two methods differ only in their weights' values."""
     same = (
         type(first) is type(other) and _architecture(first) == _architecture(other) and _shapes(first) == _shapes(other)
     )
@@ -110,9 +110,9 @@ def check_alike(first: Method, other: Method, address: str, other_address: str) 
 
 
 def write_average(average: Average, folder: Folder, details: Mapping[str, Any]) -> None:
-    """Write a checkpoint without an optimiser's state: to evaluate, to export, to start from with ``--pretrained``.
+    """Write a checkpoint without optimiser state: for evaluation, export, and ``--pretrained``.
 
-    ``average.json`` says what is in it. ``meta.json`` is that of the last member with one.
+    ``average.json`` lists its members. ``meta.json`` is copied from the last member that has one.
 
     Raises:
         SettingError: the folder is one of the members.
@@ -133,7 +133,7 @@ def write_average(average: Average, folder: Folder, details: Mapping[str, Any]) 
 
 
 def write_start(method: Method, folder: Folder) -> None:
-    """Write a checkpoint of a method before its first step, to be averaged with what becomes of it.
+    """Write a checkpoint of a method before its first step, to average it with the trained one.
 
     Raises:
         StorageError: it cannot be written.
@@ -164,5 +164,5 @@ def _shapes(method: Method) -> dict[str, tuple[int, ...]]:
 
 
 def _architecture(method: Method) -> list[str]:
-    """The text files without their names: one architecture may have come by several."""
+    """The text files without their names: one architecture may have several names."""
     return sorted(method.description().values())

@@ -1,7 +1,7 @@
-"""What is done to the repeated blocks of a model one by one: they are computed again for their gradient, or compiled.
+"""Recomputation and compilation of a model's repeated blocks, one by one.
 
-Either changes a block's ``forward`` alone: the names of its weights, and hooks around it, stay as they are. With both,
-what is computed again is part of what is compiled, where the compiler can arrange it.
+Both change only a block's ``forward``: the names of its weights, and hooks around it, stay the same. With both, the
+compiler includes the recomputation where it can.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,9 +18,9 @@ Contexts = tuple[AbstractContextManager[object], AbstractContextManager[object]]
 
 
 def recompute_each(blocks: Iterable[nn.Module]) -> None:
-    """Keep each block's input alone (Chen et al. 2016, arXiv 1604.06174), with the same random numbers both times.
+    """Store only each block's input (Chen et al. 2016, arXiv 1604.06174); both passes use the same random numbers.
 
-    Running statistics of batch normalisation see the batch once.
+    Running statistics of batch normalisation count the batch once.
     """
     for block in blocks:
         layers = [module for module in block.modules() if isinstance(module, _BatchNorm)]
@@ -29,9 +29,9 @@ def recompute_each(blocks: Iterable[nn.Module]) -> None:
 
 
 def compile_each(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
-    """Compile each block by itself: blocks of one shape share the code, so that it takes seconds and not minutes.
+    """Compile each block by itself: blocks of one shape share the code, so compilation takes seconds, not minutes.
 
-    Captions are cut at the longest one of a batch; from the second length on, torch compiles for any.
+    Captions are cut to the longest one of a batch; from the second length on, torch compiles for any length.
     """
     for block in blocks:
         block.forward = torch.compile(block.forward, backend=backend)
@@ -44,15 +44,15 @@ def _recomputed(forward: Callable[..., Any], contexts: dict[str, Any], *inputs: 
 
 
 def _counted_once(layers: list[_BatchNorm]) -> Contexts:
-    """What surrounds the first pass, and the second."""
+    """The contexts of the first pass and of the second."""
     return nullcontext(), _uncounted(layers)
 
 
 @contextmanager
 def _uncounted(layers: list[_BatchNorm]) -> Iterator[None]:
-    """Let ``layers`` normalise their batch and not add it to their statistics.
+    """Let ``layers`` normalise their batch without adding it to their statistics.
 
-    They keep using these (a momentum of 0), since a second pass must save the tensors that the first one saved.
+    They still use these (with a momentum of 0), because a second pass must save the same tensors as the first.
     """
     before = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
     for layer in layers:

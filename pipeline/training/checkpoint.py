@@ -1,4 +1,4 @@
-"""Checkpoints: a folder for each, whole or not there.
+"""Checkpoints: one folder each, complete or invisible.
 
     {run}/checkpoints/step-00000100/model.safetensors   the weights, under open_clip's names where it has the model
                                     method.safetensors  weights that only the method has, if any
@@ -9,9 +9,9 @@
                                     meta.json           step, position, seed; written last: the commit mark
                                     evaluation.json     results, added by the follower
 
-A folder without ``meta.json`` is half written, or half deleted: readers do not see it, the next start removes it. The
-latest checkpoint is found by listing, so nothing else has to be kept in step with what is there. Writing is apart from
-copying: a :class:`Content` is all of a checkpoint in CPU memory, which writer.py writes while training goes on.
+A folder without ``meta.json`` is partly written or partly deleted: readers ignore it, and the next start removes it.
+The latest checkpoint is found by listing, so no other file must be kept in sync. Copying and writing are separate: a
+:class:`Content` is a whole checkpoint in CPU memory, which writer.py writes while training continues.
 """
 
 import json
@@ -47,16 +47,17 @@ PREFIX = "step-"
 MODEL, REST, CONFIG, STATE, META = "model.safetensors", "method.safetensors", "config.json", "state.pt", "meta.json"
 MODEL_EMA, REST_EMA = "model_ema.safetensors", "method_ema.safetensors"
 EVALUATION = "evaluation.json"
-EMA = ":ema"  # behind the address of a checkpoint: the moving average of its weights
-INNER = "model."  # what the names of the weights in ``model.safetensors`` begin with in the method
+EMA = ":ema"  # suffix of a checkpoint's address: the moving average of its weights
+INNER = "model."  # prefix, in the method, of the weights in ``model.safetensors``
 
 
 @dataclass(frozen=True, kw_only=True)
 class Meta:
-    """What ``meta.json`` says: the number of steps done, and the position in the order of samples.
+    """The content of ``meta.json``: the number of steps done, and the position in the order of samples.
 
     ``evaluate`` marks a checkpoint that waits for an evaluation until it has an ``evaluation.json``; ``snapshot`` is
-    the digest of the data. ``skipped_steps`` had no finite loss or gradient, the last ``skipped_in_row`` among them.
+    the digest of the data. ``skipped_steps`` counts steps without a finite loss or gradient, ``skipped_in_row`` the
+    last consecutive ones.
     """
 
     step: int
@@ -74,9 +75,9 @@ class Meta:
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """All of a checkpoint, in CPU memory that nobody else changes, no two tensors in the same.
+    """A whole checkpoint in CPU memory that is not shared, neither with the training nor between tensors.
 
-    ``weights``, and ``ema`` (their moving average), have the method's own names; ``texts`` are its text files.
+    ``weights`` and ``ema`` (their moving average) have the method's own names; ``texts`` are its text files.
     """
 
     meta: Meta
@@ -88,19 +89,19 @@ class Content:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint."""
+    """A complete checkpoint."""
 
     folder: Folder
     meta: Meta
 
     @property
     def waits(self) -> bool:
-        """Whether an evaluation of it is still to come."""
+        """Whether it waits for an evaluation."""
         return self.meta.evaluate and not self.folder.exists(EVALUATION)
 
     @property
     def is_there(self) -> bool:
-        """Whether it has not been removed meanwhile."""
+        """Whether it still exists."""
         return self.folder.exists(META)
 
 
@@ -115,12 +116,12 @@ class Checkpoints:
         return self.folder.folder(f"{PREFIX}{step:08d}")
 
     def whole(self) -> list[Checkpoint]:
-        """All whole checkpoints, oldest first."""
+        """All complete checkpoints, oldest first."""
         found = ((folder, read_meta(folder)) for folder in self._folders())
         return [Checkpoint(folder, meta) for folder, meta in found if meta is not None]
 
     def latest(self) -> Checkpoint | None:
-        """The newest whole checkpoint."""
+        """The newest complete checkpoint."""
         for folder in reversed(self._folders()):
             meta = read_meta(folder)
             if meta is not None:
@@ -128,17 +129,17 @@ class Checkpoints:
         return None
 
     def save(self, method: Method, optimizer: torch.optim.Optimizer, meta: Meta) -> Checkpoint:
-        """Write a checkpoint of a method in this process, here and now; raises as :meth:`write`."""
+        """Write a checkpoint of a method synchronously in this process; raises as :meth:`write`."""
         described, texts = text_files(method)
         meta = replace(meta, description=described)
         state = optimizer.state_dict()
         return self.write(Content(meta=meta, weights=_copies(method.state_dict()), texts=texts, optimizer=state))
 
     def write(self, content: Content) -> Checkpoint:
-        """Write a checkpoint; rank 0 only. Written again, after an error, it begins anew.
+        """Write a checkpoint; rank 0 only. After an error, writing it again starts anew.
 
         Raises:
-            StorageError: the disk is full or the store refused; what was written so far is not seen by readers.
+            StorageError: the disk is full or the store refused; readers do not see the partial checkpoint.
         """
         folder, meta = self.at(content.meta.step), content.meta
         with storage_errors(folder.uri):
@@ -147,20 +148,20 @@ class Checkpoints:
         return Checkpoint(folder, meta)
 
     def remove_broken(self) -> None:
-        """Delete what a killed process left half written or half deleted."""
+        """Delete what a killed process left partly written or partly deleted."""
         for folder in self._folders():
             if not folder.exists(META):
-                logger.warning("removing %s, which was never finished", folder.uri)
+                logger.warning("removing %s, which is incomplete", folder.uri)
                 _remove(folder)
 
     def prune(
         self, keep: int, keep_waiting: int, *, best: int = 0, metric: str = "", every_steps: int | None = None
     ) -> None:
-        """Delete all but the newest ``keep`` checkpoints and, of the older ones, those that are kept for a reason.
+        """Delete all except the newest ``keep`` checkpoints and those older ones that are kept for a reason.
 
-        These are multiples of ``every_steps``, the ``best`` ones by ``metric`` of their evaluation (see :func:`score`),
-        and those that wait for an evaluation. Of the last, ``keep_waiting`` stay: the oldest, at which an evaluation
-        may be at work, and the newest of the rest.
+        Kept are multiples of ``every_steps``, the ``best`` ones by ``metric`` of their evaluation (see :func:`score`),
+        and ``keep_waiting`` of those that wait for an evaluation: the oldest, which an evaluation may be reading, and
+        the newest of the rest.
         """
         whole = self.whole()
         prized = {one.meta.step for one in best_first(whole, metric)[:best]} if best else set()
@@ -187,10 +188,10 @@ class Checkpoints:
 
 
 def read_meta(folder: Folder) -> Meta | None:
-    """The meta data of the checkpoint in ``folder``; ``None`` where it is not a whole checkpoint.
+    """The meta data of the checkpoint in ``folder``; ``None`` if the folder is not a complete checkpoint.
 
     Raises:
-        DataError: ``meta.json`` is there but is none.
+        DataError: ``meta.json`` exists but is invalid.
     """
     try:
         text = folder.read_text(META)
@@ -218,15 +219,15 @@ def write_content(folder: Folder, content: Content) -> None:
 
 
 def text_files(method: Method) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The names of the method's description, and the text files of its checkpoint: these and its config."""
+    """The names of the method's description files, and all text files of its checkpoint: these and its config."""
     description = dict(method.description())
     return tuple(sorted(description)), {**description, CONFIG: _config_text(method)}
 
 
 def score(checkpoint: Checkpoint, metric: str) -> float | None:
-    """``metric`` of its evaluation, higher being better; ``None`` where it has none that is a number.
+    """``metric`` of its evaluation, higher is better; ``None`` if it has no such number.
 
-    A minus before the name says that lower is better: ``-zeroshot/drawn_shapes/calibration_error``.
+    A minus before the name means that lower is better: ``-zeroshot/drawn_shapes/calibration_error``.
     """
     sign, name = (-1.0, metric[1:]) if metric.startswith("-") else (1.0, metric)
     value = (read_evaluation(checkpoint) or {}).get("metrics", {}).get(name)
@@ -234,14 +235,14 @@ def score(checkpoint: Checkpoint, metric: str) -> float | None:
 
 
 def stored_score(uri: str, metric: str) -> float | None:
-    """:func:`score` of the checkpoint at an address; that of weights as trained is not the one of their average."""
+    """:func:`score` of the checkpoint at an address; ``None`` for a moving average, which is not what was evaluated."""
     folder = None if uri.endswith(EMA) else checkpoint_folder(uri)
     meta = read_meta(folder) if folder else None
     return score(Checkpoint(folder, meta), metric) if folder and meta else None
 
 
 def best_first(checkpoints: Iterable[Checkpoint], metric: str) -> list[Checkpoint]:
-    """Those that have ``metric``, the best first; of equals the newer."""
+    """The checkpoints with ``metric``, sorted best first; at ties the newer first."""
     scored = [(score(one, metric), one.meta.step, one) for one in checkpoints]
     known = [(value, step, one) for value, step, one in scored if value is not None]
     return [one for _, _, one in sorted(known, key=lambda entry: entry[:2], reverse=True)]
@@ -250,9 +251,9 @@ def best_first(checkpoints: Iterable[Checkpoint], metric: str) -> list[Checkpoin
 def load_method(uri: str, device: torch.device | str = "cpu", *, ema: bool = False) -> Method:
     """A method in evaluation mode; with ``ema``, the moving average of its weights.
 
-    ``uri`` is a checkpoint's folder, a run's folder (its latest checkpoint), or ``architecture:weights`` for CLIP, the
-    weights being an open_clip tag or a file: ``ViT-B-32:laion2b_s34b_b79k``. ``FOLDER:ema`` is another way to ask for
-    the average.
+    ``uri`` is a checkpoint's folder, a run's folder (its latest checkpoint), or ``architecture:weights`` for CLIP,
+    where weights are an open_clip tag or a file: ``ViT-B-32:laion2b_s34b_b79k``. ``FOLDER:ema`` also selects the
+    average.
 
     Raises:
         SettingError: none of these, or it has no average.
@@ -265,7 +266,7 @@ def load_method(uri: str, device: torch.device | str = "cpu", *, ema: bool = Fal
 
 
 def checkpoint_folder(uri: str) -> Folder | None:
-    """The checkpoint at ``uri``, or the latest one of the run there; ``None`` where there is neither."""
+    """The checkpoint at ``uri``, or the latest one of the run there; ``None`` if there is neither."""
     folder = Folder(uri.removesuffix(EMA))
     if folder.exists(META):
         return folder
@@ -274,9 +275,9 @@ def checkpoint_folder(uri: str) -> Folder | None:
 
 
 def resolved(address: str) -> str:
-    """The folder of the checkpoint at an address, of a run its latest one; the address itself where it is neither.
+    """The folder of the checkpoint at an address, for a run its latest one; else the address itself.
 
-    ``FOLDER:ema`` becomes the file of the averaged weights; ``SettingError`` where there is none.
+    ``FOLDER:ema`` becomes the file of the averaged weights; raises ``SettingError`` if there is none.
     """
     folder = checkpoint_folder(address) if address else None
     if folder is None or not address.endswith(EMA):
@@ -286,9 +287,9 @@ def resolved(address: str) -> str:
 
 
 def clip_address(address: str) -> str:
-    """``ARCHITECTURE:PLACE`` for the checkpoint of a CLIP at an address, as methods name their teachers.
+    """``ARCHITECTURE:PLACE`` for the checkpoint of a CLIP at an address, the form of teachers' addresses.
 
-    The place is as :func:`resolved` says. Other addresses stay as they are.
+    The place is that of :func:`resolved`. Other addresses are returned unchanged.
     """
     folder = checkpoint_folder(address) if address else None
     if folder is None:
@@ -300,7 +301,7 @@ def read_weights(folder: Folder, *, ema: bool = False) -> dict[str, Tensor]:
     """All weights of a checkpoint on the CPU, or their moving average, by the method's names; empty if it has none.
 
     Raises:
-        DataError: a file that is damaged.
+        DataError: a damaged file.
     """
     inner, rest = (MODEL_EMA, REST_EMA) if ema else (MODEL, REST)
     weights = {INNER + name: tensor for name, tensor in _read_tensors(folder, inner).items()}
@@ -308,7 +309,7 @@ def read_weights(folder: Folder, *, ema: bool = False) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Folder) -> None:
-    """Give ``optimizer`` the state in ``folder``; nothing is unpickled.
+    """Load the state in ``folder`` into ``optimizer``; unpickles nothing.
 
     Raises:
         DataError: the state is missing, damaged, or of another optimiser.
@@ -324,7 +325,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Folder) -> None:
 
 
 def _divided(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimiser's state as its parameters are: this rank's part where they are sharded."""
+    """An optimiser's state split like its parameters: this rank's part if they are sharded."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def part(number: int, value: Any) -> Any:
@@ -338,7 +339,7 @@ def _divided(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[st
 
 
 def _lay_out(optimizer: torch.optim.Optimizer) -> None:
-    """Give the state its parameters' order in memory: fused optimisers step through both alike, unchecked."""
+    """Give the state its parameters' memory format: fused optimisers step through both alike, without checks."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
@@ -346,12 +347,12 @@ def _lay_out(optimizer: torch.optim.Optimizer) -> None:
 
 
 def write_evaluation(checkpoint: Checkpoint, plain: Mapping[str, Any]) -> None:
-    """Write ``evaluation.json``: the checkpoint no longer waits."""
+    """Write ``evaluation.json``; the checkpoint then no longer waits."""
     checkpoint.folder.write_atomic(EVALUATION, json.dumps(dict(plain), indent=2).encode())
 
 
 def read_evaluation(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """What :func:`write_evaluation` wrote, or ``None``."""
+    """The content of ``evaluation.json``, or ``None``."""
     try:
         return dict(json.loads(checkpoint.folder.read_text(EVALUATION)))
     except FileNotFoundError:
@@ -367,7 +368,7 @@ def _from_checkpoint(folder: Folder, ema: bool) -> Method:
         config = from_plain(config_class(plain["method"]), plain["config"], folder.join(CONFIG))
         method = method_class(plain["method"]).restored(config, description)
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder.uri} is not a whole checkpoint ({error})") from error
+        raise DataError(f"{folder.uri} is not a complete checkpoint ({error})") from error
     inner, rest = (MODEL_EMA, REST_EMA) if ema else (MODEL, REST)
     if isinstance(model := getattr(method, "model", None), nn.Module):
         _load(model, folder, inner)
@@ -386,7 +387,7 @@ def _from_open_clip(uri: str) -> Method:
 
 
 def _load(module: nn.Module, folder: Folder, name: str, elsewhere: str | None = None) -> None:
-    """Load a file of weights into ``module``; names that begin with ``elsewhere`` come from another file."""
+    """Load a file of weights into ``module``; names with the prefix ``elsewhere`` come from another file."""
     tensors = load_tensors(folder, name)
     try:
         result = module.load_state_dict(tensors, strict=elsewhere is None)
@@ -403,7 +404,7 @@ def _config_text(method: Method) -> str:
 
 
 def load_tensors(folder: Folder, name: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU; raises ``DataError`` where it is damaged or missing."""
+    """The tensors of a safetensors file, on the CPU; raises ``DataError`` if it is damaged or missing."""
     try:
         return read_tensors(FileCache().fetch(folder, name))
     except OSError as error:
@@ -415,13 +416,13 @@ def _read_tensors(folder: Folder, name: str) -> dict[str, Tensor]:
 
 
 def _split(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Those of ``method.model`` under its own names, and the others."""
+    """The weights of ``method.model`` under its own names, and the others."""
     inner = {name.removeprefix(INNER): tensor for name, tensor in weights.items() if name.startswith(INNER)}
     return inner, {name: tensor for name, tensor in weights.items() if not name.startswith(INNER)}
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # Tied weights are written twice, since safetensors refuses tensors that share memory.
+    # Tied weights are written twice, because safetensors refuses tensors that share memory.
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
@@ -429,13 +430,13 @@ def _save_file(folder: Folder, name: str, save: Any) -> None:
     with folder.scratch_file(Path(name).suffix) as path, storage_errors(folder.join(name)):
         try:
             save(path)
-        except (SafetensorError, RuntimeError) as error:  # both libraries' words for a failed write
+        except (SafetensorError, RuntimeError) as error:  # raised by both libraries for a failed write
             raise StorageError(f"cannot write {folder.join(name)}: {_first_line(error)}") from error
         folder.write_atomic(name, path)
 
 
 def _remove(folder: Folder) -> None:
-    folder.delete(META)  # first, so that a kill in the middle leaves no checkpoint that seems whole
+    folder.delete(META)  # first, so that a kill in between leaves no checkpoint that looks complete
     folder.fs.rm(folder.path, recursive=True)
 
 
@@ -444,12 +445,12 @@ def _first_line(error: Exception) -> str:
 
 
 def check_position(checkpoint: Checkpoint, *, batch_size: int, lanes: int, seed: int, snapshot: str) -> None:
-    """Raise ``SettingError`` unless a run with these settings can go on from ``checkpoint``.
+    """Raise ``SettingError`` unless a run with these settings can resume from ``checkpoint``.
 
-    Its position counts samples in an order that all of them decide.
+    Its position counts samples in an order that depends on all of them.
     """
     meta = checkpoint.meta
     wanted = {"batch_size": batch_size, "lanes": lanes, "seed": seed, "snapshot": snapshot}
     for name, value in wanted.items():
         saved = getattr(meta, name)
-        require(saved == value, name, value, f"{saved}, with which {checkpoint.folder.uri} was made")
+        require(saved == value, name, value, f"{saved}, the value of {checkpoint.folder.uri}")

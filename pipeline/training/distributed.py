@@ -1,4 +1,4 @@
-"""Several processes that share a batch; every function also works in a process alone."""
+"""Processes that share a batch; every function also works in a single process."""
 
 from collections.abc import Iterable
 from typing import Any, Literal, TypeVar, cast
@@ -17,29 +17,29 @@ Value = TypeVar("Value")
 
 
 def rank() -> int:
-    """This process's number, 0 when it is alone."""
+    """This process's rank, 0 in a single process."""
     return distributed.get_rank() if _together() else 0
 
 
 def world() -> int:
-    """How many processes share a batch."""
+    """Number of processes that share a batch."""
     return distributed.get_world_size() if _together() else 1
 
 
 def gather(features: Tensor) -> Tensor:
     """float [B, D] of this rank to float [W * B, D] of all, in the order of ranks, with gradients.
 
-    The gradient that reaches a rank's rows is the sum of what all ranks' losses say about them. Where the loss is the
-    mean over ranks and ``DistributedDataParallel`` averages parameters' gradients, that is the exact gradient.
+    The gradient of a rank's rows is the sum of the gradients of all ranks' losses. If the loss is the mean over ranks
+    and ``DistributedDataParallel`` averages parameters' gradients, that is the exact gradient.
     """
     return cast(Tensor, _Gather.apply(features)) if world() > 1 else features
 
 
 def exchange(kind: Literal["gather", "ring"]) -> Exchange:
-    """How a tiled loss of this rank sees the texts of all: gathered at once, or passed from rank to rank.
+    """How a tiled loss of this rank gets the texts of all: gathered at once, or passed from rank to rank.
 
-    Gathered, a rank holds the features of the whole batch; in a ring only its own and a neighbour's, in as many smaller
-    messages as there are ranks, sent while the tiles of the last ones are computed.
+    With gather, a rank holds the features of the whole batch. With ring, it holds only its own and a neighbour's, in as
+    many smaller messages as there are ranks, sent while the tiles of the previous ones are computed.
     """
     if world() == 1:
         return ALONE
@@ -65,7 +65,7 @@ def any_rank(flag: Tensor) -> Tensor:
 
 
 def from_first(value: Value) -> Value:
-    """Rank 0's ``value``, in every rank."""
+    """Rank 0's ``value``, on every rank."""
     if world() == 1:
         return value
     box: list[Any] = [value]
@@ -80,17 +80,17 @@ def barrier() -> None:
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """What this rank holds of each tensor, in the same memory: all of it, or its part of a sharded one."""
+    """This rank's part of each tensor, in the same memory: all of it, or the local shard."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of ``tensor``, which may be sharded: then all ranks must call."""
+    """The whole ``tensor``; if it is sharded, all ranks must call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(complete: Tensor, tensor: Tensor) -> Tensor:
-    """``complete``, which every rank has, as this rank holds ``tensor``: its type, its device, sharded as it is."""
+    """``complete``, which every rank has, in the type, on the device and with the sharding of ``tensor``."""
     complete = complete.to(tensor.device, tensor.dtype)
     if not isinstance(tensor, DTensor):
         return complete
@@ -98,12 +98,11 @@ def like(complete: Tensor, tensor: Tensor) -> Tensor:
 
 
 def parallel(module: nn.Module, device: torch.device, whole: bool = True) -> nn.Module:
-    """``module`` with the same weights in all ranks and, on GPUs, its gradients averaged while they are computed.
+    """``module`` with the same weights on all ranks and, on GPUs, gradients averaged during the backward pass.
 
-    It is the module itself, for :func:`average_gradients`, where a step has several backward passes instead of a
-    ``whole`` one, and on CPUs: ``DistributedDataParallel`` groups gradients anew after its first step, and a resumed
-    run would add those of three or more ranks in another order than one that never stopped. On a GPU speed counts for
-    more.
+    Returns the module itself, for :func:`average_gradients`, if a step has several backward passes (``whole`` is
+    false), and on CPUs. ``DistributedDataParallel`` regroups gradients after its first step, so a resumed run of three
+    or more ranks would add them in another order than an uninterrupted one. On a GPU speed is more important.
     """
     if world() > 1 and device.type == "cuda" and whole:
         return DistributedDataParallel(module, device_ids=[device], gradient_as_bucket_view=True)
@@ -112,11 +111,11 @@ def parallel(module: nn.Module, device: torch.device, whole: bool = True) -> nn.
 
 
 def shard(method: Method) -> Method:
-    """Divide the weights among the ranks (FSDP2): each block is gathered while it is computed, the rest for a step.
+    """Shard the weights over the ranks (FSDP2): each block is gathered for its computation, the rest for a step.
 
-    Gradients are averaged and divided on the way back, so an optimiser made afterwards steps on this rank's part. All
-    of it travels in float32: autocast decides what is computed in bfloat16, as without sharding. Scalars cannot be
-    divided; :func:`average_gradients` averages theirs. A process alone has nothing to divide. All ranks must call.
+    Gradients are averaged and sharded in the backward pass, so an optimiser made afterwards updates this rank's part.
+    Communication is in float32; autocast decides what is computed in bfloat16, as without sharding. Scalars cannot be
+    sharded; :func:`average_gradients` averages theirs. A single process is left as it is. All ranks must call.
     """
     if world() == 1:
         return method
@@ -126,17 +125,17 @@ def shard(method: Method) -> Method:
         fully_shard(block, mesh=mesh)
     scalars = {parameter for parameter in method.parameters() if parameter.ndim == 0}
     fully_shard(method, mesh=mesh, ignored_params=scalars)
-    for name in ("embed", "targets", "compare"):  # the doors of gradient caching, besides forward
+    for name in ("embed", "targets", "compare"):  # entry points of gradient caching, besides forward
         if hasattr(method, name):
             register_fsdp_forward_method(method, name)
     return method
 
 
 def average_gradients(module: nn.Module) -> None:
-    """Replace the gradients of what :func:`parallel` gave by their mean over ranks; all ranks must call.
+    """Replace the gradients of a :func:`parallel` module by their mean over ranks; all ranks must call.
 
-    Does nothing where ``DistributedDataParallel`` or :func:`shard` has done so, or the process is alone. A parameter
-    without a gradient must be one in all ranks.
+    Does nothing if ``DistributedDataParallel`` or :func:`shard` has done so, or in a single process. A parameter
+    without a gradient must have none on all ranks.
     """
     if world() == 1 or isinstance(module, DistributedDataParallel):
         return
@@ -153,7 +152,7 @@ def average_gradients(module: nn.Module) -> None:
 
 
 def _agree(module: nn.Module) -> None:
-    """Give all ranks the first one's weights."""
+    """Broadcast the first rank's weights."""
     if world() > 1:
         for tensor in (*module.parameters(), *module.buffers()):
             values = tensor.detach().contiguous()
@@ -178,7 +177,7 @@ class _Gathered:
         self.world = world()
 
     def visit(self, columns: Tensor, carried: Tensor, work: Visit, combine: Literal["sum", "logsumexp"]) -> Tensor:
-        """Gather, work, and combine what all ranks carry."""
+        """Gather, call ``work``, and combine the carried values."""
         carried = carried.repeat(self.world, *[1] * (carried.ndim - 1))
         work(_from_all(columns), carried, rank() * len(columns))
         if combine == "sum":
@@ -190,13 +189,13 @@ class _Gathered:
 
 
 class _Ring:
-    """An exchange in which the columns and what they carry go round all ranks and come home."""
+    """An exchange in which the columns and their carried values pass all ranks and return."""
 
     def __init__(self) -> None:
         self.world = world()
 
     def visit(self, columns: Tensor, carried: Tensor, work: Visit, combine: Literal["sum", "logsumexp"]) -> Tensor:
-        """Work on one rank's columns while the next ones arrive; what is carried is combined on its way."""
+        """Work on one rank's columns while the next ones arrive; carried values are combined on the way."""
         columns, carried = columns.contiguous(), carried.contiguous()
         for hop in range(self.world):
             last = hop == self.world - 1
@@ -209,7 +208,7 @@ class _Ring:
         return carried
 
     def _pass_on(self, tensor: Tensor, tag: int) -> tuple[Tensor, list[distributed.Work]]:
-        """Begin to send to the next rank and to receive from the one before."""
+        """Start to send to the next rank and to receive from the previous one."""
         arriving = torch.empty_like(tensor)
         following, preceding = (rank() + 1) % self.world, (rank() - 1) % self.world
         messages = [
@@ -228,12 +227,12 @@ def _from_all(features: Tensor) -> Tensor:
 
 
 def _sum_of_mine(everything: Tensor) -> Tensor:
-    """[W * B, ...] of every rank to the sum over ranks of this rank's [B, ...]; changes ``everything``."""
+    """Sum over ranks of this rank's rows [B, ...] in every rank's [W * B, ...]; changes ``everything``."""
     if everything.is_cuda:
         mine = everything.new_empty(len(everything) // world(), *everything.shape[1:])
         distributed.reduce_scatter_tensor(mine, everything)
         return mine
-    # gloo has no reduce-scatter for all types; the sum of everything is the same for these small tensors.
+    # gloo has no reduce-scatter for all types; an all-reduce gives the same for these small tensors.
     distributed.all_reduce(everything)
     return everything.chunk(world())[rank()]
 

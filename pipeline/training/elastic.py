@@ -1,9 +1,9 @@
-"""A number of workers that follows the cluster: ``workers`` of ``2:8`` takes what there is between two and eight.
+"""A number of workers that follows the cluster: ``workers`` of ``2:8`` uses between two and eight, as available.
 
-Ray Train starts as many workers as the cluster has room for, and starts all of them again, from the latest
-checkpoint, when there is room for more or a node is lost. Since an order of samples decides every batch, any of these
-numbers trains the same run; only a batch has to be shared evenly, as the losses' gathering of features is. Of workers
-whose number does not divide the batch the largest number that does trains, and the others wait for the next start.
+Ray Train starts as many workers as fit the cluster. When there is room for more, or a node is lost, it restarts all of
+them from the latest checkpoint. The order of samples decides every batch, so any number of workers trains the same run.
+Only a batch must be shared evenly, because losses gather features. If the number of workers does not divide the batch,
+the largest smaller number that does trains, and the other workers wait for the next start.
 """
 
 import logging
@@ -23,16 +23,17 @@ def sharing(workers: int, batch_size: int) -> int:
 
 
 def join_those_that_share(batch_size: int) -> bool:
-    """Leave the process group of all workers to those that share a batch; returns whether this one does.
+    """Replace the process group of all workers by one of those that share a batch; returns whether this one does.
 
-    All workers must call. The new group has the old one's backend, and meets at a store of rank 0.
+    All workers must call. The new group uses the same backend, and a store on rank 0 for its rendezvous.
     """
     world, rank = distributed.get_world_size(), distributed.get_rank()
     count = sharing(world, batch_size)
     if count == world:
         return True
     if rank == 0:
-        logger.warning("%d of %d workers train, since only so many can share %d samples", count, world, batch_size)
+        message = "%d of %d workers train, the largest number that divides a batch of %d samples"
+        logger.warning(message, count, world, batch_size)
     backend = distributed.get_backend()
     store = _store_of_first(world)
     distributed.destroy_process_group()
@@ -43,7 +44,7 @@ def join_those_that_share(batch_size: int) -> bool:
 
 
 def _store_of_first(world: int) -> Any:
-    """A store that rank 0 serves, at a port that was free; the others are told of it through the present group."""
+    """A store on rank 0, at a free port; rank 0 broadcasts its address through the present group."""
     from ray.util import get_node_ip_address
 
     first = distributed.get_rank() == 0

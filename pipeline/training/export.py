@@ -18,20 +18,20 @@ Format = Literal["open_clip", "hugging_face"]
 
 
 def export(method: Method, folder: Folder, kind: Format) -> None:
-    """Write ``method.model`` into ``folder``, the weights first; files of an earlier export are written over.
+    """Write ``method.model`` into ``folder``, the weights first; overwrites files of an earlier export.
 
     ``open_clip``: for ``open_clip.create_model("local-dir:FOLDER")``. ``hugging_face``: for ``from_pretrained`` of
     ``CLIPModel`` and ``CLIPProcessor``.
 
     Raises:
-        SettingError: the model is none of open_clip's, or ``CLIPModel`` has no place for it; or a folder that holds a
+        SettingError: not a model of open_clip, a model that ``CLIPModel`` cannot express, or a folder that holds a
             checkpoint, whose files would be lost.
         StorageError: the folder cannot be written.
     """
     require(not folder.exists(META), "output", folder.uri, "a folder that is not a checkpoint itself")
     tensors, texts = _files(method, kind)
     with folder.scratch_file(".safetensors") as path, storage_errors(folder.uri):
-        save_file(tensors, path, metadata={"format": "pt"})  # transformers asks for this mark
+        save_file(tensors, path, metadata={"format": "pt"})  # transformers requires this entry
         folder.write_atomic(openclip.WEIGHTS, path)
     for name, text in texts.items():
         folder.write_atomic(name, text.encode())

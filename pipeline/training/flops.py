@@ -58,7 +58,7 @@ PARTS = {"MIG", "Laptop"}  # words of names whose devices have less than the who
 
 
 def precision(device: torch.device, bf16: bool) -> Precision:
-    """What matrix products are computed in: on a GPU TF32 where it is not bfloat16, unless torch is told otherwise."""
+    """Type of matrix products: on a GPU TF32 where it is not bfloat16, unless torch is configured otherwise."""
     if bf16:
         return "bf16"
     return "tf32" if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest" else "fp32"
@@ -171,7 +171,7 @@ class _AllRows(TorchDispatchMode):
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Without torch's one operation for attention in evaluation, a teacher's, of which its counter knows nothing."""
+    """Disable torch's fused attention of evaluation mode (a teacher's), which the FLOP counter does not count."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

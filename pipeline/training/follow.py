@@ -1,8 +1,8 @@
-"""Evaluations beside the training: a thread of the driver that watches for checkpoints which wait for one.
+"""Evaluations beside the training: a thread of the driver that evaluates waiting checkpoints.
 
-A checkpoint waits from when it is written with ``evaluate`` until it has an ``evaluation.json``. So nothing is lost
-when a driver is killed: the next start finds what still waits. The evaluation itself runs elsewhere (a Ray task, or a
-process of its own), one at a time, and the training ranks never stop for it.
+A checkpoint written with ``evaluate`` waits until it has an ``evaluation.json``. So a killed driver loses nothing: the
+next start finds the waiting checkpoints. The evaluation itself runs elsewhere (in a Ray task or in its own process),
+one at a time, and the training ranks never stop for it.
 """
 
 import logging
@@ -17,7 +17,7 @@ from pipeline.training.submit import Evaluate, Submit, in_a_process
 logger = logging.getLogger(__name__)
 
 Record = Callable[[str, int, Mapping[str, float]], None]
-"""Takes the results of the checkpoint at a URI, at its step; may be called again for the same one after a kill."""
+"""Called with the results, the URI and the step of a checkpoint; may be called again for it after a kill."""
 
 ATTEMPTS = 2
 
@@ -25,8 +25,8 @@ ATTEMPTS = 2
 class Follower:
     """Evaluates checkpoints of the run in ``output_folder`` until :meth:`finish`; a context manager.
 
-    Left without an error it sees to all that still wait, through ``submit_at_end``; with one it stops at once, and what
-    was missed is done after the next start.
+    On exit without an error it evaluates all waiting checkpoints, through ``submit_at_end``. On exit with an error it
+    stops at once, and the next start evaluates the rest.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class Follower:
         self.finish()
 
     def finish(self) -> None:
-        """No more checkpoints will come: return when those that wait are evaluated."""
+        """Return when all waiting checkpoints are evaluated; call it after the last checkpoint."""
         self._ending.set()
         self._thread.join()
 
     def _follow(self) -> None:
         while not self._stopping.is_set():
-            ending = self._ending.is_set()  # read before looking, so that the last checkpoint is not missed
+            ending = self._ending.is_set()  # read before listing, so that the last checkpoint is not missed
             waiting = self._waiting()
             if waiting:
                 self._run(waiting[0])
@@ -78,8 +78,8 @@ class Follower:
     def _waiting(self) -> list[Checkpoint]:
         try:
             return [checkpoint for checkpoint in self.checkpoints.whole() if checkpoint.waits]
-        except Exception as error:  # whatever a store raises when it is away; the training must not end by it
-            logger.warning("cannot look for checkpoints to evaluate: %s", error)
+        except Exception as error:  # any error of an unreachable store; the training must not end by it
+            logger.warning("cannot list checkpoints to evaluate: %s", error)
             self._stopping.wait(self.poll_seconds)
             return []
 
@@ -108,7 +108,7 @@ class Follower:
             logger.warning("%s was removed before its evaluation ended", uri)
             return
         if self._attempts[uri] < ATTEMPTS:
-            logger.warning("the evaluation of %s failed and is tried again: %s", uri, error)
+            logger.warning("the evaluation of %s failed and is repeated: %s", uri, error)
             return
         logger.error("the evaluation of %s failed: %s", uri, error)
         try:

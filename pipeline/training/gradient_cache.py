@@ -1,13 +1,14 @@
 """Contrastive batches beyond memory: Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup.
 
 Gao, Zhang, Han, Callan, 2021, arXiv 2101.06983 (GradCache), section 3.2: embed the batch in parts without a graph;
-compute the loss of all embeddings, and its gradient as far as these; embed each part again, now with a graph, and send
-its embeddings' gradient through it. Two forward passes and one backward pass, with activations of one part.
+compute the loss of all embeddings, and its gradient with respect to them; embed each part again, with a graph, and
+backpropagate its embeddings' gradient. This takes two forward passes and one backward pass, with activations of one
+part.
 
-The gradient is that of the whole batch, but for rounding. The loss is evaluated once, so the gradient of the scale and
-the bias is exact too; accumulation that evaluates it again with every part adds them up as many times. Random numbers
-(dropout, patch dropout) are the same in both passes. What is not exact is batch normalisation: each part is normalised
-by its own rows, as if it were on another worker. Its running statistics see every part once.
+The gradient equals that of the whole batch, except for rounding. The loss is evaluated once, so the gradient of the
+scale and the bias is exact too; accumulation that evaluates it with every part adds these several times. Random numbers
+(dropout, patch dropout) are the same in both passes. Batch normalisation is not exact: each part is normalised by its
+own rows, as on another worker. Its running statistics count every part once.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,10 +21,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pipeline.models.method import EmbeddingMethod
 
 Precision = Callable[[], AbstractContextManager[object]]
-"""Makes the autocast of a forward pass; a new one each time, since it remembers weights that it has cast."""
+"""Makes the autocast of a forward pass; a new one each time, because it caches converted weights."""
 
 Phase = Callable[[str], AbstractContextManager[object]]
-"""Told when the ``forward`` and the ``backward`` part of a step begin and end."""
+"""Called when the ``forward`` and the ``backward`` part of a step begin and end."""
 
 
 def backward_in_parts(
@@ -36,8 +37,8 @@ def backward_in_parts(
     """Add the gradient of the batch's losses to the parameters; returns the losses.
 
     ``rows`` of ``batch`` go through :meth:`EmbeddingMethod.embed` at once. Parameters must not be wrapped in
-    ``DistributedDataParallel``, which would average them after every part. The second forward pass belongs to the
-    backward part.
+    ``DistributedDataParallel``, which would average them after every part. The second forward pass counts as part of
+    the backward part.
     """
     split = zip(*(values.split(rows) for values in batch.values()), strict=True)
     parts = [dict(zip(batch, values, strict=True)) for values in split]
@@ -69,13 +70,13 @@ def backward_in_parts(
 
 
 def normalises_batches(method: nn.Module) -> bool:
-    """Whether a part's embeddings depend on which rows it has, so that parts are not exact."""
+    """Whether a row's embedding depends on the other rows of its part, so that parts are not exact."""
     return any(isinstance(module, _BatchNorm) for module in method.modules())
 
 
 @contextmanager
 def _kept_statistics(method: EmbeddingMethod) -> Iterator[None]:
-    """Let batch normalisation use its batch, but not count it: it comes once more."""
+    """Let batch normalisation use its batch without counting it: the batch is seen a second time."""
     layers = [module for module in method.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     counting = [layer for layer in layers if layer.training]
     for layer in counting:

@@ -1,11 +1,12 @@
 """Start a run: in this process, or as workers of a Ray cluster through Ray Train.
 
-Ray Train starts the workers, joins them to one process group, and replaces them all when one dies. It keeps no
-checkpoints here: the loop finds the latest one by itself, in the run's folder, so a restart by Ray Train and the same
-command typed again are the same thing.
+Ray Train starts the workers, joins them to one process group, and replaces them all when one dies. It stores no
+checkpoints here: the loop finds the latest one in the run's folder. So a restart by Ray Train and a repeated command
+work the same way.
 """
 
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -30,11 +31,12 @@ from pipeline.training.tracker import LogTracker, OpenTracker
 
 logger = logging.getLogger(__name__)
 
-SHARE = 0.001  # of a node's custom resource: it says where to go, not how many fit
+SHARE = 0.001  # of a node's custom resource: it selects nodes and does not limit the number of workers
+LOOK_AGAIN_SECONDS = 10.0  # at most, for workers that the cluster has room for: they are placed at once or not at all
 
 
 def finished(plan: RunPlan) -> TrainingOutcome | None:
-    """The outcome of a run that is at its end already, else ``None``."""
+    """The outcome of a finished run, else ``None``."""
     latest = Checkpoints(plan.run.output_folder).latest()
     if latest is None or latest.meta.step < plan.steps:
         return None
@@ -42,7 +44,7 @@ def finished(plan: RunPlan) -> TrainingOutcome | None:
 
 
 def launch(plan: RunPlan, open_tracker: OpenTracker = LogTracker) -> TrainingOutcome:
-    """Train ``plan`` to its end; a finished run is left as it is.
+    """Train ``plan`` to its end; does nothing for a finished run.
 
     Raises:
         TrainingError: the loss or its gradient was not finite.
@@ -59,9 +61,9 @@ def launch(plan: RunPlan, open_tracker: OpenTracker = LogTracker) -> TrainingOut
 
 
 def follower(plan: RunPlan, evaluate: Evaluate, record: Record | None = None) -> Follower:
-    """What evaluates the checkpoints of ``plan``: in a process, or on the cluster on which the run trains.
+    """The follower that evaluates the checkpoints of ``plan``: in a process, or on the cluster of the training.
 
-    An evaluation gets a GPU where the cluster has one more than the run trains on.
+    An evaluation gets a GPU if the cluster has one more than the run uses.
     """
     if not plan.run.most_workers:
         return Follower(plan.run.output_folder, evaluate, record, in_a_process, in_this_process)
@@ -85,14 +87,14 @@ def _in_this_process(plan: RunPlan, open_tracker: OpenTracker) -> TrainingOutcom
 def own_threads(loader: LoaderConfig) -> int | None:
     """torch's threads for a training in this process: the cores that its loader leaves, at least one.
 
-    More threads than free cores wait for one another in every operation, which can cost most of the speed. ``None``
-    where ``OMP_NUM_THREADS`` has decided already. Workers on Ray have ``cpus_per_worker`` threads instead.
+    With more threads than free cores, threads wait for one another in every operation, which can cost most of the
+    speed. ``None`` if ``OMP_NUM_THREADS`` is set. Workers on Ray have ``cpus_per_worker`` threads instead.
     """
     return None if "OMP_NUM_THREADS" in os.environ else max(1, cores() - loader.processes())
 
 
 def _on_ray(plan: RunPlan, open_tracker: OpenTracker) -> TrainingOutcome:
-    # One poll of the workers each half second: the time after which a dead one is noticed.
+    # Ray polls the workers every half second: the time until a dead one is noticed.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     patience, starts = _patience(plan)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(patience)
@@ -118,7 +120,7 @@ def _on_ray(plan: RunPlan, open_tracker: OpenTracker) -> TrainingOutcome:
                 resources_per_worker=resources,
                 elastic_resize_monitor_interval_s=plan.run.cluster.resize_seconds,
             ),
-            # Only the controller writes here, which runs beside this driver; the run's own folder is elsewhere.
+            # Only the controller writes here, which runs beside this driver; the run has another folder.
             run_config=RunConfig(
                 storage_path=scratch,
                 failure_config=FailureConfig(
@@ -135,7 +137,7 @@ def _on_ray(plan: RunPlan, open_tracker: OpenTracker) -> TrainingOutcome:
 
 
 def train_worker(config: Mapping[str, Any]) -> TrainingOutcome:
-    """What Ray Train runs in each worker; a process group exists."""
+    """The function that Ray Train runs in each worker; a process group exists."""
     from ray.train.torch import get_device
 
     _speak()
@@ -151,13 +153,13 @@ def train_worker(config: Mapping[str, Any]) -> TrainingOutcome:
 def _set_up(device: torch.device, threads: int | None = None) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # what is not bfloat16 runs in TF32
+        torch.set_float32_matmul_precision("high")  # operations outside of bfloat16 use TF32
     elif threads is not None:
         torch.set_num_threads(threads)
 
 
 def _speak() -> None:
-    """Log as the jobs do; Ray has put its own handlers on the root logger."""
+    """Log like the jobs; Ray has set its own handlers on the root logger."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     ours = logging.getLogger("pipeline")
@@ -166,7 +168,7 @@ def _speak() -> None:
 
 
 def worker_resources(plan: RunPlan, cluster: Mapping[str, float]) -> dict[str, float]:
-    """What each worker asks of a cluster that has, at this moment, the resources ``cluster``."""
+    """The resources of each worker on a cluster that has, at this moment, the resources ``cluster``."""
     wanted = plan.run.cluster
     resources: dict[str, float] = {"CPU": wanted.cpus_per_worker}
     if wanted.accelerator == "gpu" or (wanted.accelerator == "auto" and cluster.get("GPU", 0) > 0):
@@ -177,7 +179,7 @@ def worker_resources(plan: RunPlan, cluster: Mapping[str, float]) -> dict[str, f
 
 
 def _check_room(plan: RunPlan, resources: Mapping[str, float], cluster: Mapping[str, float]) -> None:
-    """A cluster that is too small may grow; a private one on this machine cannot, and would wait in vain."""
+    """Check the cluster's size: one that is too small may grow, but a private one on this machine cannot."""
     workers = plan.run.fewest_workers
     short = [name for name, each in resources.items() if cluster.get(name, 0) < workers * each]
     if not short:
@@ -191,14 +193,16 @@ def _check_room(plan: RunPlan, resources: Mapping[str, float], cluster: Mapping[
 
 
 def _patience(plan: RunPlan) -> tuple[float, int]:
-    """Seconds to wait for workers that were asked for, and how often to ask again when they did not come.
+    """Seconds to wait for requested workers, and how often to request them again.
 
-    A range of workers is asked for by what the cluster seems to have, which may count a node that has just died: it is
-    better to look again soon than to wait for that one.
+    A range of workers is asked for by what the cluster seems to have, which for some 20 seconds counts a node that has
+    died: it is better to look again soon than to wait for that one. In all, the wait is 20 times ``resize_seconds``.
     """
     cluster = plan.run.cluster
-    is_range = plan.run.fewest_workers < plan.run.most_workers
-    return (cluster.resize_seconds, 20) if is_range else (cluster.start_timeout_seconds, 2)
+    if plan.run.fewest_workers == plan.run.most_workers:
+        return cluster.start_timeout_seconds, 2
+    seconds = min(cluster.resize_seconds, LOOK_AGAIN_SECONDS)
+    return seconds, math.ceil(20 * cluster.resize_seconds / seconds)
 
 
 def _number(plan: RunPlan) -> int | tuple[int, int]:
@@ -207,7 +211,7 @@ def _number(plan: RunPlan) -> int | tuple[int, int]:
 
 
 def _own_error(error: Exception) -> ClipmillError | None:
-    """The sentence that a worker raised, where all of them raised ours or were only waiting for the one that did."""
+    """The error that a worker raised, if all errors are ours or those of workers that waited for it."""
     failures = list(getattr(error, "worker_failures", {}).values())
     causes = [cause for failure in failures for cause in (failure, failure.__cause__)]
     return next((cause for cause in causes if isinstance(cause, ClipmillError)), None)

@@ -1,8 +1,8 @@
 """The training loop: one for all methods, the same in one process and in many.
 
-Everything a step does is a function of its number: its samples, their augmentation, its learning rate, and its random
-numbers (dropout), for which the generators are seeded anew in every step. So a checkpoint holds weights, the
-optimiser's state and one number, and a resumed run is, on CPUs, equal bit for bit to one that never stopped.
+Every step is a function of its number: its samples, their augmentation, its learning rate, and its random numbers
+(dropout), because the generators are seeded in every step. So a checkpoint holds weights, the optimiser's state and one
+number, and on CPUs a resumed run equals an uninterrupted one bit for bit.
 """
 
 import logging
@@ -45,29 +45,29 @@ NUMBERS = {(False, False): "float32", (False, True): "bfloat16", (True, True): "
 
 
 class TrainingError(ClipmillError):
-    """Training cannot go on, and starting it again would end the same way."""
+    """Training cannot continue, and a restart would fail in the same way."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOutcome:
-    """How a run ended: its steps, its last checkpoint, and the samples per second of this start."""
+    """The result of a run: its steps, its last checkpoint, and the samples per second of this start."""
 
     steps: int
     checkpoint: str
     samples_per_second: float = 0.0
     problem: str = ""
-    """Why it stopped early, in all ranks alike."""
+    """Why it stopped early; the same on all ranks."""
 
 
 def run_training(plan: RunPlan, device: torch.device, tracker: Tracker, notice: Notice = never) -> TrainingOutcome:
-    """Train ``plan`` to its end, from its latest checkpoint if it has one; every rank calls this.
+    """Train ``plan`` to its end, from its latest checkpoint if it has one; all ranks must call.
 
-    ``tracker`` is used by rank 0, and closed at the end; ``notice`` is asked by rank 0 when it logs. An end that all
-    ranks share (a loss that is no number) is returned, since raising it in a worker would only have the worker replaced
-    and the same steps repeated.
+    Rank 0 uses ``tracker`` and closes it at the end, and calls ``notice`` when it logs. An early end that all ranks
+    share (a non-finite loss) is returned: if a worker raised it, Ray Train would only replace the worker and repeat
+    the same steps.
 
     Raises:
-        SettingError: the checkpoint was made with settings that this run has not.
+        SettingError: the checkpoint was made with other settings.
         DataError, StorageError: data cannot be read, a checkpoint cannot be written.
     """
     training = _TrainingState(plan, device, tracker, notice)
@@ -81,7 +81,7 @@ def run_training(plan: RunPlan, device: torch.device, tracker: Tracker, notice: 
 
 
 class _TrainingState:
-    """The state of a run in one process: ``done`` steps are behind it."""
+    """The state of a run in one process, after ``done`` steps."""
 
     def __init__(self, plan: RunPlan, device: torch.device, tracker: Tracker, notice: Notice) -> None:
         self.plan, self.config, self.device, self.tracker, self.notice = plan, plan.run, device, tracker, notice
@@ -94,9 +94,9 @@ class _TrainingState:
         latest = self._latest()
         self.done = latest.meta.step if latest else 0
         self.last_checkpoint = latest.folder.uri if latest else ""
-        # Convolutions are 1.4 times as fast on a CPU with channels last, and tensor cores want them so.
+        # With channels last, convolutions are 1.4 times as fast on a CPU, and tensor cores need it.
         self.shards = self.config.sharding == "full" and self.world > 1
-        form = torch.contiguous_format if self.shards else torch.channels_last  # shards are of rows
+        form = torch.contiguous_format if self.shards else torch.channels_last  # sharding splits rows
         self.method = self._method(latest).to(device).to(memory_format=form).train()
         precision = self.config.precision
         self.bf16 = precision in ("bf16", "fp8") or (precision == "auto" and device.type == "cuda")
@@ -140,7 +140,7 @@ class _TrainingState:
         return TrainingOutcome(steps=self.done, checkpoint=self.last_checkpoint, samples_per_second=speed)
 
     def _step(self, batch: Batch) -> None:
-        """Train on one batch; log and save as often as asked."""
+        """Train on one batch; log and save at the configured intervals."""
         torch.manual_seed(step_seed(self.config.seed, self.done, self.rank))
         rate = self._set_learning_rate()
         self.clock.unreadable += int(batch.pop("replaced"))
@@ -172,7 +172,7 @@ class _TrainingState:
                 self._save()
 
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
-        """The losses, with their gradients added to the parameters; the batch at once or in parts."""
+        """The losses, with their gradients added to the parameters; processes the batch at once or in parts."""
         if self.part is not None:
             assert isinstance(self.method, EmbeddingMethod)
             return backward_in_parts(self.method, batch, self.part, self._precision, self.clock.phase)
@@ -180,7 +180,7 @@ class _TrainingState:
             losses: dict[str, Tensor] = self.module(batch)
         with self.clock.phase("backward"):
             total = torch.stack(list(losses.values())).sum()
-            if total.requires_grad:  # a method may have nothing that gradients train
+            if total.requires_grad:  # a method may have no trainable parameters
                 total.backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
@@ -188,7 +188,7 @@ class _TrainingState:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def _latest(self) -> Checkpoint | None:
-        """The checkpoint to go on from; all ranks agree on it."""
+        """The checkpoint to resume from; the same on all ranks."""
         if self.rank == 0:
             self.checkpoints.remove_broken()
         latest = distributed.from_first(self.checkpoints.latest() if self.rank == 0 else None)
@@ -203,13 +203,13 @@ class _TrainingState:
         return latest
 
     def _method(self, latest: Checkpoint | None) -> Method:
-        torch.manual_seed(self.config.seed)  # the same initial weights in all ranks
+        torch.manual_seed(self.config.seed)  # the same initial weights on all ranks
         method = load_method(latest.folder.uri) if latest else build_method(self.plan.method)
         method.prepare_training()
         return method
 
     def _shared(self) -> nn.Module:
-        """The method as the ranks share it: copied to each, or divided among them."""
+        """The method as the ranks share it: replicated or sharded."""
         if self.shards:
             return distributed.shard(self.method)
         return distributed.parallel(self.method, self.device, whole=self.part is None)
@@ -250,7 +250,7 @@ class _TrainingState:
         return rate
 
     def _clipped_norm(self) -> Tensor:
-        """The norm of the whole gradient, which is then clipped where the run asks for it."""
+        """The norm of the whole gradient before clipping; clips it if configured."""
         gradients = [parameter.grad for parameter in self.method.parameters() if parameter.grad is not None]
         norm = distributed.whole(torch.nn.utils.get_total_norm(gradients))
         if self.config.clip_grad_norm is not None:
@@ -258,7 +258,7 @@ class _TrainingState:
         return norm
 
     def _stop_if_too_many_skipped(self) -> None:
-        """Raise in all ranks if more steps in a row than allowed had no finite loss or gradient in one of them."""
+        """Raise on all ranks if more consecutive steps than allowed had a non-finite loss or gradient on any rank."""
         bad = self.skipping.too_many_since()
         if bad is not None:
             kept = self.last_checkpoint or "there is none"
@@ -280,7 +280,7 @@ class _TrainingState:
         return self.plan.evaluates and due
 
     def _log(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor], rate: float) -> bool:
-        """Log this step; returns whether rank 0 wants a checkpoint: by its clock, or before a node is taken away."""
+        """Log this step; returns whether rank 0 requests a checkpoint: by its clock, or before a preemption."""
         unreadable = torch.tensor(float(self.clock.unreadable), device=self.device)
         gathered = torch.stack([*losses.values(), unreadable]).float()
         *means, unreadable_each = distributed.mean_over_ranks(gathered).tolist()
@@ -311,12 +311,12 @@ class _TrainingState:
     def _warn_of_skipped(self) -> None:
         total, row = self.skipping.counts()
         if total > self.warned:
-            message = "%d steps were left out, %d of them the last ones: their loss or gradient was not finite"
+            message = "%d steps were skipped, the last %d of them in a row: their loss or gradient was not finite"
             logger.warning(message, total, row)
         self.warned = total
 
     def _save(self) -> None:
-        """Copy what a checkpoint holds; a thread of rank 0 writes it while all go on."""
+        """Copy the content of a checkpoint; a thread of rank 0 writes it while training continues."""
         self.clock.saved()
         self.last_checkpoint = self.checkpoints.at(self.done).uri
         averages = self.average.state_dict() if self.average is not None else None
@@ -361,11 +361,11 @@ class _TrainingState:
         if config.warmup_steps >= plan.steps:
             logger.warning("the warm-up takes %d steps, the run only %d", config.warmup_steps, plan.steps)
         if self.part is not None and normalises_batches(self.method):
-            logger.warning("batch normalisation sees %d rows at a time, not a worker's whole share", self.part)
+            logger.warning("batch normalisation uses %d rows at a time, not a worker's whole share", self.part)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of torch's generators for a step in a rank."""
+    """The seed of torch's generators for a step on a rank."""
     return int(random_bits(seed, RandomStream.STEPS, step, rank, 1)[0] >> 1)
 
 

@@ -1,6 +1,6 @@
 """What a run costs: where its time goes, how much of the device it uses, its memory, and a trace of some steps.
 
-Nothing here makes a step wait for the device. On a GPU the parts of a step are told apart by events in the device's own
+Nothing here makes a step wait for the device. On a GPU the parts of a step are measured by events in the device's own
 queue, read when metrics are logged, which waits for the device anyway: so ``perf/data_wait`` is the time in which a GPU
 has nothing to do until the next batch is there. On CPUs it is the clock.
 """
@@ -99,7 +99,7 @@ class Clock:
         self._flops = None if flops is None or self._flops is None else self._flops + flops
 
     def interval(self) -> dict[str, float]:
-        """Speed since the last call; none from the first one, which lies behind a start and its warm-up."""
+        """Speed since the last call; empty on the first call, since the interval includes start and warm-up."""
         now = time.perf_counter()
         seconds, steps, spans, flops = now - self._since, self._steps, self._spans, self._flops
         self._since, self._steps, self._spans, self._flops = now, 0, [], 0.0

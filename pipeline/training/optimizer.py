@@ -10,32 +10,32 @@ from torch import Tensor
 from pipeline.config import require
 from pipeline.models.method import Method
 
-SCALE = "rate_scale"  # in a parameter group: what the run's learning rate is multiplied by
+SCALE = "rate_scale"  # in a parameter group: factor of the run's learning rate
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """What the optimisers share: how the learning rate runs, and how it differs by layer and tower."""
+    """Settings that all optimisers share: the learning rate schedule, and its factors by layer and tower."""
 
     learning_rate: float = 5e-4
-    """Peak learning rate, reached at the end of the warm-up."""
+    """Peak learning rate, at the end of the warm-up."""
     first_learning_rate: float = 0.0
-    """Where the warm-up begins."""
+    """Learning rate at the start of the warm-up."""
     final_learning_rate: float = 0.0
-    """Where the rate falls to, by half a cosine."""
+    """Learning rate at the end of the cosine schedule."""
     drops: tuple[float, ...] = ()
-    """Milestones, parts of the run between 0 and 1. At each the rate falls to a tenth; there is no cosine then."""
+    """Milestones as parts of the run between 0 and 1; the rate falls to a tenth at each. They replace the cosine."""
     weight_decay: float = 0.2
-    """Not applied to gains, biases and scalars."""
+    """Weight decay; not applied to gains, biases and scalars."""
     layer_decay: float | None = None
-    """Each layer of a tower learns at so much of the rate of the one above it (BEiT and MAE fine-tune with 0.65 to
-    0.75); what is in no tower learns at the full rate."""
+    """Factor between the learning rates of a layer and the next higher one, up to 1 (BEiT and MAE fine-tune with 0.65
+    to 0.75); parameters outside of towers use the full rate."""
     image_rate: float | None = None
-    """Times the learning rate, for the image tower."""
+    """Factor of the learning rate for the image tower."""
     text_rate: float | None = None
-    """Times the learning rate, for the text tower."""
+    """Factor of the learning rate for the text tower."""
     tower_rates: Mapping[str, float] = field(default_factory=dict)
-    """Times the learning rate, for towers by name, such as audio 0.1; image and text may be named here as well."""
+    """Factors of the learning rate for towers by name, such as audio 0.1; may include image and text."""
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
@@ -51,10 +51,10 @@ class OptimizerConfig:
         for tower, rate in self.tower_rates.items():
             require(rate > 0, "tower_rates", f"{tower} {rate}", "a rate of more than 0 for each tower")
         twice = self._fields_of_towers().keys() & self.tower_rates.keys()
-        require(not twice, "tower_rates", sorted(twice), "towers whose rate is not given by an option of their own")
+        require(not twice, "tower_rates", sorted(twice), "towers without an option of their own")
 
     def rates(self) -> dict[str, float]:
-        """What the learning rate is multiplied by, for each tower that has a rate of its own."""
+        """The factors of the learning rate, for each tower that has one."""
         return {**self._fields_of_towers(), **self.tower_rates}
 
     def _fields_of_towers(self) -> dict[str, float]:
@@ -66,7 +66,7 @@ class OptimizerConfig:
 class AdamW(OptimizerConfig):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2017, arXiv 1711.05101).
 
-    The values are the CLIP paper's for its vision transformers (table 18); its ResNets took beta2 0.999, epsilon 1e-8.
+    The values are the CLIP paper's for its vision transformers (table 18); its ResNets use beta2 0.999, epsilon 1e-8.
     """
 
     beta1: float = 0.9
@@ -82,7 +82,7 @@ class AdamW(OptimizerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Sgd(OptimizerConfig):
-    """Gradient descent with momentum, by which detectors are trained; the decay is added to the gradient."""
+    """Gradient descent with momentum, the usual optimiser of detectors; the weight decay is added to the gradient."""
 
     learning_rate: float = 0.02
     momentum: float = 0.9
@@ -97,7 +97,7 @@ Optimizer = AdamW | Sgd
 
 
 def make_optimizer(config: Optimizer, method: Method) -> torch.optim.Optimizer:
-    """The optimiser over the method's parameter groups, divided by learning rate; see :func:`set_rate`."""
+    """The optimiser over the method's parameter groups, split by learning rate; see :func:`set_rate`."""
     common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
     if isinstance(config, Sgd):
         return torch.optim.SGD(_groups(config, method), momentum=config.momentum, **common)
@@ -106,10 +106,10 @@ def make_optimizer(config: Optimizer, method: Method) -> torch.optim.Optimizer:
 
 
 def rate_scales(config: OptimizerConfig, method: Method) -> dict[str, float]:
-    """What the learning rate of each parameter is multiplied by; those that are not named have 1.
+    """The factor of each parameter's learning rate, by name; 1 for parameters that are not listed.
 
     Raises:
-        SettingError: ``tower_rates`` names a tower that the method does not have.
+        SettingError: ``tower_rates`` names a tower that the method lacks.
     """
     decay = 1.0 if config.layer_decay is None else config.layer_decay
     rates, layers = config.rates(), method.layers()
@@ -121,13 +121,13 @@ def rate_scales(config: OptimizerConfig, method: Method) -> dict[str, float]:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of a step: ``rate``, times what each group has of it."""
+    """Set the learning rate of a step: ``rate`` times the factor of each group."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get(SCALE, 1.0)
 
 
 def _groups(config: OptimizerConfig, method: Method) -> list[dict[str, Any]]:
-    """The method's groups, each divided into parts of one rate, the lowest (the deepest layers) first."""
+    """The method's groups, each split into parts of one rate, lowest first (the deepest layers)."""
     scales = rate_scales(config, method)
     scale_of = {id(value): scales.get(name, 1.0) for name, value in method.named_parameters()}
     divided = []
@@ -139,9 +139,9 @@ def _groups(config: OptimizerConfig, method: Method) -> list[dict[str, Any]]:
 
 
 def take_step(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
-    """Step, unless ``skipped``, float32 [] on the parameters' device, is 1; the gradients are gone in any case.
+    """Step, unless ``skipped``, float32 [] on the parameters' device, is 1; clears the gradients in any case.
 
-    Fused optimisers look at ``found_inf`` themselves, on the device, for ``torch.amp.GradScaler``.
+    Fused optimisers read ``found_inf`` on the device, as they do for ``torch.amp.GradScaler``.
     """
     optimizer.found_inf = skipped  # type: ignore[attr-defined]
     optimizer.step()

@@ -1,7 +1,7 @@
-"""Notice of a node that is about to be taken away, as clouds give it for machines at a lower price.
+"""Preemption notices: a node is about to be removed, as clouds announce for spot machines.
 
-Ray learns of it from its autoscaler, or from ``ray drain-node``, and tells every worker of the run. The workers go on
-until the node is gone; what matters is that a checkpoint is written before, and Ray Train starts them again after.
+Ray gets the notice from its autoscaler, or from ``ray drain-node``, and passes it to every worker of the run. Workers
+run until the node is gone. A checkpoint is written before that, and Ray Train restarts the workers afterwards.
 """
 
 import logging
@@ -10,26 +10,26 @@ from collections.abc import Callable
 logger = logging.getLogger(__name__)
 
 Notice = Callable[[], bool]
-"""Asked by rank 0 from time to time: whether a node of this run has been given notice since it was asked last."""
+"""Called by rank 0 at intervals: whether a node of this run got a notice since the last call."""
 
 
 def never() -> bool:
-    """No notice comes to a training without Ray."""
+    """A training without Ray gets no notices."""
     return False
 
 
 class RayNotice:
     """The notices that Ray Train has passed to this worker.
 
-    Read where Ray Train keeps them for this worker. Its public ``get_preemption_info`` gives the same value, but waits
-    for all workers each time, those included that do not train (see ``pipeline.training.elastic``).
+    Reads Ray Train's internal state of this worker. Its public ``get_preemption_info`` returns the same value, but
+    waits for all workers each time, also for those that do not train (see ``pipeline.training.elastic``).
     """
 
     def __init__(self) -> None:
         self.known: frozenset[str] = frozenset()
 
     def __call__(self) -> bool:
-        """Whether there are nodes with notice that were not there before."""
+        """Whether there are nodes with a notice since the last call."""
         from ray.train.v2._internal.execution.context import get_train_context
 
         info = get_train_context().preemption_context.preemption_info
@@ -37,5 +37,5 @@ class RayNotice:
         new = nodes - self.known
         self.known |= nodes
         for node in sorted(new):
-            logger.warning("node %s is about to be taken away: writing a checkpoint now", node)
+            logger.warning("node %s is about to be removed: writing a checkpoint now", node)
         return bool(new)

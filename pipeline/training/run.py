@@ -1,7 +1,7 @@
-"""What a training run is told, and the record by which the same command finds its run again.
+"""The settings of a training run, and the record by which the same command resumes it.
 
-``{output_folder}/run.json`` holds what decides the result, the data pinned to a snapshot, and the id of the run in the
-tracker. The same command again goes on; a command that would give another result is refused, and says why.
+``{output_folder}/run.json`` holds the settings that decide the result, the data pinned to a snapshot, and the tracker's
+run id. The same command resumes the run. A command that would change the result is refused with the reason.
 """
 
 import json
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 RECORD = "run.json"
 MOST_WORKERS = 100_000
 
-# Settings that may change from start to start: where things are, how fast they go, how often something is written.
+# Settings that may change between starts: places, speed, and intervals of writing.
 FREE = (
     "output_folder",
     "data",
@@ -57,21 +57,21 @@ FREE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Where the training workers run; nothing here changes the result."""
+    """Where the training workers run; no option here changes the result."""
 
     cpus_per_worker: int = 1
-    """CPUs that each worker reserves; its threads on a machine without a GPU."""
+    """CPUs reserved per worker, 1 or more; also the worker's threads on a machine without a GPU."""
     accelerator: Literal["auto", "gpu", "cpu"] = "auto"
-    """One GPU for each worker, or none; auto looks at the nodes that the cluster has when the job starts."""
+    """One GPU per worker, or none; auto checks the cluster's nodes when the job starts."""
     train_resource: str = "train_worker"
-    """Custom resource that workers ask for where the cluster has it (see cluster.yaml), so they land on its nodes."""
+    """Custom resource that places workers on the nodes that offer it (see cluster.yaml), if the cluster has it."""
     max_failures: int = 3
-    """Times that dead workers are replaced before the run gives up; -1 for always. Preempted nodes do not count."""
+    """Restarts after worker failures before the run gives up; -1 for no limit. Preempted nodes do not count."""
     start_timeout_seconds: float = 600.0
-    """How long to wait for the workers' nodes, which may have to boot."""
+    """Seconds to wait for the workers' nodes, which may have to boot."""
     resize_seconds: float = 60.0
-    """Where the number of workers is a range: seconds between looks for room for more, and the time that those found
-    have to start. All start from the latest checkpoint, so that the work since then is done again."""
+    """For a range of workers: seconds between checks for free room. Growing restarts all workers from the latest
+    checkpoint and repeats the work since then."""
 
     def __post_init__(self) -> None:
         require(self.cpus_per_worker >= 1, "cpus_per_worker", self.cpus_per_worker, "1 or more")
@@ -82,72 +82,72 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """How a method is trained; the defaults are the CLIP paper's where it has one (its appendix F)."""
+    """The training recipe; the defaults are the CLIP paper's where it has one (its appendix F)."""
 
     output_folder: str = ""
-    """Where checkpoints go: an absolute path or any fsspec URI. The same folder again resumes the run in it."""
+    """Folder of the checkpoints: an absolute path or an fsspec URI. The same folder resumes the run in it."""
     data: str = ""
-    """Snapshot to train on: FOLDER for its latest, or FOLDER@ID; or several with weights: FOLDER=0.7,FOLDER=0.3."""
+    """Training snapshot: FOLDER for its latest, or FOLDER@ID; or several with weights: FOLDER=0.7,FOLDER=0.3."""
     workers: int | str = 0
-    """Training processes on the Ray cluster; 0 trains in this process, without Ray. 2:8 takes as many of two to eight
-    as the cluster has room for, and more or fewer as it grows or loses nodes."""
+    """Training processes on the Ray cluster; 0 trains in this process, without Ray. A range such as 2:8 uses as many
+    as fit the cluster, and follows it when it grows or loses nodes."""
     batch_size: int = 32768
     """Samples per step, over all workers."""
     micro_batch: int | None = None
-    """Rows of a worker that go through the towers at once, where all of them need too much memory; costs a third more
-    time, and changes the result by rounding alone (and what batch normalisation and dropout draw, as workers do)."""
+    """Rows per forward pass in each worker (gradient caching), to save memory; none for all rows. Takes a third more
+    time. The result differs only by rounding, and by batch normalisation and dropout, as with other worker counts."""
     exchange: Literal["gather", "ring"] = "gather"
-    """How workers see each other's features in a loss by tiles: all at once, or passed round, which takes less room."""
+    """Exchange of features in tiled losses: gather (all at once), or ring (passed around, which needs less memory)."""
     epochs: float = 32.0
-    """Times that every sample is seen."""
+    """Passes over the data; may be a fraction."""
     steps: int | None = None
-    """Steps of the whole run, instead of epochs."""
+    """Number of steps of the whole run; replaces epochs."""
     warmup_steps: int = 2000
-    """Steps in which the learning rate rises to its peak."""
+    """Steps of linear learning rate warm-up."""
     optimizer: Optimizer = field(default_factory=AdamW)
     clip_grad_norm: float | None = None
-    """Largest norm of the gradient; none in the paper."""
+    """Maximum gradient norm; none disables clipping, as in the paper."""
     max_skipped_steps: int = 10
-    """Steps in a row that may be left out because their loss or gradient is no number; with one more the run stops."""
+    """Consecutive steps with a non-finite loss or gradient that are skipped; one more stops the run."""
     ema_decay: float | None = None
-    """Keep a moving average of the weights beside them, of which so much remains in every step (0.9999); less in the
-    first steps. Checkpoints hold both; evaluate FOLDER:ema."""
+    """Decay per step of a moving average of the weights, such as 0.9999, lower in the first steps; none disables it.
+    Checkpoints hold both weights; evaluate the average as FOLDER:ema."""
     precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
-    """Matrix products in bfloat16 or float32 (on GPUs TF32); auto is bf16 on GPUs, fp32 elsewhere. fp8 is bf16 with
-    linear layers in eight bits, with torchao on GPUs like the H100; it pays with --compile-blocks only."""
+    """Precision of matrix products: bf16 or fp32 (TF32 on GPUs); auto is bf16 on GPUs, fp32 elsewhere. fp8 is bf16 with
+    8-bit linear layers, using torchao on GPUs like the H100; it is faster only with --compile-blocks."""
     sharding: Literal["none", "full"] = "none"
-    """full divides weights, gradients and the optimiser's state among the workers (FSDP2), for models that do not fit
-    one of them; slower where they do. Checkpoints are the same."""
+    """full shards weights, gradients and optimiser state over the workers (FSDP2), for models that exceed one GPU's
+    memory; slower for smaller models. Checkpoints are the same."""
     checkpoint_activations: bool = False
-    """Keep of each block of the towers its input alone and compute it again for the gradient: less memory for a third
+    """Store only the input of each tower block and recompute its activations in the backward pass: less memory, a third
     more time, the same result."""
     compile_blocks: bool = False
-    """Compile the towers' blocks with torch.compile: a slow first step, faster ones behind it."""
+    """Compile the towers' blocks with torch.compile: a slow first step, then faster ones."""
     seed: int = 0
-    """Decides initial weights, order and augmentation."""
+    """Seed of initial weights, sample order and augmentation."""
     caption: str = "txt"
     """Field of the captions: txt, or json:KEY."""
     tokens: str = ""
-    """Sidecar with the captions' tokens, which jobs/tokenize_dataset.py makes; without it they are tokenised while they
-    are loaded. The same result; it pays with slow tokenizers, not with CLIP's."""
+    """Sidecar with the captions' tokens, made by jobs/tokenize_dataset.py; if empty, captions are tokenised during
+    loading. The result is the same; the sidecar helps with slow tokenizers, not with CLIP's."""
     lanes: int = 32
-    """Places in the data from which a batch is drawn; fewer where the batch cannot be divided so."""
+    """Positions in the data from which a batch is read; reduced to a divisor of the batch size."""
     shuffle_block: int = 8192
-    """Samples of a lane that are shuffled among each other."""
+    """Samples of a lane that are shuffled together."""
     log_every_steps: int = 20
-    """Steps between logged metrics; also those at which too many skipped steps are noticed, and the notice that a node
-    will be taken away, before which a checkpoint is written."""
+    """Steps between logged metrics. At these steps the run also checks for skipped steps and for a preemption notice,
+    which triggers a checkpoint."""
     checkpoint_every_steps: int | None = None
-    """Steps between checkpoints; one is always written at the end."""
+    """Steps between checkpoints; the last step always writes one."""
     checkpoint_every_minutes: float | None = 30.0
-    """Minutes between checkpoints, looked at when metrics are logged."""
+    """Minutes between checkpoints, checked when metrics are logged."""
     keep_checkpoints: int = 3
-    """Newest checkpoints that are kept, besides those that wait for an evaluation."""
+    """Number of newest checkpoints to keep, in addition to those that wait for an evaluation."""
     keep_waiting: int = 10
-    """Older checkpoints that are kept for an evaluation to come; more pile up where evaluations end or are too slow."""
+    """Older checkpoints to keep until they are evaluated; checkpoints beyond this number are deleted unevaluated."""
     saving: Saving = field(default_factory=Saving)
     evaluate_every_steps: int | None = None
-    """Steps between evaluations, which run beside the training; none: only what comes of the last step."""
+    """Steps between evaluations, which run beside the training; none evaluates only the last step."""
     measuring: MeasurementConfig = field(default_factory=MeasurementConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     cluster: Cluster = field(default_factory=Cluster)
@@ -181,20 +181,20 @@ class Run:
 
     @property
     def fewest_workers(self) -> int:
-        """The least number of workers that this run trains with; 0 without Ray."""
+        """The smallest number of workers of this run; 0 without Ray."""
         return int(str(self.workers).partition(":")[0])
 
     @property
     def most_workers(self) -> int:
-        """The largest number of workers; that of :attr:`fewest_workers` where it is fixed."""
+        """The largest number of workers; equals :attr:`fewest_workers` if the number is fixed."""
         return int(str(self.workers).rpartition(":")[2])
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """A run with everything settled, as each worker gets it: ``method`` is the method's config.
+    """A run with all settings resolved, as each worker gets it: ``method`` is the method's config.
 
-    ``evaluates`` says whether somebody will evaluate the checkpoints that are marked for it.
+    ``evaluates`` is true if a follower evaluates the checkpoints that are marked for it.
     """
 
     method: Any
@@ -219,14 +219,14 @@ class RunRecord:
 
 
 def prepare(method: Any, run: Run, *, evaluates: bool = False) -> tuple[RunPlan, RunRecord]:
-    """Settle a run before anything is started: its folder, its data, its number of steps.
+    """Resolve a run before anything is started: its folder, its data, its number of steps.
 
-    A new folder gets its ``run.json``; in the folder of an earlier start of the same run, the data stay those of the
-    first start even where the data set has grown since.
+    Writes ``run.json`` into a new folder. In the folder of an earlier start of the same run, the data stay pinned to
+    the snapshot of the first start, even if the data set has grown since.
 
     Raises:
-        SettingError: a method's setting or a folder that cannot be used, or a folder that holds another run.
-        DataError: the data cannot be read, or have not the fields that the method reads.
+        SettingError: an invalid setting of the method, an unusable folder, or a folder that holds another run.
+        DataError: the data cannot be read, or lack a field that the method reads.
     """
     kind = method_class(method_name(method))
     kind.check(method)
@@ -237,9 +237,9 @@ def prepare(method: Any, run: Run, *, evaluates: bool = False) -> tuple[RunPlan,
     if run.precision == "fp8":
         check_installed()
     best = run.saving.keep_best
-    require(evaluates or not best, "keep_best", best, "0, since no evaluation is asked for that could tell the best")
+    require(evaluates or not best, "keep_best", best, "0 without evaluations, which rank the checkpoints")
     run = replace(run, output_folder=writable_folder("output_folder", run.output_folder))
-    require(bool(run.data), "data", run.data, "the folder of a snapshot, which jobs/refresh_dataset.py makes")
+    require(bool(run.data), "data", run.data, "the folder of a snapshot; jobs/refresh_dataset.py makes one")
     folder = Folder(run.output_folder)
     earlier = read_record(folder)
     snapshot = _pinned(run.data, earlier)
@@ -257,13 +257,13 @@ def prepare(method: Any, run: Run, *, evaluates: bool = False) -> tuple[RunPlan,
 
 
 def keep_tracking_run(plan: RunPlan, record: RunRecord, run_id: str) -> None:
-    """Remember the run's id in the tracker, for the next start of the same command."""
+    """Store the tracker's run id, for the next start of the same command."""
     if record.tracking_run != run_id:
         write_record(Folder(plan.run.output_folder), replace(record, tracking_run=run_id))
 
 
 def order_of(run: Run, data: TrainingData) -> Order | MixedOrder:
-    """The order of the samples that the run's settings decide."""
+    """The order of the samples for the run's settings."""
     return make_order(data, seed=run.seed, batch_size=run.batch_size, lanes=run.lanes, shuffle_block=run.shuffle_block)
 
 
@@ -271,7 +271,7 @@ def read_record(folder: Folder) -> RunRecord | None:
     """The record of the run in ``folder``, or ``None``.
 
     Raises:
-        DataError: ``run.json`` is there but is none.
+        DataError: ``run.json`` exists but is invalid.
     """
     try:
         plain = json.loads(folder.read_text(RECORD))
@@ -295,7 +295,7 @@ def _is_number_or_range(workers: int | str) -> bool:
 
 
 def _check_readable(snapshot: TrainingData, method: Any, run: Run) -> None:
-    """What the method says that it reads, before a worker starts."""
+    """Check, before a worker starts, that the data have what the method reads."""
     kind = method_class(method_name(method))
     settings = kind.reader_settings(run)
     check_fields(snapshot, kind.sample_fields(method, settings))
@@ -304,7 +304,7 @@ def _check_readable(snapshot: TrainingData, method: Any, run: Run) -> None:
 
 
 def _pinned(data: str, earlier: RunRecord | None) -> TrainingData:
-    """The data of the first start; those of ``data`` where this is the first, or where they were moved."""
+    """The data of the first start; those of ``data`` for a first start, or if the data were moved."""
     if earlier is None:
         return read_data(data)
     before = {address.rpartition("@")[0]: address for address, _ in places(earlier.snapshot)}
@@ -314,12 +314,12 @@ def _pinned(data: str, earlier: RunRecord | None) -> TrainingData:
         raise SettingError("data", data, f"{earlier.snapshot}, on which the run in this folder is trained")
     for address, (pinned, _) in zip((address for address, _ in places(data)), wanted, strict=True):
         if pinned != address and read_snapshot(address).uri != pinned:
-            logger.info("%s has a newer snapshot; this run stays with %s", address, pinned)
+            logger.info("%s has a newer snapshot; this run continues with %s", address, pinned)
     return found
 
 
 def _as_before(address: str, before: Mapping[str, str]) -> str:
-    """The snapshot of an earlier start in the same folder; ``address`` itself where it names one, or was moved."""
+    """The snapshot of an earlier start in the same folder; ``address`` itself if it names a snapshot or was moved."""
     if "@" in address.rsplit("/", 1)[-1]:
         return address
     return before.get(Folder(address).uri, address)

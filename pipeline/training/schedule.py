@@ -16,9 +16,9 @@ def learning_rate(
 ) -> float:
     """The rate of step ``step`` of ``steps``, counted from 0.
 
-    It rises in equal parts from ``first`` (before any step) to ``peak`` in the last warm-up step, then falls to nearly
-    ``final`` in the last step of all; or, with ``milestones``, parts of the run, to a tenth after each of them. A pure
-    function: a resumed run needs no state of it.
+    It rises linearly from ``first`` (before any step) to ``peak`` in the last warm-up step. Then it falls to nearly
+    ``final`` in the last step or, with ``milestones`` (parts of the run), to a tenth after each of them. It is a pure
+    function, so a resumed run needs no scheduler state.
     """
     if step < warmup_steps:
         return first + (peak - first) * (step + 1) / warmup_steps

@@ -1,7 +1,7 @@
-"""Steps whose loss or gradient is no number are left out as if they had not been; nothing waits for the device.
+"""Steps with a non-finite loss or gradient are skipped without a trace; nothing waits for the device.
 
-All ranks leave out the same steps. The optimiser does so itself where it is told through ``found_inf``, as
-``torch.amp.GradScaler`` tells it; the buffers that a forward pass changes (running statistics) are put back here.
+All ranks skip the same steps. The optimiser skips its update if ``found_inf`` is set, as for
+``torch.amp.GradScaler``; this module restores the buffers that a forward pass changes (running statistics).
 """
 
 import torch
@@ -12,9 +12,9 @@ from pipeline.training import distributed
 
 
 class Skipping:
-    """Finds the steps to leave out, and counts them; more than ``limit`` in a row are too many.
+    """Finds the steps to skip, and counts them; more than ``limit`` in a row are too many.
 
-    ``total`` were left out before, the last ``row`` steps among them.
+    ``total`` is the number of earlier skipped steps, ``row`` that of the last consecutive ones among them.
     """
 
     def __init__(self, method: Method, limit: int, device: torch.device, total: int = 0, row: int = 0) -> None:
@@ -26,14 +26,14 @@ class Skipping:
         self._too_many = torch.tensor(-1, device=device)
 
     def before_step(self) -> None:
-        """Remember what the forward pass will change."""
+        """Copy the buffers that the forward pass changes."""
         self._kept = [buffer.detach().clone() for buffer in self._buffers]
 
     @torch.no_grad()
     def after_backward(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
-        """Float32 [], 1 if this step is left out, else 0; all ranks must call.
+        """Float32 [], 1 if this step is skipped, else 0; all ranks must call.
 
-        ``loss`` is this rank's, ``norm`` that of the gradient of all.
+        ``loss`` is this rank's, ``norm`` that of the gradient of all ranks.
         """
         bad = distributed.any_rank(~(loss.detach().isfinite() & norm.isfinite()))
         for buffer, kept in zip(self._buffers, self._kept, strict=True):
@@ -45,10 +45,10 @@ class Skipping:
         return bad.float()
 
     def too_many_since(self) -> int | None:
-        """The first step of a row that is too long; waits for the device."""
+        """The first step of too many skipped ones in a row, or ``None``; waits for the device."""
         step = int(self._too_many)
         return step if step >= 0 else None
 
     def counts(self) -> tuple[int, int]:
-        """Steps that were left out, and how many of them are the last ones; waits for the device."""
+        """The number of skipped steps, and how many of them are the last consecutive ones; waits for the device."""
         return int(self._total), int(self._row)

@@ -1,4 +1,4 @@
-"""Ways to run an evaluation elsewhere than in the process that trains. Light to import: a new process does so first."""
+"""Ways to run an evaluation outside of the training process. Light to import: a new process imports it first."""
 
 import json
 import multiprocessing
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from pipeline.errors import ClipmillError
 
-GIVES_WAY = 10  # niceness of an evaluation's process: the training that it shares the machine with comes first
+GIVES_WAY = 10  # niceness of an evaluation's process, so that training on the same machine has priority
 
 Evaluate = Callable[[str, int], Mapping[str, float]]
 """Evaluates the checkpoint at a URI, made at a step: metric names and values. It pickles."""
@@ -21,11 +21,11 @@ class Pending(Protocol):
     """An evaluation under way."""
 
     def ready(self, seconds: float) -> bool:
-        """Whether it ended, waiting for up to ``seconds``."""
+        """Whether it has ended; waits for up to ``seconds``."""
         ...
 
     def result(self) -> Mapping[str, float]:
-        """Its metrics; raises what it raised."""
+        """Its metrics; raises its error."""
         ...
 
     def cancel(self) -> None:
@@ -41,7 +41,7 @@ class EvaluationFailed(ClipmillError):
 
 
 class _Process:
-    """An evaluation in a process of its own."""
+    """An evaluation in its own process."""
 
     def __init__(self, process: BaseProcess, results: "Connection[Any, Any]") -> None:
         self._process, self._results = process, results
@@ -77,7 +77,7 @@ def in_a_process(evaluate: Evaluate, uri: str, step: int) -> Pending:
 
 
 class _FinishedEvaluation:
-    """An evaluation that ran while it was submitted."""
+    """An evaluation that ran when it was submitted."""
 
     def __init__(self, evaluate: Evaluate, uri: str, step: int) -> None:
         self._metrics = evaluate(uri, step)
@@ -89,11 +89,11 @@ class _FinishedEvaluation:
         return self._metrics
 
     def cancel(self) -> None:
-        """It is over."""
+        """Does nothing: it has ended."""
 
 
 def in_this_process(evaluate: Evaluate, uri: str, step: int) -> Pending:
-    """Run an evaluation here and now; for when there is no training left that it could disturb."""
+    """Run an evaluation synchronously in this process, after the training has ended."""
     return _FinishedEvaluation(evaluate, uri, step)
 
 
@@ -121,12 +121,12 @@ class _Task:
 
 
 def as_ray_task(num_cpus: float = 1, num_gpus: float = 0, resources: Mapping[str, float] | None = None) -> Submit:
-    """Submit evaluations as Ray tasks that ask for these resources."""
+    """Submit evaluations as Ray tasks with these resources."""
 
     def submit(evaluate: Evaluate, uri: str, step: int) -> Pending:
         import ray
 
-        # Ray takes functions only, and an evaluation may be any object that can be called.
+        # Ray takes only functions, and an evaluation may be any callable object.
         task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, resources=dict(resources or {}), max_retries=2)(_call)
         return _Task(task.remote(evaluate, uri, step))
 
@@ -139,11 +139,11 @@ def _call(evaluate: Evaluate, uri: str, step: int) -> Mapping[str, float]:
 
 def _evaluate_into(results: "Connection[Any, Any]", pickled: bytes, uri: str, step: int) -> None:
     if hasattr(os, "nice"):
-        os.nice(GIVES_WAY)  # before all that the evaluation imports
+        os.nice(GIVES_WAY)  # before the evaluation's imports
     try:
         evaluate: Evaluate = pickle.loads(pickled)  # made by this job, not read from data
         answer: tuple[str, Any] = ("metrics", dict(evaluate(uri, step)))
-    except Exception as error:  # it is reported by the follower, in the driver's log
+    except Exception as error:  # the follower reports it in the driver's log
         answer = ("error", f"{type(error).__name__}: {error}")
     results.send_bytes(json.dumps(answer).encode())
     results.close()

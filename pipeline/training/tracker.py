@@ -1,4 +1,4 @@
-"""What training needs of a tracker. MLflow's lives in pipeline.tracking; it arrives as an argument."""
+"""The tracker interface of training. MLflow's tracker is in pipeline.tracking and is passed as an argument."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -8,23 +8,23 @@ logger = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """Takes numbers. Logging must not stop a run: a tracker keeps its troubles to itself."""
+    """Records metrics. Logging must not stop a run: a tracker handles its own errors."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record ``metrics`` at ``step``; returns at once. A step may come twice, after a resume."""
+        """Record ``metrics`` at ``step``; returns at once. A step may repeat after a resume."""
         ...
 
     def log_file(self, name: str, content: bytes) -> None:
-        """Keep ``content`` as the artifact ``name``, which may have folders; returns at once."""
+        """Keep ``content`` as the artifact ``name``, which may contain folders; returns at once."""
         ...
 
     def close(self) -> object:
-        """Send what is still queued; nothing more will come."""
+        """Send all queued entries; the tracker is not used afterwards."""
         ...
 
 
 OpenTracker = Callable[[], Tracker]
-"""Opens the run's tracker in the process that logs, which is rank 0's. It pickles; a tracker need not."""
+"""Opens the run's tracker in the process that logs, which is rank 0's. It pickles; a tracker may not."""
 
 
 class LogTracker:

@@ -1,12 +1,12 @@
-"""Checkpoints written beside the training: a step only copies, a thread of rank 0 writes and uploads.
+"""Asynchronous checkpoints: a step only copies the content, and a thread of rank 0 writes and uploads it.
 
-The copy goes to CPU memory that is pinned where the weights are on a GPU, and is kept for the next checkpoint. There it
-runs in the order of the GPU's work, so not even the step waits for it; the thread does. At most one checkpoint is
-under way: the next one waits for it, and how long is measured.
+The copy goes to CPU memory, pinned if the weights are on a GPU, which is reused by the next checkpoint. The copy is
+queued in the GPU's stream, so the thread waits for it and not the step. At most one checkpoint is in progress: the next
+one waits for it, and the waiting time is measured.
 
-A store that is away is tried again, with pauses of one second to a minute, until ``checkpoint_patience_minutes`` are
-over; training goes on meanwhile, up to its next checkpoint. What waiting does not mend (a full disk, a refused key) and
-an outage that lasts longer end the training: at the next checkpoint, or at the end.
+An unreachable store is retried, with pauses of one second to a minute, for ``checkpoint_patience_minutes``; meanwhile
+training continues up to its next checkpoint. Errors that waiting does not fix (a full disk, a refused key) and longer
+outages end the training at the next checkpoint, or at the end.
 """
 
 import errno
@@ -36,16 +36,16 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
-    """Which checkpoints are kept besides the newest ones, and how long a store may be away."""
+    """Which checkpoints to keep besides the newest ones, and how long to retry an unreachable store."""
 
     keep_best: int = 0
-    """Checkpoints with the best evaluations that are kept, by --keep-best-metric."""
+    """Number of checkpoints with the best evaluations to keep, ranked by --keep-best-metric."""
     keep_best_metric: str = ""
-    """Such as zeroshot/imagenet/top1; with a minus before it, lower is better."""
+    """Metric such as zeroshot/imagenet/top1; a minus before the name means that lower is better."""
     keep_every_steps: int | None = None
-    """Checkpoints at multiples of so many steps are kept for good."""
+    """Keep checkpoints at multiples of this number of steps permanently; none disables it."""
     checkpoint_patience_minutes: float = 15.0
-    """How long a store that is away is tried again before the run stops; training goes on up to its next checkpoint."""
+    """Minutes to retry an unreachable store before the run stops; training continues up to its next checkpoint."""
 
     def __post_init__(self) -> None:
         require(self.keep_best >= 0, "keep_best", self.keep_best, "0 or more")
@@ -53,7 +53,7 @@ class Saving:
             bool(self.keep_best) == bool(self.keep_best_metric.removeprefix("-")),
             "keep_best_metric",
             self.keep_best_metric,
-            "a metric where --keep-best is 1 or more, and only there",
+            "a metric if --keep-best is 1 or more, else empty",
         )
         every = self.keep_every_steps
         require(every is None or every >= 1, "keep_every_steps", every, "1 or more, or none")
@@ -64,7 +64,7 @@ class Saving:
 class CheckpointWriter:
     """Writes the checkpoints of a run from a thread, one at a time; rank 0 has one.
 
-    ``keep`` and ``keep_waiting`` are those of :meth:`Checkpoints.prune`, which runs after each checkpoint.
+    ``keep`` and ``keep_waiting`` are arguments of :meth:`Checkpoints.prune`, which runs after each checkpoint.
     """
 
     def __init__(self, checkpoints: Checkpoints, saving: Saving, keep: int, keep_waiting: int) -> None:
@@ -84,10 +84,10 @@ class CheckpointWriter:
         meta: Meta,
         ema: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Copy what a checkpoint holds and begin to write it, once the one before is written.
+        """Copy the content of a checkpoint and start to write it, after the previous one is written.
 
         Raises:
-            StorageError: the one before could not be written.
+            StorageError: the previous one could not be written.
         """
         began = time.perf_counter()
         self.finish()
@@ -96,13 +96,13 @@ class CheckpointWriter:
         copied, ready = self._staging.copy(_tree(weights, optimizer, ema))
         content = Content(meta=replace(meta, description=described), texts=texts, **copied)
         self._thread = threading.Thread(target=self._write, args=(content, ready), name="clipmill-checkpoint")
-        self._thread.daemon = True  # an exit that does not come by close() must not wait for a store
+        self._thread.daemon = True  # an exit without close() must not wait for a store
         self._thread.start()
         copying = time.perf_counter() - began - waited
         self._measures = {"perf/checkpoint_wait": waited, "perf/checkpoint_copy": copying}
 
     def finish(self) -> None:
-        """Wait for the checkpoint under way. Raises as :meth:`save`."""
+        """Wait for the checkpoint in progress. Raises as :meth:`save`."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -111,17 +111,17 @@ class CheckpointWriter:
             raise error
 
     def measures(self) -> dict[str, float]:
-        """Seconds that the training waited for the checkpoint before, and copied; once for each checkpoint."""
+        """Seconds that the training waited for the previous checkpoint, and for the copy; once per checkpoint."""
         measures, self._measures = self._measures, {}
         return measures
 
     def close(self) -> None:
-        """End, whether all is well or not: the checkpoint under way is tried once more at most, nothing is raised."""
+        """End in any case: the checkpoint in progress gets at most one more attempt; raises nothing."""
         self._closing.set()
         try:
             self.finish()
-        except Exception as error:  # the error that ends the training is on its way already
-            logger.error("the checkpoint under way was not written: %s", error)
+        except Exception as error:  # the error that ends the training is already raised
+            logger.error("the checkpoint in progress was not written: %s", error)
 
     def _write(self, content: Content, ready: "torch.cuda.Event | None") -> None:
         try:
@@ -143,7 +143,7 @@ class CheckpointWriter:
             except StorageError as error:
                 if not may_pass(error) or self._closing.is_set() or time.monotonic() + pause > until:
                     raise
-                logger.warning("%s; training goes on, and this is tried again in %.0f s", error, pause)
+                logger.warning("%s; training continues, and the write is repeated in %.0f s", error, pause)
             self._closing.wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -165,14 +165,14 @@ class CheckpointWriter:
 def assist(
     weights: Mapping[str, Tensor], optimizer: Mapping[str, Any] | None, ema: Mapping[str, Tensor] | None = None
 ) -> None:
-    """What the other ranks do while rank 0 saves: they give their parts of sharded tensors."""
+    """Called by the other ranks while rank 0 saves: they send their parts of sharded tensors."""
     _give(_tree(weights, optimizer, ema))
 
 
 def _tree(
     weights: Mapping[str, Tensor], optimizer: Mapping[str, Any] | None, ema: Mapping[str, Tensor] | None
 ) -> dict[str, Any]:
-    """What is copied, in the order in which all ranks go through it."""
+    """The tensors to copy, in the same order on all ranks."""
     return {"weights": weights, "ema": ema, "optimizer": optimizer}
 
 
@@ -185,13 +185,13 @@ def _give(value: Any) -> None:
 
 
 class Staging:
-    """CPU memory for a checkpoint's tensors, used again for each checkpoint."""
+    """CPU memory for a checkpoint's tensors, reused by each checkpoint."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def copy(self, tree: Mapping[str, Any]) -> tuple[dict[str, Any], "torch.cuda.Event | None"]:
-        """``tree`` with its tensors copied, and what to wait for before they are read, where they come from a GPU."""
+        """``tree`` with its tensors copied, and the event to wait for before reading them, if they come from a GPU."""
         copied: dict[str, Any] = self._copy(tree, "")
         if not any(buffer.is_pinned() for buffer in self._buffers.values() if torch.cuda.is_available()):
             return copied, None
@@ -212,14 +212,14 @@ class Staging:
     def _buffer(self, tensor: Tensor, place: str) -> Tensor:
         known = self._buffers.get(place)
         if known is None or known.shape != tensor.shape or known.dtype != tensor.dtype:
-            # The same order in memory (channels last), since fused optimisers step through state and weights alike.
+            # The same memory format (channels last), because fused optimisers step through state and weights alike.
             known = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False)
             self._buffers[place] = known
         return known
 
 
 def may_pass(error: StorageError) -> bool:
-    """Whether waiting may mend it: a store that is away or overloaded, not a full disk or a refused key."""
+    """Whether waiting may fix it: an unreachable or overloaded store, not a full disk or a refused key."""
     cause = error.__cause__
     if isinstance(cause, OSError):
         return not isinstance(cause, _LASTING) and cause.errno not in _FULL

@@ -45,7 +45,7 @@ MODELS = ("ViT-B-32", "small")
 
 
 def names(count: int) -> list[str]:
-    """ImageNet's, those that are there twice told apart."""
+    """ImageNet's class names, with duplicates renamed."""
     found: dict[str, None] = {}
     for name in IMAGENET_CLASSNAMES[:count]:
         found[f"{name} (again)" if name in found else name] = None

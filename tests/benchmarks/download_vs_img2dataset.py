@@ -254,7 +254,7 @@ def likeness(ours: Path, theirs: Path, mode: str, images: int) -> dict[str, floa
 
 @dataclass(frozen=True)
 class Bench:
-    """Where everything lies, and how much of it."""
+    """Folders and sizes of the benchmark."""
 
     place: Path
     address: str

@@ -4,7 +4,7 @@
 
 Made-up data: 200,000 words with Zipf's frequencies; entries of one to three words, the longer ones as the words follow
 each other in text; captions of 4 to 40 words with a capital, a comma and a full stop. Rounds
-take turns; the figures are CPU seconds of this process, matching alone, with the automaton's build told beside it.
+take turns; the figures are CPU seconds of this process, matching alone, the automaton's build is reported separately.
 """
 
 import argparse

@@ -177,18 +177,18 @@ def alikeness(folder: str, scale: tuple[float, float], count: int) -> tuple[floa
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.functional import resized_crop
 
-    from pipeline.loaders.images import ImageTransform, crop_words
+    from pipeline.loaders.images import ImageTransform, crop_bits
     from pipeline.loaders.samples import Samples
 
     samples = Samples(read_snapshot(folder))
     transform = ImageTransform(size=(TARGET, TARGET), crop="resized", scale=scale)
     found = []
     for number in range(count):
-        content, words = samples[number].fields["jpg"], crop_words(0, 0, number)
+        content, random_bits = samples[number].fields["jpg"], crop_bits(0, 0, number)
         image = Image.open(BytesIO(content)).convert("RGB")
-        box = transform.box(image.height, image.width, words)
+        box = transform.box(image.height, image.width, random_bits)
         expected = np.asarray(resized_crop(image, *box, [TARGET, TARGET], InterpolationMode.BICUBIC, antialias=True))
-        made = transform.read(content, words).permute(1, 2, 0).numpy()
+        made = transform.read(content, random_bits).permute(1, 2, 0).numpy()
         found.append(float(10 * np.log10(255**2 / max(np.mean((made.astype(float) - expected) ** 2), 1e-9))))
     return statistics.mean(found), min(found)
 

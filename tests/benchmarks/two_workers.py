@@ -44,7 +44,7 @@ SKIPPED = 5  # first steps: start-up, and the count of a step's work for three l
 
 
 class Remember:
-    """A tracker that keeps what it is told."""
+    """A tracker that keeps its records in memory."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[int, dict[str, float]]] = []

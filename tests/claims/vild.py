@@ -5,7 +5,7 @@ stamps are in no training image. Novel classes have no boxes and no labels, only
 small CLIP of those captions, and the proposer are trained once; a seed decides the detectors' start, order and draws.
 The numbers of images and epochs are what the time allowed; docs/methods.md says what more of them change. That
 ViLD-text and the supervised head are also asked for the base words alone was added when a first run had shown what
-novel words do; the number of epochs was raised from 4 to 12 when that run had shown that no mode had learnt enough.
+novel words do; the number of epochs was raised from 4 to 12 when that run had shown that no mode was trained enough.
 """
 
 import json

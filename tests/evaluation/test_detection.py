@@ -1,4 +1,4 @@
-"""Detection sets: words, batches, recall of proposals, and whole evaluations with a detector that is told the truth."""
+"""Detection sets: words, batches, recall of proposals, and whole evaluations with a detector that knows the truth."""
 
 import contextlib
 import io
@@ -71,11 +71,11 @@ class ColourDetector:
         return Detections(corners, torch.full((len(labels),), 0.9), torch.tensor(labels, dtype=torch.int64), ones)
 
 
-def row(*things: tuple[str, tuple[int, int, int, int]], **record: Any) -> dict[str, bytes]:
+def row(*labelled: tuple[str, tuple[int, int, int, int]], **record: Any) -> dict[str, bytes]:
     """A PNG of 60 x 40 with coloured squares at x, y, width, height, and their boxes."""
     pixels = np.full((40, 60, 3), 128, np.uint8)
     objects = []
-    for label, (x, y, width, height) in things:
+    for label, (x, y, width, height) in labelled:
         pixels[y : y + height, x : x + width] = COLOURS.get(label, (9, 9, 9))
         polygon = [x, y, x + width, y, x + width, y + height, x, y + height]
         objects.append({"label": label, "bbox": [x, y, width, height], "segmentation": [polygon]})
@@ -137,7 +137,7 @@ def test_unreadable_images_are_left_out() -> None:
     ("base", "novel", "sentence"),
     [
         (("cat", "dog", "Cat"), ("cow",), "every word once"),
-        (("cat", "dog"), ("hot dog", "Dog "), "a novel class is no base class"),
+        (("cat", "dog"), ("hot dog", "Dog "), "a novel class must not be a base class"),
         ((), (), "one word or more"),
         (("cat", " "), (), "none of them empty"),
     ],
@@ -250,7 +250,7 @@ def test_a_set_is_evaluated_by_name(make_snapshot: Make, tmp_path: Path) -> None
 def test_a_snapshot_says_what_its_classes_are(make_snapshot: Make) -> None:
     """As those do that the sources `coco` and `stamp-scenes` make."""
     plain = make_snapshot(ROWS)
-    for told, groups in (
+    for classes, groups in (
         (
             {"red square": "f", "green square": "c", "blue square": "r"},
             {"base": BASE, "novel": NOVEL, "f": BASE[:1], "c": BASE[1:], "r": NOVEL},
@@ -263,14 +263,14 @@ def test_a_snapshot_says_what_its_classes_are(make_snapshot: Make) -> None:
             plain.shards,
             fields=plain.fields,
             card="mine",
-            options={"classes": told},
+            options={"classes": classes},
             rows=5,
             dropped={},
             always=True,
         )
         vocabulary = Evaluations(detection=(plain.folder,)).prepare().sets[0].ready
         assert vocabulary is not None
-        assert vocabulary.words == tuple(told) and vocabulary.groups == groups
+        assert vocabulary.words == tuple(classes) and vocabulary.groups == groups
         other = Evaluations(detection=(plain.folder,), detection_words="drawn_novel").prepare().sets[0].ready
         assert other is not None and len(other.words) == 6
 

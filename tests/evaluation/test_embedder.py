@@ -1,4 +1,4 @@
-"""The features are those of open_clip's own transform, tokenizer and towers; their maker is told by every weight."""
+"""The features are those of open_clip's own transform, tokenizer and towers; their maker depends on every weight."""
 
 import io
 from pathlib import Path

@@ -68,7 +68,7 @@ def test_without_validation_images_they_come_from_those_that_are_no_shots() -> N
         drawn = draw(data_set(train), shots=8, seed=seed)
         assert not set(drawn.train) & set(drawn.validation)
         assert sorted(train[number] for _, number in drawn.validation) == [0, 0, 1, 1]
-    with pytest.raises(SettingError, match="left to choose by"):
+    with pytest.raises(SettingError, match="left for validation"):
         draw(data_set(train), shots=10, seed=1)
 
 
@@ -76,7 +76,7 @@ def test_no_shots_and_nothing_to_learn_from() -> None:
     with pytest.raises(SettingError, match="shots: 0"):
         draw(data_set([0, 1]), shots=0, seed=1)
     only = DataSet(name="v2", classes=("a", "b"), templates=("{}",), sources={}, labels={"test": (0, 1)})
-    with pytest.raises(SettingError, match="tested on alone"):
+    with pytest.raises(SettingError, match="for testing only"):
         draw(only, shots=1, seed=1)
 
 
@@ -129,7 +129,7 @@ def test_class_names_that_make_no_task(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="two class names or more"):
         read_data_set(own_card(tmp_path, one), root=str(tmp_path))
     doubled = {"train": [["a.jpg", 0, "crane"]], "test": [["b.jpg", 1, "crane"]]}
-    with pytest.raises(SettingError, match="'crane' is not allowed; allowed: names that occur once; `renames`"):
+    with pytest.raises(SettingError, match="'crane' is not allowed; allowed: distinct names; `renames`"):
         read_data_set(own_card(tmp_path, doubled), root=str(tmp_path))
     with pytest.raises(SettingError, match="few_shot"):
         read_data_set("tuxpaint_stamps")

@@ -58,12 +58,12 @@ def test_boxes_are_cut_to_the_image_and_the_best_are_kept() -> None:
 
 
 def test_given_boxes_are_of_things_and_of_the_labels_named() -> None:
-    things = [
+    objects = [
         {"label": "Hot_Dog", "bbox": [1, 1, 8, 8]},
         {"label": "hot dog", "bbox": [0, 0, 20, 10], "iscrowd": 1},
         {"label": "cat", "bbox": [2, 2, 9, 9]},
     ]
-    sample = Sample("0", {"boxes.json": json.dumps({"width": 24, "height": 12, "objects": things}).encode()})
+    sample = Sample("0", {"boxes.json": json.dumps({"width": 24, "height": 12, "objects": objects}).encode()})
     image = torch.zeros((3, 12, 24), dtype=torch.uint8)
     for labels, expected in (((), [[1, 1, 9, 9], [2, 2, 11, 11]]), (("hot dog",), [[1, 1, 9, 9]])):
         (found,) = GivenBoxes(labels)([image], [sample])

@@ -40,7 +40,7 @@ def test_a_named_caption_is_shown(row: MakeRow, make_snapshot: MakeSnapshot) -> 
 
 def test_images_that_cannot_be_read_are_an_error(row: MakeRow, make_snapshot: MakeSnapshot) -> None:
     snapshot = make_snapshot([{**row("red"), "png": b"no image"}])
-    with pytest.raises(DataError, match="not one of 1 samples is readable"):
+    with pytest.raises(DataError, match="none of 1 samples is readable"):
         snapshot_figure(snapshot)
 
 

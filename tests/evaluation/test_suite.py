@@ -115,7 +115,7 @@ def test_a_set_without_a_readable_sample_is_an_error(
     row: MakeRow, colour_model: Any, make_snapshot: MakeSnapshot
 ) -> None:
     snapshot = make_snapshot([row("red", caption="") for _ in range(3)])
-    with pytest.raises(DataError, match="not one of 3 samples is readable.*no caption"):
+    with pytest.raises(DataError, match="none of 3 samples is readable.*no caption"):
         evaluate(colour_model, Evaluations(retrieval=(snapshot.folder,)).prepare())
 
 

@@ -138,7 +138,7 @@ def test_help_says_what_each_flag_is(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         tyro.cli(Evaluations, args=["--help"])
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for words in ("--zero-shot", "Retrieval sets", "Words looked for", "Samples encoded at a time", "80 prompts"):
+    for words in ("--zero-shot", "Retrieval sets", "Words to detect", "Samples per batch of the encoder", "80 prompts"):
         assert words in text
 
 

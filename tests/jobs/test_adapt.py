@@ -28,16 +28,17 @@ def top1(folder: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def test_smoke_leaves_a_table_a_plot_and_runs(job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    store = f"sqlite:///{tmp_path}/mlflow.db"
-    common = ["smoke", "--output", "out", "--tracking-uri", store, "--experiment", "few"]
+def test_smoke_leaves_a_table_a_plot_and_runs(
+    job: Type, tmp_path: Path, own_store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["smoke", "--output", "out", "--tracking-uri", own_store, "--experiment", "few"]
     assert job("adapt", *common) == 0
     shown = capsys.readouterr().out
     assert "| drawn_fine_grained | 0 shots | 1 shots | 2 shots |" in shown
     assert (tmp_path / "out/table.md").read_text() in shown
     assert len((tmp_path / "out/table.csv").read_text().splitlines()) == 6
     assert (tmp_path / "out/accuracy.png").read_bytes()[:4] == b"\x89PNG"
-    client = MlflowClient(store)
+    client = MlflowClient(own_store)
     found = client.search_runs([client.get_experiment_by_name("few").experiment_id])
     (parent,) = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
     children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
@@ -237,8 +238,8 @@ def test_wrong_options_are_one_sentence(
 @pytest.mark.parametrize(
     ("names", "arguments", "sentence"),
     [
-        (["cat", "cat", "emu", "fox"], [], "names that occur once"),
-        (["cat", "Cat", "emu", "fox"], [], "occur once"),
+        (["cat", "cat", "emu", "fox"], [], "distinct names"),
+        (["cat", "Cat", "emu", "fox"], [], "distinct names"),
         (["cat", " ", "emu", "fox"], [], "not empty"),
         (["cat"], [], "two class names or more"),
         (["cat", "dog", "emu"], ["--protocol", "base_to_new"], "4 classes or more"),
@@ -265,7 +266,7 @@ def test_a_missing_split_file_says_where_it_comes_from(
     own_images(tmp_path)
     (tmp_path / "root/mine/split.json").unlink()
     assert job("adapt", "smoke", *QUICK, *MINE) == 2
-    assert "the file split.json, which comes from a friend" in capsys.readouterr().err
+    assert "the published file split.json, which comes from a friend" in capsys.readouterr().err
 
 
 def test_features_of_another_model_are_made_again(job: Type, tmp_path: Path) -> None:

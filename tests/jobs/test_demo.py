@@ -94,7 +94,7 @@ def test_an_interrupt_leaves_no_process(run, name):
 
 @pytest.mark.slow
 def test_a_failing_job_ends_the_demo_with_its_last_words(run, tmp_path):
-    """Where the shards should go lies a file; the demo shows what the refresh job says to that."""
+    """A file is in the place of the shards' folder; the demo shows the error of the refresh job."""
     folder = tmp_path / "demo"
     folder.mkdir()
     (folder / ".demo").touch()

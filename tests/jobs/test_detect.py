@@ -57,7 +57,7 @@ def test_a_checkpoint_looks_for_any_words(
         (["smoke", "--least-score", "2"], "least_score: 2.0"),
         (["smoke", "--output", "found.jpg"], "ends in .png"),
         (["picture", "nowhere.png", "--checkpoint", "x", "--words", "a"], "image: 'nowhere.png'"),
-        (["picture", "broken.png", "--checkpoint", "x", "--words", "a"], "broken.png is no image"),
+        (["picture", "broken.png", "--checkpoint", "x", "--words", "a"], "broken.png is not a readable image"),
         (["picture", "good.png", "--checkpoint", "clipmill-tiny:untrained", "--words", "a"], "predict"),
         (["picture", "good.png", "--checkpoint", "nowhere", "--words", "a"], "checkpoint: 'nowhere'"),
     ],

@@ -27,11 +27,10 @@ def test_smoke_prints_a_table_and_writes_json(job: Type, tmp_path: Path, capsys:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json"]  # no tracking unless asked for
 
 
-def test_a_run_of_its_own_and_more_metrics_in_it(job: Type, tmp_path: Path) -> None:
-    store = f"sqlite:///{tmp_path}/mlflow.db"
-    common = ["--tracking-uri", store, "--experiment", "tried", *FEW]
+def test_a_run_of_its_own_and_more_metrics_in_it(job: Type, tmp_path: Path, own_store: str) -> None:
+    common = ["--tracking-uri", own_store, "--experiment", "tried", *FEW]
     assert job("evaluate", "smoke", "--track", *common) == 0
-    client = MlflowClient(store)
+    client = MlflowClient(own_store)
     (run,) = client.search_runs([client.get_experiment_by_name("tried").experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.params["checkpoint"] == "clipmill-tiny:untrained"
@@ -47,18 +46,17 @@ def test_a_run_of_its_own_and_more_metrics_in_it(job: Type, tmp_path: Path) -> N
 
 
 def test_a_detector_is_measured_and_shown_in_the_run(
-    job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    job: Type, tmp_path: Path, own_store: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     method = build_method(Vild.smallest()).eval()
     monkeypatch.setattr("pipeline.evaluation.models.load_method", lambda address, device: method)
-    store = f"sqlite:///{tmp_path}/mlflow.db"
     asked = ["--detection", "drawn_val", "--evaluation-samples", "10", "--step", "7"]
-    tracked = ["--track", "--tracking-uri", store, "--experiment", "tried", "--output", "result.json"]
+    tracked = ["--track", "--tracking-uri", own_store, "--experiment", "tried", "--output", "result.json"]
     assert job("evaluate", "sets", "--checkpoint", "some/run", *asked, *tracked) == 0
     text = capsys.readouterr().out
     assert "detection" in text and "AP50 novel" in text and "mask AP" in text and "AR300" in text
-    client = MlflowClient(store)
+    client = MlflowClient(own_store)
     (run,) = client.search_runs([client.get_experiment_by_name("tried").experiment_id])
     metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]
     (point,) = client.get_metric_history(run.info.run_id, "det/drawn_val/ap50_novel")
@@ -88,7 +86,7 @@ def test_presets_name_sets_that_exist(preset: str) -> None:
         (["smoke", "--track", "--tracking-uri", "http://127.0.0.1:9"], "MLflow server that answers"),
         (["smoke", "--detection", "drawn_shpaes"], "drawn_shpaes"),
         (["smoke", "--detection", "drawn_val", "--detection-words", "missing.txt"], "detection_words: 'missing.txt'"),
-        (["smoke", "--detection", "drawn_val"], "it has `predict`"),
+        (["smoke", "--detection", "drawn_val"], "a method with `predict`"),
         (["smoke", "--checkpoint", "nowhere"], "checkpoint: 'nowhere'"),
         (["samll"], "preset: 'samll'"),
     ],

@@ -17,7 +17,7 @@ FEW = ["--zero-shot", "drawn_shapes", "--evaluation-samples", "24", "--metric", 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[str]:
-    """Two runs, of which the second has an average and an evaluation."""
+    """Two runs; the second has an average and an evaluation."""
     for number in range(2):
         torch.manual_seed(number)
         method = Clip(Clip.smallest())

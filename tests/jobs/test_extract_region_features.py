@@ -10,25 +10,25 @@ from pipeline.shards.snapshot import read_snapshot
 from tests.jobs.conftest import Type
 
 
-def test_smoke_says_what_it_found_and_logs_it(job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    store = f"sqlite:///{tmp_path}/mlflow.db"
-    assert job("extract_region_features", "smoke", "--data", "drawn", "--track", "--tracking-uri", store) == 0
+def test_smoke_says_what_it_found_and_logs_it(
+    job: Type, tmp_path: Path, own_store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert job("extract_region_features", "smoke", "--data", "drawn", "--track", "--tracking-uri", own_store) == 0
     assert "regions of 64 images" in capsys.readouterr().out
     assert all("regions" in shard.sidecars for shard in read_snapshot("drawn").shards)
-    client = MlflowClient(store)
+    client = MlflowClient(own_store)
     (run,) = client.search_runs([client.get_experiment_by_name("clipmill-data").experiment_id])
     assert run.data.metrics["regions/count"] > run.data.metrics["regions/matched"] > 20
     assert len(client.get_metric_history(run.info.run_id, "regions/shard_accuracy")) == 4
 
 
 def test_all_shards_are_judged_together_after_they_were_logged(
-    job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    job: Type, tmp_path: Path, own_store: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each shard has less regions than make a judgement; all of them have enough."""
-    store = f"sqlite:///{tmp_path}/mlflow.db"
-    tracked = ("--data", "drawn", "--track", "--tracking-uri", store)
+    tracked = ("--data", "drawn", "--track", "--tracking-uri", own_store)
     assert job("extract_region_features", "smoke", *tracked) == 0
-    client = MlflowClient(store)
+    client = MlflowClient(own_store)
 
     def runs() -> list[Any]:
         return client.search_runs([client.get_experiment_by_name("clipmill-data").experiment_id])

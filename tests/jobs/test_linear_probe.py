@@ -19,11 +19,10 @@ def test_smoke_prints_a_table_and_writes_json(job: Type, tmp_path: Path, capsys:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json"]
 
 
-def test_slips_protocol_in_a_run_of_its_own(job: Type, tmp_path: Path) -> None:
-    store = f"sqlite:///{tmp_path}/mlflow.db"
+def test_slips_protocol_in_a_run_of_its_own(job: Type, tmp_path: Path, own_store: str) -> None:
     words = ["--protocol", "slip", "--epochs", "3", "--views", "2", "--step", "7"]
-    assert job("linear_probe", "smoke", *words, "--track", "--tracking-uri", store, "--experiment", "tried") == 0
-    client = MlflowClient(store)
+    assert job("linear_probe", "smoke", *words, "--track", "--tracking-uri", own_store, "--experiment", "tried") == 0
+    client = MlflowClient(own_store)
     (run,) = client.search_runs([client.get_experiment_by_name("tried").experiment_id])
     assert run.data.params["probe.protocol"] == "slip"
     (point,) = client.get_metric_history(run.info.run_id, "linear_probe/drawn_colours/top1")

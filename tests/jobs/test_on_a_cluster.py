@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.shards.snapshot import read_snapshot
+from pipeline.shards.storage import Folder
 from pipeline.shards.tar import TarShard
 from tests.jobs.conftest import JOBS
 
@@ -73,7 +75,7 @@ def test_a_data_node_that_dies_costs_nothing(nodes, tmp_path):
         cwd=ROOT,
     )
     try:
-        wait_for(lambda: b"doomed" in captions_in(tmp_path), seconds=120)
+        wait_for(lambda: b"doomed" in captions_in(tmp_path), seconds=240)
         nodes.cluster.remove_node(doomed, allow_graceful=False)
         _, errors = job.communicate(timeout=200)
     finally:
@@ -84,25 +86,24 @@ def test_a_data_node_that_dies_costs_nothing(nodes, tmp_path):
     assert not list(tmp_path.rglob("*.tmp*"))
 
 
-def test_the_jobs_run_on_the_cluster(nodes, tmp_path):
+def test_the_jobs_run_on_the_cluster(nodes, tmp_path, own_store):
     """Refresh, then train with a worker on each training node."""
     shards, run = f"{tmp_path}/shards", f"{tmp_path}/run"
     drawing = ["smoke", "--output-folder", shards, "--processes-count", "2", "--number-sample-per-shard", "32"]
     assert "snapshot" in job(nodes, "refresh_dataset.py", *drawing)
-    store = f"sqlite:///{tmp_path}/mlflow.db"
-    training = ["smoke", "--data", shards, "--output-folder", run, "--workers", "2", "--tracking-uri", store]
+    training = ["smoke", "--data", shards, "--output-folder", run, "--workers", "2", "--tracking-uri", own_store]
     assert "2 processes" in job(nodes, "pretrain_clip.py", *training)
     assert (tmp_path / "run" / "checkpoints" / "step-00000004" / "meta.json").is_file()
 
 
-def test_training_follows_the_nodes_that_there_are(nodes, tmp_path):
+def test_training_follows_the_nodes_that_there_are(nodes, tmp_path, own_store):
     """A node of three is lost, another one comes, then the cluster ends; another cluster ends the run, in one run."""
     from mlflow import MlflowClient
 
-    shards, run, store = f"{tmp_path}/shards", tmp_path / "run", f"sqlite:///{tmp_path}/mlflow.db"
-    job(nodes, "refresh_dataset.py", "smoke", "--output-folder", shards)
-    words = ["smoke", "--data", shards, "--output-folder", str(run), "--tracking-uri", store, "--steps", "500"]
-    words += ["--checkpoint-every-steps", "10", "--resize-seconds", "10", "--no-system-metrics"]
+    shards, run = f"{tmp_path}/shards", tmp_path / "run"
+    drawn_snapshot(Folder(shards))
+    words = ["smoke", "--data", shards, "--output-folder", str(run), "--tracking-uri", own_store, "--steps", "500"]
+    words += ["--checkpoint-every-steps", "10", "--resize-seconds", "5", "--no-system-metrics"]
     doomed = nodes.add("doomed", "train_worker")
     with (tmp_path / "log").open("w") as log:
         training = subprocess.Popen(
@@ -119,14 +120,14 @@ def test_training_follows_the_nodes_that_there_are(nodes, tmp_path):
         return [int(mark.parent.name.removeprefix("step-")) for mark in run.rglob("meta.json")]
 
     try:
-        wait_for(lambda: groups() == ["3"] and len(steps()) > 0, seconds=120)
+        wait_for(lambda: groups() == ["3"] and len(steps()) > 0, seconds=240)
         nodes.cluster.remove_node(doomed, allow_graceful=False)
         before = max(steps())
-        wait_for(lambda: groups() == ["3", "2"] and max(steps()) > before, seconds=120)
+        wait_for(lambda: groups() == ["3", "2"] and max(steps()) > before, seconds=240)
         nodes.add("late", "train_worker")
-        wait_for(lambda: groups() == ["3", "2", "3"], seconds=120)
+        wait_for(lambda: groups() == ["3", "2", "3"], seconds=240)
         before = max(steps())
-        wait_for(lambda: max(steps()) > before, seconds=120)
+        wait_for(lambda: max(steps()) > before, seconds=240)
     finally:
         training.kill()
         training.wait()
@@ -137,19 +138,20 @@ def test_training_follows_the_nodes_that_there_are(nodes, tmp_path):
     last = [sys.executable, JOBS / "pretrain_clip.py", *words, "--workers", "1"]
     ended = subprocess.run(last, env=alone, capture_output=True, text=True, timeout=250)
     assert ended.returncode == 0, ended.stderr
-    client = MlflowClient(store)
+    client = MlflowClient(own_store)
     (found,) = client.search_runs([one.experiment_id for one in client.search_experiments()])
     assert found.info.status == "FINISHED" and max(steps()) == 500
     logged = [point.step for point in client.get_metric_history(found.info.run_id, "train/loss")]
     # What a killed process had not sent yet is missing from the curve, not from the training.
-    assert len(set(logged)) > 450 and max(logged) == 500 and f"steps {before + 1} to 500" in ended.stderr
+    assert len(set(logged)) > 450 and set(range(before + 1, 501)) <= set(logged)
+    assert f"steps {before + 1} to 500" in ended.stderr
 
 
-def test_a_node_with_notice_is_left_with_a_checkpoint(nodes, tmp_path):
+def test_a_node_with_notice_is_left_with_a_checkpoint(nodes, tmp_path, own_store):
     """No checkpoint is due before the end; one is written when a node is drained, and the run goes on from it."""
-    shards, run, store = f"{tmp_path}/shards", tmp_path / "run", f"sqlite:///{tmp_path}/mlflow.db"
-    job(nodes, "refresh_dataset.py", "smoke", "--output-folder", shards)
-    words = ["smoke", "--data", shards, "--output-folder", str(run), "--tracking-uri", store, "--steps", "2000"]
+    shards, run = f"{tmp_path}/shards", tmp_path / "run"
+    drawn_snapshot(Folder(shards))
+    words = ["smoke", "--data", shards, "--output-folder", str(run), "--tracking-uri", own_store, "--steps", "2000"]
     words += ["--checkpoint-every-minutes", "600", "--log-every-steps", "20", "--no-system-metrics"]
     spot = nodes.add("spot", "spot")
     log = tmp_path / "log"
@@ -161,7 +163,7 @@ def test_a_node_with_notice_is_left_with_a_checkpoint(nodes, tmp_path):
             stderr=subprocess.STDOUT,
         )
     try:
-        wait_for(lambda: "step 20 of 2000" in log.read_text(), seconds=120)
+        wait_for(lambda: "step 20 of 2000" in log.read_text(), seconds=240)
         assert not list(run.rglob("meta.json"))
         # The notice first, then the end, as a cloud has it; Ray itself only passes the notice on.
         notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--node-id", spot.node_id]
@@ -171,11 +173,11 @@ def test_a_node_with_notice_is_left_with_a_checkpoint(nodes, tmp_path):
         nodes.add("other-spot", "spot")
         nodes.cluster.remove_node(spot, allow_graceful=False)
         (saved,) = (int(mark.parent.name.removeprefix("step-")) for mark in run.rglob("meta.json"))
-        wait_for(lambda: f"steps {saved + 1} to 2000" in log.read_text(), seconds=120)
+        wait_for(lambda: f"steps {saved + 1} to 2000" in log.read_text(), seconds=240)
     finally:
         training.kill()
         training.wait()
-    assert "is about to be taken away: writing a checkpoint now" in log.read_text()
+    assert "is about to be removed: writing a checkpoint now" in log.read_text()
 
 
 def captions_in(folder: Path) -> set[bytes]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -30,10 +31,10 @@ def script() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
-    """A store of its own: making its tables takes seconds."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    return Tracking(tracking_uri=f"sqlite:///{folder}/mlflow.db", system_metrics=False)
+def store(migrated_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Tracking:
+    """A store of this file's own."""
+    path = shutil.copy(migrated_store, tmp_path_factory.mktemp("mlflow"))
+    return Tracking(tracking_uri=f"sqlite:///{path}", system_metrics=False)
 
 
 def test_smoke(
@@ -93,7 +94,7 @@ def test_a_drawing_job_leaves_nothing_in_the_temporary_folder(
     smoke = replace(smoke, tracking=replace(store, experiment="left"), run=settings, evaluations=Evaluations())
     with caplog.at_level("INFO"):
         script["run_pretraining"](smoke)
-    assert "is gone; with --output-folder FOLDER it is kept" in caplog.text
+    assert "is deleted; --output-folder FOLDER keeps it" in caplog.text
     client = MlflowClient(store.tracking_uri)
     experiment = client.get_experiment_by_name("left")
     assert experiment is not None

@@ -19,10 +19,10 @@ def script() -> dict[str, Any]:
     return load_job("pretrain_slip")
 
 
-def test_smoke(script: dict[str, Any], tmp_path: Path) -> None:
+def test_smoke(script: dict[str, Any], tmp_path: Path, own_store: str) -> None:
     """Trained and evaluated; the encoder opens in open_clip, the head is in the checkpoint beside it."""
     smoke = script["PRESETS"]["smoke"][1]
-    store = Tracking(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", system_metrics=False)
+    store = Tracking(tracking_uri=own_store, system_metrics=False)
     script["run_pretraining"](
         replace(smoke, tracking=store, run=replace(smoke.run, output_folder=str(tmp_path / "run")))
     )

@@ -17,12 +17,13 @@ def test_smoke_shows_drawn_samples_with_their_boxes(job: Type, tmp_path: Path) -
     assert 'class="box"' in page and 'class="outline"' in page
 
 
-def test_the_page_is_kept_in_mlflow(job: Type, make_snapshot: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_page_is_kept_in_mlflow(
+    job: Type, make_snapshot: Callable[..., Any], tmp_path: Path, own_store: str
+) -> None:
     snapshot = make_snapshot((4, 3))
-    store = f"sqlite:///{tmp_path}/mlflow.db"
-    words = ["--data", snapshot.folder, "--output", "", "--processes-count", "0", "--tracking-uri", store]
+    words = ["--data", snapshot.folder, "--output", "", "--processes-count", "0", "--tracking-uri", own_store]
     assert job("report_dataset", "snapshot", *words) == 0
-    client = MlflowClient(store)
+    client = MlflowClient(own_store)
     (run,) = client.search_runs([client.get_experiment_by_name("clipmill-data").experiment_id])
     assert run.info.status == "FINISHED" and run.data.metrics["data/samples"] == 7
     assert run.data.tags["report.digest"] == snapshot.digest

@@ -63,7 +63,7 @@ def test_smoke_shows_coming_fires(job: Type, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.slow
 def test_a_fire_is_submitted_to_ray_once(
-    job: Type, job_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: Type, job_server: str, tmp_path: Path, own_store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WHO", "me")
     now = datetime.now(UTC)
@@ -71,10 +71,9 @@ def test_a_fire_is_submitted_to_ray_once(
     code.mkdir()
     (code / "empty.py").touch()
     (tmp_path / "times.yaml").write_text(TIMETABLE.format(minute=now.minute, hour=now.hour, folder=code))
-    store = f"sqlite:///{tmp_path}/mlflow.db"
-    words = ["run", "times.yaml", "--once", "--address", job_server, "--tracking-uri", store]
+    words = ["run", "times.yaml", "--once", "--address", job_server, "--tracking-uri", own_store]
     wait_for(lambda: job("schedule", *words) == 0)
-    client = MlflowClient(store)
+    client = MlflowClient(own_store)
     experiment = client.get_experiment_by_name("clipmill-schedule")
     assert experiment is not None
 

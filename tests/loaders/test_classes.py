@@ -30,15 +30,17 @@ def telling(plain: Snapshot, classes: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("told", "names"),
+    ("classes", "names"),
     [
         ({"cat": "f", "dog": "r", "cow": "c"}, ("cat", "cow")),
         ({"cat": "novel", "dog": "base"}, ("dog",)),
         ({"cat": "", "dog": ""}, ("cat", "dog")),
     ],
 )
-def test_the_data_say_which_classes_are_base(make_snapshot: Make, told: Mapping[str, str], names: tuple[str]) -> None:
-    assert base_classes("data", telling(make_snapshot((1,)), told)) == names
+def test_the_data_say_which_classes_are_base(
+    make_snapshot: Make, classes: Mapping[str, str], names: tuple[str]
+) -> None:
+    assert base_classes("data", telling(make_snapshot((1,)), classes)) == names
 
 
 def test_a_mixture_has_the_classes_of_all(make_snapshot: Make) -> None:
@@ -62,11 +64,11 @@ def test_a_card_tells_without_data() -> None:
 
 def test_data_that_tell_nothing_are_said_so(make_snapshot: Make) -> None:
     plain = make_snapshot((1,))
-    with pytest.raises(SettingError, match="classes: 'data' is not allowed; .*whose source knew its classes"):
+    with pytest.raises(SettingError, match="classes: 'data' is not allowed; .*from a source with classes"):
         base_classes("data", plain.uri, "classes")
     with pytest.raises(SettingError, match="base: 'lvis' .*a card with classes"):
         base_classes("lvis", plain.uri)
-    with pytest.raises(SnapshotError, match="no names with groups"):
+    with pytest.raises(SnapshotError, match="must map names to groups"):
         base_classes("data", telling(plain, ["cat"]))
 
 
@@ -80,7 +82,9 @@ def test_a_card_of_other_classes_than_the_data_is_said_so(make_snapshot: Make) -
     """Names are compared as labels are; one that occurs is enough, and data that tell nothing fit every card."""
     base = load_card("coco_ovd_base").classes
     others = telling(make_snapshot((1,)), {"owl": "f", "key": "c"})
-    with pytest.raises(SettingError, match=r"classes: 'coco_ovd_base' .*\(person, bicycle, .*\) occur .*\(owl, key\)"):
+    with pytest.raises(
+        SettingError, match=r"classes: 'coco_ovd_base' .*card has person, bicycle, .*data have owl, key"
+    ):
         base_classes("coco_ovd_base", others, "classes")
     assert base_classes("coco_ovd_base", telling(make_snapshot((1,)), {"owl": "f", "Person_": "c"})) == base
     assert base_classes("coco_ovd_base", make_snapshot((1,)).uri) == base

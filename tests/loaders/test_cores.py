@@ -1,4 +1,4 @@
-"""The cores of a process in a container, told by made-up files of both versions of control groups."""
+"""The cores of a process in a container, read from made-up files of both versions of control groups."""
 
 import os
 from pathlib import Path

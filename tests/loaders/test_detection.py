@@ -133,7 +133,7 @@ FIRST = SamplePosition(0, 0)
 
 
 def test_what_is_not_learnt_is_left_out() -> None:
-    things = [
+    objects = [
         {"label": "dog", "bbox": [1, 2, 10, 20]},
         {"label": "unknown", "bbox": [1, 2, 10, 20]},
         {"label": "cat", "bbox": [5, 5, 10, 10], "iscrowd": 1},
@@ -142,7 +142,7 @@ def test_what_is_not_learnt_is_left_out() -> None:
         {"label": "cat", "bbox": [70, 5, 3, 10]},
         {"label": "cat", "bbox": [60, 60, 30, 30]},
     ]
-    one = sample(things)
+    one = sample(objects)
     row = reader("boxes", "labels").read(one, FIRST)
     boxes, labels = row["boxes"], row["labels"]
     assert boxes.tolist() == [[1, 2, 11, 22], [60, 60, 64, 64]] and labels.tolist() == [1, 0]
@@ -156,12 +156,12 @@ def test_labels_are_compared_as_words() -> None:
 
 
 def test_masks_follow_their_objects() -> None:
-    things = [
+    objects = [
         {"label": "other", "bbox": [0, 0, 64, 64]},
         {"label": "cat", "bbox": [8, 8, 16, 16], "segmentation": [[8, 8, 24, 8, 24, 16, 8, 16]]},
         {"label": "dog", "bbox": [30, 30, 10, 10]},
     ]
-    masks = reader("masks", mask_cells=8).read(sample(things), FIRST)["masks"]
+    masks = reader("masks", mask_cells=8).read(sample(objects), FIRST)["masks"]
     assert masks.shape == (2, 8, 8)
     assert masks[0, :4].all() and not masks[0, 5:].any()  # the upper half of its box
     assert masks[1].all()  # without a segmentation: the box

@@ -16,7 +16,7 @@ from pipeline.errors import SettingError
 from pipeline.loaders.images import (
     ATTEMPTS,
     ImageTransform,
-    crop_words,
+    crop_bits,
     decode,
     random_resized_box,
     resize,
@@ -62,23 +62,23 @@ def test_evaluation_transform_is_open_clips(fit: str, size: tuple[int, int]) -> 
 def test_training_resize_is_pillows_bicubic_of_the_same_box() -> None:
     transform = ImageTransform(size=(64, 64), crop="resized", scale=(0.2, 1.0))
     for number, (height, width) in enumerate(SIZES):
-        pixels, words = photo(height, width), crop_words(5, 1, number)
-        top, left, box_height, box_width = transform.box(height, width, words)
+        pixels, random_bits = photo(height, width), crop_bits(5, 1, number)
+        top, left, box_height, box_width = transform.box(height, width, random_bits)
         box = Image.fromarray(pixels).crop((left, top, left + box_width, top + box_height))
         expected = np.asarray(box.resize((64, 64), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-        assert signal_to_noise(transform(pixels, words).numpy(), expected) > 45
+        assert signal_to_noise(transform(pixels, random_bits).numpy(), expected) > 45
 
 
 def test_boxes_are_the_random_ones_on_the_grid_of_the_smaller_image() -> None:
     transform = ImageTransform(size=(64, 64), crop="resized", scale=(0.2, 1.0))
     met = set()
     for number in range(300):
-        side, words = 80 + 5 * number, crop_words(0, 0, number)
-        uniform = ((words[1:] >> np.uint64(11)) * 2.0**-53).tolist()
+        side, random_bits = 80 + 5 * number, crop_bits(0, 0, number)
+        uniform = ((random_bits[1:] >> np.uint64(11)) * 2.0**-53).tolist()
         exact = random_resized_box(side, side + 30, (0.2, 1.0), (3 / 4, 4 / 3), uniform)
         ratio = min(exact[2], exact[3]) / 64
         grid = next((grid for grid in (8, 4, 2) if ratio >= 1.25 * grid), 1)
-        assert transform.box(side, side + 30, words) == tuple(length // grid * grid for length in exact)
+        assert transform.box(side, side + 30, random_bits) == tuple(length // grid * grid for length in exact)
         met.add(grid)
     assert met == {1, 2, 4, 8}
 
@@ -92,16 +92,16 @@ def test_images_decoded_smaller_are_near_pillows_bicubic_of_the_same_box(subsamp
         for number in range(30):
             for image in load_sample_images().images:
                 content = simplejpeg.encode_jpeg(image, quality=95, colorsubsampling=subsampling)
-                words = crop_words(number, 0, 0)
-                top, left, height, width = box = transform.box(*image.shape[:2], words)
+                random_bits = crop_bits(number, 0, 0)
+                top, left, height, width = box = transform.box(*image.shape[:2], random_bits)
                 if min(height, width) < 2.5 * 150:
                     continue
                 assert [length % 2 for length in box] == [0, 0, 0, 0]
                 whole = Image.open(BytesIO(content)).crop((left, top, left + width, top + height))
                 expected = np.asarray(whole.resize((150, 150), Image.Resampling.BICUBIC))
-                if words[0] < 2**63:
+                if random_bits[0] < 2**63:
                     expected = expected[:, ::-1]
-                found.append(signal_to_noise(transform.read(content, words).numpy().transpose(1, 2, 0), expected))
+                found.append(signal_to_noise(transform.read(content, random_bits).numpy().transpose(1, 2, 0), expected))
         assert len(found) > 5
         assert np.mean(found) > limits[0] and min(found) > limits[1], (np.mean(found), min(found))
 
@@ -114,26 +114,26 @@ def test_all_reductions_are_in_place(shrink: int) -> None:
     size = (round(1001 / shrink / 1.4), round(1403 / shrink / 1.4))
     transform = ImageTransform(size=size, crop="resized", scale=(0.9, 1.0), ratio=(1.3, 1.5))
     for number in range(8):
-        words, content = crop_words(0, 1, number), simplejpeg.encode_jpeg(large, quality=98)
-        top, left, height, width = box = transform.box(1001, 1403, words)
+        random_bits, content = crop_bits(0, 1, number), simplejpeg.encode_jpeg(large, quality=98)
+        top, left, height, width = box = transform.box(1001, 1403, random_bits)
         assert not any(length % shrink for length in box)
         whole = Image.open(BytesIO(content)).crop((left, top, left + width, top + height))
         expected = np.asarray(whole.resize(size[::-1], Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-        assert signal_to_noise(transform.read(content, words).numpy(), expected) > 45
+        assert signal_to_noise(transform.read(content, random_bits).numpy(), expected) > 45
 
 
 def test_reading_is_decoding_and_transforming_wherever_nothing_is_gained() -> None:
-    pixels, words = photo(300, 400), crop_words(0, 0, 0)
+    pixels, random_bits = photo(300, 400), crop_bits(0, 0, 0)
     small = ImageTransform(size=(40, 40), crop="resized")
     for content, transform in [
         (simplejpeg.encode_jpeg(pixels), ImageTransform(size=(200, 200), crop="resized", flip=0.5)),
         (simplejpeg.encode_jpeg(pixels), ImageTransform(size=(40, 40))),
         (encoded(Image.fromarray(pixels), "PNG"), small),
     ]:
-        assert torch.equal(transform.read(content, words), transform(decode(content), words))
+        assert torch.equal(transform.read(content, random_bits), transform(decode(content), random_bits))
     for broken in (b"", b"\xff\xd8", simplejpeg.encode_jpeg(pixels)[:2000]):
         with pytest.raises(UnreadableSample):
-            small.read(broken, words)
+            small.read(broken, random_bits)
 
 
 def test_random_boxes_are_distributed_as_torchvisions() -> None:
@@ -162,13 +162,13 @@ def test_a_box_that_never_fits_becomes_the_largest_central_one() -> None:
 def test_the_papers_crop_is_a_square_of_the_short_side() -> None:
     transform = ImageTransform(size=(20, 20), crop="square")
     pixels = np.repeat(np.arange(100, dtype=np.uint8)[None, :, None], 20, axis=0).repeat(3, axis=2)
-    lefts = {int(transform(pixels, crop_words(0, 0, number))[0, 0, 0]) for number in range(2000)}
+    lefts = {int(transform(pixels, crop_bits(0, 0, number))[0, 0, 0]) for number in range(2000)}
     assert lefts == set(range(81))  # every place, both ends included
 
 
 def test_crops_are_a_function_of_seed_epoch_and_sample() -> None:
-    assert crop_words(1, 2, 3).tolist() == crop_words(1, 2, 3).tolist()
-    seen = {tuple(crop_words(*place).tolist()) for place in [(1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4)]}
+    assert crop_bits(1, 2, 3).tolist() == crop_bits(1, 2, 3).tolist()
+    seen = {tuple(crop_bits(*place).tolist()) for place in [(1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4)]}
     assert len(seen) == 4
 
 
@@ -178,7 +178,7 @@ def test_flips_happen_as_often_as_asked() -> None:
     straight = torch.from_numpy(pixels).permute(2, 0, 1)
     flipped = 0
     for number in range(800):
-        made = transform(pixels, crop_words(0, 0, number))
+        made = transform(pixels, crop_bits(0, 0, number))
         assert torch.equal(made, straight) or torch.equal(made, straight.flip(-1))
         flipped += int(torch.equal(made, straight.flip(-1)))
     assert 150 < flipped < 250

@@ -82,7 +82,7 @@ def test_a_batch_is_divided_by_largest_remainders(
 
 
 def test_a_weight_below_one_sample_is_refused() -> None:
-    with pytest.raises(SettingError, match="a sample or more in a batch of 8"):
+    with pytest.raises(SettingError, match="at least one sample in a batch of 8"):
         divided(8, (1.0, 0.01), 4)
 
 
@@ -129,7 +129,7 @@ def test_a_part_without_one_readable_sample_is_named(make_snapshot: MakeSnapshot
         steps=range(1),
         config=LoaderConfig(loader_workers=0),
     )
-    with pytest.raises(DataError, match="bad/00000.tar: not one readable sample"):
+    with pytest.raises(DataError, match="bad/00000.tar: no sample is readable"):
         next(batches)
 
 

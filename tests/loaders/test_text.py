@@ -53,7 +53,7 @@ NASTY = [
 
 
 def test_the_faster_tokenizer_gives_open_clips_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hand-made captions, random bytes as UTF-8, random ASCII; twice, so that words are learnt and remembered."""
+    """Hand-made captions, random bytes as UTF-8, random ASCII; twice, so that words are cached and reused."""
     monkeypatch.setattr(text, "REMEMBERED_WORDS", 50)
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
     generator = random.Random(0)

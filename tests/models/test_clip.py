@@ -213,7 +213,7 @@ def exported(tiny: Clip, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_open_clip_opens_a_checkpoint(tiny: Clip, exported: Path) -> None:
-    renamed = exported.parent.parent / "exported-tiny.json"  # a name that only this folder can have told it
+    renamed = exported.parent.parent / "exported-tiny.json"  # a name that is stored only in this folder
     renamed.write_bytes((exported / "clipmill-tiny.json").read_bytes())
     open_clip.add_model_config(renamed)
     tokens = open_clip.get_tokenizer("ViT-B-32")(TEXTS)

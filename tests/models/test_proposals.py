@@ -9,7 +9,7 @@ from torch.nn import functional
 from torchvision.ops import box_iou
 
 from pipeline.errors import SettingError
-from pipeline.models.proposals import Config, Proposals, drawn, generators, norm_layer, unplaced
+from pipeline.models.proposals import Config, Proposals, generators, norm_layer, sample_balanced, unplaced
 
 
 def built() -> Proposals:
@@ -21,14 +21,14 @@ def test_draws_are_of_both_kinds_and_of_the_generator() -> None:
     labels = torch.tensor([1.0] * 3 + [0.0] * 50 + [-1.0] * 20 + [1.0] * 30)
     chosen = set()
     for seed in range(10):
-        positive, negative = drawn(labels, 16, 0.5, torch.Generator().manual_seed(seed))
+        positive, negative = sample_balanced(labels, 16, 0.5, torch.Generator().manual_seed(seed))
         assert len(positive) == len(negative) == 8 and (labels[positive] == 1).all() and (labels[negative] == 0).all()
         assert len(set(positive.tolist())) == 8
         chosen |= set(positive.tolist())
     assert len(chosen) > 25
-    positive, negative = drawn(labels[:20], 16, 0.5, torch.Generator())
+    positive, negative = sample_balanced(labels[:20], 16, 0.5, torch.Generator())
     assert (len(positive), len(negative)) == (3, 13)
-    positive, negative = drawn(labels[:5], 16, 0.5, torch.Generator())
+    positive, negative = sample_balanced(labels[:5], 16, 0.5, torch.Generator())
     assert (len(positive), len(negative)) == (3, 2)
 
 
@@ -56,9 +56,9 @@ def test_the_loss_is_the_papers() -> None:
         )
     assert float(found["objectness"]) == pytest.approx(float(entropy) / 20_000, rel=1e-4)
 
-    boxes, things = anchors[covers], targets[0][matched[covers]]
-    sizes, wanted_sizes = boxes[:, 2:] - boxes[:, :2], things[:, 2:] - things[:, :2]
-    shift = ((things[:, 2:] + things[:, :2]) - (boxes[:, 2:] + boxes[:, :2])) / 2 / sizes
+    boxes, objects = anchors[covers], targets[0][matched[covers]]
+    sizes, wanted_sizes = boxes[:, 2:] - boxes[:, :2], objects[:, 2:] - objects[:, :2]
+    shift = ((objects[:, 2:] + objects[:, :2]) - (boxes[:, 2:] + boxes[:, :2])) / 2 / sizes
     wanted = torch.cat([shift, (wanted_sizes / sizes).log()], dim=1)
     error = (proposed.moves[0][covers] - wanted).abs()
     huber = torch.where(error < 1 / 9, error**2 / 2, (error - 1 / 18) / 9)

@@ -77,8 +77,8 @@ def plain_gradients() -> dict[str, Tensor]:
     method, leaves = slip(), {key: value.requires_grad_() for key, value in inputs().items()}
     losses = plain(method, leaves)
     torch.stack(list(losses.values())).sum().backward()
-    learnt = {name: parameter.grad for name, parameter in method.named_parameters() if parameter.grad is not None}
-    together = {**{name: loss.detach() for name, loss in losses.items()}, **learnt}
+    trained = {name: parameter.grad for name, parameter in method.named_parameters() if parameter.grad is not None}
+    together = {**{name: loss.detach() for name, loss in losses.items()}, **trained}
     return {**together, **{key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}}
 
 

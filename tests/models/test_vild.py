@@ -349,9 +349,9 @@ def test_text_vectors_come_back_to_where_the_teacher_is() -> None:
 def test_base_words_are_the_training_classes_unless_told() -> None:
     method = built().eval()
     by_default = method.predict(images(), ["red", "other"])
-    told = method.predict(images(), ["red", "other"], base=["red"])
+    explicit = method.predict(images(), ["red", "other"], base=["red"])
     turned = method.predict(images(), ["red", "other"], base=["other"])
-    assert all(torch.equal(one.scores, two.scores) for one, two in zip(by_default, told, strict=True))
+    assert all(torch.equal(one.scores, two.scores) for one, two in zip(by_default, explicit, strict=True))
     assert not all(torch.equal(one.scores, two.scores) for one, two in zip(by_default, turned, strict=True))
 
 

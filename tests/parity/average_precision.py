@@ -7,7 +7,7 @@
 
 The annotations take our whole way: the source ``coco``, the member ``boxes.json`` of each sample, ``AveragePrecision``;
 the peer reads the file itself. Where no results are given, some are made of the file's objects: moved boxes, cut and
-shifted masks, wrong classes, things that are not there, with scores that say little. One JSON line for each metric; the
+shifted masks, wrong classes, objects that do not exist, with scores that say little. One JSON line for each metric; the
 largest difference at the end.
 """
 
@@ -41,22 +41,22 @@ RARITIES = {"ap_r": "APr", "ap_c": "APc", "ap_f": "APf"}
 
 
 def made_up(content: Record, kind: str, seed: int = 0) -> list[Record]:
-    """Results of which some are right, some are wrong and some are nowhere near."""
+    """Results, some right, some wrong and some far away."""
     random, sizes = np.random.default_rng(seed), {one["id"]: one for one in content["images"]}
     classes, results = [one["id"] for one in content["categories"]], []
-    for thing in content["annotations"]:
-        size = sizes[thing["image_id"]]
+    for annotation in content["annotations"]:
+        size = sizes[annotation["image_id"]]
         for _ in range(random.integers(0, 4)):
             wrong = random.random() < 0.3
             about: Record = {"image_id": size["id"], "score": float(random.random() * (0.7 if wrong else 1))}
-            about["category_id"] = int(random.choice(classes)) if wrong else thing["category_id"]
-            x, y, width, height = thing["bbox"]
+            about["category_id"] = int(random.choice(classes)) if wrong else annotation["category_id"]
+            x, y, width, height = annotation["bbox"]
             shift = random.normal(0, 0.1, 2) * [width, height]
             if kind == "bbox":
                 grown = np.exp(random.normal(0, 0.15, 2)) * [width, height]
                 found = {"bbox": [x + shift[0], y + shift[1], *grown.tolist()]}
             else:
-                found = {"segmentation": _moved(thing["segmentation"], size, shift)}
+                found = {"segmentation": _moved(annotation["segmentation"], size, shift)}
             results.append(about | found)
     return results
 

@@ -14,7 +14,7 @@ from pipeline.runs.few_shot import Place, find_place
 from pipeline.stages.shard_tasks import Workers
 
 HERE = Workers(processes_count=0)
-# Ray believes in GPUs that it is told of; what each task was given is what it says.
+# Ray accepts a stated number of GPUs; each task reports its share.
 ON_GPUS = """
 import json, time
 import ray

@@ -67,7 +67,7 @@ def test_what_mlflow_does_not_take_is_said_again(
     with monkeypatch.context() as patch:
         patch.setattr(history._client, "create_run", lambda *_, **__: (_ for _ in ()).throw(MlflowException("away")))
         history.save(FIRE)
-    assert "said again later" in caplog.text and MlflowHistory(settings).fires("a") == []
+    assert "sent again later" in caplog.text and MlflowHistory(settings).fires("a") == []
     history.save(replace(FIRE, id="a-20261122T1300Z", time=NOON + timedelta(hours=1)))
     assert [fire.id for fire in MlflowHistory(settings).fires("a")] == ["a-20261122T1300Z", "a-20261122T1200Z"]
 

@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -342,9 +343,10 @@ def test_no_tracker_has_every_method_of_the_real_one() -> None:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(migrated_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An MLflow server as users start it."""
     folder = tmp_path_factory.mktemp("server")
+    shutil.copy(migrated_store, folder)
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -90,7 +90,7 @@ def test_what_is_never_sent_is_counted_and_said(caplog: pytest.LogCaptureFixture
 
 
 def test_what_was_lost_is_one_sentence(caplog: pytest.LogCaptureFixture) -> None:
-    """Metrics by number and steps, ten other things by name; also what hangs in a request that has no end."""
+    """Metrics by number and steps, ten other tasks by name; also what hangs in a request that has no end."""
     hung = threading.Event()
     writer = MetricWriter(lambda points: hung.wait(20) and None, refuses)
     writer.put({"loss": 1.0, "lr": 0.1}, 7)

@@ -220,7 +220,7 @@ def test_tips_alpha_and_beta_come_from_validation_images(clip: FrozenClip, sets:
 
 @pytest.mark.parametrize("method", ["tip_adapter_f", "linear_probe"])
 def test_a_few_shots_teach_the_colours(method: str, clip: FrozenClip, sets: Any) -> None:
-    """Colours are told apart even by the features of random weights."""
+    """Even features of random weights distinguish colours."""
     train, validation, test = sets
     adapted = run(clip, method, train, validation, recipe=short(method, epochs=20, learning_rate=0.01))
     zero_shot = run(clip, "zero_shot", train, validation)

@@ -127,7 +127,7 @@ def test_what_is_not_whole_is_refused(clip: FrozenClip, sets: Any, tmp_path: Pat
     refused("version", version=99)
     refused("method: 'evil'", method="evil")
     refused("context", config={**whole["config"], "context": 0})
-    refused("not of this CoOp", config={**whole["config"], "context": 3})
+    refused("do not fit this CoOp", config={**whole["config"], "context": 3})
     file.write_text("{")
     with pytest.raises(DataError, match="does not describe"):
         load_adapted(folder, clip)

@@ -93,8 +93,8 @@ def test_waiting_checkpoints_are_bounded(tmp_path: Path, method: Clip, caplog: p
         checkpoints.prune(keep=2, keep_waiting=3)
         left.append([found.meta.step for found in checkpoints.whole()])
     assert left[3:] == [[1, 3, 4], [1, 3, 4, 5], [1, 3, 4, 5, 6], [1, 4, 5, 6, 7], [1, 5, 6, 7, 8]]
-    told = [record.getMessage() for record in caplog.records]
-    assert [message.split(" before it was evaluated: ")[0][-1] for message in told] == ["3", "4"]
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message.split(" before it was evaluated: ")[0][-1] for message in messages] == ["3", "4"]
     checkpoints.prune(keep=2, keep_waiting=1)
     assert [found.meta.step for found in checkpoints.whole()] == [1, 7, 8]
 

@@ -19,7 +19,7 @@ from pipeline.models.clip import Config
 from pipeline.models.proposals import Proposals
 from pipeline.shards.snapshot import Snapshot
 from pipeline.training.checkpoint import Checkpoints
-from pipeline.training.launch import _own_error, finished, follower, launch, own_threads, worker_resources
+from pipeline.training.launch import _own_error, _patience, finished, follower, launch, own_threads, worker_resources
 from pipeline.training.loop import TrainingError, TrainingOutcome
 from pipeline.training.optimizer import AdamW
 from pipeline.training.run import Cluster, Run, prepare
@@ -97,6 +97,17 @@ def test_workers_ask_for_what_the_cluster_has(run: MakeRun, tiny_config: Config)
     assert worker_resources(waiting, {"CPU": 8}) == {"CPU": 1, "GPU": 1}  # a cluster that grows GPUs on demand
 
 
+def test_patience(run: MakeRun, tiny_config: Config) -> None:
+    """Nodes of a fixed number may have to boot; a range is asked for anew every ten seconds, for as long in all."""
+
+    def patience(workers: int | str, **cluster: float) -> tuple[float, int]:
+        return _patience(prepare(tiny_config, run(workers=workers, cluster=Cluster(**cluster)))[0])  # type: ignore[arg-type]
+
+    assert patience(2) == (600, 2) and patience("2:2", start_timeout_seconds=7) == (7, 2)
+    assert patience("1:2") == (10, 120) and patience("1:2", resize_seconds=600) == (10, 1200)
+    assert patience("1:2", resize_seconds=5) == (5, 20)
+
+
 def test_more_workers_than_this_machine_has(run: MakeRun, tiny_config: Config, ray_cluster: Any) -> None:
     plan, _ = prepare(tiny_config, run(workers=8))
     with pytest.raises(SettingError, match="workers: 8 is not allowed; allowed: at most 4 here"):
@@ -117,7 +128,7 @@ def test_what_needs_gpus_is_refused_before_workers_are_asked_for(
 def test_a_killed_ray_worker_is_replaced(
     run: MakeRun, tiny_config: Config, remember: Any, tmp_path: Path, ray_cluster: Any
 ) -> None:
-    """Two workers, of which the first dies at step 6: the run ends as if nothing had happened."""
+    """Two workers, and the first dies at step 6: the run ends like one without a failure."""
     alone = remember()
     launch(prepare(tiny_config, run(output_folder=str(tmp_path / "alone")))[0], lambda: alone)
     plan, _ = prepare(tiny_config, run(workers=2))

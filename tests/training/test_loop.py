@@ -297,7 +297,7 @@ def test_data_and_checkpoints_in_an_object_store(
 
 def test_a_checkpoint_of_another_order_is_refused(plan: RunPlan, remember: Any) -> None:
     run_training(plan, CPU, remember())
-    with pytest.raises(SettingError, match="lanes: 2 is not allowed; allowed: 4, with which"):
+    with pytest.raises(SettingError, match="lanes: 2 is not allowed; allowed: 4, the value of"):
         run_training(replace(plan, run=replace(plan.run, lanes=2), steps=12), CPU, remember())
 
 

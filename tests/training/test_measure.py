@@ -26,7 +26,7 @@ BATCH = {"image": torch.zeros(4, 1), "text": torch.zeros(4, 7)}
 
 
 class Times:
-    """A clock that shows what it is told to."""
+    """A clock that shows a given time."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -74,7 +74,7 @@ def step(clock: Clock, times: Times, *, wait: float = 0.5) -> None:
 def test_parts_of_a_step_are_shares_of_its_time(times: Times) -> None:
     clock = Clock(8, CPU, Counted(), peak=0.01)  # type: ignore[arg-type]
     step(clock, times)
-    assert clock.interval() == {} and clock.overall() == 0.0  # the first one lies behind the start
+    assert clock.interval() == {} and clock.overall() == 0.0  # the first step ends after the start
     step(clock, times)
     step(clock, times, wait=2.0)
     spend(clock, times, "save", 1.5)

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from pipeline.models import clip
 from pipeline.models.clip import Config
 from pipeline.models.slip import Slip
+from pipeline.training import flops
 from pipeline.training.checkpoint import Checkpoints, Meta, load_method, read_weights
 from pipeline.training.loop import run_training
 from pipeline.training.optimizer import AdamW, make_optimizer
@@ -73,7 +74,10 @@ def teacher(folder: Path) -> str:
 def train(folder: Path, plans: dict[str, RunPlan], copies: dict[str, str]) -> dict[str, dict[int, dict[str, float]]]:
     (folder / "plans.pickle").write_bytes(pickle.dumps((plans, copies)))
     command = [sys.executable, __file__, str(folder)]
-    ranks = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    ranks = [
+        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True) for rank in range(2)
+    ]
     errors = [rank.communicate(timeout=280)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors[0] + errors[1]
     logged = json.loads((folder / "log.json").read_text())
@@ -181,6 +185,9 @@ class _Keep:
 
 
 def _rank(folder: Path, rank: int) -> None:
+    from tests.conftest import counted_once
+
+    flops.count = counted_once(flops.count)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
     plans, copies = pickle.loads((folder / "plans.pickle").read_bytes())

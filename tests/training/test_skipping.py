@@ -1,6 +1,6 @@
 """Steps that are left out: a run with a poisoned batch against one whose update was left away by hand.
 
-Run as a script, this file is one of two ranks, of which the second meets the poison.
+Run as a script, this file is one of two ranks; the second gets the bad batch.
 """
 
 import json

@@ -12,7 +12,7 @@ import os
 
 def evaluate(uri, step):
     if step == 1:
-        raise ValueError("no such thing")
+        raise ValueError("no such file")
     if step == 2:
         os._exit(3)
     return {"zeroshot/colours/top1": step / 10, "niceness": os.nice(0)}
@@ -28,7 +28,7 @@ def test_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pending = [in_a_process(submitted_here.evaluate, "uri", step) for step in (1, 2, 3)]
     while not all(one.ready(0.5) for one in pending):
         pass
-    with pytest.raises(EvaluationFailed, match="ValueError: no such thing"):
+    with pytest.raises(EvaluationFailed, match="ValueError: no such file"):
         pending[0].result()
     with pytest.raises(EvaluationFailed, match="ended with code 3"):
         pending[1].result()

@@ -244,7 +244,7 @@ def test_patience_ends(method: Clip, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     with pytest.raises(StorageError):
         writer.finish()
     assert 2 <= len(tried) <= 6  # pauses of 10, 20, 40 and 80 ms
-    writer.close()  # the error was told once
+    writer.close()  # the error was raised once
 
 
 def test_the_end_of_a_failing_run_does_not_wait_for_a_store(
@@ -299,7 +299,7 @@ def test_the_best_and_every_nth_are_kept(method: Clip, tmp_path: Path) -> None:
 
 def test_the_best_need_evaluations(run: Any) -> None:
     settings = run(saving=Saving(keep_best=1, keep_best_metric="zeroshot/x/top1"))
-    with pytest.raises(SettingError, match="keep_best: 1 is not allowed.*no evaluation"):
+    with pytest.raises(SettingError, match="keep_best: 1 is not allowed.*0 without evaluations"):
         prepare(Clip.smallest(), settings)
     plan, record = prepare(Clip.smallest(), settings, evaluates=True)
     assert not any(name.startswith("saving") for name in record.settings)

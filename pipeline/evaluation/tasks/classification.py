@@ -1,4 +1,4 @@
-"""Classification by the head that a model was fine-tuned with."""
+"""Classification by the head of a fine-tuned model."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +23,12 @@ class Classification(Task):
     """The model's own head."""
 
     report = Report("classification", "classification", ACCURACY)
-    help = "Classification sets for the own head of a fine-tuned model, named in the same way."
+    help = "Classification sets for the own head of a fine-tuned model; see --zero-shot."
     rank = 2
     options = Config
 
     def check(self, model: object, one: PreparedSet) -> None:
-        """It is an encoder with a head."""
+        """Require an encoder with a head."""
         as_encoder(model, type(model).__name__)
         has = callable(getattr(model, "classify", None))
         require(has, "classification", one.name, "none, since the model has no head: jobs/finetune.py trains one")

@@ -1,4 +1,4 @@
-"""Open-vocabulary detection: the objects that words name, in sets with boxes (and masks)."""
+"""Open-vocabulary detection, in sets with boxes (and masks)."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from pipeline.shards.objects import FIELD
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PAIRS, FEWEST = 8, 5  # images of a figure; detections drawn at the least
+PAIRS, FEWEST = 8, 5  # images of a figure; minimum number of drawn detections
 WORDS = "auto, a dataset card, an annotation file of COCO or LVIS, or a file with one word a line"
 MEASURED = (
     *("ap", "ap50", "ap75", "ap_base", "ap50_base", "ap_novel", "ap50_novel", "ap_r", "ap_c", "ap_f"),
@@ -50,25 +50,25 @@ class Config:
     words: str = option(
         "auto",
         "detection_words",
-        "Words looked for: auto (the classes of the data's card, or of the snapshot), a card, COCO's or LVIS's "
+        "Words to detect: auto (the classes of the data's card, or of the snapshot), a card, COCO's or LVIS's "
         "annotation JSON, or a file of words.",
     )
 
 
 class Detection(Task):
-    """Average precision; a set is ready with its :class:`Vocabulary`."""
+    """Average precision; ``ready`` is the set's :class:`Vocabulary`."""
 
     report = Report("det", "detection", (*map(_column, MEASURED), SAMPLES))
-    help = "Sets with boxes (and masks) for a detector, named in the same way."
+    help = "Detection sets with boxes (and masks) for a detector; see --zero-shot."
     rank = 3
     options = Config
 
     def check(self, model: object, one: PreparedSet) -> None:
-        """It finds what words name."""
+        """Require a detector."""
         as_detector(model, type(model).__name__)
 
     def prepare(self, config: Config, data: Data, name: str) -> Vocabulary:
-        """The words, once it is sure that the data have boxes."""
+        """The words; requires data with boxes."""
         named: dict[str, str] = {}
         if isinstance(data, SnapshotData):
             fields, place = data.snapshot.fields, data.snapshot.folder
@@ -79,7 +79,7 @@ class Detection(Task):
         return read_vocabulary(config.words, data.card, name)
 
     def run(self, model: Any, one: PreparedSet, reading: Reading, cache: Cache) -> dict[str, float]:
-        """Average precision, all and by groups."""
+        """Average precision, over all classes and by groups."""
         return evaluate_detection(
             model,
             one.samples(),
@@ -90,7 +90,7 @@ class Detection(Task):
         )
 
     def figures(self, model: Any, one: PreparedSet, title: str) -> dict[str, "Figure"]:
-        """``detections``: eight images, on the left of each pair what is marked, on the right the best found."""
+        """``detections``: eight images, each with its annotated objects (left) and the best detections (right)."""
         pairs: list[Tensor] = []
         words = one.ready.words
         for images, marked in batches_of(one.samples(PAIRS), PAIRS, threads=2):
@@ -106,10 +106,10 @@ class Detection(Task):
 
 
 def read_vocabulary(setting: str, card: Card | None, name: str) -> Vocabulary:
-    """The words that ``setting`` means for a detection set with this card and name.
+    """The vocabulary for ``setting``, for a detection set with this card and name.
 
     Raises:
-        SettingError: none of :data:`WORDS`, a word twice, or one that is base and novel.
+        SettingError: none of :data:`WORDS`, a duplicate word, or a word that is both base and novel.
     """
     if setting in card_names():
         card, setting = load_card(setting), "auto"
@@ -125,6 +125,6 @@ def read_vocabulary(setting: str, card: Card | None, name: str) -> Vocabulary:
 
 
 def card_vocabulary(card: Card) -> Vocabulary:
-    """The classes of ``card``: its novel ones, and the others as base; nothing is base where none is novel."""
+    """The classes of ``card``: novel ones, and the others as base; without novel classes there are no base classes."""
     base = [word for word in card.classes if word not in card.novel]
     return open_vocabulary(base, card.novel) if card.novel else Vocabulary(card.classes)

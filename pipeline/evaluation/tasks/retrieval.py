@@ -26,7 +26,7 @@ class Config:
     caption: str = option(
         "auto",
         "retrieval_caption",
-        "Where captions are: auto (the list `captions` of the samples' json, else their txt), txt, or json:KEY.",
+        "Field of the captions: auto (the list `captions` of the samples' json, else their txt), txt, or json:KEY.",
     )
 
     def __post_init__(self) -> None:
@@ -35,7 +35,7 @@ class Config:
 
 
 class Retrieval(Task):
-    """Both ways; a set is ready with the place of its captions."""
+    """Both directions; ``ready`` is the field of the set's captions."""
 
     report = Report(
         "retrieval",
@@ -52,16 +52,16 @@ class Retrieval(Task):
             *(Column("chance"), SAMPLES),
         ),
     )
-    help = "Retrieval sets, named in the same way."
+    help = "Retrieval sets; see --zero-shot."
     rank = 1
     options = Config
 
     def check(self, model: object, one: PreparedSet) -> None:
-        """It encodes images and texts."""
+        """Require an encoder of images and texts."""
         as_encoder(model, type(model).__name__)
 
     def prepare(self, config: Config, data: Data, name: str) -> str:
-        """Where captions are."""
+        """The field of the captions."""
         return config.caption
 
     def run(self, model: Any, one: PreparedSet, reading: Reading, cache: Cache) -> dict[str, float]:

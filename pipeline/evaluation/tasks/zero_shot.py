@@ -1,4 +1,4 @@
-"""Zero-shot classification: an image belongs to the class whose prompts are nearest."""
+"""Zero-shot classification: an image belongs to the class with the nearest prompts."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -32,15 +32,15 @@ class Config:
 
 
 class ZeroShot(Task):
-    """Nearest class vector."""
+    """The nearest class vector."""
 
     report = Report("zeroshot", "zero-shot", ACCURACY)
-    help = "Classification sets: dataset cards or snapshot folders; NAME=DATA gives a set a name of its own."
+    help = "Zero-shot classification sets: dataset cards or snapshot folders; NAME=DATA gives a set a name of its own."
     rank = 0
     options = Config
 
     def check(self, model: object, one: PreparedSet) -> None:
-        """It encodes images and texts."""
+        """Require an encoder of images and texts."""
         as_encoder(model, type(model).__name__)
 
     def prepare(self, config: Config, data: Data, name: str) -> Labels:
@@ -49,7 +49,7 @@ class ZeroShot(Task):
         return Labels(classes, read_templates(config.templates, data.card, name), label_key(config.label, data.card))
 
     def run(self, model: Any, one: PreparedSet, reading: Reading, cache: Cache) -> dict[str, float]:
-        """Accuracies. Class vectors are made once for all sets with these classes and templates."""
+        """Accuracies. Class vectors are computed once for all sets with these classes and templates."""
         precision, texts = reading.evaluation_precision, (one.ready.classes, one.ready.templates)
         if ("zero_shot", texts) not in cache:
             cache["zero_shot", texts] = classifier(model, *texts, precision)

@@ -1,8 +1,8 @@
-"""What the six methods and their baselines have in common: a frozen CLIP, class names, and a few learned tensors.
+"""The common part of the six methods and their baselines: a frozen CLIP, class names, and a few trained tensors.
 
 A method is a module of this package with a frozen dataclass ``Config`` and one subclass of :class:`Adapter`. It is
-built for some class names, and bound to others where it can be (a learned context is, a cache of labelled images is
-not). Its ``state_dict`` holds what it learned and nothing of CLIP.
+built for some class names and, if its tensors allow it, bound to others later: a learned context allows it, a cache of
+labelled images does not. Its ``state_dict`` holds its trained tensors and nothing of CLIP.
 """
 
 import inspect
@@ -36,9 +36,9 @@ class ClassVectorMaker(Protocol):
 
 
 class FrozenClip:
-    """A CLIP that nothing learns in; it is held outside of modules, so no ``state_dict`` and no optimiser sees it.
+    """A frozen CLIP; it is not a submodule, so that no ``state_dict`` and no optimiser contains it.
 
-    ``classifier`` makes zero-shot class vectors; it belongs to the evaluations, and so is handed in.
+    ``classifier`` makes zero-shot class vectors; it belongs to the evaluations, so it is passed in.
     """
 
     def __init__(self, method: Clip, classifier: ClassVectorMaker) -> None:
@@ -48,7 +48,7 @@ class FrozenClip:
 
     @property
     def device(self) -> torch.device:
-        """Where CLIP is."""
+        """The device of CLIP."""
         return self.method.mean.device
 
     @property
@@ -63,7 +63,7 @@ class FrozenClip:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 hex of all its weights: what was learned around one CLIP means nothing to another."""
+        """SHA-256 hex of all its weights: tensors trained with one CLIP do not work with another."""
         return weights_digest(self.model.state_dict())
 
     def text_tower(self) -> TextTower:
@@ -74,7 +74,7 @@ class FrozenClip:
         """The zero-shot classifier: float32 [C, D], unit length.
 
         Raises:
-            SettingError: a name that is too long for the context; it would be cut without a word.
+            SettingError: a name that does not fit the context, and would be truncated silently.
         """
         tokenizer: Any = self.method.tokenizer
         for name in classes:
@@ -86,7 +86,7 @@ class FrozenClip:
         return self._classifier(self.method, classes, templates).detach()
 
     def normalised(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] to what the image tower takes."""
+        """uint8 [B, 3, H, W] to the image tower's input."""
         return (images.float() - self.method.mean) / self.method.std
 
     @torch.no_grad()
@@ -115,23 +115,23 @@ class Shots:
 
 
 class Adapter(nn.Module, ABC):
-    """A method of adaptation, for the class names that it is bound to."""
+    """An adaptation method, bound to class names."""
 
     reads: ClassVar[Literal["features", "pixels"]] = "features"
-    """What :meth:`logits` takes: raw image features, float [B, D], or images, uint8 [B, 3, H, W]."""
+    """Input of :meth:`logits`: raw image features, float [B, D], or images, uint8 [B, 3, H, W]."""
     learns: ClassVar[bool] = True
-    """Whether there is anything to train by gradients."""
+    """Whether it is trained by gradients."""
     learns_vectors: ClassVar[bool] = False
-    """Whether there are learned class vectors that all images share: :meth:`class_vectors`."""
+    """Whether it has learned class vectors shared by all images: :meth:`class_vectors`."""
     per_image: ClassVar[bool] = False
-    """Whether every image has class vectors of its own."""
+    """Whether every image has its own class vectors."""
     config: Any
     clip: FrozenClip
     classes: tuple[str, ...]
     templates: tuple[str, ...]
 
     def __init__(self, config: Any, clip: FrozenClip, classes: Sequence[str], templates: Sequence[str]) -> None:
-        """Built for ``classes``, whose number and names decide what some methods learn."""
+        """Build for ``classes``; some methods have parameters that depend on their number and names."""
         super().__init__()
         check_classes(classes)
         self.config, self.clip = config, clip
@@ -143,18 +143,18 @@ class Adapter(nn.Module, ABC):
 
     @property
     def rebinds(self) -> bool:
-        """Whether what was learned serves other class names too."""
+        """Whether the trained tensors also work for other class names."""
         return True
 
     @abstractmethod
     def build(self) -> None:
-        """Make the parameters, for ``learned_classes``."""
+        """Create the parameters, for ``learned_classes``."""
 
     def bind(self, classes: Sequence[str], templates: Sequence[str]) -> None:
-        """Classify into ``classes`` from now on; ``templates`` hold one ``{}`` each, for methods that use them.
+        """Classify into ``classes`` from now on; ``templates`` have one ``{}`` each, for methods that use them.
 
         Raises:
-            SettingError: class names that are none, doubled or too long, or a method that cannot be bound again.
+            SettingError: missing, duplicate or too long class names, or a method that cannot be bound again.
         """
         check_classes(classes)
         same = tuple(classes) == self.learned_classes
@@ -164,23 +164,23 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def rebind(self) -> None:
-        """Make what depends on ``classes`` and ``templates``; nothing of it is learned or saved."""
+        """Compute what depends on ``classes`` and ``templates``; it is neither trained nor saved."""
 
     @abstractmethod
     def logits(self, images: Tensor) -> Tensor:
-        """What ``reads`` says, to float [B, C]."""
+        """Input of the kind ``reads`` to float [B, C]."""
 
     def class_vectors(self) -> Tensor:
-        """float [C, D] of unit length, for methods with class vectors that all images share."""
+        """float [C, D] of unit length, for methods with class vectors shared by all images."""
         raise SettingError("method", type(self).__name__, "one whose class vectors are learned and shared by images")
 
     def vectors_now(self) -> Tensor:
-        """:meth:`class_vectors`, made anew unless :meth:`still` keeps them."""
+        """:meth:`class_vectors`, recomputed unless :meth:`still` caches them."""
         return self.class_vectors() if self._kept is None else self._kept
 
     @contextmanager
     def still(self) -> Iterator[None]:
-        """Nothing learns in here, so class vectors are made once: for evaluation, which has many batches."""
+        """Cache class vectors, for evaluation over many batches; nothing may be trained in this context."""
         with torch.no_grad():
             self._kept = self.class_vectors() if self.learns_vectors else None
             try:
@@ -189,51 +189,49 @@ class Adapter(nn.Module, ABC):
                 self._kept = None
 
     def prepare(self, shots: Shots) -> None:  # noqa: B027  # most methods learn from batches alone
-        """Take in the shots before any training."""
+        """Receive the shots before the training."""
 
-    def select(self, shots: Shots, validation: Shots) -> None:  # noqa: B027  # most have nothing left to choose
-        """Choose, after the training, what is chosen by images that are neither shots nor test."""
+    def select(self, shots: Shots, validation: Shots) -> None:  # noqa: B027  # most methods select nothing
+        """Choose hyperparameters after the training, by images that are neither shots nor test images."""
 
     def choices(self) -> dict[str, float]:
-        """What :meth:`select` chose, by name."""
+        """The choices of :meth:`select`, by name."""
         return {}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what ``state_dict`` gave; raises ``DataError`` where it does not fit."""
+        """Load a ``state_dict``; raises ``DataError`` if it does not fit."""
         try:
             self.load_state_dict(dict(tensors))
         except RuntimeError as error:
-            raise DataError(f"these tensors are not of this {type(self).__name__}: {str(error).strip()}") from error
+            raise DataError(f"these tensors do not fit this {type(self).__name__}: {str(error).strip()}") from error
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy with labels int64 [B]."""
         return functional.cross_entropy(self.logits(images), labels)
 
     def head(self) -> Tensor | None:
-        """Class vectors, float [C, D] of unit length, that classify as this method does; ``None`` if none can."""
+        """Class vectors, float [C, D] of unit length, that classify like this method; ``None`` if there are none."""
         return None
 
 
 def _tokens(tokenizer: Any, text: str) -> int:
-    """How many tokens ``text`` has if it is not cut, start and end included."""
-    encode = getattr(tokenizer, "encode", None)  # open_clip's own; others hold a tokenizer of transformers
+    """The number of tokens of ``text`` without truncation, start and end included."""
+    encode = getattr(tokenizer, "encode", None)  # open_clip's own; others wrap a tokenizer of transformers
     return len(tokenizer.tokenizer(text)["input_ids"]) if encode is None else len(encode(text)) + 2
 
 
 def unit(features: Tensor) -> Tensor:
-    """float [..., D] of length one, in single precision at least."""
+    """float [..., D] of length one, at least in single precision."""
     return functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
 def check_classes(classes: Sequence[str]) -> None:
-    """Raise ``SettingError`` unless there are two class names or more, none empty and none twice."""
+    """Raise ``SettingError`` unless there are two class names or more, none empty and none duplicate."""
     require(len(classes) >= 2, "classes", tuple(classes), "two class names or more")
     require(all(name.strip() for name in classes), "classes", tuple(classes), "names that are not empty")
     plain = [" ".join(name.replace("_", " ").split()).lower() for name in classes]
     doubled = next((name for name, key in zip(classes, plain, strict=True) if plain.count(key) > 1), None)
-    require(
-        doubled is None, "classes", doubled, "names that occur once; blanks, underscores and case do not tell apart"
-    )
+    require(doubled is None, "classes", doubled, "distinct names, compared without blanks, underscores and case")
 
 
 def adapter_names() -> list[str]:

@@ -1,13 +1,13 @@
 """CLIP-Adapter: Better Vision-Language Models with Feature Adapters.
 
-Gao, Geng, Zhang, Ma, Fang, Zhang, Li, Qiao, 2021, arXiv 2110.04544. Two linear layers behind a frozen tower, blended
-with what it gave (section 3.2), for raw image features x and class vectors W:
+Gao, Geng, Zhang, Ma, Fang, Zhang, Li, Qiao, 2021, arXiv 2110.04544. Two linear layers after a frozen tower, blended
+with the tower's output (section 3.2), for raw image features x and class vectors W:
 
     A(z) = relu( relu( z W1 ) W2 ),   x' = a A_v(x) + (1 - a) x,   W' = b A_t(W) + (1 - b) W
     p(y = c | x) = softmax_c( s cos(x', W'_c) )
 
-W1 makes D / 4 of D; neither layer has a bias. The image branch alone is the paper's choice; the text branch and both
-are its ablation. The outer relu is in the authors' code and not in the paper's formula: ``final_relu`` decides.
+W1 reduces D to D / 4; neither layer has a bias. The image branch alone is the paper's choice; the text branch and both
+are its ablation. The outer relu is in the authors' code but not in the paper's formula: ``final_relu`` selects it.
 
 To hold a run against: ImageNet with RN50 and 1/2/4/8/16 shots, 61.20/61.52/61.84/62.68/63.59; 16 shots, mean of eleven
 sets, 74.44 (zero-shot 58.89). The blend was chosen for each set in the paper: 0.2 for ImageNet, 0.6 for textures.
@@ -28,17 +28,17 @@ class Config:
     """The authors' values for ImageNet."""
 
     branch: Literal["visual", "textual", "both"] = "visual"
-    """What is adapted: image features, class vectors, or both."""
+    """Adapted features: image features, class vectors, or both."""
     reduction: int = 4
-    """How many times narrower the hidden layer is than the features."""
+    """Factor by which the hidden layer is narrower than the features."""
     ratio: float = 0.2
-    """The blend a of adapted image features; 0 is CLIP, 1 the adapter alone."""
+    """Blend ratio a of adapted image features, 0 to 1: 0 is CLIP, 1 the adapter alone."""
     text_ratio: float = 0.2
-    """The blend b of adapted class vectors."""
+    """Blend ratio b of adapted class vectors, 0 to 1."""
     final_relu: bool = True
-    """As the authors' code has it."""
+    """Apply a relu after the second layer, as the authors' code does."""
     seed: int = 0
-    """Of the layers' random start."""
+    """Seed of the layers' initial weights."""
 
     def __post_init__(self) -> None:
         require(self.reduction >= 1, "reduction", self.reduction, "1 or more")
@@ -47,13 +47,13 @@ class Config:
 
 
 class ClipAdapter(Adapter):
-    """Bottlenecks behind CLIP's towers."""
+    """Bottleneck layers after CLIP's towers."""
 
     learns_vectors = True
     config: Config
 
     def build(self) -> None:
-        """The layers of the branches that there are."""
+        """The layers of the selected branches."""
         width, branch = self.clip.features, self.config.branch
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
@@ -77,7 +77,7 @@ class ClipAdapter(Adapter):
         return unit(_blend(self.textual, vectors, self.config.text_ratio))
 
     def head(self) -> Tensor | None:
-        """The class vectors, where image features are left as they are."""
+        """The class vectors, if image features are not adapted."""
         with torch.no_grad():
             return self.class_vectors() if self.visual is None else None
 

@@ -1,17 +1,17 @@
 """CoCoOp: Conditional Prompt Learning for Vision-Language Models.
 
-Zhou, Yang, Loy, Liu, 2022, arXiv 2203.05557. CoOp's context fits the classes it saw; here every image moves it, by
-one vector of a small network, the Meta-Net h (section 3.2):
+Zhou, Yang, Loy, Liu, 2022, arXiv 2203.05557. CoOp's context overfits its training classes; here every image shifts the
+context by one vector of a small network, the Meta-Net h (section 3.2):
 
     v_m(x) = v_m + h( f(x) / |f(x)| ),   p(y = c | x) = softmax_c( s cos( g([v1(x)] ... [vM(x)] [name of c]), f(x) ) )
 
-h is linear to D / 16, ReLU, linear to the text tower's width, both with bias. The name stands behind the context.
+h is linear to D / 16, ReLU, linear to the text tower's width, both with bias. The name follows the context.
 
 To hold a run against: base to new over 11 sets with ViT-B/16, 80.47 / 71.69, H 75.83 (table 1).
 
-A batch of images goes through the text tower at once: the context of each image is run once and all classes share
-its keys and values. The gradient is that of the reference's loop over single images; its recipe (one image a step)
-is another matter, since it makes as many more updates.
+A batch of images goes through the text tower at once: the context of each image is computed once, and all classes share
+its keys and values. The gradient equals that of the reference's loop over single images. Its recipe of one image per
+step differs, because it makes more updates.
 """
 
 from dataclasses import dataclass
@@ -26,18 +26,18 @@ from pipeline.models.adapters.prompts import initial_context, lay_out, start_of_
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The paper's context of four words, moved by a Meta-Net with a sixteenth of the features."""
+    """The paper's context of four words, and a Meta-Net of a sixteenth of the features."""
 
     context: int = 4
-    """Learned vectors M; those of ``start`` where it is given."""
+    """Number M of learned vectors; ignored if ``start`` is given."""
     start: str | None = "a photo of a"
-    """Words that the context starts as; none for random numbers."""
+    """Words that initialise the context; none for random numbers."""
     reduction: int = 16
-    """How many times narrower the Meta-Net is than the image features."""
+    """Factor by which the Meta-Net is narrower than the image features."""
     classes_at_once: int | None = None
-    """More classes go through the text tower in parts, for less memory and a third more time; none for all at once."""
+    """Classes per pass of the text tower; fewer need less memory and take a third more time; none for all at once."""
     seed: int = 0
-    """Of a random start and of the Meta-Net."""
+    """Seed of a random context and of the Meta-Net."""
 
     def __post_init__(self) -> None:
         require(self.context >= 1, "context", self.context, "1 or more")
@@ -47,13 +47,13 @@ class Config:
 
 
 class CoCoOp(Adapter):
-    """A learned context that every image moves."""
+    """A learned context that depends on the image."""
 
     per_image = True
     config: Config
 
     def build(self) -> None:
-        """The context, and the Meta-Net with torch's usual start."""
+        """The context, and the Meta-Net with torch's default initialisation."""
         self.tower = self.clip.text_tower()
         random = torch.Generator().manual_seed(self.config.seed)
         self.context = nn.Parameter(initial_context(self.tower, self.config.context, self.config.start, None, random))
@@ -66,7 +66,7 @@ class CoCoOp(Adapter):
             )
 
     def rebind(self) -> None:
-        """Lay out the prompts of the class names; the context takes the templates' place."""
+        """Lay out the prompts of the class names; the context replaces the templates."""
         self.layout = lay_out(self.tower, self.classes, len(self.context))
 
     def vectors_of(self, features: Tensor) -> Tensor:

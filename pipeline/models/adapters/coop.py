@@ -6,13 +6,13 @@ in the space of word embeddings (section 3.2):
     p(y = c | x) = softmax_c( s cos( g([v1] ... [vM] [name of c]), f(x) ) )
 
 g is CLIP's text tower, f its image tower and s its scale, all frozen; cross-entropy over the classes. The context is
-unified (the same for all classes) or class-specific (CSC); the name stands at its end, in its middle or before it.
+unified (the same for all classes) or class-specific (CSC); the name is at its end, in its middle or before it.
 
 To hold a run against: ImageNet with RN50 and 1/2/4/8/16 shots, 57.15/57.81/59.99/61.56/62.95 (zero-shot 58.18); base
 to new over 11 sets with ViT-B/16, 82.69 / 63.22, H 71.66 (CoCoOp's table 1).
 
 Left out: half precision (the reference trains in fp16 without loss scaling, and can diverge); here the context is
-float32. The shared part of the prompts is computed once and pads are not, which changes nothing: see ``text.py``.
+float32. The shared part of the prompts is computed once and padding is not, which changes no result: see ``text.py``.
 """
 
 from dataclasses import dataclass
@@ -30,17 +30,17 @@ class Config:
     """The paper's context of 16 random vectors."""
 
     context: int = 16
-    """Learned vectors M; those of ``start`` where it is given."""
+    """Number M of learned vectors; ignored if ``start`` is given."""
     start: str | None = None
-    """Words that the context starts as, such as "a photo of a"; none for random numbers."""
+    """Words that initialise the context, such as "a photo of a"; none for random numbers."""
     class_specific: bool = False
-    """A context for each class. It cannot be carried over to other classes."""
+    """Learn a context for each class. It cannot be used for other classes."""
     position: Position = "end"
-    """Where the class name stands: after, in the middle of, or before the context."""
+    """Position of the class name: after, in the middle of, or before the context."""
     classes_at_once: int | None = None
-    """More classes go through the text tower in parts, for less memory and a third more time; none for all at once."""
+    """Classes per pass of the text tower; fewer need less memory and take a third more time; none for all at once."""
     seed: int = 0
-    """Of a random start."""
+    """Seed of a random context."""
 
     def __post_init__(self) -> None:
         require(self.context >= 1, "context", self.context, "1 or more")
@@ -56,18 +56,18 @@ class CoOp(Adapter):
 
     @property
     def rebinds(self) -> bool:
-        """A class-specific context belongs to its classes."""
+        """False for a class-specific context."""
         return not self.config.class_specific
 
     def build(self) -> None:
-        """The context, of all classes or of each."""
+        """The context, shared by all classes or one for each."""
         self.tower = self.clip.text_tower()
         count = len(self.learned_classes) if self.config.class_specific else None
         random = torch.Generator().manual_seed(self.config.seed)
         self.context = nn.Parameter(initial_context(self.tower, self.config.context, self.config.start, count, random))
 
     def rebind(self) -> None:
-        """Lay out the prompts of the class names; the context takes the templates' place."""
+        """Lay out the prompts of the class names; the context replaces the templates."""
         rows, specific = self.context.shape[-2], self.config.class_specific
         self.layout = lay_out(self.tower, self.classes, rows, self.config.position, class_specific=specific)
 
@@ -85,6 +85,6 @@ class CoOp(Adapter):
         return self.clip.scale * unit(images) @ self.vectors_now().T
 
     def head(self) -> Tensor:
-        """The class vectors: once trained, CoOp costs no more than a linear classifier."""
+        """The class vectors: after training, CoOp costs no more than a linear classifier."""
         with torch.no_grad():
             return self.class_vectors()

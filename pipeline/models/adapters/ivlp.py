@@ -1,8 +1,8 @@
-"""IVLP: independent learned rows in both towers, the uncoupled baseline of MaPLe's paper.
+"""IVLP: independent learned prompts in both towers, the uncoupled baseline of MaPLe's paper.
 
-Khattak, Rasheed, Maaz, Khan, Khan, 2022, arXiv 2210.03117, table 1 ("independent V-L prompting"): as MaPLe, but the
-image tower's rows V_i are learned by themselves instead of being linear images of the text tower's P_i. With no rows
-in the image tower it is deep language prompting; with none in the text tower see ``vpt.py``.
+Khattak, Rasheed, Maaz, Khan, Khan, 2022, arXiv 2210.03117, table 1 ("independent V-L prompting"): like MaPLe, but the
+image tower's rows V_i are independent parameters instead of linear images of the text tower's P_i. Without rows in the
+image tower it is deep language prompting; without rows in the text tower see ``vpt.py``.
 
 To hold a run against: base to new over 11 sets with ViT-B/16, 82.15 / 74.07, H 77.90; language alone (4 rows, depth
 12) 81.72 / 73.81, H 77.56.
@@ -24,19 +24,19 @@ class Config:
     """The paper's two rows in each of twelve layers of both towers."""
 
     text_depth: int = 12
-    """Layers of the text tower with rows of their own."""
+    """Number of text tower layers with their own rows."""
     text_length: int = 2
-    """Rows of a layer of the text tower."""
+    """Rows per layer of the text tower."""
     vision_depth: int = 12
-    """Layers of the image tower with rows of their own; 0 for deep language prompting."""
+    """Number of image tower layers with their own rows; 0 for deep language prompting."""
     vision_length: int = 2
-    """Rows of a layer of the image tower."""
+    """Rows per layer of the image tower."""
     start: str | None = "a photo of a"
-    """Words whose first ``text_length`` the first layer's rows start as, with the rest behind them; none for random."""
+    """Words whose first ``text_length`` initialise the first layer's rows; the rest follows them; none for random."""
     classes_at_once: int | None = None
-    """More classes go through the text tower in parts, for less memory and a third more time; none for all at once."""
+    """Classes per pass of the text tower; fewer need less memory and take a third more time; none for all at once."""
     seed: int = 0
-    """Of the random starts."""
+    """Seed of the random initial rows."""
 
     def __post_init__(self) -> None:
         for name in ("text_depth", "text_length", "vision_length"):
@@ -47,7 +47,7 @@ class Config:
 
 
 class IndependentPrompts(Adapter):
-    """Learned rows in both towers, each by itself."""
+    """Learned rows in both towers, independent of each other."""
 
     reads = "pixels"
     learns_vectors = True

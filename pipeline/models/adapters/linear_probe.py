@@ -1,9 +1,8 @@
 """Linear probe: logistic regression on CLIP's image features, the baseline of CoOp's paper.
 
-Radford et al. 2021, arXiv 2103.00020, section 3.1.3 and appendix A.3: L-BFGS with at most 1,000 iterations; the
-strength of the L2 penalty is chosen by validation images. The choice is that of CoOp's code: seven values of C from
-1e6 to 1e-6, then eight halvings (in log C) around the best. It knows nothing of class names, so that with few shots
-it loses to zero-shot.
+Radford et al. 2021, arXiv 2103.00020, section 3.1.3 and appendix A.3: L-BFGS with at most 1,000 iterations. Validation
+images choose the strength of the L2 penalty. The search is that of CoOp's code: seven values of C from 1e6 to 1e-6,
+then eight halvings (in log C) around the best. It does not use class names, so with few shots zero-shot is better.
 
 To hold a run against: ImageNet with RN50 and 1/2/4/8/16 shots, 22.17/31.90/41.20/49.52/56.13.
 """
@@ -25,10 +24,10 @@ COARSE = (1e6, 1e4, 1e2, 1.0, 1e-2, 1e-4, 1e-6)
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """As CoOp's code has it."""
+    """The values of CoOp's code."""
 
     iterations: int = 1000
-    """At most so many iterations of L-BFGS."""
+    """Maximum number of L-BFGS iterations."""
     halvings: int = 8
     """Steps of the finer search for C."""
 
@@ -48,11 +47,11 @@ class LinearProbe(Adapter):
 
     @property
     def rebinds(self) -> bool:
-        """A row of weights belongs to its class."""
+        """False: a row of weights belongs to its class."""
         return False
 
     def build(self) -> None:
-        """Zeros; :meth:`select` fits them."""
+        """Zeros until :meth:`select` fits them."""
         classes = len(self.learned_classes)
         self.register_buffer("weight", torch.zeros(classes, self.clip.features))
         self.register_buffer("bias", torch.zeros(classes))
@@ -62,7 +61,7 @@ class LinearProbe(Adapter):
         """Nothing depends on the names."""
 
     def select(self, shots: Shots, validation: Shots) -> None:
-        """Fit all views of the shots, with the penalty that is best on ``validation``.
+        """Fit all views of the shots, with the best penalty on ``validation``.
 
         Raises:
             SettingError: shots of a single class.
@@ -116,9 +115,9 @@ def regression(strength: float, iterations: int) -> Any:
 
 
 def class_rows(fitted: Any, classes: int) -> tuple[Tensor, Tensor]:
-    """Weights [C, D] and biases [C] of a fitted :func:`regression`; classes that it has not seen never win."""
+    """Weights [C, D] and biases [C] of a fitted :func:`regression`; classes without training images never win."""
     weight, bias = torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
-    if len(weight) == 1:  # of two classes scikit-learn has one row
+    if len(weight) == 1:  # for two classes scikit-learn has one row
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
     seen = torch.from_numpy(fitted.classes_)
     weights = weight.new_zeros(classes, weight.shape[1]).index_copy(0, seen, weight)

@@ -1,18 +1,17 @@
 """MaPLe: Multi-modal Prompt Learning.
 
 Khattak, Rasheed, Maaz, Khan, Khan, 2022, arXiv 2210.03117. Both towers get b learned rows in each of their first J
-layers; those of the image tower are linear images of those of the text tower, so that the two learn together
-(section 3.2):
+layers. The image tower's rows are linear images of the text tower's, so the two are trained together (section 3.2):
 
-    text    [start, P_0, words, name, end] into layer 0;  P_i in the place of rows 1 ... b before layer i < J
-    vision  [class, patches, F_0(P_0)] into layer 0;  F_i(P_i) in the place of the last b rows before layer i < J
+    text    [start, P_0, words, name, end] into layer 0;  P_i replaces rows 1 ... b before layer i < J
+    vision  [class, patches, F_0(P_0)] into layer 0;  F_i(P_i) replaces the last b rows before layer i < J
 
-P_0 starts as the words "a photo", whose "of a" stays; the others start at random with deviation 0.02, and F_1 to
-F_(J-1) start equal. ViT towers alone. For ViT-B/16 with J = 9, b = 2: 3,555,072 parameters.
+P_0 is initialised with the words "a photo", and "of a" follows it. The others are initialised at random with deviation
+0.02, and F_1 to F_(J-1) equally. Only for ViT towers. For ViT-B/16 with J = 9, b = 2: 3,555,072 parameters.
 
 To hold a run against: base to new over 11 sets with ViT-B/16, 82.28 / 75.14, H 78.55 (table 3).
 
-Left out: the reference's mix of half and single precision; all that is learned is float32.
+Left out: the reference's mix of half and single precision; all trained parameters are float32.
 """
 
 from dataclasses import dataclass
@@ -31,15 +30,15 @@ class Config:
     """The paper's nine layers with two rows each."""
 
     depth: int = 9
-    """Layers J with rows of their own, the first included."""
+    """Number J of layers with their own rows, the first included."""
     length: int = 2
-    """Rows b of a layer."""
+    """Rows b per layer."""
     start: str | None = "a photo of a"
-    """Words whose first b the rows of the first layer start as, with the rest behind them; none for random numbers."""
+    """Words whose first b initialise the first layer's rows; the rest follows them; none for random numbers."""
     classes_at_once: int | None = None
-    """More classes go through the text tower in parts, for less memory and a third more time; none for all at once."""
+    """Classes per pass of the text tower; fewer need less memory and take a third more time; none for all at once."""
     seed: int = 0
-    """Of the random starts."""
+    """Seed of the random initial rows."""
 
     def __post_init__(self) -> None:
         require(self.depth >= 1, "depth", self.depth, "1 or more")

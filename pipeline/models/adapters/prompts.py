@@ -25,7 +25,7 @@ SPREAD = 0.02  # standard deviation of random context, as of CLIP's own token em
 
 @dataclass(frozen=True)
 class Layout:
-    """How many context rows all classes share at the start of their prompts, and what follows for each class."""
+    """Number of context rows that all classes share at the start of their prompts, and the rest of each prompt."""
 
     shared: int
     rows: list[Rows]
@@ -41,10 +41,10 @@ def lay_out(
 ) -> Layout:
     """Prompts with ``context`` learned rows for each of ``classes``.
 
-    ``class_specific`` rows differ from class to class, so nothing but the start of text is shared.
+    ``class_specific`` rows differ between classes, so only the start of text is shared.
 
     Raises:
-        SettingError: a prompt is longer than the tower's context; the class is named.
+        SettingError: a prompt is longer than the tower's context; the message names the class.
     """
     leading = {"end": context, "middle": context // 2, "front": 0}[position]
     shared = 0 if class_specific else leading
@@ -75,10 +75,10 @@ def initial_context(
 ) -> Tensor:
     """The context before training: float [M, width], or [C, M, width] with ``classes``.
 
-    The token embeddings of ``phrase``, which then decides M, or normal random numbers with deviation 0.02.
+    The token embeddings of ``phrase``, which then determines M, or normal random numbers with deviation 0.02.
 
     Raises:
-        SettingError: no rows, more than the tower's context has, or a phrase without words.
+        SettingError: no rows, more rows than the tower's context, or a phrase without words.
     """
     if phrase is not None:
         words = tower.encode(phrase.replace("_", " "))
@@ -97,7 +97,7 @@ def first_rows(
 ) -> tuple[Tensor, list[int]]:
     """The first ``rows`` words of ``phrase`` as a context, float [rows, width], and the tokens of its other words.
 
-    A phrase with fewer words than that, or none, gives a random context and no further words, as MaPLe's code does.
+    A phrase with fewer words, or none, gives a random context and no further words, as in MaPLe's code.
     """
     tokens = tower.encode(phrase.replace("_", " ")) if phrase is not None else []
     if rows > len(tokens):
@@ -115,7 +115,7 @@ def deep_class_vectors(
 ) -> Tensor:
     """Classes' features, float [C, D] and not normalised, with rows of their own in several layers.
 
-    ``first`` [b, width] are those of the first layer, followed by ``words``; ``deep`` those of the next layers.
+    ``first`` [b, width] are the first layer's rows, followed by ``words``; ``deep`` the next layers' rows.
     """
     device = tower.parts.positional_embedding.device
     rest = tower.embed(torch.tensor([list(words)], dtype=torch.int64, device=device))
@@ -125,10 +125,10 @@ def deep_class_vectors(
 
 @torch.no_grad()
 def nearest_words(tower: TextTower, context: Tensor, count: int = 3) -> list[list[tuple[str, float]]]:
-    """For each row of ``context``, float [M, width], the ``count`` words with the nearest embeddings, and how far.
+    """For each row of ``context``, float [M, width], the ``count`` words with the nearest embeddings, and distances.
 
-    By Euclidean distance, as CoOp's paper reads its contexts (section 4.3); few of them make sense there. A word is a
-    token: "</w>" ends one that is not the beginning of a longer word.
+    The distance is Euclidean, as in CoOp's paper (section 4.3), where few of these words make sense. A word is a token:
+    "</w>" ends a token that is not the beginning of a longer word.
     """
     table = tower.parts.token_embedding.weight.float()
     distances = torch.cdist(context.float().to(table.device), table)
@@ -138,7 +138,7 @@ def nearest_words(tower: TextTower, context: Tensor, count: int = 3) -> list[lis
 
 
 def start_of_text(tower: TextTower) -> Tensor:
-    """The embedding that every prompt begins with: float [1, 1, width]."""
+    """The embedding of the first token of every prompt: float [1, 1, width]."""
     with torch.no_grad():
         device = tower.parts.positional_embedding.device
         return tower.embed(torch.tensor([[tower.start]], device=device))

@@ -1,11 +1,11 @@
-"""open_clip's causal text tower, fed with embeddings; every class shares the work of its prompt's start.
+"""open_clip's causal text tower on embeddings; all classes share the computation of their prompts' start.
 
 A learned prompt is ``[start of text | shared rows | rows of the class]``. Under the causal mask the states of the
-shared rows do not depend on what follows, so they are computed once (or once per image, where they depend on one)
-and give their keys and values to all classes. The rows of a class end with its end-of-text token, behind which
-nothing matters; classes with as many rows go through the tower together, so nothing is padded; and in the last layer
-the end of text alone asks. Classes can be spread over workers, each of which runs its own and gathers the features of
-all. All of this is exact.
+shared rows do not depend on the rows after them. So they are computed once (or once per image, if they depend on it),
+and their keys and values are shared by all classes. The rows of a class end with its end-of-text token, after which
+nothing matters. Classes with equally many rows go through the tower together, so there is no padding. In the last layer
+only the end of text has a query. Classes can be spread over workers: each runs its own classes and gathers the features
+of all. All of this is exact.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,8 +29,8 @@ KeysAndValues = list[tuple[Tensor, Tensor]]
 class Rows:
     """The rows of some classes, equally many for each.
 
-    ``tokens`` is int64 [N, S], ending with end-of-text; ``slots`` int64 [N, S] has the number of the context row that
-    stands there instead of a token, or -1; ``classes`` int64 [N] are the classes' numbers.
+    ``tokens`` is int64 [N, S], ending with end-of-text; ``slots`` int64 [N, S] has the index of the context row that
+    replaces a token, or -1; ``classes`` int64 [N] are the class numbers.
     """
 
     classes: Tensor
@@ -44,7 +44,7 @@ class Rows:
 
 
 def group(tokens: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]) -> list[Rows]:
-    """The rows of all classes, put together by their number, shortest first."""
+    """The rows of all classes, grouped by their number, shortest first."""
     lengths = sorted({len(row) for row in tokens})
     found = []
     for length in lengths:
@@ -56,10 +56,10 @@ def group(tokens: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]) -> li
 
 @dataclass(frozen=True)
 class Spread:
-    """Workers that share the classes: every one has the same images and parameters.
+    """Workers that share the classes; all have the same images and parameters.
 
     ``gather`` is float [n, ...] of this worker to [world * n, ...] of all, in the order of ranks; its gradient is the
-    sum over workers. With gradients of parameters averaged over workers, these are exactly those of a worker alone.
+    sum over workers. With gradients of parameters averaged over workers, they equal those of a single worker.
     """
 
     rank: int
@@ -67,7 +67,7 @@ class Spread:
     gather: Callable[[Tensor], Tensor]
 
     def own(self, rows: Sequence[Rows]) -> list[Rows]:
-        """The rows of this worker's classes: every ``world``-th, so that all get short and long names alike."""
+        """The rows of this worker's classes: every ``world``-th, so that short and long names are spread evenly."""
         start, own = 0, []
         for part in rows:
             places = torch.arange(len(part.classes))[(self.rank - start) % self.world :: self.world]
@@ -86,10 +86,10 @@ class Spread:
 
 
 class TextTower:
-    """The parts of ``model``'s text tower, which stays as it is.
+    """The parts of ``model``'s frozen text tower.
 
     Raises:
-        SettingError: not open_clip's own causal tower that reads the end of text (those of Hugging Face, captioners).
+        SettingError: not open_clip's own causal tower with end-of-text pooling (such as Hugging Face's, captioners).
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
@@ -103,16 +103,16 @@ class TextTower:
         self.blocks: list[Any] = list(parts.transformer.resblocks)
         self.length: int = parts.positional_embedding.shape[0]
         self.width: int = parts.positional_embedding.shape[1]
-        # What keys and values can be shared with; other blocks see whole prompts, cut behind their end.
+        # These blocks can share keys and values; other blocks see whole prompts, cut after their end.
         self.shares = all(type(block) is ResidualAttentionBlock for block in self.blocks)
         self.spread: Spread | None = None
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of ``text``, without start and end; never cut."""
+        """The tokens of ``text``, without start and end, never truncated."""
         return cast(list[int], self.tokenizer.encode(text))
 
     def word(self, token: int) -> str:
-        """What ``token`` stands for."""
+        """The text of ``token``."""
         known: Any = getattr(self.tokenizer, "decoder", None)
         return str(known[token]) if known is not None and token in known else str(token)
 
@@ -142,13 +142,13 @@ class TextTower:
         """Features of all classes, not normalised: float [B, C, D].
 
         Args:
-            shared: float [B, P, width], the first rows of every prompt, start of text included, without positions; B
-                is 1 where all images share them.
-            rows: what follows, for each class.
-            context: the learned rows that ``slots`` point at: float [M, width], or [C, M, width] of each class.
-            deep: for each layer from the second on, float [b, width] that takes the place of rows 1 to b there.
-            classes_at_once: more classes go through the tower in parts, whose activations are computed again for the
-                gradient instead of being kept.
+            shared: float [B, P, width], the first rows of every prompt, start of text included, without positions;
+                B is 1 if all images share them.
+            rows: the rows after them, for each class.
+            context: the learned rows that ``slots`` refer to: float [M, width], or [C, M, width] of each class.
+            deep: for each layer from the second on, float [b, width] that replaces rows 1 to b there.
+            classes_at_once: maximum number of classes per pass; the activations of several passes are recomputed in
+                the backward pass instead of being stored.
 
         Raises:
             SettingError: fewer classes than workers that share them.
@@ -184,7 +184,7 @@ class TextTower:
         return torch.cat(features, dim=1)
 
     def _embedded(self, rows: Rows, context: Tensor | None) -> Tensor:
-        """float [B, N, S, width]: tokens' embeddings, with context rows where ``slots`` say so."""
+        """float [B, N, S, width]: tokens' embeddings, with the context rows of ``slots``."""
         device = self.parts.positional_embedding.device
         tokens, slots = self.embed(rows.tokens.to(device))[None], rows.slots.to(device)
         if context is None or not (slots >= 0).any():
@@ -206,7 +206,7 @@ class TextTower:
         return found
 
     def _suffixes(self, embedded: Tensor, known: KeysAndValues, offset: int) -> Tensor:
-        """Rows of classes [B, N, S, width], behind ``offset`` shared ones, to features [B, N, D]."""
+        """Rows of classes [B, N, S, width], after ``offset`` shared ones, to features [B, N, D]."""
         hidden = embedded + self.parts.positional_embedding[offset : offset + embedded.shape[2]]
         hidden = hidden.expand(max(len(hidden), len(known[0][0])), *hidden.shape[1:])
         for number, (block, (keys, values)) in enumerate(zip(self.blocks, known, strict=True)):
@@ -217,7 +217,7 @@ class TextTower:
         return self._projected(hidden[:, :, -1])
 
     def _whole(self, embedded: Tensor, known: tuple[Tensor, Sequence[Tensor]], offset: int) -> Tensor:
-        """The same for blocks of other kinds: whole prompts through open_clip's own code."""
+        """Like :meth:`_suffixes`, for other kinds of blocks: whole prompts through open_clip's own code."""
         shared, deep = known
         size = max(len(embedded), len(shared))
         shape = (size, embedded.shape[1])
@@ -240,7 +240,7 @@ class TextTower:
 
 
 def _replaced(hidden: Tensor, deep: Sequence[Tensor], layer: int) -> Tensor:
-    """``hidden`` with rows 1 to b replaced, where layer ``layer`` has prompts of its own."""
+    """``hidden`` with rows 1 to b replaced, if layer ``layer`` has its own prompts."""
     if not 1 <= layer <= len(deep):
         return hidden
     rows = deep[layer - 1].expand(len(hidden), -1, -1)
@@ -248,7 +248,7 @@ def _replaced(hidden: Tensor, deep: Sequence[Tensor], layer: int) -> Tensor:
 
 
 def _heads(block: Any, normed: Tensor, only_last: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, [..., heads, rows, width / heads] each; queries of the last row alone where asked."""
+    """Queries, keys and values, [..., heads, rows, width / heads] each; with ``only_last``, the last row's query."""
     attention = block.attn
     width, count = attention.embed_dim, attention.num_heads
     queries = normed[..., -1:, :] if only_last else normed
@@ -262,8 +262,8 @@ def _heads(block: Any, normed: Tensor, only_last: bool = False) -> tuple[Tensor,
 def _attend(own: tuple[Tensor, Tensor, Tensor], keys: Tensor, values: Tensor) -> Tensor:
     """Attention of classes' rows to the shared rows before them and, causally, to their own.
 
-    ``own`` are [B, N, heads, S, d], ``keys`` and ``values`` [B, heads, P, d]. The shared ones are never repeated for
-    each class: scores are small, keys are not.
+    ``own`` are [B, N, heads, S, d], ``keys`` and ``values`` [B, heads, P, d]. The shared keys are not repeated for each
+    class: scores are small, keys are large.
     """
     query, key, value = own
     shared = keys.shape[-2]
@@ -277,7 +277,7 @@ def _attend(own: tuple[Tensor, Tensor, Tensor], keys: Tensor, values: Tensor) ->
 
 
 def _rest_of_block(block: Any, hidden: Tensor, seen: Tensor) -> Tensor:
-    """What a block does after its attention has ``seen`` [..., heads, rows, d]."""
+    """The part of a block after its attention, whose output is ``seen`` [..., heads, rows, d]."""
     attended = block.attn.out_proj(seen.transpose(-2, -3).flatten(-2))
     hidden = hidden + block.ls_1(attended)
     result: Tensor = hidden + block.ls_2(block.mlp(block.ln_2(hidden)))

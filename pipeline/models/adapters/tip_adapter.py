@@ -1,14 +1,14 @@
 """Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification.
 
-Zhang, Fang, Zhang, Gao, Li, Dai, Qiao, Li, 2022, arXiv 2207.09519. The shots are a cache: keys F (unit features, the
-mean over augmented views taken before they are normalised) and values L (one-hot labels). An image with unit
-features f gets (section 3.1)
+Zhang, Fang, Zhang, Gao, Li, Dai, Qiao, Li, 2022, arXiv 2207.09519. The shots form a cache: keys F (unit features; the
+mean over augmented views is taken before normalising) and values L (one-hot labels). An image with unit features f gets
+(section 3.1)
 
     logits = alpha exp( -beta (1 - f F^T) ) L  +  s f W^T
 
-with the class vectors W of the templates. The exponential acts on the affinities alone, and its result is multiplied
-with L: more evidence for a class can only raise it. alpha and beta are chosen by a grid on validation images, never
-on the test set (the authors' code takes ImageNet's test set for it).
+with the class vectors W of the templates. The exponential is applied to the affinities, and its result is multiplied by
+L: more evidence for a class only raises its logit. A grid search on validation images chooses alpha and beta, never the
+test set (the authors' code uses ImageNet's test set).
 
 To hold a run against: ImageNet with RN50 and 1/2/4/8/16 shots, 60.70/60.96/60.98/61.45/62.03; 16 shots, mean of eleven
 sets, 70.32. Without the search, alpha 1 and beta 5.5 are the best of the paper's ablation on ImageNet.
@@ -28,22 +28,22 @@ ROWS_AT_ONCE = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Before the search, the best of the paper's ablation."""
+    """The best values of the paper's ablation, before the search."""
 
     alpha: float = 1.0
-    """Weight of the cache: the paper's residual ratio."""
+    """Weight alpha of the cache: the paper's residual ratio."""
     beta: float = 5.5
-    """Sharpness of the affinities."""
+    """Sharpness beta of the affinities."""
     search: bool = True
     """Choose alpha and beta on validation images."""
     largest_alpha: float = 10.0
-    """Upper end of the search, which begins at 0.1; the authors took 3 to 50, by data set."""
+    """Upper end of the search for alpha, which starts at 0.1; the authors use 3 to 50, by data set."""
     largest_beta: float = 12.0
-    """Upper end of the search, which begins at 0.1; the authors took 7 to 50, by data set."""
+    """Upper end of the search for beta, which starts at 0.1; the authors use 7 to 50, by data set."""
     alphas: int = 20
-    """Values of alpha that are tried."""
+    """Number of values of alpha in the search."""
     betas: int = 200
-    """Values of beta that are tried."""
+    """Number of values of beta in the search."""
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
@@ -55,7 +55,7 @@ class Config:
 
 
 class TipAdapter(Adapter):
-    """A cache of labelled features beside CLIP's own classifier."""
+    """A cache of labelled features in addition to CLIP's own classifier."""
 
     learns = False
     config: Config
@@ -65,7 +65,7 @@ class TipAdapter(Adapter):
 
     @property
     def rebinds(self) -> bool:
-        """The cache has labels of its classes alone."""
+        """False: the cache has labels of its classes only."""
         return False
 
     def build(self) -> None:
@@ -82,7 +82,7 @@ class TipAdapter(Adapter):
         """Fill the cache with the shots.
 
         Raises:
-            SettingError: a label that is no class, or features of another width.
+            SettingError: a label outside of the classes, or features of another width.
         """
         width = self.clip.features
         require(shots.features.shape[-1] == width, "shots", tuple(shots.features.shape), f"features of width {width}")
@@ -92,7 +92,7 @@ class TipAdapter(Adapter):
         self.restore({"keys": unit(shots.features.mean(dim=1)), "values": shots.labels, "choice": self.choice})
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back a cache of any number of shots."""
+        """Load a cache of any number of shots."""
         for name in ("keys", "values"):
             if name in tensors:
                 mine = getattr(self, name)
@@ -100,13 +100,13 @@ class TipAdapter(Adapter):
         super().restore(tensors)
 
     def select(self, shots: Shots, validation: Shots) -> None:
-        """Choose alpha and beta by the accuracy on ``validation``; of equal ones the first on the grid."""
+        """Choose alpha and beta by the accuracy on ``validation``; at ties the first on the grid."""
         if self.config.search:
             alpha, beta, _ = self.search(validation)
             self.choice.copy_(torch.tensor([alpha, beta], dtype=torch.float64))
 
     def choices(self) -> dict[str, float]:
-        """``alpha`` and ``beta``, where they were searched for."""
+        """``alpha`` and ``beta``, if they were searched for."""
         alpha, beta = self.choice.tolist()
         return {"alpha": alpha, "beta": beta} if self.config.search else {}
 
@@ -120,9 +120,9 @@ class TipAdapter(Adapter):
 
     @torch.no_grad()
     def search(self, validation: Shots) -> tuple[float, float, float]:
-        """The best alpha and beta of the grid, and their accuracy on ``validation`` in 0 ... 1.
+        """The best alpha and beta of the grid, and their accuracy on ``validation``, 0 to 1.
 
-        Values are 0.1 + i (largest - 0.1) / count, the upper end left out, as in the authors' code. Affinities and
+        Values are 0.1 + i (largest - 0.1) / count, without the upper end, as in the authors' code. Affinities and
         CLIP's logits are computed once, and each beta takes one exponential.
         """
         config, classes = self.config, len(self.classes)

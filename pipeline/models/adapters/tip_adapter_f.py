@@ -1,8 +1,8 @@
-"""Tip-Adapter-F: Tip-Adapter whose keys are trained.
+"""Tip-Adapter-F: Tip-Adapter with trained keys.
 
-Zhang, Fang, Zhang, Gao, Li, Dai, Qiao, Li, 2022, arXiv 2207.09519, section 3.2: the cache of Tip-Adapter is the start
-of a linear layer; its keys learn by cross-entropy at the first alpha and beta, its values stay. Then alpha and beta
-are chosen anew. The keys are not normalised again while they learn.
+Zhang, Fang, Zhang, Gao, Li, Dai, Qiao, Li, 2022, arXiv 2207.09519, section 3.2: the cache of Tip-Adapter initialises a
+linear layer. Its keys are trained by cross-entropy at the initial alpha and beta; its values are fixed. Then alpha and
+beta are chosen again. The keys are not normalised again in training.
 
 To hold a run against: ImageNet with RN50 and 1/2/4/8/16 shots, 61.32/61.69/62.52/64.00/65.51; 16 shots, mean of
 eleven sets, 75.83. Recipe: AdamW, rate 0.001, 20 epochs (100 on EuroSAT), batches of 256; the best epoch by
@@ -19,7 +19,7 @@ __all__ = ["Config", "TipAdapterF"]
 
 
 class TipAdapterF(TipAdapter):
-    """A cache whose keys learn."""
+    """A cache with trained keys."""
 
     learns = True
 
@@ -31,6 +31,6 @@ class TipAdapterF(TipAdapter):
         self.register_parameter("keys", nn.Parameter(keys))
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back a cache of any number of shots; its keys have no gradient yet."""
+        """Load a cache of any number of shots; its keys have no gradient yet."""
         super().restore(tensors)
         self.keys.grad = None

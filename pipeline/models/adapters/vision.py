@@ -1,8 +1,8 @@
 """open_clip's vision transformer with learned rows beside the image's tokens, in its first layers or in all.
 
-The rows of the first layer stand behind the class token and the patches and go through the layer norm before the
-transformer, as MaPLe has it; from the second layer on, each layer with prompts of its own puts them in the place of
-what came out of the last one. They are cut off before pooling, so that averaging towers average patches alone.
+The first layer's rows follow the class token and the patches, and pass the layer norm before the transformer, as in
+MaPLe. From the second layer on, each layer with its own prompts replaces the previous layer's output rows. The rows are
+removed before pooling, so that towers with average pooling average only patches.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from pipeline.config import require
 
 
 class VisionTower:
-    """``model``'s vision transformer, which stays as it is.
+    """``model``'s frozen vision transformer.
 
     Raises:
-        SettingError: not open_clip's own vision transformer (ResNets and timm's towers have no rows to add to).
+        SettingError: not open_clip's own vision transformer (ResNets and timm's towers do not support learned rows).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -35,10 +35,10 @@ class VisionTower:
 
         Args:
             images: float [B, 3, H, W], normalised.
-            prompts: for each layer from the first on, float [b, width]; layers after the last let the rows go on.
+            prompts: for each layer from the first on, float [b, width]; later layers pass the rows on.
         """
         visual = self.visual
-        # Layer norm acts on each row alone, so the rows may as well be normalised apart.
+        # Layer norm acts on each row alone, so the rows may be normalised separately.
         first = [visual.ln_pre(prompts[0]).expand(len(images), -1, -1)] if len(prompts) else []
         hidden = torch.cat([visual._embeds(images), *first], dim=1)
         for number, block in enumerate(visual.transformer.resblocks):

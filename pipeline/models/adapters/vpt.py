@@ -1,8 +1,8 @@
 """VPT: Visual Prompt Tuning of CLIP's image tower, a baseline of MaPLe's paper.
 
 Jia, Tang, Chen, Cardie, Belongie, Hariharan, Lim, 2022, arXiv 2203.12119 (its deep variant): learned rows in every
-layer of the image tower; the class vectors are those of the templates, "a photo of a {}." in MaPLe's paper, and do not
-change.
+layer of the image tower. The class vectors are those of the templates, "a photo of a {}." in MaPLe's paper, and are
+fixed.
 
 To hold a run against: base to new over 11 sets with ViT-B/16 and 8 rows in 12 layers, 80.24 / 73.43, H 76.68.
 """
@@ -23,11 +23,11 @@ class Config:
     """Eight rows in each of twelve layers."""
 
     depth: int = 12
-    """Layers with rows of their own."""
+    """Number of layers with their own rows."""
     length: int = 8
-    """Rows of a layer."""
+    """Rows per layer."""
     seed: int = 0
-    """Of the random start."""
+    """Seed of the random initial rows."""
 
     def __post_init__(self) -> None:
         require(self.depth >= 1, "depth", self.depth, "1 or more")

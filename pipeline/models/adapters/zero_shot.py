@@ -1,4 +1,4 @@
-"""CLIP as it is: the line that every method is held against.
+"""Zero-shot CLIP, the baseline of every method.
 
 Radford et al. 2021, arXiv 2103.00020, section 3.1.4: the mean of a class's prompts is its vector.
 """
@@ -12,7 +12,7 @@ from pipeline.models.adapters.adapter import Adapter, unit
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Nothing to choose."""
+    """No options."""
 
 
 class ZeroShotClassifier(Adapter):

@@ -1,7 +1,7 @@
-"""Random colours and blur for a batch on its device, every image with its own numbers.
+"""Random colours and blur for a batch on its device; every image has its own parameters.
 
-Each operation is torchvision's for float images (``transforms.v2.functional``), whose functions take one number for
-a whole batch. The numbers are those of ``pipeline.loaders.augment``.
+The operations equal torchvision's for float images (``transforms.v2.functional``), whose functions take one parameter
+for a whole batch. The parameters are those of ``pipeline.loaders.augment``.
 """
 
 import math
@@ -19,7 +19,7 @@ WEIGHTS = (0.2989, 0.587, 0.114)  # of red, green and blue in grey; ITU-R BT.601
 def recolour(image: Tensor, numbers: Tensor, largest_sigma: float) -> Tensor:
     """Float [B, 3, H, W] in [0, 1] to the same: jitter in each row's order, then grey, then blur.
 
-    ``numbers`` are float [B, NUMBERS]; ``largest_sigma`` bounds the width of the blur without a look at them.
+    ``numbers`` are float [B, NUMBERS]; ``largest_sigma`` bounds the blur's width without reading them.
     """
     for operation in numbers[:, ORDER].unbind(1):
         image = _blended(image, operation, numbers)
@@ -67,7 +67,7 @@ def _grown(image: Tensor, radius: int) -> tuple[int, int]:
 
 
 def _blended(image: Tensor, operation: Tensor, numbers: Tensor) -> Tensor:
-    """Brightness, contrast or saturation, each a mix with black, with the mean grey or with the image's grey."""
+    """Brightness, contrast or saturation, which mix the image with black, its mean grey or its grey version."""
     grey = to_grey(image)
     nothing, mean = torch.zeros_like(grey), grey.mean(dim=(1, 2, 3), keepdim=True)
     other = torch.where(_column(operation == 1), mean, torch.where(_column(operation == 2), grey, nothing))
@@ -78,7 +78,7 @@ def _blended(image: Tensor, operation: Tensor, numbers: Tensor) -> Tensor:
 
 
 def _where(image: Tensor, chosen: Tensor, number: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """``change`` applied to the chosen rows: to them alone on a CPU; to all on a GPU, which need not wait then."""
+    """``change`` applied to the chosen rows: to them alone on a CPU; to all on a GPU, to avoid waiting."""
     if image.is_cuda:
         return torch.where(_column(chosen), change(image, number), image)
     rows = chosen.nonzero().squeeze(1)

@@ -1,8 +1,8 @@
 """A plain stack of strided convolutions for images of 64 pixels: the image tower of ``clipmill-small``.
 
 On two CPU cores it learns three times as much in a minute as the smallest ResNets and transformers of open_clip and
-timm (docs/benchmarks.md): hardly any depth, and a read-out that still knows where things were. timm finds it under
-the name ``clipmill_convnet`` once this module is imported, and so does open_clip as a ``timm_model_name``.
+timm (docs/benchmarks.md): it is shallow, and its output layer sees the positions of objects. timm finds it as
+``clipmill_convnet`` once this module is imported, and so does open_clip as a ``timm_model_name``.
 """
 
 from typing import Any
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 CHANNELS = (32, 64, 128, 192)
 GRID = 4
-"""Cells a side that the read-out sees: what 64 pixels leave behind four strides of two."""
+"""Cells a side before the output layer: 64 pixels after four strides of two."""
 
 # timm's registry looks for this name in the module of every model.
 default_cfgs: dict[str, Any] = {}
 
 
 class ConvNet(nn.Module):
-    """Four convolutions of stride 2 and one of stride 1, batch-normalised, and a linear read-out of all positions."""
+    """Four convolutions of stride 2 and one of stride 1, batch-normalised, and a linear layer over all positions."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -30,14 +30,14 @@ class ConvNet(nn.Module):
         self.head = nn.Linear(CHANNELS[-1] * GRID**2, num_classes)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalised float [B, 3, H, W] to float [B, num_classes]; H and W are 64 or what is pooled well to it."""
+        """Normalised float [B, 3, H, W] to float [B, num_classes]; H and W are 64, or are pooled to it."""
         features: Tensor = self.head(self.pool(self.blocks(image)).flatten(1))
         return features
 
 
 @register_model
 def clipmill_convnet(pretrained: bool = False, num_classes: int = 1000, **_: Any) -> ConvNet:
-    """timm's door; there are no pretrained weights."""
+    """timm's entry point; there are no pretrained weights."""
     if pretrained:
         raise ValueError("clipmill_convnet has no pretrained weights")
     return ConvNet(num_classes)

@@ -1,4 +1,4 @@
-"""Many crops of one image at once, on the device that encodes them: what region features are made of.
+"""Many crops of one image at once, on the device that encodes them, for region features.
 
 The resize is Pillow's antialiased bicubic, to within one level of 255. On a GPU it is two matrix products for all boxes
 of an image, whose matrices hold the filter's weights; on a CPU torch's vectorised uint8 kernel, box by box.
@@ -14,22 +14,22 @@ from torch.nn import functional
 from pipeline.config import require
 
 BOXES_AT_ONCE, SIDE = 128, 640
-"""Boxes of one image in the matrix products where its longer side has so many pixels, in proportion fewer where it is
-longer: a box takes some matrices of size x side numbers."""
+"""Boxes of one image per matrix product if its longer side has this many pixels; proportionally fewer for longer
+sides. A box needs several matrices of size x side numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CropRule:
-    """What of an image is shown to the tower for a box; part of the identity of stored features."""
+    """Which part of an image the tower sees for a box; part of the identity of stored features."""
 
     scales: tuple[float, ...] = (1.0, 1.5)
-    """Sides of the crops in those of the box, around the same centre (ViLD, section 3.2)."""
+    """Factors by which boxes are enlarged around their centre, one crop for each (ViLD, section 3.2)."""
     shape: Literal["warp", "centre", "pad"] = "warp"
-    """How a crop becomes square: stretched, cut to its middle (as CLIP's transform does) or with black bars."""
+    """How a crop becomes square: stretched, cut to its centre (as in CLIP's transform), or padded with black bars."""
     outside: Literal["cut", "black"] = "cut"
-    """Where an enlarged box leaves the image: it ends at the border, or what is outside is black."""
+    """An enlarged box that leaves the image: clip it to the image, or fill the outside with black."""
     average: Literal["unit", "raw"] = "unit"
-    """Features of the scales are added as unit vectors, or as they are; the sum is normalised."""
+    """Add the features of the scales as unit vectors, or as they are; the sum is normalised."""
 
     def __post_init__(self) -> None:
         require(len(self.scales) >= 1 and min(self.scales) > 0, "scales", self.scales, "one or more, more than 0")
@@ -38,7 +38,7 @@ class CropRule:
 def crop_boxes(boxes: Tensor, scale: float, height: int, width: int, outside: str = "cut") -> Tensor:
     """Boxes float [N, 4] (x1, y1, x2, y2 in pixels) to whole pixels around them, enlarged: int64 [N, 4], never empty.
 
-    Edges are rounded outwards, but not for what is less than a thousandth of a pixel.
+    Edges are rounded outwards, except for parts of less than a thousandth of a pixel.
     """
     boxes = boxes.double()
     centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * scale
@@ -54,7 +54,7 @@ def crop_boxes(boxes: Tensor, scale: float, height: int, width: int, outside: st
 def cut_crops(image: Tensor, boxes: Tensor, size: int, shape: str = "warp") -> Tensor:
     """Crops of ``image``, uint8 [3, H, W], at ``boxes``, int64 [N, 4], as uint8 [N, 3, size, size].
 
-    What a box has outside of the image is black.
+    Parts of a box outside of the image are black.
     """
     if not len(boxes):
         return image.new_empty((0, 3, size, size))
@@ -94,7 +94,7 @@ def _cut(image: Tensor, box: list[int], size: int, shape: str) -> Tensor:
 
 
 def _target(height: int, width: int, size: int, shape: str) -> tuple[int, int]:
-    """The size to which a crop is resized before its middle is cut or it is padded."""
+    """The size to which a crop is resized before its centre is cut or it is padded."""
     if shape == "warp":
         return size, size
     side = min(height, width) if shape == "centre" else max(height, width)
@@ -102,12 +102,12 @@ def _target(height: int, width: int, size: int, shape: str) -> tuple[int, int]:
 
 
 def _offset(length: int, size: int) -> int:
-    """Where in a resized side of ``length`` the result of ``size`` begins; negative where there is a bar before it."""
+    """The start of the result of ``size`` in a resized side of ``length``; negative if a bar precedes it."""
     return round((length - size) / 2) if length >= size else -((size - length) // 2)
 
 
 def _overlap(length: int, size: int) -> tuple[slice, slice]:
-    """The places in the result and in the resized crop that belong together."""
+    """The corresponding ranges of the result and of the resized crop."""
     offset = _offset(length, size)
     if length >= size:
         return slice(0, size), slice(offset, offset + size)
@@ -115,7 +115,7 @@ def _overlap(length: int, size: int) -> tuple[slice, slice]:
 
 
 def _multiply(image: Tensor, boxes: Tensor, size: int, shape: str) -> Tensor:
-    """All crops by two matrix products, columns first and rounded in between, as Pillow does it."""
+    """All crops by two matrix products, columns first, rounded in between, as in Pillow."""
     targets = torch.tensor([_target(y2 - y1, x2 - x1, size, shape) for x1, y1, x2, y2 in boxes.tolist()]).to(
         boxes.device
     )
@@ -130,15 +130,15 @@ def _multiply(image: Tensor, boxes: Tensor, size: int, shape: str) -> Tensor:
 def _weights(first: Tensor, last: Tensor, target: Tensor, size: int, limit: int) -> Tensor:
     """The bicubic filter as matrices, float32 [N, size, limit]: rows for results, columns for the image's pixels.
 
-    Pillow's: the filter (a = -1/2) is stretched by the factor of a reduction, its weights are normalised over the
-    pixels of the box; those of them outside of the image are black, so their weights are left out afterwards.
+    Pillow's: the filter (a = -1/2) is stretched by the reduction factor, and its weights are normalised over the
+    pixels of the box. Pixels outside of the image are black, so their weights are dropped afterwards.
     """
     offsets = torch.tensor([_offset(length, size) for length in target.tolist()], device=first.device)
     places = torch.arange(size, device=first.device) + offsets[:, None]
     step = ((last - first).double() / target)[:, None]
     stretch = step.clamp(min=1.0)
     centres = (places + 0.5) * step
-    # All pixels of the box, inside the image or not, take part in the normalisation.
+    # All pixels of the box, inside the image or not, count in the normalisation.
     longest = int((last - first).max())
     pixels = torch.arange(longest, device=first.device)
     distance = (pixels + 0.5 - centres[:, :, None]) / stretch[:, :, None]

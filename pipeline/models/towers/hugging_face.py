@@ -1,11 +1,11 @@
 """An open_clip model as a folder that transformers opens: ``CLIPModel`` and ``CLIPProcessor``.
 
-The weights are the same ones under other names, with the fused projections of attention split and the two output
-projections transposed; the activation, the sizes and the images' transform go into the configs, and the tokenizer's
-files come from open_clip's own list of merges. ``CLIPModel`` is one architecture: a ViT read out at its class token and
-a causal text transformer read out at the end of the text. What it has no place for is refused, by name.
+The weights are the same under other names, with attention's fused projections split and the two output projections
+transposed. The activation, the sizes and the image transform go into the configs, and the tokenizer's files come from
+open_clip's own list of merges. ``CLIPModel`` is one architecture: a ViT pooled at its class token and a causal text
+transformer pooled at the end of the text. Models with other parts are refused with an error that names them.
 
-The bias of a sigmoid loss is no part of ``CLIPModel``: it stands in ``config.json`` as ``logit_bias``, to be added to
+``CLIPModel`` has no bias for a sigmoid loss: ``config.json`` stores it as ``logit_bias``, to be added to
 ``logits_per_image`` before a sigmoid. Features do not need it.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import SettingError
 
-START, END = "<|startoftext|>", "<|endoftext|>"  # what transformers calls the last two tokens
+START, END = "<|startoftext|>", "<|endoftext|>"  # transformers' names of the last two tokens
 WEIGHTS = "model.safetensors"
 BICUBIC, BILINEAR = 3, 2  # Pillow's numbers
 
@@ -52,11 +52,11 @@ _OTHERS = {
 
 
 def convert(model: Any, tokenizer: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The weights under transformers' names, and the text files that go beside them.
+    """The weights under transformers' names, and the text files that belong to them.
 
     Raises:
-        SettingError: a model, a tokenizer or a transform of images that ``CLIPModel`` and its processor cannot
-            express; the sentence says what.
+        SettingError: a model, a tokenizer or an image transform that ``CLIPModel`` and its processor cannot
+            express; the message lists the reasons.
     """
     check(model, tokenizer)
     files = {
@@ -69,7 +69,7 @@ def convert(model: Any, tokenizer: Any) -> tuple[dict[str, Tensor], dict[str, st
 
 
 def check(model: Any, tokenizer: Any) -> None:
-    """Raise :class:`SettingError` with all that keeps ``model`` from being a ``CLIPModel``."""
+    """Raise :class:`SettingError` with all reasons why ``model`` cannot be a ``CLIPModel``."""
     problems = list(_problems(model, tokenizer))
     if problems:
         allowed = f"open_clip, since transformers' CLIPModel has no place for {' and '.join(problems)}"
@@ -84,7 +84,7 @@ def weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             renamed[_OTHERS[name]] = tensor.reshape(()) if name == "logit_scale" else tensor
         elif name in ("visual.proj", "text_projection", "text_projection.weight"):
             tower = "visual" if name.startswith("visual") else "text"
-            # open_clip multiplies rows by the matrix; a Linear, as transformers has it, holds the transposed one.
+            # open_clip multiplies rows by the matrix; transformers' Linear holds the transposed matrix.
             renamed[f"{tower}_projection.weight"] = tensor if name.endswith(".weight") else tensor.T
         elif ".resblocks." in name or name.startswith("transformer."):
             renamed.update(_block_weights(name, tensor))
@@ -123,7 +123,7 @@ def config(model: Any) -> dict[str, Any]:
 
 
 def preprocessor(images: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers' ``CLIPImageProcessor`` for open_clip's description of the images' transform."""
+    """transformers' ``CLIPImageProcessor`` for open_clip's description of the image transform."""
     size = images["size"]
     side = size if isinstance(size, int) else size[0]
     square = {"height": side, "width": side}
@@ -146,7 +146,7 @@ def preprocessor(images: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, dict[str, Any]]:
-    """The JSON files of transformers' ``CLIPTokenizer``, with the numbers that ``tokenizer`` gives to tokens."""
+    """The JSON files of transformers' ``CLIPTokenizer``, with the token ids of ``tokenizer``."""
     own = {tokenizer.sot_token_id: START, tokenizer.eot_token_id: END}
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     names = {"tokenizer_class": "CLIPTokenizer", "processor_class": "CLIPProcessor"}
@@ -158,13 +158,13 @@ def tokenizer_files(tokenizer: Any) -> dict[str, dict[str, Any]]:
 
 
 def merges(tokenizer: Any) -> str:
-    """``merges.txt``: the pairs that become one token, in the order in which they do."""
+    """``merges.txt``: the pairs that are merged into one token, in order of their priority."""
     pairs = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
     return "\n".join(["#version: 0.2", *(" ".join(pair) for pair in pairs), ""])
 
 
 def _block_weights(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """One tensor of a transformer's block: renamed, or the three projections that it holds."""
+    """One tensor of a transformer's block: renamed, or split into its three projections."""
     tower = "vision_model" if name.startswith("visual.") else "text_model"
     number, part = name.split("resblocks.")[1].split(".", 1)
     place = f"{tower}.encoder.layers.{number}"
@@ -188,7 +188,7 @@ def _transformer(transformer: Any, norm: nn.LayerNorm) -> dict[str, Any]:
 
 
 def _activation(module: nn.Module) -> str | None:
-    """transformers' name of an activation; ``None`` where it is none of CLIP's."""
+    """transformers' name of an activation; ``None`` if it is not one of CLIP's."""
     if isinstance(module, QuickGELU):
         return "quick_gelu"
     if not isinstance(module, nn.GELU):

@@ -1,7 +1,7 @@
-"""The layers of a tower: the blocks that it repeats, and how deep each of its weights lies.
+"""The layers of a tower: its repeated blocks, and the depth of each of its weights.
 
-Any tower is looked through, whichever library it is of. A block is what stands with its like in a list of modules; of
-lists within lists (the stages of a ConvNeXt) the inner ones count. For towers of timm the depth is timm's own.
+Works for towers of any library. A block is a module in a list of modules of one kind; in nested lists (the stages of a
+ConvNeXt) the inner lists count. For timm's towers the depth is timm's own.
 """
 
 import re
@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 from torch import nn
 
 Tower = str
-"""The name of a tower: ``image`` and ``text`` in CLIP; a method may have others."""
+"""The name of a tower: ``image`` and ``text`` in CLIP; other methods may have others."""
 
-# What comes before the first block, in open_clip's and Hugging Face's names: convolutions, tables, their norms.
+# Modules before the first block, in open_clip's and Hugging Face's names: convolutions, tables, their norms.
 _STEM = re.compile(r"(^|\.)((conv|bn)\d|ln_pre|\w*embed\w*|cls_\w+|patch\w*|stem)(\.|$)")
 _SCALARS = ("logit_scale", "logit_bias")
 
 
 class Layer(NamedTuple):
-    """Where a weight lies: in which tower, and how many layers of that lie above it, up to its output."""
+    """The position of a weight: its tower, and the number of the tower's layers above it, up to its output."""
 
     tower: Tower
     above: int
@@ -33,17 +33,17 @@ def blocks(module: nn.Module) -> dict[str, nn.Module]:
         if isinstance(container, nn.ModuleList | nn.Sequential):
             kinds = Counter(type(child) for child in container.children())
             for key, child in container.named_children():
-                repeated = kinds[type(child)] > 1 or name.endswith("resblocks")  # a transformer may have one alone
+                repeated = kinds[type(child)] > 1 or name.endswith("resblocks")  # a transformer may have a single one
                 if repeated and any(True for _ in child.children()):
                     found[f"{name}.{key}"] = child
     return {name: block for name, block in found.items() if not any(other.startswith(name + ".") for other in found)}
 
 
 def layers(model: nn.Module) -> dict[str, Layer]:
-    """The place of each parameter of an open_clip model, but for its scalars, which belong to no tower.
+    """The layer of each parameter of an open_clip model, except for its scalars, which belong to no tower.
 
-    As in BEiT's fine-tuning: embeddings are layer 0, block i (from 0) layer i + 1, all behind the blocks the last one.
-    (timm counts the norm behind the blocks to the last of them.)
+    As in BEiT's fine-tuning: embeddings are layer 0, block i (from 0) is layer i + 1, and everything after the blocks
+    is the last layer. (timm counts the norm after the blocks as part of the last block.)
     """
     names = [name for name, _ in model.named_parameters() if name not in _SCALARS]
     image = {name for name in names if name.startswith("visual.")}
@@ -75,11 +75,11 @@ def _depths(names: list[str], known: Mapping[str, nn.Module]) -> dict[str, int]:
 
 
 def _timm_depths(model: Any) -> dict[str, int]:
-    """The depths that timm gives the weights of its trunk; open_clip's projection lies above, as a classifier."""
+    """timm's depths of the weights of its trunk; open_clip's projection is above them, like a classifier."""
     visual = model.visual
     if not hasattr(getattr(visual, "trunk", None), "group_matcher"):
         return {}
-    from timm.models import group_parameters  # heavy, and there already where a tower is timm's
+    from timm.models import group_parameters  # heavy; already imported if a tower is timm's
 
     trunk: dict[str, int] = group_parameters(visual.trunk, visual.trunk.group_matcher(coarse=False), reverse=True)
     depths = {f"visual.trunk.{name}": depth for name, depth in trunk.items()}

@@ -1,8 +1,8 @@
-"""Towers that do not learn: LiT, Zero-Shot Transfer with Locked-image text Tuning.
+"""Frozen towers: LiT, Zero-Shot Transfer with Locked-image text Tuning.
 
-Zhai, Wang, Mustafa, Steiner, Keysers, Kolesnikov, Beyer, 2021, arXiv 2111.07991. A locked weight has no gradient, so
-none is computed for it, and no optimiser, no averaging of gradients sees it. Modules with locked weights alone stay in
-evaluation mode: the statistics of batch normalisation do not move, and nothing is dropped.
+Zhai, Wang, Mustafa, Steiner, Keysers, Kolesnikov, Beyer, 2021, arXiv 2111.07991. No gradient is computed for a locked
+weight, and optimisers and gradient averaging skip it. Modules whose weights are all locked stay in evaluation mode:
+they do not update statistics of batch normalisation and do not apply dropout.
 """
 
 from typing import Any
@@ -14,12 +14,13 @@ from pipeline.models.towers.layers import Tower, layers
 
 
 def lock(model: nn.Module, tower: Tower, unlocked: int = 0) -> list[nn.Module]:
-    """Lock all but the last ``unlocked`` layers of a tower of an open_clip model; what has to stay in evaluation mode.
+    """Lock all but the last ``unlocked`` layers of a tower of an open_clip model; returns the modules that must stay in
+    evaluation mode.
 
-    Layers are those of :func:`pipeline.models.towers.layers.layers`: the last one is all that lies behind the blocks.
+    Layers are those of :func:`pipeline.models.towers.layers.layers`: the last layer is everything after the blocks.
 
     Raises:
-        SettingError: the tower has not more layers than are to be unlocked.
+        SettingError: ``unlocked`` is not less than the number of layers.
     """
     found = {name: layer.above for name, layer in layers(model).items() if layer.tower == tower}
     depth = max(found.values()) + 1

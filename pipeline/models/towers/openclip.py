@@ -1,7 +1,7 @@
-"""open_clip's models: any of its architectures, its pretrained tags, local and remote checkpoints, and the way back.
+"""open_clip's models: architectures, pretrained tags, local and remote checkpoints, and export to open_clip.
 
-Nothing of open_clip is copied or changed. Architectures of our own are open_clip model configs in
-``pipeline/models/configs``, registered when this module is imported (with the tower that timm does not have), and are
+Nothing of open_clip is copied or changed. Our own architectures are open_clip model configs in
+``pipeline/models/configs``. They are registered when this module is imported (with the tower that timm lacks), and are
 named like any other.
 """
 
@@ -23,12 +23,12 @@ from pipeline.config import require
 from pipeline.errors import SettingError
 from pipeline.loaders.cache import FileCache
 from pipeline.loaders.images import ImageTransform
-from pipeline.models.towers import convnet  # noqa: F401 - timm's registry learns of it
+from pipeline.models.towers import convnet  # noqa: F401 - registers it with timm
 from pipeline.shards.storage import Folder
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 WEIGHTS = "model.safetensors"
-MODEL_CARD = "open_clip_config.json"  # what open_clip.create_model("local-dir:FOLDER") reads
+MODEL_CARD = "open_clip_config.json"  # the file that open_clip.create_model("local-dir:FOLDER") reads
 
 open_clip.add_model_config(CONFIGS)
 
@@ -37,7 +37,7 @@ def check_architecture(name: str) -> dict[str, Any]:
     """open_clip's model config of ``name``: one of its names or ours, ``local-dir:FOLDER`` or ``hf-hub:ORG/REPO``.
 
     Raises:
-        SettingError: not known (near names are given), or a captioning model, which has no place for a CLIP loss.
+        SettingError: unknown (similar names are listed), or a captioning model, which does not support a CLIP loss.
     """
     try:
         config = open_clip.get_model_config(name if ":" in name else plain_name(name))
@@ -53,7 +53,7 @@ def check_architecture(name: str) -> dict[str, Any]:
 
 
 def check(architecture: str, pretrained: str | None, patch_dropout: float = 0.0) -> None:
-    """Raise as :func:`create` does for an architecture or weights that are not there; nothing is built or fetched."""
+    """Raise as :func:`create` does for a missing architecture or missing weights; builds and downloads nothing."""
     config = check_architecture(architecture)
     is_resnet = isinstance(config["vision_cfg"].get("layers"), list)
     require(
@@ -64,9 +64,9 @@ def check(architecture: str, pretrained: str | None, patch_dropout: float = 0.0)
 
 
 def parse_address(address: str) -> tuple[str, str | None] | None:
-    """Architecture and weights of ``ARCHITECTURE:WEIGHTS``; ``None`` where ``address`` is not of this form.
+    """Architecture and weights of ``ARCHITECTURE:WEIGHTS``; ``None`` if ``address`` has another form.
 
-    ``hf-hub:ORG/REPO`` and ``local-dir:FOLDER`` are architectures that bring their weights.
+    ``hf-hub:ORG/REPO`` and ``local-dir:FOLDER`` are architectures with their own weights.
     """
     architecture, colon, weights = address.partition(":")
     if architecture in ("hf-hub", "local-dir"):
@@ -90,16 +90,16 @@ def create(
     """Build an open_clip model.
 
     ``pretrained`` is a tag of the architecture, or a path or URI of a weights file or of a checkpoint folder.
-    ``pretrained_towers`` starts towers of timm and Hugging Face from their own weights. ``load=False`` builds the
-    modules alone. ``preprocess`` overrides size, mean, std and so on of the images. ``logit_bias`` adds the parameter
-    of a sigmoid loss, with this value. Where ``image_size`` or ``context_length`` is not that of the weights, open_clip
-    interpolates their positions: images' with antialiased bicubic, texts' linearly. ``patch_dropout`` is the share of
-    patches that is left out in training.
+    ``pretrained_towers`` initialises towers of timm and Hugging Face with their own weights. ``load=False`` builds the
+    modules alone. ``preprocess`` overrides the images' size, mean, std and so on. ``logit_bias`` adds the parameter of
+    a sigmoid loss, with this value. If ``image_size`` or ``context_length`` differs from that of the weights, open_clip
+    interpolates their position embeddings: images' with antialiased bicubic, texts' linearly. ``patch_dropout`` is the
+    part of the patches that is dropped in training.
 
     Raises:
-        SettingError: no such architecture or weights, weights that were trained with the other kind of GELU, or patch
-            dropout for a tower that has none.
-        DataError: a checkpoint that is damaged.
+        SettingError: no such architecture or weights, weights that were trained with the other kind of GELU, or
+            patch dropout for a tower without patches.
+        DataError: a damaged checkpoint.
     """
     config = check_architecture(architecture)
     found, found_preprocess = _find(architecture, config, pretrained) if pretrained and load else (None, {})
@@ -126,13 +126,13 @@ def create(
 
 
 def tokenizer(architecture: str, context_length: int | None = None) -> Any:
-    """The tokenizer of ``architecture``: texts to int64 [B, context length], its own unless another is given."""
+    """The tokenizer of ``architecture``: texts to int64 [B, context length]; the architecture's by default."""
     with _quiet_root_logger():
         return open_clip.get_tokenizer(architecture, context_length=context_length)
 
 
 def same_tokens(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two model configs name the same tokenizer; how long texts may be is another matter."""
+    """Whether two model configs name the same tokenizer; the context lengths may differ."""
     texts = one["text_cfg"], other["text_cfg"]
     return all(texts[0].get(key) == texts[1].get(key) for key in ("hf_tokenizer_name", "tokenizer_kwargs"))
 
@@ -144,7 +144,7 @@ def plain_name(architecture: str) -> str:
 
 
 def register(architecture: str, description: Mapping[str, str]) -> str:
-    """Make the architecture of a checkpoint known on a machine that may not have it; returns its plain name.
+    """Register the architecture of a checkpoint, which may be unknown on this machine; returns its plain name.
 
     ``description`` are the text files that :func:`describe` made.
     """
@@ -159,9 +159,9 @@ def register(architecture: str, description: Mapping[str, str]) -> str:
 def describe(
     model: nn.Module, architecture: str, image_size: int | None = None, context_length: int | None = None
 ) -> dict[str, str]:
-    """The text files that let open_clip open a folder with ``model.safetensors``.
+    """The text files with which open_clip opens a folder with ``model.safetensors``.
 
-    One is an architecture for ``open_clip.add_model_config(folder)``, the other makes ``local-dir:`` work.
+    One is an architecture for ``open_clip.add_model_config(folder)``, the other enables ``local-dir:``.
     """
     config = check_architecture(architecture)
     if image_size is not None:
@@ -169,18 +169,18 @@ def describe(
     if context_length is not None:
         config["text_cfg"]["context_length"] = context_length
     if cast(Any, model).logit_bias is not None:
-        config.setdefault("init_logit_bias", 0.0)  # the weights bring the value
+        config.setdefault("init_logit_bias", 0.0)  # the weights hold the value
     card = {"model_cfg": config, "preprocess_cfg": preprocessing(model)}
     return {f"{plain_name(architecture)}.json": json.dumps(config, indent=4), MODEL_CARD: json.dumps(card, indent=4)}
 
 
 def preprocessing(model: nn.Module) -> dict[str, Any]:
-    """Size, mean, std, interpolation and resize mode of the images that ``model`` takes."""
+    """Size, mean, std, interpolation and resize mode of the input images of ``model``."""
     return dict(cast(Any, model).visual.preprocess_cfg)
 
 
 def image_transform(model: nn.Module, **training: Any) -> ImageTransform:
-    """The evaluation transform of ``model``; with ``training`` settings (crop, scale, ...), that of training."""
+    """The evaluation transform of ``model``; with ``training`` settings (crop, scale, ...), the training transform."""
     settings = preprocessing(model)
     size = settings["size"]
     return ImageTransform(
@@ -193,9 +193,9 @@ def image_transform(model: nn.Module, **training: Any) -> ImageTransform:
 
 
 def end_of_text(model: nn.Module, tokenizer: Any) -> int | None:
-    """The token behind which ``model`` sees nothing: text may be cut there. ``None``: it sees the whole width.
+    """The token after which ``model`` ignores the text, so that it may be cut there; ``None`` if it reads all tokens.
 
-    That is so for open_clip's own causal text tower, pooled where the token stands first.
+    Such a token exists for open_clip's own causal text tower, pooled at the token's first position.
     """
     if not isinstance(model, open_clip.CLIP) or model.attn_mask is None:
         return None
@@ -206,11 +206,12 @@ def end_of_text(model: nn.Module, tokenizer: Any) -> int | None:
 
 
 def start_as_bag_of_words(model: Any) -> None:
-    """Let every layer of the text transformer begin as the mean of the words before it.
+    """Initialise every layer of the text transformer as the mean of the words before it.
 
-    Queries start at zero, so attention is even; values and output are the identity, so it adds the mean word; the MLP
-    adds nothing; positions and the two boundary tokens are zero. From there all of it learns. With random layers the
-    captions of a small tower start out nearly alike, and most of a run of minutes goes into pulling them apart.
+    Queries start at zero, so attention is uniform; values and output are the identity, so it adds the mean word; the
+    MLP adds nothing; position embeddings and the two boundary tokens are zero. All of these are trained. With random
+    layers, a small tower maps all captions to nearly the same vector, and a run of minutes spends most of its time
+    on separating them.
 
     Raises:
         SettingError: not open_clip's own text transformer.
@@ -231,7 +232,7 @@ def start_as_bag_of_words(model: Any) -> None:
 def encode_text(model: Any, text: Tensor) -> Tensor:
     """Features of tokens int64 [B, L], not normalised: float [B, D]; L may be less than the tower's context length.
 
-    open_clip's own method takes the full context length only; here its modules run on what there is.
+    open_clip's own method needs the full context length; here its modules run on the given tokens.
     """
     length = text.shape[1]
     if length == model.context_length:
@@ -249,7 +250,7 @@ def encode_text(model: Any, text: Tensor) -> Tensor:
 
 
 def _find(architecture: str, config: Mapping[str, Any], pretrained: str) -> tuple[str, Mapping[str, Any]]:
-    """What open_clip takes for ``pretrained`` (a tag or a local file), and the images it was trained on."""
+    """The value of ``pretrained`` for open_clip (a tag or a local file), and the image settings of its training."""
     place = _place(architecture, config, pretrained)
     if place is None:
         return pretrained, {}
@@ -260,12 +261,12 @@ def _find(architecture: str, config: Mapping[str, Any], pretrained: str) -> tupl
 
 
 def _place(architecture: str, config: Mapping[str, Any], pretrained: str) -> tuple[Folder, str] | None:
-    """Folder and name of the file of weights; ``None`` where ``pretrained`` is a tag of open_clip."""
+    """Folder and name of the weights file; ``None`` if ``pretrained`` is a tag of open_clip."""
     if open_clip.is_pretrained_cfg(architecture, pretrained):
         _check_activation(architecture, config, pretrained)
         return None
     if ":" in architecture:
-        raise SettingError("pretrained", pretrained, f"nothing, since {architecture} brings its own weights")
+        raise SettingError("pretrained", pretrained, f"nothing, since {architecture} has its own weights")
     parent, _, name = pretrained.rstrip("/").rpartition("/")
     folder = Folder(parent or ("/" if pretrained.startswith("/") else "."))
     if folder.exists(f"{name}/{WEIGHTS}"):
@@ -278,7 +279,7 @@ def _place(architecture: str, config: Mapping[str, Any], pretrained: str) -> tup
 
 
 def _check_activation(architecture: str, config: Mapping[str, Any], tag: str) -> None:
-    """OpenAI's weights need QuickGELU; with the usual GELU they load and are silently worse."""
+    """OpenAI's weights need QuickGELU; with the usual GELU they load without an error and perform worse."""
     weights_quick = bool(open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu", False))
     model_quick = bool(config.get("quick_gelu", False))
     if weights_quick != model_quick:
@@ -288,7 +289,7 @@ def _check_activation(architecture: str, config: Mapping[str, Any], tag: str) ->
 
 @contextmanager
 def _quiet_root_logger() -> Iterator[None]:
-    """open_clip narrates on the root logger, and warns that a model to be trained has random weights."""
+    """open_clip logs to the root logger, and warns that a model to be trained has random weights."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
-"""The mean of a class's prompts, which is the class's vector.
+"""The vector of a class: the mean of its prompts.
 
 Radford et al. 2021, arXiv 2103.00020, section 3.1.4: the unit features of a class's name in many prompts are averaged,
-and the mean is made unit length again.
+and the mean is normalised.
 """
 
 from torch import Tensor

@@ -17,10 +17,10 @@ default_cfgs: dict[str, Any] = {}
 
 @register_model
 def clipmill_small_resnet(pretrained: bool = False, **settings: Any) -> nn.Module:
-    """timm's door; there are no pretrained weights."""
+    """timm's entry point; there are no pretrained weights."""
     if pretrained:
         raise ValueError("clipmill_small_resnet has no pretrained weights")
     narrow = {"layers": (1, 1, 1, 1), "channels": (32, 64, 96, 128), "stem_type": "deep", "stem_width": 12}
-    narrow["zero_init_last"] = False  # shallow enough to begin with all of it
+    narrow["zero_init_last"] = False  # the network is shallow, so all its blocks are active from the start
     model: nn.Module = timm.create_model("resnet18", **{**narrow, **settings})
     return model

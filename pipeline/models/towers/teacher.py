@@ -1,4 +1,4 @@
-"""A CLIP that another one learns from: its towers, which do not learn, on the same images and tokens."""
+"""A CLIP that teaches another one: its towers, frozen, on the same images and tokens."""
 
 from collections.abc import Mapping
 from typing import Any, Self
@@ -15,7 +15,7 @@ from pipeline.models.towers import openclip
 class Teacher(nn.Module):
     """The CLIP at ``address``, an open_clip architecture with weights; always in evaluation mode.
 
-    It is a module so that it goes where the student goes, but it is not part of what a checkpoint of it holds.
+    It is a module so that it moves with the student, but its weights are not part of the student's checkpoints.
     """
 
     mean: Tensor
@@ -42,9 +42,10 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [B, 3, H, W] and int64 tokens [B, L] to float32 [B, D] of both, whose products are its logits.
+        """uint8 [B, 3, H, W] and int64 tokens [B, L] to float32 [B, D] of both; their products are the teacher's
+        logits.
 
-        Images of another size than its own are resized; texts are as the student's tokenizer gives them.
+        Images of another size are resized; texts come from the student's tokenizer.
         """
         pixels = image.float()
         if pixels.shape[-2:] != self.size:
@@ -58,9 +59,9 @@ class Teacher(nn.Module):
 
 
 def check(address: str, student: Mapping[str, Any], context_length: int | None) -> None:
-    """Raise ``SettingError`` unless ``address`` is a CLIP that reads what a student with this model config reads.
+    """Raise ``SettingError`` unless ``address`` is a CLIP with the inputs of a student with this model config.
 
-    ``context_length`` is the student's, where it is not its architecture's. Nothing is built or fetched.
+    ``context_length`` is the student's, if it differs from its architecture's. Builds and downloads nothing.
     """
     architecture, weights = _parsed(address)
     openclip.check(architecture, weights)

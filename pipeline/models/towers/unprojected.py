@@ -1,4 +1,4 @@
-"""What an image tower of open_clip knows of an image before it is projected into the space shared with texts."""
+"""The features of an open_clip image tower before the projection into the space shared with texts."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ from pipeline.config import require
 
 
 def unprojected_width(visual: nn.Module) -> int:
-    """The length of what :func:`unprojected` gives for an image.
+    """The dimension of :func:`unprojected` features.
 
     Raises:
-        SettingError: a tower whose projection is not known here.
+        SettingError: a tower with an unknown kind of projection.
     """
     if isinstance(visual, VisionTransformer):
         return int(visual.proj.shape[0] if visual.proj is not None else visual.output_dim)
@@ -28,8 +28,8 @@ def unprojected_width(visual: nn.Module) -> int:
 def unprojected(visual: nn.Module, image: Tensor) -> Tensor:
     """Normalised float [B, 3, H, W] to float [B, :func:`unprojected_width`], not normalised.
 
-    Towers that hold the projection as bare weights run with the identity in its place; of the others, the input of
-    the layer is taken. The tower's own forward runs either way, with its patch dropout and whatever else it has.
+    Towers with the projection as bare weights run with the identity in its place; for other towers, the input of the
+    projection layer is returned. Both run the tower's own forward, with its patch dropout and other options.
     """
     if isinstance(visual, VisionTransformer | ModifiedResNet):
         features: Tensor = functional_call(visual, _identity(visual), (image,))
@@ -44,7 +44,7 @@ def unprojected(visual: nn.Module, image: Tensor) -> Tensor:
 
 
 def projection(visual: nn.Module) -> list[nn.Parameter]:
-    """The weights that :func:`unprojected` does not see: a model that learns from it alone has to lock them."""
+    """The weights that :func:`unprojected` does not use: a model that is trained through it alone must lock them."""
     if isinstance(visual, VisionTransformer):
         return [] if visual.proj is None else [visual.proj]
     if isinstance(visual, ModifiedResNet):
@@ -56,7 +56,7 @@ def projection(visual: nn.Module) -> list[nn.Parameter]:
 
 
 def _identity(visual: Any) -> dict[str, Tensor]:
-    """The projection's weights, by name, that leave features as they are."""
+    """Identity weights for the projection, by name."""
     if isinstance(visual, VisionTransformer):
         proj = visual.proj
         return {} if proj is None else {"proj": torch.eye(len(proj), dtype=proj.dtype, device=proj.device)}

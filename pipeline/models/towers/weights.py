@@ -1,4 +1,4 @@
-"""Weights in files, and their digest: whether two models are the same to the last bit."""
+"""Weights in files, and their digest, which identifies a model to the last bit."""
 
 import hashlib
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ def digest_of(model: object, *settings: str) -> str:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU; raises ``DataError`` where it is damaged."""
+    """The tensors of a safetensors file, on the CPU; raises ``DataError`` if it is damaged."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

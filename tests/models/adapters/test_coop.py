@@ -160,7 +160,7 @@ def test_clip_stays_as_it_is_and_names_can_change(clip: FrozenClip, images: Tens
         ((), "two class names or more"),
         (("dog",), "two class names or more"),
         (("dog", " "), "not empty"),
-        (("black dog", "cat", "Black_Dog"), "names that occur once"),
+        (("black dog", "cat", "Black_Dog"), "distinct names"),
         (("dog", "very " * 70 + "old cat"), "a name that fits 77 tokens with 16 of context"),
     ],
 )

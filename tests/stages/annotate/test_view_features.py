@@ -14,7 +14,7 @@ import torch
 from pipeline.errors import DataError, SettingError, SidecarError
 from pipeline.evaluation.embedder import LoadEmbedder, ViewEmbedder, Views
 from pipeline.evaluation.models import load_model
-from pipeline.loaders.images import ImageTransform, crop_words, decode
+from pipeline.loaders.images import ImageTransform, crop_bits, decode
 from pipeline.shards.selection import select
 from pipeline.shards.sidecar import write_sidecar
 from pipeline.shards.snapshot import Snapshot, publish_shards
@@ -63,7 +63,7 @@ def test_every_view_is_what_the_model_gives_for_its_crop(snapshot: Snapshot) -> 
     number = int.from_bytes(hashlib.sha256(b"0000101").digest()[:8], "big")
     crops = ImageTransform(size=size, crop="resized", scale=(0.5, 1.0), flip=0.5)
     images = [ImageTransform(size=size)(decode(image))]
-    images += [crops.read(image, crop_words(7, view, number)) for view in (1, 2)]
+    images += [crops.read(image, crop_bits(7, view, number)) for view in (1, 2)]
     with torch.no_grad():
         raw = model.model.encode_image((torch.stack(images).float() - model.mean) / model.std)
     np.testing.assert_allclose(found.of(["0000101"])[0], raw.numpy(), rtol=2e-3, atol=2e-3)
