@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -22,10 +23,11 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from pipeline.errors import ClipmillError, SettingError, unreadable
+from pipeline.errors import ClipmillError, DataError, SettingError, unreadable
 
 Config = TypeVar("Config")
 Scalar = str | int | float | bool | None
+SHIPPED = {"datasets": "drawn.yaml", "jobs": "pretrain_clip.py"}  # a file of each folder by which it is known
 _chosen: tuple[str, Any] | None = None
 
 
@@ -96,6 +98,25 @@ def fingerprint(config: Any, exclude: Iterable[str] = ()) -> str:
         if not any(name == out or name.startswith(out + ".") for out in left_out)
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def shipped_folder(name: str) -> Path:
+    """The folder ``datasets`` or ``jobs``: that of the checkout, else where the wheel has put its files.
+
+    Raises:
+        DataError: neither exists.
+    """
+    root, mark = Path(__file__).resolve().parent.parent, SHIPPED[name]
+    places = [root / name, root / "share" / "clipmill" / name]  # the second is that of pip install --target
+    with contextlib.suppress(PackageNotFoundError):
+        files = distribution("clipmill").files or []
+        places += [
+            Path(str(one.locate())).resolve().parent for one in files if one.match(f"share/clipmill/{name}/{mark}")
+        ]
+    found = next((place for place in places if (place / mark).is_file()), None)
+    if found is None:
+        raise DataError(f"clipmill's folder {name} is missing; install clipmill again")
+    return found
 
 
 def chosen_preset() -> tuple[str, Any] | None:

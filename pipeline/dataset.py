@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import from_yaml, near, require
+from pipeline.config import from_yaml, near, require, shipped_folder
 from pipeline.errors import SettingError, missing
 
-CARDS = Path(__file__).resolve().parent.parent / "datasets"
+CARDS = shipped_folder("datasets")
 PARTS = ("train", "val", "test")
 
 

@@ -19,6 +19,7 @@ from pipeline.dataset import Card, card_names, load_card
 from pipeline.errors import DataError, SettingError
 from pipeline.loaders.batches import Reader
 from pipeline.loaders.samples import Samples, UnreadableSample
+from pipeline.loaders.work_progress import WorkProgress
 from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Snapshot, read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder
@@ -157,6 +158,7 @@ def evaluation_batches(
 def _readable(samples: Iterator[Sample], readers: Sequence[Reader], threads: int) -> Iterator[dict[str, Any]]:
     good = bad = 0
     reason = ""
+    progress = WorkProgress(logger, "evaluation", "samples")
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         for future in _ahead(pool, samples, lambda sample: _read(sample, readers), 4 * threads):
             result = future.result()
@@ -165,6 +167,7 @@ def _readable(samples: Iterator[Sample], readers: Sequence[Reader], threads: int
             else:
                 good += 1
                 yield result
+            progress.advance()
     if bad:
         logger.warning("%d of %d samples are unreadable and left out; the last one: %s", bad, good + bad, reason)
     if not good:

@@ -38,6 +38,7 @@ from pipeline.evaluation.zero_shot import Counts, label_ranks
 from pipeline.loaders.images import ImageTransform, Pixels, crop_bits
 from pipeline.loaders.order import RandomStream, permutation
 from pipeline.loaders.readers import read_label
+from pipeline.loaders.work_progress import WorkProgress
 from pipeline.models.adapters.adapter import Shots
 from pipeline.models.adapters.linear_probe import class_rows, regression
 from pipeline.models.clip import Clip
@@ -245,11 +246,15 @@ def by_regression(train: Shots, validation: Shots | None, classes: int, probe: P
     """CLIP's protocol: choose C on ``validation``, or on a part of each class, then fit both together."""
     part, held = (train, validation) if validation is not None else split(train, probe.held_out, probe.seed)
     fitted: dict[float, Any] = {}
+    rounds = round(math.log2(WIDEST / FINEST))
+    images = f"linear probe of {len(part.labels)} images"
+    progress = WorkProgress(logger, images, "regressions at most", 7 + 2 * rounds)
 
     def score(logarithm: float) -> float:
         nearest = min(fitted, key=lambda other: abs(other - logarithm), default=None)
         start = None if nearest is None else fitted[nearest]
         fitted[logarithm] = _regressed(part, logarithm, probe, start)
+        progress.advance()
         guesses = fitted[logarithm].predict(held.first_view().double().numpy())
         return float((torch.from_numpy(guesses) == held.labels).double().mean())
 

@@ -29,6 +29,7 @@ from pipeline.errors import DataError, SettingError
 from pipeline.loaders.images import ImageTransform, crop_bits
 from pipeline.loaders.order import RandomStream, permutation, random_bits
 from pipeline.loaders.samples import UnreadableSample
+from pipeline.loaders.work_progress import WorkProgress
 from pipeline.models.adapters.adapter import Adapter, FrozenClip, Shots, adapter_class
 from pipeline.models.adapters.text import Spread, TextTower
 from pipeline.models.towers import openclip
@@ -198,6 +199,7 @@ class _AdapterTraining:
         """Run all epochs; restores the chosen epoch's weights and returns its number, from 1 on."""
         best: tuple[float, float] | None = None
         chosen, kept = self.recipe.epochs, None
+        progress = WorkProgress(logger, type(self.adapter).__name__, "epochs", self.recipe.epochs)
         for epoch in range(self.recipe.epochs):
             numbers = {"epoch": float(epoch + 1), **self._epoch(epoch)}
             if self.recipe.select == "validation":
@@ -210,6 +212,8 @@ class _AdapterTraining:
             history.append(numbers)
             if self.log is not None:
                 self.log(numbers, epoch + 1)
+            if distributed.rank() == 0:
+                progress.advance()
         if kept is not None:
             self.adapter.restore(kept)
         return chosen
