@@ -41,7 +41,7 @@ class Folder:
         if "://" not in text:
             text = str(Path(text).expanduser().absolute())
         self.uri = text.rstrip("/") or "/"
-        self.fs, self.path = _file_system(self.uri)
+        self.fs, self.path = file_system(self.uri)
         self.is_local = self.fs.protocol in ("file", "local", ("file", "local"))
 
     def __reduce__(self) -> tuple[type["Folder"], tuple[str]]:
@@ -234,7 +234,12 @@ def store_options(scheme: str, seconds: float = 60.0) -> dict[str, Any]:
     return {"config_kwargs": {"retries": retries, "connect_timeout": min(10.0, seconds), "read_timeout": seconds}}
 
 
-def _file_system(uri: str) -> tuple[Any, str]:
+def file_system(uri: str) -> tuple[Any, str]:
+    """fsspec's file system of a path or URI, and the path there.
+
+    Raises:
+        StorageError: an unknown scheme, or one whose package is not installed.
+    """
     scheme = uri.partition("://")[0] if "://" in uri and "::" not in uri else ""
     try:
         fs, path = fsspec.core.url_to_fs(uri, **store_options(scheme))

@@ -16,13 +16,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import require
 from pipeline.errors import DataError, unreadable
 from pipeline.shards.objects import SMALLEST, corners, inside, plain_word, word_of
+from pipeline.shards.storage import file_system
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,8 @@ def _read(uri: str, keys: Sequence[str], kind: str) -> dict[str, Any]:
     field = "captions" if "captions" in kind else "annotations"
     allowed = f"{kind}, a JSON file with " + ", ".join(keys)
     try:
-        with fsspec.open(uri, "rt", encoding="utf-8", compression="infer") as file:
+        fs, path = file_system(uri)
+        with fs.open(path, "rt", encoding="utf-8", compression="infer") as file:
             content = json.load(file, object_hook=_compact)
     except (OSError, ValueError, RecursionError) as error:
         raise unreadable(field, uri, allowed, error) from error

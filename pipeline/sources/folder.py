@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
-import fsspec
-
 from pipeline.config import require
 from pipeline.errors import SampleError, missing
-from pipeline.shards.storage import Folder, split_file
+from pipeline.shards.storage import Folder, file_system, split_file
 from pipeline.sources.source import Row, Slice
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -72,7 +70,7 @@ class ImageFolder:
 
     def _files(self) -> list[tuple[str, str, str]]:
         """Path relative to the folder, version stamp of the image, version stamp of its caption."""
-        fs, root = fsspec.core.url_to_fs(self._place.uri)
+        fs, root = file_system(self._place.uri)
         if not fs.exists(root):
             raise missing("folder", self.folder)
         require(fs.isdir(root), "folder", self.folder, "a folder")

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import require
 from pipeline.errors import SampleError, SettingError, missing, unreadable
-from pipeline.shards.storage import Folder, split_file
+from pipeline.shards.storage import Folder, file_system, split_file
 from pipeline.shards.text import storable
 from pipeline.shards.writer import reserved_columns
 from pipeline.sources.source import Row, Scalar, Slice
@@ -144,7 +143,7 @@ class HuggingFaceParquet:
 
     @cached_property
     def _files(self) -> list[str]:
-        fs, path = fsspec.core.url_to_fs(self.parquet)
+        fs, path = file_system(self.parquet)
         if "*" in path:
             found = sorted(fs.glob(path))
         elif fs.isdir(path):
@@ -158,7 +157,7 @@ class HuggingFaceParquet:
 
     def _footer(self, file: str) -> tuple[int, pa.Schema, str]:
         """Number of rows, schema, and a version stamp of the file."""
-        fs, path = fsspec.core.url_to_fs(file)
+        fs, path = file_system(file)
         try:
             with fs.open(path, "rb") as opened:
                 parquet = pq.ParquetFile(opened)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,7 +21,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import require
 from pipeline.errors import SampleError, SettingError, missing, unreadable
-from pipeline.shards.storage import Folder, split_file
+from pipeline.shards.storage import Folder, file_system, split_file
 from pipeline.shards.writer import reserved_columns
 from pipeline.sources.source import Row, Slice
 from pipeline.sources.tables import (
@@ -160,7 +159,7 @@ class UrlTable:
         return Columns(texts=texts, caption=self.caption_col, others=others)
 
     def _types(self, parts: list[str]) -> Mapping[str, pa.DataType]:
-        fs, _ = fsspec.core.url_to_fs(self.url_list)
+        fs, _ = file_system(self.url_list)
         found: list[Mapping[str, pa.DataType]] = []
         for file in parts:
             with self._said_in_one_sentence(file), fs.open(file, "rb") as opened:
@@ -184,7 +183,7 @@ class UrlTable:
         Raises:
             SettingError: there are none.
         """
-        fs, path = fsspec.core.url_to_fs(self.url_list)
+        fs, path = file_system(self.url_list)
         if not fs.exists(path):
             raise missing("url_list", self.url_list)
         if not fs.isdir(path):
@@ -218,7 +217,7 @@ class UrlTable:
         return self.files()
 
     def _read(self, file: str) -> Generator[pa.RecordBatch]:
-        fs, _ = fsspec.core.url_to_fs(self.url_list)
+        fs, _ = file_system(self.url_list)
         form = self.format_of(file)
         compression = "gzip" if form.endswith(".gz") else None
         with self._said_in_one_sentence(file), fs.open(file, "rb", compression=compression) as opened:

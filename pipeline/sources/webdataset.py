@@ -7,12 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import fsspec
-
 from pipeline.config import require
 from pipeline.errors import DataError, SampleError, missing, unreadable
 from pipeline.shards.sample import IMAGE_FIELDS, Sample
-from pipeline.shards.storage import Folder, split_file
+from pipeline.shards.storage import Folder, file_system, split_file
 from pipeline.shards.tar import iterate_tar
 from pipeline.sources.source import UNCHANGED, Row, Scalar, Slice
 
@@ -139,7 +137,7 @@ def _headers(uri: str) -> Iterator[tuple[str, list[tuple[str, int]]]]:
 
 
 def _stamp(uri: str) -> str:
-    fs, path = fsspec.core.url_to_fs(uri)
+    fs, path = file_system(uri)
     info = fs.info(path)
     changed = next((info[name] for name in ("ETag", "etag", "mtime") if name in info), "")
     return f"{info.get('size', '')}/{changed}"

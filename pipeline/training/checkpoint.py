@@ -268,6 +268,8 @@ def load_method(uri: str, device: torch.device | str = "cpu", *, ema: bool = Fal
 def checkpoint_folder(uri: str) -> Folder | None:
     """The checkpoint at ``uri``, or the latest one of the run there; ``None`` if there is neither."""
     folder = Folder(uri.removesuffix(EMA))
+    if folder.is_local and Path(str(folder.path)).is_file():
+        return None
     if folder.exists(META):
         return folder
     latest = Checkpoints(folder).latest()

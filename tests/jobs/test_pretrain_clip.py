@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from pipeline.config import from_json, run_job, to_json
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 from pipeline.evaluation.suite import Evaluations
+from pipeline.shards.lease import lease
 from pipeline.shards.snapshot import Snapshot
+from pipeline.shards.storage import Folder
 from pipeline.tracking.runs import Tracking
 from pipeline.training.checkpoint import Checkpoints, load_method, read_evaluation
 from tests.jobs.conftest import JOBS, Type, load_job
@@ -169,6 +171,24 @@ def test_flags_reach_the_config(
     assert (run.checkpoint_every_steps, run.evaluate_every_steps, run.optimizer.learning_rate) == (5, 6, 0.1)
     assert (run.loader.loader_workers, run.cluster.cpus_per_worker, run.caption) == (1, 3, "json:title")
     assert (got[0].tracking.tracking_uri, got[0].tracking.experiment) == ("sqlite:////x", "e")
+
+
+def test_a_second_training_in_the_folder_is_refused(
+    script: dict[str, Any],
+    store: Tracking,
+    make_snapshot: Callable[..., Snapshot],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While the first one lives; nothing of it is touched."""
+    monkeypatch.setattr("pipeline.shards.lease.BEAT_SECONDS", 0.05)
+    smoke = script["PRESETS"]["smoke"][1]
+    data, output = make_snapshot((20,)).folder, str(tmp_path / "run")
+    second = replace(smoke, tracking=store, run=replace(smoke.run, data=data, output_folder=output))
+    with lease(Folder(output), "a training"):
+        with pytest.raises(StorageError, match=r"a training \(process \d+ on .*\) is at work here"):
+            script["run_pretraining"](second)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["_lease"]
 
 
 @pytest.mark.parametrize(

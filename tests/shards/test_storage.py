@@ -3,6 +3,8 @@
 import errno
 import os
 import pickle
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,24 @@ def test_file_digest_is_sha256(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
     # FIPS 180-2, appendix B.1.
     assert file_digest(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("gs://bucket/x", 'needs another package: pip install "clipmill[gcs]"'),
+        ("az://bucket/x", 'needs another package: pip install "clipmill[azure]"'),
+        ("foo://bucket/x", "unknown scheme foo://; a path, s3://"),
+    ],
+)
+def test_a_store_that_cannot_be_reached_from_here(uri: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence; the packages are those that fsspec itself asks for."""
+    for package in ("gcsfs", "adlfs"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(StorageError, match=re.escape(said)):
+        Folder(uri)
+
+
+def test_a_file_has_no_files_in_it(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("a")
+    assert Folder(tmp_path / "list.csv").names() == []

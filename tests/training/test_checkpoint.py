@@ -14,6 +14,7 @@ from pipeline.training.checkpoint import (
     Checkpoints,
     Meta,
     check_position,
+    checkpoint_folder,
     load_method,
     load_optimizer,
     read_evaluation,
@@ -176,3 +177,10 @@ def test_a_position_in_another_order_is_refused(tmp_path: Path, method: Clip, na
     with pytest.raises(SettingError) as caught:
         check_position(saved, **{**settings, name: value})  # type: ignore[arg-type]
     assert caught.value.field == name
+
+
+def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("url,caption")
+    assert checkpoint_folder(str(tmp_path / "list.csv")) is None
+    with pytest.raises(SettingError, match=r"checkpoint: got '.*list.csv', expected a checkpoint's folder"):
+        load_method(str(tmp_path / "list.csv"))

@@ -16,13 +16,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.errors import unreadable
+from pipeline.shards.storage import file_system
 
 # NumPy drops trailing zeros of such strings, on both sides of a comparison.
 DIGEST = np.dtype("S16")
@@ -84,7 +84,8 @@ def read_opt_out(uri: str | None) -> OptOut:
     if uri is None:
         return OptOut()
     try:
-        with fsspec.open(uri, "rb") as file:
+        fs, path = file_system(uri)
+        with fs.open(path, "rb") as file:
             return OptOut(_parquet_entries(file) if uri.endswith(".parquet") else _text_entries(file))
     except (OSError, UnicodeDecodeError, pa.ArrowInvalid) as error:
         allowed = "a .txt with one entry a line, or a .parquet with a text column"

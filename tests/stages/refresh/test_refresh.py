@@ -372,3 +372,16 @@ def test_boxes_are_not_kept_beside_a_resized_image(tmp_path: Path) -> None:
     assert resized.samples == 1 and resized.dropped == {"stale_annotation": 1}
     kept = refresh(source, Folder(tmp_path / "kept"), options(resize_mode="no"), HERE)
     assert samples(kept)["000000"]["boxes.json"] == b"[]"
+
+
+def test_failed_images_keep_their_size_and_successes_their_attempts(tmp_path: Path, serve: Any) -> None:
+    """The sizes are those of the images that Pillow has written; one request each."""
+    server = serve({"good.jpg": image(1, (80, 60)), "small.jpg": image(2, (30, 90)), "none.jpg": b"<html>"})
+    urls = [f"{server.url}/{name}.jpg" for name in ("good", "small", "none")]
+    pandas.DataFrame({"url": urls}).to_parquet(tmp_path / "list.parquet")
+    source = UrlTable(url_list=str(tmp_path / "list.parquet"))
+    refresh(source, Folder(tmp_path / "out"), options(min_image_size=40), HERE)
+    found = {row["url"].rpartition("/")[2]: row for row in rows_of(tmp_path / "out")}
+    sizes = {name: (row["original_width"], row["original_height"]) for name, row in found.items()}
+    assert sizes == {"good.jpg": (80, 60), "small.jpg": (30, 90), "none.jpg": (None, None)}
+    assert [found[name]["attempts"] for name in ("good.jpg", "small.jpg")] == [1, 1]
