@@ -105,4 +105,4 @@ def test_a_store_that_cannot_be_reached_from_here(uri: str, said: str, monkeypat
 
 def test_a_file_has_no_files_in_it(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("a")
-    assert Folder(tmp_path / "list.csv").names() == []
+    assert Folder(tmp_path / "list.csv" / "below").names() == []
