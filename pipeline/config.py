@@ -28,6 +28,7 @@ from pipeline.errors import ClipmillError, DataError, SettingError, unreadable
 Config = TypeVar("Config")
 Scalar = str | int | float | bool | None
 SHIPPED = {"datasets": "drawn.yaml", "jobs": "pretrain_clip.py"}  # a file of each folder by which it is known
+UNKNOWN_KEY = "unexpected_keyword_argument"  # as pydantic calls it
 _chosen: tuple[str, Any] | None = None
 
 
@@ -86,7 +87,10 @@ def from_plain(kind: type[Config], plain: object, origin: str = "config") -> Con
     try:
         return _adapter(kind).validate_python(plain, strict=False)
     except ValidationError as error:
-        raise _sentence(kind, error.errors()[0], origin) from error
+        first, *others = error.errors()
+        # A misspelt key is unknown, and its right name is missing: the first explains both.
+        unknown = [one for one in others if one["type"] == UNKNOWN_KEY and one["loc"][:-1] == first["loc"][:-1]]
+        raise _sentence(kind, (unknown or [first])[0], origin) from error
 
 
 def fingerprint(config: Any, exclude: Iterable[str] = ()) -> str:
@@ -285,7 +289,7 @@ def _sentence(kind: Any, problem: Any, origin: str) -> SettingError:
     field = f"{origin}: {path}" if path else origin
     if problem["type"] in ("missing", "missing_keyword_only_argument", "missing_argument"):
         return SettingError(field, value, "", "missing")
-    if problem["type"] == "unexpected_keyword_argument":
+    if problem["type"] == UNKNOWN_KEY:
         owner = _class_at(kind, place[:-1])
         names = sorted(one.name for one in dataclasses.fields(owner))
         allowed = f"a key of {owner.__name__}: {', '.join(names)}{near(str(place[-1]), names)}"

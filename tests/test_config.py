@@ -102,6 +102,10 @@ class Needed:
 def test_a_missing_key_is_called_missing() -> None:
     with pytest.raises(SettingError, match=r"^config: name: missing$"):
         from_plain(Needed, {})
+    with pytest.raises(
+        SettingError, match=r"^config: nmae: unknown key, expected a key of Needed: name \(did you mean"
+    ):
+        from_plain(Needed, {"nmae": "a"})
 
 
 @pytest.mark.parametrize(
