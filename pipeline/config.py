@@ -24,6 +24,7 @@ from pipeline.errors import ClipmillError, SettingError
 
 Config = TypeVar("Config")
 Scalar = str | int | float | bool | None
+DEEPEST = 100  # lists and objects of JSON inside one another
 
 
 def require(ok: bool, field: str, value: object, allowed: str) -> None:
@@ -44,6 +45,30 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Scalar]:
         else:
             flat[name] = json.dumps(_plain(value))
     return flat
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of JSON text; raises ``ValueError`` for other text, and for lists or objects deeper than 100.
+
+    Readers of files that others may have written use this: ``json.loads`` raises ``RecursionError`` for deep nesting.
+    """
+    try:
+        plain = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    level, depth = [plain], 0
+    while level:
+        depth += 1
+        if depth > DEEPEST:
+            raise ValueError("nested too deep")
+        level = [
+            inner
+            for value in level
+            if isinstance(value, dict | list)
+            for inner in (value.values() if isinstance(value, dict) else value)
+            if isinstance(inner, dict | list)
+        ]
+    return plain
 
 
 def to_json(config: Any) -> str:
