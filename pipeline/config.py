@@ -83,9 +83,10 @@ def from_json(kind: type[Config], text: str, origin: str = "config") -> Config:
         SettingError: not JSON, an unknown key, a wrong type or an invalid value; the message names its path.
     """
     try:
-        return from_plain(kind, json.loads(text), origin)
-    except json.JSONDecodeError as error:
+        plain = parse_json(text)
+    except ValueError as error:
         raise SettingError(origin, text[:80], f"JSON ({error})") from error
+    return from_plain(kind, plain, origin)
 
 
 def from_yaml(kind: type[Config], path: str | Path) -> Config:
@@ -96,7 +97,7 @@ def from_yaml(kind: type[Config], path: str | Path) -> Config:
         raise SettingError("file", str(path), f"a readable YAML file ({error})") from error
     try:
         plain = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise SettingError("file", str(path), f"well-formed YAML ({' '.join(str(error).split())})") from error
     return from_plain(kind, plain, str(path))
 
@@ -207,7 +208,7 @@ def _from_file(presets: dict[str, tuple[str, Any]], arguments: list[str]) -> Any
         "exactly one JSON file that an earlier run wrote",
     )
     try:
-        plain = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+        plain = parse_json(Path(arguments[0]).read_bytes())
     except (OSError, ValueError) as error:
         raise SettingError("--from", arguments[0], f"a readable JSON file ({error})") from error
     kinds = {type(config) for _, config in presets.values()}

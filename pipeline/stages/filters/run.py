@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 
 FILTERS = "_filters"
 REASONS = "reasons"
-REASON_COLUMNS = pa.schema({"key": pa.string(), "reason": pa.string(), "times": pa.int32()})
+REASON_TYPES: Mapping[str, pa.DataType] = {"key": pa.string(), "reason": pa.string(), "times": pa.int32()}
+REASON_COLUMNS = pa.schema(REASON_TYPES)
 CAPTIONS = "captions"
 
 

@@ -44,7 +44,8 @@ HASHES = ("sha256", "md5", "sha512")
 OTHER = "other"
 REPLACED = "changed"
 """Reason of hidden images that have changed at their url: they match no row of a source any more."""
-_HIDDEN_COLUMNS = pa.schema({"shard": pa.int64(), "position": pa.int64(), "reason": pa.string()})
+_HIDDEN_TYPES: Mapping[str, pa.DataType] = {"shard": pa.int64(), "position": pa.int64(), "reason": pa.string()}
+_HIDDEN_COLUMNS = pa.schema(_HIDDEN_TYPES)
 _REASONS = {"gone": GONE, "opt_out": OPTED_OUT}
 
 

@@ -40,7 +40,8 @@ Stale = Mapping[int, NDArray[np.int64]]
 """Positions in the tar of images that have changed, by the number of their shard."""
 
 FOLDER = "revalidated"
-_COLUMNS = pa.schema({"position": pa.int32(), "verdict": pa.string()})
+_TYPES: Mapping[str, pa.DataType] = {"position": pa.int32(), "verdict": pa.string()}
+_COLUMNS = pa.schema(_TYPES)
 FORBIDDEN = frozenset({"optout", "robots"})
 
 
