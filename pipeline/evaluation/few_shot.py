@@ -160,8 +160,8 @@ def _options(card: Card, part: str, root: str, samples: int | None) -> dict[str,
 def _listed(source: Source, card: Card) -> list[tuple[int | None, str]]:
     """Class number, if the source has one, and class name of every row."""
     if isinstance(source, SplitFile):
-        named = source.format == "folders" and not source.split  # the names of all parts together are numbered
-        return [(None if named else item.number, item.name) for item in source.items]
+        by_name = source.format == "folders" and not source.split  # the names of all parts together are numbered
+        return [(None if by_name else item.number, item.name) for item in source.items]
     if isinstance(source, Drawn):
         named = [wanted_class(source.split, source.first + number) for number in range(source.samples)]
         return [(None, name) for name in named if name is not None]

@@ -9,7 +9,8 @@
      "incomplete": ["cat"]}                              labels with unannotated instances (LVIS)
 
 All keys but ``width``, ``height``, ``objects``, ``label`` and ``bbox`` are optional. The file is not trusted: boxes are
-clipped to the image; boxes without area or with values that are not numbers are left out and counted.
+clipped to the image; boxes without area or with values that are not numbers are left out and counted; of an unusable
+segmentation only the box is kept.
 """
 
 import json
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import DataError
 from pipeline.shards.sample import Sample
+from pipeline.shards.segmentation import checked
 
 FIELD = "boxes.json"
 MOST_OBJECTS = 10_000
@@ -35,7 +37,7 @@ class Objects:
 
     - ``boxes``: x1, y1, x2, y2 in pixels, float64 [N, 4], inside the image; ``left_out`` counts unusable boxes.
     - ``areas``: float64 [N], for COCO's size ranges: the stated area in pixels, else the area of the box.
-    - ``segmentations``: None also for an empty list, as written by tools without masks.
+    - ``segmentations``: None without a usable one, see :func:`~pipeline.shards.segmentation.checked`.
     - ``federated``: only the labels in ``negative`` and of the objects were verified (LVIS).
     - ``key``: key of the sample.
     """
@@ -109,14 +111,19 @@ def _objects(objects: Sequence[Mapping[str, Any]], record: Mapping[str, Any], he
         width=width,
         boxes=np.array([box for box, _ in kept], np.float64).reshape(-1, 4),
         labels=tuple(str(obj["label"]) for _, obj in kept),
-        segmentations=tuple(obj.get("segmentation") or None for _, obj in kept),
-        crowd=tuple(bool(obj.get("iscrowd", 0)) for _, obj in kept),
+        segmentations=tuple(checked(obj.get("segmentation"), height, width)[0] for _, obj in kept),
+        crowd=tuple(is_crowd(obj.get("iscrowd", 0)) for _, obj in kept),
         negative=tuple(str(label) for label in record.get("negative", ())),
         incomplete=tuple(str(label) for label in record.get("incomplete", ())),
         left_out=len(objects) - len(kept),
         areas=np.array([_area(obj, box) for box, obj in kept], np.float64),
         federated="negative" in record,
     )
+
+
+def is_crowd(value: object) -> bool:
+    """The value of ``iscrowd``, also where a tool wrote it as text: ``"0"`` and ``"false"`` are no crowds."""
+    return str(value).strip().lower() not in ("", "0", "0.0", "false", "no", "none", "null")
 
 
 def _area(obj: Mapping[str, Any], box: NDArray[np.float64]) -> float:
