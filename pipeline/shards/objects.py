@@ -9,8 +9,7 @@
      "incomplete": ["cat"]}                              labels with unannotated instances (LVIS)
 
 All keys but ``width``, ``height``, ``objects``, ``label`` and ``bbox`` are optional. The file is not trusted: boxes are
-clipped to the image; boxes without area or with values that are not numbers are left out and counted; of an unusable
-segmentation only the box is kept.
+clipped to the image; boxes without area or with values that are not numbers are left out and counted.
 """
 
 import json
@@ -23,7 +22,6 @@ from numpy.typing import NDArray
 
 from pipeline.errors import DataError
 from pipeline.shards.sample import Sample
-from pipeline.shards.segmentation import checked
 
 FIELD = "boxes.json"
 MOST_OBJECTS = 10_000
@@ -37,7 +35,7 @@ class Objects:
 
     - ``boxes``: x1, y1, x2, y2 in pixels, float64 [N, 4], inside the image; ``left_out`` counts unusable boxes.
     - ``areas``: float64 [N], for COCO's size ranges: the stated area in pixels, else the area of the box.
-    - ``segmentations``: None without a usable one, see :func:`~pipeline.shards.segmentation.checked`.
+    - ``segmentations``: None also for an empty one (``[]``, ``[[]]``), as written by tools without masks.
     - ``federated``: only the labels in ``negative`` and of the objects were verified (LVIS).
     - ``key``: key of the sample.
     """
@@ -111,7 +109,7 @@ def _objects(objects: Sequence[Mapping[str, Any]], record: Mapping[str, Any], he
         width=width,
         boxes=np.array([box for box, _ in kept], np.float64).reshape(-1, 4),
         labels=tuple(str(obj["label"]) for _, obj in kept),
-        segmentations=tuple(checked(obj.get("segmentation"), height, width)[0] for _, obj in kept),
+        segmentations=tuple(_segmentation(obj) for _, obj in kept),
         crowd=tuple(is_crowd(obj.get("iscrowd", 0)) for _, obj in kept),
         negative=tuple(str(label) for label in record.get("negative", ())),
         incomplete=tuple(str(label) for label in record.get("incomplete", ())),
@@ -119,6 +117,11 @@ def _objects(objects: Sequence[Mapping[str, Any]], record: Mapping[str, Any], he
         areas=np.array([_area(obj, box) for box, obj in kept], np.float64),
         federated="negative" in record,
     )
+
+
+def _segmentation(obj: Mapping[str, Any]) -> Any:
+    found = obj.get("segmentation")
+    return None if not found or (isinstance(found, list) and not any(found)) else found
 
 
 def is_crowd(value: object) -> bool:

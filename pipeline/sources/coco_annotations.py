@@ -155,7 +155,7 @@ def _compact(record: dict[str, Any]) -> "dict[str, Any] | CocoAnnotation":
     try:
         image, category = _whole(record["image_id"]), _whole(record["category_id"])
     except ValueError as error:
-        raise DataError(f"an annotation: {error}") from error
+        raise DataError(f"an annotation of the image {record['image_id']!r}: {error}") from error
     try:
         box = corners(record["bbox"] if isinstance(record["bbox"], list) else ())
     except (ValueError, TypeError, OverflowError):  # not four numbers
@@ -166,7 +166,7 @@ def _compact(record: dict[str, Any]) -> "dict[str, Any] | CocoAnnotation":
     if not _is_finite(kept.get("area", 0.0)):
         del kept["area"]  # the box's is used
     text = json.dumps(kept) if np.isfinite(box).all() else ""
-    mask = json.dumps(record["segmentation"]) if record.get("segmentation") else ""
+    mask = json.dumps(record["segmentation"]) if "segmentation" in record else ""
     return CocoAnnotation(image, category, box if text else None, text, mask)
 
 
@@ -300,10 +300,10 @@ def _with_masks(
         mask, reason = checked(found, height, width)
         if reason is not None:
             left_out[reason] += 1
-        if mask is None:
+        if reason is not None or not annotation.mask:
             return replace(annotation, mask="")
         head, _, tail = annotation.text.partition("]")  # behind the box, as published
-        written = annotation.mask if mask == found else json.dumps(mask)
+        written = annotation.mask if mask in (found, None) else json.dumps(mask)
         return replace(annotation, text=f'{head}], "segmentation": {written}{tail}', mask="")
 
     return {image: [joined(one) for one in some] for image, some in kept.items()}, left_out
