@@ -9,26 +9,37 @@ import difflib
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import open_clip
 import torch
+from open_clip.convert import convert_state_dict
+from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 from open_clip.transformer import text_global_pool
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pipeline.config import require
-from pipeline.errors import SettingError
+from pipeline.errors import DataError, SettingError
 from pipeline.loaders.cache import FileCache
 from pipeline.loaders.images import ImageTransform
 from pipeline.models.towers import convnet  # noqa: F401 - registers it with timm
+from pipeline.models.towers.weights import misfit, read_any_weights
 from pipeline.shards.storage import Folder
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 WEIGHTS = "model.safetensors"
 MODEL_CARD = "open_clip_config.json"  # the file that open_clip.create_model("local-dir:FOLDER") reads
+BIG_VISION = (".npz", ".npy")
+_FREE = {  # settings of a tower that do not change its features
+    "vision_cfg": ("patch_dropout", "timm_model_pretrained", "timm_drop", "timm_drop_path", "output_tokens"),
+    "text_cfg": ("hf_model_pretrained", "output_tokens"),
+}
 
 open_clip.add_model_config(CONFIGS)
 
@@ -52,15 +63,49 @@ def check_architecture(name: str) -> dict[str, Any]:
     return dict(config)
 
 
-def check(architecture: str, pretrained: str | None, patch_dropout: float = 0.0) -> None:
-    """Raise as :func:`create` does for a missing architecture or missing weights; builds and downloads nothing."""
+def check(
+    architecture: str,
+    pretrained: str | None,
+    *,
+    patch_dropout: float = 0.0,
+    image_size: int | None = None,
+    context_length: int | None = None,
+) -> None:
+    """Raise as :func:`create` does for what can be known before; builds the image tower without memory, downloads
+    nothing."""
     config = check_architecture(architecture)
     is_resnet = isinstance(config["vision_cfg"].get("layers"), list)
     require(
         not (is_resnet and patch_dropout), "patch_dropout", patch_dropout, f"0, since {architecture} has no patches"
     )
+    if image_size is not None and not takes(config, image_size):
+        some = " or ".join(map(str, near_sizes(config, image_size))) or config["vision_cfg"].get("image_size", 224)
+        raise SettingError("image_size", image_size, f"a size that {architecture} takes, such as {some}")
     if pretrained:
-        _place(architecture, config, pretrained)
+        _place(architecture, config, pretrained, image_size, context_length)
+
+
+def takes(config: Mapping[str, Any], image_size: int) -> bool:
+    """Whether the image tower of a model config takes images of ``image_size`` x ``image_size`` pixels: tried on the
+    meta device, without memory or arithmetic."""
+    vision = {**config["vision_cfg"], "image_size": image_size, "timm_model_pretrained": False}
+    text = {"width": 8, "heads": 1, "layers": 1, "vocab_size": 8}  # any: only the image tower runs
+    try:
+        with torch.device("meta"), _quiet_root_logger():
+            model = open_clip.CLIP(config["embed_dim"], vision, text, bool(config.get("quick_gelu")))
+            model.encode_image(torch.empty(1, 3, image_size, image_size))
+    except (RuntimeError, AssertionError, ValueError, ZeroDivisionError, IndexError):
+        return False
+    return True
+
+
+def near_sizes(config: Mapping[str, Any], image_size: int) -> tuple[int, ...]:
+    """The nearest multiples of a patch's or a stride's size, below and above ``image_size``, that the tower takes."""
+    steps = sorted({int(config["vision_cfg"].get("patch_size", 32)), 8, 14, 16, 32})
+    below = sorted({image_size // step * step for step in steps}, reverse=True)
+    above = sorted({(image_size // step + 1) * step for step in steps})
+    found = (next((size for size in some if size > 0 and takes(config, size)), 0) for some in (below, above))
+    return tuple(size for size in found if size)
 
 
 def parse_address(address: str) -> tuple[str, str | None] | None:
@@ -96,33 +141,71 @@ def create(
     interpolates their position embeddings: images' with antialiased bicubic, texts' linearly. ``patch_dropout`` is the
     part of the patches that is dropped in training.
 
+    Weights with a bias give the model one, also if neither ``logit_bias`` nor the architecture asks for it: the
+    softmax loss, classes and retrieval do not depend on it, and a checkpoint keeps it.
+
     Raises:
-        SettingError: no such architecture or weights, weights that were trained with the other kind of GELU, or
-            patch dropout for a tower without patches.
-        DataError: a damaged checkpoint.
+        SettingError: no such architecture or weights, weights that do not fit it by names, shapes, kind of GELU or
+            the settings in their folder's ``open_clip_config.json``, or patch dropout for a tower without patches.
+        DataError: a damaged checkpoint, or a file that holds no weights.
     """
     config = check_architecture(architecture)
-    found, found_preprocess = _find(architecture, config, pretrained) if pretrained and load else (None, {})
+    place = _place(architecture, config, pretrained, image_size, context_length) if pretrained and load else None
+    path = FileCache().fetch(*place) if place else None
+    is_numpy = path is not None and path.suffix in BIG_VISION
+    weights = read_any_weights(path, place[0].join(place[1])) if path and place and not is_numpy else None
+    if weights and "logit_bias" in weights and logit_bias is None and "init_logit_bias" not in config:
+        logit_bias = 0.0
+    images = _card(place[0]).get("preprocess_cfg", {}) if place else {}
+    found_preprocess = {key: value for key, value in images.items() if key != "size"}
     try:
         with _quiet_root_logger():
             model = open_clip.create_model(
                 architecture,
-                pretrained=found,
-                load_weights=load,
+                pretrained=None if place else pretrained,
+                load_weights=load and place is None,
                 force_image_size=image_size,
                 force_context_length=context_length,
                 force_patch_dropout=patch_dropout or None,
                 force_preprocess_cfg={**found_preprocess, **(preprocess or {})},
-                pretrained_image=pretrained_towers and load,
-                pretrained_text=pretrained_towers and load,
+                pretrained_image=pretrained_towers and load and place is None,
+                pretrained_text=pretrained_towers and load and place is None,
                 **({} if logit_bias is None else {"init_logit_bias": logit_bias}),
             )
-    except RuntimeError as error:
-        problem = str(error).strip().splitlines()[0]
-        raise SettingError("pretrained", pretrained, f"weights that fit {architecture} ({problem})") from error
+            if is_numpy:
+                open_clip.load_checkpoint(model, str(path))
+    except (RuntimeError, ValueError, LookupError, OSError, AttributeError, UnpicklingError, SafetensorError) as error:
+        problem = (str(error).strip() or repr(error)).splitlines()[0]
+        raise SettingError(
+            "pretrained", pretrained or architecture, f"weights that fit {architecture} ({problem})"
+        ) from error
+    if weights is not None:
+        problem = _load(model, weights)
+        require(not problem, "pretrained", pretrained, f"weights that fit {architecture}; these are {problem}")
     drops = any(type(module).__name__.startswith("PatchDropout") for module in model.visual.modules())
     require(drops or not patch_dropout, "patch_dropout", patch_dropout, f"0, since {architecture} has no patches")
     return cast(nn.Module, model)
+
+
+def _load(model: nn.Module, weights: dict[str, Tensor]) -> str:
+    """Load weights of open_clip or of a kind that it converts; returns how they differ from the model's, if they do."""
+    state = dict(convert_state_dict(model, weights))
+    wanted = model.state_dict()
+    if "positional_embedding" in state and "positional_embedding" not in wanted:
+        state = convert_to_custom_text_state_dict(state)
+    for name in ("logit_scale", "logit_bias"):  # some have one dimension
+        if name in state and name in wanted and state[name].numel() == 1:
+            state[name] = state[name].reshape(wanted[name].shape)
+    if "logit_bias" in wanted:
+        state.setdefault("logit_bias", torch.zeros_like(wanted["logit_bias"]))
+    state = {name: tensor for name, tensor in state.items() if not name.endswith("embeddings.position_ids")}
+    for resize in (resize_pos_embed, resize_text_pos_embed):
+        with suppress(RuntimeError, AssertionError, AttributeError, IndexError):  # of other widths: found below
+            resize(state, model)
+    problem = misfit(wanted, state)
+    if not problem:
+        model.load_state_dict(state)
+    return problem
 
 
 def tokenizer(architecture: str, context_length: int | None = None) -> Any:
@@ -249,18 +332,34 @@ def encode_text(model: Any, text: Tensor) -> Tensor:
     return cast(Tensor, pooled @ model.text_projection)
 
 
-def _find(architecture: str, config: Mapping[str, Any], pretrained: str) -> tuple[str, Mapping[str, Any]]:
-    """The value of ``pretrained`` for open_clip (a tag or a local file), and the image settings of its training."""
-    place = _place(architecture, config, pretrained)
-    if place is None:
-        return pretrained, {}
-    folder, name = place
-    card = json.loads(folder.read_bytes(MODEL_CARD)) if folder.exists(MODEL_CARD) else {}
-    images = {key: value for key, value in card.get("preprocess_cfg", {}).items() if key != "size"}
-    return str(FileCache().fetch(folder, name)), images
+def _card(folder: Folder) -> Mapping[str, Any]:
+    """The content of a folder's ``open_clip_config.json``; empty without the file.
+
+    Raises:
+        DataError: it is no model's description.
+    """
+    if not folder.exists(MODEL_CARD):
+        return {}
+    try:
+        card = json.loads(folder.read_bytes(MODEL_CARD))
+        configs = [card[name] for name in ("model_cfg", "preprocess_cfg") if name in card]
+        configs += [card["model_cfg"][name] for name in ("vision_cfg", "text_cfg")]
+        if not all(isinstance(config, Mapping) for config in configs):
+            raise ValueError("its parts are no objects")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{folder.join(MODEL_CARD)} is no model's description as open_clip writes it ({error!r})"
+        ) from error
+    return cast(Mapping[str, Any], card)
 
 
-def _place(architecture: str, config: Mapping[str, Any], pretrained: str) -> tuple[Folder, str] | None:
+def _place(
+    architecture: str,
+    config: Mapping[str, Any],
+    pretrained: str,
+    image_size: int | None = None,
+    context_length: int | None = None,
+) -> tuple[Folder, str] | None:
     """Folder and name of the weights file; ``None`` if ``pretrained`` is a tag of open_clip."""
     if open_clip.is_pretrained_cfg(architecture, pretrained):
         _check_activation(architecture, config, pretrained)
@@ -270,12 +369,50 @@ def _place(architecture: str, config: Mapping[str, Any], pretrained: str) -> tup
     parent, _, name = pretrained.rstrip("/").rpartition("/")
     folder = Folder(parent or ("/" if pretrained.startswith("/") else "."))
     if folder.exists(f"{name}/{WEIGHTS}"):
-        return folder.folder(name), WEIGHTS
-    if not name or not folder.exists(name) or folder.fs.isdir(f"{folder.path}/{name}"):
+        folder, name = folder.folder(name), WEIGHTS
+    elif not name or not folder.exists(name) or folder.fs.isdir(f"{folder.path}/{name}"):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
         allowed = f"a tag of {architecture} ({tags}), a weights file, or a checkpoint folder with {WEIGHTS}"
         raise SettingError("pretrained", pretrained, allowed)
+    _check_card(architecture, config, folder, pretrained, image_size, context_length)
     return folder, name
+
+
+def _check_card(
+    architecture: str,
+    config: Mapping[str, Any],
+    folder: Folder,
+    pretrained: str,
+    image_size: int | None,
+    context_length: int | None,
+) -> None:
+    """Compare what the shapes of weights do not show. An explicit size is the user's choice; others must be equal."""
+    card = _card(folder)
+    if not card:
+        return
+    trained, wanted = _settings(card["model_cfg"]), _settings(config)
+    for name, explicit in (("vision_cfg.image_size", image_size), ("text_cfg.context_length", context_length)):
+        if explicit is not None:
+            trained.pop(name, None)
+    others = [
+        f"{name.rpartition('.')[2]} {json.dumps(value)} instead of {json.dumps(wanted.get(name))}"
+        for name, value in trained.items()
+        if value != wanted.get(name)
+    ]
+    allowed = f"weights for the settings of {architecture}; {folder.join(MODEL_CARD)} has {', '.join(others)}"
+    require(
+        not others, "pretrained", pretrained, f"{allowed} (local-dir:FOLDER as architecture takes the folder's own)"
+    )
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a model config that change its features, by name, with open_clip's defaults."""
+    found: dict[str, Any] = {"quick_gelu": bool(config.get("quick_gelu", False))}
+    defaults = {"vision_cfg": asdict(open_clip.CLIPVisionCfg()), "text_cfg": asdict(open_clip.CLIPTextCfg())}
+    for tower, default in defaults.items():
+        settings = {**default, **config[tower]}
+        found |= {f"{tower}.{name}": value for name, value in settings.items() if name not in _FREE[tower]}
+    return cast(dict[str, Any], json.loads(json.dumps(found)))  # lists for tuples
 
 
 def _check_activation(architecture: str, config: Mapping[str, Any], tag: str) -> None:
