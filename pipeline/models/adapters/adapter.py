@@ -120,6 +120,8 @@ class Adapter(nn.Module, ABC):
 
     reads: ClassVar[Literal["features", "pixels"]] = "features"
     """Input of :meth:`logits`: raw image features, float [B, D], or images, uint8 [B, 3, H, W]."""
+    random_views: ClassVar[bool] = True
+    """Whether it reads features of random crops of the shots, where there are some; else of the evaluation view."""
     learns: ClassVar[bool] = True
     """Whether it is trained by gradients."""
     learns_vectors: ClassVar[bool] = False
