@@ -7,6 +7,7 @@ transformers itself is not needed. Other kinds of models are refused by name.
 
 import json
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from pipeline.errors import SettingError
 from pipeline.models.towers import hugging_face
 
 CONFIG, IMAGES = "config.json", "preprocessor_config.json"
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+INDEX = "model.safetensors.index.json"  # of weights in several files
 BYTE_PAIRS = 49408  # the vocabulary of CLIP's own tokenizer
 OLD_END = 2  # in early configs, where transformers takes the largest token instead, which is the end of text
 
@@ -166,6 +168,14 @@ def _transformer(settings: Mapping[str, Any], place: str) -> dict[str, Any]:
 def _require(fits: bool, place: str, found: str) -> None:
     if not fits:
         raise SettingError("architecture", place, f"a CLIPModel that open_clip can express; this one has {found}")
+
+
+def parts_of(index: str, place: str) -> list[str]:
+    """The names of the files that an index of weights lists."""
+    files = parse(index, place).get("weight_map")
+    if not isinstance(files, Mapping) or not all(isinstance(name, str) for name in files.values()):
+        raise SettingError("architecture", place, f"a folder whose {INDEX} has a weight_map")
+    return sorted({PurePosixPath(name).name for name in files.values()})
 
 
 def parse(text: str, place: str) -> dict[str, Any]:

@@ -9,34 +9,48 @@ import difflib
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import open_clip
 import torch
-from open_clip.model import set_model_preprocess_cfg
+from open_clip.convert import convert_state_dict
+from open_clip.model import (
+    convert_to_custom_text_state_dict,
+    resize_pos_embed,
+    resize_text_pos_embed,
+    set_model_preprocess_cfg,
+)
 from open_clip.transform import PreprocessCfg
 from open_clip.transformer import text_global_pool
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pipeline.config import require
-from pipeline.errors import SettingError
+from pipeline.errors import DataError, SettingError
 from pipeline.loaders.cache import FileCache
 from pipeline.loaders.images import ImageTransform
 from pipeline.models.towers import (
     convnet,  # noqa: F401 - registers it with timm
     hugging_face_import,
 )
-from pipeline.models.towers.foreign import load_foreign, read_foreign
+from pipeline.models.towers.weights import misfit, read_any_weights
 from pipeline.shards.storage import Folder
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 WEIGHTS = "model.safetensors"
 MODEL_CARD = "open_clip_config.json"  # the file that open_clip.create_model("local-dir:FOLDER") reads
 SCHEMES = ("local-dir:", "hf-hub:")
+BIG_VISION = (".npz", ".npy")
+OPENAI = ("input_resolution", "context_length", "vocab_size")  # buffers that OpenAI's own class alone has
+_FREE = {  # settings of a tower that do not change its features
+    "vision_cfg": ("patch_dropout", "timm_model_pretrained", "timm_drop", "timm_drop_path", "output_tokens"),
+    "text_cfg": ("hf_model_pretrained", "output_tokens"),
+}
 
 open_clip.add_model_config(CONFIGS)
 logger = logging.getLogger(__name__)
@@ -68,15 +82,49 @@ def check_architecture(name: str) -> dict[str, Any]:
     return dict(config)
 
 
-def check(architecture: str, pretrained: str | None, patch_dropout: float = 0.0) -> None:
-    """Raise as :func:`create` does for a missing architecture or missing weights; builds and downloads nothing."""
+def check(
+    architecture: str,
+    pretrained: str | None,
+    *,
+    patch_dropout: float = 0.0,
+    image_size: int | None = None,
+    context_length: int | None = None,
+) -> None:
+    """Raise as :func:`create` does for what can be known before; builds the image tower without memory, downloads
+    nothing."""
     config = check_architecture(architecture)
     is_resnet = isinstance(config["vision_cfg"].get("layers"), list)
     require(
         not (is_resnet and patch_dropout), "patch_dropout", patch_dropout, f"0, since {architecture} has no patches"
     )
+    if image_size is not None and not takes(config, image_size):
+        some = " or ".join(map(str, near_sizes(config, image_size))) or config["vision_cfg"].get("image_size", 224)
+        raise SettingError("image_size", image_size, f"a size that {architecture} takes, such as {some}")
     if pretrained:
-        _place(architecture, config, pretrained)
+        _place(architecture, config, pretrained, image_size, context_length)
+
+
+def takes(config: Mapping[str, Any], image_size: int) -> bool:
+    """Whether the image tower of a model config takes images of ``image_size`` x ``image_size`` pixels: tried on the
+    meta device, without memory or arithmetic."""
+    vision = {**config["vision_cfg"], "image_size": image_size, "timm_model_pretrained": False}
+    text = {"width": 8, "heads": 1, "layers": 1, "vocab_size": 8}  # any: only the image tower runs
+    try:
+        with torch.device("meta"), _quiet_root_logger():
+            model = open_clip.CLIP(config["embed_dim"], vision, text, bool(config.get("quick_gelu")))
+            model.encode_image(torch.empty(1, 3, image_size, image_size))
+    except (RuntimeError, AssertionError, ValueError, ZeroDivisionError, IndexError):
+        return False
+    return True
+
+
+def near_sizes(config: Mapping[str, Any], image_size: int) -> tuple[int, ...]:
+    """The nearest multiples of a patch's or a stride's size, below and above ``image_size``, that the tower takes."""
+    steps = sorted({int(config["vision_cfg"].get("patch_size", 32)), 8, 14, 16, 32})
+    below = sorted({image_size // step * step for step in steps}, reverse=True)
+    above = sorted({(image_size // step + 1) * step for step in steps})
+    found = (next((size for size in some if size > 0 and takes(config, size)), 0) for some in (below, above))
+    return tuple(size for size in found if size)
 
 
 def parse_address(address: str) -> tuple[str, str | None] | None:
@@ -110,55 +158,100 @@ def create(
 ) -> nn.Module:
     """Build an open_clip model.
 
-    ``pretrained`` is a tag of the architecture, or a path or URI of a weights file or of a checkpoint folder. Files of
-    other programs are read as ``pipeline.models.towers.foreign`` says.
+    ``pretrained`` is a tag of the architecture, or a path or URI of a weights file or of a checkpoint folder.
     ``pretrained_towers`` initialises towers of timm and Hugging Face with their own weights. ``load=False`` builds the
     modules alone. ``preprocess`` overrides the images' size, mean, std and so on. ``logit_bias`` adds the parameter of
     a sigmoid loss, with this value. If ``image_size`` or ``context_length`` differs from that of the weights, open_clip
     interpolates their position embeddings: images' with antialiased bicubic, texts' linearly. ``patch_dropout`` is the
     part of the patches that is dropped in training.
 
+    Weights with a bias give the model one, also if neither ``logit_bias`` nor the architecture asks for it: the
+    softmax loss, classes and retrieval do not depend on it, and a checkpoint keeps it.
+
     Raises:
-        SettingError: no such architecture or weights, weights that were trained with the other kind of GELU, or
-            patch dropout for a tower without patches.
-        DataError: a damaged checkpoint.
+        SettingError: no such architecture or weights, weights that do not fit it by names, shapes, kind of GELU or
+            the settings in their folder's ``open_clip_config.json``, or patch dropout for a tower without patches.
+        DataError: a damaged checkpoint, or a file that holds no weights.
     """
     config = check_architecture(architecture)
-    found = _find(architecture, config, pretrained) if load else _Found()
-    towers = pretrained_towers and load and found.file is None
-    sizes = {"image_size": image_size, "context_length": context_length, "patch_dropout": patch_dropout or None}
+    place = _place(architecture, config, pretrained, image_size, context_length) if pretrained and load else None
+    path = FileCache().fetch(*place) if place else None
+    is_theirs = _hugging_face_file(architecture, hugging_face_import.CONFIG) is not None
+    files = _hugging_face_weights(architecture) if is_theirs and load else [path] if path else []
+    is_numpy = path is not None and path.suffix in BIG_VISION
+    weights: dict[str, Tensor] | None = None
+    if files and not is_numpy:
+        name = place[0].join(place[1]) if place else ""
+        weights = {key: one for file in files for key, one in read_any_weights(file, name).items()}
+        weights = _renamed(weights, architecture, config, place)
+    if weights and "logit_bias" in weights and logit_bias is None and "init_logit_bias" not in config:
+        logit_bias = 0.0
+    bias = {} if logit_bias is None else {"init_logit_bias": logit_bias}
+    images = _card(place[0]).get("preprocess_cfg", {}) if place else _hugging_face_images(architecture)
+    images = {**{key: value for key, value in images.items() if key != "size"}, **(preprocess or {})}
     model: Any
     try:
         with _quiet_root_logger():
-            if _hugging_face_file(architecture, hugging_face_import.CONFIG):
-                model = _instance(config, **sizes, **({} if logit_bias is None else {"init_logit_bias": logit_bias}))
-                set_model_preprocess_cfg(model, {**preprocessing(model), **found.images, **(preprocess or {})})
+            if is_theirs:
+                model = _instance({**config, **bias}, image_size, context_length, patch_dropout)
+                set_model_preprocess_cfg(model, {**preprocessing(model), **images})
             else:
                 model = open_clip.create_model(
                     architecture,
-                    pretrained=found.tag,
-                    load_weights=load,
-                    **{f"force_{name}": value for name, value in sizes.items()},
-                    force_preprocess_cfg={**found.images, **(preprocess or {})},
-                    pretrained_image=towers,
-                    pretrained_text=towers,
-                    **({} if logit_bias is None else {"init_logit_bias": logit_bias}),
+                    pretrained=None if place else pretrained,
+                    load_weights=load and place is None,
+                    force_image_size=image_size,
+                    force_context_length=context_length,
+                    force_patch_dropout=patch_dropout or None,
+                    force_preprocess_cfg=images,
+                    pretrained_image=pretrained_towers and load and place is None,
+                    pretrained_text=pretrained_towers and load and place is None,
+                    **bias,
                 )
-        if found.file is not None:
-            _load(model, found.file, architecture, config, found.quick_gelu)
-    except RuntimeError as error:
-        problem = str(error).strip().splitlines()[0]
+            if is_numpy:
+                open_clip.load_checkpoint(model, str(path))
+    except (RuntimeError, ValueError, LookupError, OSError, AttributeError, UnpicklingError, SafetensorError) as error:
+        problem = (str(error).strip() or repr(error)).splitlines()[0]
         raise SettingError(
             "pretrained", pretrained or architecture, f"weights that fit {architecture} ({problem})"
         ) from error
+    if weights is not None:
+        problem = _load(model, weights)
+        require(
+            not problem,
+            "pretrained",
+            pretrained or architecture,
+            f"weights that fit {architecture}; these are {problem}",
+        )
     drops = any(type(module).__name__.startswith("PatchDropout") for module in model.visual.modules())
     require(drops or not patch_dropout, "patch_dropout", patch_dropout, f"0, since {architecture} has no patches")
     return cast(nn.Module, model)
 
 
+def _load(model: nn.Module, weights: dict[str, Tensor]) -> str:
+    """Load weights of open_clip or of a kind that it converts; returns how they differ from the model's, if they do."""
+    state = dict(convert_state_dict(model, weights))
+    wanted = model.state_dict()
+    if "positional_embedding" in state and "positional_embedding" not in wanted:
+        state = convert_to_custom_text_state_dict(state)
+    for name in ("logit_scale", "logit_bias"):  # some have one dimension
+        if name in state and name in wanted and state[name].numel() == 1:
+            state[name] = state[name].reshape(wanted[name].shape)
+    if "logit_bias" in wanted:
+        state.setdefault("logit_bias", torch.zeros_like(wanted["logit_bias"]))
+    state = {name: tensor for name, tensor in state.items() if not name.endswith("embeddings.position_ids")}
+    for resize in (resize_pos_embed, resize_text_pos_embed):
+        with suppress(RuntimeError, AssertionError, AttributeError, IndexError):  # of other widths: found below
+            resize(state, model)
+    problem = misfit(wanted, state)
+    if not problem:
+        model.load_state_dict(state)
+    return problem
+
+
 def tokenizer(architecture: str, context_length: int | None = None) -> Any:
     """The tokenizer of ``architecture``: texts to int64 [B, context length]; the architecture's by default."""
-    if _hugging_face_file(architecture, hugging_face_import.CONFIG):
+    if _hugging_face_file(architecture, hugging_face_import.CONFIG) is not None:
         length = context_length or check_architecture(architecture)["text_cfg"]["context_length"]
         return open_clip.SimpleTokenizer(context_length=length)
     with _quiet_root_logger():
@@ -290,58 +383,32 @@ def brings_weights(architecture: str) -> bool:
     return scheme == "hf-hub" or (scheme == "local-dir" and any(p.suffix in endings for p in Path(place).iterdir()))
 
 
-@dataclass(frozen=True)
-class _Found:
-    """Weights: a tag of open_clip, or a local file with the image settings of its training.
+def _renamed(
+    weights: dict[str, Tensor], architecture: str, config: Mapping[str, Any], place: tuple[Folder, str] | None
+) -> dict[str, Tensor]:
+    """Weights of OpenAI's class or of transformers under open_clip's names; ``place`` is a file's, if one was given.
 
-    ``quick_gelu`` says whether they were trained with QuickGELU; ``None`` if nothing beside the file says so.
+    A file by itself does not show its activation, unless it is OpenAI's; then a warning names the other architecture.
+
+    Raises:
+        SettingError: OpenAI's weights for an architecture that open_clip has with QuickGELU, too.
     """
-
-    tag: str | None = None
-    file: Path | None = None
-    images: Mapping[str, Any] = field(default_factory=dict)
-    quick_gelu: bool | None = None
-
-
-def _find(architecture: str, config: Mapping[str, Any], pretrained: str | None) -> _Found:
-    """The weights ``pretrained``, or those of a folder or repository of transformers."""
-    if not pretrained:
-        if _hugging_face_file(architecture, hugging_face_import.CONFIG) is None:
-            return _Found()
-        files = [_hugging_face_file(architecture, name) for name in hugging_face_import.WEIGHTS]
-        file = next((file for file in files if file is not None), None)
-        allowed = f"a folder with one of {', '.join(hugging_face_import.WEIGHTS)}"
-        require(file is not None, "architecture", architecture, allowed)
-        images = _hugging_face_file(architecture, hugging_face_import.IMAGES)
-        plain = hugging_face_import.parse(images.read_text(), architecture) if images else {}
-        return _Found(None, file, hugging_face_import.image_settings(plain), bool(config["quick_gelu"]))
-    place = _place(architecture, config, pretrained)
-    if place is None:
-        return _Found(pretrained)
-    folder, name = place
-    card = json.loads(folder.read_bytes(MODEL_CARD)) if folder.exists(MODEL_CARD) else {}
-    settings = {key: value for key, value in card.get("preprocess_cfg", {}).items() if key != "size"}
-    return _Found(None, FileCache().fetch(folder, name), settings, _activation_beside(folder))
+    is_openai = all(name in weights for name in OPENAI)
+    if place is not None and _activation_beside(place[0]) is None:
+        _check_file_activation(architecture, config, place[0].join(place[1]), True if is_openai else None)
+    if is_openai:
+        weights = {name: tensor for name, tensor in weights.items() if name not in OPENAI}
+    return hugging_face_import.to_open_clip(weights) if hugging_face_import.has_names_of(weights) else weights
 
 
-def _load(model: nn.Module, file: Path, architecture: str, config: Mapping[str, Any], quick_gelu: bool | None) -> None:
-    """Load the weights in ``file``; raises ``RuntimeError`` if they do not fit."""
-    if file.suffix in (".npz", ".npy"):  # of big_vision
-        open_clip.load_checkpoint(model, str(file))
-        return
-    found = read_foreign(file)
-    if quick_gelu is None:
-        _check_file_activation(architecture, config, file, found.quick_gelu)
-    load_foreign(model, found.tensors)
-
-
-def _instance(config: Mapping[str, Any], **changes: Any) -> nn.Module:
+def _instance(
+    config: Mapping[str, Any], image_size: int | None, context_length: int | None, patch_dropout: float
+) -> nn.Module:
     """open_clip's ``CLIP`` for a config that open_clip has no name for."""
     vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
-    for part, key in ((vision, "image_size"), (text, "context_length"), (vision, "patch_dropout")):
-        if (value := changes.pop(key)) is not None:
-            part[key] = value
-    model = open_clip.CLIP(**{**config, "vision_cfg": vision, "text_cfg": text, **changes})
+    vision |= {"image_size": image_size or vision["image_size"], "patch_dropout": patch_dropout}
+    text |= {"context_length": context_length or text["context_length"]}
+    model: Any = open_clip.CLIP(**{**config, "vision_cfg": vision, "text_cfg": text})
     set_model_preprocess_cfg(model, {**asdict(PreprocessCfg()), "size": model.visual.image_size})
     return cast(nn.Module, model)
 
@@ -351,6 +418,25 @@ def _hugging_face_file(architecture: str, name: str) -> Path | None:
     if not architecture.startswith(SCHEMES) or _file_of(architecture, MODEL_CARD) is not None:
         return None
     return _file_of(architecture, name)
+
+
+def _hugging_face_weights(architecture: str) -> list[Path]:
+    """The files with the weights of a folder or a repository of transformers, which may be in parts."""
+    for name in hugging_face_import.WEIGHTS:
+        file = _hugging_face_file(architecture, name)
+        if file is not None:
+            return [file]
+    index = _hugging_face_file(architecture, hugging_face_import.INDEX)
+    parts = hugging_face_import.parts_of(index.read_text(), architecture) if index else []
+    files = [file for part in parts if (file := _hugging_face_file(architecture, part)) is not None]
+    allowed = f"a folder with {' or '.join(hugging_face_import.WEIGHTS)}, or all parts of {hugging_face_import.INDEX}"
+    require(bool(files) and len(files) == len(parts), "architecture", architecture, allowed)
+    return files
+
+
+def _hugging_face_images(architecture: str) -> Mapping[str, Any]:
+    file = _hugging_face_file(architecture, hugging_face_import.IMAGES)
+    return hugging_face_import.image_settings(hugging_face_import.parse(file.read_text(), architecture)) if file else {}
 
 
 def _file_of(architecture: str, name: str) -> Path | None:
@@ -367,63 +453,128 @@ def _file_of(architecture: str, name: str) -> Path | None:
         return None
 
 
-def _place(architecture: str, config: Mapping[str, Any], pretrained: str) -> tuple[Folder, str] | None:
+def _card(folder: Folder) -> Mapping[str, Any]:
+    """The content of a folder's ``open_clip_config.json``; empty without the file.
+
+    Raises:
+        DataError: it is no model's description.
+    """
+    if not folder.exists(MODEL_CARD):
+        return {}
+    try:
+        card = json.loads(folder.read_bytes(MODEL_CARD))
+        configs = [card[name] for name in ("model_cfg", "preprocess_cfg") if name in card]
+        configs += [card["model_cfg"][name] for name in ("vision_cfg", "text_cfg")]
+        if not all(isinstance(config, Mapping) for config in configs):
+            raise ValueError("its parts are no objects")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{folder.join(MODEL_CARD)} is no model's description as open_clip writes it ({error!r})"
+        ) from error
+    return cast(Mapping[str, Any], card)
+
+
+def _place(
+    architecture: str,
+    config: Mapping[str, Any],
+    pretrained: str,
+    image_size: int | None = None,
+    context_length: int | None = None,
+) -> tuple[Folder, str] | None:
     """Folder and name of the weights file; ``None`` if ``pretrained`` is a tag of open_clip."""
     if ":" not in architecture and open_clip.is_pretrained_cfg(plain_name(architecture), pretrained):
-        architecture = plain_name(architecture)
-        quick = bool(open_clip.get_pretrained_cfg(architecture, pretrained).get("quick_gelu", False))
-        if quick != bool(config.get("quick_gelu", False)) and (right := _with_activation(architecture, quick)):
-            raise SettingError("architecture", architecture, _trained_with(right, pretrained))
+        tag = open_clip.get_pretrained_cfg(plain_name(architecture), pretrained)
+        _check_activation(plain_name(architecture), config, bool(tag.get("quick_gelu", False)), pretrained)
         return None
     if ":" in architecture:
         raise SettingError("pretrained", pretrained, f"nothing, since {architecture} has its own weights")
     parent, _, name = pretrained.rstrip("/").rpartition("/")
     folder = Folder(parent or ("/" if pretrained.startswith("/") else "."))
-    inner = folder.folder(name)
-    file = next((file for file in hugging_face_import.WEIGHTS if name and inner.exists(file)), None)
+    file = next((file for file in hugging_face_import.WEIGHTS if folder.exists(f"{name}/{file}")), None)
     if file is not None:
-        needed = _activation_beside(inner)
-        if needed is not None and needed != bool(config.get("quick_gelu", False)):
-            right = _with_activation(plain_name(architecture), needed) or f"one whose config has quick_gelu {needed}"
-            raise SettingError("architecture", architecture, _trained_with(right, pretrained))
-        return inner, file
-    if not name or not folder.exists(name) or folder.fs.isdir(f"{folder.path}/{name}"):
+        folder, name = folder.folder(name), file
+        quick = _activation_beside(folder)
+        if quick is not None:
+            _check_activation(plain_name(architecture), config, quick, pretrained)
+    elif not name or not folder.exists(name) or folder.fs.isdir(f"{folder.path}/{name}"):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
         allowed = f"a tag of {architecture} ({tags}), a weights file, or a checkpoint folder with {WEIGHTS}"
         raise SettingError("pretrained", pretrained, allowed)
+    _check_card(architecture, config, folder, pretrained, image_size, context_length)
     return folder, name
 
 
-def _activation_beside(folder: Folder) -> bool | None:
-    """Whether the configs in ``folder`` name QuickGELU; ``None`` without one."""
-    for name, read in ((MODEL_CARD, _quick_of_card), (hugging_face_import.CONFIG, hugging_face_import.is_quick)):
-        if folder.exists(name):
-            found = read(hugging_face_import.parse(folder.read_text(name), folder.join(name)))
-            if found is not None:
-                return found
-    return None
-
-
-def _quick_of_card(card: Mapping[str, Any]) -> bool | None:
-    config = card.get("model_cfg")
-    return bool(config.get("quick_gelu", False)) if isinstance(config, Mapping) else None
-
-
-def _check_file_activation(
-    architecture: str, config: Mapping[str, Any], file: Path, weights_quick: bool | None
+def _check_card(
+    architecture: str,
+    config: Mapping[str, Any],
+    folder: Folder,
+    pretrained: str,
+    image_size: int | None,
+    context_length: int | None,
 ) -> None:
-    """OpenAI's weights need QuickGELU; with the usual GELU they load without an error and perform worse."""
+    """Compare what the shapes of weights do not show. An explicit size is the user's choice; others must be equal."""
+    card = _card(folder)
+    if not card:
+        return
+    trained, wanted = _settings(card["model_cfg"]), _settings(config)
+    for name, explicit in (("vision_cfg.image_size", image_size), ("text_cfg.context_length", context_length)):
+        if explicit is not None:
+            trained.pop(name, None)
+    others = [
+        f"{name.rpartition('.')[2]} {json.dumps(value)} instead of {json.dumps(wanted.get(name))}"
+        for name, value in trained.items()
+        if value != wanted.get(name)
+    ]
+    allowed = f"weights for the settings of {architecture}; {folder.join(MODEL_CARD)} has {', '.join(others)}"
+    require(
+        not others, "pretrained", pretrained, f"{allowed} (local-dir:FOLDER as architecture takes the folder's own)"
+    )
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a model config that change its features, by name, with open_clip's defaults."""
+    found: dict[str, Any] = {"quick_gelu": bool(config.get("quick_gelu", False))}
+    defaults = {"vision_cfg": asdict(open_clip.CLIPVisionCfg()), "text_cfg": asdict(open_clip.CLIPTextCfg())}
+    for tower, default in defaults.items():
+        settings = {**default, **config[tower]}
+        found |= {f"{tower}.{name}": value for name, value in settings.items() if name not in _FREE[tower]}
+    return cast(dict[str, Any], json.loads(json.dumps(found)))  # lists for tuples
+
+
+def _activation_beside(folder: Folder) -> bool | None:
+    """Whether the model's description in ``folder`` names QuickGELU; ``None`` without one."""
+    if card := _card(folder):
+        return bool(card["model_cfg"].get("quick_gelu", False))
+    if not folder.exists(hugging_face_import.CONFIG):
+        return None
+    name = folder.join(hugging_face_import.CONFIG)
+    return hugging_face_import.is_quick(hugging_face_import.parse(folder.read_text(hugging_face_import.CONFIG), name))
+
+
+def _check_activation(architecture: str, config: Mapping[str, Any], weights_quick: bool, pretrained: str) -> None:
+    """OpenAI's weights need QuickGELU; with the usual GELU they load without an error and perform worse.
+
+    Where open_clip has no such architecture with the weights' activation, the config of the architecture decides.
+    """
+    right = _with_activation(architecture, weights_quick)
+    if weights_quick != bool(config.get("quick_gelu", False)) and right is not None:
+        raise SettingError(
+            "architecture", architecture, f"{right}, since the weights {pretrained} were trained with it"
+        )
+
+
+def _check_file_activation(architecture: str, config: Mapping[str, Any], file: str, weights_quick: bool | None) -> None:
+    """As :func:`_check_activation`; warns where a file does not show its activation, or no name has it."""
     model_quick = bool(config.get("quick_gelu", False))
     other = _with_activation(plain_name(architecture), not model_quick)
-    if weights_quick is None:
-        if other is not None:
-            ours = "QuickGELU" if model_quick else "GELU"
-            logger.warning("%s does not say with which activation it was trained; %s uses %s", file, architecture, ours)
-            logger.warning("if these weights need the other one, the architecture is %s", other)
-    elif weights_quick != model_quick:
-        if other is not None:
-            raise SettingError("architecture", architecture, _trained_with(other, str(file)))
-        logger.warning("%s is of OpenAI's CLIP, which has QuickGELU; %s has GELU", file, architecture)
+    if weights_quick is not None:
+        _check_activation(plain_name(architecture), config, weights_quick, file)
+        if weights_quick != model_quick:
+            logger.warning("%s is of OpenAI's CLIP, which has QuickGELU; %s has GELU", file, architecture)
+    elif other is not None:
+        ours = "QuickGELU" if model_quick else "GELU"
+        text = "%s does not show its activation: it is used with %s, that of %s; the other one is %s"
+        logger.warning(text, file, ours, architecture, other)
 
 
 def _with_activation(architecture: str, quick: bool) -> str | None:
@@ -431,10 +582,6 @@ def _with_activation(architecture: str, quick: bool) -> str | None:
     plain = architecture.removesuffix("-quickgelu")
     name = f"{plain}-quickgelu" if quick else plain
     return name if name != architecture and name in open_clip.list_models() else None
-
-
-def _trained_with(right: str, weights: str) -> str:
-    return f"{right}, since the weights {weights} were trained with it"
 
 
 @contextmanager
