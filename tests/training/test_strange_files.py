@@ -141,6 +141,21 @@ def test_a_config_of_no_method_is_a_sentence(checkpoint: Path, planted: Any, cha
     sentence(error)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [*TEXTS, b'{"preprocess_cfg": 5}', b'{"preprocess_cfg": {"mean": "x"}}'],
+    ids=[*IDS, "number-of-images", "mean"],
+)
+def test_what_open_clip_reads_beside_it_is_checked(checkpoint: Path, planted: Any, text: bytes) -> None:
+    planted("open_clip_config.json", text)
+    if text == b"{}":
+        load_method(str(checkpoint))
+        return
+    with pytest.raises(DataError, match="is not a complete checkpoint") as error:
+        load_method(str(checkpoint))
+    sentence(error)
+
+
 @pytest.mark.parametrize("metrics", [None, 3, [1], {"a": "x"}, {"a": None}, {"a": [1]}], ids=str)
 def test_an_evaluation_has_numbers(checkpoint: Path, planted: Any, metrics: Any) -> None:
     planted(EVALUATION, {"step": 3, "metrics": metrics})
