@@ -71,10 +71,15 @@ class LeaseGuard:
     folder: Folder
     name: str
 
+    def holds(self) -> bool:
+        """Whether the lease is still this holder's."""
+        found = _read(self.folder, LEASE)
+        return found is not None and found.name == self.name
+
     def check(self) -> None:
         """Raise ``StorageError`` if another job took the lease, which it may do after a long silence."""
-        found = _read(self.folder, LEASE)
-        if found is None or found.name != self.name:
+        if not self.holds():
+            found = _read(self.folder, LEASE)
             other = "another job" if found is None else _described(found)
             raise StorageError(
                 f"{self.folder.uri}: {other} has taken over, since this job was silent for long; this job stops, "
@@ -101,8 +106,7 @@ class Lease:
         """Delete what killed workers left half written, and release the lease; does nothing if it is lost."""
         self._ended.set()
         self._thread.join()
-        found = _read(self._plain, LEASE)
-        if found is None or found.name != self._holder.name:
+        if not self._guard.holds():
             return
         self._plain.remove_temporary()
         self._plain.delete(BEAT)
@@ -117,7 +121,8 @@ class Lease:
         while not self._ended.wait(BEAT_SECONDS):
             beat += 1
             try:
-                self._guard.check()
+                if not self._guard.holds():
+                    return  # the job's next write says so
                 self._plain.write_atomic(BEAT, f"{self._holder.name} {beat}".encode())
             except (OSError, StorageError) as error:
                 logger.warning("no heartbeat in %s: %s", self._plain.join(BEAT), error)

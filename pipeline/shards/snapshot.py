@@ -44,8 +44,9 @@ def publish(
 
     Raises:
         SnapshotError: no sample in any shard.
-        StorageError: the file system or store failed.
+        StorageError: the file system or store failed, or another job took the folder's lease.
     """
+    folder.check()
     done = sorted(stats, key=lambda one: one.shard)
     shards = tuple(
         Shard(name=one.shard, samples=one.successes, bytes=one.bytes, sha256=one.sha256)
@@ -95,6 +96,7 @@ def publish_shards(
     snapshot has the same content. With ``always`` a snapshot is written anyway, for changes that are not in the shards,
     such as rows that failed again.
     """
+    folder.check()
     digest = _digest(shards)
     ids = snapshot_ids(folder)
     if ids and ids[-1].endswith(digest[:DIGEST_LENGTH]) and not always:

@@ -404,10 +404,10 @@ def _from_checkpoint(folder: Folder, ema: bool) -> Method:
     assert meta is not None
     record = _read_method(folder)
     try:
-        description = {name: folder.read_text(name) for name in meta.description}
+        description = {name: _described(folder, name) for name in meta.description}
         config = from_plain(config_class(record.method), record.config, folder.join(CONFIG))
         method = method_class(record.method).restored(config, description)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # of values of any kind
         raise DataError(f"{folder.uri} is not a complete checkpoint ({error})") from error
     inner, rest = (MODEL_EMA, REST_EMA) if ema else (MODEL, REST)
     if isinstance(model := getattr(method, "model", None), nn.Module):
@@ -415,6 +415,14 @@ def _from_checkpoint(folder: Folder, ema: bool) -> Method:
     if folder.exists(rest):
         _load(method, folder, rest, elsewhere=INNER)
     return method
+
+
+def _described(folder: Folder, name: str) -> str:
+    """A text file of a checkpoint; raises ``ValueError`` for a JSON file that holds no object."""
+    text = folder.read_text(name)
+    if name.endswith(".json") and not isinstance(parse_json(text), dict):
+        raise ValueError(f"{name} holds no JSON object")
+    return text
 
 
 def _from_open_clip(uri: str) -> Method:
