@@ -15,13 +15,17 @@ import hashlib
 import itertools
 import json
 import logging
+import struct
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import ExifTags, Image
 
 from pipeline.config import require
 from pipeline.dataset import load_card
@@ -126,8 +130,15 @@ class Coco:
         folder, name = split_file(str(piece.where["uri"]))
         with folder.open(name) as file:
             table = pq.ParquetFile(file).read_row_group(int(piece.where["group"]))
+        turned = 0
         for values in table.to_pylist():
-            yield self._row(values)
+            row = self._row(values)
+            turned += row.image is not None and _is_turned(row.image)
+            yield row
+        if turned:
+            message = "%s: %d of %d images have an EXIF orientation, and boxes are read in the pixels as stored; "
+            advice = "if they were drawn on the images as displayed, use --apply-exif-orientation"
+            logger.warning(message + advice, self.annotations, turned, piece.count)
 
     def schema(self) -> Mapping[str, type]:
         """``left_out`` counts unusable boxes; ``boxes_digest`` shows a refresh which annotations have changed."""
@@ -253,6 +264,15 @@ class Coco:
             members={FIELD: values["boxes"]},
             problem=problem,
         )
+
+
+def _is_turned(image: bytes) -> bool:
+    """Whether a program that obeys EXIF displays the image turned or mirrored; a damaged one is not."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(BytesIO(image)) as opened:
+            return opened.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    except (OSError, ValueError, SyntaxError, LookupError, TypeError, ArithmeticError, struct.error):
+        return False
 
 
 def _slashed(path: str) -> str:

@@ -422,7 +422,8 @@ def _experiment(store: "MlflowClient", uri: str, settings: Tracking) -> str:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         found = store.get_experiment_by_name(settings.experiment)
-    if found is None or found.lifecycle_stage != "active":
+    require(found is not None, "tracking_uri", masked(uri), "an MLflow store (this one: knows no experiment it made)")
+    if found.lifecycle_stage != "active":
         allowed = "an experiment that is not deleted (`mlflow experiments restore` brings it back)"
         raise SettingError("experiment", settings.experiment, allowed)
     reached = not needs_a_server(uri, found.artifact_location)

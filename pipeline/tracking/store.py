@@ -123,7 +123,7 @@ def store_errors(uri: str) -> Iterator[None]:
     except Exception as error:
         if is_ours(error):
             raise
-        allowed = f"an MLflow store that answers as one (this one: {reason(error)})"
+        allowed = f"an MLflow store that answers (this one: {reason(error)})"
         raise SettingError("tracking_uri", masked(uri), allowed) from error
 
 

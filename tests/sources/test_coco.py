@@ -4,11 +4,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from pipeline.errors import ClipmillError, DataError, SettingError, SnapshotError
 from pipeline.shards.objects import read_objects
@@ -499,6 +502,26 @@ def test_images_of_another_size_and_resized_ones_are_no_samples(data: Path) -> N
     assert snapshot.dropped == {"stale_annotation": 1} and snapshot.samples == 2
     with pytest.raises(SnapshotError, match="use --resize-mode no"):
         refresh(source, Folder(data / "small"), ShardOptions(images=ImageOptions(image_size=32)), NO_RAY)
+
+
+def test_images_that_are_displayed_turned(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Boxes of the displayed images fit with the option that turns them; the row, or a warning, names it."""
+    for number, size, orientation in ((139, (72, 72), 3), (7, (60, 72), 6)):
+        exif = Image.Exif()
+        exif[274] = orientation
+        Image.new("RGB", size).save(data / f"val2017/000{number:03d}.jpg", exif=exif)
+    content = instances()
+    content["images"][1] |= {"width": 72, "height": 60}  # as displayed
+    content["annotations"][2]["bbox"] = [40.0, 5, 30, 50]
+    source = Coco(annotations=write(data, content), images=str(data))
+    snapshot = refresh(source, Folder(data / "out"), as_it_is(), NO_RAY)
+    assert snapshot.dropped == {"stale_annotation": 1}
+    assert "2 of 2 images have an EXIF orientation" in caplog.text and "--apply-exif-orientation" in caplog.text
+    shard = pq.read_table(data / "out" / f"{snapshot.shards[0].name}.parquet").to_pylist()
+    assert "use --apply-exif-orientation" in shard[1]["error_message"]
+    options = as_it_is()
+    turning = replace(options, images=replace(options.images, apply_exif_orientation=True))
+    assert refresh(source, Folder(data / "turned"), turning, NO_RAY).samples == 3
 
 
 def test_a_refresh_sees_boxes_that_have_changed(data: Path) -> None:
