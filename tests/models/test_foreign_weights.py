@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -335,3 +336,19 @@ def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     with pytest.raises(SettingError, match=r"a folder with model\.safetensors"):
         Clip(Config(architecture=f"local-dir:{tmp_path}"))
+
+
+def test_addresses_in_docs_and_help_texts_load() -> None:
+    """All ``ARCHITECTURE:TAG`` and ``--architecture A --pretrained TAG`` that a reader may copy."""
+    root = Path(__file__).resolve().parents[2]
+    tags = "|".join(sorted({tag for _, tag in open_clip.list_pretrained()}, key=len, reverse=True))
+    found = set()
+    for path in (root / "README.md", *root.glob("docs/*.md"), *root.glob("jobs/*.py"), *root.rglob("pipeline/**/*.py")):
+        text = path.read_text()
+        found |= set(re.findall(rf"((?:RN|ViT)[\w/@-]+):({tags})\b", text))
+        found |= set(re.findall(rf"--architecture ([\w-]+) --pretrained ({tags})\b", text))
+    assert len(found) > 4
+    for architecture, tag in found:
+        parsed = openclip.parse_address(f"{architecture}:{tag}")
+        assert parsed is not None
+        openclip.check(*parsed)
