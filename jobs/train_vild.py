@@ -2,7 +2,7 @@
 """Train ViLD, an open-vocabulary detector, on boxes of base classes and on CLIP's features of stored regions.
 
     ray job submit --working-dir . -- python jobs/train_vild.py lvis --data s3://bucket/lvis-train \
-        --teacher ViT-B-32:openai --output-folder s3://bucket/runs/vild
+        --teacher ViT-B-32-quickgelu:openai --output-folder s3://bucket/runs/vild
 
 jobs/extract_region_features.py computes the regions' features, with the same teacher; --mode text and --mode supervised
 do not need them. --start-from RUN initialises the network with a proposer (jobs/train_proposer.py); the paper starts

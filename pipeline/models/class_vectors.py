@@ -102,5 +102,5 @@ def prompt(template: str, word: str) -> str:
 def _parsed(address: str) -> tuple[str, str | None]:
     found = openclip.parse_address(address)
     if found is None:
-        raise SettingError("teacher", address, "ARCHITECTURE:WEIGHTS, such as ViT-B-32:openai; WEIGHTS may be a folder")
+        raise SettingError("teacher", address, "ARCHITECTURE:WEIGHTS, such as ViT-B/32:openai; WEIGHTS may be a folder")
     return found

@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -21,7 +22,9 @@ from pipeline.models.towers import openclip
 from pipeline.models.towers.teacher import Teacher
 from pipeline.models.towers.torch_script import read_script_tensors
 from pipeline.models.towers.weights import read_any_weights
+from pipeline.shards.storage import Folder
 from pipeline.training.checkpoint import Checkpoints, Meta, load_method
+from pipeline.training.export import export
 from pipeline.training.optimizer import AdamW, make_optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -335,3 +338,128 @@ def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     with pytest.raises(SettingError, match=r"a folder with model\.safetensors"):
         Clip(Config(architecture=f"local-dir:{tmp_path}"))
+
+
+def test_addresses_in_docs_and_help_texts_load() -> None:
+    """All ``ARCHITECTURE:TAG`` and ``--architecture A --pretrained TAG`` that a reader may copy."""
+    root = Path(__file__).resolve().parents[2]
+    tags = "|".join(sorted({tag for _, tag in open_clip.list_pretrained()}, key=len, reverse=True))
+    found = set()
+    for path in (root / "README.md", *root.glob("docs/*.md"), *root.glob("jobs/*.py"), *root.rglob("pipeline/**/*.py")):
+        text = path.read_text()
+        found |= set(re.findall(rf"((?:RN|ViT)[\w/@-]+):({tags})\b", text))
+        found |= set(re.findall(rf"--architecture ([\w-]+) --pretrained ({tags})\b", text))
+    assert len(found) > 4
+    for architecture, tag in found:
+        parsed = openclip.parse_address(f"{architecture}:{tag}")
+        assert parsed is not None
+        openclip.check(*parsed)
+
+
+# Chinese-CLIP
+
+PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"红绿蓝色圆的一个。,!?'"]
+PIECES += ["red", "circle", "##s", "two", "blue", "red"]  # the later number of a repeated one counts
+PIECES += ["un", "##aff", "##able", "cafe", "1", "##2", "##3", "-", "##x", *"abcdefgh"]
+CHINESE = [
+    "一个红色的圆。",
+    "two blue circles, 红色",
+    "Unaffable CAFÉ!",
+    "123 x-ray\tred\ncircle",
+    "",
+    "xyz 未知",
+    "a" * 120,
+    "red\u0000\ufffd\u200b circle 'two'",
+    "一个红色的圆" * 20,
+]
+
+
+def chinese_model() -> Any:
+    from transformers import ChineseCLIPConfig, ChineseCLIPModel
+
+    text = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "max_position_embeddings": 64}
+    vision = {"hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision |= {"image_size": 64, "patch_size": 16}
+    torch.manual_seed(4)
+    config = ChineseCLIPConfig(text_config=text, vision_config=vision, projection_dim=20)
+    model = ChineseCLIPModel(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2) if parameter.ndim else nn.init.constant_(parameter, 3.0)
+    return model
+
+
+@pytest.fixture(scope="module", name="chinese")
+def chinese_fixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    folder = tmp_path_factory.mktemp("chinese")
+    model = chinese_model()
+    saved(model, folder)
+    (folder / "vocab.txt").write_text("\n".join(PIECES) + "\n", encoding="utf-8")
+    return model, folder
+
+
+def assert_equal_chinese_features(method: Clip, model: Any) -> None:
+    images, tokens = torch.randn(len(CHINESE), 3, 64, 64), method.tokenizer(CHINESE)
+    with torch.no_grad():
+        found = model(pixel_values=images, input_ids=tokens, attention_mask=(tokens != 0).long())
+        image, text = (
+            method.model.encode_image(images, normalize=True),
+            method.model.encode_text(tokens, normalize=True),
+        )
+    assert (found.image_embeds - image).abs().max() < 1e-5
+    assert (found.text_embeds - text).abs().max() < 1e-5
+
+
+def test_a_folder_of_chinese_clip_gives_the_same_features(chinese: tuple[Any, Path], tmp_path: Path) -> None:
+    """As a start, as a teacher, and as a student's checkpoint that is used without the folder."""
+    model, folder = chinese
+    moved = tmp_path / "chinese"
+    shutil.copytree(folder, moved)
+    config = Config(architecture=f"local-dir:{moved}", teacher=f"local-dir:{moved}")
+    Clip.check(config)
+    method = Clip(config).eval()
+    assert method.tokenizer(CHINESE).shape == (len(CHINESE), 52)
+    assert_equal_chinese_features(method, model)
+    assert method.logit_scale.item() == pytest.approx(3.0)
+    teacher = Teacher(f"local-dir:{moved}")
+    images, tokens = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), method.tokenizer(CHINESE[:2])
+    torch.testing.assert_close(teacher(images, tokens)[1], method.encode_text(tokens))
+    meta = Meta(step=1, samples_seen=8, batch_size=8, lanes=1, seed=0, snapshot="0" * 64)
+    checkpoint = Checkpoints(str(tmp_path / "run")).save(method, make_optimizer(AdamW(), method), meta)
+    shutil.rmtree(moved)
+    again = load_method(checkpoint.folder.uri)
+    assert isinstance(again, Clip) and again.tokenizer.words == tuple(PIECES)
+    assert_equal_chinese_features(again, model)
+    with pytest.raises(SettingError, match="is used from its checkpoint"):
+        export(again, Folder(str(tmp_path / "exported")), "open_clip")
+
+
+def test_gradients_reach_all_of_chinese_clip(chinese: tuple[Any, Path]) -> None:
+    method = Clip(Config(architecture=f"local-dir:{chinese[1]}")).train()
+    batch = {"image": torch.randint(0, 256, (9, 3, 64, 64), dtype=torch.uint8), "text": method.tokenizer(CHINESE)}
+    sum(method.training_step(batch).values()).backward()  # type: ignore[union-attr]
+    assert all(parameter.grad is not None for parameter in method.parameters())
+    assert {layer.tower for layer in method.layers().values()} == {"image", "text"}
+
+
+def test_word_pieces_are_those_of_transformers(chinese: tuple[Any, Path], tmp_path: Path) -> None:
+    from transformers import BertTokenizer
+
+    theirs = BertTokenizer(vocab={piece: number for number, piece in enumerate(PIECES)})
+    ours = openclip.tokenizer(f"local-dir:{chinese[1]}", 24)
+    wanted = theirs(CHINESE, padding="max_length", truncation=True, max_length=24, return_tensors="pt")["input_ids"]
+    assert ours(CHINESE).tolist() == wanted.tolist()
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").unlink(missing_ok=True)
+    shutil.copy(chinese[1] / "config.json", tmp_path)
+    assert (tmp_path / "tokenizer.json").is_file()
+    assert openclip.tokenizer(f"local-dir:{tmp_path}", 24)(CHINESE).tolist() == wanted.tolist()
+
+
+def test_chinese_clip_without_its_words_is_named(chinese: tuple[Any, Path], tmp_path: Path) -> None:
+    shutil.copy(chinese[1] / "config.json", tmp_path)
+    with pytest.raises(SettingError, match=r"a folder with vocab\.txt or tokenizer\.json"):
+        openclip.check_architecture(f"local-dir:{tmp_path}")
+    (tmp_path / "vocab.txt").write_text("a\nb\n")
+    with pytest.raises(SettingError, match=r"word pieces without \[UNK\]"):
+        openclip.check_architecture(f"local-dir:{tmp_path}")

@@ -7,16 +7,21 @@ transformers itself is not needed. Other kinds of models are refused by name.
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.config import require
 from pipeline.errors import SettingError
 from pipeline.models.towers import hugging_face
 
 CONFIG, IMAGES = "config.json", "preprocessor_config.json"
+VOCABULARY, TOKENIZER, TOKENIZER_CONFIG = "vocab.txt", "tokenizer.json", "tokenizer_config.json"
+KINDS = ("clip", "chinese_clip")
+SPECIAL = ("[UNK]", "[CLS]", "[SEP]", "[PAD]")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEX = "model.safetensors.index.json"  # of weights in several files
 BYTE_PAIRS = 49408  # the vocabulary of CLIP's own tokenizer
@@ -33,6 +38,20 @@ _TEXT = {
     "layer_norm_eps": 1e-5,
     "eos_token_id": BYTE_PAIRS - 1,
 }
+_BERT = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
+}
+MOST_WORDS = 1 << 20
+CHINESE_LENGTH = 52  # tokens of a text in Chinese-CLIP's code; its table of positions is longer
 _VISION = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -44,30 +63,50 @@ _VISION = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
+BERT_WORDS = "text_model.embeddings.word_embeddings.weight"
 _ACTIVATIONS = {"gelu": {}, "gelu_new": {"approximate": "tanh"}, "gelu_pytorch_tanh": {"approximate": "tanh"}}
 _INTERPOLATIONS = {hugging_face.BILINEAR: "bilinear", hugging_face.BICUBIC: "bicubic"}
 _BLOCK = {theirs: ours for ours, theirs in hugging_face._BLOCK.items()}
 _OTHERS = {theirs: ours for ours, theirs in hugging_face._OTHERS.items()}
 
 
-def model_config(config: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """open_clip's model config for the content of ``config.json``.
+@dataclass(frozen=True)
+class Vocabulary:
+    """The word pieces of a BERT tokenizer in the order of their numbers, and whether it reads texts in lower case."""
+
+    words: tuple[str, ...]
+    lower: bool = True
+
+
+def read_vocabulary(words: str | None, tokenizer: str | None, config: str | None, place: str) -> Vocabulary | None:
+    """The word pieces from the texts of ``vocab.txt`` or ``tokenizer.json``, and of ``tokenizer_config.json``."""
+    lower = parse(config, place).get("do_lower_case", True) if config else True
+    if words is not None:
+        return Vocabulary(tuple(words.removesuffix("\n").split("\n")), bool(lower))
+    model = parse(tokenizer, place).get("model") if tokenizer else None
+    found = model.get("vocab") if isinstance(model, Mapping) else None
+    if not isinstance(found, Mapping) or not all(isinstance(number, int) for number in found.values()):
+        return None
+    by_number = {number: word for word, number in found.items() if 0 <= number < MOST_WORDS}
+    return Vocabulary(tuple(by_number.get(number, "") for number in range(1 + max(by_number, default=-1))), bool(lower))
+
+
+def model_config(config: Mapping[str, Any], place: str, vocabulary: Vocabulary | None = None) -> dict[str, Any]:
+    """open_clip's model config for the content of ``config.json``; a ``ChineseCLIPModel`` needs a ``vocabulary``.
+
+    Its text tower has the keys ``bert``, ``word_pieces`` and ``lower``, which open_clip does not know.
 
     Raises:
         SettingError: another kind of model, or one with parts that open_clip lacks; the message names them.
     """
     kind = config.get("model_type")
-    if kind != "clip":
-        raise SettingError("architecture", place, f"a folder of a CLIPModel; its config.json is that of a {kind} model")
-    vision, text = _settings(_VISION, config, "vision"), _settings(_TEXT, config, "text")
-    quick = vision["hidden_act"] == "quick_gelu"
+    allowed = f"a folder of a CLIPModel or a ChineseCLIPModel; its config.json is that of a {kind} model"
+    require(kind in KINDS, "architecture", place, allowed)
+    vision = _settings(_VISION, config, "vision")
     _require(vision["num_channels"] == 3, place, f"{vision['num_channels']} colour channels")
-    _require(quick == (text["hidden_act"] == "quick_gelu"), place, "different activations in its two towers")
-    _require(
-        text["vocab_size"] == BYTE_PAIRS, place, f"{text['vocab_size']} tokens, where CLIP's tokenizer has {BYTE_PAIRS}"
-    )
-    _require(text["eos_token_id"] in (OLD_END, BYTE_PAIRS - 1), place, f"the end of text {text['eos_token_id']}")
+    quick = vision["hidden_act"] == "quick_gelu"
     bias = {"init_logit_bias": config["logit_bias"]} if "logit_bias" in config else {}
+    tower = _byte_pair_tower(config, quick, place) if kind == "clip" else _bert_tower(config, place, vocabulary)
     return {
         "embed_dim": int(config.get("projection_dim", 512)),
         "quick_gelu": quick,
@@ -77,19 +116,47 @@ def model_config(config: Mapping[str, Any], place: str) -> dict[str, Any]:
             "head_width": vision["hidden_size"] // vision["num_attention_heads"],
             **_transformer(vision, place),
         },
-        "text_cfg": {
-            "context_length": text["max_position_embeddings"],
-            "vocab_size": text["vocab_size"],
-            "heads": text["num_attention_heads"],
-            **_transformer(text, place),
-        },
+        "text_cfg": tower,
         **bias,
+    }
+
+
+def _byte_pair_tower(config: Mapping[str, Any], quick: bool, place: str) -> dict[str, Any]:
+    text = _settings(_TEXT, config, "text")
+    _require(quick == (text["hidden_act"] == "quick_gelu"), place, "different activations in its two towers")
+    _require(
+        text["vocab_size"] == BYTE_PAIRS, place, f"{text['vocab_size']} tokens, where CLIP's tokenizer has {BYTE_PAIRS}"
+    )
+    _require(text["eos_token_id"] in (OLD_END, BYTE_PAIRS - 1), place, f"the end of text {text['eos_token_id']}")
+    return {
+        "context_length": text["max_position_embeddings"],
+        "vocab_size": text["vocab_size"],
+        "heads": text["num_attention_heads"],
+        **_transformer(text, place),
+    }
+
+
+def _bert_tower(config: Mapping[str, Any], place: str, vocabulary: Vocabulary | None) -> dict[str, Any]:
+    text = _settings(_BERT, config, "text")
+    _require(text["hidden_act"] == "gelu", place, f"the activation {text['hidden_act']} in its text tower")
+    missing = f"a folder with {VOCABULARY} or {TOKENIZER}, the word pieces of its tokenizer"
+    if vocabulary is None:
+        raise SettingError("architecture", place, missing)
+    words = len(vocabulary.words)
+    _require(words <= text["vocab_size"], place, f"{words} word pieces and a table for {text['vocab_size']}")
+    needed = [word for word in SPECIAL if word not in vocabulary.words]
+    _require(not needed, place, f"word pieces without {', '.join(needed)}")
+    return {
+        "context_length": min(CHINESE_LENGTH, text["max_position_embeddings"]),
+        "bert": {name: text[name] for name in _BERT},
+        "word_pieces": list(vocabulary.words),
+        "lower": vocabulary.lower,
     }
 
 
 def is_quick(config: Mapping[str, Any]) -> bool | None:
     """Whether the model of a ``config.json`` has QuickGELU; ``None`` for another kind of file."""
-    if config.get("model_type") != "clip":
+    if config.get("model_type") not in KINDS:
         return None
     return bool(_settings(_VISION, config, "vision")["hidden_act"] == "quick_gelu")
 
@@ -118,9 +185,11 @@ def to_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if name.endswith("position_ids"):
+        if name.endswith("position_ids") or name.startswith("text_model.pooler."):
             continue
-        if name in ("visual_projection.weight", "text_projection.weight"):
+        if BERT_WORDS in tensors and name.startswith(("text_model.", "text_projection.")):
+            renamed["text." + name.removeprefix("text_model.").replace("text_projection.", "projection.")] = tensor
+        elif name in ("visual_projection.weight", "text_projection.weight"):
             renamed["visual.proj" if name.startswith("visual") else "text_projection"] = tensor.T
         elif ".encoder.layers." in name:
             renamed.update(_block_weights(name, tensors))

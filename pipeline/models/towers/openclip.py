@@ -38,6 +38,7 @@ from pipeline.models.towers import (
     convnet,  # noqa: F401 - registers it with timm
     hugging_face_import,
 )
+from pipeline.models.towers.bert import BertTextTower, WordPieceTokenizer
 from pipeline.models.towers.weights import misfit, read_any_weights
 from pipeline.shards.storage import Folder
 
@@ -49,7 +50,7 @@ BIG_VISION = (".npz", ".npy")
 OPENAI = ("input_resolution", "context_length", "vocab_size")  # buffers that OpenAI's own class alone has
 _FREE = {  # settings of a tower that do not change its features
     "vision_cfg": ("patch_dropout", "timm_model_pretrained", "timm_drop", "timm_drop_path", "output_tokens"),
-    "text_cfg": ("hf_model_pretrained", "output_tokens"),
+    "text_cfg": ("hf_model_pretrained", "output_tokens", "word_pieces"),
 }
 
 open_clip.add_model_config(CONFIGS)
@@ -67,7 +68,9 @@ def check_architecture(name: str) -> dict[str, Any]:
     try:
         theirs = _hugging_face_file(name, hugging_face_import.CONFIG)
         if theirs is not None:
-            return hugging_face_import.model_config(hugging_face_import.parse(theirs.read_text(), name), name)
+            return hugging_face_import.model_config(
+                hugging_face_import.parse(theirs.read_text(), name), name, _vocabulary(name)
+            )
         config = open_clip.get_model_config(name if ":" in name else plain_name(name))
     except SettingError:
         raise
@@ -192,7 +195,7 @@ def create(
     model: Any
     try:
         with _quiet_root_logger():
-            if is_theirs:
+            if is_theirs or "bert" in config["text_cfg"]:
                 model = _instance({**config, **bias}, image_size, context_length, patch_dropout)
                 set_model_preprocess_cfg(model, {**preprocessing(model), **images})
             else:
@@ -251,8 +254,11 @@ def _load(model: nn.Module, weights: dict[str, Tensor]) -> str:
 
 def tokenizer(architecture: str, context_length: int | None = None) -> Any:
     """The tokenizer of ``architecture``: texts to int64 [B, context length]; the architecture's by default."""
+    text = check_architecture(architecture)["text_cfg"]
+    length = context_length or text.get("context_length", 77)
+    if "word_pieces" in text:
+        return WordPieceTokenizer(text["word_pieces"], length, text["lower"])
     if _hugging_face_file(architecture, hugging_face_import.CONFIG) is not None:
-        length = context_length or check_architecture(architecture)["text_cfg"]["context_length"]
         return open_clip.SimpleTokenizer(context_length=length)
     with _quiet_root_logger():
         return open_clip.get_tokenizer(architecture, context_length=context_length)
@@ -261,7 +267,9 @@ def tokenizer(architecture: str, context_length: int | None = None) -> Any:
 def same_tokens(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two model configs name the same tokenizer; the context lengths may differ."""
     texts = one["text_cfg"], other["text_cfg"]
-    return all(texts[0].get(key) == texts[1].get(key) for key in ("hf_tokenizer_name", "tokenizer_kwargs"))
+    return all(
+        texts[0].get(key) == texts[1].get(key) for key in ("hf_tokenizer_name", "tokenizer_kwargs", "word_pieces")
+    )
 
 
 def plain_name(architecture: str) -> str:
@@ -404,11 +412,21 @@ def _renamed(
 def _instance(
     config: Mapping[str, Any], image_size: int | None, context_length: int | None, patch_dropout: float
 ) -> nn.Module:
-    """open_clip's ``CLIP`` for a config that open_clip has no name for."""
+    """open_clip's ``CLIP`` for a config that open_clip has no name for, or its towers with a BERT for texts."""
     vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
     vision |= {"image_size": image_size or vision["image_size"], "patch_dropout": patch_dropout}
     text |= {"context_length": context_length or text["context_length"]}
-    model: Any = open_clip.CLIP(**{**config, "vision_cfg": vision, "text_cfg": text})
+    model: Any
+    if "bert" in text:
+        longest = text["bert"]["max_position_embeddings"]
+        fits = text["context_length"] <= longest
+        require(fits, "context_length", text["context_length"], f"at most {longest}, the positions of this text tower")
+        small = {"width": 8, "heads": 1, "layers": 1, "vocab_size": 8}  # replaced
+        model = open_clip.CustomTextCLIP(**{**config, "vision_cfg": vision, "text_cfg": small})
+        model.text = BertTextTower(text["bert"], config["embed_dim"], text["context_length"])
+        model.context_length, model.vocab_size = model.text.context_length, model.text.vocab_size
+    else:
+        model = open_clip.CLIP(**{**config, "vision_cfg": vision, "text_cfg": text})
     set_model_preprocess_cfg(model, {**asdict(PreprocessCfg()), "size": model.visual.image_size})
     return cast(nn.Module, model)
 
@@ -432,6 +450,13 @@ def _hugging_face_weights(architecture: str) -> list[Path]:
     allowed = f"a folder with {' or '.join(hugging_face_import.WEIGHTS)}, or all parts of {hugging_face_import.INDEX}"
     require(bool(files) and len(files) == len(parts), "architecture", architecture, allowed)
     return files
+
+
+def _vocabulary(architecture: str) -> hugging_face_import.Vocabulary | None:
+    names = hugging_face_import.VOCABULARY, hugging_face_import.TOKENIZER, hugging_face_import.TOKENIZER_CONFIG
+    files = (_hugging_face_file(architecture, name) for name in names)
+    words, pieces, config = (file.read_text("utf-8") if file else None for file in files)
+    return hugging_face_import.read_vocabulary(words, pieces, config, architecture)
 
 
 def _hugging_face_images(architecture: str) -> Mapping[str, Any]:
