@@ -29,6 +29,7 @@ Config = TypeVar("Config")
 Scalar = str | int | float | bool | None
 SHIPPED = {"datasets": "drawn.yaml", "jobs": "pretrain_clip.py"}  # a file of each folder by which it is known
 UNKNOWN_KEY = "unexpected_keyword_argument"  # as pydantic calls it
+DEEPEST = 100  # lists and objects of JSON inside one another
 _chosen: tuple[str, Any] | None = None
 
 
@@ -52,6 +53,30 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Scalar]:
     return flat
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of JSON text; raises ``ValueError`` for other text, and for lists or objects deeper than 100.
+
+    Readers of files that others may have written use this: ``json.loads`` raises ``RecursionError`` for deep nesting.
+    """
+    try:
+        plain = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    level, depth = [plain], 0
+    while level:
+        depth += 1
+        if depth > DEEPEST:
+            raise ValueError("nested too deep")
+        level = [
+            inner
+            for value in level
+            if isinstance(value, dict | list)
+            for inner in (value.values() if isinstance(value, dict) else value)
+            if isinstance(inner, dict | list)
+        ]
+    return plain
+
+
 def to_json(config: Any) -> str:
     """The config as JSON text; :func:`from_json` converts it back to an equal config."""
     return json.dumps(_plain(config), indent=2) + "\n"
@@ -64,9 +89,10 @@ def from_json(kind: type[Config], text: str, origin: str = "config") -> Config:
         SettingError: not JSON, an unknown key, a wrong type or an invalid value; the message names its path.
     """
     try:
-        return from_plain(kind, json.loads(text), origin)
-    except json.JSONDecodeError as error:
+        plain = parse_json(text)
+    except ValueError as error:
         raise SettingError(origin, text[:80], f"well-formed JSON ({error})") from error
+    return from_plain(kind, plain, origin)
 
 
 def from_yaml(kind: type[Config], path: str | Path) -> Config:
@@ -77,7 +103,7 @@ def from_yaml(kind: type[Config], path: str | Path) -> Config:
         raise unreadable("file", str(path), "a YAML file", error) from error
     try:
         plain = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise SettingError("file", str(path), f"well-formed YAML ({' '.join(str(error).split())})") from error
     return from_plain(kind, plain, str(path))
 
@@ -266,7 +292,7 @@ def _setting_error(error: BaseException | None) -> SettingError | None:
 def _from_file(presets: dict[str, tuple[str, Any]], arguments: list[str]) -> Any:
     require(bool(arguments), "--from", "", "the config.json of an earlier run, and flags that differ from it")
     try:
-        plain = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+        plain = parse_json(Path(arguments[0]).read_bytes())
     except (OSError, ValueError) as error:
         raise unreadable("--from", arguments[0], "the config.json of an earlier run", error) from error
     kinds = dict.fromkeys(type(config) for _, config in presets.values())

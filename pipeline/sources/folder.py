@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,9 @@ from typing import Any, ClassVar
 from pipeline.config import require
 from pipeline.errors import SampleError, missing
 from pipeline.shards.storage import Folder, file_system, split_file
-from pipeline.sources.source import Row, Slice
+from pipeline.sources.source import Row, Slice, is_hidden
+
+logger = logging.getLogger(__name__)
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -75,7 +78,10 @@ class ImageFolder:
             raise missing("folder", self.folder)
         require(fs.isdir(root), "folder", self.folder, "a folder")
         found = {path[len(root) :].lstrip("/"): info for path, info in fs.find(root, detail=True).items()}
-        images = sorted(path for path in found if path.lower().endswith(IMAGES))
+        known = [path for path in found if path.lower().endswith(IMAGES)]
+        images = sorted(path for path in known if not is_hidden(path))
+        if len(images) < len(known):
+            logger.info("%s: %d images in hidden folders are left out", self.folder, len(known) - len(images))
         require(
             bool(images),
             "folder",
