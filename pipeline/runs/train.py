@@ -16,7 +16,7 @@ from pipeline.loaders.mixture import parts_of
 from pipeline.models.method import method_class, method_name
 from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.runs.evaluate import CheckpointEvaluation
-from pipeline.shards.lease import lease
+from pipeline.shards.lease import Lease, lease
 from pipeline.shards.storage import Folder
 from pipeline.tracking.runs import Tracking, start
 from pipeline.training.launch import follower, launch
@@ -62,11 +62,11 @@ def pretrain(job: Pretraining, keeps: bool = True) -> None:
         StorageError: another training holds the output folder.
     """
     evaluates = bool(job.evaluations.prepare().sets)
-    with lease(Folder(writable_folder("output_folder", job.run.output_folder)), "a training"):
-        _pretrain(job, evaluates, keeps)
+    with lease(Folder(writable_folder("output_folder", job.run.output_folder)), "a training") as held:
+        _pretrain(job, evaluates, keeps, held)
 
 
-def _pretrain(job: Pretraining, evaluates: bool, keeps: bool) -> None:
+def _pretrain(job: Pretraining, evaluates: bool, keeps: bool, held: Lease) -> None:
     plan, record = prepare(job.method, job.run, evaluates=evaluates)
     method = method_class(method_name(job.method))
     token = record.tracking_token
@@ -80,6 +80,7 @@ def _pretrain(job: Pretraining, evaluates: bool, keeps: bool) -> None:
         with follower(plan, evaluation) if evaluates else nullcontext() as beside:
             outcome = launch(plan, tracker.handle.open)
         metrics = beside.results.get(outcome.steps, {}) if beside else {}
+        held.check()
         tracker.describe(table(metrics), outcome.checkpoint if keeps else "")
         if keeps:
             tracker.register_checkpoint(outcome.checkpoint, metrics, outcome.steps, name=method.registered_as)

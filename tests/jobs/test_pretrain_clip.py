@@ -188,7 +188,7 @@ def test_a_second_training_in_the_folder_is_refused(
     with lease(Folder(output), "a training"):
         with pytest.raises(StorageError, match=r"a training \(process \d+ on .*\) is at work here"):
             script["run_pretraining"](second)
-        assert [path.name for path in (tmp_path / "run").iterdir()] == ["_lease"]
+        assert all(path.name.startswith("_") for path in (tmp_path / "run").iterdir())
 
 
 @pytest.mark.parametrize(

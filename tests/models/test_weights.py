@@ -248,7 +248,7 @@ def test_a_cut_checkpoint_folder_is_one_sentence(tiny: dict[str, Tensor], tmp_pa
 )
 def test_image_sizes_are_known_before_a_model_is_built(architecture: str, good: int, bad: int) -> None:
     openclip.check(architecture, None, image_size=good)
-    with pytest.raises(SettingError, match=f"image_size: {bad} .* such as [0-9]+( or [0-9]+)?$") as caught:
+    with pytest.raises(SettingError, match=f"image_size: got {bad}, .* such as [0-9]+( or [0-9]+)?$") as caught:
         openclip.check(architecture, None, image_size=bad)
     for size in map(int, re.findall("[0-9]+", caught.value.allowed.rpartition("such as")[2])):
         openclip.check(architecture, None, image_size=size)

@@ -457,7 +457,7 @@ def test_artifacts_that_cannot_be_written_are_one_sentence(
     client = MlflowClient(own_store)
     experiment = client.create_experiment("elsewhere", artifact_location=location)
     settings = Tracking(tracking_uri=own_store, experiment="elsewhere", system_metrics=False)
-    with pytest.raises(SettingError, match=f"^experiment: 'elsewhere'.*{sentence}") as caught:
+    with pytest.raises(SettingError, match=f"^experiment: got 'elsewhere'.*{sentence}") as caught:
         start(settings, Job())
     assert "\n" not in str(caught.value)
     assert [run.info.status for run in client.search_runs([experiment])] == ["FAILED"]
