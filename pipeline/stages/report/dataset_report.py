@@ -180,7 +180,7 @@ def _foreign(text: str, longest: int = 400) -> str:
 def _heading(name: str, report: DatasetReport) -> str:
     snapshot, statistics = report.snapshot, report.statistics
     facts = {
-        "samples": _number(statistics.visible),
+        "samples" if statistics.visible == statistics.unique else "samples, with repeats": _number(statistics.visible),
         "shards": _number(len(snapshot.shards)),
         **({"images": _size(statistics.bytes)} if statistics.bytes else {}),
         "fields": _number(len(statistics.fields)),
@@ -241,7 +241,8 @@ def _reason_row(reason: Reason, rows: int, messages: Mapping[str, Sequence[Messa
 
 
 def _charts_section(statistics: Statistics) -> str:
-    charts = [_chart(name, statistics.histograms[name]) for name in SCALES if name in statistics.histograms]
+    counted, names = statistics.visible, [name for name in SCALES if name in statistics.histograms]
+    charts = [_chart(name, statistics.histograms[name], counted) for name in names]
     languages = _languages(statistics.languages)
     return _section(
         "What the samples are like", f'<div class="charts">{"".join(charts)}</div>{_fields(statistics)}{languages}'
@@ -258,8 +259,8 @@ def _fields(statistics: Statistics) -> str:
     return _table("Fields of the samples", ("field", "#samples", "#size"), rows) if rows else ""
 
 
-def _chart(name: str, histogram: Histogram) -> str:
-    """A histogram as bars, with a text summary and a collapsible table."""
+def _chart(name: str, histogram: Histogram, samples: int) -> str:
+    """A histogram as bars, with a text summary, its count among ``samples``, and a collapsible table."""
     scale = SCALES[name]
     bars = _bars(histogram, name)
     tallest = max(count for _, _, count in bars)
@@ -294,9 +295,18 @@ def _chart(name: str, histogram: Histogram) -> str:
         f'<svg class="chart" viewBox="0 0 {width} {height + 20}" role="img" '
         f'aria-label="Histogram of {scale.title.lower()}: {words}">{rects}'
         f'<line x1="0" y1="{height}.5" x2="{width}" y2="{height}.5"></line>{labels}</svg>'
-        f"<figcaption>{words}; {_number(histogram.count)} samples"
+        f"<figcaption>{words}; {_counted(name, histogram.count, samples)}"
         f"<details><summary>numbers</summary>{numbers}</details></figcaption></figure>"
     )
+
+
+def _counted(name: str, count: int, samples: int) -> str:
+    """How many values a chart has, and why they are not as many as the samples."""
+    if count == samples:
+        return f"{_number(count)} samples"
+    if name == "original":
+        return f"{_number(count)} input rows that became samples; hidden samples are counted, repeats are not"
+    return f"{_number(count)} of {_number(samples)} samples; the others have no such value"
 
 
 def _bars(histogram: Histogram, name: str) -> list[tuple[float, float, int]]:
