@@ -198,6 +198,10 @@ def run_job(
         _stop(f"stopped; {again}", code=128 + signal.SIGINT)
     except _Terminated:
         _stop(f"stopped; {again}", code=128 + signal.SIGTERM)
+    except SystemExit as stopped:
+        if stopped.code != signal.SIGTERM:  # raised by Ray's own handler, which replaces ours in a driver
+            raise
+        _stop(f"stopped; {again}", code=128 + signal.SIGTERM)
     except BrokenPipeError:  # `--help | head`; what is left in the buffer has no reader either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None

@@ -19,9 +19,9 @@ def test_smoke_adopts_plain_tars(job: Type, tmp_path: Path, capsys: pytest.Captu
     ("arguments", "said"),
     [
         (["folder", "EMPTY"], "a folder with .tar files"),
-        (["folder", "EMPTY", "--card", "drwan"], "card: 'drwan'"),
-        (["folder", "EMPTY", "--processes-count", "-1"], "processes_count: -1"),
-        (["fodler", "EMPTY"], "preset: 'fodler'"),
+        (["folder", "EMPTY", "--card", "drwan"], "--card: got 'drwan'"),
+        (["folder", "EMPTY", "--processes-count", "-1"], "--processes-count: got -1"),
+        (["fodler", "EMPTY"], "preset: got 'fodler'"),
     ],
 )
 def test_wrong_settings_are_one_sentence(

@@ -79,13 +79,16 @@ def test_a_photo_of_a_phone_is_turned_as_it_is_displayed(tmp_path: Path, ending:
     ("arguments", "sentence"),
     [
         (["smoke", "--words", "star", "Star"], "every word once"),
-        (["smoke", "--most", "0"], "most: 0"),
-        (["smoke", "--least-score", "2"], "least_score: 2.0"),
+        (["smoke", "--most", "0"], "--most: got 0"),
+        (["smoke", "--least-score", "2"], "--least-score: got 2.0"),
         (["smoke", "--output", "found.jpg"], "ends in .png"),
-        (["picture", "nowhere.png", "--checkpoint", "x", "--words", "a"], "image: 'nowhere.png'"),
+        (
+            ["picture", "nowhere.png", "--checkpoint", "x", "--words", "a"],
+            "image: no such file or folder: 'nowhere.png'",
+        ),
         (["picture", "broken.png", "--checkpoint", "x", "--words", "a"], "broken.png is not a readable image"),
         (["picture", "good.png", "--checkpoint", "clipmill-tiny:untrained", "--words", "a"], "predict"),
-        (["picture", "good.png", "--checkpoint", "nowhere", "--words", "a"], "checkpoint: 'nowhere'"),
+        (["picture", "good.png", "--checkpoint", "nowhere", "--words", "a"], "--checkpoint: got 'nowhere'"),
     ],
 )
 def test_wrong_options_are_one_sentence(

@@ -79,16 +79,19 @@ def test_presets_name_sets_that_exist(preset: str) -> None:
     [
         (["sets", "--checkpoint", "x"], "at least one set"),
         (["smoke", "--zero-shot", "drawn_shpaes"], "drawn_shpaes"),
-        (["smoke", "--evaluation-samples", "0"], "evaluation_samples: 0"),
-        (["smoke", "--classes", "missing.txt"], "classes: 'missing.txt'"),
+        (["smoke", "--evaluation-samples", "0"], "--evaluation-samples: got 0"),
+        (["smoke", "--classes", "missing.txt"], "--classes: no such file or folder: 'missing.txt'"),
         (["smoke", "--track", "--run-id", "a"], "either --run-id or --track"),
         (["smoke", "--run-id", "0" * 32, "--tracking-uri", "sqlite:///empty.db"], "run_id"),
         (["smoke", "--track", "--tracking-uri", "http://127.0.0.1:9"], "MLflow server that answers"),
         (["smoke", "--detection", "drawn_shpaes"], "drawn_shpaes"),
-        (["smoke", "--detection", "drawn_val", "--detection-words", "missing.txt"], "detection_words: 'missing.txt'"),
+        (
+            ["smoke", "--detection", "drawn_val", "--detection-words", "missing.txt"],
+            "--detection-words: no such file or folder: 'missing.txt'",
+        ),
         (["smoke", "--detection", "drawn_val"], "a method with `predict`"),
-        (["smoke", "--checkpoint", "nowhere"], "checkpoint: 'nowhere'"),
-        (["samll"], "preset: 'samll'"),
+        (["smoke", "--checkpoint", "nowhere"], "--checkpoint: got 'nowhere'"),
+        (["samll"], "preset: got 'samll'"),
     ],
 )
 def test_wrong_options_are_one_sentence(

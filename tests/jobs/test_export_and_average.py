@@ -66,10 +66,10 @@ def test_averages_are_checkpoints(job: Type, runs: list[str], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["export_model", "open-clip", "--checkpoint", "RUN"], "output: ''"),
+        (["export_model", "open-clip", "--checkpoint", "RUN"], "output: nothing given"),
         (["export_model", "open-clip", "--checkpoint", "RUN:ema", "--output", "x"], "has no model_ema.safetensors"),
         (["export_model", "hugging-face", "--checkpoint", "clipmill-small:untrained", "--output", "x"], "of timm"),
-        (["average_checkpoints", "uniform", "--checkpoints", "RUN", "--output", "x"], "checkpoints: 1"),
+        (["average_checkpoints", "uniform", "--checkpoints", "RUN", "--output", "x"], "--checkpoints: got 1"),
         (["average_checkpoints", "greedy", "--checkpoints", "RUN", "RUN", "--output", "x"], "metric"),
         (
             ["average_checkpoints", "greedy", "--checkpoints", "RUN", "RUN", "--output", "x", "--metric", "nothing"],

@@ -47,13 +47,13 @@ def test_uid_lists_out(job: Type, make_snapshot: Callable[..., Snapshot], tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["laion"], "data: ''"),
+        (["laion"], "data: nothing given"),
         (["laion", "--data", "/no/such"], "has no snapshot"),
-        (["custom", "--data", "DATA"], "steps: []"),
-        (["custom", "--data", "DATA", "--steps", "lenght"], "steps: 'lenght'"),
-        (["metaclip", "--data", "DATA", "--entries", "/no/such"], "entries: '/no/such'"),
+        (["custom", "--data", "DATA"], "steps: nothing given"),
+        (["custom", "--data", "DATA", "--steps", "lenght"], "--steps: got 'lenght'"),
+        (["metaclip", "--data", "DATA", "--entries", "/no/such"], "--entries: no such file or folder: '/no/such'"),
         (["laion", "--data", "DATA", "--processes-count", "0"], "jobs/embed_dataset.py"),
-        (["datacomp-basic", "--data", "DATA", "--max-aspect", "0"], "max_aspect: 0"),
+        (["datacomp-basic", "--data", "DATA", "--max-aspect", "0"], "--max-aspect: got 0"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(

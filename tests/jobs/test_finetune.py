@@ -34,8 +34,8 @@ def test_presets_survive_being_saved() -> None:
     [
         (["smoke", "--card", "drawn_shpaes"], "drawn_shpaes"),
         (["smoke", "--card", ""], "card"),
-        (["smoke", "--features", "tower"], "features: 'tower'"),
-        (["smoke", "--pretrained", "nowhere"], "pretrained: 'nowhere'"),
+        (["smoke", "--features", "tower"], "--features: got 'tower'"),
+        (["smoke", "--pretrained", "nowhere"], "--pretrained: got 'nowhere'"),
         (["wise-ft"], "data"),
     ],
 )

@@ -39,9 +39,9 @@ def test_presets_name_sets_with_pools() -> None:
     [
         (["sets", "--checkpoint", "x"], "at least one set"),
         (["smoke", "--data", "drawn_shpaes"], "drawn_shpaes"),
-        (["smoke", "--held-out", "2"], "held_out: 2"),
+        (["smoke", "--held-out", "2"], "--held-out: got 2"),
         (["smoke", "--track", "--run-id", "a"], "either --run-id or --track"),
-        (["smoke", "--checkpoint", "nowhere"], "checkpoint: 'nowhere'"),
+        (["smoke", "--checkpoint", "nowhere"], "--checkpoint: got 'nowhere'"),
         (["smoke", "--test", "drawn_shapes", "drawn_colours"], "one for each of the 1"),
     ],
 )

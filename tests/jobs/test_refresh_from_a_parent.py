@@ -68,12 +68,12 @@ def test_a_floor_stops_the_job_with_exit_code_1(urls: Urls, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--parent", "OUT@00009-x"], "parent: "),
-        (["--parent", "/somewhere/else"], "parent: '/somewhere/else'"),
-        (["--parent", "latest", "--image-size", "48"], "image_size: 48"),
-        (["--opt-out", "/no/such.txt"], "opt_out: '/no/such.txt'"),
-        (["--minimum-success", "20"], "minimum_success: 20"),
-        (["--engine", "img2dataset", "--parent", "latest"], "engine: 'img2dataset'"),
+        (["--parent", "OUT@00009-x"], "--parent: "),
+        (["--parent", "/somewhere/else"], "--parent: got '/somewhere/else'"),
+        (["--parent", "latest", "--image-size", "48"], "--image-size: got 48"),
+        (["--opt-out", "/no/such.txt"], "--opt-out: no such file or folder: '/no/such.txt'"),
+        (["--minimum-success", "20"], "--minimum-success: got 20"),
+        (["--engine", "img2dataset", "--parent", "latest"], "--engine: got 'img2dataset'"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(

@@ -38,7 +38,7 @@ def test_the_page_is_kept_in_mlflow(
         (["snapshot", "--data", "nowhere", "--no-track"], "nowhere has no snapshot"),
         (["snapshot", "--data", "x", "--output", "page.pdf"], "ends in .html"),
         (["snapshot", "--data", "x", "--output", "", "--no-track"], "output"),
-        (["snapshot", "--data", "x", "--samples", "-1"], "samples: -1"),
+        (["snapshot", "--data", "x", "--samples", "-1"], "--samples: got -1"),
         (["snapshot"], "--data"),
     ],
 )

@@ -112,7 +112,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
         (["show", "missing.yaml"], "missing.yaml"),
         (["show", "wrong.yaml"], "colour"),
         (["run", ""], "file"),
-        (["run", "right.yaml", "--poll-seconds", "0"], "poll_seconds: 0"),
+        (["run", "right.yaml", "--poll-seconds", "0"], "--poll-seconds: got 0"),
         (["run", "right.yaml", "--once", "--address", "http://127.0.0.1:9"], "a Ray job server that answers"),
     ],
 )

@@ -22,10 +22,10 @@ def test_smoke_then_a_training_reads_the_tokens(job: Type, tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--architecture", "ViT-B-33"], "architecture: 'ViT-B-33'"),
-        (["--name", "a/b"], "name: 'a/b'"),
-        (["--caption", "jpg"], "caption: 'jpg'"),
-        (["--context-length", "0"], "context_length: 0"),
+        (["--architecture", "ViT-B-33"], "--architecture: got 'ViT-B-33'"),
+        (["--name", "a/b"], "--name: got 'a/b'"),
+        (["--caption", "jpg"], "--caption: got 'jpg'"),
+        (["--context-length", "0"], "--context-length: got 0"),
     ],
 )
 def test_wrong_settings_are_one_sentence(
