@@ -82,7 +82,7 @@ def test_presets_name_sets_that_exist(preset: str) -> None:
         (["smoke", "--evaluation-samples", "0"], "--evaluation-samples: got 0"),
         (["smoke", "--classes", "missing.txt"], "--classes: no such file or folder: 'missing.txt'"),
         (["smoke", "--track", "--run-id", "a"], "either --run-id or --track"),
-        (["smoke", "--run-id", "0" * 32, "--tracking-uri", "sqlite:///empty.db"], "run_id"),
+        (["smoke", "--run-id", "0" * 32, "--tracking-uri", "sqlite:///empty.db"], "--run-id"),
         (["smoke", "--track", "--tracking-uri", "http://127.0.0.1:9"], "MLflow server that answers"),
         (["smoke", "--detection", "drawn_shpaes"], "drawn_shpaes"),
         (

@@ -43,7 +43,7 @@ def test_smoke_makes_a_snapshot_that_webdataset_reads(job: Type, tmp_path: Path)
             ["urls", "--url-list", "LIST", "--output-folder", "OUT", "--encode-quality", "500"],
             "--encode-quality: got 500",
         ),
-        (["urls", "--url-list", "LIST", "--output-folder", "OUT", "--number-sample-per-shard", "0"], "number_sample"),
+        (["urls", "--url-list", "LIST", "--output-folder", "OUT", "--number-sample-per-shard", "0"], "--number-sample"),
         (["urls", "--url-list", "LIST", "--output-folder", "OUT", "--timeout", "-1"], "--timeout: got -1"),
         (["folder", "--folder", "/no/such", "--output-folder", "OUT"], "--folder: no such file or folder: '/no/such'"),
         (["drawn", "--split", "tset", "--output-folder", "OUT"], "--split: got 'tset'"),
