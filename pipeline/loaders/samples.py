@@ -37,7 +37,7 @@ def json_of_sample(sample: Sample) -> dict[str, Any]:
     """
     try:
         record = json.loads(sample.fields.get("json", b"{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnreadableSample(f"{sample.key}.json is no JSON") from error
     return record if isinstance(record, dict) else {}
 

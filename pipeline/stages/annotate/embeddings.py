@@ -287,7 +287,7 @@ def matrix(column: Any) -> Features:
 def _described(sample: Sample, with_caption: bool) -> dict[str, Any]:
     try:
         plain = json.loads(sample.fields.get("json", b"{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         plain = {}
     columns = plain if isinstance(plain, dict) else {}
     rest = {name: value for name, value in columns.items() if name not in ("caption", "metadata", "image_path")}

@@ -198,7 +198,7 @@ def _described(sample: Sample) -> dict[str, Any]:
     """The values of a parquet row, from the sample itself."""
     try:
         plain = json.loads(sample.fields.get("json", b"{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         plain = {}
     scalars = plain.items() if isinstance(plain, dict) else ()
     row: dict[str, Any] = {name: str(value) for name, value in scalars if isinstance(value, str | int | float)}
