@@ -55,7 +55,10 @@ def read_classes(setting: str, card: Card | None, name: str) -> tuple[str, ...]:
         if card is None or not card.classes:
             raise SettingError("classes", setting, f"for {name}, which has no card with classes: {CLASSES}")
         return card.classes
-    return lines_of("classes", setting, CLASSES)
+    names = lines_of("classes", setting, CLASSES)
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    require(not twice, "classes", setting, f"a file with distinct names; twice there: {', '.join(twice[:5])}")
+    return names
 
 
 def read_templates(setting: str, card: Card | None, name: str) -> tuple[str, ...]:

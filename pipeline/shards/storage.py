@@ -102,8 +102,8 @@ class Folder:
         return content
 
     def read_text(self, name: str) -> str:
-        """The whole file ``name`` as UTF-8 text."""
-        return self.read_bytes(name).decode("utf-8")
+        """The whole file ``name`` as UTF-8 text, without the byte-order mark that Windows' editors write."""
+        return self.read_bytes(name).decode("utf-8-sig")
 
     def write_atomic(self, name: str, content: bytes | Path) -> None:
         """Write ``content`` (bytes, or the path of a local file, which is moved or uploaded) as ``name``.

@@ -12,6 +12,7 @@ detected before a cluster is used.
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,12 +29,13 @@ from pipeline.tracking.provenance import provenance_tags
 from pipeline.tracking.records import LoggedSteps, log_snapshot, register
 from pipeline.tracking.store import (
     answers,
+    artifact_errors,
     artifact_location,
     checked_uri,
     client,
     is_refusal,
     needs_a_server,
-    spoken_to,
+    store_errors,
 )
 from pipeline.tracking.system import SystemMetrics
 from pipeline.tracking.writer import MetricWriter, Point
@@ -311,11 +313,11 @@ def start(
     the old id in the tag ``continues``.
 
     Raises:
-        SettingError: the tracking server does not answer, MLflow does not support the kind of URI, or only the
-            experiment's server can write its files.
+        SettingError: the tracking server does not answer or refuses, MLflow does not support the kind of URI, or this
+            machine cannot write the experiment's files. A run that was created before is ended as failed.
     """
     uri = checked_uri(settings.tracking_uri)
-    with spoken_to(uri):
+    with store_errors(uri):
         return _start(uri, settings, config, run_id, tags or {}, token, once)
 
 
@@ -330,13 +332,18 @@ def _start(
         _check_reached(uri, old)
     run = _revive(store, old) if old else _create(store, uri, settings, token)
     tracker = MlflowTracker(RunHandle(uri=uri, run_id=run.info.run_id, once=once), owns=True)
-    changed = _log_params(store, run, config)
-    lost = {"continues": run_id} if run_id and not old else {}
-    tracker._set_tags({**provenance_tags(), **changed, **lost, **tags})
-    store.log_text(run.info.run_id, masked(to_json(config)), CONFIG)
-    if settings.system_metrics:
-        tracker.watch_node()
-    logger.info("%s run %s; to look at it: %s", "continuing" if old else "new", tracker.run_id, tracker.where)
+    try:
+        changed = _log_params(store, run, config)
+        lost = {"continues": run_id} if run_id and not old else {}
+        tracker._set_tags({**provenance_tags(), **changed, **lost, **tags})
+        with artifact_errors(settings.experiment, run.info.artifact_uri):
+            store.log_text(run.info.run_id, masked(to_json(config)), CONFIG)
+        if settings.system_metrics:
+            tracker.watch_node()
+        logger.info("%s run %s; to look at it: %s", "continuing" if old else "new", tracker.run_id, tracker.where)
+    except BaseException:
+        tracker.__exit__(*sys.exc_info())  # no run is left as running
+        raise
     return tracker
 
 
@@ -347,7 +354,7 @@ def attach(settings: Tracking, run_id: str) -> MlflowTracker:
         SettingError: the store has no such run, does not answer, or cannot write the run's files.
     """
     uri = checked_uri(settings.tracking_uri)
-    with spoken_to(uri):
+    with store_errors(uri):
         found = _existing(client(uri), run_id)
     if found is None:
         raise SettingError("run_id", run_id, f"a run of {masked(uri)}")
@@ -372,7 +379,7 @@ def _existing(store: "MlflowClient", run_id: str) -> "Run | None":
     try:
         run = store.get_run(run_id)
     except MlflowException as error:
-        if not is_refusal(error):
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         return None
     return run if run.info.lifecycle_stage == "active" else None
@@ -415,7 +422,8 @@ def _experiment(store: "MlflowClient", uri: str, settings: Tracking) -> str:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         found = store.get_experiment_by_name(settings.experiment)
-    if found is None or found.lifecycle_stage != "active":
+    require(found is not None, "tracking_uri", masked(uri), "an MLflow store (this one: knows no experiment it made)")
+    if found.lifecycle_stage != "active":
         allowed = "an experiment that is not deleted (`mlflow experiments restore` brings it back)"
         raise SettingError("experiment", settings.experiment, allowed)
     reached = not needs_a_server(uri, found.artifact_location)

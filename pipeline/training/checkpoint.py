@@ -36,7 +36,7 @@ from pipeline.errors import DataError, SettingError, StorageError
 from pipeline.loaders.cache import FileCache
 from pipeline.models.method import Method, config_class, method_class, method_name
 from pipeline.models.towers import openclip
-from pipeline.models.towers.weights import read_tensors
+from pipeline.models.towers.weights import misfit, read_tensors
 from pipeline.shards.manifest import is_file_name
 from pipeline.shards.storage import Folder, storage_errors
 from pipeline.training import distributed
@@ -437,13 +437,13 @@ def _from_open_clip(uri: str) -> Method:
 def _load(module: nn.Module, folder: Folder, name: str, elsewhere: str | None = None) -> None:
     """Load a file of weights into ``module``; names with the prefix ``elsewhere`` come from another file."""
     tensors = load_tensors(folder, name)
-    try:
-        result = module.load_state_dict(tensors, strict=elsewhere is None)
-    except RuntimeError as error:
-        raise DataError(f"{folder.join(name)} cannot be read ({_first_line(error)})") from error
-    missing = [name for name in result.missing_keys if elsewhere is None or not name.startswith(elsewhere)]
-    if missing or result.unexpected_keys:
-        raise DataError(f"{folder.join(name)} holds other weights: {(missing + result.unexpected_keys)[:3]}")
+    wanted = module.state_dict()
+    if elsewhere is not None:
+        wanted = {key: tensor for key, tensor in wanted.items() if not key.startswith(elsewhere)}
+    problem = misfit(wanted, tensors)
+    if problem:
+        raise DataError(f"{folder.join(name)} does not fit the checkpoint's own config: {problem}")
+    module.load_state_dict(tensors, strict=elsewhere is None)
 
 
 def _config_text(method: Method) -> str:
