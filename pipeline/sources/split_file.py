@@ -12,13 +12,12 @@ order is the same on every machine, but differs from the papers' order.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
-from pipeline.config import require
+from pipeline.config import parse_json, require
 from pipeline.errors import DataError, SampleError
 from pipeline.shards.storage import Folder
 from pipeline.sources.source import Row, Scalar, Slice, is_hidden
@@ -113,7 +112,7 @@ class SplitFile:
     def _read_json(self) -> Iterator[Item]:
         where, text = self._place.join(self.split), self._text(self.split)
         try:
-            content: Any = json.loads(text)
+            content: Any = parse_json(text)
             rows = [(path, label, name) for path, label, name in content[self.part]]
         except (ValueError, KeyError, TypeError) as error:
             form = "{'train': [[path, label, class name], ...], 'val': ..., 'test': ...}"

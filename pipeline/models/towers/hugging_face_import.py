@@ -5,7 +5,6 @@ A folder or repository has ``config.json``, ``model.safetensors`` or ``pytorch_m
 transformers itself is not needed. Other kinds of models are refused by name.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config import require
+from pipeline.config import parse_json, require
 from pipeline.errors import SettingError
 from pipeline.models.towers import hugging_face
 
@@ -250,7 +249,7 @@ def parts_of(index: str, place: str) -> list[str]:
 def parse(text: str, place: str) -> dict[str, Any]:
     """The JSON object in ``text``; raises ``SettingError`` if it is none."""
     try:
-        plain = json.loads(text)
+        plain = parse_json(text)
     except ValueError as error:
         raise SettingError("architecture", place, f"a folder with well-formed JSON ({error})") from error
     if not isinstance(plain, dict):
