@@ -414,28 +414,33 @@ def _experiment(store: "MlflowClient", uri: str, settings: Tracking) -> str:
     """The id of the experiment, created if missing; its tags select the UI's default columns."""
     from mlflow.exceptions import MlflowException
 
-    found = store.get_experiment_by_name(settings.experiment)
-    if found is None:
-        try:
-            store.create_experiment(settings.experiment, artifact_location(uri, settings.experiment))
-        except MlflowException as error:  # another driver created it first
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        found = store.get_experiment_by_name(settings.experiment)
-    require(found is not None, "tracking_uri", masked(uri), "an MLflow store (this one: knows no experiment it made)")
-    if found.lifecycle_stage != "active":
-        allowed = "an experiment that is not deleted (`mlflow experiments restore` brings it back)"
-        raise SettingError("experiment", settings.experiment, allowed)
-    reached = not needs_a_server(uri, found.artifact_location)
-    require(reached, "experiment", settings.experiment, f"another name, or {THROUGH_A_SERVER}")
     tags = {
         "mlflow.experiment.primaryMetric.name": settings.primary_metric,
         "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
         "mlflow.experimentKind": "custom_model_development",
     }
+    found = store.get_experiment_by_name(settings.experiment)
+    if found is None:
+        try:
+            store.create_experiment(settings.experiment, artifact_location(uri, settings.experiment), tags)
+        except MlflowException as error:  # another driver created it first
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        found = store.get_experiment_by_name(settings.experiment)
+    if found is None:
+        raise SettingError("tracking_uri", masked(uri), "an MLflow store (this one: knows no experiment it made)")
+    if found.lifecycle_stage != "active":
+        allowed = "an experiment that is not deleted (`mlflow experiments restore` brings it back)"
+        raise SettingError("experiment", settings.experiment, allowed)
+    reached = not needs_a_server(uri, found.artifact_location)
+    require(reached, "experiment", settings.experiment, f"another name, or {THROUGH_A_SERVER}")
     for key, value in tags.items():
         if found.tags.get(key) != value:
-            store.set_experiment_tag(found.experiment_id, key, value)
+            try:
+                store.set_experiment_tag(found.experiment_id, key, value)
+            except MlflowException:  # MLflow inserts a tag that another driver inserted since it looked
+                if store.get_experiment(found.experiment_id).tags.get(key) != value:
+                    raise
     return str(found.experiment_id)
 
 
