@@ -35,7 +35,7 @@ from pipeline.tracking.store import (
     client,
     is_refusal,
     needs_a_server,
-    store_errors,
+    spoken_to,
 )
 from pipeline.tracking.system import SystemMetrics
 from pipeline.tracking.writer import MetricWriter, Point
@@ -296,7 +296,7 @@ def start(settings: Tracking, config: Any, run_id: str = "", tags: Mapping[str, 
             machine cannot write the experiment's files. A run that was created before is ended as failed.
     """
     uri = checked_uri(settings.tracking_uri)
-    with store_errors(uri):
+    with spoken_to(uri):
         return _start(uri, settings, config, run_id, tags or {})
 
 
@@ -331,7 +331,7 @@ def attach(settings: Tracking, run_id: str) -> MlflowTracker:
         SettingError: the store has no such run, does not answer, or cannot write the run's files.
     """
     uri = checked_uri(settings.tracking_uri)
-    with store_errors(uri):
+    with spoken_to(uri):
         found = _existing(client(uri), run_id)
     if found is None:
         raise SettingError("run_id", run_id, f"a run of {masked(uri)}")
@@ -382,10 +382,15 @@ def _experiment(store: "MlflowClient", uri: str, settings: Tracking) -> str:
     """The id of the experiment, created if missing; its tags select the UI's default columns."""
     from mlflow.exceptions import MlflowException
 
+    tags = {
+        "mlflow.experiment.primaryMetric.name": settings.primary_metric,
+        "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
+        "mlflow.experimentKind": "custom_model_development",
+    }
     found = store.get_experiment_by_name(settings.experiment)
     if found is None:
         try:
-            store.create_experiment(settings.experiment, artifact_location(uri, settings.experiment))
+            store.create_experiment(settings.experiment, artifact_location(uri, settings.experiment), tags)
         except MlflowException as error:  # another driver created it first
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -396,14 +401,13 @@ def _experiment(store: "MlflowClient", uri: str, settings: Tracking) -> str:
         raise SettingError("experiment", settings.experiment, allowed)
     reached = not needs_a_server(uri, found.artifact_location)
     require(reached, "experiment", settings.experiment, f"another name, or {THROUGH_A_SERVER}")
-    tags = {
-        "mlflow.experiment.primaryMetric.name": settings.primary_metric,
-        "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
-        "mlflow.experimentKind": "custom_model_development",
-    }
     for key, value in tags.items():
         if found.tags.get(key) != value:
-            store.set_experiment_tag(found.experiment_id, key, value)
+            try:
+                store.set_experiment_tag(found.experiment_id, key, value)
+            except MlflowException:  # MLflow inserts a tag that another driver inserted since it looked
+                if store.get_experiment(found.experiment_id).tags.get(key) != value:
+                    raise
     return str(found.experiment_id)
 
 
