@@ -395,7 +395,8 @@ def _experiment(store: "MlflowClient", uri: str, settings: Tracking) -> str:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         found = store.get_experiment_by_name(settings.experiment)
-    require(found is not None, "tracking_uri", masked(uri), "an MLflow store (this one: knows no experiment it made)")
+    if found is None:
+        raise SettingError("tracking_uri", masked(uri), "an MLflow store (this one: knows no experiment that it made)")
     if found.lifecycle_stage != "active":
         allowed = "an experiment that is not deleted (`mlflow experiments restore` brings it back)"
         raise SettingError("experiment", settings.experiment, allowed)
