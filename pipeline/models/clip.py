@@ -154,7 +154,7 @@ class Clip(ImageTextMethod, EmbeddingMethod):
         )
         self.tokenizer = openclip.tokenizer(config.architecture, config.context_length)
         self.end_of_text = openclip.end_of_text(self.model, self.tokenizer)
-        if config.pretrained is None:
+        if config.pretrained is None and not openclip.brings_weights(config.architecture):
             scale = config.sigmoid_scale if config.loss == "sigmoid" else 1 / config.temperature
             torch.nn.init.constant_(self.logit_scale, math.log(scale))
             if config.text_start == "bag_of_words":

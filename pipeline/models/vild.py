@@ -28,8 +28,10 @@ Differences from the authors' code:
 
 - classes without boxes are not in the softmax; there they have logits of 0 (``zeroed_classes`` adds them);
 - an image and its stored regions are mirrored together; there by two independent random numbers;
-- regions are cut by torchvision's RoIAlign from the levels up to 1/32, and the level at 1/64 is torchvision's
-  max-pooling of the level at 1/32;
+- regions are cut by torchvision's RoIAlign, without an offset of half a pixel, from the levels up to 1/32, and the
+  level at 1/64 is torchvision's max-pooling of the level at 1/32;
+- the background vector has no weight decay, like other vectors here; it is of unit length, so decay only changes how
+  fast it turns;
 - linear layers and the mask head after its deconvolution have no batch normalisation.
 
 As there, boxes that cover an object by exactly a half are background.
@@ -109,8 +111,8 @@ class Config(proposals.Config):
     """Maximum part of the sampled regions that cover an object, up to 1."""
     region_size: int = 224
     """Side of a box, in pixels, that is cut from the level at 1/16; half as large from 1/8."""
-    crop_samples: int = 2
-    """Points, down and across, whose mean is a cell of what is cut; fewer are faster."""
+    crop_samples: int = 1
+    """Points, down and across, whose mean is a cell of what is cut; 1 as in the authors' code, more are slower."""
     head_convolutions: tuple[int, ...] = (256, 256, 256, 256)
     """Channels of the convolutions of a region head."""
     head_layers: tuple[int, ...] = (1024, 1024)

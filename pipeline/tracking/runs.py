@@ -26,7 +26,7 @@ from pipeline.errors import SettingError
 from pipeline.shards.privacy import masked, masked_value
 from pipeline.shards.snapshot import Snapshot
 from pipeline.tracking.provenance import provenance_tags
-from pipeline.tracking.records import log_snapshot, register
+from pipeline.tracking.records import LoggedSteps, log_snapshot, register
 from pipeline.tracking.store import (
     answers,
     artifact_errors,
@@ -35,7 +35,7 @@ from pipeline.tracking.store import (
     client,
     is_refusal,
     needs_a_server,
-    spoken_to,
+    store_errors,
 )
 from pipeline.tracking.system import SystemMetrics
 from pipeline.tracking.writer import MetricWriter, Point
@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 CONFIG = "config.json"
+TOKEN = "start_token"  # tag of a run
 PARAMS_AT_ONCE = 100
 LONGEST_PARAM, LONGEST_TAG = 6000, 5000
 FLUSH_SECONDS = 60.0
@@ -77,10 +78,15 @@ class Tracking:
 
 @dataclass(frozen=True, kw_only=True)
 class RunHandle:
-    """Everything that a process needs to write into a run. May hold a password of the server: never log it."""
+    """Everything that a process needs to write into a run. May hold a password of the server: never log it.
+
+    With ``once``, a metric that the run already has at a step is not logged at this step again: a killed job repeats
+    the steps since its last checkpoint.
+    """
 
     uri: str
     run_id: str
+    once: bool = False
 
     def __repr__(self) -> str:
         return f"RunHandle(uri={masked(self.uri)!r}, run_id={self.run_id!r})"
@@ -96,6 +102,7 @@ class MlflowTracker:
     def __init__(self, handle: RunHandle, owns: bool = False) -> None:
         self.handle, self.owns = handle, owns
         self._client: MlflowClient = client(handle.uri)
+        self._logged = LoggedSteps(self._client, handle.run_id) if handle.once else None
         self._writer = MetricWriter(self._send, is_refusal, lambda: answers(handle.uri))
         self._system: SystemMetrics | None = None
 
@@ -201,8 +208,10 @@ class MlflowTracker:
     def _send(self, points: list[Point]) -> None:
         from mlflow.entities import Metric
 
-        metrics = [Metric(point.name, point.value, point.time, point.step) for point in points]
-        self._client.log_batch(self.run_id, metrics=metrics)
+        new = points if self._logged is None else self._logged.missing(points)
+        metrics = [Metric(point.name, point.value, point.time, point.step) for point in new]
+        if metrics:
+            self._client.log_batch(self.run_id, metrics=metrics)
 
     def _log_file(self, name: PurePosixPath, content: bytes) -> None:
         with TemporaryDirectory(prefix="clipmill-artifact-") as folder:
@@ -283,8 +292,20 @@ class NoTracker:
         self.status = status
 
 
-def start(settings: Tracking, config: Any, run_id: str = "", tags: Mapping[str, str] | None = None) -> MlflowTracker:
+def start(
+    settings: Tracking,
+    config: Any,
+    run_id: str = "",
+    tags: Mapping[str, str] | None = None,
+    *,
+    token: str = "",
+    once: bool = False,
+) -> MlflowTracker:
     """Create a run, or continue the run ``run_id``, and record its provenance.
+
+    ``token`` is a word that the caller stored before: a new run gets it as a tag, and a run of the experiment that has
+    this tag is continued. So a job that was killed before it stored the run's id makes no second run. ``once`` is that
+    of :class:`RunHandle`.
 
     ``config`` is the whole resolved config of the job. It is logged flattened as parameters, for comparison, and as the
     artifact ``config.json``, for a repetition with ``--from``. A continued run keeps its parameters; the tag
@@ -296,19 +317,21 @@ def start(settings: Tracking, config: Any, run_id: str = "", tags: Mapping[str, 
             machine cannot write the experiment's files. A run that was created before is ended as failed.
     """
     uri = checked_uri(settings.tracking_uri)
-    with spoken_to(uri):
-        return _start(uri, settings, config, run_id, tags or {})
+    with store_errors(uri):
+        return _start(uri, settings, config, run_id, tags or {}, token, once)
 
 
-def _start(uri: str, settings: Tracking, config: Any, run_id: str, tags: Mapping[str, str]) -> MlflowTracker:
+def _start(
+    uri: str, settings: Tracking, config: Any, run_id: str, tags: Mapping[str, str], token: str, once: bool
+) -> MlflowTracker:
     store = client(uri)
-    old = _existing(store, run_id)
+    old = _existing(store, run_id) or _begun(store, settings, token)
     if run_id and not old:
         logger.warning("run %s is no longer in the store: creating a new one", run_id)
     if old:
         _check_reached(uri, old)
-    run = _revive(store, old) if old else _create(store, uri, settings)
-    tracker = MlflowTracker(RunHandle(uri=uri, run_id=run.info.run_id), owns=True)
+    run = _revive(store, old) if old else _create(store, uri, settings, token)
+    tracker = MlflowTracker(RunHandle(uri=uri, run_id=run.info.run_id, once=once), owns=True)
     try:
         changed = _log_params(store, run, config)
         lost = {"continues": run_id} if run_id and not old else {}
@@ -331,7 +354,7 @@ def attach(settings: Tracking, run_id: str) -> MlflowTracker:
         SettingError: the store has no such run, does not answer, or cannot write the run's files.
     """
     uri = checked_uri(settings.tracking_uri)
-    with spoken_to(uri):
+    with store_errors(uri):
         found = _existing(client(uri), run_id)
     if found is None:
         raise SettingError("run_id", run_id, f"a run of {masked(uri)}")
@@ -362,6 +385,15 @@ def _existing(store: "MlflowClient", run_id: str) -> "Run | None":
     return run if run.info.lifecycle_stage == "active" else None
 
 
+def _begun(store: "MlflowClient", settings: Tracking, token: str) -> "Run | None":
+    """The run that an earlier start with this token made."""
+    experiment = store.get_experiment_by_name(settings.experiment) if token else None
+    if experiment is None:
+        return None
+    found = store.search_runs([experiment.experiment_id], f"tags.{TOKEN} = '{token}'", max_results=1)
+    return found[0] if found else None
+
+
 def _check_reached(uri: str, run: "Run") -> None:
     reached = not needs_a_server(uri, run.info.artifact_uri)
     require(reached, "run_id", run.info.run_id, THROUGH_A_SERVER)
@@ -372,10 +404,10 @@ def _revive(store: "MlflowClient", run: "Run") -> "Run":
     return store.get_run(run.info.run_id)
 
 
-def _create(store: "MlflowClient", uri: str, settings: Tracking) -> "Run":
+def _create(store: "MlflowClient", uri: str, settings: Tracking, token: str) -> "Run":
     name = settings.run_name or time.strftime("%Y-%m-%d %H:%M:%S")
     experiment = _experiment(store, uri, settings)
-    return store.create_run(experiment, run_name=name)
+    return store.create_run(experiment, run_name=name, tags={TOKEN: token} if token else None)
 
 
 def _experiment(store: "MlflowClient", uri: str, settings: Tracking) -> str:
@@ -396,7 +428,7 @@ def _experiment(store: "MlflowClient", uri: str, settings: Tracking) -> str:
                 raise
         found = store.get_experiment_by_name(settings.experiment)
     if found is None:
-        raise SettingError("tracking_uri", masked(uri), "an MLflow store (this one: knows no experiment that it made)")
+        raise SettingError("tracking_uri", masked(uri), "an MLflow store (this one: knows no experiment it made)")
     if found.lifecycle_stage != "active":
         allowed = "an experiment that is not deleted (`mlflow experiments restore` brings it back)"
         raise SettingError("experiment", settings.experiment, allowed)

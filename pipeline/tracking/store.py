@@ -46,7 +46,7 @@ def checked_uri(uri: str) -> str:
     if resolved.startswith(SQLITE):
         path = Path(resolved.removeprefix(SQLITE)).absolute()
         resolved = f"{SQLITE}{path}"
-        with spoken_to(resolved):
+        with store_errors(resolved):
             create_sqlite(path)
     require(answers(resolved), "tracking_uri", masked(resolved), "an MLflow server that answers (is it started?)")
     return resolved
@@ -116,7 +116,7 @@ def is_refusal(error: Exception) -> bool:
 
 
 @contextmanager
-def spoken_to(uri: str) -> Iterator[None]:
+def store_errors(uri: str) -> Iterator[None]:
     """Convert failures of the store at ``uri`` within the block to a one-sentence ``SettingError``."""
     try:
         yield

@@ -157,6 +157,65 @@ def test_a_resumed_run_goes_on_as_itself(settings: Tracking, store: str, caplog:
     assert len(client.search_runs([run.info.experiment_id])) == 1
 
 
+def test_a_run_whose_id_was_not_stored_is_found_by_its_token(settings: Tracking, store: str) -> None:
+    """Another token is another run, and so is no token; a stored id counts more than a token."""
+    job = Job(tracking=settings)
+    first = start(settings, job, token="a" * 32)  # its driver is killed now
+    again = start(settings, job, token="a" * 32)
+    assert again.run_id == first.run_id
+    others = [start(settings, job, token="b" * 32), start(settings, job), start(settings, job)]
+    known = start(settings, job, others[1].run_id, token="a" * 32)
+    assert known.run_id == others[1].run_id
+    for tracker in (again, *others):
+        tracker.finish()
+    runs = MlflowClient(store).search_runs([MlflowClient(store).get_run(first.run_id).info.experiment_id])
+    assert sorted(run.info.run_id for run in runs) == sorted({first.run_id, *(one.run_id for one in others)})
+
+
+def test_steps_that_are_repeated_are_logged_once(settings: Tracking, store: str) -> None:
+    """Of each metric by itself: what the killed job had not sent is logged. Without ``once`` every step is."""
+    first = start(settings, Job(tracking=settings), once=True)
+    for step in range(1, 8):
+        first.log({"train/loss": 1 / step, **({"train/lr": 0.1} if step < 6 else {})}, step)
+    first.log({"system/cpu": 1.0}, 3)
+    assert first.flush()
+    second = pickle.loads(pickle.dumps(start(settings, Job(tracking=settings), first.run_id, once=True)))
+    for step in range(4, 11):
+        second.log({"train/loss": 2 / step, "train/lr": 0.2, "train/new": float("nan")}, step)
+    second.log({"system/cpu": 2.0}, 3)
+    second.close()
+    client = MlflowClient(store)
+
+    def history(name: str) -> list[tuple[int, float]]:
+        return [(point.step, point.value) for point in client.get_metric_history(first.run_id, name)]
+
+    assert sorted(history("train/loss")) == [(s, 1 / s) for s in range(1, 8)] + [(s, 2 / s) for s in range(8, 11)]
+    assert sorted(history("train/lr")) == [(s, 0.1) for s in range(1, 6)] + [(s, 0.2) for s in range(6, 11)]
+    assert [step for step, _ in sorted(history("train/new"))] == list(range(4, 11))
+    assert len(history("system/cpu")) == 2
+    with attach(settings, first.run_id) as later:  # an evaluation of a step is a new value
+        later.log({"train/loss": 9.0}, 5)
+    assert len(history("train/loss")) == 11
+
+
+def test_a_model_that_was_logged_without_a_version_gets_it(
+    settings: Tracking, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job was killed between the two."""
+    from pipeline.tracking import records
+
+    with begin(settings) as tracker:
+        with monkeypatch.context() as broken:
+            broken.setattr(records, "_create_version", lambda *_: 1 / 0)
+            tracker.register_checkpoint("file:///ckpt/step-00000010", {"a": 0.5}, step=10, name="killed-test")
+            tracker.flush()
+        tracker.register_checkpoint("file:///ckpt/step-00000010", {"a": 0.5}, step=10, name="killed-test")
+    client = MlflowClient(store)
+    (model,) = client.search_logged_models([client.get_run(tracker.run_id).info.experiment_id])
+    (version,) = client.search_model_versions("name = 'killed-test'")
+    assert model.params["checkpoint"] == version.tags["checkpoint"] == "file:///ckpt/step-00000010"
+
+
 def test_a_run_that_is_gone_is_replaced_by_a_new_one(settings: Tracking, store: str) -> None:
     gone = begin(settings)
     gone.finish()
@@ -317,7 +376,7 @@ def test_a_server_that_dies_at_the_start_is_one_sentence(monkeypatch: pytest.Mon
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         settings = Tracking(tracking_uri=f"http://127.0.0.1:{server.server_port}", system_metrics=False)
-        with pytest.raises(SettingError, match=r"^tracking_uri: .*an MLflow store that answers \(this one.*\)$"):
+        with pytest.raises(SettingError, match=r"^tracking_uri: .*an MLflow store that answers as one \(this one.*\)$"):
             goes_on(settings, "0" * 32)
     finally:
         server.shutdown()

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.errors import DataError
+from pipeline.models.towers.torch_script import is_torch_script, read_script_tensors
 
 STATES = ("state_dict", "model_state_dict", "model", "module", "net", "weights")
 """Keys under which training scripts save a model's weights; the first one that a file has is read."""
@@ -59,7 +60,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_any_weights(path: Path, name: str = "") -> dict[str, Tensor]:
-    """The tensors by name, on the CPU, of a file of any training script: safetensors, or what ``torch.save`` wrote.
+    """The tensors by name, on the CPU, of a file of any training script: safetensors, or what ``torch.save`` or
+    ``torch.jit.save`` wrote.
 
     The kind is that of the bytes, whatever the file is called. The tensors may be those of a whole pickled model, or
     be below one of the keys :data:`STATES`. Prefixes that all names share are removed (``module.``). ``name`` is the
@@ -72,6 +74,8 @@ def read_any_weights(path: Path, name: str = "") -> dict[str, Tensor]:
     try:
         if _is_safetensors(path):
             return _unwrapped(read_tensors(path))
+        if is_torch_script(path):
+            return _unwrapped(read_script_tensors(path))
         return _unwrapped(_state_of(_unpickled(path), name))
     except DataError as error:
         found = _kind_of(path)
@@ -231,8 +235,6 @@ def _archive_kind(path: Path, size: int) -> str:
         return f"a file of torch.save that was cut short, at {size} bytes"
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
-    if any(name.endswith("/constants.pkl") for name in names):
-        return "a TorchScript archive"
     return "" if any(name.endswith("/data.pkl") for name in names) else f"a zip archive of {', '.join(names[:3])}"
 
 
