@@ -1,13 +1,12 @@
 """Class names and prompts of a set, and the batches of a labelled set."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-from pipeline.config import require
+from pipeline.config import parse_json, require
 from pipeline.dataset import Card
 from pipeline.errors import SettingError
 from pipeline.evaluation.data import evaluation_batches
@@ -56,7 +55,10 @@ def read_classes(setting: str, card: Card | None, name: str) -> tuple[str, ...]:
         if card is None or not card.classes:
             raise SettingError("classes", setting, f"for {name}, which has no card with classes: {CLASSES}")
         return card.classes
-    return lines_of("classes", setting, CLASSES)
+    names = lines_of("classes", setting, CLASSES)
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    require(not twice, "classes", setting, f"a file with distinct names; twice there: {', '.join(twice[:5])}")
+    return names
 
 
 def read_templates(setting: str, card: Card | None, name: str) -> tuple[str, ...]:
@@ -80,7 +82,7 @@ def read_templates(setting: str, card: Card | None, name: str) -> tuple[str, ...
 def json_of(field: str, place: str, allowed: str) -> object:
     """The content of the JSON file at ``place``; ``allowed`` completes the error about ``field`` if unreadable."""
     try:
-        return json.loads(text_of(field, place, allowed))
+        return parse_json(text_of(field, place, allowed))
     except ValueError as error:  # annotation files are large; PyYAML would take minutes
         raise SettingError(field, place, f"well-formed JSON ({error})") from error
 
@@ -107,7 +109,7 @@ def lines_of(field: str, place: str, allowed: str) -> tuple[str, ...]:
 def _list_of(field: str, place: str, text: str) -> list[str]:
     try:
         plain = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise SettingError(field, place, f"well-formed YAML or JSON ({error})") from error
     if not isinstance(plain, list) or not all(isinstance(line, str) for line in plain):
         raise SettingError(field, place, "a YAML or JSON file that is a list of texts")

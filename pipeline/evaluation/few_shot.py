@@ -7,6 +7,7 @@ validation images, as in Tip-Adapter's code. A class with fewer images gives all
 of CoCoOp (arXiv 2203.05557, section 4.1): the first half of the labels, rounded up, and the rest.
 """
 
+import logging
 import math
 import random
 import statistics
@@ -24,6 +25,8 @@ from pipeline.sources.drawn.sets import wanted_class
 from pipeline.sources.drawn.source import Drawn
 from pipeline.sources.source import Source
 from pipeline.sources.split_file import SplitFile
+
+logger = logging.getLogger(__name__)
 
 Validation = Literal["few", "whole"]
 """Validation images: min(shots, 4) of every class (CoOp's code), or the whole validation split (Tip-Adapter's)."""
@@ -86,6 +89,9 @@ def read_data_set(name: str, root: str = "", samples: int | None = None) -> Data
     doubled = next((one for one in classes if classes.count(one) > 1), None)
     allowed = f"distinct names; `renames` in the source of the card {name} can rename them"
     require(doubled is None, "classes", doubled, allowed)
+    unseen = [classes[number] for number in sorted(set(range(len(classes))) - set(labels.get("train", ())))]
+    if "train" in labels and unseen:
+        logger.warning("%s: no training images of %d classes: %s", name, len(unseen), ", ".join(unseen[:10]))
     templates = card.few_shot.templates or card.templates or DEFAULT_TEMPLATES
     return DataSet(name=card.name, classes=classes, templates=templates, sources=sources, labels=labels)
 
@@ -163,7 +169,8 @@ def _options(card: Card, part: str, root: str, samples: int | None) -> dict[str,
 def _listed(source: Source, card: Card) -> list[tuple[int | None, str]]:
     """Class number, if the source has one, and class name of every row."""
     if isinstance(source, SplitFile):
-        return [(item.number, item.name) for item in source.items]
+        by_name = source.format == "folders" and not source.split  # the names of all parts together are numbered
+        return [(None if by_name else item.number, item.name) for item in source.items]
     if isinstance(source, Drawn):
         named = [wanted_class(source.split, source.first + number) for number in range(source.samples)]
         return [(None, name) for name in named if name is not None]
@@ -177,7 +184,9 @@ def _dense(
 
     Classes without an image in any part are left out: ImageNet-A has 200 of ImageNet's classes.
     """
-    order = {name: number for number, name in enumerate(card.classes)}
+    unnumbered = {name for rows in listed.values() for number, name in rows if number is None}
+    known = card.classes if unnumbered <= set(card.classes) else sorted(unnumbered)
+    order = {name: number for number, name in enumerate(known)}
     names: dict[int, str] = {}
     numbers: dict[str, list[int]] = {}
     for part, rows in listed.items():

@@ -69,7 +69,7 @@ from pipeline.models.clip import Clip
 from pipeline.models.detections import Detections, check_words
 from pipeline.models.proposals import extents_of, generators, norm_layer, real_boxes, sample_balanced, unplaced
 from pipeline.models.towers.openclip import WEIGHTS
-from pipeline.models.towers.weights import read_tensors
+from pipeline.models.towers.weights import misfit, read_tensors
 from pipeline.shards.objects import names_of, plain_word
 from pipeline.shards.sidecar import Wanted
 from pipeline.shards.storage import Folder
@@ -487,10 +487,13 @@ class Vild(proposals.Proposals):
         place = self.config.start_from
         folder, _, file = place.rpartition("/") if place.endswith(".safetensors") else (place, "", WEIGHTS)
         try:
-            self.model.load_state_dict(read_tensors(FileCache().fetch(Folder(folder), file)))
-        except (RuntimeError, DataError) as error:
-            first = str(error).splitlines()[0]
-            require(False, "start_from", place, f"the checkpoint of a proposer with the same network ({first})")
+            tensors = read_tensors(FileCache().fetch(Folder(folder), file))
+        except DataError as error:
+            require(False, "start_from", place, f"the checkpoint of a proposer ({error})")
+        problem = misfit(self.model.state_dict(), tensors)
+        allowed = f"the checkpoint of a proposer with the same network; this is {problem}"
+        require(not problem, "start_from", place, allowed)
+        self.model.load_state_dict(tensors)
 
     def _mask_head(self) -> nn.Module:
         config = self.config

@@ -20,8 +20,8 @@ from typing import Any, Literal, cast, overload
 import torch
 import yaml
 
-from pipeline.config import fingerprint, from_plain, require
-from pipeline.errors import DataError, SettingError
+from pipeline.config import fingerprint, from_plain, parse_json, require
+from pipeline.errors import DataError
 from pipeline.evaluation.classes import read_templates
 from pipeline.evaluation.embedder import LoadEmbedder, ViewEmbedder, Views
 from pipeline.evaluation.few_shot import DataSet, Drawing, Validation, draw, halves, harmonic_mean
@@ -314,8 +314,8 @@ class TrialRunner:
         """The result of ``trial``, if it exists with the same settings."""
         file = f"{trial.name}.json"
         try:
-            result = from_plain(Result, json.loads(self._results.read_text(file)), self._results.join(file))
-        except (FileNotFoundError, ValueError, SettingError):
+            result = from_plain(Result, parse_json(self._results.read_bytes(file)), self._results.join(file))
+        except (FileNotFoundError, ValueError):
             return None
         return result if result.settings == self.settings(trial) else None
 

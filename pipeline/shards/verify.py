@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.config import parse_json
 from pipeline.errors import DataError, SnapshotError
 from pipeline.shards.adopt import ENGINE, PROGRESS
 from pipeline.shards.interchange import FOREIGN_ENGINES, SIZES, shard_sizes
@@ -137,8 +138,6 @@ def _selection(folder: Folder, shard: Shard) -> Iterator[str]:
         read_selection(folder, shard)
     except DataError as error:
         yield str(error)
-    except pa.ArrowInvalid as error:
-        yield f"selection {shard.selection}: {error}"
 
 
 def _sidecar(folder: Folder, shard: Shard, name: str, digest: str, keys: list[str] | None) -> Iterator[str]:
@@ -196,7 +195,7 @@ def _table(folder: Folder, shard: Shard, keys: list[str] | None, expected: bool)
 def _stats(folder: Folder, shard: Shard) -> tuple[dict[str, Any] | None, str]:
     file = shard.name + STATS
     try:
-        plain = json.loads(folder.read_bytes(file))
+        plain = parse_json(folder.read_bytes(file))
     except FileNotFoundError:
         return None, ""
     except ValueError as error:
@@ -229,7 +228,7 @@ def _sizes(folder: Folder, snapshot: Snapshot) -> Iterator[str]:
     if not latest or snapshot.options.get("engine") in FOREIGN_ENGINES or not folder.exists(SIZES):
         return
     try:
-        same = json.loads(folder.read_bytes(SIZES)) == shard_sizes(snapshot.shards)
+        same = parse_json(folder.read_bytes(SIZES)) == shard_sizes(snapshot.shards)
     except ValueError:
         same = False
     if not same:
@@ -288,7 +287,7 @@ def _all_names(folder: Folder) -> Iterator[str]:
 
 def _is_json(content: bytes) -> bool:
     try:
-        json.loads(content)
+        parse_json(content)
     except ValueError:
         return False
     return True

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,9 @@ import fsspec
 from pipeline.config import require
 from pipeline.errors import SampleError
 from pipeline.shards.storage import Folder, split_file
-from pipeline.sources.source import Row, Slice
+from pipeline.sources.source import Row, Slice, is_hidden
+
+logger = logging.getLogger(__name__)
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -75,7 +78,10 @@ class ImageFolder:
         fs, root = fsspec.core.url_to_fs(self._place.uri)
         require(fs.isdir(root), "folder", self.folder, "an existing folder")
         found = {path[len(root) :].lstrip("/"): info for path, info in fs.find(root, detail=True).items()}
-        images = sorted(path for path in found if path.lower().endswith(IMAGES))
+        known = [path for path in found if path.lower().endswith(IMAGES)]
+        images = sorted(path for path in known if not is_hidden(path))
+        if len(images) < len(known):
+            logger.info("%s: %d images in hidden folders are left out", self.folder, len(known) - len(images))
         require(
             bool(images),
             "folder",

@@ -166,6 +166,21 @@ def test_a_data_set_knows_its_classes_by_their_numbers(tmp_path: Path) -> None:
     assert data.templates == ("a photo of a {}.",) and data.sources["train"]["folder"] == f"{tmp_path}/mine"
 
 
+def test_classes_of_folders_are_those_of_all_parts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A class without training images is reported."""
+    for path in ("learn/cat/a.jpg", "learn/ant/a.jpg", "check/bee/a.jpg", "check/cat/a.jpg"):
+        (tmp_path / "mine" / path).parent.mkdir(parents=True)
+        (tmp_path / "mine" / path).write_bytes(image(0))
+    parts = {"train": {"pictures": "learn"}, "test": {"pictures": "check"}}
+    options = {"kind": "split-file", "folder": "mine", "format": "folders"}
+    card = {"name": "mine", "title": "Mine", "source": options, "few_shot": {"parts": parts}}
+    (tmp_path / "mine.yaml").write_text(json.dumps(card))
+    data = read_data_set(str(tmp_path / "mine.yaml"), root=str(tmp_path))
+    assert data.classes == ("ant", "bee", "cat")
+    assert data.labels == {"train": (0, 2), "test": (1, 2)}
+    assert "no training images of 1 classes: bee" in caplog.text
+
+
 def test_class_names_that_make_no_task(tmp_path: Path) -> None:
     one = {"train": [["a.jpg", 0, "dog"]], "test": [["b.jpg", 0, "dog"]]}
     with pytest.raises(SettingError, match="two class names or more"):

@@ -123,7 +123,7 @@ def takes(config: Mapping[str, Any], image_size: int) -> bool:
 
 def near_sizes(config: Mapping[str, Any], image_size: int) -> tuple[int, ...]:
     """The nearest multiples of a patch's or a stride's size, below and above ``image_size``, that the tower takes."""
-    steps = sorted({int(config["vision_cfg"].get("patch_size", 32)), 8, 14, 16, 32})
+    steps = {int(config["vision_cfg"].get("patch_size") or 32), 8, 14, 16, 32}
     below = sorted({image_size // step * step for step in steps}, reverse=True)
     above = sorted({(image_size // step + 1) * step for step in steps})
     found = (next((size for size in some if size > 0 and takes(config, size)), 0) for some in (below, above))

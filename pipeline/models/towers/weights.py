@@ -243,4 +243,8 @@ def _shape(shape: Iterable[int]) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    parts = [part.strip() for part in str(error).split("\n\n") if part.strip()] or [type(error).__name__]
+    said = (
+        parts[1] if parts[0].startswith("Weights only load failed") and len(parts) > 1 else parts[0]
+    )  # not the advice
+    return said.splitlines()[0][:200]

@@ -276,7 +276,9 @@ def _half(row: NDArray[np.float32], key: str) -> Features:
 
 
 def matrix(column: Any) -> Features:
-    """float16 [N, D] of a column of lists of one length."""
+    """float16 [N, D] of a column of lists of one length; raises ``DataError`` for another type."""
+    if not pa.types.is_fixed_size_list(column.type):
+        raise DataError(f"a column of features has the type {column.type}, not lists of numbers of one length")
     array = column.combine_chunks()
     rows: Features = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, array.type.list_size)
     return rows
