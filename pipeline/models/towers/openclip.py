@@ -454,7 +454,7 @@ def _hugging_face_weights(architecture: str) -> list[Path]:
     return files
 
 
-def _vocabulary(architecture: str) -> hugging_face_import.Vocabulary | None:
+def _vocabulary(architecture: str) -> hugging_face_import.WordPieces | None:
     names = hugging_face_import.VOCABULARY, hugging_face_import.TOKENIZER, hugging_face_import.TOKENIZER_CONFIG
     files = (_hugging_face_file(architecture, name) for name in names)
     words, pieces, config = (file.read_text("utf-8") if file else None for file in files)
