@@ -18,8 +18,18 @@ import pyarrow.parquet as pq
 from pipeline.config import require
 from pipeline.errors import SampleError, SettingError
 from pipeline.shards.storage import Folder, split_file
+from pipeline.shards.text import storable
 from pipeline.shards.writer import reserved_columns
 from pipeline.sources.source import Row, Scalar, Slice
+from pipeline.sources.tables import (
+    Columns,
+    TableError,
+    check_caption_type,
+    column_types,
+    joined_types,
+    parquet_columns,
+    python_type,
+)
 
 BATCH_ROWS = 32  # images held at a time
 FEATURES = b"huggingface"  # key of the parquet metadata in which the package `datasets` describes its columns
@@ -61,16 +71,10 @@ class HuggingFaceParquet:
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
         """Runs of rows of one file; the digest covers the file's size, time and footer, not its images."""
-        first: pa.Schema | None = None
         total = 0
+        self.schema()
         for file in self._files:
-            rows, schema, stamp = self._footer(file)
-            self._check(file, schema)
-            first = first or schema
-            same = [schema.field(name).type for name in self._columns] == [
-                first.field(name).type for name in self._columns
-            ]
-            require(same, "parquet", file, "columns of the same types as in the first file")
+            rows, _, stamp = self._footer(file)
             total += rows
             for start in range(0, rows, rows_per_shard):
                 count = min(rows_per_shard, rows - start)
@@ -87,32 +91,49 @@ class HuggingFaceParquet:
             file = pq.ParquetFile(opened)
             names = _class_names(file.schema_arrow)
             groups, position = _groups(file, start, end)
+            kinds = self._kinds
             for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=list(self._columns)):
                 inside = batch.slice(max(0, start - position), max(0, end - max(start, position)))
-                for offset, values in enumerate(inside.to_pylist(), start=max(start, position)):
-                    yield self._row(values, f"{name}#{offset}", names)
+                images = inside.column(self.image_col).to_pylist()
+                texts = parquet_columns(inside, kinds).to_pylist()
+                rows = zip(images, texts, strict=True)
+                for offset, (image, values) in enumerate(rows, start=max(start, position)):
+                    yield self._row(image, values, f"{name}#{offset}", names)
                 position += batch.num_rows
 
     def schema(self) -> Mapping[str, type]:
-        """The additional columns; numbers and booleans keep their type, class labels and all others become strings."""
-        _, schema, _ = self._footer(self._files[0])
-        self._check(self._files[0], schema)
-        names = _class_names(schema)
-        return {
-            name: str if name in names else _python_type(schema.field(name).type)
-            for name in self.save_additional_columns
-        }
+        """The additional columns; numbers and booleans stay what they are, class labels and the rest become text."""
+        labels = _class_names(self._schemas[self._files[0]])
+        return {name: str if name in labels else python_type(kind) for name, kind in self._kinds.others.items()}
 
-    def _row(self, values: Mapping[str, Any], place: str, names: Mapping[str, list[str]]) -> Row:
-        image, path = _image(values[self.image_col])
+    @cached_property
+    def _schemas(self) -> Mapping[str, pa.Schema]:
+        found = {file: self._footer(file)[1] for file in self._files}
+        for file, schema in found.items():
+            self._check(file, schema)
+        return found
+
+    @cached_property
+    def _kinds(self) -> Columns:
+        """The columns but the images, with types on which all files agree."""
+        try:
+            parts = [column_types(schema, self.save_additional_columns) for schema in self._schemas.values()]
+            others = joined_types(parts)
+        except TableError as error:
+            raise SettingError("parquet", self.parquet, f"files of one table ({error})") from error
+        texts = (self.url_col,) if self.url_col is not None else ()
+        return Columns(texts=texts, caption=self.caption_col, others=others)
+
+    def _row(self, stored: Any, values: Mapping[str, Any], place: str, names: Mapping[str, list[str]]) -> Row:
+        image, path = _image(stored)
         address = values[self.url_col] if self.url_col else path
         to_fetch = image is None and str(address).startswith(("http://", "https://"))
         problem = SampleError("failed_to_download", "no_picture", "the row has neither bytes nor an http address")
         return Row(
-            url=str(address or place),
-            caption=_caption(values[self.caption_col]) if self.caption_col else None,
+            url=storable(str(address or place)),
+            caption=values[self.caption_col] or "" if self.caption_col else None,
             image=image,
-            columns={name: _scalar(values[name], names.get(name)) for name in self.save_additional_columns},
+            columns={name: _label(values[name], names.get(name)) for name in self.save_additional_columns},
             problem=None if image is not None or to_fetch else problem,
         )
 
@@ -152,6 +173,12 @@ class HuggingFaceParquet:
         for option, column in asked:
             present = column is None or column in schema.names
             require(present, option, column, f"a column of {file}: " + ", ".join(schema.names))
+        try:
+            column_types(schema, self._columns)
+            if self.caption_col is not None:
+                check_caption_type(self.caption_col, schema.field(self.caption_col).type)
+        except TableError as error:
+            raise SettingError("parquet", file, f"a table that says which column is meant ({error})") from error
         images = [field.name for field in schema if _holds_images(field.type)]
         allowed = "a column of structs with bytes and path, or of bytes; the file has: " + (", ".join(images) or "none")
         require(self.image_col in images, "image_col", self.image_col, allowed)
@@ -182,18 +209,11 @@ def _image(value: Any) -> tuple[bytes | None, str | None]:
     return value, None
 
 
-def _caption(value: Any) -> str:
-    while isinstance(value, list):
-        value = value[0] if value else None
-    return "" if value is None else str(value)
-
-
-def _scalar(value: Any, names: list[str] | None) -> Scalar:
-    if names is not None and isinstance(value, int):
-        return names[value] if 0 <= value < len(names) else None  # -1 is an unknown label
-    if value is None or isinstance(value, str | int | float | bool):
+def _label(value: Scalar, names: list[str] | None) -> Scalar:
+    """The name of a class number; -1 is an unknown label."""
+    if names is None or not isinstance(value, int):
         return value
-    return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else json.dumps(value, default=str)
+    return names[value] if 0 <= value < len(names) else None
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
@@ -204,14 +224,6 @@ def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
         return {name: [str(one) for one in kind["names"]] for name, kind in labels.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
-
-
-def _python_type(kind: pa.DataType) -> type:
-    if pa.types.is_boolean(kind):
-        return bool
-    if pa.types.is_integer(kind):
-        return int
-    return float if pa.types.is_floating(kind) else str
 
 
 def _stamp(info: Mapping[str, Any]) -> str:

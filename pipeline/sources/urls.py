@@ -8,38 +8,35 @@ file only.
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar, cast
+from functools import cached_property
+from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet as pq
 
 from pipeline.config import require
-from pipeline.errors import SettingError
+from pipeline.errors import SampleError, SettingError
 from pipeline.shards.storage import Folder, split_file
 from pipeline.shards.writer import reserved_columns
-from pipeline.sources.source import Row, Scalar, Slice
-
-FORMATS = (
-    "parquet",
-    "csv",
-    "tsv",
-    "json",
-    "jsonl",
-    "csv.gz",
-    "tsv.gz",
-    "json.gz",
-    "jsonl.gz",
+from pipeline.sources.source import Row, Slice
+from pipeline.sources.tables import (
+    FORMATS,
+    PROBLEM,
+    Columns,
+    MissingColumn,
+    Quoting,
+    TableError,
+    column_types,
+    joined_types,
+    python_type,
+    read_table,
 )
-BATCH_ROWS = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +63,8 @@ class UrlTable:
     """COLUMN:sha256, COLUMN:md5 or COLUMN:sha512: reject downloads whose hex digest differs from that column."""
     input_format: str | None = None
     """Format: parquet, csv, tsv, json or jsonl; all but parquet also with .gz. None = by file extension."""
+    quoting: Quoting | None = None
+    """Quotation marks of a csv or tsv enclose values (minimal) or belong to the text (none). None = as found."""
 
     def __post_init__(self) -> None:
         require(
@@ -101,29 +100,13 @@ class UrlTable:
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
         """See :class:`~pipeline.sources.source.Source`; memory holds one slice at a time."""
-        schema: pa.Schema | None = None
-        for number, file in enumerate(self.files()):
+        total = 0
+        for number, file in enumerate(self._files):
             copy = scratch.join(f"rows-{number:05d}.parquet")
             for group, table in enumerate(self._copy(file, rows_per_shard, scratch, copy)):
-                schema = schema or table.schema
-                same = table.schema.equals(schema)
-                require(
-                    same,
-                    "url_list",
-                    file,
-                    f"columns of the same types as in the first file: {_types(schema)}",
-                )
-                yield Slice(
-                    count=table.num_rows,
-                    digest=_digest(table),
-                    where={"uri": copy, "group": group},
-                )
-        require(
-            schema is not None,
-            "url_list",
-            self.url_list,
-            "a table with at least one row",
-        )
+                total += table.num_rows
+                yield Slice(count=table.num_rows, digest=_digest(table), where={"uri": copy, "group": group})
+        require(total > 0, "url_list", self.url_list, "a table with at least one row")
 
     def rows(self, piece: Slice) -> Iterator[Row]:
         """See :class:`~pipeline.sources.source.Source`."""
@@ -135,19 +118,8 @@ class UrlTable:
             yield self._row(values)
 
     def schema(self) -> Mapping[str, type]:
-        """The additional columns; numbers and booleans keep their type, all others become strings."""
-        with closing(self._read(self.files()[0])) as batches:
-            first = next(batches, None)
-        require(
-            first is not None,
-            "url_list",
-            self.url_list,
-            "a table with at least one row",
-        )
-        return {
-            name: _python_type(cast(pa.RecordBatch, first).schema.field(name).type)
-            for name in self.save_additional_columns
-        }
+        """The additional columns: numbers and booleans of parquet stay what they are, everything else is text."""
+        return {name: python_type(kind) for name, kind in self._table_columns.others.items()}
 
     def _copy(self, file: str, rows: int, scratch: Folder, copy: str) -> Iterator[pa.Table]:
         with scratch.scratch_file(".parquet") as path:
@@ -161,10 +133,12 @@ class UrlTable:
                 scratch.write_atomic(copy.rpartition("/")[2], path)
 
     def _row(self, values: dict[str, Any]) -> Row:
+        malformed = values[PROBLEM]
         return Row(
-            url=_text(values[self.url_col]) or "",
-            caption=_text(values[self.caption_col]) or "" if self.caption_col else None,
-            columns={name: _scalar(values[name]) for name in self.save_additional_columns},
+            url=values[self.url_col] or "",
+            caption=values[self.caption_col] or "" if self.caption_col else None,
+            columns={name: values[name] for name in self.save_additional_columns},
+            problem=SampleError("failed_to_download", "malformed_row", malformed) if malformed else None,
             expected=self._expected(values),
         )
 
@@ -172,8 +146,27 @@ class UrlTable:
         if self.verify_hash is None:
             return None
         column, _, algorithm = self.verify_hash.rpartition(":")
-        # As in img2dataset, a row without a hash matches no download.
-        return f"{algorithm}:{_text(values[column]) or ''}"
+        # As in img2dataset, a row without a hash matches nothing.
+        return f"{algorithm}:{values[column] or ''}"
+
+    @cached_property
+    def _table_columns(self) -> Columns:
+        """The columns with their types, on which the parquet files of one table agree."""
+        others: dict[str, pa.DataType] = dict.fromkeys(self.save_additional_columns, pa.string())
+        parts = [file for file in self._files if others and self.format_of(file) == "parquet"]
+        if parts:
+            others |= self._types(parts)
+        texts = tuple(dict.fromkeys(name for name in (self.url_col, self._hash_column) if name))
+        return Columns(texts=texts, caption=self.caption_col, others=others)
+
+    def _types(self, parts: list[str]) -> Mapping[str, pa.DataType]:
+        fs, _ = fsspec.core.url_to_fs(self.url_list)
+        found: list[Mapping[str, pa.DataType]] = []
+        for file in parts:
+            with self._said_in_one_sentence(file), fs.open(file, "rb") as opened:
+                found.append(column_types(pq.ParquetFile(opened).schema_arrow, self.save_additional_columns))
+        with self._said_in_one_sentence(self.url_list):
+            return joined_types(found)
 
     def _columns(self) -> tuple[str, ...]:
         caption = (self.caption_col,) if self.caption_col else ()
@@ -184,9 +177,6 @@ class UrlTable:
     @property
     def _hash_column(self) -> str | None:
         return self.verify_hash.rpartition(":")[0] if self.verify_hash else None
-
-    def _texts(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for name in (self.url_col, self.caption_col, self._hash_column) if name))
 
     def files(self) -> list[str]:
         """Paths of the input files on the table's file system, sorted.
@@ -222,90 +212,32 @@ class UrlTable:
         )
         return max(matches, key=len)
 
+    @cached_property
+    def _files(self) -> list[str]:
+        return self.files()
+
     def _read(self, file: str) -> Generator[pa.RecordBatch]:
         fs, _ = fsspec.core.url_to_fs(self.url_list)
         form = self.format_of(file)
         compression = "gzip" if form.endswith(".gz") else None
+        with self._said_in_one_sentence(file), fs.open(file, "rb", compression=compression) as opened:
+            yield from read_table(opened, form.removesuffix(".gz"), self._table_columns, self.quoting)
+
+    @contextmanager
+    def _said_in_one_sentence(self, file: str) -> Iterator[None]:
         try:
-            with fs.open(file, "rb", compression=compression) as opened:
-                read = _READERS[form.removesuffix(".gz")]
-                yield from read(opened, self._columns(), self._texts(), self._refuse_missing)
-        except (pa.ArrowInvalid, OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
-            raise SettingError(
-                "url_list",
-                file,
-                f"a readable {form} table ({' '.join(str(error).split())})",
-            ) from error
+            yield
+        except MissingColumn as error:
+            option = next(option for option, column in self._asked() if column == error.column)
+            raise SettingError(option, error.column, "a column of the table: " + ", ".join(error.available)) from error
+        except (TableError, pa.ArrowInvalid, OSError, UnicodeError, EOFError, zlib.error) as error:
+            reason = " ".join(str(error).split())
+            raise SettingError("url_list", file, f"a readable {self.format_of(file)} table ({reason})") from error
 
-    def _refuse_missing(self, available: list[str]) -> None:
+    def _asked(self) -> list[tuple[str, str | None]]:
+        """Columns with the options that ask for them."""
         asked = [("url_col", self.url_col), ("caption_col", self.caption_col), ("verify_hash", self._hash_column)]
-        asked += [("save_additional_columns", name) for name in self.save_additional_columns]
-        for field, column in asked:
-            present = column is None or column in available
-            require(present, field, column, "a column of the table: " + ", ".join(available))
-
-
-Check = Callable[[list[str]], None]
-
-
-def _read_parquet(
-    file: Any, columns: tuple[str, ...], texts: tuple[str, ...], check: Check
-) -> Iterator[pa.RecordBatch]:
-    table = pq.ParquetFile(file)
-    check(table.schema_arrow.names)
-    yield from table.iter_batches(batch_size=BATCH_ROWS, columns=list(columns))
-
-
-def _read_csv(
-    delimiter: str,
-    file: Any,
-    columns: tuple[str, ...],
-    texts: tuple[str, ...],
-    check: Check,
-) -> Any:
-    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    # Captions that look like numbers or dates stay strings.
-    convert = pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in texts})
-    reader = pyarrow.csv.open_csv(file, parse_options=parse, convert_options=convert)
-    check(reader.schema.names)
-    for batch in reader:
-        yield batch.select(list(columns))
-
-
-def _read_jsonl(file: Any, columns: tuple[str, ...], texts: tuple[str, ...], check: Check) -> Iterator[pa.RecordBatch]:
-    explicit = pa.schema([(name, pa.string()) for name in texts])
-    parse = pyarrow.json.ParseOptions(explicit_schema=explicit, newlines_in_values=False)
-    reader = pyarrow.json.open_json(file, parse_options=parse)
-    for batch in reader:
-        # The explicit columns are in the schema even where no row has them.
-        check([name for name in batch.schema.names if name not in texts or batch[name].null_count < batch.num_rows])
-        yield batch.select(list(columns))
-
-
-def _read_json(file: Any, columns: tuple[str, ...], texts: tuple[str, ...], check: Check) -> Iterator[pa.RecordBatch]:
-    try:
-        plain = json.load(file)
-    except ValueError as error:
-        raise pa.ArrowInvalid(f"{error}; for one object per line set input_format to jsonl") from error
-    if isinstance(plain, list) and all(isinstance(row, dict) for row in plain):
-        table = pa.Table.from_pylist(plain)
-    elif isinstance(plain, dict):
-        lists = {name: list(part.values()) if isinstance(part, dict) else part for name, part in plain.items()}
-        table = pa.table(lists)
-    else:
-        raise pa.ArrowInvalid("neither a list of objects nor an object of columns")
-    if table.num_rows:
-        check(table.column_names)
-        yield from table.select(list(columns)).to_batches()
-
-
-_READERS: Mapping[str, Any] = {
-    "parquet": _read_parquet,
-    "csv": partial(_read_csv, ","),
-    "tsv": partial(_read_csv, "\t"),
-    "jsonl": _read_jsonl,
-    "json": _read_json,
-}
+        return asked + [("save_additional_columns", name) for name in self.save_additional_columns]
 
 
 def _regroup(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
@@ -332,6 +264,8 @@ def _digest(table: pa.Table) -> str:
     """
     digest = hashlib.sha256()
     for name in table.column_names:
+        if name == PROBLEM and table[name].null_count == len(table):
+            continue  # a table without malformed rows has the digest of its values alone
         column: Any = table[name]  # pyarrow's own types know too few of its functions
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
@@ -341,7 +275,7 @@ def _digest(table: pa.Table) -> str:
             digest.update(lengths.fill_null(-1).to_numpy().astype("<i8"))
             digest.update(b"".join(_text_bytes(chunk) for chunk in column.chunks))
         else:
-            digest.update(json.dumps([_scalar(value) for value in column.to_pylist()]).encode())
+            digest.update(json.dumps(column.to_pylist()).encode())
     return digest.hexdigest()
 
 
@@ -353,29 +287,3 @@ def _text_bytes(chunk: Any) -> bytes:
         return b""
     ends = np.frombuffer(offsets, "<i8")[filled.offset : filled.offset + len(filled) + 1]
     return bytes(memoryview(data)[int(ends[0]) : int(ends[-1])])
-
-
-def _types(schema: pa.Schema) -> str:
-    return ", ".join(f"{field.name} {field.type}" for field in schema)
-
-
-def _python_type(kind: pa.DataType) -> type:
-    if pa.types.is_boolean(kind):
-        return bool
-    if pa.types.is_integer(kind):
-        return int
-    return float if pa.types.is_floating(kind) else str
-
-
-def _text(value: object) -> str | None:
-    if isinstance(value, bytes):
-        return value.decode("utf-8", errors="replace")
-    return None if value is None else str(value)
-
-
-def _scalar(value: object) -> Scalar:
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    if isinstance(value, bytes):
-        return value.decode("utf-8", errors="replace")
-    return json.dumps(value, default=str)

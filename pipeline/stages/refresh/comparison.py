@@ -55,7 +55,8 @@ def records(
     """Records [rows] of rows: ``values`` are url, caption and columns, ``bodies`` hex digests of their images."""
     digests, urls = bytearray(), bytearray()
     for row in values:
-        digests += hashlib.blake2b(repr(tuple(row)).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        texts = repr(tuple(map(_identity, row)))
+        digests += hashlib.blake2b(texts.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         urls += hashlib.blake2b(str(row[0]).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     found = np.zeros(len(places), RECORD)
     halves = np.frombuffer(bytes(digests), "<u8").reshape(-1, 2)
@@ -64,6 +65,13 @@ def records(
     found["body"] = [int(body[:16], 16) if body else 0 for body in bodies]
     found["place"], found["state"] = places, states
     return found
+
+
+def _identity(value: object) -> object:
+    """A value by its text, so that 1, 1.0 and "1" are the same: a column's type may change, its rows stay known."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if value is None or isinstance(value, str) else str(value)
 
 
 class Partitions:

@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import SampleError
 from pipeline.shards.storage import Folder, split_file
+from pipeline.shards.text import storable
 from pipeline.sources.source import Row, Slice, Source, content_of
 from pipeline.stages.crawl.download import digest
 from pipeline.stages.refresh.comparison import INDEX_BITS, RowDifference
-from pipeline.stages.refresh.make_shard import ARROW_TYPES, clean_caption
+from pipeline.stages.refresh.make_shard import ARROW_TYPES, clean_caption, clean_value
 
 ROWS_FILE = "rows.parquet"
 COLUMN = "column."
@@ -92,13 +93,13 @@ def write_rows(
 
     def described(number: int, index: int, row: Row, listed: bool) -> dict[str, Any]:
         values: dict[str, Any] = {
-            "url": row.url,
+            "url": storable(row.url),
             "caption": clean_caption(row.caption),
             "expected": row.expected,
             "listed": listed,
             "index": index,
         }
-        values |= {names[name]: value for name, value in row.columns.items()}
+        values |= {names[name]: clean_value(value) for name, value in row.columns.items()}
         content = content_of(source, row)
         if listed or (content is None and row.problem is None):
             return values

@@ -5,6 +5,7 @@ Output is in order: rows that finish before a slow row are held in memory.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,8 +16,9 @@ from pipeline.errors import SampleError
 from pipeline.shards.objects import FIELD as BOXES
 from pipeline.shards.sample import GEOMETRIC_FIELDS, Sample, sample_key, shard_name
 from pipeline.shards.storage import Folder
+from pipeline.shards.text import storable
 from pipeline.shards.writer import ShardStats, ShardWriter, parquet_schema, read_stats
-from pipeline.sources.source import UNCHANGED, Row, Source, content_of, fetches, has_images
+from pipeline.sources.source import UNCHANGED, Row, Scalar, Source, content_of, fetches, has_images
 from pipeline.stages.crawl.decode_apart import Apart, needs_care
 from pipeline.stages.crawl.download import Download, DownloadOptions, KnownBody, digest, download_all
 from pipeline.stages.crawl.images import EncodedImage, ImageOptions, transform
@@ -122,10 +124,10 @@ class _Maker:
 
     def _finish(self, index: int, row: Row, body: _Body | SampleError) -> tuple[dict[str, Any], Sample | None]:
         key = sample_key(self._unit.shard_id, index, self._options.number_sample_per_shard)
-        record: dict[str, Any] = {**row.columns}
+        record: dict[str, Any] = {name: clean_value(value) for name, value in row.columns.items()}
         if self._source.has_captions:
             record["caption"] = clean_caption(row.caption)
-        record |= {"url": row.url, "key": key}
+        record |= {"url": storable(row.url), "key": key}
         try:
             if isinstance(body, SampleError):
                 raise body
@@ -178,12 +180,23 @@ class _Maker:
         return Sample(key, fields)
 
 
+def clean_value(value: Scalar) -> Scalar:
+    """The value of a column as it can be stored: texts as captions, numbers and booleans as they are."""
+    return storable(value) if isinstance(value, str) else value
+
+
 def _flat_json(record: Mapping[str, Any]) -> bytes:
     """``json.dumps(record, indent=4)`` of a flat dict, in a fifth of the time.
 
-    The standard library's fast encoder does not indent, but accepts any separator.
+    The standard library's fast encoder does not indent, but takes any separator. JSON has no NaN and no infinity:
+    null stands for both.
     """
-    return b"{\n    " + json.dumps(record, separators=(",\n    ", ": "))[1:-1].encode() + b"\n}"
+    try:
+        flat = json.dumps(record, separators=(",\n    ", ": "), allow_nan=False)
+    except ValueError:
+        finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in record.items()}
+        flat = json.dumps(finite, separators=(",\n    ", ": "))
+    return b"{\n    " + flat[1:-1].encode() + b"\n}"
 
 
 def _refuse_stale_members(row: Row, image: EncodedImage) -> None:
@@ -209,7 +222,5 @@ def _measured_in(boxes: bytes | None) -> tuple[int, int] | None:
 
 
 def clean_caption(caption: str | None) -> str | None:
-    """The caption as valid UTF-8: lone surrogates and NUL, which other readers reject, are replaced."""
-    if caption is None:
-        return None
-    return caption.replace("\0", "").encode("utf-8", errors="replace").decode("utf-8")
+    """The caption as it can be stored as UTF-8: lone surrogates and NUL, which other readers choke on, are replaced."""
+    return None if caption is None else storable(caption)

@@ -23,6 +23,7 @@ from pipeline.shards.sample import shard_name
 from pipeline.shards.selection import read_selection, select, write_selection
 from pipeline.shards.snapshot import Shard, Snapshot, publish_shards, read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder
+from pipeline.shards.text import storable
 from pipeline.shards.writer import ShardStats, read_stats
 from pipeline.sources.source import Slice, Source, content_of, has_images
 from pipeline.stages.crawl.download import digest
@@ -52,7 +53,7 @@ from pipeline.stages.refresh.ledger import (
     read_rows,
     write_hidden,
 )
-from pipeline.stages.refresh.make_shard import clean_caption
+from pipeline.stages.refresh.make_shard import clean_caption, clean_value
 from pipeline.stages.refresh.opt_out import OptOut, read_opt_out
 from pipeline.stages.refresh.plan import (
     FIRST,
@@ -177,7 +178,8 @@ def source_records(
         bodies: list[str | None] = []
         for row in source.rows(piece):
             caption = (clean_caption(row.caption),) if source.has_captions else ()
-            values.append((row.url, *caption, *(row.columns.get(name) for name in columns)))
+            columns_of_row = (clean_value(row.columns.get(name)) for name in columns)
+            values.append((storable(row.url), *caption, *columns_of_row))
             content = content_of(source, row)
             bodies.append(_expected(row.expected, hash_name) if content is None else digest(content, hash_name))
         listed = opt_out.matches([str(value[0]) for value in values], bodies)
