@@ -1,6 +1,5 @@
 """Class names and prompts of a set, and the batches of a labelled set."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from pipeline.evaluation.task import PreparedSet, Reading
 from pipeline.loaders.images import ImageTransform
 from pipeline.loaders.readers import ImageReader, LabelReader
 from pipeline.shards.storage import Folder
+from pipeline.shards.text import parse_json
 
 IMAGENET = ("imagenet", "imagenet_v2", "imagenet_sketch")  # the sets with all of ImageNet's 1,000 classes
 DEFAULT_TEMPLATES = ("a photo of a {}.",)  # section 3.1.4 of the CLIP paper
@@ -80,7 +80,7 @@ def read_templates(setting: str, card: Card | None, name: str) -> tuple[str, ...
 def json_of(field: str, place: str, allowed: str) -> object:
     """The content of the JSON file at ``place``; ``allowed`` completes the error about ``field`` if unreadable."""
     try:
-        return json.loads(text_of(field, place, allowed))
+        return parse_json(text_of(field, place, allowed))
     except ValueError as error:  # annotation files are large; PyYAML would take minutes
         raise SettingError(field, place, f"well-formed JSON ({error})") from error
 

@@ -24,6 +24,7 @@ from pipeline.shards.parquet import parse_parquet
 from pipeline.shards.snapshot import SNAPSHOTS, Shard, Snapshot, publish_shards, read_snapshot, snapshot_ids
 from pipeline.shards.storage import BLOCK, Folder
 from pipeline.shards.tar import iterate_tar
+from pipeline.shards.text import parse_json
 from pipeline.shards.writer import STATS, ShardStats
 
 logger = logging.getLogger(__name__)
@@ -201,7 +202,7 @@ class _Hashed:
 
 def _stats(folder: Folder, name: str) -> dict[str, Any]:
     try:
-        plain = json.loads(folder.read_bytes(name + STATS))
+        plain = parse_json(folder.read_bytes(name + STATS))
     except FileNotFoundError:
         return {}
     except ValueError as error:

@@ -1,11 +1,25 @@
 """Text from outside, made fit for storage: UTF-8 can hold it, and readers in C do not end it at a NUL."""
 
+import json
+import re
+from typing import Any
+
+_BYTE = re.compile("[\udc80-\udcff]")
+
 
 def storable(text: str) -> str:
     """``text`` with ``?`` for each lone surrogate (half an emoji, a byte that was no UTF-8) and without NUL."""
     if text.isascii():
         return text.replace("\0", "") if "\0" in text else text
     return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
+
+
+def escaped(name: str) -> str:
+    """``name``, read with ``surrogateescape``, with ``%E9`` for a byte E9 that was no UTF-8.
+
+    Unlike :func:`storable` it keeps different names different.
+    """
+    return name if name.isascii() else _BYTE.sub(lambda found: f"%{ord(found[0]) - 0xDC00:02X}", name)
 
 
 def decoded(content: bytes) -> str:
@@ -23,3 +37,15 @@ def encoding_of(start: bytes) -> str:
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
     return "utf-8-sig"
+
+
+def parse_json(content: bytes | str) -> Any:
+    """The value of a JSON text from outside, in any encoding of :func:`decoded`.
+
+    Raises:
+        ValueError: no JSON, or nested deeper than Python's parser can follow.
+    """
+    try:
+        return json.loads(decoded(content) if isinstance(content, bytes) else content)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error

@@ -18,6 +18,7 @@ from pipeline.shards.sidecar import TAR_DIGEST, sidecar_file
 from pipeline.shards.snapshot import SNAPSHOTS, Shard, Snapshot, read_snapshot, snapshot_ids
 from pipeline.shards.storage import BLOCK, TEMPORARY, Folder
 from pipeline.shards.tar import iterate_tar
+from pipeline.shards.text import parse_json
 from pipeline.shards.writer import STATS
 
 LEFT = "left by a killed run (or one is at work now)"
@@ -196,7 +197,7 @@ def _table(folder: Folder, shard: Shard, keys: list[str] | None, expected: bool)
 def _stats(folder: Folder, shard: Shard) -> tuple[dict[str, Any] | None, str]:
     file = shard.name + STATS
     try:
-        plain = json.loads(folder.read_bytes(file))
+        plain = parse_json(folder.read_bytes(file))
     except FileNotFoundError:
         return None, ""
     except ValueError as error:
@@ -229,7 +230,7 @@ def _sizes(folder: Folder, snapshot: Snapshot) -> Iterator[str]:
     if not latest or snapshot.options.get("engine") in FOREIGN_ENGINES or not folder.exists(SIZES):
         return
     try:
-        same = json.loads(folder.read_bytes(SIZES)) == shard_sizes(snapshot.shards)
+        same = parse_json(folder.read_bytes(SIZES)) == shard_sizes(snapshot.shards)
     except ValueError:
         same = False
     if not same:
@@ -288,7 +289,7 @@ def _all_names(folder: Folder) -> Iterator[str]:
 
 def _is_json(content: bytes) -> bool:
     try:
-        json.loads(content)
+        parse_json(content)
     except ValueError:
         return False
     return True

@@ -182,11 +182,9 @@ class Coco:
 
     def _files(self) -> dict[str, str]:
         """Relative paths of all files in the folder, with their version stamps."""
-        fs, root = self._place.fs, str(self._place.path)
-        require(bool(fs.isdir(root)), "images", self.images, "an existing folder, or the beginning of urls (https://…)")
-        found = fs.find(root, detail=True).items()
-        base = root.rstrip("/") + "/"
-        return {path.split(base, 1)[-1]: file_stamp(about) for path, about in found}
+        allowed = "an existing folder, or the beginning of urls (https://…)"
+        require(self._place.kind() == "directory", "images", self.images, allowed)
+        return {path: file_stamp(about) for path, about in self._place.find().items()}
 
     def _file(self, image: AnnotatedImage, files: Mapping[str, str]) -> tuple[str, str]:
         """The image's path relative to the folder, and its version stamp; empty where there is no such file."""

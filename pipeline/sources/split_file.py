@@ -11,7 +11,6 @@ order is the same on every machine, but differs from the papers' order.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +19,7 @@ from typing import Any, ClassVar, Literal
 from pipeline.config import require
 from pipeline.errors import DataError, SampleError
 from pipeline.shards.storage import Folder
+from pipeline.shards.text import parse_json
 from pipeline.sources.source import Row, Scalar, Slice
 
 Part = Literal["train", "val", "test"]
@@ -111,7 +111,7 @@ class SplitFile:
     def _read_json(self) -> Iterator[Item]:
         where, text = self._place.join(self.split), self._text(self.split)
         try:
-            content: Any = json.loads(text)
+            content: Any = parse_json(text)
             rows = [(path, label, name) for path, label, name in content[self.part]]
         except (ValueError, KeyError, TypeError) as error:
             form = "{'train': [[path, label, class name], ...], 'val': ..., 'test': ...}"
@@ -133,10 +133,9 @@ class SplitFile:
 
     def _read_folders(self) -> Iterator[Item]:
         root = self._place.folder(self.pictures) if self.pictures else self._place
-        require(root.fs.isdir(root.path), "folder", self.folder, f"a folder with {self.pictures or 'images'} in it")
-        base = str(root.path).rstrip("/") + "/"
-        below = sorted(path.split(base, 1)[-1] for path in root.fs.find(root.path))
-        paths = [path for path in below if path.lower().endswith(IMAGES) and "/" in path]
+        allowed = f"a folder with {self.pictures or 'images'} in it"
+        require(root.kind() == "directory", "folder", self.folder, allowed)
+        paths = [path for path in root.find() if path.lower().endswith(IMAGES) and "/" in path]
         names = self._names(sorted({path.split("/")[0] for path in paths}))
         for path in paths:
             folder = path.split("/")[0]
