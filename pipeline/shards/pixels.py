@@ -284,7 +284,8 @@ def _pillow_pixels(image: Image.Image) -> Pixels:
     if mode in ("I", "F"):
         return _scaled_by_range(np.asarray(image))
     if mode == "LAB":
-        return np.asarray(cv2.cvtColor(np.asarray(image), cv2.COLOR_LAB2BGR))
+        # Pillow gives a* and b* as signed bytes, OpenCV takes them with 128 added.
+        return np.asarray(cv2.cvtColor(np.asarray(image) ^ np.array([0, 128, 128], np.uint8), cv2.COLOR_LAB2BGR))
     if mode == "La":
         image = image.convert("LA")
     if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:

@@ -97,7 +97,9 @@ class Folder:
         """fsspec's facts about the files below this folder, up to ``depth`` levels, by path relative to it, sorted."""
         with read_errors(self.uri):
             found = self.fs.find(self.path, maxdepth=depth, detail=True)
-        return {str(path)[len(self.path) :].lstrip("/"): found[path] for path in sorted(found)}
+        files = {str(path)[len(self.path) :].lstrip("/"): found[path] for path in sorted(found)}
+        # Consoles of object stores make empty objects in place of folders.
+        return {name: info for name, info in files.items() if name and not name.endswith("/")}
 
     def open(self, name: str) -> BinaryIO:
         """The file ``name`` for binary reading; raises ``FileNotFoundError``."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from pipeline.config import require
 from pipeline.errors import DataError, SampleError
@@ -155,7 +155,7 @@ def _expanded(pattern: str) -> list[str]:
         return [pattern]  # a name with braces
     try:
         return list(braceexpand(pattern))
-    except UnbalancedBracesError as error:
+    except ValueError as error:
         require(False, "tars", pattern, f"braces that are closed ({error})")
         raise
 

@@ -73,6 +73,8 @@ _MAX_PADDING = 32
 _FAST_SHRINK = (1.4, 4.0)
 # A progressive JPEG can encode a whole pass over its pixels in a few bytes; real ones have about ten passes.
 _MAX_JPEG_SCANS = 100
+# A decoder of JPEG 2000 takes 20 bytes for each pixel that a file claims, others 12 at most.
+_JPEG2000_COST = 5 / 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +187,7 @@ def transform(body: bytes, options: ImageOptions) -> EncodedImage:
     exif = read_exif(body, header.kind) if options.extract_exif or options.apply_exif_orientation else None
     orientation = orientation_of(exif) if options.apply_exif_orientation else 1
     size = turned((header.width, header.height), orientation)
-    _check_limits(size, body, options)
+    _check_limits(size, header.kind, body, options)
     geometry = plan(*size, options)
     _check_output(geometry, options)
     kept = not geometry.changes and orientation == 1 and _may_keep(body, header, options)
@@ -213,9 +215,9 @@ def plan(width: int, height: int, options: ImageOptions) -> Geometry:
 # Limits
 
 
-def _check_limits(size: tuple[int, int], body: bytes, options: ImageOptions) -> None:
+def _check_limits(size: tuple[int, int], kind: str, body: bytes, options: ImageOptions) -> None:
     short, long, area = min(size), max(size), size[0] * size[1]
-    if area > options.max_pixels:
+    if area * (_JPEG2000_COST if kind == "jpeg2000" else 1) > options.max_pixels:
         bad_image("too_many_pixels", "Image decoding error: too many pixels")
     if short < options.min_image_size:
         bad_image("too_small", "image too small")
