@@ -1,6 +1,8 @@
 """The shared fixtures do what the other tests rely on."""
 
 import os
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -43,3 +45,18 @@ def test_the_web_server_answers_as_told(serve):
         urllib.request.urlopen(server.url + "/missing")
     caught.value.close()
     assert server.requests == ["/a.jpg", "/often", "/often", "/missing"]
+
+
+def test_groups_reach_the_scheduler(tmp_path: Path) -> None:
+    """pytest-xdist 3.8 puts a group's name behind the name of a test, which pytest 9.2 ignores."""
+    (tmp_path / "test_x.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.xdist_group('one')\n"
+        "@pytest.mark.parametrize('number', range(6))\n"
+        "def test_x(number, worker_id):\n"
+        "    print('AT', worker_id)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadgroup", "-rP", "-p", "no:cacheprovider"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert found.returncode == 0, found.stdout
+    assert len({line for line in found.stdout.splitlines() if line.startswith("AT ")}) == 1

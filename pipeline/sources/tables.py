@@ -15,6 +15,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -31,7 +32,6 @@ PROBLEM = "clipmill.problem"
 BATCH_ROWS = 65_536
 
 Quoting = Literal["minimal", "none"]
-Value = str | int | float | bool | None
 
 
 class TableError(ClipmillError):
@@ -173,7 +173,7 @@ def texts_of(array: Any) -> Any:
         holds_nul = pc.any(pc.match_substring(found, "\0")).as_py()
         return pc.replace_substring(found, "\0", "") if holds_nul else found
     if pa.types.is_nested(kind):
-        return pa.array([None if one is None else _as_json(one) for one in array.to_pylist()], pa.string())
+        return _text_array([None if one is None else _as_json(one) for one in array.to_pylist()])[0]
     try:
         return array.cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -183,7 +183,7 @@ def texts_of(array: Any) -> Any:
 def _captions(array: Any) -> Any:
     if not _is_list(array.type):
         return texts_of(array)
-    return pa.array([text_of(first_text(one)) for one in array.to_pylist()], pa.string())
+    return _text_array([text_of(first_text(one)) for one in array.to_pylist()])[0]
 
 
 def _one_field(schema: pa.Schema, name: str) -> Any:
@@ -243,10 +243,11 @@ def _read_separated(file: Any, columns: Columns, delimiter: str, quoting: Quotin
         raise TableError(f"line {rows.line_num}: {error}; {advice}") from error
 
 
-def _separated_rows(rows: Any, places: Sequence[int], width: int) -> Iterator[tuple[list[Value], str | None]]:
+def _separated_rows(rows: Any, places: Sequence[int], width: int) -> Iterator[tuple[Sequence[str | None], str | None]]:
+    pick = itemgetter(*places) if len(places) > 1 else lambda row: (row[places[0]],)
     for row in rows:
         if len(row) == width:
-            yield [row[place] for place in places], None
+            yield pick(row), None
         elif row:
             problem = f"line {rows.line_num} has {len(row)} values, the table has {width} columns"
             yield [None] * len(places), problem
@@ -298,23 +299,23 @@ def first_text(value: Any) -> Any:
 def text_of(value: Any) -> str | None:
     """A value of JSON or Arrow as text: JSON for lists and objects, ``true`` and ``false`` for booleans."""
     if value is None or isinstance(value, str):
-        return value if value is None else storable(value)
+        return value
     if isinstance(value, bytes):
-        return value.decode("utf-8", "replace").replace("\0", "")
+        return value.decode("utf-8", "replace")
     if isinstance(value, float) and value != value:
         return None
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else _as_json(value)
 
 
 def _as_json(value: Any) -> str:
-    return storable(json.dumps(value, ensure_ascii=False, default=str))
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _read_objects(file: Any, columns: Columns, objects: Callable[[Any], Iterable[Any]]) -> Iterator[pa.RecordBatch]:
     names = columns.names()
     seen: dict[str, None] = {}
 
-    def rows() -> Iterator[tuple[list[Value], str | None]]:
+    def rows() -> Iterator[tuple[Sequence[str | None], str | None]]:
         for number, record in enumerate(objects(file), 1):
             if isinstance(record, str):
                 yield [None] * len(names), record
@@ -330,10 +331,13 @@ def _read_objects(file: Any, columns: Columns, objects: Callable[[Any], Iterable
 
 def _object_row(
     record: Mapping[str, Any], columns: Columns, names: Sequence[str], number: int
-) -> tuple[list[Value], str | None]:
-    values: list[Value] = []
+) -> tuple[Sequence[str | None], str | None]:
+    values: list[str | None] = []
     for name in names:
         value = record.get(name)
+        if type(value) is str:
+            values.append(value)
+            continue
         if name == columns.caption:
             value = first_text(value)
         if isinstance(value, dict | list) and name not in columns.others:
@@ -397,10 +401,22 @@ class _KeptOpen(io.TextIOWrapper):
             pass  # closed by the reader already
 
 
-def _batches(rows: Iterator[tuple[list[Value], str | None]], columns: Columns) -> Iterator[pa.RecordBatch]:
+def _text_array(values: Sequence[str | None]) -> tuple[Any, int]:
+    """The texts as Arrow can store them, and how many had to be changed for it."""
+    try:
+        array = pa.array(values, pa.string())
+        if not pc.any(pc.match_substring(array, "\0")).as_py():
+            return array, 0
+    except UnicodeEncodeError:
+        pass  # a lone surrogate
+    kept = [None if value is None else storable(value) for value in values]
+    return pa.array(kept, pa.string()), sum(one != other for one, other in zip(values, kept, strict=True))
+
+
+def _batches(rows: Iterator[tuple[Sequence[str | None], str | None]], columns: Columns) -> Iterator[pa.RecordBatch]:
     """Batches of rows and their problems; what could not be stored as it is, is counted and reported once."""
     schema = columns.schema()
-    held: list[list[Value]] = []
+    held: list[Sequence[str | None]] = []
     problems: list[str | None] = []
     good = changed = 0
     first_problem: str | None = None
@@ -408,11 +424,10 @@ def _batches(rows: Iterator[tuple[list[Value], str | None]], columns: Columns) -
     def batch() -> pa.RecordBatch:
         nonlocal changed
         arrays = []
-        for place in range(len(schema) - 1):
-            values = [None if (value := row[place]) is None else str(value) for row in held]
-            kept = [None if value is None else storable(value) for value in values]
-            changed += sum(one is not other and one != other for one, other in zip(values, kept, strict=True))
-            arrays.append(pa.array(kept, pa.string()))
+        for values in zip(*held, strict=True):
+            array, count = _text_array(values)
+            arrays.append(array)
+            changed += count
         return pa.RecordBatch.from_arrays([*arrays, pa.array(problems, pa.string())], schema=schema)
 
     for values, problem in rows:
