@@ -285,7 +285,8 @@ def _pillow_pixels(image: Image.Image) -> Pixels:
         return _scaled_by_range(np.asarray(image))
     if mode == "LAB":
         # Pillow gives a* and b* as signed bytes, OpenCV takes them with 128 added.
-        return np.asarray(cv2.cvtColor(np.asarray(image) ^ np.array([0, 128, 128], np.uint8), cv2.COLOR_LAB2BGR))
+        values: Pixels = np.asarray(image, np.uint8) ^ np.array([0, 128, 128], np.uint8)
+        return np.asarray(cv2.cvtColor(values, cv2.COLOR_LAB2BGR), np.uint8)
     if mode == "La":
         image = image.convert("LA")
     if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:

@@ -8,7 +8,7 @@ import errno
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -226,6 +226,15 @@ def file_digest(path: Path) -> str:
     """SHA-256 (hex) of the local file at ``path``."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_stamp(info: Mapping[str, Any]) -> str:
+    """Size and modification time or ETag of a file, from fsspec's ``info``."""
+    changed = next(
+        (info[name] for name in ("ETag", "etag", "mtime", "LastModified", "created") if name in info),
+        "",
+    )
+    return f"{info.get('size', '')}/{changed}"
 
 
 @contextmanager

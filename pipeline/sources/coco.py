@@ -27,7 +27,7 @@ from pipeline.config import require
 from pipeline.dataset import load_card
 from pipeline.errors import DataError, SampleError
 from pipeline.shards.objects import FIELD, MOST_OBJECTS, plain_word
-from pipeline.shards.storage import Folder, split_file
+from pipeline.shards.storage import Folder, file_stamp, split_file
 from pipeline.sources.coco_annotations import (
     AnnotatedImage,
     Annotations,
@@ -35,7 +35,6 @@ from pipeline.sources.coco_annotations import (
     read_annotations,
     read_captions,
 )
-from pipeline.sources.folder import file_stamp
 from pipeline.sources.source import UNCHANGED, Row, Slice
 
 logger = logging.getLogger(__name__)

@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pipeline.config import require
 from pipeline.errors import SampleError
 from pipeline.shards.sample import IMAGE_FIELDS
-from pipeline.shards.storage import Folder, split_file
+from pipeline.shards.storage import Folder, file_stamp, split_file
 from pipeline.shards.text import decoded
 from pipeline.sources.source import Row, Slice
 
@@ -128,12 +128,3 @@ class ImageFolder:
             problem = SampleError("failed_to_download", "unreadable", f"cannot read the file: {error}")
             return Row(url=path, caption=caption, columns=columns, problem=problem)
         return Row(url=path, caption=caption, image=image, columns=columns)
-
-
-def file_stamp(info: Mapping[str, Any]) -> str:
-    """Size and modification time or ETag of a file, from fsspec's ``info``."""
-    changed = next(
-        (info[name] for name in ("ETag", "etag", "mtime", "LastModified", "created") if name in info),
-        "",
-    )
-    return f"{info.get('size', '')}/{changed}"

@@ -16,10 +16,9 @@ import pyarrow.parquet as pq
 
 from pipeline.config import require
 from pipeline.errors import ReadError, SampleError, SettingError
-from pipeline.shards.storage import Folder, read_errors, split_file
+from pipeline.shards.storage import Folder, file_stamp, read_errors, split_file
 from pipeline.shards.text import parse_json, storable
 from pipeline.shards.writer import reserved_columns
-from pipeline.sources.folder import file_stamp
 from pipeline.sources.source import Row, Scalar, Slice
 from pipeline.sources.tables import (
     Columns,

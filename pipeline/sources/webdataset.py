@@ -14,13 +14,12 @@ from braceexpand import braceexpand
 from pipeline.config import require
 from pipeline.errors import DataError, SampleError
 from pipeline.shards.sample import IMAGE_FIELDS, Sample
-from pipeline.shards.storage import Folder, split_file
+from pipeline.shards.storage import Folder, file_stamp, split_file
 from pipeline.shards.tar import iterate_tar
 from pipeline.shards.text import decoded, parse_json
 from pipeline.shards.writer import reserved_columns
-from pipeline.sources.folder import file_stamp
 from pipeline.sources.source import UNCHANGED, Row, Slice
-from pipeline.sources.tables import first_text, text_of
+from pipeline.sources.tables import first_text, stored_text
 
 logger = logging.getLogger(__name__)
 
@@ -119,10 +118,10 @@ class WebDatasetTars:
         if image is None:
             problem = _no_image(sample, self.image_field)
         return Row(
-            url=text_of(record.get("url")) or sample.key,
+            url=stored_text(record.get("url")) or sample.key,
             caption=None if self.caption_field is None else self._caption(sample, plain) or "",
             image=None if image is None else sample.fields[image],
-            columns={name: text_of(record.get(name)) for name in self.json_columns},
+            columns={name: stored_text(record.get(name)) for name in self.json_columns},
             members=members if self.keep_members else {},
             problem=problem,
         )
@@ -137,7 +136,7 @@ class WebDatasetTars:
             return None
         if wanted.startswith(JSON_KEY):
             value = None if isinstance(plain, SampleError) else first_text(plain.get(wanted.removeprefix(JSON_KEY)))
-            return None if isinstance(value, dict) else text_of(value)
+            return None if isinstance(value, dict) else stored_text(value)
         content = sample.fields.get(wanted.lower())
         return None if content is None else decoded(content).rstrip("\r\n")
 

@@ -24,7 +24,7 @@ from pipeline.shards.snapshot import Shard
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import iterate_tar
 from pipeline.shards.text import decoded, parse_json, storable
-from pipeline.sources.tables import first_text, text_of, texts_of
+from pipeline.sources.tables import first_text, stored_text, texts_of
 from pipeline.stages.filters.captions import clean_text
 
 EMBEDDINGS_JOB = "jobs/embed_dataset.py"
@@ -217,7 +217,7 @@ def _column(values: list[Any]) -> Any:
             return pa.array(values, pa.float64() if float in kinds else pa.bool_() if bool in kinds else pa.int64())
         except (pa.ArrowInvalid, OverflowError):
             pass  # whole numbers beyond 64 bits
-    return pa.array([text_of(value) for value in values], pa.string())
+    return pa.array([stored_text(value) for value in values], pa.string())
 
 
 def _described(sample: Sample) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def _described(sample: Sample) -> dict[str, Any]:
     if "txt" in sample.fields:
         row["caption"] = decoded(sample.fields["txt"])
     elif "caption" in row:
-        row["caption"] = text_of(first_text(row["caption"]))
+        row["caption"] = stored_text(first_text(row["caption"]))
     if row.get("width") is None or row.get("height") is None:
         row["width"], row["height"] = _size(sample.image() or b"")
     return {**row, "key": sample.key}
