@@ -22,7 +22,7 @@ import tyro
 
 from pipeline.config import require, run_job, writable_folder
 from pipeline.evaluation.embedder import LoadEmbedder, Precision, Views
-from pipeline.evaluation.few_shot import draw, read_data_set
+from pipeline.evaluation.few_shot import Validation, draw, read_data_set
 from pipeline.models.adapters.adapter import adapter_class
 from pipeline.runs.few_shot import (
     ZERO_SHOT,
@@ -57,7 +57,8 @@ class Adapt:
     model: str
     """Checkpoint of a CLIP, as in jobs/evaluate.py."""
     methods: tuple[str, ...]
-    """Names of pipeline/models/adapters, each with optional :key=value,... that override the paper's values."""
+    """Names of pipeline/models/adapters, each with optional :key=value,... that override the paper's values; templates=
+    takes what --templates of jobs/evaluate.py takes."""
     data: tuple[str, ...]
     """Dataset cards with `few_shot` to train on."""
     output: str
@@ -70,6 +71,8 @@ class Adapt:
     """Labelled images per class; a class with fewer images uses all of them."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """Seeds of the sampling of shots and of the training."""
+    validation: Validation = "few"
+    """Validation images: few, min(shots, 4) of every class (CoOp), or the whole validation split (Tip-Adapter)."""
     root: str = ""
     """Folder with the folders of data sets with split files."""
     samples: int | None = None
@@ -175,7 +178,11 @@ def main(run: Adapt) -> None:
     sets = {**tested, **learned}
     trials = plan_trials(run.protocol, list(specs.values()), list(learned), run.shots, run.seeds)
     drawings = {
-        name: [draw(sets[name], trial.shots, trial.seed) for trial in trials if trial.shots and trial.data == name]
+        name: [
+            draw(sets[name], trial.shots, trial.seed, run.validation)
+            for trial in trials
+            if trial.shots and trial.data == name
+        ]
         for name in sets
     }
     place = find_place(run.device, run.gpus_per_trial, run.workers_per_trial, run.workers)
@@ -204,6 +211,7 @@ def main(run: Adapt) -> None:
             targets=tuple(tested),
             output=folder.uri,
             clip=clip.digest,
+            validation=run.validation,
             keep_adapters=run.keep_adapters,
         )
         results = run_trials(runner, trials, run.workers, place, record.add)

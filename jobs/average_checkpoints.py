@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Average the weights of checkpoints into a new one: WiSE-FT and model soups.
 
-    python jobs/average_checkpoints.py wise-ft --checkpoints ViT-B-32:openai runs/tuned --alpha 0.5 --output runs/wise
+    python jobs/average_checkpoints.py wise-ft --checkpoints ViT-B/32:openai runs/tuned --alpha 0.5 --output runs/wise
     python jobs/average_checkpoints.py uniform --checkpoints runs/a runs/b runs/c --output runs/soup
     python jobs/average_checkpoints.py greedy --checkpoints runs/a runs/b runs/c --output runs/soup \
         --zero-shot imagenet=s3://bucket/held-out --metric zeroshot/imagenet/top1

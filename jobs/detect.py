@@ -98,7 +98,7 @@ def read_image(place: str) -> Pixels:
         return decode(draw_sample("val", 0, 0, 128).image)
     folder, name = split_file(place)
     try:
-        return decode(folder.read_bytes(name))
+        return decode(folder.read_bytes(name), upright=True)
     except UnreadableSample as error:
         raise DataError(f"{place} is not a readable image ({error})") from error
     except (OSError, ValueError) as error:

@@ -7,7 +7,7 @@
 For checkpoint addresses see jobs/evaluate.py. Each shard gets its own file and is processed once: the same command
 resumes, and after a refresh reads only new shards. --name keeps the features of several models apart.
 
-    ... jobs/embed_dataset.py views --data s3://bucket/pets --checkpoint ViT-B-16:openai --views 10
+    ... jobs/embed_dataset.py views --data s3://bucket/pets --checkpoint ViT-B-16-quickgelu:openai --views 10
 
 stores raw features of each image and of ten random crops of it instead, the training data of few-shot methods.
 """

@@ -2,7 +2,7 @@
 """Compute CLIP features of the regions of every image, as a sidecar for the training of ViLD's image branch.
 
     ray job submit --working-dir . -- python jobs/extract_region_features.py proposals \
-        --data s3://bucket/lvis-train --teacher ViT-B-32:openai --proposer s3://bucket/runs/rpn
+        --data s3://bucket/lvis-train --teacher ViT-B-32-quickgelu:openai --proposer s3://bucket/runs/rpn
 
 Each shard gets its own file and is processed once: the same command resumes. The job checks the features of regions
 that cover an annotated object against the class names (--classes: a card, the data's classes, or none). It logs the

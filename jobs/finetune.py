@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Fine-tune a checkpoint's image tower with a linear head, on the labelled images of a snapshot.
 
-    ray job submit --working-dir . -- python jobs/finetune.py wise-ft --architecture ViT-B-16 --pretrained openai \
+    ray job submit --working-dir . -- python jobs/finetune.py wise-ft \
+        --architecture ViT-B-16-quickgelu --pretrained openai \
         --data s3://bucket/imagenet --classification imagenet=s3://bucket/val --output-folder s3://bucket/runs/tuned
     python jobs/average_checkpoints.py wise-ft --checkpoints runs/tuned/start runs/tuned --output runs/wise
 

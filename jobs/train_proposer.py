@@ -36,7 +36,7 @@ PAPER = Run(
     batch_size=256,
     steps=180_000,
     warmup_steps=1000,
-    optimizer=Sgd(learning_rate=0.32, first_learning_rate=0.0032, weight_decay=4e-5, drops=(0.9, 0.95, 0.975)),
+    optimizer=Sgd(learning_rate=0.32, first_learning_rate=0.0032, weight_decay=4e-5, drops=(0.9, 0.95)),
     cluster=GPUS,
     loader=LoaderConfig(loader_workers=8),
 )

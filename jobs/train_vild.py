@@ -2,7 +2,7 @@
 """Train ViLD, an open-vocabulary detector, on boxes of base classes and on CLIP's features of stored regions.
 
     ray job submit --working-dir . -- python jobs/train_vild.py lvis --data s3://bucket/lvis-train \
-        --teacher ViT-B-32:openai --output-folder s3://bucket/runs/vild
+        --teacher ViT-B-32-quickgelu:openai --output-folder s3://bucket/runs/vild
 
 jobs/extract_region_features.py computes the regions' features, with the same teacher; --mode text and --mode supervised
 do not need them. --start-from RUN initialises the network with a proposer (jobs/train_proposer.py); the paper starts
@@ -46,7 +46,7 @@ LVIS = Run(
     batch_size=256,
     steps=180_000,
     warmup_steps=1000,
-    optimizer=Sgd(learning_rate=0.32, first_learning_rate=0.0032, weight_decay=4e-5, drops=(0.9, 0.95, 0.975)),
+    optimizer=Sgd(learning_rate=0.32, first_learning_rate=0.0032, weight_decay=4e-5, drops=(0.9, 0.95)),
     cluster=Cluster(accelerator="gpu", cpus_per_worker=10),
     loader=LoaderConfig(loader_workers=8),
     evaluate_every_steps=20_000,

@@ -24,6 +24,7 @@ from pipeline.errors import ClipmillError, SettingError
 
 Config = TypeVar("Config")
 Scalar = str | int | float | bool | None
+DEEPEST = 100  # lists and objects of JSON inside one another
 
 
 def require(ok: bool, field: str, value: object, allowed: str) -> None:
@@ -46,6 +47,30 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Scalar]:
     return flat
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of JSON text; raises ``ValueError`` for other text, and for lists or objects deeper than 100.
+
+    Readers of files that others may have written use this: ``json.loads`` raises ``RecursionError`` for deep nesting.
+    """
+    try:
+        plain = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    level, depth = [plain], 0
+    while level:
+        depth += 1
+        if depth > DEEPEST:
+            raise ValueError("nested too deep")
+        level = [
+            inner
+            for value in level
+            if isinstance(value, dict | list)
+            for inner in (value.values() if isinstance(value, dict) else value)
+            if isinstance(inner, dict | list)
+        ]
+    return plain
+
+
 def to_json(config: Any) -> str:
     """The config as JSON text; :func:`from_json` converts it back to an equal config."""
     return json.dumps(_plain(config), indent=2) + "\n"
@@ -58,9 +83,10 @@ def from_json(kind: type[Config], text: str, origin: str = "config") -> Config:
         SettingError: not JSON, an unknown key, a wrong type or an invalid value; the message names its path.
     """
     try:
-        return from_plain(kind, json.loads(text), origin)
-    except json.JSONDecodeError as error:
+        plain = parse_json(text)
+    except ValueError as error:
         raise SettingError(origin, text[:80], f"JSON ({error})") from error
+    return from_plain(kind, plain, origin)
 
 
 def from_yaml(kind: type[Config], path: str | Path) -> Config:
@@ -71,7 +97,7 @@ def from_yaml(kind: type[Config], path: str | Path) -> Config:
         raise SettingError("file", str(path), f"a readable YAML file ({error})") from error
     try:
         plain = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise SettingError("file", str(path), f"well-formed YAML ({' '.join(str(error).split())})") from error
     return from_plain(kind, plain, str(path))
 
@@ -182,7 +208,7 @@ def _from_file(presets: dict[str, tuple[str, Any]], arguments: list[str]) -> Any
         "exactly one JSON file that an earlier run wrote",
     )
     try:
-        plain = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+        plain = parse_json(Path(arguments[0]).read_bytes())
     except (OSError, ValueError) as error:
         raise SettingError("--from", arguments[0], f"a readable JSON file ({error})") from error
     kinds = {type(config) for _, config in presets.values()}

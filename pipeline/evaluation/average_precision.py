@@ -132,10 +132,15 @@ class AveragePrecision:
             "area": float(marked.areas[place]),
             "iscrowd": int(marked.crowd[place]),
             "exhaustive": plain_word(marked.labels[place]) not in set(map(plain_word, marked.incomplete)),
-            "segmentation": coco_runs(marked.segmentations[place], marked.height, marked.width)
-            if self.with_masks
-            else None,
+            "segmentation": self._runs(marked, place) if self.with_masks else None,
         }
+
+    @staticmethod
+    def _runs(marked: Objects, place: int) -> Record:
+        try:
+            return coco_runs(marked.segmentations[place], marked.height, marked.width)
+        except DataError as error:
+            raise DataError(f"object {place} ({marked.labels[place]}) of sample {marked.key}: {error}") from error
 
     def _add_found(self, marked: Objects, found: Detections, labels: Sequence[int]) -> None:
         """Store the detections that count; LVIS's uncounted ones take no memory."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import require
+from pipeline.config import parse_json, require
 from pipeline.dataset import Card
 from pipeline.errors import SettingError
 from pipeline.evaluation.data import evaluation_batches
@@ -14,7 +14,6 @@ from pipeline.evaluation.task import PreparedSet, Reading
 from pipeline.loaders.images import ImageTransform
 from pipeline.loaders.readers import ImageReader, LabelReader
 from pipeline.shards.storage import Folder
-from pipeline.shards.text import parse_json
 
 IMAGENET = ("imagenet", "imagenet_v2", "imagenet_sketch")  # the sets with all of ImageNet's 1,000 classes
 DEFAULT_TEMPLATES = ("a photo of a {}.",)  # section 3.1.4 of the CLIP paper
@@ -56,7 +55,10 @@ def read_classes(setting: str, card: Card | None, name: str) -> tuple[str, ...]:
         if card is None or not card.classes:
             raise SettingError("classes", setting, f"for {name}, which has no card with classes: {CLASSES}")
         return card.classes
-    return lines_of("classes", setting, CLASSES)
+    names = lines_of("classes", setting, CLASSES)
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    require(not twice, "classes", setting, f"a file with distinct names; twice there: {', '.join(twice[:5])}")
+    return names
 
 
 def read_templates(setting: str, card: Card | None, name: str) -> tuple[str, ...]:
@@ -107,7 +109,7 @@ def lines_of(field: str, place: str, allowed: str) -> tuple[str, ...]:
 def _list_of(field: str, place: str, text: str) -> list[str]:
     try:
         plain = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise SettingError(field, place, f"well-formed YAML or JSON ({error})") from error
     if not isinstance(plain, list) or not all(isinstance(line, str) for line in plain):
         raise SettingError(field, place, "a YAML or JSON file that is a list of texts")

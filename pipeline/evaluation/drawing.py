@@ -67,7 +67,10 @@ def draw_marked(image: Tensor, marked: Objects, words: Sequence[str]) -> Tensor:
     places = {plain_word(word): place for place, word in enumerate(words)}
     objects = []
     for box, label, segmentation in zip(marked.boxes, marked.labels, marked.segmentations, strict=True):
-        mask = None if segmentation is None else mask_of(segmentation, marked.height, marked.width).astype(bool)
+        try:
+            mask = None if segmentation is None else mask_of(segmentation, marked.height, marked.width).astype(bool)
+        except DataError as error:
+            raise DataError(f"object {label} of sample {marked.key}: {error}") from error
         x1, y1, x2, y2 = box.tolist()
         objects.append(ShownObject((x1, y1, x2, y2), _short(label), places.get(plain_word(label), -1), mask))
     return draw(image, objects)

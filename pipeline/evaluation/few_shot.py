@@ -2,17 +2,18 @@
 
 Shots are sampled as in CoOp's code (Zhou et al. 2022, arXiv 2109.01134; its library Dassl). A generator with the seed
 (1, 2 and 3 in the papers) samples ``shots`` images of every class without replacement, class by class in the order in
-which the split first names them; then min(shots, 4) validation images of every class in the same way. A class with
-fewer images gives all of them. Base and new classes are those of CoCoOp (arXiv 2203.05557, section 4.1): the first half
-of the labels, rounded up, and the rest.
+which the split first names them; then min(shots, 4) validation images of every class in the same way, or all
+validation images, as in Tip-Adapter's code. A class with fewer images gives all of them. Base and new classes are those
+of CoCoOp (arXiv 2203.05557, section 4.1): the first half of the labels, rounded up, and the rest.
 """
 
+import logging
 import math
 import random
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.config import require
 from pipeline.dataset import PARTS, Card, load_card
@@ -25,6 +26,10 @@ from pipeline.sources.drawn.source import Drawn
 from pipeline.sources.source import Source
 from pipeline.sources.split_file import SplitFile
 
+logger = logging.getLogger(__name__)
+
+Validation = Literal["few", "whole"]
+"""Validation images: min(shots, 4) of every class (CoOp's code), or the whole validation split (Tip-Adapter's)."""
 VALIDATION_SHOTS = 4
 FEWEST = 4  # classes of base-to-new: two in each half
 
@@ -84,17 +89,21 @@ def read_data_set(name: str, root: str = "", samples: int | None = None) -> Data
     doubled = next((one for one in classes if classes.count(one) > 1), None)
     allowed = f"distinct names; `renames` in the source of the card {name} can rename them"
     require(doubled is None, "classes", doubled, allowed)
+    unseen = [classes[number] for number in sorted(set(range(len(classes))) - set(labels.get("train", ())))]
+    if "train" in labels and unseen:
+        logger.warning("%s: no training images of %d classes: %s", name, len(unseen), ", ".join(unseen[:10]))
     templates = card.few_shot.templates or card.templates or DEFAULT_TEMPLATES
     return DataSet(name=card.name, classes=classes, templates=templates, sources=sources, labels=labels)
 
 
-def draw(data: DataSet, shots: int, seed: int) -> Drawing:
+def draw(data: DataSet, shots: int, seed: int, validation: Validation = "few") -> Drawing:
     """The shots and validation images of ``seed``; a class with fewer images gives all of them.
 
     If the data set has no validation images, they are sampled from the training images that are not shots.
 
     Raises:
-        SettingError: no training images, or no images are left for validation.
+        SettingError: no training images, no images are left for validation, or ``validation`` is ``whole`` for a data
+            set without validation images.
     """
     require(shots >= 1, "shots", shots, "1 or more")
     require("train" in data.labels, "data", data.name, "a data set with training images; this one is for testing only")
@@ -103,12 +112,18 @@ def draw(data: DataSet, shots: int, seed: int) -> Drawing:
     train = draw_numbers(labels, range(len(labels)), shots, generator)
     wanted = min(shots, VALIDATION_SHOTS)
     part = "val" if "val" in data.labels else "train"
+    if validation == "whole":
+        require(
+            part == "val", "validation", validation, f"few for {data.name}, which has no validation images of its own"
+        )
+        every = tuple((part, number) for number in range(len(data.labels[part])))
+        return Drawing(tuple(("train", one) for one in train), every)
     taken = set(train) if part == "train" else set()
     rest = [number for number in range(len(data.labels[part])) if number not in taken]
-    validation = draw_numbers(data.labels[part], rest, wanted, generator)
+    held_out = draw_numbers(data.labels[part], rest, wanted, generator)
     allowed = f"fewer, so that images of {data.name} are left for validation"
-    require(bool(validation), "shots", shots, allowed)
-    return Drawing(tuple(("train", one) for one in train), tuple((part, one) for one in validation))
+    require(bool(held_out), "shots", shots, allowed)
+    return Drawing(tuple(("train", one) for one in train), tuple((part, one) for one in held_out))
 
 
 def draw_numbers(labels: Sequence[int], among: Iterable[int], shots: int, generator: random.Random) -> list[int]:
@@ -154,7 +169,8 @@ def _options(card: Card, part: str, root: str, samples: int | None) -> dict[str,
 def _listed(source: Source, card: Card) -> list[tuple[int | None, str]]:
     """Class number, if the source has one, and class name of every row."""
     if isinstance(source, SplitFile):
-        return [(item.number, item.name) for item in source.items]
+        by_name = source.format == "folders" and not source.split  # the names of all parts together are numbered
+        return [(None if by_name else item.number, item.name) for item in source.items]
     if isinstance(source, Drawn):
         named = [wanted_class(source.split, source.first + number) for number in range(source.samples)]
         return [(None, name) for name in named if name is not None]
@@ -168,7 +184,9 @@ def _dense(
 
     Classes without an image in any part are left out: ImageNet-A has 200 of ImageNet's classes.
     """
-    order = {name: number for number, name in enumerate(card.classes)}
+    unnumbered = {name for rows in listed.values() for number, name in rows if number is None}
+    known = card.classes if unnumbered <= set(card.classes) else sorted(unnumbered)
+    order = {name: number for number, name in enumerate(known)}
     names: dict[int, str] = {}
     numbers: dict[str, list[int]] = {}
     for part, rows in listed.items():

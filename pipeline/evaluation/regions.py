@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -23,7 +24,7 @@ from pipeline.loaders.samples import UnreadableSample
 from pipeline.models import class_vectors
 from pipeline.models.clip import Clip
 from pipeline.models.towers.crops import CropRule, crop_boxes, cut_crops
-from pipeline.models.towers.weights import digest_of
+from pipeline.models.towers.weights import digest_of, misfit, read_any_weights
 from pipeline.shards.objects import plain_word, read_objects
 from pipeline.shards.sample import Sample
 from pipeline.stages.annotate.regions import RegionProposals
@@ -212,7 +213,11 @@ class TorchvisionDetector:
         weights = {"weights": None, "weights_backbone": None} if file else {"weights": "DEFAULT"}
         model: Any = torchvision.models.get_model(name, **weights)
         if file:
-            model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+            require(Path(file).is_file(), "proposer", f"{name}={file}", "a file of weights that exists")
+            tensors = read_any_weights(Path(file))
+            problem = misfit(model.state_dict(), tensors)
+            require(not problem, "proposer", f"{name}={file}", f"weights of {name}; these are {problem}")
+            model.load_state_dict(tensors)
         limited = getattr(model, "roi_heads", model)  # 100 to 300 detections of an image by default
         limited.detections_per_img = max(limited.detections_per_img, most)
         self._model = model.to(device).eval()

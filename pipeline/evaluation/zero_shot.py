@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from pipeline.config import require
 from pipeline.evaluation.encoder import TEXTS_AT_ONCE, Encoder, encode_tokens, inference
-from pipeline.models.towers.prompts import average_prompts
+from pipeline.models.towers.prompts import average_prompts, fill_template
 
 TOP = 5
 NO_TEMPLATE = ("{}",)
@@ -26,8 +26,8 @@ def classifier(
 ) -> Tensor:
     """The class vectors, float32 ``[C, D]``, unit length, on the model's device.
 
-    ``templates`` have one ``{}`` each for the class name. Prompts are encoded a few hundred at a time, so ImageNet's
-    80,000 are never in memory together.
+    ``templates`` have one ``{}`` each for the class name, whose underscores become blanks. Prompts are encoded a few
+    hundred at a time, so ImageNet's 80,000 are never in memory together.
     """
     require(len(classes) > 1, "classes", tuple(classes), "two class names or more")
     require(len(templates) > 0, "templates", tuple(templates), "one template or more")
@@ -36,7 +36,7 @@ def classifier(
     with inference(model, precision) as device:
         for start in range(0, len(classes), classes_at_once):
             names = classes[start : start + classes_at_once]
-            prompts = [template.replace("{}", name) for name in names for template in templates]
+            prompts = [fill_template(template, name) for name in names for template in templates]
             features = encode_tokens(model, model.tokenizer(prompts), device)
             vectors.append(average_prompts(features, len(templates)))
     return torch.cat(vectors)

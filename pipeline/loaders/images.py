@@ -211,10 +211,10 @@ def as_stored(pixels: Pixels) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def decode(content: bytes) -> Pixels:
+def decode(content: bytes, upright: bool = False) -> Pixels:
     """The image in ``content`` as uint8 [H, W, 3], by the rules of :mod:`pipeline.shards.pixels`.
 
-    Transparent pixels are white; EXIF orientation is ignored.
+    Transparent pixels are white. EXIF orientation is ignored unless ``upright`` is set.
 
     Raises:
         UnreadableSample: not an image, a broken image, or more than ``MAX_PIXELS`` pixels.
@@ -222,7 +222,7 @@ def decode(content: bytes) -> Pixels:
     try:
         # Pillow warns about odd metadata and large images; both are handled.
         with warnings.catch_warnings(action="ignore"):
-            return rgb(content, MAX_PIXELS)
+            return rgb(content, MAX_PIXELS, upright)
     except SampleError as error:
         raise UnreadableSample(error.message) from error
 

@@ -15,7 +15,7 @@ from pipeline.errors import SettingError
 from pipeline.loaders.text import cut_text
 from pipeline.models.clip import Clip, Config
 from pipeline.models.towers import openclip
-from pipeline.models.towers.prompts import average_prompts
+from pipeline.models.towers.prompts import average_prompts, readable_name
 from pipeline.models.towers.weights import digest_of
 from pipeline.shards.objects import names_of
 
@@ -92,7 +92,7 @@ def prompt(template: str, word: str) -> str:
     ViLD's rules: underscores become spaces, a slash becomes "or", names are in lower case without a full stop. If a
     template has ``{article}`` and the sentence would begin with "a" or "the", it begins with "This is".
     """
-    name = word.replace("_", " ").replace("/", " or ").lower().strip().rstrip(".")
+    name = readable_name(word.replace("/", " or ")).lower().rstrip(".")
     article = "an" if name[:1] in tuple("aeiou") else "a"
     written = template.replace("{article}", article).replace("{}", name)
     begins = written.startswith(("a ", "an ", "the "))
@@ -102,5 +102,5 @@ def prompt(template: str, word: str) -> str:
 def _parsed(address: str) -> tuple[str, str | None]:
     found = openclip.parse_address(address)
     if found is None:
-        raise SettingError("teacher", address, "ARCHITECTURE:WEIGHTS, such as ViT-B-32:openai; WEIGHTS may be a folder")
+        raise SettingError("teacher", address, "ARCHITECTURE:WEIGHTS, such as ViT-B/32:openai; WEIGHTS may be a folder")
     return found

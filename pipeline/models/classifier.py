@@ -36,7 +36,7 @@ from pipeline.loaders.text import TextSettings, cut_text
 from pipeline.models import clip
 from pipeline.models.towers import openclip
 from pipeline.models.towers.locked import lock
-from pipeline.models.towers.prompts import average_prompts
+from pipeline.models.towers.prompts import average_prompts, fill_template
 from pipeline.models.towers.unprojected import projection, unprojected, unprojected_width
 
 
@@ -181,7 +181,7 @@ def class_vectors(method: clip.Clip, classes: Sequence[str], templates: Sequence
     method.to(device).eval()
     vectors = []
     for name in classes:
-        tokens = method.tokenizer([template.replace("{}", name) for template in templates])
+        tokens = method.tokenizer([fill_template(template, name) for template in templates])
         prompts = method.encode_text(cut_text(tokens, method.end_of_text).to(device))
         vectors.append(average_prompts(prompts, len(templates)))
     method.to(home).train(was_training)

@@ -140,6 +140,7 @@ class Clip(ImageTextMethod, EmbeddingMethod):
         """``description`` is given if weights are restored afterwards; no weights are downloaded then."""
         super().__init__(config)
         card = json.loads(description[openclip.MODEL_CARD]) if description else {}
+        model_config = card.get("model_cfg", {})
         self.model: Any = openclip.create(
             config.architecture,
             config.pretrained,
@@ -147,13 +148,13 @@ class Clip(ImageTextMethod, EmbeddingMethod):
             pretrained_towers=config.pretrained_towers,
             load=description is None,
             preprocess=card.get("preprocess_cfg"),
-            logit_bias=config.sigmoid_bias if config.loss == "sigmoid" else None,
+            logit_bias=config.sigmoid_bias if config.loss == "sigmoid" else model_config.get("init_logit_bias"),
             context_length=config.context_length,
             patch_dropout=config.patch_dropout,
         )
         self.tokenizer = openclip.tokenizer(config.architecture, config.context_length)
         self.end_of_text = openclip.end_of_text(self.model, self.tokenizer)
-        if config.pretrained is None:
+        if config.pretrained is None and not openclip.brings_weights(config.architecture):
             scale = config.sigmoid_scale if config.loss == "sigmoid" else 1 / config.temperature
             torch.nn.init.constant_(self.logit_scale, math.log(scale))
             if config.text_start == "bag_of_words":
@@ -176,7 +177,13 @@ class Clip(ImageTextMethod, EmbeddingMethod):
     @classmethod
     def check(cls, config: Config) -> None:
         """Check that the architecture and the weights exist and fit each other."""
-        openclip.check(config.architecture, config.pretrained, config.patch_dropout)
+        openclip.check(
+            config.architecture,
+            config.pretrained,
+            patch_dropout=config.patch_dropout,
+            image_size=config.image_size,
+            context_length=config.context_length,
+        )
         if config.teacher:
             teacher.check(config.teacher, openclip.check_architecture(config.architecture), config.context_length)
 

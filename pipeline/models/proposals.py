@@ -9,17 +9,19 @@ network is trained on boxes of base classes, and its objectness transfers to cla
 of a sampled anchor, p_i whether it covers an object (an overlap of 0.7 or more, or the best of an object), d_i its four
 offsets, t_i the true ones, S the sampled anchors of the batch's B images and P_l those of level l that cover an object:
 
-    L = 1/256B sum_(i in S) BCE(sigmoid(o_i), p_i)  +  sum_l 1/4|P_l| sum_(i in P_l) Huber(d_i - t_i)
+    L = 1/256B sum_(i in S) BCE(sigmoid(o_i), p_i)  +  sum_l 1/N_l sum_(i in P_l, t_ik != 0) Huber(d_ik - t_ik)
 
-with the Huber loss of delta 1/9, both as in ViLD's code. 256 anchors of each image are sampled; up to half of them
-cover an object. The best proposals that do not overlap each other by more than 0.7 are kept. ViLD trains a proposer on
-base classes alone, and uses 300 of its proposals per image for its image branch.
+with the N_l offsets t_ik of level l that are not exactly 0 and the Huber loss of delta 1/9, both as in ViLD's code. 256
+anchors of each image are sampled; up to half of them cover an object. The best proposals that do not overlap each other
+by more than 0.7 are kept. ViLD trains a proposer on base classes alone, and uses 300 of its proposals per image for its
+image branch.
 
 The network is torchvision's, on any ResNet of timm. Random numbers are seeded per image, so results do not depend on
 the process that reads it. Batch normalisation over processes is torch's SyncBatchNorm, which runs on GPUs.
 
-Left out: ViLD's batch normalisation inside the proposal head, and its anchors at the middle of a cell (torchvision's
-are at its corner).
+Differences from ViLD's code: no batch normalisation inside of the proposal head; anchors at the corner of a cell, as
+torchvision has them, where theirs are at its middle; 256 sampled anchors, of which those with an object are chosen by
+random numbers seeded per image.
 
 To hold a run against: recall of 1000 proposals on LVIS v1, base and novel; the paper reports only detection results
 (see vild.py).
@@ -75,7 +77,9 @@ class Config:
     anchors_drawn: int = 256
     """Anchors per image that the loss samples."""
     proposals_tried: int = 2000
-    """Highest-scoring proposals per level before non-maximum suppression."""
+    """Highest-scoring proposals per level before non-maximum suppression, in training."""
+    proposals_tried_in_test: int = 1000
+    """The same, in evaluation."""
     proposals_kept: int = 1000
     """Proposals per image."""
     proposal_overlap: float = 0.7
@@ -96,7 +100,14 @@ class Config:
         require(len(self.levels) >= 1, "levels", self.levels, "one or more")
         one_each = len(self.anchor_sizes) == len(self.levels) + 1
         require(one_each, "anchor_sizes", self.anchor_sizes, f"{len(self.levels) + 1}, one more than levels")
-        for name in ("anchors_drawn", "proposals_tried", "proposals_kept", "most_objects", "head_depth"):
+        for name in (
+            "anchors_drawn",
+            "proposals_tried",
+            "proposals_tried_in_test",
+            "proposals_kept",
+            "most_objects",
+            "head_depth",
+        ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         require(0 < self.proposal_overlap <= 1, "proposal_overlap", self.proposal_overlap, "more than 0, up to 1")
         require(len(set(self.class_names)) == len(self.class_names), "class_names", self.class_names, "distinct names")
@@ -185,10 +196,11 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]  # torchvisi
             truth = (torch.arange(len(chosen), device=chosen.device) < len(positive)).float()
             entropy.append(functional.binary_cross_entropy_with_logits(logits[chosen], truth, reduction="sum"))
             wanted = self.box_coder.encode([matched[0][positive]], [proposed.anchors[positive]])[0]
-            errors = functional.huber_loss(moves[positive], wanted, delta=1 / 9, reduction="none")
+            counted = (wanted != 0).to(moves.dtype)  # ViLD's code weighs an offset of exactly 0 with 0
+            errors = functional.huber_loss(moves[positive], wanted, delta=1 / 9, reduction="none") * counted
             level = functional.one_hot(torch.bucketize(positive, ends, right=True), len(ends)).to(errors.dtype)
             sums.append(level.T @ errors.sum(dim=1))
-            counts.append(level.T @ (wanted != 0).sum(dim=1).to(errors.dtype))
+            counts.append(level.T @ counted.sum(dim=1))
         per_level = torch.stack(sums).sum(dim=0) / average(torch.stack(counts).sum(dim=0))
         sampled_in_all = len(targets) * self.fg_bg_sampler.batch_size_per_image
         return {"objectness": torch.stack(entropy).sum() / sampled_in_all, "proposal_box": per_level.sum()}
@@ -227,7 +239,7 @@ class Network(nn.Module):
         self.pyramid = FeaturePyramidNetwork(widths, width, extra_blocks=LastLevelMaxPool(), norm_layer=norm)
         sizes = tuple((size,) for size in config.anchor_sizes)
         anchors = AnchorGenerator(sizes, (config.anchor_shapes,) * len(sizes))
-        tried, kept = config.proposals_tried, config.proposals_kept
+        tried, kept = (config.proposals_tried, config.proposals_tried_in_test), config.proposals_kept
         self.proposer = ProposalNetwork(
             anchors,
             RPNHead(width, len(config.anchor_shapes), config.head_depth),
@@ -235,7 +247,7 @@ class Network(nn.Module):
             bg_iou_thresh=0.3,
             batch_size_per_image=config.anchors_drawn,
             positive_fraction=0.5,
-            pre_nms_top_n={"training": tried, "testing": tried},
+            pre_nms_top_n={"training": tried[0], "testing": tried[1]},
             post_nms_top_n={"training": kept, "testing": kept},
             nms_thresh=config.proposal_overlap,
         )
@@ -323,7 +335,8 @@ class Proposals(Method):
     def propose(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Boxes x1, y1, x2, y2 in pixels, float32 [n, 4], and scores [n] of images uint8 [3, H, W], sorted by score.
 
-        Runs on the method's device; equal in training mode, except for statistics of batch normalisation.
+        Runs on the method's device. Training mode differs by statistics of batch normalisation and, at a level with
+        more than ``proposals_tried_in_test`` anchors, by the number of proposals.
         """
         square, places = self.laid_out(images)
         features = self.model.features(square)
@@ -388,6 +401,7 @@ SMALL: dict[str, Any] = {
     "head_depth": 1,
     "anchors_drawn": 64,
     "proposals_tried": 100,
+    "proposals_tried_in_test": 100,
     "proposals_kept": 50,
     "image_size": 96,
     "jitter_scale": (0.8, 1.25),
@@ -402,6 +416,7 @@ SMALLEST: dict[str, Any] = {
     "anchor_sizes": (16, 32, 48),
     "anchors_drawn": 32,
     "proposals_tried": 20,
+    "proposals_tried_in_test": 20,
     "proposals_kept": 16,
     "image_size": 64,
 }

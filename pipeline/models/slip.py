@@ -14,6 +14,11 @@ With several processes, each computes its own rows against the columns of all, g
 head's batch normalisation uses the rows of all. The head is applied in the comparison of embeddings, so that gradient
 caching is exact for towers without batch normalisation.
 
+Differences from the authors' code: both towers are open_clip's, with GELU. There the text tower has QuickGELU, and the
+image tower is timm's, with a bias in the patch embedding and without the norm before the blocks. Sizes are theirs:
+``clipmill-slip-small`` is their ViT-S (width 384, 12 heads), ``clipmill-slip-large`` their ViT-L, ``ViT-B-16`` their
+ViT-B, each with a text tower of width 512.
+
 Left out: the other self-supervised objectives of the paper's ablation; biases of the linear layers before batch
 normalisation, which would remove them; the random choice among several captions (``caption`` names one). The blur is a
 Gaussian of 3 sigma, where the paper's code uses Pillow's approximation.
@@ -47,7 +52,7 @@ class Config(clip.Config):
     """CLIP's settings with SLIP's crop, and the settings of the self-supervised loss, with the paper's values."""
 
     architecture: str = "ViT-B-16"
-    """open_clip architecture, or one of ours, such as clipmill-slip-small and -large (the paper's ViT-S and ViT-L)."""
+    """open_clip architecture, or one of ours, such as clipmill-slip-small and -large (the paper's sizes S and L)."""
     crop: Literal["square", "resized"] = "resized"
     """Training crop: CLIP's random square, or a box of random area and aspect ratio."""
     crop_scale: tuple[float, float] = (0.5, 1.0)

@@ -28,8 +28,10 @@ Differences from the authors' code:
 
 - classes without boxes are not in the softmax; there they have logits of 0 (``zeroed_classes`` adds them);
 - an image and its stored regions are mirrored together; there by two independent random numbers;
-- regions are cut by torchvision's RoIAlign from the levels up to 1/32, and the level at 1/64 is torchvision's
-  max-pooling of the level at 1/32;
+- regions are cut by torchvision's RoIAlign, without an offset of half a pixel, from the levels up to 1/32, and the
+  level at 1/64 is torchvision's max-pooling of the level at 1/32;
+- the background vector has no weight decay, like other vectors here; it is of unit length, so decay only changes how
+  fast it turns;
 - linear layers and the mask head after its deconvolution have no batch normalisation.
 
 As there, boxes that cover an object by exactly a half are background.
@@ -67,7 +69,7 @@ from pipeline.models.clip import Clip
 from pipeline.models.detections import Detections, check_words
 from pipeline.models.proposals import extents_of, generators, norm_layer, real_boxes, sample_balanced, unplaced
 from pipeline.models.towers.openclip import WEIGHTS
-from pipeline.models.towers.weights import read_tensors
+from pipeline.models.towers.weights import misfit, read_tensors
 from pipeline.shards.objects import names_of, plain_word
 from pipeline.shards.sidecar import Wanted
 from pipeline.shards.storage import Folder
@@ -109,8 +111,8 @@ class Config(proposals.Config):
     """Maximum part of the sampled regions that cover an object, up to 1."""
     region_size: int = 224
     """Side of a box, in pixels, that is cut from the level at 1/16; half as large from 1/8."""
-    crop_samples: int = 2
-    """Points, down and across, whose mean is a cell of what is cut; fewer are faster."""
+    crop_samples: int = 1
+    """Points, down and across, whose mean is a cell of what is cut; 1 as in the authors' code, more are slower."""
     head_convolutions: tuple[int, ...] = (256, 256, 256, 256)
     """Channels of the convolutions of a region head."""
     head_layers: tuple[int, ...] = (1024, 1024)
@@ -485,10 +487,13 @@ class Vild(proposals.Proposals):
         place = self.config.start_from
         folder, _, file = place.rpartition("/") if place.endswith(".safetensors") else (place, "", WEIGHTS)
         try:
-            self.model.load_state_dict(read_tensors(FileCache().fetch(Folder(folder), file)))
-        except (RuntimeError, DataError) as error:
-            first = str(error).splitlines()[0]
-            require(False, "start_from", place, f"the checkpoint of a proposer with the same network ({first})")
+            tensors = read_tensors(FileCache().fetch(Folder(folder), file))
+        except DataError as error:
+            require(False, "start_from", place, f"the checkpoint of a proposer ({error})")
+        problem = misfit(self.model.state_dict(), tensors)
+        allowed = f"the checkpoint of a proposer with the same network; this is {problem}"
+        require(not problem, "start_from", place, allowed)
+        self.model.load_state_dict(tensors)
 
     def _mask_head(self) -> nn.Module:
         config = self.config

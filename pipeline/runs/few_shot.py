@@ -20,10 +20,11 @@ from typing import Any, Literal, cast, overload
 import torch
 import yaml
 
-from pipeline.config import fingerprint, from_plain, require
-from pipeline.errors import DataError, SettingError
+from pipeline.config import fingerprint, from_plain, parse_json, require
+from pipeline.errors import DataError
+from pipeline.evaluation.classes import read_templates
 from pipeline.evaluation.embedder import LoadEmbedder, ViewEmbedder, Views
-from pipeline.evaluation.few_shot import DataSet, Drawing, draw, halves, harmonic_mean
+from pipeline.evaluation.few_shot import DataSet, Drawing, Validation, draw, halves, harmonic_mean
 from pipeline.evaluation.models import load_model
 from pipeline.evaluation.zero_shot import classifier
 from pipeline.loaders.samples import Samples
@@ -43,7 +44,7 @@ from pipeline.stages.shard_tasks import Workers, run_tasks
 from pipeline.training import distributed
 from pipeline.training.adapt import Accuracy, Adapted, Labelled, accuracy, adapt
 from pipeline.training.adapt_artifact import save
-from pipeline.training.adapt_recipes import AdaptRecipe, paper_config, paper_recipe
+from pipeline.training.adapt_recipes import AdaptRecipe, paper_config, paper_recipe, paper_templates
 from pipeline.training.adapt_recipes import Protocol as RecipeProtocol
 from pipeline.training.adapt_workers import on_workers
 
@@ -63,12 +64,21 @@ VIEW_BATCH = 32
 
 @dataclass(frozen=True)
 class Spec:
-    """A method with overrides of its paper's values: ``coop``, or ``coop:class_specific=true,epochs=50``."""
+    """A method with overrides of its paper's values: ``coop``, or ``coop:class_specific=true,epochs=50``.
+
+    ``templates`` replace those of its paper and of the data sets.
+    """
 
     text: str
     method: str
     config: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    templates: tuple[str, ...] = ()
+
+    def prompts(self, data: DataSet) -> tuple[str, ...]:
+        """The templates for ``data``: those given, else those of the method's paper, else the data set's."""
+        theirs = paper_templates(self.method, data.name)
+        return self.templates or (data.templates if theirs == "auto" else read_templates(theirs, None, data.name))
 
     def build(self, protocol: Protocol, shots: int, data_set: str) -> tuple[Any, AdaptRecipe | None]:
         """The ``Config`` and the recipe; raises ``SettingError`` for invalid values."""
@@ -78,6 +88,7 @@ class Spec:
         recipe = paper_recipe(self.method, max(shots, 1), kind, data_set)
         if recipe is not None:
             recipe = from_plain(AdaptRecipe, asdict(recipe) | dict(self.recipe), self.text)
+            recipe.check_for(adapter_class(self.method))
         return from_plain(type(config), plain, self.text), recipe
 
 
@@ -137,11 +148,16 @@ def parse_spec(text: str) -> Spec:
     config = {one.name for one in fields(import_module(kind.__module__).Config)} - {"seed"}
     recipe = {one.name for one in fields(AdaptRecipe)} if kind.learns else set()
     chosen: dict[str, dict[str, Any]] = {"config": {}, "recipe": {}}
+    templates: tuple[str, ...] = ()
     for part in filter(None, re.split(r",(?=\w+=)", settings)):
         name, given, value = part.partition("=")
-        require(bool(given) and name in config | recipe, text, part, f"{sorted(config | recipe)}, each with =VALUE")
+        known = config | recipe | {"templates"}
+        require(bool(given) and name in known, text, part, f"{sorted(known)}, each with =VALUE")
+        if name == "templates":
+            templates = () if value == "auto" else read_templates(value, None, method)
+            continue
         chosen["config" if name in config else "recipe"][name] = yaml.safe_load(value)
-    return Spec(text, method, **chosen)
+    return Spec(text, method, templates=templates, **chosen)
 
 
 def plan_trials(
@@ -217,7 +233,7 @@ def check(
         classes, new = tuple(data.classes[one] for one in parts.base), tuple(data.classes[one] for one in parts.new)
     count = len(classes)
     require(workers <= count, "workers_per_trial", workers, f"at most {count}, the classes that {data.name} learns")
-    adapter = adapter_class(spec.method)(config, clip, classes, data.templates)
+    adapter = adapter_class(spec.method)(config, clip, classes, spec.prompts(data))
     others = [(trial.data, new)] if new else [(name, target.classes) for name, target in targets.items()]
     for name, names in others:
         fits = adapter.rebinds or names == classes
@@ -271,6 +287,8 @@ class TrialRunner:
     output: str
     clip: str
     """SHA-256 of the weights of CLIP."""
+    validation: Validation = "few"
+    """Validation images of each trial."""
     keep_adapters: bool = True
     """Save the trained tensors of each trial."""
 
@@ -294,8 +312,8 @@ class TrialRunner:
         """The result of ``trial``, if it exists with the same settings."""
         file = f"{trial.name}.json"
         try:
-            result = from_plain(Result, json.loads(self._results.read_text(file)), self._results.join(file))
-        except (FileNotFoundError, ValueError, SettingError):
+            result = from_plain(Result, parse_json(self._results.read_bytes(file)), self._results.join(file))
+        except (FileNotFoundError, ValueError):
             return None
         return result if result.settings == self.settings(trial) else None
 
@@ -308,7 +326,9 @@ class TrialRunner:
         config, recipe = self.specs[trial.method].build(trial.protocol, trial.shots, trial.data)
         listed = [_digest(self.ready[name]) for name in (trial.data, *self.targets)]
         anywhere = replace(self.embedder, device="auto")
-        said = (fingerprint(trial), repr(config), repr(recipe), repr(anywhere), self.clip, repr(listed))
+        prompts = [self.specs[trial.method].prompts(self.ready[name].data) for name in (trial.data, *self.targets)]
+        said = [fingerprint(trial), repr(config), repr(recipe), repr(anywhere), self.clip, repr(listed)]
+        said += [repr(prompts), self.validation]
         return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
     def run(self, trial: Trial, settings: str = "") -> Result:
@@ -337,30 +357,32 @@ class TrialRunner:
         kept = halves(len(data.classes)).base if trial.protocol == "base_to_new" else range(len(data.classes))
         classes = [data.classes[number] for number in kept]
         if not trial.shots:
-            adapter = adapter_class(spec.method)(config, clip, classes, data.templates)
+            adapter = adapter_class(spec.method)(config, clip, classes, spec.prompts(data))
             return Adapted(spec.method, config, recipe, trial.seed, adapter.eval(), {}, ())
-        drawing = draw(data, trial.shots, trial.seed)
-        reads = adapter_class(spec.method).reads
+        drawing = draw(data, trial.shots, trial.seed, self.validation)
+        kind = adapter_class(spec.method)
         train, validation = (
-            self._drawn(ready, [one for one in part if data.labels[one[0]][one[1]] in kept], reads, views)
-            for part, views in ((drawing.train, True), (drawing.validation, False))
+            self._drawn(ready, [one for one in part if data.labels[one[0]][one[1]] in kept], kind.reads, views)
+            for part, views in ((drawing.train, kind.random_views), (drawing.validation, False))
         )
-        return adapt(spec.method, config, recipe, clip, classes, data.templates, train, validation, seed=trial.seed)
+        prompts = spec.prompts(data)
+        return adapt(spec.method, config, recipe, clip, classes, prompts, train, validation, seed=trial.seed)
 
     def _scores(self, trial: Trial, adapter: Adapter, ready: Ready) -> dict[str, dict[str, float]]:
-        data = ready.data
+        data, spec = ready.data, self.specs[trial.method]
         if trial.protocol == "base_to_new":
             parts = halves(len(data.classes))
             found = {"base": accuracy(adapter, self._tested(ready, adapter, parts.base))}
-            adapter.bind([data.classes[number] for number in parts.new], data.templates)
+            adapter.bind([data.classes[number] for number in parts.new], spec.prompts(data))
             found["new"] = accuracy(adapter, self._tested(ready, adapter, parts.new))
             scores = {name: _counts(one) for name, one in found.items()}
             return scores | {"harmonic": {"top1": harmonic_mean(scores["base"]["top1"], scores["new"]["top1"])}}
         found = {trial.data: accuracy(adapter, self._tested(ready, adapter))}
         for name in self.targets:
             target = self.ready[name]
-            if adapter.classes != target.data.classes or adapter.templates != target.data.templates:
-                adapter.bind(target.data.classes, target.data.templates)
+            prompts = spec.prompts(target.data)
+            if adapter.classes != target.data.classes or adapter.templates != prompts:
+                adapter.bind(target.data.classes, prompts)
             found[name] = accuracy(adapter, self._tested(target, adapter))
         return {name: _counts(one) for name, one in found.items()}
 

@@ -3,19 +3,26 @@
 The output folder stores the child run of each trial, so a resumed job adds to the existing runs.
 """
 
+import hashlib
 import json
-from collections.abc import Sequence
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pipeline.config import from_plain, parse_json, require
+from pipeline.errors import DataError
 from pipeline.runs.few_shot import Result
 from pipeline.runs.few_shot_report import comma_separated, figure, scores, table
 from pipeline.shards.storage import Folder
 from pipeline.tracking.runs import MlflowTracker, NoTracker, Tracking, start
 from pipeline.training.adapt_artifact import WORDS
+from pipeline.training.run import is_plain_id
 
 RUNS = "mlflow_runs.json"
 PARENT = "parent"
+TOKEN = "token"
+"""Entry of a random word, stored before any run is made; see :func:`pipeline.tracking.runs.start`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,16 +36,34 @@ class TrialSettings:
     seed: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Runs:
+    """The ids of runs, by trial."""
+
+    ids: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        for key, value in self.ids.items():
+            require(is_plain_id(value), key, value, "the id of a run")
+
+
 class FewShotRecord:
     """The MLflow runs of one job; a context manager that ends the parent."""
 
     def __init__(self, settings: Tracking, job: Any, folder: Folder, track: bool) -> None:
-        """Raises ``SettingError`` if the tracking server does not answer."""
+        """Continue the job's runs, or create them.
+
+        Raises:
+            SettingError: the tracking server does not answer.
+            DataError: the list of runs in ``folder`` is damaged.
+        """
         self._settings, self._folder = settings, folder
         self._known = _read(folder) if track else {}
         self._parent: MlflowTracker | NoTracker = NoTracker()
         if track:
-            self._parent = start(settings, job, run_id=self._known.get(PARENT, ""))
+            if TOKEN not in self._known:
+                self._remember(TOKEN, uuid.uuid4().hex)
+            self._parent = start(settings, job, run_id=self._known.get(PARENT, ""), token=self._token(PARENT))
             self._remember(PARENT, self._parent.run_id)
 
     def __enter__(self) -> "FewShotRecord":
@@ -58,7 +83,8 @@ class FewShotRecord:
             protocol=trial.protocol, method=trial.method, data=trial.data, shots=trial.shots, seed=trial.seed
         )
         settings = replace(self._settings, run_name=trial.name, system_metrics=False)
-        with start(settings, parameters, tags={"mlflow.parentRunId": self._parent.run_id}) as child:
+        tags = {"mlflow.parentRunId": self._parent.run_id}
+        with start(settings, parameters, tags=tags, token=self._token(key), once=True) as child:
             for numbers in result.history:
                 child.log({name: value for name, value in numbers.items() if name != "epoch"}, int(numbers["epoch"]))
             child.log(_final(result), len(result.history))
@@ -84,6 +110,9 @@ class FewShotRecord:
             self._parent.log({name: score.mean}, score.shots)
         return text
 
+    def _token(self, key: str) -> str:
+        return hashlib.sha256(f"{self._known[TOKEN]} {key}".encode()).hexdigest()[:32]
+
     def _remember(self, key: str, run_id: str) -> None:
         self._known[key] = run_id
         self._folder.write_atomic(RUNS, json.dumps(self._known, indent=1).encode())
@@ -91,9 +120,11 @@ class FewShotRecord:
 
 def _read(folder: Folder) -> dict[str, str]:
     try:
-        return {str(key): str(value) for key, value in json.loads(folder.read_text(RUNS)).items()}
-    except (FileNotFoundError, ValueError):
+        return dict(from_plain(_Runs, {"ids": parse_json(folder.read_bytes(RUNS))}, folder.join(RUNS)).ids)
+    except FileNotFoundError:
         return {}
+    except ValueError as error:
+        raise DataError(f"{folder.join(RUNS)} is no list of MLflow runs ({error}); delete it for new runs") from error
 
 
 def _final(result: Result) -> dict[str, float]:

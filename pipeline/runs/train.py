@@ -57,7 +57,8 @@ def pretrain(job: Pretraining, keeps: bool = True) -> None:
     evaluates = bool(job.evaluations.prepare().sets)
     plan, record = prepare(job.method, job.run, evaluates=evaluates)
     method = method_class(method_name(job.method))
-    with start(job.tracking, job, run_id=record.tracking_run) as tracker:
+    token = record.tracking_token
+    with start(job.tracking, job, run_id=record.tracking_run, token=token, once=True) as tracker:
         keep_tracking_run(plan, record, tracker.run_id)
         for number, snapshot in enumerate(parts_of(plan.snapshot), start=1):
             tracker.log_dataset(snapshot, "training" if number == 1 else f"training_{number}")

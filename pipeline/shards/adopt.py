@@ -10,21 +10,21 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from io import BytesIO
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import require
-from pipeline.errors import DataError, SnapshotError, StorageError
+from pipeline.config import from_plain, parse_json, require
+from pipeline.errors import DataError, SettingError, SnapshotError, StorageError
 from pipeline.shards.lease import lease
+from pipeline.shards.manifest import MOST_BYTES
 from pipeline.shards.parquet import parse_parquet
 from pipeline.shards.snapshot import SNAPSHOTS, Shard, Snapshot, publish_shards, read_snapshot, snapshot_ids
 from pipeline.shards.storage import BLOCK, Folder, file_stamp
 from pipeline.shards.tar import iterate_tar
-from pipeline.shards.text import parse_json
 from pipeline.shards.writer import STATS, ShardStats
 
 logger = logging.getLogger(__name__)
@@ -54,10 +54,9 @@ class Adoption:
         progress = _progress(self.folder)
         if name in self.known and self.known[name][0] == stamp:
             return self.known[name][1]
-        if progress.exists(f"{name}.json"):
-            before = json.loads(progress.read_bytes(f"{name}.json"))
-            if before["stamp"] == stamp:
-                return str(before["stats"])
+        before = _before(progress, name)
+        if before is not None and before[0] == stamp:
+            return before[1]
         try:
             stats = json.dumps(vars(describe(self.folder, name)))
         except DataError as error:
@@ -83,9 +82,10 @@ class Adoption:
             logger.warning("left out: %s", problem)
         good = {name: (entry, text) for name, (entry, text) in plain.items() if "problem" not in entry}
         stats = [ShardStats(**{**entry, "fields": tuple(entry["fields"])}) for _, (entry, _) in sorted(good.items())]
-        with lease(self.folder, "an adoption"):
-            snapshot = self._publish(stats, card)
-            self._remember({name: text for name, (_, text) in good.items()})
+        with lease(self.folder, "an adoption") as held:
+            guarded = replace(self, folder=held.folder)
+            snapshot = guarded._publish(stats, card)
+            guarded._remember({name: text for name, (_, text) in good.items()})
         return snapshot
 
     def _publish(self, stats: list[ShardStats], card: str | None) -> Snapshot:
@@ -114,9 +114,7 @@ class Adoption:
         content = BytesIO()
         pq.write_table(pa.Table.from_pylist(rows), content)
         self.folder.folder(SNAPSHOTS).write_atomic(KNOWN, content.getvalue())
-        progress = _progress(self.folder)
-        if progress.fs.exists(progress.path):
-            progress.fs.rm(progress.path, recursive=True)
+        self.folder.folder(SNAPSHOTS).delete_folder(PROGRESS)
 
 
 def find_shards(folder: Folder) -> Adoption:
@@ -151,12 +149,12 @@ def describe(folder: Folder, name: str) -> ShardStats:
         DataError: a damaged, hostile or compressed tar, or one whose number of samples differs from its mark.
     """
     uri = folder.join(f"{name}.tar")
-    fields: set[str] = set()
+    members: set[str] = set()
     samples = 0
     with folder.open(f"{name}.tar") as file:
         hashed = _Hashed(file)
         for sample in iterate_tar(hashed, uri):  # type: ignore[arg-type]
-            fields.update(sample.fields)
+            members.update(sample.fields)
             samples += 1
         while hashed.read(BLOCK):
             pass
@@ -164,25 +162,58 @@ def describe(folder: Folder, name: str) -> ShardStats:
         raise DataError(
             f"{uri} is compressed with {hashed.compression}; jobs/refresh_dataset.py webdataset reads those"
         )
-    plain = _stats(folder, name)
-    if plain.get("successes", samples) != samples:
-        raise DataError(f"{uri} holds {samples} samples, {name}{STATS} says {plain['successes']}")
-    failures = {status: int(plain.get(status, 0)) for status in ("failed_to_download", "failed_to_resize")}
+    mark = read_mark(folder, name)
+    if mark.successes is not None and mark.successes != samples:
+        raise DataError(f"{uri} holds {samples} samples, {name}{STATS} says {mark.successes}")
+    failures = {"failed_to_download": mark.failed_to_download, "failed_to_resize": mark.failed_to_resize}
     return ShardStats(
         shard=name,
-        count=int(plain.get("count", samples)),
+        count=samples if mark.count is None else mark.count,
         successes=samples,
         **failures,
-        duration=float(plain.get("duration", 0)),
-        start_time=float(plain.get("start_time", 0)),
-        end_time=float(plain.get("end_time", 0)),
+        duration=mark.duration,
+        start_time=mark.start_time,
+        end_time=mark.end_time,
         status_dict={},
         unit="",
         bytes=hashed.count,
         sha256=hashed.digest.hexdigest(),
-        fields=tuple(sorted(fields)),
+        fields=tuple(sorted(members)),
         reasons=dict(+Counter(failures)),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarMark:
+    """The counts in ``_stats.json`` beside a tar, as img2dataset writes them; other keys are ignored."""
+
+    count: int | None = None
+    successes: int | None = None
+    failed_to_download: int = 0
+    failed_to_resize: int = 0
+    duration: float = 0
+    start_time: float = 0
+    end_time: float = 0
+    status_dict: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("count", "successes", "failed_to_download", "failed_to_resize"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value <= MOST_BYTES, name, value, "0 or more")
+
+
+def read_mark(folder: Folder, name: str) -> TarMark:
+    """The mark of the tar ``name``; an empty one where there is none.
+
+    Raises:
+        DataError: no JSON object, or a count that is none.
+    """
+    known = {one.name for one in fields(TarMark)}
+    plain = {key: value for key, value in _stats(folder, name).items() if key in known}
+    try:
+        return from_plain(TarMark, plain, name + STATS)
+    except SettingError as error:
+        raise DataError(f"{folder.join(name + STATS)} has no counts of a tar ({error})") from error
 
 
 class _Hashed:
@@ -207,7 +238,9 @@ def _stats(folder: Folder, name: str) -> dict[str, Any]:
         return {}
     except ValueError as error:
         raise DataError(f"{folder.join(name + STATS)} is not JSON ({error})") from error
-    return plain if isinstance(plain, dict) else {}
+    if not isinstance(plain, dict):
+        raise DataError(f"{folder.join(name + STATS)} is no JSON object with the counts of a tar")
+    return plain
 
 
 def _stamp(folder: Folder, name: str) -> str:
@@ -220,11 +253,30 @@ def _progress(folder: Folder) -> Folder:
 
 
 def _known(folder: Folder) -> dict[str, tuple[str, str]]:
+    """The tars adopted so far; entries that are not whole are left out, so their tars are read again."""
     try:
-        rows = parse_parquet(folder.folder(SNAPSHOTS).read_bytes(KNOWN)).to_pylist()
-    except (FileNotFoundError, pa.ArrowInvalid):
+        rows = parse_parquet(folder.folder(SNAPSHOTS).read_bytes(KNOWN)).select(["name", "stamp", "stats"]).to_pylist()
+    except (OSError, pa.ArrowInvalid, KeyError):
         return {}
-    return {row["name"]: (row["stamp"], row["stats"]) for row in rows}
+    return {row["name"]: (row["stamp"], row["stats"]) for row in rows if _describes(row["stats"], row["name"])}
+
+
+def _before(progress: Folder, name: str) -> tuple[str, str] | None:
+    """Stamp and stats of a tar that an interrupted adoption has read."""
+    try:
+        plain = parse_json(progress.read_bytes(f"{name}.json"))
+    except (FileNotFoundError, ValueError):
+        return None
+    whole = isinstance(plain, dict) and _describes(plain.get("stats"), name)
+    return (str(plain.get("stamp")), str(plain["stats"])) if whole else None
+
+
+def _describes(stats: object, name: object) -> bool:
+    """Whether ``stats`` is the JSON of a :class:`ShardStats` of the tar ``name``."""
+    try:
+        return isinstance(stats, str) and from_plain(ShardStats, parse_json(stats)).shard == name
+    except ValueError:
+        return False
 
 
 def _check_writable(folder: Folder) -> None:

@@ -89,9 +89,7 @@ def write_indexes(folder: Folder, snapshot: Snapshot, manifest: bytes) -> None:
 
 def delete_indexes(folder: Folder, snapshot_id: str) -> None:
     """Delete the index files of a snapshot, if any. ``sizes.json`` beside the tars stays: it is the latest's."""
-    place = folder.folder(f"_snapshots/{snapshot_id}")
-    if place.fs.exists(place.path):
-        place.fs.rm(place.path, recursive=True)
+    folder.delete_folder(f"_snapshots/{snapshot_id}")
 
 
 def shard_sizes(shards: tuple[Shard, ...]) -> dict[str, int]:

@@ -35,7 +35,7 @@ class Objects:
 
     - ``boxes``: x1, y1, x2, y2 in pixels, float64 [N, 4], inside the image; ``left_out`` counts unusable boxes.
     - ``areas``: float64 [N], for COCO's size ranges: the stated area in pixels, else the area of the box.
-    - ``segmentations``: None also for an empty list, as written by tools without masks.
+    - ``segmentations``: None also for an empty one (``[]``, ``[[]]``), as written by tools without masks.
     - ``federated``: only the labels in ``negative`` and of the objects were verified (LVIS).
     - ``key``: key of the sample.
     """
@@ -109,14 +109,24 @@ def _objects(objects: Sequence[Mapping[str, Any]], record: Mapping[str, Any], he
         width=width,
         boxes=np.array([box for box, _ in kept], np.float64).reshape(-1, 4),
         labels=tuple(str(obj["label"]) for _, obj in kept),
-        segmentations=tuple(obj.get("segmentation") or None for _, obj in kept),
-        crowd=tuple(bool(obj.get("iscrowd", 0)) for _, obj in kept),
+        segmentations=tuple(_segmentation(obj) for _, obj in kept),
+        crowd=tuple(is_crowd(obj.get("iscrowd", 0)) for _, obj in kept),
         negative=tuple(str(label) for label in record.get("negative", ())),
         incomplete=tuple(str(label) for label in record.get("incomplete", ())),
         left_out=len(objects) - len(kept),
         areas=np.array([_area(obj, box) for box, obj in kept], np.float64),
         federated="negative" in record,
     )
+
+
+def _segmentation(obj: Mapping[str, Any]) -> Any:
+    found = obj.get("segmentation")
+    return None if not found or (isinstance(found, list) and not any(found)) else found
+
+
+def is_crowd(value: object) -> bool:
+    """The value of ``iscrowd``, also where a tool wrote it as text: ``"0"`` and ``"false"`` are no crowds."""
+    return str(value).strip().lower() not in ("", "0", "0.0", "false", "no", "none", "null")
 
 
 def _area(obj: Mapping[str, Any], box: NDArray[np.float64]) -> float:

@@ -17,7 +17,6 @@ All functions are pure and thread-safe: the decoders have no shared state and re
 import functools
 import struct
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any, NoReturn
 
 import cv2
@@ -27,7 +26,7 @@ import simplejpeg
 from PIL import ExifTags, Image
 
 from pipeline.errors import SampleError
-from pipeline.shards.exif import PILLOW_ERRORS, jpeg_segments
+from pipeline.shards.exif import PILLOW_ERRORS, jpeg_segments, orientation_of, read_exif
 
 Pixels = npt.NDArray[np.uint8]
 WHITE = (255, 255, 255)
@@ -80,8 +79,8 @@ def read_header(body: bytes) -> Header:
     bad_image("not_a_picture", "Image decoding error: not an image of a known kind")
 
 
-def rgb(body: bytes, most_pixels: int) -> Pixels:
-    """The first image in ``body`` as uint8 [H, W, 3], on white, for readers.
+def rgb(body: bytes, most_pixels: int, upright: bool = False) -> Pixels:
+    """The first image in ``body`` as uint8 [H, W, 3], on white, for readers; ``upright`` applies its EXIF orientation.
 
     Raises:
         SampleError: as :func:`read_header` and :func:`decode_pixels`; class too_many_pixels.
@@ -90,6 +89,11 @@ def rgb(body: bytes, most_pixels: int) -> Pixels:
     header = read_header(body)
     if header.width * header.height > most_pixels:
         bad_image("too_many_pixels", f"{header.width} x {header.height} pixels")
+    pixels = _rgb_as_stored(body, header)
+    return np.ascontiguousarray(turn(pixels, orientation_of(read_exif(body, header.kind)))) if upright else pixels
+
+
+def _rgb_as_stored(body: bytes, header: Header) -> Pixels:
     if header.colour in ("YCbCr", "RGB", "Gray"):
         try:
             return np.asarray(simplejpeg.decode_jpeg(body))

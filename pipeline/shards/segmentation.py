@@ -8,8 +8,9 @@ The encoding stores, for each run, the difference to the run two before it (from
 bits, lowest first. 48 is added to each group; bit 5 means that more groups follow; bit 4 of the last group is the sign.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -17,7 +18,38 @@ from numpy.typing import NDArray
 
 from pipeline.errors import DataError
 
+MaskReason = Literal["no_mask_format", "not_finite", "odd_coordinates", "two_points", "other_size", "wrong_runs"]
+FEWEST = 6  # numbers of a polygon: three corners
 SHIFT = 4  # fractional bits of polygon coordinates when filling
+
+
+def checked(segmentation: Any, height: int, width: int) -> tuple[Any, MaskReason | None]:
+    """A segmentation of an annotation tool for an image of this size, as :func:`mask_of` reads it.
+
+    A single polygon without its list is put into one. Of several polygons those of less than three corners are left
+    out. No segmentation (None, ``[]``, ``[[]]``) is None. An unusable one is None, too, with the reason:
+
+    - ``two_points``: no polygon has three corners; tools write two corners, or x, y, width, height
+    - ``odd_coordinates``, ``not_finite``: a polygon with an x without y, or with NaN
+    - ``other_size``, ``wrong_runs``: run lengths for an image of another size, or that do not add up to its pixels
+    - ``no_mask_format``: none of the three formats
+    """
+    if not segmentation:
+        return None, None
+    try:
+        if isinstance(segmentation, Mapping):
+            return _checked_runs(segmentation, height, width)
+        if isinstance(segmentation[0], int | float):
+            segmentation = [segmentation]
+        polygons = [[float(value) for value in polygon] for polygon in segmentation if polygon]
+    except (ValueError, KeyError, TypeError, OverflowError, AttributeError):
+        return None, "no_mask_format"
+    if any(len(polygon) % 2 for polygon in polygons):
+        return None, "odd_coordinates"
+    if not all(map(math.isfinite, (value for polygon in polygons for value in polygon))):
+        return None, "not_finite"
+    kept = [polygon for polygon in segmentation if len(polygon) >= FEWEST]
+    return (kept, None) if kept else (None, "two_points" if polygons else None)
 
 
 def mask_of(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
@@ -92,10 +124,21 @@ def _from_runs(segmentation: Mapping[str, Any], height: int, width: int) -> NDAr
     return mask_of_runs(runs_of_text(counts) if isinstance(counts, str) else counts, height, width)
 
 
+def _checked_runs(segmentation: Mapping[str, Any], height: int, width: int) -> tuple[Any, MaskReason | None]:
+    size, counts = [int(length) for length in segmentation["size"]], segmentation["counts"]
+    if size != [height, width]:
+        return None, "other_size"
+    runs = runs_of_text(counts) if isinstance(counts, str) else [int(count) for count in counts]
+    fits = sum(runs) == height * width and all(run >= 0 for run in runs)
+    return (segmentation, None) if fits else (None, "wrong_runs")
+
+
 def _from_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> NDArray[np.uint8]:
     """A pixel belongs to a polygon that covers its centre, or nearly so."""
     mask = np.zeros((height, width), np.uint8)
     for polygon in polygons:
+        if len(polygon) < FEWEST:
+            raise ValueError(f"a polygon of {len(polygon)} numbers, where three corners have six")
         points = np.asarray(polygon, np.float64).reshape(-1, 2)
         if not np.isfinite(points).all():
             raise ValueError("a polygon corner is not a number")

@@ -80,10 +80,21 @@ def read_selection(folder: Folder, shard: Shard) -> Indices | None:
         raise DataError(f"{place.join(file)} is missing; {shard.tar} cannot be read without it") from error
     if hashlib.sha256(content).hexdigest() != shard.selection:
         raise DataError(f"{place.join(file)} is damaged: its bytes do not match its name")
-    indices: Indices = parse_parquet(content)["index"].to_numpy()
-    if len(indices) != shard.samples or (len(indices) and indices[-1] >= shard.stored):
+    indices = _parse_indices(content)
+    if indices is None:
+        raise DataError(f"{place.join(file)} is no selection: it has no column index of whole numbers")
+    inside = not len(indices) or (indices[0] >= 0 and indices[-1] < shard.stored and (np.diff(indices) >= 0).all())
+    if len(indices) != shard.samples or not inside:
         raise DataError(f"{place.join(file)} does not fit {shard.tar} with {shard.samples} of {shard.stored} samples")
     return indices
+
+
+def _parse_indices(content: bytes) -> Indices | None:
+    try:
+        column = parse_parquet(content)["index"]
+    except (pa.ArrowInvalid, OSError, KeyError):
+        return None
+    return column.to_numpy() if column.type == pa.int32() and not column.null_count else None
 
 
 def read_samples(folder: Folder, shard: Shard) -> Iterator[Sample]:
@@ -93,12 +104,15 @@ def read_samples(folder: Folder, shard: Shard) -> Iterator[Sample]:
         DataError: see :func:`read_selection` and :func:`pipeline.shards.tar.iterate_tar`.
     """
     indices = read_selection(folder, shard)
-    times = np.ones(shard.stored, np.int64) if indices is None else np.bincount(indices, minlength=shard.stored)
-    count = 0
+    numbers, times = (None, None) if indices is None else np.unique(indices, return_counts=True)
+    count = following = 0
     with folder.open(shard.tar) as file:
         for sample in iterate_tar(file, folder.join(shard.tar)):
-            if count < len(times):
-                yield from [sample] * int(times[count])
+            if numbers is None or times is None:
+                yield sample
+            elif following < len(numbers) and numbers[following] == count:
+                yield from [sample] * int(times[following])
+                following += 1
             count += 1
     if count != shard.stored:
         raise DataError(f"{folder.join(shard.tar)} holds {count} samples, the snapshot says {shard.stored}")

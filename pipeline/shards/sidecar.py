@@ -4,7 +4,6 @@ The schema metadata of ``00017.regions.parquet`` holds the digest of its tar and
 images are never rewritten for an annotation, and a sidecar of another tar is detected.
 """
 
-import json
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.config import parse_json
 from pipeline.errors import SidecarError
 from pipeline.shards.parquet import parse_parquet
 from pipeline.shards.snapshot import Shard
@@ -61,11 +61,13 @@ def read_sidecar(folder: Folder, shard: Shard, name: str, job: str, maker: str |
     """Read the sidecar ``name`` of ``shard``; errors name ``job`` as the command that makes it.
 
     Raises:
-        SidecarError: missing, made from another tar, or not made by ``maker``.
+        SidecarError: missing, made from another tar, not made by ``maker``, or without a column ``key``.
     """
     with _readable(folder, shard, name, job):
         table = parse_parquet(folder.read_bytes(sidecar_file(shard, name)))
     _check_stamps(table.schema, folder, shard, name, job, maker)
+    if "key" not in table.column_names:
+        raise SidecarError(f"{folder.join(sidecar_file(shard, name))} has no column `key`; make it again with {job}")
     return table
 
 
@@ -85,8 +87,23 @@ def _readable(folder: Folder, shard: Shard, name: str, job: str) -> Iterator[Non
         yield
     except FileNotFoundError as error:
         raise SidecarError(f"{folder.join(file)} is missing; make it with {job}") from error
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise SidecarError(f"{folder.join(file)} is not parquet ({error}); make it again with {job}") from error
+
+
+def sidecar_facts(schema: pa.Schema, file: str, job: str) -> dict[str, Any]:
+    """The metadata for readers of the sidecar ``file`` with this schema; empty where it has none.
+
+    Raises:
+        SidecarError: it is no JSON object.
+    """
+    try:
+        facts = parse_json((schema.metadata or {}).get(FACTS, b"{}"))
+    except ValueError as error:
+        raise SidecarError(f"{file} has unreadable metadata ({error}); make it again with {job}") from error
+    if not isinstance(facts, dict):
+        raise SidecarError(f"{file} has unreadable metadata (no JSON object); make it again with {job}")
+    return facts
 
 
 def _check_stamps(schema: pa.Schema, folder: Folder, shard: Shard, name: str, job: str, maker: str | None) -> None:
@@ -95,7 +112,7 @@ def _check_stamps(schema: pa.Schema, folder: Folder, shard: Shard, name: str, jo
     if metadata.get(TAR_DIGEST) != shard.sha256.encode():
         raise SidecarError(f"{folder.join(file)} was made from another {shard.tar}; make it again with {job}")
     if maker is not None and metadata.get(MAKER) != maker.encode():
-        made_by = metadata.get(MAKER, b"?").decode()
+        made_by = metadata.get(MAKER, b"?").decode(errors="replace")
         raise SidecarError(f"{folder.join(file)} was made by {made_by}, not {maker}; make it again with {job}")
 
 
@@ -120,15 +137,17 @@ class SidecarRows:
         self._wanted, self._path = wanted, path
         try:
             self._file = pq.ParquetFile(path, memory_map=True)
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             raise self._error(f"is not parquet ({error})") from error
         metadata = self._file.schema_arrow.metadata or {}
         if metadata.get(TAR_DIGEST) != shard.sha256.encode():
             raise self._error(f"was made from another {shard.tar}")
-        facts = json.loads(metadata.get(FACTS, b"{}"))
+        facts = sidecar_facts(self._file.schema_arrow, str(path), wanted.job)
         for name, value in wanted.facts.items():
             if facts.get(name) != value:
                 raise self._error(f"was made with the {name} {facts.get(name)}, not {value}")
+        if "key" not in self._file.schema_arrow.names:
+            raise self._error("has no column `key`")
         keys = self._file.read(["key"], use_threads=False)["key"].to_pylist()
         self._places = {str(key): place for place, key in enumerate(keys)}
         groups = self._file.metadata

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import SnapshotError
 from pipeline.shards.interchange import delete_indexes, write_indexes
+from pipeline.shards.manifest import SNAPSHOT_ID, parse_manifest
 from pipeline.shards.manifest import Shard as Shard
 from pipeline.shards.manifest import Snapshot as Snapshot
 from pipeline.shards.parquet import parse_parquet
@@ -43,8 +44,9 @@ def publish(
 
     Raises:
         SnapshotError: no sample in any shard.
-        StorageError: the file system or store failed.
+        StorageError: the file system or store failed, or another job took the folder's lease.
     """
+    folder.check()
     done = sorted(stats, key=lambda one: one.shard)
     shards = tuple(
         Shard(name=one.shard, samples=one.successes, bytes=one.bytes, sha256=one.sha256)
@@ -94,6 +96,7 @@ def publish_shards(
     snapshot has the same content. With ``always`` a snapshot is written anyway, for changes that are not in the shards,
     such as rows that failed again.
     """
+    folder.check()
     digest = _digest(shards)
     ids = snapshot_ids(folder)
     if ids and ids[-1].endswith(digest[:DIGEST_LENGTH]) and not always:
@@ -118,8 +121,9 @@ def publish_shards(
 
 
 def snapshot_ids(folder: Folder) -> list[str]:
-    """The ids of a folder's whole snapshots, oldest first."""
-    return [name.removesuffix(".json") for name in folder.folder(SNAPSHOTS).names(".json")]
+    """The ids of a folder's whole snapshots, oldest first; other JSON files are left out."""
+    names = (name.removesuffix(".json") for name in folder.folder(SNAPSHOTS).names(".json"))
+    return [name for name in names if SNAPSHOT_ID.fullmatch(name)]
 
 
 def read_snapshot(uri: str) -> Snapshot:
@@ -177,20 +181,10 @@ def _write(folder: Folder, snapshot: Snapshot) -> None:
 def _read(folder: Folder, name: str) -> Snapshot:
     manifests = folder.folder(SNAPSHOTS)
     try:
-        plain = json.loads(manifests.read_bytes(f"{name}.json"))
         rows = parse_parquet(manifests.read_bytes(f"{name}.shards.parquet")).to_pylist()
-        shards = tuple(Shard(**{**row, "sidecars": json.loads(row["sidecars"])}) for row in rows)
-        plain.pop("samples")
-        snapshot = Snapshot(
-            **{
-                **plain,
-                "fields": tuple(plain["fields"]),
-                "folder": folder.uri,
-                "shards": shards,
-            }
-        )
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        snapshot = parse_manifest(name, folder.uri, manifests.read_bytes(f"{name}.json"), rows)
+    except (OSError, ValueError) as error:
         raise SnapshotError(f"{manifests.join(name + '.json')} is not a whole snapshot ({error})") from error
-    if _digest(shards) != snapshot.digest:
+    if _digest(snapshot.shards) != snapshot.digest:
         raise SnapshotError(f"{manifests.join(name + '.json')}: the list of shards does not match its digest")
     return snapshot

@@ -8,10 +8,10 @@ import errno
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, Protocol
 
 import fsspec
 
@@ -19,6 +19,7 @@ from pipeline.errors import ClipmillError, ReadError, StorageError
 
 BLOCK = 1 << 20
 TEMPORARY = ".tmp-"
+SWEPT = 5  # attempts at a small write whose temporary file the next holder of a lease may delete
 S3_ATTEMPTS = 10
 _FULL = {
     errno.ENOSPC: "the disk is full",
@@ -29,24 +30,34 @@ _FULL = {
 _CLIENTS = ("botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "google", "adlfs", "azure", "requests", "urllib3")
 
 
+class Guard(Protocol):
+    """Permission to write, asked before every write; picklable."""
+
+    def check(self) -> None:
+        """Raise ``StorageError`` if the permission is lost."""
+        ...
+
+
 class Folder:
     """A folder at a local path or any fsspec URI (``s3://bucket/path``, ``memory://path``).
 
     ``uri`` is the form for users, ``path`` the form for the file system ``fs``. Nothing is created until the first
     write. Picklable, so a worker on another node opens the same folder. Every method that reads raises ``ReadError``
-    where the disk or store refuses.
+    where the disk or store refuses. With a ``guard``, every write and deletion here and in the folders below asks it
+    first (see ``lease.py``).
     """
 
-    def __init__(self, uri: str | Path) -> None:
+    def __init__(self, uri: str | Path, guard: Guard | None = None) -> None:
         text = str(uri)
         if "://" not in text:
             text = str(Path(text).expanduser().absolute())
         self.uri = text.rstrip("/") or "/"
         self.fs, self.path = _file_system(self.uri)
         self.is_local = self.fs.protocol in ("file", "local", ("file", "local"))
+        self.guard = guard
 
-    def __reduce__(self) -> tuple[type["Folder"], tuple[str]]:
-        return Folder, (self.uri,)
+    def __reduce__(self) -> tuple[type["Folder"], tuple[str, Guard | None]]:
+        return Folder, (self.uri, self.guard)
 
     def __repr__(self) -> str:
         return f"Folder({self.uri!r})"
@@ -56,8 +67,13 @@ class Folder:
         return f"{self.uri}/{name}"
 
     def folder(self, name: str) -> "Folder":
-        """The folder ``name`` below this one."""
-        return Folder(self.join(name))
+        """The folder ``name`` below this one, with the same guard."""
+        return Folder(self.join(name), self.guard)
+
+    def check(self) -> None:
+        """Raise ``StorageError`` if the guard no longer permits writes."""
+        if self.guard is not None:
+            self.guard.check()
 
     def names(self, suffix: str = "") -> list[str]:
         """Sorted names of the files directly in this folder that end in ``suffix``, without temporary files."""
@@ -114,15 +130,17 @@ class Folder:
         return content
 
     def read_text(self, name: str) -> str:
-        """The whole file ``name`` as UTF-8 text."""
-        return self.read_bytes(name).decode("utf-8")
+        """The whole file ``name`` as UTF-8 text, without the byte-order mark that Windows' editors write."""
+        return self.read_bytes(name).decode("utf-8-sig")
 
     def write_atomic(self, name: str, content: bytes | Path) -> None:
         """Write ``content`` (bytes, or the path of a local file, which is moved or uploaded) as ``name``.
 
         Raises:
-            StorageError: the disk is full or the store failed; no partial file is left under ``name``.
+            StorageError: the disk is full, the store failed, or the guard refused; no partial file is left under
+                ``name``.
         """
+        self.check()
         with storage_errors(self.join(name)):
             if self.is_local:
                 self._write_local(name, content)
@@ -140,10 +158,11 @@ class Folder:
         Raises:
             StorageError: the disk is full or the store failed.
         """
+        self.check()
         with storage_errors(self.join(name)):
             try:
                 if self.is_local:
-                    self._create_local(Path(self._at(name)), content)
+                    _place(Path(self._at(name)), content, os.link)  # atomic, and never replaces an existing file
                 else:
                     self.fs.pipe_file(self._at(name), content, mode="create")
             except FileExistsError:
@@ -152,16 +171,31 @@ class Folder:
 
     def delete(self, name: str) -> None:
         """Delete the file ``name``, if it exists."""
+        self.check()
         try:
             self.fs.rm_file(self._at(name))
         except FileNotFoundError:
             pass
 
+    def delete_folder(self, name: str) -> None:
+        """Delete the folder ``name`` below this one with all its files, if it exists."""
+        self.check()
+        try:
+            self.fs.rm(self._at(name), recursive=True)
+        except FileNotFoundError:
+            pass
+
     def remove_temporary(self) -> None:
-        """Delete temporary files of killed local writers."""
-        if self.is_local and os.path.isdir(self.path):
-            for leftover in Path(self.path).glob(TEMPORARY + "*"):
-                leftover.unlink(missing_ok=True)
+        """Delete temporary files of killed local writers, also those in the folders of records (``_snapshots``, …)."""
+        if not self.is_local:
+            return
+        self.check()
+        for place, folders, files in os.walk(self.path):
+            if place == self.path:
+                folders[:] = [name for name in folders if name.startswith("_")]
+            for name in files:
+                if name.startswith(TEMPORARY):
+                    Path(place, name).unlink(missing_ok=True)
 
     @contextmanager
     def scratch_file(self, suffix: str = "") -> Iterator[Path]:
@@ -170,6 +204,7 @@ class Folder:
         For a local folder it is in the folder itself, so that the final rename stays on one disk. It is deleted at the
         end unless it was moved.
         """
+        self.check()
         place = None
         if self.is_local:
             with storage_errors(self.uri):
@@ -186,34 +221,40 @@ class Folder:
     def _at(self, name: str) -> str:
         return f"{self.path.rstrip('/')}/{name}"
 
-    @staticmethod
-    def _create_local(target: Path, content: bytes) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=TEMPORARY, dir=target.parent) as file:
-            file.write(content)
-            file.flush()
-            os.link(file.name, target)  # atomic, and never replaces an existing file
-
     def _write_local(self, name: str, content: bytes | Path) -> None:
         target = Path(self._at(name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, Path):
-            with open(content, "rb") as file:
-                os.fsync(file.fileno())
-            os.chmod(content, 0o644)
-            os.replace(content, target)
+        if isinstance(content, bytes):
+            _place(target, content, os.replace)
             return
-        handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=target.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(content, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(content, 0o644)
+        os.replace(content, target)
+
+
+def _place(target: Path, content: bytes, finish: Callable[[Path, Path], None]) -> None:
+    """Write ``content`` to a temporary file, and ``finish`` it as ``target``; repeats if another job deletes the file.
+
+    The next holder of a folder's lease deletes temporary files, also those of jobs that only ask for the lease.
+    """
+    for attempt in range(1, SWEPT + 1):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=target.parent)
+        temporary = Path(name)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+            finish(temporary, target)
+            return
+        except FileNotFoundError:
+            if attempt == SWEPT:
+                raise
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def split_file(place: str) -> tuple[Folder, str]:

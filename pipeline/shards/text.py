@@ -1,8 +1,6 @@
 """Text from outside, made fit for storage: UTF-8 can hold it, and readers in C do not end it at a NUL."""
 
-import json
 import re
-from typing import Any
 
 _BYTE = re.compile("[\udc80-\udcff]")
 
@@ -37,15 +35,3 @@ def encoding_of(start: bytes) -> str:
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
     return "utf-8-sig"
-
-
-def parse_json(content: bytes | str) -> Any:
-    """The value of a JSON text from outside, in any encoding of :func:`decoded`.
-
-    Raises:
-        ValueError: no JSON, or nested deeper than Python's parser can follow.
-    """
-    try:
-        return json.loads(decoded(content) if isinstance(content, bytes) else content)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error

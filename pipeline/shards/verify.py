@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.config import parse_json
 from pipeline.errors import DataError, SnapshotError
 from pipeline.shards.adopt import ENGINE, PROGRESS
 from pipeline.shards.interchange import FOREIGN_ENGINES, SIZES, shard_sizes
@@ -18,7 +19,7 @@ from pipeline.shards.sidecar import TAR_DIGEST, sidecar_file
 from pipeline.shards.snapshot import SNAPSHOTS, Shard, Snapshot, read_snapshot, snapshot_ids
 from pipeline.shards.storage import BLOCK, TEMPORARY, Folder
 from pipeline.shards.tar import iterate_tar
-from pipeline.shards.text import parse_json
+from pipeline.shards.text import decoded
 from pipeline.shards.writer import STATS
 
 LEFT = "left by a killed run (or one is at work now)"
@@ -138,8 +139,6 @@ def _selection(folder: Folder, shard: Shard) -> Iterator[str]:
         read_selection(folder, shard)
     except DataError as error:
         yield str(error)
-    except pa.ArrowInvalid as error:
-        yield f"selection {shard.selection}: {error}"
 
 
 def _sidecar(folder: Folder, shard: Shard, name: str, digest: str, keys: list[str] | None) -> Iterator[str]:
@@ -289,7 +288,7 @@ def _all_names(folder: Folder) -> Iterator[str]:
 
 def _is_json(content: bytes) -> bool:
     try:
-        parse_json(content)
+        parse_json(decoded(content))
     except ValueError:
         return False
     return True

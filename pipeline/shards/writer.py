@@ -17,7 +17,9 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.config import from_plain, parse_json, require
 from pipeline.errors import SnapshotError
+from pipeline.shards.manifest import MOST_BYTES
 from pipeline.shards.sample import Sample, shard_name
 from pipeline.shards.storage import Folder, file_digest, storage_errors
 from pipeline.shards.tar import TarWriter
@@ -49,6 +51,10 @@ class ShardStats:
     sha256: str
     fields: tuple[str, ...]
     reasons: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        for name in ("count", "successes", "failed_to_download", "failed_to_resize", "bytes"):
+            require(0 <= getattr(self, name) <= MOST_BYTES, name, getattr(self, name), "0 or more")
 
 
 @dataclass
@@ -128,8 +134,10 @@ class ShardWriter:
         """Write tar, parquet and, last, the stats under their final names.
 
         Raises:
-            StorageError: the disk is full or the store failed; the shard then counts as not done.
+            StorageError: the disk is full, the store failed, or another job took the folder's lease; the shard then
+                counts as not done.
         """
+        self.folder.check()
         with storage_errors(self.folder.join(f"{self.name}.tar")):
             self._tar.close()
             self._tar_file.close()
@@ -176,11 +184,10 @@ def read_stats(folder: Folder, name: str) -> ShardStats | None:
         SnapshotError: the stats were not written by clipmill.
     """
     try:
-        plain = json.loads(folder.read_bytes(name + STATS))
-        return ShardStats(shard=name, **{**plain, "fields": tuple(plain["fields"])})
+        return from_plain(ShardStats, {**parse_json(folder.read_bytes(name + STATS)), "shard": name})
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError) as error:
         message = f"{folder.join(name + STATS)} was not written by clipmill; choose an empty folder"
         raise SnapshotError(message) from error
 

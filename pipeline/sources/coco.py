@@ -15,13 +15,17 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import struct
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import ExifTags, Image
 
 from pipeline.config import require
 from pipeline.dataset import load_card
@@ -125,8 +129,15 @@ class Coco:
         folder, name = split_file(str(piece.where["uri"]))
         with folder.open(name) as file:
             table = pq.ParquetFile(file).read_row_group(int(piece.where["group"]))
+        turned = 0
         for values in table.to_pylist():
-            yield self._row(values)
+            row = self._row(values)
+            turned += row.image is not None and _is_turned(row.image)
+            yield row
+        if turned:
+            message = "%s: %d of %d images have an EXIF orientation, and boxes are read in the pixels as stored; "
+            advice = "if they were drawn on the images as displayed, use --apply-exif-orientation"
+            logger.warning(message + advice, self.annotations, turned, piece.count)
 
     def schema(self) -> Mapping[str, type]:
         """``left_out`` counts unusable boxes; ``boxes_digest`` shows a refresh which annotations have changed."""
@@ -163,9 +174,11 @@ class Coco:
     def _table_rows(self, found: Annotations) -> Iterator[dict[str, Any]]:
         captions = read_captions(self.captions) if self.captions else {}
         files = None if self.downloads else self._files()
+        urls = [self._url(image) for image in found.images] if files is None else self._paths(found.images, files)
+        self._check_once(found.images, urls)
         missing = 0
-        for image in found.images:
-            url, stamp = (self._url(image), "") if files is None else self._file(image, files)
+        for image, url in zip(found.images, urls, strict=True):
+            stamp = files.get(url, "") if files is not None else ""
             missing += files is not None and not stamp
             require(missing < len(found.images), "images", self.images, f"a folder with {url} and the others in it")
             count, boxes = self._boxes(image, found)
@@ -185,18 +198,28 @@ class Coco:
         require(self._place.kind() == "directory", "images", self.images, allowed)
         return {path: file_stamp(about) for path, about in self._place.find().items()}
 
-    def _file(self, image: AnnotatedImage, files: Mapping[str, str]) -> tuple[str, str]:
-        """The image's path relative to the folder, and its version stamp; empty where there is no such file."""
-        wanted = [image.file, "/".join(image.url.split("/")[-2:]), *_names(image)]
-        for path in wanted:
-            if path and path in files:
-                return path, files[path]
-        return next((path for path in wanted if path), str(image.id)), ""
+    @staticmethod
+    def _paths(images: Sequence[AnnotatedImage], files: Mapping[str, str]) -> list[str]:
+        """The images' paths relative to the folder, all by the one rule that finds most files.
+
+        The rules shorten the path of a record or of its url from the left. Were each image found by its own rule,
+        the file of another image could be taken for a missing one.
+        """
+        best = max(_RULES, key=lambda rule: sum(rule(image) in files for image in images))
+        return [best(image) or image.file or str(image.id) for image in images]
+
+    def _check_once(self, images: Sequence[AnnotatedImage], urls: Sequence[str]) -> None:
+        """Require a file of its own for each image: the objects of a file's other record would be missing from it."""
+        first: dict[str, int] = {}
+        for image, url in zip(images, urls, strict=True):
+            if first.setdefault(url, image.id) != image.id:
+                both = f"the images {first[url]} and {image.id} are both {url}"
+                raise DataError(f"{self.annotations}: {both}: merge their annotations, or give each image its own file")
 
     def _url(self, image: AnnotatedImage) -> str:
         url = image.url
         if self.images:
-            name = image.file or next(iter(_names(image)), "")
+            name = _slashed(image.file) or _last(image.url, 1)
             url = f"{self.images.rstrip('/')}/{name}" if name and ".." not in name.split("/") else ""
         if not url.startswith(_WEB):
             raise DataError(f"{self.annotations}: the image {image.id} has no address ({url or image.file!r})")
@@ -240,6 +263,29 @@ class Coco:
         )
 
 
-def _names(image: AnnotatedImage) -> Iterator[str]:
-    """The image's bare file name, by its record and by its url."""
-    return (place.rpartition("/")[2] for place in (image.file, image.url) if place)
+def _is_turned(image: bytes) -> bool:
+    """Whether a program that obeys EXIF displays the image turned or mirrored; a damaged one is not."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(BytesIO(image)) as opened:
+            return opened.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    except (OSError, ValueError, SyntaxError, LookupError, TypeError, ArithmeticError, struct.error):
+        return False
+
+
+def _slashed(path: str) -> str:
+    """A path as Windows' tools write it, with slashes."""
+    return path.replace("\\", "/").removeprefix("./")
+
+
+def _last(path: str, parts: int) -> str:
+    return "/".join(path.split("/")[-parts:])
+
+
+_RULES: tuple[Callable[[AnnotatedImage], str], ...] = (
+    lambda image: image.file,
+    lambda image: _slashed(image.file),
+    lambda image: _last(_slashed(image.file), 2),
+    lambda image: _last(image.url, 2),
+    lambda image: _last(_slashed(image.file), 1),
+    lambda image: _last(image.url, 1),
+)

@@ -6,15 +6,17 @@
 
 LVIS's images have ``neg_category_ids`` (verified absent) and ``not_exhaustive_category_ids`` (not all instances are
 annotated). An inconsistent file is an error: a repeated id or name, an unknown id, boxes that cannot be x, y, width,
-height. A single annotation with an unusable box is left out and counted by reason.
+height. A single annotation with an unusable box is left out and counted by reason. An unusable segmentation is
+removed from its annotation, which keeps its box, and counted by reason.
 """
 
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
 
 import fsspec
 import numpy as np
@@ -22,12 +24,14 @@ from numpy.typing import NDArray
 
 from pipeline.config import require
 from pipeline.errors import DataError, ReadError, SettingError
-from pipeline.shards.objects import SMALLEST, corners, inside, plain_word, word_of
+from pipeline.shards.objects import SMALLEST, corners, inside, is_crowd, plain_word, word_of
+from pipeline.shards.segmentation import MaskReason, checked
 from pipeline.shards.storage import read_errors
 
 logger = logging.getLogger(__name__)
 
-KEPT = ("bbox", "segmentation", "iscrowd", "area", "id")
+KEPT = ("bbox", "iscrowd", "area", "id")
+LONGEST_ID = 2**63
 FREQUENCIES = ("r", "c", "f")
 Reason = Literal["no_box", "no_area", "outside"]
 
@@ -41,13 +45,14 @@ _NORMALISED_FROM = 4  # boxes; fewer could all be below one pixel by chance
 class CocoAnnotation:
     """An annotation: ``box`` is x1, y1, x2, y2 in pixels, float64 [4], or None where it is not four finite numbers.
 
-    ``text`` is the JSON of the kept keys, with the published numbers.
+    ``text`` is the JSON of the kept keys, with the published numbers; ``mask`` that of the segmentation, or empty.
     """
 
     image: int
     category: int
     box: NDArray[np.float64] | None
     text: str
+    mask: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,7 @@ class Annotations:
     categories: Mapping[int, Category]
     annotations: Mapping[int, Sequence[CocoAnnotation]]
     left_out: Mapping[int, Counter[Reason]]
+    masks_left_out: Mapping[MaskReason, int] = field(default_factory=dict)
 
 
 def read_annotations(uri: str) -> Annotations:
@@ -102,9 +108,13 @@ def read_annotations(uri: str) -> Annotations:
     sizes = {image.id: (image.width, image.height) for image in images}
     _check_boxes(uri, annotations, sizes)
     kept, left_out = _usable(annotations, sizes)
+    kept, masks = _with_masks(kept, sizes)
     for reason, count in sum(left_out.values(), Counter[Reason]()).most_common():
         logger.warning("%s: %d annotations left out (%s)", uri, count, reason)
-    return Annotations(images, {one.id: one for one in sorted(categories, key=lambda one: one.id)}, kept, left_out)
+    for mask_reason, count in masks.most_common():
+        logger.warning("%s: %d segmentations left out (%s); their boxes are kept", uri, count, mask_reason)
+    by_id = {one.id: one for one in sorted(categories, key=lambda one: one.id)}
+    return Annotations(images, by_id, kept, left_out, masks)
 
 
 def read_captions(uri: str) -> dict[int, str]:
@@ -118,7 +128,10 @@ def read_captions(uri: str) -> dict[int, str]:
         fits = isinstance(record, dict) and isinstance(record.get("caption"), str) and "image_id" in record
         require(fits, "captions", uri, "COCO's captions, each with image_id and caption")
         text = " ".join(record["caption"].split()).encode("utf-8", "replace").decode()
-        captions.setdefault(record["image_id"], text)
+        try:
+            captions.setdefault(_whole(record["image_id"]), text)
+        except ValueError as error:
+            raise SettingError("captions", uri, f"COCO's captions ({error})") from error
     return captions
 
 
@@ -126,7 +139,7 @@ def _read(uri: str, keys: Sequence[str], kind: str) -> dict[str, Any]:
     field = "captions" if "captions" in kind else "annotations"
     allowed = f"{kind}, a JSON file with " + ", ".join(keys)
     try:
-        with read_errors(uri), fsspec.open(uri, "rt", encoding="utf-8", compression="infer") as file:
+        with read_errors(uri), fsspec.open(uri, "rt", encoding="utf-8-sig", compression="infer") as file:
             content = json.load(file, object_hook=_compact)
     except ReadError:
         raise
@@ -142,15 +155,41 @@ def _compact(record: dict[str, Any]) -> "dict[str, Any] | CocoAnnotation":
     """Keep annotations as JSON text while parsing: as Python objects, LVIS's would take ten times the memory."""
     if not record.keys() >= {"image_id", "category_id", "bbox"}:
         return record
-    image, category = record["image_id"], record["category_id"]
-    if type(image) is not int or type(category) is not int:
-        raise DataError(f"an annotation of the image {image!r} and the category {category!r}: ids are whole numbers")
     try:
-        text = json.dumps({key: record[key] for key in KEPT if key in record}, allow_nan=False)
-        box = corners(record["bbox"])
-    except (ValueError, TypeError, OverflowError):  # not four numbers, or one of NaN and Infinity somewhere in it
+        image, category = _whole(record["image_id"]), _whole(record["category_id"])
+    except ValueError as error:
+        raise DataError(f"an annotation of the image {record['image_id']!r}: {error}") from error
+    try:
+        box = corners(record["bbox"] if isinstance(record["bbox"], list) else ())
+    except (ValueError, TypeError, OverflowError):  # not four numbers
         return CocoAnnotation(image, category, None, "")
-    return CocoAnnotation(image, category, box if np.isfinite(box).all() else None, text)
+    kept = {key: record[key] for key in KEPT if key in record}
+    if "iscrowd" in kept:
+        kept["iscrowd"] = int(is_crowd(kept["iscrowd"]))
+    if not _is_finite(kept.get("area", 0.0)):
+        del kept["area"]  # the box's is used
+    text = json.dumps(kept) if np.isfinite(box).all() else ""
+    mask = json.dumps(record["segmentation"]) if "segmentation" in record else ""
+    return CocoAnnotation(image, category, box if text else None, text, mask)
+
+
+def _whole(value: object) -> int:
+    """An id: a whole number, also as text (``"17"``) or as 17.0; ``ValueError`` for others, or one beyond 64 bits."""
+    number = value if type(value) is int else None
+    if isinstance(value, float) and value.is_integer():
+        number = int(value)
+    if isinstance(value, str) and value.strip().isdecimal():
+        number = int(value)
+    if number is None or not -LONGEST_ID <= number < LONGEST_ID:
+        raise ValueError(f"the id {value!r} is no whole number of at most 64 bits")
+    return number
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return math.isfinite(float(cast(Any, value)))
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _refused(record: Any) -> CocoAnnotation:
@@ -166,13 +205,13 @@ def _image(record: Mapping[str, Any]) -> AnnotatedImage:
     negative, incomplete = (record.get(key) for key in ("neg_category_ids", "not_exhaustive_category_ids"))
     federated = negative is not None or incomplete is not None
     return AnnotatedImage(
-        int(record["id"]),
+        _whole(record["id"]),
         width,
         height,
         file,
         url,
-        tuple(negative or ()) if federated else None,
-        tuple(incomplete or ()) if federated else None,
+        tuple(map(_whole, negative or ())) if federated else None,
+        tuple(map(_whole, incomplete or ())) if federated else None,
     )
 
 
@@ -180,7 +219,7 @@ def _category(record: Mapping[str, Any]) -> Category:
     name, frequency = str(record["name"]), str(record.get("frequency") or "")
     if not name.strip() or frequency not in ("", *FREQUENCIES):
         raise ValueError(f"category {record['id']} called {name!r} of frequency {frequency!r}")
-    return Category(int(record["id"]), name, frequency, class_word(record))
+    return Category(_whole(record["id"]), name, frequency, class_word(record))
 
 
 def class_word(record: Mapping[str, Any]) -> str:
@@ -250,6 +289,27 @@ def _usable(
         else:
             left_out.setdefault(annotation.image, Counter())[reason] += 1
     return kept, left_out
+
+
+def _with_masks(
+    kept: Mapping[int, Sequence[CocoAnnotation]], sizes: Mapping[int, tuple[int, int]]
+) -> tuple[dict[int, list[CocoAnnotation]], Counter[MaskReason]]:
+    """The annotations with their usable segmentations in ``text``, and the number of the others by reason."""
+    left_out = Counter[MaskReason]()
+
+    def joined(annotation: CocoAnnotation) -> CocoAnnotation:
+        width, height = sizes[annotation.image]
+        found = json.loads(annotation.mask or "null")
+        mask, reason = checked(found, height, width)
+        if reason is not None:
+            left_out[reason] += 1
+        if reason is not None or not annotation.mask:
+            return replace(annotation, mask="")
+        head, _, tail = annotation.text.partition("]")  # behind the box, as published
+        written = annotation.mask if mask in (found, None) else json.dumps(mask)
+        return replace(annotation, text=f'{head}], "segmentation": {written}{tail}', mask="")
+
+    return {image: [joined(one) for one in some] for image, some in kept.items()}, left_out
 
 
 def _unusable(annotation: CocoAnnotation, size: tuple[int, int]) -> Reason | None:

@@ -15,7 +15,7 @@ from pipeline.errors import SampleError
 from pipeline.shards.sample import IMAGE_FIELDS
 from pipeline.shards.storage import Folder, file_stamp, split_file
 from pipeline.shards.text import decoded
-from pipeline.sources.source import Row, Slice
+from pipeline.sources.source import Row, Slice, is_hidden
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +28,8 @@ class ImageFolder:
     """Every image below ``folder``, in the order of their paths; files of other kinds are counted and logged.
 
     The caption of ``a/cat.jpg`` is the text of ``a/cat.txt``, or empty without that file; upper and lower case of the
-    ending are the same. With ``label_from_folder``
-    the first folder of the path becomes the column ``label``, as in torchvision's ImageFolder.
+    ending are the same. With ``label_from_folder`` the first folder of the path becomes the column ``label``, as in
+    torchvision's ImageFolder.
     """
 
     kind: ClassVar[str] = "folder"
@@ -81,7 +81,10 @@ class ImageFolder:
         """Relative path of the image, version stamps of the image and of its caption, path of the caption."""
         require(self._place.kind() == "directory", "folder", self.folder, "an existing folder")
         found = self._place.find()
-        images = [path for path in found if path.lower().endswith(IMAGES)]
+        known = [path for path in found if path.lower().endswith(IMAGES)]
+        images = [path for path in known if not is_hidden(path)]
+        if len(images) < len(known):
+            logger.info("%s: %d images in hidden folders are left out", self.folder, len(known) - len(images))
         require(
             bool(images),
             "folder",
@@ -106,7 +109,8 @@ class ImageFolder:
         """Log once what is left out, and that there are no captions."""
         stems = {path.rpartition(".")[0] for path in images}
         used = {*images, *(captions[stem] for stem in stems & captions.keys())}
-        others = Counter(posixpath.splitext(path)[1].lower() or "no ending" for path in found if path not in used)
+        unused = (path for path in found if path not in used and not is_hidden(path))
+        others = Counter(posixpath.splitext(path)[1].lower() or "no ending" for path in unused)
         if others:
             most = ", ".join(f"{count} {ending}" for ending, count in others.most_common(OTHERS_NAMED))
             logger.warning("%d files are left out, as no images of a known kind (%s)", others.total(), most)

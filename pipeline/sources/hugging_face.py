@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import require
+from pipeline.config import parse_json, require
 from pipeline.errors import ReadError, SampleError, SettingError
 from pipeline.shards.storage import Folder, file_stamp, read_errors, split_file
-from pipeline.shards.text import parse_json, storable
+from pipeline.shards.text import storable
 from pipeline.shards.writer import reserved_columns
 from pipeline.sources.source import Row, Scalar, Slice
 from pipeline.sources.tables import (

@@ -19,6 +19,12 @@ UNCHANGED: Mapping[str, Any] = {"resize_mode": "no", "keep_bytes": True}
 Scalar = str | int | float | bool | None
 
 
+def is_hidden(path: str) -> bool:
+    """Whether a file is one that tools put beside the data: below a name with a dot (``.ipynb_checkpoints``), or in the
+    ``__MACOSX`` of an unpacked archive."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """One row of input.

@@ -3,7 +3,8 @@
     json      CoOp's split files: {"train": [[path, label, class name], ...], "val": [...], "test": [...]}
     aircraft  FGVC-Aircraft's own: variants.txt, and images_variant_{train,val,test}.txt with lines "0034309 707-320"
     folders   one folder of images per class, in sorted order; the file of class names has lines "n01440764 tench" in
-              the order of the labels; without that file the sorted folder names are the classes
+              the order of the labels; without that file the sorted folder names are the classes: those of all parts
+              together, if the folder is called train, val, test or similar and the others are beside it
 
 Few-shot images are sampled by their index in this order, so (split file, seed) fixes them on every machine. ImageNet
 has no split file: the reference code reads its folders in file system order, which differs between machines. Sorted
@@ -16,13 +17,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
-from pipeline.config import require
+from pipeline.config import parse_json, require
 from pipeline.errors import DataError, SampleError
-from pipeline.shards.storage import Folder
-from pipeline.shards.text import parse_json
-from pipeline.sources.source import Row, Scalar, Slice
+from pipeline.shards.storage import Folder, read_errors
+from pipeline.sources.source import Row, Scalar, Slice, is_hidden
 
 Part = Literal["train", "val", "test"]
+PART_FOLDERS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -117,6 +118,7 @@ class SplitFile:
             form = "{'train': [[path, label, class name], ...], 'val': ..., 'test': ...}"
             raise DataError(f"{where} is no split file of the form {form} ({error!r})") from error
         for path, label, name in rows:
+            path = path.replace("\\", "/") if isinstance(path, str) else path  # written on Windows
             whole = isinstance(path, str) and isinstance(label, int) and isinstance(name, str)
             if not whole or label < 0 or path.startswith("/") or ".." in path.split("/"):
                 raise DataError(f"{where}: {[path, label, name]} is no [path below the folder, label, class name]")
@@ -135,12 +137,32 @@ class SplitFile:
         root = self._place.folder(self.pictures) if self.pictures else self._place
         allowed = f"a folder with {self.pictures or 'images'} in it"
         require(root.kind() == "directory", "folder", self.folder, allowed)
-        paths = [path for path in root.find() if path.lower().endswith(IMAGES) and "/" in path]
-        names = self._names(sorted({path.split("/")[0] for path in paths}))
+        paths = self._images_below(root)
+        others = (
+            [path for part in self._other_parts(root) for path in self._images_below(part)] if not self.split else []
+        )
+        names = self._names(sorted({path.split("/")[0] for path in (*paths, *others)}))
         for path in paths:
             folder = path.split("/")[0]
             if folder in names:
                 yield Item(path, *names[folder])
+
+    @staticmethod
+    def _images_below(root: Folder) -> list[str]:
+        """Sorted paths, relative to ``root``, of the images in folders of classes."""
+        return [path for path in root.find() if path.lower().endswith(IMAGES) and "/" in path and not is_hidden(path)]
+
+    @staticmethod
+    def _other_parts(root: Folder) -> list[Folder]:
+        """The folders of the set's other parts beside ``root``, if all have the usual names."""
+        above, _, own = root.uri.rpartition("/")
+        if own.lower() not in PART_FOLDERS or not above:
+            return []
+        parent = Folder(above)
+        with read_errors(above):
+            names = [str(path).rstrip("/").rpartition("/")[2] for path in parent.fs.ls(parent.path, detail=False)]
+        parts = sorted(name for name in names if name.lower() in PART_FOLDERS and name != own)
+        return [folder for folder in map(parent.folder, parts) if folder.kind() == "directory"]
 
     def _names(self, folders: list[str]) -> dict[str, tuple[int, str]]:
         """Number and name of each class by its folder; folder names 0, 1, ... are class numbers (ImageNet V2)."""

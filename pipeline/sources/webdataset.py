@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 
 from braceexpand import braceexpand
 
-from pipeline.config import require
+from pipeline.config import parse_json, require
 from pipeline.errors import DataError, SampleError
 from pipeline.shards.sample import IMAGE_FIELDS, Sample
 from pipeline.shards.storage import Folder, file_stamp, split_file
 from pipeline.shards.tar import iterate_tar
-from pipeline.shards.text import decoded, parse_json
+from pipeline.shards.text import decoded
 from pipeline.shards.writer import reserved_columns
 from pipeline.sources.source import UNCHANGED, Row, Slice
 from pipeline.sources.tables import first_text, stored_text
@@ -183,7 +183,7 @@ def _stamp(uri: str) -> str:
 def _json(sample: Sample) -> dict[str, Any] | SampleError:
     """The object of the json member, empty without one; or the reason why the row cannot be used."""
     try:
-        plain = parse_json(sample.fields.get("json", b"{}"))
+        plain = parse_json(decoded(sample.fields.get("json", b"{}")))
     except ValueError as error:
         return SampleError("failed_to_download", "malformed_row", f"the member .json is no JSON: {error}")
     return plain if isinstance(plain, dict) else {}

@@ -1,5 +1,6 @@
 """Connect a job to Ray: to the cluster it was submitted to, or to a private local one."""
 
+import json
 import logging
 import os
 import secrets
@@ -33,7 +34,8 @@ def connect(num_cpus: int | None = None) -> None:
     if ray.is_initialized():
         return
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    runtime = {"env_vars": WORKER_ENVIRONMENT}
+    submitted = job_environment()
+    runtime = {"env_vars": {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in submitted}}
     if address is None:
         hook = f"{__name__}.{quiet_worker.__name__}"
         try:
@@ -52,6 +54,15 @@ def connect(num_cpus: int | None = None) -> None:
         ray.init(address=address, runtime_env=runtime, logging_level=logging.ERROR)
     except ConnectionError as error:
         require(False, "RAY_ADDRESS", address, f"the address of a running cluster ({error})")
+
+
+def job_environment() -> dict[str, str]:
+    """The variables that ``ray job submit --runtime-env-json`` set for this job; empty outside of one.
+
+    Ray gives them to every worker, and refuses a job that sets one of them again.
+    """
+    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return dict((config.get("runtime_env") or {}).get("env_vars") or {})
 
 
 def quiet_worker() -> None:

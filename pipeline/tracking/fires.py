@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.shards.privacy import masked
 from pipeline.stages.scheduling.scheduler import OPEN, Fire, latest_first
 from pipeline.tracking.runs import LONGEST_TAG, Tracking, _experiment
-from pipeline.tracking.store import checked_uri, client, spoken_to
+from pipeline.tracking.store import checked_uri, client, store_errors
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -42,8 +42,8 @@ class MlflowHistory:
 
     def __init__(self, settings: Tracking) -> None:
         uri = checked_uri(settings.tracking_uri)
-        self._client = client(uri)
-        with spoken_to(uri):
+        with store_errors(uri):
+            self._client = client(uri)
             self._experiment = _experiment(self._client, uri, settings)
         self._uri = uri
         self._runs: dict[str, str] = {}
@@ -51,7 +51,7 @@ class MlflowHistory:
 
     def fires(self, job: str) -> list[Fire]:
         """The latest fires of a job."""
-        with spoken_to(self._uri):
+        with store_errors(self._uri):
             runs = self._client.search_runs(
                 [self._experiment],
                 f"tags.`{PREFIX}job` = '{job}'",

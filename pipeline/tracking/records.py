@@ -3,20 +3,45 @@
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from pipeline.shards.privacy import masked
 from pipeline.shards.snapshot import Snapshot
+from pipeline.tracking.writer import Point
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 logger = logging.getLogger(__name__)
 
+SYSTEM = "system/"  # prefix of MLflow's names of system metrics
 LONGEST_DIGEST = 36  # MLflow's limit; the whole digest is in the run's tags
+
+
+class LoggedSteps:
+    """The steps at which a run has a metric already, read from the store when the metric is first sent."""
+
+    def __init__(self, client: "MlflowClient", run_id: str) -> None:
+        self._client, self._run_id = client, run_id
+        self._names: set[str] | None = None
+        self._steps: dict[str, set[int]] = {}
+
+    def missing(self, points: Sequence[Point]) -> list[Point]:
+        """The ``points`` that the run did not have before; all of system metrics, whose steps are seconds."""
+        names = {point.name for point in points if not point.name.startswith(SYSTEM)}
+        for name in names - self._steps.keys():
+            self._steps[name] = self._stored(name)
+        return [point for point in points if point.step not in self._steps.get(point.name, ())]
+
+    def _stored(self, name: str) -> set[int]:
+        if self._names is None:
+            self._names = set(self._client.get_run(self._run_id).data.metrics)
+        if name not in self._names:
+            return set()
+        return {point.step for point in self._client.get_metric_history(self._run_id, name)}
 
 
 def charted(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -59,7 +84,7 @@ def register(
     versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     if any(version.tags.get("checkpoint") == uri for version in versions):
         return
-    model_id = _log_model(client, run_id, uri, metrics, step)
+    model_id = _logged_model(client, run_id, uri, step) or _log_model(client, run_id, uri, metrics, step)
     tags = {"checkpoint": uri, "step": str(step), **tags}
     version = _create_version(client, run_id, name, uri, model_id, tags, _description(uri, metrics, step))
     logger.info("registered %s as version %s of the model %s", uri, version, name)
@@ -76,6 +101,18 @@ def _create_registered_model(client: "MlflowClient", name: str) -> None:
             raise
 
 
+def _logged_model(client: "MlflowClient", run_id: str, uri: str, step: int) -> str | None:
+    """The model that a killed job logged for this checkpoint before it made a version of it."""
+    experiment = client.get_run(run_id).info.experiment_id
+    same = f"source_run_id = '{run_id}' AND name = '{_model_name(step)}'"
+    found = client.search_logged_models([experiment], same)
+    return next((str(one.model_id) for one in found if one.params.get("checkpoint") == uri), None)
+
+
+def _model_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
 def _log_model(client: "MlflowClient", run_id: str, uri: str, metrics: dict[str, float], step: int) -> str:
     """A logged model with files outside of MLflow, the row of the UI's model table; returns its id."""
     from mlflow.entities import LoggedModelOutput, Metric
@@ -83,7 +120,7 @@ def _log_model(client: "MlflowClient", run_id: str, uri: str, metrics: dict[str,
     run = client.get_run(run_id)
     model = client.create_logged_model(
         run.info.experiment_id,
-        name=f"step-{step:08d}",
+        name=_model_name(step),
         source_run_id=run_id,
         tags={"mlflow.model.isExternal": "true", "checkpoint": uri},
         params={"checkpoint": uri, "step": str(step)},

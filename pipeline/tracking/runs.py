@@ -12,6 +12,7 @@ detected before a cluster is used.
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,15 +26,16 @@ from pipeline.errors import SettingError
 from pipeline.shards.privacy import masked, masked_value
 from pipeline.shards.snapshot import Snapshot
 from pipeline.tracking.provenance import provenance_tags
-from pipeline.tracking.records import log_snapshot, register
+from pipeline.tracking.records import LoggedSteps, log_snapshot, register
 from pipeline.tracking.store import (
     answers,
+    artifact_errors,
     artifact_location,
     checked_uri,
     client,
     is_refusal,
     needs_a_server,
-    spoken_to,
+    store_errors,
 )
 from pipeline.tracking.system import SystemMetrics
 from pipeline.tracking.writer import MetricWriter, Point
@@ -47,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 CONFIG = "config.json"
+TOKEN = "start_token"  # tag of a run
 PARAMS_AT_ONCE = 100
 LONGEST_PARAM, LONGEST_TAG = 6000, 5000
 FLUSH_SECONDS = 60.0
@@ -75,10 +78,15 @@ class Tracking:
 
 @dataclass(frozen=True, kw_only=True)
 class RunHandle:
-    """Everything that a process needs to write into a run. May hold a password of the server: never log it."""
+    """Everything that a process needs to write into a run. May hold a password of the server: never log it.
+
+    With ``once``, a metric that the run already has at a step is not logged at this step again: a killed job repeats
+    the steps since its last checkpoint.
+    """
 
     uri: str
     run_id: str
+    once: bool = False
 
     def __repr__(self) -> str:
         return f"RunHandle(uri={masked(self.uri)!r}, run_id={self.run_id!r})"
@@ -94,6 +102,7 @@ class MlflowTracker:
     def __init__(self, handle: RunHandle, owns: bool = False) -> None:
         self.handle, self.owns = handle, owns
         self._client: MlflowClient = client(handle.uri)
+        self._logged = LoggedSteps(self._client, handle.run_id) if handle.once else None
         self._writer = MetricWriter(self._send, is_refusal, lambda: answers(handle.uri))
         self._system: SystemMetrics | None = None
 
@@ -199,8 +208,10 @@ class MlflowTracker:
     def _send(self, points: list[Point]) -> None:
         from mlflow.entities import Metric
 
-        metrics = [Metric(point.name, point.value, point.time, point.step) for point in points]
-        self._client.log_batch(self.run_id, metrics=metrics)
+        new = points if self._logged is None else self._logged.missing(points)
+        metrics = [Metric(point.name, point.value, point.time, point.step) for point in new]
+        if metrics:
+            self._client.log_batch(self.run_id, metrics=metrics)
 
     def _log_file(self, name: PurePosixPath, content: bytes) -> None:
         with TemporaryDirectory(prefix="clipmill-artifact-") as folder:
@@ -281,8 +292,20 @@ class NoTracker:
         self.status = status
 
 
-def start(settings: Tracking, config: Any, run_id: str = "", tags: Mapping[str, str] | None = None) -> MlflowTracker:
+def start(
+    settings: Tracking,
+    config: Any,
+    run_id: str = "",
+    tags: Mapping[str, str] | None = None,
+    *,
+    token: str = "",
+    once: bool = False,
+) -> MlflowTracker:
     """Create a run, or continue the run ``run_id``, and record its provenance.
+
+    ``token`` is a word that the caller stored before: a new run gets it as a tag, and a run of the experiment that has
+    this tag is continued. So a job that was killed before it stored the run's id makes no second run. ``once`` is that
+    of :class:`RunHandle`.
 
     ``config`` is the whole resolved config of the job. It is logged flattened as parameters, for comparison, and as the
     artifact ``config.json``, for a repetition with ``--from``. A continued run keeps its parameters; the tag
@@ -290,30 +313,37 @@ def start(settings: Tracking, config: Any, run_id: str = "", tags: Mapping[str, 
     the old id in the tag ``continues``.
 
     Raises:
-        SettingError: the tracking server does not answer, MLflow does not support the kind of URI, or only the
-            experiment's server can write its files.
+        SettingError: the tracking server does not answer or refuses, MLflow does not support the kind of URI, or this
+            machine cannot write the experiment's files. A run that was created before is ended as failed.
     """
     uri = checked_uri(settings.tracking_uri)
-    with spoken_to(uri):
-        return _start(uri, settings, config, run_id, tags or {})
+    with store_errors(uri):
+        return _start(uri, settings, config, run_id, tags or {}, token, once)
 
 
-def _start(uri: str, settings: Tracking, config: Any, run_id: str, tags: Mapping[str, str]) -> MlflowTracker:
+def _start(
+    uri: str, settings: Tracking, config: Any, run_id: str, tags: Mapping[str, str], token: str, once: bool
+) -> MlflowTracker:
     store = client(uri)
-    old = _existing(store, run_id)
+    old = _existing(store, run_id) or _begun(store, settings, token)
     if run_id and not old:
         logger.warning("run %s is no longer in the store: creating a new one", run_id)
     if old:
         _check_reached(uri, old)
-    run = _revive(store, old) if old else _create(store, uri, settings)
-    tracker = MlflowTracker(RunHandle(uri=uri, run_id=run.info.run_id), owns=True)
-    changed = _log_params(store, run, config)
-    lost = {"continues": run_id} if run_id and not old else {}
-    tracker._set_tags({**provenance_tags(), **changed, **lost, **tags})
-    store.log_text(run.info.run_id, masked(to_json(config)), CONFIG)
-    if settings.system_metrics:
-        tracker.watch_node()
-    logger.info("%s run %s; to look at it: %s", "continuing" if old else "new", tracker.run_id, tracker.where)
+    run = _revive(store, old) if old else _create(store, uri, settings, token)
+    tracker = MlflowTracker(RunHandle(uri=uri, run_id=run.info.run_id, once=once), owns=True)
+    try:
+        changed = _log_params(store, run, config)
+        lost = {"continues": run_id} if run_id and not old else {}
+        tracker._set_tags({**provenance_tags(), **changed, **lost, **tags})
+        with artifact_errors(settings.experiment, run.info.artifact_uri):
+            store.log_text(run.info.run_id, masked(to_json(config)), CONFIG)
+        if settings.system_metrics:
+            tracker.watch_node()
+        logger.info("%s run %s; to look at it: %s", "continuing" if old else "new", tracker.run_id, tracker.where)
+    except BaseException:
+        tracker.__exit__(*sys.exc_info())  # no run is left as running
+        raise
     return tracker
 
 
@@ -324,7 +354,7 @@ def attach(settings: Tracking, run_id: str) -> MlflowTracker:
         SettingError: the store has no such run, does not answer, or cannot write the run's files.
     """
     uri = checked_uri(settings.tracking_uri)
-    with spoken_to(uri):
+    with store_errors(uri):
         found = _existing(client(uri), run_id)
     if found is None:
         raise SettingError("run_id", run_id, f"a run of {masked(uri)}")
@@ -349,10 +379,19 @@ def _existing(store: "MlflowClient", run_id: str) -> "Run | None":
     try:
         run = store.get_run(run_id)
     except MlflowException as error:
-        if not is_refusal(error):
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         return None
     return run if run.info.lifecycle_stage == "active" else None
+
+
+def _begun(store: "MlflowClient", settings: Tracking, token: str) -> "Run | None":
+    """The run that an earlier start with this token made."""
+    experiment = store.get_experiment_by_name(settings.experiment) if token else None
+    if experiment is None:
+        return None
+    found = store.search_runs([experiment.experiment_id], f"tags.{TOKEN} = '{token}'", max_results=1)
+    return found[0] if found else None
 
 
 def _check_reached(uri: str, run: "Run") -> None:
@@ -365,37 +404,43 @@ def _revive(store: "MlflowClient", run: "Run") -> "Run":
     return store.get_run(run.info.run_id)
 
 
-def _create(store: "MlflowClient", uri: str, settings: Tracking) -> "Run":
+def _create(store: "MlflowClient", uri: str, settings: Tracking, token: str) -> "Run":
     name = settings.run_name or time.strftime("%Y-%m-%d %H:%M:%S")
     experiment = _experiment(store, uri, settings)
-    return store.create_run(experiment, run_name=name)
+    return store.create_run(experiment, run_name=name, tags={TOKEN: token} if token else None)
 
 
 def _experiment(store: "MlflowClient", uri: str, settings: Tracking) -> str:
     """The id of the experiment, created if missing; its tags select the UI's default columns."""
     from mlflow.exceptions import MlflowException
 
-    found = store.get_experiment_by_name(settings.experiment)
-    if found is None:
-        try:
-            store.create_experiment(settings.experiment, artifact_location(uri, settings.experiment))
-        except MlflowException as error:  # another driver created it first
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        found = store.get_experiment_by_name(settings.experiment)
-    if found is None or found.lifecycle_stage != "active":
-        allowed = "an experiment that is not deleted (`mlflow experiments restore` brings it back)"
-        raise SettingError("experiment", settings.experiment, allowed)
-    reached = not needs_a_server(uri, found.artifact_location)
-    require(reached, "experiment", settings.experiment, f"another name, or {THROUGH_A_SERVER}")
     tags = {
         "mlflow.experiment.primaryMetric.name": settings.primary_metric,
         "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
         "mlflow.experimentKind": "custom_model_development",
     }
+    found = store.get_experiment_by_name(settings.experiment)
+    if found is None:
+        try:
+            store.create_experiment(settings.experiment, artifact_location(uri, settings.experiment), tags)
+        except MlflowException as error:  # another driver created it first
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        found = store.get_experiment_by_name(settings.experiment)
+    if found is None:
+        raise SettingError("tracking_uri", masked(uri), "an MLflow store (this one: knows no experiment it made)")
+    if found.lifecycle_stage != "active":
+        allowed = "an experiment that is not deleted (`mlflow experiments restore` brings it back)"
+        raise SettingError("experiment", settings.experiment, allowed)
+    reached = not needs_a_server(uri, found.artifact_location)
+    require(reached, "experiment", settings.experiment, f"another name, or {THROUGH_A_SERVER}")
     for key, value in tags.items():
         if found.tags.get(key) != value:
-            store.set_experiment_tag(found.experiment_id, key, value)
+            try:
+                store.set_experiment_tag(found.experiment_id, key, value)
+            except MlflowException:  # MLflow inserts a tag that another driver inserted since it looked
+                if store.get_experiment(found.experiment_id).tags.get(key) != value:
+                    raise
     return str(found.experiment_id)
 
 

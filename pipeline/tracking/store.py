@@ -1,5 +1,6 @@
 """The tracking store: its URI, its client, and whether it answers."""
 
+import fcntl
 import os
 import socket
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from urllib.parse import urlparse
 from urllib.request import getproxies, proxy_bypass
 
 from pipeline.config import require
-from pipeline.errors import SettingError
+from pipeline.errors import ClipmillError, SettingError
 from pipeline.shards.privacy import masked
+from pipeline.shards.storage import TEMPORARY
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,10 +32,11 @@ def default_uri() -> str:
 
 
 def checked_uri(uri: str) -> str:
-    """The tracking URI to use for the setting ``uri``; empty means :func:`default_uri`.
+    """The tracking URI to use for the setting ``uri``; empty means :func:`default_uri`. Creates a new sqlite store.
 
     Raises:
-        SettingError: a kind of store that MLflow no longer supports, or a server that does not answer.
+        SettingError: a kind of store that MLflow no longer supports, a server that does not answer, or a file that
+            cannot be created.
     """
     resolved = uri or default_uri()
     scheme = resolved.partition(":")[0] if ":" in resolved else ""
@@ -42,10 +45,33 @@ def checked_uri(uri: str) -> str:
     require(scheme.partition("+")[0] in kinds or resolved == "databricks", "tracking_uri", masked(resolved), allowed)
     if resolved.startswith(SQLITE):
         path = Path(resolved.removeprefix(SQLITE)).absolute()
-        path.parent.mkdir(parents=True, exist_ok=True)
         resolved = f"{SQLITE}{path}"
+        with store_errors(resolved):
+            create_sqlite(path)
     require(answers(resolved), "tracking_uri", masked(resolved), "an MLflow server that answers (is it started?)")
     return resolved
+
+
+def create_sqlite(path: Path) -> None:
+    """Create MLflow's tables in the file ``path``, unless it exists.
+
+    MLflow makes and migrates them without a lock: several processes at once, or one that is killed, would leave a file
+    that no job can use. Here one process makes them in a temporary file, which is then renamed; the others wait.
+    """
+    if path.exists() and path.stat().st_size:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists() and path.stat().st_size:
+            return
+        new = path.with_name(f"{TEMPORARY}{path.name}")
+        new.unlink(missing_ok=True)  # of a killed process
+        _set_up()
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        SqlAlchemyStore(f"{SQLITE}{new}", (path.parent / "artifacts").as_uri()).engine.dispose()
+        os.replace(new, path)
 
 
 def artifact_location(uri: str, experiment: str) -> str | None:
@@ -90,28 +116,63 @@ def is_refusal(error: Exception) -> bool:
 
 
 @contextmanager
-def spoken_to(uri: str) -> Iterator[None]:
+def store_errors(uri: str) -> Iterator[None]:
     """Convert failures of the store at ``uri`` within the block to a one-sentence ``SettingError``."""
-    from mlflow.exceptions import MlflowException
-
     try:
         yield
-    except (MlflowException, OSError) as error:
-        if is_refusal(error):
+    except Exception as error:
+        if is_ours(error):
             raise
-        why = masked((str(error).strip() or repr(error)).splitlines()[0])
-        allowed = f"an MLflow store that answers (this one does not: {why})"
+        allowed = f"an MLflow store that answers (this one: {reason(error)})"
         raise SettingError("tracking_uri", masked(uri), allowed) from error
+
+
+@contextmanager
+def artifact_errors(experiment: str, location: str) -> Iterator[None]:
+    """Convert failures of an experiment's artifact store within the block to a one-sentence ``SettingError``."""
+    try:
+        yield
+    except Exception as error:
+        if is_ours(error):
+            raise
+        allowed = (
+            f"an experiment with artifacts that this machine can write; those of this one go to {masked(location)}"
+        )
+        raise SettingError("experiment", experiment, f"{allowed} ({reason(error)})") from error
+
+
+def is_ours(error: Exception) -> bool:
+    """Whether ``error`` is a sentence already, or a fault of the program.
+
+    Every other one is the store's: MLflow passes on the errors of requests, SQLAlchemy, and the libraries of S3, Google
+    and Azure, which share no base.
+    """
+    return isinstance(error, ClipmillError | TypeError | NameError | AssertionError)
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error of the store, with what to do where it refuses a login."""
+    from mlflow.exceptions import MlflowException
+
+    first = masked((str(error).strip() or repr(error)).splitlines()[0])
+    if isinstance(error, MlflowException) and error.get_http_status_code() in (401, 403):
+        return f"{first}; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, give access"
+    return first
 
 
 def client(uri: str) -> "MlflowClient":
     """A client of the store at ``uri`` that changes no global setting of MLflow."""
+    _set_up()
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def _set_up() -> None:
+    """Set MLflow's environment, before it is imported."""
     # MLflow reports usage statistics by default; they are disabled here, because a job's activity is private.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     # By default it retries a dead server for more than four minutes without interruption; Writer retries by itself.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri)

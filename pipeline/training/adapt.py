@@ -154,6 +154,7 @@ def adapt(
     if adapter.learns:
         require(recipe is not None, "recipe", None, f"a recipe, for {method} learns by gradients")
         assert recipe is not None
+        recipe.check_for(kind)
         with _spread(adapter):
             chosen["epoch"] = _AdapterTraining(adapter, recipe, train, validation, seed, log).run(history)
     if adapter.reads == "features":
@@ -259,8 +260,7 @@ class _Images:
             self.images = data.images
             self.still = openclip.image_transform(adapter.clip.model)
             if recipe is not None:
-                crop = {"crop": "resized", "scale": recipe.crop_scale, "flip": recipe.flip}
-                self.random = openclip.image_transform(adapter.clip.model, **crop)
+                self.random = openclip.image_transform(adapter.clip.model, **recipe.crops())
 
     def plain(self, numbers: Any) -> Tensor:
         """The first view, or the evaluation transform."""

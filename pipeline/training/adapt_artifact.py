@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from pipeline.config import from_plain, require
-from pipeline.errors import DataError, SettingError
+from pipeline.config import from_plain, parse_json, require
+from pipeline.errors import DataError
 from pipeline.models.adapters.adapter import Adapter, FrozenClip, adapter_class
 from pipeline.models.adapters.prompts import nearest_words
 from pipeline.shards.storage import Folder, storage_errors
@@ -105,12 +105,11 @@ def load_adapted(
 def read_record(folder: Folder) -> AdapterRecord:
     """The record of the adapter in ``folder``; raises ``DataError`` if it is missing or damaged."""
     try:
-        plain = json.loads(folder.read_text(CONFIG))
-        record = from_plain(AdapterRecord, plain, folder.join(CONFIG))
+        record = from_plain(AdapterRecord, parse_json(folder.read_bytes(CONFIG)), folder.join(CONFIG))
         require(record.version == VERSION, "version", record.version, f"{VERSION}, which this clipmill reads")
     except FileNotFoundError as error:
         raise DataError(f"{folder.uri} holds no adapter: it has no {CONFIG}") from error
-    except (ValueError, SettingError) as error:
+    except ValueError as error:
         raise DataError(f"{folder.join(CONFIG)} does not describe an adapter ({error})") from error
     return record
 

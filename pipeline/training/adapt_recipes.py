@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from pipeline.config import require
-from pipeline.models.adapters.adapter import adapter_class
+from pipeline.models.adapters.adapter import Adapter, adapter_class
 
 Protocol = Literal["few_shot", "base_to_new", "cross"]
 """Train and test on the same classes; on half of them; on one data set for others (and for its own with shifts)."""
@@ -60,10 +60,11 @@ class AdaptRecipe:
     """Constant learning rate of the warm-up."""
     falls: Literal["epoch", "step"] = "epoch"
     """Update the cosine once per epoch, or per step; per step it falls to zero."""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Range of a random crop's area, 0 to 1, for methods that read pixels; 0.5 to 1 in Tip-Adapter."""
-    flip: float = 0.5
-    """Probability of mirroring an image, for methods that read pixels."""
+    crop_scale: tuple[float, float] | None = None
+    """Range of a random crop's area, 0 to 1, for methods that read pixels; none for 0.08 to 1. Other methods read
+    stored features, whose crops are those of ``Views``."""
+    flip: float | None = None
+    """Probability of mirroring an image, for methods that read pixels; none for 0.5."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the towers in training; trained parameters are always float32."""
     select: Literal["validation", "last"] = "validation"
@@ -77,9 +78,22 @@ class AdaptRecipe:
         for name in ("weight_decay", "warmup_rate", "warmup_epochs"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(0 <= self.momentum < 1, "momentum", self.momentum, "0 to less than 1")
-        low, high = self.crop_scale
-        require(0 < low <= high <= 1, "crop_scale", self.crop_scale, "0 < low <= high <= 1")
-        require(0 <= self.flip <= 1, "flip", self.flip, "0 to 1")
+        if self.crop_scale is not None:
+            low, high = self.crop_scale
+            require(0 < low <= high <= 1, "crop_scale", self.crop_scale, "0 < low <= high <= 1")
+        require(self.flip is None or 0 <= self.flip <= 1, "flip", self.flip, "0 to 1")
+
+    def check_for(self, kind: type[Adapter]) -> None:
+        """Raise ``SettingError`` for settings of crops if ``kind`` does not read images."""
+        for name in ("crop_scale", "flip"):
+            value = getattr(self, name)
+            allowed = f"none for {kind.__name__}, which reads stored features: set --views.{name.replace('_', '-')}"
+            require(value is None or kind.reads == "pixels", name, value, allowed)
+
+    def crops(self) -> dict[str, Any]:
+        """The training transform of images: random crops, by default those of CoOp's code."""
+        scale = (0.08, 1.0) if self.crop_scale is None else self.crop_scale
+        return {"crop": "resized", "scale": scale, "flip": 0.5 if self.flip is None else self.flip}
 
     def steps(self, images: int) -> int:
         """Steps per epoch for this number of images."""
@@ -109,7 +123,6 @@ _TIP = AdaptRecipe(
     drop_last=False,
     warmup_epochs=0,
     falls="step",
-    crop_scale=(0.5, 1.0),
 )
 _DEEP = AdaptRecipe(learning_rate=0.0035, epochs=5, batch_size=4)
 
@@ -137,6 +150,13 @@ def paper_recipe(method: str, shots: int, protocol: Protocol = "few_shot", data_
         "tip_adapter_f": replace(_TIP, epochs=100) if data_set == "eurosat" else _TIP,
     }
     return known[method]
+
+
+def paper_templates(method: str, data_set: str) -> str:
+    """The templates that ``method``'s paper uses for ``data_set``, as a setting of the evaluations: ``auto`` for those
+    of the card. Tip-Adapter's figures on ImageNet and its variants use seven (its code's ``ImageNet.template``)."""
+    is_tip = method in ("tip_adapter", "tip_adapter_f")
+    return "imagenet-simple" if is_tip and data_set.partition("_")[0] == "imagenet" else "auto"
 
 
 def paper_config(method: str, protocol: Protocol = "few_shot") -> Any:

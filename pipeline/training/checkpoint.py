@@ -31,12 +31,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pipeline.config import from_plain, require, to_json
+from pipeline.config import from_plain, parse_json, require, to_json
 from pipeline.errors import DataError, SettingError, StorageError
 from pipeline.loaders.cache import FileCache
 from pipeline.models.method import Method, config_class, method_class, method_name
 from pipeline.models.towers import openclip
-from pipeline.models.towers.weights import read_tensors
+from pipeline.models.towers.weights import misfit, read_tensors
+from pipeline.shards.manifest import is_file_name
 from pipeline.shards.storage import Folder, storage_errors
 from pipeline.training import distributed
 
@@ -48,6 +49,7 @@ MODEL, REST, CONFIG, STATE, META = "model.safetensors", "method.safetensors", "c
 MODEL_EMA, REST_EMA = "model_ema.safetensors", "method_ema.safetensors"
 EVALUATION = "evaluation.json"
 EMA = ":ema"  # suffix of a checkpoint's address: the moving average of its weights
+MOST_STEPS = 2**53
 INNER = "model."  # prefix, in the method, of the weights in ``model.safetensors``
 
 
@@ -71,6 +73,29 @@ class Meta:
     skipped_in_row: int = 0
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     description: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("step", "samples_seen", "batch_size", "lanes", "skipped_steps", "skipped_in_row"):
+            require(0 <= getattr(self, name) <= MOST_STEPS, name, getattr(self, name), "0 or more")
+        for name in self.description:
+            require(is_file_name(name), "description", name, "names of files in the checkpoint's folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodRecord:
+    """The content of ``config.json``: the name of the method, and its config as plain values."""
+
+    method: str
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord:
+    """The content of ``evaluation.json``: the metrics after ``step`` steps, or the ``error`` that prevented them."""
+
+    step: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    error: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,12 +219,12 @@ def read_meta(folder: Folder) -> Meta | None:
         DataError: ``meta.json`` exists but is invalid.
     """
     try:
-        text = folder.read_text(META)
+        content = folder.read_bytes(META)
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        return from_plain(Meta, json.loads(text), folder.join(META))
-    except (ValueError, SettingError) as error:
+        return from_plain(Meta, parse_json(content), folder.join(META))
+    except ValueError as error:
         raise DataError(f"{folder.join(META)} is not the meta data of a checkpoint ({error})") from error
 
 
@@ -230,8 +255,9 @@ def score(checkpoint: Checkpoint, metric: str) -> float | None:
     A minus before the name means that lower is better: ``-zeroshot/drawn_shapes/calibration_error``.
     """
     sign, name = (-1.0, metric[1:]) if metric.startswith("-") else (1.0, metric)
-    value = (read_evaluation(checkpoint) or {}).get("metrics", {}).get(name)
-    return sign * value if isinstance(value, int | float) and math.isfinite(value) else None
+    evaluation = read_evaluation(checkpoint)
+    value = evaluation.metrics.get(name) if evaluation else None
+    return sign * value if value is not None and math.isfinite(value) else None
 
 
 def stored_score(uri: str, metric: str) -> float | None:
@@ -294,7 +320,7 @@ def clip_address(address: str) -> str:
     folder = checkpoint_folder(address) if address else None
     if folder is None:
         return address
-    return f"{json.loads(folder.read_text(CONFIG))['config'].get('architecture', '')}:{resolved(address)}"
+    return f"{_read_method(folder).config.get('architecture', '')}:{resolved(address)}"
 
 
 def read_weights(folder: Folder, *, ema: bool = False) -> dict[str, Tensor]:
@@ -346,28 +372,42 @@ def _lay_out(optimizer: torch.optim.Optimizer) -> None:
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def write_evaluation(checkpoint: Checkpoint, plain: Mapping[str, Any]) -> None:
+def write_evaluation(checkpoint: Checkpoint, evaluation: EvaluationRecord) -> None:
     """Write ``evaluation.json``; the checkpoint then no longer waits."""
-    checkpoint.folder.write_atomic(EVALUATION, json.dumps(dict(plain), indent=2).encode())
+    checkpoint.folder.write_atomic(EVALUATION, to_json(evaluation).encode())
 
 
-def read_evaluation(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The content of ``evaluation.json``, or ``None``."""
+def read_evaluation(checkpoint: Checkpoint) -> EvaluationRecord | None:
+    """The content of ``evaluation.json``, or ``None``.
+
+    Raises:
+        DataError: the file is no evaluation.
+    """
+    place = checkpoint.folder.join(EVALUATION)
     try:
-        return dict(json.loads(checkpoint.folder.read_text(EVALUATION)))
+        return from_plain(EvaluationRecord, parse_json(checkpoint.folder.read_bytes(EVALUATION)), place)
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise DataError(f"{place} is not the result of an evaluation ({error}); delete it to evaluate again") from error
+
+
+def _read_method(folder: Folder) -> MethodRecord:
+    try:
+        return from_plain(MethodRecord, parse_json(folder.read_bytes(CONFIG)), folder.join(CONFIG))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder.join(CONFIG)} does not describe a method ({error})") from error
 
 
 def _from_checkpoint(folder: Folder, ema: bool) -> Method:
     meta = read_meta(folder)
     assert meta is not None
+    record = _read_method(folder)
     try:
-        plain = json.loads(folder.read_text(CONFIG))
-        description = {name: folder.read_text(name) for name in meta.description}
-        config = from_plain(config_class(plain["method"]), plain["config"], folder.join(CONFIG))
-        method = method_class(plain["method"]).restored(config, description)
-    except (OSError, ValueError, KeyError) as error:
+        description = {name: _described(folder, name) for name in meta.description}
+        config = from_plain(config_class(record.method), record.config, folder.join(CONFIG))
+        method = method_class(record.method).restored(config, description)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # of values of any kind
         raise DataError(f"{folder.uri} is not a complete checkpoint ({error})") from error
     inner, rest = (MODEL_EMA, REST_EMA) if ema else (MODEL, REST)
     if isinstance(model := getattr(method, "model", None), nn.Module):
@@ -375,6 +415,14 @@ def _from_checkpoint(folder: Folder, ema: bool) -> Method:
     if folder.exists(rest):
         _load(method, folder, rest, elsewhere=INNER)
     return method
+
+
+def _described(folder: Folder, name: str) -> str:
+    """A text file of a checkpoint; raises ``ValueError`` for a JSON file that holds no object."""
+    text = folder.read_text(name)
+    if name.endswith(".json") and not isinstance(parse_json(text), dict):
+        raise ValueError(f"{name} holds no JSON object")
+    return text
 
 
 def _from_open_clip(uri: str) -> Method:
@@ -389,13 +437,13 @@ def _from_open_clip(uri: str) -> Method:
 def _load(module: nn.Module, folder: Folder, name: str, elsewhere: str | None = None) -> None:
     """Load a file of weights into ``module``; names with the prefix ``elsewhere`` come from another file."""
     tensors = load_tensors(folder, name)
-    try:
-        result = module.load_state_dict(tensors, strict=elsewhere is None)
-    except RuntimeError as error:
-        raise DataError(f"{folder.join(name)} cannot be read ({_first_line(error)})") from error
-    missing = [name for name in result.missing_keys if elsewhere is None or not name.startswith(elsewhere)]
-    if missing or result.unexpected_keys:
-        raise DataError(f"{folder.join(name)} holds other weights: {(missing + result.unexpected_keys)[:3]}")
+    wanted = module.state_dict()
+    if elsewhere is not None:
+        wanted = {key: tensor for key, tensor in wanted.items() if not key.startswith(elsewhere)}
+    problem = misfit(wanted, tensors)
+    if problem:
+        raise DataError(f"{folder.join(name)} does not fit the checkpoint's own config: {problem}")
+    module.load_state_dict(tensors, strict=elsewhere is None)
 
 
 def _config_text(method: Method) -> str:

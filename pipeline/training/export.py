@@ -9,6 +9,7 @@ from torch import Tensor
 from pipeline.config import require
 from pipeline.models.method import Method
 from pipeline.models.towers import hugging_face, openclip
+from pipeline.models.towers.bert import BertTextTower
 from pipeline.shards.storage import Folder, storage_errors
 from pipeline.training.checkpoint import META
 
@@ -42,6 +43,8 @@ def _files(method: Method, kind: Format) -> tuple[dict[str, Tensor], dict[str, s
     model: Any = method.model
     texts = dict(method.description())
     require(openclip.MODEL_CARD in texts, "checkpoint", type(method).__name__, "a method around a model of open_clip")
+    has_bert = isinstance(getattr(model, "text", None), BertTextTower)
+    require(not has_bert, "format", kind, "none: a model with Chinese-CLIP's text tower is used from its checkpoint")
     if model.logit_bias is not None and kind == "hugging_face":
         logger.info("the bias of the sigmoid loss, %.3f, is in config.json only", model.logit_bias.item())
     if kind == "hugging_face":

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 
 from pipeline.errors import ClipmillError
-from pipeline.training.checkpoint import Checkpoint, Checkpoints, write_evaluation
+from pipeline.training.checkpoint import Checkpoint, Checkpoints, EvaluationRecord, write_evaluation
 from pipeline.training.submit import Evaluate, Submit, in_a_process
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class Follower:
                 self.record(uri, step, metrics)
             self.results[step] = metrics
             if checkpoint.is_there:
-                write_evaluation(checkpoint, {"step": step, "metrics": metrics})
+                write_evaluation(checkpoint, EvaluationRecord(step=step, metrics=metrics))
         except Exception as error:  # an evaluation's failure is reported and must not end the training
             self._failed(checkpoint, error)
 
@@ -112,6 +112,6 @@ class Follower:
             return
         logger.error("the evaluation of %s failed: %s", uri, error)
         try:
-            write_evaluation(checkpoint, {"step": checkpoint.meta.step, "error": str(error)})
+            write_evaluation(checkpoint, EvaluationRecord(step=checkpoint.meta.step, error=str(error)))
         except ClipmillError as also:
             logger.error("%s", also)

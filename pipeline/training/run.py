@@ -6,11 +6,13 @@ run id. The same command resumes the run. A command that would change the result
 
 import json
 import logging
+import re
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from pipeline.config import Scalar, flatten, from_plain, require, writable_folder
+from pipeline.config import Scalar, flatten, from_plain, parse_json, require, writable_folder
 from pipeline.errors import DataError, SettingError
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.loaders.mixture import MixedOrder, TrainingData, make_order, mixed, parts_of, places, read_data
@@ -216,6 +218,12 @@ class RunRecord:
     snapshot: str
     digest: str
     tracking_run: str = ""
+    tracking_token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Tag of the tracker's run. It is stored before the run exists, and finds a run whose id was not stored."""
+
+    def __post_init__(self) -> None:
+        for name in ("tracking_run", "tracking_token"):
+            require(is_plain_id(getattr(self, name)), name, getattr(self, name), "letters, digits, _ and -")
 
 
 def prepare(method: Any, run: Run, *, evaluates: bool = False) -> tuple[RunPlan, RunRecord]:
@@ -274,12 +282,16 @@ def read_record(folder: Folder) -> RunRecord | None:
         DataError: ``run.json`` exists but is invalid.
     """
     try:
-        plain = json.loads(folder.read_text(RECORD))
-        return from_plain(RunRecord, plain, folder.join(RECORD))
+        return from_plain(RunRecord, parse_json(folder.read_bytes(RECORD)), folder.join(RECORD))
     except FileNotFoundError:
         return None
     except (ValueError, NotADirectoryError) as error:
         raise DataError(f"{folder.join(RECORD)} was not written by a training run ({error})") from error
+
+
+def is_plain_id(text: str) -> bool:
+    """Whether ``text`` can be an id of a tracker's run, or is empty."""
+    return re.fullmatch(r"[\w-]{0,64}", text, re.ASCII) is not None
 
 
 def write_record(folder: Folder, record: RunRecord) -> None:

@@ -7,6 +7,7 @@ import math
 import random
 import statistics
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,47 @@ def test_without_validation_images_they_come_from_those_that_are_no_shots() -> N
         draw(data_set(train), shots=10, seed=1)
 
 
+def test_the_whole_validation_split_as_in_tip_adapters_code() -> None:
+    data = data_set([0, 1] * 10, [0, 1, 1, 0, 1])
+    few, whole = draw(data, shots=2, seed=1), draw(data, shots=2, seed=1, validation="whole")
+    assert whole.train == few.train and len(few.validation) == 4
+    assert whole.validation == tuple(("val", number) for number in range(5))
+    with pytest.raises(SettingError, match="few for x, which has no validation images"):
+        draw(data_set([0, 1] * 10), shots=2, seed=1, validation="whole")
+
+
+def test_prompts_are_the_papers_the_cards_or_those_given(tmp_path: Path) -> None:
+    """Tip-Adapter's code has seven for ImageNet; its variants have the same classes."""
+    data = data_set([0, 1])
+    imagenet = replace(data, name="imagenet_v2", templates=("a photo of a {}.",))
+    seven = {"itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}."}
+    seven |= {"a {} in a video game.", "art of the {}.", "a photo of the small {}."}
+    for method in ("tip_adapter", "tip_adapter_f"):
+        assert set(parse_spec(method).prompts(imagenet)) == seven
+        assert parse_spec(method).prompts(data) == data.templates
+    assert parse_spec("coop").prompts(imagenet) == ("a photo of a {}.",)
+    assert set(parse_spec("zero_shot:templates=imagenet-simple").prompts(data)) == seven
+    assert parse_spec("tip_adapter:templates=none").prompts(imagenet) == ("{}",)
+    (tmp_path / "own.txt").write_text("one {}\ntwo {}\n")
+    spec = parse_spec(f"clip_adapter:templates={tmp_path}/own.txt,ratio=0.5")
+    assert spec.prompts(data) == ("one {}", "two {}") and spec.config == {"ratio": 0.5}
+
+
+@pytest.mark.parametrize("setting", ["crop_scale=[0.5, 1.0]", "flip=0.0"])
+@pytest.mark.parametrize("method", ["coop", "cocoop", "clip_adapter", "tip_adapter_f"])
+def test_crops_of_methods_that_read_features_are_those_of_the_views(method: str, setting: str) -> None:
+    flag = "--views." + setting.partition("=")[0].replace("_", "-")
+    with pytest.raises(SettingError, match=f"reads stored features: set {flag}"):
+        parse_spec(f"{method}:{setting}").build("few_shot", 4, "x")
+
+
+def test_crops_of_methods_that_read_images() -> None:
+    recipe = parse_spec("maple:crop_scale=[0.5, 1.0],flip=0").build("few_shot", 4, "x")[1]
+    assert recipe is not None and recipe.crops() == {"crop": "resized", "scale": (0.5, 1.0), "flip": 0}
+    plain = parse_spec("vpt").build("few_shot", 4, "x")[1]
+    assert plain is not None and plain.crops() == {"crop": "resized", "scale": (0.08, 1.0), "flip": 0.5}
+
+
 def test_no_shots_and_nothing_to_learn_from() -> None:
     with pytest.raises(SettingError, match="shots: 0"):
         draw(data_set([0, 1]), shots=0, seed=1)
@@ -124,6 +166,21 @@ def test_a_data_set_knows_its_classes_by_their_numbers(tmp_path: Path) -> None:
     assert data.templates == ("a photo of a {}.",) and data.sources["train"]["folder"] == f"{tmp_path}/mine"
 
 
+def test_classes_of_folders_are_those_of_all_parts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A class without training images is reported."""
+    for path in ("learn/cat/a.jpg", "learn/ant/a.jpg", "check/bee/a.jpg", "check/cat/a.jpg"):
+        (tmp_path / "mine" / path).parent.mkdir(parents=True)
+        (tmp_path / "mine" / path).write_bytes(image(0))
+    parts = {"train": {"pictures": "learn"}, "test": {"pictures": "check"}}
+    options = {"kind": "split-file", "folder": "mine", "format": "folders"}
+    card = {"name": "mine", "title": "Mine", "source": options, "few_shot": {"parts": parts}}
+    (tmp_path / "mine.yaml").write_text(json.dumps(card))
+    data = read_data_set(str(tmp_path / "mine.yaml"), root=str(tmp_path))
+    assert data.classes == ("ant", "bee", "cat")
+    assert data.labels == {"train": (0, 2), "test": (1, 2)}
+    assert "no training images of 1 classes: bee" in caplog.text
+
+
 def test_class_names_that_make_no_task(tmp_path: Path) -> None:
     one = {"train": [["a.jpg", 0, "dog"]], "test": [["b.jpg", 0, "dog"]]}
     with pytest.raises(SettingError, match="two class names or more"):
@@ -145,11 +202,11 @@ def test_drawn_sets_have_three_parts_and_as_many_images_as_asked_for() -> None:
 
 
 def test_methods_take_settings_by_name() -> None:
-    spec = parse_spec("coop:class_specific=true,start=a photo of a,epochs=7,crop_scale=[0.5, 1.0]")
+    spec = parse_spec("coop:class_specific=true,start=a photo of a,epochs=7,templates=none")
     config, recipe = spec.build("few_shot", 16, "x")
     assert recipe is not None
     assert (config.class_specific, config.start, config.context) == (True, "a photo of a", 16)
-    assert (recipe.epochs, recipe.crop_scale, recipe.learning_rate) == (7, (0.5, 1.0), 0.002)
+    assert (recipe.epochs, recipe.learning_rate, spec.templates) == (7, 0.002, ("{}",))
     assert parse_spec("tip_adapter").build("few_shot", 4, "x")[1] is None
     assert parse_spec("coop").build("base_to_new", 16, "x")[0].start == "a photo of a"
     for text, sentence in (

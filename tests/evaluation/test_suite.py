@@ -254,3 +254,13 @@ def test_batch_size_and_threads_change_nothing(colour_card: Callable[..., str], 
         evaluate(clip, settings.prepare()),
         evaluate(clip, other.prepare()),
     )
+
+
+@pytest.mark.parametrize("content", [b"ant\nbee\nant \n", b'["ant", "bee", "ant"]'])
+def test_class_names_are_there_once(tmp_path: Path, content: bytes) -> None:
+    place = tmp_path / ("names.json" if content.startswith(b"[") else "names.txt")
+    place.write_bytes(content)
+    with pytest.raises(SettingError, match="twice there: ant$"):
+        read_classes(str(place), None, "mine")
+    place.write_bytes(b"\xef\xbb\xbf" + content.replace(b"ant \n", b"").replace(b', "ant"]', b"]"))
+    assert read_classes(str(place), None, "mine") == ("ant", "bee")

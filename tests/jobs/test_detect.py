@@ -1,6 +1,7 @@
 """The detection job as users type it: a table or JSON, and an image with what was found; wrong options said so."""
 
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 from pipeline.models.method import build_method
 from pipeline.models.vild import Vild
-from tests.jobs.conftest import Type
+from tests.jobs.conftest import JOBS, Type
 
 
 def test_smoke_prints_a_table_and_draws(job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,6 +48,31 @@ def test_a_checkpoint_looks_for_any_words(
     (expected,) = method.predict([torch.from_numpy(image).permute(2, 0, 1)], ("red star", "yellow"))
     assert [one["score"] for one in printed] == pytest.approx(expected.scores[:20].tolist(), abs=1e-6)
     assert [one["word"] for one in printed] == [("red star", "yellow")[n] for n in expected.labels[:20].tolist()]
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_a_photo_of_a_phone_is_turned_as_it_is_displayed(tmp_path: Path, ending: str) -> None:
+    """The eight orientations of EXIF 2.32, tag 274, as turns and mirrors of an array."""
+    shown = np.zeros((48, 64, 3), np.uint8)
+    shown[:16, :16], shown[32:, :32] = 255, 130
+    stored = {
+        1: shown,
+        2: shown[:, ::-1],
+        3: np.rot90(shown, 2),
+        4: shown[::-1],
+        5: shown.transpose(1, 0, 2),
+        6: np.rot90(shown),
+        7: np.rot90(shown, 2).transpose(1, 0, 2),
+        8: np.rot90(shown, -1),
+    }
+    read_image = runpy.run_path(str(JOBS / "detect.py"))["read_image"]
+    for orientation, pixels in stored.items():
+        exif = Image.Exif()
+        exif[274] = orientation
+        place = tmp_path / f"{orientation}.{ending}"
+        Image.fromarray(np.ascontiguousarray(pixels)).save(place, exif=exif, quality=95)
+        found = read_image(str(place))
+        assert found.shape == shown.shape and np.abs(found.astype(int) - shown).mean() < 3
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.models.clip import Clip
-from pipeline.training.checkpoint import Checkpoints, Meta, load_method, write_evaluation
+from pipeline.training.checkpoint import Checkpoints, EvaluationRecord, Meta, load_method, write_evaluation
 from pipeline.training.optimizer import AdamW, make_optimizer
 from tests.jobs.conftest import Type
 
@@ -23,7 +23,7 @@ def runs(tmp_path: Path) -> list[str]:
         method = Clip(Clip.smallest())
         meta = Meta(step=3, samples_seen=24, batch_size=8, lanes=2, seed=0, snapshot="d" * 64)
         saved = Checkpoints(tmp_path / f"run-{number}").save(method, make_optimizer(AdamW(), method), meta)
-        write_evaluation(saved, {"step": 3, "metrics": {METRIC: 0.1 * number}})
+        write_evaluation(saved, EvaluationRecord(step=3, metrics={METRIC: 0.1 * number}))
     return [str(tmp_path / f"run-{number}") for number in range(2)]
 
 

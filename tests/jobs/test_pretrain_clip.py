@@ -52,7 +52,7 @@ def test_smoke(
     assert checkpoint.meta.step == 4
     evaluation = read_evaluation(checkpoint)
     assert evaluation is not None
-    assert {"zeroshot/drawn_shapes/top1", "retrieval/drawn_val/i2t_r1"} <= set(evaluation["metrics"])
+    assert {"zeroshot/drawn_shapes/top1", "retrieval/drawn_val/i2t_r1"} <= set(evaluation.metrics)
 
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     from mlflow import MlflowClient

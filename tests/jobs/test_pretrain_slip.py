@@ -29,7 +29,7 @@ def test_smoke(script: dict[str, Any], tmp_path: Path, own_store: str) -> None:
     (checkpoint,) = Checkpoints(str(tmp_path / "run")).whole()
     assert checkpoint.meta.step == 4
     evaluation = read_evaluation(checkpoint)
-    assert evaluation is not None and "zeroshot/drawn_shapes/top1" in evaluation["metrics"]
+    assert evaluation is not None and "zeroshot/drawn_shapes/top1" in evaluation.metrics
     opened = open_clip.create_model(f"local-dir:{checkpoint.folder.path}").eval()
     method = load_method(checkpoint.folder.uri)
     tokens = open_clip.get_tokenizer("clipmill-tiny")(["a red star"])

@@ -109,7 +109,7 @@ def test_presets_are_the_papers() -> None:
             assert (run.batch_size, run.steps, run.warmup_steps) == (256, 180_000, 1000)
             optimizer: Any = run.optimizer
             assert (optimizer.learning_rate, optimizer.first_learning_rate) == (0.32, 0.0032)
-            assert (optimizer.momentum, optimizer.weight_decay, optimizer.drops) == (0.9, 4e-5, (0.9, 0.95, 0.975))
+            assert (optimizer.momentum, optimizer.weight_decay, optimizer.drops) == (0.9, 4e-5, (0.9, 0.95))
             assert preset.method.norm == "batch" and preset.base == OF_DATA
     assert scripts()["train_vild"]["PRESETS"]["lvis-ensemble"][1].method == Config(mode="ensemble")
 

@@ -171,6 +171,10 @@ def test_unusable_samples_are_named() -> None:
     broken = sample([{"label": "cat", "bbox": [8, 8, 16, 16], "segmentation": {"size": [9, 9], "counts": [81]}}])
     with pytest.raises(UnreadableSample, match="000001.*segmentation"):
         reader("masks", mask_cells=8).read(broken, FIRST)
+    for segmentation in ([[8, 8, 16, 16]], [8, 8, 16, 8, 16, 16], [["a", 1, 2, 3, 4, 5]]):
+        broken = sample([{"label": "cat", "bbox": [8, 8, 16, 16], "segmentation": segmentation}])
+        with pytest.raises(UnreadableSample, match="000001.*segmentation"):
+            reader("masks", mask_cells=8).read(broken, FIRST)
     with pytest.raises(UnreadableSample, match=r"no boxes\.json"):
         reader("boxes").read(Sample("000002", {}), FIRST)
     with pytest.raises(DataError, match="resize-mode no"):

@@ -32,15 +32,22 @@ def test_draws_are_of_both_kinds_and_of_the_generator() -> None:
     assert (len(positive), len(negative)) == (3, 2)
 
 
+@pytest.mark.parametrize("level_with_an_anchor", [False, True])
 @torch.no_grad()
-def test_the_loss_is_the_papers() -> None:
-    """Every anchor is drawn, so it can be written down: entropy over 2 * 10,000, Huber means by level."""
+def test_the_loss_is_the_papers(level_with_an_anchor: bool) -> None:
+    """Every anchor is drawn, so it can be written down: entropy over 2 * 10,000, Huber means by level.
+
+    A box beside an anchor, of its size and at its height, has three offsets of exactly 0, which do not count.
+    """
     method = Proposals(replace(Proposals.smallest(), anchors_drawn=10_000)).eval()
     network = method.model.proposer
     images = torch.randn(2, 3, 64, 64)
     features = method.model.features(images)
     proposed = network.propose(images, [(64, 64), (64, 50)], features)
     targets = [torch.tensor([[4.0, 6.0, 30.0, 28.0], [30.0, 30.0, 61.0, 60.0]]), torch.zeros(0, 4)]
+    if level_with_an_anchor:
+        inside = ((proposed.anchors[:, :2] >= 0) & (proposed.anchors[:, 2:] <= 62)).all(dim=1)
+        targets[0] = proposed.anchors[inside][:1] + torch.tensor([1.0, 0.0, 1.0, 0.0])
     found = network.losses(proposed, targets, generators(torch.tensor([1, 2])), method.average)
 
     anchors, entropy = proposed.anchors, torch.zeros(())
@@ -67,7 +74,9 @@ def test_the_loss_is_the_papers() -> None:
     )
     ends = torch.tensor(proposed.counts).cumsum(0)
     level = torch.searchsorted(ends, torch.where(covers)[0], right=True)
-    total = sum(float(huber[level == one].sum() / (wanted[level == one] != 0).sum()) for one in level.unique())
+    assert bool((wanted == 0).any()) == level_with_an_anchor
+    counts = wanted != 0  # an offset of exactly 0 has the weight 0 in the sum and in the number
+    total = sum(float((huber * counts)[level == one].sum() / counts[level == one].sum()) for one in level.unique())
     assert float(found["proposal_box"]) == pytest.approx(total, rel=1e-4)
 
 

@@ -139,6 +139,7 @@ def test_orientation_counts_only_where_a_refresh_is_asked_for_it(kind: str, orie
     expected = turn[orientation](pixels)
     assert (upright.original_height, upright.original_width) == expected.shape[:2]
     found = np.asarray(Image.open(io.BytesIO(upright.data)).convert("RGB"))
+    assert np.abs(decode(body, upright=True).astype(int) - expected).mean() < 4
     assert np.abs(found.astype(int) - expected).mean() < 4
 
 

@@ -4,11 +4,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from pipeline.errors import ClipmillError, DataError, SettingError, SnapshotError
 from pipeline.shards.objects import read_objects
@@ -29,7 +32,7 @@ from tests.conftest import ROOT, Serve, image
 
 POLYGON = [[10.10, 10.0, 30.5, 12.25, 20.0, 40.75]]
 RUNS = {"size": [72, 72], "counts": [720, 30, 42, 30, 4362]}
-TEXT = {"size": [72, 72], "counts": "`0n0n2G;L4J5K2N1N3N1O000O10O1000000000O100O1O2N1O1O1O1O2N1O1O1O2Nh]S1"}
+TEXT = {"size": [72, 72], "counts": "j4n0Z1000Sh1A\\XN000cg2"}
 NO_RAY = Workers(processes_count=0)
 
 
@@ -139,6 +142,7 @@ def test_a_string_of_runs_survives(data: Path) -> None:
     content["annotations"][0]["segmentation"] = TEXT
     rows = rows_of(Coco(annotations=write(data, content), images=str(data)), data)
     assert record(rows[1])["objects"][0]["segmentation"] == TEXT
+    assert mask_of(TEXT, 72, 72).sum() == 30 * 3 + 15 * 3  # encoded by pycocotools' code: two rectangles
 
 
 def test_lvis_says_what_was_looked_for(data: Path) -> None:
@@ -246,7 +250,7 @@ def test_captions_are_the_first_of_each_image(data: Path) -> None:
         ([5, 5, 10], {}, "no_box"),
         (None, {}, "no_box"),
         (["a", 5, 10, 10], {}, "no_box"),
-        ([5, 5, 10, 10], {"segmentation": [[1, 2, float("nan"), 3, 4, 5]]}, "no_box"),
+        ("5555", {}, "no_box"),
     ],
 )
 def test_an_unusable_annotation_is_left_out_and_counted(
@@ -259,6 +263,113 @@ def test_an_unusable_annotation_is_left_out_and_counted(
     assert [row.columns["left_out"] for row in rows] == [0, 1, 0]
     assert [one["label"] for one in record(rows[1])["objects"]] == ["dog", "cat"]
     assert f"1 annotations left out ({reason})" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "kept", "reason"),
+    [
+        (POLYGON[0], POLYGON, ""),  # a polygon without its list
+        ([*POLYGON, [30, 30]], POLYGON, ""),
+        ([[]], [[]], ""),
+        (None, None, ""),
+        ([[5, 5, 30, 40]], "none", "two_points"),  # two corners, or x, y, width, height
+        ([5, 5, 30, 40], "none", "two_points"),
+        ([[*POLYGON[0], 7]], "none", "odd_coordinates"),
+        ([[1, 2, float("nan"), 3, 4, 5]], "none", "not_finite"),
+        ({"size": [36, 144], "counts": [5184]}, "none", "other_size"),
+        ({"size": [72, 72], "counts": [720, 30]}, "none", "wrong_runs"),
+        ({"size": [72, 72], "counts": [-16, 5200]}, "none", "wrong_runs"),
+        ({"counts": [5184]}, "none", "no_mask_format"),
+        ("polygon", "none", "no_mask_format"),
+        ([{"x": 1, "y": 2}], "none", "no_mask_format"),
+    ],
+)
+def test_segmentations_are_judged_once(
+    data: Path, caplog: pytest.LogCaptureFixture, segmentation: Any, kept: Any, reason: str
+) -> None:
+    content = instances()
+    content["annotations"][0]["segmentation"] = segmentation
+    rows = rows_of(Coco(annotations=write(data, content), images=str(data)), data)
+    found = record(rows[1])["objects"]
+    assert found[0].get("segmentation", "none") == kept and found[0]["bbox"] == [10.10, 10.0, 20.4, 30.75]
+    assert [row.columns["left_out"] for row in rows] == [0, 0, 0]
+    assert (f"1 segmentations left out ({reason})" in caplog.text) == bool(reason)
+    read = read_objects(Sample("0", dict(rows[1].members)))
+    assert (read.segmentations[0] is not None) == (kept == POLYGON)
+
+
+@pytest.mark.parametrize(
+    ("more", "crowd", "area"),
+    [
+        ({"iscrowd": "0"}, False, 99.5),
+        ({"iscrowd": False}, False, 99.5),
+        ({"iscrowd": None}, False, 99.5),
+        ({"iscrowd": "1"}, True, 99.5),
+        ({"iscrowd": True}, True, 99.5),
+        ({"area": float("nan")}, False, 20.0 * 30.0),
+        ({"area": "wide"}, False, 20.0 * 30.0),
+        ({"area": None}, False, 20.0 * 30.0),
+        ({"area": "7.5"}, False, 7.5),
+    ],
+)
+def test_crowds_and_areas_as_tools_write_them(data: Path, more: dict[str, Any], crowd: bool, area: float) -> None:
+    content = instances()
+    content["annotations"][0] = annotation(1, 7, 18, [10, 10, 20, 30], **more)
+    rows = rows_of(Coco(annotations=write(data, content), images=str(data)), data)
+    objects = read_objects(Sample("0", dict(rows[1].members)))
+    assert objects.crowd[0] is crowd and objects.areas[0] == area
+    member = {"width": 72, "height": 72, "objects": [{"label": "dog", "bbox": [10, 10, 20, 30], **more}]}
+    if "area" not in more:  # the same where a tar of another tool holds it
+        assert read_objects(Sample("0", {"boxes.json": json.dumps(member).encode()})).crowd == (crowd,)
+
+
+def test_ids_as_text_and_a_byte_order_mark(data: Path) -> None:
+    content = instances()
+    for one in content["annotations"]:
+        one["image_id"], one["category_id"] = str(one["image_id"]), float(one["category_id"])
+    written = write(data, content)
+    Path(written).write_bytes(b"\xef\xbb\xbf" + Path(written).read_bytes())
+    rows = rows_of(Coco(annotations=written, images=str(data)), data)
+    assert [row.columns["objects"] for row in rows] == [2, 2, 0]
+
+
+def named(data: Path, *names: str, at: str = "val2017") -> list[str]:
+    """The paths that images with these file names get."""
+    content = instances()
+    for one, name in zip(content["images"], names, strict=True):
+        one.pop("coco_url")
+        one["file_name"] = name
+    return [row.url for row in rows_of(Coco(annotations=write(data, content), images=str(data / at)), data)]
+
+
+def test_file_names_of_windows_and_of_other_folders(data: Path) -> None:
+    plain = ["000139.jpg", "000007.jpg", "000009.jpg"]
+    assert named(data, *[f"images\\{name}" for name in plain]) == plain
+    assert named(data, plain[0], *[f"..\\..\\media\\{name}" for name in plain[1:]]) == plain
+    below = [f"val2017/{name}" for name in plain]
+    assert named(data, *[f"val2017\\{name}" for name in plain], at="") == below
+    assert named(data, *[f"C:\\data\\val2017\\{name}" for name in plain], at="") == below
+    assert named(data, *[f"/home/me/val2017/{name}" for name in plain], at="") == below
+
+
+def test_the_file_of_another_image_is_not_taken_for_a_missing_one(data: Path) -> None:
+    (data / "b").mkdir()
+    (data / "b/1.jpg").write_bytes(image(1))
+    (data / "2.jpg").write_bytes(image(2))
+    assert named(data, "val2017/000139.jpg", "b/1.jpg", "b/2.jpg", at="")[2] == "b/2.jpg"
+    content = instances()
+    content["images"][2] |= {"file_name": "b/2.jpg", "coco_url": ""}
+    content["images"][1] |= {"file_name": "b/1.jpg", "coco_url": ""}
+    content["images"][0] |= {"file_name": "val2017/000139.jpg"}
+    rows = rows_of(Coco(annotations=write(data, content), images=str(data)), data)
+    assert [row.problem is None for row in rows] == [True, True, False]
+
+
+def test_records_of_one_file_are_refused(data: Path) -> None:
+    with pytest.raises(DataError, match="the images 139 and 9 are both 000139.jpg: merge"):
+        named(data, "000139.jpg", "000007.jpg", "000139.jpg")
+    with pytest.raises(DataError, match="the images 139 and 7 are both 000139.jpg"):
+        named(data, "a/000139.jpg", "b/000139.jpg", "b/000009.jpg")
 
 
 def test_a_box_that_sticks_out_stays(data: Path) -> None:
@@ -313,8 +424,10 @@ def broken() -> Iterator[tuple[dict[str, Any], str]]:
     yield changed("images", 0, id=9), "the image id 9 is there twice"
     yield changed("annotations", 0, image_id=5), "1 annotations name an unknown image id, such as 5"
     yield changed("annotations", 0, category_id=5), "an unknown category id, such as 5"
-    yield changed("annotations", 0, category_id="18"), "ids are whole numbers"
-    yield changed("annotations", 0, image_id=[7]), "ids are whole numbers"
+    yield changed("annotations", 0, category_id="dog"), "the id 'dog' is no whole number"
+    yield changed("annotations", 0, image_id=[7]), r"the id \[7\] is no whole number"
+    yield changed("images", 1, id=20230101123045123457), "20230101123045123457 is no whole number of at most 64 bits"
+    yield changed("images", 1, id="img-7"), "'img-7' is no whole number"
     yield changed("images", 1, neg_category_ids=[99]), "an unknown category id, such as 99"
     yield changed("images", 1, width=0), "image 7 of 0 x 72 pixels"
     yield changed("images", 1, width="wide"), "not as COCO's files are"
@@ -389,6 +502,26 @@ def test_images_of_another_size_and_resized_ones_are_no_samples(data: Path) -> N
     assert snapshot.dropped == {"stale_annotation": 1} and snapshot.samples == 2
     with pytest.raises(SnapshotError, match="use --resize-mode no"):
         refresh(source, Folder(data / "small"), ShardOptions(images=ImageOptions(image_size=32)), NO_RAY)
+
+
+def test_images_that_are_displayed_turned(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Boxes of the displayed images fit with the option that turns them; the row, or a warning, names it."""
+    for number, size, orientation in ((139, (72, 72), 3), (7, (60, 72), 6)):
+        exif = Image.Exif()
+        exif[274] = orientation
+        Image.new("RGB", size).save(data / f"val2017/000{number:03d}.jpg", exif=exif)
+    content = instances()
+    content["images"][1] |= {"width": 72, "height": 60}  # as displayed
+    content["annotations"][2]["bbox"] = [40.0, 5, 30, 50]
+    source = Coco(annotations=write(data, content), images=str(data))
+    snapshot = refresh(source, Folder(data / "out"), as_it_is(), NO_RAY)
+    assert snapshot.dropped == {"stale_annotation": 1}
+    assert "2 of 2 images have an EXIF orientation" in caplog.text and "--apply-exif-orientation" in caplog.text
+    shard = pq.read_table(data / "out" / f"{snapshot.shards[0].name}.parquet").to_pylist()
+    assert "use --apply-exif-orientation" in shard[1]["error_message"]
+    options = as_it_is()
+    turning = replace(options, images=replace(options.images, apply_exif_orientation=True))
+    assert refresh(source, Folder(data / "turned"), turning, NO_RAY).samples == 3
 
 
 def test_a_refresh_sees_boxes_that_have_changed(data: Path) -> None:

@@ -129,6 +129,26 @@ def test_folders_of_imagenet_and_of_parts_of_it(tmp_path: Path) -> None:
         SplitFile(folder=numbered, pictures="nowhere", format="folders").items  # noqa: B018
 
 
+def test_all_parts_of_a_folder_set_number_its_classes_alike(tmp_path: Path) -> None:
+    """Also a class that one part lacks; hidden folders are no classes."""
+    made(tmp_path, "train/ant/a.jpg", "train/cat/a.jpg", "train/.ipynb_checkpoints/a.jpg", "__MACOSX/ant/a.jpg")
+    made(tmp_path, "test/bee/a.jpg", "test/cat/a.jpg", "test/__MACOSX/cat/a.jpg", "notes/zebra/a.jpg")
+    for part, found in (("train", [(0, "ant"), (2, "cat")]), ("test", [(1, "bee"), (2, "cat")])):
+        source = SplitFile(folder=str(tmp_path), pictures=part, format="folders")
+        assert [(item.number, item.name) for item in source.items] == found
+        assert SplitFile(folder=str(tmp_path / part), format="folders").items == source.items
+
+
+def test_a_split_file_of_windows(tmp_path: Path) -> None:
+    split = {"train": [["a\\1.jpg", 0, "ant"]], "val": [], "test": []}
+    (tmp_path / "split.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(split).encode())
+    assert SplitFile(folder=str(tmp_path), split="split.json").items == (Item("a/1.jpg", 0, "ant"),)
+    split["train"] = [["..\\..\\secret.jpg", 0, "ant"]]
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    with pytest.raises(DataError, match="below the folder"):
+        SplitFile(folder=str(tmp_path), split="split.json").items  # noqa: B018
+
+
 def names() -> list[str]:
     return [name for name in card_names() if load_card(name).few_shot]
 

@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.errors import SettingError
 from pipeline.shards.storage import Folder
-from pipeline.shards.text import decoded, escaped, parse_json, storable
+from pipeline.shards.text import decoded, escaped, storable
 from pipeline.sources.source import Row
 from pipeline.sources.tables import (
     PROBLEM,
@@ -262,10 +262,3 @@ def test_lists_of_captions_give_their_first(tmp_path: Path) -> None:
 def test_escaped_names_stay_different() -> None:
     names = [name.decode("utf-8", "surrogateescape") for name in (b"a", b"caf\xe9", b"caf\xe8", "café".encode())]
     assert [escaped(name) for name in names] == ["a", "caf%E9", "caf%E8", "café"]
-
-
-def test_json_of_strangers_is_parsed_or_a_value_error() -> None:
-    assert parse_json("\ufeff{}".encode()) == {} and parse_json('{"a": 1}'.encode("utf-16")) == {"a": 1}
-    for content in (b"[" * 100_000, b"{", b"", b"1" * 5000):
-        with pytest.raises(ValueError):
-            parse_json(content)

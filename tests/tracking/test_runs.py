@@ -27,6 +27,7 @@ from pipeline.config import from_json
 from pipeline.errors import SettingError
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.tracking.runs import MlflowTracker, NoTracker, RunHandle, Tracking, attach, start
+from pipeline.tracking.store import create_sqlite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +155,65 @@ def test_a_resumed_run_goes_on_as_itself(settings: Tracking, store: str, caplog:
     assert run.data.params["steps"] == "10"
     assert json.loads(run.data.tags["changed_on_resume"])["steps"] == "10 -> 20"
     assert len(client.search_runs([run.info.experiment_id])) == 1
+
+
+def test_a_run_whose_id_was_not_stored_is_found_by_its_token(settings: Tracking, store: str) -> None:
+    """Another token is another run, and so is no token; a stored id counts more than a token."""
+    job = Job(tracking=settings)
+    first = start(settings, job, token="a" * 32)  # its driver is killed now
+    again = start(settings, job, token="a" * 32)
+    assert again.run_id == first.run_id
+    others = [start(settings, job, token="b" * 32), start(settings, job), start(settings, job)]
+    known = start(settings, job, others[1].run_id, token="a" * 32)
+    assert known.run_id == others[1].run_id
+    for tracker in (again, *others):
+        tracker.finish()
+    runs = MlflowClient(store).search_runs([MlflowClient(store).get_run(first.run_id).info.experiment_id])
+    assert sorted(run.info.run_id for run in runs) == sorted({first.run_id, *(one.run_id for one in others)})
+
+
+def test_steps_that_are_repeated_are_logged_once(settings: Tracking, store: str) -> None:
+    """Of each metric by itself: what the killed job had not sent is logged. Without ``once`` every step is."""
+    first = start(settings, Job(tracking=settings), once=True)
+    for step in range(1, 8):
+        first.log({"train/loss": 1 / step, **({"train/lr": 0.1} if step < 6 else {})}, step)
+    first.log({"system/cpu": 1.0}, 3)
+    assert first.flush()
+    second = pickle.loads(pickle.dumps(start(settings, Job(tracking=settings), first.run_id, once=True)))
+    for step in range(4, 11):
+        second.log({"train/loss": 2 / step, "train/lr": 0.2, "train/new": float("nan")}, step)
+    second.log({"system/cpu": 2.0}, 3)
+    second.close()
+    client = MlflowClient(store)
+
+    def history(name: str) -> list[tuple[int, float]]:
+        return [(point.step, point.value) for point in client.get_metric_history(first.run_id, name)]
+
+    assert sorted(history("train/loss")) == [(s, 1 / s) for s in range(1, 8)] + [(s, 2 / s) for s in range(8, 11)]
+    assert sorted(history("train/lr")) == [(s, 0.1) for s in range(1, 6)] + [(s, 0.2) for s in range(6, 11)]
+    assert [step for step, _ in sorted(history("train/new"))] == list(range(4, 11))
+    assert len(history("system/cpu")) == 2
+    with attach(settings, first.run_id) as later:  # an evaluation of a step is a new value
+        later.log({"train/loss": 9.0}, 5)
+    assert len(history("train/loss")) == 11
+
+
+def test_a_model_that_was_logged_without_a_version_gets_it(
+    settings: Tracking, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job was killed between the two."""
+    from pipeline.tracking import records
+
+    with begin(settings) as tracker:
+        with monkeypatch.context() as broken:
+            broken.setattr(records, "_create_version", lambda *_: 1 / 0)
+            tracker.register_checkpoint("file:///ckpt/step-00000010", {"a": 0.5}, step=10, name="killed-test")
+            tracker.flush()
+        tracker.register_checkpoint("file:///ckpt/step-00000010", {"a": 0.5}, step=10, name="killed-test")
+    client = MlflowClient(store)
+    (model,) = client.search_logged_models([client.get_run(tracker.run_id).info.experiment_id])
+    (version,) = client.search_model_versions("name = 'killed-test'")
+    assert model.params["checkpoint"] == version.tags["checkpoint"] == "file:///ckpt/step-00000010"
 
 
 def test_a_run_that_is_gone_is_replaced_by_a_new_one(settings: Tracking, store: str) -> None:
@@ -316,11 +376,153 @@ def test_a_server_that_dies_at_the_start_is_one_sentence(monkeypatch: pytest.Mon
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         settings = Tracking(tracking_uri=f"http://127.0.0.1:{server.server_port}", system_metrics=False)
-        with pytest.raises(SettingError, match=r"^tracking_uri: .*an MLflow store that answers \(this one.*\)$"):
+        with pytest.raises(SettingError, match=r"^tracking_uri: .*an MLflow store that answers as one \(this one.*\)$"):
             goes_on(settings, "0" * 32)
     finally:
         server.shutdown()
         server.server_close()
+
+
+class _Refusing(BaseHTTPRequestHandler):
+    """Answers everything with one status and body, as a login page, a proxy or another program would."""
+
+    answer: tuple[int, bytes] = (200, b"")
+
+    def do_GET(self) -> None:
+        status, body = self.answer
+        self.send_response(status)
+        if status in (301, 302):
+            self.send_header("Location", "/login")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("goes_on", [begin, attach])
+@pytest.mark.parametrize(
+    ("status", "body", "sentence"),
+    [
+        (401, b"", "401.*MLFLOW_TRACKING_USERNAME"),
+        (403, b'{"error_code": "PERMISSION_DENIED", "message": "no access"}', "no access; MLFLOW_TRACKING_USERNAME"),
+        (404, b"<html>not here</html>", "404"),
+        (500, b"", "500"),
+        (302, b"", "redirect|302"),
+        (200, b"<html>log in</html>", "this one: "),
+        (200, b"", "this one: |a run of"),
+    ],
+)
+def test_a_server_that_refuses_or_is_another_program_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, goes_on: Any, status: int, body: bytes, sentence: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    handler = type("Handler", (_Refusing,), {"answer": (status, body)})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        settings = Tracking(tracking_uri=f"http://127.0.0.1:{server.server_port}", system_metrics=False)
+        with pytest.raises(SettingError, match=sentence) as caught:
+            goes_on(settings, "0" * 32)
+        assert "\n" not in str(caught.value)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("location", "environment", "sentence"),
+    [
+        ("s3://bucket/mlflow", {}, "s3://bucket/mlflow.*credentials"),
+        (
+            "s3://bucket/mlflow",
+            {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "MLFLOW_S3_ENDPOINT_URL": "http://127.0.0.1:9"},
+            "127.0.0.1:9",
+        ),
+        ("gs://bucket/mlflow", {}, "google"),
+        ("/proc/no-such-folder/artifacts", {}, "/proc/no-such-folder"),
+    ],
+)
+def test_artifacts_that_cannot_be_written_are_one_sentence(
+    own_store: str, monkeypatch: pytest.MonkeyPatch, location: str, environment: dict[str, str], sentence: str
+) -> None:
+    """And the run is not left as running."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "MLFLOW_S3_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"AWS_EC2_METADATA_DISABLED": "true", "AWS_MAX_ATTEMPTS": "1", **environment}.items():
+        monkeypatch.setenv(name, value)
+    client = MlflowClient(own_store)
+    experiment = client.create_experiment("elsewhere", artifact_location=location)
+    settings = Tracking(tracking_uri=own_store, experiment="elsewhere", system_metrics=False)
+    with pytest.raises(SettingError, match=f"^experiment: 'elsewhere'.*{sentence}") as caught:
+        start(settings, Job())
+    assert "\n" not in str(caught.value)
+    assert [run.info.status for run in client.search_runs([experiment])] == ["FAILED"]
+
+
+def test_a_file_that_is_no_store_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"no database at all, though it has some length" * 100)
+    with pytest.raises(SettingError, match="not a database"):
+        start(Tracking(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db"), Job())
+    with pytest.raises(SettingError, match="tracking_uri"):
+        start(Tracking(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db/below/mlflow.db"), Job())
+
+
+def _starts(store: str, barrier: Any, answers: Any) -> None:
+    barrier.wait(120)
+    try:
+        with start(Tracking(tracking_uri=store, system_metrics=False), Job()) as tracker:
+            tracker.log({"train/loss": 1.0}, 1)
+        answers.put("started")
+    except BaseException as error:
+        answers.put(repr(error))
+
+
+@pytest.mark.slow
+def test_processes_that_start_at_once_on_a_new_store_share_it(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    for attempt in range(3):
+        uri = f"sqlite:///{tmp_path}/{attempt}/mlflow.db"
+        barrier, answers = context.Barrier(3), context.Queue()
+        processes = [context.Process(target=_starts, args=(uri, barrier, answers)) for _ in range(3)]
+        for process in processes:
+            process.start()
+        assert [answers.get(timeout=200) for _ in processes] == ["started"] * 3
+        for process in processes:
+            process.join()
+        runs = MlflowClient(uri).search_runs(["1"])
+        assert [run.info.status for run in runs] == ["FINISHED"] * 3
+
+
+def test_a_store_is_made_once_and_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables appear under the store's name as a whole; what a killed process left is not used."""
+    made: list[str] = []
+
+    class Slow:
+        def __init__(self, uri: str, artifacts: str) -> None:
+            path = Path(uri.removeprefix("sqlite:///"))
+            assert not path.exists() and not (tmp_path / "mlflow.db").exists()
+            made.append(artifacts)
+            path.write_bytes(b"half")
+            time.sleep(0.2)
+            path.write_bytes(b"tables")
+            self.engine = self
+
+        def dispose(self) -> None:
+            pass
+
+    monkeypatch.setattr("mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore", Slow)
+    (tmp_path / ".tmp-mlflow.db").write_bytes(b"of a killed process")
+    threads = [threading.Thread(target=create_sqlite, args=(tmp_path / "mlflow.db",)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [(tmp_path / "artifacts").as_uri()]
+    assert (tmp_path / "mlflow.db").read_bytes() == b"tables"
 
 
 def test_the_default_store_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from pipeline.models.clip import Clip
 from pipeline.shards.storage import Folder
 from pipeline.training.checkpoint import (
     Checkpoints,
+    EvaluationRecord,
     Meta,
     check_position,
     load_method,
@@ -76,8 +77,8 @@ def test_life_of_checkpoints(place: str, method: Clip) -> None:
     assert [found.meta.step for found in checkpoints.whole()] == [2, 10]  # 2 still waits for its evaluation
     waiting = checkpoints.whole()[0]
     assert waiting.waits and read_evaluation(waiting) is None
-    write_evaluation(waiting, {"step": 2, "metrics": {"a": 1.0}})
-    assert not waiting.waits and read_evaluation(waiting) == {"step": 2, "metrics": {"a": 1.0}}
+    write_evaluation(waiting, EvaluationRecord(step=2, metrics={"a": 1.0}))
+    assert not waiting.waits and read_evaluation(waiting) == EvaluationRecord(step=2, metrics={"a": 1.0})
     checkpoints.prune(keep=1, keep_waiting=10)
     assert [found.meta.step for found in checkpoints.whole()] == [10]
     assert not checkpoints.at(2).names()

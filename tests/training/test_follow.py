@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.models.clip import Clip
-from pipeline.training.checkpoint import Checkpoint, Checkpoints, Meta, read_evaluation
+from pipeline.training.checkpoint import Checkpoint, Checkpoints, EvaluationRecord, Meta, read_evaluation
 from pipeline.training.follow import Follower
 from pipeline.training.optimizer import AdamW, make_optimizer
 from pipeline.training.submit import as_ray_task
@@ -84,9 +84,9 @@ def test_marked_checkpoints_are_evaluated_while_training_goes_on(run: Run) -> No
     assert follower.results == {1: {"top1": 0.1}, 3: {"top1": 0.3}}
     evaluations = {one.meta.step: read_evaluation(one) for one in run.checkpoints.whole()}
     assert evaluations == {
-        1: {"step": 1, "metrics": {"top1": 0.1}},
+        1: EvaluationRecord(step=1, metrics={"top1": 0.1}),
         2: None,
-        3: {"step": 3, "metrics": {"top1": 0.3}},
+        3: EvaluationRecord(step=3, metrics={"top1": 0.3}),
     }
 
 
@@ -122,7 +122,7 @@ def test_a_failing_evaluation_is_tried_twice_and_told(run: Run, caplog: pytest.L
         pass
     assert calls == [1, 1, 2, 2]
     assert run.recorded == [(2, {"top1": 1.0})]
-    assert read_evaluation(run.checkpoints.whole()[0]) == {"step": 1, "error": "out of memory"}
+    assert read_evaluation(run.checkpoints.whole()[0]) == EvaluationRecord(step=1, error="out of memory")
     assert "step-00000001 failed: out of memory" in caplog.text
 
 

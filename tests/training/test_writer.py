@@ -20,6 +20,7 @@ from pipeline.shards.storage import Folder
 from pipeline.training import writer as writing
 from pipeline.training.checkpoint import (
     Checkpoints,
+    EvaluationRecord,
     Meta,
     load_method,
     load_optimizer,
@@ -282,9 +283,9 @@ def test_the_best_and_every_nth_are_kept(method: Clip, tmp_path: Path) -> None:
     for step, value in enumerate(scores, 1):
         saved = checkpoints.save(method, stepped(method), meta(step, evaluate=value is not None))
         if isinstance(value, float):
-            write_evaluation(saved, {"step": step, "metrics": {"zeroshot/x/top1": value}})
+            write_evaluation(saved, EvaluationRecord(step=step, metrics={"zeroshot/x/top1": value}))
         elif value:
-            write_evaluation(saved, {"step": step, "error": "out of memory"})
+            write_evaluation(saved, EvaluationRecord(step=step, error="out of memory"))
 
     def left(**options: Any) -> list[int]:
         checkpoints.prune(keep=1, keep_waiting=9, **options)

@@ -24,6 +24,7 @@ from pipeline.config import require
 from pipeline.errors import DataError, SettingError
 from pipeline.models.adapters.text import TextTower
 from pipeline.models.clip import Clip
+from pipeline.models.towers.prompts import fill_template, readable_name
 from pipeline.models.towers.weights import weights_digest
 
 SHARED = ("adapter", "prompts", "text", "vision")
@@ -78,7 +79,7 @@ class FrozenClip:
         """
         tokenizer: Any = self.method.tokenizer
         for name in classes:
-            most = max(_tokens(tokenizer, template.replace("{}", name)) for template in templates)
+            most = max(_tokens(tokenizer, fill_template(template, name)) for template in templates)
             room = int(tokenizer.context_length)
             require(
                 most <= room, "classes", name, f"a name that fits {room} tokens with its prompts, which take {most}"
@@ -119,6 +120,8 @@ class Adapter(nn.Module, ABC):
 
     reads: ClassVar[Literal["features", "pixels"]] = "features"
     """Input of :meth:`logits`: raw image features, float [B, D], or images, uint8 [B, 3, H, W]."""
+    random_views: ClassVar[bool] = True
+    """Whether it reads features of random crops of the shots, where there are some; else of the evaluation view."""
     learns: ClassVar[bool] = True
     """Whether it is trained by gradients."""
     learns_vectors: ClassVar[bool] = False
@@ -229,7 +232,7 @@ def check_classes(classes: Sequence[str]) -> None:
     """Raise ``SettingError`` unless there are two class names or more, none empty and none duplicate."""
     require(len(classes) >= 2, "classes", tuple(classes), "two class names or more")
     require(all(name.strip() for name in classes), "classes", tuple(classes), "names that are not empty")
-    plain = [" ".join(name.replace("_", " ").split()).lower() for name in classes]
+    plain = [readable_name(name).lower() for name in classes]
     doubled = next((name for name, key in zip(classes, plain, strict=True) if plain.count(key) > 1), None)
     require(doubled is None, "classes", doubled, "distinct names, compared without blanks, underscores and case")
 

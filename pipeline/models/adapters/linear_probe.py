@@ -1,8 +1,14 @@
 """Linear probe: logistic regression on CLIP's image features, the baseline of CoOp's paper.
 
 Radford et al. 2021, arXiv 2103.00020, section 3.1.3 and appendix A.3: L-BFGS with at most 1,000 iterations. Validation
-images choose the strength of the L2 penalty. The search is that of CoOp's code: seven values of C from 1e6 to 1e-6,
-then eight halvings (in log C) around the best. It does not use class names, so with few shots zero-shot is better.
+images choose the strength of the L2 penalty. It does not use class names, so with few shots zero-shot is better.
+
+Features and search are those of CoOp's code (lpclip):
+
+    features    raw, not of unit length, of the evaluation transform, without random crops
+    C           the first best of 1e6, 1e4, ... 1e-6; then eight halvings, in log C, of a decade to either side of it
+    halving     the end with the higher accuracy stays, at a tie the lower end; the other moves to the middle
+    the result  the end that stays in the last halving
 
 To hold a run against: ImageNet with RN50 and 1/2/4/8/16 shots, 22.17/31.90/41.20/49.52/56.13.
 """
@@ -17,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import require
-from pipeline.models.adapters.adapter import Adapter, Shots, unit
+from pipeline.models.adapters.adapter import Adapter, Shots
 
 COARSE = (1e6, 1e4, 1e2, 1.0, 1e-2, 1e-4, 1e-6)
 
@@ -37,9 +43,10 @@ class Config:
 
 
 class LinearProbe(Adapter):
-    """Logistic regression on unit features."""
+    """Logistic regression on raw features."""
 
     learns = False
+    random_views = False
     config: Config
     weight: Tensor
     bias: Tensor
@@ -68,8 +75,8 @@ class LinearProbe(Adapter):
         """
         views, present = shots.features.shape[1], len(shots.labels.unique())
         require(present >= 2, "shots", present, "shots of two classes or more, for a linear probe")
-        inputs, targets = _numpy(unit(shots.features.flatten(0, 1))), _numpy(shots.labels.repeat_interleave(views))
-        held, wanted = _numpy(unit(validation.first_view())), _numpy(validation.labels)
+        inputs, targets = _numpy(shots.features.flatten(0, 1)), _numpy(shots.labels.repeat_interleave(views))
+        held, wanted = _numpy(validation.first_view()), _numpy(validation.labels)
 
         def fit(logarithm: float) -> tuple[float, Any]:
             fitted = regression(10**logarithm, self.config.iterations).fit(inputs, targets)
@@ -83,7 +90,7 @@ class LinearProbe(Adapter):
 
     def logits(self, images: Tensor) -> Tensor:
         """Raw features [B, D] to float [B, C]."""
-        return unit(images) @ self.weight.to(images.dtype).T + self.bias.to(images.dtype)
+        return images @ self.weight.to(images.dtype).T + self.bias.to(images.dtype)
 
     def _take(self, fitted: Any) -> None:
         weight, bias = class_rows(fitted, len(self.bias))
@@ -93,7 +100,7 @@ class LinearProbe(Adapter):
 
 
 def _best(fit: Callable[[float], tuple[float, Any]], halvings: int) -> Any:
-    """The best model of a coarse search over log10 C and a finer one, a decade to either side of the best."""
+    """The model of a coarse search over log10 C and a finer one, a decade to either side of the best."""
     logarithms = [math.log10(strength) for strength in COARSE]
     tried = {logarithm: fit(logarithm) for logarithm in logarithms}
     centre = max(logarithms, key=lambda logarithm: tried[logarithm][0])
@@ -103,8 +110,11 @@ def _best(fit: Callable[[float], tuple[float, Any]], halvings: int) -> Any:
             if end not in tried:
                 tried[end] = fit(end)
         middle = (low + high) / 2
-        low, high = (low, middle) if tried[low][0] > tried[high][0] else (middle, high)
-    return max(tried.values(), key=lambda found: found[0])[1]
+        if tried[low][0] < tried[high][0]:
+            centre, low = high, middle
+        else:
+            centre, high = low, middle
+    return tried[centre][1]
 
 
 def regression(strength: float, iterations: int) -> Any:

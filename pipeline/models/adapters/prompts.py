@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.config import require
 from pipeline.models.adapters.text import Rows, TextTower, group
+from pipeline.models.towers.prompts import readable_name
 
 Position = Literal["end", "middle", "front"]
 
@@ -50,7 +51,7 @@ def lay_out(
     shared = 0 if class_specific else leading
     tokens, slots = [], []
     for name in classes:
-        plain = " ".join(name.replace("_", " ").split())
+        plain = readable_name(name)
         sentence = tower.encode(f"{plain}.")
         length = len(sentence) if position == "end" else len(tower.encode(plain))
         before = list(range(shared, leading))

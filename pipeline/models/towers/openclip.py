@@ -9,38 +9,71 @@ import difflib
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import open_clip
 import torch
+from open_clip.convert import convert_state_dict
+from open_clip.model import (
+    convert_to_custom_text_state_dict,
+    resize_pos_embed,
+    resize_text_pos_embed,
+    set_model_preprocess_cfg,
+)
+from open_clip.transform import PreprocessCfg
 from open_clip.transformer import text_global_pool
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pipeline.config import require
-from pipeline.errors import SettingError
+from pipeline.errors import DataError, SettingError
 from pipeline.loaders.cache import FileCache
 from pipeline.loaders.images import ImageTransform
-from pipeline.models.towers import convnet  # noqa: F401 - registers it with timm
+from pipeline.models.towers import (
+    convnet,  # noqa: F401 - registers it with timm
+    hugging_face_import,
+)
+from pipeline.models.towers.bert import BertTextTower, WordPieceTokenizer
+from pipeline.models.towers.weights import misfit, read_any_weights
 from pipeline.shards.storage import Folder
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 WEIGHTS = "model.safetensors"
 MODEL_CARD = "open_clip_config.json"  # the file that open_clip.create_model("local-dir:FOLDER") reads
+SCHEMES = ("local-dir:", "hf-hub:")
+BIG_VISION = (".npz", ".npy")
+OPENAI = ("input_resolution", "context_length", "vocab_size")  # buffers that OpenAI's own class alone has
+_FREE = {  # settings of a tower that do not change its features
+    "vision_cfg": ("patch_dropout", "timm_model_pretrained", "timm_drop", "timm_drop_path", "output_tokens"),
+    "text_cfg": ("hf_model_pretrained", "output_tokens", "word_pieces"),
+}
 
 open_clip.add_model_config(CONFIGS)
+logger = logging.getLogger(__name__)
 
 
 def check_architecture(name: str) -> dict[str, Any]:
     """open_clip's model config of ``name``: one of its names or ours, ``local-dir:FOLDER`` or ``hf-hub:ORG/REPO``.
 
+    Folder and repository have open_clip's files, or those of transformers' ``CLIPModel``.
+
     Raises:
         SettingError: unknown (similar names are listed), or a captioning model, which does not support a CLIP loss.
     """
     try:
+        theirs = _hugging_face_file(name, hugging_face_import.CONFIG)
+        if theirs is not None:
+            return hugging_face_import.model_config(
+                hugging_face_import.parse(theirs.read_text(), name), name, _vocabulary(name)
+            )
         config = open_clip.get_model_config(name if ":" in name else plain_name(name))
+    except SettingError:
+        raise
     except (OSError, ValueError) as error:
         raise SettingError("architecture", name, f"a model config that can be read ({error})") from error
     if config is None:
@@ -52,25 +85,64 @@ def check_architecture(name: str) -> dict[str, Any]:
     return dict(config)
 
 
-def check(architecture: str, pretrained: str | None, patch_dropout: float = 0.0) -> None:
-    """Raise as :func:`create` does for a missing architecture or missing weights; builds and downloads nothing."""
+def check(
+    architecture: str,
+    pretrained: str | None,
+    *,
+    patch_dropout: float = 0.0,
+    image_size: int | None = None,
+    context_length: int | None = None,
+) -> None:
+    """Raise as :func:`create` does for what can be known before; builds the image tower without memory, downloads
+    nothing."""
     config = check_architecture(architecture)
     is_resnet = isinstance(config["vision_cfg"].get("layers"), list)
     require(
         not (is_resnet and patch_dropout), "patch_dropout", patch_dropout, f"0, since {architecture} has no patches"
     )
+    if image_size is not None and not takes(config, image_size):
+        some = " or ".join(map(str, near_sizes(config, image_size))) or config["vision_cfg"].get("image_size", 224)
+        raise SettingError("image_size", image_size, f"a size that {architecture} takes, such as {some}")
     if pretrained:
-        _place(architecture, config, pretrained)
+        _place(architecture, config, pretrained, image_size, context_length)
+
+
+def takes(config: Mapping[str, Any], image_size: int) -> bool:
+    """Whether the image tower of a model config takes images of ``image_size`` x ``image_size`` pixels: tried on the
+    meta device, without memory or arithmetic."""
+    vision = {**config["vision_cfg"], "image_size": image_size, "timm_model_pretrained": False}
+    text = {"width": 8, "heads": 1, "layers": 1, "vocab_size": 8}  # any: only the image tower runs
+    try:
+        with torch.device("meta"), _quiet_root_logger():
+            model = open_clip.CLIP(config["embed_dim"], vision, text, bool(config.get("quick_gelu")))
+            model.encode_image(torch.empty(1, 3, image_size, image_size))
+    except (RuntimeError, AssertionError, ValueError, ZeroDivisionError, IndexError):
+        return False
+    return True
+
+
+def near_sizes(config: Mapping[str, Any], image_size: int) -> tuple[int, ...]:
+    """The nearest multiples of a patch's or a stride's size, below and above ``image_size``, that the tower takes."""
+    steps = {int(config["vision_cfg"].get("patch_size") or 32), 8, 14, 16, 32}
+    below = sorted({image_size // step * step for step in steps}, reverse=True)
+    above = sorted({(image_size // step + 1) * step for step in steps})
+    found = (next((size for size in some if size > 0 and takes(config, size)), 0) for some in (below, above))
+    return tuple(size for size in found if size)
 
 
 def parse_address(address: str) -> tuple[str, str | None] | None:
     """Architecture and weights of ``ARCHITECTURE:WEIGHTS``; ``None`` if ``address`` has another form.
 
-    ``hf-hub:ORG/REPO`` and ``local-dir:FOLDER`` are architectures with their own weights.
+    ``hf-hub:ORG/REPO`` and ``local-dir:FOLDER`` are architectures with their own weights. OpenAI's own names are known:
+    ``ViT-B/32:openai`` is ``ViT-B-32-quickgelu:openai``.
     """
     architecture, colon, weights = address.partition(":")
     if architecture in ("hf-hub", "local-dir"):
         return address, None
+    written = plain_name(architecture).replace("@336px", "-336")
+    if "/" in architecture and written in open_clip.list_models():
+        quick = f"{written}-quickgelu"
+        architecture = quick if weights == "openai" and quick in open_clip.list_models() else written
     is_uri = "/" in architecture or weights.startswith("//")
     return (architecture, weights) if colon and architecture and weights and not is_uri else None
 
@@ -96,37 +168,98 @@ def create(
     interpolates their position embeddings: images' with antialiased bicubic, texts' linearly. ``patch_dropout`` is the
     part of the patches that is dropped in training.
 
+    Weights with a bias give the model one, also if neither ``logit_bias`` nor the architecture asks for it: the
+    softmax loss, classes and retrieval do not depend on it, and a checkpoint keeps it.
+
     Raises:
-        SettingError: no such architecture or weights, weights that were trained with the other kind of GELU, or
-            patch dropout for a tower without patches.
-        DataError: a damaged checkpoint.
+        SettingError: no such architecture or weights, weights that do not fit it by names, shapes, kind of GELU or
+            the settings in their folder's ``open_clip_config.json``, or patch dropout for a tower without patches.
+        DataError: a damaged checkpoint, or a file that holds no weights.
     """
     config = check_architecture(architecture)
-    found, found_preprocess = _find(architecture, config, pretrained) if pretrained and load else (None, {})
+    place = _place(architecture, config, pretrained, image_size, context_length) if pretrained and load else None
+    path = FileCache().fetch(*place) if place else None
+    is_theirs = _hugging_face_file(architecture, hugging_face_import.CONFIG) is not None
+    files = _hugging_face_weights(architecture) if is_theirs and load else [path] if path else []
+    is_numpy = path is not None and path.suffix in BIG_VISION
+    weights: dict[str, Tensor] | None = None
+    if files and not is_numpy:
+        name = place[0].join(place[1]) if place else ""
+        weights = {key: one for file in files for key, one in read_any_weights(file, name).items()}
+        weights = _renamed(weights, architecture, config, place)
+    if weights and "logit_bias" in weights and logit_bias is None and "init_logit_bias" not in config:
+        logit_bias = 0.0
+    bias = {} if logit_bias is None else {"init_logit_bias": logit_bias}
+    images = _card(place[0]).get("preprocess_cfg", {}) if place else _hugging_face_images(architecture)
+    images = {**{key: value for key, value in images.items() if key != "size"}, **(preprocess or {})}
+    model: Any
     try:
         with _quiet_root_logger():
-            model = open_clip.create_model(
-                architecture,
-                pretrained=found,
-                load_weights=load,
-                force_image_size=image_size,
-                force_context_length=context_length,
-                force_patch_dropout=patch_dropout or None,
-                force_preprocess_cfg={**found_preprocess, **(preprocess or {})},
-                pretrained_image=pretrained_towers and load,
-                pretrained_text=pretrained_towers and load,
-                **({} if logit_bias is None else {"init_logit_bias": logit_bias}),
-            )
-    except RuntimeError as error:
-        problem = str(error).strip().splitlines()[0]
-        raise SettingError("pretrained", pretrained, f"weights that fit {architecture} ({problem})") from error
+            if is_theirs or "bert" in config["text_cfg"]:
+                model = _instance({**config, **bias}, image_size, context_length, patch_dropout)
+                set_model_preprocess_cfg(model, {**preprocessing(model), **images})
+            else:
+                model = open_clip.create_model(
+                    architecture,
+                    pretrained=None if place else pretrained,
+                    load_weights=load and place is None,
+                    force_image_size=image_size,
+                    force_context_length=context_length,
+                    force_patch_dropout=patch_dropout or None,
+                    force_preprocess_cfg=images,
+                    pretrained_image=pretrained_towers and load and place is None,
+                    pretrained_text=pretrained_towers and load and place is None,
+                    **bias,
+                )
+            if is_numpy:
+                open_clip.load_checkpoint(model, str(path))
+    except (RuntimeError, ValueError, LookupError, OSError, AttributeError, UnpicklingError, SafetensorError) as error:
+        problem = (str(error).strip() or repr(error)).splitlines()[0]
+        raise SettingError(
+            "pretrained", pretrained or architecture, f"weights that fit {architecture} ({problem})"
+        ) from error
+    if weights is not None:
+        problem = _load(model, weights)
+        require(
+            not problem,
+            "pretrained",
+            pretrained or architecture,
+            f"weights that fit {architecture}; these are {problem}",
+        )
     drops = any(type(module).__name__.startswith("PatchDropout") for module in model.visual.modules())
     require(drops or not patch_dropout, "patch_dropout", patch_dropout, f"0, since {architecture} has no patches")
     return cast(nn.Module, model)
 
 
+def _load(model: nn.Module, weights: dict[str, Tensor]) -> str:
+    """Load weights of open_clip or of a kind that it converts; returns how they differ from the model's, if they do."""
+    state = dict(convert_state_dict(model, weights))
+    wanted = model.state_dict()
+    if "positional_embedding" in state and "positional_embedding" not in wanted:
+        state = convert_to_custom_text_state_dict(state)
+    for name in ("logit_scale", "logit_bias"):  # some have one dimension
+        if name in state and name in wanted and state[name].numel() == 1:
+            state[name] = state[name].reshape(wanted[name].shape)
+    if "logit_bias" in wanted:
+        state.setdefault("logit_bias", torch.zeros_like(wanted["logit_bias"]))
+    state = {name: tensor for name, tensor in state.items() if not name.endswith("embeddings.position_ids")}
+    for resize in (resize_pos_embed, resize_text_pos_embed):
+        with suppress(RuntimeError, AssertionError, AttributeError, IndexError):  # of other widths: found below
+            resize(state, model)
+    problem = misfit(wanted, state)
+    if not problem:
+        model.load_state_dict(state)
+    return problem
+
+
 def tokenizer(architecture: str, context_length: int | None = None) -> Any:
     """The tokenizer of ``architecture``: texts to int64 [B, context length]; the architecture's by default."""
+    text = check_architecture(architecture)["text_cfg"]
+    length = context_length or text.get("context_length", 77)
+    if "word_pieces" in text:
+        return WordPieceTokenizer(text["word_pieces"], length, text["lower"])
+    if _hugging_face_file(architecture, hugging_face_import.CONFIG) is not None:
+        return open_clip.SimpleTokenizer(context_length=length)
     with _quiet_root_logger():
         return open_clip.get_tokenizer(architecture, context_length=context_length)
 
@@ -134,7 +267,9 @@ def tokenizer(architecture: str, context_length: int | None = None) -> Any:
 def same_tokens(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two model configs name the same tokenizer; the context lengths may differ."""
     texts = one["text_cfg"], other["text_cfg"]
-    return all(texts[0].get(key) == texts[1].get(key) for key in ("hf_tokenizer_name", "tokenizer_kwargs"))
+    return all(
+        texts[0].get(key) == texts[1].get(key) for key in ("hf_tokenizer_name", "tokenizer_kwargs", "word_pieces")
+    )
 
 
 def plain_name(architecture: str) -> str:
@@ -249,42 +384,229 @@ def encode_text(model: Any, text: Tensor) -> Tensor:
     return cast(Tensor, pooled @ model.text_projection)
 
 
-def _find(architecture: str, config: Mapping[str, Any], pretrained: str) -> tuple[str, Mapping[str, Any]]:
-    """The value of ``pretrained`` for open_clip (a tag or a local file), and the image settings of its training."""
-    place = _place(architecture, config, pretrained)
-    if place is None:
-        return pretrained, {}
-    folder, name = place
-    card = json.loads(folder.read_bytes(MODEL_CARD)) if folder.exists(MODEL_CARD) else {}
-    images = {key: value for key, value in card.get("preprocess_cfg", {}).items() if key != "size"}
-    return str(FileCache().fetch(folder, name)), images
+def brings_weights(architecture: str) -> bool:
+    """Whether ``architecture`` is a folder or a repository that has weights."""
+    scheme, _, place = architecture.partition(":")
+    endings = (".safetensors", ".bin", ".pth")
+    return scheme == "hf-hub" or (scheme == "local-dir" and any(p.suffix in endings for p in Path(place).iterdir()))
 
 
-def _place(architecture: str, config: Mapping[str, Any], pretrained: str) -> tuple[Folder, str] | None:
+def _renamed(
+    weights: dict[str, Tensor], architecture: str, config: Mapping[str, Any], place: tuple[Folder, str] | None
+) -> dict[str, Tensor]:
+    """Weights of OpenAI's class or of transformers under open_clip's names; ``place`` is a file's, if one was given.
+
+    A file by itself does not show its activation, unless it is OpenAI's; then a warning names the other architecture.
+
+    Raises:
+        SettingError: OpenAI's weights for an architecture that open_clip has with QuickGELU, too.
+    """
+    is_openai = all(name in weights for name in OPENAI)
+    if place is not None and _activation_beside(place[0]) is None:
+        _check_file_activation(architecture, config, place[0].join(place[1]), True if is_openai else None)
+    if is_openai:
+        weights = {name: tensor for name, tensor in weights.items() if name not in OPENAI}
+    return hugging_face_import.to_open_clip(weights) if hugging_face_import.has_names_of(weights) else weights
+
+
+def _instance(
+    config: Mapping[str, Any], image_size: int | None, context_length: int | None, patch_dropout: float
+) -> nn.Module:
+    """open_clip's ``CLIP`` for a config that open_clip has no name for, or its towers with a BERT for texts."""
+    vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
+    vision |= {"image_size": image_size or vision["image_size"], "patch_dropout": patch_dropout}
+    text |= {"context_length": context_length or text["context_length"]}
+    model: Any
+    if "bert" in text:
+        longest = text["bert"]["max_position_embeddings"]
+        fits = text["context_length"] <= longest
+        require(fits, "context_length", text["context_length"], f"at most {longest}, the positions of this text tower")
+        small = {"width": 8, "heads": 1, "layers": 1, "vocab_size": 8}  # replaced
+        model = open_clip.CustomTextCLIP(**{**config, "vision_cfg": vision, "text_cfg": small})
+        model.text = BertTextTower(text["bert"], config["embed_dim"], text["context_length"])
+        model.context_length, model.vocab_size = model.text.context_length, model.text.vocab_size
+    else:
+        model = open_clip.CLIP(**{**config, "vision_cfg": vision, "text_cfg": text})
+    set_model_preprocess_cfg(model, {**asdict(PreprocessCfg()), "size": model.visual.image_size})
+    return cast(nn.Module, model)
+
+
+def _hugging_face_file(architecture: str, name: str) -> Path | None:
+    """The file ``name`` of a folder or a repository of transformers; ``None`` if there is none, or with open_clip's."""
+    if not architecture.startswith(SCHEMES) or _file_of(architecture, MODEL_CARD) is not None:
+        return None
+    return _file_of(architecture, name)
+
+
+def _hugging_face_weights(architecture: str) -> list[Path]:
+    """The files with the weights of a folder or a repository of transformers, which may be in parts."""
+    for name in hugging_face_import.WEIGHTS:
+        file = _hugging_face_file(architecture, name)
+        if file is not None:
+            return [file]
+    index = _hugging_face_file(architecture, hugging_face_import.INDEX)
+    parts = hugging_face_import.parts_of(index.read_text(), architecture) if index else []
+    files = [file for part in parts if (file := _hugging_face_file(architecture, part)) is not None]
+    allowed = f"a folder with {' or '.join(hugging_face_import.WEIGHTS)}, or all parts of {hugging_face_import.INDEX}"
+    require(bool(files) and len(files) == len(parts), "architecture", architecture, allowed)
+    return files
+
+
+def _vocabulary(architecture: str) -> hugging_face_import.Vocabulary | None:
+    names = hugging_face_import.VOCABULARY, hugging_face_import.TOKENIZER, hugging_face_import.TOKENIZER_CONFIG
+    files = (_hugging_face_file(architecture, name) for name in names)
+    words, pieces, config = (file.read_text("utf-8") if file else None for file in files)
+    return hugging_face_import.read_vocabulary(words, pieces, config, architecture)
+
+
+def _hugging_face_images(architecture: str) -> Mapping[str, Any]:
+    file = _hugging_face_file(architecture, hugging_face_import.IMAGES)
+    return hugging_face_import.image_settings(hugging_face_import.parse(file.read_text(), architecture)) if file else {}
+
+
+def _file_of(architecture: str, name: str) -> Path | None:
+    scheme, _, place = architecture.partition(":")
+    if scheme == "local-dir":
+        path = Path(place) / name
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(place, name))
+    except EntryNotFoundError:
+        return None
+
+
+def _card(folder: Folder) -> Mapping[str, Any]:
+    """The content of a folder's ``open_clip_config.json``; empty without the file.
+
+    Raises:
+        DataError: it is no model's description.
+    """
+    if not folder.exists(MODEL_CARD):
+        return {}
+    try:
+        card = json.loads(folder.read_bytes(MODEL_CARD))
+        configs = [card[name] for name in ("model_cfg", "preprocess_cfg") if name in card]
+        configs += [card["model_cfg"][name] for name in ("vision_cfg", "text_cfg")]
+        if not all(isinstance(config, Mapping) for config in configs):
+            raise ValueError("its parts are no objects")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{folder.join(MODEL_CARD)} is no model's description as open_clip writes it ({error!r})"
+        ) from error
+    return cast(Mapping[str, Any], card)
+
+
+def _place(
+    architecture: str,
+    config: Mapping[str, Any],
+    pretrained: str,
+    image_size: int | None = None,
+    context_length: int | None = None,
+) -> tuple[Folder, str] | None:
     """Folder and name of the weights file; ``None`` if ``pretrained`` is a tag of open_clip."""
-    if open_clip.is_pretrained_cfg(architecture, pretrained):
-        _check_activation(architecture, config, pretrained)
+    if ":" not in architecture and open_clip.is_pretrained_cfg(plain_name(architecture), pretrained):
+        tag = open_clip.get_pretrained_cfg(plain_name(architecture), pretrained)
+        _check_activation(plain_name(architecture), config, bool(tag.get("quick_gelu", False)), pretrained)
         return None
     if ":" in architecture:
         raise SettingError("pretrained", pretrained, f"nothing, since {architecture} has its own weights")
     parent, _, name = pretrained.rstrip("/").rpartition("/")
     folder = Folder(parent or ("/" if pretrained.startswith("/") else "."))
-    if folder.exists(f"{name}/{WEIGHTS}"):
-        return folder.folder(name), WEIGHTS
-    if not name or not folder.exists(name) or folder.fs.isdir(f"{folder.path}/{name}"):
+    file = next((file for file in hugging_face_import.WEIGHTS if folder.exists(f"{name}/{file}")), None)
+    if file is not None:
+        folder, name = folder.folder(name), file
+        quick = _activation_beside(folder)
+        if quick is not None:
+            _check_activation(plain_name(architecture), config, quick, pretrained)
+    elif not name or not folder.exists(name) or folder.fs.isdir(f"{folder.path}/{name}"):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
         allowed = f"a tag of {architecture} ({tags}), a weights file, or a checkpoint folder with {WEIGHTS}"
         raise SettingError("pretrained", pretrained, allowed)
+    _check_card(architecture, config, folder, pretrained, image_size, context_length)
     return folder, name
 
 
-def _check_activation(architecture: str, config: Mapping[str, Any], tag: str) -> None:
-    """OpenAI's weights need QuickGELU; with the usual GELU they load without an error and perform worse."""
-    weights_quick = bool(open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu", False))
+def _check_card(
+    architecture: str,
+    config: Mapping[str, Any],
+    folder: Folder,
+    pretrained: str,
+    image_size: int | None,
+    context_length: int | None,
+) -> None:
+    """Compare what the shapes of weights do not show. An explicit size is the user's choice; others must be equal."""
+    card = _card(folder)
+    if not card:
+        return
+    trained, wanted = _settings(card["model_cfg"]), _settings(config)
+    for name, explicit in (("vision_cfg.image_size", image_size), ("text_cfg.context_length", context_length)):
+        if explicit is not None:
+            trained.pop(name, None)
+    others = [
+        f"{name.rpartition('.')[2]} {json.dumps(value)} instead of {json.dumps(wanted.get(name))}"
+        for name, value in trained.items()
+        if value != wanted.get(name)
+    ]
+    allowed = f"weights for the settings of {architecture}; {folder.join(MODEL_CARD)} has {', '.join(others)}"
+    require(
+        not others, "pretrained", pretrained, f"{allowed} (local-dir:FOLDER as architecture takes the folder's own)"
+    )
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a model config that change its features, by name, with open_clip's defaults."""
+    found: dict[str, Any] = {"quick_gelu": bool(config.get("quick_gelu", False))}
+    defaults = {"vision_cfg": asdict(open_clip.CLIPVisionCfg()), "text_cfg": asdict(open_clip.CLIPTextCfg())}
+    for tower, default in defaults.items():
+        settings = {**default, **config[tower]}
+        found |= {f"{tower}.{name}": value for name, value in settings.items() if name not in _FREE[tower]}
+    return cast(dict[str, Any], json.loads(json.dumps(found)))  # lists for tuples
+
+
+def _activation_beside(folder: Folder) -> bool | None:
+    """Whether the model's description in ``folder`` names QuickGELU; ``None`` without one."""
+    if card := _card(folder):
+        return bool(card["model_cfg"].get("quick_gelu", False))
+    if not folder.exists(hugging_face_import.CONFIG):
+        return None
+    name = folder.join(hugging_face_import.CONFIG)
+    return hugging_face_import.is_quick(hugging_face_import.parse(folder.read_text(hugging_face_import.CONFIG), name))
+
+
+def _check_activation(architecture: str, config: Mapping[str, Any], weights_quick: bool, pretrained: str) -> None:
+    """OpenAI's weights need QuickGELU; with the usual GELU they load without an error and perform worse.
+
+    Where open_clip has no such architecture with the weights' activation, the config of the architecture decides.
+    """
+    right = _with_activation(architecture, weights_quick)
+    if weights_quick != bool(config.get("quick_gelu", False)) and right is not None:
+        raise SettingError(
+            "architecture", architecture, f"{right}, since the weights {pretrained} were trained with it"
+        )
+
+
+def _check_file_activation(architecture: str, config: Mapping[str, Any], file: str, weights_quick: bool | None) -> None:
+    """As :func:`_check_activation`; warns where a file does not show its activation, or no name has it."""
     model_quick = bool(config.get("quick_gelu", False))
-    if weights_quick != model_quick:
-        right = f"{architecture}-quickgelu" if weights_quick else architecture.removesuffix("-quickgelu")
-        raise SettingError("architecture", architecture, f"{right}, since the weights {tag} were trained with it")
+    other = _with_activation(plain_name(architecture), not model_quick)
+    if weights_quick is not None:
+        _check_activation(plain_name(architecture), config, weights_quick, file)
+        if weights_quick != model_quick:
+            logger.warning("%s is of OpenAI's CLIP, which has QuickGELU; %s has GELU", file, architecture)
+    elif other is not None:
+        ours = "QuickGELU" if model_quick else "GELU"
+        text = "%s does not show its activation: it is used with %s, that of %s; the other one is %s"
+        logger.warning(text, file, ours, architecture, other)
+
+
+def _with_activation(architecture: str, quick: bool) -> str | None:
+    """The name of this architecture with (or without) QuickGELU, if open_clip has one of another name."""
+    plain = architecture.removesuffix("-quickgelu")
+    name = f"{plain}-quickgelu" if quick else plain
+    return name if name != architecture and name in open_clip.list_models() else None
 
 
 @contextmanager

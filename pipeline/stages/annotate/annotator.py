@@ -5,7 +5,6 @@ The job passes a function that loads the annotator in the process that uses it.
 """
 
 import hashlib
-import json
 import logging
 import os
 import pickle
@@ -21,7 +20,7 @@ from pipeline.config import require
 from pipeline.errors import ClipmillError, DataError, SidecarError
 from pipeline.shards.lease import lease
 from pipeline.shards.sample import Sample
-from pipeline.shards.sidecar import FACTS, MAKER, TAR_DIGEST, sidecar_file, write_sidecar
+from pipeline.shards.sidecar import MAKER, TAR_DIGEST, sidecar_facts, sidecar_file, write_sidecar
 from pipeline.shards.snapshot import Shard, Snapshot, publish_shards, read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import iterate_tar
@@ -76,13 +75,12 @@ def annotate(
     """
     digests: dict[tuple[str, str], str] = {}
     with lease(Folder(snapshot.folder), f"the making of {annotation.name}") as held:
-        for number, digest in _annotated(snapshot, make, annotation, workers, use_gpu):
+        for number, digest in _annotated(snapshot, held.folder, make, annotation, workers, use_gpu):
             shard = snapshot.shards[number]
             digests[shard.name, shard.sha256] = digest
             done, total = len(digests), len(snapshot.shards)
             logger.info("%d of %d shards have %s, %s the last", done, total, annotation.name, shard.name)
-        held.check()
-        return _publish(snapshot, digests, annotation.name)
+        return _publish(held.folder, digests, annotation.name)
 
 
 def annotate_shard(folder: Folder, shard: Shard, annotator: Annotator, annotation: Annotation) -> str:
@@ -98,17 +96,27 @@ def annotate_shard(folder: Folder, shard: Shard, annotator: Annotator, annotatio
 
 
 def _annotated(
-    snapshot: Snapshot, make: MakeAnnotator, annotation: Annotation, workers: Workers, use_gpu: bool | None
+    snapshot: Snapshot,
+    folder: Folder,
+    make: MakeAnnotator,
+    annotation: Annotation,
+    workers: Workers,
+    use_gpu: bool | None,
 ) -> Iterator[tuple[int, str]]:
     if workers.processes_count != 0:
-        yield from _annotated_by_ray(snapshot, make, annotation, workers, use_gpu)
+        yield from _annotated_by_ray(snapshot, folder, make, annotation, workers, use_gpu)
         return
-    work = _AnnotateShards(make, snapshot, annotation, os.cpu_count() or 1)
+    work = _AnnotateShards(make, snapshot, folder, annotation, os.cpu_count() or 1)
     yield from ((number, work.digest(number)) for number in range(len(snapshot.shards)))
 
 
 def _annotated_by_ray(
-    snapshot: Snapshot, make: MakeAnnotator, annotation: Annotation, workers: Workers, use_gpu: bool | None
+    snapshot: Snapshot,
+    folder: Folder,
+    make: MakeAnnotator,
+    annotation: Annotation,
+    workers: Workers,
+    use_gpu: bool | None,
 ) -> Iterator[tuple[int, str]]:
     import ray
 
@@ -117,7 +125,7 @@ def _annotated_by_ray(
     rows = [{"number": number} for number in range(len(snapshot.shards))]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _AnnotateShards,
-        fn_constructor_args=(make, snapshot, annotation, places.threads),
+        fn_constructor_args=(make, snapshot, folder, annotation, places.threads),
         batch_size=1,
         batch_format="numpy",
         num_cpus=places.threads,
@@ -158,15 +166,18 @@ def _places(asked: int | None, use_gpu: bool | None, shards: int) -> _Places:
 class _AnnotateShards:
     """The actor: holds the annotator; maps a batch of shard numbers to a batch of digests."""
 
-    def __init__(self, make: MakeAnnotator, snapshot: Snapshot, annotation: Annotation, threads: int) -> None:
-        self._make, self._snapshot, self._annotation, self._threads = make, snapshot, annotation, threads
+    def __init__(
+        self, make: MakeAnnotator, snapshot: Snapshot, folder: Folder, annotation: Annotation, threads: int
+    ) -> None:
+        self._make, self._snapshot, self._folder = make, snapshot, folder
+        self._annotation, self._threads = annotation, threads
         self._annotator: Annotator | None = None
 
     def digest(self, number: int) -> str:
         # Load with the first shard: Ray loses the error of a bad checkpoint if __init__ raises it.
         self._annotator = self._annotator or self._make(self._threads)
         shard = self._snapshot.shards[number]
-        return annotate_shard(Folder(self._snapshot.folder), shard, self._annotator, self._annotation)
+        return annotate_shard(self._folder, shard, self._annotator, self._annotation)
 
     def __call__(self, batch: Any) -> Any:
         digests, errors = [], []
@@ -186,12 +197,13 @@ def _finished(folder: Folder, shard: Shard, maker: str, annotation: Annotation) 
     name = sidecar_file(shard, annotation.name)
     try:
         with folder.open(name) as file:
-            metadata = pq.read_schema(file).metadata or {}
+            schema = pq.read_schema(file)
     except (FileNotFoundError, pa.ArrowInvalid):
         return None
+    metadata = schema.metadata or {}
     if metadata.get(TAR_DIGEST) != shard.sha256.encode():
         return None
-    facts = json.loads(metadata.get(FACTS, b"{}"))
+    facts = sidecar_facts(schema, folder.join(name), "--overwrite")
     same = all(facts.get(name) == value for name, value in annotation.facts.items())
     if metadata.get(MAKER) == maker.encode() and (same or not annotation.overwrite):
         with folder.open(name) as file:  # hashed in parts: features of regions are gigabytes
@@ -202,9 +214,9 @@ def _finished(folder: Folder, shard: Shard, maker: str, annotation: Annotation) 
     return None
 
 
-def _publish(snapshot: Snapshot, digests: dict[tuple[str, str], str], name: str) -> Snapshot:
+def _publish(folder: Folder, digests: dict[tuple[str, str], str], name: str) -> Snapshot:
     """The newest snapshot with the new sidecars, matched by tar: it may be newer than the annotated one."""
-    latest = read_snapshot(snapshot.folder)
+    latest = read_snapshot(folder.uri)
     shards = []
     for shard in latest.shards:
         digest = digests.get((shard.name, shard.sha256))
@@ -213,7 +225,7 @@ def _publish(snapshot: Snapshot, digests: dict[tuple[str, str], str], name: str)
     if bare:
         logger.warning("%s has %d shards without %s; run again to add them", latest.uri, bare, name)
     return publish_shards(
-        Folder(snapshot.folder),
+        folder,
         tuple(shards),
         fields=latest.fields,
         card=latest.card,

@@ -21,14 +21,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.config import require
+from pipeline.config import parse_json, require
 from pipeline.errors import DataError, SidecarError
 from pipeline.shards.sample import Sample
 from pipeline.shards.selection import read_samples
 from pipeline.shards.sidecar import FACTS, read_sidecar, sidecar_file
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
-from pipeline.shards.text import decoded, parse_json
+from pipeline.shards.text import decoded
 from pipeline.stages.annotate.annotator import Annotation, annotate
 from pipeline.stages.shard_tasks import Workers, run_tasks
 
@@ -277,7 +277,9 @@ def _half(row: NDArray[np.float32], key: str) -> Features:
 
 
 def matrix(column: Any) -> Features:
-    """float16 [N, D] of a column of lists of one length."""
+    """float16 [N, D] of a column of lists of one length; raises ``DataError`` for another type."""
+    if not pa.types.is_fixed_size_list(column.type):
+        raise DataError(f"a column of features has the type {column.type}, not lists of numbers of one length")
     array = column.combine_chunks()
     rows: Features = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, array.type.list_size)
     return rows
@@ -285,7 +287,7 @@ def matrix(column: Any) -> Features:
 
 def _described(sample: Sample, with_caption: bool) -> dict[str, Any]:
     try:
-        plain = parse_json(sample.fields.get("json", b"{}"))
+        plain = parse_json(decoded(sample.fields.get("json", b"{}")))
     except ValueError:
         plain = {}
     columns = plain if isinstance(plain, dict) else {}

@@ -29,7 +29,7 @@ from pipeline.config import require
 from pipeline.errors import DataError, SidecarError
 from pipeline.shards.objects import FIELD, overlaps, plain_word, read_objects
 from pipeline.shards.sample import Sample
-from pipeline.shards.sidecar import FACTS, read_sidecar, read_sidecar_schema, sidecar_file
+from pipeline.shards.sidecar import FACTS, read_sidecar, read_sidecar_schema, sidecar_facts, sidecar_file
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
 from pipeline.stages.annotate.annotator import Annotation, annotate
@@ -210,8 +210,8 @@ def read_regions(folder: Folder, shard: Shard, name: str = "regions", maker: str
         SidecarError: missing, of another tar, by another maker, or without regions.
     """
     table = read_sidecar(folder, shard, name, JOB, maker)
-    facts = _facts(table.schema)
-    if "width" not in facts or not {"boxes", "scores", "features"} <= set(table.column_names):
+    facts = sidecar_facts(table.schema, folder.join(sidecar_file(shard, name)), JOB)
+    if not isinstance(facts.get("width"), int) or not {"boxes", "scores", "features"} <= set(table.column_names):
         raise SidecarError(f"{folder.join(sidecar_file(shard, name))} holds no regions; make it with {JOB}")
     return ShardRegions(table, facts)
 
@@ -222,11 +222,11 @@ def read_found(folder: Folder, shard: Shard, name: str = "regions") -> Found:
     Raises:
         SidecarError: missing, of another tar, or without regions.
     """
-    facts = _facts(read_sidecar_schema(folder, shard, name, JOB))
+    facts = sidecar_facts(read_sidecar_schema(folder, shard, name, JOB), folder.join(sidecar_file(shard, name)), JOB)
     try:
         check = Check(*(int(facts[number]) for number in ("matched", "right", "objects", "covered")))
         return Found(int(facts["regions"]), check, str(facts["checked_by"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         file = folder.join(sidecar_file(shard, name))
         raise SidecarError(
             f"{file} lacks the result of its check ({error!r}): make it again with --overwrite"
@@ -263,11 +263,6 @@ def judge(found: Check, options: RegionOptions, where: str) -> None:
             f"{where}: {found}; the first share is less than floor {options.floor}: the boxes do not fit the images, "
             "or this teacher does not know these classes"
         )
-
-
-def _facts(schema: pa.Schema) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((schema.metadata or {}).get(FACTS, b"{}"))
-    return facts
 
 
 @dataclass(frozen=True)

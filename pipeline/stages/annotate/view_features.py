@@ -5,7 +5,6 @@ evaluation transform, the others are random crops; NaN for an unreadable image. 
 tar, the digest of the model with all settings (``maker``), the number of views and the crop settings.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import DataError, SidecarError
 from pipeline.shards.selection import read_selection
-from pipeline.shards.sidecar import FACTS, read_sidecar, sidecar_file
+from pipeline.shards.sidecar import read_sidecar, sidecar_facts, sidecar_file
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
 from pipeline.stages.annotate.embeddings import JOB, matrix
@@ -74,13 +73,16 @@ def read_views(snapshot: Snapshot, maker: str | None = None, name: str = NAME) -
 
 def _read_shard(folder: Folder, shard: Shard, maker: str | None, name: str) -> ViewFeatures:
     table = read_sidecar(folder, shard, name, MAKE, maker)
-    facts = json.loads((table.schema.metadata or {}).get(FACTS, b"{}"))
-    if "views" not in facts or not {"key", "image"} <= set(table.column_names):
-        raise SidecarError(f"{folder.join(sidecar_file(shard, name))} holds no features of views; make it with {MAKE}")
+    file = folder.join(sidecar_file(shard, name))
+    facts = sidecar_facts(table.schema, file, MAKE)
+    if not isinstance(facts.get("views"), int) or facts["views"] < 0 or not {"key", "image"} <= set(table.column_names):
+        raise SidecarError(f"{file} holds no features of views; make it with {MAKE}")
     rows = matrix(table["image"])
     keys = [str(key) for key in table["key"].to_pylist()]
     shown = read_selection(folder, shard)
     order = np.arange(len(keys)) if shown is None else np.asarray(shown)
-    shape = NO_IMAGE if rows.shape[1] == 1 else (int(facts["views"]), -1)
-    features = rows.reshape(len(rows), *shape)[order]
+    views = 1 if rows.shape[1] == 1 else facts["views"]
+    if not views or rows.shape[1] % views or len(keys) != shard.stored:
+        raise SidecarError(f"{file} does not hold {views} views of {shard.stored} samples; make it with {MAKE}")
+    features = rows.reshape(len(rows), views, -1)[order]
     return ViewFeatures(tuple(keys[int(row)] for row in order), features, facts)

@@ -23,9 +23,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.config import require
+from pipeline.config import parse_json, require
 from pipeline.shards.storage import split_file
-from pipeline.shards.text import parse_json
 from pipeline.stages.filters.filter import Filter, Step, Verdict
 from pipeline.stages.filters.view import ShardView
 

@@ -6,7 +6,6 @@ sample of the parent's shard of that number: ``key``, ``reason`` ("" = kept, els
 number of repeats. The id is made from parent and options, so the same command resumes its work after a kill.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -20,8 +19,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config import flatten, require
-from pipeline.errors import SnapshotError
-from pipeline.shards.lease import Lease, lease
+from pipeline.errors import DataError, SnapshotError
+from pipeline.shards.lease import lease
+from pipeline.shards.manifest import SNAPSHOT_ID, is_file_name
 from pipeline.shards.selection import select
 from pipeline.shards.sidecar import write_sidecar
 from pipeline.shards.snapshot import Shard, Snapshot, publish_shards, read_snapshot
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 FILTERS = "_filters"
 REASONS = "reasons"
+REASON_TYPES: Mapping[str, pa.DataType] = {"key": pa.string(), "reason": pa.string(), "times": pa.int32()}
+REASON_COLUMNS = pa.schema(REASON_TYPES)
 CAPTIONS = "captions"
 
 
@@ -78,19 +80,19 @@ def filter_snapshot(
     if done is not None:
         return done
     with lease(Folder(parent.folder), "a filter run") as held:
-        return _filtered(parent, filters, options, workers, captions_sidecar, held)
+        return _filtered(parent, held.folder, filters, options, workers, captions_sidecar)
 
 
 def _filtered(
     parent: Snapshot,
+    folder: Folder,
     filters: Sequence[Filter],
     options: list[dict[str, Any]],
     workers: Workers,
     captions_sidecar: bool,
-    held: Lease,
 ) -> FilterOutcome:
-    folder = Folder(parent.folder)
-    work = folder.folder(FILTERS).folder(_identity(parent, options))
+    work_name = _identity(parent, options)
+    work = folder.folder(FILTERS).folder(work_name)
     last = _judge_all(parent, folder, work, filters, workers)
     finish = functools.partial(_finish, folder, parent.shards, last, captions_sidecar)
     finished = run_tasks(finish, range(len(parent.shards)), workers)
@@ -101,13 +103,12 @@ def _filtered(
     dropped = _in_order(counts, filters)
     if not shards:
         raise SnapshotError(f"{parent.uri}: no sample is left by the filters: {dropped}")
-    held.check()
     snapshot = publish_shards(
         folder,
         shards,
         fields=parent.fields,
         card=parent.card,
-        options={**parent.options, "filters": options, "filters_parent": parent.id, "filters_folder": work.uri},
+        options={**parent.options, "filters": options, "filters_parent": parent.id, "filters_run": work_name},
         rows=parent.rows,
         dropped=dict(Counter(parent.dropped) + Counter(dropped)),
         changes={name: seen[name] for name in ("kept", "removed", "added") if seen[name]},
@@ -123,12 +124,9 @@ def read_reasons(snapshot: Snapshot) -> Iterator[tuple[str, pa.Table]]:
     Raises:
         SnapshotError: ``snapshot`` was not made by filters, or their tables were deleted.
     """
-    place = snapshot.options.get("filters_folder")
-    if place is None:
-        raise SnapshotError(f"{snapshot.uri} was not made by filters; use jobs/filter_dataset.py")
-    work, parent = Folder(place), read_snapshot(f"{snapshot.folder}@{snapshot.options['filters_parent']}")
+    work, parent = _work(snapshot), _origin(snapshot)
     for number, shard in enumerate(parent.shards):
-        yield shard.name, read_table(work.folder(REASONS), table_file(number))
+        yield shard.name, _read_reasons(work.folder(REASONS), number, shard)
 
 
 def read_duplicates(snapshot: Snapshot) -> Iterator[tuple[str, pa.Table]]:
@@ -137,10 +135,36 @@ def read_duplicates(snapshot: Snapshot) -> Iterator[tuple[str, pa.Table]]:
     Columns: shard, index, kept_shard, kept_index: numbers of the parent's shards, and indices among their visible
     samples.
     """
-    place = snapshot.options.get("filters_folder")
-    for name in [one["name"] for one in snapshot.options.get("filters", ())]:
-        folder = Folder(f"{place}/{name}/duplicates")
+    if "filters" not in snapshot.options:
+        return
+    work = _work(snapshot)
+    for name in _filter_names(snapshot):
+        folder = work.folder(name).folder("duplicates")
         yield from ((name, read_table(folder, file)) for file in folder.names(".parquet"))
+
+
+def _work(snapshot: Snapshot) -> Folder:
+    """The folder of the filter run that made ``snapshot``; its options, which anyone may have written, only name it."""
+    name = snapshot.options.get("filters_run")
+    if not is_file_name(name):
+        raise SnapshotError(f"{snapshot.uri} was not made by filters; use jobs/filter_dataset.py")
+    return Folder(snapshot.folder).folder(FILTERS).folder(str(name))
+
+
+def _origin(snapshot: Snapshot) -> Snapshot:
+    """The snapshot that was filtered."""
+    parent = snapshot.options.get("filters_parent")
+    if not isinstance(parent, str) or not SNAPSHOT_ID.fullmatch(parent):
+        raise SnapshotError(f"{snapshot.uri} does not say which snapshot was filtered; use jobs/filter_dataset.py")
+    return read_snapshot(f"{snapshot.folder}@{parent}")
+
+
+def _filter_names(snapshot: Snapshot) -> list[str]:
+    listed = snapshot.options["filters"]
+    names = [one.get("name") if isinstance(one, dict) else None for one in listed] if isinstance(listed, list) else [""]
+    if not all(map(is_file_name, names)):
+        raise SnapshotError(f"{snapshot.uri} names no filters, but {listed!r:.100}; use jobs/filter_dataset.py")
+    return [str(name) for name in names]
 
 
 def _check(filters: Sequence[Filter]) -> None:
@@ -162,10 +186,10 @@ def _identity(parent: Snapshot, options: Sequence[Mapping[str, Any]]) -> str:
 def _already(parent: Snapshot, options: Sequence[Mapping[str, Any]]) -> FilterOutcome | None:
     """The result of an earlier run of the same filters that published the folder's latest snapshot."""
     latest = read_snapshot(parent.folder)
-    if latest.options.get("filters") != options or parent.id not in (latest.id, latest.options["filters_parent"]):
+    if latest.options.get("filters") != options or parent.id not in (latest.id, latest.options.get("filters_parent")):
         return None
     logger.info("%s is already what these filters leave; nothing to do", latest.uri)
-    origin = read_snapshot(f"{latest.folder}@{latest.options['filters_parent']}")
+    origin = _origin(latest)
     names = tuple(str(one["name"]) for one in options)
     new = Counter(latest.dropped) - Counter(origin.dropped)
     return FilterOutcome(snapshot=latest, parent=origin, dropped=dict(new), names=names)
@@ -195,8 +219,7 @@ def _clear(work: Folder, filters: Sequence[Filter]) -> None:
     """Delete intermediate tables, which can be as large as the sidecars they are made from."""
     for one in filters:
         for name in one.scratch:
-            with contextlib.suppress(FileNotFoundError):
-                work.fs.rm(work.folder(one.name).folder(name).path, recursive=True)
+            work.folder(one.name).delete_folder(name)
 
 
 def _passes(filters: Sequence[Filter]) -> Iterator[list[Filter]]:
@@ -233,17 +256,31 @@ def _judge(step: Step, group: tuple[Filter, ...], target: Folder, number: int) -
     return ""
 
 
+def _read_reasons(folder: Folder, number: int, shard: Shard) -> pa.Table:
+    """The table of reasons of a shard, one row per visible sample; raises ``DataError`` for any other table."""
+    file = table_file(number)
+    try:
+        table = read_table(folder, file).cast(REASON_COLUMNS)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{folder.join(file)} is missing or damaged ({error}); delete it and filter again") from error
+    whole = not any(column.null_count for column in table.columns)
+    if len(table) != shard.samples or not whole or (table["times"].to_numpy() < 0).any():
+        raise DataError(f"{folder.join(file)} does not fit the {shard.samples} samples of {shard.tar}")
+    return table
+
+
 def _known(step: Step, number: int) -> tuple[Any, Any]:
     if step.before is None:
         samples = step.shards[number].samples
         return np.full(samples, "", object), np.ones(samples, np.int32)
-    table = read_table(step.before, table_file(number))
+    table = _read_reasons(step.before, number, step.shards[number])
     return np.array(table["reason"].to_pylist(), object), table["times"].to_numpy().copy()
 
 
 def _finish(folder: Folder, shards: tuple[Shard, ...], reasons: Folder, captions: bool, number: int) -> str:
     """The shard of the new snapshot with its counts, as JSON."""
-    shard, table = shards[number], read_table(reasons, table_file(number))
+    shard = shards[number]
+    table = _read_reasons(reasons, number, shard)
     times = table["times"].to_numpy()
     left = select(folder, shard, np.repeat(np.arange(shard.samples), times)) if shard.samples else shard
     if captions and left.samples:

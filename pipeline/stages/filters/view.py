@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.config import parse_json
 from pipeline.errors import DataError, SampleError
 from pipeline.shards.pixels import read_header
 from pipeline.shards.sample import Sample, joined_fields
@@ -23,7 +24,7 @@ from pipeline.shards.sidecar import read_sidecar
 from pipeline.shards.snapshot import Shard
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import iterate_tar
-from pipeline.shards.text import decoded, parse_json, storable
+from pipeline.shards.text import decoded, storable
 from pipeline.sources.tables import first_text, stored_text, texts_of
 from pipeline.stages.filters.captions import clean_text
 
@@ -223,7 +224,7 @@ def _column(values: list[Any]) -> Any:
 def _described(sample: Sample) -> dict[str, Any]:
     """The values of a parquet row, from the sample itself; json that cannot be parsed has none."""
     try:
-        plain = parse_json(sample.fields.get("json", b"{}"))
+        plain = parse_json(decoded(sample.fields.get("json", b"{}")))
     except ValueError:
         plain = {}
     row: dict[str, Any] = {storable(name): value for name, value in plain.items()} if isinstance(plain, dict) else {}

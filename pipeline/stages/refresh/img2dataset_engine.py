@@ -4,24 +4,23 @@ Its files are not changed. img2dataset fetches any address in a url table, inclu
 so its requests go through an opener that applies clipmill's address policy.
 """
 
-import hashlib
 import http.client
-import json
 import logging
 import os
 import socket
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any
 
 from pipeline.config import flatten, require
 from pipeline.errors import StorageError
+from pipeline.shards.adopt import describe, read_mark
 from pipeline.shards.lease import lease
 from pipeline.shards.snapshot import Snapshot, publish
-from pipeline.shards.storage import BLOCK, Folder
-from pipeline.shards.tar import iterate_tar
+from pipeline.shards.storage import Folder
 from pipeline.shards.writer import STATS, ShardStats
 from pipeline.sources.urls import UrlTable
 from pipeline.stages.crawl.addresses import AddressPolicy, AddressRefused
@@ -51,8 +50,8 @@ def refresh_with_img2dataset(
         package: Any = import_module("img2dataset.main")
     except ImportError as error:
         require(False, "engine", "img2dataset", f"native, where the package img2dataset does not import ({error})")
-    with lease(folder, "a refresh"):
-        return _refreshed(package, source, folder, options, workers, card)
+    with lease(folder, "a refresh") as held:
+        return _refreshed(package, source, held.folder, options, workers, card)
 
 
 def _refreshed(
@@ -178,31 +177,7 @@ def guarded_opener(rules: DownloadOptions) -> urllib.request.OpenerDirector:
 
 
 def _finished(folder: Folder) -> Iterator[ShardStats]:
+    """img2dataset's counts, with the digest and the fields of the tars it wrote."""
     for file in folder.names(STATS):
         name = file.removesuffix(STATS)
-        plain = json.loads(folder.read_bytes(file))
-        yield _described(folder, name, plain)
-
-
-def _described(folder: Folder, name: str, plain: dict[str, Any]) -> ShardStats:
-    """img2dataset's counts, with the digest and the fields of the tar it wrote."""
-    digest = hashlib.sha256()
-    with folder.open(f"{name}.tar") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    fields: set[str] = set()
-    with folder.open(f"{name}.tar") as file:
-        for sample in iterate_tar(file, folder.join(f"{name}.tar")):
-            fields.update(sample.fields)
-    counts = ("count", "successes", "failed_to_download", "failed_to_resize", "duration", "start_time", "end_time")
-    reasons = {status: plain[status] for status in ("failed_to_download", "failed_to_resize") if plain[status]}
-    return ShardStats(
-        shard=name,
-        **{count: plain[count] for count in counts},
-        status_dict=plain["status_dict"],
-        unit="",
-        bytes=folder.size(f"{name}.tar"),
-        sha256=digest.hexdigest(),
-        fields=tuple(sorted(fields)),
-        reasons=reasons,
-    )
+        yield replace(describe(folder, name), status_dict=read_mark(folder, name).status_dict)

@@ -44,6 +44,8 @@ HASHES = ("sha256", "md5", "sha512")
 OTHER = "other"
 REPLACED = "changed"
 """Reason of hidden images that have changed at their url: they match no row of a source any more."""
+_HIDDEN_TYPES: Mapping[str, pa.DataType] = {"shard": pa.int64(), "position": pa.int64(), "reason": pa.string()}
+_HIDDEN_COLUMNS = pa.schema(_HIDDEN_TYPES)
 _REASONS = {"gone": GONE, "opt_out": OPTED_OUT}
 
 
@@ -129,6 +131,8 @@ class Ledger:
     def _stored_states(self, shard: Shard | None, stored: int, reasons: Mapping[int, str]) -> NDArray[np.uint8]:
         states = np.full(stored, HIDDEN, np.uint8)
         for position, reason in reasons.items():
+            if position >= stored:
+                raise DataError(f"{self.folder.uri}: {HIDDEN_FILE} hides sample {position} of a shard of {stored}")
             states[position] = _REASONS.get(reason, HIDDEN)
         if shard is not None:
             if shard.stored != stored:
@@ -156,14 +160,20 @@ def read_rows(folder: Folder, name: str) -> pa.Table:
     """The parquet file of the shard called ``name``.
 
     Raises:
-        DataError: it is missing or damaged.
+        DataError: it is missing or damaged, or lacks a column that every list of rows has.
     """
     try:
-        return parse_parquet(folder.read_bytes(f"{name}.parquet"))
+        table = parse_parquet(folder.read_bytes(f"{name}.parquet"))
     except FileNotFoundError as error:
         raise DataError(f"{folder.join(name + '.parquet')} is missing, which lists the shard's rows") from error
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"{folder.join(name + '.parquet')} is damaged ({error})") from error
+    lacking = {"key", "status", "url"} - set(table.column_names)
+    if lacking:
+        raise DataError(
+            f"{folder.join(name + '.parquet')} lists no rows: it has no column {', '.join(sorted(lacking))}"
+        )
+    return table
 
 
 def body_digests(table: pa.Table) -> list[Any]:
@@ -192,9 +202,8 @@ def write_hidden(folder: Folder, parent: str, hidden: Mapping[int, Mapping[int, 
     """Store the reasons beside the plan of the refresh of ``parent``, unless the same file exists."""
     rows = [(shard, at, reasons[at]) for shard, reasons in sorted(hidden.items()) for at in sorted(reasons)]
     shards, positions, texts = zip(*rows, strict=True) if rows else ((), (), ())
-    arrays = [pa.array(shards, pa.int64()), pa.array(positions, pa.int64()), pa.array(texts, pa.string())]
     content = BytesIO()
-    pq.write_table(pa.table(arrays, names=["shard", "position", "reason"]), content)
+    pq.write_table(pa.table([shards, positions, texts], schema=_HIDDEN_COLUMNS), content)
     place = folder.folder(f"{PLANS}/{parent}")
     if not place.exists(HIDDEN_FILE) or place.read_bytes(HIDDEN_FILE) != content.getvalue():
         place.write_atomic(HIDDEN_FILE, content.getvalue())
@@ -202,12 +211,14 @@ def write_hidden(folder: Folder, parent: str, hidden: Mapping[int, Mapping[int, 
 
 def _read_hidden(place: Folder) -> dict[int, dict[int, str]]:
     try:
-        table = parse_parquet(place.read_bytes(HIDDEN_FILE))
-    except pa.ArrowInvalid as error:
+        table = parse_parquet(place.read_bytes(HIDDEN_FILE)).cast(_HIDDEN_COLUMNS)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise SnapshotError(f"{place.join(HIDDEN_FILE)} is damaged ({error})") from error
     found: dict[int, dict[int, str]] = {}
-    columns = (table[name].to_pylist() for name in ("shard", "position", "reason"))
+    columns = (table[name].to_pylist() for name in _HIDDEN_COLUMNS.names)
     for shard, position, reason in zip(*columns, strict=True):
+        if shard is None or position is None or shard < 0 or position < 0:
+            raise SnapshotError(f"{place.join(HIDDEN_FILE)} is damaged (sample {position} of shard {shard})")
         found.setdefault(shard, {})[position] = reason
     return found
 

@@ -209,7 +209,9 @@ def _refuse_stale_members(row: Row, image: EncodedImage) -> None:
     measured = _measured_in(row.members.get(BOXES))
     if measured is not None and measured != (image.width, image.height):
         sizes = f"{measured[0]} x {measured[1]} pixels, the image has {image.width} x {image.height}"
-        message = f"{BOXES} is measured in {sizes}"
+        turned = measured == (image.height, image.width)
+        advice = "; if it is displayed turned, use --apply-exif-orientation" if turned else ""
+        message = f"{BOXES} is measured in {sizes}{advice}"
         raise SampleError("failed_to_resize", "stale_annotation", message)
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import require
+from pipeline.errors import DataError
 from pipeline.shards.parquet import parse_parquet
 from pipeline.shards.sample import check_rows_per_shard, shard_name
 from pipeline.shards.snapshot import snapshot_ids
@@ -119,14 +120,24 @@ class StoredPlan:
 
 
 def read_plan(folder: Folder, name: str) -> StoredPlan | None:
-    """The plan ``name`` (:data:`ROOT`, :data:`FIRST`, or the parent snapshot of a refresh), if it exists."""
+    """The plan ``name`` (:data:`ROOT`, :data:`FIRST`, or the parent snapshot of a refresh), if it exists.
+
+    Raises:
+        DataError: the file is damaged.
+    """
     place = _place(folder, name)
     if not place.exists(PLAN_FILE):
         return None
-    table = parse_parquet(place.read_bytes(PLAN_FILE), ["shard_id"])
-    metadata = table.schema.metadata or {}
-    digest, first = metadata.get(PLAN_DIGEST, b"").decode(), int(metadata.get(PLAN_FIRST, b"0"))
-    return StoredPlan(digest=digest, first=first, shards=tuple(table["shard_id"].to_numpy().tolist()))
+    try:
+        table = parse_parquet(place.read_bytes(PLAN_FILE), ["shard_id"])
+        metadata = table.schema.metadata or {}
+        digest, first = metadata.get(PLAN_DIGEST, b"").decode(), int(metadata.get(PLAN_FIRST, b"0"))
+        shards: tuple[int, ...] = tuple(table["shard_id"].cast(pa.int64()).to_numpy().tolist())
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise DataError(f"{place.join(PLAN_FILE)} is not a plan of clipmill ({error!r}); delete it") from error
+    if first < 0 or not all(isinstance(number, int) and number >= 0 for number in shards):
+        raise DataError(f"{place.join(PLAN_FILE)} is not a plan of clipmill: its shards have no numbers; delete it")
+    return StoredPlan(digest=digest, first=first, shards=shards)
 
 
 def write_plan(folder: Folder, name: str, plan: RefreshPlan, first: int = 0) -> None:

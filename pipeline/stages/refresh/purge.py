@@ -9,7 +9,6 @@ rows that left their source are dropped.
 """
 
 import dataclasses
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import from_json, to_json
+from pipeline.config import from_json, from_plain, parse_json, require, to_json
 from pipeline.errors import DataError
+from pipeline.shards.manifest import SNAPSHOT_ID
 from pipeline.shards.sample import Sample, shard_name
 from pipeline.shards.selection import SELECTIONS, Indices, read_selection, write_selection
 from pipeline.shards.sidecar import MAKER, read_sidecar, write_sidecar
@@ -44,7 +44,21 @@ logger = logging.getLogger(__name__)
 
 PURGE_FILE = "purge.json"
 PURGED = "purged"
+DIGITS = 18  # at most, of a shard's number
 _KEPT_WHEN_FAILED = ("width", "height", "original_width", "original_height", "exif", "sha256", "md5", "sha512")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PurgeMark:
+    """The purge of the snapshot ``of``: the shards to rewrite, with the names of the new ones."""
+
+    of: str
+    names: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        require(SNAPSHOT_ID.fullmatch(self.of) is not None, "of", self.of, "the id of a snapshot")
+        for name in (*self.names, *self.names.values()):
+            require(name.isascii() and name.isdigit() and len(name) <= DIGITS, "names", name, "the number of a shard")
 
 
 def purge(folder: Folder, snapshot: Snapshot, workers: Workers) -> Snapshot:
@@ -63,8 +77,8 @@ def purge(folder: Folder, snapshot: Snapshot, workers: Workers) -> Snapshot:
         return snapshot
     first = next_number(folder)
     names = {name: shard_name(number) for number, name in enumerate(hidden, first)}
-    mark = {"of": snapshot.id, "names": names}
-    folder.folder(PLANS).write_atomic(PURGE_FILE, json.dumps(mark).encode())
+    mark = PurgeMark(of=snapshot.id, names=names)
+    folder.folder(PLANS).write_atomic(PURGE_FILE, to_json(mark).encode())
     return _purge(folder, snapshot.id, names, workers)
 
 
@@ -73,8 +87,11 @@ def finish_purge(folder: Folder, workers: Workers) -> bool:
     plans = folder.folder(PLANS)
     if not plans.exists(PURGE_FILE):
         return False
-    mark = json.loads(plans.read_bytes(PURGE_FILE))
-    _purge(folder, mark["of"], mark["names"], workers)
+    try:
+        mark = from_plain(PurgeMark, parse_json(plans.read_bytes(PURGE_FILE)), PURGE_FILE)
+    except ValueError as error:
+        raise DataError(f"{plans.join(PURGE_FILE)} is not the mark of a purge ({error}); delete it") from error
+    _purge(folder, mark.of, mark.names, workers)
     return True
 
 
@@ -92,6 +109,9 @@ def _purge(folder: Folder, of: str, names: Mapping[str, str], workers: Workers) 
     if purged is None and newest.id != of:
         logger.warning("%s was published during a purge, which is cancelled; run the purge again", newest.uri)
         for name in names.values():
+            for file in folder.names(".parquet"):
+                if file.startswith(f"{name}."):  # sidecars
+                    folder.delete(file)
             _delete_shard(folder, name)
         mark.delete(PURGE_FILE)
         return newest

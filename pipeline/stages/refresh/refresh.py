@@ -8,7 +8,7 @@ import logging
 from dataclasses import replace
 
 from pipeline.config import from_json, to_json
-from pipeline.shards.lease import Lease, lease
+from pipeline.shards.lease import lease
 from pipeline.shards.snapshot import Snapshot, publish
 from pipeline.shards.storage import Folder
 from pipeline.shards.writer import ShardStats
@@ -51,30 +51,27 @@ def refresh(
         source=source, folder=folder, options=options, workers=workers, card=card, renewal=renewal, floor=floor
     )
     with lease(folder, "a refresh") as held:
-        if finish_purge(folder, workers) or (renewal.asked and not renewal.begins(folder)):
-            return _renew(job, held)
-        return _first(job, held)
+        job = replace(job, folder=held.folder)
+        if finish_purge(job.folder, workers) or (renewal.asked and not renewal.begins(job.folder)):
+            return _renew(job)
+        return _first(job)
 
 
-def _first(job: RefreshJob, held: Lease) -> Snapshot:
+def _first(job: RefreshJob) -> Snapshot:
     rows_per_shard = job.options.number_sample_per_shard
     plan = make_plan(job.source, job.folder, rows_per_shard, job.shaping, replace=job.renewal.asked)
-    job.folder.remove_temporary()
     stats = _finished_shards(job, plan)
-    held.check()
     snapshot = publish(job.folder, stats, card=job.card, options=job.recorded)
     logger.info("snapshot %s: %d samples in %d shards", snapshot.uri, snapshot.samples, len(snapshot.shards))
     return snapshot
 
 
-def _renew(job: RefreshJob, held: Lease) -> Snapshot:
+def _renew(job: RefreshJob) -> Snapshot:
     prepared = prepare(job)
     if isinstance(prepared, Snapshot):
         snapshot = prepared
     else:
-        job.folder.remove_temporary()
         stats = _finished_shards(replace(job, source=prepared.source), prepared.plan)
-        held.check()
         snapshot = publish_renewal(job, prepared, stats)
         logger.info("snapshot %s: %d samples; %s", snapshot.uri, snapshot.samples, dict(snapshot.changes))
     return purge(job.folder, snapshot, job.workers) if job.renewal.purge else snapshot
@@ -85,7 +82,6 @@ def _finished_shards(job: RefreshJob, plan: RefreshPlan) -> list[ShardStats]:
     progress = Progress(plan.rows, job.floor)
     tasks = run_tasks(_MakeShards(job), plan.units, job.workers)
     stats = [progress.seen(from_json(ShardStats, text)) for _, text in tasks]
-    job.folder.remove_temporary()
     progress.finish()
     return stats
 

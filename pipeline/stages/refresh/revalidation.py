@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.config import require
-from pipeline.errors import SampleError
+from pipeline.errors import DataError, SampleError
 from pipeline.shards.parquet import parse_parquet
 from pipeline.shards.selection import read_selection
 from pipeline.shards.snapshot import Shard, Snapshot
@@ -40,6 +40,8 @@ Stale = Mapping[int, NDArray[np.int64]]
 """Positions in the tar of images that have changed, by the number of their shard."""
 
 FOLDER = "revalidated"
+_TYPES: Mapping[str, pa.DataType] = {"position": pa.int32(), "verdict": pa.string()}
+_COLUMNS = pa.schema(_TYPES)
 FORBIDDEN = frozenset({"optout", "robots"})
 
 
@@ -60,8 +62,7 @@ class Revalidation:
             buffer = BytesIO()
             pq.write_table(self._ask(shard), buffer)
             self.place.write_atomic(file, buffer.getvalue())
-        verdicts = parse_parquet(self.place.read_bytes(file))["verdict"].to_pylist()
-        return json.dumps(Counter(verdicts))
+        return json.dumps(Counter(_verdicts(self.place, shard)["verdict"].to_pylist()))
 
     def _ask(self, shard: Shard) -> pa.Table:
         table = read_rows(self.folder, shard.name)
@@ -78,9 +79,7 @@ class Revalidation:
         answers = download_all(requests, self.downloads) if requests else iter(())
         verdicts = {row: _verdict(answer, digests[row]) for row, answer in answers}
         found = [position[row] for row in rows]
-        return pa.table(
-            {"position": pa.array(found, pa.int32()), "verdict": pa.array([verdicts[row] for row in rows], pa.string())}
-        )
+        return pa.table([found, [verdicts[row] for row in rows]], schema=_COLUMNS)
 
     def _asks_for(self, known: KnownBody) -> bool:
         return self.which == "all" or bool(known.etag or known.last_modified)
@@ -137,8 +136,20 @@ def _verdict(answer: Download | SampleError, stored: str | None) -> str:
     return "same" if answer.not_modified or answer.digest == stored else "changed"
 
 
+def _verdicts(place: Folder, shard: Shard) -> pa.Table:
+    """The stored result of a shard; raises ``DataError`` for another table."""
+    file = f"{shard.name}.parquet"
+    try:
+        table = parse_parquet(place.read_bytes(file)).cast(_COLUMNS)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{place.join(file)} is damaged ({error}); delete it to ask again") from error
+    if any(column.null_count for column in table.columns):
+        raise DataError(f"{place.join(file)} is damaged (a row without a value); delete it to ask again")
+    return table
+
+
 def _changed(place: Folder, shard: Shard) -> NDArray[np.int64]:
-    table = parse_parquet(place.read_bytes(f"{shard.name}.parquet"))
+    table = _verdicts(place, shard)
     stale = np.array([verdict in ("changed", "forbidden") for verdict in table["verdict"].to_pylist()], np.bool_)
     positions: NDArray[np.int64] = table["position"].to_numpy().astype(np.int64)[stale]
     return positions

@@ -257,19 +257,46 @@ def test_names_that_a_prompt_would_cut(clip: FrozenClip, kind: type[Any]) -> Non
 # -- Linear probe
 
 
-def test_the_probe_is_scikit_learns_best() -> None:
-    few, held = random_shots(12, views=2), random_shots(90, seed=2)
-    probe = linear_probe.LinearProbe(linear_probe.Config(halvings=2), three(), NAMES, ()).double()
+@pytest.mark.parametrize("noise", [1.0, 0.02, 30.0])  # the best C is in the middle, at the upper end, somewhere
+def test_the_probe_is_scikit_learns_on_raw_features(noise: float) -> None:
+    """The search written out: the first best of seven, then eight halvings in which the lower end wins a tie."""
+    few, held = random_shots(12, views=2), random_shots(60, seed=2)
+    few = Shots(few.features + noise * torch.randn(few.features.shape, dtype=torch.float64), few.labels)
+    probe = linear_probe.LinearProbe(linear_probe.Config(), three(), NAMES, ()).double()
     probe.select(few, held)
-    predicted = probe.logits(held.first_view()).argmax(dim=1)
-    unit = functional.normalize(few.features.flatten(0, 1), dim=1).numpy()
-    test = functional.normalize(held.first_view(), dim=1).numpy()
-    scores = []
-    for power in range(-6, 7, 2):
-        fitted = LogisticRegression(C=10.0**power, max_iter=1000).fit(unit, few.labels.repeat_interleave(2).numpy())
-        scores.append(float(np.mean(fitted.predict(test) == held.labels.numpy())))
-    mine = float((predicted == held.labels).double().mean())
-    assert max(scores) <= mine <= 1
+    inputs, targets = few.features.flatten(0, 1).numpy(), few.labels.repeat_interleave(2).numpy()
+    test, wanted = held.first_view().numpy(), held.labels.numpy()
+
+    def fit(power: float) -> LogisticRegression:
+        return LogisticRegression(C=10.0**power, max_iter=1000).fit(inputs, targets)
+
+    peak = [6, 4, 2, 0, -2, -4, -6][int(np.argmax([fit(p).score(test, wanted) for p in (6, 4, 2, 0, -2, -4, -6)]))]
+    low, high = peak - 1.0, peak + 1.0
+    for _ in range(8):
+        right = fit(low).score(test, wanted) < fit(high).score(test, wanted)
+        final = high if right else low
+        low, high = ((low + high) / 2, high) if right else (low, (low + high) / 2)
+    assert probe.choices()["C"] == pytest.approx(10**final)
+    theirs = fit(final)
+    ours = probe.logits(held.first_view())
+    torch.testing.assert_close(
+        ours.log_softmax(dim=1), torch.from_numpy(theirs.predict_log_proba(test)), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_the_search_of_the_probe_by_hand() -> None:
+    """At equal scores the lower end stays, down to a tenth of the first C; the last winner counts, not the best."""
+    asked: list[float] = []
+
+    def level(power: float) -> tuple[float, float]:
+        asked.append(power)
+        return 0.5, power
+
+    assert linear_probe._best(level, 8) == 5.0  # a decade below 1e6
+    assert sorted(asked)[:7] == [-6, -4, -2, 0, 2, 4, 5]
+    peak = linear_probe._best(lambda power: (1.0 if power == 0 else 0.5 - abs(power - 0.9) / 10, power), 1)
+    assert peak == 1.0  # of -1 and 1 in the last halving, not 0 with its higher score
+    assert linear_probe._best(lambda power: (-abs(power - 2), power), 0) == 2
 
 
 @pytest.mark.parametrize("present", [(0, 1), (0, 2)])
