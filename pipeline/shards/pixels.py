@@ -17,6 +17,7 @@ All functions are pure and thread-safe: the decoders have no shared state and re
 import functools
 import struct
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any, NoReturn
 
 import cv2
