@@ -31,7 +31,7 @@ from pipeline.config import require
 from pipeline.dataset import load_card
 from pipeline.errors import DataError, SampleError
 from pipeline.shards.objects import FIELD, MOST_OBJECTS, plain_word
-from pipeline.shards.storage import Folder, split_file
+from pipeline.shards.storage import Folder, file_stamp, split_file
 from pipeline.sources.coco_annotations import (
     AnnotatedImage,
     Annotations,
@@ -39,7 +39,6 @@ from pipeline.sources.coco_annotations import (
     read_annotations,
     read_captions,
 )
-from pipeline.sources.folder import file_stamp
 from pipeline.sources.source import UNCHANGED, Row, Slice
 
 logger = logging.getLogger(__name__)
@@ -195,11 +194,9 @@ class Coco:
 
     def _files(self) -> dict[str, str]:
         """Relative paths of all files in the folder, with their version stamps."""
-        fs, root = self._place.fs, str(self._place.path)
-        require(bool(fs.isdir(root)), "images", self.images, "an existing folder, or the beginning of urls (https://…)")
-        found = fs.find(root, detail=True).items()
-        base = root.rstrip("/") + "/"
-        return {path.split(base, 1)[-1]: file_stamp(about) for path, about in found}
+        allowed = "an existing folder, or the beginning of urls (https://…)"
+        require(self._place.kind() == "directory", "images", self.images, allowed)
+        return {path: file_stamp(about) for path, about in self._place.find().items()}
 
     @staticmethod
     def _paths(images: Sequence[AnnotatedImage], files: Mapping[str, str]) -> list[str]:

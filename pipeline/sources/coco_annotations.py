@@ -23,9 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import require
-from pipeline.errors import DataError, SettingError
+from pipeline.errors import DataError, ReadError, SettingError
 from pipeline.shards.objects import SMALLEST, corners, inside, is_crowd, plain_word, word_of
 from pipeline.shards.segmentation import MaskReason, checked
+from pipeline.shards.storage import read_errors
 
 logger = logging.getLogger(__name__)
 
@@ -138,8 +139,10 @@ def _read(uri: str, keys: Sequence[str], kind: str) -> dict[str, Any]:
     field = "captions" if "captions" in kind else "annotations"
     allowed = f"{kind}, a JSON file with " + ", ".join(keys)
     try:
-        with fsspec.open(uri, "rt", encoding="utf-8-sig", compression="infer") as file:
+        with read_errors(uri), fsspec.open(uri, "rt", encoding="utf-8-sig", compression="infer") as file:
             content = json.load(file, object_hook=_compact)
+    except ReadError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise SettingError(field, uri, f"{allowed} ({error})") from error
     missing = [key for key in keys if not (isinstance(content, dict) and isinstance(content.get(key), list))]

@@ -16,13 +16,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.errors import SettingError
+from pipeline.errors import ReadError, SettingError
+from pipeline.shards.storage import split_file
 
 # NumPy drops trailing zeros of such strings, on both sides of a comparison.
 DIGEST = np.dtype("S16")
@@ -79,13 +79,17 @@ def read_opt_out(uri: str | None) -> OptOut:
     """The list at ``uri`` (a path or any fsspec URI, ``.txt`` or ``.parquet``); an empty one for ``None``.
 
     Raises:
-        SettingError: it cannot be read.
+        SettingError: no such file, or not such a list.
+        ReadError: the store refuses.
     """
     if uri is None:
         return OptOut()
     try:
-        with fsspec.open(uri, "rb") as file:
+        folder, name = split_file(uri)
+        with folder.open(name) as file:
             return OptOut(_parquet_entries(file) if uri.endswith(".parquet") else _text_entries(file))
+    except ReadError:
+        raise
     except (OSError, UnicodeDecodeError, pa.ArrowInvalid) as error:
         allowed = f"a readable .txt with one entry a line, or a .parquet with a text column ({error})"
         raise SettingError("opt_out", uri, allowed) from error

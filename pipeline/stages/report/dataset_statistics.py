@@ -26,12 +26,14 @@ import pyarrow.parquet as pq
 
 from pipeline.config import from_json, require, to_json
 from pipeline.errors import DataError, SampleError, SidecarError
+from pipeline.shards.pixels import read_header
 from pipeline.shards.sample import Sample
 from pipeline.shards.selection import read_samples
 from pipeline.shards.sidecar import read_sidecar, sidecar_file
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
-from pipeline.stages.crawl.images import ImageOptions, read_header, transform
+from pipeline.shards.text import decoded
+from pipeline.stages.crawl.images import ImageOptions, transform
 from pipeline.stages.filters.language import identify
 from pipeline.stages.report.outlines import Region, read_regions
 from pipeline.stages.shard_tasks import Workers, run_tasks
@@ -367,7 +369,7 @@ class _Counted:
             self._spoken[self._languages[sample.key]] += 1
 
     def _identify(self, sample: Sample) -> None:
-        text = sample.fields.get("txt", b"")[:LONGEST_CAPTION].decode("utf-8", errors="ignore").strip()
+        text = decoded(sample.fields.get("txt", b"")[:LONGEST_CAPTION]).strip()
         if text:
             self._spoken[identify(text)[0]] += 1
 
@@ -473,7 +475,7 @@ def _limit(wanted: int, present: int) -> int:
 def _shown(sample: Sample, order: str, size: int) -> ShownSample | None:
     """The example; ``None`` for an undecodable image; without a thumbnail for a sample without an image."""
     image = sample.image()
-    caption = sample.fields.get("txt", b"").decode("utf-8", errors="replace")[:LONGEST_CAPTION]
+    caption = decoded(sample.fields.get("txt", b""))[:LONGEST_CAPTION]
     if image is None:
         return ShownSample(order=order, key=sample.key, caption=caption, width=0, height=0, thumbnail="")
     small = ImageOptions(

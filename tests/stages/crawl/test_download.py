@@ -332,9 +332,16 @@ def test_a_compressed_body_is_unpacked_up_to_the_cap(raw: RawServer, name: str, 
     assert failure(raw.add("/b", answer(bomb, Content_Encoding=name)), max_bytes=2**20).error_class == "too_large"
 
 
-@pytest.mark.parametrize("reply", [answer(BODY, Content_Encoding="br"), answer(b"garbage", Content_Encoding="gzip")])
+@pytest.mark.parametrize(
+    "reply", [answer(b"garbage", Content_Encoding="br"), answer(b"garbage", Content_Encoding="gzip")]
+)
 def test_an_encoding_that_is_not_understood_is_a_failure(raw: RawServer, reply: bytes) -> None:
     assert failure(raw.add("/a", reply)).error_class == "encoding"
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "utf-8"])
+def test_an_images_bytes_are_believed_and_not_its_encoding(raw: RawServer, encoding: str) -> None:
+    assert success(raw.add("/a", answer(BODY, Content_Encoding=encoding))).body == BODY
 
 
 # Retries
