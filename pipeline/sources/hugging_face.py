@@ -225,5 +225,5 @@ def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
         features = parse_json((schema.metadata or {}).get(FEATURES, b"{}"))["info"]["features"]
         labels = {name: kind for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
         return {name: [str(one) for one in kind["names"]] for name, kind in labels.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}

@@ -60,7 +60,7 @@ def test_smoke(
     client = MlflowClient(store.tracking_uri)
     run = client.get_run(record["tracking_run"])
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["zeroshot/drawn_shapes/top1"] == evaluation["metrics"]["zeroshot/drawn_shapes/top1"]
+    assert run.data.metrics["zeroshot/drawn_shapes/top1"] == evaluation.metrics["zeroshot/drawn_shapes/top1"]
     assert [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2, 3, 4]
     assert run.inputs.dataset_inputs[0].dataset.digest == record["digest"][:36]
     (version,) = client.search_model_versions(f"run_id = '{run.info.run_id}'")

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import from_json, require, to_json
-from pipeline.errors import SampleError
+from pipeline.errors import DataError, SampleError, SidecarError
 from pipeline.shards.pixels import read_header
 from pipeline.shards.sample import Sample
 from pipeline.shards.selection import read_samples
@@ -507,10 +507,13 @@ def _rows(folder: Folder, shard: Shard) -> Iterator[dict[str, list[Any]]]:
     if not folder.exists(name):
         return
     with folder.open(name) as file:
-        table = pq.ParquetFile(file)
-        columns = [column for column in ROW_COLUMNS if column in table.schema_arrow.names]
-        if {"key", "status"} <= set(columns):
-            yield from (batch.to_pydict() for batch in table.iter_batches(10_000, columns=columns))
+        try:
+            table = pq.ParquetFile(file)
+            columns = [column for column in ROW_COLUMNS if column in table.schema_arrow.names]
+            if {"key", "status"} <= set(columns):
+                yield from (batch.to_pydict() for batch in table.iter_batches(10_000, columns=columns))
+        except pa.ArrowException as error:
+            raise DataError(f"{folder.join(name)} is damaged ({error})") from error
 
 
 def _scores(folder: Folder, shard: Shard) -> dict[str, float]:
@@ -522,7 +525,13 @@ def _scores(folder: Folder, shard: Shard) -> dict[str, float]:
         return {}
     scores: dict[str, float] = {}
     for batch in table.select(["key", "image", "text"]).to_batches(4096):
-        images, texts = _matrix(batch.column("image")), _matrix(batch.column("text"))
+        try:
+            images, texts = _matrix(batch.column("image")), _matrix(batch.column("text"))
+        except (ValueError, TypeError) as error:
+            file = folder.join(sidecar_file(shard, EMBEDDINGS))
+            raise SidecarError(f"{file} holds no lists of numbers of one length; run jobs/embed_dataset.py") from error
+        if images.shape != texts.shape:
+            return {}
         # Rounded, so that the sum does not depend on the machine's BLAS library.
         cosines = np.round((images * texts).sum(axis=1), 4)
         pairs = zip(batch.column("key").to_pylist(), cosines.tolist(), strict=True)
