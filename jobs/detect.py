@@ -9,13 +9,10 @@ Works with every method that has `predict`. Words are any class names, also with
 
 import json
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Literal
 
 import cv2
-import numpy as np
 import tyro
-from PIL import Image, ImageOps
 
 from pipeline.config import require, run_job, writable_file
 from pipeline.errors import DataError, unreadable
@@ -101,19 +98,11 @@ def read_image(place: str) -> Pixels:
         return decode(draw_sample("val", 0, 0, 128).image)
     folder, name = split_file(place)
     try:
-        return upright(folder.read_bytes(name))
+        return decode(folder.read_bytes(name), upright=True)
     except UnreadableSample as error:
         raise DataError(f"{place} is not a readable image ({error})") from error
     except (OSError, ValueError) as error:
         raise unreadable("image", place, "an image", error) from error
-
-
-def upright(content: bytes) -> Pixels:
-    """The image in ``content`` as it is displayed: a phone's photo is turned as its EXIF orientation says."""
-    turned = Image.fromarray(decode(content))
-    with Image.open(BytesIO(content)) as stored:
-        turned.info["exif"] = stored.info.get("exif", b"")
-    return np.array(ImageOps.exif_transpose(turned))
 
 
 def load(run: Detect) -> Detector:

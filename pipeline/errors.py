@@ -5,7 +5,8 @@ ClipmillError
   DataError        stored data is broken, missing or stale; the sentence names the file
     SnapshotError  a snapshot cannot be read or published
     SidecarError   a sidecar is missing, or was made from other bytes
-  StorageError     a write failed (disk full, object store refuses); run again to resume
+  StorageError     a disk or an object store refuses (disk full, no credentials); run again to resume
+    ReadError      the same for reading
   ClusterError     Ray did not start on this machine; run again, or with fewer workers
   TooManyFailures  a job gave up because fewer rows became samples than the user's floor allows
   SampleError      one sample is bad; caught at a stage's sample boundary and counted, never seen by a user
@@ -55,7 +56,11 @@ class SidecarError(DataError):
 
 
 class StorageError(ClipmillError):
-    """A failed write; no partial file is left under a final name."""
+    """A disk or store that refuses; a failed write leaves no partial file under a final name."""
+
+
+class ReadError(StorageError, OSError):
+    """A disk or store that refuses to give a file that may exist; code that handles ``OSError`` handles it too."""
 
 
 class ClusterError(ClipmillError):

@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,8 @@ from pipeline.config import (
     writable_folder,
 )
 from pipeline.dataset import Card, card_names, load_card
-from pipeline.errors import DataError, SettingError, unreadable
+from pipeline.errors import ClipmillError, DataError, SettingError, unreadable
+from pipeline.shards.storage import Folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,3 +366,34 @@ def test_the_drawn_shapes_are_base_or_novel() -> None:
 def test_novel_classes_are_classes() -> None:
     with pytest.raises(SettingError, match="novel"):
         Card(name="x", title="x", classes=("cat", "dog"), novel=("cow",))
+
+
+DEEP = ["[" * 1_100 + "]" * 1_100, '[{"a":' * 600 + "1" + "}]" * 600]
+
+
+@pytest.mark.parametrize("text", DEEP, ids=["lists", "objects"])
+def test_files_that_are_nested_deep_are_a_sentence(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of settings, cards, class names, splits and lists of entries: what a user names on the command line."""
+    from pipeline.evaluation.classes import json_of, lines_of
+    from pipeline.sources.split_file import SplitFile
+    from pipeline.stages.filters.metaclip import read_entries
+
+    for name in ("deep.json", "deep.yaml"):
+        (tmp_path / name).write_text(text)
+    place = str(tmp_path / "deep.json")
+    reads: list[Callable[[], object]] = [
+        lambda: from_json(Run, text),
+        lambda: from_yaml(Run, tmp_path / "deep.yaml"),
+        lambda: json_of("words", place, "a JSON file"),
+        lambda: lines_of("classes", place, "a list"),
+        lambda: read_entries(place),
+        lambda: list(SplitFile(folder=str(tmp_path), split="deep.json").slices(10, Folder(tmp_path))),
+    ]
+    for read in reads:
+        with pytest.raises(ClipmillError) as error:
+            read()
+        assert "\n" not in str(error.value) and len(str(error.value)) < 700
+    monkeypatch.setattr("sys.argv", ["job.py", "--from", place])
+    with pytest.raises(SystemExit) as stopped:
+        run_job({"paper": ("x", Run())}, lambda _: None)
+    assert stopped.value.code == 2

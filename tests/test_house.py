@@ -211,7 +211,7 @@ def test_a_source_loads_no_other_source():
         "print(*[name for name in sys.modules if name.startswith('pipeline.sources.')])"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120).stdout.split()
-    assert set(loaded) == {"pipeline.sources.source", "pipeline.sources.urls"}
+    assert set(loaded) == {"pipeline.sources.source", "pipeline.sources.tables", "pipeline.sources.urls"}
 
 
 def test_the_folder_datasets_holds_no_python(monkeypatch):

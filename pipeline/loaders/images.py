@@ -14,23 +14,23 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Literal
 
 import numpy as np
 import simplejpeg
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
 
 from pipeline.config import require
+from pipeline.errors import SampleError
 from pipeline.loaders.order import RandomStream, random_bits
 from pipeline.loaders.samples import UnreadableSample
+from pipeline.shards.pixels import Pixels as Pixels
+from pipeline.shards.pixels import rgb
 from pipeline.shards.sample import Sample
 
-Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 
 MAX_PIXELS = 64_000_000  # images in shards are small; a larger one is an attack or a mistake
@@ -211,21 +211,20 @@ def as_stored(pixels: Pixels) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def decode(content: bytes) -> Pixels:
-    """The image in ``content`` as uint8 [H, W, 3]; grey, CMYK, palette and alpha become plain RGB.
+def decode(content: bytes, upright: bool = False) -> Pixels:
+    """The image in ``content`` as uint8 [H, W, 3], by the rules of :mod:`pipeline.shards.pixels`.
+
+    Transparent pixels are white. EXIF orientation is ignored unless ``upright`` is set.
 
     Raises:
         UnreadableSample: not an image, a broken image, or more than ``MAX_PIXELS`` pixels.
     """
-    if content[:2] == b"\xff\xd8":
-        try:
-            height, width, *_ = simplejpeg.decode_jpeg_header(content)
-            if height * width <= MAX_PIXELS:
-                pixels: Pixels = simplejpeg.decode_jpeg(content)
-                return pixels
-        except ValueError:
-            pass  # CMYK, or damage; Pillow decides
-    return _decode_with_pillow(content)
+    try:
+        # Pillow warns about odd metadata and large images; both are handled.
+        with warnings.catch_warnings(action="ignore"):
+            return rgb(content, MAX_PIXELS, upright)
+    except SampleError as error:
+        raise UnreadableSample(error.message) from error
 
 
 def _jpeg_size(content: bytes) -> tuple[int, int] | None:
@@ -247,17 +246,6 @@ def _decode_smaller(content: bytes, size: tuple[int, int], shrink: int) -> Pixel
     except ValueError:
         return None
     return pixels if pixels.shape[:2] == (height, width) else None
-
-
-def _decode_with_pillow(content: bytes) -> Pixels:
-    try:
-        # Pillow warns about odd metadata and large images; the code below handles both.
-        with warnings.catch_warnings(action="ignore"), Image.open(BytesIO(content)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UnreadableSample(f"{image.width} x {image.height} pixels")
-            return np.array(image.convert("RGB"))  # a copy: torch warns about memory it may not write
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UnreadableSample(str(error)) from error
 
 
 def _uniforms(random_bits: NDArray[np.uint64]) -> list[float]:

@@ -1,6 +1,5 @@
 """The samples of a snapshot by number, read from memory-mapped tars."""
 
-import json
 import os
 from bisect import bisect_right
 from collections import OrderedDict
@@ -10,6 +9,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
+from pipeline.config import parse_json
 from pipeline.errors import DataError, SidecarError
 from pipeline.loaders.cache import FileCache
 from pipeline.shards.sample import IMAGE_FIELDS, Sample
@@ -18,6 +18,7 @@ from pipeline.shards.sidecar import SidecarRows, Wanted, sidecar_file
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import TarShard
+from pipeline.shards.text import decoded
 
 HELD_BYTES = 64 << 20  # cache of sidecar rows, in each process
 
@@ -36,7 +37,7 @@ def json_of_sample(sample: Sample) -> dict[str, Any]:
         UnreadableSample: the field is no JSON.
     """
     try:
-        record = json.loads(sample.fields.get("json", b"{}"))
+        record = parse_json(decoded(sample.fields.get("json", b"{}")))
     except ValueError as error:
         raise UnreadableSample(f"{sample.key}.json is no JSON") from error
     return record if isinstance(record, dict) else {}

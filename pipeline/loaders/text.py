@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.errors import SettingError
 from pipeline.loaders.samples import UnreadableSample, json_of_sample
 from pipeline.shards.sample import Sample
+from pipeline.shards.text import decoded
 
 REMEMBERED_WORDS = 100_000
 LONGEST_REMEMBERED = 64  # characters: a longer word is an address or an attack, and occurs once
@@ -113,14 +114,14 @@ def caption_field(caption: str) -> str:
 def read_caption(sample: Sample, caption: str = "txt") -> str:
     """The caption of ``sample`` from its ``.txt``, or from a key of its ``.json`` (``json:KEY``).
 
-    UnreadableSample: the sample has no caption there.
-    UnreadableSample: the sample has none there.
+    Raises:
+        UnreadableSample: the sample has no caption there.
     """
     field, _, key = caption.partition(":")
     if field not in sample.fields:
         raise UnreadableSample(f"{sample.key} has no .{field}")
     if not key:
-        return sample.fields[field].decode("utf-8", errors="replace")
+        return decoded(sample.fields[field])
     value = json_of_sample(sample).get(key)
     if not isinstance(value, str):
         raise UnreadableSample(f"{sample.key}.json has no text {key}")

@@ -37,9 +37,8 @@ from pipeline.sources.picked import Picked
 from pipeline.sources.source import Source
 from pipeline.stages.annotate.embeddings import EmbedOptions, embed
 from pipeline.stages.annotate.view_features import read_views
-from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.ray_session import connect
-from pipeline.stages.refresh.make_shard import ShardOptions
+from pipeline.stages.refresh.make_shard import AS_IT_IS
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers, run_tasks
 from pipeline.training import distributed
@@ -59,7 +58,6 @@ RECIPES: Mapping[Protocol, RecipeProtocol] = {
     "generalise": "cross",
 }
 ZERO_SHOT = "zero_shot"
-UNTOUCHED = ImageOptions(resize_mode="no", disable_all_reencoding=True)
 ROWS_PER_SHARD = 512
 VIEW_BATCH = 32
 
@@ -475,7 +473,7 @@ def _snapshot(source: Source, folder: Folder, name: str, rows: int, workers: Wor
     """The rows of ``source`` as a snapshot below ``folder``, at a path derived from their content."""
     digest = hashlib.sha256(repr(source).encode()).hexdigest()[:12]
     place = folder.folder(f"{name}-{digest}")
-    options = ShardOptions(images=UNTOUCHED, number_sample_per_shard=ROWS_PER_SHARD)
+    options = replace(AS_IT_IS, number_sample_per_shard=ROWS_PER_SHARD)
     made = refresh(source, place, options, workers)
     if made.samples != rows:
         raise DataError(f"{place.uri} has {made.samples} of {rows} images, {made.dropped}: the split needs all of them")

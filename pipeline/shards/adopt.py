@@ -23,7 +23,7 @@ from pipeline.shards.lease import lease
 from pipeline.shards.manifest import MOST_BYTES
 from pipeline.shards.parquet import parse_parquet
 from pipeline.shards.snapshot import SNAPSHOTS, Shard, Snapshot, publish_shards, read_snapshot, snapshot_ids
-from pipeline.shards.storage import BLOCK, Folder
+from pipeline.shards.storage import BLOCK, Folder, file_stamp
 from pipeline.shards.tar import iterate_tar
 from pipeline.shards.writer import STATS, ShardStats
 
@@ -245,9 +245,7 @@ def _stats(folder: Folder, name: str) -> dict[str, Any]:
 
 def _stamp(folder: Folder, name: str) -> str:
     """Version stamp of the tar: its size with its modification time, or the store's ETag."""
-    info = folder.fs.info(f"{folder.path}/{name}.tar")
-    changed = next((info[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if key in info), "")
-    return f"{info.get('size', '')}/{changed}"
+    return file_stamp(folder.info(f"{name}.tar"))
 
 
 def _progress(folder: Folder) -> Folder:

@@ -8,7 +8,21 @@ from typing import Any
 from pipeline.config import require
 
 SHARD_WIDTH = 5
-IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
+IMAGE_KINDS: Mapping[str, tuple[str, ...]] = {
+    "jpeg": ("jpg", "jpeg", "jpe", "jfif"),
+    "png": ("png", "apng"),
+    "webp": ("webp",),
+    "gif": ("gif",),
+    "bmp": ("bmp", "dib"),
+    "tiff": ("tif", "tiff"),
+    "avif": ("avif", "avifs"),
+    "jpeg2000": ("jp2", "j2k", "j2c", "jpc", "jpf", "jpx"),
+    "ppm": ("ppm", "pgm", "pbm", "pnm"),
+    "mpo": ("jpg", "mpo"),
+}
+"""Kinds of images that :mod:`pipeline.shards.pixels` decodes, with their endings; shards use the first one."""
+# A sample's image is the first of these fields that it has.
+IMAGE_FIELDS = tuple(dict.fromkeys(ending for endings in IMAGE_KINDS.values() for ending in endings))
 # Fields with positions in the image: a resize would make them wrong.
 GEOMETRIC_FIELDS = ("boxes.json", "mask.png")
 

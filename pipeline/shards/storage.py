@@ -8,14 +8,14 @@ import errno
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Literal, Protocol
 
 import fsspec
 
-from pipeline.errors import StorageError
+from pipeline.errors import ClipmillError, ReadError, StorageError
 
 BLOCK = 1 << 20
 TEMPORARY = ".tmp-"
@@ -28,6 +28,8 @@ _FULL = {
     errno.EDQUOT: "the disk is full",
     errno.EFBIG: "the file is longer than the disk or a limit of this process (ulimit -f) allows",
 }
+# Packages whose exceptions are those of a store.
+_CLIENTS = ("botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "google", "adlfs", "azure", "requests", "urllib3")
 
 
 class Guard(Protocol):
@@ -42,8 +44,9 @@ class Folder:
     """A folder at a local path or any fsspec URI (``s3://bucket/path``, ``memory://path``).
 
     ``uri`` is the form for users, ``path`` the form for the file system ``fs``. Nothing is created until the first
-    write. Picklable, so a worker on another node opens the same folder. With a ``guard``, every write and deletion
-    here and in the folders below asks it first (see ``lease.py``).
+    write. Picklable, so a worker on another node opens the same folder. Every method that reads raises ``ReadError``
+    where the disk or store refuses. With a ``guard``, every write and deletion here and in the folders below asks it
+    first (see ``lease.py``).
     """
 
     def __init__(self, uri: str | Path, guard: Guard | None = None) -> None:
@@ -78,7 +81,8 @@ class Folder:
         """Sorted names of the files directly in this folder that end in ``suffix``, without temporary files."""
         self.fs.invalidate_cache(self.path)
         try:
-            entries = self.fs.ls(self.path, detail=True)
+            with read_errors(self.uri):
+                entries = self.fs.ls(self.path, detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return []
         names = (entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
@@ -87,20 +91,44 @@ class Folder:
     def exists(self, name: str) -> bool:
         """Whether the file or folder ``name`` exists."""
         self.fs.invalidate_cache(self.path)
-        return bool(self.fs.exists(self._at(name)))
+        with read_errors(self.join(name)):
+            return bool(self.fs.exists(self._at(name)))
 
     def size(self, name: str) -> int:
         """Size of the file ``name`` in bytes; raises ``FileNotFoundError``."""
-        return int(self.fs.size(self._at(name)))
+        with read_errors(self.join(name)):
+            return int(self.fs.size(self._at(name)))
+
+    def info(self, name: str) -> dict[str, Any]:
+        """fsspec's facts about the file ``name``; raises ``FileNotFoundError``."""
+        with read_errors(self.join(name)):
+            return dict(self.fs.info(self._at(name)))
+
+    def kind(self) -> Literal["file", "directory"] | None:
+        """Whether ``uri`` is a folder or, after all, a file; ``None`` where there is neither."""
+        with read_errors(self.uri):
+            if self.fs.isdir(self.path):
+                return "directory"
+            return "file" if self.fs.exists(self.path) else None
+
+    def find(self, depth: int | None = None) -> dict[str, dict[str, Any]]:
+        """fsspec's facts about the files below this folder, up to ``depth`` levels, by path relative to it, sorted."""
+        with read_errors(self.uri):
+            found = self.fs.find(self.path, maxdepth=depth, detail=True)
+        files = {str(path)[len(self.path) :].lstrip("/"): found[path] for path in sorted(found)}
+        # Consoles of object stores make empty objects in place of folders.
+        return {name: info for name, info in files.items() if name and not name.endswith("/")}
 
     def open(self, name: str) -> BinaryIO:
         """The file ``name`` for binary reading; raises ``FileNotFoundError``."""
-        opened: BinaryIO = self.fs.open(self._at(name), "rb")
+        with read_errors(self.join(name)):
+            opened: BinaryIO = self.fs.open(self._at(name), "rb")
         return opened
 
     def read_bytes(self, name: str) -> bytes:
         """The whole file ``name``; raises ``FileNotFoundError``."""
-        content: bytes = self.fs.cat_file(self._at(name))
+        with read_errors(self.join(name)):
+            content: bytes = self.fs.cat_file(self._at(name))
         return content
 
     def read_text(self, name: str) -> str:
@@ -243,23 +271,64 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_stamp(info: Mapping[str, Any]) -> str:
+    """Size and modification time or ETag of a file, from fsspec's ``info``."""
+    changed = next(
+        (info[name] for name in ("ETag", "etag", "mtime", "LastModified", "created") if name in info),
+        "",
+    )
+    return f"{info.get('size', '')}/{changed}"
+
+
 @contextmanager
 def storage_errors(place: str) -> Iterator[None]:
     """Convert the errors of disks and object stores to :class:`StorageError`, with the path."""
     try:
         yield
-    except OSError as error:
-        reason = _FULL.get(error.errno or 0) or str(error) or repr(error)
-        raise StorageError(f"cannot write {place}: {reason}; fix this and run the same command again") from error
     except Exception as error:
-        # botocore's errors do not share a base with OSError, and importing botocore only to name them costs 0.3 s.
-        if type(error).__module__.partition(".")[0] not in (
-            "botocore",
-            "aiobotocore",
-            "aiohttp",
-        ):
+        reason = _reason(error)
+        if reason is None:
             raise
-        raise StorageError(f"cannot write {place}: {error}; fix this and run the same command again") from error
+        raise StorageError(f"cannot write {place}: {reason}; fix this and run the same command again") from error
+
+
+@contextmanager
+def read_errors(place: str) -> Iterator[None]:
+    """Convert the errors of disks and object stores to :class:`ReadError`, with the path; not ``FileNotFoundError``."""
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise ReadError(f"cannot read {place}: {reason}") from error
+
+
+def _reason(error: Exception) -> str | None:
+    """The likely cause of the error of a disk or store; ``None`` for any other error.
+
+    The errors of the stores' clients do not share a base with ``OSError``, and importing the clients only to name them
+    costs 0.3 s.
+    """
+    if isinstance(error, ClipmillError):
+        return None  # says its reason already
+    name, client = type(error).__name__, type(error).__module__.partition(".")[0]
+    if not isinstance(error, OSError) and client not in _CLIENTS:
+        return None
+    said = " ".join(str(error).split()) or repr(error)
+    if "Credential" in name or "Token" in name or "Authentication" in name:
+        return f"no credentials for this store ({said})"
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return _FULL[error.errno]
+    if isinstance(error, PermissionError):
+        return f"access denied ({said})"
+    if isinstance(error, TimeoutError) or "Timeout" in name:
+        return f"no answer in time ({said})"
+    if isinstance(error, ConnectionError) or "Connect" in name or "ProxyError" in name:
+        return f"no connection, or it was refused ({said})"
+    return said
 
 
 def store_options(scheme: str, seconds: float = 60.0) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Tar shards: deterministic writing, defensive reading.
 
 The layout is webdataset's: a sample is a run of members ``{key}.{field}``; the key is the path up to the first dot of
-its last component. Members are written as USTAR with fixed owner, mode and time, so that equal samples give equal
-bytes. Archives to read are not trusted: a member that is not a plain file with a plain relative name is rejected.
+its last component. Bytes of a name that are no UTF-8 are read as ``%E9``. Members are written as USTAR with fixed
+owner, mode and time, so that equal samples give equal bytes. Archives to read are not trusted: a member that is not a
+plain file with a plain relative name is rejected.
 """
 
 import functools
@@ -17,6 +18,7 @@ from typing import BinaryIO, Self
 from pipeline.errors import DataError
 from pipeline.shards.sample import Sample
 from pipeline.shards.tar_headers import NO_PLAIN_FILE, RECORD, read_headers
+from pipeline.shards.text import escaped
 
 METADATA = re.compile(r"__[^/]*__($|/)")
 PLAIN = re.compile(r"([0-9A-Za-z-][0-9A-Za-z_-]*)\.([0-9a-z_.]+)")  # nearly all names; a fast path only
@@ -199,10 +201,11 @@ def split_path(path: str, name: str) -> tuple[str, str] | None:
     stem, dot, field = last.partition(".")
     if not dot or not stem or not field or METADATA.match(path):
         return None
-    return (f"{folder}/{stem}" if folder else stem), field.lower()
+    return escaped(f"{folder}/{stem}" if folder else stem), escaped(field.lower())
 
 
 def _check_new(key: str, seen: set[str], name: str) -> None:
     if key in seen:
-        raise DataError(f"{name}: the members of {key} are not together")
+        order = "pack the files in the order of their names (tar --sort=name)"
+        raise DataError(f"{name}: the members of {key} are not together; {order}")
     seen.add(key)

@@ -1,11 +1,23 @@
 """Text from outside, made fit for storage: UTF-8 can hold it, and readers in C do not end it at a NUL."""
 
+import re
+
+_BYTE = re.compile("[\udc80-\udcff]")
+
 
 def storable(text: str) -> str:
     """``text`` with ``?`` for each lone surrogate (half an emoji, a byte that was no UTF-8) and without NUL."""
     if text.isascii():
         return text.replace("\0", "") if "\0" in text else text
     return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
+
+
+def escaped(name: str) -> str:
+    """``name``, read with ``surrogateescape``, with ``%E9`` for a byte E9 that was no UTF-8.
+
+    Unlike :func:`storable` it keeps different names different.
+    """
+    return name if name.isascii() else _BYTE.sub(lambda found: f"%{ord(found[0]) - 0xDC00:02X}", name)
 
 
 def decoded(content: bytes) -> str:

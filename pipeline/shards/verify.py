@@ -19,6 +19,7 @@ from pipeline.shards.sidecar import TAR_DIGEST, sidecar_file
 from pipeline.shards.snapshot import SNAPSHOTS, Shard, Snapshot, read_snapshot, snapshot_ids
 from pipeline.shards.storage import BLOCK, TEMPORARY, Folder
 from pipeline.shards.tar import iterate_tar
+from pipeline.shards.text import decoded
 from pipeline.shards.writer import STATS
 
 LEFT = "left by a killed run (or one is at work now)"
@@ -287,7 +288,7 @@ def _all_names(folder: Folder) -> Iterator[str]:
 
 def _is_json(content: bytes) -> bool:
     try:
-        parse_json(content)
+        parse_json(decoded(content))
     except ValueError:
         return False
     return True

@@ -31,7 +31,7 @@ from pipeline.config import require
 from pipeline.dataset import load_card
 from pipeline.errors import DataError, SampleError, missing
 from pipeline.shards.objects import FIELD, MOST_OBJECTS, plain_word
-from pipeline.shards.storage import Folder, split_file
+from pipeline.shards.storage import Folder, file_stamp, split_file
 from pipeline.sources.coco_annotations import (
     AnnotatedImage,
     Annotations,
@@ -39,7 +39,6 @@ from pipeline.sources.coco_annotations import (
     read_annotations,
     read_captions,
 )
-from pipeline.sources.folder import file_stamp
 from pipeline.sources.source import UNCHANGED, Row, Slice
 
 logger = logging.getLogger(__name__)
@@ -195,12 +194,9 @@ class Coco:
 
     def _files(self) -> dict[str, str]:
         """Relative paths of all files in the folder, with their version stamps."""
-        fs, root = self._place.fs, str(self._place.path)
-        if not fs.isdir(root):
+        if self._place.kind() != "directory":
             raise missing("images", self.images)
-        found = fs.find(root, detail=True).items()
-        base = root.rstrip("/") + "/"
-        return {path.split(base, 1)[-1]: file_stamp(about) for path, about in found}
+        return {path: file_stamp(about) for path, about in self._place.find().items()}
 
     @staticmethod
     def _paths(images: Sequence[AnnotatedImage], files: Mapping[str, str]) -> list[str]:

@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import require
-from pipeline.errors import DataError, SettingError, unreadable
+from pipeline.errors import DataError, ReadError, SettingError, unreadable
 from pipeline.shards.objects import SMALLEST, corners, inside, is_crowd, plain_word, word_of
 from pipeline.shards.segmentation import MaskReason, checked
-from pipeline.shards.storage import file_system
+from pipeline.shards.storage import file_system, read_errors
 
 logger = logging.getLogger(__name__)
 
@@ -137,10 +137,12 @@ def read_captions(uri: str) -> dict[int, str]:
 def _read(uri: str, keys: Sequence[str], kind: str) -> dict[str, Any]:
     field = "captions" if "captions" in kind else "annotations"
     allowed = f"{kind}, a JSON file with " + ", ".join(keys)
+    fs, path = file_system(uri)
     try:
-        fs, path = file_system(uri)
-        with fs.open(path, "rt", encoding="utf-8-sig", compression="infer") as file:
+        with read_errors(uri), fs.open(path, "rt", encoding="utf-8-sig", compression="infer") as file:
             content = json.load(file, object_hook=_compact)
+    except ReadError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise unreadable(field, uri, allowed, error) from error
     missing = [key for key in keys if not (isinstance(content, dict) and isinstance(content.get(key), list))]

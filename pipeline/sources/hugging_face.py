@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import require
-from pipeline.errors import SampleError, SettingError, missing, unreadable
-from pipeline.shards.storage import Folder, file_system, split_file
+from pipeline.config import parse_json, require
+from pipeline.errors import ReadError, SampleError, SettingError, missing, unreadable
+from pipeline.shards.storage import Folder, file_stamp, read_errors, split_file
 from pipeline.shards.text import storable
 from pipeline.shards.writer import reserved_columns
 from pipeline.sources.source import Row, Scalar, Slice
@@ -143,28 +143,32 @@ class HuggingFaceParquet:
 
     @cached_property
     def _files(self) -> list[str]:
-        fs, path = file_system(self.parquet)
-        if "*" in path:
-            found = sorted(fs.glob(path))
-        elif fs.isdir(path):
-            found = sorted(file for file in fs.find(path, maxdepth=1) if file.endswith(".parquet"))
-        else:
-            found = [path] if fs.exists(path) else []
-        if not fs.isdir(path) and not found:
+        place = Folder(self.parquet)
+        fs, path = place.fs, place.path
+        with read_errors(self.parquet):
+            if "*" in path:
+                found = sorted(fs.glob(path))
+            elif fs.isdir(path):
+                found = sorted(file for file in fs.find(path, maxdepth=1) if file.endswith(".parquet"))
+            else:
+                found = [path] if fs.exists(path) else []
+        if not found and place.kind() is None:
             raise missing("parquet", self.parquet)
         require(bool(found), "parquet", self.parquet, "a folder with parquet files")
         return [Folder(fs.unstrip_protocol(file).removeprefix("file://")).uri for file in map(str, found)]
 
     def _footer(self, file: str) -> tuple[int, pa.Schema, str]:
         """Number of rows, schema, and a version stamp of the file."""
-        fs, path = file_system(file)
+        place, name = split_file(file)
         try:
-            with fs.open(path, "rb") as opened:
+            with place.open(name) as opened:
                 parquet = pq.ParquetFile(opened)
                 groups = [parquet.metadata.row_group(index) for index in range(parquet.num_row_groups)]
                 sizes = [(group.num_rows, group.total_byte_size) for group in groups]
-                stamp = json.dumps([_stamp(fs.info(path)), sizes])
+                stamp = json.dumps([file_stamp(place.info(name)), sizes])
                 return parquet.metadata.num_rows, parquet.schema_arrow, stamp
+        except ReadError:
+            raise
         except (pa.ArrowInvalid, OSError) as error:
             raise unreadable("parquet", file, "a whole parquet file", error) from error
 
@@ -220,13 +224,8 @@ def _label(value: Scalar, names: list[str] | None) -> Scalar:
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
     """Class names by column, for the class labels in the metadata of the package ``datasets``."""
     try:
-        features = json.loads((schema.metadata or {}).get(FEATURES, b"{}"))["info"]["features"]
+        features = parse_json((schema.metadata or {}).get(FEATURES, b"{}"))["info"]["features"]
         labels = {name: kind for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
         return {name: [str(one) for one in kind["names"]] for name, kind in labels.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
-
-
-def _stamp(info: Mapping[str, Any]) -> str:
-    changed = next((info[name] for name in ("ETag", "etag", "mtime", "LastModified", "created") if name in info), "")
-    return f"{info.get('size', '')}/{changed}"

@@ -13,8 +13,8 @@ from pipeline.errors import SampleError
 from pipeline.shards.sample import joined_fields
 from pipeline.shards.storage import Folder
 
-UNCHANGED: Mapping[str, Any] = {"resize_mode": "no", "skip_reencode": True}
-"""Image options of a source whose images are stored unchanged, for example because boxes are in their pixels."""
+UNCHANGED: Mapping[str, Any] = {"resize_mode": "no", "keep_bytes": True}
+"""Image options that store images byte for byte, checked by decoding: existing data, or data with boxes in pixels."""
 
 Scalar = str | int | float | bool | None
 

@@ -12,15 +12,14 @@ order is the same on every machine, but differs from the papers' order.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
-from pipeline.config import require
+from pipeline.config import parse_json, require
 from pipeline.errors import DataError, SampleError
-from pipeline.shards.storage import Folder
+from pipeline.shards.storage import Folder, read_errors
 from pipeline.sources.source import Row, Scalar, Slice, is_hidden
 
 Part = Literal["train", "val", "test"]
@@ -113,7 +112,7 @@ class SplitFile:
     def _read_json(self) -> Iterator[Item]:
         where, text = self._place.join(self.split), self._text(self.split)
         try:
-            content: Any = json.loads(text)
+            content: Any = parse_json(text)
             rows = [(path, label, name) for path, label, name in content[self.part]]
         except (ValueError, KeyError, TypeError) as error:
             form = "{'train': [[path, label, class name], ...], 'val': ..., 'test': ...}"
@@ -136,7 +135,8 @@ class SplitFile:
 
     def _read_folders(self) -> Iterator[Item]:
         root = self._place.folder(self.pictures) if self.pictures else self._place
-        require(root.fs.isdir(root.path), "folder", self.folder, f"a folder with {self.pictures or 'images'} in it")
+        allowed = f"a folder with {self.pictures or 'images'} in it"
+        require(root.kind() == "directory", "folder", self.folder, allowed)
         paths = self._images_below(root)
         others = (
             [path for part in self._other_parts(root) for path in self._images_below(part)] if not self.split else []
@@ -150,9 +150,7 @@ class SplitFile:
     @staticmethod
     def _images_below(root: Folder) -> list[str]:
         """Sorted paths, relative to ``root``, of the images in folders of classes."""
-        base = str(root.path).rstrip("/") + "/"
-        below = sorted(path.split(base, 1)[-1] for path in root.fs.find(root.path))
-        return [path for path in below if path.lower().endswith(IMAGES) and "/" in path and not is_hidden(path)]
+        return [path for path in root.find() if path.lower().endswith(IMAGES) and "/" in path and not is_hidden(path)]
 
     @staticmethod
     def _other_parts(root: Folder) -> list[Folder]:
@@ -161,9 +159,10 @@ class SplitFile:
         if own.lower() not in PART_FOLDERS or not above:
             return []
         parent = Folder(above)
-        names = (str(path).rstrip("/").rpartition("/")[2] for path in parent.fs.ls(parent.path, detail=False))
+        with read_errors(above):
+            names = [str(path).rstrip("/").rpartition("/")[2] for path in parent.fs.ls(parent.path, detail=False)]
         parts = sorted(name for name in names if name.lower() in PART_FOLDERS and name != own)
-        return [folder for folder in map(parent.folder, parts) if folder.fs.isdir(folder.path)]
+        return [folder for folder in map(parent.folder, parts) if folder.kind() == "directory"]
 
     def _names(self, folders: list[str]) -> dict[str, tuple[int, str]]:
         """Number and name of each class by its folder; folder names 0, 1, ... are class numbers (ImageNet V2)."""

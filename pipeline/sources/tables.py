@@ -307,6 +307,12 @@ def text_of(value: Any) -> str | None:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else _as_json(value)
 
 
+def stored_text(value: Any) -> str | None:
+    """A value of JSON as text that can be stored."""
+    text = text_of(value)
+    return None if text is None else storable(text)
+
+
 def _as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 

@@ -5,6 +5,7 @@ per slice. So a worker reads only its slice, for every input format. As in img2d
 file only.
 """
 
+import gzip
 import hashlib
 import json
 import zlib
@@ -12,7 +13,7 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +21,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config import require
-from pipeline.errors import SampleError, SettingError, missing, unreadable
-from pipeline.shards.storage import Folder, file_system, split_file
+from pipeline.errors import ReadError, SampleError, SettingError, missing, unreadable
+from pipeline.shards.storage import Folder, split_file
 from pipeline.shards.writer import reserved_columns
 from pipeline.sources.source import Row, Slice
 from pipeline.sources.tables import (
@@ -159,10 +160,9 @@ class UrlTable:
         return Columns(texts=texts, caption=self.caption_col, others=others)
 
     def _types(self, parts: list[str]) -> Mapping[str, pa.DataType]:
-        fs, _ = file_system(self.url_list)
         found: list[Mapping[str, pa.DataType]] = []
         for file in parts:
-            with self._said_in_one_sentence(file), fs.open(file, "rb") as opened:
+            with self._said_in_one_sentence(file), _opened(file) as opened:
                 found.append(column_types(pq.ParquetFile(opened).schema_arrow, self.save_additional_columns))
         with self._said_in_one_sentence(self.url_list):
             return joined_types(found)
@@ -178,19 +178,21 @@ class UrlTable:
         return self.verify_hash.rpartition(":")[0] if self.verify_hash else None
 
     def files(self) -> list[str]:
-        """Paths of the input files on the table's file system, sorted.
+        """Paths or URIs of the input files, sorted.
 
         Raises:
             SettingError: there are none.
         """
-        fs, path = file_system(self.url_list)
-        if not fs.exists(path):
+        place = Folder(self.url_list)
+        kind = place.kind()
+        if kind is None:
             raise missing("url_list", self.url_list)
-        if not fs.isdir(path):
-            return [str(path)]
+        if kind == "file":
+            return [place.uri]
         endings = (self.input_format,) if self.input_format else FORMATS
-        found = sorted(str(file) for file in fs.find(path, maxdepth=1))
-        files = [file for file in found if file.endswith(tuple(f".{ending}" for ending in endings))]
+        files = [
+            place.join(file) for file in place.find(depth=1) if file.endswith(tuple(f".{ending}" for ending in endings))
+        ]
         require(
             bool(files),
             "url_list",
@@ -217,16 +219,17 @@ class UrlTable:
         return self.files()
 
     def _read(self, file: str) -> Generator[pa.RecordBatch]:
-        fs, _ = file_system(self.url_list)
         form = self.format_of(file)
-        compression = "gzip" if form.endswith(".gz") else None
-        with self._said_in_one_sentence(file), fs.open(file, "rb", compression=compression) as opened:
-            yield from read_table(opened, form.removesuffix(".gz"), self._table_columns, self.quoting)
+        with self._said_in_one_sentence(file), _opened(file) as opened:
+            plain = gzip.GzipFile(fileobj=opened) if form.endswith(".gz") else opened
+            yield from read_table(plain, form.removesuffix(".gz"), self._table_columns, self.quoting)
 
     @contextmanager
     def _said_in_one_sentence(self, file: str) -> Iterator[None]:
         try:
             yield
+        except ReadError:
+            raise
         except MissingColumn as error:
             option = next(option for option, column in self._asked() if column == error.column)
             raise SettingError(option, error.column, "a column of the table: " + ", ".join(error.available)) from error
@@ -237,6 +240,11 @@ class UrlTable:
         """Columns with the options that ask for them."""
         asked = [("url_col", self.url_col), ("caption_col", self.caption_col), ("verify_hash", self._hash_column)]
         return asked + [("save_additional_columns", name) for name in self.save_additional_columns]
+
+
+def _opened(file: str) -> BinaryIO:
+    folder, name = split_file(file)
+    return folder.open(name)
 
 
 def _regroup(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:

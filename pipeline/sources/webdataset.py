@@ -2,41 +2,56 @@
 
 import hashlib
 import json
-import re
+import logging
+import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from pipeline.config import require
+from braceexpand import braceexpand
+
+from pipeline.config import parse_json, require
 from pipeline.errors import DataError, SampleError, missing, unreadable
 from pipeline.shards.sample import IMAGE_FIELDS, Sample
-from pipeline.shards.storage import Folder, file_system, split_file
+from pipeline.shards.storage import Folder, file_stamp, split_file
 from pipeline.shards.tar import iterate_tar
-from pipeline.sources.source import UNCHANGED, Row, Scalar, Slice
+from pipeline.shards.text import decoded
+from pipeline.shards.writer import reserved_columns
+from pipeline.sources.source import UNCHANGED, Row, Slice
+from pipeline.sources.tables import first_text, stored_text
 
-RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+logger = logging.getLogger(__name__)
+
+JSON_KEY = "json:"  # before the key of the json member that holds the caption
+CAPTIONS = ("txt", "text", "caption", "captions", "cap")  # members that usually hold one
+CAPTION_KEYS = ("caption", "captions", "text", "txt", "alt", "alt_text", "title", "description")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WebDatasetTars:
     """The samples of existing tars.
 
-    The image is the member jpg, jpeg, png or webp, the caption the member ``caption_field``. The keys ``json_columns``
-    of the json member become columns. Other members are copied unless ``keep_members`` is off.
+    The image is the first member with the ending of an image (jpg, png, webp, gif, tif, ...), the caption the member
+    ``caption_field``. The keys ``json_columns`` of the json member become columns. Other members are copied unless
+    ``keep_members`` is off.
     """
 
     kind: ClassVar[str] = "webdataset"
     summary: ClassVar[str] = (
-        "Existing WebDataset tars, including img2dataset's; images are stored unchanged by default."
+        "Existing WebDataset tars, including img2dataset's; images are stored byte for byte by default."
     )
     image_options: ClassVar[Mapping[str, Any]] = UNCHANGED
 
     tars: str
-    """Folder, tar, or brace range such as `s3://bucket/{00000..00123}.tar`; join several by `::`."""
+    """Folder, tar, or brace pattern such as `s3://bucket/{00000..00123}.tar` or `{train,val}/{0..9}.tar`; join several
+    by `::`."""
+    image_field: str | None = None
+    """Member with the image, such as `input.jpg`; None = the first member with the ending of an image."""
     caption_field: str | None = "txt"
-    """Member with the caption; None = no captions."""
+    """Member with the caption, or `json:KEY` for a key of the json member; None = no captions."""
     json_columns: tuple[str, ...] = ()
-    """Keys of the json member to store as columns."""
+    """Keys of the json member to store as columns, as text."""
     keep_members: bool = True
     """Copy members other than image, caption and json unchanged."""
 
@@ -45,8 +60,12 @@ class WebDatasetTars:
             bool(self.tars),
             "tars",
             self.tars,
-            "a folder, a tar or a brace range of tars",
+            "a folder, a tar or a brace pattern of tars",
         )
+        reserved = sorted(set(self.json_columns) & set(reserved_columns()))
+        require(not reserved, "json_columns", reserved, "keys with names that the shards do not use themselves")
+        once = len(set(self.json_columns)) == len(self.json_columns)
+        require(once, "json_columns", self.json_columns, "each key once")
 
     @property
     def has_captions(self) -> bool:
@@ -54,12 +73,19 @@ class WebDatasetTars:
         return self.caption_field is not None
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
-        """One slice per tar, of at most ``rows_per_shard`` samples, so that keys stay unique."""
+        """One slice per tar, of at most ``rows_per_shard`` samples, so that keys stay unique.
+
+        Warns where no sample of any tar has a caption, and names the members that could be it.
+        """
+        seen = _Seen()
         for uri in self._uris():
             count = 0
             digest = hashlib.sha256()
-            for key, sizes in _headers(uri):
-                digest.update(json.dumps([key, sizes]).encode())
+            for sample in _samples(uri):
+                sizes = [(name, len(value)) for name, value in sample.fields.items()]
+                digest.update(json.dumps([sample.key, sizes]).encode())
+                if not seen.captions:
+                    seen.add(sample, self._caption(sample, _json(sample)))
                 count += 1
             enough = count <= rows_per_shard
             require(
@@ -70,88 +96,135 @@ class WebDatasetTars:
             )
             digest.update(_stamp(uri).encode())
             yield Slice(count=count, digest=digest.hexdigest(), where={"uri": uri})
+        if self.caption_field is not None:
+            seen.warn(self.caption_field)
 
     def rows(self, piece: Slice) -> Iterator[Row]:
         """See :class:`~pipeline.sources.source.Source`; samples without an image are rows with a problem."""
-        uri = str(piece.where["uri"])
-        place, name = split_file(uri)
-        with place.open(name) as file:
-            for sample in iterate_tar(file, uri):
-                yield self._row(sample)
+        for sample in _samples(str(piece.where["uri"])):
+            yield self._row(sample)
 
     def schema(self) -> Mapping[str, type]:
         """The json columns, as strings."""
         return {name: str for name in self.json_columns}
 
     def _row(self, sample: Sample) -> Row:
-        plain = _json(sample.fields.get("json"))
-        caption = None
-        if self.caption_field is not None:
-            caption = sample.fields.get(self.caption_field, b"").decode("utf-8", errors="replace")
-        used = (*IMAGE_FIELDS, self.caption_field, "json")
-        members = {name: value for name, value in sample.fields.items() if name not in used}
-        problem = SampleError(
-            "failed_to_download",
-            "no_picture",
-            "the sample has no jpg, jpeg, png or webp member",
-        )
+        plain = _json(sample)
+        record: Mapping[str, Any] = {} if isinstance(plain, SampleError) else plain
+        image = self._image_field(sample)
+        caption_member = "" if self.caption_field is None else self.caption_field
+        members = {name: value for name, value in sample.fields.items() if name not in (image, caption_member, "json")}
+        problem = plain if isinstance(plain, SampleError) else None
+        if image is None:
+            problem = _no_image(sample, self.image_field)
         return Row(
-            url=str(plain.get("url") or sample.key),
-            caption=caption,
-            image=sample.image(),
-            columns={name: _text(plain.get(name)) for name in self.json_columns},
+            url=stored_text(record.get("url")) or sample.key,
+            caption=None if self.caption_field is None else self._caption(sample, plain) or "",
+            image=None if image is None else sample.fields[image],
+            columns={name: stored_text(record.get(name)) for name in self.json_columns},
             members=members if self.keep_members else {},
-            problem=None if sample.image() is not None else problem,
+            problem=problem,
         )
 
+    def _image_field(self, sample: Sample) -> str | None:
+        names = IMAGE_FIELDS if self.image_field is None else (self.image_field.lower(),)
+        return next((name for name in names if name in sample.fields), None)
+
+    def _caption(self, sample: Sample, plain: "dict[str, Any] | SampleError") -> str | None:
+        wanted = self.caption_field
+        if wanted is None:
+            return None
+        if wanted.startswith(JSON_KEY):
+            value = None if isinstance(plain, SampleError) else first_text(plain.get(wanted.removeprefix(JSON_KEY)))
+            return None if isinstance(value, dict) else stored_text(value)
+        content = sample.fields.get(wanted.lower())
+        return None if content is None else decoded(content).rstrip("\r\n")
+
     def _uris(self) -> list[str]:
-        uris = [uri for part in self.tars.split("::") for uri in self._expand(part)]
+        uris = [uri for part in self.tars.split("::") for place in _expanded(part) for uri in _tars_at(place)]
         require(bool(uris), "tars", self.tars, "a place with at least one .tar")
         return uris
 
-    def _expand(self, part: str) -> list[str]:
-        match = RANGE.search(part)
-        if match:
-            low, high = match.groups()
-            numbers = range(int(low), int(high) + 1)
-            return [part[: match.start()] + f"{number:0{len(low)}d}" + part[match.end() :] for number in numbers]
-        place = Folder(part)
-        if not place.fs.exists(place.path):
-            raise missing("tars", part)
-        if not place.fs.isdir(place.path):
-            return [place.uri]
-        return [place.join(name) for name in place.names(".tar")]
+
+def _expanded(pattern: str) -> list[str]:
+    """The places that ``pattern`` names, as bash and webdataset expand braces."""
+    if "{" not in pattern:
+        return [pattern]
+    if os.path.exists(os.path.expanduser(pattern)):
+        return [pattern]  # a name with braces
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:
+        require(False, "tars", pattern, f"braces that are closed ({error})")
+        raise
 
 
-def _headers(uri: str) -> Iterator[tuple[str, list[tuple[str, int]]]]:
+def _tars_at(uri: str) -> list[str]:
+    place = Folder(uri)
+    kind = place.kind()
+    if kind is None:
+        raise missing("tars", uri)
+    return [place.join(name) for name in place.names(".tar")] if kind == "directory" else [place.uri]
+
+
+def _samples(uri: str) -> Iterator[Sample]:
     place, name = split_file(uri)
     try:
         with place.open(name) as file:
-            for sample in iterate_tar(file, uri):
-                yield (
-                    sample.key,
-                    [(field, len(value)) for field, value in sample.fields.items()],
-                )
+            yield from iterate_tar(file, uri)
     except (FileNotFoundError, DataError) as error:
         raise unreadable("tars", uri, "a whole tar", error) from error
 
 
 def _stamp(uri: str) -> str:
-    fs, path = file_system(uri)
-    info = fs.info(path)
-    changed = next((info[name] for name in ("ETag", "etag", "mtime") if name in info), "")
-    return f"{info.get('size', '')}/{changed}"
+    place, name = split_file(uri)
+    return file_stamp(place.info(name))
 
 
-def _json(content: bytes | None) -> dict[str, Any]:
+def _json(sample: Sample) -> dict[str, Any] | SampleError:
+    """The object of the json member, empty without one; or the reason why the row cannot be used."""
     try:
-        plain = json.loads(content or b"{}")
-    except ValueError:
-        return {}
+        plain = parse_json(decoded(sample.fields.get("json", b"{}")))
+    except ValueError as error:
+        return SampleError("failed_to_download", "malformed_row", f"the member .json is no JSON: {error}")
     return plain if isinstance(plain, dict) else {}
 
 
-def _text(value: object) -> Scalar:
-    if value is None or isinstance(value, str | int | float | bool):
-        return None if value is None else str(value)
-    return json.dumps(value)
+def _no_image(sample: Sample, wanted: str | None) -> SampleError:
+    found = ", ".join(f".{name}" for name in sample.fields)
+    if wanted is not None:
+        return SampleError("failed_to_download", "no_picture", f"no member .{wanted}; the sample has {found}")
+    message = f"no member with the ending of an image; the sample has {found}"
+    dotted = next((name for name in sample.fields if name.rpartition(".")[2] in IMAGE_FIELDS), None)
+    if dotted is not None:
+        # webdataset's rule: a key ends at its first dot.
+        message += f" (.{dotted} follows the first dot of the name: --image-field {dotted}, or names without that dot)"
+    return SampleError("failed_to_download", "no_picture", message)
+
+
+@dataclass
+class _Seen:
+    """What the samples of all tars have: captions, and what could be a caption."""
+
+    samples: int = 0
+    captions: int = 0
+    candidates: Counter[str] = field(default_factory=Counter)
+
+    def add(self, sample: Sample, caption: str | None) -> None:
+        self.samples += 1
+        if caption:
+            self.captions += 1
+        if self.captions or self.samples > 1000:
+            return
+        self.candidates.update(name for name in sample.fields if name.rpartition(".")[2] in CAPTIONS)
+        plain = _json(sample)
+        if not isinstance(plain, SampleError):
+            texts = (name for name in CAPTION_KEYS if isinstance(first_text(plain.get(name)), str))
+            self.candidates.update(JSON_KEY + name for name in texts)
+
+    def warn(self, wanted: str) -> None:
+        if self.captions or not self.samples:
+            return
+        names = [name for name, _ in self.candidates.most_common() if name != wanted]
+        could = f"could be {' or '.join(names)}" if names else "None stands for no captions"
+        logger.warning("none of %d samples has a caption in %s: --caption-field %s", self.samples, wanted, could)

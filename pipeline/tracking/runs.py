@@ -445,7 +445,7 @@ def _experiment(store: "MlflowClient", uri: str, settings: Tracking) -> str:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         found = store.get_experiment_by_name(settings.experiment)
-    if found is None:
+    if found is None or not found.experiment_id:  # a program that answers everything with nothing
         raise SettingError("tracking_uri", masked(uri), "an MLflow store (this one: knows no experiment it made)")
     if found.lifecycle_stage != "active":
         allowed = "an experiment that is not deleted (`mlflow experiments restore` brings it back)"

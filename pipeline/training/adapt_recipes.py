@@ -87,7 +87,7 @@ class AdaptRecipe:
         """Raise ``SettingError`` for settings of crops if ``kind`` does not read images."""
         for name in ("crop_scale", "flip"):
             value = getattr(self, name)
-            allowed = f"none for {kind.__name__}, which reads stored features: set --views.{name.replace('_', '-')}"
+            allowed = f"none for {kind.__name__}, which reads stored features: set --{name.replace('_', '-')}"
             require(value is None or kind.reads == "pixels", name, value, allowed)
 
     def crops(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -36,9 +36,8 @@ import psutil
 from pipeline.shards.storage import Folder
 from pipeline.sources.drawn.source import Drawn
 from pipeline.sources.source import Row, Slice
-from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.ray_session import connect
-from pipeline.stages.refresh.make_shard import ShardOptions, make_shard
+from pipeline.stages.refresh.make_shard import AS_IT_IS, ShardOptions, make_shard
 from pipeline.stages.refresh.plan import make_plan
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.refresh.settings import shaping_options
@@ -47,7 +46,6 @@ from pipeline.stages.shard_tasks import Workers
 ROUNDS = 3
 FEW_ROWS = 10_000
 IMAGE = cv2.imencode(".jpg", np.zeros((16, 16, 3), np.uint8))[1].tobytes()
-AS_IT_IS = ImageOptions(resize_mode="no", skip_reencode=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +95,7 @@ def through_pool(samples: int, pool: ProcessPoolExecutor, folder: Folder) -> Non
 
 def options(samples: int) -> ShardOptions:
     """Eight shards: two workers finish at about the same time, and a shard takes seconds, as real ones do."""
-    return ShardOptions(images=AS_IT_IS, number_sample_per_shard=max(samples // 8, 1))
+    return replace(AS_IT_IS, number_sample_per_shard=max(samples // 8, 1))
 
 
 def measure_speed(samples: int) -> None:
@@ -142,7 +140,7 @@ def drive(rows: int) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    many = ShardOptions(images=AS_IT_IS, number_sample_per_shard=10_000 if rows > FEW_ROWS else 1000)
+    many = replace(AS_IT_IS, number_sample_per_shard=10_000 if rows > FEW_ROWS else 1000)
     wall(lambda folder: refresh(OneImage(samples=rows), folder, many, Workers(processes_count=2)))
     ended.set()
     watcher.join()

@@ -102,7 +102,7 @@ def test_prompts_are_the_papers_the_cards_or_those_given(tmp_path: Path) -> None
 @pytest.mark.parametrize("setting", ["crop_scale=[0.5, 1.0]", "flip=0.0"])
 @pytest.mark.parametrize("method", ["coop", "cocoop", "clip_adapter", "tip_adapter_f"])
 def test_crops_of_methods_that_read_features_are_those_of_the_views(method: str, setting: str) -> None:
-    flag = "--views." + setting.partition("=")[0].replace("_", "-")
+    flag = "--" + setting.partition("=")[0].replace("_", "-")
     with pytest.raises(SettingError, match=f"reads stored features: set {flag}"):
         parse_spec(f"{method}:{setting}").build("few_shot", 4, "x")
 

@@ -65,13 +65,13 @@ def test_a_photo_of_a_phone_is_turned_as_it_is_displayed(tmp_path: Path, ending:
         7: np.rot90(shown, 2).transpose(1, 0, 2),
         8: np.rot90(shown, -1),
     }
-    upright = runpy.run_path(str(JOBS / "detect.py"))["upright"]
+    read_image = runpy.run_path(str(JOBS / "detect.py"))["read_image"]
     for orientation, pixels in stored.items():
         exif = Image.Exif()
         exif[274] = orientation
         place = tmp_path / f"{orientation}.{ending}"
         Image.fromarray(np.ascontiguousarray(pixels)).save(place, exif=exif, quality=95)
-        found = upright(place.read_bytes())
+        found = read_image(str(place))
         assert found.shape == shown.shape and np.abs(found.astype(int) - shown).mean() < 3
 
 

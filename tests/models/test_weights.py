@@ -175,8 +175,8 @@ def test_a_clip_says_which_weights_do_not_fit(tiny: dict[str, Tensor], tmp_path:
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_a_bias_of_the_sigmoid_loss_comes_with_its_weights(tiny: dict[str, Tensor], tmp_path: Path, loss: Any) -> None:
-    torch.save({"state_dict": {**tiny, "logit_bias": torch.tensor([-7.5])}}, tmp_path / "weights.pt")
-    method = Clip(Config(architecture="clipmill-tiny", pretrained=str(tmp_path / "weights.pt"), loss=loss))
+    save_file({**tiny, "logit_bias": torch.tensor([-7.5])}, tmp_path / "model.safetensors")
+    method = Clip(Config(architecture="clipmill-tiny", pretrained=str(tmp_path), loss=loss))
     assert method.model.logit_bias.item() == -7.5 and method.model.logit_bias.requires_grad == (loss == "sigmoid")
     again = Clip.restored(method.config, method.description())  # as a checkpoint does
     assert again.state_dict().keys() == method.state_dict().keys()

@@ -1,4 +1,4 @@
-"""Where trials compute: on a part of a GPU each where the cluster has some."""
+"""Where trials compute (on a part of a GPU each where the cluster has some), and which views their methods read."""
 
 import json
 import subprocess
@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from pipeline.errors import SettingError
-from pipeline.runs.few_shot import Place, find_place
+from pipeline.evaluation.embedder import LoadEmbedder, Views
+from pipeline.evaluation.few_shot import DataSet
+from pipeline.runs import few_shot
+from pipeline.runs.few_shot import Place, Ready, Trial, TrialRunner, find_place, parse_spec
 from pipeline.stages.shard_tasks import Workers
 
 HERE = Workers(processes_count=0)
@@ -66,3 +69,31 @@ def test_without_gpus(ray_cluster: Any) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(SettingError, match="no GPU that torch can use"):
             find_place("cuda", 0.25, 1, HERE)
+
+
+@pytest.mark.parametrize(("method", "views"), [("linear_probe", [0]), ("tip_adapter", [1, 2]), ("coop", [1, 2])])
+def test_the_probe_reads_the_evaluation_view_of_the_shots(
+    method: str, views: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others read the random crops; validation images have the evaluation view."""
+    names, labels = ("a", "b"), {"train": (0, 1), "val": (0, 1), "test": (0, 1)}
+    data = DataSet(name="x", classes=names, templates=("{}",), sources={}, labels=labels)
+    rows = {("train", 0): 0, ("train", 1): 1, ("val", 0): 2, ("val", 1): 3}
+    features = torch.arange(12.0).reshape(4, 3, 1)  # image 0 has 0 in evaluation, 1 and 2 in its crops
+    spec = parse_spec(method)
+    runner = TrialRunner(
+        embedder=LoadEmbedder(checkpoint="", views=Views(views=2)),
+        ready={"x": Ready(data=data, drawn="", rows=rows, tested="")},
+        specs={method: spec},
+        targets=(),
+        output="",
+        clip="",
+    )
+    given: list[Any] = []
+    monkeypatch.setattr(few_shot, "_features", lambda *_: features)
+    monkeypatch.setattr(few_shot, "adapt", lambda *arguments, **_: given.extend(arguments))
+    trial = Trial(protocol="few_shot", method=method, data="x", shots=1, seed=1)
+    runner._learn(trial, spec, runner.ready["x"], None)  # type: ignore[arg-type]
+    train, validation = given[-2:]
+    assert train.features.flatten().tolist() == [3 * image + view for image in (0, 1) for view in views]
+    assert validation.features.flatten().tolist() == [6, 9]

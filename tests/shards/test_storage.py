@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ConnectTimeoutError, EndpointConnectionError, NoCredentialsError
 
-from pipeline.errors import StorageError
+from pipeline.errors import ReadError, StorageError
 from pipeline.shards.storage import Folder, file_digest
 
 
@@ -85,6 +86,55 @@ def test_file_digest_is_sha256(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
     # FIPS 180-2, appendix B.1.
     assert file_digest(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (NoCredentialsError(), "no credentials for this store"),
+        (EndpointConnectionError(endpoint_url="http://127.0.0.1:1/b"), "no connection, or it was refused"),
+        (ConnectTimeoutError(endpoint_url="http://127.0.0.1:1/b"), "no answer in time"),
+        (PermissionError("Forbidden"), "access denied"),
+        (OSError("something else"), "something else"),
+    ],
+)
+def test_a_store_that_refuses_is_one_sentence(
+    error: Exception, reason: str, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.write_atomic("x.txt", b"x")
+
+    def refused(*_: object, **__: object) -> None:
+        raise error
+
+    for name in ("ls", "exists", "size", "info", "open", "cat_file", "find", "isdir"):
+        monkeypatch.setattr(folder.fs, name, refused)
+    reads = [lambda: folder.exists("x.txt"), lambda: folder.info("x.txt"), lambda: folder.size("x.txt")]
+    reads += [lambda: folder.open("x.txt"), lambda: folder.read_bytes("x.txt")]
+    for read in (*reads, folder.names, folder.find, folder.kind):
+        with pytest.raises(ReadError) as caught:
+            read()
+        sentence = str(caught.value)
+        assert sentence.startswith(f"cannot read {folder.uri}") and reason in sentence
+        assert isinstance(caught.value, OSError) and isinstance(caught.value, StorageError)
+
+
+def test_other_errors_are_not_blamed_on_the_store(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(folder.fs, "cat_file", wrong)
+    with pytest.raises(ZeroDivisionError):
+        folder.read_bytes("x")
+
+
+def test_files_below_a_folder_are_found_without_the_marks_of_consoles(s3: str) -> None:
+    folder = Folder(f"{s3}/a")
+    folder.fs.pipe_file(f"{folder.path}/", b"")
+    folder.write_atomic("b #1.txt", b"x")
+    folder.write_atomic("c/d.txt", b"x")
+    assert list(folder.find()) == ["b #1.txt", "c/d.txt"] and list(folder.find(depth=1)) == ["b #1.txt"]
+    assert folder.kind() == "directory" and Folder(f"{s3}/a/c/d.txt").kind() == "file"
+    assert Folder(f"{s3}/no").kind() is None and Folder("s3://no-such-bucket-here/x").kind() is None
 
 
 @pytest.mark.parametrize(

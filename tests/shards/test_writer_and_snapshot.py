@@ -13,7 +13,15 @@ import pytest
 
 from pipeline.errors import SidecarError, SnapshotError, StorageError
 from pipeline.shards.sample import Sample
-from pipeline.shards.sidecar import FACTS, read_sidecar, read_sidecar_schema, write_sidecar
+from pipeline.shards.sidecar import (
+    FACTS,
+    TAR_DIGEST,
+    SidecarRows,
+    Wanted,
+    read_sidecar,
+    read_sidecar_schema,
+    write_sidecar,
+)
 from pipeline.shards.snapshot import Shard, publish, publish_shards, read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder, file_digest
 from pipeline.shards.writer import ShardStats, ShardWriter, parquet_schema, read_stats
@@ -149,6 +157,32 @@ def test_sidecars_are_tied_to_their_tar_and_maker(tmp_path: Path, read: Callable
         read(folder, shard, "regions", "job")
     with pytest.raises(SidecarError):
         write_sidecar(folder, shard, "regions", pa.table({"score": [1]}), maker="model-1")
+
+
+@pytest.mark.parametrize("facts", [b"", b"[]", b"3", b"{" * 5, b"\xff", b'{"a":' * 20_000], ids=range(6))
+def test_metadata_of_a_sidecar_that_are_none_are_a_sentence(tmp_path: Path, facts: bytes) -> None:
+    folder = Folder(tmp_path)
+    shard = Shard(name="00000", samples=1, bytes=1, sha256="0" * 64)
+    table = pa.table({"key": ["0"]}).replace_schema_metadata({FACTS: facts})
+    write_sidecar(folder, shard, "regions", table, maker="model-1")
+    with pytest.raises(SidecarError, match=r"has unreadable metadata \(.*\); make it again with jobs/x.py") as error:
+        SidecarRows(tmp_path / "00000.regions.parquet", shard, Wanted(name="regions", job="jobs/x.py"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_sidecar_without_keys_is_a_sentence(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    shard = Shard(name="00000", samples=1, bytes=1, sha256="0" * 64)
+    pq.write_table(
+        pa.table({"score": [1]}).replace_schema_metadata({TAR_DIGEST: b"0" * 64, b"clipmill.maker": b"\xff"}),
+        tmp_path / "00000.regions.parquet",
+    )
+    with pytest.raises(SidecarError, match="has no column `key`; make it again with jobs/x.py"):
+        read_sidecar(folder, shard, "regions", "jobs/x.py")
+    with pytest.raises(SidecarError, match="was made by"):
+        read_sidecar(folder, shard, "regions", "jobs/x.py", maker="model-1")
+    with pytest.raises(SidecarError, match="has no column `key`"):
+        SidecarRows(tmp_path / "00000.regions.parquet", shard, Wanted(name="regions", job="jobs/x.py"))
 
 
 @pytest.mark.parametrize("place", ["", "memory://sidecars"])

@@ -10,6 +10,7 @@ from pipeline.dataset import card_names, load_card
 from pipeline.errors import ClipmillError, DataError, SettingError
 from pipeline.shards.storage import Folder
 from pipeline.sources import open_source
+from pipeline.sources.folder import ImageFolder
 from pipeline.sources.picked import Picked
 from pipeline.sources.source import Row, Source
 from pipeline.sources.split_file import Item, SplitFile
@@ -137,6 +138,9 @@ def test_all_parts_of_a_folder_set_number_its_classes_alike(tmp_path: Path) -> N
         source = SplitFile(folder=str(tmp_path), pictures=part, format="folders")
         assert [(item.number, item.name) for item in source.items] == found
         assert SplitFile(folder=str(tmp_path / part), format="folders").items == source.items
+    made(tmp_path / "plain", "ant/a.jpg", ".ipynb_checkpoints/a-checkpoint.jpg", "__MACOSX/ant/._a.jpg", "ant/._b.jpg")
+    pieces = ImageFolder(folder=str(tmp_path / "plain")).slices(10, Folder(tmp_path / "scratch"))
+    assert sum(piece.count for piece in pieces) == 1
 
 
 def test_a_split_file_of_windows(tmp_path: Path) -> None:

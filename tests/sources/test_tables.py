@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.errors import SettingError
 from pipeline.shards.storage import Folder
-from pipeline.shards.text import decoded, storable
+from pipeline.shards.text import decoded, escaped, storable
 from pipeline.sources.source import Row
 from pipeline.sources.tables import (
     PROBLEM,
@@ -257,3 +257,8 @@ def test_lists_of_captions_give_their_first(tmp_path: Path) -> None:
     table = pa.table({"url": ["a", "b", "c"], "caption": [["one", "two"], [], None]})
     pq.write_table(table, tmp_path / "t.parquet")
     assert [row.caption for row in url_rows(tmp_path / "t.parquet", tmp_path / "scratch")] == ["one", "", ""]
+
+
+def test_escaped_names_stay_different() -> None:
+    names = [name.decode("utf-8", "surrogateescape") for name in (b"a", b"caf\xe9", b"caf\xe8", "café".encode())]
+    assert [escaped(name) for name in names] == ["a", "caf%E9", "caf%E8", "café"]

@@ -5,7 +5,6 @@ A folder or repository has ``config.json``, ``model.safetensors`` or ``pytorch_m
 transformers itself is not needed. Other kinds of models are refused by name.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config import require
+from pipeline.config import parse_json, require
 from pipeline.errors import SettingError
 from pipeline.models.towers import hugging_face
 
@@ -71,27 +70,27 @@ _OTHERS = {theirs: ours for ours, theirs in hugging_face._OTHERS.items()}
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class WordPieces:
     """The word pieces of a BERT tokenizer in the order of their numbers, and whether it reads texts in lower case."""
 
     words: tuple[str, ...]
     lower: bool = True
 
 
-def read_vocabulary(words: str | None, tokenizer: str | None, config: str | None, place: str) -> Vocabulary | None:
+def read_vocabulary(words: str | None, tokenizer: str | None, config: str | None, place: str) -> WordPieces | None:
     """The word pieces from the texts of ``vocab.txt`` or ``tokenizer.json``, and of ``tokenizer_config.json``."""
     lower = parse(config, place).get("do_lower_case", True) if config else True
     if words is not None:
-        return Vocabulary(tuple(words.removesuffix("\n").split("\n")), bool(lower))
+        return WordPieces(tuple(words.removesuffix("\n").split("\n")), bool(lower))
     model = parse(tokenizer, place).get("model") if tokenizer else None
     found = model.get("vocab") if isinstance(model, Mapping) else None
     if not isinstance(found, Mapping) or not all(isinstance(number, int) for number in found.values()):
         return None
     by_number = {number: word for word, number in found.items() if 0 <= number < MOST_WORDS}
-    return Vocabulary(tuple(by_number.get(number, "") for number in range(1 + max(by_number, default=-1))), bool(lower))
+    return WordPieces(tuple(by_number.get(number, "") for number in range(1 + max(by_number, default=-1))), bool(lower))
 
 
-def model_config(config: Mapping[str, Any], place: str, vocabulary: Vocabulary | None = None) -> dict[str, Any]:
+def model_config(config: Mapping[str, Any], place: str, vocabulary: WordPieces | None = None) -> dict[str, Any]:
     """open_clip's model config for the content of ``config.json``; a ``ChineseCLIPModel`` needs a ``vocabulary``.
 
     Its text tower has the keys ``bert``, ``word_pieces`` and ``lower``, which open_clip does not know.
@@ -136,7 +135,7 @@ def _byte_pair_tower(config: Mapping[str, Any], quick: bool, place: str) -> dict
     }
 
 
-def _bert_tower(config: Mapping[str, Any], place: str, vocabulary: Vocabulary | None) -> dict[str, Any]:
+def _bert_tower(config: Mapping[str, Any], place: str, vocabulary: WordPieces | None) -> dict[str, Any]:
     text = _settings(_BERT, config, "text")
     _require(text["hidden_act"] == "gelu", place, f"the activation {text['hidden_act']} in its text tower")
     missing = f"a folder with {VOCABULARY} or {TOKENIZER}, the word pieces of its tokenizer"
@@ -250,7 +249,7 @@ def parts_of(index: str, place: str) -> list[str]:
 def parse(text: str, place: str) -> dict[str, Any]:
     """The JSON object in ``text``; raises ``SettingError`` if it is none."""
     try:
-        plain = json.loads(text)
+        plain = parse_json(text)
     except ValueError as error:
         raise SettingError("architecture", place, f"a folder with well-formed JSON ({error})") from error
     if not isinstance(plain, dict):

@@ -115,6 +115,8 @@ def takes(config: Mapping[str, Any], image_size: int) -> bool:
     try:
         with torch.device("meta"), _quiet_root_logger():
             model = open_clip.CLIP(config["embed_dim"], vision, text, bool(config.get("quick_gelu")))
+            if hasattr(model.visual, "set_input_size"):  # timm's, as open_clip.create_model does
+                model.visual.set_input_size(image_size)
             model.encode_image(torch.empty(1, 3, image_size, image_size))
     except (RuntimeError, AssertionError, ValueError, ZeroDivisionError, IndexError):
         return False
@@ -201,7 +203,7 @@ def create(
             else:
                 model = open_clip.create_model(
                     architecture,
-                    pretrained=None if place else pretrained,
+                    pretrained=pretrained if load and place is None else None,
                     load_weights=load and place is None,
                     force_image_size=image_size,
                     force_context_length=context_length,
@@ -452,7 +454,7 @@ def _hugging_face_weights(architecture: str) -> list[Path]:
     return files
 
 
-def _vocabulary(architecture: str) -> hugging_face_import.Vocabulary | None:
+def _vocabulary(architecture: str) -> hugging_face_import.WordPieces | None:
     names = hugging_face_import.VOCABULARY, hugging_face_import.TOKENIZER, hugging_face_import.TOKENIZER_CONFIG
     files = (_hugging_face_file(architecture, name) for name in names)
     words, pieces, config = (file.read_text("utf-8") if file else None for file in files)

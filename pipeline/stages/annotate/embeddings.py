@@ -21,13 +21,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.config import require
+from pipeline.config import parse_json, require
 from pipeline.errors import DataError, SidecarError
 from pipeline.shards.sample import Sample
 from pipeline.shards.selection import read_samples
 from pipeline.shards.sidecar import FACTS, read_sidecar, sidecar_file
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
+from pipeline.shards.text import decoded
 from pipeline.stages.annotate.annotator import Annotation, annotate
 from pipeline.stages.shard_tasks import Workers, run_tasks
 
@@ -257,7 +258,7 @@ def _some(
 
 def _caption(sample: Sample) -> str | None:
     content = sample.fields.get("txt")
-    return None if content is None else content.decode("utf-8", errors="replace")
+    return None if content is None else decoded(content)
 
 
 def _column(rows: list[NDArray[np.float32] | None], keys: Sequence[str], width: int) -> Any:
@@ -286,7 +287,7 @@ def matrix(column: Any) -> Features:
 
 def _described(sample: Sample, with_caption: bool) -> dict[str, Any]:
     try:
-        plain = json.loads(sample.fields.get("json", b"{}"))
+        plain = parse_json(decoded(sample.fields.get("json", b"{}")))
     except ValueError:
         plain = {}
     columns = plain if isinstance(plain, dict) else {}

@@ -3,7 +3,9 @@
 JPEG, PNG and WebP are decoded in this process: the work of their decoders (libjpeg-turbo, libpng, libwebp) is bounded
 by the checks before (bytes, pixels, passes over the pixels), and they have been fuzzed for a decade. Other formats are
 decoded by Pillow, and are a few in a thousand images of the web. They are sent through a pipe to one child process,
-which starts with the first such image. The kernel kills it when an image takes longer than ``SECONDS``.
+which starts with the first such image. The kernel kills it when an image takes more than ``SECONDS`` of CPU time, or
+three times as long by the clock. Its memory is limited to ``BYTES_PER_PIXEL`` for each of the ``max_pixels`` of the
+options: a file of 300 bytes may claim any size, and some decoders need 20 bytes for each pixel.
 
 Frames on the pipe are an 8-byte length and that many bytes. The child answers in JSON and raw bytes, not in pickles,
 because it has parsed untrusted data.
@@ -13,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -25,7 +28,9 @@ from pipeline.errors import SampleError
 from pipeline.stages.crawl.images import EncodedImage, ImageOptions, transform
 from pipeline.stages.crawl.sniff import starts_like_an_image
 
-SECONDS = 30.0
+SECONDS = 10.0
+BYTES_PER_PIXEL = 12  # enough for an RGB image in Pillow, in NumPy and on the way between them
+HEADROOM = 64 * 2**20
 _PROGRAM = "from pipeline.stages.crawl.decode_apart import serve; serve()"
 _IN_PLACE = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF")
 _LENGTH = struct.Struct(">Q")
@@ -87,7 +92,7 @@ class Apart:
         # It closed its end because it is gone, or about to be.
         child.wait()
         self._end()
-        if child.returncode == -signal.SIGALRM:
+        if child.returncode in (-signal.SIGALRM, -signal.SIGPROF):
             return SampleError("failed_to_resize", "decode_timeout", "Image decoding error: took too long")
         return SampleError("failed_to_resize", "decode_crash", "Image decoding error: the decoder crashed")
 
@@ -107,18 +112,34 @@ def serve() -> None:
     """The child process: reads images from standard input until its end, writes answers to standard output."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The default action kills the process, even inside a decoder.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    for clock in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(clock, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM, signal.SIGPROF])
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # output of libraries must not mix with the answers
     seconds = float(_read(requests) or b"0")
     options = from_json(ImageOptions, (_read(requests) or b"").decode())
     while (body := _read(requests)) is not None:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        _limit_memory(options, body)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_REAL, 3 * seconds)
         answer, data = _answer(body, options)
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         _write(answers, json.dumps(answer).encode())
         _write(answers, data)
+
+
+def _limit_memory(options: ImageOptions, body: bytes) -> None:
+    """Limit the memory of this process for one image; Linux only. A lower limit of the user stays."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            present = int(file.read().split()[5]) * resource.getpagesize()
+    except FileNotFoundError:
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = present + HEADROOM + len(body) + BYTES_PER_PIXEL * options.max_pixels
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 def _answer(body: bytes, options: ImageOptions) -> tuple[dict[str, object], bytes]:
@@ -126,6 +147,9 @@ def _answer(body: bytes, options: ImageOptions) -> tuple[dict[str, object], byte
         image = transform(body, options)
     except SampleError as error:
         return {"status": error.status, "error_class": error.error_class, "message": error.message}, b""
+    except MemoryError:
+        message = "Image decoding error: needs more memory than --max-pixels allows"
+        return {"status": "failed_to_resize", "error_class": "decode_memory", "message": message}, b""
     except Exception as error:
         # The sample boundary, as in the parent: decoders raise arbitrary exceptions.
         message = f"Image decoding error: {error}"

@@ -32,7 +32,7 @@ import ssl
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -51,7 +51,7 @@ from pipeline.stages.crawl.failure import Failure, http_failure
 from pipeline.stages.crawl.fetch_store import Stores, store_threads
 from pipeline.stages.crawl.robots import MAX_BYTES as ROBOTS_BYTES
 from pipeline.stages.crawl.robots import Robots
-from pipeline.stages.crawl.sniff import ENOUGH, refuse_non_images
+from pipeline.stages.crawl.sniff import ENOUGH, refuse_non_images, starts_like_an_image
 from pipeline.stages.crawl.turns import Turns
 
 logger = logging.getLogger(__name__)
@@ -405,9 +405,12 @@ class Downloader:
         most = self._options.max_bytes
         if (response.content_length or 0) > most:
             raise _too_large(response)
-        inflate = _Inflater.for_encoding(response.headers.get("Content-Encoding", ""), response.status)
+        inflate: _Inflater | None = None
         chunks, size, looking = [], 0, self._options.pictures_only
-        async for chunk in response.content.iter_any():
+        async for start, chunk in _whole_start(response):
+            if start and not starts_like_an_image(chunk):
+                # Some servers state an encoding that the body does not have: an image's bytes are believed.
+                inflate = _Inflater.for_encoding(response.headers.get("Content-Encoding", ""), response.status)
             part = inflate(chunk, most - size + 1) if inflate else chunk
             size += len(part)
             if size > most:
@@ -419,6 +422,21 @@ class Downloader:
         if inflate:
             inflate.finish()
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+async def _whole_start(response: aiohttp.ClientResponse) -> AsyncIterator[tuple[bool, bytes]]:
+    """The body in chunks, each with whether it is the first; that one has ``ENOUGH`` bytes, if the body has as many."""
+    start: bytes | None = b""
+    async for chunk in response.content.iter_any():
+        if start is None:
+            yield False, chunk
+            continue
+        start += chunk
+        if len(start) >= ENOUGH:
+            yield True, start
+            start = None
+    if start:
+        yield True, start
 
 
 async def _read_start(response: aiohttp.ClientResponse, most: int) -> bytes:

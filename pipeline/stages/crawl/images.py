@@ -5,40 +5,45 @@ same geometry. The order of the steps differs, because the input is hostile and 
 
 1. The format is detected from the first bytes (never from a name or a Content-Type), the size is read from the header,
    and every limit is checked before pixels are allocated.
-2. libjpeg-turbo decodes JPEG, in the default mode directly at a half, a quarter or an eighth of the size if that is
-   still ``_MARGIN`` times the target size. OpenCV decodes PNG and WebP, Pillow all other formats.
+2. :mod:`pipeline.shards.pixels` decodes, by the rule that readers follow too. In the default mode libjpeg-turbo decodes
+   a JPEG directly at a half, a quarter or an eighth of the size if that is still ``_MARGIN`` times the target size.
 3. OpenCV resizes (by default area for downscaling, Lanczos for upscaling), crops or pads, and encodes. In the default
    mode a faster method replaces area averaging (see ``_shrink``).
 
-The output has 8 bits per channel: grey stays one channel (as in img2dataset), all others become RGB. Alpha is
-composited on the background, 16-bit values are scaled down, palettes are expanded, CMYK is converted, and an animation
-is reduced to its first image. EXIF orientation is ignored by default, as in img2dataset, so that shards match its own.
-Re-encoded images have no EXIF, so an applied orientation cannot be applied twice.
+Grey stays one channel, as in img2dataset. EXIF orientation is ignored by default, as in img2dataset, so that shards
+match its own. Re-encoded images have no EXIF, so an applied orientation cannot be applied twice.
 
 All functions here are pure and thread-safe: the decoders have no shared state and release the GIL.
 """
 
-import functools
 import math
-import struct
 from dataclasses import dataclass
-from io import BytesIO
-from typing import Literal, NoReturn, get_args
+from typing import Literal, get_args
 
 import cv2
 import numpy as np
-import numpy.typing as npt
-import simplejpeg
-from PIL import Image
 
 from pipeline.config import require
 from pipeline.errors import SampleError, SettingError
-from pipeline.stages.crawl.exif import PILLOW_ERRORS, exif_json, jpeg_segments, orientation_of, read_exif
+from pipeline.shards.exif import exif_json, orientation_of, read_exif
+from pipeline.shards.pixels import (
+    WHITE,
+    Header,
+    Pixels,
+    bad_image,
+    composite,
+    decode_pixels,
+    jpeg_scans,
+    read_header,
+    turn,
+    turned,
+    use_one_thread,
+)
+from pipeline.shards.sample import IMAGE_KINDS
 
 ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
 Interpolation = Literal["nearest", "linear", "bilinear", "cubic", "bicubic", "area", "lanczos", "lanczos4"]
 EncodeFormat = Literal["jpg", "png", "webp"]
-Pixels = npt.NDArray[np.uint8]
 
 _INTERPOLATIONS: dict[str, int] = {
     "nearest": cv2.INTER_NEAREST,
@@ -56,7 +61,6 @@ _ENCODERS: dict[str, tuple[int, int, int]] = {
     "png": (cv2.IMWRITE_PNG_COMPRESSION, 0, 9),
     "webp": (cv2.IMWRITE_WEBP_QUALITY, 1, 101),
 }
-_KIND_OF_FORMAT = {"jpg": "jpeg", "png": "png", "webp": "webp"}
 
 # A JPEG is decoded to a fraction of its size only if the area filter still averages this many pixels per side
 # (measured on photographs: 2 keeps 42 dB on average against a full decode, 1.5 some 38 dB, 1.25 only 33 dB) ...
@@ -69,20 +73,8 @@ _MAX_PADDING = 32
 _FAST_SHRINK = (1.4, 4.0)
 # A progressive JPEG can encode a whole pass over its pixels in a few bytes; real ones have about ten passes.
 _MAX_JPEG_SCANS = 100
-
-_PILLOW_FORMATS = ("GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "JPEG", "MPO")
-_MOST_PIXELS = 2**30
-# Pillow refuses twice this when it opens an image; the limit of the options is checked after the header is read.
-Image.MAX_IMAGE_PIXELS = _MOST_PIXELS // 2
-# Warnings of libjpeg for images with complete pixels.
-_HARMLESS_JPEG_WARNINGS = (
-    "extraneous bytes",
-    "unknown jfif revision",
-    "unknown adobe",
-    "inconsistent progression",
-    "invalid sos parameters",
-    "too many scanlines",
-)
+# A decoder of JPEG 2000 takes 20 bytes for each pixel that a file claims, others 12 at most.
+_JPEG2000_COST = 5 / 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +96,11 @@ class ImageOptions:
     """Quality of jpg (0 to 100) or webp (1 to 100; 101 = lossless), or compression level of png (0 to 9)."""
     skip_reencode: bool = False
     """Keep the original bytes of an image that is already in encode_format and needs no change."""
+    keep_bytes: bool = False
+    """Keep the original bytes of every image that needs no change, with the ending of its own format; it is decoded
+    once, to detect damage."""
     disable_all_reencoding: bool = False
-    """Keep the original bytes of every image, unchecked, under the extension of encode_format."""
+    """Keep the original bytes of every image, unchecked, under the extension of encode_format; prefer keep_bytes."""
     min_image_size: int = 0
     """Smallest shorter side in pixels; smaller images fail."""
     max_image_area: float = math.inf
@@ -116,7 +111,7 @@ class ImageOptions:
     """Largest number of pixels to decode or to resize to; checked before allocation, larger images fail."""
     exact: bool = False
     """Decode JPEG at full size before downscaling: exactly img2dataset's pixels, for up to twice the CPU time."""
-    background: tuple[int, int, int] = (255, 255, 255)
+    background: tuple[int, int, int] = WHITE
     """Background colour of transparent pixels and of the border: red, green, blue (0 to 255)."""
     apply_exif_orientation: bool = False
     """Apply the EXIF orientation. Off by default, as in img2dataset."""
@@ -124,6 +119,8 @@ class ImageOptions:
     """Store the EXIF tags as JSON text."""
 
     def __post_init__(self) -> None:
+        clear = not (self.keep_bytes and self.disable_all_reencoding)
+        require(clear, "keep_bytes", self.keep_bytes, "off with disable_all_reencoding")
         require(1 <= self.image_size <= 16384, "image_size", self.image_size, "1 to 16384 pixels")
         _require_one_of("resize_mode", self.resize_mode, ResizeMode)
         _require_one_of("upscale_interpolation", self.upscale_interpolation, Interpolation)
@@ -138,7 +135,7 @@ class ImageOptions:
         require(self.min_image_size >= 0, "min_image_size", self.min_image_size, "0 or more pixels")
         require(self.max_image_area > 0, "max_image_area", self.max_image_area, "more than 0 pixels")
         require(self.max_aspect_ratio >= 1, "max_aspect_ratio", self.max_aspect_ratio, "1 or more")
-        require(1 <= self.max_pixels <= _MOST_PIXELS, "max_pixels", self.max_pixels, "1 to 2^30 pixels")
+        require(1 <= self.max_pixels <= 2**30, "max_pixels", self.max_pixels, "1 to 2^30 pixels")
         ok = len(self.background) == 3 and all(0 <= value <= 255 for value in self.background)
         require(ok, "background", self.background, "three values from 0 to 255 (red green blue)")
 
@@ -147,35 +144,20 @@ class ImageOptions:
 class EncodedImage:
     """The result of :func:`transform` for one body.
 
-    ``width`` and ``height`` are those of ``data``; the original ones those of the body (as displayed, if the EXIF
-    orientation was applied). They are None only with ``disable_all_reencoding``, for a body that is not an image.
-    ``kept`` means that ``data`` is the body itself. ``exif`` is a JSON object, "{}" without tags, None if not requested
-    or unreadable.
+    ``format`` is the ending of the image's field. ``width`` and ``height`` are those of ``data``; the original ones
+    those of the body (as displayed, if the EXIF orientation was applied). They are None only with
+    ``disable_all_reencoding``, for a body that is not an image. ``kept`` means that ``data`` is the body itself.
+    ``exif`` is a JSON object, "{}" without tags, None if not requested or unreadable.
     """
 
     data: bytes
-    format: EncodeFormat
+    format: str
     width: int | None
     height: int | None
     original_width: int | None
     original_height: int | None
     exif: str | None
     kept: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """Header of an image: its format and its size in pixels, before EXIF orientation.
-
-    ``colour`` is libjpeg's name of a JPEG's colour space ("" for other formats, or if only Pillow reads it);
-    ``animated`` marks PNG and WebP with several frames.
-    """
-
-    kind: str
-    width: int
-    height: int
-    colour: str = ""
-    animated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,24 +180,24 @@ def transform(body: bytes, options: ImageOptions) -> EncodedImage:
 
     Raises:
         SampleError: status "failed_to_resize"; ``error_class`` is one of empty, not_a_picture, truncated, damaged,
-            too_many_pixels, too_small, too_large, aspect_ratio, encode. Messages are few and fixed, for counting.
+            depth, too_many_pixels, too_small, too_large, aspect_ratio, encode. Messages are few and fixed, for
+            counting.
     """
-    _use_one_thread()
+    use_one_thread()
     if options.disable_all_reencoding:
         return _untouched(body, options)
     header = read_header(body)
     exif = read_exif(body, header.kind) if options.extract_exif or options.apply_exif_orientation else None
     orientation = orientation_of(exif) if options.apply_exif_orientation else 1
-    size = _turned((header.width, header.height), orientation)
-    _check_limits(size, body, options)
+    size = turned((header.width, header.height), orientation)
+    _check_limits(size, header.kind, body, options)
     geometry = plan(*size, options)
     _check_output(geometry, options)
-    data = _kept_bytes(body, header, geometry, orientation, options)
-    kept = data is not None
-    if data is None:
-        data = _convert(body, header, geometry, orientation, options)
+    kept = not geometry.changes and orientation == 1 and _may_keep(body, header, options)
+    data = body if kept else _convert(body, header, geometry, orientation, options)
+    ending = IMAGE_KINDS[header.kind][0] if kept else options.encode_format
     text = exif_json(exif) if options.extract_exif else None
-    return EncodedImage(data, options.encode_format, *geometry.final, *geometry.original, text, kept)
+    return EncodedImage(data, ending, *geometry.final, *geometry.original, text, kept)
 
 
 def plan(width: int, height: int, options: ImageOptions) -> Geometry:
@@ -233,227 +215,29 @@ def plan(width: int, height: int, options: ImageOptions) -> Geometry:
     return Geometry(original, resized, final, interpolation)
 
 
-def read_header(body: bytes) -> Header:
-    """Format and size of an encoded image, without decoding it.
-
-    Raises:
-        SampleError: classes empty, not_a_picture, damaged.
-    """
-    if not body:
-        _fail("empty", "Image decoding error: empty body")
-    if body.startswith(b"\xff\xd8\xff"):
-        return _jpeg_header(body)
-    if body.startswith(b"\x89PNG\r\n\x1a\n"):
-        return _png_header(body)
-    if body.startswith(b"RIFF") and body[8:12] == b"WEBP":
-        return _webp_header(body)
-    if _is_for_pillow(body):
-        return _pillow_header(body)
-    if body[:512].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"<", b"{"):
-        _fail("not_a_picture", "Image decoding error: a text page in place of an image")
-    _fail("not_a_picture", "Image decoding error: not an image of a known kind")
-
-
 # Limits
 
 
-def _check_limits(size: tuple[int, int], body: bytes, options: ImageOptions) -> None:
+def _check_limits(size: tuple[int, int], kind: str, body: bytes, options: ImageOptions) -> None:
     short, long, area = min(size), max(size), size[0] * size[1]
-    if area > options.max_pixels:
-        _fail("too_many_pixels", f"Image decoding error: more pixels than --max-pixels {options.max_pixels}")
+    if area * (_JPEG2000_COST if kind == "jpeg2000" else 1) > options.max_pixels:
+        bad_image("too_many_pixels", f"Image decoding error: more pixels than --max-pixels {options.max_pixels}")
     if short < options.min_image_size:
-        _fail("too_small", "image too small")
+        bad_image("too_small", "image too small")
     if area > options.max_image_area:
-        _fail("too_large", "image area too large")
+        bad_image("too_large", "image area too large")
     if long / short > options.max_aspect_ratio:
-        _fail("aspect_ratio", "aspect ratio too large")
-    scans = _jpeg_scans(body) if body.startswith(b"\xff\xd8") else 1
+        bad_image("aspect_ratio", "aspect ratio too large")
+    scans = jpeg_scans(body) if body.startswith(b"\xff\xd8") else 1
     if scans > _MAX_JPEG_SCANS and scans * area > options.max_pixels:
-        _fail("too_many_pixels", f"Image decoding error: passes over more than --max-pixels {options.max_pixels}")
-
-
-def _jpeg_scans(body: bytes) -> int:
-    """Upper bound of the number of scans that a decoder processes."""
-    components = -1
-    for marker, start, _ in jpeg_segments(body):
-        if marker in (0xC0, 0xC1):
-            components = body[start + 5]
-        elif marker == 0xDA and components == body[start]:
-            # A sequential image whose first scan has all components ends with it; no need to read the rest.
-            return 1
-    return body.count(b"\xff\xda")
+        bad_image("too_many_pixels", f"Image decoding error: passes over more than --max-pixels {options.max_pixels}")
 
 
 def _check_output(geometry: Geometry, options: ImageOptions) -> None:
     # A line of 1 x 30,000 pixels resized to a shorter side of 256 would have two gigapixels.
     width, height = geometry.resized
     if width * height > options.max_pixels:
-        _fail("too_many_pixels", f"resized image has more pixels than --max-pixels {options.max_pixels}")
-
-
-# Headers
-
-
-def _jpeg_header(body: bytes) -> Header:
-    try:
-        height, width, colour, _ = simplejpeg.decode_jpeg_header(body, strict=False)
-    except (ValueError, KeyError):
-        # Sampling factors that the TurboJPEG interface has no name for, or damage: Pillow's reader tells.
-        return _pillow_header(body)
-    return Header("jpeg", width, height, str(colour))
-
-
-def _png_header(body: bytes) -> Header:
-    if len(body) < 33 or body[12:16] != b"IHDR":
-        _fail("damaged", "Image decoding error: damaged")
-    width, height = struct.unpack_from(">II", body, 16)
-    if not (0 < width < 2**31 and 0 < height < 2**31):
-        _fail("damaged", "Image decoding error: damaged")
-    # The animation chunk must stand before the first pixels.
-    animated = body.find(b"acTL", 33, max(33, body.find(b"IDAT"))) > 0
-    return Header("png", width, height, animated=animated)
-
-
-def _webp_header(body: bytes) -> Header:
-    chunk = body[12:16]
-    if len(body) < 30:
-        _fail("truncated", "Image decoding error: truncated")
-    if chunk == b"VP8X":
-        width, height = 1 + int.from_bytes(body[24:27], "little"), 1 + int.from_bytes(body[27:30], "little")
-        return Header("webp", width, height, animated=bool(body[20] & 2))
-    if chunk == b"VP8 ":
-        width, height = struct.unpack_from("<HH", body, 26)
-        width, height = width & 0x3FFF, height & 0x3FFF
-    elif chunk == b"VP8L":
-        bits = int.from_bytes(body[21:25], "little")
-        width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    else:
-        width = height = 0
-    if width == 0 or height == 0:
-        _fail("damaged", "Image decoding error: damaged")
-    return Header("webp", width, height)
-
-
-def _is_for_pillow(body: bytes) -> bool:
-    starts = (b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"\xff\x4f\xff\x51")
-    if body.startswith(starts) or body.startswith(b"\0\0\0\x0cjP  "):
-        return True
-    if body[4:8] == b"ftyp":
-        return body[8:12] in (b"avif", b"avis", b"mif1")
-    return body[:1] == b"P" and body[1:2] in b"123456" and body[2:3].isspace()
-
-
-def _pillow_header(body: bytes) -> Header:
-    with _open_with_pillow(body) as image:
-        return Header(str(image.format).lower(), *image.size)
-
-
-def _open_with_pillow(body: bytes) -> Image.Image:
-    try:
-        return Image.open(BytesIO(body), formats=_PILLOW_FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        _fail("too_many_pixels", "Image decoding error: more than 2^30 pixels, the most that --max-pixels allows")
-    except PILLOW_ERRORS:
-        _fail("damaged", "Image decoding error: damaged")
-
-
-# Decoding: all return uint8 pixels, [H, W] for grey, [H, W, 3] blue-green-red, or [H, W, 4] with alpha
-
-
-def _decode(body: bytes, header: Header, shrink: int = 1) -> Pixels:
-    """Pixels at the header's size; for JPEG divided by ``shrink`` (rounded up)."""
-    if header.kind == "jpeg" and header.colour:
-        return _decode_jpeg(body, header, shrink)
-    if header.kind in ("png", "webp"):
-        pixels = _decode_with_opencv(body, header.kind)
-    else:
-        pixels = _decode_with_pillow(body)
-    if pixels.shape[:2] != (header.height, header.width):
-        _fail("damaged", "Image decoding error: damaged")
-    return pixels
-
-
-def _decode_jpeg(body: bytes, header: Header, shrink: int) -> Pixels:
-    colour = {"Gray": "GRAY", "CMYK": "CMYK", "YCCK": "CMYK"}.get(header.colour, "BGR")
-    size = -(-header.width // shrink), -(-header.height // shrink)
-    try:
-        pixels = simplejpeg.decode_jpeg(body, colour, min_height=size[1], min_width=size[0])
-    except ValueError as error:
-        return _decode_doubtful_jpeg(body, header, shrink, str(error).lower())
-    if colour == "GRAY":
-        return np.asarray(pixels[:, :, 0])
-    return _cmyk_to_bgr(pixels) if colour == "CMYK" else np.asarray(pixels)
-
-
-def _decode_doubtful_jpeg(body: bytes, header: Header, shrink: int, warning: str) -> Pixels:
-    """Accept a complete image with a minor file defect; reject one that libjpeg would fill with grey."""
-    if "premature end of jpeg file" in warning:
-        # Only the end mark may be missing; in a progressive file, passes may be missing too, without a sign.
-        if body.endswith(b"\xff\xd9") or b"\xff\xc2" in body[: body.find(b"\xff\xda")]:
-            _fail("truncated", "Image decoding error: truncated")
-        return _decode_jpeg(body + b"\xff\xd9", header, shrink)
-    if "premature end" in warning:
-        _fail("truncated", "Image decoding error: truncated")
-    if not any(harmless in warning for harmless in _HARMLESS_JPEG_WARNINGS):
-        _fail("damaged", "Image decoding error: damaged")
-    # TurboJPEG raises errors for these; OpenCV continues, but cannot decode at a scale.
-    pixels = _decode_with_opencv(body, "jpeg")
-    size = -(-header.width // shrink), -(-header.height // shrink)
-    return pixels if shrink == 1 else np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA))
-
-
-def _cmyk_to_bgr(pixels: Pixels) -> Pixels:
-    # JPEG writers store inverted inks, so each value is a fraction of light: colour = value * black / 255.
-    black = cv2.merge([pixels[:, :, 3]] * 3)
-    return np.asarray(cv2.multiply(np.ascontiguousarray(pixels[:, :, 2::-1]), black, scale=1 / 255))
-
-
-def _decode_with_opencv(body: bytes, kind: str) -> Pixels:
-    data = _bare_png(body) if kind == "png" else body
-    try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error:
-        pixels = None
-    if pixels is None:
-        _fail("damaged", "Image decoding error: damaged")
-    if pixels.dtype == np.uint16:
-        pixels = cv2.convertScaleAbs(pixels, alpha=1 / 257)
-    return np.asarray(pixels)
-
-
-def _bare_png(body: bytes) -> bytes:
-    """The chunks with pixels; libpng writes warnings about others to stderr (mostly colour profiles)."""
-    chunks, start, kind = [body[:8]], 8, b""
-    while start + 12 <= len(body) and kind != b"IEND":
-        length, kind = struct.unpack_from(">I4s", body, start)
-        if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
-            chunks.append(body[start : start + length + 12])
-        start += length + 12
-    if kind != b"IEND" or start > len(body):
-        _fail("truncated", "Image decoding error: truncated")
-    return b"".join(chunks)
-
-
-def _decode_with_pillow(body: bytes) -> Pixels:
-    with _open_with_pillow(body) as image:
-        try:
-            image.load()
-            return _pillow_pixels(image)
-        except PILLOW_ERRORS:
-            _fail("damaged", "Image decoding error: damaged")
-
-
-def _pillow_pixels(image: Image.Image) -> Pixels:
-    mode = image.mode
-    if mode in ("1", "L"):
-        return np.asarray(image.convert("L"))
-    if mode.startswith("I"):
-        values = np.asarray(image)
-        scale = 1 / 257 if int(values.max()) > 255 else 1.0
-        return np.rint(values.clip(0, 65535) * scale).astype(np.uint8)
-    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        return np.asarray(cv2.cvtColor(np.asarray(image.convert("RGBA")), cv2.COLOR_RGBA2BGRA))
-    return np.asarray(cv2.cvtColor(np.asarray(image.convert("RGB")), cv2.COLOR_RGB2BGR))
+        bad_image("too_many_pixels", f"resized image has more pixels than --max-pixels {options.max_pixels}")
 
 
 # Pixels
@@ -470,8 +254,8 @@ class _Axis:
 
 
 def _convert(body: bytes, header: Header, geometry: Geometry, orientation: int, options: ImageOptions) -> bytes:
-    pixels = _resized(body, header, _turned(geometry.resized, orientation), geometry.interpolation, options)
-    pixels = _turn(pixels, orientation)
+    pixels = _resized(body, header, turned(geometry.resized, orientation), geometry.interpolation, options)
+    pixels = turn(pixels, orientation)
     if len(set(options.background)) > 1 and pixels.ndim == 2:
         pixels = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_GRAY2BGR))
     return _encode(_crop_or_pad(pixels, geometry, options.background), options)
@@ -487,8 +271,8 @@ def _resized(
                 continue
             across, down = _axis(header.width, factor, size[0]), _axis(header.height, factor, size[1])
             if max(across.shift, down.shift) <= _MAX_SHIFT:
-                return _resize_scaled(_decode(body, header, factor), across, down, size)
-    pixels = _decode(body, header)
+                return _resize_scaled(decode_pixels(body, header, factor), across, down, size)
+    pixels = decode_pixels(body, header)
     if pixels.ndim == 3 and pixels.shape[2] == 4:
         pixels = composite(pixels, options.background)
     if pixels.shape[:2] == size[::-1]:
@@ -534,23 +318,6 @@ def _shrink(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA))
 
 
-def composite(pixels: Pixels, background: tuple[int, int, int]) -> Pixels:
-    """``[H, W, 4]`` blue-green-red-alpha on a red-green-blue ``background`` -> ``[H, W, 3]``, rounded to nearest."""
-    if int(pixels[:, :, 3].min()) == 255:
-        return np.ascontiguousarray(pixels[:, :, :3])
-    result = np.empty((*pixels.shape[:2], 3), np.uint8)
-    behind = np.array(background[::-1], np.uint16)
-    # Process in bands, to keep the 16-bit temporaries small for huge images.
-    band = max(1, 2**18 // pixels.shape[1])
-    for top in range(0, pixels.shape[0], band):
-        part = pixels[top : top + band].astype(np.uint16)
-        alpha = part[:, :, 3:]
-        total = part[:, :, :3] * alpha + (255 - alpha) * behind + 128
-        # (x + (x >> 8)) >> 8 is x / 255, rounded, for every sum that can occur; no 16-bit overflow.
-        result[top : top + band] = (total + (total >> 8)) >> 8
-    return result
-
-
 def _crop_or_pad(pixels: Pixels, geometry: Geometry, background: tuple[int, int, int]) -> Pixels:
     """Crop the final size from the middle, or pad with the background."""
     more_x = geometry.final[0] - geometry.resized[0]
@@ -572,23 +339,23 @@ def _encode(pixels: Pixels, options: ImageOptions) -> bytes:
         done, data = False, np.empty(0, np.uint8)
     if not done:
         # JPEG ends at 65,500 pixels a side, WebP at 16,383.
-        _fail("encode", "Image encoding error")
+        bad_image("encode", "Image encoding error")
     return data.tobytes()
 
 
-def _kept_bytes(
-    body: bytes, header: Header, geometry: Geometry, orientation: int, options: ImageOptions
-) -> bytes | None:
-    """The body, if it can be the output; it is decoded anyway, to detect damage."""
-    wanted = options.skip_reencode and header.kind == _KIND_OF_FORMAT[options.encode_format]
-    if not wanted or geometry.changes or header.animated or orientation != 1:
-        return None
+def _may_keep(body: bytes, header: Header, options: ImageOptions) -> bool:
+    """Whether the body can be the output unchanged; if so, it is decoded to detect damage."""
+    if options.keep_bytes:
+        decode_pixels(body, header, shrink=8)
+        return True
+    if not options.skip_reencode or IMAGE_KINDS[header.kind][0] != options.encode_format or header.animated:
+        return False
     if header.kind == "jpeg" and header.colour not in ("YCbCr", "RGB", "Gray"):
-        return None
-    pixels = _decode(body, header, shrink=8)
+        return False
+    pixels = decode_pixels(body, header, shrink=8)
     deep = header.kind == "png" and body[24] == 16
     transparent = pixels.ndim == 3 and pixels.shape[2] == 4
-    return None if deep or transparent else body
+    return not deep and not transparent
 
 
 def _untouched(body: bytes, options: ImageOptions) -> EncodedImage:
@@ -602,29 +369,6 @@ def _untouched(body: bytes, options: ImageOptions) -> EncodedImage:
     return EncodedImage(body, options.encode_format, width, height, width, height, text, True)
 
 
-def _turned(size: tuple[int, int], orientation: int) -> tuple[int, int]:
-    return size[::-1] if orientation >= 5 else size
-
-
-def _turn(pixels: Pixels, orientation: int) -> Pixels:
-    """Undo an EXIF orientation (1 to 8; Exif 2.32, tag 0x0112)."""
-    if orientation in (5, 6, 7, 8):
-        pixels = np.asarray(cv2.transpose(pixels))
-    # After the transposition 5 is done, 6 still needs a left-right mirror, 8 a top-bottom one, 7 both.
-    flip = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)
-    return pixels if flip is None else np.asarray(cv2.flip(pixels, flip))
-
-
-def _fail(error_class: str, message: str) -> NoReturn:
-    raise SampleError("failed_to_resize", error_class, message)
-
-
 def _require_one_of(field: str, value: object, kind: object) -> None:
     names: tuple[str, ...] = get_args(kind)
     require(value in names, field, value, "one of " + ", ".join(names))
-
-
-@functools.cache
-def _use_one_thread() -> None:
-    # Images are processed in parallel; OpenCV's own threads would compete for the same cores.
-    cv2.setNumThreads(1)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pipeline.config import require
 from pipeline.errors import DataError, unreadable
 from pipeline.shards.snapshot import Snapshot
-from pipeline.shards.storage import Folder, split_file
+from pipeline.shards.storage import Folder, read_errors, split_file
 from pipeline.stages.filters.filter import Filter, Step, Verdict
 from pipeline.stages.filters.view import ShardView
 
@@ -105,7 +105,8 @@ def read_uids(place: str) -> NDArray[Any]:
     """
     allowed = 'a .npy file of dtype "u8,u8"'
     try:
-        local = place if "://" not in place else fsspec.open_local(f"simplecache::{place}")
+        with read_errors(place):
+            local = place if "://" not in place else fsspec.open_local(f"simplecache::{place}")
         listed = np.load(local, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise unreadable("uids", place, allowed, error) from error

@@ -15,7 +15,6 @@ order or machine. (The paper's code uses a global random state; the rest is iden
 import functools
 import hashlib
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.config import require
+from pipeline.config import parse_json, require
 from pipeline.errors import unreadable
 from pipeline.shards.storage import split_file
 from pipeline.stages.filters.filter import Filter, Step, Verdict
@@ -156,7 +155,7 @@ def read_entries(place: str) -> tuple[str, ...]:
     try:
         folder, file = split_file(place)
         text = folder.read_text(file)
-        plain = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+        plain = parse_json(text) if text.lstrip().startswith("[") else text.splitlines()
     except (OSError, ValueError) as error:
         raise unreadable("entries", place, allowed, error) from error
     listed = isinstance(plain, list) and all(isinstance(entry, str) for entry in plain)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import require
 from pipeline.errors import SampleError
-from pipeline.stages.crawl.images import read_header
+from pipeline.shards.pixels import WHITE, Header, composite, decode_pixels, read_header
 from pipeline.stages.filters.duplicates import Positions, duplicates_table, in_duplicates
 from pipeline.stages.filters.filter import Filter, Step, Verdict
 from pipeline.stages.filters.view import ShardView
@@ -105,15 +105,32 @@ def grey_thumbnail(image: bytes) -> NDArray[np.uint8] | None:
         return None
     if header.width * header.height > MAX_PIXELS:
         return None
+    pixels = _grey_jpeg(image, header) if header.kind == "jpeg" else _grey(image, header)
+    small: NDArray[np.uint8] | None = None if pixels is None else _shrunk(pixels)
+    return small
+
+
+def _grey_jpeg(image: bytes, header: Header) -> NDArray[np.uint8] | None:
     # JPEG's transform makes decoding at half size and below almost free.
     shrink = min(header.width, header.height) // (4 * SIDE)
     flag = next((flag for factor, flag in _REDUCED if shrink >= factor), cv2.IMREAD_GRAYSCALE)
     try:
-        pixels = cv2.imdecode(np.frombuffer(image, np.uint8), flag)
+        found = cv2.imdecode(np.frombuffer(image, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:
         return None
-    small: NDArray[np.uint8] | None = None if pixels is None else _shrunk(pixels)
-    return small
+    return None if found is None else np.asarray(found, np.uint8)
+
+
+def _grey(image: bytes, header: Header) -> NDArray[np.uint8] | None:
+    try:
+        pixels = decode_pixels(image, header)
+    except SampleError:
+        return None
+    if pixels.ndim == 2:
+        return pixels
+    if pixels.shape[2] == 4:
+        pixels = composite(pixels, WHITE)
+    return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY))
 
 
 def block_masks(distance: int, count: int) -> list[int]:

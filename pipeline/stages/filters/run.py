@@ -145,7 +145,8 @@ def read_duplicates(snapshot: Snapshot) -> Iterator[tuple[str, pa.Table]]:
 
 def _work(snapshot: Snapshot) -> Folder:
     """The folder of the filter run that made ``snapshot``; its options, which anyone may have written, only name it."""
-    name = snapshot.options.get("filters_run")
+    # Older snapshots have the folder's whole path.
+    name = snapshot.options.get("filters_run") or str(snapshot.options.get("filters_folder", "")).rpartition("/")[2]
     if not is_file_name(name):
         raise SnapshotError(f"{snapshot.uri} was not made by filters; use jobs/filter_dataset.py")
     return Folder(snapshot.folder).folder(FILTERS).folder(str(name))

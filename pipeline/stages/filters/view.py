@@ -4,7 +4,7 @@ Columns are read from the shard's parquet file, a small read, or from the tar if
 """
 
 import hashlib
-import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,17 +15,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.config import parse_json
 from pipeline.errors import DataError, SampleError
+from pipeline.shards.pixels import read_header
 from pipeline.shards.sample import Sample, joined_fields
 from pipeline.shards.selection import read_selection
 from pipeline.shards.sidecar import read_sidecar
 from pipeline.shards.snapshot import Shard
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import iterate_tar
-from pipeline.stages.crawl.images import read_header
+from pipeline.shards.text import decoded, storable
+from pipeline.sources.tables import first_text, stored_text, texts_of
 from pipeline.stages.filters.captions import clean_text
 
 EMBEDDINGS_JOB = "jobs/embed_dataset.py"
+SIDES = ("width", "height", "original_width", "original_height")
+SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float32]
 
@@ -100,7 +105,7 @@ class ShardView:
         For a sample without an image it covers all fields but the json.
         """
         known = self._rows("sha256") if self._stored.has("sha256") else None
-        if known is not None and all(known):
+        if known is not None and all(isinstance(text, str) and SHA256.fullmatch(text) for text in known):
             return [bytes.fromhex(text) for text in known]
         return [hashlib.sha256(_content(sample)).digest() for sample in self.samples()]
 
@@ -177,7 +182,7 @@ class _Stored:
         self._opened = True
         self._file = self._open_table()
         if self._file is None:
-            table = pa.Table.from_pylist([_described(sample) for sample in self.samples()])
+            table = _table([_described(sample) for sample in self.samples()])
             self._columns = {name: table[name] for name in table.column_names}
 
     def _open_table(self) -> pq.ParquetFile | None:
@@ -186,31 +191,62 @@ class _Stored:
             content = self._folder.open(f"{self._shard.name}.parquet")
         except FileNotFoundError:
             return None
-        file = pq.ParquetFile(content)
+        try:
+            file = pq.ParquetFile(content)
+        except (pa.ArrowInvalid, OSError) as error:
+            place = self._folder.join(f"{self._shard.name}.parquet")
+            raise DataError(f"{place} is damaged, or no parquet file ({' '.join(str(error).split())})") from error
         names = file.schema_arrow.names
         if "status" in names:
-            self._good = pc.equal(file.read(columns=["status"])["status"], pa.scalar("success"))
+            self._good = pc.equal(
+                texts_of(file.read(columns=["status"])["status"].combine_chunks()), pa.scalar("success")
+            )
         rows = file.metadata.num_rows if self._good is None else pc.sum(self._good).as_py()
         return file if rows == self._shard.stored and "key" in names else None
 
 
+def _table(rows: list[dict[str, Any]]) -> pa.Table:
+    """One column for each name in any of the rows; values of types that do not fit together become text."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
+
+
+def _column(values: list[Any]) -> Any:
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {int, float} or kinds == {bool}:
+        try:
+            return pa.array(values, pa.float64() if float in kinds else pa.bool_() if bool in kinds else pa.int64())
+        except (pa.ArrowInvalid, OverflowError):
+            pass  # whole numbers beyond 64 bits
+    return pa.array([stored_text(value) for value in values], pa.string())
+
+
 def _described(sample: Sample) -> dict[str, Any]:
-    """The values of a parquet row, from the sample itself."""
+    """The values of a parquet row, from the sample itself; json that cannot be parsed has none."""
     try:
-        plain = json.loads(sample.fields.get("json", b"{}"))
+        plain = parse_json(decoded(sample.fields.get("json", b"{}")))
     except ValueError:
         plain = {}
-    scalars = plain.items() if isinstance(plain, dict) else ()
-    row: dict[str, Any] = {name: str(value) for name, value in scalars if isinstance(value, str | int | float)}
-    for name in ("width", "height", "original_width", "original_height"):
+    row: dict[str, Any] = {storable(name): value for name, value in plain.items()} if isinstance(plain, dict) else {}
+    for name in SIDES:
         if name in row:
-            row[name] = int(float(row[name]))
-    image = sample.image() or b""
+            row[name] = _pixels(row[name])
     if "txt" in sample.fields:
-        row["caption"] = sample.fields["txt"].decode("utf-8", "replace")
-    if "width" not in row:
-        row["width"], row["height"] = _size(image)
+        row["caption"] = decoded(sample.fields["txt"])
+    elif "caption" in row:
+        row["caption"] = stored_text(first_text(row["caption"]))
+    if row.get("width") is None or row.get("height") is None:
+        row["width"], row["height"] = _size(sample.image() or b"")
     return {**row, "key": sample.key}
+
+
+def _pixels(value: Any) -> int | None:
+    """A number of pixels as the sample's json states it; ``None`` for other values."""
+    try:
+        number = int(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if 0 < number < 2**31 else None
 
 
 def _content(sample: Sample) -> bytes:

@@ -25,6 +25,7 @@ from pipeline.shards.writer import STATS, ShardStats
 from pipeline.sources.urls import UrlTable
 from pipeline.stages.crawl.addresses import AddressPolicy, AddressRefused
 from pipeline.stages.crawl.download import DownloadOptions
+from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.ray_session import connect
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.settings import shaping_options
@@ -42,7 +43,7 @@ def refresh_with_img2dataset(
         SettingError: the package is not installed (it does not import on Python 3.13), or lacks an option.
         StorageError: some shards were not finished.
     """
-    _refuse_what_it_lacks(source, options.downloads)
+    _refuse_what_it_lacks(source, options.downloads, options.images)
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     try:
         # The package rebinds its name `main` to a function, so plain attribute access does not reach the module.
@@ -104,8 +105,9 @@ def _arguments(source: UrlTable, folder: Folder, options: ShardOptions, workers:
     }
 
 
-def _refuse_what_it_lacks(source: UrlTable, downloads: DownloadOptions) -> None:
-    """Options for robots and for stores must not be ignored silently."""
+def _refuse_what_it_lacks(source: UrlTable, downloads: DownloadOptions, images: ImageOptions) -> None:
+    """Options for robots, stores and bytes must not be ignored silently."""
+    require(not images.keep_bytes, "keep_bytes", True, "the engine native; img2dataset has skip_reencode only")
     same = source.verify_hash is None or source.verify_hash.rpartition(":")[2] == downloads.compute_hash
     require(
         same, "verify_hash", source.verify_hash, f"img2dataset's: of the kind of compute_hash {downloads.compute_hash}"

@@ -15,14 +15,15 @@ import pyarrow as pa
 
 from pipeline.errors import SampleError
 from pipeline.shards.objects import FIELD as BOXES
-from pipeline.shards.sample import GEOMETRIC_FIELDS, Sample, sample_key, shard_name
+from pipeline.shards.pixels import read_header
+from pipeline.shards.sample import GEOMETRIC_FIELDS, IMAGE_FIELDS, Sample, sample_key, shard_name
 from pipeline.shards.storage import Folder
 from pipeline.shards.text import storable
 from pipeline.shards.writer import ShardStats, ShardWriter, parquet_schema, read_stats
 from pipeline.sources.source import UNCHANGED, Row, Scalar, Source, content_of, fetches, has_images
 from pipeline.stages.crawl.decode_apart import Apart, needs_care
 from pipeline.stages.crawl.download import Download, DownloadOptions, KnownBody, digest, download_all
-from pipeline.stages.crawl.images import EncodedImage, ImageOptions, read_header, transform
+from pipeline.stages.crawl.images import EncodedImage, ImageOptions, transform
 from pipeline.stages.refresh.plan import Unit
 
 ARROW_TYPES: Mapping[type, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
@@ -38,7 +39,7 @@ class ShardOptions:
 
 
 AS_IT_IS = ShardOptions(images=ImageOptions(**UNCHANGED))
-"""Whether images are stored as in the source."""
+"""Images are stored byte for byte as in the source; those that cannot be decoded fail."""
 
 
 def make_shard(unit: Unit, source: Source, folder: Folder, options: ShardOptions) -> ShardStats:
@@ -135,6 +136,7 @@ class _Maker:
             image = self._image(body.content) if self._imaged else None
             if image is not None:
                 _refuse_stale_members(row, image)
+                _refuse_other_images(row, image)
         except SampleError as error:
             return self._failed(record, error, body), None
         record |= self._described(image, body.digest)
@@ -176,7 +178,7 @@ class _Maker:
     def _sample(self, key: str, row: Row, record: Mapping[str, Any], image: EncodedImage | None) -> Sample:
         fields = dict(row.members)
         if image is not None:
-            fields[self._options.images.encode_format] = image.data
+            fields[image.format] = image.data
         if self._source.has_captions:
             fields["txt"] = (record["caption"] or "").encode()
         fields["json"] = _flat_json(record)
@@ -224,6 +226,15 @@ def _refuse_stale_members(row: Row, image: EncodedImage) -> None:
         advice = "; if it is displayed turned, use --apply-exif-orientation" if turned else ""
         message = f"{BOXES} is measured in {sizes}{advice}"
         raise SampleError("failed_to_resize", "stale_annotation", message)
+
+
+def _refuse_other_images(row: Row, image: EncodedImage) -> None:
+    """Reject a member that readers would take for the image."""
+    before = IMAGE_FIELDS[: IMAGE_FIELDS.index(image.format) + 1]
+    other = next((name for name in before if name in row.members), None)
+    if other is not None:
+        message = f"the sample has a member .{other}, which readers would take for its image, stored as .{image.format}"
+        raise SampleError("failed_to_resize", "two_images", message)
 
 
 def _measured_in(boxes: bytes | None) -> tuple[int, int] | None:

@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.errors import unreadable
-from pipeline.shards.storage import file_system
+from pipeline.errors import ReadError, unreadable
+from pipeline.shards.storage import split_file
 
 # NumPy drops trailing zeros of such strings, on both sides of a comparison.
 DIGEST = np.dtype("S16")
@@ -79,14 +79,17 @@ def read_opt_out(uri: str | None) -> OptOut:
     """The list at ``uri`` (a path or any fsspec URI, ``.txt`` or ``.parquet``); an empty one for ``None``.
 
     Raises:
-        SettingError: it cannot be read.
+        SettingError: no such file, or not such a list.
+        ReadError: the store refuses.
     """
     if uri is None:
         return OptOut()
     try:
-        fs, path = file_system(uri)
-        with fs.open(path, "rb") as file:
+        folder, name = split_file(uri)
+        with folder.open(name) as file:
             return OptOut(_parquet_entries(file) if uri.endswith(".parquet") else _text_entries(file))
+    except ReadError:
+        raise
     except (OSError, UnicodeDecodeError, pa.ArrowInvalid) as error:
         allowed = "a .txt with one entry a line, or a .parquet with a text column"
         raise unreadable("opt_out", uri, allowed, error) from error

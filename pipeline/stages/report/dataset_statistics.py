@@ -25,13 +25,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import from_json, require, to_json
-from pipeline.errors import SampleError
+from pipeline.errors import DataError, SampleError, SidecarError
+from pipeline.shards.pixels import read_header
 from pipeline.shards.sample import Sample
 from pipeline.shards.selection import read_samples
 from pipeline.shards.sidecar import read_sidecar, sidecar_file
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
-from pipeline.stages.crawl.images import ImageOptions, read_header, transform
+from pipeline.shards.text import decoded
+from pipeline.stages.crawl.images import ImageOptions, transform
 from pipeline.stages.filters.language import identify
 from pipeline.stages.report.outlines import Region, read_regions
 from pipeline.stages.shard_tasks import Workers, run_tasks
@@ -367,7 +369,7 @@ class _Counted:
             self._spoken[self._languages[sample.key]] += 1
 
     def _identify(self, sample: Sample) -> None:
-        text = sample.fields.get("txt", b"")[:LONGEST_CAPTION].decode("utf-8", errors="ignore").strip()
+        text = decoded(sample.fields.get("txt", b"")[:LONGEST_CAPTION]).strip()
         if text:
             self._spoken[identify(text)[0]] += 1
 
@@ -473,7 +475,7 @@ def _limit(wanted: int, present: int) -> int:
 def _shown(sample: Sample, order: str, size: int) -> ShownSample | None:
     """The example; ``None`` for an undecodable image; without a thumbnail for a sample without an image."""
     image = sample.image()
-    caption = sample.fields.get("txt", b"").decode("utf-8", errors="replace")[:LONGEST_CAPTION]
+    caption = decoded(sample.fields.get("txt", b""))[:LONGEST_CAPTION]
     if image is None:
         return ShownSample(order=order, key=sample.key, caption=caption, width=0, height=0, thumbnail="")
     small = ImageOptions(
@@ -505,10 +507,13 @@ def _rows(folder: Folder, shard: Shard) -> Iterator[dict[str, list[Any]]]:
     if not folder.exists(name):
         return
     with folder.open(name) as file:
-        table = pq.ParquetFile(file)
-        columns = [column for column in ROW_COLUMNS if column in table.schema_arrow.names]
-        if {"key", "status"} <= set(columns):
-            yield from (batch.to_pydict() for batch in table.iter_batches(10_000, columns=columns))
+        try:
+            table = pq.ParquetFile(file)
+            columns = [column for column in ROW_COLUMNS if column in table.schema_arrow.names]
+            if {"key", "status"} <= set(columns):
+                yield from (batch.to_pydict() for batch in table.iter_batches(10_000, columns=columns))
+        except pa.ArrowException as error:
+            raise DataError(f"{folder.join(name)} is damaged ({error})") from error
 
 
 def _scores(folder: Folder, shard: Shard) -> dict[str, float]:
@@ -520,7 +525,13 @@ def _scores(folder: Folder, shard: Shard) -> dict[str, float]:
         return {}
     scores: dict[str, float] = {}
     for batch in table.select(["key", "image", "text"]).to_batches(4096):
-        images, texts = _matrix(batch.column("image")), _matrix(batch.column("text"))
+        try:
+            images, texts = _matrix(batch.column("image")), _matrix(batch.column("text"))
+        except (ValueError, TypeError) as error:
+            file = folder.join(sidecar_file(shard, EMBEDDINGS))
+            raise SidecarError(f"{file} holds no lists of numbers of one length; run jobs/embed_dataset.py") from error
+        if images.shape != texts.shape:
+            return {}
         # Rounded, so that the sum does not depend on the machine's BLAS library.
         cosines = np.round((images * texts).sum(axis=1), 4)
         pairs = zip(batch.column("key").to_pylist(), cosines.tolist(), strict=True)

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import SampleError
+from pipeline.shards.pixels import read_header
 from pipeline.shards.sample import Sample
 from pipeline.shards.segmentation import mask_of_runs
-from pipeline.stages.crawl.images import read_header
 
 BOXES, MASK = "boxes.json", "mask.png"
 MOST_REGIONS = 50

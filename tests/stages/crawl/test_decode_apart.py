@@ -151,3 +151,42 @@ def is_running(process: int) -> bool:
         return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_time_of_a_decoder_is_limited_by_its_work() -> None:
+    """A text PPM is parsed in Python: seconds for the work of a few bytes in other kinds."""
+    body = b"P3 1500 1500 255\n" + b"1 2 3 " * (1500 * 1500)
+    with Apart(ImageOptions(), seconds=0.2) as apart, pytest.raises(SampleError) as error:
+        apart.transform(body)
+    assert error.value.error_class == "decode_timeout"
+
+
+HUNGRY = """
+from pipeline.stages.crawl import decode_apart
+honest = decode_apart.transform
+def decoder(body, options):
+    if body.endswith(b"hungry"): bytearray(400_000_000)
+    return honest(body, options)
+decode_apart.transform = decoder
+decode_apart.serve()
+"""
+
+
+def test_memory_of_a_decoder_is_limited_by_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_apart, "_PROGRAM", HUNGRY)
+    good = encoded("GIF")
+    with Apart(ImageOptions(max_pixels=10_000_000)) as apart:
+        with pytest.raises(SampleError, match="--max-pixels") as error:
+            apart.transform(good + b"hungry")
+        assert error.value.error_class == "decode_memory"
+        assert apart.transform(good).width == 256
+    with Apart(ImageOptions(max_pixels=100_000_000)) as apart:
+        assert apart.transform(good + b"hungry").width == 256
+
+
+def test_jpeg_2000_pays_for_the_memory_of_its_decoder() -> None:
+    body = encoded("JPEG2000")
+    assert transform(body, ImageOptions(image_size=32, max_pixels=60 * 90 * 5 // 3)).width == 32
+    with pytest.raises(SampleError) as error:
+        transform(body, ImageOptions(image_size=32, max_pixels=60 * 90 * 5 // 3 - 1))
+    assert error.value.error_class == "too_many_pixels"

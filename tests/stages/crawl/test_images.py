@@ -20,8 +20,9 @@ import simplejpeg
 from PIL import Image, ImageOps
 
 from pipeline.errors import SampleError, SettingError
+from pipeline.shards.pixels import composite, jpeg_scans, read_header
 from pipeline.stages.crawl import images
-from pipeline.stages.crawl.images import EncodedImage, ImageOptions, composite, plan, read_header, transform
+from pipeline.stages.crawl.images import EncodedImage, ImageOptions, plan, transform
 
 Array = npt.NDArray[np.uint8]
 MODES = ["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
@@ -477,6 +478,37 @@ def test_skip_reencode_still_finds_damage(kind: str) -> None:
     assert error.error_class in ("truncated", "damaged")
 
 
+KEPT = {
+    **COLOURED,
+    "transparent": lambda: encoded(TRANSPARENT, "PNG"),
+    "transparent webp": lambda: encoded(TRANSPARENT, "WEBP", lossless=True),
+    "16-bit grey png": GREY["16-bit png"],
+    "16-bit tiff": GREY["16-bit tiff"],
+    "pgm": GREY["pgm"],
+}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_bytes_are_kept_with_the_ending_of_their_kind(kind: str) -> None:
+    body = KEPT[kind]()
+    image = transform(body, ImageOptions(resize_mode="no", keep_bytes=True))
+    endings = {"jpeg": "jpg", "tiff": "tif", "pgm": "ppm", "jpeg 2000": "jp2", "transparent": "png"}
+    assert image.kept and image.data == body
+    assert image.format == endings.get(kind, endings.get(kind.split()[-1], kind.split()[-1]))
+
+
+def test_kept_bytes_are_checked_and_changed_only_where_asked() -> None:
+    keep = {"resize_mode": "no", "keep_bytes": True}
+    for kind in ("JPEG", "PNG", "WEBP", "GIF"):
+        body = encoded(photo(300, 200), kind)
+        assert failure(body[: len(body) * 2 // 3], **keep).error_class in ("truncated", "damaged")
+    assert failure(encoded(SQUARES), **keep, max_image_area=100).error_class == "too_large"
+    turned = transform(with_exif(6), ImageOptions(**keep, apply_exif_orientation=True))
+    assert not turned.kept and turned.format == "jpg"
+    resized = transform(encoded(SQUARES, "PNG"), ImageOptions(image_size=32, keep_bytes=True))
+    assert not resized.kept and resized.format == "jpg"
+
+
 def test_disable_all_reencoding_keeps_everything(theirs: Any) -> None:
     options = ImageOptions(disable_all_reencoding=True, min_image_size=10_000)
     for body in (encoded(drawing(300, 200)), encoded(drawing(30, 20), "PNG"), b"<html>", b""):
@@ -684,14 +716,14 @@ def test_many_passes_over_many_pixels_are_refused() -> None:
 def test_passes_are_counted_unless_the_first_must_be_the_last() -> None:
     sequential, progressive = encoded(drawing(64, 64)), encoded(drawing(64, 64), progressive=True)
     decoy = b"\xff\xda\0\x02"
-    assert images._jpeg_scans(sequential + decoy * 500) == 1
-    assert images._jpeg_scans(progressive + decoy * 500) > 500
+    assert jpeg_scans(sequential + decoy * 500) == 1
+    assert jpeg_scans(progressive + decoy * 500) > 500
     # A whole sequential header in a comment, where a walk that believes a fill byte's "length" would look.
     hidden = sequential[2 : sequential.index(b"\xff\xda") + 14]
     disguised = b"\xff\xd8\xff\xff\xfe\0\x10" + bytes(14) + progressive[2:] + hidden
-    assert images._jpeg_scans(disguised + decoy * 500) > 500
+    assert jpeg_scans(disguised + decoy * 500) > 500
     for body in (sequential, progressive, b"\xff\xd8\xff", disguised):
-        assert images._jpeg_scans(body) <= body.count(b"\xff\xda") or body is sequential
+        assert jpeg_scans(body) <= body.count(b"\xff\xda") or body is sequential
 
 
 def test_an_image_too_large_for_the_format_is_reported() -> None:
@@ -815,6 +847,7 @@ def test_many_threads_give_the_same_bytes() -> None:
         ({"upscale_interpolation": "magic"}, "upscale_interpolation"),
         ({"downscale_interpolation": "AREA"}, "downscale_interpolation"),
         ({"encode_format": "gif"}, "encode_format"),
+        ({"keep_bytes": True, "disable_all_reencoding": True}, "keep_bytes"),
         ({"encode_quality": 101}, "encode_quality"),
         ({"encode_format": "png"}, "encode_quality"),
         ({"encode_format": "webp", "encode_quality": 0}, "encode_quality"),

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import SampleError
+from pipeline.shards.pixels import read_header
 from pipeline.stages.crawl.failure import Failure
-from pipeline.stages.crawl.images import read_header
 from pipeline.stages.crawl.sniff import ENOUGH, refuse_non_images, starts_like_an_image
 
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"]

@@ -2,11 +2,12 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -231,6 +232,43 @@ def test_snapshots_without_filters_have_no_reasons(make_data: Any):
     with pytest.raises(SnapshotError, match="jobs/filter_dataset.py"):
         list(read_reasons(make_data(["a"])))
     assert list(read_duplicates(make_data(["a"]))) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"filters_run": "../../elsewhere"},
+        {"filters_run": "/etc"},
+        {"filters_run": 5},
+        {"filters_parent": "../other@00000-ab"},
+        {"filters_parent": None},
+        {"filters": [{"name": "../../up"}]},
+        {"filters": [5]},
+        {"filters": 5},
+    ],
+    ids=str,
+)
+def test_a_manifest_does_not_lead_the_reasons_elsewhere(make_data: Any, options: dict[str, Any]):
+    snapshot = filter_snapshot(make_data(CAPTIONS), [Length()], HERE).snapshot
+    strange = replace(snapshot, options={**snapshot.options, **options})
+    with pytest.raises(SnapshotError, match="was not made by filters|does not say which|names no filters"):
+        list(read_reasons(strange)), list(read_duplicates(strange))
+
+
+@pytest.mark.parametrize("what", ["columns", "rows", "negative", "null", "text", "file"])
+def test_a_table_of_reasons_fits_its_shard(make_data: Any, what: str):
+    snapshot = filter_snapshot(make_data(CAPTIONS), [Length()], HERE).snapshot
+    (path,) = (Path(snapshot.folder) / "_filters").rglob("reasons/000000.parquet")
+    table = pq.read_table(path)
+    times = {"negative": pa.array([1, -1, 1], pa.int32()), "null": pa.array([1, None, 1], pa.int32())}
+    times["text"] = pa.array(["1", "x", "1"])
+    if what in times:
+        table = table.set_column(2, "times", times[what])
+    pq.write_table({"columns": table.select(["key"]), "rows": table.slice(1)}.get(what, table), path)
+    if what == "file":
+        path.write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="is missing or damaged|does not fit"):
+        list(read_reasons(snapshot))
 
 
 def test_options_are_plain_json(make_data: Any, tmp_path):

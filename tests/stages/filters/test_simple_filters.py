@@ -1,14 +1,19 @@
 """Filters that judge a sample by itself, against cases made by hand and the papers' bounds."""
 
+import hashlib
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pipeline.errors import DataError, SettingError
+from pipeline.shards.adopt import find_shards
+from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Snapshot
 from pipeline.shards.storage import Folder
+from pipeline.shards.tar import TarWriter
 from pipeline.stages.filters.captions import clean_text
 from pipeline.stages.filters.classifier import ClassifierFilter
 from pipeline.stages.filters.filter import Filter, Step
@@ -215,3 +220,26 @@ def test_a_step_pickles(make_data: Any):
     snapshot = make_data(["a"])
     step = Step(Folder(snapshot.folder), snapshot.shards, Folder(snapshot.folder), None, HERE)
     assert pickle.loads(pickle.dumps(step)).shards == step.shards
+
+
+def test_columns_of_plain_tars_are_the_union_of_all_samples(make_data: Any, tmp_path: Path) -> None:
+    image = make_data.photograph(1)
+    samples = [
+        {"jpg": image},
+        {"jpg": image, "txt": "\ufeffone".encode(), "json": b'{"width": "n/a", "score": 0.5, "tags": ["x"], "n": 1}'},
+        {"jpg": image, "json": b'{"caption": ["two"], "score": 1, "sha256": "zz", "n": "x", "width": 7, "height": 8}'},
+        {"jpg": image, "json": b"[" * 100_000},
+    ]
+    with open(tmp_path / "00000.tar", "wb") as file:
+        writer = TarWriter(file)
+        for number, fields in enumerate(samples):
+            writer.write(Sample(str(number), fields))
+        writer.close()
+    adoption = find_shards(Folder(tmp_path))
+    snapshot = adoption.publish([adoption.read_tar(0)], None, False)
+    view = ShardView(Folder(tmp_path), snapshot.shards[0])
+    assert view.captions(cleaned=False) == ["", "one", "two", ""]
+    assert view.column("score") == [None, 0.5, 1.0, None] and view.column("n") == [None, "1", "x", None]
+    assert view.column("tags") == [None, '["x"]', None, None]
+    assert view.sizes().tolist() == [[96, 64], [96, 64], [7, 8], [96, 64]]
+    assert view.digests() == [hashlib.sha256(image).digest()] * 4

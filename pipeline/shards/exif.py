@@ -1,4 +1,4 @@
-"""EXIF: the tags of a JPEG, PNG, WebP or TIFF as text, and the orientation of the image.
+"""EXIF: the tags of a JPEG, PNG, WebP, TIFF or AVIF as text, and the orientation of the image.
 
 Only the block with the tags is read; no pixel is decoded. Tags are untrusted and often damaged: unreadable tags are
 left out, and never make the image fail.
@@ -7,6 +7,7 @@ left out, and never make the image fail.
 import json
 import struct
 from collections.abc import Iterator
+from io import BytesIO
 from typing import Any
 
 from PIL import ExifTags, Image
@@ -31,6 +32,10 @@ def read_exif(body: bytes, kind: str) -> Image.Exif | None:
     """The tags of the first image; empty without tags, None for unreadable ones."""
     exif = Image.Exif()
     try:
+        if kind == "avif":
+            # Its orientation is a property of the image, not a tag; Pillow states it as one, and does not turn pixels.
+            with Image.open(BytesIO(body), formats=("AVIF",)) as image:
+                return image.getexif()
         block = _exif_block(body, kind)
         if block:
             exif.load(block)
@@ -42,7 +47,7 @@ def read_exif(body: bytes, kind: str) -> Image.Exif | None:
 def _exif_block(body: bytes, kind: str) -> bytes:
     if kind == "tiff":
         return body
-    if kind == "jpeg":
+    if kind in ("jpeg", "mpo"):
         return _jpeg_exif_block(body)
     if kind not in ("png", "webp"):
         return b""
