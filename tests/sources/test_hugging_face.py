@@ -128,7 +128,7 @@ def test_wrong_settings_are_said_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
     good = str(tmp_path / "a.parquet")
     for options, said in [
-        ({"parquet": str(tmp_path / "no.parquet")}, "existing parquet file"),
+        ({"parquet": str(tmp_path / "no.parquet")}, "no such file or folder"),
         ({"parquet": str(tmp_path / "broken.parquet")}, "whole parquet file"),
         ({"parquet": good, "image_col": "img"}, "image, text, score"),
         ({"parquet": good, "image_col": "text", "caption_col": None}, "the file has: image"),

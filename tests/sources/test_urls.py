@@ -138,7 +138,7 @@ def test_a_file_that_is_no_table_is_one_sentence(name: str, content: bytes, tmp_
 
 
 def test_a_missing_file_is_said_so(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="existing file"):
+    with pytest.raises(SettingError, match="no such file or folder"):
         list(UrlTable(url_list=str(tmp_path / "no.parquet")).slices(3, Folder(tmp_path)))
 
 
