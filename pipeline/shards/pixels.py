@@ -29,6 +29,10 @@ from PIL import ExifTags, Image
 from pipeline.errors import SampleError
 from pipeline.shards.exif import PILLOW_ERRORS, jpeg_segments, orientation_of, read_exif
 
+MOST_PIXELS = 2**30
+"""The largest --max-pixels. Callers compare the header with their own limit before they decode."""
+Image.MAX_IMAGE_PIXELS = MOST_PIXELS  # Pillow's own is 90 million, and cannot be set for one image
+
 Pixels = npt.NDArray[np.uint8]
 WHITE = (255, 255, 255)
 
@@ -168,7 +172,7 @@ def _open_with_pillow(body: bytes) -> Image.Image:
     try:
         return Image.open(BytesIO(body), formats=_PILLOW_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        bad_image("too_many_pixels", "Image decoding error: more than 2^30 pixels, the most that --max-pixels allows")
+        bad_image("too_many_pixels", "Image decoding error: more pixels than --max-pixels can allow, 2^30")
     except PILLOW_ERRORS:
         bad_image("damaged", "Image decoding error: damaged")
 

@@ -27,6 +27,7 @@ from pipeline.config import require
 from pipeline.errors import SampleError, SettingError
 from pipeline.shards.exif import exif_json, orientation_of, read_exif
 from pipeline.shards.pixels import (
+    MOST_PIXELS,
     WHITE,
     Header,
     Pixels,
@@ -135,7 +136,7 @@ class ImageOptions:
         require(self.min_image_size >= 0, "min_image_size", self.min_image_size, "0 or more pixels")
         require(self.max_image_area > 0, "max_image_area", self.max_image_area, "more than 0 pixels")
         require(self.max_aspect_ratio >= 1, "max_aspect_ratio", self.max_aspect_ratio, "1 or more")
-        require(1 <= self.max_pixels <= 2**30, "max_pixels", self.max_pixels, "1 to 2^30 pixels")
+        require(1 <= self.max_pixels <= MOST_PIXELS, "max_pixels", self.max_pixels, "1 to 2^30 pixels")
         ok = len(self.background) == 3 and all(0 <= value <= 255 for value in self.background)
         require(ok, "background", self.background, "three values from 0 to 255 (red green blue)")
 

@@ -863,3 +863,14 @@ def test_many_threads_give_the_same_bytes() -> None:
 def test_senseless_options_are_refused(options: dict[str, Any], field: str) -> None:
     with pytest.raises(SettingError, match=field):
         ImageOptions(**options)
+
+
+def test_max_pixels_goes_beyond_pillows_own_limit() -> None:
+    """A bitmap of 200 million pixels with nothing but its header."""
+    header = (
+        b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 20_000, 10_000, 1, 24, *[0] * 6)
+    )
+    with pytest.raises(SampleError) as refused:
+        transform(header, ImageOptions(max_pixels=150_000_000))
+    assert refused.value.error_class == "too_many_pixels" and "max-pixels" in refused.value.message
+    assert read_header(header).width == size[0]
