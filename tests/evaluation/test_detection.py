@@ -287,7 +287,7 @@ def test_the_drawn_card_says_what_is_novel() -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("missing.txt", "detection_words: 'missing.txt'"),
+        ("missing.txt", "no such file or folder: 'missing.txt'"),
         ("auto", "whose card has no classes"),
         ("broken.json", "well-formed JSON"),
         ("twice.txt", "every word once"),

@@ -224,7 +224,7 @@ def test_class_numbers_reach_imagenets_last_class(row: MakeRow, make_snapshot: M
         ("a.txt", "", "not empty"),
         ("a.json", '{"a": 1}', "list of texts"),
         ("a.yaml", "[", "well-formed"),
-        ("missing.txt", None, "imagenet"),
+        ("missing.txt", None, "no such file"),
         ("a.txt", b"\xff\xfe{}", "imagenet"),
     ],
 )

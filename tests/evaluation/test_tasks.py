@@ -106,7 +106,7 @@ def test_one_run_mixes_classes_and_prompts(
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"retrieval": ("drawn_val",), "classes": "f.txt"}, r"classes: 'f.txt'.*no set of --zero-shot or"),
+        ({"retrieval": ("drawn_val",), "classes": "f.txt"}, r"classes: got 'f.txt'.*no set of --zero-shot or"),
         ({"zero_shot": ("drawn_shapes",), "detection_words": "drawn_novel"}, "detection_words.*--detection"),
         ({"zero_shot": ("drawn_shapes,templates=none",), "templates": "imagenet"}, "templates"),
         ({"zero_shot": ("drawn_shapes,words=a",)}, r"words=a.*one of classes, templates, label, samples"),

@@ -192,7 +192,7 @@ def test_images_of_ones_own_in_a_split_file(job: Type, tmp_path: Path) -> None:
 def test_an_image_that_cannot_be_read(job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own_images(tmp_path, spoil=1)
     assert job("adapt", "smoke", *QUICK, *MINE, "--methods", "tip_adapter", "--shots", "9") == 1
-    assert "cannot be read" in capsys.readouterr().err
+    assert "not_a_picture" in capsys.readouterr().err
 
 
 def test_an_image_that_is_missing(job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,16 +30,16 @@ def test_on_a_cluster_a_wrong_checkpoint_is_one_sentence(
     drawn_snapshot(Folder(tmp_path), samples=4)
     assert job("embed_dataset", "snapshot", "--data", str(tmp_path), "--checkpoint", "nowhere") == 2
     said = capsys.readouterr().err
-    assert "checkpoint: 'nowhere'" in said and "Traceback" not in said
+    assert "checkpoint: got 'nowhere'" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(
     ("arguments", "said", "code"),
     [
         (["snapshot", "--data", "EMPTY", "--checkpoint", "x"], "has no snapshot", 1),
-        (["snapshot", "--data", "EMPTY", "--checkpoint", "x", "--name", "a/b"], "name: 'a/b'", 2),
-        (["snapshot", "--data", "EMPTY", "--checkpoint", "x", "--batch-size", "0"], "batch_size: 0", 2),
-        (["smoke", "--export-rows", "0"], "export_rows: 0", 2),
+        (["snapshot", "--data", "EMPTY", "--checkpoint", "x", "--name", "a/b"], "--name: got 'a/b'", 2),
+        (["snapshot", "--data", "EMPTY", "--checkpoint", "x", "--batch-size", "0"], "--batch-size: got 0", 2),
+        (["smoke", "--export-rows", "0"], "--export-rows: got 0", 2),
     ],
 )
 def test_wrong_settings_are_one_sentence(

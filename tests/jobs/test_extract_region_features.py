@@ -56,9 +56,9 @@ def test_data_that_tell_no_classes_ask_for_a_word(job: Type, capsys: pytest.Capt
     ("words", "said", "code"),
     [
         (["boxes", "--data", "none", "--teacher", "clipmill-tiny:untrained", "--no-track"], "has no snapshot", 1),
-        (["boxes", "--data", "x", "--teacher", "y", "--floor", "2"], "floor: 2", 2),
-        (["smoke", "--classes", "drwan"], "card: 'drwan'", 2),
-        (["smoke", "--classes", ""], "classes: ''", 2),
+        (["boxes", "--data", "x", "--teacher", "y", "--floor", "2"], "--floor: got 2", 2),
+        (["smoke", "--classes", "drwan"], "card: got 'drwan'", 2),
+        (["smoke", "--classes", ""], "--classes: nothing given", 2),
     ],
 )
 def test_wrong_settings_are_one_sentence(

@@ -279,11 +279,11 @@ def test_what_cannot_be(clip: FrozenClip, sets: Any) -> None:
         (lambda: run(clip, "zero_shot", train, wide), DataError, "validation: features of width 25.*have 24"),
         (lambda: run(clip, "vpt", broken, validation), DataError, "cannot be read"),
         (lambda: run(clip, "linear_probe", one, validation), SettingError, "shots of two classes or more"),
-        (lambda: run(clip, "coop", train, validation, seed=-1), SettingError, "seed: -1"),
+        (lambda: run(clip, "coop", train, validation, seed=-1), SettingError, "seed: got -1"),
         (lambda: run(clip, "no_method", train, validation, recipe=AdaptRecipe()), SettingError, "one of clip_adapter"),
         (lambda: Labelled(labels=train.labels), SettingError, "features or images"),
         (lambda: Labelled(labels=train.labels[:0], images=[]), SettingError, "one image or more"),
-        (lambda: Labelled(labels=train.labels, images=[b""]), SettingError, "images: 1"),
+        (lambda: Labelled(labels=train.labels, images=[b""]), SettingError, "images: got 1"),
         (lambda: Labelled(labels=train.labels, features=train.features / 0), DataError, "not finite"),
         (lambda: adapt("coop", coop.Config(), None, clip, NAMES, (), train, validation), SettingError, "a recipe"),
     ]

@@ -125,7 +125,7 @@ def test_what_is_not_whole_is_refused(clip: FrozenClip, sets: Any, tmp_path: Pat
     refused("learned around the CLIP 0000", clip="0000")
     refused("does not describe an adapter", surprise=1)
     refused("version", version=99)
-    refused("method: 'evil'", method="evil")
+    refused("method: got 'evil'", method="evil")
     refused("context", config={**whole["config"], "context": 0})
     refused("do not fit this CoOp", config={**whole["config"], "context": 3})
     file.write_text("{")

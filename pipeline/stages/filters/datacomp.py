@@ -74,7 +74,7 @@ def parse_uids(texts: list[Any]) -> NDArray[Any]:
     parsed = np.zeros(len(texts), UID)
     for row, text in enumerate(texts):
         try:
-            number = int(text, 16)
+            number = int(str(text), 16)  # digits alone are a number in a strange tar's json
             parsed[row] = (number >> 64, number & 0xFFFFFFFFFFFFFFFF)
         except (TypeError, ValueError, OverflowError) as error:
             raise DataError(f"{text!r} is not a uid of 32 hex characters") from error

@@ -167,5 +167,5 @@ def test_towers_without_rows_and_too_many_layers(clip: FrozenClip, make_clip: Ca
     ):
         with pytest.raises(SettingError, match="ModifiedResNet.*vision transformer"):
             make()
-    with pytest.raises(SettingError, match="at most the 4 layers"):
+    with pytest.raises(SettingError, match="at most 4, the layers"):
         maple.MaPLe(maple.Config(depth=5), clip, NAMES, ())
