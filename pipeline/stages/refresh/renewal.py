@@ -146,7 +146,11 @@ def _parent(folder: Folder, renewal: Renewal) -> Snapshot | None:
 
 
 def _refuse_other_shape(parent: Snapshot, shaping: Mapping[str, Any]) -> None:
+    # Snapshots older than keep_bytes stored images as they are by skip_reencode.
+    renamed = {"skip_reencode"} if shaping.get("keep_bytes") and "keep_bytes" not in parent.options else set()
     for name, value in shaping.items():
+        if name in renamed:
+            continue
         before = parent.options.get(name, value)
         require(before == value, name, value, f"{before!r}, as in {parent.uri}, or another folder")
 
