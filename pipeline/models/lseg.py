@@ -61,7 +61,6 @@ from pipeline.models.method import Method
 from pipeline.models.segments import Segmentation, Views, best_words, stretched_rows, strips, window_starts
 from pipeline.models.towers import small_resnet, small_vit  # noqa: F401 - registers them with timm
 from pipeline.models.towers.layers import Layer
-from pipeline.shards.objects import names_of, plain_word
 from pipeline.shards.sample import Sample
 
 if TYPE_CHECKING:
@@ -74,7 +73,11 @@ HALF, IMAGENET = ((0.5,) * 3, (0.5,) * 3), ((0.485, 0.456, 0.406), (0.229, 0.224
 FACTS = "lseg.json"
 Block = Literal["none", "bottleneck", "depthwise"]
 Activation = Literal["lrelu", "relu", "tanh"]
-ACTIVATIONS = {"lrelu": partial(functional.leaky_relu, negative_slope=0.01), "relu": functional.relu, "tanh": torch.tanh}
+ACTIVATIONS = {
+    "lrelu": partial(functional.leaky_relu, negative_slope=0.01),
+    "relu": functional.relu,
+    "tanh": torch.tanh,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -440,9 +443,7 @@ class Lseg(Method):
         return (images.float() - self.mean) / self.std
 
     @torch.no_grad()
-    def segment(
-        self, images: Sequence[Tensor], words: Sequence[str], views: Views | None = None
-    ) -> list[Segmentation]:
+    def segment(self, images: Sequence[Tensor], words: Sequence[str], views: Views | None = None) -> list[Segmentation]:
         """See :class:`~pipeline.models.segments.Segmenter`.
 
         Words that are not training classes are encoded by the text tower, which is loaded when it is first needed.
@@ -658,9 +659,7 @@ class _Piece:
         return functional.cross_entropy(logits, wanted, ignore_index=VOID, reduction="sum")
 
 
-def _pieces(
-    pixels: Tensor, vectors: Tensor, labels: Tensor, block: SpatialBlock | None, strip: int
-) -> list[_Piece]:
+def _pieces(pixels: Tensor, vectors: Tensor, labels: Tensor, block: SpatialBlock | None, strip: int) -> list[_Piece]:
     """Strips of rows whose logits have at most ``strip`` numbers, with a row around for each pass of the block."""
     (count, _, stored, _), (height, width) = pixels.shape, labels.shape[1:]
     halo, found = 0 if block is None else block.depth, []

@@ -55,9 +55,7 @@ class Views:
 class Segmenter(Protocol):
     """A method that segments images by words."""
 
-    def segment(
-        self, images: Sequence[Tensor], words: Sequence[str], views: Views | None = None
-    ) -> list[Segmentation]:
+    def segment(self, images: Sequence[Tensor], words: Sequence[str], views: Views | None = None) -> list[Segmentation]:
         """The word of every pixel of ``images``, uint8 [3, H, W] of any sizes, on the method's device or the CPU.
 
         Raises:
@@ -79,7 +77,7 @@ def window_starts(length: int, window: int, stride: float) -> list[int]:
 def stretched_rows(
     maps: Tensor, first: int, last: int, height: int, width: int, start: int = 0, stored: int | None = None
 ) -> Tensor:
-    """Rows ``first`` to ``last`` of ``maps`` [..., h, w], resized to ``height`` x ``width``: [..., last - first, width].
+    """Rows ``first`` to ``last`` of ``maps`` [..., h, w] resized to ``height`` x ``width``: [..., rows, width].
 
     Bilinear with aligned corners, as ``torch.nn.functional.interpolate``, without the other rows. ``maps`` may be the
     rows from ``start`` on of ``stored`` rows, if those that are needed are among them.
