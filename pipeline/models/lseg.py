@@ -58,7 +58,7 @@ from pipeline.loaders.segmentation import VOID, LabelClasses, LabelField, Segmen
 from pipeline.models import class_vectors
 from pipeline.models.detections import check_words
 from pipeline.models.method import Method
-from pipeline.models.segments import Segmentation, Views, best_words, stretched_rows, strips, window_starts
+from pipeline.models.segments import STRIP, Segmentation, Views, best_words, stretched_rows, strips, window_starts
 from pipeline.models.towers import small_resnet, small_vit  # noqa: F401 - registers them with timm
 from pipeline.models.towers.layers import Layer
 from pipeline.shards.sample import Sample
@@ -68,7 +68,6 @@ if TYPE_CHECKING:
 
 SCALE = 1 / 0.07
 STRIDE = 32  # of the coarsest level: inputs are multiples of it
-STRIP = 1 << 22  # numbers of a strip's logits: 16 MB
 HALF, IMAGENET = ((0.5,) * 3, (0.5,) * 3), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 FACTS = "lseg.json"
 Block = Literal["none", "bottleneck", "depthwise"]
@@ -457,7 +456,7 @@ class Lseg(Method):
         for image in images:
             maps = [self._view(image, vectors, views, window, scale) for scale in views.scales]
             with torch.autocast(vectors.device.type, enabled=False):
-                found.append(best_words(maps, image.shape[1], image.shape[2], logits, STRIP))
+                found.append(best_words(maps, image.shape[1], image.shape[2], logits))
         return found
 
     def _view(self, image: Tensor, vectors: Tensor, views: Views, window: int, scale: float) -> Tensor:

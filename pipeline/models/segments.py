@@ -10,6 +10,9 @@ from torch.nn import functional
 
 from pipeline.config import require
 
+STRIP = 1 << 22
+"""Numbers of a strip's logits: 16 MB."""
+
 
 @dataclass(frozen=True)
 class Segmentation:
@@ -75,30 +78,39 @@ def window_starts(length: int, window: int, stride: float) -> list[int]:
 
 
 def stretched_rows(
-    maps: Tensor, first: int, last: int, height: int, width: int, start: int = 0, stored: int | None = None
+    maps: Tensor,
+    first: int,
+    last: int,
+    height: int,
+    width: int,
+    start: int = 0,
+    stored: int | None = None,
+    aligned: bool = True,
 ) -> Tensor:
     """Rows ``first`` to ``last`` of ``maps`` [..., h, w] resized to ``height`` x ``width``: [..., rows, width].
 
-    Bilinear with aligned corners, as ``torch.nn.functional.interpolate``, without the other rows. ``maps`` may be the
-    rows from ``start`` on of ``stored`` rows, if those that are needed are among them.
+    As ``torch.nn.functional.interpolate`` does, bilinear, with ``aligned`` corners or not, without the other rows.
+    ``maps`` may be the rows from ``start`` on of ``stored`` rows, if those that are needed are among them.
     """
     wide = functional.interpolate(
-        maps.reshape(1, -1, *maps.shape[-2:]), size=(maps.shape[-2], width), mode="bilinear", align_corners=True
+        maps.reshape(1, -1, *maps.shape[-2:]), size=(maps.shape[-2], width), mode="bilinear", align_corners=aligned
     ).view(*maps.shape[:-1], width)
-    lower, upper, part = positions(first, last, stored or maps.shape[-2], height, maps.device)
-    top, bottom = wide.index_select(-2, lower - start), wide.index_select(-2, upper - start)
-    return top + (bottom - top) * part[:, None].to(maps.dtype)
+    lower, upper, part = _neighbours(first, last, stored or maps.shape[-2], height, aligned)
+    above = wide.index_select(-2, (lower - start).to(maps.device))
+    below = wide.index_select(-2, (upper - start).to(maps.device))
+    return above + (below - above) * part[:, None].to(maps)
 
 
-def positions(
-    first: int, last: int, stored: int, wanted: int, device: torch.device | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The pixels before and after each of the positions ``first`` to ``last`` of ``wanted`` along a side of ``stored``
-    pixels, and the distance to the former, 0 to 1."""
-    where = torch.arange(first, last, dtype=torch.float64) * ((stored - 1) / max(wanted - 1, 1))
+def _neighbours(first: int, last: int, stored: int, wanted: int, aligned: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows before and after the positions ``first`` to ``last`` of ``wanted`` among ``stored`` rows, and the
+    distance to the former, 0 to 1."""
+    where = torch.arange(first, last, dtype=torch.float64)
+    if aligned:
+        where = where * ((stored - 1) / max(wanted - 1, 1))
+    else:
+        where = ((where + 0.5) * (stored / wanted) - 0.5).clamp(min=0)
     lower = where.floor().long().clamp(max=stored - 1)
-    part = (where - lower).float()
-    return lower.to(device), (lower + 1).clamp(max=stored - 1).to(device), part.to(device)
+    return lower, (lower + 1).clamp(max=stored - 1), (where - lower).float()
 
 
 def strips(rows: int, numbers_per_row: int, most: int) -> Iterator[tuple[int, int]]:
@@ -108,7 +120,9 @@ def strips(rows: int, numbers_per_row: int, most: int) -> Iterator[tuple[int, in
         yield first, min(rows, first + step)
 
 
-def best_words(maps: Sequence[Tensor], height: int, width: int, logits: "LogitsOfRows", most: int) -> Segmentation:
+def best_words(
+    maps: Sequence[Tensor], height: int, width: int, logits: "LogitsOfRows", most: int = STRIP, aligned: bool = True
+) -> Segmentation:
     """The best word of every pixel of ``height`` x ``width``, from the views' ``maps`` [C, h, w].
 
     The maps are resized, a strip of rows at a time, and ``logits`` makes [W, rows, width] of their mean, so that the
@@ -116,7 +130,8 @@ def best_words(maps: Sequence[Tensor], height: int, width: int, logits: "LogitsO
     """
     labels, scores = torch.empty(height, width, dtype=torch.int16), torch.empty(height, width)
     for first, last in strips(height, width * logits.words, most):
-        some = torch.stack([stretched_rows(one, first, last, height, width) for one in maps]).mean(dim=0)
+        sizes = [stretched_rows(one, first, last, height, width, aligned=aligned) for one in maps]
+        some = torch.stack(sizes).mean(dim=0)
         best, found = logits(some).float().softmax(dim=0).max(dim=0)
         labels[first:last], scores[first:last] = found.to(torch.int16).cpu(), best.cpu()
     return Segmentation(labels, scores)
@@ -125,7 +140,10 @@ def best_words(maps: Sequence[Tensor], height: int, width: int, logits: "LogitsO
 class LogitsOfRows(Protocol):
     """Makes logits of rows of maps."""
 
-    words: int
+    @property
+    def words(self) -> int:
+        """The number of words."""
+        ...
 
     def __call__(self, rows: Tensor) -> Tensor:
         """[C, r, w] to [W, r, w]."""
