@@ -2,7 +2,7 @@
 """Train LSeg, a segmenter for any words, on images with masks of objects or with label maps.
 
     ray job submit --working-dir . -- python jobs/train_lseg.py paper-vit-l-16 --data s3://bucket/ade20k \
-        --classes data --method.labels mask.png --output-folder s3://bucket/runs/lseg
+        --base data --labels mask.png --output-folder s3://bucket/runs/lseg
 
 The text tower is a CLIP's; a run of jobs/pretrain_clip.py is one. jobs/evaluate.py measures the result on sets with
 labels (--segmentation).
@@ -26,7 +26,7 @@ class Train(Pretraining):
     """An LSeg, its training data, and its evaluations."""
 
     method: Config = field(default_factory=Config)
-    classes: str = ""
+    base: str = ""
     """Card whose classes, except the novel ones, are the training classes, or `data` for the snapshot's own classes;
     --class-names take precedence."""
 
@@ -58,15 +58,15 @@ VIT = Config(text_tower="ViT-B-32:openai", pretrained_backbone=True)
 PRESETS = {
     "paper-vit-l-16": (
         "The paper's ViT-L/16 on ADE20K, with label maps.",
-        Train(method=VIT, run=PAPER, classes=OF_DATA),
+        Train(method=VIT, run=PAPER, base=OF_DATA),
     ),
     "paper-resnet-101": (
         "The same with a ResNet-101, the paper's network for few-shot sets.",
-        Train(method=replace(VIT, backbone="resnet101"), run=PAPER, classes=OF_DATA),
+        Train(method=replace(VIT, backbone="resnet101"), run=PAPER, base=OF_DATA),
     ),
     "drawn": (
         "A small one in minutes on a core, for drawn data.",
-        Train(method=SMALL_LSEG, run=DRAWN, classes="drawn_base"),
+        Train(method=SMALL_LSEG, run=DRAWN, base="drawn_base"),
     ),
     "smoke": (
         "Three steps on 32 drawn samples, in this process.",
@@ -87,7 +87,7 @@ PRESETS = {
                 log_every_steps=1,
                 loader=LoaderConfig(loader_workers=0),
             ),
-            classes="drawn_base",
+            base="drawn_base",
             draw=32,
         ),
     ),
@@ -97,7 +97,7 @@ PRESETS = {
 def main(job: Train) -> None:
     """Resolve the classes and the text tower; the class of unlabelled pixels is the last one."""
     method = job.method
-    known = base_classes(job.classes, job.run.data, "classes")
+    known = base_classes(job.base, job.run.data)
     names = method.class_names or known
     if method.unlabelled and plain_word(method.unlabelled) not in map(plain_word, names):
         names = (*names, method.unlabelled)

@@ -175,7 +175,7 @@ class PatchSegmenter:
         squares = [resize(image.permute(1, 2, 0).cpu().numpy(), size) for image in images]
         patches = self.patches(torch.stack(squares).to(device))
         return [
-            best_words([one], *image.shape[1:], logits, aligned=False)
+            best_words([one], image.shape[1], image.shape[2], logits, aligned=False)
             for one, image in zip(patches, images, strict=True)
         ]
 
@@ -198,7 +198,9 @@ class _PatchLogits:
         return len(self.vectors)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return torch.einsum("nd,dhw->nhw", self.vectors, rows)
+        """[D, r, w] to [W, r, w]."""
+        found: Tensor = torch.einsum("nd,dhw->nhw", self.vectors, rows)
+        return found
 
 
 def as_segmenter(model: object, address: str) -> Segmenter:

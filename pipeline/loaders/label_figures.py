@@ -4,7 +4,6 @@ import colorsys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +26,12 @@ def class_colour(number: int) -> tuple[int, int, int]:
     """The colour of a class number, the same in all figures."""
     red, green, blue = colorsys.hsv_to_rgb(number * GOLDEN % 1, (0.85, 0.55)[number // 7 % 2], (0.9, 0.65)[number % 2])
     return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def _shade(number: int) -> tuple[float, float, float]:
+    """The colour as matplotlib has it."""
+    red, green, blue = (value / 255 for value in class_colour(number))
+    return red, green, blue
 
 
 def painted(image: Tensor, labels: Tensor, opacity: float = OPACITY) -> Tensor:
@@ -68,7 +73,7 @@ def label_figure(
             axis.set_title(readable(titles[place % len(titles)]), fontsize=9, parse_math=False)
         else:
             axis.axis("off")
-    patches = [Patch(color=np.array(class_colour(number)) / 255, label=class_title(names[number])) for number in seen]
+    patches = [Patch(color=_shade(number), label=class_title(names[number])) for number in seen]
     if patches:
         legend = figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 2 * columns))
         for text in legend.get_texts():

@@ -37,7 +37,7 @@ with two bottleneck blocks; ViT-L/16 82.46 / 46.28 (tables 4 and 6, as others ci
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
@@ -72,7 +72,7 @@ HALF, IMAGENET = ((0.5,) * 3, (0.5,) * 3), ((0.485, 0.456, 0.406), (0.229, 0.224
 FACTS = "lseg.json"
 Block = Literal["none", "bottleneck", "depthwise"]
 Activation = Literal["lrelu", "relu", "tanh"]
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "lrelu": partial(functional.leaky_relu, negative_slope=0.01),
     "relu": functional.relu,
     "tanh": torch.tanh,
@@ -197,7 +197,8 @@ class TransformerMaps(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Normalised [B, 3, H, W], sides multiples of 32, to maps at 1/4 to 1/32."""
-        return self.reassembly(*self.tokens(images))
+        maps: list[Tensor] = self.reassembly(*self.tokens(images))
+        return maps
 
     def tokens(self, images: Tensor) -> tuple[list[tuple[Tensor, Tensor]], tuple[int, int]]:
         """Patch and class tokens after each tap, and the grid of the patches."""
@@ -219,7 +220,7 @@ class TransformerMaps(nn.Module):
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         """The position embeddings of this grid: plain bilinear, as in the authors' code (timm's is bicubic)."""
-        table: Tensor = self.body.pos_embed
+        table = cast(Tensor, self.body.pos_embed)
         extra = 0 if self.body.no_embed_class else self.body.num_prefix_tokens
         own = self.body.patch_embed.grid_size
         if own == grid:
@@ -292,10 +293,11 @@ class SpatialBlock(nn.Module):
 
     def applied(self, scores: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """:meth:`forward` with these weights."""
+        activation = ACTIVATIONS[self.activation]
         for number in range(self.depth):
             scores = self.once(scores, weight, bias)
             if number < self.depth - 1:
-                scores = ACTIVATIONS[self.activation](scores)
+                scores = activation(scores)
         return scores
 
     def once(self, scores: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -322,7 +324,7 @@ class PixelNetwork(nn.Module):
 def _backbone(config: Config, pretrained: bool) -> tuple[nn.Module, list[int]]:
     """The network that makes four maps, and their channels."""
     if _is_transformer(config.backbone):
-        body = timm.create_model(config.backbone, pretrained=pretrained, dynamic_img_size=True, global_pool="")
+        body: Any = timm.create_model(config.backbone, pretrained=pretrained, dynamic_img_size=True, global_pool="")
         patch, count = body.patch_embed.patch_size[0], len(body.blocks)
         good = isinstance(body, VisionTransformer) and body.cls_token is not None and body.pos_embed is not None
         allowed = "a vision transformer with a class token, position embeddings, and patches of 8, 16 or 32 pixels"
@@ -330,7 +332,7 @@ def _backbone(config: Config, pretrained: bool) -> tuple[nn.Module, list[int]]:
         taps = config.taps or tuple(count * quarter // 4 - 1 for quarter in (1, 2, 3, 4))
         require(taps[-1] < count and taps[0] >= 0, "taps", taps, f"blocks 0 to {count - 1} of {config.backbone}")
         return TransformerMaps(body, taps, config.tap_widths), list(config.tap_widths)
-    norm = {"norm_layer": partial(_norm, kind=config.norm)}
+    norm: dict[str, Any] = {"norm_layer": partial(_norm, kind=config.norm)}
     body = timm.create_model(
         config.backbone, pretrained=pretrained, features_only=True, out_indices=(1, 2, 3, 4), **norm
     )
@@ -567,13 +569,14 @@ class _Logits:
         return len(self.vectors)
 
     def __call__(self, rows: Tensor) -> Tensor:
+        """[C, r, w] to [W, r, w]."""
         return rows if self.has_scores else scores_of(rows[None], self.vectors)[0]
 
 
 def scores_of(pixels: Tensor, vectors: Tensor) -> Tensor:
     """Pixel vectors [B, D, h, w] and text vectors [N, D] to scores [B, N, h, w] between -1 / 0.07 and 1 / 0.07."""
-    scores = SCALE * (vectors @ pixels.flatten(2))
-    return scores.unflatten(2, pixels.shape[2:])
+    scores: Tensor = (SCALE * (vectors @ pixels.flatten(2))).unflatten(2, pixels.shape[2:])
+    return scores
 
 
 def pixel_text_loss(
@@ -612,7 +615,7 @@ class _PixelTextLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
         pixels, vectors, labels, weight, bias = ctx.saved_tensors
         total = torch.zeros_like(pixels)

@@ -29,5 +29,5 @@ def learning_rate(
         return peak * 0.1 ** sum(step >= part * steps for part in milestones)
     progress = (step - warmup_steps) / max(steps - warmup_steps, 1)
     if power is not None:
-        return final + (peak - final) * (1 - progress) ** power
+        return final + (peak - final) * math.pow(1 - progress, power)
     return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2

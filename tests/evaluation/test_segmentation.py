@@ -1,4 +1,4 @@
-"""Segmentation: counts by brute force, sets with their options, plain CLIP's patches, and a model that knows colours."""
+"""Segmentation: counts by brute force, sets with their options, plain CLIP's patches, and a model of colours."""
 
 import io
 import json
@@ -50,7 +50,7 @@ def test_metrics_are_those_of_a_brute_force_count(seed: int) -> None:
     assert found["miou_foreground"] == pytest.approx(np.nanmean(each[:-1]))
     assert found["iou_background"] == pytest.approx(each[-1])
     assert found["pixel_accuracy"] == pytest.approx((np.stack(truth) == np.stack(predicted))[known].mean())
-    assert {name: found[f"iou/{name}"] for name in "abd"} == pytest.approx(dict(zip("abd", each[:2] + each[3:4])))
+    assert [found[f"iou/{name}"] for name in "abd"] == pytest.approx([*each[:2], each[3]])
     assert "iou/c" not in found
     plain = confusion.metrics(("a", "b", "c", "d"), has_ground=False)
     assert plain["miou"] == plain["miou_foreground"] == found["miou_foreground"] and "iou_background" not in plain
