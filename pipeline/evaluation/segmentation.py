@@ -25,7 +25,7 @@ from pipeline.loaders.segmentation import LabelClasses, SegmentationReader
 from pipeline.models.class_vectors import class_vectors
 from pipeline.models.clip import Clip
 from pipeline.models.detections import check_words
-from pipeline.models.segments import Segmentation, Segmenter, Views, best_words
+from pipeline.models.segments import ImageViews, Segmentation, Segmenter, best_words
 from pipeline.shards.objects import plain_word
 from pipeline.shards.sample import Sample
 
@@ -47,7 +47,7 @@ class SegmentationSet:
     classes: LabelClasses
     ground_word: str = ""
     threshold: float = 0.0
-    views: Views | None = None
+    views: ImageViews | None = None
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -161,10 +161,12 @@ class PatchSegmenter:
         self._known: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def segment(self, images: Sequence[Tensor], words: Sequence[str], views: Views | None = None) -> list[Segmentation]:
+    def segment(
+        self, images: Sequence[Tensor], words: Sequence[str], views: ImageViews | None = None
+    ) -> list[Segmentation]:
         """See :class:`~pipeline.models.segments.Segmenter`; views other than the whole image are refused."""
         check_words(words)
-        require(views in (None, Views()), "views", views, "the whole image, for the patches of a CLIP")
+        require(views in (None, ImageViews()), "views", views, "the whole image, for the patches of a CLIP")
         new = [word for word in words if word not in self._known]
         if new:
             self._known |= dict(zip(new, class_vectors(self.clip, new, PATCH_TEMPLATES), strict=True))

@@ -58,7 +58,7 @@ from pipeline.loaders.segmentation import VOID, LabelClasses, LabelField, Segmen
 from pipeline.models import class_vectors
 from pipeline.models.detections import check_words
 from pipeline.models.method import Method
-from pipeline.models.segments import STRIP, Segmentation, Views, best_words, stretched_rows, strips, window_starts
+from pipeline.models.segments import STRIP, ImageViews, Segmentation, best_words, stretched_rows, strips, window_starts
 from pipeline.models.towers import small_resnet, small_vit  # noqa: F401 - registers them with timm
 from pipeline.models.towers.layers import Layer
 from pipeline.shards.sample import Sample
@@ -444,13 +444,15 @@ class Lseg(Method):
         return (images.float() - self.mean) / self.std
 
     @torch.no_grad()
-    def segment(self, images: Sequence[Tensor], words: Sequence[str], views: Views | None = None) -> list[Segmentation]:
+    def segment(
+        self, images: Sequence[Tensor], words: Sequence[str], views: ImageViews | None = None
+    ) -> list[Segmentation]:
         """See :class:`~pipeline.models.segments.Segmenter`.
 
         Words that are not training classes are encoded by the text tower, which is loaded when it is first needed.
         """
         check_words(words)
-        vectors, views = self.word_vectors(words), views or Views()
+        vectors, views = self.word_vectors(words), views or ImageViews()
         window = views.window or self.config.image_size
         require(window % STRIDE == 0, "window", window, f"a multiple of {STRIDE}")
         logits = _Logits(vectors, has_scores=self.model.block is not None)
@@ -461,7 +463,7 @@ class Lseg(Method):
                 found.append(best_words(maps, image.shape[1], image.shape[2], logits))
         return found
 
-    def _view(self, image: Tensor, vectors: Tensor, views: Views, window: int, scale: float) -> Tensor:
+    def _view(self, image: Tensor, vectors: Tensor, views: ImageViews, window: int, scale: float) -> Tensor:
         """The map of one size of an image: mean vectors [D, h, w] of its pixels, or mean scores [N, h, w] with a block.
 
         Both are averaged before they are resized, which are linear steps, as is the product with the text vectors.

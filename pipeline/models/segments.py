@@ -27,7 +27,7 @@ class Segmentation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Views:
+class ImageViews:
     """The views of an image whose logits are averaged.
 
     An image is resized so that its longer side is ``side`` times each of ``scales``. Where it is larger than the
@@ -58,7 +58,9 @@ class Views:
 class Segmenter(Protocol):
     """A method that segments images by words."""
 
-    def segment(self, images: Sequence[Tensor], words: Sequence[str], views: Views | None = None) -> list[Segmentation]:
+    def segment(
+        self, images: Sequence[Tensor], words: Sequence[str], views: ImageViews | None = None
+    ) -> list[Segmentation]:
         """The word of every pixel of ``images``, uint8 [3, H, W] of any sizes, on the method's device or the CPU.
 
         Raises:

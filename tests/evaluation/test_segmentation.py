@@ -16,7 +16,7 @@ from pipeline.evaluation.segmentation import Confusion, PatchSegmenter, as_segme
 from pipeline.evaluation.showcase import model_figures
 from pipeline.evaluation.suite import Evaluations, evaluate
 from pipeline.models.clip import Clip
-from pipeline.models.segments import Segmentation, Views
+from pipeline.models.segments import ImageViews, Segmentation
 from pipeline.shards.segmentation import run_lengths
 from pipeline.shards.snapshot import Snapshot
 
@@ -74,9 +74,11 @@ class ColourSegmenter:
     """Segments by the colour of each pixel; sure where it is pure, and not where it is dark."""
 
     def __init__(self) -> None:
-        self.views: list[Views | None] = []
+        self.views: list[ImageViews | None] = []
 
-    def segment(self, images: Sequence[Tensor], words: Sequence[str], views: Views | None = None) -> list[Segmentation]:
+    def segment(
+        self, images: Sequence[Tensor], words: Sequence[str], views: ImageViews | None = None
+    ) -> list[Segmentation]:
         """The word whose colour is nearest; probability 1, on black 0.4."""
         self.views.append(views)
         table = torch.tensor([COLOURS.get(word, (0, 0, 0)) for word in words]).float()
@@ -135,7 +137,7 @@ def test_a_set_with_its_options(kind: str, make_snapshot: MakeSnapshot, words: s
         assert metrics[f"seg/{name}/miou"] == pytest.approx((1 + 0.5 + 0 + 1) / 4)
         assert metrics[f"seg/{name}/miou_foreground"] == pytest.approx(0.5)
         assert metrics[f"seg/{name}/iou_background"] == 1
-    assert Views(scales=(1.0, 0.5), flip=True) in model.views
+    assert ImageViews(scales=(1.0, 0.5), flip=True) in model.views
     figures = model_figures(model, prepared)
     legend = figures["segmentation/ground"].legends[0].get_texts()
     assert [text.get_text() for text in legend] == ["red", "green", "blue", "background"]
@@ -175,7 +177,7 @@ def test_patches_of_a_clip(clip: Clip) -> None:
     (found,) = segmenter.segment([torch.randint(0, 256, (3, 30, 50), dtype=torch.uint8)], ("red", "a dog"))
     assert found.labels.shape == (30, 50) and float(found.scores.min()) >= 0.5
     with pytest.raises(SettingError, match="views"):
-        segmenter.segment([images[0]], ("red",), Views(flip=True))
+        segmenter.segment([images[0]], ("red",), ImageViews(flip=True))
 
 
 def test_other_models_are_refused() -> None:

@@ -30,7 +30,7 @@ from pipeline.models.lseg import (
     pixel_text_loss,
     scores_of,
 )
-from pipeline.models.segments import Views, stretched_rows, window_starts
+from pipeline.models.segments import ImageViews, stretched_rows, window_starts
 from pipeline.shards.snapshot import Snapshot
 from pipeline.training.checkpoint import Checkpoints, Meta, load_method
 from pipeline.training.optimizer import AdamW, make_optimizer
@@ -203,7 +203,7 @@ def test_images_of_any_size_and_any_words(size: tuple[int, int], block: Any) -> 
     method = built(block=block, block_depth=0 if block == "none" else 2).eval()
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
     words = ("red", "a dog", "green thing")
-    views = Views(side=96, scales=(1.0, 0.5), flip=True)
+    views = ImageViews(side=96, scales=(1.0, 0.5), flip=True)
     (found,) = method.segment([image], words, views)
     (turned,) = method.segment([image], words[::-1], views)
     assert found.labels.shape == size and found.labels.dtype == torch.int16
@@ -227,13 +227,13 @@ def test_windows_and_mirrors_of_one_colour_agree() -> None:
     """Averages of equal windows are the window."""
     method = built(block="none", block_depth=0).eval()
     image = torch.full((3, 96, 96), 90, dtype=torch.uint8)
-    (found,) = method.segment([image], ("red", "blue"), Views(side=96))
+    (found,) = method.segment([image], ("red", "blue"), ImageViews(side=96))
     assert found.labels.shape == (96, 96) and found.scores.isfinite().all()
     for wrong in ((), ("red", "Red")):
         with pytest.raises(SettingError, match="words"):
             method.segment([image], wrong)
     with pytest.raises(SettingError, match="window"):
-        method.segment([image], ("red",), Views(window=40))
+        method.segment([image], ("red",), ImageViews(window=40))
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from pipeline.loaders.classes import classes_of
 from pipeline.loaders.label_figures import label_figure
 from pipeline.loaders.segmentation import MASK_FIELD, LabelClasses, LabelField
 from pipeline.models.detections import check_words
-from pipeline.models.segments import Views
+from pipeline.models.segments import ImageViews
 from pipeline.shards.objects import FIELD
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def read_words(setting: str, card: Card | None, known: tuple[str, ...], name: st
     return lines_of("segmentation_words", setting, WORDS)
 
 
-def read_views(config: Config) -> Views:
+def read_views(config: Config) -> ImageViews:
     """The views of an image.
 
     Raises:
@@ -156,4 +156,4 @@ def read_views(config: Config) -> Views:
         scales = tuple(float(part) for part in config.scales.split("+"))
     except ValueError as error:
         raise SettingError("segmentation_scales", config.scales, "numbers such as 0.75+1+1.25") from error
-    return Views(side=config.side, scales=scales, flip=config.flip)
+    return ImageViews(side=config.side, scales=scales, flip=config.flip)
