@@ -54,8 +54,11 @@ def label_figure(
     titles: Sequence[str],
     title: str = "",
     per_row: int = 1,
+    inches: float = 2.4,
 ) -> "Figure":
     """Images, uint8 [3, H, W], each followed by its label maps [H, W], ``per_row`` of them in a row, and a legend.
+
+    Each is ``inches`` wide.
 
     ``titles`` are those of the columns of one image. The legend has the classes that are seen.
     """
@@ -64,7 +67,7 @@ def label_figure(
     columns, lines = len(titles) * per_row, -(-len(rows) // per_row)
     seen = sorted({number for _, maps in rows for one in maps for number in one.unique().tolist() if number >= 0})
     legend_rows = -(-len(seen) // max(1, 2 * columns))
-    figure = blank_figure(2.4 * columns, 2.5 * lines + 0.6 + 0.25 * legend_rows, title)
+    figure = blank_figure(inches * columns, (inches + 0.1) * lines + 0.6 + 0.25 * legend_rows, title)
     axes = figure.subplots(lines, columns, squeeze=False).flat
     shown = [picture for image, maps in rows for picture in (image, *(painted(image, one) for one in maps))]
     for place, axis in enumerate(axes):

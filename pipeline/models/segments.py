@@ -18,12 +18,16 @@ STRIP = 1 << 22
 class Segmentation:
     """The word of every pixel of one image, on the CPU.
 
-    ``labels`` are int16 [H, W], indices into the requested words; ``scores`` float32 [H, W], the probability of that
-    word among all words, 0 to 1.
+    ``labels`` are int16 [H, W], indices into the requested words, or -1 for none; ``scores`` float32 [H, W], the
+    probability of the best word among all words, 0 to 1.
     """
 
     labels: Tensor
     scores: Tensor
+
+    def above(self, threshold: float) -> "Segmentation":
+        """Without a word where the best one has a lower probability."""
+        return Segmentation(torch.where(self.scores < threshold, -1, self.labels).to(torch.int16), self.scores)
 
 
 @dataclass(frozen=True, kw_only=True)
