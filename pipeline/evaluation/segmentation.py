@@ -187,7 +187,8 @@ class PatchSegmenter:
         tokens = visual.transformer(visual._embeds((images.float() - self.clip.mean) / self.clip.std))
         tokens = visual.ln_post(tokens)[:, -(visual.grid_size[0] * visual.grid_size[1]) :]
         projected = (tokens if visual.proj is None else tokens @ visual.proj).float()
-        return functional.normalize(projected, dim=-1).transpose(1, 2).unflatten(2, visual.grid_size)
+        unit: Tensor = functional.normalize(projected, dim=-1)
+        return unit.transpose(1, 2).reshape(len(unit), -1, *visual.grid_size)
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,7 @@ def label_figure(
 ) -> "Figure":
     """Images, uint8 [3, H, W], each followed by its label maps [H, W], ``per_row`` of them in a row, and a legend.
 
-    Each is ``inches`` wide.
-
-    ``titles`` are those of the columns of one image. The legend has the classes that are seen.
+    ``titles`` are those of the columns of one image, each ``inches`` wide. The legend has the classes that are seen.
     """
     from matplotlib.patches import Patch
 

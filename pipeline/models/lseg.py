@@ -631,7 +631,7 @@ class _PixelTextLoss(torch.autograd.Function):
             total[:, :, piece.rows] += found[0]
             for whole, part in zip(kernel, found[1:], strict=True):
                 whole += part
-        scaled = [one * incoming[0] for one in (total, *kernel)]
+        scaled = [one.mul_(incoming[0]) for one in (total, *kernel)]
         return scaled[0], None, None, None, None, *(scaled[1:] or (None, None))
 
 

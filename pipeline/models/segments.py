@@ -104,7 +104,7 @@ def stretched_rows(
     lower, upper, part = _neighbours(first, last, stored or maps.shape[-2], height, aligned)
     above = wide.index_select(-2, (lower - start).to(maps.device))
     below = wide.index_select(-2, (upper - start).to(maps.device))
-    return above + (below - above) * part[:, None].to(maps)
+    return torch.lerp(above, below, part[:, None].to(maps))
 
 
 def _neighbours(first: int, last: int, stored: int, wanted: int, aligned: bool) -> tuple[Tensor, Tensor, Tensor]:
