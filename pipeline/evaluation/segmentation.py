@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.config import require
+from pipeline.errors import DataError
 from pipeline.evaluation.data import evaluation_batches
 from pipeline.evaluation.encoder import inference
 from pipeline.loaders.images import resize
@@ -128,7 +129,7 @@ def evaluate_segmentation(
         ``samples``. All but the last are 0 to 1.
 
     Raises:
-        DataError: no readable sample, or labels for another image size.
+        DataError: no readable sample, labels for another image size, or no pixel with one of the words.
     """
     confusion, count = Confusion(len(one.words) + 1), 0
     for images, maps in labelled_images(samples, one, batch, threads):
@@ -137,7 +138,11 @@ def evaluate_segmentation(
         for truth, some in zip(maps, found, strict=True):
             confusion.add(truth.numpy(), one.predicted(some).numpy())
         count += len(images)
-    return {**confusion.metrics(one.words, one.has_ground), "samples": float(count)}
+    measured = confusion.metrics(one.words, one.has_ground)
+    if not measured:
+        some = ", ".join(one.words[:5])
+        raise DataError(f"no pixel of {count} images has one of the {len(one.words)} words ({some})")
+    return {**measured, "samples": float(count)}
 
 
 def labelled_images(

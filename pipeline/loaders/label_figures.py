@@ -65,7 +65,8 @@ def label_figure(
     columns, lines = len(titles) * per_row, -(-len(rows) // per_row)
     seen = sorted({number for _, maps in rows for one in maps for number in one.unique().tolist() if number >= 0})
     legend_rows = -(-len(seen) // max(1, 2 * columns))
-    figure = blank_figure(inches * columns, (inches + 0.1) * lines + 0.6 + 0.25 * legend_rows, title)
+    tallest = min(3.0, max((image.shape[1] / image.shape[2] for image, _ in rows), default=1.0))
+    figure = blank_figure(inches * columns, (inches * tallest + 0.3) * lines + 0.5 + 0.25 * legend_rows, title)
     axes = figure.subplots(lines, columns, squeeze=False).flat
     shown = [picture for image, maps in rows for picture in (image, *(painted(image, one) for one in maps))]
     for place, axis in enumerate(axes):

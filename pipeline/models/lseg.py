@@ -54,7 +54,7 @@ from pipeline.loaders.batches import Reader
 from pipeline.loaders.detection import FILL, RandomResize
 from pipeline.loaders.images import resize
 from pipeline.loaders.label_figures import samples_with_labels
-from pipeline.loaders.segmentation import VOID, LabelClasses, LabelField, SegmentationReader
+from pipeline.loaders.segmentation import MOST_CLASSES, VOID, LabelClasses, LabelField, SegmentationReader
 from pipeline.models import class_vectors
 from pipeline.models.detections import check_words
 from pipeline.models.method import Method
@@ -452,6 +452,7 @@ class Lseg(Method):
         Words that are not training classes are encoded by the text tower, which is loaded when it is first needed.
         """
         check_words(words)
+        require(len(words) <= MOST_CLASSES, "words", len(words), f"at most {MOST_CLASSES} words")
         vectors, views = self.word_vectors(words), views or ImageViews()
         window = views.window or self.config.image_size
         require(window % STRIDE == 0, "window", window, f"a multiple of {STRIDE}")

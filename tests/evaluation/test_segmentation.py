@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.errors import SettingError
+from pipeline.errors import DataError, SettingError
 from pipeline.evaluation.segmentation import Confusion, PatchSegmenter, as_segmenter
 from pipeline.evaluation.showcase import model_figures
 from pipeline.evaluation.suite import Evaluations, evaluate
@@ -159,6 +159,14 @@ def test_wrong_options_are_one_sentence(options: str, sentence: str, make_snapsh
     given = options if options.startswith("words") else f"words={words},{options}"
     with pytest.raises(SettingError, match=sentence):
         Evaluations(segmentation=(f"it={folder},{given}",)).prepare()
+
+
+def test_words_that_no_pixel_has(make_snapshot: MakeSnapshot, tmp_path: Any) -> None:
+    (tmp_path / "others.txt").write_text("zebra\n")
+    folder = make_snapshot([row()]).folder
+    prepared = Evaluations(segmentation=(f"it={folder},words={tmp_path}/others.txt",)).prepare()
+    with pytest.raises(DataError, match="no pixel of 1 images has one of the 1 words"):
+        evaluate(ColourSegmenter(), prepared)
 
 
 def test_patches_of_a_clip(clip: Clip) -> None:
