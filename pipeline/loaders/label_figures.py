@@ -68,7 +68,7 @@ def label_figure(
     tallest = min(3.0, max((image.shape[1] / image.shape[2] for image, _ in rows), default=1.0))
     figure = blank_figure(inches * columns, (inches * tallest + 0.3) * lines + 0.5 + 0.25 * legend_rows, title)
     axes = figure.subplots(lines, columns, squeeze=False).flat
-    shown = [picture for image, maps in rows for picture in (image, *(painted(image, one) for one in maps))]
+    shown = [tile for image, maps in rows for tile in (image, *(painted(image, one) for one in maps))]
     for place, axis in enumerate(axes):
         if place < len(shown):
             show_image(axis, shown[place])

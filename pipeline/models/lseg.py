@@ -69,6 +69,7 @@ if TYPE_CHECKING:
 SCALE = 1 / 0.07
 STRIDE = 32  # of the coarsest level: inputs are multiples of it
 HALF, IMAGENET = ((0.5,) * 3, (0.5,) * 3), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+TRANSFORMERS, RESNETS = ("vision_transformer", "deit", "small_vit"), ("resnet", "small_resnet")  # modules of timm
 FACTS = "lseg.json"
 Block = Literal["none", "bottleneck", "depthwise"]
 Activation = Literal["lrelu", "relu", "tanh"]
@@ -326,7 +327,7 @@ def _backbone(config: Config, pretrained: bool) -> tuple[nn.Module, list[int]]:
     if _is_transformer(config.backbone):
         body: Any = timm.create_model(config.backbone, pretrained=pretrained, dynamic_img_size=True, global_pool="")
         patch, count = body.patch_embed.patch_size[0], len(body.blocks)
-        good = isinstance(body, VisionTransformer) and body.cls_token is not None and body.pos_embed is not None
+        good = body.cls_token is not None and body.pos_embed is not None and not hasattr(body, "dist_token")
         allowed = "a vision transformer with a class token, position embeddings, and patches of 8, 16 or 32 pixels"
         require(good and patch in (8, 16, 32), "backbone", config.backbone, allowed)
         taps = config.taps or tuple(count * quarter // 4 - 1 for quarter in (1, 2, 3, 4))
@@ -342,7 +343,13 @@ def _backbone(config: Config, pretrained: bool) -> tuple[nn.Module, list[int]]:
 
 
 def _is_transformer(backbone: str) -> bool:
-    return "vit" in backbone or "deit" in backbone
+    return _family(backbone) in TRANSFORMERS
+
+
+def _family(backbone: str) -> str:
+    """The module of timm, or of this package, that defines the backbone; empty for an unknown one."""
+    module = timm.models.model_entrypoint(backbone).__module__ if timm.is_model(backbone) else ""
+    return module.rpartition(".")[2]
 
 
 def _norm(width: int, kind: str, **place: Any) -> nn.Module:
@@ -392,7 +399,7 @@ class Lseg(Method):
     def check(cls, config: Config) -> None:
         """Require classes, a text tower, and a backbone that timm has."""
         _check_complete(config)
-        known = timm.is_model(config.backbone)
+        known = _family(config.backbone) in TRANSFORMERS + RESNETS
         require(known, "backbone", config.backbone, "a vision transformer or a ResNet of timm (timm.list_models())")
         class_vectors.check(config.text_tower)
 

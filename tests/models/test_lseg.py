@@ -23,6 +23,7 @@ from pipeline.models.lseg import (
     Config,
     Decoder,
     Lseg,
+    PixelNetwork,
     Reassembly,
     ResidualUnit,
     SpatialBlock,
@@ -76,6 +77,23 @@ def test_taps_of_a_large_transformer_at_480_pixels() -> None:
         vectors = Decoder(WIDTHS, 256, "group", 512)(maps)
     assert [tuple(one.shape[1:]) for one in maps] == [(256, 120, 120), (512, 60, 60), (1024, 30, 30), (1024, 15, 15)]
     assert vectors.shape == (1, 512, 240, 240)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "norm"),
+    [("vit_large_patch16_384", "batch"), ("resnet101", "batch"), ("deit3_small_patch16_224", "group")],
+)
+def test_the_papers_networks_give_a_vector_for_every_second_pixel(backbone: str, norm: Any) -> None:
+    """Without weights: on the meta device."""
+    with torch.device("meta"):
+        network = PixelNetwork(Config(backbone=backbone, norm=norm), 512).eval()
+        vectors = network(torch.empty(1, 3, 480, 480))
+    assert vectors.shape == (1, 512, 240, 240)
+    if backbone.startswith("vit"):
+        maps: Any = network.backbone
+        assert maps.taps == (5, 11, 17, 23) and round(count(maps.body) / 1e6, 1) == 303.7
+        decoder = count(network) - count(maps.body) + 1_180_672  # the unused residual unit
+        assert round(decoder / 1e6, 1) == 39.1
 
 
 @pytest.mark.parametrize("patch", [8, 16, 32])
@@ -301,6 +319,7 @@ def test_the_samples_figure_has_a_legend(snapshot: Snapshot) -> None:
         ({"class_names": ()}, "class_names"),
         ({"text_tower": ""}, "text_tower"),
         ({"backbone": "resnet5"}, "backbone"),
+        ({"backbone": "levit_128"}, "backbone.*a vision transformer or a ResNet"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], sentence: str) -> None:
