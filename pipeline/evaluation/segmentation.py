@@ -140,8 +140,8 @@ def evaluate_segmentation(
         count += len(images)
     measured = confusion.metrics(one.words, one.has_ground)
     if not measured:
-        some = ", ".join(one.words[:5])
-        raise DataError(f"no pixel of {count} images has one of the {len(one.words)} words ({some})")
+        first = ", ".join(one.words[:5])
+        raise DataError(f"no pixel of {count} images has one of the {len(one.words)} words ({first})")
     return {**measured, "samples": float(count)}
 
 
