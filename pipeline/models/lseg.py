@@ -9,14 +9,14 @@ of a pixel and V the pixels that are not void
 
     z_pn = s f_p.t_n        L = -1/|V| sum_(p in V) log softmax_n(B(z)_p) at n = y_p
 
-B is the spatial regularisation (section 3.3), or nothing: one 3 x 3 convolution with one channel in and out, applied to
+B is the spatial regularisation, or nothing: one 3 x 3 convolution with one channel in and out, applied to
 the score map of each label by itself, d times with the same weights; between two times an activation. ``bottleneck``
 adds the largest score over all labels to each. So permuting the labels permutes the result. Scores are made at half of
 the input's size and resized.
 
-The image network is DPT (Ranftl, Bochkovskiy, Koltun 2021, arXiv 2103.13413) on any vision transformer of timm with a
-class token: the tokens after four blocks, each joined with the class token and projected, become feature maps of four
-sizes, which residual units and bilinear resizing fuse from coarse to fine. A ResNet has such maps by itself.
+The image network is DPT (arXiv 2103.13413; ``towers/dpt.py``) on any vision transformer of timm with a class token: the
+tokens after four blocks, each joined with the class token and projected, become feature maps of four sizes, which
+residual units and bilinear resizing fuse from coarse to fine. A ResNet has such maps by itself.
 
 Loss and scores are computed a strip of rows at a time, again in the backward pass: pixels x labels never exist at once.
 
@@ -27,24 +27,22 @@ Differences from the authors' code:
 - the product of pixels and texts is computed in float32; there, in half precision;
 - images are resized by a random factor, cut and mirrored by this project's reader; the padding is void;
 - the learning rate falls with every step, not every epoch;
-- class names are in lower case without underscores, in no prompt, as theirs.
+- class names are put in lower case without underscores; theirs are as written. Neither uses a prompt.
 
 Left out: the recipe of PASCAL-5i, COCO-20i and FSS-1000 (two words for each image, ``others`` and its class), whose
 training was not released; label sets that differ from image to image; the union of seven data sets of the demo.
 
 To hold a run against: ADE20K, pixel accuracy / mIoU with a ViT-B/32 image network, 79.70 / 37.83 without blocks, 39.79
-with two bottleneck blocks; ViT-L/16 82.46 / 46.28 (tables 4 and 6, as others cite them).
+with two bottleneck blocks; ViT-L/16 82.46 / 46.28 (tables 4 and 6, not checked against the paper).
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
@@ -59,7 +57,14 @@ from pipeline.models import class_vectors
 from pipeline.models.detections import check_words
 from pipeline.models.method import Method
 from pipeline.models.segments import STRIP, ImageViews, Segmentation, best_words, stretched_rows, strips, window_starts
-from pipeline.models.towers import small_resnet, small_vit  # noqa: F401 - registers them with timm
+from pipeline.models.towers.dpt import (
+    STRIDE,
+    Decoder,
+    TransformerMaps,
+    check_backbone,
+    image_statistics,
+    make_backbone,
+)
 from pipeline.models.towers.layers import Layer
 from pipeline.shards.sample import Sample
 
@@ -67,9 +72,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCALE = 1 / 0.07
-STRIDE = 32  # of the coarsest level: inputs are multiples of it
-HALF, IMAGENET = ((0.5,) * 3, (0.5,) * 3), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-TRANSFORMERS, RESNETS = ("vision_transformer", "deit", "small_vit"), ("resnet", "small_resnet")  # modules of timm
 FACTS = "lseg.json"
 Block = Literal["none", "bottleneck", "depthwise"]
 Activation = Literal["lrelu", "relu", "tanh"]
@@ -150,136 +152,6 @@ class Config:
         return RandomResize(size=self.image_size, scale=(1.0, 1.0), flip=0.0)
 
 
-class Reassembly(nn.Module):
-    """Tokens after four blocks to maps at 1/4, 1/8, 1/16 and 1/32 of the image, whatever the patches' size.
-
-    Each map joins its tokens with the class token (readout "project"), then changes their number of channels and the
-    size of the grid.
-    """
-
-    def __init__(self, dimension: int, widths: Sequence[int], patch: int) -> None:
-        super().__init__()
-        self.readouts = nn.ModuleList(
-            nn.Sequential(nn.Linear(2 * dimension, dimension), nn.GELU()) for _ in range(len(widths))
-        )
-        self.maps = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(dimension, width, 1), *_resized(width, patch, 4 << number))
-            for number, width in enumerate(widths)
-        )
-
-    def forward(self, tokens: Sequence[tuple[Tensor, Tensor]], grid: tuple[int, int]) -> list[Tensor]:
-        """Patch tokens [B, L, D] and class tokens [B, D] of each tap to four maps, finest first."""
-        found = []
-        for (patches, first), readout, change in zip(tokens, self.readouts, self.maps, strict=True):
-            joined = readout(torch.cat([patches, first[:, None].expand_as(patches)], dim=-1))
-            found.append(change(joined.transpose(1, 2).unflatten(2, grid)))
-        return found
-
-
-def _resized(width: int, patch: int, stride: int) -> list[nn.Module]:
-    """The layer that changes a map's stride from ``patch`` to ``stride``."""
-    if patch > stride:
-        return [nn.ConvTranspose2d(width, width, patch // stride, stride=patch // stride)]
-    return [nn.Conv2d(width, width, 3, stride=stride // patch, padding=1)] if stride > patch else []
-
-
-class TransformerMaps(nn.Module):
-    """A vision transformer of timm whose tokens become four maps."""
-
-    def __init__(self, body: VisionTransformer, taps: Sequence[int], widths: Sequence[int]) -> None:
-        super().__init__()
-        body.blocks = body.blocks[: taps[-1] + 1]
-        body.norm = body.fc_norm = nn.Identity()
-        body.reset_classifier(0)
-        self.body, self.taps = body, tuple(taps)
-        self.patch = int(body.patch_embed.patch_size[0])
-        self.reassembly = Reassembly(body.embed_dim, widths, self.patch)
-        self.widths = tuple(widths)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Normalised [B, 3, H, W], sides multiples of 32, to maps at 1/4 to 1/32."""
-        maps: list[Tensor] = self.reassembly(*self.tokens(images))
-        return maps
-
-    def tokens(self, images: Tensor) -> tuple[list[tuple[Tensor, Tensor]], tuple[int, int]]:
-        """Patch and class tokens after each tap, and the grid of the patches."""
-        body = self.body
-        grid = images.shape[2] // self.patch, images.shape[3] // self.patch
-        tokens = body.patch_embed(images).flatten(1, 2)  # the grid is last but one: [B, h, w, D]
-        prefix = [table.expand(len(images), -1, -1) for table in (body.cls_token, body.reg_token) if table is not None]
-        if body.no_embed_class:
-            tokens = torch.cat([*prefix, tokens + self._positions(grid)], dim=1)
-        else:
-            tokens = torch.cat([*prefix, tokens], dim=1) + self._positions(grid)
-        tokens = body.norm_pre(body.pos_drop(tokens))
-        found = []
-        for number, block in enumerate(body.blocks):
-            tokens = block(tokens)
-            if number in self.taps:
-                found.append((tokens[:, body.num_prefix_tokens :], tokens[:, 0]))
-        return found, grid
-
-    def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """The position embeddings of this grid: plain bilinear, as in the authors' code (timm's is bicubic)."""
-        table = cast(Tensor, self.body.pos_embed)
-        extra = 0 if self.body.no_embed_class else self.body.num_prefix_tokens
-        own = self.body.patch_embed.grid_size
-        if own == grid:
-            return table
-        cells = table[:, extra:].transpose(1, 2).unflatten(2, own)
-        cells = functional.interpolate(cells, size=grid, mode="bilinear", align_corners=False)
-        return torch.cat([table[:, :extra], cells.flatten(2).transpose(1, 2)], dim=1)
-
-
-class ResidualUnit(nn.Module):
-    """x + two convolutions of it, each after a ReLU and before a normalisation."""
-
-    def __init__(self, width: int, norm: str) -> None:
-        super().__init__()
-        parts = [[nn.ReLU(), nn.Conv2d(width, width, 3, padding=1, bias=False), _norm(width, norm)] for _ in range(2)]
-        self.layers = nn.Sequential(*parts[0], *parts[1])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, h, w] to the same."""
-        added: Tensor = x + self.layers(x)
-        return added
-
-
-class Fusion(nn.Module):
-    """RefineNet's fusion: the coarser map plus the map of this level, twice as large."""
-
-    def __init__(self, width: int, norm: str, has_coarser: bool) -> None:
-        super().__init__()
-        self.own = ResidualUnit(width, norm) if has_coarser else None
-        self.both = ResidualUnit(width, norm)
-        self.out = nn.Conv2d(width, width, 1)
-
-    def forward(self, level: Tensor, coarser: Tensor | None) -> Tensor:
-        """[B, C, h, w] to [B, C, 2h, 2w]."""
-        together = level if self.own is None or coarser is None else coarser + self.own(level)
-        larger = functional.interpolate(self.both(together), scale_factor=2, mode="bilinear", align_corners=True)
-        fused: Tensor = self.out(larger)
-        return fused
-
-
-class Decoder(nn.Module):
-    """Four maps to one vector for every second pixel."""
-
-    def __init__(self, widths: Sequence[int], width: int, norm: str, dimension: int) -> None:
-        super().__init__()
-        self.levels = nn.ModuleList(nn.Conv2d(own, width, 3, padding=1, bias=False) for own in widths)
-        self.fusions = nn.ModuleList(Fusion(width, norm, number < len(widths) - 1) for number in range(len(widths)))
-        self.head = nn.Conv2d(width, dimension, 1)
-
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Maps at 1/4 to 1/32, finest first, to [B, D, H/2, W/2]."""
-        found: Tensor | None = None
-        for level, convolution, fusion in reversed([*zip(maps, self.levels, self.fusions, strict=True)]):
-            found = fusion(convolution(level), found)
-        vectors: Tensor = self.head(found)
-        return vectors
-
-
 class SpatialBlock(nn.Module):
     """The spatial regularisation of score maps: one convolution of 3 x 3, applied to each label by itself."""
 
@@ -313,49 +185,14 @@ class PixelNetwork(nn.Module):
     def __init__(self, config: Config, dimension: int, load: bool = True) -> None:
         super().__init__()
         pretrained = config.pretrained_backbone and load
-        self.backbone, widths = _backbone(config, pretrained)
+        body = make_backbone(config.backbone, pretrained, config.norm, config.taps, config.tap_widths)
+        self.backbone, widths = body
         self.decoder = Decoder(widths, config.width, config.norm, dimension)
         self.block = SpatialBlock(config.block, config.block_depth, config.activation) if config.block_depth else None
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised [B, 3, H, W] to unit vectors, float32 [B, D, H/2, W/2]."""
         return functional.normalize(self.decoder(self.backbone(images)).float(), dim=1)
-
-
-def _backbone(config: Config, pretrained: bool) -> tuple[nn.Module, list[int]]:
-    """The network that makes four maps, and their channels."""
-    if _is_transformer(config.backbone):
-        body: Any = timm.create_model(config.backbone, pretrained=pretrained, dynamic_img_size=True, global_pool="")
-        patch, count = body.patch_embed.patch_size[0], len(body.blocks)
-        good = body.cls_token is not None and body.pos_embed is not None and not hasattr(body, "dist_token")
-        allowed = "a vision transformer with a class token, position embeddings, and patches of 8, 16 or 32 pixels"
-        require(good and patch in (8, 16, 32), "backbone", config.backbone, allowed)
-        taps = config.taps or tuple(count * quarter // 4 - 1 for quarter in (1, 2, 3, 4))
-        require(taps[-1] < count and taps[0] >= 0, "taps", taps, f"blocks 0 to {count - 1} of {config.backbone}")
-        return TransformerMaps(body, taps, config.tap_widths), list(config.tap_widths)
-    norm: dict[str, Any] = {"norm_layer": partial(_norm, kind=config.norm)}
-    body = timm.create_model(
-        config.backbone, pretrained=pretrained, features_only=True, out_indices=(1, 2, 3, 4), **norm
-    )
-    info = cast(Any, body).feature_info
-    require(info.reduction() == [4, 8, 16, 32], "backbone", config.backbone, "a ResNet, with maps at 1/4 to 1/32")
-    return body, list(info.channels())
-
-
-def _is_transformer(backbone: str) -> bool:
-    return _family(backbone) in TRANSFORMERS
-
-
-def _family(backbone: str) -> str:
-    """The module of timm, or of this package, that defines the backbone; empty for an unknown one."""
-    module = timm.models.model_entrypoint(backbone).__module__ if timm.is_model(backbone) else ""
-    return module.rpartition(".")[2]
-
-
-def _norm(width: int, kind: str, **place: Any) -> nn.Module:
-    if kind == "batch":
-        return nn.SyncBatchNorm(width, **place)
-    return nn.GroupNorm(max(1, min(32, width // 8)), width, **place)
 
 
 class Lseg(Method):
@@ -378,7 +215,7 @@ class Lseg(Method):
         vectors, self.tower_digest = self._class_vectors(description)
         self.register_buffer("vectors", vectors)
         self.model = PixelNetwork(config, vectors.shape[1], load=description is None)
-        mean, std = _image_statistics(config.backbone)
+        mean, std = image_statistics(config.backbone)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
         self._known: dict[str, Tensor] = {}
@@ -399,8 +236,7 @@ class Lseg(Method):
     def check(cls, config: Config) -> None:
         """Require classes, a text tower, and a backbone that timm has."""
         _check_complete(config)
-        known = _family(config.backbone) in TRANSFORMERS + RESNETS
-        require(known, "backbone", config.backbone, "a vision transformer or a ResNet of timm (timm.list_models())")
+        check_backbone(config.backbone)
         class_vectors.check(config.text_tower)
 
     @classmethod
@@ -556,14 +392,6 @@ def _check_complete(config: Config) -> None:
     """Require the options that a preset may leave empty."""
     require(len(config.class_names) >= 1, "class_names", config.class_names, "the names of the classes")
     require(bool(config.text_tower), "text_tower", config.text_tower, "a CLIP, such as ViT-B-32:openai")
-
-
-def _image_statistics(backbone: str) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation of the backbone's training images, 0 to 1."""
-    known = timm.get_pretrained_cfg(backbone)
-    if known is None:
-        return HALF if _is_transformer(backbone) else IMAGENET
-    return known.mean, known.std
 
 
 @dataclass(frozen=True)

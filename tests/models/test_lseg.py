@@ -21,17 +21,14 @@ from pipeline.models.lseg import (
     SCALE,
     SMALL,
     Config,
-    Decoder,
     Lseg,
     PixelNetwork,
-    Reassembly,
-    ResidualUnit,
     SpatialBlock,
-    TransformerMaps,
     pixel_text_loss,
     scores_of,
 )
 from pipeline.models.segments import ImageViews, stretched_rows, window_starts
+from pipeline.models.towers.dpt import Decoder, Reassembly, ResidualUnit, TransformerMaps
 from pipeline.shards.snapshot import Snapshot
 from pipeline.training.checkpoint import Checkpoints, Meta, load_method
 from pipeline.training.optimizer import AdamW, make_optimizer
