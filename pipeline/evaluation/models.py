@@ -5,9 +5,11 @@ import torch
 from pipeline.config import require
 from pipeline.evaluation.detection import as_detector
 from pipeline.evaluation.encoder import Evaluable, as_encoder
+from pipeline.evaluation.segmentation import as_segmenter
 from pipeline.models.class_vectors import UNTRAINED, untrained
 from pipeline.models.detections import Detector
 from pipeline.models.method import Method
+from pipeline.models.segments import Segmenter
 from pipeline.training.checkpoint import checkpoint_folder, load_method, read_meta
 
 
@@ -47,6 +49,11 @@ def load_model(address: str, device: str = "auto") -> Evaluable:
 def load_detector(address: str, device: str = "auto") -> Detector:
     """:func:`load_any` of a detector; ``SettingError`` for other methods."""
     return as_detector(load_any(address, device), address)
+
+
+def load_segmenter(address: str, device: str = "auto") -> Segmenter:
+    """:func:`load_any` of a segmenter or a CLIP with patches; ``SettingError`` for other methods."""
+    return as_segmenter(load_any(address, device), address)
 
 
 def trained_steps(address: str) -> int | None:

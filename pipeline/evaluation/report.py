@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline.evaluation.task import Report, tasks
 from pipeline.models.detections import Detections
+from pipeline.models.segments import Segmentation
 from pipeline.shards.objects import names_of
 from pipeline.shards.storage import Folder
 
@@ -33,6 +34,17 @@ def detections_table(found: Detections, words: Sequence[str]) -> str:
     called = [names_of(word)[0] for word in words]
     lines = [[called[label], f"{score:.3f}", *(f"{edge:.0f}" for edge in box)] for label, score, box in rows]
     return _aligned([["word", "score", "left", "top", "right", "bottom"], *lines])
+
+
+def segments_table(found: Segmentation, words: Sequence[str]) -> str:
+    """One line per word that a pixel has: its part of the pixels in percent, and the mean probability there."""
+    rows = []
+    for number in found.labels.unique().tolist():
+        inside = found.labels == number
+        part, mean = float(inside.float().mean()), f"{float(found.scores[inside].mean()):.3f}"
+        name, shown = ("no word", "-") if number < 0 else (names_of(words[number])[0], mean)
+        rows.append((part, [name, f"{100 * part:.1f}", shown]))
+    return _aligned([["word", "pixels", "probability"], *(row for _, row in sorted(rows, reverse=True))])
 
 
 def write_result(place: str, metrics: Mapping[str, float], about: Mapping[str, Any]) -> None:

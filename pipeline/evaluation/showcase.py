@@ -1,12 +1,17 @@
 """The figures of a run, drawn from its data and its model: what it reads, and what each kind of evaluation shows."""
 
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from pipeline.evaluation.data import SnapshotData
 from pipeline.evaluation.suite import PreparedSuite
 from pipeline.evaluation.task import tasks
+from pipeline.loaders.label_figures import label_figure
 from pipeline.loaders.sample_figures import sample_figure
+from pipeline.models.segments import Segmentation
 from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Snapshot
 
@@ -25,6 +30,13 @@ def snapshot_figure(
     samples = list(SnapshotData(snapshot, None).samples(count))
     name = snapshot.card or snapshot.folder.rstrip("/").rpartition("/")[2]
     return draw(samples, f"{name}: {len(samples)} of {snapshot.samples:,} samples, snapshot {snapshot.id}")
+
+
+def segments_png(image: Tensor, found: Segmentation, words: Sequence[str]) -> bytes:
+    """The image, uint8 [3, H, W], beside itself under the colours of its words, with a legend, as PNG."""
+    content = BytesIO()
+    label_figure([(image, [found.labels])], words, ("image", "words"), inches=5.0).savefig(content, format="png")
+    return content.getvalue()
 
 
 def model_figures(model: object, prepared: PreparedSuite, title: str = "") -> dict[str, "Figure"]:

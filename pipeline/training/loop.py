@@ -245,6 +245,7 @@ class _TrainingState:
             first=config.optimizer.first_learning_rate,
             final=config.optimizer.final_learning_rate,
             milestones=config.optimizer.drops,
+            power=config.optimizer.decay_power,
         )
         set_rate(self.optimizer, rate)
         return rate

@@ -25,6 +25,9 @@ class OptimizerConfig:
     """Learning rate at the end of the cosine schedule."""
     drops: tuple[float, ...] = ()
     """Milestones as parts of the run between 0 and 1; the rate falls to a tenth at each. They replace the cosine."""
+    decay_power: float | None = None
+    """Power of the remaining part of the run that the rate follows instead of the cosine; 0.9 is usual for
+    segmentation."""
     weight_decay: float = 0.2
     """Weight decay; not applied to gains, biases and scalars."""
     layer_decay: float | None = None
@@ -42,6 +45,9 @@ class OptimizerConfig:
         for name in ("first_learning_rate", "final_learning_rate"):
             require(0 <= getattr(self, name) <= self.learning_rate, name, getattr(self, name), "0 to learning_rate")
         require(all(0 < part < 1 for part in self.drops), "drops", self.drops, "more than 0, less than 1")
+        power = self.decay_power
+        require(power is None or power > 0, "decay_power", power, "more than 0, or none")
+        require(power is None or not self.drops, "decay_power", power, "none with drops")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         decay = self.layer_decay
         require(decay is None or 0 < decay <= 1, "layer_decay", decay, "more than 0, up to 1, or none")

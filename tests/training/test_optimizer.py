@@ -57,7 +57,11 @@ def test_momentum_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings"), [(Sgd, {"momentum": 1.0}), (Sgd, {"drops": (1.5,)}), (AdamW, {"beta1": 1.0})]
+    ("kind", "settings"),
+    [
+        *((Sgd, {"momentum": 1.0}), (Sgd, {"drops": (1.5,)}), (AdamW, {"beta1": 1.0})),
+        *((Sgd, {"decay_power": 0.0}), (Sgd, {"decay_power": 0.9, "drops": (0.5,)})),
+    ],
 )
 def test_settings_that_cannot_work(kind: type, settings: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match=next(iter(settings))):

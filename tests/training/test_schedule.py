@@ -43,3 +43,9 @@ def test_drops_to_a_tenth() -> None:
         for step in (0, 999, 161_999, 162_000, 171_000, 175_500, 179_999)
     ]
     assert at == pytest.approx([0.0032 + (0.32 - 0.0032) / 1000, 0.32, 0.32, 0.032, 0.0032, 0.00032, 0.00032])
+
+
+def test_a_power_of_the_remaining_part() -> None:
+    """LSeg's recipe: 0.9, without warm-up."""
+    rates = [learning_rate(step, peak=0.004, warmup_steps=0, steps=100, power=0.9) for step in (0, 50, 99)]
+    assert rates == pytest.approx([0.004, 0.004 * 0.5**0.9, 0.004 * 0.01**0.9])

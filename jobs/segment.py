@@ -1,0 +1,119 @@
+#!/usr/bin/env python
+"""Segment an image by words: prints the part of the image that each word has, and writes an overlay with a legend.
+
+    python jobs/segment.py image IMAGE --checkpoint RUN --words "red circle" grass --output segments.png
+    python jobs/segment.py image s3://bucket/street.jpg --checkpoint ViT-B-16:openai --words road sky car
+
+Works with every method that has `segment`, and with the patches of a plain CLIP. Words are any class names. A word such
+as other or background stands for what the other words do not name.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+from pipeline.config import require, run_job, writable_folder
+from pipeline.errors import DataError, SettingError
+from pipeline.evaluation.encoder import inference
+from pipeline.evaluation.models import load_segmenter
+from pipeline.evaluation.report import segments_table
+from pipeline.evaluation.showcase import segments_png
+from pipeline.loaders.images import Pixels, as_stored, decode
+from pipeline.loaders.samples import UnreadableSample
+from pipeline.models.detections import check_words
+from pipeline.models.lseg import Lseg
+from pipeline.models.method import build_method
+from pipeline.models.segments import ImageViews, Segmenter
+from pipeline.shards.storage import split_file
+from pipeline.sources.drawn.sample import draw_sample
+
+SMOKE = "drawn://val/0/0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """An image, a segmenter, and the words."""
+
+    image: tyro.conf.Positional[str]
+    """Image file: a path or any fsspec URI."""
+    checkpoint: str
+    """Checkpoint or run folder (path or URI) of a segmenter or a CLIP, or ARCHITECTURE:WEIGHTS."""
+    words: tuple[str, ...]
+    """Class names to segment by; quote names of several words."""
+    output: str = "segments.png"
+    """PNG file for the image under the words' colours: a path or a URI."""
+    threshold: float = 0.0
+    """Probability of the best word below which a pixel gets no colour, 0 to 1."""
+    side: int | None = None
+    """Longer side to which the image is resized, in pixels; none for the model's own input."""
+    scales: tuple[float, ...] = (1.0,)
+    """Factors of the side whose results are averaged."""
+    flip: bool = False
+    """Average with the mirrored image."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the model; auto uses a GPU if available."""
+
+    def __post_init__(self) -> None:
+        require(self.output.endswith(".png"), "output", self.output, "a file that ends in .png")
+        require(0 <= self.threshold <= 1, "threshold", self.threshold, "0 to 1")
+        self.views()
+
+    def views(self) -> ImageViews:
+        """The views of the image."""
+        return ImageViews(side=self.side, scales=self.scales, flip=self.flip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Smoke(Segment):
+    """The same job, with an untrained segmenter, on an image that it draws first."""
+
+
+PRESETS: dict[str, tuple[str, Segment]] = {
+    "image": (
+        "Segment one image by --words.",
+        Segment(image=tyro.MISSING, checkpoint=tyro.MISSING, words=tyro.MISSING),
+    ),
+    "smoke": (
+        "Segments of an untrained segmenter in a drawn image.",
+        Smoke(image=SMOKE, checkpoint="", words=("star", "disc", "background")),
+    ),
+}
+
+
+def main(run: Segment) -> None:
+    """Check words and files, then segment, print and draw."""
+    check_words(run.words)
+    folder, name = split_file(writable_folder("output", run.output))
+    image = as_stored(read_image(run.image))
+    segmenter = load(run)
+    with inference(segmenter):
+        (found,) = segmenter.segment([image], run.words, run.views())
+    shown = found.above(run.threshold)
+    print(segments_table(shown, run.words))
+    folder.write_atomic(name, segments_png(image, shown, run.words))
+
+
+def read_image(place: str) -> Pixels:
+    """The image at ``place``; the smoke test's is drawn."""
+    if place == SMOKE:
+        return decode(draw_sample("val", 0, 0, 128).image)
+    folder, name = split_file(place)
+    try:
+        return decode(folder.read_bytes(name))
+    except UnreadableSample as error:
+        raise DataError(f"{place} is not a readable image ({error})") from error
+    except (OSError, ValueError) as error:
+        raise SettingError("image", place, f"an image that exists ({error})") from error
+
+
+def load(run: Segment) -> Segmenter:
+    """The segmenter; the smoke test's has random weights."""
+    if isinstance(run, Smoke):
+        built: Segmenter = build_method(Lseg.smallest()).eval()  # type: ignore[assignment]
+        return built
+    return load_segmenter(run.checkpoint, run.device)
+
+
+if __name__ == "__main__":
+    run_job(PRESETS, main)
