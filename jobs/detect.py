@@ -15,13 +15,11 @@ import cv2
 import tyro
 
 from pipeline.config import require, run_job, writable_file
-from pipeline.errors import DataError, unreadable
 from pipeline.evaluation.drawing import draw_detections
 from pipeline.evaluation.encoder import inference
 from pipeline.evaluation.models import load_detector
 from pipeline.evaluation.report import detections_table
-from pipeline.loaders.images import Pixels, as_stored, decode
-from pipeline.loaders.samples import UnreadableSample
+from pipeline.loaders.images import Pixels, as_stored, decode, image_at
 from pipeline.models.detections import Detections, Detector, check_words
 from pipeline.models.method import build_method
 from pipeline.models.vild import Vild
@@ -96,13 +94,7 @@ def read_image(place: str) -> Pixels:
     """The image at ``place``; the smoke test's is drawn."""
     if place == SMOKE:
         return decode(draw_sample("val", 0, 0, 128).image)
-    folder, name = split_file(place)
-    try:
-        return decode(folder.read_bytes(name), upright=True)
-    except UnreadableSample as error:
-        raise DataError(f"{place} is not a readable image ({error})") from error
-    except (OSError, ValueError) as error:
-        raise unreadable("image", place, "an image", error) from error
+    return image_at(place)
 
 
 def load(run: Detect) -> Detector:

@@ -13,14 +13,12 @@ from typing import Literal
 
 import tyro
 
-from pipeline.config import require, run_job, writable_folder
-from pipeline.errors import DataError, SettingError
+from pipeline.config import require, run_job, writable_file
 from pipeline.evaluation.encoder import inference
 from pipeline.evaluation.models import load_segmenter
 from pipeline.evaluation.report import segments_table
 from pipeline.evaluation.showcase import segments_png
-from pipeline.loaders.images import Pixels, as_stored, decode
-from pipeline.loaders.samples import UnreadableSample
+from pipeline.loaders.images import Pixels, as_stored, decode, image_at
 from pipeline.models.detections import check_words
 from pipeline.models.lseg import Lseg
 from pipeline.models.method import build_method
@@ -84,7 +82,7 @@ PRESETS: dict[str, tuple[str, Segment]] = {
 def main(run: Segment) -> None:
     """Check words and files, then segment, print and draw."""
     check_words(run.words)
-    folder, name = split_file(writable_folder("output", run.output))
+    folder, name = split_file(writable_file("output", run.output))
     image = as_stored(read_image(run.image))
     segmenter = load(run)
     with inference(segmenter):
@@ -98,13 +96,7 @@ def read_image(place: str) -> Pixels:
     """The image at ``place``; the smoke test's is drawn."""
     if place == SMOKE:
         return decode(draw_sample("val", 0, 0, 128).image)
-    folder, name = split_file(place)
-    try:
-        return decode(folder.read_bytes(name))
-    except UnreadableSample as error:
-        raise DataError(f"{place} is not a readable image ({error})") from error
-    except (OSError, ValueError) as error:
-        raise SettingError("image", place, f"an image that exists ({error})") from error
+    return image_at(place)
 
 
 def load(run: Segment) -> Segmenter:

@@ -237,10 +237,13 @@ def test_a_signal_ends_a_job_with_what_the_same_command_does(
             cleaned.append(True)
 
     before = signal.getsignal(signal.SIGTERM)
+    # A shell that starts the tests in the background lets them ignore SIGINT.
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(sys, "argv", ["job.py", "small"])
     with pytest.raises(SystemExit) as stopped:
         run_job(PRESETS, main, "the same command goes on")
     signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGINT, ignored)
     assert stopped.value.code == code and cleaned
     assert capsys.readouterr().err == "stopped; the same command goes on\n"
 

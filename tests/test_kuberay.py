@@ -145,7 +145,7 @@ def test_the_commands_are_understood(name: str, monkeypatch: pytest.MonkeyPatch)
     assert program == "python"
     understood: list[Any] = []
     monkeypatch.setattr(sys, "argv", [str(ROOT / script), *words])
-    monkeypatch.setattr(config, "run_job", lambda presets, _: understood.append(config._parse(presets, words)))
+    monkeypatch.setattr(config, "run_job", lambda presets, *_: understood.append(config._parse(presets, words)))
     run_path(ROOT / script)
     assert understood[0].output_folder == "$CLIPMILL_BUCKET/shards/mine"
 

@@ -24,12 +24,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.config import require
-from pipeline.errors import SampleError
+from pipeline.errors import DataError, SampleError, unreadable
 from pipeline.loaders.order import RandomStream, random_bits
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.shards.pixels import Pixels as Pixels
 from pipeline.shards.pixels import rgb
 from pipeline.shards.sample import Sample
+from pipeline.shards.storage import split_file
 
 Box = tuple[int, int, int, int]
 
@@ -225,6 +226,22 @@ def decode(content: bytes, upright: bool = False) -> Pixels:
             return rgb(content, MAX_PIXELS, upright)
     except SampleError as error:
         raise UnreadableSample(error.message) from error
+
+
+def image_at(place: str) -> Pixels:
+    """The image file at a path or fsspec URI, upright, as uint8 [H, W, 3].
+
+    Raises:
+        SettingError: no such file, or one that cannot be read.
+        DataError: not an image.
+    """
+    folder, name = split_file(place)
+    try:
+        return decode(folder.read_bytes(name), upright=True)
+    except UnreadableSample as error:
+        raise DataError(f"{place} is not a readable image ({error})") from error
+    except (OSError, ValueError) as error:
+        raise unreadable("image", place, "an image", error) from error
 
 
 def _jpeg_size(content: bytes) -> tuple[int, int] | None:

@@ -19,7 +19,7 @@ image branch.
 The network is torchvision's, on any ResNet of timm. Random numbers are seeded per image, so results do not depend on
 the process that reads it. Batch normalisation over processes is torch's SyncBatchNorm, which runs on GPUs.
 
-Differences from ViLD's code: no batch normalisation inside of the proposal head; anchors at the corner of a cell, as
+Differences from ViLD's code: left out is the batch normalisation inside of the proposal head; anchors at the corner of a cell, as
 torchvision has them, where theirs are at its middle; 256 sampled anchors, of which those with an object are chosen by
 random numbers seeded per image.
 

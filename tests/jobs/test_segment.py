@@ -46,10 +46,10 @@ def test_a_checkpoint_segments_by_any_words(
     ("arguments", "sentence"),
     [
         (["smoke", "--words", "star", "Star"], "every word once"),
-        (["smoke", "--threshold", "2"], "threshold: 2"),
+        (["smoke", "--threshold", "2"], "--threshold: got 2"),
         (["smoke", "--scales", "0"], "scales"),
         (["smoke", "--output", "found.jpg"], "ends in .png"),
-        (["image", "nowhere.png", "--checkpoint", "x", "--words", "a"], "image: 'nowhere.png'"),
+        (["image", "nowhere.png", "--checkpoint", "x", "--words", "a"], "no such file or folder: 'nowhere.png'"),
         (["image", "broken.png", "--checkpoint", "x", "--words", "a"], "broken.png is not a readable image"),
     ],
 )

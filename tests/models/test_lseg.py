@@ -307,9 +307,9 @@ def test_the_samples_figure_has_a_legend(snapshot: Snapshot) -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"block": "depthwise", "block_depth": 0}, "block_depth: 0.*1 to 4"),
+        ({"block": "depthwise", "block_depth": 0}, "block_depth: got 0.*1 to 4"),
         ({"block_depth": 5, "block": "bottleneck"}, "block_depth"),
-        ({"image_size": 100}, "image_size: 100.*multiple of 32"),
+        ({"image_size": 100}, "image_size: got 100.*multiple of 32"),
         ({"taps": (3, 2, 1, 0)}, "taps"),
         ({"unlabelled": "sky"}, "unlabelled"),
         ({"class_names": ("a", "A")}, "words"),

@@ -16,7 +16,7 @@ from pipeline.sources.drawn.source import Drawn
 from pipeline.sources.urls import UrlTable
 from tests.jobs.conftest import Type, job  # noqa: F401  (the fixture that runs jobs)
 
-KINDS = "coco drawn folder hugging-face picked split-file stamp-scenes stamps urls webdataset".split()
+KINDS = "coco drawn folder hugging-face picked split-file stamp-scenes stamps stored urls webdataset".split()
 
 NEW = '''
 from collections.abc import Mapping

@@ -198,9 +198,9 @@ def test_refused_settings(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="folder.*apt-get install tuxpaint-stamps-default"):
         rows_of(StampScenes(folder=str(tmp_path / "nowhere")), tmp_path)
     for options, named in (
-        ({"size": 32}, "size: 32.*64 to 512"),
-        ({"samples": 0}, "samples: 0"),
-        ({"most_things": 6}, "most_things: 6.*1 to 5"),
+        ({"size": 32}, "size: got 32.*64 to 512"),
+        ({"samples": 0}, "samples: got 0"),
+        ({"most_things": 6}, "most_things: got 6.*1 to 5"),
         ({"only": ("unicorn",)}, "only: .*unicorn.*some of apple"),
     ):
         with pytest.raises(SettingError, match=named):

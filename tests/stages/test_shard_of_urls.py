@@ -85,7 +85,7 @@ def test_every_failed_row_tells_status_class_http_status_and_attempts(serve: Any
         ("failed_to_resize", "truncated", 200, 1),
         ("failed_to_resize", "truncated", 200, 2),
         ("failed_to_resize", "damaged", 200, 1),
-        ("success", None, None, None),
+        ("success", None, None, 1),
     ]
     assert len(samples) == 1
 

@@ -365,7 +365,7 @@ def test_a_proposer_of_ours_proposes(snapshot: Snapshot, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("proposer", "said"),
-    [("torchvision:fastr_rcnn", "proposer: 'fastr_rcnn'"), (TINY.replace("untrained", "x"), "clipmill-tiny")],
+    [("torchvision:fastr_rcnn", "proposer: got 'fastr_rcnn'"), (TINY.replace("untrained", "x"), "clipmill-tiny")],
 )
 def test_unknown_proposers_are_one_sentence(snapshot: Snapshot, proposer: str, said: str) -> None:
     with pytest.raises(SettingError, match=said):

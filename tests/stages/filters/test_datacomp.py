@@ -77,7 +77,7 @@ def test_lists_that_are_none_are_refused(make_data: Any, tmp_path):
     snapshot = make_data(["a"], columns={"uid": [uid(0)]})
     np.save(tmp_path / "wrong.npy", np.zeros(3))
     np.save(tmp_path / "unsorted.npy", as_list([uid(0), uid(1)])[::-1])
-    for file, allowed in (("wrong.npy", "u8,u8"), ("unsorted.npy", "sorted"), ("none.npy", "No such file")):
+    for file, allowed in (("wrong.npy", "u8,u8"), ("unsorted.npy", "sorted"), ("none.npy", "no such file")):
         with pytest.raises(SettingError, match=f"uids: .*{allowed}"):
             filter_snapshot(snapshot, [UidList(uids=str(tmp_path / file))], HERE)
 
