@@ -19,9 +19,9 @@ image branch.
 The network is torchvision's, on any ResNet of timm. Random numbers are seeded per image, so results do not depend on
 the process that reads it. Batch normalisation over processes is torch's SyncBatchNorm, which runs on GPUs.
 
-Differences from ViLD's code: left out is the batch normalisation inside of the proposal head; anchors at the corner of a cell, as
-torchvision has them, where theirs are at its middle; 256 sampled anchors, of which those with an object are chosen by
-random numbers seeded per image.
+Left out of ViLD's code: batch normalisation inside of the proposal head. Other differences: anchors at the corner of a
+cell, as torchvision has them, where theirs are at its middle; 256 sampled anchors, of which those with an object are
+chosen by random numbers seeded per image.
 
 To hold a run against: recall of 1000 proposals on LVIS v1, base and novel; the paper reports only detection results
 (see vild.py).
