@@ -73,7 +73,7 @@ bench: setup ## Side-by-side speed measurements (minutes; not part of the tests)
 
 ui: setup ## Open the MLflow UI on the demo's runs (make ui FOLDER=runs/demo PORT=5000)
 	@test -f "$(FOLDER)/mlflow.db" || { echo "No runs in $(FOLDER) yet: make demo makes some; for other runs: make ui FOLDER=$$HOME/.local/share/clipmill/mlflow" >&2; exit 1; }
-	@echo "MLflow on http://127.0.0.1:$(PORT) (Ctrl-C ends it)"
+	@echo "MLflow on http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning (Ctrl-C ends it)"
 	@.venv/bin/mlflow server --backend-store-uri "sqlite:///$(abspath $(FOLDER))/mlflow.db" \
 		--artifacts-destination "$(abspath $(FOLDER))/artifacts" --host 127.0.0.1 --port $(PORT) --workers 1
 

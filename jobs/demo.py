@@ -296,7 +296,7 @@ def _what_next(folder: Path, seconds: float) -> str:
     ui = "make ui" if folder == ROOT / Demo.folder else f"make ui FOLDER={shown}"
     return f"""
 Done in {seconds:.0f} s, and everything is stopped again. To look at the runs and compare them, in another terminal:
-    {ui}     then open http://127.0.0.1:5000
+    {ui}     then open http://127.0.0.1:5000/#/experiments?workflowType=machine_learning
 Next, while that is open, train longer and watch the two runs side by side:
     .venv/bin/python jobs/pretrain_clip.py demo --workers 0 --epochs 20 --data {shown}/shards \\
         --output-folder {shown}/clip-longer --zero-shot {SETS[0]} --retrieval {PAIRS} \\
