@@ -127,10 +127,10 @@ import os, signal, sys
 from pipeline.models.clip import Clip
 from pipeline.shards.storage import Folder
 from pipeline.training.checkpoint import Checkpoints, Meta
-from pipeline.training.writer import Saving, Writer
+from pipeline.training.writer import Saving, CheckpointWriter
 
 method, whole = Clip(Clip.smallest()), Folder.write_atomic
-writer = Writer(Checkpoints(sys.argv[1]), Saving(), keep=1, keep_waiting=1)
+writer = CheckpointWriter(Checkpoints(sys.argv[1]), Saving(), keep=1, keep_waiting=1)
 
 def deadly(self, name, content):
     if name == sys.argv[2] and "step-00000002" in self.uri:
