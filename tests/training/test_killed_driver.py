@@ -105,7 +105,7 @@ def test_one_run_and_each_step_once_after_fourteen_kills(own_store: str, tmp_pat
     assert run.data.params["run.steps"] == str(STEPS)
     for name in ("train/loss", "train/lr"):
         points = client.get_metric_history(run.info.run_id, name)
-        # No step twice. A kill may lose points that were queued but not sent before the checkpoint that the next start uses.
+        # No step twice. A kill may lose points that were not sent before the checkpoint that the next start uses.
     logged = sorted(point.step for point in points)
     assert logged == sorted(set(logged)) and set(logged) <= set(range(1, STEPS + 1)) and len(logged) > STEPS // 4
     experiment = run.info.experiment_id
