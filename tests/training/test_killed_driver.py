@@ -106,8 +106,8 @@ def test_one_run_and_each_step_once_after_fourteen_kills(own_store: str, tmp_pat
     for name in ("train/loss", "train/lr"):
         points = client.get_metric_history(run.info.run_id, name)
         # No step twice. A kill may lose points that were not sent before the checkpoint that the next start uses.
-    logged = sorted(point.step for point in points)
-    assert logged == sorted(set(logged)) and set(logged) <= set(range(1, STEPS + 1)) and len(logged) > STEPS // 4
+        logged = sorted(point.step for point in points)
+        assert logged == sorted(set(logged)) and set(logged) <= set(range(1, STEPS + 1)) and len(logged) > STEPS // 4
     experiment = run.info.experiment_id
     assert len(client.search_logged_models([experiment])) == len(client.search_model_versions("name='signals'")) == 1
 
