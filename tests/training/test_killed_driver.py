@@ -78,7 +78,7 @@ def train(data: str, output: str, store: str, dies: str, begun: Any) -> None:
     module.pretrain(module.Pretraining(method=method.smallest(), run=run, tracking=tracking))
 
 
-def test_one_run_and_each_step_once_after_fourteen_kills(own_store: str, tmp_path: Path) -> None:
+def test_one_run_and_no_step_twice_after_fourteen_kills(own_store: str, tmp_path: Path) -> None:
     data, moments = signals(tmp_path / "data"), random.Random(0)
 
     def started(output: Path, store: str, dies: str = "", after: float | None = None) -> int:
