@@ -9,6 +9,7 @@ import logging
 from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,8 @@ from pipeline.training.tracker import Tracker
 from pipeline.training.writer import CheckpointWriter, assist
 
 logger = logging.getLogger(__name__)
+
+TRACKER_SECONDS = 30.0  # that a checkpoint waits for the tracking server; the training goes on
 
 NUMBERS = {(False, False): "float32", (False, True): "bfloat16", (True, True): "float8 and bfloat16"}
 
@@ -88,9 +91,10 @@ class _TrainingState:
         self.rank, self.world = distributed.rank(), distributed.world()
         self.order = plan.order()
         self.checkpoints = Checkpoints(plan.run.output_folder)
-        self.writer = CheckpointWriter(
-            self.checkpoints, plan.run.saving, plan.run.keep_checkpoints, plan.run.keep_waiting
-        )
+        run = plan.run
+        # A start after a kill repeats no step before its checkpoint: the points of those steps must be sent by then.
+        sent = partial(tracker.flush, TRACKER_SECONDS)
+        self.writer = CheckpointWriter(self.checkpoints, run.saving, run.keep_checkpoints, run.keep_waiting, sent)
         latest = self._latest()
         self.done = latest.meta.step if latest else 0
         self.last_checkpoint = latest.folder.uri if latest else ""

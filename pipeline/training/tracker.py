@@ -18,6 +18,10 @@ class Tracker(Protocol):
         """Keep ``content`` as the artifact ``name``, which may contain folders; returns at once."""
         ...
 
+    def flush(self, seconds: float) -> object:
+        """Wait for at most ``seconds`` until what was queued is sent."""
+        ...
+
     def close(self) -> object:
         """Send all queued entries; the tracker is not used afterwards."""
         ...
@@ -37,6 +41,9 @@ class LogTracker:
     def log_file(self, name: str, content: bytes) -> None:
         """Files are not kept."""
         logger.warning("%s (%d bytes) is not kept, since the run is not tracked", name, len(content))
+
+    def flush(self, seconds: float) -> None:
+        """Nothing is queued."""
 
     def close(self) -> None:
         """Nothing is queued."""

@@ -13,7 +13,7 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,10 +65,18 @@ class CheckpointWriter:
     """Writes the checkpoints of a run from a thread, one at a time; rank 0 has one.
 
     ``keep`` and ``keep_waiting`` are arguments of :meth:`Checkpoints.prune`, which runs after each checkpoint.
+    ``before_write`` is called in the thread before each checkpoint is written.
     """
 
-    def __init__(self, checkpoints: Checkpoints, saving: Saving, keep: int, keep_waiting: int) -> None:
-        self.checkpoints, self.saving = checkpoints, saving
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        saving: Saving,
+        keep: int,
+        keep_waiting: int,
+        before_write: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.checkpoints, self.saving, self._before_write = checkpoints, saving, before_write
         self.keep, self.keep_waiting = keep, keep_waiting
         self._measures: dict[str, float] = {}
         self._staging = Staging()
@@ -127,6 +135,7 @@ class CheckpointWriter:
         try:
             if ready is not None:
                 ready.synchronize()
+            self._before_write()
             self._write_through_outages(content)
             logger.info("checkpoint %s", self.checkpoints.at(content.meta.step).uri)
             self._prune()

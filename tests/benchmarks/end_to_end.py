@@ -64,6 +64,9 @@ class Waits:
     def log_file(self, name: str, content: bytes) -> None:
         """Not kept."""
 
+    def flush(self, seconds: float) -> None:
+        """Nothing is queued."""
+
     def close(self) -> None:
         """Nothing is queued."""
 

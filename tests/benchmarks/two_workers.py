@@ -56,6 +56,9 @@ class Remember:
     def log_file(self, name: str, content: bytes) -> None:
         """Not kept."""
 
+    def flush(self, seconds: float) -> None:
+        """Nothing is queued."""
+
     def close(self) -> None:
         """Nothing is queued."""
 

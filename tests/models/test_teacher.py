@@ -167,6 +167,9 @@ class Losses:
 
     def log_file(self, name: str, content: bytes) -> None: ...
 
+    def flush(self, seconds: float) -> None:
+        """Nothing is queued."""
+
     def close(self) -> None: ...
 
 

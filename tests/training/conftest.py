@@ -33,6 +33,9 @@ class Remember:
     def log_file(self, name: str, content: bytes) -> None:
         self.files[name] = content
 
+    def flush(self, seconds: float) -> None:
+        """Nothing is queued."""
+
     def close(self) -> None:
         self.closed += 1
 

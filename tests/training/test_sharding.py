@@ -181,6 +181,9 @@ class _Keep:
 
     def log_file(self, name: str, content: bytes) -> None: ...
 
+    def flush(self, seconds: float) -> None:
+        """Nothing is queued."""
+
     def close(self) -> None: ...
 
 
