@@ -51,6 +51,8 @@ class ToFile:
         with open(self.path, "a") as file:
             file.write(json.dumps([step, metrics["train/loss"], *workers]) + "\n")
 
+    def flush(self, seconds: float) -> None: ...
+
     def close(self) -> None: ...
 
 

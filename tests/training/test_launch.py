@@ -146,6 +146,8 @@ def test_a_killed_ray_worker_is_replaced(
                     time.sleep(0.05)
                 os.kill(os.getpid(), signal.SIGKILL)
 
+        def flush(self, seconds: float) -> None: ...
+
         def close(self) -> None: ...
 
     outcome = launch(plan, ToFile)

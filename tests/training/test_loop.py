@@ -319,6 +319,8 @@ class _Print:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         print(json.dumps([step, dict(metrics)]), flush=True)
 
+    def flush(self, seconds: float) -> None: ...
+
     def close(self) -> None: ...
 
 

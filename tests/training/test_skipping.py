@@ -165,6 +165,8 @@ class _Keep:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self.logged.append(dict(metrics))
 
+    def flush(self, seconds: float) -> None: ...
+
     def close(self) -> None:
         self.path.write_text(json.dumps(self.logged))
 
