@@ -2,7 +2,7 @@
 """Segment an image by words: prints the part of the image that each word has, and writes an overlay with a legend.
 
     python jobs/segment.py image IMAGE --checkpoint RUN --words "red circle" grass --output segments.png
-    python jobs/segment.py image s3://bucket/street.jpg --checkpoint ViT-B-16:openai --words road sky car
+    python jobs/segment.py image s3://bucket/street.jpg --checkpoint ViT-B-16-quickgelu:openai --words road sky car
 
 Works with every method that has `segment`, and with the patches of a plain CLIP. Words are any class names. A word such
 as other or background stands for what the other words do not name.

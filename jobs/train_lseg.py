@@ -54,7 +54,7 @@ DRAWN = Run(
 SMALL_LSEG = Config(
     **{**SMALL, "image_size": 96, "width": 48}, backbone="clipmill_small_resnet", unlabelled="background"
 )
-VIT = Config(text_tower="ViT-B-32:openai", pretrained_backbone=True)
+VIT = Config(text_tower="ViT-B-32-quickgelu:openai", pretrained_backbone=True)
 PRESETS = {
     "paper-vit-l-16": (
         "The paper's ViT-L/16 on ADE20K, with label maps.",

@@ -87,8 +87,8 @@ class Config:
     """The network and the data, with the paper's values for ViT-L/16."""
 
     text_tower: str = ""
-    """CLIP whose frozen text tower encodes the words (the paper's is ViT-B-32:openai): ARCHITECTURE:WEIGHTS, where
-    WEIGHTS are a tag, a file, a checkpoint folder, or untrained."""
+    """CLIP whose frozen text tower encodes the words: ARCHITECTURE:WEIGHTS, where WEIGHTS are a tag, a file, a
+    checkpoint folder, or untrained. The paper's is ViT-B-32-quickgelu:openai."""
     backbone: str = "vit_large_patch16_384"
     """Vision transformer of timm with a class token and patches of 8, 16 or 32 pixels, or a ResNet of timm."""
     pretrained_backbone: bool = False
@@ -391,7 +391,7 @@ def _made_vectors(clip: Any, words: Sequence[str]) -> Tensor:
 def _check_complete(config: Config) -> None:
     """Require the options that a preset may leave empty."""
     require(len(config.class_names) >= 1, "class_names", config.class_names, "the names of the classes")
-    require(bool(config.text_tower), "text_tower", config.text_tower, "a CLIP, such as ViT-B-32:openai")
+    require(bool(config.text_tower), "text_tower", config.text_tower, "a CLIP, such as ViT-B-32-quickgelu:openai")
 
 
 @dataclass(frozen=True)

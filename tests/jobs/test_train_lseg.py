@@ -41,7 +41,7 @@ def test_presets_are_the_papers() -> None:
     for name, backbone in (("paper-vit-l-16", "vit_large_patch16_384"), ("paper-resnet-101", "resnet101")):
         preset = presets[name][1]
         optimizer: Any = preset.run.optimizer
-        assert preset.method.backbone == backbone and preset.method.text_tower == "ViT-B-32:openai"
+        assert preset.method.backbone == backbone and preset.method.text_tower == "ViT-B-32-quickgelu:openai"
         assert optimizer.learning_rate == 0.004 / 16 * preset.run.batch_size / preset.run.workers
         assert (optimizer.momentum, optimizer.weight_decay, optimizer.decay_power) == (0.9, 1e-4, 0.9)
         assert optimizer.tower_rates == {"decoder": 10.0} and preset.run.precision == "fp32"

@@ -8,7 +8,7 @@ named like any other.
 import difflib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -184,53 +184,60 @@ def create(
     is_theirs = _hugging_face_file(architecture, hugging_face_import.CONFIG) is not None
     files = _hugging_face_weights(architecture) if is_theirs and load else [path] if path else []
     is_numpy = path is not None and path.suffix in BIG_VISION
-    weights: dict[str, Tensor] | None = None
-    if files and not is_numpy:
-        name = place[0].join(place[1]) if place else ""
-        weights = {key: one for file in files for key, one in read_any_weights(file, name).items()}
-        weights = _renamed(weights, architecture, config, place)
+    weights = _read_weights(files, architecture, config, place) if files and not is_numpy else None
     if weights and "logit_bias" in weights and logit_bias is None and "init_logit_bias" not in config:
         logit_bias = 0.0
     bias = {} if logit_bias is None else {"init_logit_bias": logit_bias}
     images = _card(place[0]).get("preprocess_cfg", {}) if place else _hugging_face_images(architecture)
     images = {**{key: value for key, value in images.items() if key != "size"}, **(preprocess or {})}
+    by_open_clip = load and place is None  # it fetches what a tag names
     model: Any
-    try:
-        with _quiet_root_logger():
-            if is_theirs or "bert" in config["text_cfg"]:
-                model = _instance({**config, **bias}, image_size, context_length, patch_dropout)
-                set_model_preprocess_cfg(model, {**preprocessing(model), **images})
-            else:
-                model = open_clip.create_model(
-                    architecture,
-                    pretrained=pretrained if load and place is None else None,
-                    load_weights=load and place is None,
-                    force_image_size=image_size,
-                    force_context_length=context_length,
-                    force_patch_dropout=patch_dropout or None,
-                    force_preprocess_cfg=images,
-                    pretrained_image=pretrained_towers and load and place is None,
-                    pretrained_text=pretrained_towers and load and place is None,
-                    **bias,
-                )
-            if is_numpy:
-                open_clip.load_checkpoint(model, str(path))
-    except (RuntimeError, ValueError, LookupError, OSError, AttributeError, UnpicklingError, SafetensorError) as error:
-        problem = (str(error).strip() or repr(error)).splitlines()[0]
-        raise SettingError(
-            "pretrained", pretrained or architecture, f"weights that fit {architecture} ({problem})"
-        ) from error
+    with _weights_that_fit(architecture, pretrained), _quiet_root_logger():
+        if is_theirs or "bert" in config["text_cfg"]:
+            model = _instance({**config, **bias}, image_size, context_length, patch_dropout)
+            set_model_preprocess_cfg(model, {**preprocessing(model), **images})
+        else:
+            model = open_clip.create_model(
+                architecture,
+                pretrained=pretrained if by_open_clip else None,
+                load_weights=by_open_clip,
+                force_image_size=image_size,
+                force_context_length=context_length,
+                force_patch_dropout=patch_dropout or None,
+                force_preprocess_cfg=images,
+                pretrained_image=pretrained_towers and by_open_clip,
+                pretrained_text=pretrained_towers and by_open_clip,
+                **bias,
+            )
+        if is_numpy:
+            open_clip.load_checkpoint(model, str(path))
     if weights is not None:
         problem = _load(model, weights)
-        require(
-            not problem,
-            "pretrained",
-            pretrained or architecture,
-            f"weights that fit {architecture}; these are {problem}",
-        )
+        allowed = f"weights that fit {architecture}; these are {problem}"
+        require(not problem, "pretrained", pretrained or architecture, allowed)
     drops = any(type(module).__name__.startswith("PatchDropout") for module in model.visual.modules())
     require(drops or not patch_dropout, "patch_dropout", patch_dropout, f"0, since {architecture} has no patches")
     return cast(nn.Module, model)
+
+
+def _read_weights(
+    files: Sequence[Path], architecture: str, config: Mapping[str, Any], place: tuple[Folder, str] | None
+) -> dict[str, Tensor]:
+    """The tensors of all ``files``, under open_clip's names."""
+    name = place[0].join(place[1]) if place else ""
+    found = {key: one for file in files for key, one in read_any_weights(file, name).items()}
+    return _renamed(found, architecture, config, place)
+
+
+@contextmanager
+def _weights_that_fit(architecture: str, pretrained: str | None) -> Iterator[None]:
+    """Convert what open_clip and torch raise for other weights to a ``SettingError``."""
+    try:
+        yield
+    except (RuntimeError, ValueError, LookupError, OSError, AttributeError, UnpicklingError, SafetensorError) as error:
+        problem = (str(error).strip() or repr(error)).splitlines()[0]
+        allowed = f"weights that fit {architecture} ({problem})"
+        raise SettingError("pretrained", pretrained or architecture, allowed) from error
 
 
 def _load(model: nn.Module, weights: dict[str, Tensor]) -> str:
