@@ -73,6 +73,18 @@ class Segmenter(Protocol):
         ...
 
 
+class Grouper(Segmenter, Protocol):
+    """A segmenter that first groups pixels, whatever the words are."""
+
+    def groups(self, images: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """The group of every pixel of ``images``, uint8 [3, H, W] of any sizes, by stage, the coarsest stage last.
+
+        Returns:
+            For each image and stage int16 [H, W], the index of the pixel's group in the whole image, from 0.
+        """
+        ...
+
+
 def window_starts(length: int, window: int, stride: float) -> list[int]:
     """The first pixels of the windows along a side of ``length``; the last window ends with the side.
 
