@@ -43,7 +43,7 @@ _FUNCTION_WORDS = {
     "ADV": """
         not also just only even still never always often sometimes now then here again ever already almost away
         back together apart else maybe perhaps once twice soon later ago today tomorrow yesterday tonight
-        indoors outdoors forward backward abroad instead however partly far enough yet
+        indoors outdoors forward backward abroad instead however partly far enough yet sorry
     """,
     "RP": "up down out",
     "UH": "yes oh wow hey hi hello please thanks ok okay lol omg hooray yay congrats congratulations",
@@ -60,27 +60,27 @@ _CORRECTIONS = {
         ride cap bow surf kiss hug dance sofa skate board snow plus salmon gold silver bronze copper pearl
         turquoise lavender teal chalkboard left right bottom middle north south east west seed bed weed reed
         shed speed breed light park school street sleeve club clip blanket collage crossword negative bloom
-        wedge strip cross block deal sale team station
+        wedge strip cross block deal sale team station square sink slide blossom sickle
     """,
     "NNS": """
         cows sheep people jeans leggings sunglasses glasses earrings graphics pictures photos images prints
-        stocks designs plants tracks cuts offers watches sketches portraits rides parts bricks boards
+        stocks designs plants tracks cuts offers watches sketches portraits rides parts bricks boards leaves
     """,
     "JJ": """
         checkered checked stripy inky snowy leafy hazy rainy grainy spotted dotted striped plaid floral vintage
         wooden leather metal plastic cute happy handmade homemade digital royalty-free free new old big small
         fresh red orange blue green yellow black white pink purple brown grey gray beige navy maroon dark bright
         young adult asian african american european chinese japanese indian italian french english spanish
-        german mexican thai round square best top empty local flat rough upper lower own open late long-sleeve
+        german mexican thai round best top empty local flat rough upper lower own open late long-sleeve
     """,
     "VB": """
         bake bring eat sit stand wear hold play ride walk click buy get make see find shop learn look add come
-        go enjoy
+        go enjoy visit
     """,
     "VBZ": "sits stands wears holds plays walks looks lies flies runs eats jumps rides",
     "VBG": """
         sitting standing wearing holding riding walking running playing looking eating lying laying flying
-        jumping surfing skateboarding smiling using carrying hanging posing leaning talking swimming
+        jumping surfing skateboarding smiling using carrying hanging posing leaning talking swimming drinking skiing cooking
     """,
     "VBN": """
         parked seated dressed surrounded filled covered topped isolated displayed placed stacked taken made
@@ -90,6 +90,27 @@ _CORRECTIONS = {
 
 FUNCTION_WORDS: Mapping[str, str] = {word: tag for tag, words in _FUNCTION_WORDS.items() for word in words.split()}
 CORRECTIONS: Mapping[str, str] = {word: tag for tag, words in _CORRECTIONS.items() for word in words.split()}
+
+COLOURS = frozenset("red orange yellow green blue purple pink brown black white grey gray beige".split())
+
+COLOUR_NOUNS = frozenset(
+    """
+    jet sky navy baby rose ice midnight forest mint lime army sea steel slate powder ash salmon lemon chestnut plum
+    violet amber cobalt emerald azure scarlet crimson ivory tangerine chocolate lavender coral teal turquoise peach
+    cream charcoal burgundy mustard olive khaki gold silver bronze copper pearl
+    """.split()
+)
+"""Nouns that are colours where an adjective follows."""
+
+TRANSITIVE = frozenset(
+    """
+    wearing holding using making eating drinking playing riding carrying taking showing featuring including buying
+    selling cooking baking cutting reading writing watching driving having getting doing adding creating feeding
+    catching pulling pushing throwing hitting kicking crossing visiting exploring celebrating enjoying introducing
+    finding choosing learning teaching washing cleaning painting drawing giving wrapping chasing hugging kissing
+    """.split()
+)
+"""Verbs whose object may follow without an article."""
 
 # Read as one preposition, so that "front" in "in front of" is no object.
 PREPOSITIONS = tuple(

@@ -3,6 +3,7 @@
 The lexicon has one tag per word: "watch" is a verb, "key" an adjective. The rules take the tags of the words around it.
 """
 
+from pipeline.stages.annotate.english import COLOUR_NOUNS, TRANSITIVE
 from pipeline.stages.annotate.english_words import WordSequence, may_be_noun, may_be_verb
 from pipeline.stages.annotate.noun_phrases import ADJECTIVES, BREAK, NOUNS, QUANTIFIER, TaggedWord
 
@@ -17,26 +18,30 @@ _MODIFIERS = _DETERMINERS | ADJECTIVES
 _OBJECTS = frozenset(("DT", "PRP$", "PRP", QUANTIFIER))
 _FINITE = frozenset(("VB", "VBP", "VBZ"))
 _NOMINAL = NOUNS | ADJECTIVES | {"CD"}
-_GERUND_AFTER = frozenset("by for while after before when without".split())
+_GERUND_AFTER = frozenset("by while after before when without".split())
 _SUBORDINATE = frozenset("because although though while whilst if unless whether as since than like".split())
 _SUBJECTS = frozenset("i you he she it we they who that which".split())
+_DEMONSTRATIVES = frozenset("this that these those".split())
+_ARTICLES = frozenset("a an the".split())
 
 
 def corrected(words: WordSequence) -> list[TaggedWord]:
     """The words with their tags corrected."""
-    tags, texts, count = [BREAK, *words.tags, BREAK, BREAK], ["", *words.texts, "", ""], len(words.tags)
+    tags, texts, count = [BREAK, *words.tags, *[BREAK] * 3], ["", *words.texts, ""], len(words.tags)
     for at in range(1, count + 1):
         if tags[at] in _FINITE:
             tags[at] = _verb_or_noun(tags, texts, at)
         elif tags[at] in ("NN", "NNS", "JJ"):
             tags[at] = _noun_or_verb(tags, texts, at)
     for at in range(count, 0, -1):
-        if tags[at] in ADJECTIVES and not _modifies(tags, at):
-            tags[at] = _last_adjective(tags, texts, at)
+        if tags[at] in ADJECTIVES:
+            tags[at] = tags[at] if _modifies(tags, at) else _last_adjective(tags, texts, at)
         elif tags[at] in ("VBN", "VBD"):
             tags[at] = _past_participle(tags, texts, at)
         elif tags[at] == "VBG" or (tags[at] == "NN" and texts[at].endswith("ing")):
             tags[at] = _present_participle(tags, texts, at)
+        elif texts[at] in COLOUR_NOUNS and tags[at] in NOUNS and tags[at + 1] in ADJECTIVES:
+            tags[at] = "JJ"
     return [TaggedWord(*word) for word in zip(words.starts, words.ends, tags[1 : count + 1], strict=True)]
 
 
@@ -44,6 +49,8 @@ def _verb_or_noun(tags: list[str], texts: list[str], at: int) -> str:
     """A finite verb of the lexicon is a noun after an article, and where it does not agree with its subject."""
     tag, before, after = tags[at], tags[at - 1], tags[at + 1]
     noun = "NNS" if tag == "VBZ" else "NN"
+    if texts[at - 1] in _DEMONSTRATIVES and tag != "VB":
+        return tag
     if before in _DETERMINERS or (before in ADJECTIVES and at > 1):
         return noun
     if not may_be_noun(texts[at]):
@@ -62,6 +69,8 @@ def _noun_or_verb(tags: list[str], texts: list[str], at: int) -> str:
     tag, before, after = tags[at], tags[at - 1], tags[at + 1]
     if not may_be_verb(texts[at]) or texts[at].endswith(("ing", "ed")):
         return tag
+    if texts[at - 1] == "not" and tags[at - 2] in ("AUX", "MD"):
+        return "VB"
     if before in ("TO", "MD"):
         sure = before == "MD" or after in _OBJECTS or tags[at - 2] == "WRB"
         return "VB" if sure and tag != "NNS" else tag
@@ -77,20 +86,21 @@ def _noun_or_verb(tags: list[str], texts: list[str], at: int) -> str:
 
 def _modifies(tags: list[str], at: int) -> bool:
     """Whether a noun phrase goes on after the word ``at``."""
-    after = tags[at + 1]
-    if after == "CC" or after == ",":
-        after = tags[at + 2] if tags[at + 2] in ADJECTIVES else ""
-    return after in _NOMINAL
+    if tags[at + 1] not in ("CC", ","):
+        return tags[at + 1] in _NOMINAL
+    return tags[at + 3 if tags[at + 2] == "RB" else at + 2] in ADJECTIVES
 
 
 def _last_adjective(tags: list[str], texts: list[str], at: int) -> str:
     """An adjective without a noun after it: a noun ("woman in red") or a predicate ("the dress is red")."""
     before = tags[at - 1]
-    if before == "AUX" or (before in _ADVERBS and tags[at - 2] == "AUX"):
-        return PREDICATE
-    if before in _MODIFIERS or before in NOUNS or before in ("VBN", "VBG", "IN"):
-        return "NN" if may_be_noun(texts[at]) else tags[at]
-    return tags[at]
+    if before in NOUNS or before == "IN":
+        return "NN" if may_be_noun(texts[at]) else PREDICATE
+    first = at
+    while tags[first - 1] in ADJECTIVES or tags[first - 1] in ("VBN", "VBD", "VBG"):
+        first -= 1
+    known = may_be_noun(texts[at]) and first < at
+    return "NN" if known or tags[first - 1] in ("PRP$", "POS") or texts[first - 1] in _ARTICLES else PREDICATE
 
 
 def _past_participle(tags: list[str], texts: list[str], at: int) -> str:
@@ -105,11 +115,11 @@ def _present_participle(tags: list[str], texts: list[str], at: int) -> str:
     """An adjective before a noun, a noun after an article, else a verb ("a man riding a wave")."""
     tag, before, after = tags[at], tags[at - 1], tags[at + 1]
     if tag == "NN":
-        return "VBG" if before in NOUNS | {"AUX"} and after in _OBJECTS and may_be_verb(texts[at]) else tag
+        verb = before not in _MODIFIERS and after in _OBJECTS and may_be_verb(texts[at])
+        return "VBG" if verb else tag
     if before in _MODIFIERS:
-        return "JJ" if after in _NOMINAL else "NN"
-    if before in _OPEN and after in NOUNS:
-        return "JJ"
-    if before == "IN" and after in NOUNS and texts[at - 1] not in _GERUND_AFTER:
-        return "JJ"
-    return tag
+        if after in _NOMINAL:
+            return "JJ"
+        return "NN" if before in _DETERMINERS or may_be_noun(texts[at]) else tag
+    free = before in _OPEN or (before == "IN" and texts[at - 1] not in _GERUND_AFTER)
+    return "JJ" if free and after in _NOMINAL and texts[at] not in TRANSITIVE else tag

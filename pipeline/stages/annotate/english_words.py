@@ -11,7 +11,7 @@ from functools import cache, lru_cache
 from importlib.metadata import distribution
 from pathlib import Path
 
-from pipeline.stages.annotate.english import CORRECTIONS, FUNCTION_WORDS, PREPOSITIONS, QUANTIFIERS
+from pipeline.stages.annotate.english import COLOURS, CORRECTIONS, FUNCTION_WORDS, PREPOSITIONS, QUANTIFIERS
 from pipeline.stages.annotate.noun_phrases import BREAK, NOUNS, QUANTIFIER, VERBS
 
 LONGEST_WORD = 40
@@ -72,6 +72,8 @@ def lexicon_tag(word: str) -> str:
 @lru_cache(REMEMBERED_WORDS)
 def may_be_noun(word: str) -> bool:
     """Whether the lexicon has ``word``, its singular or its plural as a noun."""
+    if word in COLOURS:
+        return True
     singular = [word[: -len(ending)] for ending in ("s", "es") if word.endswith(ending)]
     if any(lexicon_tag(form) in NOUNS for form in (word, *singular)):
         return True
@@ -83,8 +85,10 @@ def may_be_verb(word: str) -> bool:
     """Whether the lexicon has ``word``, or a form of it, as a verb."""
     if lexicon_tag(word) in VERBS:
         return True
-    stems = [word, *(word[: -len(ending)] for ending in ("s", "es", "e") if word.endswith(ending))]
-    return any(lexicon_tag(stem + ending) == tag for stem in stems for ending, tag in (("ing", "VBG"), ("ed", "VBD")))
+    bases = [word, *(word[: -len(ending)] for ending in ("s", "es", "ing") if word.endswith(ending))]
+    bases += [base + "e" for base in bases[1:]]
+    past = [base.removesuffix("e") + "ed" for base in bases]
+    return any(lexicon_tag(base) in VERBS for base in bases) or any(lexicon_tag(form) in VERBS for form in past)
 
 
 def _tag(token: "re.Match[str]", plain: bool, previous: str, quoted: bool) -> str:
@@ -121,8 +125,13 @@ def alone(word: str) -> str:
     if contracted:
         return "AUX" if FUNCTION_WORDS.get(contracted[1]) in (None, "AUX", "MD") else "PRP"
     tag = lexicon_tag(word)
-    known = tag if tag and (tag.isalpha() or tag in ("PRP$", "WP$")) else ""
-    return known or _guessed(word)
+    if word.endswith("ed") and "-" in word:
+        return _guessed(word)  # "hand-painted"
+    if tag in ("", "FW", "LS", "SYM") or not (tag.isalpha() or tag.endswith("$")):
+        return _guessed(word)
+    # "typing" is a noun in the lexicon; without a plural it is hardly one that an image shows.
+    gerund = tag == "NN" and word.endswith("ing") and word not in CORRECTIONS and not lexicon_tag(word + "s")
+    return "VBG" if gerund and may_be_verb(word) else tag
 
 
 def _guessed(word: str) -> str:
