@@ -66,7 +66,7 @@ def follower(plan: RunPlan, evaluate: Evaluate, record: Record | None = None) ->
     An evaluation gets a GPU if the cluster has one more than the run uses.
     """
     if not plan.run.most_workers:
-        return Follower(plan.run.output_folder, evaluate, record, in_a_process, in_this_process)
+        return Follower(plan.folder, evaluate, record, in_a_process, in_this_process)
     connect()
     import ray
 
@@ -74,7 +74,7 @@ def follower(plan: RunPlan, evaluate: Evaluate, record: Record | None = None) ->
     resources = worker_resources(plan, cluster)
     spare_gpu = "GPU" in resources and cluster.get("GPU", 0) > plan.run.most_workers
     submit = as_ray_task(num_cpus=1, num_gpus=1 if spare_gpu else 0)
-    return Follower(plan.run.output_folder, evaluate, record, submit)
+    return Follower(plan.folder, evaluate, record, submit)
 
 
 def _in_this_process(plan: RunPlan, open_tracker: OpenTracker) -> TrainingOutcome:
