@@ -53,7 +53,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Scalar]:
     return flat
 
 
-def parse_json(text: str | bytes, **readers: Callable[[str], Any]) -> Any:
+def parse_json(text: str | bytes, **readers: Any) -> Any:
     """The value of JSON text; raises ``ValueError`` for other text, and for lists or objects deeper than 100.
 
     Readers of files that others may have written use this: ``json.loads`` raises ``RecursionError`` for deep nesting.

@@ -316,7 +316,7 @@ def _written_integer(text: str) -> int | WrittenNumber:
     return int(text) if len(text) < 4000 else WrittenNumber(text)
 
 
-AS_WRITTEN: dict[str, Callable[[str], Any]] = {"parse_float": WrittenNumber, "parse_int": _written_integer}
+AS_WRITTEN: dict[str, Any] = {"parse_float": WrittenNumber, "parse_int": _written_integer}
 """Arguments of ``json.loads`` with which :func:`text_of` gives numbers as they were written."""
 
 

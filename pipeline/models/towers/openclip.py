@@ -45,6 +45,7 @@ from pipeline.shards.storage import Folder
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 WEIGHTS = "model.safetensors"
 MODEL_CARD = "open_clip_config.json"  # the file that open_clip.create_model("local-dir:FOLDER") reads
+LONGEST_PROBLEM = 400  # characters of open_clip's and torch's messages in ours
 SCHEMES = ("local-dir:", "hf-hub:")
 BIG_VISION = (".npz", ".npy")
 OPENAI = ("input_resolution", "context_length", "vocab_size")  # buffers that OpenAI's own class alone has
@@ -74,13 +75,18 @@ def check_architecture(name: str) -> dict[str, Any]:
         config = open_clip.get_model_config(name if ":" in name else plain_name(name))
     except SettingError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        if ":" not in name:  # no stranger's file
+            raise
         raise SettingError("architecture", name, f"a model config that can be read ({error})") from error
     if config is None:
         known = open_clip.list_models()
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or ["ViT-B-32", "RN50"]
         allowed = f"one of open_clip's {len(known)} architectures, such as {', '.join(near)} (open_clip.list_models())"
         raise SettingError("architecture", name, allowed)
+    towers = (config.get(one) for one in ("vision_cfg", "text_cfg")) if isinstance(config, Mapping) else (None,)
+    described = all(isinstance(one, Mapping) for one in towers)
+    require(described, "architecture", name, f"a {MODEL_CARD} whose model_cfg has objects vision_cfg and text_cfg")
     require("multimodal_cfg" not in config, "architecture", name, "an architecture without a caption decoder")
     return dict(config)
 
@@ -235,9 +241,13 @@ def _weights_that_fit(architecture: str, pretrained: str | None) -> Iterator[Non
     try:
         yield
     except (RuntimeError, ValueError, LookupError, OSError, AttributeError, UnpicklingError, SafetensorError) as error:
-        problem = (str(error).strip() or repr(error)).splitlines()[0]
+        problem = " ".join((str(error).strip() or repr(error)).split())[:LONGEST_PROBLEM]
         allowed = f"weights that fit {architecture} ({problem})"
         raise SettingError("pretrained", pretrained or architecture, allowed) from error
+    except (TypeError, ArithmeticError) as error:  # of a stranger's model config, but never of ours
+        if ":" not in architecture:
+            raise
+        raise SettingError("architecture", architecture, f"a model config that describes a CLIP ({error})") from error
 
 
 def _load(model: nn.Module, weights: dict[str, Tensor]) -> str:
