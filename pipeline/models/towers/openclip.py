@@ -44,6 +44,7 @@ from pipeline.shards.storage import Folder
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 WEIGHTS = "model.safetensors"
+HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", WEIGHTS)
 MODEL_CARD = "open_clip_config.json"  # the file that open_clip.create_model("local-dir:FOLDER") reads
 LONGEST_PROBLEM = 400  # characters of open_clip's and torch's messages in ours
 SCHEMES = ("local-dir:", "hf-hub:")
@@ -188,7 +189,7 @@ def create(
     place = _place(architecture, config, pretrained, image_size, context_length) if pretrained and load else None
     path = FileCache().fetch(*place) if place else None
     is_theirs = _hugging_face_file(architecture, hugging_face_import.CONFIG) is not None
-    files = _hugging_face_weights(architecture) if is_theirs and load else [path] if path else []
+    files = [path] if path else _own_weights(architecture, is_theirs) if load else []
     is_numpy = path is not None and path.suffix in BIG_VISION
     weights = _read_weights(files, architecture, config, place) if files and not is_numpy else None
     if weights and "logit_bias" in weights and logit_bias is None and "init_logit_bias" not in config:
@@ -196,7 +197,7 @@ def create(
     bias = {} if logit_bias is None else {"init_logit_bias": logit_bias}
     images = _card(place[0]).get("preprocess_cfg", {}) if place else _hugging_face_images(architecture)
     images = {**{key: value for key, value in images.items() if key != "size"}, **(preprocess or {})}
-    by_open_clip = load and place is None  # it fetches what a tag names
+    by_open_clip = load and not files  # it fetches what a tag names
     model: Any
     with _weights_that_fit(architecture, pretrained), _quiet_root_logger():
         if is_theirs or "bert" in config["text_cfg"]:
@@ -457,6 +458,21 @@ def _hugging_face_file(architecture: str, name: str) -> Path | None:
     return _file_of(architecture, name)
 
 
+def _own_weights(architecture: str, is_theirs: bool) -> list[Path]:
+    """The files with the weights of a folder of transformers, or of any repository; open_clip reads its own folders.
+
+    open_clip gives a repository whose weights it does not find random ones.
+    """
+    if is_theirs:
+        return _hugging_face_weights(architecture)
+    if not architecture.startswith("hf-hub:"):
+        return []
+    found = next((file for name in HUB_WEIGHTS if (file := _file_of(architecture, name)) is not None), None)
+    if found is None:
+        raise SettingError("architecture", architecture, f"a repository with {', '.join(HUB_WEIGHTS)}")
+    return [found]
+
+
 def _hugging_face_weights(architecture: str) -> list[Path]:
     """The files with the weights of a folder or a repository of transformers, which may be in parts."""
     for name in hugging_face_import.WEIGHTS:
@@ -488,13 +504,23 @@ def _file_of(architecture: str, name: str) -> Path | None:
     if scheme == "local-dir":
         path = Path(place) / name
         return path if path.is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(place, name))
-    except EntryNotFoundError:
+    except EntryNotFoundError as error:
+        # The hub did not answer, which does not mean that it has no such file; offline the cache is all there is.
+        if isinstance(error, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE:
+            raise _unreadable_repository(architecture, error) from error
         return None
+    except (OSError, ValueError) as error:
+        raise _unreadable_repository(architecture, error) from error
+
+
+def _unreadable_repository(architecture: str, error: Exception) -> SettingError:
+    said = " ".join(str(error).split())[:LONGEST_PROBLEM]
+    return SettingError("architecture", architecture, f"a repository of the hub that can be read ({said})")
 
 
 def _card(folder: Folder) -> Mapping[str, Any]:
