@@ -20,6 +20,7 @@ from pipeline.errors import DataError
 
 MaskReason = Literal["no_mask_format", "not_finite", "odd_coordinates", "two_points", "other_size", "wrong_runs"]
 FEWEST = 6  # numbers of a polygon: three corners
+LONGEST_RUN = 64  # bits
 SHIFT = 4  # fractional bits of polygon coordinates when filling
 
 
@@ -41,14 +42,14 @@ def checked(segmentation: Any, height: int, width: int) -> tuple[Any, MaskReason
             return _checked_runs(segmentation, height, width)
         if isinstance(segmentation[0], int | float):
             segmentation = [segmentation]
-        polygons = [[float(value) for value in polygon] for polygon in segmentation if polygon]
+        polygons = [_numbers(polygon) for polygon in segmentation if polygon]
     except (ValueError, KeyError, TypeError, OverflowError, AttributeError):
         return None, "no_mask_format"
     if any(len(polygon) % 2 for polygon in polygons):
         return None, "odd_coordinates"
     if not all(map(math.isfinite, (value for polygon in polygons for value in polygon))):
         return None, "not_finite"
-    kept = [polygon for polygon in segmentation if len(polygon) >= FEWEST]
+    kept = [polygon for polygon in segmentation if polygon and len(polygon) >= FEWEST]
     return (kept, None) if kept else (None, "two_points" if polygons else None)
 
 
@@ -101,10 +102,12 @@ def mask_of_runs(counts: Sequence[int] | NDArray[np.int64], height: int, width: 
 
 
 def runs_of_text(text: str) -> list[int]:
-    """The run lengths in COCO's string."""
+    """The run lengths in COCO's string; ``ValueError`` where one has more than 64 bits."""
     runs: list[int] = []
     value = shift = 0
     for letter in text:
+        if shift > LONGEST_RUN:
+            raise ValueError(f"a run of more than {LONGEST_RUN} bits")  # a hostile string would be one endless number
         code = ord(letter) - 48
         value |= (code & 31) << shift
         shift += 5
@@ -128,9 +131,16 @@ def _checked_runs(segmentation: Mapping[str, Any], height: int, width: int) -> t
     size, counts = [int(length) for length in segmentation["size"]], segmentation["counts"]
     if size != [height, width]:
         return None, "other_size"
-    runs = runs_of_text(counts) if isinstance(counts, str) else [int(count) for count in counts]
-    fits = sum(runs) == height * width and all(run >= 0 for run in runs)
+    runs = runs_of_text(counts) if isinstance(counts, str) else _numbers(counts)
+    fits = sum(runs) == height * width and all(run >= 0 and run == int(run) for run in runs)
     return (segmentation, None) if fits else (None, "wrong_runs")
+
+
+def _numbers(numbers: Any) -> list[float]:
+    """A list of numbers, also as texts; a text or an object would be iterated by its letters or keys."""
+    if not isinstance(numbers, list | tuple):
+        raise TypeError(f"{type(numbers).__name__}, not a list of numbers")
+    return [float(number) for number in numbers]
 
 
 def _from_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> NDArray[np.uint8]:

@@ -172,7 +172,7 @@ class Coco:
         return {one.word: said[kept[one.word]] or one.frequency for one in categories if one.word in kept}
 
     def _table_rows(self, found: Annotations) -> Iterator[dict[str, Any]]:
-        captions = read_captions(self.captions) if self.captions else {}
+        captions = self._captions(found.images)
         files = None if self.downloads else self._files()
         urls = [self._url(image) for image in found.images] if files is None else self._paths(found.images, files)
         self._check_once(found.images, urls)
@@ -191,6 +191,14 @@ class Coco:
             unnamed = len(files) - (len(found.images) - missing)
             message = "%s: %d images have no file in %s; %d files there are not in it"
             logger.info(message, self.annotations, missing, self.images, unnamed)
+
+    def _captions(self, images: Sequence[AnnotatedImage]) -> dict[int, str]:
+        """The captions by image id; a warning counts the images without one."""
+        captions = read_captions(self.captions) if self.captions else {}
+        without = sum(not captions.get(image.id) for image in images)
+        if self.captions and without:
+            logger.warning("%s: %d of %d images have no caption there", self.captions, without, len(images))
+        return captions
 
     def _files(self) -> dict[str, str]:
         """Relative paths of all files in the folder, with their version stamps."""

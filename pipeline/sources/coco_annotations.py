@@ -22,10 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import require
-from pipeline.errors import DataError, ReadError, SettingError, unreadable
+from pipeline.errors import DataError, ReadError, unreadable
 from pipeline.shards.objects import SMALLEST, corners, inside, is_crowd, plain_word, word_of
 from pipeline.shards.segmentation import MaskReason, checked
 from pipeline.shards.storage import file_system, read_errors
+from pipeline.shards.text import storable
+from pipeline.sources.tables import first_text
 
 logger = logging.getLogger(__name__)
 
@@ -119,21 +121,38 @@ def read_annotations(uri: str) -> Annotations:
 
 
 def read_captions(uri: str) -> dict[int, str]:
-    """The first caption of each image in a captions file, by image id.
+    """The first caption of each image in a captions file, by image id; of a list of texts its first.
+
+    Records without a text or an id are left out and counted in a warning.
 
     Raises:
-        SettingError: no file, or not a captions file.
+        SettingError: no file, or none of its annotations is a caption.
     """
     captions: dict[int, str] = {}
-    for record in _read(uri, ("annotations",), "COCO's captions")["annotations"]:
-        fits = isinstance(record, dict) and isinstance(record.get("caption"), str) and "image_id" in record
-        require(fits, "captions", uri, "COCO's captions, each with image_id and caption")
-        text = " ".join(record["caption"].split()).encode("utf-8", "replace").decode()
+    records = _read(uri, ("annotations",), "COCO's captions")["annotations"]
+    read = 0
+    for record in records:
         try:
-            captions.setdefault(_whole(record["image_id"]), text)
-        except ValueError as error:
-            raise SettingError("captions", uri, f"COCO's captions ({error})") from error
+            number, text = _caption(record)
+        except (KeyError, TypeError, ValueError):
+            continue
+        read += 1
+        captions.setdefault(number, text)
+    require(read > 0 or not records, "captions", uri, "COCO's captions, each with image_id and caption")
+    if read < len(records):
+        logger.warning("%s: %d of %d captions have no text or no image_id", uri, len(records) - read, len(records))
     return captions
+
+
+def _caption(record: Mapping[str, Any]) -> tuple[int, str]:
+    """Image id and text of a caption record; raises ``KeyError``, ``TypeError`` or ``ValueError`` without them."""
+    found = first_text(record["caption"])
+    if not isinstance(found, str | int | float):
+        raise TypeError(f"the caption {found!r} is no text")
+    text = storable(" ".join(str(found).split()))
+    if not text:
+        raise ValueError("an empty caption")
+    return _whole(record["image_id"]), text
 
 
 def _read(uri: str, keys: Sequence[str], kind: str) -> dict[str, Any]:
@@ -145,6 +164,8 @@ def _read(uri: str, keys: Sequence[str], kind: str) -> dict[str, Any]:
             content = json.load(file, object_hook=_compact)
     except ReadError:
         raise
+    except DataError as error:
+        raise DataError(f"{uri}: {error}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise unreadable(field, uri, allowed, error) from error
     missing = [key for key in keys if not (isinstance(content, dict) and isinstance(content.get(key), list))]
@@ -155,14 +176,15 @@ def _read(uri: str, keys: Sequence[str], kind: str) -> dict[str, Any]:
 
 def _compact(record: dict[str, Any]) -> "dict[str, Any] | CocoAnnotation":
     """Keep annotations as JSON text while parsing: as Python objects, LVIS's would take ten times the memory."""
-    if not record.keys() >= {"image_id", "category_id", "bbox"}:
+    if not record.keys() >= {"image_id", "category_id"}:
         return record
     try:
         image, category = _whole(record["image_id"]), _whole(record["category_id"])
     except ValueError as error:
         raise DataError(f"an annotation of the image {record['image_id']!r}: {error}") from error
+    bbox = record.get("bbox")
     try:
-        box = corners(record["bbox"] if isinstance(record["bbox"], list) else ())
+        box = corners(bbox if isinstance(bbox, list) and not any(isinstance(one, bool) for one in bbox) else ())
     except (ValueError, TypeError, OverflowError):  # not four numbers
         return CocoAnnotation(image, category, None, "")
     kept = {key: record[key] for key in KEPT if key in record}
@@ -195,7 +217,7 @@ def _is_finite(value: object) -> bool:
 
 
 def _refused(record: Any) -> CocoAnnotation:
-    raise DataError(f"the annotation {str(record)[:100]} has not image_id, category_id and bbox")
+    raise ValueError(f"the annotation {str(record)[:100]} has not image_id and category_id")
 
 
 def _image(record: Mapping[str, Any]) -> AnnotatedImage:
@@ -205,6 +227,8 @@ def _image(record: Mapping[str, Any]) -> AnnotatedImage:
     file, url = (str(record.get(key) or "") for key in ("file_name", "coco_url"))
     (file + url).encode()  # raises ValueError for a lone surrogate, which no file system can store
     negative, incomplete = (record.get(key) for key in ("neg_category_ids", "not_exhaustive_category_ids"))
+    if not all(isinstance(numbers, list | None) for numbers in (negative, incomplete)):
+        raise TypeError(f"the image {record['id']} has class ids that are no list")
     federated = negative is not None or incomplete is not None
     return AnnotatedImage(
         _whole(record["id"]),
@@ -230,7 +254,10 @@ def _side(record: Mapping[str, Any], name: str) -> int:
 def _category(record: Mapping[str, Any]) -> Category:
     if not isinstance(record, dict):
         raise TypeError(f"the category {str(record)[:100]} is no object")
-    name, frequency = str(record["name"]), str(record.get("frequency") or "")
+    name, frequency = record["name"], str(record.get("frequency") or "")
+    if not isinstance(name, str | int | float):
+        raise TypeError(f"the category {record['id']} has the name {name!r}")
+    name = storable(str(name))
     if not name.strip() or frequency not in ("", *FREQUENCIES):
         raise ValueError(f"category {record['id']} called {name!r} of frequency {frequency!r}")
     return Category(_whole(record["id"]), name, frequency, class_word(record))
@@ -241,7 +268,7 @@ def class_word(record: Mapping[str, Any]) -> str:
     synonyms = record.get("synonyms") or []
     if not isinstance(synonyms, list):
         raise TypeError(f"synonyms {synonyms!r}")
-    return word_of([str(record["name"]), *map(str, synonyms)])
+    return word_of([storable(str(name)) for name in (record["name"], *synonyms)])
 
 
 def _check_ids(
@@ -274,6 +301,10 @@ def _check_boxes(uri: str, annotations: Sequence[CocoAnnotation], sizes: Mapping
     """Check that the boxes of the whole file are plausible as x, y, width, height in pixels."""
     known = [annotation for annotation in annotations if annotation.box is not None]
     if not known:
+        if annotations:
+            raise DataError(
+                f"{uri}: none of {len(annotations)} annotations has a bbox of four numbers: x, y, width, height"
+            )
         return
     boxes = np.array([annotation.box for annotation in known])
     published = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)

@@ -239,6 +239,63 @@ def test_captions_are_the_first_of_each_image(data: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("captions", "expected"),
+    [
+        ([None, "second"], "second"),
+        (["", "second"], "second"),
+        ([["first", "second"]], "first"),
+        ([7], "7"),
+        ([{"en": "first"}, "second"], "second"),
+    ],
+)
+def test_one_odd_caption_does_not_end_the_file(
+    data: Path, caplog: pytest.LogCaptureFixture, captions: list[Any], expected: str
+) -> None:
+    records = [{"image_id": 7, "id": number, "caption": text} for number, text in enumerate(captions)]
+    path = write(data, {"annotations": [*records, {"image_id": "x", "caption": "no id"}]}, "captions.json")
+    rows = rows_of(Coco(annotations=str(data / "instances.json"), images=str(data), captions=path), data)
+    assert [row.caption for row in rows if row.caption] == [expected]
+    odd = 1 + sum(text in (None, "") or isinstance(text, dict) for text in captions)
+    assert f"{odd} of {1 + len(captions)} captions have no text or no image_id" in caplog.text
+    assert "2 of 3 images have no caption there" in caplog.text
+
+
+def test_an_annotation_without_bbox_is_left_out_and_a_file_without_boxes_refused(data: Path) -> None:
+    content = instances()
+    del content["annotations"][0]["bbox"]
+    rows = rows_of(Coco(annotations=write(data, content), images=str(data)), data)
+    assert [row.columns["left_out"] for row in rows] == [0, 1, 0]
+    for record in content["annotations"]:
+        record["bbox"] = {"x": 1, "y": 2, "w": 3, "h": 4}
+    with pytest.raises(DataError, match=r"instances.json: none of \d annotations has a bbox of four numbers"):
+        rows_of(Coco(annotations=write(data, content), images=str(data)), data)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "sentence"),
+    [
+        ("categories", {"name": None}, "the category 18 has the name None"),
+        ("categories", {"name": ["a", "b"]}, r"the category 18 has the name \['a', 'b'\]"),
+        ("images", {"neg_category_ids": "1"}, "has class ids that are no list"),
+        ("annotations", {"category_id": None}, "instances.json: an annotation of the image .*: the id None"),
+    ],
+)
+def test_odd_records_are_named_with_their_file(data: Path, part: str, change: dict[str, Any], sentence: str) -> None:
+    content = instances()
+    content[part][0].update(change)
+    with pytest.raises(DataError, match=sentence):
+        rows_of(Coco(annotations=write(data, content), images=str(data)), data)
+
+
+def test_half_an_emoji_in_a_class_name_can_be_stored(data: Path) -> None:
+    content = instances()
+    content["categories"][0]["name"] = "\ud83d cat"
+    source = Coco(annotations=write(data, content), images=str(data))
+    rows_of(source, data)
+    assert "? cat" in source.classes
+
+
+@pytest.mark.parametrize(
     ("bbox", "more", "reason"),
     [
         ([5, 5, 0, 10], {}, "no_area"),
@@ -251,6 +308,8 @@ def test_captions_are_the_first_of_each_image(data: Path) -> None:
         (None, {}, "no_box"),
         (["a", 5, 10, 10], {}, "no_box"),
         ("5555", {}, "no_box"),
+        ([True, True, True, True], {}, "no_box"),
+        ({"x": 1, "y": 2, "w": 3, "h": 4}, {}, "no_box"),
     ],
 )
 def test_an_unusable_annotation_is_left_out_and_counted(
@@ -281,6 +340,13 @@ def test_an_unusable_annotation_is_left_out_and_counted(
         ({"size": [72, 72], "counts": [-16, 5200]}, "none", "wrong_runs"),
         ({"counts": [5184]}, "none", "no_mask_format"),
         ("polygon", "none", "no_mask_format"),
+        (["123456"], "none", "no_mask_format"),  # no list of numbers, though each letter is one
+        ([{"1": 1, "2": 2, "3": 3, "4": 4, "5": 5, "6": 6}], "none", "no_mask_format"),
+        ([None], [None], ""),
+        ([None, *POLYGON], POLYGON, ""),
+        ({"size": [72, 72], "counts": {"5184": 1}}, "none", "no_mask_format"),
+        ({"size": [72, 72], "counts": [10.5, 20, 5153.5]}, "none", "wrong_runs"),
+        ({"size": [72, 72], "counts": "o" * 100_000}, "none", "no_mask_format"),  # one number of half a million bits
         ([{"x": 1, "y": 2}], "none", "no_mask_format"),
     ],
 )
@@ -435,7 +501,7 @@ def broken() -> Iterator[tuple[dict[str, Any], str]]:
     yield changed("images", 1, file_name="\ud800.jpg"), "not as COCO's files are"
     yield changed("categories", 1, frequency="often"), "of frequency 'often'"
     yield changed("categories", 1, name=" "), "called ' '"
-    yield {**instances(), "annotations": [{"image_id": 7, "caption": "two pets"}]}, "has not image_id, category_id"
+    yield {**instances(), "annotations": [{"image_id": 7, "caption": "two pets"}]}, "has not image_id and category_id"
     yield {**instances(), "images": []}, "at least one image"
     yield {**instances(), "images": [3]}, "the image 3 is no object"
     yield {**instances(), "categories": [[]]}, r"the category \[\] is no object"
