@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -147,6 +148,32 @@ def test_weights_that_do_not_fit_are_named(
     save_file(changed, tmp_path / "changed.safetensors")
     with pytest.raises(SettingError, match=message):
         Clip(Config(architecture=TINY, pretrained=str(tmp_path / "changed.safetensors")))
+
+
+def test_arrays_of_numpy_are_big_visions_and_named_where_they_do_not_fit(
+    state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """The kind of a file is that of its bytes: ``.npz`` is only a name."""
+    torch.save(state, tmp_path / "torch.npz")
+    assert same(Clip(Config(architecture=TINY, pretrained=str(tmp_path / "torch.npz"))), state)
+    np.savez(tmp_path / "arrays.npz", weight=np.zeros(3))
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "empty.npz").touch()
+    (tmp_path / "text.npz").write_bytes(b"hello")
+    with pytest.raises(SettingError, match=f"pretrained: .*arrays.npz.*{TINY} has no image tower of timm"):
+        Clip(Config(architecture=TINY, pretrained=str(tmp_path / "arrays.npz")))
+    with pytest.raises(SettingError, match="weights that fit clipmill-small .*img/embedding/kernel"):
+        openclip.create("clipmill-small", str(tmp_path / "arrays.npz"))
+    for name, kind in (("array.npy", "a single array"), ("empty.npz", "an empty file"), ("text.npz", "text")):
+        with pytest.raises(DataError, match=f"{name} holds no weights that can be read: it is {kind}"):
+            Clip(Config(architecture=TINY, pretrained=str(tmp_path / name)))
+
+
+def test_a_folder_of_transformers_takes_no_other_file(state: dict[str, Tensor], tmp_path: Path) -> None:
+    folder = saved(clip_model(), tmp_path / "model")
+    save_file(state, tmp_path / "other.safetensors")
+    with pytest.raises(SettingError, match=f"pretrained: got '{tmp_path}/other.safetensors', .*has its own weights"):
+        Clip(Config(architecture=f"local-dir:{folder}", pretrained=str(tmp_path / "other.safetensors")))
 
 
 @pytest.fixture(name="siblings")

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import open_clip
 import torch
-from open_clip.convert import convert_state_dict
+from open_clip.convert import convert_state_dict, load_big_vision_weights
 from open_clip.model import (
     convert_to_custom_text_state_dict,
     resize_pos_embed,
@@ -39,7 +39,7 @@ from pipeline.models.towers import (
     hugging_face_import,
 )
 from pipeline.models.towers.bert import BertTextTower, WordPieceTokenizer
-from pipeline.models.towers.weights import misfit, read_any_weights
+from pipeline.models.towers.weights import is_numpy_archive, misfit, read_any_weights
 from pipeline.shards.storage import Folder
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -48,7 +48,6 @@ HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", WEI
 MODEL_CARD = "open_clip_config.json"  # the file that open_clip.create_model("local-dir:FOLDER") reads
 LONGEST_PROBLEM = 400  # characters of open_clip's and torch's messages in ours
 SCHEMES = ("local-dir:", "hf-hub:")
-BIG_VISION = (".npz", ".npy")
 OPENAI = ("input_resolution", "context_length", "vocab_size")  # buffers that OpenAI's own class alone has
 _FREE = {  # settings of a tower that do not change its features
     "vision_cfg": ("patch_dropout", "timm_model_pretrained", "timm_drop", "timm_drop_path", "output_tokens"),
@@ -190,7 +189,9 @@ def create(
     path = FileCache().fetch(*place) if place else None
     is_theirs = _hugging_face_file(architecture, hugging_face_import.CONFIG) is not None
     files = [path] if path else _own_weights(architecture, is_theirs) if load else []
-    is_numpy = path is not None and path.suffix in BIG_VISION
+    is_numpy = path is not None and is_numpy_archive(path)
+    allowed = f"weights of torch or safetensors: numpy's are SigLIP's, and {architecture} has no image tower of timm"
+    require(not is_numpy or "timm_model_name" in config["vision_cfg"], "pretrained", pretrained, allowed)
     weights = _read_weights(files, architecture, config, place) if files and not is_numpy else None
     if weights and "logit_bias" in weights and logit_bias is None and "init_logit_bias" not in config:
         logit_bias = 0.0
@@ -217,7 +218,7 @@ def create(
                 **bias,
             )
         if is_numpy:
-            open_clip.load_checkpoint(model, str(path))
+            load_big_vision_weights(model, str(path))
     if weights is not None:
         problem = _load(model, weights)
         allowed = f"weights that fit {architecture}; these are {problem}"

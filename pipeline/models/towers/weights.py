@@ -87,6 +87,15 @@ def read_any_weights(path: Path, name: str = "") -> dict[str, Tensor]:
         raise DataError(f"{name} holds no weights that can be read: it is {found}") from error
 
 
+def is_numpy_archive(path: Path) -> bool:
+    """Whether the file is one of ``numpy.savez``, as big_vision publishes weights."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    return bool(names) and all(name.endswith(".npy") for name in names)
+
+
 def misfit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
     """How the weights ``found`` differ from those ``wanted``, by names and shapes; empty where all fit."""
     missing = [name for name in wanted if name not in found]
@@ -211,6 +220,8 @@ def _kind_of(path: Path) -> str:
         return "a pointer of Git LFS: fetch the file with `git lfs pull`"
     if _is_safetensors(path):
         return _safetensors_kind(path, size)
+    if begin.startswith(b"\x93NUMPY"):
+        return "a single array of numpy"
     if begin.startswith(b"PK"):
         return _archive_kind(path, size)
     if "\ufffd" not in text and text.isprintable():
