@@ -7,6 +7,7 @@ command resumes its work after a kill. A different plan for the same folder is a
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -22,6 +23,8 @@ from pipeline.shards.snapshot import snapshot_ids
 from pipeline.shards.storage import Folder
 from pipeline.shards.writer import STATS, unit_digest
 from pipeline.sources.source import Slice, Source
+
+logger = logging.getLogger(__name__)
 
 PLANS = "_plan"
 PLAN_FILE = "plan.parquet"
@@ -92,6 +95,22 @@ def drop_shards(folder: Folder, known: "StoredPlan", plan: RefreshPlan | None) -
     for number in sorted(set(known.shards) - kept):
         for ending in (STATS, ".tar", ".parquet"):
             folder.delete(shard_name(number) + ending)
+
+
+def remake_incomplete(folder: Folder, plan: RefreshPlan) -> None:
+    """Remove the marks of finished shards of ``plan`` whose tar or parquet is gone: they are made again.
+
+    One listing of the folder. Files that were changed instead of deleted are found by ``jobs/verify_dataset.py``.
+    """
+    there = set(folder.names())
+    names = [shard_name(unit.shard_id) for unit in plan.units]
+    files = {name: [f"{name}{ending}" for ending in (".tar", ".parquet")] for name in names if name + STATS in there}
+    gone = {name: lost for name, both in files.items() if (lost := [file for file in both if file not in there])}
+    if gone:
+        first = ", ".join(next(iter(gone.values())))
+        logger.warning("%d finished shards have lost files (%s, …) and are made again", len(gone), first)
+    for name in gone:
+        folder.delete(name + STATS)
 
 
 def plan_of(

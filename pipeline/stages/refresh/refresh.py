@@ -14,7 +14,7 @@ from pipeline.shards.storage import Folder
 from pipeline.shards.writer import ShardStats
 from pipeline.sources.source import Source
 from pipeline.stages.refresh.make_shard import ShardOptions, make_shard
-from pipeline.stages.refresh.plan import RefreshPlan, Unit, make_plan
+from pipeline.stages.refresh.plan import RefreshPlan, Unit, make_plan, remake_incomplete
 from pipeline.stages.refresh.progress import Floor, Progress
 from pipeline.stages.refresh.purge import finish_purge, purge
 from pipeline.stages.refresh.renewal import prepare, publish_renewal
@@ -79,6 +79,7 @@ def _renew(job: RefreshJob) -> Snapshot:
 
 def _finished_shards(job: RefreshJob, plan: RefreshPlan) -> list[ShardStats]:
     logger.info("%d rows in %d shards -> %s", plan.rows, len(plan.units), job.folder.uri)
+    remake_incomplete(job.folder, plan)
     progress = Progress(plan.rows, job.floor)
     tasks = run_tasks(_MakeShards(job), plan.units, job.workers)
     stats = [progress.seen(from_json(ShardStats, text)) for _, text in tasks]

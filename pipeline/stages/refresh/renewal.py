@@ -24,7 +24,7 @@ from pipeline.shards.selection import read_selection, select, write_selection
 from pipeline.shards.snapshot import Shard, Snapshot, publish_shards, read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder
 from pipeline.shards.text import storable
-from pipeline.shards.writer import ShardStats, read_stats
+from pipeline.shards.writer import STATS, ShardStats, read_stats
 from pipeline.sources.source import Slice, Source, content_of, has_images
 from pipeline.stages.crawl.download import digest
 from pipeline.stages.crawl.failure import TRANSIENT
@@ -105,6 +105,7 @@ def prepare(job: RefreshJob) -> PlannedRefresh | Snapshot:
     parent = _parent(folder, renewal)
     if parent is not None:
         _refuse_other_shape(parent, job.shaping)
+        _refuse_lost_shards(folder, parent)
     name = parent.id if parent else FIRST
     known = read_plan(folder, name)
     place = folder.folder(f"{PLANS}/{name}")
@@ -153,6 +154,23 @@ def _refuse_other_shape(parent: Snapshot, shaping: Mapping[str, Any]) -> None:
             continue
         before = parent.options.get(name, value)
         require(before == value, name, value, f"{before!r}, as in {parent.uri}, or another folder")
+
+
+def _refuse_lost_shards(folder: Folder, parent: Snapshot) -> None:
+    """Raise ``SnapshotError`` where a tar of ``parent`` is gone, or its parquet, or its mark.
+
+    Its samples would count as kept without a tar, and be fetched twice without a mark. Tars that were adopted without a
+    parquet file have neither. The rows may have left the source, so the shard cannot simply be made again.
+    """
+    there = set(folder.names())
+    lost: list[str] = []
+    for shard in parent.shards:
+        described = [f"{shard.name}.parquet", shard.name + STATS]
+        wanted = [shard.tar, *(described if there.intersection(described) else [])]
+        lost += [file for file in wanted if file not in there]
+    if lost:
+        message = f"{parent.uri}: {len(lost)} files of its shards are gone ({', '.join(lost[:3])})"
+        raise SnapshotError(f"{message}: restore them, or refresh into another folder")
 
 
 def _difference(

@@ -131,6 +131,22 @@ def test_a_shard_without_its_mark_is_made_again(missing: str, images: ImageFolde
     assert contents(whole) == contents(broken)
 
 
+@pytest.mark.parametrize("lost", [["00001.tar"], ["00001.parquet"], ["00000.tar", "00000.parquet", "00002.tar"]])
+def test_files_that_a_finished_shard_has_lost_are_made_again(
+    lost: list[str], images: ImageFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    snapshot = refresh(images, Folder(out), options(), HERE)
+    before = contents(out)
+    for name in lost:
+        (out / name).unlink()
+    caplog.set_level("WARNING")
+    assert refresh(images, Folder(out), options(), HERE) == snapshot
+    assert contents(out) == before and len(snapshot_ids(Folder(out))) == 1
+    shards = len({name.partition(".")[0] for name in lost})
+    assert f"{shards} finished shards have lost files ({lost[0]}" in caplog.text
+
+
 def test_other_work_in_the_folder_is_refused(images: ImageFolder, tmp_path: Path) -> None:
     out = Folder(tmp_path / "out")
     refresh(images, out, options(), HERE)

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -156,6 +157,18 @@ def test_nothing_new_writes_nothing(world: World) -> None:
     assert world.refresh(range(1, 9), Renewal(parent="latest", retry_failed=True)) == last
     assert world.refresh(range(1, 9), Renewal(parent=last.uri, purge=False)) == last
     assert listing(world.out) == before and world.asked() == []
+
+
+@pytest.mark.parametrize("lost", ["00001.tar", "00001.parquet", "00001_stats.json"])
+def test_a_parent_that_has_lost_a_file_is_refused(world: World, lost: str) -> None:
+    """Without new rows, too: the refresh would otherwise report success over a data set that cannot be read."""
+    world.refresh(range(10))
+    world.asked()
+    (world.out / lost).unlink()
+    for rows in (range(10), range(12)):
+        with pytest.raises(SnapshotError, match=rf"1 files of its shards are gone \({re.escape(lost)}\)"):
+            world.refresh(rows)
+    assert world.asked() == []
 
 
 def test_a_row_that_comes_back_is_shown_again_without_fetching(world: World) -> None:
