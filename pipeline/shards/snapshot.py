@@ -61,7 +61,7 @@ def publish(
         for one in done:
             messages.update({text: times for text, times in one.status_dict.items() if text != "success"})
         often = "".join(f"; most often: {text}" for text, _ in messages.most_common(1))
-        raise SnapshotError(f"{folder.uri}: no row became a sample; the reasons: {dict(dropped)}{often}")
+        raise SnapshotError(f"{folder.uri}: no row became a sample: {reasons_in_words(dropped)}{often}")
     published = _with_digest(folder, _digest(shards))
     if published is not None:
         return published
@@ -75,6 +75,12 @@ def publish(
         rows=sum(one.count for one in done),
         dropped=dict(dropped),
     )
+
+
+def reasons_in_words(dropped: Mapping[str, int]) -> str:
+    """``dns 12, policy 1``, the most frequent first; for no rows at all, that there were none."""
+    most = sorted(dropped.items(), key=lambda one: (-one[1], one[0]))
+    return ", ".join(f"{reason} {count}" for reason, count in most) or "the source has no rows"
 
 
 def publish_shards(

@@ -115,6 +115,8 @@ def test_missing_and_broken_snapshots_are_said_so(tmp_path: Path) -> None:
         read_snapshot(str(tmp_path))
     with pytest.raises(SnapshotError, match="no row became a sample"):
         publish(folder, [write(folder, count=0)], card=None, options={})
+    with pytest.raises(SnapshotError, match="no row became a sample: the source has no rows$"):
+        publish(folder, [], card=None, options={})
     snapshot = publish(folder, [write(folder)], card=None, options={})
     with pytest.raises(SnapshotError, match="has no snapshot 00009-abc"):
         read_snapshot(f"{tmp_path}@00009-abc")

@@ -21,7 +21,14 @@ from pipeline.config import require
 from pipeline.errors import SnapshotError
 from pipeline.shards.sample import shard_name
 from pipeline.shards.selection import read_selection, select, write_selection
-from pipeline.shards.snapshot import Shard, Snapshot, publish_shards, read_snapshot, snapshot_ids
+from pipeline.shards.snapshot import (
+    Shard,
+    Snapshot,
+    publish_shards,
+    read_snapshot,
+    reasons_in_words,
+    snapshot_ids,
+)
 from pipeline.shards.storage import Folder
 from pipeline.shards.text import storable
 from pipeline.shards.writer import STATS, ShardStats, read_stats
@@ -274,7 +281,7 @@ def publish_renewal(job: RefreshJob, prepared: PlannedRefresh, stats: Iterable[S
     shards = tuple(sorted((shard for shard in (*kept, *new) if shard.samples), key=lambda shard: shard.name))
     dropped = _dropped(prepared, done, sum(int(mask.sum()) for mask in listed.values()))
     if not shards:
-        raise SnapshotError(f"{folder.uri}: no sample is left; the reasons: {dropped}")
+        raise SnapshotError(f"{folder.uri}: no sample is left: {reasons_in_words(dropped)}")
     if hidden or (parent is not None and read_hidden(folder, parent)):
         write_hidden(folder, prepared.name, hidden)
     fields = {name for one in done for name in one.fields} | set(parent.fields if parent else ())
