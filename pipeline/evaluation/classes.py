@@ -113,6 +113,9 @@ def _list_of(field: str, place: str, text: str) -> list[str]:
         plain = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
         raise unreadable(field, place, "well-formed YAML or JSON", error) from error
-    if not isinstance(plain, list) or not all(isinstance(line, str) for line in plain):
+    if not isinstance(plain, list):
         raise SettingError(field, place, "a YAML or JSON file that is a list of texts")
+    others = [line for line in plain if not isinstance(line, str)]  # YAML reads no, 007 and null as other values
+    if others:
+        raise SettingError(field, place, f"a list of texts, with {others[0]!r} in quotation marks if it is a name")
     return plain

@@ -6,6 +6,7 @@ in :mod:`pipeline.loaders.detection`, of random views in :mod:`pipeline.loaders.
 :mod:`pipeline.loaders.tokens`.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,7 @@ from pipeline.loaders.batches import Batch, Row, SamplePosition
 from pipeline.loaders.images import ImageTransform, as_stored, crop_bits, decode, encoded_image
 from pipeline.loaders.samples import UnreadableSample, json_of_sample
 from pipeline.loaders.text import Tokenizer, caption_field, cut_text, faster, read_caption, read_captions
-from pipeline.shards.objects import FIELD, read_objects
+from pipeline.shards.objects import FIELD, plain_word, read_objects
 from pipeline.shards.sample import Sample
 
 
@@ -118,8 +119,10 @@ class FirstCaptionReader:
 class LabelReader:
     """Class numbers as int64 [B]: the index in ``classes`` of a sample's label, see :func:`read_label`.
 
-    A whole number that is no class name is an index itself; of equal names the first one counts. A sample without a
-    label among the classes is unreadable, unless ``evaluated`` names the set that is evaluated: there it is an error.
+    A label that equals no name is compared without case, underscores or a last full stop (``apple_pie`` is ``Apple
+    pie``), where that fits one class alone. A whole number that is no class name is an index itself; of equal names the
+    first one counts. A sample without a label among the classes is unreadable, unless ``evaluated`` names the set that
+    is evaluated: there it is an error.
     """
 
     classes: tuple[str, ...]
@@ -142,6 +145,8 @@ class LabelReader:
                 raise
             raise UnreadableSample(str(error)) from error
         number = self._numbers.get(str(label))
+        if number is None and isinstance(label, str):
+            number = self._plain_numbers.get(plain_word(label))
         if number is None and isinstance(label, int) and 0 <= label < len(self.classes):
             number = label
         if number is None:
@@ -162,6 +167,14 @@ class LabelReader:
     @cached_property
     def _numbers(self) -> dict[str, int]:
         return {name: number for number, name in reversed(list(enumerate(self.classes)))}
+
+    @cached_property
+    def _plain_numbers(self) -> dict[str, int]:
+        """Of the names that no other class shares."""
+        plain = [plain_word(name) for name in self._numbers]
+        shared = {name for name, count in Counter(plain).items() if count > 1}
+        names = zip(plain, self._numbers.values(), strict=True)
+        return {name: number for name, number in names if name not in shared}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -256,6 +256,18 @@ def test_batch_size_and_threads_change_nothing(colour_card: Callable[..., str], 
     )
 
 
+def test_a_list_of_class_names_has_texts_alone(tmp_path: Path) -> None:
+    """YAML reads ``no`` as false and ``007`` as 7."""
+    for name, content, found in (
+        ("a.yaml", "- ant\n- no\n", "False"),
+        ("b.yaml", "- 007\n", "7"),
+        ("c.json", '["a", null]', "None"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(SettingError, match=f"a list of texts, with {found} in quotation marks if it is a name"):
+            read_classes(str(tmp_path / name), None, "mine")
+
+
 @pytest.mark.parametrize("content", [b"ant\nbee\nant \n", b'["ant", "bee", "ant"]'])
 def test_class_names_are_there_once(tmp_path: Path, content: bytes) -> None:
     place = tmp_path / ("names.json" if content.startswith(b"[") else "names.txt")

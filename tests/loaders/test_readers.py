@@ -75,6 +75,19 @@ def test_training_and_evaluation_number_labels_alike(label: object, number: int 
         evaluation.read(sample)
 
 
+@pytest.mark.parametrize(
+    ("label", "number"),
+    [("apple_pie", 0), ("Apple pie", 0), ("apple pie.", 0), ("Crane", 1), ("crane", 2), ("CRANE", None), ("pie", None)],
+)
+def test_labels_are_compared_as_class_names_where_one_class_fits(label: str, number: int | None) -> None:
+    reader = LabelReader(classes=("apple pie", "Crane", "crane"))
+    if number is None:
+        with pytest.raises(UnreadableSample, match="none of the 3 classes"):
+            reader.read(labelled(label), AT)
+    else:
+        assert reader.read(labelled(label), AT) == {"label": number}
+
+
 @pytest.mark.parametrize("content", [b'{"label": null}', b'{"label": 1.0}', b"{}", b"[]"])
 def test_a_missing_label_is_unreadable_in_training_and_an_error_in_evaluation(content: bytes) -> None:
     sample = Sample("0007", {"json": content})
