@@ -106,10 +106,13 @@ class Folder:
 
     def kind(self) -> Literal["file", "directory"] | None:
         """Whether ``uri`` is a folder or, after all, a file; ``None`` where there is neither."""
-        with read_errors(self.uri):
-            if self.fs.isdir(self.path):
-                return "directory"
-            return "file" if self.fs.exists(self.path) else None
+        # info() asks a store for the object first; isdir() would list, which public buckets often do not allow.
+        self.fs.invalidate_cache(self.path)
+        try:
+            with read_errors(self.uri):
+                return "directory" if self.fs.info(self.path)["type"] == "directory" else "file"
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def find(self, depth: int | None = None) -> dict[str, dict[str, Any]]:
         """fsspec's facts about the files below this folder, up to ``depth`` levels, by path relative to it, sorted."""

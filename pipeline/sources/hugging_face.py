@@ -148,7 +148,7 @@ class HuggingFaceParquet:
         with read_errors(self.parquet):
             if "*" in path:
                 found = sorted(fs.glob(path))
-            elif fs.isdir(path):
+            elif place.kind() == "directory":
                 found = sorted(file for file in fs.find(path, maxdepth=1) if file.endswith(".parquet"))
             else:
                 found = [path] if fs.exists(path) else []

@@ -6,6 +6,7 @@ import pickle
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from botocore.exceptions import ConnectTimeoutError, EndpointConnectionError, NoCredentialsError
@@ -135,6 +136,28 @@ def test_files_below_a_folder_are_found_without_the_marks_of_consoles(s3: str) -
     assert list(folder.find()) == ["b #1.txt", "c/d.txt"] and list(folder.find(depth=1)) == ["b #1.txt"]
     assert folder.kind() == "directory" and Folder(f"{s3}/a/c/d.txt").kind() == "file"
     assert Folder(f"{s3}/no").kind() is None and Folder("s3://no-such-bucket-here/x").kind() is None
+
+
+def test_an_object_is_found_where_lists_are_refused(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in public buckets: GET and HEAD of an object are allowed, ListBucket is not."""
+    Folder(s3).write_atomic("a/one.tar", b"whole")
+    place = Folder(f"{s3}/a/one.tar")
+
+    answer = type(place.fs)._call_s3
+
+    async def without_lists(fs: Any, method: str, *words: Any, **more: Any) -> Any:
+        if method.startswith("list_objects"):
+            raise PermissionError("Access Denied")
+        return await answer(fs, method, *words, **more)
+
+    async def refused(*_: object, **__: object) -> None:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(type(place.fs), "_call_s3", without_lists)
+    monkeypatch.setattr(type(place.fs), "_lsdir", refused)
+    assert place.kind() == "file" and Folder(f"{s3}/a").read_bytes("one.tar") == b"whole"
+    with pytest.raises(ReadError, match=f"cannot read {s3}/a: access denied"):
+        Folder(f"{s3}/a").kind()
 
 
 @pytest.mark.parametrize(
