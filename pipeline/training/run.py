@@ -393,6 +393,9 @@ def _check_length(folder: Folder, earlier: RunRecord, run: Run, steps: int) -> N
 
 
 def _check_same(folder: Folder, earlier: RunRecord, now: RunRecord) -> None:
+    before, method = earlier.settings.get("method"), now.settings["method"]  # two methods share few settings
+    allowed = f"another folder, since this one holds a run of {before}, not of {method}"
+    require(before == method, "output_folder", folder.uri, allowed)
     names = sorted({*earlier.settings, *now.settings})
     compared = [name for name in names if name not in LENGTH]  # records of older versions have them
     differing = [name for name in compared if earlier.settings.get(name) != now.settings.get(name)]

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from pipeline.errors import DataError, SettingError, SnapshotError
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.models.clip import Config
 from pipeline.models.method import Method, build_method
+from pipeline.models.slip import Config as SlipConfig
 from pipeline.shards.snapshot import Snapshot, publish_shards
 from pipeline.shards.storage import Folder
 from pipeline.training.loop import run_training
@@ -70,6 +71,14 @@ def test_another_run_in_the_same_folder_is_refused(
     with pytest.raises(SettingError, match="or another folder") as caught:
         prepare(tiny_config, run(**change))
     assert caught.value.field == field
+
+
+def test_a_run_of_another_method_is_named_alone(run: MakeRun, tiny_config: Config) -> None:
+    """Not by the settings that only one of the two methods has."""
+    prepare(tiny_config, run())
+    shared = {field.name: getattr(tiny_config, field.name) for field in fields(tiny_config)}
+    with pytest.raises(SettingError, match="^output_folder: .* another folder, since .* a run of clip, not of slip$"):
+        prepare(SlipConfig(**shared), run())
 
 
 def test_all_differing_settings_are_named(run: MakeRun, tiny_config: Config) -> None:
