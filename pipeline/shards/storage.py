@@ -29,7 +29,21 @@ _FULL = {
     errno.EFBIG: "the file is longer than the disk or a limit of this process (ulimit -f) allows",
 }
 # Packages whose exceptions are those of a store.
-_CLIENTS = ("botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "google", "adlfs", "azure", "requests", "urllib3")
+_POSSIBLE = "a path, s3://, gs:// or az:// is possible"
+_CLIENTS = (
+    "botocore",
+    "aiobotocore",
+    "aiohttp",
+    "s3fs",
+    "gcsfs",
+    "google",
+    "adlfs",
+    "azure",
+    "requests",
+    "urllib3",
+    "httpx",
+    "huggingface_hub",
+)
 
 
 class Guard(Protocol):
@@ -79,9 +93,9 @@ class Folder:
 
     def names(self, suffix: str = "") -> list[str]:
         """Sorted names of the files directly in this folder that end in ``suffix``, without temporary files."""
-        self.fs.invalidate_cache(self.path)
         try:
             with read_errors(self.uri):
+                self.fs.invalidate_cache(self.path)
                 entries = self.fs.ls(self.path, detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return []
@@ -90,8 +104,8 @@ class Folder:
 
     def exists(self, name: str) -> bool:
         """Whether the file or folder ``name`` exists."""
-        self.fs.invalidate_cache(self.path)
         with read_errors(self.join(name)):
+            self.fs.invalidate_cache(self.path)
             return bool(self.fs.exists(self._at(name)))
 
     def size(self, name: str) -> int:
@@ -107,9 +121,9 @@ class Folder:
     def kind(self) -> Literal["file", "directory"] | None:
         """Whether ``uri`` is a folder or, after all, a file; ``None`` where there is neither."""
         # info() asks a store for the object first; isdir() would list, which public buckets often do not allow.
-        self.fs.invalidate_cache(self.path)
         try:
             with read_errors(self.uri):
+                self.fs.invalidate_cache(self.path)  # the hub's asks the hub
                 return "directory" if self.fs.info(self.path)["type"] == "directory" else "file"
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -317,6 +331,8 @@ def _reason(error: Exception) -> str | None:
     """
     if isinstance(error, ClipmillError):
         return None  # says its reason already
+    if isinstance(error, NotImplementedError):
+        return "its kind of store cannot list or read that"
     name, client = type(error).__name__, type(error).__module__.partition(".")[0]
     if not isinstance(error, OSError) and client not in _CLIENTS:
         return None
@@ -363,5 +379,10 @@ def file_system(uri: str) -> tuple[Any, str]:
     except ValueError as error:
         if scheme in fsspec.available_protocols():
             raise
-        raise StorageError(f"{uri}: unknown scheme {scheme}://; a path, s3://, gs:// or az:// is possible") from error
+        raise StorageError(f"{uri}: unknown scheme {scheme}://; {_POSSIBLE}") from error
+    except (OSError, EOFError) as error:  # some connect, or load a library, when they are made
+        said = next(iter(str(error).splitlines()), "") or repr(error)
+        raise StorageError(f"{uri}: this store cannot be opened ({said}); {_POSSIBLE}") from error
+    except TypeError as error:
+        raise StorageError(f"{uri}: {scheme}:// needs settings that a path does not have; {_POSSIBLE}") from error
     return fs, str(path)

@@ -166,6 +166,9 @@ def test_an_object_is_found_where_lists_are_refused(s3: str, monkeypatch: pytest
         ("gs://bucket/x", 'needs another package: pip install "clipmill[gcs]"'),
         ("az://bucket/x", 'needs another package: pip install "clipmill[azure]"'),
         ("foo://bucket/x", "unknown scheme foo://; a path, s3://"),
+        ("ftp://127.0.0.1:1/x", "this store cannot be opened ([Errno 111] Connection refused); a path, s3://"),
+        ("zip://x.zip", "this store cannot be opened ([Errno 21] Is a directory: '"),
+        ("github://x/y", "github:// needs settings that a path does not have; a path, s3://"),
     ],
 )
 def test_a_store_that_cannot_be_reached_from_here(uri: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +177,20 @@ def test_a_store_that_cannot_be_reached_from_here(uri: str, said: str, monkeypat
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(StorageError, match=re.escape(said)):
         Folder(uri)
+
+
+def test_a_kind_of_store_without_lists_is_one_sentence() -> None:
+    with pytest.raises(ReadError, match="cannot read data://x: its kind of store cannot list or read that"):
+        Folder("data://x").names()
+
+
+def test_the_hub_offline_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for read in (Folder("hf://datasets/none/none").names, Folder("hf://datasets/none/none").kind):
+        with pytest.raises(ReadError, match="cannot read hf://datasets/none/none: no connection.* offline mode"):
+            read()
 
 
 def test_a_file_has_no_files_in_it(tmp_path: Path) -> None:
