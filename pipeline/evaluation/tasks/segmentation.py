@@ -8,7 +8,7 @@ from pipeline.config import require
 from pipeline.dataset import Card, card_names, load_card
 from pipeline.errors import SettingError
 from pipeline.evaluation.classes import lines_of
-from pipeline.evaluation.data import Data, SnapshotData
+from pipeline.evaluation.data import CardData, Data, SnapshotData
 from pipeline.evaluation.encoder import inference
 from pipeline.evaluation.segmentation import (
     GROUND,
@@ -21,10 +21,12 @@ from pipeline.evaluation.segmentation import (
 from pipeline.evaluation.task import SAMPLES, Cache, Column, PreparedSet, Reading, Report, Task, option
 from pipeline.loaders.classes import classes_of
 from pipeline.loaders.label_figures import label_figure
-from pipeline.loaders.segmentation import MASK_FIELD, LabelClasses, LabelField
+from pipeline.loaders.segmentation import LabelClasses, LabelField
 from pipeline.models.detections import check_words
 from pipeline.models.segments import ImageViews
+from pipeline.shards.label_values import MASK_FIELD
 from pipeline.shards.objects import FIELD
+from pipeline.sources.source import Classed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,17 +83,7 @@ class SemanticSegmentation(Task):
     def prepare(self, config: Config, data: Data, name: str) -> SegmentationSet:
         """Words, classes and views; requires data with labels."""
         require(0 <= config.threshold <= 1, "segmentation_threshold", config.threshold, "0 to 1")
-        named: Mapping[str, str] = {}
-        field: LabelField = "boxes.json"
-        if isinstance(data, SnapshotData):
-            fields, named = data.snapshot.fields, classes_of(data.snapshot)
-            field = "mask.png" if MASK_FIELD in fields and config.labels == "auto" else field
-            field = field if config.labels == "auto" else config.labels
-            allowed = f"data with {FIELD} or {MASK_FIELD}; this has {', '.join(fields)}"
-            require(field in fields, "segmentation", data.snapshot.folder, allowed)
-        elif config.labels != "auto":
-            field = config.labels
-        known = tuple(named) or (data.card.classes if data.card else ())
+        field, known = _label_field(config, data), _known_classes(data)
         words = read_words(config.words, data.card, known, name)
         ground = config.background_word
         check_words((*words, ground) if ground else words)
@@ -127,6 +119,29 @@ class SemanticSegmentation(Task):
         named = f"{one.name} {title}".strip()
         titles = ("image", "labels", "found")
         return {"segmentation": label_figure(rows, ready.names, titles, f"{named}: labels and result", per_row=2)}
+
+
+def _label_field(config: Config, data: Data) -> LabelField:
+    """The field with the truth: that of the option, or ``mask.png`` where the data have it."""
+    if isinstance(data, CardData):
+        own: LabelField = getattr(data.source, "label_field", "boxes.json")
+        return own if config.labels == "auto" else config.labels
+    fields = data.snapshot.fields
+    own = "mask.png" if MASK_FIELD in fields else "boxes.json"
+    field = own if config.labels == "auto" else config.labels
+    allowed = f"data with {FIELD} or {MASK_FIELD}; this has {', '.join(fields)}"
+    require(field in fields, "segmentation", data.snapshot.folder, allowed)
+    return field
+
+
+def _known_classes(data: Data) -> tuple[str, ...]:
+    """The classes of the data, in the order of the values of their masks."""
+    named: Mapping[str, str] = {}
+    if isinstance(data, SnapshotData):
+        named = classes_of(data.snapshot)
+    elif isinstance(data.source, Classed):
+        named = data.source.classes
+    return tuple(named) or (data.card.classes if data.card else ())
 
 
 def read_words(setting: str, card: Card | None, known: tuple[str, ...], name: str) -> tuple[str, ...]:
