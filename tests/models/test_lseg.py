@@ -17,16 +17,8 @@ from pipeline.loaders.batches import LoaderConfig, training_batches
 from pipeline.loaders.order import Order
 from pipeline.loaders.segmentation import VOID
 from pipeline.models import class_vectors
-from pipeline.models.lseg import (
-    SCALE,
-    SMALL,
-    Config,
-    Lseg,
-    PixelNetwork,
-    SpatialBlock,
-    pixel_text_loss,
-    scores_of,
-)
+from pipeline.models.lseg import SMALL, Config, Lseg, PixelNetwork
+from pipeline.models.pixel_text import SCALE, SpatialBlock, pixel_text_loss, scores_of
 from pipeline.models.segments import ImageViews, stretched_rows, window_starts
 from pipeline.models.towers.dpt import Decoder, Reassembly, ResidualUnit, TransformerMaps
 from pipeline.shards.snapshot import Snapshot
