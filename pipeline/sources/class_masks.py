@@ -102,7 +102,8 @@ class ClassMasks:
         absent = [name for name in names if name not in paths]
         require(not absent, "classes_file", absent[:5], f"names of folders with images in {self.folder}")
         pairs = [(name, path, posixpath.splitext(path)[0] + MASK_ENDING) for name in names for path in paths[name]]
-        return [(*pair, *(file_stamp(found.get(path, {})) for path in pair[1:])) for pair in pairs]
+        stamps = {path: file_stamp(facts) for path, facts in found.items()}
+        return [(name, path, mask, stamps[path], stamps.get(mask, "")) for name, path, mask in pairs]
 
     def _listed(self) -> tuple[str, ...]:
         """The class folders in the file, each once."""
