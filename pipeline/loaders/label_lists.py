@@ -71,6 +71,8 @@ class ListedSegmentationReader:
     image, labels  as :class:`SegmentationReader` reads them, with the reader of the sample's data set
     label_list     int64 [B, K], class numbers without duplicates, padded with ``VOID`` at the end; includes all labels
                    of the image
+
+    ``datasets`` has a reader for each data set of a mixture, or one for all.
     """
 
     datasets: tuple[SegmentationReader, ...]
@@ -88,16 +90,14 @@ class ListedSegmentationReader:
         Raises:
             DataError: the sample is of a data set without a reader.
         """
-        if sample.part >= len(self.datasets):
+        part = sample.part if len(self.datasets) > 1 else 0
+        if part >= len(self.datasets):
             have = f"classes of {len(self.datasets)} data sets"
-            raise DataError(f"sample {sample.key} is of data set {sample.part + 1}, but there are {have}")
-        reader = self.datasets[sample.part]
-        row = reader.read(sample, at)
-        return (
-            {**row, **self._listed(row["labels"].numpy(), reader, at or SamplePosition(0, 0))}
-            if self.lists.differ
-            else row
-        )
+            raise DataError(f"sample {sample.key} is of data set {part + 1}, but there are {have}")
+        row = self.datasets[part].read(sample, at)
+        if not self.lists.differ:
+            return row
+        return {**row, **self._listed(row["labels"].numpy(), self.datasets[part], at or SamplePosition(0, 0))}
 
     def collate(self, rows: list[Row]) -> dict[str, Any]:
         """The tensors named above."""

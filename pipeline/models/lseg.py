@@ -156,7 +156,9 @@ class Config:
         self.lists()
         if self.class_names:
             check_words(self.class_names)
-            self.classes()
+            classes = self.classes()
+            complete = not self.two_words or all({*one.own_numbers} - {one.ground} for one in classes)
+            require(complete, "dataset_classes", self.dataset_classes, "a trained class in each data set for two_words")
         self.resize()
 
     def classes(self) -> tuple[LabelClasses, ...]:

@@ -40,6 +40,8 @@ def test_a_value_means_what_its_data_set_says() -> None:
     for part, expected in ((0, [5, 1, VOID, 0]), (1, [5, 2, 3, 0])):
         row = reader.read(sample_of([[0, 1, 2, 3]], part), SamplePosition(0, 0))
         assert row["labels"].tolist() == [expected] and "label_list" not in row
+    alone = reader_of(LabelLists(), ANIMALS).read(sample_of([[1]], 4))
+    assert alone["labels"].tolist() == [[1]]  # one for all
     with pytest.raises(DataError, match="data set 3, but there are classes of 2 data sets"):
         reader.read(sample_of([[0]], 2))
 

@@ -363,6 +363,10 @@ def test_the_samples_figure_has_a_legend(snapshot: Snapshot) -> None:
         ({"taps": (3, 2, 1, 0)}, "taps"),
         ({"unlabelled": "sky"}, "unlabelled"),
         ({"two_words": True}, "unlabelled: nothing given, expected a class name"),
+        (
+            {"two_words": True, "unlabelled": "red", "dataset_classes": (("owl", "red"),)},
+            "dataset_classes.*a trained class",
+        ),
         ({"other_classes": "unlabelled"}, "unlabelled"),
         ({"labels_per_image": 1}, "labels_per_image: got 1"),
         ({"labels_per_image": 4, "two_words": True, "unlabelled": "red"}, "labels_per_image"),
