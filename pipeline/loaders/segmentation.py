@@ -11,6 +11,7 @@ Rules for both:
 
 - classes are compared by ``plain_word``; pixels of a class that is none of ``classes`` are void, since it is known that
   they are something else;
+- pixels of other classes may instead count as unlabelled (``other_classes``), as in the authors' code of LSeg;
 - unlabelled pixels are void, or the class ``unlabelled``;
 - a ``mask.png`` of another size than its image, of another kind, or with a value beyond ``mask_classes`` makes the
   sample unreadable. Objects of another size than their image are an error, as for a detector: the data were resized.
@@ -41,6 +42,7 @@ from pipeline.shards.segmentation import mask_of
 VOID = -1
 MOST_CLASSES = 32_767
 LabelField = Literal["boxes.json", "mask.png"]
+OtherClasses = Literal["void", "unlabelled"]
 LabelMap = NDArray[np.int16]
 
 
@@ -52,6 +54,7 @@ class LabelClasses:
     field: LabelField = FIELD  # type: ignore[assignment]  # a plain str in shards/objects.py
     unlabelled: str = ""
     mask_classes: tuple[str, ...] = ()
+    other_classes: OtherClasses = "void"
 
     def __post_init__(self) -> None:
         count = len(self.classes)
@@ -71,9 +74,16 @@ class LabelClasses:
         """The class number of unlabelled pixels."""
         return self.numbers[plain_word(self.unlabelled)] if self.unlabelled else VOID
 
+    @cached_property
+    def own_numbers(self) -> NDArray[np.int64]:
+        """The class numbers that pixels of the data set can have, sorted."""
+        found = {self.ground, *map(self.number, self.mask_classes)}
+        return np.array(sorted(found - {VOID}), np.int64)
+
     def number(self, label: str) -> int:
-        """The class number of ``label``, or ``VOID``."""
-        return next((self.numbers[name] for name in map(plain_word, names_of(label)) if name in self.numbers), VOID)
+        """The class number of ``label``; that of other classes is ``VOID``, or that of unlabelled pixels."""
+        other = self.ground if self.other_classes == "unlabelled" else VOID
+        return next((self.numbers[name] for name in map(plain_word, names_of(label)) if name in self.numbers), other)
 
     def label_map(self, sample: Sample, height: int, width: int) -> LabelMap:
         """The label map of a sample whose image has ``height`` x ``width`` pixels.
