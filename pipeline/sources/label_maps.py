@@ -6,7 +6,6 @@
     voc          JPEGImages/2007_000033.jpg      SegmentationClass/2007_000033.png      0 background, 255 void
     ade20k       images/validation/a.jpg         annotations/validation/a.png           0 other, 1 to 150
     coco_stuff   images/val2017/000000000139.jpg annotations/val2017/000000000139.png   COCO's id - 1, 255 unlabelled
-    FSS-1000     ab_wheel/1.jpg                  ab_wheel/1.png                         white: the folder's class
 
 Values are mapped to those of ``mask.png`` (``shards/label_values.py``): v for the v-th class of the card, 0 for an
 unlabelled pixel, 255 for void (65535 with more than 254 classes). A file with another value is a row with its reason,
@@ -20,7 +19,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -36,14 +34,11 @@ from pipeline.shards.label_values import (
     decode_values,
     encode_values,
 )
-from pipeline.shards.objects import plain_word
-from pipeline.shards.pixels import decode_pixels, read_header
 from pipeline.shards.sample import IMAGE_FIELDS
 from pipeline.shards.storage import Folder, file_stamp, split_file
 from pipeline.sources.source import UNCHANGED, Row, Slice, is_hidden
 
 ENDINGS = tuple(f".{ending}" for ending in IMAGE_FIELDS)
-WHITE_FROM = 128  # of silhouettes
 REFUSED = WIDE_VOID + 1  # in a table of values: a value that no class has
 
 
@@ -69,9 +64,6 @@ class LabelMaps:
     """Replacement of the image's extension in the name of its label file."""
     split: str = ""
     """File in the folder with one image a line, relative to `images`, with or without extension; empty = all images."""
-    labels_are: Literal["values", "silhouettes"] = "values"
-    """Kind of label files: values (a number for each pixel), or silhouettes: black and white images, in which white is
-    the class that the image's first folder names; images of other folders than the card's classes are left out."""
     class_values: tuple[int, ...] = ()
     """Values of the classes in the label files, in the order of the card; empty = 1, 2, 3, ..."""
     unlabelled_values: tuple[int, ...] = (0,)
@@ -108,9 +100,7 @@ class LabelMaps:
         for start in range(0, len(files), rows_per_shard):
             part = files[start : start + rows_per_shard]
             name = f"label-maps-{start:09d}.json"
-            digest = hashlib.sha256(
-                json.dumps([mapping, self.images, self.labels, self.labels_are, part]).encode()
-            ).hexdigest()
+            digest = hashlib.sha256(json.dumps([mapping, self.images, self.labels, part]).encode()).hexdigest()
             scratch.write_atomic(name, json.dumps([[image, label] for image, label, *_ in part]).encode())
             yield Slice(count=len(part), digest=digest, where={"list": scratch.join(name)})
 
@@ -147,19 +137,10 @@ class LabelMaps:
             table[value] = meaning
         return table
 
-    @cached_property
-    def _numbers(self) -> dict[str, int]:
-        """The values of classes by plain word."""
-        return {plain_word(name): number for number, name in enumerate(self.classes, 1)}
-
     def _files(self) -> list[tuple[str, str, str, str]]:
         """Paths of image and label, relative to their subfolders, and the version stamps of both."""
         images, labels = self._found("images"), self._found("labels")
         paths = [path for path in images if path.lower().endswith(ENDINGS) and not is_hidden(path)]
-        if self.images.strip("/") == self.labels.strip("/"):
-            paths = [path for path in paths if not path.endswith(self.label_suffix)]
-        if self.labels_are == "silhouettes":
-            paths = [path for path in paths if _first_folder(path) in self._numbers]
         require(bool(paths), "images", self.images, f"a subfolder of {self.folder} with images ({' '.join(ENDINGS)})")
         if self.split:
             stems = {_stem(path): path for path in reversed(paths)}
@@ -219,8 +200,6 @@ class LabelMaps:
 
     def _mask(self, label: bytes, path: str) -> bytes:
         """A label file as ``mask.png``."""
-        if self.labels_are == "silhouettes":
-            return self._silhouette(label, path)
         try:
             values = decode_values(label)
         except DataError as error:
@@ -230,25 +209,8 @@ class LabelMaps:
             outside = np.unique(values[mapped == REFUSED])[:5].tolist()
             message = f"{path} has the values {', '.join(map(str, outside))}, which no class has"
             raise SampleError("failed_to_resize", "bad_mask", message)
-        return self._encoded(mapped)
-
-    def _silhouette(self, label: bytes, path: str) -> bytes:
-        """A black and white label file as ``mask.png``; 128 and more is white, as in the code of HSNet and LSeg."""
-        try:
-            pixels = decode_pixels(label, read_header(label))
-        except SampleError as error:
-            raise SampleError("failed_to_resize", "bad_mask", f"{path}: {error.message}") from error
-        if pixels.ndim == 3:
-            pixels = np.asarray(cv2.cvtColor(np.ascontiguousarray(pixels[:, :, :3]), cv2.COLOR_BGR2GRAY))
-        return self._encoded(np.where(pixels >= WHITE_FROM, self._numbers[_first_folder(path)], UNLABELLED))
-
-    def _encoded(self, values: NDArray[np.int64]) -> bytes:
-        return encode_values(values.astype(np.uint8 if len(self.classes) < VOID_VALUE else np.uint16))
-
-
-def _first_folder(path: str) -> str:
-    """The plain word of the first folder."""
-    return plain_word(path.split("/")[0]) if "/" in path else ""
+        narrow = len(self.classes) < VOID_VALUE
+        return encode_values(mapped.astype(np.uint8 if narrow else np.uint16))
 
 
 def _stem(path: str) -> str:

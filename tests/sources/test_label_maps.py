@@ -121,20 +121,6 @@ def test_the_layout_of_coco_stuff_and_of_coco_object(tmp_path: Path) -> None:
     assert bad.problem is not None and "has the values 11, which no class has" in bad.problem.message
 
 
-def test_the_layout_of_fss_1000(two: str, tmp_path: Path) -> None:
-    """Black and white images beside the images, in colours or grey; folders of other classes are left out."""
-    white = np.array([[0, 127], [128, 255]], np.uint8)
-    files = {"cat/1": white, "dog/1": np.repeat(white[:, :, None], 3, axis=2), "zebra/1": white, "dog/2": None}
-    for name, values in files.items():
-        write(tmp_path / f"fewshot/{name}.jpg", photo(2, 2))
-        write(tmp_path / f"fewshot/{name}.png", b"no image" if values is None else png(values))
-    options: dict[str, Any] = {"images": "", "labels": "", "labels_are": "silhouettes", "classes_of": two}
-    rows = list(pieces(LabelMaps(folder=str(tmp_path / "fewshot"), **options), tmp_path / "scratch"))
-    assert [row.url for row in rows] == ["cat/1.jpg", "dog/1.jpg", "dog/2.jpg"]
-    assert [mask_of(row).tolist() for row in rows[:2]] == [[[0, 0], [1, 1]], [[0, 0], [2, 2]]]
-    assert rows[2].problem is not None and rows[2].problem.error_class == "bad_mask"
-
-
 def test_class_names_are_the_official_ones() -> None:
     """Those of the papers, with spaces."""
     voc = "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant"
@@ -204,7 +190,7 @@ def test_more_classes_than_eight_bits_have(tmp_path: Path) -> None:
 
 
 def label_maps(one: PreparedSet) -> list[Any]:
-    reader = SegmentationReader(classes=one.ready.words.one.classes, resize=None)
+    reader = SegmentationReader(classes=one.ready.classes, resize=None)
     return [reader.read(sample)["labels"].tolist() for sample in one.samples()]
 
 
