@@ -190,7 +190,7 @@ def test_more_classes_than_eight_bits_have(tmp_path: Path) -> None:
 
 
 def label_maps(one: PreparedSet) -> list[Any]:
-    reader = SegmentationReader(classes=one.ready.words.classes, resize=None)
+    reader = SegmentationReader(classes=one.ready.words.one.classes, resize=None)
     return [reader.read(sample)["labels"].tolist() for sample in one.samples()]
 
 
