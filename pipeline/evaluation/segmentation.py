@@ -68,7 +68,7 @@ class SegmentationSet:
     def predicted(self, found: Segmentation) -> Tensor:
         """Class numbers int16 [H, W] of what a model found; the background is the last one."""
         ground = torch.full_like(found.labels, len(self.words))
-        return torch.where(found.scores < self.threshold, ground, found.labels)
+        return torch.where(found.below(self.threshold), ground, found.labels)
 
 
 class Confusion:

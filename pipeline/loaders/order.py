@@ -55,6 +55,10 @@ class RandomStream(IntEnum):
     """Large-scale jitter of a detector's image."""
     DRAWS = 10
     """Which anchors and regions of an image the loss of a detector samples."""
+    PROMPT_WORDS = 11
+    """Words and templates of a caption's prompts."""
+    GROUPS = 12
+    """Seed of the noise with which an image's patches are grouped."""
     PARTS = 16
     """Seeds of the snapshots of a mixture."""
     VIEWS = 64

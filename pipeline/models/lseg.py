@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCALE = 1 / 0.07
+WINDOW_STRIDE = 2 / 3  # distance of the windows, as a part of their side
 FACTS = "lseg.json"
 Block = Literal["none", "bottleneck", "depthwise"]
 Activation = Literal["lrelu", "relu", "tanh"]
@@ -319,8 +320,8 @@ class Lseg(Method):
         canvas[:, :height, :width] = pixels
         places = [
             (top, left)
-            for top in window_starts(height, window, views.stride)
-            for left in window_starts(width, window, views.stride)
+            for top in window_starts(height, window, views.stride or WINDOW_STRIDE)
+            for left in window_starts(width, window, views.stride or WINDOW_STRIDE)
         ]
         total = counts = torch.zeros(())
         for top, left in places:
