@@ -204,8 +204,8 @@ class Groupvit(ImageTextMethod, EmbeddingMethod):
 
     batch_keys: ClassVar[tuple[str, ...]] = ("image", "text", "prompts", "seeds")
     registered_as: ClassVar[str] = "groupvit"
-    # Gradients before batch normalisation are sums of many rows, rounded relative to their largest term.
-    parity_tolerance: ClassVar[float] = 1e-5
+    # Normalised small group tokens have large gradients, and their sums over rows round relative to these.
+    parity_tolerance: ClassVar[float] = 5e-5
     config: Config
     model: GroupingNetwork
     mean: Tensor

@@ -8,11 +8,12 @@ weights give the same features, so a state of either loads into the other. Chang
 - stochastic depth, which the port lacks;
 - attention by torch's fused kernels, without the matrix of weights;
 - random numbers of a row depend on the row's seed alone, so that several processes compute what one would;
+- biases that a later normalisation removes are not trained;
 - images of any size that is a multiple of the patch; batch normalisation over all processes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -92,7 +93,24 @@ class GroupingNetwork(GroupViTModel):
         self.text_model.encoder.layers = nn.ModuleList(DroppableLayer(config.text_config, True) for _ in layers)
         for projection in (self.visual_projection, self.text_projection):
             projection[1] = GatheredBatchNorm(config.projection_intermediate_dim)
+        for bias in self._redundant():
+            bias.requires_grad_(False)
         initialise(self)
+
+    def _redundant(self) -> Iterator[Tensor]:
+        """Biases that a later normalisation removes: their gradients would be rounding errors."""
+        vision: Any = self.vision_model
+        for stage in vision.encoder.stages:
+            if stage.downsample is not None:
+                yield stage.downsample.mlp_inter.fc2.bias
+            if stage.group_projector is not None:
+                yield stage.group_projector[1].fc2.bias
+        yield vision.layernorm.bias
+        text: Any = self.text_model
+        yield text.final_layer_norm.bias
+        projections: Any = (self.visual_projection, self.text_projection)
+        for projection in projections:
+            yield projection[0].bias
 
     def group(self, images: Tensor, seeds: Tensor | None = None) -> Grouped:
         """Normalised images float [B, 3, H, W] to their segments; sides are multiples of the patch.
@@ -141,8 +159,8 @@ def assign(
 ) -> tuple[Tensor, Tensor]:
     """Group ``states`` [B, L, C] by ``tokens`` [B, T, C]: segments [B, S, C], logits of the assignment [B, S, L].
 
-    ``block`` is the port's ``GroupViTTokenAssign``. Each state goes to one segment. With ``seeds`` and the ``stream`` of
-    their random numbers, the choice is sampled.
+    ``block`` is the port's ``GroupViTTokenAssign``. Each state goes to one segment. With ``seeds`` and the ``stream``
+    of their random numbers, the choice is sampled.
     """
     tokens, states = block.norm_tokens(tokens), block.norm_x(states)
     segments = block.pre_assign_attn(block.project_group_token(tokens), states)
