@@ -62,8 +62,8 @@ def paper(samples: int) -> Run:
 YFCC, REDCAPS = paper(28_663_147), paper(25_914_635)
 CC = paper(14_047_648)
 DRAWN = Run(
-    batch_size=128,
-    epochs=10,
+    batch_size=64,
+    epochs=16,
     warmup_steps=100,
     clip_grad_norm=5.0,
     optimizer=AdamW(learning_rate=2e-3, weight_decay=0.05, beta2=0.98, epsilon=1e-8),
@@ -73,9 +73,9 @@ DRAWN = Run(
 SMALL = Config(
     image_size=64,
     patch_size=8,
-    width=96,
-    heads=3,
-    depths=(3, 2, 1),
+    width=64,
+    heads=2,
+    depths=(2, 1, 1),
     group_tokens=(16, 8),
     drop_path=0.0,
     text_width=64,
@@ -84,6 +84,8 @@ SMALL = Config(
     dimension=128,
     projection_hidden=256,
     crop_scale=(0.6, 1.0),
+    augment="",  # it changes colours, which captions name
+    erase=0.0,
     window=64,
 )
 SMOKE = replace(

@@ -57,6 +57,8 @@ class RandomStream(IntEnum):
     """Which anchors and regions of an image the loss of a detector samples."""
     PROMPT_WORDS = 11
     """Words and templates of a caption's prompts."""
+    AUGMENTATION = 13
+    """RandAugment and erasing of an image."""
     GROUPS = 12
     """Seed of the noise with which an image's patches are grouped."""
     PARTS = 16

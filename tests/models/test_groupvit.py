@@ -616,9 +616,17 @@ def test_weights_of_a_file(tmp_path: Path) -> None:
         ("temperature", 0.0),
         ("crop_scale", (0.5, 0.1)),
         ("flip", 2.0),
+        ("erase", -0.1),
         ("top_classes", 0),
     ],
 )
 def test_settings_are_checked(field: str, value: Any) -> None:
     with pytest.raises(SettingError, match=field):
         Config(**{**TINY, field: value})
+
+
+@pytest.mark.parametrize("policy", ["augmix", "rand-x9"])
+def test_policies_are_checked(policy: str) -> None:
+    Groupvit.check(Config())
+    with pytest.raises(SettingError, match="augment"):
+        Groupvit.check(Config(augment=policy))

@@ -23,7 +23,7 @@ Differences from the authors' code:
 - the noise of an image is a function of its seed, so a step does not depend on the number of processes;
 - the two temperatures are clamped after a step, not within it;
 - windows average probabilities; there, also a channel of the background (see :class:`Segmentation`);
-- random crops, mirroring and RandAugment, with this project's random numbers, on uint8 images.
+- augmentation is DeiT's by timm, as theirs, on uint8 images; the crop and its mirroring are this project's.
 
 Left out: the half precision of apex (bfloat16 instead); training on several sizes of images.
 
@@ -47,6 +47,7 @@ from pipeline.errors import DataError
 from pipeline.loaders.batches import Reader
 from pipeline.loaders.cache import FileCache
 from pipeline.loaders.images import ImageTransform
+from pipeline.loaders.rand_augment import AugmentedImageReader, check_policy
 from pipeline.loaders.readers import ImageReader
 from pipeline.loaders.text import TextSettings, cut_text
 from pipeline.models.detections import check_words
@@ -131,6 +132,10 @@ class Config:
     """Range of the random crop's area, as a part of the image, 0 to 1."""
     flip: float = 0.5
     """Probability of mirroring a training image."""
+    augment: str = "rand-m9-mstd0.5-inc1"
+    """RandAugment of training images in timm's notation; none if empty."""
+    erase: float = 0.25
+    """Probability of replacing a rectangle of a training image by noise."""
     window: int | None = None
     """Side of the input for segmentation in pixels, a multiple of the patch; none for twice the training's (448)."""
     top_classes: int = 5
@@ -157,7 +162,8 @@ class Config:
         require(self.max_logit_scale >= 1, "max_logit_scale", self.max_logit_scale, "1 or more")
         low, high = self.crop_scale
         require(0 < low <= high <= 1, "crop_scale", self.crop_scale, "0 < low <= high <= 1")
-        require(0 <= self.flip <= 1, "flip", self.flip, "0 to 1")
+        for name in ("flip", "erase"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
 
     def _check_stages(self) -> None:
         depths, tokens, segments = self.depths, self.group_tokens, self.segments or self.group_tokens
@@ -231,6 +237,12 @@ class Groupvit(ImageTextMethod, EmbeddingMethod):
         return Config(**TINY)
 
     @classmethod
+    def check(cls, config: Config) -> None:
+        """Require a policy that timm reads."""
+        if config.augment:
+            check_policy(config.augment)
+
+    @classmethod
     def restored(cls, config: Config, description: Mapping[str, str]) -> Self:
         """The modules alone."""
         return cls(config, description)
@@ -256,7 +268,7 @@ class Groupvit(ImageTextMethod, EmbeddingMethod):
     def readers(self, train: bool, *, seed: int = 0, settings: TextSettings | None = None) -> Sequence[Reader]:
         """Images, captions with their prompts, and the seeds of each image's noise."""
         config, text = self.config, settings or TextSettings()
-        images: list[Reader] = [ImageReader(transform=self.transforms(train), seed=seed)]
+        images: list[Reader] = [self._image_reader(train, seed)]
         if train:
             images.append(SeedReader(seed=seed))
         if not config.prompts:
@@ -270,6 +282,14 @@ class Groupvit(ImageTextMethod, EmbeddingMethod):
             seed=seed,
         )
         return [*images, prompts]
+
+    def _image_reader(self, train: bool, seed: int) -> Reader:
+        config, transform = self.config, self.transforms(train)
+        if not train or not (config.augment or config.erase):
+            return ImageReader(transform=transform, seed=seed)
+        return AugmentedImageReader(
+            transform=transform, policy=config.augment, erase=config.erase, mean=MEAN, std=STD, seed=seed
+        )
 
     def normalised(self, images: Tensor) -> Tensor:
         """uint8 to float32, with ImageNet's mean and deviation."""
