@@ -28,7 +28,7 @@ _FUNCTION_WORDS = {
     "CC": "and or nor &",
     "IN": """
         of in on at by for from with without within into onto inside outside over under above below beneath
-        underneath behind beside besides between beyond near across through throughout against along alongside
+        underneath past behind beside besides between beyond near across through throughout against along alongside
         among amongst amid around about after before during until till since despite except like unlike upon
         toward towards via per versus vs than because although though while whilst if unless whether as off but
     """,
@@ -80,7 +80,8 @@ _CORRECTIONS = {
     "VBZ": "sits stands wears holds plays walks looks lies flies runs eats jumps rides",
     "VBG": """
         sitting standing wearing holding riding walking running playing looking eating lying laying flying
-        jumping surfing skateboarding smiling using carrying hanging posing leaning talking swimming drinking skiing cooking
+        jumping surfing skateboarding smiling using carrying hanging posing leaning talking swimming drinking
+        skiing cooking
     """,
     "VBN": """
         parked seated dressed surrounded filled covered topped isolated displayed placed stacked taken made
@@ -111,6 +112,17 @@ TRANSITIVE = frozenset(
     """.split()
 )
 """Verbs whose object may follow without an article."""
+
+COMPOUND_PARTICIPLES = frozenset(
+    """
+    covered drawn made filled shaped coated colored coloured stuffed wrapped roasted fried baked grilled smoked painted
+    printed crafted powered lined topped inspired themed woven sized based dyed
+    """.split()
+)
+"""Participles that make an adjective with the noun before them ("a snow covered road")."""
+
+PLURAL_MODIFIERS = frozenset("sports ladies kids women men girls boys arts sales news goods games".split())
+"""Plurals that stand before another noun ("ladies watch")."""
 
 # Read as one preposition, so that "front" in "in front of" is no object.
 PREPOSITIONS = tuple(
