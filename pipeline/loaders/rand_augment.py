@@ -87,7 +87,7 @@ class AugmentedImageReader:
 
     @cached_property
     def _erasing(self) -> Any:
-        return RandomErasing(self.erase, mode="pixel", device="cpu")
+        return RandomErasing(self.erase, mode="pixel", device="cpu")  # type: ignore[no-untyped-call]
 
 
 @contextmanager

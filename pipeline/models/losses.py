@@ -157,8 +157,8 @@ class _Softmax(torch.autograd.Function):
             matching = factor * (images * texts.unflatten(0, (-1, each)).mean(dim=1)).sum(dim=1)
         context.save_for_backward(images, texts, scale, over_texts, over_images)
         context.exchange, context.tile = exchange, tile
-        sums: Tensor = over_texts + over_images.view(-1, each).mean(dim=1)
-        return (sums / 2 - matching).mean()
+        loss: Tensor = ((over_texts + over_images.view(-1, each).mean(dim=1)) / 2 - matching).mean()
+        return loss
 
     @staticmethod
     @once_differentiable

@@ -179,6 +179,16 @@ def test_initial_weights_are_the_authors() -> None:
     assert bound * 0.95 < float(model.visual_projection[0].weight.abs().max()) <= bound
 
 
+def test_a_bag_of_words_has_no_order() -> None:
+    torch.manual_seed(0)
+    method = Groupvit(Config(**{**TINY, "text_start": "bag_of_words", "text_layers": 2})).eval()
+    tokens = method.tokenizer(["a red star", "star red a", "a red star star", "a blue star"])
+    with torch.no_grad():
+        states = method.model.text_states(tokens)
+    torch.testing.assert_close(states[0], states[1], rtol=1e-3, atol=1e-4)
+    assert all((states[0] - states[other]).abs().max() > 0.1 for other in (2, 3))
+
+
 def test_hard_assignment_has_the_softmax_gradient() -> None:
     """One-hot forward; backward, finite differences of a weighted sum of the softmax."""
     torch.manual_seed(0)

@@ -51,7 +51,7 @@ from pipeline.loaders.rand_augment import AugmentedImageReader, check_policy
 from pipeline.loaders.readers import ImageReader
 from pipeline.loaders.text import TextSettings, cut_text
 from pipeline.models.detections import check_words
-from pipeline.models.groupvit.network import DroppableLayer, GroupingNetwork
+from pipeline.models.groupvit.network import DroppableLayer, GroupingNetwork, start_as_bag_of_words
 from pipeline.models.groupvit.prompts import PromptReader, SeedReader, phrases_of
 from pipeline.models.groupvit.views import (
     GroupedView,
@@ -110,6 +110,8 @@ class Config:
     """Attention heads of the text tower."""
     context_length: int = 77
     """Tokens per text."""
+    text_start: Literal["paper", "bag_of_words"] = "paper"
+    """Initial text tower: paper (random), or bag_of_words (every layer averages words) for short runs."""
     dimension: int = 256
     """Dimension of the features of images and texts."""
     projection_hidden: int = 4096
@@ -221,6 +223,8 @@ class Groupvit(ImageTextMethod, EmbeddingMethod):
         """``description`` is given if weights are restored afterwards; ``config.pretrained`` is not read then."""
         super().__init__(config)
         self.model = GroupingNetwork(config.network(), config.drop_path)
+        if config.text_start == "bag_of_words":
+            start_as_bag_of_words(self.model)
         tokenizer = open_clip.SimpleTokenizer(context_length=config.context_length)
         self.tokenizer, self.end_of_text = tokenizer, tokenizer.eot_token_id
         if config.prompts:
