@@ -23,8 +23,6 @@ IMAGE_KINDS: Mapping[str, tuple[str, ...]] = {
 """Kinds of images that :mod:`pipeline.shards.pixels` decodes, with their endings; shards use the first one."""
 # A sample's image is the first of these fields that it has.
 IMAGE_FIELDS = tuple(dict.fromkeys(ending for endings in IMAGE_KINDS.values() for ending in endings))
-# Fields with positions in the image: a resize would make them wrong.
-GEOMETRIC_FIELDS = ("boxes.json", "mask.png")
 
 
 @dataclass(slots=True)
