@@ -78,6 +78,10 @@ def greedy_soup(members: Sequence[str], load: Load, judge: Judge, known: Mapping
 
     The order is by ``known`` scores if all members have one, else by the judge's.
     """
+    first = load(members[0])
+    for member in members[1:]:  # before the first evaluation, which may take an hour
+        check_alike(first, load(member), members[0], member)
+    del first
     scores = dict(known or {})
     if set(scores) != set(members):
         scores = {member: judge(load(member)) for member in members}
@@ -87,7 +91,6 @@ def greedy_soup(members: Sequence[str], load: Load, judge: Judge, known: Mapping
     mean = dict(method.state_dict())
     for member in order[1:]:
         other = load(member)
-        check_alike(method, other, order[0], member)
         share = 1 / (len(kept) + 1)
         candidate = weighted([(mean, 1 - share), (other.state_dict(), share)])
         other.load_state_dict(candidate)

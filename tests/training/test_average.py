@@ -137,7 +137,7 @@ def test_other_architectures_are_refused(other: dict[str, Any]) -> None:
     for average in (
         lambda: wise_ft("one", "two", 0.5, methods.__getitem__),
         lambda: uniform_soup(["one", "two"], methods.__getitem__),
-        lambda: greedy_soup(["one", "two"], methods.__getitem__, lambda method: 0.0),
+        lambda: greedy_soup(["one", "two"], methods.__getitem__, lambda _: pytest.fail("evaluated before")),
     ):
         with pytest.raises(SettingError, match="checkpoints: got '(one|two)'.*the architecture of"):
             average()
