@@ -20,18 +20,17 @@ from numpy.typing import NDArray
 
 from pipeline.config import require
 from pipeline.errors import DataError
-from pipeline.shards.objects import FIELD, is_span, overlaps, read_objects
+from pipeline.shards.objects import is_span, overlaps
 from pipeline.shards.sample import Sample
 from pipeline.shards.sidecar import FACTS
 from pipeline.shards.snapshot import Shard, Snapshot
-from pipeline.shards.text import decoded
 from pipeline.stages.annotate.annotator import Annotation, annotate
+from pipeline.stages.annotate.caption_phrases import PhrasesOf, PhraseSource, Span
 from pipeline.stages.annotate.pseudo_boxes import NAME, SCHEMA, PseudoBoxCounts, counts_of_row
 from pipeline.stages.shard_tasks import Workers
 
 logger = logging.getLogger(__name__)
 
-Span = tuple[int, int]
 MOST_CANDIDATES = 1000
 """Boxes per phrase that non-maximum suppression compares, those with the highest scores."""
 
@@ -89,16 +88,6 @@ class MakeGroundingTeacher(Protocol):
     def __call__(self, threads: int) -> GroundingTeacher: ...
 
 
-class SpanExtractor(Protocol):
-    """Finds the noun phrases of captions; picklable. ``maker`` is the digest of its rules."""
-
-    maker: str
-
-    def __call__(self, caption: str) -> Sequence[Span]:
-        """The phrases as code points of ``caption``, the end exclusive."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class PseudoBoxOptions:
     """Options of the pseudo boxes."""
@@ -132,21 +121,19 @@ class PseudoBoxOptions:
 def make_pseudo_boxes(
     snapshot: Snapshot,
     make: MakeGroundingTeacher,
-    extract: SpanExtractor | None,
+    phrases: PhraseSource,
     options: PseudoBoxOptions,
     workers: Workers,
     use_gpu: bool | None = None,
 ) -> Snapshot:
     """Make the pseudo boxes of every shard and publish them; finished shards are not read again.
 
-    ``extract`` finds the phrases of captions; without it the phrases in ``boxes.json`` are used.
-
     Raises:
-        SidecarError: the sidecar has boxes of another teacher.
-        DataError: a damaged shard, or samples without phrases where ``extract`` is ``None``.
+        SidecarError: the sidecar has boxes of another teacher or other settings, or that of the phrases is unusable.
+        DataError: a damaged shard.
         StorageError: the store failed (run the same command to continue), or another job holds the folder's lease.
     """
-    load = LoadPseudoBoxMaker(make, extract, options)
+    load = LoadPseudoBoxMaker(make, phrases, options)
     annotation = Annotation(name=options.name, overwrite=options.overwrite)
     return annotate(snapshot, load, annotation, workers, use_gpu)
 
@@ -156,11 +143,11 @@ class LoadPseudoBoxMaker:
     """Load the annotator of pseudo boxes."""
 
     make: MakeGroundingTeacher
-    extract: SpanExtractor | None
+    phrases: PhraseSource
     options: PseudoBoxOptions
 
     def __call__(self, threads: int) -> "PseudoBoxMaker":
-        return PseudoBoxMaker(self.make(threads), self.extract, self.options, threads)
+        return PseudoBoxMaker(self.make(threads), self.phrases, self.options, threads)
 
 
 @dataclass
@@ -178,24 +165,18 @@ class PseudoBoxMaker:
     """Makes the table of pseudo boxes of a shard's samples; decodes ahead in ``threads`` threads."""
 
     def __init__(
-        self, teacher: GroundingTeacher, extract: SpanExtractor | None, options: PseudoBoxOptions, threads: int
+        self, teacher: GroundingTeacher, phrases: PhraseSource, options: PseudoBoxOptions, threads: int
     ) -> None:
-        self._teacher, self._extract, self._options, self._threads = teacher, extract, options, threads
-        phrases = FIELD if extract is None else extract.maker
-        settings = (options.least_score, options.overlap, options.most, options.smallest)
-        self.maker = hashlib.sha256(repr((teacher.maker, phrases, settings)).encode()).hexdigest()
-        self._facts = {
-            **teacher.facts,
-            "phrases": phrases,
-            "least_score": options.least_score,
-            "overlap": options.overlap,
-        }
+        self._teacher, self._phrases, self._options, self._threads = teacher, phrases, options, threads
+        settings = {name: getattr(options, name) for name in ("least_score", "overlap", "most", "smallest")}
+        self._facts = {**teacher.facts, "phrases": phrases.maker, **settings}
+        self.maker = hashlib.sha256(repr((teacher.maker, phrases.maker, settings)).encode()).hexdigest()
 
     def table(self, samples: Iterator[Sample], shard: Shard) -> pa.Table:
         """The sidecar's rows in the order of ``samples``, with the counts of the shard in its metadata."""
-        parts, counts = [SCHEMA.empty_table()], PseudoBoxCounts()
+        parts, counts, phrases_of = [SCHEMA.empty_table()], PseudoBoxCounts(), self._phrases.of_shard(shard)
         with ThreadPoolExecutor(self._threads, thread_name_prefix="prepare") as pool:
-            for window in self._windows(samples, pool):
+            for window in self._windows(samples, phrases_of, pool):
                 rows = self._rows(window)
                 parts.append(pa.Table.from_pylist(rows, schema=SCHEMA))
                 unusable = sum(one.unusable for one in window)
@@ -204,32 +185,24 @@ class PseudoBoxMaker:
         facts = {**self._facts, "counts": asdict(counts)}
         return pa.concat_tables(parts).replace_schema_metadata({FACTS: json.dumps(facts).encode()})
 
-    def _windows(self, samples: Iterator[Sample], pool: ThreadPoolExecutor) -> Iterator[list[_Read]]:
+    def _windows(
+        self, samples: Iterator[Sample], phrases_of: PhrasesOf, pool: ThreadPoolExecutor
+    ) -> Iterator[list[_Read]]:
         """Runs of samples; the images of the next run are decoded while a run is grounded."""
+
+        def begin(sample: Sample) -> _Read:
+            found, content = phrases_of(sample), sample.image()
+            usable = sorted({span for span in found.spans if is_span(*span, found.caption or "")})
+            unusable = sum(not is_span(*span, found.caption or "") for span in found.spans)
+            image = None if content is None else pool.submit(self._teacher.prepare, content)
+            return _Read(sample.key, found.caption, tuple(usable), unusable, image)
+
         size = self._options.batch_size * self._options.batches_ahead
-        ahead = [self._begin(sample, pool) for sample in islice(samples, size)]
+        ahead = [begin(sample) for sample in islice(samples, size)]
         while ahead:
-            following = [self._begin(sample, pool) for sample in islice(samples, size)]
+            following = [begin(sample) for sample in islice(samples, size)]
             yield ahead
             ahead = following
-
-    def _begin(self, sample: Sample, pool: ThreadPoolExecutor) -> _Read:
-        caption, spans = self._phrases(sample)
-        usable = tuple(sorted({span for span in spans if is_span(*span, caption or "")}))
-        content = sample.image()
-        image = None if content is None else pool.submit(self._teacher.prepare, content)
-        return _Read(sample.key, caption, usable, sum(not is_span(*span, caption or "") for span in spans), image)
-
-    def _phrases(self, sample: Sample) -> tuple[str | None, Sequence[Span]]:
-        """The caption and its phrases; no caption for a sample without text."""
-        if self._extract is None:
-            objects = read_objects(sample)
-            return objects.caption or None, [(one.start, one.end) for one in objects.phrases]
-        content = sample.fields.get("txt")
-        caption = None if content is None else decoded(content)
-        if caption is None or not caption.strip():
-            return None, ()
-        return caption, self._extract(caption)
 
     def _rows(self, window: Sequence[_Read]) -> list[dict[str, Any]]:
         teacher = self._teacher
