@@ -80,7 +80,8 @@ _CORRECTIONS = {
     "VBZ": "sits stands wears holds plays walks looks lies flies runs eats jumps rides",
     "VBG": """
         sitting standing wearing holding riding walking running playing looking eating lying laying flying
-        jumping surfing skateboarding smiling using carrying hanging posing leaning talking swimming drinking skiing cooking
+        jumping surfing skateboarding smiling using carrying hanging posing leaning talking swimming drinking
+        skiing cooking
     """,
     "VBN": """
         parked seated dressed surrounded filled covered topped isolated displayed placed stacked taken made

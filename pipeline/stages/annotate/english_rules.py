@@ -76,7 +76,7 @@ def _noun_or_verb(tags: list[str], texts: list[str], at: int) -> str:
         return "VB" if sure and tag != "NNS" else tag
     if texts[at - 1] in _SUBJECTS and before in ("PRP", "WP"):
         return "VBZ" if tag == "NNS" else "VBP" if tag == "NN" else tag
-    if after in ("DT", "PRP$") and tag != "JJ":
+    if after in _OBJECTS and tag != "JJ":
         if before == "NNS" and tag == "NN":
             return "VBP"
         if before in ("NN", "NNP") and tag == "NNS":

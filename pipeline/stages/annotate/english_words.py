@@ -12,7 +12,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 from pipeline.stages.annotate.english import COLOURS, CORRECTIONS, FUNCTION_WORDS, PREPOSITIONS, QUANTIFIERS
-from pipeline.stages.annotate.noun_phrases import BREAK, NOUNS, QUANTIFIER, VERBS
+from pipeline.stages.annotate.noun_phrases import ADJECTIVES, BREAK, NOUNS, QUANTIFIER, VERBS
 
 LONGEST_WORD = 40
 REMEMBERED_WORDS = 200_000
@@ -111,7 +111,9 @@ def _word_tag(text: str, plain: bool) -> str:
     if len(text) > LONGEST_WORD or _OTHER_SCRIPT.search(text):
         return BREAK
     lower = text.lower().replace("\u2019", "'")
-    if not plain and text[0].isupper() and (len(text) > 1 and text.isupper() or lower not in FUNCTION_WORDS):
+    capitals = len(text) > 1 and text.isupper()
+    emphasis = capitals and lexicon_tag(lower) in ADJECTIVES  # "a RED dog", but "the US flag"
+    if not plain and text[0].isupper() and not emphasis and (capitals or lower not in FUNCTION_WORDS):
         return "NNPS" if lexicon_tag(lower) == "NNS" else "NNP"
     if text[0].isupper() and not lexicon_tag(lower):
         return _guessed(lower) if "-" in lower else "NNP"
