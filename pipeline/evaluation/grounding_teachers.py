@@ -97,7 +97,7 @@ class CheckpointTeacher(_Teacher):
         require(callable(getattr(method, "ground", None)), "teacher", address, "a method that grounds phrases")
         super().__init__(address, method, precision)
         self._tokenizer: SpanTokenizer = method.tokenizer
-        self._most: int = method.config.prompts.text_tokens
+        self._most: int = method.config.grounding.text_tokens
 
     def size(self, image: Tensor) -> tuple[int, int]:
         """The size at which it fits a square; only its proportions matter here."""

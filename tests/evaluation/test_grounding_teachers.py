@@ -11,9 +11,6 @@ import transformers
 
 from pipeline.errors import SettingError
 from pipeline.evaluation.grounding_teachers import GroundingDinoTeacher, LoadGroundingTeacher, Owlv2Teacher
-    GroundingDinoTeacher,
-    Owlv2Teacher,
-)
 from pipeline.stages.annotate.pseudo_box_maker import FoundBoxes, GroundingTeacher
 
 CAPTIONS = ("a red dog and a cat.", "the dog", "cat cat cat on a red bus near the dog", "bus. dog")
