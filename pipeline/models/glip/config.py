@@ -5,7 +5,8 @@ from typing import Any
 
 from pipeline.config import require
 from pipeline.loaders.detection import RandomResize
-from pipeline.loaders.grounding_prompts import DRAWN, PromptOptions
+from pipeline.loaders.grounding import GroundingOptions
+from pipeline.loaders.grounding_prompts import DRAWN
 
 FINEST = 8  # pixels of a cell of the finest level
 LEVELS = 5
@@ -52,9 +53,9 @@ class Config:
     """Anchors of each level, nearest to a box, of which some are trained on the box."""
     box_weight: float = 2.0
     """Weight of the box loss; the other losses have 1."""
-    prompts: PromptOptions = field(default_factory=PromptOptions)
+    grounding: GroundingOptions = field(default_factory=GroundingOptions)
     class_names: tuple[str, ...] = ()
-    """Names of the classes of detection data, from which prompts are sampled; the classes of the data if empty."""
+    """Names of the classes whose boxes are read, from which prompts are sampled; the classes of the data if empty."""
     image_size: int = 1088
     """Side of the square input in pixels, a multiple of 32; the longer side of a test image."""
     jitter_scale: tuple[float, float] = (0.6, 1.0)
@@ -138,4 +139,5 @@ SMALLEST: dict[str, Any] = {
     "width": 32,
     "norm_groups": 4,
     "image_size": 64,
+    "class_names": ("red", "green", "blue", "yellow"),
 }

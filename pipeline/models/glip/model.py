@@ -48,7 +48,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.config import require
+from pipeline.loaders.batches import Reader
 from pipeline.loaders.detection import FILL, Placement
+from pipeline.loaders.grounding import MULTIPLE, GroundingData, GroundingReader, grounding_data
 from pipeline.loaders.grounding_prompts import DRAWN, SpanTokenizer, TokenizedText, name_chunks
 from pipeline.models.detections import Detections, GroundedBoxes, check_words
 from pipeline.models.glip import losses, text
@@ -60,10 +62,11 @@ from pipeline.models.glip.released import load_start
 from pipeline.models.method import Method
 from pipeline.models.proposals import STD, unplaced
 from pipeline.models.towers.layers import Layer
+from pipeline.shards.objects import FIELD
+from pipeline.shards.sidecar import Wanted
 
 TOKENIZER = "tokenizer.json"
 GRAIN = 32  # sides of a test image are padded to a multiple of this many pixels
-TOKEN_GRAIN = 8
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,40 @@ class Glip(Method):
         if mode:
             self._prompts.clear()
         return super().train(mode)
+
+    @classmethod
+    def reader_settings(cls, run: Any) -> str:
+        """The data, whose classes and captions the prompts are made of."""
+        data: str = run.data
+        return data
+
+    @classmethod
+    def sample_fields(cls, config: Config, settings: str | None = None) -> Sequence[str]:
+        """Images and their objects, unless a sidecar has these."""
+        return ("image",) if config.grounding.pseudo_boxes else ("image", FIELD)
+
+    @classmethod
+    def sidecars(cls, config: Config, settings: str | None = None) -> Sequence[Wanted]:
+        """The pseudo boxes, where the settings name them."""
+        stored = config.grounding.stored_boxes()
+        return [] if stored is None else [stored.wanted]
+
+    def readers(self, train: bool, *, seed: int = 0, settings: str | None = None) -> Sequence[Reader]:
+        """Images in the square, prompts, and boxes with their tokens."""
+        config = self.config
+        data = GroundingData(classes=(config.class_names,))
+        if settings:
+            data = grounding_data(settings, config.grounding, config.class_names, seed)
+        return [
+            GroundingReader(
+                tokenizer=self.tokenizer,
+                resize=config.resize(train),
+                options=config.grounding,
+                data=data,
+                most=config.most_objects,
+                seed=seed,
+            )
+        ]
 
     def lengths(self, batch: Mapping[str, Tensor]) -> Mapping[str, int]:
         """Texts are padded to their batch's longest."""
@@ -247,7 +284,7 @@ class Glip(Method):
         self, images: Sequence[Tensor], captions: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]]
     ) -> list[GroundedBoxes]:
         """See :class:`~pipeline.models.detections.Grounder`."""
-        tokenized = self.tokenizer.batch(captions, self.config.prompts.text_tokens)
+        tokenized = self.tokenizer.batch(captions, self.config.grounding.text_tokens)
         positive = [_positive(one, some) for one, some in zip(tokenized, spans, strict=True)]
         found: dict[int, GroundedBoxes] = {}
         for group in self._groups(images):
@@ -270,7 +307,7 @@ class Glip(Method):
     def _encoded_prompts(self, words: tuple[str, ...]) -> list[EncodedPrompt]:
         """The prompts that hold ``words``; those of the last words are remembered."""
         if words not in self._prompts:
-            most = self.config.prompts.text_tokens
+            most = self.config.grounding.text_tokens
             made = []
             for numbers, prompt in name_chunks(words, self.tokenizer, self.config.chunk_words, most):
                 tokenized = self.tokenizer(prompt.text, most)
@@ -284,7 +321,7 @@ class Glip(Method):
     def _padded(self, texts: Sequence[TokenizedText]) -> tuple[Tensor, Tensor]:
         """Tokens int64 [B, M] and bool [B, M] on the method's device."""
         longest = max(map(len, texts))
-        tokens = torch.full((len(texts), -(-longest // TOKEN_GRAIN) * TOKEN_GRAIN), self.tokenizer.pad)
+        tokens = torch.full((len(texts), -(-longest // MULTIPLE) * MULTIPLE), self.tokenizer.pad)
         mask = torch.zeros(tokens.shape, dtype=torch.bool)
         for number, one in enumerate(texts):
             tokens[number, : len(one)] = torch.from_numpy(one.ids)

@@ -71,7 +71,7 @@ def text_settings(config: Config, tokenizer: SpanTokenizer) -> Any:
             num_hidden_layers=layers,
             num_attention_heads=heads,
             intermediate_size=4 * width,
-            max_position_embeddings=config.prompts.text_tokens,
+            max_position_embeddings=config.grounding.text_tokens,
             pad_token_id=tokenizer.pad,
             **dropout,
         )
@@ -84,7 +84,7 @@ def text_settings(config: Config, tokenizer: SpanTokenizer) -> Any:
     same = found.vocab_size >= tokenizer.vocab_size
     require(same, "text", config.text, f"a tokenizer of at most {found.vocab_size} tokens, the rows of its embedding")
     longest = found.max_position_embeddings
-    require(config.prompts.text_tokens <= longest, "text_tokens", config.prompts.text_tokens, f"up to {longest}")
+    require(config.grounding.text_tokens <= longest, "text_tokens", config.grounding.text_tokens, f"up to {longest}")
     return found
 
 
