@@ -25,8 +25,11 @@ from pipeline.loaders.grounding_prompts import SpanTokenizer, TokenizedText
 from pipeline.loaders.images import as_stored, decode
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.models.towers.weights import digest_of
+from pipeline.shards.storage import Folder
 from pipeline.stages.annotate.caption_phrases import Span
 from pipeline.stages.annotate.pseudo_box_maker import FoundBoxes, GroundingTeacher
+from pipeline.training.checkpoint import checkpoint_folder, resolved
+from pipeline.training.run import read_record
 
 GROUNDING_DINO, OWLV2 = "grounding-dino:", "owlv2:"
 GRAIN = 32
@@ -62,7 +65,7 @@ class LoadGroundingTeacher:
             return GroundingDinoTeacher(self.teacher.removeprefix(GROUNDING_DINO), device, self.precision)
         if self.teacher.startswith(OWLV2):
             return Owlv2Teacher(self.teacher.removeprefix(OWLV2), device, self.precision)
-        return CheckpointTeacher(self.teacher, device, self.precision)
+        return CheckpointTeacher.load(self.teacher, device, self.precision)
 
 
 class _Teacher:
@@ -91,13 +94,24 @@ class _Teacher:
 class CheckpointTeacher(_Teacher):
     """A method of ours that grounds phrases."""
 
-    def __init__(self, address: str, device: str = "cpu", precision: Precision = "fp32") -> None:
-        """Raises ``SettingError`` for a method without ``ground``."""
-        method: Any = load_any(address, device)
-        require(callable(getattr(method, "ground", None)), "teacher", address, "a method that grounds phrases")
-        super().__init__(address, method, precision)
+    def __init__(self, method: Any, name: str, precision: Precision = "fp32", run: str = "") -> None:
+        """``name`` and ``run``, the tracker's id of the run that trained it, are stored with the boxes.
+
+        Raises:
+            SettingError: a method without ``ground``.
+        """
+        require(callable(getattr(method, "ground", None)), "teacher", name, "a method that grounds phrases")
+        super().__init__(name, method, precision)
+        self.facts = {**self.facts, "teacher_run": run}
         self._tokenizer: SpanTokenizer = method.tokenizer
         self._most: int = method.config.grounding.text_tokens
+
+    @classmethod
+    def load(cls, address: str, device: str = "cpu", precision: Precision = "fp32") -> "CheckpointTeacher":
+        """The method of a checkpoint or run folder; raises ``SettingError`` where there is none."""
+        folder = checkpoint_folder(address)
+        run = "" if folder is None else _tracking_run(folder)
+        return cls(load_any(address, device), resolved(address), precision, run)
 
     def size(self, image: Tensor) -> tuple[int, int]:
         """The size at which it fits a square; only its proportions matter here."""
@@ -253,6 +267,16 @@ def _pretrained(prefix: str, name: str, kind: Any, model_type: str) -> tuple[Any
         raise
     except (OSError, ValueError, KeyError) as error:
         raise SettingError("teacher", prefix + name, f"{allowed} ({str(error).splitlines()[0]})") from error
+
+
+def _tracking_run(checkpoint: Folder) -> str:
+    """The tracker's id of the run that wrote a checkpoint; empty where the run's folder is not above it."""
+    parts = checkpoint.uri.split("/")
+    for above in range(3):
+        record = read_record(Folder("/".join(parts[: len(parts) - above])))
+        if record is not None:
+            return record.tracking_run
+    return ""
 
 
 def _padded_side(side: int) -> int:
