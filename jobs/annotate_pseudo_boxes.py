@@ -18,11 +18,10 @@ from dataclasses import dataclass, field, replace
 import tyro
 
 from pipeline.config import require, run_job
-from pipeline.evaluation.grounding_teachers import CheckpointTeacher, LoadGroundingTeacher
+from pipeline.evaluation.grounding_teachers import LoadGroundingTeacher, untrained_teacher
 from pipeline.evaluation.pseudo_box_figures import pseudo_box_figure, score_figure
 from pipeline.loaders.phrases import ReadSampleCaptions
 from pipeline.models.glip import Glip
-from pipeline.models.method import build_method
 from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.shards.objects import FIELD
 from pipeline.shards.snapshot import Snapshot, read_snapshot
@@ -135,7 +134,7 @@ def phrases_of(run: AnnotatePseudoBoxes, snapshot: Snapshot) -> PhraseSource:
 
 def untrained(threads: int) -> GroundingTeacher:
     """The smallest GLIP with random weights, which finds everything with low scores."""
-    return CheckpointTeacher(build_method(replace(Glip.smallest(), least_score=0.0)), "untrained")
+    return untrained_teacher(replace(Glip.smallest(), least_score=0.0))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pipeline.evaluation.models import load_any, usable_device
 from pipeline.loaders.grounding_prompts import SpanTokenizer, TokenizedText
 from pipeline.loaders.images import as_stored, decode
 from pipeline.loaders.samples import UnreadableSample
+from pipeline.models.method import build_method
 from pipeline.models.towers.weights import digest_of
 from pipeline.shards.storage import Folder
 from pipeline.stages.annotate.caption_phrases import Span
@@ -131,6 +132,13 @@ class CheckpointTeacher(_Teacher):
             found = self.model.ground(images, captions, spans)
         cut = _cut_off(self._tokenizer.batch(captions, self._most), spans)
         return [_found(one.boxes, one.scores, one.spans, off) for one, off in zip(found, cut, strict=True)]
+
+
+def untrained_teacher(config: Any) -> CheckpointTeacher:
+    """The method that ``config`` describes, with random weights of a fixed seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return CheckpointTeacher(build_method(config), "untrained")
 
 
 class GroundingDinoTeacher(_Teacher):
