@@ -16,7 +16,9 @@ from pipeline.sources.drawn.source import Drawn
 from pipeline.sources.urls import UrlTable
 from tests.jobs.conftest import Type, job  # noqa: F401  (the fixture that runs jobs)
 
-KINDS = "coco drawn folder hugging-face picked split-file stamp-scenes stamps stored urls webdataset".split()
+KINDS = (
+    "coco drawn folder glip-tsv hugging-face mdetr odvg picked split-file stamp-scenes stamps stored urls webdataset"
+).split()
 
 NEW = '''
 from collections.abc import Mapping
@@ -59,7 +61,7 @@ def test_presets_come_from_the_sources() -> None:
     assert [*PRESETS] == [*named, "card", "smoke"]
     modes = {kind: run.options.images.resize_mode for kind, (_, run) in PRESETS.items() if kind in named}
     kept = {kind for kind, mode in modes.items() if mode == "no"}
-    assert kept == {"coco", "drawn", "stamp-scenes", "webdataset"}
+    assert kept == {"coco", "drawn", "glip-tsv", "mdetr", "odvg", "stamp-scenes", "webdataset"}
 
 
 def test_a_refresh_can_be_run_again_from_its_json() -> None:
