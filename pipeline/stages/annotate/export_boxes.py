@@ -1,7 +1,7 @@
 """Boxes and phrases of a snapshot in the formats of other code: ODVG's lines, or MDETR's annotations.
 
-Each shard becomes one file, ``00017.jsonl`` or ``00017.json``, beside ``images/00017/KEY.jpg``. A data set of boxes with
-class names also gets ``label_map.json``, ``{"0": "person"}``. Hidden samples and crowds are left out, and repeated
+Each shard becomes one file, ``00017.jsonl`` or ``00017.json``, beside ``images/00017/KEY.jpg``. A data set of boxes
+with class names also gets ``label_map.json``, ``{"0": "person"}``. Hidden samples and crowds are left out, and repeated
 samples occur once.
 """
 
