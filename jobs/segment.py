@@ -18,15 +18,13 @@ from pipeline.evaluation.encoder import inference
 from pipeline.evaluation.models import load_segmenter
 from pipeline.evaluation.report import segments_table
 from pipeline.evaluation.showcase import segments_png
-from pipeline.loaders.images import Pixels, as_stored, decode, image_at
+from pipeline.loaders.images import as_stored
 from pipeline.models.detections import check_words
 from pipeline.models.lseg import Lseg
 from pipeline.models.method import build_method
 from pipeline.models.segments import ImageViews, Segmenter
+from pipeline.runs.drawn_data import DRAWN_IMAGE, read_image
 from pipeline.shards.storage import split_file
-from pipeline.sources.drawn.sample import draw_sample
-
-SMOKE = "drawn://val/0/0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +72,7 @@ PRESETS: dict[str, tuple[str, Segment]] = {
     ),
     "smoke": (
         "Segments of an untrained segmenter in a drawn image.",
-        Smoke(image=SMOKE, checkpoint="", words=("star", "disc", "background")),
+        Smoke(image=DRAWN_IMAGE, checkpoint="", words=("star", "disc", "background")),
     ),
 }
 
@@ -90,13 +88,6 @@ def main(run: Segment) -> None:
     shown = found.above(run.threshold)
     print(segments_table(shown, run.words))
     folder.write_atomic(name, segments_png(image, shown, run.words))
-
-
-def read_image(place: str) -> Pixels:
-    """The image at ``place``; the smoke test's is drawn."""
-    if place == SMOKE:
-        return decode(draw_sample("val", 0, 0, 128).image)
-    return image_at(place)
 
 
 def load(run: Segment) -> Segmenter:
