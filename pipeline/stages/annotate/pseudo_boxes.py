@@ -9,17 +9,25 @@ cut the phrase off), ``boxes`` (x1, y1, x2, y2 in pixels, float32, flattened), a
 ``scores`` and the number of its phrase in ``phrase``. An unreadable image has a height and width of 0.
 """
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import SidecarError
+from pipeline.config import from_plain
+from pipeline.errors import SettingError, SidecarError
 from pipeline.shards.objects import GroundedPhrase, Objects, is_span
+from pipeline.shards.sidecar import read_sidecar, read_sidecar_schema, sidecar_facts, sidecar_file
+from pipeline.shards.snapshot import Shard
+from pipeline.shards.storage import Folder
 
 JOB = "jobs/annotate_pseudo_boxes.py"
 NAME = "boxes"
+BINS = 20
+WHOLE = 0.9
 
 _PHRASE = pa.struct([("start", pa.int32()), ("end", pa.int32()), ("cut", pa.bool_())])
 COLUMNS: Mapping[str, pa.DataType] = {
@@ -79,3 +87,109 @@ def objects_of_row(row: Mapping[str, Any], least_score: float = 0.0) -> Objects 
         scores=scores[kept],
         key=str(key),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PseudoBoxCounts:
+    """What was found in the images of a shard, or of several.
+
+    ``histogram`` counts boxes by score, in ``BINS`` bins of equal width from 0 to 1. A box is ``whole`` if it covers
+    ``WHOLE`` of its image or more. ``phrases`` are the usable ones: of them, ``cut`` are beyond the teacher's token
+    limit, and ``found`` have at least one box. ``unusable`` phrases are empty or outside of their caption.
+    """
+
+    images: int = 0
+    unreadable: int = 0
+    without_caption: int = 0
+    without_phrases: int = 0
+    without_boxes: int = 0
+    phrases: int = 0
+    unusable: int = 0
+    cut: int = 0
+    found: int = 0
+    whole: int = 0
+    histogram: tuple[int, ...] = (0,) * BINS
+
+    def __add__(self, other: "PseudoBoxCounts") -> "PseudoBoxCounts":
+        counts = {name: value + getattr(other, name) for name, value in vars(self).items() if name != "histogram"}
+        histogram = tuple(a + b for a, b in zip(self.histogram, other.histogram, strict=True))
+        return PseudoBoxCounts(**counts, histogram=histogram)
+
+    @property
+    def boxes(self) -> int:
+        """The number of boxes."""
+        return sum(self.histogram)
+
+    def boxes_from(self, score: float) -> int:
+        """The number of boxes with at least ``score``, rounded up to the next bin."""
+        return sum(self.histogram[math.ceil(round(score * BINS, 6)) :])
+
+    def metrics(self) -> dict[str, float]:
+        """Counts, and the paper's ratios: boxes per caption, with a score of 0.5 or more too, and phrases found."""
+        captions = max(self.images - self.unreadable - self.without_caption, 1)
+        counts = {name: float(value) for name, value in vars(self).items() if name != "histogram"}
+        return counts | {
+            "boxes": float(self.boxes),
+            "boxes_per_caption": self.boxes / captions,
+            "confident_boxes_per_caption": self.boxes_from(0.5) / captions,
+            "phrases_found": self.found / max(self.phrases, 1),
+            "whole_image_boxes": self.whole / max(self.boxes, 1),
+        }
+
+    def __str__(self) -> str:
+        found = self.metrics()
+        share = f"{self.found} of {self.phrases} phrases found ({found['phrases_found']:.1%})"
+        boxes = (
+            f"{self.boxes} boxes, {found['boxes_per_caption']:.2f} per caption, {self.boxes_from(0.5)} of them from 0.5"
+        )
+        others = f"{self.cut} phrases beyond the token limit, {self.without_phrases} captions without phrases"
+        return f"{boxes}; {share}; {found['whole_image_boxes']:.1%} of the boxes fill their image; {others}"
+
+
+def counts_of_row(row: Mapping[str, Any]) -> PseudoBoxCounts:
+    """The counts of one row; ``unusable`` phrases are not in it."""
+    phrases, readable = row["phrases"], row["height"] > 0
+    boxes = np.array(row["boxes"], np.float64).reshape(-1, 4)
+    area = max(row["height"] * row["width"], 1)
+    places = np.minimum(np.array(row["scores"], np.float64) * BINS, BINS - 1).astype(int)
+    return PseudoBoxCounts(
+        images=1,
+        unreadable=int(not readable),
+        without_caption=int(readable and row["caption"] is None),
+        without_phrases=int(readable and row["caption"] is not None and not phrases),
+        without_boxes=int(readable and not len(boxes)),
+        phrases=len(phrases),
+        cut=sum(one["cut"] for one in phrases),
+        found=len(set(row["phrase"])),
+        whole=int(((boxes[:, 2:] - boxes[:, :2]).prod(axis=1) >= WHOLE * area).sum()),
+        histogram=tuple(np.bincount(places, minlength=BINS).tolist()),
+    )
+
+
+def read_pseudo_boxes(folder: Folder, shard: Shard, name: str = NAME) -> list[dict[str, Any]]:
+    """The rows of ``shard``'s sidecar, in the order of its tar.
+
+    Raises:
+        SidecarError: missing, of another tar, or without pseudo boxes.
+    """
+    table = read_sidecar(folder, shard, name, JOB)
+    if not set(COLUMNS) <= set(table.column_names):
+        raise SidecarError(f"{folder.join(sidecar_file(shard, name))} holds no pseudo boxes; make it with {JOB}")
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
+
+
+def read_counts(folder: Folder, shard: Shard, name: str = NAME) -> PseudoBoxCounts:
+    """The counts in the metadata of a sidecar; the boxes are not read.
+
+    Raises:
+        SidecarError: missing, of another tar, or without such counts.
+    """
+    file = folder.join(sidecar_file(shard, name))
+    facts = sidecar_facts(read_sidecar_schema(folder, shard, name, JOB), file, JOB)
+    try:
+        return from_plain(PseudoBoxCounts, facts["counts"], file)
+    except (KeyError, SettingError) as error:
+        raise SidecarError(
+            f"{file} holds no counts of pseudo boxes ({error}); make it again with --overwrite"
+        ) from error
