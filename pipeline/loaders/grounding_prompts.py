@@ -54,7 +54,7 @@ class TokenizedText:
         found = np.zeros(len(self.ids), np.bool_)
         last = int(self.offsets[:, 1].max(initial=0))
         for start, end in spans:
-            if self.whole or end <= last:
+            if start < end and (self.whole or end <= last):
                 found |= (self.offsets[:, 0] < end) & (self.offsets[:, 1] > start)
         return found
 

@@ -56,7 +56,7 @@ def assign(anchors: Anchors, boxes: Tensor, real: Tensor, candidates: int = 9) -
     """Match anchors with ``boxes`` [B, G, 4], of which those with ``real`` bool [B, G] exist; G is at least 1."""
     centres = (anchors.boxes[:, :2] + anchors.boxes[:, 2:]) / 2
     chosen = _nearest(centres, anchors.counts, (boxes[..., :2] + boxes[..., 2:]) / 2, candidates)
-    overlap = _overlaps(anchors.boxes[chosen], boxes[:, :, None])
+    overlap = overlaps(anchors.boxes[chosen], boxes[:, :, None])
     # With a single candidate there is no deviation, which torch would give as NaN.
     spread = overlap.std(dim=-1, keepdim=True) if overlap.shape[-1] > 1 else torch.zeros_like(overlap)
     enough = overlap >= overlap.mean(dim=-1, keepdim=True) + spread
@@ -79,9 +79,15 @@ def _nearest(centres: Tensor, counts: Sequence[int], middle: Tensor, candidates:
     return torch.cat(found, dim=-1)
 
 
-def _overlaps(first: Tensor, second: Tensor) -> Tensor:
+def overlaps(first: Tensor, second: Tensor) -> Tensor:
     """Intersection over union of boxes [..., 4], element by element; 0 for boxes without area."""
+    shared, union = shared_and_union(first, second)
+    return shared / union.clamp(min=1e-9)
+
+
+def shared_and_union(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The areas of the intersection and of the union of boxes [..., 4], element by element."""
     low, high = torch.maximum(first[..., :2], second[..., :2]), torch.minimum(first[..., 2:], second[..., 2:])
     shared = (high - low).clamp(min=0).prod(dim=-1)
     areas = [(some[..., 2:] - some[..., :2]).clamp(min=0).prod(dim=-1) for some in (first, second)]
-    return shared / (areas[0] + areas[1] - shared).clamp(min=1e-9)
+    return shared, areas[0] + areas[1] - shared

@@ -12,15 +12,31 @@ check that and reads the first numbers of the map as if they had the smaller sha
 """
 
 from collections.abc import Sequence
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.flop_counter import register_flop_formula
 from torchvision.ops import DeformConv2d
 
 TAPS = 9  # of a convolution of 3 x 3
 OFFSETS = 2 * TAPS
 REDUCTION = 4  # of the hidden layer of the dynamic ReLU
+
+
+@register_flop_formula(torch.ops.torchvision.deform_conv2d)
+def _convolution_work(level: Sequence[int], weight: Sequence[int], offsets: Sequence[int], *_: Any, **__: Any) -> int:
+    """Without the interpolation, as for other convolutions."""
+    return 2 * level[0] * offsets[2] * offsets[3] * prod(weight)
+
+
+@register_flop_formula(torch.ops.torchvision._deform_conv2d_backward)
+def _gradient_work(
+    _: Sequence[int], level: Sequence[int], weight: Sequence[int], offsets: Sequence[int], *__: Any, **___: Any
+) -> int:
+    return 2 * _convolution_work(level, weight, offsets)
 
 
 class ModulatedConvolution(nn.Module):

@@ -7,9 +7,12 @@ contents of a batch, so nothing waits for the GPU. What is weighted by 0 is fini
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
+
+from pipeline.models.glip.assignment import shared_and_union
 
 ALPHA, GAMMA = 0.25, 2.0  # of the focal loss
+EPSILON = 1e-7
 
 
 def alignment_loss(logits: Tensor, targets: Tensor, tokens: Tensor) -> Tensor:
@@ -23,9 +26,8 @@ def alignment_loss(logits: Tensor, targets: Tensor, tokens: Tensor) -> Tensor:
 
 
 def box_loss(boxes: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
-    """The generalised IoU loss (arXiv 1902.09630) of ``boxes`` [..., 4] with area, weighted by ``weights`` [...]."""
-    each: Tensor = generalized_box_iou_loss(boxes, truth)
-    return (each * weights).sum()
+    """1 - generalised IoU of ``boxes`` [..., 4] and ``truth``, all with area, weighted by ``weights`` [...]."""
+    return ((1 - generalized_overlaps(boxes, truth)) * weights).sum()
 
 
 def centerness_loss(logits: Tensor, targets: Tensor, positive: Tensor) -> Tensor:
@@ -42,3 +44,14 @@ def centerness(points: Tensor, boxes: Tensor) -> Tensor:
     low, high = points - boxes[..., :2], boxes[..., 2:] - points
     near, far = torch.minimum(low, high), torch.maximum(low, high)
     return (near.clamp(min=0) / far.clamp(min=1e-6)).prod(dim=-1).sqrt()
+
+
+def generalized_overlaps(first: Tensor, second: Tensor) -> Tensor:
+    """The generalised IoU (arXiv 1902.09630) of boxes [..., 4], element by element, -1 to 1.
+
+    torchvision's loss picks the boxes that meet, so its shapes depend on them.
+    """
+    shared, union = shared_and_union(first, second)
+    low, high = torch.minimum(first[..., :2], second[..., :2]), torch.maximum(first[..., 2:], second[..., 2:])
+    around = (high - low).prod(dim=-1)
+    return shared / (union + EPSILON) - (around - union) / (around + EPSILON)

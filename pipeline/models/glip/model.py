@@ -41,10 +41,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
-import numpy as np
 import timm
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.config import require
@@ -57,7 +55,15 @@ from pipeline.models.glip import losses, text
 from pipeline.models.glip.assignment import Anchors, assign, make_anchors
 from pipeline.models.glip.config import SMALLEST, Config, strides
 from pipeline.models.glip.network import AnchorFeatures, EncodedText, GlipNetwork, TokenWeights, align
-from pipeline.models.glip.phrases import CODER, Candidates, averaging_matrix, find_candidates, suppress, together
+from pipeline.models.glip.phrases import (
+    CODER,
+    Candidates,
+    averaging_matrix,
+    find_candidates,
+    phrase_tokens,
+    suppress,
+    together,
+)
 from pipeline.models.glip.released import load_start
 from pipeline.models.method import Method
 from pipeline.models.proposals import STD, unplaced
@@ -285,7 +291,7 @@ class Glip(Method):
     ) -> list[GroundedBoxes]:
         """See :class:`~pipeline.models.detections.Grounder`."""
         tokenized = self.tokenizer.batch(captions, self.config.grounding.text_tokens)
-        positive = [_positive(one, some) for one, some in zip(tokenized, spans, strict=True)]
+        positive = [phrase_tokens(one, some) for one, some in zip(tokenized, spans, strict=True)]
         found: dict[int, GroundedBoxes] = {}
         for group in self._groups(images):
             tokens, mask = self._padded([tokenized[number] for number in group.numbers])
@@ -312,7 +318,7 @@ class Glip(Method):
             for numbers, prompt in name_chunks(words, self.tokenizer, self.config.chunk_words, most):
                 tokenized = self.tokenizer(prompt.text, most)
                 tokens, mask = self._padded([tokenized])
-                averaging = averaging_matrix([_positive(tokenized, prompt.spans)], tokens.shape[1])
+                averaging = averaging_matrix([phrase_tokens(tokenized, prompt.spans)], tokens.shape[1])
                 encoded = self.model.encode_text(tokens, mask)
                 made.append(EncodedPrompt(numbers.start, encoded, averaging.to(tokens.device)))
             self._prompts = {words: made}
@@ -354,9 +360,3 @@ def _stage_blocks(stage: nn.Module) -> list[nn.Module]:
     parts = cast(Any, stage)
     first, *others = list(parts.blocks)
     return [nn.ModuleList([parts.downsample, first]), *others]
-
-
-def _positive(tokenized: TokenizedText, spans: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
-    """Bool [P, M]: the tokens of each span."""
-    rows = [tokenized.positive([span]) for span in spans]
-    return np.array(rows, np.bool_).reshape(len(rows), len(tokenized))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import batched_nms
 
+from pipeline.loaders.grounding_prompts import Span, TokenizedText
 from pipeline.models.glip.assignment import Anchors
 from pipeline.models.glip.config import Config
 from pipeline.models.glip.network import AnchorFeatures, TokenWeights, align
@@ -32,6 +33,12 @@ class Candidates:
     boxes: Tensor
     scores: Tensor
     phrases: Tensor
+
+
+def phrase_tokens(tokenized: TokenizedText, spans: Sequence[Span]) -> NDArray[np.bool_]:
+    """Bool [P, M]: the tokens of each span."""
+    rows = [tokenized.positive([span]) for span in spans]
+    return np.array(rows, np.bool_).reshape(len(rows), len(tokenized))
 
 
 def averaging_matrix(positive: Sequence[NDArray[np.bool_]], tokens: int) -> Tensor:
