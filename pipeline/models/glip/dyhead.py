@@ -1,42 +1,26 @@
 """The dynamic head: deformable convolutions over neighbouring levels of a pyramid, with attention over level and task.
 
 Dai, Chen, Xiao, Chen, Liu, Yuan, Zhang, 2021, "Dynamic Head", arXiv 2106.08322, as GLIP has it. Each level l has one
-map of offsets and modulations, with which three deformable convolutions (arXiv 1811.11168) read the level below with
+map of offsets and modulations, with which three deformable convolutions (``deformable.py``) read the level below with
 stride 2, the level itself, and the level above, which is resized. Each result is weighted by a number from its own
 mean; their mean goes through a dynamic ReLU (arXiv 2003.10027), max(a1 x + b1, a2 x + b2), whose slopes depend on the
 image.
 
 Difference from the authors' code: the level above is half as large as the map of offsets. Their CUDA kernel does not
-check that and reads the first numbers of the map as if they had the smaller shape. Here the map is resized;
+check that, and reads the first numbers of the map as if they had the smaller shape. Here the map is resized;
 ``compat_offsets`` reads it as their kernel does, for weights that were trained with it.
 """
 
 from collections.abc import Sequence
-from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.flop_counter import register_flop_formula
-from torchvision.ops import DeformConv2d
 
-TAPS = 9  # of a convolution of 3 x 3
+from pipeline.models.glip.deformable import TAPS, DeformableConvolution
+
 OFFSETS = 2 * TAPS
 REDUCTION = 4  # of the hidden layer of the dynamic ReLU
-
-
-@register_flop_formula(torch.ops.torchvision.deform_conv2d)
-def _convolution_work(level: Sequence[int], weight: Sequence[int], offsets: Sequence[int], *_: Any, **__: Any) -> int:
-    """Without the interpolation, as for other convolutions."""
-    return 2 * level[0] * offsets[2] * offsets[3] * prod(weight)
-
-
-@register_flop_formula(torch.ops.torchvision._deform_conv2d_backward)
-def _gradient_work(
-    _: Sequence[int], level: Sequence[int], weight: Sequence[int], offsets: Sequence[int], *__: Any, **___: Any
-) -> int:
-    return 2 * _convolution_work(level, weight, offsets)
 
 
 class ModulatedConvolution(nn.Module):
@@ -44,18 +28,13 @@ class ModulatedConvolution(nn.Module):
 
     def __init__(self, width: int, stride: int, groups: int) -> None:
         super().__init__()
-        self.convolution = DeformConv2d(width, width, 3, stride, padding=1)
+        self.convolution = DeformableConvolution(width, stride)
         self.norm = nn.GroupNorm(groups, width)
-        nn.init.normal_(self.convolution.weight, std=0.01)
-        nn.init.zeros_(self.convolution.bias)
 
     def forward(self, level: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
         """[B, C, h, w] to [B, C, H, W], the size of ``offsets`` [B, 18, H, W] and ``weights`` [B, 9, H, W]."""
-        # torchvision's kernel for GPUs has no bfloat16.
-        with torch.autocast(level.device.type, enabled=False):
-            found: Tensor = self.convolution(level.float(), offsets.float(), weights.float())
-            normalised: Tensor = self.norm(found)
-            return normalised
+        found: Tensor = self.norm(self.convolution(level, offsets, weights))
+        return found
 
 
 class DynamicRelu(nn.Module):

@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import deform_conv2d
 
-from pipeline.models.glip.dyhead import OFFSETS, TAPS, DynamicBlock, DynamicRelu, flat_prefix
+from pipeline.models.glip.deformable import TAPS, DeformableConvolution
+from pipeline.models.glip.dyhead import OFFSETS, DynamicBlock, DynamicRelu, flat_prefix
 
 WIDTH, GROUPS = 8, 2
 
@@ -108,12 +109,52 @@ def test_without_offsets_the_convolutions_are_plain() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_torchvision_refuses_the_offsets_that_the_authors_kernel_reads() -> None:
-    """The reason for both rules: a map of the finer level does not fit a convolution of the coarser one."""
+def test_offsets_of_another_size_are_refused() -> None:
+    """By torchvision, too, which is the reason for both rules: the authors' kernel reads beyond what it should."""
     made, levels = block(), pyramid(levels=2)
     raw = made.offset(levels[0])
+    offsets, weights = raw[:, :OFFSETS], raw[:, OFFSETS:].sigmoid()
+    with pytest.raises(ValueError, match="offsets"):
+        made.above(levels[1], offsets, weights)
+    own = made.above.convolution
     with pytest.raises(RuntimeError):
-        made.above(levels[1], raw[:, :OFFSETS], raw[:, OFFSETS:].sigmoid())
+        deform_conv2d(levels[1], offsets.contiguous(), own.weight, own.bias, padding=1, mask=weights)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("reach", [0.3, 1.5, 40.0])
+def test_the_convolution_is_torchvisions_with_its_gradients(stride: int, reach: float) -> None:
+    """Near, between other pixels, and far outside of the map."""
+    torch.manual_seed(0)
+    own = DeformableConvolution(WIDTH, stride)
+    with torch.no_grad():
+        own.weight.copy_(torch.randn_like(own.weight))
+        own.bias.copy_(torch.randn_like(own.bias))
+    size = (-(-7 // stride), -(-10 // stride))
+    inputs = [torch.randn(2, WIDTH, 7, 10), torch.randn(2, OFFSETS, *size) * reach, torch.rand(2, TAPS, *size)]
+    inputs = [one.requires_grad_() for one in inputs]
+    found = own(*inputs)
+    expected = deform_conv2d(inputs[0], inputs[1], own.weight, own.bias, stride, 1, mask=inputs[2])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    direction = torch.randn_like(found)
+    wanted = [*inputs, own.weight, own.bias]
+    ours, theirs = (torch.autograd.grad(one, wanted, direction) for one in (found, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_samples_are_not_stored_for_the_backward_pass() -> None:
+    """What autograd keeps is less than two maps, not nine."""
+    own, level = DeformableConvolution(32, 1), torch.randn(1, 32, 24, 24, requires_grad=True)
+    stored: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        stored[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        own(level, torch.zeros(1, OFFSETS, 24, 24, requires_grad=True), torch.ones(1, TAPS, 24, 24, requires_grad=True))
+    assert sum(stored.values()) - own.weight.numel() < 3 * level.numel()
 
 
 def test_the_flat_prefix_is_the_kernels_index() -> None:
