@@ -3,6 +3,7 @@
 
     python jobs/segment.py image IMAGE --checkpoint RUN --words "red circle" grass --output segments.png
     python jobs/segment.py image s3://bucket/street.jpg --checkpoint ViT-B-16-quickgelu:openai --words road sky car
+    python jobs/segment.py image IMAGE --checkpoint runs/groupvit --words dog grass --groups       # and its groups
 
 Works with every method that has `segment`, and with the patches of a plain CLIP. Words are any class names. A word such
 as other or background stands for what the other words do not name.
@@ -15,8 +16,10 @@ import tyro
 
 from pipeline.config import require, run_job, writable_file
 from pipeline.evaluation.encoder import inference
+from pipeline.evaluation.grouping import as_grouper
 from pipeline.evaluation.models import load_segmenter
 from pipeline.evaluation.report import segments_table
+from pipeline.evaluation.segmentation import groups_of
 from pipeline.evaluation.showcase import segments_png
 from pipeline.loaders.images import as_stored
 from pipeline.models.detections import check_words
@@ -47,6 +50,8 @@ class Segment:
     """Factors of the side whose results are averaged."""
     flip: bool = False
     """Average with the mirrored image."""
+    groups: bool = False
+    """Show the groups of each stage, too, for methods that group pixels."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the model; auto uses a GPU if available."""
 
@@ -83,11 +88,13 @@ def main(run: Segment) -> None:
     folder, name = split_file(writable_file("output", run.output))
     image = as_stored(read_image(run.image))
     segmenter = load(run)
+    grouper = as_grouper(segmenter, run.checkpoint or "the smoke test's segmenter") if run.groups else None
     with inference(segmenter):
         (found,) = segmenter.segment([image], run.words, run.views())
     shown = found.above(run.threshold)
     print(segments_table(shown, run.words))
-    folder.write_atomic(name, segments_png(image, shown, run.words))
+    (groups,) = groups_of(grouper, [image])
+    folder.write_atomic(name, segments_png(image, shown, run.words, groups))
 
 
 def load(run: Segment) -> Segmenter:

@@ -55,6 +55,8 @@ class RandomStream(IntEnum):
     """Large-scale jitter of a detector's image."""
     DRAWS = 10
     """Which anchors and regions of an image the loss of a detector samples."""
+    LABELS = 11
+    """Which labels the pixels of an image are compared with."""
     PARTS = 16
     """Seeds of the snapshots of a mixture."""
     PROMPTS = 20

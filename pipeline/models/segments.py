@@ -19,15 +19,24 @@ class Segmentation:
     """The word of every pixel of one image, on the CPU.
 
     ``labels`` are int16 [H, W], indices into the requested words, or -1 for none; ``scores`` float32 [H, W], the
-    probability of the best word among all words, 0 to 1.
+    probability of the best word among all words, 0 to 1. ``limits`` float32 [H, W] are the highest thresholds that the
+    method allows for each pixel, if it has a rule for them: a higher one is lowered to the limit.
     """
 
     labels: Tensor
     scores: Tensor
+    limits: Tensor | None = None
+
+    def below(self, threshold: float | Tensor) -> Tensor:
+        """Bool [H, W]: where the probability is lower than ``threshold``, one for all pixels or one for each."""
+        if self.limits is None:
+            return self.scores < threshold
+        return self.scores < self.limits.minimum(torch.as_tensor(threshold, dtype=self.limits.dtype))
 
     def above(self, threshold: float) -> "Segmentation":
         """Without a word where the best one has a lower probability."""
-        return Segmentation(torch.where(self.scores < threshold, -1, self.labels).to(torch.int16), self.scores)
+        labels = torch.where(self.below(threshold), -1, self.labels).to(torch.int16)
+        return Segmentation(labels, self.scores, self.limits)
 
 
 @dataclass(frozen=True, kw_only=True)
