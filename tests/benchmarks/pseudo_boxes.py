@@ -27,9 +27,8 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from pipeline.evaluation.grounding_teachers import CheckpointTeacher
+from pipeline.evaluation.grounding_teachers import CheckpointTeacher, DecodedImage
 from pipeline.models.glip import Config, Glip
 from pipeline.models.glip.config import SMALL
 from pipeline.sources.drawn.words import vocabulary
@@ -42,9 +41,9 @@ PROPORTIONS = ((1.0, 0.75), (0.75, 1.0), (1.0, 1.0), (0.66, 1.0), (1.0, 0.56))
 
 @dataclass(frozen=True)
 class Work:
-    """Images uint8 [3, H, W], captions, and the spans of their phrases."""
+    """Images, captions, and the spans of their phrases."""
 
-    images: list[Tensor]
+    images: list[DecodedImage]
     captions: list[str]
     spans: list[list[tuple[int, int]]]
 
@@ -63,7 +62,8 @@ def make_work(count: int, side: int, proportions: Sequence[tuple[float, float]])
     words, made = sorted(vocabulary()), Work([], [], [])
     for _ in range(count):
         height, width = (int(side * share) for share in draw.choice(proportions))
-        made.images.append(torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8))
+        pixels = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+        made.images.append(DecodedImage(pixels, height, width))
         length = min(max(round(draw.lognormvariate(2.4, 0.7)), 3), 60)
         spans, caption = [], ""
         for place in range(length):

@@ -1,6 +1,7 @@
 """Pseudo boxes by a teacher whose boxes are known: what is stored, in which order, how often, and what is counted."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torchvision.ops import batched_nms
 
 from pipeline.errors import DataError, SettingError, SidecarError
+from pipeline.loaders.phrases import ReadSampleCaptions
 from pipeline.shards.objects import overlaps
 from pipeline.shards.sample import Sample
 from pipeline.shards.sidecar import sidecar_file
@@ -18,6 +20,7 @@ from pipeline.shards.storage import Folder
 from pipeline.stages.annotate.caption_phrases import AnnotatedPhrases, ExtractedPhrases
 from pipeline.stages.annotate.pseudo_box_maker import (
     FoundBoxes,
+    LoadPseudoBoxMaker,
     PseudoBoxMaker,
     PseudoBoxOptions,
     kept_boxes,
@@ -33,6 +36,7 @@ from pipeline.stages.annotate.pseudo_boxes import (
     read_pseudo_boxes,
 )
 from pipeline.stages.shard_tasks import Workers
+from tests.conftest import RayCluster
 from tests.grounded import LetterTeacher, WordPhrases, jpeg, load_letters, publish
 
 LOCAL = Workers(processes_count=0)
@@ -182,8 +186,6 @@ def test_phrases_of_other_sources(tmp_path: Path) -> None:
     sample.fields["boxes.json"] = json.dumps(record).encode()
     found = AnnotatedPhrases().of_shard(None)(sample)  # type: ignore[arg-type]
     assert (found.caption, list(found.spans)) == ("a dog sits", [(2, 5)])
-    from pipeline.loaders.phrases import ReadSampleCaptions
-
     source = ExtractedPhrases("rules", ReadSampleCaptions(caption="txt"))
     found = source.of_shard(None)(sample)  # type: ignore[arg-type]
     assert [str(found.caption)[slice(*span)] for span in found.spans] == ["red dog", "grass"]
@@ -204,3 +206,15 @@ def test_counts_of_another_file_are_refused(tmp_path: Path) -> None:
     snapshot = publish(tmp_path, [captioned("0", "dog")], rows=[row("0", "dog", [(0, 3)])])
     with pytest.raises(SidecarError, match="counts"):
         read_counts(Folder(snapshot.folder), snapshot.shards[0])
+
+
+def test_on_a_cluster_the_boxes_are_the_same(tmp_path: Path, ray_cluster: RayCluster) -> None:
+    """The annotator travels to the actors; a sidecar that exists is kept."""
+    samples = [captioned(f"{number:03d}", f"dog number{number} caterpillar") for number in range(12)]
+    alone = make(publish(tmp_path / "alone", samples))
+    given = publish(tmp_path / "ray", samples)
+    phrases, options = ExtractedPhrases("rules", ReadSampleCaptions(caption="txt")), PseudoBoxOptions()
+    together = make_pseudo_boxes(given, load_letters, WordPhrases(), options, Workers(processes_count=2))
+    assert rows_of(together) == rows_of(alone)
+    assert [one.sidecars for one in together.shards] == [one.sidecars for one in alone.shards]
+    assert pickle.loads(pickle.dumps(LoadPseudoBoxMaker(load_letters, phrases, options)))(1).maker
