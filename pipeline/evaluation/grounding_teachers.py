@@ -120,8 +120,9 @@ class CheckpointTeacher(_Teacher):
         require(callable(getattr(method, "ground", None)), "teacher", name, "a method that grounds phrases")
         super().__init__(name, method, precision)
         self.facts = {**self.facts, "teacher_run": run}
-        self._tokenizer: SpanTokenizer = method.tokenizer
-        self._most: int = method.config.grounding.text_tokens
+        tokenizer = getattr(method, "tokenizer", None)
+        self._tokenizer: SpanTokenizer | None = tokenizer if isinstance(tokenizer, SpanTokenizer) else None
+        self._most: int = method.config.grounding.text_tokens if self._tokenizer else 0
 
     @classmethod
     def load(cls, address: str, device: str = "cpu", precision: Precision = "fp32") -> "CheckpointTeacher":
@@ -137,8 +138,9 @@ class CheckpointTeacher(_Teacher):
         return height, width
 
     def length(self, caption: str) -> int:
-        """The tokens of a caption, at most those of the method's longest text."""
-        return min(self._tokenizer.count(caption) + 2, self._most)
+        """The tokens of a caption, at most those of the method's longest text; for a method with another kind of
+        tokenizer its words."""
+        return min(self._tokenizer.count(caption) + 2, self._most) if self._tokenizer else len(caption.split())
 
     def ground(
         self, images: Sequence[DecodedImage], captions: Sequence[str], spans: Sequence[Sequence[Span]]
@@ -146,7 +148,9 @@ class CheckpointTeacher(_Teacher):
         """See :class:`~pipeline.stages.annotate.pseudo_box_maker.GroundingTeacher`."""
         with inference(self.model, self.precision):
             found = self.model.ground([image.pixels for image in images], captions, spans)
-        cut = _cut_off(self._tokenizer.batch(captions, self._most), spans)
+        cut = [(False,) * len(some) for some in spans]
+        if self._tokenizer is not None:
+            cut = _cut_off(self._tokenizer.batch(captions, self._most), spans)
         return [
             _found(one.boxes * _enlarged(image), one.scores, one.spans, off)
             for one, image, off in zip(found, images, cut, strict=True)
