@@ -46,16 +46,14 @@ PAPER = Run(
 )
 DRAWN = Run(
     batch_size=16,
-    epochs=6,
+    epochs=16,
     warmup_steps=30,
     clip_grad_norm=5.0,
     optimizer=AdamW(learning_rate=2e-3, weight_decay=0.05, beta2=0.999),
     log_every_steps=25,
     loader=LoaderConfig(loader_workers=1),
 )
-SMALL_LSEG = Config(
-    **{**SMALL, "image_size": 96, "width": 48}, backbone="clipmill_small_resnet", unlabelled="background"
-)
+SMALL_LSEG = Config(**SMALL, backbone="clipmill_small_resnet", unlabelled="background")
 VIT = Config(text_tower="ViT-B-32-quickgelu:openai", pretrained_backbone=True)
 RESNET = replace(VIT, backbone="resnet101")
 # Zero-shot sets: the authors trained for four epochs. Classes that a card holds out have no labels.

@@ -90,6 +90,8 @@ from pipeline.shards.sample import Sample
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SCALE = 1 / 0.07
+WINDOW_STRIDE = 2 / 3  # distance of the windows, as a part of their side
 FACTS = "lseg.json"
 
 
@@ -326,8 +328,8 @@ class Lseg(Method):
         canvas[:, :height, :width] = pixels
         places = [
             (top, left)
-            for top in window_starts(height, window, views.stride)
-            for left in window_starts(width, window, views.stride)
+            for top in window_starts(height, window, views.stride or WINDOW_STRIDE)
+            for left in window_starts(width, window, views.stride or WINDOW_STRIDE)
         ]
         total = counts = torch.zeros(())
         for top, left in places:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from claim import Claim, Metrics, named, run
 
-IMAGES, EPOCHS, VALIDATED = 3000, 4, 300
+IMAGES, EPOCHS, VALIDATED = 3000, 12, 300
 ONE_THREAD = ("--workers", 0, "--loader-workers", 0)
 
 
