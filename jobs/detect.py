@@ -19,15 +19,13 @@ from pipeline.evaluation.drawing import draw_detections
 from pipeline.evaluation.encoder import inference
 from pipeline.evaluation.models import load_detector
 from pipeline.evaluation.report import detections_table
-from pipeline.loaders.images import Pixels, as_stored, decode, image_at
+from pipeline.loaders.images import as_stored
 from pipeline.models.detections import Detections, Detector, check_words
 from pipeline.models.method import build_method
 from pipeline.models.vild import Vild
+from pipeline.runs.drawn_data import DRAWN_IMAGE, read_image
 from pipeline.shards.objects import names_of
 from pipeline.shards.storage import split_file
-from pipeline.sources.drawn.sample import draw_sample
-
-SMOKE = "drawn://val/0/0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +67,7 @@ PRESETS: dict[str, tuple[str, Detect]] = {
     ),
     "smoke": (
         "Detections of an untrained detector in a drawn image.",
-        Smoke(image=SMOKE, checkpoint="", words=("star", "disc"), least_score=0.0, most=5),
+        Smoke(image=DRAWN_IMAGE, checkpoint="", words=("star", "disc"), least_score=0.0, most=5),
     ),
 }
 
@@ -88,13 +86,6 @@ def main(run: Detect) -> None:
     drawn = draw_detections(image, shown, run.words, most=run.most).numpy().transpose(1, 2, 0)
     png = cv2.imencode(".png", cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))[1].tobytes()
     folder.write_atomic(name, png)
-
-
-def read_image(place: str) -> Pixels:
-    """The image at ``place``; the smoke test's is drawn."""
-    if place == SMOKE:
-        return decode(draw_sample("val", 0, 0, 128).image)
-    return image_at(place)
 
 
 def load(run: Detect) -> Detector:

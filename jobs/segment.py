@@ -3,6 +3,7 @@
 
     python jobs/segment.py image IMAGE --checkpoint RUN --words "red circle" grass --output segments.png
     python jobs/segment.py image s3://bucket/street.jpg --checkpoint ViT-B-16-quickgelu:openai --words road sky car
+    python jobs/segment.py image IMAGE --checkpoint runs/groupvit --words dog grass --groups       # and its groups
 
 Works with every method that has `segment`, and with the patches of a plain CLIP. Words are any class names. A word such
 as other or background stands for what the other words do not name.
@@ -15,18 +16,18 @@ import tyro
 
 from pipeline.config import require, run_job, writable_file
 from pipeline.evaluation.encoder import inference
+from pipeline.evaluation.grouping import as_grouper
 from pipeline.evaluation.models import load_segmenter
 from pipeline.evaluation.report import segments_table
+from pipeline.evaluation.segmentation import groups_of
 from pipeline.evaluation.showcase import segments_png
-from pipeline.loaders.images import Pixels, as_stored, decode, image_at
+from pipeline.loaders.images import as_stored
 from pipeline.models.detections import check_words
 from pipeline.models.lseg import Lseg
 from pipeline.models.method import build_method
 from pipeline.models.segments import ImageViews, Segmenter
+from pipeline.runs.drawn_data import DRAWN_IMAGE, read_image
 from pipeline.shards.storage import split_file
-from pipeline.sources.drawn.sample import draw_sample
-
-SMOKE = "drawn://val/0/0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,8 @@ class Segment:
     """Factors of the side whose results are averaged."""
     flip: bool = False
     """Average with the mirrored image."""
+    groups: bool = False
+    """Show the groups of each stage, too, for methods that group pixels."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the model; auto uses a GPU if available."""
 
@@ -74,7 +77,7 @@ PRESETS: dict[str, tuple[str, Segment]] = {
     ),
     "smoke": (
         "Segments of an untrained segmenter in a drawn image.",
-        Smoke(image=SMOKE, checkpoint="", words=("star", "disc", "background")),
+        Smoke(image=DRAWN_IMAGE, checkpoint="", words=("star", "disc", "background")),
     ),
 }
 
@@ -85,18 +88,13 @@ def main(run: Segment) -> None:
     folder, name = split_file(writable_file("output", run.output))
     image = as_stored(read_image(run.image))
     segmenter = load(run)
+    grouper = as_grouper(segmenter, run.checkpoint or "the smoke test's segmenter") if run.groups else None
     with inference(segmenter):
         (found,) = segmenter.segment([image], run.words, run.views())
     shown = found.above(run.threshold)
     print(segments_table(shown, run.words))
-    folder.write_atomic(name, segments_png(image, shown, run.words))
-
-
-def read_image(place: str) -> Pixels:
-    """The image at ``place``; the smoke test's is drawn."""
-    if place == SMOKE:
-        return decode(draw_sample("val", 0, 0, 128).image)
-    return image_at(place)
+    (groups,) = groups_of(grouper, [image])
+    folder.write_atomic(name, segments_png(image, shown, run.words, groups))
 
 
 def load(run: Segment) -> Segmenter:

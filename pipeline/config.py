@@ -53,13 +53,14 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Scalar]:
     return flat
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, **readers: Any) -> Any:
     """The value of JSON text; raises ``ValueError`` for other text, and for lists or objects deeper than 100.
 
     Readers of files that others may have written use this: ``json.loads`` raises ``RecursionError`` for deep nesting.
+    ``readers`` are its ``parse_float`` and ``parse_int``.
     """
     try:
-        plain = json.loads(text)
+        plain = json.loads(text, **readers)
     except RecursionError as error:
         raise ValueError("nested too deep") from error
     level, depth = [plain], 0

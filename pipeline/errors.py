@@ -7,6 +7,7 @@ ClipmillError
     SidecarError   a sidecar is missing, or was made from other bytes
   StorageError     a disk or an object store refuses (disk full, no credentials); run again to resume
     ReadError      the same for reading
+    LeaseLost      another job has taken over the folder of a suspended one, which must stop
   ClusterError     Ray did not start on this machine; run again, or with fewer workers
   TooManyFailures  a job gave up because fewer rows became samples than the user's floor allows
   SampleError      one sample is bad; caught at a stage's sample boundary and counted, never seen by a user
@@ -61,6 +62,10 @@ class StorageError(ClipmillError):
 
 class ReadError(StorageError, OSError):
     """A disk or store that refuses to give a file that may exist; code that handles ``OSError`` handles it too."""
+
+
+class LeaseLost(StorageError):
+    """Another job has taken over the folder: this one, which was suspended, must write no more."""
 
 
 class ClusterError(ClipmillError):

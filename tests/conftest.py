@@ -364,12 +364,22 @@ def write_drawn_regions(folder: Folder, shard: Shard, keys: Sequence[str], teach
     return write_sidecar(folder, shard, "regions", table, "maker")
 
 
+def write_coloured_phrases(folder: Folder, shard: Shard, samples: Sequence[Sample]) -> str:
+    """The sidecar ``phrases`` of these samples."""
+    from pipeline.loaders.phrases import ReadSampleCaptions
+    from pipeline.shards.sidecar import write_sidecar
+    from pipeline.stages.annotate.phrases import PhraseMaker
+
+    maker = PhraseMaker("rules", "txt", ReadSampleCaptions(caption="txt"))
+    return write_sidecar(folder, shard, "phrases", maker.table(iter(samples), shard), maker.maker)
+
+
 @pytest.fixture(scope="session")
 def make_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Snapshot]:
     """``make_snapshot(sizes, folder=None, spoil={number: fields})`` publishes shards of the given sizes.
 
-    With ``regions``, the digest of a teacher and the width of its features, samples have ``boxes.json`` and shards a
-    sidecar of stored regions.
+    With ``regions``, the digest of a teacher and the width of its features, samples have ``boxes.json`` and shards
+    sidecars of stored regions and of the captions' phrases.
     """
 
     def make(
@@ -385,10 +395,10 @@ def make_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Sna
             path = place / f"{shard_id:05d}.tar"
             with open(path, "wb") as file:
                 writer = TarWriter(file)
-                keys = []
+                made_samples = []
                 for index in range(size):
                     made = coloured_sample(shard_id, index, number)
-                    keys.append(made.key)
+                    made_samples.append(made)
                     if regions:
                         made.fields["boxes.json"] = drawn_objects(number)
                     if spoil and number in spoil:
@@ -399,7 +409,12 @@ def make_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Sna
             digest = file_digest(path)
             shard = Shard(name=f"{shard_id:05d}", samples=size, bytes=path.stat().st_size, sha256=digest, sidecars={})
             if regions:
-                shard = replace(shard, sidecars={"regions": write_drawn_regions(Folder(place), shard, keys, *regions)})
+                keys = [one.key for one in made_samples]
+                sidecars = {
+                    "phrases": write_coloured_phrases(Folder(place), shard, made_samples),
+                    "regions": write_drawn_regions(Folder(place), shard, keys, *regions),
+                }
+                shard = replace(shard, sidecars=sidecars)
             shards.append(shard)
         return publish_shards(
             Folder(place),

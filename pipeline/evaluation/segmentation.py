@@ -1,36 +1,40 @@
 """Semantic segmentation by words: exact counts, their metrics, and plain CLIP as a baseline.
 
-The confusion matrix counts all pixels of a set, so metrics do not depend on the batches. The intersection over union of
-a class is its number of right pixels over those that have the class in the truth or in the prediction. The mean is over
+The counts are those of all pixels of a set, so metrics do not depend on the batches. The intersection over union of a
+class is its number of right pixels over those that have the class in the truth or in the prediction. The mean is over
 all classes that occur in either, as in mmsegmentation: a class that is only predicted counts with 0.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from itertools import islice
+from typing import TYPE_CHECKING, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from open_clip.transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional
 
 from pipeline.config import require
 from pipeline.errors import DataError
+from pipeline.evaluation.background import Background, ThresholdCounts
 from pipeline.evaluation.data import evaluation_batches
 from pipeline.evaluation.encoder import inference
+from pipeline.evaluation.pixel_counts import Part, PixelCounts, sum_of_parts
 from pipeline.loaders.images import resize
+from pipeline.loaders.label_figures import label_figure
 from pipeline.loaders.segmentation import LabelClasses, SegmentationReader
 from pipeline.models.class_vectors import class_vectors
 from pipeline.models.clip import Clip
 from pipeline.models.detections import check_words
-from pipeline.models.segments import ImageViews, Segmentation, Segmenter, best_words
-from pipeline.shards.objects import plain_word
+from pipeline.models.segments import Grouper, ImageViews, Segmentation, Segmenter, best_words
 from pipeline.shards.sample import Sample
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 IMAGES_AT_ONCE = 4
+WHOLE = Part()
 PATCH_TEMPLATES = ("a photo of a {}.",)
 GROUND = "(background)"  # name of the background where no word stands for it
 
@@ -39,15 +43,15 @@ GROUND = "(background)"  # name of the background where no word stands for it
 class SegmentationSet:
     """What a set is evaluated on.
 
-    ``words`` are the classes. ``ground_word``, if there is one, is a further word for the background. Pixels whose best
-    word has a probability of less than ``threshold`` are background. ``classes`` makes the truth; its last class is the
-    background, which is void unless it is ``classes.unlabelled``.
+    ``words`` are the classes. ``ground_word``, if there is one, is a further word for the background. ``background`` is
+    the rule by which other pixels are background. ``classes`` makes the truth; its last class is the background, which
+    is void unless it is ``classes.unlabelled``.
     """
 
     words: tuple[str, ...]
     classes: LabelClasses
     ground_word: str = ""
-    threshold: float = 0.0
+    background: Background = Background()
     views: ImageViews | None = None
 
     @property
@@ -68,48 +72,7 @@ class SegmentationSet:
     def predicted(self, found: Segmentation) -> Tensor:
         """Class numbers int16 [H, W] of what a model found; the background is the last one."""
         ground = torch.full_like(found.labels, len(self.words))
-        return torch.where(found.scores < self.threshold, ground, found.labels)
-
-
-class Confusion:
-    """How many pixels of each class (row) were predicted as each class (column), int64 [C, C]."""
-
-    def __init__(self, classes: int) -> None:
-        self.counts = np.zeros((classes, classes), np.int64)
-
-    def add(self, truth: NDArray[Any], predicted: NDArray[Any]) -> None:
-        """Count the pixels of an image: class numbers of equal shapes; negative truth is void and left out."""
-        size = len(self.counts)
-        known = truth >= 0
-        pairs = truth[known].astype(np.int64) * size + predicted[known]
-        self.counts += np.bincount(pairs, minlength=size * size).reshape(size, size)
-
-    def metrics(self, names: Sequence[str], has_ground: bool) -> dict[str, float]:
-        """See :func:`evaluate_segmentation`; the last class is the background. Empty without any pixel."""
-        right = np.diag(self.counts)
-        union = self.counts.sum(axis=0) + self.counts.sum(axis=1) - right
-        labelled, pixels = self.counts.sum(axis=1), self.counts.sum()
-        if not pixels:
-            return {}
-        overlap = np.divide(right, union, where=union > 0, out=np.full(len(right), np.nan))
-        counted = slice(None) if has_ground else slice(-1)
-        accuracy = (right[labelled > 0] / labelled[labelled > 0]).mean()
-        found = {"miou": _mean(overlap[counted]), "miou_foreground": _mean(overlap[:-1])}
-        found |= {"pixel_accuracy": float(right.sum() / pixels), "mean_accuracy": float(accuracy)}
-        if has_ground:
-            found["iou_background"] = _mean(overlap[-1:])
-        pairs = zip(names, overlap[:-1], strict=True)
-        return found | {f"iou/{_metric_name(name)}": float(value) for name, value in pairs if np.isfinite(value)}
-
-
-def _mean(values: NDArray[np.float64]) -> float:
-    """The mean without NaN; 0 of nothing."""
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if len(known) else 0.0
-
-
-def _metric_name(word: str) -> str:
-    return re.sub(r"[^\w.\- ]", "_", plain_word(word)) or "_"
+        return torch.where(self.background.where(found), ground, found.labels)
 
 
 def evaluate_segmentation(
@@ -120,29 +83,76 @@ def evaluate_segmentation(
     batch: int = IMAGES_AT_ONCE,
     threads: int = 4,
     precision: str = "fp32",
+    part: Part = WHOLE,
+    identity: str = "",
 ) -> dict[str, float]:
-    """Segment all images at their stored size.
+    """Segment all images, or those of a part, at their stored size.
+
+    ``identity`` is the digest of the model, which all parts must share.
 
     Returns:
         ``miou``, with the background if the truth has one; ``miou_foreground``, without it; ``pixel_accuracy``;
         ``mean_accuracy``, over the classes of the truth; ``iou_background``; ``iou/<word>`` of the words that occur;
-        ``samples``. All but the last are 0 to 1.
+        ``samples``. All but the last are 0 to 1. With parts they are those of all parts that exist by now.
 
     Raises:
         DataError: no readable sample, labels for another image size, or no pixel with one of the words.
     """
-    confusion, count = Confusion(len(one.words) + 1), 0
-    for images, maps in labelled_images(samples, one, batch, threads):
+    counts, images = PixelCounts(len(one.words) + 1), 0
+    for truth, found in segmented_images(model, samples, one, batch, threads, precision, part):
+        counts.add(truth.numpy(), one.predicted(found).numpy())
+        images += 1
+    if part.count > 1:
+        counts, images = sum_of_parts(counts, images, part, {"words": list(one.names), "model": identity})
+    measured = counts.metrics(one.words, one.has_ground)
+    if not measured:
+        raise no_pixels(images, one.words)
+    return {**measured, "samples": float(images)}
+
+
+def learned_background(
+    model: Segmenter,
+    samples: Iterable[Sample],
+    one: SegmentationSet,
+    *,
+    batch: int = IMAGES_AT_ONCE,
+    threads: int = 4,
+    precision: str = "fp32",
+) -> Background:
+    """The threshold of each word with its largest intersection over union on ``samples``.
+
+    Raises:
+        DataError: no readable sample, or no pixel with one of the words.
+    """
+    counts, images = ThresholdCounts(len(one.words)), 0
+    for truth, found in segmented_images(model, samples, one, batch, threads, precision):
+        counts.add(truth.numpy(), found, one.background.relative)
+        images += 1
+    if not counts.labelled.any():
+        raise no_pixels(images, one.words)
+    return Background((*counts.best(), *(0.0 for _ in one.asked[len(one.words) :])), one.background.relative)
+
+
+def no_pixels(images: int, words: Sequence[str]) -> DataError:
+    """The error for labels that have none of the words."""
+    return DataError(f"no pixel of {images} images has one of the {len(words)} words ({', '.join(words[:5])})")
+
+
+def segmented_images(
+    model: Segmenter,
+    samples: Iterable[Sample],
+    one: SegmentationSet,
+    batch: int,
+    threads: int,
+    precision: str,
+    part: Part = WHOLE,
+) -> Iterator[tuple[Tensor, Segmentation]]:
+    """The label map of every image of a part, int16 [H, W], and what the model finds."""
+    mine = islice(samples, part.number, None, part.count)
+    for images, maps in labelled_images(mine, one, batch, threads):
         with inference(model, precision):
             found = model.segment(images, one.asked, one.views)
-        for truth, some in zip(maps, found, strict=True):
-            confusion.add(truth.numpy(), one.predicted(some).numpy())
-        count += len(images)
-    measured = confusion.metrics(one.words, one.has_ground)
-    if not measured:
-        first = ", ".join(one.words[:5])
-        raise DataError(f"no pixel of {count} images has one of the {len(one.words)} words ({first})")
-    return {**measured, "samples": float(count)}
+        yield from zip(maps, found, strict=True)
 
 
 def labelled_images(
@@ -152,6 +162,25 @@ def labelled_images(
     reader = SegmentationReader(classes=one.classes, resize=None)
     for rows in evaluation_batches(samples, (reader,), batch, threads):
         yield rows["image"], rows["labels"]
+
+
+def segmentation_figure(model: Segmenter, samples: Iterable[Sample], one: SegmentationSet, title: str) -> "Figure":
+    """Images, their label maps and what the model finds; of a ``Grouper`` also the groups of each stage."""
+    rows: list[tuple[Tensor, list[Tensor]]] = []
+    for images, maps in labelled_images(samples, one, IMAGES_AT_ONCE, threads=2):
+        with inference(model):
+            found = model.segment(images, one.asked, one.views)
+        rows += [(image, [truth, one.predicted(some)]) for image, truth, some in zip(images, maps, found, strict=True)]
+    groups = groups_of(model, [image for image, _ in rows])
+    return label_figure(rows, one.names, ("image", "labels", "found"), title, per_row=2, groups=groups)
+
+
+def groups_of(model: object, images: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """The groups of each image by stage, as :meth:`Grouper.groups` gives them; none for a method without groups."""
+    if not images or not callable(getattr(model, "groups", None)):
+        return [() for _ in images]
+    with inference(model):
+        return cast(Grouper, model).groups(images)
 
 
 class PatchSegmenter:

@@ -32,10 +32,14 @@ def snapshot_figure(
     return draw(samples, f"{name}: {len(samples)} of {snapshot.samples:,} samples, snapshot {snapshot.id}")
 
 
-def segments_png(image: Tensor, found: Segmentation, words: Sequence[str]) -> bytes:
-    """The image, uint8 [3, H, W], beside itself under the colours of its words, with a legend, as PNG."""
+def segments_png(image: Tensor, found: Segmentation, words: Sequence[str], groups: Sequence[Tensor] = ()) -> bytes:
+    """The image, uint8 [3, H, W], beside itself under the colours of its words, with a legend, as PNG.
+
+    ``groups`` [H, W], one map for each stage of a grouping, follow to the right.
+    """
     content = BytesIO()
-    label_figure([(image, [found.labels])], words, ("image", "words"), inches=5.0).savefig(content, format="png")
+    rows, titles = [(image, [found.labels])], ("image", "words")
+    label_figure(rows, words, titles, inches=5.0, groups=[groups] if groups else ()).savefig(content, format="png")
     return content.getvalue()
 
 

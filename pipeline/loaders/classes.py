@@ -62,6 +62,25 @@ def base_classes(base: str, data: str, setting: str = "base") -> tuple[str, ...]
     return names
 
 
+def dataset_classes(base: str, data: str) -> tuple[tuple[str, ...], ...]:
+    """All classes of each snapshot of ``data``, also the novel ones; those of the card ``base`` where it has none.
+
+    Args:
+        base: as for :func:`base_classes`.
+        data: as for :func:`base_classes`; without data there is one data set, with the card's classes.
+
+    Raises:
+        SettingError: no such card, or a snapshot without classes and no card.
+    """
+    card = load_card(base).classes if base not in ("", NO_CLASSES, OF_DATA) else ()
+    parts = parts_of(read_data(data)) if data else ()
+    found = [tuple(classes_of(part)) or card for part in parts] or [card]
+    for part, names in zip(parts, found, strict=False):
+        allowed = f"a card with classes, since {part.uri} has none"
+        require(bool(names) or base in ("", NO_CLASSES), "base", base, allowed)
+    return tuple(found)
+
+
 def _together(found: Iterable[Mapping[str, str]]) -> dict[str, str]:
     """The classes of several snapshots without duplicates, with all synonyms; the last snapshot's group wins."""
     names, groups = dict[str, list[str]](), dict[str, str]()

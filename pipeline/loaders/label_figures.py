@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 OPACITY = 0.65
 GOLDEN = 0.618034  # part of the colour circle between two classes: neighbours differ, and none repeats
+GROUP_COLOURS = 5000  # the first colour of groups, so that a group looks like no class of a small set
 LONGEST = 24  # characters of a name in a legend
 
 
@@ -34,8 +35,10 @@ def _shade(number: int) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def painted(image: Tensor, labels: Tensor, opacity: float = OPACITY) -> Tensor:
+def painted(image: Tensor, labels: Tensor, opacity: float = OPACITY, first: int = 0) -> Tensor:
     """The image, uint8 [3, H, W], under the colours of ``labels`` [H, W]; void (negative) pixels stay as they are.
+
+    ``first`` is added to the numbers for other colours than those of the classes.
 
     Raises:
         DataError: they differ in size.
@@ -43,7 +46,7 @@ def painted(image: Tensor, labels: Tensor, opacity: float = OPACITY) -> Tensor:
     if image.shape[1:] != labels.shape:
         raise DataError(f"labels of {tuple(labels.shape)} on an image of {tuple(image.shape[1:])}")
     numbers, places = labels.long().unique(return_inverse=True)
-    table = torch.tensor([class_colour(max(number, 0)) for number in numbers.tolist()]).float()
+    table = torch.tensor([class_colour(max(number, 0) + first) for number in numbers.tolist()]).float()
     mixed = image.cpu().float() * (1 - opacity) + table[places].permute(2, 0, 1).cpu() * opacity
     return torch.where((labels < 0).cpu(), image.cpu(), mixed.round().to(torch.uint8))
 
@@ -55,24 +58,29 @@ def label_figure(
     title: str = "",
     per_row: int = 1,
     inches: float = 2.4,
+    groups: Sequence[Sequence[Tensor]] = (),
 ) -> "Figure":
     """Images, uint8 [3, H, W], each followed by its label maps [H, W], ``per_row`` of them in a row, and a legend.
 
     ``titles`` are those of the columns of one image, each ``inches`` wide. The legend has the classes that are seen.
+    ``groups`` are maps of each image that have no names, one for each stage of a grouping: they are further columns,
+    titled with their number of groups, one image in a row.
     """
     from matplotlib.patches import Patch
 
-    columns, lines = len(titles) * per_row, -(-len(rows) // per_row)
+    stages = max((len(some) for some in groups), default=0)
+    per_row = 1 if stages else per_row
+    columns, lines = (len(titles) + stages) * per_row, -(-len(rows) // per_row)
     seen = sorted({number for _, maps in rows for one in maps for number in one.unique().tolist() if number >= 0})
     legend_rows = -(-len(seen) // max(1, 2 * columns))
     tallest = min(3.0, max((image.shape[1] / image.shape[2] for image, _ in rows), default=1.0))
     figure = blank_figure(inches * columns, (inches * tallest + 0.3) * lines + 0.5 + 0.25 * legend_rows, title)
     axes = figure.subplots(lines, columns, squeeze=False).flat
-    shown = [tile for image, maps in rows for tile in (image, *(painted(image, one) for one in maps))]
+    tiles = _tiles(rows, titles, groups)
     for place, axis in enumerate(axes):
-        if place < len(shown):
-            show_image(axis, shown[place])
-            axis.set_title(readable(titles[place % len(titles)]), fontsize=9, parse_math=False)
+        if place < len(tiles):
+            show_image(axis, tiles[place][0])
+            axis.set_title(readable(tiles[place][1]), fontsize=9, parse_math=False)
         else:
             axis.axis("off")
     patches = [Patch(color=_shade(number), label=class_title(names[number])) for number in seen]
@@ -82,6 +90,21 @@ def label_figure(
             text.set_parse_math(False)
             text.set_fontsize(8)
     return figure
+
+
+def _tiles(
+    rows: Sequence[tuple[Tensor, Sequence[Tensor]]], titles: Sequence[str], groups: Sequence[Sequence[Tensor]]
+) -> list[tuple[Tensor, str]]:
+    """The images of a figure with their titles: each with its label maps, then with its groups by stage."""
+    tiles = []
+    for place, (image, maps) in enumerate(rows):
+        tiles += [
+            (shown, name) for shown, name in zip((image, *(painted(image, one) for one in maps)), titles, strict=True)
+        ]
+        for stage, one in enumerate(groups[place] if groups else (), 1):
+            count = len(one.unique())
+            tiles.append((painted(image, one, first=GROUP_COLOURS), f"stage {stage}: {count} group{'s' * (count > 1)}"))
+    return tiles
 
 
 def class_title(word: str) -> str:

@@ -186,18 +186,20 @@ class MixedSamples:
         return self._first[-1]
 
     def from_here(self, number: int) -> Iterator[Sample]:
-        """As :meth:`Samples.from_here`."""
-        part, local = self._part(number)
-        return part.from_here(local)
+        """As :meth:`Samples.from_here`; the samples have the number of their part."""
+        at, local = self._part(number)
+        for sample in self._parts[at].from_here(local):
+            sample.part = at
+            yield sample
 
     def where(self, number: int) -> str:
         """As :meth:`Samples.where`."""
-        part, local = self._part(number)
-        return part.where(local)
+        at, local = self._part(number)
+        return self._parts[at].where(local)
 
-    def _part(self, number: int) -> tuple[Samples, int]:
+    def _part(self, number: int) -> tuple[int, int]:
         at = int(np.searchsorted(self._first, number, side="right")) - 1
-        return self._parts[at], number - self._first[at]
+        return at, number - self._first[at]
 
 
 def open_samples(

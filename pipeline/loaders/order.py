@@ -55,6 +55,14 @@ class RandomStream(IntEnum):
     """Large-scale jitter of a detector's image."""
     DRAWS = 10
     """Which anchors and regions of an image the loss of a detector samples."""
+    LABELS = 11
+    """Which labels the pixels of an image are compared with."""
+    PROMPT_WORDS = 14
+    """Words and templates of a caption's prompts."""
+    AUGMENTATION = 13
+    """RandAugment and erasing of an image."""
+    GROUPS = 12
+    """Seed of the noise with which an image's patches are grouped."""
     PARTS = 16
     """Seeds of the snapshots of a mixture."""
     PROMPTS = 20

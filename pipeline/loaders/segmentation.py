@@ -4,29 +4,27 @@ A label map is int16 [H, W], a class number or ``VOID``, which losses and metric
 
 - ``boxes.json``: the masks of objects, larger ones painted first, so that a small object stays visible on a large one.
   Crowds and objects without a mask (their whole box) are void, and are painted before all others;
-- ``mask.png``: value v is class v of ``mask_classes``, counted from 1; 0 is an unlabelled pixel and 255 is void, in
-  files of 16 bits also 65535. Grey values and palette indices count, colours do not.
+- ``mask.png``: value v is class v of ``mask_classes``, counted from 1; 0 is an unlabelled pixel and 255 is void
+  (``shards/label_values.py`` has the rules of 16 bits and of palettes).
 
 Rules for both:
 
 - classes are compared by ``plain_word``; pixels of a class that is none of ``classes`` are void, since it is known that
   they are something else;
+- pixels of other classes may instead count as unlabelled (``other_classes``), as in the authors' code of LSeg;
 - unlabelled pixels are void, or the class ``unlabelled``;
 - a ``mask.png`` of another size than its image, of another kind, or with a value beyond ``mask_classes`` makes the
   sample unreadable. Objects of another size than their image are an error, as for a detector: the data were resized.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -36,16 +34,16 @@ from pipeline.loaders.batches import Row, SamplePosition
 from pipeline.loaders.detection import Placement, RandomResize
 from pipeline.loaders.images import MAX_PIXELS, as_stored, decode, encoded_image
 from pipeline.loaders.samples import UnreadableSample
+from pipeline.shards.label_values import MASK_FIELD, decode_values, void_of
 from pipeline.shards.objects import FIELD, Objects, names_of, plain_word, read_objects
 from pipeline.shards.sample import Sample
 from pipeline.shards.segmentation import mask_of
 
 VOID = -1
-MASK_FIELD = "mask.png"
 MOST_CLASSES = 32_767
 LabelField = Literal["boxes.json", "mask.png"]
+OtherClasses = Literal["void", "unlabelled"]
 LabelMap = NDArray[np.int16]
-GREY, WIDE = ("1", "L", "P"), ("I", "I;16", "I;16B", "I;16L")  # Pillow's modes of 8 and 16 bits without colours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +54,7 @@ class LabelClasses:
     field: LabelField = FIELD  # type: ignore[assignment]  # a plain str in shards/objects.py
     unlabelled: str = ""
     mask_classes: tuple[str, ...] = ()
+    other_classes: OtherClasses = "void"
 
     def __post_init__(self) -> None:
         count = len(self.classes)
@@ -75,9 +74,16 @@ class LabelClasses:
         """The class number of unlabelled pixels."""
         return self.numbers[plain_word(self.unlabelled)] if self.unlabelled else VOID
 
+    @cached_property
+    def own_numbers(self) -> NDArray[np.int64]:
+        """The class numbers that pixels of the data set can have, sorted."""
+        found = {self.ground, *map(self.number, self.mask_classes)}
+        return np.array(sorted(found - {VOID}), np.int64)
+
     def number(self, label: str) -> int:
-        """The class number of ``label``, or ``VOID``."""
-        return next((self.numbers[name] for name in map(plain_word, names_of(label)) if name in self.numbers), VOID)
+        """The class number of ``label``; that of other classes is ``VOID``, or that of unlabelled pixels."""
+        other = self.ground if self.other_classes == "unlabelled" else VOID
+        return next((self.numbers[name] for name in map(plain_word, names_of(label)) if name in self.numbers), other)
 
     def label_map(self, sample: Sample, height: int, width: int) -> LabelMap:
         """The label map of a sample whose image has ``height`` x ``width`` pixels.
@@ -87,7 +93,7 @@ class LabelClasses:
             DataError: the objects belong to an image of another size.
         """
         if self.field == MASK_FIELD:
-            return self._from_values(read_mask(sample, height, width), sample.key)
+            return self._from_values(read_mask(sample, height, width, len(self.mask_classes)), sample.key)
         try:
             objects = read_objects(sample)
         except DataError as error:
@@ -123,27 +129,23 @@ class LabelClasses:
         return painted
 
 
-def read_mask(sample: Sample, height: int, width: int) -> NDArray[np.int64]:
-    """The values of ``mask.png``, int64 [height, width]; ``VOID`` for void.
+def read_mask(sample: Sample, height: int, width: int, classes: int) -> NDArray[np.int64]:
+    """The values of ``mask.png``, int64 [height, width]; ``VOID`` for void, by the number of ``classes``.
 
     Raises:
-        UnreadableSample: no mask, not an image, an image with colours, or one of another size.
+        UnreadableSample: no mask, not a PNG, an image with colours, or one of another size.
     """
     content = sample.fields.get(MASK_FIELD)
     if content is None:
         raise UnreadableSample(f"sample {sample.key} has no {MASK_FIELD}")
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(BytesIO(content)) as image:
-            if image.mode not in GREY + WIDE:
-                raise UnreadableSample(f"{MASK_FIELD} of sample {sample.key} is {image.mode}, not grey or a palette")
-            if (image.height, image.width) != (height, width) or height * width > MAX_PIXELS:
-                sizes = f"{image.width} x {image.height} pixels, its image {width} x {height}"
-                raise UnreadableSample(f"{MASK_FIELD} of sample {sample.key} has {sizes}")
-            wide, values = image.mode in WIDE, np.array(image).astype(np.int64)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        values = decode_values(content, MAX_PIXELS)
+    except DataError as error:
         raise UnreadableSample(f"{MASK_FIELD} of sample {sample.key}: {error}") from error
-    void = (values == 255) | (values == 65_535) if wide else values == 255
-    found: NDArray[np.int64] = np.where(void, VOID, values)
+    if values.shape != (height, width):
+        sizes = f"{values.shape[1]} x {values.shape[0]} pixels, its image {width} x {height}"
+        raise UnreadableSample(f"{MASK_FIELD} of sample {sample.key} has {sizes}")
+    found: NDArray[np.int64] = np.where(void_of(values, classes), VOID, values.astype(np.int64))
     return found
 
 

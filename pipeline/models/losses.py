@@ -6,6 +6,11 @@ S = t x_i.y_j (+ b), and the losses of the global batch
     softmax:  1/2B sum_i [ log sum_j exp S_ij + log sum_j exp S_ji - 2 S_ii ]      van den Oord et al., arXiv 1807.03748
     sigmoid:  1/B sum_ij softplus(-z_ij S_ij),  z_ij = 1 where i = j, else -1      Zhai et al., arXiv 2303.15343
 
+An image may have K texts y_jk, such as the prompts of its nouns. The softmax over an image's row is then over all K B
+texts, with an equal share of the target for each of its own (GroupViT, arXiv 2202.11094, section 3.2):
+
+    softmax:  1/2B sum_i [ log sum_jk exp S_i(jk) + 1/K sum_k ( log sum_j exp S_j(ik) - 2 S_i(ik) ) ]
+
 With the logits T of a teacher for the same pairs, and p and q the softmaxes of T and S over a row or a column,
 
     distillation:  1/2B sum_i [ KL(p_i. || q_i.) + KL(p_.i || q_.i) ]              Vasu et al., arXiv 2311.17049, 3.2
@@ -81,15 +86,16 @@ def contrastive_loss(
 ) -> Tensor:
     """The softmax loss in one piece, for small batches: local rows against the columns of all ranks; a scalar.
 
-    ``image_features`` and ``text_features`` are L2-normalised float [B, D] of matching pairs, ``logit_scale`` is the
-    positive factor itself. Memory grows with the square of the batch.
+    ``image_features`` and ``text_features`` are L2-normalised float [B, D] of matching pairs, or the texts [B, K, D] of
+    K texts of each image. ``logit_scale`` is the positive factor itself. Memory grows with the square of the batch.
     """
     with torch.autocast(image_features.device.type, enabled=False):
-        everything = gather(torch.cat([image_features, text_features], dim=1))  # one collective instead of two
-        all_images, all_texts = everything.chunk(2, dim=1)
+        texts = text_features.reshape(len(image_features), -1, image_features.shape[1])
+        everything = gather(torch.cat([image_features[:, None], texts], dim=1))  # one collective instead of two
+        all_images, all_texts = everything[:, 0], everything[:, 1:].flatten(0, 1)
         per_image = (logit_scale * image_features @ all_texts.T).logsumexp(dim=1)
-        per_text = (logit_scale * text_features @ all_images.T).logsumexp(dim=1)
-        matching = logit_scale * (image_features * text_features).sum(dim=1)
+        per_text = (logit_scale * texts @ all_images.T).logsumexp(dim=2).mean(dim=1)
+        matching = logit_scale * (image_features * texts.mean(dim=1)).sum(dim=1)
         return ((per_image + per_text) / 2 - matching).mean()
 
 
@@ -97,8 +103,8 @@ def tiled_contrastive_loss(
     image_features: Tensor, text_features: Tensor, logit_scale: Tensor, exchange: Exchange = ALONE, tile: int = TILE
 ) -> Tensor:
     """The softmax loss in tiles of ``tile`` x ``tile`` logits; arguments and result as :func:`contrastive_loss`."""
-    image_features, text_features, logit_scale = _at_least_float32(image_features, text_features, logit_scale)
-    return cast(Tensor, _Softmax.apply(image_features, text_features, logit_scale, exchange, tile))
+    tensors = _at_least_float32(image_features, text_features.flatten(0, -2), logit_scale)
+    return cast(Tensor, _Softmax.apply(*tensors, exchange, tile))
 
 
 def tiled_sigmoid_loss(
@@ -134,43 +140,46 @@ def tiled_distillation_loss(
 
 
 class _Softmax(torch.autograd.Function):
+    """Columns are texts, image after image, with equally many of each."""
+
     @staticmethod
     def forward(context: Any, images: Tensor, texts: Tensor, scale: Tensor, exchange: Exchange, tile: int) -> Tensor:
-        factor = scale.reshape(())
+        factor, each = scale.reshape(()), len(texts) // len(images)
         over_texts = images.new_full((len(images),), -torch.inf)
 
         def add(columns: Tensor, over_images: Tensor, own: int | None) -> None:
-            for rows, part, logits, _ in _tiles(images, columns, factor, own, tile):
+            for rows, part, logits, _ in _tiles(images, columns, factor, own, tile, each):
                 over_texts[rows] = torch.logaddexp(over_texts[rows], logits.logsumexp(dim=1))
                 over_images[part] = torch.logaddexp(over_images[part], logits.logsumexp(dim=0))
 
         with torch.autocast(images.device.type, enabled=False):
-            over_images = exchange.visit(texts, torch.full_like(over_texts, -torch.inf), add, "logsumexp")
-            matching = factor * (images * texts).sum(dim=1)
+            over_images = exchange.visit(texts, texts.new_full((len(texts),), -torch.inf), add, "logsumexp")
+            matching = factor * (images * texts.unflatten(0, (-1, each)).mean(dim=1)).sum(dim=1)
         context.save_for_backward(images, texts, scale, over_texts, over_images)
         context.exchange, context.tile = exchange, tile
-        return ((over_texts + over_images) / 2 - matching).mean()
+        loss: Tensor = ((over_texts + over_images.view(-1, each).mean(dim=1)) / 2 - matching).mean()
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(context: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         images, texts, scale, over_texts, over_images = context.saved_tensors
-        factor, share = scale.reshape(()), slope / len(images)
-        to_images = torch.zeros_like(images)
+        factor, each = scale.reshape(()), len(texts) // len(images)
+        share, to_images = slope / len(images), torch.zeros_like(images)
 
         def add(columns: Tensor, to_texts: Tensor, own: int | None) -> None:
             features, sums, weights = columns[:, :-2], columns[:, -2], columns[:, -1]
-            for rows, part, logits, diagonal in _tiles(images, features, factor, own, context.tile):
+            for rows, part, logits, diagonal in _tiles(images, features, factor, own, context.tile, each):
                 by_columns = (logits - sums[part]).exp_().mul_(weights[part])
                 slopes = logits.sub_(over_texts[rows, None]).exp_().mul_(share / 2).add_(by_columns)
-                slopes.diagonal(diagonal).sub_(share)
+                slopes.view(len(slopes), -1, each).diagonal(diagonal).sub_(share / each)
                 _add_products(slopes, to_images[rows], features[part], to_texts[part], images[rows], factor)
 
         # A column is weighted by its own rank, so that ranks may weight their losses differently.
-        weights = (share / 2).expand(len(texts), 1)
+        weights = (share / (2 * each)).expand(len(texts), 1)
         columns = torch.cat([texts, over_images[:, None], weights], dim=1)
         with torch.autocast(images.device.type, enabled=False):
-            to_texts = context.exchange.visit(columns, torch.zeros_like(images), add, "sum")
+            to_texts = context.exchange.visit(columns, torch.zeros_like(texts), add, "sum")
         to_scale = (to_images * images).sum().reshape(scale.shape)
         return to_images.mul_(factor), to_texts, to_scale, None, None
 
@@ -292,15 +301,20 @@ def _two_tiles(
 
 
 def _tiles(
-    images: Tensor, columns: Tensor, factor: Tensor, own: int | None, tile: int
+    images: Tensor, columns: Tensor, factor: Tensor, own: int | None, tile: int, each: int = 1
 ) -> Iterator[tuple[slice, slice, Tensor, int]]:
-    """Rows, columns and logits of every tile, and the diagonal of its matching pairs (may be outside the tile)."""
+    """Rows, columns and logits of every tile, and the diagonal of its matching pairs (may be outside the tile).
+
+    ``each`` consecutive columns match one row, and a tile has all of them; the diagonal counts them as one column.
+    """
+    wide = max(tile // each, 1) * each
     for row in range(0, len(images), tile):
         rows = slice(row, row + tile)
         scaled = images[rows] * factor
-        for column in range(0, len(columns), tile):
-            part = slice(column, column + tile)
-            yield rows, part, scaled @ columns[part].T, (len(columns) if own is None else own + row - column)
+        for column in range(0, len(columns), wide):
+            part = slice(column, column + wide)
+            diagonal = len(columns) if own is None else row + (own - column) // each
+            yield rows, part, scaled @ columns[part].T, diagonal
 
 
 def _add_products(

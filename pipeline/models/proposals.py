@@ -20,8 +20,9 @@ The network is torchvision's, on any ResNet of timm. Random numbers are seeded p
 the process that reads it. Batch normalisation over processes is torch's SyncBatchNorm, which runs on GPUs.
 
 Left out of ViLD's code: batch normalisation inside of the proposal head. Other differences: anchors at the corner of a
-cell, as torchvision has them, where theirs are at its middle; 256 sampled anchors, of which those with an object are
-chosen by random numbers seeded per image.
+cell, as torchvision has them, where theirs are at its middle; sampling by random numbers seeded per image; all anchors
+that tie as the best of an object cover the object that they overlap most, where theirs are one anchor per object. As
+there, background is sampled from the anchors below an overlap of 0.3, and those up to 0.7 are left out.
 
 To hold a run against: recall of 1000 proposals on LVIS v1, base and novel; the paper reports only detection results
 (see vild.py).

@@ -19,15 +19,24 @@ class Segmentation:
     """The word of every pixel of one image, on the CPU.
 
     ``labels`` are int16 [H, W], indices into the requested words, or -1 for none; ``scores`` float32 [H, W], the
-    probability of the best word among all words, 0 to 1.
+    probability of the best word among all words, 0 to 1. ``limits`` float32 [H, W] are the highest thresholds that the
+    method allows for each pixel, if it has a rule for them: a higher one is lowered to the limit.
     """
 
     labels: Tensor
     scores: Tensor
+    limits: Tensor | None = None
+
+    def below(self, threshold: float | Tensor) -> Tensor:
+        """Bool [H, W]: where the probability is lower than ``threshold``, one for all pixels or one for each."""
+        if self.limits is None:
+            return self.scores < threshold
+        return self.scores < self.limits.minimum(torch.as_tensor(threshold, dtype=self.limits.dtype))
 
     def above(self, threshold: float) -> "Segmentation":
         """Without a word where the best one has a lower probability."""
-        return Segmentation(torch.where(self.scores < threshold, -1, self.labels).to(torch.int16), self.scores)
+        labels = torch.where(self.below(threshold), -1, self.labels).to(torch.int16)
+        return Segmentation(labels, self.scores, self.limits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +44,15 @@ class ImageViews:
     """The views of an image whose logits are averaged.
 
     An image is resized so that its longer side is ``side`` times each of ``scales``. Where it is larger than the
-    ``window``, it is cut into windows whose distance is ``stride`` times their side; where it is smaller, it is padded
-    at the right and bottom.
+    ``window``, it is cut into windows whose distance is ``stride`` times their side.
     """
 
     side: int | None = None
-    """Longer side of the resized image in pixels; none for the side of the window."""
+    """Longer side of the resized image in pixels; none for the method's own rule."""
     window: int | None = None
     """Side of the square input in pixels; none for that of the training."""
-    stride: float = 2 / 3
-    """Distance of the windows, as a part of their side, more than 0, up to 1."""
+    stride: float | None = None
+    """Distance of the windows, as a part of their side, more than 0, up to 1; none for the method's own."""
     scales: tuple[float, ...] = (1.0,)
     """Factors of the side."""
     flip: bool = False
@@ -54,7 +62,8 @@ class ImageViews:
         for name in ("side", "window"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "1 or more, or none")
-        require(0 < self.stride <= 1, "stride", self.stride, "more than 0, up to 1")
+        stride = self.stride
+        require(stride is None or 0 < stride <= 1, "stride", stride, "more than 0, up to 1, or none")
         fits = bool(self.scales) and all(0 < scale <= 16 for scale in self.scales)
         require(fits, "scales", self.scales, "one or more, each more than 0, up to 16")
 

@@ -43,6 +43,7 @@ from pipeline.loaders.text import TextSettings
 from pipeline.models import clip
 from pipeline.models.losses import Gather, alone
 from pipeline.models.towers import openclip
+from pipeline.models.towers.batch_norm import GatheredBatchNorm
 from pipeline.models.towers.colours import recolour
 from pipeline.models.towers.unprojected import unprojected, unprojected_width
 
@@ -79,38 +80,6 @@ class Config(clip.Config):
         low, high = self.view_scale
         require(0 < low <= high <= 1, "view_scale", self.view_scale, "0 < low <= high <= 1")
         require(0 <= self.view_flip <= 1, "view_flip", self.view_flip, "0 to 1")
-
-
-class GatheredBatchNorm(nn.Module):
-    """Batch normalisation over the rows of all ranks (Ioffe and Szegedy 2015), on any device.
-
-    torch's SyncBatchNorm runs on GPUs only. Here means and variances are exchanged by the method's gather, whose
-    gradients are those of one process with the whole batch.
-    """
-
-    mean: Tensor
-    variance: Tensor
-
-    def __init__(self, width: int, momentum: float = 0.1, epsilon: float = 1e-5) -> None:
-        super().__init__()
-        self.momentum, self.epsilon = momentum, epsilon
-        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("variance", torch.ones(width))
-
-    def forward(self, features: Tensor, gather: Gather = alone) -> Tensor:
-        """Float [B, width] to the same; every rank has as many rows."""
-        if not self.training:
-            return (features - self.mean) * (self.variance + self.epsilon).rsqrt() * self.weight + self.bias
-        own = torch.stack([features.mean(dim=0), features.var(dim=0, correction=0)])
-        means, variances = gather(own[None]).unbind(1)
-        mean = means.mean(dim=0)
-        variance = variances.mean(dim=0) + (means - mean).square().mean(dim=0)
-        rows = len(features) * len(means)
-        with torch.no_grad():
-            self.mean.lerp_(mean.to(self.mean.dtype), self.momentum)
-            self.variance.lerp_((variance * rows / max(rows - 1, 1)).to(self.variance.dtype), self.momentum)
-        return (features - mean) * (variance + self.epsilon).rsqrt() * self.weight + self.bias
 
 
 class Head(nn.Module):

@@ -1,14 +1,17 @@
-"""A small drawn snapshot, for smoke presets and for jobs without given data."""
+"""A small drawn snapshot and a drawn image, for smoke presets and for jobs without given data."""
 
 from dataclasses import replace
 
+from pipeline.loaders.images import Pixels, decode, image_at
 from pipeline.shards.snapshot import Snapshot
 from pipeline.shards.storage import Folder
 from pipeline.sources import open_source
+from pipeline.sources.drawn.sample import draw_sample
 from pipeline.stages.refresh.make_shard import AS_IT_IS
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers
 
+DRAWN_IMAGE = "drawn://val/0/0"
 IN_PROCESS = Workers(processes_count=0)
 
 
@@ -23,3 +26,8 @@ def drawn_snapshot(
     options = replace(AS_IT_IS, number_sample_per_shard=rows_per_shard)
     source = open_source({"kind": "drawn", "samples": samples, "size": 64})
     return refresh(source, folder, options, workers, card=card)
+
+
+def read_image(place: str) -> Pixels:
+    """The image at ``place``; ``DRAWN_IMAGE`` is drawn. Raises as :func:`pipeline.loaders.images.image_at`."""
+    return decode(draw_sample("val", 0, 0, 128).image) if place == DRAWN_IMAGE else image_at(place)

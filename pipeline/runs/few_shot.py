@@ -37,7 +37,7 @@ from pipeline.sources.picked import Picked
 from pipeline.sources.source import Source
 from pipeline.stages.annotate.embeddings import EmbedOptions, embed
 from pipeline.stages.annotate.view_features import read_views
-from pipeline.stages.ray_session import connect
+from pipeline.stages.ray_session import connect, log_as_job
 from pipeline.stages.refresh.make_shard import AS_IT_IS
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers, run_tasks
@@ -437,12 +437,20 @@ def run_trials(
 def _run(runner: TrialRunner, trials: Sequence[Trial], workers: Workers, place: Place) -> Iterator[int]:
     """The numbers of trials, each when its result is available."""
     if place.workers == 1:
-        yield from (number for number, _ in run_tasks(runner, trials, workers, place.gpus))
+        in_turn = workers.processes_count == 0
+        task = runner if in_turn else partial(_in_a_worker, runner)
+        yield from (number for number, _ in run_tasks(task, trials, workers, place.gpus))
         return
     for number, trial in enumerate(trials):
         if runner.finished(trial) is None:
             on_workers(partial(_one_of_many, runner, trial), workers=place.workers, use_gpu=place.device == "cuda")
         yield number
+
+
+def _in_a_worker(runner: TrialRunner, trial: Trial) -> str:
+    """A trial as a task of Ray: its progress appears in the job's log."""
+    log_as_job()
+    return runner(trial)
 
 
 def _one_of_many(runner: TrialRunner, trial: Trial, device: torch.device) -> None:

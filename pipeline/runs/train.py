@@ -68,7 +68,7 @@ def pretrain(job: Pretraining, keeps: bool = True) -> None:
 
 
 def _pretrain(job: Pretraining, evaluates: bool, keeps: bool, held: Lease) -> None:
-    plan, record = prepare(job.method, job.run, evaluates=evaluates)
+    plan, record = prepare(job.method, job.run, evaluates=evaluates, guard=held.spaced)
     method = method_class(method_name(job.method))
     token = record.tracking_token
     with start(job.tracking, job, run_id=record.tracking_run, token=token, once=True) as tracker:

@@ -6,7 +6,8 @@ another machine after ``SILENCE_SECONDS`` without a heartbeat.
 
 A suspended holder (a closed laptop, a frozen virtual machine) looks dead, too. So whoever holds a lease writes through
 :attr:`Lease.folder`, which reads ``_lease`` before every write, in every process: the suspended job stops when it
-continues. What a dead holder left half written is deleted at the start.
+continues. A training, which writes often, asks through :class:`SpacedGuard`. What a dead holder left half written is
+deleted at the start.
 
 To take over the lease of X, a job first creates the claim ``_lease-X``: of several jobs that find the same dead holder,
 one succeeds. A claim is a lease itself, so that of a dead job is taken over in the same way. On stores without
@@ -29,8 +30,8 @@ from dataclasses import asdict, dataclass, field
 import psutil
 
 from pipeline.config import from_plain, parse_json, require
-from pipeline.errors import StorageError
-from pipeline.shards.storage import Folder, storage_errors
+from pipeline.errors import LeaseLost, StorageError
+from pipeline.shards.storage import Folder, Guard, storage_errors
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ LEASE = "_lease"  # not .json: img2dataset reads every such file beside tars as 
 BEAT = "_lease.beat"
 BEAT_SECONDS = 10.0
 SILENCE_SECONDS = 45.0
+SPACE_SECONDS = 20.0  # less than a silence without its first beat: until then nobody else can have the lease
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +79,34 @@ class LeaseGuard:
         return found is not None and found.name == self.name
 
     def check(self) -> None:
-        """Raise ``StorageError`` if another job took the lease, which it may do after a long silence."""
+        """Raise ``LeaseLost`` if another job took the lease, which it may do after a long silence."""
         if not self.holds():
             found = _read(self.folder, LEASE)
             other = "another job" if found is None else _described(found)
-            raise StorageError(
+            raise LeaseLost(
                 f"{self.folder.uri}: {other} has taken over, since this job was silent for long; this job stops, "
                 "nothing is lost; run the same command to continue"
             )
+
+
+class SpacedGuard:
+    """Asks another guard, but not within ``SPACE_SECONDS`` of its last permission; for jobs that write often.
+
+    A suspension that costs a job its lease is longer, and the clock of the machine counts it.
+    """
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard, self._asked = guard, 0.0
+
+    def __reduce__(self) -> tuple[type["SpacedGuard"], tuple[Guard]]:
+        return SpacedGuard, (self._guard,)  # another machine has another clock
+
+    def check(self) -> None:
+        """Raise ``LeaseLost`` if another job took the lease, ``StorageError`` if the store does not answer."""
+        now = time.time()
+        if abs(now - self._asked) >= SPACE_SECONDS:
+            self._guard.check()
+            self._asked = now
 
 
 class Lease:
@@ -94,12 +116,13 @@ class Lease:
         self._plain, self._holder = folder, holder
         self._guard = LeaseGuard(folder, holder.name)
         self.folder = Folder(folder.uri, self._guard)
+        self.spaced = SpacedGuard(self._guard)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="clipmill-lease", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raise ``StorageError`` if another job took the lease."""
+        """Raise ``LeaseLost`` if another job took the lease."""
         self._guard.check()
 
     def release(self) -> None:

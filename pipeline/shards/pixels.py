@@ -24,7 +24,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
 from pipeline.errors import SampleError
 from pipeline.shards.exif import PILLOW_ERRORS, jpeg_segments, orientation_of, read_exif
@@ -174,7 +174,18 @@ def _open_with_pillow(body: bytes) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         bad_image("too_many_pixels", "Image decoding error: more pixels than --max-pixels can allow, 2^30")
     except PILLOW_ERRORS:
+        if _is_unknown_tiff(body):
+            bad_image("depth", "Image decoding error: a TIFF of 64 bits or with floats as colours")
         bad_image("damaged", "Image decoding error: damaged")
+
+
+def _is_unknown_tiff(body: bytes) -> bool:
+    """Whether this is a whole TIFF whose kind of pixels Pillow does not know."""
+    try:
+        TiffImagePlugin.TiffImageFile(BytesIO(body))
+    except PILLOW_ERRORS as error:
+        return "unknown pixel mode" in str(error)
+    return False
 
 
 def decode_pixels(body: bytes, header: Header, shrink: int = 1) -> Pixels:

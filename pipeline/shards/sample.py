@@ -23,20 +23,20 @@ IMAGE_KINDS: Mapping[str, tuple[str, ...]] = {
 """Kinds of images that :mod:`pipeline.shards.pixels` decodes, with their endings; shards use the first one."""
 # A sample's image is the first of these fields that it has.
 IMAGE_FIELDS = tuple(dict.fromkeys(ending for endings in IMAGE_KINDS.values() for ending in endings))
-# Fields with positions in the image: a resize would make them wrong.
-GEOMETRIC_FIELDS = ("boxes.json", "mask.png")
 
 
 @dataclass(slots=True)
 class Sample:
     """``fields`` maps the part of the member's name after the key's first dot (``jpg``, ``boxes.json``) to bytes.
 
-    ``rows`` are the sample's rows of the sidecars that a reader requested, by the sidecar's name.
+    ``rows`` are the sample's rows of the sidecars that a reader requested, by the sidecar's name. ``part`` is the
+    number of the sample's snapshot in a mixture, from 0.
     """
 
     key: str
     fields: dict[str, bytes]
     rows: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    part: int = 0
 
     def image(self) -> bytes | None:
         """The encoded image in any format; ``None`` where the sample has none."""

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -97,16 +98,24 @@ def _parse_indices(content: bytes) -> Indices | None:
     return column.to_numpy() if column.type == pa.int32() and not column.null_count else None
 
 
+def open_tar(folder: Folder, shard: Shard) -> BinaryIO:
+    """The tar of ``shard`` for binary reading; raises ``DataError`` if it is missing."""
+    try:
+        return folder.open(shard.tar)
+    except FileNotFoundError as error:
+        raise DataError(f"{folder.join(shard.tar)} is missing, though a snapshot lists it") from error
+
+
 def read_samples(folder: Folder, shard: Shard) -> Iterator[Sample]:
     """The visible samples of ``shard`` in the order of the tar, local or remote, with repeats.
 
     Raises:
-        DataError: see :func:`read_selection` and :func:`pipeline.shards.tar.iterate_tar`.
+        DataError: the tar is missing; see :func:`read_selection` and :func:`pipeline.shards.tar.iterate_tar`.
     """
     indices = read_selection(folder, shard)
     numbers, times = (None, None) if indices is None else np.unique(indices, return_counts=True)
     count = following = 0
-    with folder.open(shard.tar) as file:
+    with open_tar(folder, shard) as file:
         for sample in iterate_tar(file, folder.join(shard.tar)):
             if numbers is None or times is None:
                 yield sample

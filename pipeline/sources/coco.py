@@ -248,6 +248,9 @@ class Coco:
             if values["objects"] > MOST_OBJECTS:
                 raise SampleError("failed_to_resize", "too_many_objects", f"more than {MOST_OBJECTS} objects")
             if not self.downloads:
+                # A name that the folder's listing does not have is never opened: it may lead out of the folder.
+                if not values["stamp"]:
+                    raise SampleError("failed_to_download", "unreadable", f"no file of this name in {self.images}")
                 image = self._place.read_bytes(values["url"])
         except SampleError as error:
             problem = error

@@ -100,8 +100,10 @@ def read_annotations(uri: str) -> Annotations:
         images = tuple(_image(record) for record in content["images"])
         categories = tuple(_category(record) for record in content["categories"])
         annotations = [one if isinstance(one, CocoAnnotation) else _refused(one) for one in content["annotations"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{uri} is not as COCO's files are ({error!r})") from error
+    except KeyError as error:
+        raise DataError(f"{uri} is not as COCO's files are (a record without {error})") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{uri} is not as COCO's files are ({error})") from error
     require(bool(images), "annotations", uri, "a file with at least one image")
     _check_ids(uri, images, categories, annotations)
     sizes = {image.id: (image.width, image.height) for image in images}
@@ -197,9 +199,9 @@ def _refused(record: Any) -> CocoAnnotation:
 
 
 def _image(record: Mapping[str, Any]) -> AnnotatedImage:
-    width, height = int(record["width"]), int(record["height"])
-    if width <= 0 or height <= 0:
-        raise ValueError(f"image {record['id']} of {width} x {height} pixels")
+    if not isinstance(record, dict):
+        raise TypeError(f"the image {str(record)[:100]} is no object")
+    width, height = _side(record, "width"), _side(record, "height")
     file, url = (str(record.get(key) or "") for key in ("file_name", "coco_url"))
     (file + url).encode()  # raises ValueError for a lone surrogate, which no file system can store
     negative, incomplete = (record.get(key) for key in ("neg_category_ids", "not_exhaustive_category_ids"))
@@ -215,7 +217,19 @@ def _image(record: Mapping[str, Any]) -> AnnotatedImage:
     )
 
 
+def _side(record: Mapping[str, Any], name: str) -> int:
+    try:
+        side = _whole(record.get(name))
+    except ValueError:
+        side = 0
+    if side <= 0:
+        raise ValueError(f"the image {record['id']} has the {name} {record.get(name)!r}, not a number of pixels")
+    return side
+
+
 def _category(record: Mapping[str, Any]) -> Category:
+    if not isinstance(record, dict):
+        raise TypeError(f"the category {str(record)[:100]} is no object")
     name, frequency = str(record["name"]), str(record.get("frequency") or "")
     if not name.strip() or frequency not in ("", *FREQUENCIES):
         raise ValueError(f"category {record['id']} called {name!r} of frequency {frequency!r}")

@@ -96,6 +96,7 @@ class Source(Protocol):
     - ``image_options``: the preset's defaults of :class:`~pipeline.stages.crawl.images.ImageOptions`, by name.
     - ``downloads``: True where rows without image bytes are downloaded; the servers' validators are then stored.
     - ``has_images``: False where rows have no image; the sample then consists of ``members``, without a download.
+    - ``label_field``: the member with the labels of pixels, ``mask.png`` or ``boxes.json``.
     """
 
     kind: ClassVar[str]

@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,15 @@ logger = logging.getLogger(__name__)
 FORMATS = ("parquet", "csv", "tsv", "json", "jsonl", "csv.gz", "tsv.gz", "json.gz", "jsonl.gz")
 PROBLEM = "clipmill.problem"
 BATCH_ROWS = 65_536
+# First bytes of files that are called csv or json and are not.
+_OTHER_FILES = {
+    b"PAR1": "it is a parquet file",
+    b"\x1f\x8b": "it is compressed with gzip; call it .csv.gz, .tsv.gz, .json.gz or .jsonl.gz",
+    b"PK\x03\x04": "it is a zip archive or a spreadsheet",
+    b"BZh": "it is compressed with bzip2",
+    b"\xfd7zX": "it is compressed with xz",
+    b"\x28\xb5\x2f\xfd": "it is compressed with zstd",
+}
 
 Quoting = Literal["minimal", "none"]
 
@@ -228,12 +238,12 @@ def _read_separated(file: Any, columns: Columns, delimiter: str, quoting: Quotin
         file.seek(0)
     rows = csv.reader(_text_lines(file), **_dialect(delimiter, quoting))
     try:
-        header = next(rows, None)
+        header = next((row for row in rows if row), None)
         if header is None:
             raise TableError("the file is empty")
         for name in columns.names():
             if name not in header:
-                raise MissingColumn(name, [storable(one) for one in header])
+                raise MissingColumn(name, _printable(header))
             if header.count(name) > 1:
                 raise TableError(f"{header.count(name)} columns are called {name!r}; rename one of them")
         places = [header.index(name) for name in columns.names()]
@@ -289,17 +299,45 @@ def _found_quoting(file: Any, delimiter: str) -> Quoting:
 # JSON
 
 
+class WrittenNumber(float):
+    """A number of JSON with the text that it was written as: ``0.10`` is not 0.1, and 1e400 is not infinity."""
+
+    text: str
+
+    def __new__(cls, text: str) -> "WrittenNumber":
+        """Read ``text``, which is a number of JSON."""
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+
+def _written_integer(text: str) -> int | WrittenNumber:
+    """A whole number of JSON; Python refuses to read one of more than 4,300 digits."""
+    return int(text) if len(text) < 4000 else WrittenNumber(text)
+
+
+AS_WRITTEN: dict[str, Any] = {"parse_float": WrittenNumber, "parse_int": _written_integer}
+"""Arguments of ``json.loads`` with which :func:`text_of` gives numbers as they were written."""
+
+
 def first_text(value: Any) -> Any:
-    """The first element of a list, and of a list in it; other values as they are."""
-    while isinstance(value, list):
-        value = value[0] if value else None
-    return value
+    """The first element of a list that is not null, and of a list in it; other values as they are."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, list):
+            left.extend(reversed(value))
+        elif value is not None:
+            return value
+    return None
 
 
 def text_of(value: Any) -> str | None:
     """A value of JSON or Arrow as text: JSON for lists and objects, ``true`` and ``false`` for booleans."""
     if value is None or isinstance(value, str):
         return value
+    if isinstance(value, WrittenNumber):
+        return value.text
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, float) and value != value:
@@ -314,7 +352,25 @@ def stored_text(value: Any) -> str | None:
 
 
 def _as_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
+    except ValueError:  # infinity or NaN, which JSON does not have
+        return json.dumps(_finite(value), ensure_ascii=False, default=_plain)
+
+
+def _plain(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with null for NaN and infinity, and a text for a number that floats cannot hold."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return value.text if isinstance(value, WrittenNumber) else None
 
 
 def _read_objects(file: Any, columns: Columns, objects: Callable[[Any], Iterable[Any]]) -> Iterator[pa.RecordBatch]:
@@ -332,7 +388,7 @@ def _read_objects(file: Any, columns: Columns, objects: Callable[[Any], Iterable
     yield from _batches(rows(), columns)
     for name in names if seen else ():
         if name not in seen:
-            raise MissingColumn(name, [storable(one) for one in seen])
+            raise MissingColumn(name, _printable(seen))
 
 
 def _object_row(
@@ -349,7 +405,10 @@ def _object_row(
         if isinstance(value, dict | list) and name not in columns.others:
             kind = "an object" if isinstance(value, dict) else "a list"
             return [None] * len(names), f"row {number}: {name!r} is {kind}, not a text"
-        values.append(text_of(value))
+        try:
+            values.append(text_of(value))
+        except RecursionError:
+            return [None] * len(names), f"row {number}: {name!r} is nested too deep"
     return values, None
 
 
@@ -359,7 +418,7 @@ def _objects_of_lines(file: Any) -> Iterator[dict[str, Any] | str]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = _parsed(line)
         except (ValueError, RecursionError) as error:
             yield f"line {number} is no JSON: {error}"
             continue
@@ -369,7 +428,7 @@ def _objects_of_lines(file: Any) -> Iterator[dict[str, Any] | str]:
 def _objects_of_document(file: Any) -> Iterable[dict[str, Any] | str]:
     """The objects of a list, or of an object of columns as pandas writes it: lists, or objects by row."""
     try:
-        plain = json.loads("".join(_text_lines(file)))
+        plain = _parsed("".join(_text_lines(file)))
     except (ValueError, RecursionError) as error:
         raise TableError(f"{error}; for one object per line set --input-format jsonl") from error
     if isinstance(plain, list):
@@ -385,6 +444,10 @@ def _objects_of_document(file: Any) -> Iterable[dict[str, Any] | str]:
     raise TableError("neither a list of objects nor an object of columns")
 
 
+def _parsed(text: str) -> Any:
+    return json.loads(text, **AS_WRITTEN)
+
+
 # All text formats
 
 
@@ -394,7 +457,18 @@ def _text_lines(file: Any) -> io.TextIOWrapper:
     if not start:
         start = file.read(4)
         file.seek(0)
-    return _KeptOpen(file, encoding=encoding_of(start), errors="surrogateescape", newline="")
+    for magic, what in _OTHER_FILES.items():
+        if start.startswith(magic):
+            raise TableError(what)
+    encoding = encoding_of(start)
+    if encoding == "utf-8-sig" and b"\0" in start:
+        raise TableError("it begins with NUL bytes: no text, or UTF-16 without a byte-order mark")
+    return _KeptOpen(file, encoding=encoding, errors="surrogateescape", newline="")
+
+
+def _printable(names: Iterable[str]) -> list[str]:
+    """Names of strangers for a message on a terminal."""
+    return [name if name.isprintable() else repr(storable(name)) for name in names]
 
 
 class _KeptOpen(io.TextIOWrapper):

@@ -210,7 +210,7 @@ class UrlTable:
             bool(matches),
             "url_list",
             file,
-            "a file ending in " + ", ".join(FORMATS) + ", or set input_format",
+            "a file ending in " + ", ".join(FORMATS) + ", or --input-format",
         )
         return max(matches, key=len)
 

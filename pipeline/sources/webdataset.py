@@ -19,7 +19,7 @@ from pipeline.shards.tar import iterate_tar
 from pipeline.shards.text import decoded
 from pipeline.shards.writer import reserved_columns
 from pipeline.sources.source import UNCHANGED, Row, Slice
-from pipeline.sources.tables import first_text, stored_text
+from pipeline.sources.tables import AS_WRITTEN, first_text, stored_text
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class WebDatasetTars:
                 sizes = [(name, len(value)) for name, value in sample.fields.items()]
                 digest.update(json.dumps([sample.key, sizes]).encode())
                 if not seen.captions:
-                    seen.add(sample, self._caption(sample, _json(sample)))
+                    seen.add(sample, self._caption(sample, _json(sample, self._reads_json)))
                 count += 1
             enough = count <= rows_per_shard
             require(
@@ -109,12 +109,12 @@ class WebDatasetTars:
         return {name: str for name in self.json_columns}
 
     def _row(self, sample: Sample) -> Row:
-        plain = _json(sample)
+        plain = _json(sample, self._reads_json)
         record: Mapping[str, Any] = {} if isinstance(plain, SampleError) else plain
         image = self._image_field(sample)
         caption_member = "" if self.caption_field is None else self.caption_field
         members = {name: value for name, value in sample.fields.items() if name not in (image, caption_member, "json")}
-        problem = plain if isinstance(plain, SampleError) else None
+        problem = self._problem(plain)
         if image is None:
             problem = _no_image(sample, self.image_field)
         return Row(
@@ -125,6 +125,18 @@ class WebDatasetTars:
             members=members if self.keep_members else {},
             problem=problem,
         )
+
+    @property
+    def _reads_json(self) -> bool:
+        return bool(self.json_columns) or (self.caption_field or "").startswith(JSON_KEY)
+
+    def _problem(self, plain: "dict[str, Any] | SampleError") -> SampleError | None:
+        if isinstance(plain, SampleError):
+            return plain
+        wanted = self.caption_field or ""
+        if wanted.startswith(JSON_KEY) and isinstance(first_text(plain.get(wanted.removeprefix(JSON_KEY))), dict):
+            return _malformed(f"{wanted} is an object, not a text")
+        return None
 
     def _image_field(self, sample: Sample) -> str | None:
         names = IMAGE_FIELDS if self.image_field is None else (self.image_field.lower(),)
@@ -181,13 +193,22 @@ def _stamp(uri: str) -> str:
     return file_stamp(place.info(name))
 
 
-def _json(sample: Sample) -> dict[str, Any] | SampleError:
-    """The object of the json member, empty without one; or the reason why the row cannot be used."""
+def _json(sample: Sample, asked: bool) -> dict[str, Any] | SampleError:
+    """The object of the json member, empty without one; or the reason why the row cannot be used.
+
+    JSON that is no object matters only where something of it was ``asked`` for.
+    """
     try:
-        plain = parse_json(decoded(sample.fields.get("json", b"{}")))
+        plain = parse_json(decoded(sample.fields.get("json", b"{}")), **AS_WRITTEN)
     except ValueError as error:
-        return SampleError("failed_to_download", "malformed_row", f"the member .json is no JSON: {error}")
-    return plain if isinstance(plain, dict) else {}
+        return _malformed(f"the member .json is no JSON: {error}")
+    if isinstance(plain, dict):
+        return plain
+    return _malformed("the member .json is no JSON object") if asked else {}
+
+
+def _malformed(message: str) -> SampleError:
+    return SampleError("failed_to_download", "malformed_row", message)
 
 
 def _no_image(sample: Sample, wanted: str | None) -> SampleError:
@@ -217,7 +238,7 @@ class _Seen:
         if self.captions or self.samples > 1000:
             return
         self.candidates.update(name for name in sample.fields if name.rpartition(".")[2] in CAPTIONS)
-        plain = _json(sample)
+        plain = _json(sample, False)
         if not isinstance(plain, SampleError):
             texts = (name for name in CAPTION_KEYS if isinstance(first_text(plain.get(name)), str))
             self.candidates.update(JSON_KEY + name for name in texts)

@@ -72,3 +72,12 @@ def quiet_worker() -> None:
     """
     name = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
     logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def log_as_job() -> None:
+    """Log like the jobs, in a worker: Ray has its own handlers on the root logger, and sends the lines to the job."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    ours = logging.getLogger("pipeline")
+    ours.handlers, ours.propagate = [handler], False
+    ours.setLevel(logging.INFO)

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.config import require
 from pipeline.errors import ClipmillError, DataError
-from pipeline.stages.ray_session import connect
+from pipeline.stages.ray_session import connect, log_as_job
 
 Work = Callable[[torch.device], object]
 """Called in every worker with its device, in a process group; pickles. What it gives back is lost: rank 0 writes."""
@@ -68,6 +68,7 @@ def _worker(config: dict[str, Any]) -> ClipmillError | None:
     import ray
     from ray.train.torch import get_device
 
+    log_as_job()
     device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)

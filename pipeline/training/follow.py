@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 
 from pipeline.errors import ClipmillError
+from pipeline.shards.storage import Folder
 from pipeline.training.checkpoint import Checkpoint, Checkpoints, EvaluationRecord, write_evaluation
 from pipeline.training.submit import Evaluate, Submit, in_a_process
 
@@ -31,7 +32,7 @@ class Follower:
 
     def __init__(
         self,
-        output_folder: str,
+        output_folder: str | Folder,
         evaluate: Evaluate,
         record: Record | None = None,
         submit: Submit = in_a_process,

@@ -19,7 +19,7 @@ from pipeline.errors import ClipmillError
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.loaders.cores import cores
 from pipeline.models.method import method_class, method_name
-from pipeline.stages.ray_session import connect
+from pipeline.stages.ray_session import connect, log_as_job
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.elastic import join_those_that_share
 from pipeline.training.follow import Follower, Record
@@ -66,7 +66,7 @@ def follower(plan: RunPlan, evaluate: Evaluate, record: Record | None = None) ->
     An evaluation gets a GPU if the cluster has one more than the run uses.
     """
     if not plan.run.most_workers:
-        return Follower(plan.run.output_folder, evaluate, record, in_a_process, in_this_process)
+        return Follower(plan.folder, evaluate, record, in_a_process, in_this_process)
     connect()
     import ray
 
@@ -74,7 +74,7 @@ def follower(plan: RunPlan, evaluate: Evaluate, record: Record | None = None) ->
     resources = worker_resources(plan, cluster)
     spare_gpu = "GPU" in resources and cluster.get("GPU", 0) > plan.run.most_workers
     submit = as_ray_task(num_cpus=1, num_gpus=1 if spare_gpu else 0)
-    return Follower(plan.run.output_folder, evaluate, record, submit)
+    return Follower(plan.folder, evaluate, record, submit)
 
 
 def _in_this_process(plan: RunPlan, open_tracker: OpenTracker) -> TrainingOutcome:
@@ -140,7 +140,7 @@ def train_worker(config: Mapping[str, Any]) -> TrainingOutcome:
     """The function that Ray Train runs in each worker; a process group exists."""
     from ray.train.torch import get_device
 
-    _speak()
+    log_as_job()
     plan: RunPlan = config["plan"]
     device = get_device()
     _set_up(device, plan.run.cluster.cpus_per_worker)
@@ -156,15 +156,6 @@ def _set_up(device: torch.device, threads: int | None = None) -> None:
         torch.set_float32_matmul_precision("high")  # operations outside of bfloat16 use TF32
     elif threads is not None:
         torch.set_num_threads(threads)
-
-
-def _speak() -> None:
-    """Log like the jobs; Ray has set its own handlers on the root logger."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    ours = logging.getLogger("pipeline")
-    ours.handlers, ours.propagate = [handler], False
-    ours.setLevel(logging.INFO)
 
 
 def worker_resources(plan: RunPlan, cluster: Mapping[str, float]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import ClipmillError
+from pipeline.errors import ClipmillError, LeaseLost, StorageError
 from pipeline.loaders.batches import Batch, training_batches
 from pipeline.loaders.order import RandomStream, random_bits
 from pipeline.models.method import EmbeddingMethod, Method, build_method, method_class, method_name
@@ -90,7 +90,7 @@ class _TrainingState:
         self.plan, self.config, self.device, self.tracker, self.notice = plan, plan.run, device, tracker, notice
         self.rank, self.world = distributed.rank(), distributed.world()
         self.order = plan.order()
-        self.checkpoints = Checkpoints(plan.run.output_folder)
+        self.checkpoints = Checkpoints(plan.folder)
         run = plan.run
         # A start after a kill repeats no step before its checkpoint: the points of those steps must be sent by then.
         sent = partial(tracker.flush, TRACKER_SECONDS)
@@ -163,6 +163,7 @@ class _TrainingState:
             norms[""] = norm = self._clipped_norm()
             skipped = self.skipping.after_backward(self.done, total, norm)
         if logs or saves:
+            self._stop_if_overtaken()
             self._stop_if_too_many_skipped()
         with self.clock.phase("optimizer"):
             take_step(self.optimizer, skipped)
@@ -261,6 +262,21 @@ class _TrainingState:
         if self.config.clip_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.method.parameters(), self.config.clip_grad_norm, norm)
         return norm
+
+    def _stop_if_overtaken(self) -> None:
+        """Raise on all ranks if another training took the folder while this one was suspended: it owns the run now."""
+        problem = distributed.from_first(self._lost_lease() if self.rank == 0 else "")
+        if problem:
+            raise TrainingError(problem)
+
+    def _lost_lease(self) -> str:
+        try:
+            self.checkpoints.folder.check()
+        except LeaseLost as error:
+            return str(error)
+        except StorageError as error:  # a store that does not answer stops no training; writes ask again
+            logger.warning("%s", error)
+        return ""
 
     def _stop_if_too_many_skipped(self) -> None:
         """Raise on all ranks if more consecutive steps than allowed had a non-finite loss or gradient on any rank."""

@@ -21,7 +21,7 @@ from pipeline.loaders.samples import check_fields, check_sidecars
 from pipeline.loaders.text import caption_field
 from pipeline.models.method import EmbeddingMethod, method_class, method_name
 from pipeline.shards.snapshot import read_snapshot, snapshot_ids
-from pipeline.shards.storage import Folder
+from pipeline.shards.storage import Folder, Guard
 from pipeline.training.checkpoint import resolved
 from pipeline.training.fp8 import check_installed
 from pipeline.training.measure import MeasurementConfig
@@ -207,6 +207,13 @@ class RunPlan:
     snapshot: TrainingData
     steps: int
     evaluates: bool = False
+    guard: Guard | None = None
+    """Permission to write into the output folder: its lease."""
+
+    @property
+    def folder(self) -> Folder:
+        """The output folder; with a guard, it is asked before every write."""
+        return Folder(self.run.output_folder, self.guard)
 
     def order(self) -> Order | MixedOrder:
         """The order of samples."""
@@ -231,7 +238,7 @@ class RunRecord:
         require(self.steps >= 0, "steps", self.steps, "0 or more")
 
 
-def prepare(method: Any, run: Run, *, evaluates: bool = False) -> tuple[RunPlan, RunRecord]:
+def prepare(method: Any, run: Run, *, evaluates: bool = False, guard: Guard | None = None) -> tuple[RunPlan, RunRecord]:
     """Resolve a run before anything is started: its folder, its data, its number of steps.
 
     Writes ``run.json`` into a new folder. In the folder of an earlier start of the same run, the data stay pinned to
@@ -254,7 +261,7 @@ def prepare(method: Any, run: Run, *, evaluates: bool = False) -> tuple[RunPlan,
     require(evaluates or not best, "keep_best", best, "0 without evaluations, which rank the checkpoints")
     run = replace(run, output_folder=writable_folder("output_folder", run.output_folder))
     require(bool(run.data), "data", run.data, "the folder of a snapshot; jobs/refresh_dataset.py makes one")
-    folder = Folder(run.output_folder)
+    folder = Folder(run.output_folder, guard)
     earlier = read_record(folder)
     snapshot = _pinned(run.data, earlier)
     most = f"at most {snapshot.samples}, the number of samples of the data"
@@ -270,7 +277,8 @@ def prepare(method: Any, run: Run, *, evaluates: bool = False) -> tuple[RunPlan,
         record = replace(earlier, steps=steps)
     if record != earlier:
         write_record(folder, record)
-    return RunPlan(method=started, run=run, snapshot=snapshot, steps=steps, evaluates=evaluates), record
+    plan = RunPlan(method=started, run=run, snapshot=snapshot, steps=steps, evaluates=evaluates, guard=guard)
+    return plan, record
 
 
 def with_weights(method: Any) -> Any:
@@ -282,7 +290,7 @@ def with_weights(method: Any) -> Any:
 def keep_tracking_run(plan: RunPlan, record: RunRecord, run_id: str) -> None:
     """Store the tracker's run id, for the next start of the same command."""
     if record.tracking_run != run_id:
-        write_record(Folder(plan.run.output_folder), replace(record, tracking_run=run_id))
+        write_record(plan.folder, replace(record, tracking_run=run_id))
 
 
 def order_of(run: Run, data: TrainingData) -> Order | MixedOrder:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.loaders.segmentation import VOID
-from pipeline.models.lseg import SpatialBlock, pixel_text_loss, scores_of
+from pipeline.models.pixel_text import SpatialBlock, pixel_text_loss, scores_of
 
 WIDTH = 512
 

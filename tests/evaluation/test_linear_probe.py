@@ -15,6 +15,7 @@ from torch.nn import functional
 from pipeline.errors import DataError, SettingError
 from pipeline.evaluation.data import CardData, open_data
 from pipeline.evaluation.linear_probe import (
+    CentredCoordinates,
     Linear,
     Probe,
     ProbeSets,
@@ -33,6 +34,7 @@ from pipeline.evaluation.linear_probe import (
 from pipeline.evaluation.suite import Evaluations
 from pipeline.loaders.images import ImageTransform
 from pipeline.models.adapters.adapter import Shots
+from pipeline.models.adapters.linear_probe import class_rows
 from pipeline.models.clip import Clip
 from pipeline.shards.snapshot import Snapshot
 
@@ -77,6 +79,36 @@ def test_a_known_validation_set_gives_scikit_learns_fit_of_both_together() -> No
     peer = LogisticRegression(C=chosen, max_iter=1000, tol=1e-6).fit(both.features[:, 0].double(), both.labels)
     ours = fitted.logits(test.first_view()).softmax(dim=1)
     np.testing.assert_allclose(ours, peer.predict_proba(test.features[:, 0].double()), atol=2e-3)
+
+
+def badly_scaled(rows: int, width: int, seed: int = 0) -> Shots:
+    """Like a ConvNet's features after its ReLU: of scales over two decades, with means far from zero."""
+    draw, world = np.random.default_rng(seed), np.random.default_rng(99)
+    labels = np.arange(rows) % 3
+    factors = world.normal(size=(3, 8))[labels] + draw.normal(size=(rows, 8))
+    points = factors @ world.normal(size=(8, width)) + draw.normal(size=(rows, width)) + world.uniform(1, 20, width)
+    scaled = np.maximum(points, 0) * 10 ** world.uniform(-1, 1, width)
+    return Shots(torch.tensor(scaled, dtype=torch.float32)[:, None], torch.tensor(labels))
+
+
+@pytest.mark.parametrize(("rows", "width"), [(60, 200), (300, 20)])
+def test_centred_coordinates_have_scikit_learns_optimum(rows: int, width: int) -> None:
+    """With fewer images than features and with more: the weights of a fit in the features themselves, converged."""
+    shots = badly_scaled(rows, width)
+    coordinates = CentredCoordinates.spanning(shots)
+    inside = coordinates.of(shots).first_view()
+    assert inside.shape == (rows, min(rows, width))
+
+    def converged(inputs: Any) -> LogisticRegression:
+        return LogisticRegression(C=1e-3, max_iter=100_000, tol=1e-9).fit(inputs, shots.labels.numpy())
+
+    peer, ours = converged(shots.first_view().double().numpy()), converged(inside.numpy())
+    weight, bias = coordinates.back(*class_rows(ours, 4))
+    np.testing.assert_allclose(weight[:3], peer.coef_, rtol=0, atol=5e-5 * np.abs(peer.coef_).max())
+    logits = Linear(weight, bias, {}).logits(shots.first_view())
+    np.testing.assert_allclose(logits[:, :3].softmax(dim=1), peer.predict_proba(shots.first_view().double()), atol=1e-4)
+    assert (logits[:, 3] == -math.inf).all()
+    assert ours.n_iter_.max() < peer.n_iter_.max() / 2
 
 
 def test_it_is_deterministic_and_a_class_without_images_never_wins() -> None:

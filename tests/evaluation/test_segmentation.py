@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.errors import DataError, SettingError
-from pipeline.evaluation.segmentation import Confusion, PatchSegmenter, as_segmenter
+from pipeline.evaluation.pixel_counts import PixelCounts
+from pipeline.evaluation.segmentation import PatchSegmenter, as_segmenter
 from pipeline.evaluation.showcase import model_figures
 from pipeline.evaluation.suite import Evaluations, evaluate
 from pipeline.models.clip import Clip
@@ -39,20 +40,20 @@ def test_metrics_are_those_of_a_brute_force_count(seed: int) -> None:
     kinds = np.array([-1, 0, 1, 3, 4])
     truth = [kinds[numbers.integers(0, 5, (9, 7))].astype(np.int16) for _ in range(3)]
     predicted = [kinds[numbers.integers(1, 5, (9, 7))].astype(np.int16) for _ in range(3)]
-    confusion = Confusion(5)
+    counts = PixelCounts(5)
     for one, other in zip(truth, predicted, strict=True):
-        confusion.add(one, other)
+        counts.add(one, other)
     known = np.stack(truth) >= 0
     each = [by_hand(np.stack(truth), np.stack(predicted), number) for number in range(5)]
-    found = confusion.metrics(("a", "b", "c", "d"), has_ground=True)
-    assert confusion.counts.dtype == np.int64 and confusion.counts.sum() == known.sum()
+    found = counts.metrics(("a", "b", "c", "d"), has_ground=True)
+    assert counts.right.dtype == np.int64 and counts.pixels == known.sum()
     assert found["miou"] == pytest.approx(np.nanmean(each))
     assert found["miou_foreground"] == pytest.approx(np.nanmean(each[:-1]))
     assert found["iou_background"] == pytest.approx(each[-1])
     assert found["pixel_accuracy"] == pytest.approx((np.stack(truth) == np.stack(predicted))[known].mean())
     assert [found[f"iou/{name}"] for name in "abd"] == pytest.approx([*each[:2], each[3]])
     assert "iou/c" not in found
-    plain = confusion.metrics(("a", "b", "c", "d"), has_ground=False)
+    plain = counts.metrics(("a", "b", "c", "d"), has_ground=False)
     assert plain["miou"] == plain["miou_foreground"] == found["miou_foreground"] and "iou_background" not in plain
 
 
@@ -60,14 +61,34 @@ def test_metrics_are_those_of_torchmetrics() -> None:
     """Where it is installed."""
     torchmetrics = pytest.importorskip("torchmetrics")
     truth, predicted = (torch.randint(0, 4, (2, 8, 8)) for _ in range(2))
-    confusion = Confusion(5)
-    confusion.add(truth.numpy(), predicted.numpy())
-    expected = torchmetrics.functional.jaccard_index(predicted, truth, "multiclass", num_classes=4)
-    assert confusion.metrics(tuple("abcd"), has_ground=False)["miou"] == pytest.approx(float(expected))
+    truth[0, 0] = -1
+    counts = PixelCounts(5)
+    counts.add(truth.numpy(), predicted.numpy())
+    index = torchmetrics.functional.jaccard_index
+    settings: dict[str, Any] = {"task": "multiclass", "num_classes": 4, "ignore_index": -1}
+    expected = index(predicted, truth, average=None, **settings)
+    found = counts.metrics(tuple("abcd"), has_ground=False)
+    assert found["miou"] == pytest.approx(float(index(predicted, truth, **settings)))
+    assert [found[f"iou/{name}"] for name in "abcd"] == pytest.approx(expected.tolist())
+    accuracy = torchmetrics.functional.accuracy(predicted, truth, average="micro", **settings)
+    assert found["pixel_accuracy"] == pytest.approx(float(accuracy))
 
 
 def test_no_pixels_have_no_metrics() -> None:
-    assert Confusion(3).metrics(("a", "b"), has_ground=True) == {}
+    assert PixelCounts(3).metrics(("a", "b"), has_ground=True) == {}
+
+
+def test_counts_of_parts_add_up_and_of_many_classes_fit() -> None:
+    """30,000 classes: a matrix of pairs would have 7 GB."""
+    numbers = np.random.default_rng(0)
+    images = [numbers.integers(-1, 30_000, (2, 1, 4000)).astype(np.int16).clip(-1) for _ in range(4)]
+    whole, parts = PixelCounts(30_000), [PixelCounts(30_000), PixelCounts(30_000)]
+    for place, (truth, predicted) in enumerate(images):
+        whole.add(truth, predicted.clip(0))
+        parts[place % 2].add(truth, predicted.clip(0))
+    parts[0] += parts[1]
+    names = [str(number) for number in range(29_999)]
+    assert parts[0].metrics(names, True) == whole.metrics(names, True)
 
 
 class ColourSegmenter:
@@ -148,6 +169,20 @@ def test_a_set_with_its_options(kind: str, make_snapshot: MakeSnapshot, words: s
     [
         ("words=nowhere.txt", "segmentation_words"),
         ("threshold=2", "segmentation_threshold"),
+        ("threshold=nowhere.json", "segmentation_threshold|nowhere.json"),
+        ("threshold=learn:drawn_val", "segmentation_unlabelled"),
+        ("threshold=learn:{folder},unlabelled=background", "data other than those of it"),
+        ("held_out=novel", "novel classes"),
+        ("held_out=drawn_base", "novel classes"),
+        ("held_out=drawn_shape", "drawn_shapes"),
+        ("held_out=coco_ovd_all", "classes among the set's words; not "),
+        ("held_out=all,threshold=learn:drawn_val", "a number or a file"),
+        ("held_out=all,part=1/2,counts=x", "1/1 with held_out"),
+        ("episodes=5", "0 without held_out"),
+        ("part=3/2,counts=x", "a part such as 2/4"),
+        ("part=0/2,counts=x", "a part such as 2/4"),
+        ("part=a", "a part such as 2/4"),
+        ("part=1/2", "a folder for the counts"),
         ("scales=a", "segmentation_scales"),
         ("labels=mask.png", "segmentation: .*this has boxes.json"),
         ("background_word=Red", "words"),
@@ -156,9 +191,46 @@ def test_a_set_with_its_options(kind: str, make_snapshot: MakeSnapshot, words: s
 )
 def test_wrong_options_are_one_sentence(options: str, sentence: str, make_snapshot: MakeSnapshot, words: str) -> None:
     folder = make_snapshot([row()]).folder
-    given = options if options.startswith("words") else f"words={words},{options}"
+    given = options if options.startswith("words") else f"words={words},{options.format(folder=folder)}"
     with pytest.raises(SettingError, match=sentence):
         Evaluations(segmentation=(f"it={folder},{given}",)).prepare()
+
+
+def test_a_set_in_parts_has_the_exact_metrics_of_the_whole(
+    make_snapshot: MakeSnapshot, words: str, tmp_path: Any
+) -> None:
+    """Parts are run one by one; the last one reports all images. Counts of other words or models are refused."""
+    rows = [row("mask.png") for _ in range(5)]
+    rows[3]["mask.png"] = png(np.full((4, 8), 3, np.uint8))
+    folder = make_snapshot(rows).folder
+
+    def evaluated(options: str) -> dict[str, float]:
+        return evaluate(ColourSegmenter(), Evaluations(segmentation=(f"it={folder},{options}",)).prepare())
+
+    whole = evaluated(f"words={words}")
+    found = [evaluated(f"words={words},part={number}/3,counts={tmp_path}/counts") for number in (1, 3, 2)]
+    assert [one["seg/it/samples"] for one in found] == [2, 3, 5]
+    assert found[-1] == whole and found[0] != whole
+    (tmp_path / "two.txt").write_text("red\ngreen\n")
+    with pytest.raises(DataError, match="another model or of other words"):
+        evaluated(f"words={tmp_path}/two.txt,part=1/3,counts={tmp_path}/counts")
+    (tmp_path / "counts/part-2-of-3.json").write_text('{"right": [1]')
+    with pytest.raises(DataError, match=r"part-2-of-3\.json is no file of counts"):
+        evaluated(f"words={words},part=1/3,counts={tmp_path}/counts")
+
+
+def test_thin_images_and_no_labels(make_snapshot: MakeSnapshot, words: str) -> None:
+    """One pixel, 3,000 by 1, and an image whose mask is all void; a mask of another size is left out."""
+    fields = []
+    for shape in ((1, 1), (1, 3000), (2, 2), (2, 2)):
+        pixels = np.zeros((*shape, 3), np.uint8)
+        pixels[:, :] = COLOURS["red"]
+        fields.append({"png": png(pixels), "mask.png": png(np.full(shape, 1, np.uint8))})
+    fields[2]["mask.png"] = png(np.full((2, 2), 255, np.uint8))
+    fields[3]["mask.png"] = png(np.full((2, 3), 1, np.uint8))
+    folder = make_snapshot(fields).folder
+    found = evaluate(ColourSegmenter(), Evaluations(segmentation=(f"it={folder},words={words}",)).prepare())
+    assert found["seg/it/miou"] == 1 and found["seg/it/samples"] == 3
 
 
 def test_words_that_no_pixel_has(make_snapshot: MakeSnapshot, tmp_path: Any) -> None:

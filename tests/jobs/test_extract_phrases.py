@@ -1,5 +1,6 @@
 """The job of phrases as its users start it, and the other data jobs on its sidecar."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,17 +26,19 @@ def test_smoke_says_what_it_found_and_logs_it(job: Type, own_store: str, capsys:
 
 
 @pytest.mark.slow
-def test_verify_filter_and_report_work_with_the_sidecar(
-    job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_filter_and_report_work_with_the_sidecar(job: Type, capsys: pytest.CaptureFixture[str]) -> None:
     assert job("extract_phrases", "smoke", "--data", "drawn") == 0
     assert job("verify_dataset", "snapshot", "drawn") == 0
-    assert job("filter_dataset", "custom", "--data", "drawn", "--steps", "text") == 0
+    assert job("filter_dataset", "custom", "--data", "drawn", "--steps", "length", "--min-words", "6") == 0
+    assert 0 < read_snapshot("drawn").samples < 64
     assert all("phrases" in shard.sidecars for shard in read_snapshot("drawn").shards)
     assert job("report_dataset", "snapshot", "--data", "drawn", "--output", "report.html", "--no-track") == 0
     assert "phrases" in Path("report.html").read_text(encoding="utf-8")
-    assert job("adopt_dataset", "folder", "drawn") == 0
-    assert all("phrases" in shard.sidecars for shard in read_snapshot("drawn").shards)
+    shutil.copytree("drawn", "elsewhere", ignore=shutil.ignore_patterns("_*", "*.parquet", "*.json"))
+    assert job("adopt_dataset", "folder", "elsewhere") == 0
+    assert job("extract_phrases", "snapshot", "--data", "elsewhere", "--processes-count", "0", "--no-track") == 0
+    assert job("adopt_dataset", "folder", "elsewhere") == 0
+    assert all("phrases" in shard.sidecars for shard in read_snapshot("elsewhere").shards)
     file = next(Path("drawn").glob("*.phrases.parquet"))
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     capsys.readouterr()

@@ -1,11 +1,13 @@
 """The segmentation job as users type it: a table and an overlay; wrong options said so."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from pipeline.models.lseg import Lseg
 from pipeline.models.method import build_method
@@ -42,10 +44,39 @@ def test_a_checkpoint_segments_by_any_words(
     assert (tmp_path / "segments.png").stat().st_size > 1000
 
 
+class Grouping(Lseg):
+    """A segmenter that groups the columns of an image by tens, and by fifties."""
+
+    def groups(self, images: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """See ``Grouper``."""
+        columns = [torch.arange(one.shape[2]).expand(one.shape[1:]) for one in images]
+        return [tuple((one // width).to(torch.int16) for width in (10, 50)) for one in columns]
+
+
+def test_groups_of_each_stage_are_drawn(job: Type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four images beside each other instead of two; the groups' colours are those of the stages."""
+    torch.manual_seed(0)
+    method = Grouping(Lseg.smallest()).eval()
+    Image.fromarray(np.full((30, 200, 3), 200, dtype=np.uint8)).save(tmp_path / "in.png")
+    monkeypatch.setattr("pipeline.evaluation.models.load_method", lambda address, device: method)
+    asked = ["image", str(tmp_path / "in.png"), "--checkpoint", "some/run", "--words", "red", "yellow"]
+    sizes = []
+    for more in ([], ["--groups"]):
+        assert job("segment", *asked, "--output", "a.png", *more) == 0
+        with Image.open(tmp_path / "a.png") as image:
+            sizes.append(image.size)
+    assert sizes[1][0] == 2 * sizes[0][0]
+    with Image.open(tmp_path / "a.png") as image:
+        right = np.asarray(image.convert("RGB"))[:, 3 * image.width // 4 :]
+    colours, counts = np.unique(right[np.ptp(right, axis=2) > 40].reshape(-1, 3), axis=0, return_counts=True)
+    assert (counts > 500).sum() == 4  # of the groups of fifty columns
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["smoke", "--words", "star", "Star"], "every word once"),
+        (["smoke", "--groups"], "a method that groups pixels; Lseg has no groups"),
         (["smoke", "--threshold", "2"], "--threshold: got 2"),
         (["smoke", "--scales", "0"], "scales"),
         (["smoke", "--output", "found.jpg"], "ends in .png"),

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.dataset import load_card
 from pipeline.errors import SettingError, SnapshotError
-from pipeline.loaders.classes import base_classes
+from pipeline.loaders.classes import base_classes, dataset_classes
 from pipeline.shards.snapshot import Snapshot, publish_shards
 from pipeline.shards.storage import Folder
 
@@ -88,3 +88,16 @@ def test_a_card_of_other_classes_than_the_data_is_said_so(make_snapshot: Make) -
         base_classes("coco_ovd_base", others, "classes")
     assert base_classes("coco_ovd_base", telling(make_snapshot((1,)), {"owl": "f", "Person_": "c"})) == base
     assert base_classes("coco_ovd_base", make_snapshot((1,)).uri) == base
+
+
+def test_each_data_set_has_all_of_its_classes_in_its_own_order(make_snapshot: Make) -> None:
+    """Novel ones, too, since they have values in masks; a card stands in for data without classes."""
+    first = telling(make_snapshot((1,)), {"cat": "novel", "dog": "base"})
+    second = telling(make_snapshot((1,)), {"dog": "", "car": ""})
+    plain, whole = make_snapshot((1,)).uri, load_card("coco_ovd_all").classes
+    assert dataset_classes("data", f"{first}=1,{second}=2") == (("cat", "dog"), ("dog", "car"))
+    assert dataset_classes("coco_ovd_all", f"{first}=1,{plain}=1") == (("cat", "dog"), whole)
+    assert dataset_classes("coco_ovd_all", "") == (whole,)
+    assert dataset_classes("none", plain) == ((),)
+    with pytest.raises(SettingError, match="base: got 'data'.*has none"):
+        dataset_classes("data", f"{first}=1,{plain}=1")

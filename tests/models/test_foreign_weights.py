@@ -26,6 +26,7 @@ from pipeline.shards.storage import Folder
 from pipeline.training.checkpoint import Checkpoints, Meta, load_method
 from pipeline.training.export import export
 from pipeline.training.optimizer import AdamW, make_optimizer
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -332,6 +333,45 @@ def test_what_open_clip_cannot_express_is_named(changes: dict[str, Any], message
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", **changes}))
     with pytest.raises(SettingError, match=message):
         openclip.check_architecture(f"local-dir:{tmp_path}")
+
+
+TINY_CONFIG = json.loads((ROOT / "pipeline/models/configs/clipmill-tiny.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("open_clip_config.json", "[]", "architecture: .* can be read"),
+        ("open_clip_config.json", "[" * 100_000, "architecture: .* can be read"),
+        ("open_clip_config.json", '{"model_cfg": 5}', "objects vision_cfg and text_cfg"),
+        ("open_clip_config.json", '{"model_cfg": {"embed_dim": 3, "text_cfg": {}}}', "objects vision_cfg and text_cfg"),
+        ("open_clip_config.json", json.dumps({"model_cfg": {**TINY_CONFIG, "embed_dim": "x"}}), "describes a CLIP"),
+        (
+            "open_clip_config.json",
+            json.dumps({"model_cfg": {**TINY_CONFIG, "embed_dim": float("nan")}}),
+            "describes a CLIP",
+        ),
+        ("open_clip_config.json", json.dumps({"model_cfg": {**TINY_CONFIG, "colour": 3}}), "describes a CLIP .*colour"),
+        (
+            "open_clip_config.json",
+            json.dumps({"model_cfg": {**TINY_CONFIG, "vision_cfg": {**TINY_CONFIG["vision_cfg"], "patch_size": 0}}}),
+            "describes a CLIP",
+        ),
+        (
+            "open_clip_config.json",
+            json.dumps({"model_cfg": TINY_CONFIG}),
+            "weights that fit .*Missing.*positional_embedding",
+        ),
+        ("config.json", '{"model_type": "clip", "text_config": 5}', "architecture: .* can be read"),
+        ("config.json", '{"model_type": "clip", "vision_config": {"num_attention_heads": 0}}', "can be read"),
+    ],
+)
+def test_a_strangers_model_config_is_one_sentence(file: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text(content)
+    name = "open_clip_model.safetensors" if "open" in file else "model.safetensors"
+    save_file({"a": torch.zeros(2)}, tmp_path / name)
+    with pytest.raises(SettingError, match=message):
+        Clip(Config(architecture=f"local-dir:{tmp_path}"))
 
 
 def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ from pipeline.models.losses import (
 from pipeline.training import distributed
 
 BATCH, WIDTH, TEACHER_WIDTH = 24, 5, 7
-LOSSES = ("softmax", "sigmoid", "distillation")
+TEXTS = 3  # of each image, for the loss "several"
+LOSSES = ("softmax", "several", "sigmoid", "distillation")
 EXCHANGES = ("gather", "ring")
 TILES = (1, 5, 6, 100)  # of 24, 12 and 6 rows a rank: one by one, not dividing, dividing, all at once
 
@@ -44,6 +45,9 @@ def inputs(kind: str, batch: int = BATCH, dtype: torch.dtype = torch.float64) ->
         .T
         for _ in range(2)
     ]
+    if kind == "several":
+        texts = torch.randn(batch, TEXTS, WIDTH, generator=generator, dtype=torch.float64)
+        features[1] = functional.normalize(texts, dim=2).to(dtype).transpose(0, 1).contiguous().transpose(0, 1)
     scalars = [torch.tensor(9.0, dtype=dtype), torch.tensor(-4.0, dtype=dtype)][: 2 if kind == "sigmoid" else 1]
     return [tensor.requires_grad_() for tensor in (*features, *scalars)]
 
@@ -63,6 +67,11 @@ def divergence(logits: Tensor, targets: Tensor) -> Tensor:
 
 def plain(kind: str, images: Tensor, texts: Tensor, scale: Tensor, *bias: Tensor) -> Tensor:
     """The loss as its paper writes it."""
+    if kind == "several":
+        logits = scale * images @ texts.flatten(0, 1).T
+        own = torch.eye(len(images), dtype=images.dtype).repeat_interleave(TEXTS, dim=1)
+        by_image = functional.cross_entropy(logits, own / TEXTS)
+        return (by_image + functional.cross_entropy(logits.T, own.T)) / 2
     logits = scale * images @ texts.T
     numbers = torch.arange(len(images))
     if kind == "softmax":
@@ -79,7 +88,7 @@ def tiled(kind: str, *tensors: Tensor, rank: int = 0, world: int = 1, **settings
     if kind == "distillation":
         theirs = teacher(world * len(tensors[0]), tensors[0].dtype)
         return tiled_distillation_loss(*tensors, *(features.chunk(world)[rank] for features in theirs), **settings)
-    return {"softmax": tiled_contrastive_loss, "sigmoid": tiled_sigmoid_loss}[kind](*tensors, **settings)
+    return (tiled_sigmoid_loss if kind == "sigmoid" else tiled_contrastive_loss)(*tensors, **settings)
 
 
 def value_and_gradients(loss: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
@@ -174,9 +183,10 @@ def test_who_is_like_the_teacher_has_nothing_to_learn() -> None:
     assert all(slope.abs().max() < 1e-12 for slope in torch.autograd.grad(loss, (images, texts, scale)))
 
 
-def test_the_plain_loss_is_the_formula() -> None:
-    tensors = inputs("softmax")
-    expected = value_and_gradients(lambda *given: plain("softmax", *given), tensors)
+@pytest.mark.parametrize("kind", ["softmax", "several"])
+def test_the_plain_loss_is_the_formula(kind: str) -> None:
+    tensors = inputs(kind)
+    expected = value_and_gradients(lambda *given: plain(kind, *given), tensors)
     assert_equal(value_and_gradients(contrastive_loss, tensors), expected)
 
 
@@ -231,7 +241,8 @@ def test_no_matrix_of_all_pairs_is_ever_made(kind: str) -> None:
     with Largest() as largest:
         value_and_gradients(lambda *given: tiled(kind, *given, tile=tile), tensors)
     widest = WIDTH + 2 if kind != "distillation" else WIDTH + TEACHER_WIDTH + 3
-    assert tile * tile <= largest.elements <= batch * widest
+    columns = TEXTS * batch if kind == "several" else batch
+    assert tile * (tile - TEXTS) <= largest.elements <= columns * widest
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -240,7 +251,8 @@ def test_what_is_kept_for_the_backward_pass_is_linear(kind: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda it: it):
         tiled(kind, *inputs(kind, batch=256), tile=32)
     theirs = 2 * 256 * TEACHER_WIDTH + 2 * 256 if kind == "distillation" else 0
-    assert sum(kept) <= 2 * 256 * WIDTH + 2 * 256 + 2 + theirs
+    columns = TEXTS * 256 if kind == "several" else 256
+    assert sum(kept) <= (256 + columns) * (WIDTH + 1) + 2 + theirs
 
 
 def results_of_ranks(world: int, folder: Path) -> list[dict[Any, list[Tensor]]]:

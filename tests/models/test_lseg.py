@@ -17,16 +17,8 @@ from pipeline.loaders.batches import LoaderConfig, training_batches
 from pipeline.loaders.order import Order
 from pipeline.loaders.segmentation import VOID
 from pipeline.models import class_vectors
-from pipeline.models.lseg import (
-    SCALE,
-    SMALL,
-    Config,
-    Lseg,
-    PixelNetwork,
-    SpatialBlock,
-    pixel_text_loss,
-    scores_of,
-)
+from pipeline.models.lseg import SMALL, Config, Lseg, PixelNetwork
+from pipeline.models.pixel_text import SCALE, SpatialBlock, listed_positions, pixel_text_loss, scores_of
 from pipeline.models.segments import ImageViews, stretched_rows, window_starts
 from pipeline.models.towers.dpt import Decoder, Reassembly, ResidualUnit, TransformerMaps
 from pipeline.shards.snapshot import Snapshot
@@ -188,6 +180,64 @@ def test_the_loss_in_strips_is_the_plain_one(kind: Any, depth: int, rows: int) -
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize(("kind", "depth"), [("none", 0), ("bottleneck", 1), ("bottleneck", 3), ("depthwise", 2)])
+@pytest.mark.parametrize("rows", [1, 50])
+def test_the_loss_with_lists_is_that_of_each_image_by_itself(kind: Any, depth: int, rows: int) -> None:
+    """Each image against its listed texts alone, with torch's own loss; lists of several lengths, in any order."""
+    pixels, vectors = unit(3, 8, 6, 9).requires_grad_(), unit(7, 8)
+    lists = [[6, 0, 3, 1], [2, 5], [4]]
+    listed = torch.tensor([one + [VOID] * (4 - len(one)) for one in lists])
+    places = [torch.randint(VOID, len(one), (13, 17)) for one in lists]
+    labels = torch.stack([torch.tensor([*one, VOID])[place] for one, place in zip(lists, places, strict=True)])
+    block = SpatialBlock(kind, depth) if depth else None
+    trained = [pixels, *(block.parameters() if block else ())]
+    found = pixel_text_loss(pixels, vectors, labels, block, strip=3 * 4 * 17 * rows, listed=listed)
+    plain = torch.zeros(())
+    for number, (one, place) in enumerate(zip(lists, places, strict=True)):
+        scores = scores_of(pixels[number : number + 1], vectors[one])
+        whole = functional.interpolate(
+            block(scores) if block else scores, (13, 17), mode="bilinear", align_corners=True
+        )
+        plain = plain + functional.cross_entropy(whole, place[None], ignore_index=VOID, reduction="sum")
+    assert found.item() == pytest.approx(plain.item(), rel=1e-5)
+    gradients = torch.autograd.grad(found * 0.5, trained)
+    for one, other in zip(gradients, torch.autograd.grad(plain * 0.5, trained), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
+def test_a_list_of_all_labels_is_no_list() -> None:
+    pixels, vectors, labels = unit(2, 8, 6, 9), unit(5, 8), torch.randint(VOID, 5, (2, 12, 18))
+    block, everything = SpatialBlock("bottleneck", 2), torch.arange(5).expand(2, 5)
+    found = pixel_text_loss(pixels, vectors, labels, block, listed=everything)
+    assert found.item() == pytest.approx(pixel_text_loss(pixels, vectors, labels, block).item(), rel=1e-6)
+
+
+def test_labels_that_are_not_listed_are_left_out() -> None:
+    labels = torch.tensor([[[0, 3, VOID]], [[3, 1, 0]]])
+    found = listed_positions(labels, torch.tensor([[3, 0, 2], [1, VOID, VOID]]), 4)
+    assert found.tolist() == [[[1, 0, VOID]], [[VOID, 0, VOID]]]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"labels_per_image": 2}, {"two_words": True, "unlabelled": "yellow", "other_classes": "unlabelled"}],
+)
+def test_a_step_with_lists_reads_what_its_readers_make(settings: dict[str, Any], snapshot: Snapshot) -> None:
+    """Fewer labels to choose from make a lower loss."""
+    method = built(block="none", block_depth=0, **settings)
+    order = Order([12, 12], seed=0, batch_size=8, lanes=2)
+    config = LoaderConfig(loader_workers=0)
+    (batch,) = training_batches(snapshot, method.readers(train=True), order, steps=range(1), config=config)
+    assert batch["label_list"].shape[1] >= 2
+    lists, labels = batch["label_list"].tolist(), batch["labels"]
+    for image, listed in zip(labels, lists, strict=True):
+        assert set(image.unique().tolist()) <= {VOID, *listed}
+    loss = method.training_step(batch)["cross_entropy"]
+    loss.backward()
+    whole = built(block="none", block_depth=0, unlabelled=settings.get("unlabelled", ""))
+    assert loss.item() < whole.training_step({key: batch[key] for key in ("image", "labels")})["cross_entropy"].item()
+
+
 def test_a_batch_of_void_pixels_costs_nothing() -> None:
     method = built()
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
@@ -312,6 +362,14 @@ def test_the_samples_figure_has_a_legend(snapshot: Snapshot) -> None:
         ({"image_size": 100}, "image_size: got 100.*multiple of 32"),
         ({"taps": (3, 2, 1, 0)}, "taps"),
         ({"unlabelled": "sky"}, "unlabelled"),
+        ({"two_words": True}, "unlabelled: nothing given, expected a class name"),
+        (
+            {"two_words": True, "unlabelled": "red", "dataset_classes": (("owl", "red"),)},
+            "dataset_classes.*a trained class",
+        ),
+        ({"other_classes": "unlabelled"}, "unlabelled"),
+        ({"labels_per_image": 1}, "labels_per_image: got 1"),
+        ({"labels_per_image": 4, "two_words": True, "unlabelled": "red"}, "labels_per_image"),
         ({"class_names": ("a", "A")}, "words"),
         ({"class_names": ()}, "class_names"),
         ({"text_tower": ""}, "text_tower"),

@@ -38,10 +38,35 @@ tasks = {gpus: [json.loads(text) for _, text in run_tasks(task, range(4), Worker
 print(json.dumps([[vars(place) for place in places], tasks[0.5], tasks[0.0]]))
 """
 
+# Trials whose epochs log as those of pipeline.training.adapt do.
+ON_A_WORKER = """
+import logging
+from pipeline.runs.few_shot import Place, _run
+from pipeline.stages.shard_tasks import Workers
+
+class Runner:
+    def __call__(self, trial):
+        logging.getLogger("pipeline.training.adapt").info("CoOp: 3 of %d epochs", trial)
+        return ""
+
+logging.basicConfig(level=logging.INFO)
+print(sorted(_run(Runner(), [40, 50], Workers(processes_count=1), Place(device="cpu"))))
+"""
+
 
 def at_a_time(times: list[list[float]]) -> int:
     """Most tasks that ran at the same moment."""
     return max(sum(began <= start < ended for _, began, ended in times) for _, start, _ in times)
+
+
+@pytest.mark.slow
+def test_the_progress_of_trials_on_workers_is_in_the_jobs_log() -> None:
+    command = [sys.executable, "-c", ON_A_WORKER]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "[0, 1]" in done.stdout
+    for epochs in (40, 50):
+        assert (done.stdout + done.stderr).count(f"INFO pipeline.training.adapt: CoOp: 3 of {epochs} epochs") == 1
 
 
 @pytest.mark.slow

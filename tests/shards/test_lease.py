@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import StorageError
+from pipeline.errors import LeaseLost, StorageError
 from pipeline.shards import lease as module
 from pipeline.shards.lease import LEASE, Holder, lease
 from pipeline.shards.snapshot import Shard, publish_shards
@@ -129,6 +129,26 @@ def refuse_all(folder: Folder, copy: Folder, shard: Shard) -> None:
     ):
         with pytest.raises(StorageError, match=r"has taken over.*this job stops, nothing is lost"):
             write()
+
+
+def test_a_spaced_guard_reads_the_lease_once_and_again_after_a_suspension(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BEAT_SECONDS", 60.0)  # its heartbeat reads the lease, too
+    with lease(folder, "a training") as held:
+        asked: list[str] = []
+        monkeypatch.setattr(module, "_read", lambda *place, read=module._read: asked.append("") or read(*place))
+        often = Folder(folder.uri, held.spaced).folder("checkpoints")
+        for number in range(5):
+            often.write_atomic("a", f"{number}".encode())
+        assert len(asked) == 1
+        folder.write_atomic(LEASE, stranger())
+        copy, now = pickle.loads(pickle.dumps(often)), module.time.time()
+        monkeypatch.setattr(module.time, "time", lambda: now + module.SPACE_SECONDS)
+        for woken in (often, copy):
+            with pytest.raises(LeaseLost, match="has taken over"):
+                woken.write_atomic("a", b"5")
+    assert often.read_bytes("a") == b"4"
 
 
 def test_the_heartbeat_keeps_a_lease(folder: Folder) -> None:

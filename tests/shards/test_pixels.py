@@ -123,6 +123,15 @@ def test_values_without_an_agreed_white_are_a_reason(values: tuple[float, float]
         decode(body)
 
 
+@pytest.mark.parametrize("values", [halves(0, 0.5, np.float64), halves((0, 0, 0), (0.5, 0.1, 0.1), np.float32)])
+def test_a_tiff_of_unknown_pixels_is_not_called_damaged(values: Any) -> None:
+    body = cv2.imencode(".tif", values)[1].tobytes()
+    for content, reason in ((body, "depth"), (body[:10], "damaged")):
+        with pytest.raises(SampleError) as error:
+            transform(content, UNRESIZED)
+        assert error.value.error_class == reason
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "AVIF"])
 def test_orientation_counts_only_where_a_refresh_is_asked_for_it(kind: str, orientation: int) -> None:

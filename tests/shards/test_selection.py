@@ -93,3 +93,10 @@ def test_missing_damaged_and_foreign_selections(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(DataError, match="missing"):
         list(read_samples(folder, shard))
+
+
+def test_a_tar_that_is_gone_is_one_sentence(tmp_path: Path) -> None:
+    shard = make_shard(tmp_path)
+    (tmp_path / shard.tar).unlink()
+    with pytest.raises(DataError, match=r"00000\.tar is missing"):
+        keys(tmp_path, shard)

@@ -239,6 +239,19 @@ def test_json_that_cannot_be_read_is_the_reason_of_its_row(tmp_path: Path) -> No
     assert rows[0].problem is not None and "nested" in rows[0].problem.message
 
 
+def test_json_is_read_as_it_was_written_where_something_of_it_is_asked(tmp_path: Path) -> None:
+    bodies = [b'{"caption": "x", "n": 0.10}', b"[1, 2]", b'{"caption": {"en": "x"}}']
+    members = [
+        (f"{n}.{kind}".encode(), some) for n, one in enumerate(bodies) for kind, some in (("jpg", b"1"), ("json", one))
+    ]
+    source = tar_of(tmp_path / "x.tar", *members)
+    assert [row.problem for row in read(source, tmp_path / "plain", 3)] == [None] * 3
+    rows = read(replace(source, caption_field="json:caption", json_columns=("n",)), tmp_path / "asked", 3)
+    assert (rows[0].caption, rows[0].columns) == ("x", {"n": "0.10"})
+    messages = [row.problem and row.problem.message for row in rows[1:]]
+    assert messages == ["the member .json is no JSON object", "json:caption is an object, not a text"]
+
+
 def test_other_kinds_of_images_count_and_other_members_stay(tmp_path: Path) -> None:
     source = tar_of(tmp_path / "x.tar", (b"a.tif", b"1"), (b"b.jpg", b"2"), (b"b.png", b"mask"))
     rows = read(source, tmp_path / "scratch")

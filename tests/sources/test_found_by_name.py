@@ -16,7 +16,9 @@ from pipeline.sources.drawn.source import Drawn
 from pipeline.sources.urls import UrlTable
 from tests.jobs.conftest import Type, job  # noqa: F401  (the fixture that runs jobs)
 
-KINDS = "coco drawn folder hugging-face picked split-file stamp-scenes stamps stored urls webdataset".split()
+KINDS = (
+    "class-masks coco drawn folder hugging-face label-maps picked split-file stamp-scenes stamps stored urls webdataset"
+).split()
 
 NEW = '''
 from collections.abc import Mapping
@@ -42,7 +44,7 @@ def test_every_source_is_found_and_helpers_are_none() -> None:
 
 @pytest.mark.parametrize("kind", ["source", "stamp-classes", "coco-annotations", "url_table", "os.path", "", "../urls"])
 def test_other_names_are_refused_with_the_kinds_there_are(kind: str) -> None:
-    with pytest.raises(SettingError, match="one of coco, drawn, .*webdataset"):
+    with pytest.raises(SettingError, match="one of class-masks, coco, drawn, .*webdataset"):
         open_source({"kind": kind})
 
 
@@ -59,7 +61,7 @@ def test_presets_come_from_the_sources() -> None:
     assert [*PRESETS] == [*named, "card", "smoke"]
     modes = {kind: run.options.images.resize_mode for kind, (_, run) in PRESETS.items() if kind in named}
     kept = {kind for kind, mode in modes.items() if mode == "no"}
-    assert kept == {"coco", "drawn", "stamp-scenes", "webdataset"}
+    assert kept == {"class-masks", "coco", "drawn", "label-maps", "stamp-scenes", "webdataset"}
 
 
 def test_a_refresh_can_be_run_again_from_its_json() -> None:

@@ -1,8 +1,10 @@
 """Tables as strangers write them: every value is kept or its row says why not."""
 
+import bz2
 import csv
 import datetime
 import decimal
+import gzip
 import io
 import itertools
 import json
@@ -119,6 +121,37 @@ def test_json_values_become_the_texts_that_they_were() -> None:
     assert captions(json.dumps(by_column).encode(), "json") == expected
 
 
+WRITTEN = ["0.10", "1e400", "-0.0", "1E5", "12345678901234567890123", "7", "9" * 5000]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json"])
+def test_numbers_of_json_are_the_texts_that_were_written(form: str) -> None:
+    objects = [f'{{"url": "u", "caption": {number}}}' for number in WRITTEN]
+    content = "\n".join(objects) if form == "jsonl" else f"[{', '.join(objects)}]"
+    assert captions(content.encode(), form) == WRITTEN
+
+
+def test_lists_and_objects_of_columns_are_json_that_any_reader_knows() -> None:
+    columns = Columns(texts=("url",), others={"more": pa.string()})
+    content = '{"url": "u", "more": {"a": [NaN, 1e400, 0.5, null], "b": %s}}' % ("9" * 5000)
+    found = rows_of(content.encode(), "jsonl", columns)[0]["more"]
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    assert json.loads(found, parse_constant=refuse) == {"a": [None, "1e400", 0.5, None], "b": "9" * 5000}
+    nested = pa.array([{"bytes": b"caf\xe9", "none": float("nan"), "list": [float("inf")]}])
+    expected = {"bytes": "caf\ufffd", "none": None, "list": [None]}
+    assert json.loads(texts_of(nested)[0].as_py(), parse_constant=refuse) == expected
+
+
+def test_the_caption_of_a_list_is_its_first_text() -> None:
+    assert captions(b'{"url": "u", "caption": [null, [], "second"]}\n{"url": "v", "caption": [null]}', "jsonl") == [
+        "second",
+        None,
+    ]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 def test_byte_order_marks_say_the_encoding(encoding: str) -> None:
     assert captions("url\tcaption\na\tcafé 🐈\n".encode(encoding), "tsv") == ["café 🐈"]
@@ -153,6 +186,35 @@ def test_an_odd_row_is_a_row_with_its_reason(tmp_path: Path) -> None:
 def test_a_line_that_is_no_object_is_one_row(odd: str) -> None:
     found = rows_of(('{"url": "a", "caption": "x"}\n' + odd + '\n{"url": "b"}\n').encode(), "jsonl")
     assert [row["url"] for row in found] == ["a", None, "b"] and found[1][PROBLEM]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json"])
+def test_a_column_that_is_nested_too_deep_is_one_row(form: str) -> None:
+    deep = '{"url": "a", "more": ' + "[" * 600 + "NaN" + "]" * 600 + "}"
+    content = deep + '\n{"url": "b"}' if form == "jsonl" else f'[{deep}, {{"url": "b"}}]'
+    found = rows_of(content.encode(), form, Columns(texts=("url",), others={"more": pa.string()}))
+    assert [row["url"] for row in found] == [None, "b"] and "too deep" in found[0][PROBLEM]
+
+
+def test_blank_lines_before_the_header_are_skipped() -> None:
+    assert captions(b"\n\nurl,caption\n1,one\n", "csv") == ["one"]
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv", "json", "jsonl"])
+def test_other_files_by_that_name_are_called_what_they_are(form: str) -> None:
+    parquet = io.BytesIO()
+    pq.write_table(pa.table({"url": ["a"]}), parquet)
+    text = b"url,caption\na,b\n"
+    files = {"parquet file": parquet.getvalue(), "gzip": gzip.compress(text, mtime=0), "bzip2": bz2.compress(text)}
+    for expected, content in {**files, "UTF-16 without": text.decode().encode("utf-16-le")}.items():
+        with pytest.raises(TableError, match=expected):
+            rows_of(content, form)
+
+
+def test_names_of_columns_do_not_reach_the_terminal_as_control_characters() -> None:
+    with pytest.raises(MissingColumn) as error:
+        rows_of(b"\x1b[2Jodd,caption\na,b\n", "csv")
+    assert str(error.value).isprintable()
 
 
 def test_a_key_that_no_object_has_is_missing() -> None:

@@ -21,22 +21,54 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from pipeline.errors import SettingError
+from pipeline.errors import LeaseLost, SettingError
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.models.clip import Clip, Config, contrastive_loss
+from pipeline.shards import lease as lease_module
+from pipeline.shards.lease import LEASE, lease
 from pipeline.shards.snapshot import Snapshot
-from pipeline.training.checkpoint import Checkpoints, load_method
+from pipeline.shards.storage import Folder
+from pipeline.training.checkpoint import Checkpoints, Content, load_method
 from pipeline.training.loop import TrainingOutcome, run_training, step_seed
 from pipeline.training.measure import PHASES
 from pipeline.training.run import Run, RunPlan, prepare
 
 MakeRun = Callable[..., Run]
 CPU = torch.device("cpu")
+OTHER = json.dumps({"work": "another training", "host": "elsewhere", "process": 1, "born": 0.0, "name": "x"}).encode()
 
 
 @pytest.fixture
 def plan(run: MakeRun, dropout_config: Config) -> RunPlan:
     return prepare(dropout_config, run())[0]
+
+
+def test_a_training_that_was_overtaken_logs_and_writes_no_more(
+    run: MakeRun, dropout_config: Config, remember: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another training takes the folder after the log of step 6."""
+    monkeypatch.setattr(lease_module, "SPACE_SECONDS", 0.0)
+    tracker, output = remember(), Folder(run().output_folder)
+    with lease(output, "a training") as held:
+        plan = prepare(dropout_config, run(), guard=held.spaced)[0]
+
+        def overtaken(metrics: Mapping[str, float], step: int) -> None:
+            tracker.history[step] = dict(metrics)
+            if step == 6:
+                output.write_atomic(LEASE, OTHER)
+
+        tracker.log = overtaken
+        outcome = run_training(plan, CPU, tracker)
+        assert "another training (process 1 on elsewhere) has taken over" in outcome.problem
+        assert max(tracker.history) == 6
+        assert [found.meta.step for found in Checkpoints(output).whole()] == [4]
+        kept = Checkpoints(plan.folder)
+        with pytest.raises(LeaseLost):  # suspended while it wrote
+            kept.write(Content(meta=replace(kept.whole()[0].meta, step=5), weights={}, texts={}))
+        with pytest.raises(LeaseLost):
+            kept.write(Content(meta=kept.whole()[0].meta, weights={}, texts={}))
+    assert output.read_bytes(LEASE) == OTHER
+    assert [found.meta.step for found in Checkpoints(output).whole()] == [4]
 
 
 def moved(plan: RunPlan, folder: Path) -> RunPlan:

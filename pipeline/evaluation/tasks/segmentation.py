@@ -1,73 +1,69 @@
 """Semantic segmentation by words, in sets with masks of objects or with label maps."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from pipeline.config import require
-from pipeline.dataset import Card, card_names, load_card
-from pipeline.errors import SettingError
-from pipeline.evaluation.classes import lines_of
+from pipeline.dataset import load_card
 from pipeline.evaluation.data import Data, SnapshotData
-from pipeline.evaluation.encoder import inference
-from pipeline.evaluation.segmentation import (
-    GROUND,
-    IMAGES_AT_ONCE,
-    SegmentationSet,
-    as_segmenter,
-    evaluate_segmentation,
-    labelled_images,
+from pipeline.evaluation.held_out import HeldOut, evaluate_held_out
+from pipeline.evaluation.pixel_counts import Part, by_word
+from pipeline.evaluation.segmentation import WHOLE, as_segmenter, evaluate_segmentation, segmentation_figure
+from pipeline.evaluation.segmentation_sets import (
+    SetOptions,
+    WordSet,
+    learns,
+    read_set,
+    read_word_set,
+    reading_of,
 )
 from pipeline.evaluation.task import SAMPLES, Cache, Column, PreparedSet, Reading, Report, Task, option
-from pipeline.loaders.classes import classes_of
-from pipeline.loaders.label_figures import label_figure
-from pipeline.loaders.segmentation import MASK_FIELD, LabelClasses, LabelField
-from pipeline.models.detections import check_words
-from pipeline.models.segments import ImageViews
-from pipeline.shards.objects import FIELD
+from pipeline.loaders.classes import NOVEL, classes_of
+from pipeline.models.towers.weights import digest_of
+from pipeline.shards.objects import plain_word
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 6  # images of a figure
-WORDS = "auto, a dataset card with classes, or a file with one word a line"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(SetOptions):
     """The options of a set."""
 
-    words: str = option(
-        "auto",
-        "segmentation_words",
-        "Words to segment by: auto (the classes of the data's card, or of the snapshot), a card, or a file of words.",
+    held_out: str = option(
+        "",
+        "segmentation_held_out",
+        "Classes that are each segmented against all else, as in few-shot papers: novel (of the data's card), all, or "
+        "a card with novel classes, such as pascal_5i_fold0; all words together if empty.",
     )
-    unlabelled: Literal["void", "background"] = option(
-        "void", "segmentation_unlabelled", "What unlabelled pixels are: void, which is not counted, or background."
-    )
-    background_word: str = option(
-        "", "segmentation_background", "A further word that stands for the background, such as other; none if empty."
-    )
-    threshold: float = option(
-        0.0, "segmentation_threshold", "Probability of the best word below which a pixel is background, 0 to 1."
-    )
-    labels: Literal["auto", "boxes.json", "mask.png"] = option("auto")
-    side: int | None = option(
-        None, "segmentation_side", "Longer side to which images are resized, in pixels; none for the model's own input."
-    )
-    scales: str = option("1", "segmentation_scales", "Factors of the side whose results are averaged: 0.75+1+1.25.")
-    flip: bool = option(False, "segmentation_flip", "Average with the mirrored image.")
+    episodes: int = option(0)  # sampled pairs of a held-out class and an image; 0 counts every pair
+    part: str = option("1/1")  # 2/4: every fourth image from the second on
+    counts: str = option("")  # folder of the counts of all parts
+
+
+@dataclass(frozen=True)
+class PreparedSegmentation:
+    """A set of words, or of held-out classes, of which a part of the images is evaluated."""
+
+    words: WordSet
+    held_out: HeldOut | None = None
+    part: Part = WHOLE
 
 
 class SemanticSegmentation(Task):
-    """Intersection over union; ``ready`` is the set's :class:`SegmentationSet`."""
+    """Intersection over union; ``ready`` is a :class:`PreparedSegmentation`."""
 
     report = Report(
         "seg",
         "segmentation",
         (
-            *(Column("miou", "mIoU"), Column("miou_foreground", "without background")),
-            *(Column("pixel_accuracy", "pixels"), Column("mean_accuracy", "per class"), SAMPLES),
+            *(Column("miou", "mIoU"), Column("miou_foreground", "without background"), Column("fb_iou", "FB-IoU")),
+            *(Column("pixel_accuracy", "pixels"), Column("mean_accuracy", "per class")),
+            *(Column("pairs", format=",.0f"), SAMPLES),
         ),
     )
     help = "Sets with masks for a segmenter, or for the patches of a CLIP; see --zero-shot."
@@ -78,82 +74,66 @@ class SemanticSegmentation(Task):
         """Require a segmenter or a CLIP."""
         as_segmenter(model, type(model).__name__)
 
-    def prepare(self, config: Config, data: Data, name: str) -> SegmentationSet:
-        """Words, classes and views; requires data with labels."""
-        require(0 <= config.threshold <= 1, "segmentation_threshold", config.threshold, "0 to 1")
-        named: Mapping[str, str] = {}
-        field: LabelField = "boxes.json"
-        if isinstance(data, SnapshotData):
-            fields, named = data.snapshot.fields, classes_of(data.snapshot)
-            field = "mask.png" if MASK_FIELD in fields and config.labels == "auto" else field
-            field = field if config.labels == "auto" else config.labels
-            allowed = f"data with {FIELD} or {MASK_FIELD}; this has {', '.join(fields)}"
-            require(field in fields, "segmentation", data.snapshot.folder, allowed)
-        elif config.labels != "auto":
-            field = config.labels
-        known = tuple(named) or (data.card.classes if data.card else ())
-        words = read_words(config.words, data.card, known, name)
-        ground = config.background_word
-        check_words((*words, ground) if ground else words)
-        classes = LabelClasses(
-            classes=(*words, ground or GROUND),
-            field=field,
-            unlabelled=(ground or GROUND) if config.unlabelled == "background" else "",
-            mask_classes=known or words,
-        )
-        return SegmentationSet(words, classes, ground, config.threshold, read_views(config))
+    def prepare(self, config: Config, data: Data, name: str) -> PreparedSegmentation:
+        """Words, classes, thresholds and views; requires data with labels."""
+        part = Part.parse(config.part, config.counts)
+        held_out = read_held_out(config, data, name)
+        if held_out is not None:
+            require(part.count == 1, "part", config.part, "1/1 with held_out")
+            return PreparedSegmentation(WordSet(held_out.one), held_out)
+        return PreparedSegmentation(read_word_set(config, data, name), part=part)
 
     def run(self, model: Any, one: PreparedSet, reading: Reading, cache: Cache) -> dict[str, float]:
-        """Intersection over union, over all classes and of each."""
-        return evaluate_segmentation(
-            as_segmenter(model, type(model).__name__),
-            one.samples(),
-            one.ready,
-            batch=min(reading.evaluation_batch, IMAGES_AT_ONCE),
-            threads=reading.evaluation_threads,
-            precision=reading.evaluation_precision,
+        """Intersection over union, over all classes and of each; learned thresholds as ``threshold/<word>``."""
+        ready: PreparedSegmentation = one.ready
+        segmenter = as_segmenter(model, type(model).__name__)
+        if ready.held_out is not None:
+            return evaluate_held_out(segmenter, one.samples(), ready.held_out, **reading_of(reading))
+        asked = ready.words.for_model(segmenter, reading)
+        identity = digest_of(model) if ready.part.count > 1 else ""
+        measured = evaluate_segmentation(
+            segmenter, one.samples(), asked, part=ready.part, identity=identity, **reading_of(reading)
         )
+        if ready.words.learn is None:
+            return measured
+        return measured | by_word("threshold", asked.words, np.array(asked.background.thresholds[: len(asked.words)]))
 
     def figures(self, model: Any, one: PreparedSet, title: str) -> dict[str, "Figure"]:
-        """``segmentation``: six images, their label maps, and what the model finds."""
-        ready: SegmentationSet = one.ready
-        segmenter, rows = as_segmenter(model, type(model).__name__), []
-        for images, maps in labelled_images(one.samples(SHOWN), ready, IMAGES_AT_ONCE, threads=2):
-            with inference(model):
-                found = segmenter.segment(images, ready.asked, ready.views)
-            rows += [
-                (image, (truth, ready.predicted(some))) for image, truth, some in zip(images, maps, found, strict=True)
-            ]
-        named = f"{one.name} {title}".strip()
-        titles = ("image", "labels", "found")
-        return {"segmentation": label_figure(rows, ready.names, titles, f"{named}: labels and result", per_row=2)}
+        """``segmentation``: six images, their label maps, what the model finds, and its groups if it has any."""
+        ready: PreparedSegmentation = one.ready
+        segmenter = as_segmenter(model, type(model).__name__)
+        title = f"{one.name} {title}".strip() + ": labels and result"
+        return {"segmentation": segmentation_figure(segmenter, one.samples(SHOWN), ready.words.last, title)}
 
 
-def read_words(setting: str, card: Card | None, known: tuple[str, ...], name: str) -> tuple[str, ...]:
-    """The words for ``setting``, for a set with this card and ``known`` classes.
+def read_held_out(config: Config, data: Data, name: str) -> HeldOut | None:
+    """The set of held-out classes for ``config``; none without the option.
 
     Raises:
-        SettingError: none of :data:`WORDS`.
+        SettingError: no such classes, or options that do not go with it.
     """
-    if setting in card_names():
-        card, setting = load_card(setting), "auto"
-        known = card.classes
-    if setting == "auto":
-        words = card.classes if card and card.classes else known
-        if not words:
-            raise SettingError("segmentation_words", setting, f"for {name}, whose data have no classes: {WORDS}")
-        return tuple(words)
-    return lines_of("segmentation_words", setting, WORDS)
+    require(config.episodes >= 0, "episodes", config.episodes, "0 or more")
+    if not config.held_out:
+        require(not config.episodes, "episodes", config.episodes, "0 without held_out")
+        return None
+    require(not learns(config), "segmentation_threshold", config.threshold, "a number or a file with held_out")
+    one = read_set(replace(config, unlabelled="background"), data, name)
+    wanted = _held_out_names(config.held_out, data, one.words)
+    places = {plain_word(word): number for number, word in enumerate(one.words)}
+    missing = [word for word in wanted if plain_word(word) not in places]
+    allowed = f"classes among the set's words; not {', '.join(missing[:5])}"
+    require(not missing, "segmentation_held_out", config.held_out, allowed)
+    return HeldOut(one, tuple(places[plain_word(word)] for word in wanted), config.episodes)
 
 
-def read_views(config: Config) -> ImageViews:
-    """The views of an image.
-
-    Raises:
-        SettingError: ``scales`` are not numbers joined by a plus sign.
-    """
-    try:
-        scales = tuple(float(part) for part in config.scales.split("+"))
-    except ValueError as error:
-        raise SettingError("segmentation_scales", config.scales, "numbers such as 0.75+1+1.25") from error
-    return ImageViews(side=config.side, scales=scales, flip=config.flip)
+def _held_out_names(setting: str, data: Data, words: tuple[str, ...]) -> tuple[str, ...]:
+    if setting == "all":
+        return words
+    novel: tuple[str, ...] = ()
+    if setting != "novel":
+        novel = load_card(setting).novel
+    elif isinstance(data, SnapshotData):
+        novel = tuple(name for name, group in classes_of(data.snapshot).items() if group in NOVEL)
+    novel = novel or (data.card.novel if data.card and setting == "novel" else ())
+    require(bool(novel), "segmentation_held_out", setting, "all, or a card or data with novel classes")
+    return novel

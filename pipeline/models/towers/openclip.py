@@ -44,7 +44,9 @@ from pipeline.shards.storage import Folder
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 WEIGHTS = "model.safetensors"
+HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", WEIGHTS)
 MODEL_CARD = "open_clip_config.json"  # the file that open_clip.create_model("local-dir:FOLDER") reads
+LONGEST_PROBLEM = 400  # characters of open_clip's and torch's messages in ours
 SCHEMES = ("local-dir:", "hf-hub:")
 BIG_VISION = (".npz", ".npy")
 OPENAI = ("input_resolution", "context_length", "vocab_size")  # buffers that OpenAI's own class alone has
@@ -74,13 +76,18 @@ def check_architecture(name: str) -> dict[str, Any]:
         config = open_clip.get_model_config(name if ":" in name else plain_name(name))
     except SettingError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        if ":" not in name:  # no stranger's file
+            raise
         raise SettingError("architecture", name, f"a model config that can be read ({error})") from error
     if config is None:
         known = open_clip.list_models()
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or ["ViT-B-32", "RN50"]
         allowed = f"one of open_clip's {len(known)} architectures, such as {', '.join(near)} (open_clip.list_models())"
         raise SettingError("architecture", name, allowed)
+    towers = (config.get(one) for one in ("vision_cfg", "text_cfg")) if isinstance(config, Mapping) else (None,)
+    described = all(isinstance(one, Mapping) for one in towers)
+    require(described, "architecture", name, f"a {MODEL_CARD} whose model_cfg has objects vision_cfg and text_cfg")
     require("multimodal_cfg" not in config, "architecture", name, "an architecture without a caption decoder")
     return dict(config)
 
@@ -182,7 +189,7 @@ def create(
     place = _place(architecture, config, pretrained, image_size, context_length) if pretrained and load else None
     path = FileCache().fetch(*place) if place else None
     is_theirs = _hugging_face_file(architecture, hugging_face_import.CONFIG) is not None
-    files = _hugging_face_weights(architecture) if is_theirs and load else [path] if path else []
+    files = [path] if path else _own_weights(architecture, is_theirs) if load else []
     is_numpy = path is not None and path.suffix in BIG_VISION
     weights = _read_weights(files, architecture, config, place) if files and not is_numpy else None
     if weights and "logit_bias" in weights and logit_bias is None and "init_logit_bias" not in config:
@@ -190,7 +197,7 @@ def create(
     bias = {} if logit_bias is None else {"init_logit_bias": logit_bias}
     images = _card(place[0]).get("preprocess_cfg", {}) if place else _hugging_face_images(architecture)
     images = {**{key: value for key, value in images.items() if key != "size"}, **(preprocess or {})}
-    by_open_clip = load and place is None  # it fetches what a tag names
+    by_open_clip = load and not files  # it fetches what a tag names
     model: Any
     with _weights_that_fit(architecture, pretrained), _quiet_root_logger():
         if is_theirs or "bert" in config["text_cfg"]:
@@ -235,9 +242,13 @@ def _weights_that_fit(architecture: str, pretrained: str | None) -> Iterator[Non
     try:
         yield
     except (RuntimeError, ValueError, LookupError, OSError, AttributeError, UnpicklingError, SafetensorError) as error:
-        problem = (str(error).strip() or repr(error)).splitlines()[0]
+        problem = " ".join((str(error).strip() or repr(error)).split())[:LONGEST_PROBLEM]
         allowed = f"weights that fit {architecture} ({problem})"
         raise SettingError("pretrained", pretrained or architecture, allowed) from error
+    except (TypeError, ArithmeticError) as error:  # of a stranger's model config, but never of ours
+        if ":" not in architecture:
+            raise
+        raise SettingError("architecture", architecture, f"a model config that describes a CLIP ({error})") from error
 
 
 def _load(model: nn.Module, weights: dict[str, Tensor]) -> str:
@@ -447,6 +458,21 @@ def _hugging_face_file(architecture: str, name: str) -> Path | None:
     return _file_of(architecture, name)
 
 
+def _own_weights(architecture: str, is_theirs: bool) -> list[Path]:
+    """The files with the weights of a folder of transformers, or of any repository; open_clip reads its own folders.
+
+    open_clip gives a repository whose weights it does not find random ones.
+    """
+    if is_theirs:
+        return _hugging_face_weights(architecture)
+    if not architecture.startswith("hf-hub:"):
+        return []
+    found = next((file for name in HUB_WEIGHTS if (file := _file_of(architecture, name)) is not None), None)
+    if found is None:
+        raise SettingError("architecture", architecture, f"a repository with {', '.join(HUB_WEIGHTS)}")
+    return [found]
+
+
 def _hugging_face_weights(architecture: str) -> list[Path]:
     """The files with the weights of a folder or a repository of transformers, which may be in parts."""
     for name in hugging_face_import.WEIGHTS:
@@ -478,13 +504,23 @@ def _file_of(architecture: str, name: str) -> Path | None:
     if scheme == "local-dir":
         path = Path(place) / name
         return path if path.is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(place, name))
-    except EntryNotFoundError:
+    except EntryNotFoundError as error:
+        # The hub did not answer, which does not mean that it has no such file; offline the cache is all there is.
+        if isinstance(error, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE:
+            raise _unreadable_repository(architecture, error) from error
         return None
+    except (OSError, ValueError) as error:
+        raise _unreadable_repository(architecture, error) from error
+
+
+def _unreadable_repository(architecture: str, error: Exception) -> SettingError:
+    said = " ".join(str(error).split())[:LONGEST_PROBLEM]
+    return SettingError("architecture", architecture, f"a repository of the hub that can be read ({said})")
 
 
 def _card(folder: Folder) -> Mapping[str, Any]:

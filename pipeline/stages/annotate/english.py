@@ -28,7 +28,7 @@ _FUNCTION_WORDS = {
     "CC": "and or nor &",
     "IN": """
         of in on at by for from with without within into onto inside outside over under above below beneath
-        underneath behind beside besides between beyond near across through throughout against along alongside
+        underneath past behind beside besides between beyond near across through throughout against along alongside
         among amongst amid around about after before during until till since despite except like unlike upon
         toward towards via per versus vs than because although though while whilst if unless whether as off but
     """,
@@ -112,6 +112,17 @@ TRANSITIVE = frozenset(
     """.split()
 )
 """Verbs whose object may follow without an article."""
+
+COMPOUND_PARTICIPLES = frozenset(
+    """
+    covered drawn made filled shaped coated colored coloured stuffed wrapped roasted fried baked grilled smoked painted
+    printed crafted powered lined topped inspired themed woven sized based dyed
+    """.split()
+)
+"""Participles that make an adjective with the noun before them ("a snow covered road")."""
+
+PLURAL_MODIFIERS = frozenset("sports ladies kids women men girls boys arts sales news goods games".split())
+"""Plurals that stand before another noun ("ladies watch")."""
 
 # Read as one preposition, so that "front" in "in front of" is no object.
 PREPOSITIONS = tuple(

@@ -3,7 +3,7 @@
 The lexicon has one tag per word: "watch" is a verb, "key" an adjective. The rules take the tags of the words around it.
 """
 
-from pipeline.stages.annotate.english import COLOUR_NOUNS, TRANSITIVE
+from pipeline.stages.annotate.english import COLOUR_NOUNS, COMPOUND_PARTICIPLES, PLURAL_MODIFIERS, TRANSITIVE
 from pipeline.stages.annotate.english_words import WordSequence, may_be_noun, may_be_verb
 from pipeline.stages.annotate.noun_phrases import ADJECTIVES, BREAK, NOUNS, QUANTIFIER, TaggedWord
 
@@ -20,6 +20,7 @@ _FINITE = frozenset(("VB", "VBP", "VBZ"))
 _NOMINAL = NOUNS | ADJECTIVES | {"CD"}
 _GERUND_AFTER = frozenset("by while after before when without".split())
 _SUBORDINATE = frozenset("because although though while whilst if unless whether as since than like".split())
+_OF_NOUNS = frozenset("of for with from by as".split())
 _SUBJECTS = frozenset("i you he she it we they who that which".split())
 _DEMONSTRATIVES = frozenset("this that these those".split())
 _ARTICLES = frozenset("a an the".split())
@@ -40,8 +41,9 @@ def corrected(words: WordSequence) -> list[TaggedWord]:
             tags[at] = _past_participle(tags, texts, at)
         elif tags[at] == "VBG" or (tags[at] == "NN" and texts[at].endswith("ing")):
             tags[at] = _present_participle(tags, texts, at)
-        elif texts[at] in COLOUR_NOUNS and tags[at] in NOUNS and tags[at + 1] in ADJECTIVES:
-            tags[at] = "JJ"
+        elif tags[at] == "NN" and tags[at + 1] in ADJECTIVES:
+            joined = texts[at] in COLOUR_NOUNS or texts[at + 1] in COMPOUND_PARTICIPLES
+            tags[at] = "JJ" if joined else "NN"
     return [TaggedWord(*word) for word in zip(words.starts, words.ends, tags[1 : count + 1], strict=True)]
 
 
@@ -76,6 +78,9 @@ def _noun_or_verb(tags: list[str], texts: list[str], at: int) -> str:
         return "VB" if sure and tag != "NNS" else tag
     if texts[at - 1] in _SUBJECTS and before in ("PRP", "WP"):
         return "VBZ" if tag == "NNS" else "VBP" if tag == "NN" else tag
+    plural = before == "NNS" and texts[at - 1] not in PLURAL_MODIFIERS and tag == "NN"
+    if plural and (after == "RP" or after == "IN" and texts[at + 1] not in _OF_NOUNS):
+        return "VBP"
     if after in _OBJECTS and tag != "JJ":
         if before == "NNS" and tag == "NN":
             return "VBP"
@@ -107,7 +112,8 @@ def _past_participle(tags: list[str], texts: list[str], at: int) -> str:
     """An adjective before a noun ("a dotted key"), else a verb ("a house painted by")."""
     tag, before = tags[at], tags[at - 1]
     if _modifies(tags, at):
-        return tag if before == "AUX" or before in ("PRP", "NNP") or (before in NOUNS and tag == "VBD") else "JJ"
+        verb = before in ("AUX", "PRP", "NNP", "NNS", "NNPS") or (before == "NN" and tag == "VBD")
+        return tag if verb else "JJ"
     return "NN" if before in _DETERMINERS and may_be_noun(texts[at]) else tag
 
 

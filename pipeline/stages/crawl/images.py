@@ -18,10 +18,11 @@ All functions here are pure and thread-safe: the decoders have no shared state a
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.config import require
 from pipeline.errors import SampleError, SettingError
@@ -259,7 +260,7 @@ def _convert(body: bytes, header: Header, geometry: Geometry, orientation: int, 
     pixels = turn(pixels, orientation)
     if len(set(options.background)) > 1 and pixels.ndim == 2:
         pixels = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_GRAY2BGR))
-    return _encode(_crop_or_pad(pixels, geometry, options.background), options)
+    return _encode(crop_or_pad(pixels, geometry, options.background), options)
 
 
 def _resized(
@@ -319,8 +320,8 @@ def _shrink(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA))
 
 
-def _crop_or_pad(pixels: Pixels, geometry: Geometry, background: tuple[int, int, int]) -> Pixels:
-    """Crop the final size from the middle, or pad with the background."""
+def crop_or_pad(pixels: NDArray[Any], geometry: Geometry, background: tuple[int, int, int]) -> NDArray[Any]:
+    """Crop the final size from the middle, or pad with the background (red, green, blue)."""
     more_x = geometry.final[0] - geometry.resized[0]
     more_y = geometry.final[1] - geometry.resized[1]
     if more_x < 0 or more_y < 0:

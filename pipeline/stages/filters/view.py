@@ -19,7 +19,7 @@ from pipeline.config import parse_json
 from pipeline.errors import DataError, SampleError
 from pipeline.shards.pixels import read_header
 from pipeline.shards.sample import Sample, joined_fields
-from pipeline.shards.selection import read_selection
+from pipeline.shards.selection import open_tar, read_selection
 from pipeline.shards.sidecar import read_sidecar
 from pipeline.shards.snapshot import Shard
 from pipeline.shards.storage import Folder
@@ -159,7 +159,7 @@ class _Stored:
         self._opened = False
 
     def samples(self) -> Iterator[Sample]:
-        with self._folder.open(self._shard.tar) as file:
+        with open_tar(self._folder, self._shard) as file:
             yield from iterate_tar(file, self._folder.join(self._shard.tar))
 
     def has(self, name: str) -> bool:

@@ -14,9 +14,10 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import SampleError
+from pipeline.shards.label_values import MASK_FIELD
 from pipeline.shards.objects import FIELD as BOXES
 from pipeline.shards.pixels import read_header
-from pipeline.shards.sample import GEOMETRIC_FIELDS, IMAGE_FIELDS, Sample, sample_key, shard_name
+from pipeline.shards.sample import IMAGE_FIELDS, Sample, sample_key, shard_name
 from pipeline.shards.storage import Folder
 from pipeline.shards.text import storable
 from pipeline.shards.writer import ShardStats, ShardWriter, parquet_schema, read_stats
@@ -24,6 +25,7 @@ from pipeline.sources.source import UNCHANGED, Row, Scalar, Source, content_of, 
 from pipeline.stages.crawl.decode_apart import Apart, needs_care
 from pipeline.stages.crawl.download import Download, DownloadOptions, KnownBody, digest, download_all
 from pipeline.stages.crawl.images import EncodedImage, ImageOptions, transform
+from pipeline.stages.crawl.masks import fitted_mask
 from pipeline.stages.refresh.plan import Unit
 
 ARROW_TYPES: Mapping[type, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
@@ -135,8 +137,9 @@ class _Maker:
                 raise body
             image = self._image(body.content) if self._imaged else None
             if image is not None:
-                _refuse_stale_members(row, image)
+                _refuse_stale_boxes(row, image)
                 _refuse_other_images(row, image)
+                row = self._with_fitted_mask(row, image)
         except SampleError as error:
             return self._failed(record, error, body), None
         record |= self._described(image, body.digest)
@@ -154,6 +157,12 @@ class _Maker:
         except Exception as error:
             # The sample boundary: decoders raise arbitrary exceptions on hostile input, and must fail one row only.
             raise SampleError("failed_to_resize", "decode", f"Image decoding error: {error}") from error
+
+    def _with_fitted_mask(self, row: Row, image: EncodedImage) -> Row:
+        mask = row.members.get(MASK_FIELD)
+        if mask is None:
+            return row
+        return replace(row, members={**row.members, MASK_FIELD: fitted_mask(mask, image, self._options.images)})
 
     def _failed(self, record: dict[str, Any], error: SampleError, body: _Body | SampleError) -> dict[str, Any]:
         return {
@@ -213,11 +222,10 @@ def _flat_json(record: Mapping[str, Any]) -> bytes:
     return b"{\n    " + flat[1:-1].encode() + b"\n}"
 
 
-def _refuse_stale_members(row: Row, image: EncodedImage) -> None:
-    """Reject resized images with boxes or masks, which are in pixels of the original image."""
-    stale = [name for name in GEOMETRIC_FIELDS if name in row.members]
-    if stale and (image.width, image.height) != (image.original_width, image.original_height):
-        message = f"{stale[0]} would not fit the resized image; use --resize-mode no"
+def _refuse_stale_boxes(row: Row, image: EncodedImage) -> None:
+    """Reject resized images with boxes, which are in pixels of the original image."""
+    if BOXES in row.members and (image.width, image.height) != (image.original_width, image.original_height):
+        message = f"{BOXES} would not fit the resized image; use --resize-mode no"
         raise SampleError("failed_to_resize", "stale_annotation", message)
     measured = _measured_in(row.members.get(BOXES))
     if measured is not None and measured != (image.width, image.height):

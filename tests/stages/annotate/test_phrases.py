@@ -1,6 +1,7 @@
 """The sidecar of phrases: its rows and statistics, and that it is made once."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from pipeline.errors import SettingError, SidecarError
 from pipeline.loaders.phrases import ReadSampleCaptions
 from pipeline.shards.sample import Sample
 from pipeline.shards.selection import read_samples
-from pipeline.shards.snapshot import Snapshot
+from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.stages.annotate import phrases
 from pipeline.stages.annotate.annotator import Annotation, annotate
@@ -115,6 +116,13 @@ def test_each_shard_is_made_once_and_goes_on_after_a_kill(snapshot: Snapshot, mo
     with pytest.raises(SidecarError, match="--overwrite replaces it"):
         made(done)
     assert made(done, overwrite=True).shards[0].sidecars != done.shards[0].sidecars
+
+
+@pytest.mark.slow
+def test_ray_makes_the_same_files(snapshot: Snapshot, tmp_path: Path, ray_cluster: Any) -> None:
+    shutil.copytree(snapshot.folder, tmp_path / "copy")
+    copy = read_snapshot(str(tmp_path / "copy"))
+    assert made(copy, workers=Workers(processes_count=2)).shards == made(snapshot).shards
 
 
 def test_statistics_of_something_else_name_the_job(snapshot: Snapshot) -> None:
