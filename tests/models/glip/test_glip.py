@@ -1,4 +1,4 @@
-"""The method: what it learns, what it detects and grounds, what it stores for that, and bad input."""
+"""The method: what it trains, detects and grounds, what it stores for that, and bad input."""
 
 import math
 from collections.abc import Callable
@@ -107,7 +107,7 @@ def test_the_losses_are_divided_by_the_global_numbers() -> None:
 
 
 @pytest.mark.slow
-def test_one_image_can_be_learnt_and_then_be_grounded() -> None:
+def test_training_on_one_image_locates_its_phrases() -> None:
     """Two boxes of one image with one word each: trained for 80 steps, both are found where they are."""
     method = built(seed=1).train()
     boxes = [[4.0, 4, 28, 28], [34.0, 30, 60, 62]]
