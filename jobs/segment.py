@@ -22,10 +22,9 @@ from pipeline.evaluation.report import segments_table
 from pipeline.evaluation.segmentation import groups_of
 from pipeline.evaluation.showcase import segments_png
 from pipeline.loaders.images import as_stored
-from pipeline.models.detections import check_words
 from pipeline.models.lseg import Lseg
 from pipeline.models.method import build_method
-from pipeline.models.segments import ImageViews, Segmenter
+from pipeline.models.segments import ImageViews, Segmenter, check_segment_words
 from pipeline.runs.drawn_data import DRAWN_IMAGE, read_image
 from pipeline.shards.storage import split_file
 
@@ -84,7 +83,7 @@ PRESETS: dict[str, tuple[str, Segment]] = {
 
 def main(run: Segment) -> None:
     """Check words and files, then segment, print and draw."""
-    check_words(run.words)
+    check_segment_words(run.words)
     folder, name = split_file(writable_file("output", run.output))
     image = as_stored(read_image(run.image))
     segmenter = load(run)

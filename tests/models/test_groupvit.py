@@ -551,6 +551,8 @@ def test_words_are_checked_and_encoded_once() -> None:
     method = groupvit()
     with pytest.raises(SettingError, match="words"):
         method.segment([image(32, 32)], [])
+    with pytest.raises(SettingError, match="at most 32767"):
+        method.segment([image(32, 32)], [f"word {number}" for number in range(32768)])
     with pytest.raises(SettingError, match="window"):
         method.segment([image(32, 32)], WORDS, ImageViews(window=20))
     before = method.word_vectors(WORDS)
