@@ -103,6 +103,8 @@ def prompt(template: str, word: str) -> str:
 def _parsed(address: str, field: str) -> tuple[str, str | None]:
     found = openclip.parse_address(address)
     if found is None:
-        allowed = "a CLIP's run or checkpoint, or ARCHITECTURE:WEIGHTS, such as ViT-B/32:openai; WEIGHTS may be a folder"
+        allowed = (
+            "a CLIP's run or checkpoint, or ARCHITECTURE:WEIGHTS, such as ViT-B/32:openai; WEIGHTS may be a folder"
+        )
         raise SettingError(field, address, allowed)
     return found

@@ -35,11 +35,6 @@ class Segmentation:
             return self.scores < threshold
         return self.scores < self.limits.minimum(torch.as_tensor(threshold, dtype=self.limits.dtype))
 
-    def above(self, threshold: float) -> "Segmentation":
-        """Without a word where the best one has a lower probability."""
-        labels = torch.where(self.below(threshold), -1, self.labels).to(torch.int16)
-        return Segmentation(labels, self.scores, self.limits)
-
 
 @dataclass(frozen=True, kw_only=True)
 class ImageViews:

@@ -545,10 +545,10 @@ def test_a_threshold_above_the_best_score_is_lowered_to_it() -> None:
     scores = torch.tensor([[0.2, 0.5], [0.4, 0.5]])
     labels = torch.zeros(2, 2, dtype=torch.int16)
     found = Segmentation(labels, scores, torch.full((2, 2), 0.5))
-    assert found.above(0.95).labels.tolist() == [[-1, 0], [-1, 0]]
-    assert found.above(0.3).labels.tolist() == [[-1, 0], [0, 0]]
+    assert found.below(0.95).tolist() == [[True, False], [True, False]]
+    assert found.below(0.3).tolist() == [[True, False], [False, False]]
     assert found.below(torch.tensor([[0.1, 0.9], [0.45, 0.1]])).tolist() == [[False, False], [True, False]]
-    assert Segmentation(labels, scores).above(0.95).labels.tolist() == [[-1, -1], [-1, -1]]
+    assert Segmentation(labels, scores).below(0.95).all()
 
 
 def test_words_are_checked_and_encoded_once() -> None:
