@@ -256,6 +256,9 @@ def as_segmenter(model: object, address: str) -> Segmenter:
         return cast(Segmenter, model)
     visual = model.model.visual if isinstance(model, Clip) else None
     plain = isinstance(visual, VisionTransformer) and visual.attn_pool is None
-    allowed = "a method with `segment`, or a CLIP with open_clip's vision transformer and without attention pooling"
+    allowed = (
+        "a method with `segment`, or a CLIP with open_clip's vision transformer and without attention pooling, such as "
+        "clipmill-small-vit or ViT-B-32"
+    )
     require(plain, "checkpoint", address, allowed)
     return PatchSegmenter(cast(Clip, model))

@@ -254,10 +254,10 @@ def test_uniform_numbers_are_independent_and_inside() -> None:
 
 def test_branches_are_dropped_as_often_as_they_should() -> None:
     method = groupvit(depths=(3, 2, 1), drop_path=0.4)
-    assert method.model.drops == pytest.approx([0, 0.08, 0.16, 0.24, 0.32, 0.4])
-    first, *others = kept_branches(torch.arange(4000), method.model.drops, torch.zeros(1))
+    assert method.model.drop_rates == pytest.approx([0, 0.08, 0.16, 0.24, 0.32, 0.4])
+    first, *others = kept_branches(torch.arange(4000), method.model.drop_rates, torch.zeros(1))
     assert first is None
-    for kept, rate in zip(others, method.model.drops[1:], strict=True):
+    for kept, rate in zip(others, method.model.drop_rates[1:], strict=True):
         assert kept is not None and kept.shape == (2, 4000, 1, 1)
         assert kept.unique().tolist() == pytest.approx([0.0, 1 / (1 - rate)])
         assert float(kept.mean()) == pytest.approx(1.0, abs=0.03)

@@ -207,7 +207,7 @@ class Config:
 
 
 class Groupvit(ImageTextMethod, EmbeddingMethod):
-    """Two towers, of which the image tower groups patches, and the contrastive losses between them."""
+    """An image tower that groups patches, a text tower, and the contrastive losses between them."""
 
     batch_keys: ClassVar[tuple[str, ...]] = ("image", "text", "prompts", "seeds")
     registered_as: ClassVar[str] = "groupvit"

@@ -85,7 +85,7 @@ class GroupingNetwork(GroupViTModel):
         image_config: Any = config.vision_config
         vision: Any = self.vision_model
         depth = sum(image_config.depths)
-        self.drops = [drop_path * number / max(depth - 1, 1) for number in range(depth)]
+        self.drop_rates = [drop_path * number / max(depth - 1, 1) for number in range(depth)]
         for stage in vision.encoder.stages:
             stage.layers = nn.ModuleList(DroppableLayer(image_config) for _ in stage.layers)
             if stage.downsample is not None:
@@ -121,7 +121,7 @@ class GroupingNetwork(GroupViTModel):
         """
         vision: Any = self.vision_model
         states, tokens = vision.embeddings(images, interpolate_pos_encoding=True), None
-        kept, found = iter(kept_branches(seeds, self.drops, states)), []
+        kept, found = iter(kept_branches(seeds, self.drop_rates, states)), []
         for number, stage in enumerate(vision.encoder.stages):
             if stage.with_group_token:
                 own = stage.group_token.expand(len(states), -1, -1)
