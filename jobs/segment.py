@@ -15,6 +15,7 @@ from typing import Literal
 import tyro
 
 from pipeline.config import require, run_job, writable_file
+from pipeline.evaluation.background import Background, read_thresholds
 from pipeline.evaluation.encoder import inference
 from pipeline.evaluation.grouping import as_grouper
 from pipeline.evaluation.models import load_segmenter
@@ -22,10 +23,9 @@ from pipeline.evaluation.report import segments_table
 from pipeline.evaluation.segmentation import groups_of
 from pipeline.evaluation.showcase import segments_png
 from pipeline.loaders.images import as_stored
-from pipeline.models.detections import check_words
 from pipeline.models.lseg import Lseg
 from pipeline.models.method import build_method
-from pipeline.models.segments import ImageViews, Segmenter
+from pipeline.models.segments import ImageViews, Segmenter, check_segment_words
 from pipeline.runs.drawn_data import DRAWN_IMAGE, read_image
 from pipeline.shards.storage import split_file
 
@@ -42,8 +42,9 @@ class Segment:
     """Class names to segment by; quote names of several words."""
     output: str = "segments.png"
     """PNG file for the image under the words' colours: a path or a URI."""
-    threshold: float = 0.0
-    """Probability of the best word below which a pixel gets no colour, 0 to 1."""
+    threshold: float | str = 0.0
+    """Probability of the best word below which a pixel gets no colour: a number from 0 to 1, or a JSON file
+    {word: number} for a threshold of each word."""
     side: int | None = None
     """Longer side to which the image is resized, in pixels; none for the model's own input."""
     scales: tuple[float, ...] = (1.0,)
@@ -57,7 +58,6 @@ class Segment:
 
     def __post_init__(self) -> None:
         require(self.output.endswith(".png"), "output", self.output, "a file that ends in .png")
-        require(0 <= self.threshold <= 1, "threshold", self.threshold, "0 to 1")
         self.views()
 
     def views(self) -> ImageViews:
@@ -84,14 +84,15 @@ PRESETS: dict[str, tuple[str, Segment]] = {
 
 def main(run: Segment) -> None:
     """Check words and files, then segment, print and draw."""
-    check_words(run.words)
+    check_segment_words(run.words)
+    background = Background(read_thresholds(run.threshold, run.words, "threshold"))
     folder, name = split_file(writable_file("output", run.output))
     image = as_stored(read_image(run.image))
     segmenter = load(run)
     grouper = as_grouper(segmenter, run.checkpoint or "the smoke test's segmenter") if run.groups else None
     with inference(segmenter):
         (found,) = segmenter.segment([image], run.words, run.views())
-    shown = found.above(run.threshold)
+    shown = background.removed(found)
     print(segments_table(shown, run.words))
     (groups,) = groups_of(grouper, [image])
     folder.write_atomic(name, segments_png(image, shown, run.words, groups))

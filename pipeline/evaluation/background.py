@@ -17,7 +17,7 @@ and the best t is exact, among multiples of 1/1000, from two histograms of proba
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from pipeline.shards.objects import plain_word
 STEPS = 1000
 GRID = (np.arange(STEPS + 1) / STEPS).astype(np.float32)
 LEARN = "learn:"
-ALLOWED = "a number from 0 to 1, a JSON file {word: number}, or learn:DATA"
+ALLOWED = "a number from 0 to 1 or a JSON file {word: number}"
 
 
 @dataclass(frozen=True)
@@ -53,22 +53,26 @@ class Background:
             limits = limits.minimum(found.scores.max())
         return found.below(limits) | (found.labels < 0)
 
+    def removed(self, found: Segmentation) -> Segmentation:
+        """The result without a word (-1) where a pixel is background."""
+        return replace(found, labels=torch.where(self.where(found), -1, found.labels).to(torch.int16))
+
     def of_word(self, number: int) -> "Background":
         """The rule for the word of this number alone, beside one that stands for all else."""
         return Background((self.thresholds[number if len(self.thresholds) > 1 else 0], 0.0), self.relative)
 
 
-def read_thresholds(setting: float | str, words: Sequence[str], rest: int = 0) -> tuple[float, ...]:
-    """The thresholds for ``setting``, a number or a JSON file, and 0 for ``rest`` further words.
+def read_thresholds(setting: float | str, words: Sequence[str], field: str, rest: int = 0) -> tuple[float, ...]:
+    """The thresholds for the option ``field``, a number or a JSON file, and 0 for ``rest`` further words.
 
     Raises:
         SettingError: neither, no number from 0 to 1, or a word that is none of ``words``.
     """
-    values = (
-        (float(setting),) if _is_number(setting) else (*_of_words(str(setting), words), *(0.0 for _ in range(rest)))
-    )
-    inside = all(0 <= value <= 1 for value in values)
-    require(inside, "segmentation_threshold", setting, ALLOWED)
+    if _is_number(setting):
+        values: tuple[float, ...] = (float(setting),)
+    else:
+        values = (*_of_words(str(setting), words, field), *(0.0 for _ in range(rest)))
+    require(all(0 <= value <= 1 for value in values), field, setting, ALLOWED)
     return values
 
 
@@ -80,14 +84,14 @@ def _is_number(setting: float | str) -> bool:
     return True
 
 
-def _of_words(place: str, words: Sequence[str]) -> list[float]:
-    content = json_of("segmentation_threshold", place, ALLOWED)
+def _of_words(place: str, words: Sequence[str], field: str) -> list[float]:
+    content = json_of(field, place, ALLOWED)
     if not isinstance(content, Mapping) or not all(type(value) in (int, float) for value in content.values()):
-        raise SettingError("segmentation_threshold", place, "a JSON file that maps words to numbers from 0 to 1")
+        raise SettingError(field, place, "a JSON file that maps words to numbers from 0 to 1")
     given = {plain_word(word): float(value) for word, value in content.items()}
     unknown = sorted(set(given) - set(map(plain_word, words)))
-    others = f"thresholds of the set's words; not {', '.join(unknown[:5])}"
-    require(not unknown, "segmentation_threshold", place, others)
+    others = f"thresholds of the words; not {', '.join(unknown[:5])}"
+    require(not unknown, field, place, others)
     return [given.get(plain_word(word), 0.0) for word in words]
 
 

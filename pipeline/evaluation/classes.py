@@ -83,8 +83,9 @@ def read_templates(setting: str, card: Card | None, name: str) -> tuple[str, ...
 
 def json_of(field: str, place: str, allowed: str) -> object:
     """The content of the JSON file at ``place``; ``allowed`` completes the error about ``field`` if unreadable."""
+    text = text_of(field, place, allowed)
     try:
-        return parse_json(text_of(field, place, allowed))
+        return parse_json(text)
     except ValueError as error:  # annotation files are large; PyYAML would take minutes
         raise unreadable(field, place, "well-formed JSON", error) from error
 

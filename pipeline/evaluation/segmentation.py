@@ -26,8 +26,14 @@ from pipeline.loaders.label_figures import label_figure
 from pipeline.loaders.segmentation import LabelClasses, SegmentationReader
 from pipeline.models.class_vectors import class_vectors
 from pipeline.models.clip import Clip
-from pipeline.models.detections import check_words
-from pipeline.models.segments import Grouper, ImageViews, Segmentation, Segmenter, best_words
+from pipeline.models.segments import (
+    Grouper,
+    ImageViews,
+    Segmentation,
+    Segmenter,
+    best_words,
+    check_segment_words,
+)
 from pipeline.shards.sample import Sample
 
 if TYPE_CHECKING:
@@ -199,7 +205,7 @@ class PatchSegmenter:
         self, images: Sequence[Tensor], words: Sequence[str], views: ImageViews | None = None
     ) -> list[Segmentation]:
         """See :class:`~pipeline.models.segments.Segmenter`; views other than the whole image are refused."""
-        check_words(words)
+        check_segment_words(words)
         require(views in (None, ImageViews()), "views", views, "the whole image, for the patches of a CLIP")
         new = [word for word in words if word not in self._known]
         if new:
@@ -250,6 +256,9 @@ def as_segmenter(model: object, address: str) -> Segmenter:
         return cast(Segmenter, model)
     visual = model.model.visual if isinstance(model, Clip) else None
     plain = isinstance(visual, VisionTransformer) and visual.attn_pool is None
-    allowed = "a method with `segment`, or a CLIP with open_clip's vision transformer and without attention pooling"
+    allowed = (
+        "a method with `segment`, or a CLIP with open_clip's vision transformer and without attention pooling, such as "
+        "clipmill-small-vit or ViT-B-32"
+    )
     require(plain, "checkpoint", address, allowed)
     return PatchSegmenter(cast(Clip, model))

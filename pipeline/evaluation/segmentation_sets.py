@@ -114,7 +114,7 @@ def read_set(config: SetOptions, data: Data, name: str) -> SegmentationSet:
         unlabelled=(ground or GROUND) if config.unlabelled == "background" else "",
         mask_classes=known or words,
     )
-    thresholds = read_thresholds(config.threshold, words, rest=1 if ground else 0)
+    thresholds = read_thresholds(config.threshold, words, "segmentation_threshold", rest=1 if ground else 0)
     background = Background(thresholds, config.relative_threshold)
     return SegmentationSet(words, classes, ground, background, read_views(config))
 

@@ -48,7 +48,7 @@ LabelMap = NDArray[np.int16]
 
 @dataclass(frozen=True, kw_only=True)
 class LabelClasses:
-    """The class numbers of labels: the position in ``classes``, of which any name is accepted (``couch; sofa``)."""
+    """The class numbers of labels: the position in ``classes``. Any name of a class is accepted (``couch; sofa``)."""
 
     classes: tuple[str, ...]
     field: LabelField = FIELD  # type: ignore[assignment]  # a plain str in shards/objects.py

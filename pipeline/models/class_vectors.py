@@ -23,26 +23,27 @@ UNTRAINED = ":untrained"
 TEXTS_AT_ONCE = 512
 
 
-def open_teacher(address: str) -> Clip:
+def open_teacher(address: str, field: str = "teacher") -> Clip:
     """The CLIP at ``ARCHITECTURE:WEIGHTS``, in evaluation mode on the CPU.
 
     WEIGHTS are a tag of open_clip, a file, a checkpoint's folder, or ``untrained`` (random with a fixed seed).
 
     Raises:
-        SettingError: not found, or ``address`` has another form.
+        SettingError: not found, or ``address`` has another form; ``field`` is the name of the option.
     """
     if address.endswith(UNTRAINED):
         return untrained(address.removesuffix(UNTRAINED))
     with torch.random.fork_rng():
-        return Clip(Config(architecture=_parsed(address)[0], pretrained=_parsed(address)[1])).eval()
+        architecture, weights = _parsed(address, field)
+        return Clip(Config(architecture=architecture, pretrained=weights)).eval()
 
 
-def check(address: str) -> None:
+def check(address: str, field: str = "teacher") -> None:
     """Raise ``SettingError`` like :func:`open_teacher`; builds and downloads nothing."""
     if address.endswith(UNTRAINED):
         openclip.check_architecture(address.removesuffix(UNTRAINED))
     else:
-        openclip.check(*_parsed(address))
+        openclip.check(*_parsed(address, field))
 
 
 def untrained(architecture: str) -> Clip:
@@ -99,8 +100,11 @@ def prompt(template: str, word: str) -> str:
     return f"This is {written}" if "{article}" in template and begins else written
 
 
-def _parsed(address: str) -> tuple[str, str | None]:
+def _parsed(address: str, field: str) -> tuple[str, str | None]:
     found = openclip.parse_address(address)
     if found is None:
-        raise SettingError("teacher", address, "ARCHITECTURE:WEIGHTS, such as ViT-B/32:openai; WEIGHTS may be a folder")
+        allowed = (
+            "a CLIP's run or checkpoint, or ARCHITECTURE:WEIGHTS, such as ViT-B/32:openai; WEIGHTS may be a folder"
+        )
+        raise SettingError(field, address, allowed)
     return found

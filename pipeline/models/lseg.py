@@ -64,7 +64,6 @@ from pipeline.loaders.images import resize
 from pipeline.loaders.label_figures import samples_with_labels
 from pipeline.loaders.label_lists import LabelLists, ListedSegmentationReader, ListKind
 from pipeline.loaders.segmentation import (
-    MOST_CLASSES,
     VOID,
     LabelClasses,
     LabelField,
@@ -75,7 +74,7 @@ from pipeline.models import class_vectors
 from pipeline.models.detections import check_words
 from pipeline.models.method import Method
 from pipeline.models.pixel_text import Activation, Block, SpatialBlock, pixel_text_loss, scores_of
-from pipeline.models.segments import ImageViews, Segmentation, best_words, window_starts
+from pipeline.models.segments import ImageViews, Segmentation, best_words, check_segment_words, window_starts
 from pipeline.models.towers.dpt import (
     STRIDE,
     Decoder,
@@ -245,7 +244,7 @@ class Lseg(Method):
         """Require classes, a text tower, and a backbone that timm has."""
         _check_complete(config)
         check_backbone(config.backbone)
-        class_vectors.check(config.text_tower)
+        class_vectors.check(config.text_tower, "text_tower")
 
     @classmethod
     def check_workers(cls, config: Config, gpus: bool) -> None:
@@ -303,8 +302,7 @@ class Lseg(Method):
 
         Words that are not training classes are encoded by the text tower, which is loaded when it is first needed.
         """
-        check_words(words)
-        require(len(words) <= MOST_CLASSES, "words", len(words), f"at most {MOST_CLASSES} words")
+        check_segment_words(words)
         vectors, views = self.word_vectors(words), views or ImageViews()
         window = views.window or self.config.image_size
         require(window % STRIDE == 0, "window", window, f"a multiple of {STRIDE}")
@@ -364,7 +362,7 @@ class Lseg(Method):
         known = {word: vector for word, vector in zip(self.config.class_names, self.vectors, strict=True)}
         new = [word for word in words if word not in known and word not in self._known]
         if new:
-            clip = class_vectors.open_teacher(self.config.text_tower)
+            clip = class_vectors.open_teacher(self.config.text_tower, "text_tower")
             same = class_vectors.clip_digest(clip) == self.tower_digest
             require(same, "text_tower", self.config.text_tower, "the CLIP that this model was trained with")
             self._known |= dict(zip(new, _made_vectors(clip, new), strict=True))
@@ -389,7 +387,7 @@ class Lseg(Method):
         if description is not None:
             facts = json.loads(description[FACTS])
             return torch.zeros(len(self.config.class_names), int(facts["width"])), str(facts["text_tower"])
-        clip = class_vectors.open_teacher(self.config.text_tower)
+        clip = class_vectors.open_teacher(self.config.text_tower, "text_tower")
         return _made_vectors(clip, self.config.class_names), class_vectors.clip_digest(clip)
 
 

@@ -45,6 +45,8 @@ class Method(nn.Module, ABC):
     """Name of the registered MLflow model: ``clip`` for checkpoints that open_clip reads, else the method's name."""
     parity_tolerance: ClassVar[float] = 1e-6
     """Largest difference between the gradients of two processes and of one, relative to the tensor's largest entry."""
+    former_names: ClassVar[Mapping[str, str]] = {}
+    """Names that weights outside of ``model`` have in older checkpoints, and their names today."""
 
     config: Any
     gather: Gather = staticmethod(alone)

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.config import require
+from pipeline.loaders.segmentation import MOST_CLASSES
+from pipeline.models.detections import check_words
 
 STRIP = 1 << 22
 """Numbers of a strip's logits: 16 MB."""
@@ -32,11 +34,6 @@ class Segmentation:
         if self.limits is None:
             return self.scores < threshold
         return self.scores < self.limits.minimum(torch.as_tensor(threshold, dtype=self.limits.dtype))
-
-    def above(self, threshold: float) -> "Segmentation":
-        """Without a word where the best one has a lower probability."""
-        labels = torch.where(self.below(threshold), -1, self.labels).to(torch.int16)
-        return Segmentation(labels, self.scores, self.limits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +74,7 @@ class Segmenter(Protocol):
         """The word of every pixel of ``images``, uint8 [3, H, W] of any sizes, on the method's device or the CPU.
 
         Raises:
-            SettingError: no words, or a duplicate word (:func:`~pipeline.models.detections.check_words`).
+            SettingError: words that :func:`check_segment_words` refuses.
         """
         ...
 
@@ -92,6 +89,12 @@ class Grouper(Segmenter, Protocol):
             For each image and stage int16 [H, W], the index of the pixel's group in the whole image, from 0.
         """
         ...
+
+
+def check_segment_words(words: Sequence[str]) -> None:
+    """Raise ``SettingError`` for words that ``check_words`` refuses, or for more than int16 labels can number."""
+    check_words(words)
+    require(len(words) <= MOST_CLASSES, "words", len(words), f"at most {MOST_CLASSES} words")
 
 
 def window_starts(length: int, window: int, stride: float) -> list[int]:

@@ -104,6 +104,11 @@ class Slip(clip.Clip):
     batch_keys = ("views", "colours", "text")
     # Gradients before the head's batch normalisation are sums up to 6, rounded to a millionth of that.
     parity_tolerance = 5e-6
+    former_names = {
+        f"head.{norm}.{former}": f"head.{norm}.{name}"
+        for norm in ("first_norm", "second_norm")
+        for former, name in (("mean", "running_mean"), ("variance", "running_var"))
+    }
     config: Config
 
     def __init__(self, config: Config, description: Mapping[str, str] | None = None) -> None:

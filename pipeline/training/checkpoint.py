@@ -333,7 +333,8 @@ def read_weights(folder: Folder, *, ema: bool = False) -> dict[str, Tensor]:
     """
     inner, rest = (MODEL_EMA, REST_EMA) if ema else (MODEL, REST)
     weights = {INNER + name: tensor for name, tensor in _read_tensors(folder, inner).items()}
-    return weights | _read_tensors(folder, rest)
+    others = _read_tensors(folder, rest)
+    return weights | (_renamed(others, method_class(_read_method(folder).method)) if others else {})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Folder) -> None:
@@ -413,9 +414,9 @@ def _from_checkpoint(folder: Folder, ema: bool) -> Method:
         raise DataError(f"{folder.uri} is not a complete checkpoint ({error})") from error
     inner, rest = (MODEL_EMA, REST_EMA) if ema else (MODEL, REST)
     if isinstance(model := getattr(method, "model", None), nn.Module):
-        _load(model, folder, inner)
+        _load(model, load_tensors(folder, inner), folder.join(inner))
     if folder.exists(rest):
-        _load(method, folder, rest, elsewhere=INNER)
+        _load(method, _renamed(load_tensors(folder, rest), type(method)), folder.join(rest), elsewhere=INNER)
     return method
 
 
@@ -436,15 +437,19 @@ def _from_open_clip(uri: str) -> Method:
     return method_class("clip")(from_plain(config_class("clip"), plain))
 
 
-def _load(module: nn.Module, folder: Folder, name: str, elsewhere: str | None = None) -> None:
-    """Load a file of weights into ``module``; names with the prefix ``elsewhere`` come from another file."""
-    tensors = load_tensors(folder, name)
+def _renamed(weights: Mapping[str, Tensor], method: type[Method]) -> dict[str, Tensor]:
+    """The weights of older checkpoints under today's names."""
+    return {method.former_names.get(name, name): tensor for name, tensor in weights.items()}
+
+
+def _load(module: nn.Module, tensors: Mapping[str, Tensor], place: str, elsewhere: str | None = None) -> None:
+    """Load the weights of the file ``place``; names with the prefix ``elsewhere`` come from another file."""
     wanted = module.state_dict()
     if elsewhere is not None:
         wanted = {key: tensor for key, tensor in wanted.items() if not key.startswith(elsewhere)}
     problem = misfit(wanted, tensors)
     if problem:
-        raise DataError(f"{folder.join(name)} does not fit the checkpoint's own config: {problem}")
+        raise DataError(f"{place} does not fit the checkpoint's own config: {problem}")
     module.load_state_dict(tensors, strict=elsewhere is None)
 
 

@@ -27,6 +27,7 @@ def test_one_threshold_one_for_each_word_and_the_relative_rule() -> None:
     found = result([[0, 1, 0, -1]], [[0.2, 0.5, 0.6, 0.9]])
     assert Background((0.5,)).where(found).tolist() == [[True, False, False, True]]
     assert Background((0.1, 0.7)).where(found).tolist() == [[False, True, False, True]]
+    assert Background((0.1, 0.7)).removed(found).labels.tolist() == [[0, -1, 0, -1]]
     sure = result([[0, 1, 0]], [[0.2, 0.5, 0.6]])
     assert Background((0.95,)).where(sure).all()
     assert Background((0.95,), relative=True).where(sure).tolist() == [[True, True, False]]
@@ -37,8 +38,8 @@ def test_one_threshold_one_for_each_word_and_the_relative_rule() -> None:
 def test_thresholds_of_a_file(tmp_path: Path) -> None:
     words = ("cat", "couch; sofa", "dog")
     (tmp_path / "some.json").write_text(json.dumps({"Couch": 0.5, "dog": 1}))
-    assert read_thresholds(str(tmp_path / "some.json"), words, rest=1) == (0.0, 0.5, 1.0, 0.0)
-    assert read_thresholds(0.25, words) == read_thresholds("0.25", words) == (0.25,)
+    assert read_thresholds(str(tmp_path / "some.json"), words, "threshold", rest=1) == (0.0, 0.5, 1.0, 0.0)
+    assert read_thresholds(0.25, words, "threshold") == read_thresholds("0.25", words, "threshold") == (0.25,)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +56,8 @@ def test_thresholds_of_a_file(tmp_path: Path) -> None:
 )
 def test_wrong_files_are_one_sentence(content: str, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "some.json").write_text(content)
-    with pytest.raises(SettingError, match=sentence):
-        read_thresholds(str(tmp_path / "some.json"), ("cat",))
+    with pytest.raises(SettingError, match=f"^threshold: .*{sentence}"):
+        read_thresholds(str(tmp_path / "some.json"), ("cat",), "threshold")
 
 
 def overlap_at(images: Sequence[tuple[Any, Segmentation]], thresholds: tuple[float, ...], relative: bool) -> Any:

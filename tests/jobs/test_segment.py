@@ -39,6 +39,10 @@ def test_a_checkpoint_segments_by_any_words(
     assert (tmp_path / "out/a.png").stat().st_size > 1000
     assert job("segment", "image", str(tmp_path / "in.png"), *asked, "--threshold", "1") == 0
     assert capsys.readouterr().out.split()[-4:] == ["no", "word", "100.0", "-"]
+    (tmp_path / "some.json").write_text('{"red star": 1}')
+    assert job("segment", "image", str(tmp_path / "in.png"), *asked, "--threshold", "some.json") == 0
+    out = capsys.readouterr().out
+    assert "no word" in out and "yellow" in out and "red star" not in out
     clip = ["--checkpoint", "clipmill-tiny:untrained", "--words", "red", "blue"]
     assert job("segment", "image", str(tmp_path / "in.png"), *clip) == 0
     assert (tmp_path / "segments.png").stat().st_size > 1000
@@ -78,6 +82,7 @@ def test_groups_of_each_stage_are_drawn(job: Type, tmp_path: Path, monkeypatch: 
         (["smoke", "--words", "star", "Star"], "every word once"),
         (["smoke", "--groups"], "a method that groups pixels; Lseg has no groups"),
         (["smoke", "--threshold", "2"], "--threshold: got 2"),
+        (["smoke", "--threshold", "none.json"], "--threshold: no such file or folder: 'none.json'"),
         (["smoke", "--scales", "0"], "scales"),
         (["smoke", "--output", "found.jpg"], "ends in .png"),
         (["image", "nowhere.png", "--checkpoint", "x", "--words", "a"], "no such file or folder: 'nowhere.png'"),

@@ -174,3 +174,5 @@ def test_wrong_options_are_one_sentence(job: Callable[..., int], capsys: pytest.
     assert "--decay-power" in capsys.readouterr().err
     assert job("train_lseg", "smoke", "--block", "none") == 2
     assert "block_depth" in capsys.readouterr().err
+    assert job("train_lseg", "smoke", "--text-tower", "runs/none") == 2
+    assert "--text-tower: got 'runs/none'" in capsys.readouterr().err

@@ -218,7 +218,7 @@ def test_two_patches_by_hand() -> None:
             linear.bias.zero_()
         block.mlp_channels.fc2.weight.zero_()
         block.mlp_channels.fc2.bias.zero_()
-        found, logits = assign(block, states, tokens, None, None)
+        found, logits = assign(block, states, tokens, None, 0)
         values = block.norm_x(states)[0]
         own = block.pre_assign_attn(block.project_group_token(block.norm_tokens(tokens)), block.norm_x(states))[0]
     chosen = logits[0].argmax(dim=0)
@@ -254,12 +254,16 @@ def test_uniform_numbers_are_independent_and_inside() -> None:
 
 def test_branches_are_dropped_as_often_as_they_should() -> None:
     method = groupvit(depths=(3, 2, 1), drop_path=0.4)
-    assert method.model.drops == pytest.approx([0, 0.08, 0.16, 0.24, 0.32, 0.4])
-    kept = kept_branches(torch.arange(4000), 5, 0.4, torch.zeros(1))
-    assert kept is not None and kept.shape == (2, 4000, 1, 1)
-    assert kept.unique().tolist() == pytest.approx([0.0, 1 / 0.6])
-    assert float(kept.mean()) == pytest.approx(1.0, abs=0.03)
-    assert kept_branches(None, 5, 0.4, torch.zeros(1)) is None
+    assert method.model.drop_rates == pytest.approx([0, 0.08, 0.16, 0.24, 0.32, 0.4])
+    first, *others = kept_branches(torch.arange(4000), method.model.drop_rates, torch.zeros(1))
+    assert first is None
+    for kept, rate in zip(others, method.model.drop_rates[1:], strict=True):
+        assert kept is not None and kept.shape == (2, 4000, 1, 1)
+        assert kept.unique().tolist() == pytest.approx([0.0, 1 / (1 - rate)])
+        assert float(kept.mean()) == pytest.approx(1.0, abs=0.03)
+    rows = torch.cat([kept.flatten(1) for kept in others if kept is not None])
+    assert float(torch.corrcoef(rows).fill_diagonal_(0).abs().max()) < 0.07  # branches are independent
+    assert kept_branches(None, [0.0, 0.4], torch.zeros(1)) == [None, None]
     layer: Any = method.model.vision_model.encoder.stages[0].layers[0]
     states, nothing = torch.randn(2, 7, 32), torch.zeros(2, 2, 1, 1)
     assert torch.equal(layer(states, nothing), states)
@@ -541,16 +545,18 @@ def test_a_threshold_above_the_best_score_is_lowered_to_it() -> None:
     scores = torch.tensor([[0.2, 0.5], [0.4, 0.5]])
     labels = torch.zeros(2, 2, dtype=torch.int16)
     found = Segmentation(labels, scores, torch.full((2, 2), 0.5))
-    assert found.above(0.95).labels.tolist() == [[-1, 0], [-1, 0]]
-    assert found.above(0.3).labels.tolist() == [[-1, 0], [0, 0]]
+    assert found.below(0.95).tolist() == [[True, False], [True, False]]
+    assert found.below(0.3).tolist() == [[True, False], [False, False]]
     assert found.below(torch.tensor([[0.1, 0.9], [0.45, 0.1]])).tolist() == [[False, False], [True, False]]
-    assert Segmentation(labels, scores).above(0.95).labels.tolist() == [[-1, -1], [-1, -1]]
+    assert Segmentation(labels, scores).below(0.95).all()
 
 
 def test_words_are_checked_and_encoded_once() -> None:
     method = groupvit()
     with pytest.raises(SettingError, match="words"):
         method.segment([image(32, 32)], [])
+    with pytest.raises(SettingError, match="at most 32767"):
+        method.segment([image(32, 32)], [f"word {number}" for number in range(32768)])
     with pytest.raises(SettingError, match="window"):
         method.segment([image(32, 32)], WORDS, ImageViews(window=20))
     before = method.word_vectors(WORDS)

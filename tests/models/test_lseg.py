@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from pipeline.errors import SettingError
 from pipeline.loaders.batches import LoaderConfig, training_batches
+from pipeline.loaders.images import resize
 from pipeline.loaders.order import Order
 from pipeline.loaders.segmentation import VOID
 from pipeline.models import class_vectors
@@ -286,6 +287,42 @@ def test_one_view_is_the_model_itself() -> None:
         logits = functional.interpolate(scores, (64, 64), mode="bilinear", align_corners=True)
     best, labels = logits.softmax(dim=1)[0].max(dim=0)
     assert torch.equal(labels, found.labels.long()) and torch.allclose(best, found.scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", ["none", "bottleneck"])
+def test_windows_and_scales_are_plain_means(block: Any) -> None:
+    """Against a loop over windows, mirrors and sizes that holds the logits of all words for all pixels."""
+    method = built(block=block, block_depth=0 if block == "none" else 2).eval()
+    random = torch.Generator().manual_seed(5)
+    image = torch.randint(0, 256, (3, 70, 100), dtype=torch.uint8, generator=random)
+    words = ("red", "a dog", "green")
+    views = ImageViews(side=100, stride=0.5, scales=(1.0, 1.3), flip=True)
+    vectors, expected = method.word_vectors(words), torch.zeros(3, 70, 100)
+    with torch.no_grad():
+        for height, width in ((70, 100), (91, 130)):
+            canvas = resize(image.permute(1, 2, 0).numpy(), (height, width), "bilinear").clone()
+            total, counts = torch.zeros(3, height, width), torch.zeros(height, width)
+            for top in (*range(0, height - 64, 32), height - 64):
+                for left in (*range(0, width - 64, 32), width - 64):
+                    part = canvas[None, :, top : top + 64, left : left + 64]
+                    for mirrored in (False, True):
+                        pixels = method.model(method.normalised(part.flip(3) if mirrored else part))
+                        scores = scores_of(pixels, vectors)
+                        scores = scores if method.model.block is None else method.model.block(scores)
+                        logits = functional.interpolate(scores, (64, 64), mode="bilinear", align_corners=True)[0]
+                        total[:, top : top + 64, left : left + 64] += (logits.flip(2) if mirrored else logits) / 2
+                    counts[top : top + 64, left : left + 64] += 1
+            mean = (total / counts)[None]
+            expected += functional.interpolate(mean, (70, 100), mode="bilinear", align_corners=True)[0] / 2
+    (found,) = method.segment([image], words, views)
+    torch.testing.assert_close(found.scores, expected.softmax(dim=0).amax(dim=0), rtol=1e-4, atol=1e-4)
+    assert (found.labels == expected.argmax(dim=0)).float().mean() > 0.999
+
+
+def test_words_are_as_many_as_labels_can_number() -> None:
+    method = built(block="none", block_depth=0).eval()
+    with pytest.raises(SettingError, match="words: got 32768.*at most 32767"):
+        method.segment([torch.zeros(3, 8, 8, dtype=torch.uint8)], [f"word {number}" for number in range(32768)])
 
 
 def test_windows_and_mirrors_of_one_colour_agree() -> None:

@@ -5,10 +5,12 @@ import os
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from pipeline.errors import DataError, SettingError, StorageError
 from pipeline.models.clip import Clip
+from pipeline.models.slip import Slip
 from pipeline.shards.storage import Folder
 from pipeline.training.checkpoint import (
     Checkpoints,
@@ -20,6 +22,7 @@ from pipeline.training.checkpoint import (
     load_optimizer,
     read_evaluation,
     read_meta,
+    read_weights,
     write_evaluation,
 )
 from pipeline.training.optimizer import AdamW, make_optimizer
@@ -141,6 +144,26 @@ def test_overwriting_is_never_seen_half(tmp_path: Path, method: Clip, monkeypatc
     monkeypatch.undo()
     checkpoints.remove_broken()
     assert os.listdir(tmp_path / "checkpoints") == []
+
+
+def test_older_names_of_weights_load(tmp_path: Path) -> None:
+    """SLIP's statistics were once called mean and variance."""
+    torch.manual_seed(0)
+    slip = Slip(Slip.smallest())
+    for norm in (slip.head.first_norm, slip.head.second_norm):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(1, 2)
+    saved = Checkpoints(str(tmp_path)).save(slip, stepped(slip), meta(2)).folder
+    old = {
+        name.replace("running_mean", "mean").replace("running_var", "variance"): tensor
+        for name, tensor in safetensors.torch.load(saved.read_bytes("method.safetensors")).items()
+    }
+    assert {"head.first_norm.mean", "head.second_norm.variance"} < set(old)
+    saved.write_atomic("method.safetensors", safetensors.torch.save(old))
+    expected = slip.state_dict()
+    for found in (load_method(saved.uri).state_dict(), read_weights(saved)):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_state_in_another_order_of_memory_steps_alike(tmp_path: Path) -> None:

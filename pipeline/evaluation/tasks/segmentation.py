@@ -47,7 +47,7 @@ class Config(SetOptions):
 
 @dataclass(frozen=True)
 class PreparedSegmentation:
-    """A set of words, or of held-out classes, of which a part of the images is evaluated."""
+    """A set of words or of held-out classes, and the part of its images that is evaluated."""
 
     words: WordSet
     held_out: HeldOut | None = None

@@ -50,7 +50,6 @@ from pipeline.loaders.images import ImageTransform
 from pipeline.loaders.rand_augment import AugmentedImageReader, check_policy
 from pipeline.loaders.readers import ImageReader
 from pipeline.loaders.text import TextSettings, cut_text
-from pipeline.models.detections import check_words
 from pipeline.models.groupvit.network import DroppableLayer, GroupingNetwork, start_as_bag_of_words
 from pipeline.models.groupvit.prompts import PromptReader, SeedReader, phrases_of
 from pipeline.models.groupvit.views import (
@@ -66,7 +65,7 @@ from pipeline.models.groupvit.views import (
 )
 from pipeline.models.losses import TILE, contrastive_loss, tiled_contrastive_loss
 from pipeline.models.method import EmbeddingMethod, ImageTextMethod
-from pipeline.models.segments import ImageViews, Segmentation, window_starts
+from pipeline.models.segments import ImageViews, Segmentation, check_segment_words, window_starts
 from pipeline.models.towers.layers import Layer
 from pipeline.models.towers.prompts import fill_template
 from pipeline.models.towers.weights import misfit, read_any_weights
@@ -208,7 +207,7 @@ class Config:
 
 
 class Groupvit(ImageTextMethod, EmbeddingMethod):
-    """Two towers, of which the image tower groups patches, and the contrastive losses between them."""
+    """An image tower that groups patches, a text tower, and the contrastive losses between them."""
 
     batch_keys: ClassVar[tuple[str, ...]] = ("image", "text", "prompts", "seeds")
     registered_as: ClassVar[str] = "groupvit"
@@ -394,7 +393,7 @@ class Groupvit(ImageTextMethod, EmbeddingMethod):
         chained assignment there. With the softmax P of a segment's scores over all words, and the softmax P' over the
         words with the highest scores of the whole window, a pixel's score is P P'. Half of a window overlaps the next.
         """
-        check_words(words)
+        check_segment_words(words)
         views = views or ImageViews()
         window = views.window or self.config.window or 2 * self.config.image_size
         require(window % self.config.patch_size == 0, "window", window, f"a multiple of {self.config.patch_size}")

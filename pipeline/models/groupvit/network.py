@@ -26,6 +26,7 @@ from pipeline.models.losses import Gather, alone
 from pipeline.models.towers.batch_norm import GatheredBatchNorm
 
 DEVIATION = 0.02
+BRANCHES = 0  # the stream of random numbers of the branches; those of the groupings follow
 TOKENS, POSITIONS = 0.02, 0.01  # deviations of the text tower's tables, as CLIP's
 _GOLDEN, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685  # SplitMix64, as int64
 
@@ -84,7 +85,7 @@ class GroupingNetwork(GroupViTModel):
         image_config: Any = config.vision_config
         vision: Any = self.vision_model
         depth = sum(image_config.depths)
-        self.drops = [drop_path * number / max(depth - 1, 1) for number in range(depth)]
+        self.drop_rates = [drop_path * number / max(depth - 1, 1) for number in range(depth)]
         for stage in vision.encoder.stages:
             stage.layers = nn.ModuleList(DroppableLayer(image_config) for _ in stage.layers)
             if stage.downsample is not None:
@@ -120,18 +121,17 @@ class GroupingNetwork(GroupViTModel):
         """
         vision: Any = self.vision_model
         states, tokens = vision.embeddings(images, interpolate_pos_encoding=True), None
-        drops, found = iter(enumerate(self.drops)), []
+        kept, found = iter(kept_branches(seeds, self.drop_rates, states)), []
         for number, stage in enumerate(vision.encoder.stages):
             if stage.with_group_token:
                 own = stage.group_token.expand(len(states), -1, -1)
                 tokens = own if stage.group_projector is None else own + stage.group_projector(tokens)
             states = stage.concat_x(states, tokens if stage.with_group_token else None)
             for layer in stage.layers:
-                states = layer(states, kept_branches(seeds, *next(drops), states))
+                states = layer(states, next(kept))
             if stage.with_group_token:
                 states, tokens = stage.split_x(states)
-                stream = None if seeds is None else len(self.drops) + number
-                states, logits = assign(stage.downsample, states, tokens, seeds, stream)
+                states, logits = assign(stage.downsample, states, tokens, seeds, BRANCHES + 1 + number)
                 found.append(logits)
         return Grouped(vision.layernorm(states), tuple(found))
 
@@ -154,9 +154,7 @@ class GroupingNetwork(GroupViTModel):
         return functional.normalize(unit.to(torch.promote_types(unit.dtype, torch.float32)), dim=-1)
 
 
-def assign(
-    block: Any, states: Tensor, tokens: Tensor, seeds: Tensor | None, stream: int | None
-) -> tuple[Tensor, Tensor]:
+def assign(block: Any, states: Tensor, tokens: Tensor, seeds: Tensor | None, stream: int) -> tuple[Tensor, Tensor]:
     """Group ``states`` [B, L, C] by ``tokens`` [B, T, C]: segments [B, S, C], logits of the assignment [B, S, L].
 
     ``block`` is the port's ``GroupViTTokenAssign``. Each state goes to one segment. With ``seeds`` and the ``stream``
@@ -166,7 +164,7 @@ def assign(
     segments = block.pre_assign_attn(block.project_group_token(tokens), states)
     heads = block.assign
     logits = (heads.q_proj(segments) @ heads.k_proj(states).transpose(1, 2)).float() * heads.scale
-    noise = None if seeds is None or stream is None else gumbel(seeds, stream, logits.shape[1:], logits.dtype)
+    noise = None if seeds is None else gumbel(seeds, stream, logits.shape[1:], logits.dtype)
     weights = hard_assignment(logits if noise is None else logits + noise)
     weights = weights / (weights.sum(dim=2, keepdim=True) + heads.assign_eps)
     found = heads.proj(weights.to(states.dtype) @ heads.v_proj(states)) + segments
@@ -193,12 +191,17 @@ class _StraightThrough(torch.autograd.Function):
         return found
 
 
-def kept_branches(seeds: Tensor | None, number: int, rate: float, states: Tensor) -> Tensor | None:
-    """Factors [2, B, 1, 1] of the branches of layer ``number``: 0 with probability ``rate``, else 1 / (1 - rate)."""
-    if seeds is None or not rate:
-        return None
-    kept = (uniforms(seeds, number, 2) >= rate) / (1 - rate)
-    return kept.T[:, :, None, None].to(states.dtype)
+def kept_branches(seeds: Tensor | None, rates: Sequence[float], states: Tensor) -> Sequence[Tensor | None]:
+    """For each layer the factors [2, B, 1, 1] of its branches: 0 with its rate, else 1 / (1 - rate); none for rate 0.
+
+    Those of all layers at once: on a GPU the many small operations of each would take longer than its arithmetic.
+    """
+    if seeds is None or not any(rates):
+        return [None] * len(rates)
+    limits = seeds.new_tensor(rates, dtype=torch.float32)[:, None]
+    kept = (uniforms(seeds, BRANCHES, 2 * len(rates)).unflatten(1, (-1, 2)) >= limits) / (1 - limits)
+    factors = kept.permute(1, 2, 0)[..., None, None].to(states.dtype)
+    return [one if rate else None for one, rate in zip(factors, rates, strict=True)]
 
 
 def gumbel(seeds: Tensor, stream: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

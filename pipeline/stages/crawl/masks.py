@@ -51,5 +51,5 @@ def _bad_mask(reason: str) -> SampleError:
 
 
 def _nearest(stored: int, wanted: int) -> NDArray[np.int64]:
-    """For each of ``wanted`` pixels along a side, the pixel of ``stored`` ones that its centre lies in."""
+    """For each of ``wanted`` pixels along a side, the one of ``stored`` pixels that contains its centre."""
     return ((np.arange(wanted) + 0.5) * stored / wanted).astype(np.int64).clip(0, stored - 1)
