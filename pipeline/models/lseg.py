@@ -89,7 +89,6 @@ from pipeline.shards.sample import Sample
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SCALE = 1 / 0.07
 WINDOW_STRIDE = 2 / 3  # distance of the windows, as a part of their side
 FACTS = "lseg.json"
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import accuracy_score, jaccard_score, recall_score
 from torch import Tensor
 
 from pipeline.errors import DataError, SettingError
@@ -57,8 +58,26 @@ def test_metrics_are_those_of_a_brute_force_count(seed: int) -> None:
     assert plain["miou"] == plain["miou_foreground"] == found["miou_foreground"] and "iou_background" not in plain
 
 
+def test_metrics_are_those_of_scikit_learn() -> None:
+    """Class c is only predicted and class d is neither; the last class is the background."""
+    random = np.random.default_rng(0)
+    truth, predicted = random.choice([-1, 0, 1, 4], (3, 20, 30)), random.choice([0, 1, 2, 4], (3, 20, 30))
+    counts = PixelCounts(5)
+    for labels, found in zip(truth, predicted, strict=True):
+        counts.add(labels, found)
+    known = truth >= 0
+    pairs = truth[known], predicted[known]
+    overlap = jaccard_score(*pairs, labels=[0, 1, 2, 4], average=None)
+    measured = counts.metrics(tuple("abcd"), has_ground=True)
+    assert [*(measured[f"iou/{name}"] for name in "abc"), measured["iou_background"]] == pytest.approx(overlap.tolist())
+    assert measured["miou"] == pytest.approx(overlap.mean())
+    assert measured["miou_foreground"] == pytest.approx(overlap[:3].mean()) and "iou/d" not in measured
+    assert measured["pixel_accuracy"] == pytest.approx(accuracy_score(*pairs))
+    assert measured["mean_accuracy"] == pytest.approx(recall_score(*pairs, labels=[0, 1, 4], average="macro"))
+
+
 def test_metrics_are_those_of_torchmetrics() -> None:
-    """Where it is installed."""
+    """Where it is installed: it is in no lock file, and the test above runs everywhere."""
     torchmetrics = pytest.importorskip("torchmetrics")
     truth, predicted = (torch.randint(0, 4, (2, 8, 8)) for _ in range(2))
     truth[0, 0] = -1

@@ -604,11 +604,13 @@ def test_layers_go_up() -> None:
 def test_weights_of_a_file(tmp_path: Path) -> None:
     method = groupvit()
     state = {name: tensor for name, tensor in ported(method).state_dict().items()}
-    extra = {"visual_projection.1.num_batches_tracked": torch.tensor(3)}  # in files of the port
-    save_file({**state, **extra}, tmp_path / "port.safetensors")
+    changed = {"visual_projection.1.num_batches_tracked": torch.tensor(3)}  # in files of the port
+    changed["logit_scale"] = torch.tensor(6.0)  # the authors' code uses at most 100 = exp(4.6)
+    save_file({**state, **changed}, tmp_path / "port.safetensors")
     loaded = Groupvit(dataclasses.replace(method.config, pretrained=str(tmp_path / "port.safetensors"))).eval()
     tokens = method.tokenizer(["a red star"])
     assert torch.equal(loaded.encode_text(tokens), method.encode_text(tokens))
+    assert loaded.measures()["logit_scale"] == pytest.approx(100)
     with pytest.raises(DataError, match="does not fit"):
         Groupvit(Config(**{**TINY, "depths": (1, 1), "pretrained": str(tmp_path / "port.safetensors")}))
 

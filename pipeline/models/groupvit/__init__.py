@@ -469,6 +469,7 @@ class Groupvit(ImageTextMethod, EmbeddingMethod):
         if problem:
             raise DataError(f"{place} does not fit this GroupViT: {problem}")
         self.model.load_state_dict(weights)
+        self.after_step()  # the authors' weights may have a larger scale, since their code clamps it within the loss
 
 
 def _depth(name: str, blocks: Sequence[str], top: int) -> int:
