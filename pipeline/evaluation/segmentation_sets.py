@@ -48,6 +48,9 @@ class SetOptions:
         False, "segmentation_relative_threshold", "Lower an image's thresholds to the largest probability in it."
     )
     labels: Literal["auto", "boxes.json", "mask.png"] = option("auto")
+    label_key: str = option(
+        "label", "segmentation_label_key", "Key of an object in boxes.json that has its class, such as supercategory."
+    )
     side: int | None = option(
         None, "segmentation_side", "Longer side to which images are resized, in pixels; none for the model's own input."
     )
@@ -113,6 +116,7 @@ def read_set(config: SetOptions, data: Data, name: str) -> SegmentationSet:
         field=field,
         unlabelled=(ground or GROUND) if config.unlabelled == "background" else "",
         mask_classes=known or words,
+        label_key=config.label_key,
     )
     thresholds = read_thresholds(config.threshold, words, "segmentation_threshold", rest=1 if ground else 0)
     background = Background(thresholds, config.relative_threshold)

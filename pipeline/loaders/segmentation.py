@@ -12,6 +12,7 @@ Rules for both:
 - classes are compared by ``plain_word``; pixels of a class that is none of ``classes`` are void, since it is known that
   they are something else;
 - pixels of other classes may instead count as unlabelled (``other_classes``), as in the authors' code of LSeg;
+- the class of an object is its value of ``label_key``, such as ``supercategory``;
 - unlabelled pixels are void, or the class ``unlabelled``;
 - a ``mask.png`` of another size than its image, of another kind, or with a value beyond ``mask_classes`` makes the
   sample unreadable. Objects of another size than their image are an error, as for a detector: the data were resized.
@@ -55,6 +56,7 @@ class LabelClasses:
     unlabelled: str = ""
     mask_classes: tuple[str, ...] = ()
     other_classes: OtherClasses = "void"
+    label_key: str = "label"
 
     def __post_init__(self) -> None:
         count = len(self.classes)
@@ -95,7 +97,7 @@ class LabelClasses:
         if self.field == MASK_FIELD:
             return self._from_values(read_mask(sample, height, width, len(self.mask_classes)), sample.key)
         try:
-            objects = read_objects(sample)
+            objects = read_objects(sample, self.label_key)
         except DataError as error:
             raise UnreadableSample(str(error)) from error
         objects.check_size(height, width, sample.key)

@@ -106,8 +106,8 @@ def word_of(names: Iterable[str]) -> str:
     return "; ".join(name for plain, name in kept.items() if plain)
 
 
-def read_objects(sample: Sample) -> Objects:
-    """The objects of ``sample``.
+def read_objects(sample: Sample, label_key: str = "label") -> Objects:
+    """The objects of ``sample``; ``label_key`` is the key of an object that has its label.
 
     Raises:
         DataError: ``boxes.json`` is missing or malformed; the message names the key.
@@ -121,12 +121,14 @@ def read_objects(sample: Sample) -> Objects:
         objects = record["objects"]
         if not (height > 0 and width > 0 and isinstance(objects, list) and len(objects) <= MOST_OBJECTS):
             raise ValueError(f"{width} x {height} pixels, {type(objects).__name__} of objects")
-        return replace(_objects(objects, record, height, width), key=sample.key)
+        return replace(_objects(objects, record, height, width, label_key), key=sample.key)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"{FIELD} of sample {sample.key} is not as described ({error!r})") from error
 
 
-def _objects(objects: Sequence[Mapping[str, Any]], record: Mapping[str, Any], height: int, width: int) -> Objects:
+def _objects(
+    objects: Sequence[Mapping[str, Any]], record: Mapping[str, Any], height: int, width: int, label_key: str
+) -> Objects:
     boxes = [inside(corners(obj["bbox"]), height, width) for obj in objects]
     kept = [(box, obj) for box, obj in zip(boxes, objects, strict=True) if box is not None]
     ids = [obj.get("id", number) for number, obj in enumerate(objects)]
@@ -138,7 +140,7 @@ def _objects(objects: Sequence[Mapping[str, Any]], record: Mapping[str, Any], he
         height=height,
         width=width,
         boxes=np.array([box for box, _ in kept], np.float64).reshape(-1, 4),
-        labels=tuple(str(obj["label"]) for _, obj in kept),
+        labels=tuple(str(obj[label_key]) for _, obj in kept),
         segmentations=tuple(_segmentation(obj) for _, obj in kept),
         crowd=tuple(is_crowd(obj.get("iscrowd", 0)) for _, obj in kept),
         negative=tuple(str(label) for label in record.get("negative", ())),

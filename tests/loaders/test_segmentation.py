@@ -65,6 +65,15 @@ def test_crowds_boxes_without_masks_and_other_classes_are_void() -> None:
     assert np.array_equal(found, expected)
 
 
+def test_another_key_has_the_class() -> None:
+    """The class is the colour where the config says so; an object without a colour makes its sample unreadable."""
+    star, disc = rectangle("star", 0, 0, 2, 2, colour="red"), rectangle("disc", 4, 0, 8, 2, colour="blue")
+    colours = LabelClasses(classes=("blue", "red"), label_key="colour")
+    assert colours.label_map(sample_of(star, disc), 6, 8)[0].tolist() == [1, 1, VOID, VOID, 0, 0, 0, 0]
+    with pytest.raises(UnreadableSample, match="colour"):
+        colours.label_map(sample_of(rectangle("star", 0, 0, 2, 2)), 6, 8)
+
+
 def test_polygons_are_filled() -> None:
     triangle = {"label": "cat", "bbox": [0, 0, 8, 6], "segmentation": [[0, 0, 8, 0, 8, 6, 0, 6]]}
     assert (LabelClasses(classes=CLASSES).label_map(sample_of(triangle), 6, 8) == 0).all()
