@@ -12,29 +12,18 @@ from pipeline.config import require
 from pipeline.shards.objects import names_of, plain_word
 
 
-@dataclass(frozen=True)
-class Detections:
-    """The objects detected in one image, sorted by score, on the CPU.
-
-    ``boxes`` are x1, y1, x2, y2 in pixels of the input image, clipped to it, float32 [n, 4]; ``scores`` float32 [n],
-    0 to 1; ``labels`` int64 [n], indices into the requested words. ``masks``, if the method has them, are
-    probabilities on a grid over each box, float32 [n, m, m]; :meth:`whole_masks` pastes them into the image.
-    """
+class BoxMasks:
+    """Masks on grids over boxes, pasted into an image: the part that all results with boxes share."""
 
     boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    masks: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.scores)
+    masks: Tensor | None
 
     def whole_masks(self, height: int, width: int, first: int = 0, last: int | None = None) -> Tensor:
         """Bool [k, height, width]: the masks of the objects ``first`` to ``last`` in an image of this size.
 
         A thousand masks may not fit in memory, so request them in parts.
         """
-        some = range(len(self))[first:last]
+        some = range(len(self.boxes))[first:last]
         whole = torch.zeros(len(some), height, width, dtype=torch.bool)
         for target, place in zip(whole, some, strict=True):
             rows, columns, mask = self.mask_in(place, height, width)
@@ -54,6 +43,24 @@ class Detections:
         mask = cast(Tensor, self.masks)[place]
         values = functional.grid_sample(mask[None, None].float(), grid[None], align_corners=False)
         return rows, columns, values[0, 0] >= 0.5
+
+
+@dataclass(frozen=True)
+class Detections(BoxMasks):
+    """The objects detected in one image, sorted by score, on the CPU.
+
+    ``boxes`` are x1, y1, x2, y2 in pixels of the input image, clipped to it, float32 [n, 4]; ``scores`` float32 [n],
+    0 to 1; ``labels`` int64 [n], indices into the requested words. ``masks``, if the method has them, are
+    probabilities on a grid over each box, float32 [n, m, m]; :meth:`whole_masks` pastes them into the image.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    masks: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.scores)
 
 
 def _pixels(low: float, high: float, length: int) -> tuple[slice, Tensor]:
@@ -85,16 +92,17 @@ class Detector(Protocol):
 
 
 @dataclass(frozen=True)
-class GroundedBoxes:
+class GroundedBoxes(BoxMasks):
     """The boxes of the phrases of one caption in its image, sorted by score, on the CPU.
 
     ``boxes`` are x1, y1, x2, y2 in pixels of the input image, clipped to it, float32 [n, 4]; ``scores`` float32 [n],
-    0 to 1; ``spans`` int64 [n], indices into the requested spans.
+    0 to 1; ``spans`` int64 [n], indices into the requested spans. ``masks`` are as in :class:`Detections`.
     """
 
     boxes: Tensor
     scores: Tensor
     spans: Tensor
+    masks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.scores)

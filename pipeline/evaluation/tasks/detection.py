@@ -56,7 +56,7 @@ class Config:
     fixed: bool = option(
         False,
         "detection_fixed_ap",
-        "Compute fixed AP: the 10,000 best detections of each class over the data set count, without a limit per image.",
+        "Compute fixed AP: the 10,000 best detections of each class over the data set, without a limit per image.",
     )
 
 
