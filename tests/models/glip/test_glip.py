@@ -391,3 +391,16 @@ def test_presets_go_through_json() -> None:
 def test_the_drawn_tokenizer_knows_the_words_of_the_embedded_world() -> None:
     tokenizer = SpanTokenizer.load("drawn")
     assert tokenizer.count("star") == 1 and tokenizer.count("zzz") > 1
+
+
+def test_bfloat16_detects_what_float32_does() -> None:
+    """Logits, scores and boxes are float32; features differ by rounding."""
+    from pipeline.evaluation.encoder import inference
+
+    method = built(seed=3, least_score=0.0, detections=20)
+    found = []
+    for precision in ("fp32", "bf16"):
+        with inference(method, precision):
+            found.append(method.predict([image(64, 64)], WORDS)[0])
+            assert found[-1].scores.dtype == found[-1].boxes.dtype == torch.float32
+    torch.testing.assert_close(found[0].scores, found[1].scores, rtol=0.02, atol=1e-3)
