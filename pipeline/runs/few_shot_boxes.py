@@ -40,7 +40,8 @@ def few_shot_snapshot(data: str, classes: Sequence[str], shots: int, seed: int, 
     (source,) = parts
     require(FIELD in source.fields, "data", data, f"data with boxes, {FIELD}")
     recipe = repr((source.digest, sorted(map(clean_name, classes)), shots, seed))
-    place = folder.folder(f"shots-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}")
+    name = source.card or source.folder.rstrip("/").rpartition("/")[2]
+    place = folder.folder(f"{name}-{shots}-shots-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}")
     if snapshot_ids(place):
         return read_snapshot(place.uri)
     samples = Samples(source, open_shards=2)
