@@ -12,18 +12,22 @@ from pipeline.config import require
 from pipeline.shards.objects import names_of, plain_word
 
 
-class BoxMasks:
-    """Masks on grids over boxes, pasted into an image: the part that all results with boxes share."""
+class PastedMasks:
+    """Masks on grids over boxes, and how they lie in the image; the base of the results that have them."""
 
     boxes: Tensor
+    scores: Tensor
     masks: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.scores)
 
     def whole_masks(self, height: int, width: int, first: int = 0, last: int | None = None) -> Tensor:
         """Bool [k, height, width]: the masks of the objects ``first`` to ``last`` in an image of this size.
 
         A thousand masks may not fit in memory, so request them in parts.
         """
-        some = range(len(self.boxes))[first:last]
+        some = range(len(self))[first:last]
         whole = torch.zeros(len(some), height, width, dtype=torch.bool)
         for target, place in zip(whole, some, strict=True):
             rows, columns, mask = self.mask_in(place, height, width)
@@ -46,7 +50,7 @@ class BoxMasks:
 
 
 @dataclass(frozen=True)
-class Detections(BoxMasks):
+class Detections(PastedMasks):
     """The objects detected in one image, sorted by score, on the CPU.
 
     ``boxes`` are x1, y1, x2, y2 in pixels of the input image, clipped to it, float32 [n, 4]; ``scores`` float32 [n],
@@ -58,9 +62,6 @@ class Detections(BoxMasks):
     scores: Tensor
     labels: Tensor
     masks: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.scores)
 
 
 def _pixels(low: float, high: float, length: int) -> tuple[slice, Tensor]:
@@ -92,7 +93,7 @@ class Detector(Protocol):
 
 
 @dataclass(frozen=True)
-class GroundedBoxes(BoxMasks):
+class GroundedBoxes(PastedMasks):
     """The boxes of the phrases of one caption in its image, sorted by score, on the CPU.
 
     ``boxes`` are x1, y1, x2, y2 in pixels of the input image, clipped to it, float32 [n, 4]; ``scores`` float32 [n],
@@ -103,9 +104,6 @@ class GroundedBoxes(BoxMasks):
     scores: Tensor
     spans: Tensor
     masks: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.scores)
 
 
 class Grounder(Protocol):
