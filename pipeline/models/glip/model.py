@@ -40,7 +40,7 @@ AP (rare) 18.5 (14.2), 17.8 (13.5), 24.9 (17.7), 26.0 (20.8), 37.3 (28.2) (table
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import timm
 import torch
@@ -156,7 +156,7 @@ class Glip(Method):
         """The tokenizer and the settings of the text tower."""
         return {TOKENIZER: self.tokenizer.description, text.BERT: text.settings_text(self.settings)}
 
-    def train(self, mode: bool = True) -> "Glip":
+    def train(self, mode: bool = True) -> Self:
         """torch's, but frozen modules stay in evaluation mode; encoded prompts are forgotten where training begins."""
         if mode:
             self._prompts.clear()
