@@ -2,7 +2,7 @@
 """Make a checkpoint of the authors' released GLIP weights, for every job that reads one.
 
     python jobs/import_glip.py t --start-from glip_tiny_model_o365_goldg_cc_sbu.pth --output-folder models/glip-t
-    python jobs/detect.py picture IMAGE --checkpoint models/glip-t --words dog bicycle
+    python jobs/detect.py image IMAGE --checkpoint models/glip-t --words dog bicycle
 
 --text is a folder or a model id with the vocabulary of bert-base-uncased; its weights come from the file. Nothing in
 the file is run.

@@ -1,8 +1,6 @@
 """Average precision of detections, COCO's and LVIS's, boxes and masks.
 
 Lin et al. 2014, "Microsoft COCO" (arXiv 1405.0312) and its evaluator; Gupta, Dollar, Girshick 2019, "LVIS" (arXiv
-1908.03195), section 3. Detections of a class are sorted by score, and each takes the free object of its class that it
-overlaps most, if by the threshold or more; AP is the mean of the precision at 101 recalls, over thresholds 0.5, 0.55,
 1908.03195), section 3. Detections of a class are sorted by score. Each matches the unmatched object of its class with
 the largest overlap, if that is at least the threshold. AP is the mean precision at 101 recalls, over thresholds 0.5,
 0.55, ... 0.95 and over classes that occur. Objects marked as crowds may be matched any number of times and are not
@@ -12,10 +10,14 @@ In federated data (LVIS) each image is annotated for some classes only. Detectio
 nor known to be absent are not counted; for a class with incomplete annotations, false detections are not counted
 either. LVIS counts the 300 best detections per image, COCO the 100 best per class.
 
+Fixed AP (Dave, Dollar, Ramanan, Kirillov, Girshick 2021, arXiv 2102.01066) has no limit per image. It counts the 10,000
+best detections of each class over the data set, so classes do not compete for the places of an image.
+
 faster-coco-eval does the counting, for some classes at a time, because its memory grows with images times classes.
 """
 
 import logging
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -37,6 +39,7 @@ Record = dict[str, Any]
 Overlap = Literal["bbox", "segm"]
 
 MOST_FEDERATED, MOST = 300, 100  # detections: per image in LVIS, per class and image in COCO
+MOST_FIXED = 10_000  # detections per class over the data set in fixed AP
 CLASSES_AT_ONCE = 64
 HALF, THREE_QUARTERS = 0, 5  # indices of thresholds 0.5 and 0.75
 SIZES = {"": 0, "s": 1, "m": 2, "l": 3}  # the evaluator's order of areas
@@ -48,7 +51,7 @@ class AveragePrecision:
 
     ``groups`` are sets of words (base, novel; rare, common, frequent) with an AP of their own: the mean over the
     group's classes while all words compete, which is generalised zero-shot detection. Words and labels are compared by
-    :func:`~pipeline.shards.objects.plain_word`.
+    :func:`~pipeline.shards.objects.plain_word`. ``fixed`` computes fixed AP.
     """
 
     words: Sequence[str]
@@ -56,12 +59,14 @@ class AveragePrecision:
     images: int = 0
     with_masks: bool = True
     federated: bool = False
+    fixed: bool = False
 
     def __post_init__(self) -> None:
         self._number = {plain_word(word): number for number, word in enumerate(self.words)}
         self._sizes: list[tuple[int, int]] = []
         self._objects: list[list[Record]] = [[] for _ in self.words]
         self._found: list[list[Record]] = [[] for _ in self.words]
+        self._scores = [array("d") for _ in self.words]  # of all detections, also of those that are not counted
         self._unknown: set[str] = set()
 
     def add(self, marked: Objects, found: Detections) -> None:
@@ -148,7 +153,8 @@ class AveragePrecision:
         incomplete = {self._number.get(plain_word(label), -1) for label in marked.incomplete}
         if marked.federated:
             searched = {*labels, *(self._number.get(plain_word(label), -1) for label in marked.negative)}
-        numbers = found.labels.tolist()[: MOST_FEDERATED if marked.federated else None]
+        numbers = found.labels.tolist()[: MOST_FEDERATED if marked.federated and not self.fixed else None]
+        ranks = self._ranked(numbers, found.scores.tolist()) if self.fixed else [0] * len(numbers)
         kept = [place for place, number in enumerate(numbers) if number in searched]
         for place, (x, y, right, bottom) in zip(kept, found.boxes[kept].double().tolist(), strict=True):
             self._found[numbers[place]].append(
@@ -157,25 +163,44 @@ class AveragePrecision:
                     "bbox": [x, y, right - x, bottom - y],
                     "score": float(found.scores[place]),
                     "exhaustive": numbers[place] not in incomplete,
+                    "place": ranks[place],
                     "segmentation": _found_runs(found, place, marked) if self.with_masks else None,
                 }
             )
 
+    def _ranked(self, numbers: Sequence[int], scores: Sequence[float]) -> list[int]:
+        """Store the scores of detections by class; returns the place of each among those of its class."""
+        places = []
+        for number, score in zip(numbers, scores, strict=True):
+            places.append(len(self._scores[number]))
+            self._scores[number].append(score)
+        return places
+
+    def _best(self, number: int) -> list[Record]:
+        """The detections of a word; with ``fixed`` those among its ``MOST_FIXED`` highest scores in all images."""
+        found = self._found[number]
+        if len(self._scores[number]) <= MOST_FIXED:
+            return found
+        best = set(np.argsort(-np.array(self._scores[number]), kind="stable")[:MOST_FIXED].tolist())
+        return [one for one in found if one["place"] in best]
+
     def _counted(self, numbers: Sequence[int], overlap: Overlap) -> NDArray[np.float64]:
         """The evaluator's table for some of the words, over images that contain one of them."""
         objects = [{**one, "category_id": number + 1} for number in numbers for one in self._objects[number]]
-        found = [{**one, "category_id": number + 1} for number in numbers for one in self._found[number]]
+        found = [{**one, "category_id": number + 1} for number in numbers for one in self._best(number)]
         partly: dict[int, set[int]] = {}
         for one in (*objects, *found):
             marks = partly.setdefault(one["image_id"], set())
             if not one.pop("exhaustive"):
                 marks.add(one["category_id"])
+            one.pop("place", None)
             one.pop("segmentation" if overlap == "bbox" else "bbox", None)
         if not objects:
             return np.full((10, 101, len(numbers), len(SIZES)), -1.0)
         classes = [{"id": number + 1, "name": self.words[number], "frequency": "f"} for number in numbers]
         images = [self._image(one, sorted(marks), numbers) for one, marks in sorted(partly.items())]
-        return _count(objects, found, classes, images, overlap, MOST_FEDERATED if self.federated else MOST)
+        most = MOST_FIXED if self.fixed else MOST_FEDERATED if self.federated else MOST
+        return _count(objects, found, classes, images, overlap, most)
 
     def _image(self, one: int, partly: list[int], numbers: Sequence[int]) -> Record:
         """One image; detections that do not count were dropped in :meth:`add`, so no remaining class is unknown."""

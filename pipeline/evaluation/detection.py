@@ -102,8 +102,9 @@ def evaluate_detection(
     batch: int = IMAGES_AT_ONCE,
     threads: int = 4,
     precision: str = "fp32",
+    fixed: bool = False,
 ) -> dict[str, float]:
-    """Detect all words in all images.
+    """Detect all words in all images; ``fixed`` computes fixed AP.
 
     Returns:
         The metrics of :meth:`~pipeline.evaluation.average_precision.AveragePrecision.metrics`; ``ar100``, ``ar300``,
@@ -112,7 +113,7 @@ def evaluate_detection(
     Raises:
         DataError: a sample without ``boxes.json`` or with boxes for another image size; no label is a word.
     """
-    found = AveragePrecision(vocabulary.words, vocabulary.groups)
+    found = AveragePrecision(vocabulary.words, vocabulary.groups, fixed=fixed)
     recall = ProposalRecall(vocabulary)
     for images, marked in batches_of(samples, batch, threads):
         with inference(method, precision):

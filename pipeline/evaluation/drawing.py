@@ -1,4 +1,4 @@
-"""Detections drawn on their image: masks, boxes, and names with scores."""
+"""Detections and grounded phrases drawn on their image: masks, boxes, names with scores, and a legend of phrases."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.config import require
 from pipeline.errors import DataError
 from pipeline.loaders.sample_figures import FONT, readable
-from pipeline.models.detections import Detections
+from pipeline.models.detections import Detections, GroundedBoxes
 from pipeline.shards.objects import Objects, names_of, plain_word
 from pipeline.shards.segmentation import mask_of
 
@@ -25,6 +25,7 @@ SMALLEST_SIDE = 480
 """Pixels of the longer side; smaller images are magnified to it, so that names are readable."""
 LETTERS = 30  # maximum length of a shown name
 TINT = 0.45
+GAP = 6  # pixels between the parts of a legend
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def draw_detections(
         x1, y1, x2, y2 = found.boxes[place].tolist()
         label, score = int(found.labels[place]), float(found.scores[place])
         mask = None if masks is None else masks[place]
-        objects.append(ShownObject((x1, y1, x2, y2), f"{_short(words[label])} {score:.2f}", label, mask))
+        objects.append(ShownObject((x1, y1, x2, y2), f"{short_name(words[label])} {score:.2f}", label, mask))
     return draw(image, objects)
 
 
@@ -66,14 +67,60 @@ def draw_marked(image: Tensor, marked: Objects, words: Sequence[str]) -> Tensor:
     """The image, uint8 [3, H, W], with its annotated objects, in the same colours per word as detections."""
     places = {plain_word(word): place for place, word in enumerate(words)}
     objects = []
-    for box, label, segmentation in zip(marked.boxes, marked.labels, marked.segmentations, strict=True):
-        try:
-            mask = None if segmentation is None else mask_of(segmentation, marked.height, marked.width).astype(bool)
-        except DataError as error:
-            raise DataError(f"object {label} of sample {marked.key}: {error}") from error
-        x1, y1, x2, y2 = box.tolist()
-        objects.append(ShownObject((x1, y1, x2, y2), _short(label), places.get(plain_word(label), -1), mask))
+    for place, label in enumerate(marked.labels):
+        x1, y1, x2, y2 = marked.boxes[place].tolist()
+        colour = places.get(plain_word(label), -1)
+        objects.append(ShownObject((x1, y1, x2, y2), short_name(label), colour, shown_mask(marked, place)))
     return draw(image, objects)
+
+
+def draw_grounded(
+    image: Tensor, found: GroundedBoxes, phrases: Sequence[str], least: float = 0.0, most: int = 20
+) -> Tensor:
+    """The image, uint8 [3, H, W], with the ``most`` best boxes that score ``least`` or more, one colour per phrase.
+
+    Args:
+        image: the input of ``ground``.
+        found: the result of ``ground``.
+        phrases: the text of each requested span.
+        least: minimum score of drawn boxes, 0 to 1.
+        most: 1 or more.
+    """
+    masks = found.masks
+    return draw_detections(image, Detections(found.boxes, found.scores, found.spans, masks), phrases, least, most)
+
+
+def with_legend(image: Tensor, phrases: Sequence[str]) -> Tensor:
+    """The image, uint8 [3, H, W], above a legend of ``phrases`` in the colours of :func:`draw_grounded`."""
+    height, width = image.shape[1:]
+    font = _font(max(12, round(max(height, width) / 34)))
+    line = sum(font.getmetrics()) + GAP
+    swatch = line - GAP
+    x, y = GAP, GAP
+    places = []
+    for number, phrase in enumerate(phrases):
+        text = short_name(phrase)
+        needed = swatch + GAP + round(font.getlength(text)) + 2 * GAP
+        if x > GAP and x + needed > width:
+            x, y = GAP, y + line
+        places.append((x, y, text, COLOURS[number % len(COLOURS)]))
+        x += needed
+    strip = Image.new("RGB", (width, y + line if phrases else 0), "white")
+    pen = ImageDraw.Draw(strip)
+    for x, y, text, colour in places:
+        pen.rectangle([x, y, x + swatch - 1, y + swatch - 1], fill=colour)
+        pen.text((x + swatch + GAP, y), text, fill="black", font=font)
+    below = torch.from_numpy(np.asarray(strip).transpose(2, 0, 1).copy())
+    return torch.cat([image, below], dim=1)
+
+
+def shown_mask(marked: Objects, place: int) -> NDArray[np.bool_] | None:
+    """The mask of an annotated object, bool [H, W], if it has one; raises ``DataError`` for an invalid one."""
+    segmentation = marked.segmentations[place]
+    try:
+        return None if segmentation is None else mask_of(segmentation, marked.height, marked.width).astype(bool)
+    except DataError as error:
+        raise DataError(f"object {marked.labels[place]} of sample {marked.key}: {error}") from error
 
 
 def draw(image: Tensor, objects: Sequence[ShownObject]) -> Tensor:
@@ -140,7 +187,8 @@ def _meet(one: tuple[float, float, float, float], other: tuple[float, float, flo
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
+    """The first name, cut to 30 letters, without characters that the font lacks."""
     plain = readable(names_of(name)[0])
     return plain if len(plain) <= LETTERS else plain[: LETTERS - 2].rstrip() + " \u2026"
 

@@ -5,9 +5,10 @@ import torch
 from pipeline.config import require
 from pipeline.evaluation.detection import as_detector
 from pipeline.evaluation.encoder import Evaluable, as_encoder
+from pipeline.evaluation.grounding import as_grounder
 from pipeline.evaluation.segmentation import as_segmenter
 from pipeline.models.class_vectors import UNTRAINED, untrained
-from pipeline.models.detections import Detector
+from pipeline.models.detections import Detector, Grounder
 from pipeline.models.method import Method
 from pipeline.models.segments import Segmenter
 from pipeline.training.checkpoint import checkpoint_folder, load_method, read_meta
@@ -49,6 +50,11 @@ def load_model(address: str, device: str = "auto") -> Evaluable:
 def load_detector(address: str, device: str = "auto") -> Detector:
     """:func:`load_any` of a detector; ``SettingError`` for other methods."""
     return as_detector(load_any(address, device), address)
+
+
+def load_grounder(address: str, device: str = "auto") -> Grounder:
+    """:func:`load_any` of a method that grounds phrases; ``SettingError`` for other methods."""
+    return as_grounder(load_any(address, device), address)
 
 
 def load_segmenter(address: str, device: str = "auto") -> Segmenter:

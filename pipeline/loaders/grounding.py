@@ -219,6 +219,7 @@ class GroundingReader:
             DataError: neither a caption nor classes of the data set.
         """
         vocabulary = self._vocabularies[self._part(at)]
+        at = None if self.options.fixed_prompts else at
         if not len(vocabulary) and not objects.caption:
             raise DataError(f"sample {objects.key} has no caption, and its data set names no classes; name them")
         if not len(vocabulary) or objects.open_labels or (objects.phrases and self._prefers_caption(at)):

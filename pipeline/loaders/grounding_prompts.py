@@ -219,6 +219,8 @@ class PromptOptions:
     """Probability that a caption is mixed with the maximum number of others; else their number is uniform."""
     mixed_captions: int = 19
     """Maximum number of captions of other images that are added to a caption; 0 adds none."""
+    fixed_prompts: bool = False
+    """Use prompts without random choices in training: all classes in their order, as many as fit; captions alone."""
 
     def __post_init__(self) -> None:
         require(8 <= self.text_tokens <= 512, "text_tokens", self.text_tokens, "8 to 512")

@@ -8,7 +8,8 @@
                                                          labels not mentioned anywhere were not verified
      "incomplete": ["cat"],                              labels with unannotated instances (LVIS)
      "caption": "a cat on a mat", "open": true,          labels are phrases, not classes of a list
-     "phrases": [{"start": 2, "end": 5, "objects": [17]}]}   code points of the caption; ids of objects
+     "phrases": [{"start": 2, "end": 5, "objects": [17], code points of the caption; ids of objects
+                  "kind": "animals"}]}                       one kind of phrase, or a list of them
 
 All keys but ``width``, ``height``, ``objects``, ``label`` and ``bbox`` are optional. An object without ``id`` has its
 number in the list as its id; predicted objects have a ``score``, and ``teacher`` names the model. The file is not
@@ -37,11 +38,12 @@ SMALLEST = 1e-3
 @dataclass(frozen=True)
 class GroundedPhrase:
     """``caption[start:end]`` in Unicode code points, and the numbers of its objects in the lists of
-    :class:`Objects`; none where the objects are not annotated."""
+    :class:`Objects`; none where the objects are not annotated. ``kinds`` are types such as people or clothing."""
 
     start: int
     end: int
     objects: tuple[int, ...] = ()
+    kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -168,11 +170,18 @@ def _phrases(record: Mapping[str, Any], caption: str, ids: Sequence[Any]) -> tup
             int(one["start"]),
             int(one["end"]),
             tuple(places[number] for number in one.get("objects", ()) if number in places),
+            _kinds(one.get("kind")),
         )
         for one in listed
     ]
     kept = tuple(one for one in found if is_span(one.start, one.end, caption))
     return kept, len(found) - len(kept)
+
+
+def _kinds(value: object) -> tuple[str, ...]:
+    """The kinds of a phrase: none, one name or a list of names."""
+    names = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    return tuple(dict.fromkeys(str(name).strip() for name in names if str(name).strip()))
 
 
 def is_span(start: int, end: int, text: str) -> bool:

@@ -246,6 +246,48 @@ def test_only_the_best_300_of_a_federated_image_count() -> None:
     assert average_precision([(truth, earlier)]).metrics()["ap"] == 1
 
 
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_fixed_ap_counts_the_best_of_each_class_over_all_images(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pycocotools on the detections that are left when each class keeps its 20 highest scores of all images."""
+    monkeypatch.setattr("pipeline.evaluation.average_precision.MOST_FIXED", 20)
+    scenes = [scene(seed, crowds=False) for seed in range(30)]
+    every = [(one.scores[n].item(), k, n) for k, (_, one) in enumerate(scenes) for n in range(len(one))]
+    kept: list[tuple[Objects, Detections]] = []
+    best: set[tuple[int, int]] = set()
+    for number in range(len(WORDS)):
+        of_class = [one for one in every if int(scenes[one[1]][1].labels[one[2]]) == number]
+        assert len(of_class) > 40
+        best |= {(k, n) for _, k, n in sorted(of_class, key=lambda one: -one[0])[:20]}
+    for k, (truth, one) in enumerate(scenes):
+        rows = [n for n in range(len(one)) if (k, n) in best]
+        masks = None if one.masks is None else one.masks[rows]
+        kept.append((truth, Detections(one.boxes[rows], one.scores[rows], one.labels[rows], masks)))
+    prefix = {"bbox": "", "segm": "mask_"}[kind]
+    expected, _ = pycocotools_stats(kept, kind)
+    fixed, plain = average_precision(scenes, fixed=True).metrics(), average_precision(scenes).metrics()
+    found = [fixed[f"{prefix}{name}"] for name in ("ap", "ap50", "ap75", "aps", "apm", "apl")]
+    assert found == pytest.approx(expected[:6], abs=1e-6)
+    assert fixed[f"{prefix}ap"] != pytest.approx(plain[f"{prefix}ap"], abs=1e-3)
+
+
+def test_fixed_ap_has_no_limit_per_image() -> None:
+    truth = marked([BOX], ["cat"], federated=True)
+    boxes, labels = [[0.0, 0, 9, 9]] * MOST_FEDERATED + [BOX], [1] * MOST_FEDERATED + [0]
+    scores = np.linspace(1, 0.1, MOST_FEDERATED + 1).tolist()
+    scenes = [(truth, found(boxes, labels, scores))]
+    assert average_precision(scenes).metrics()["ap"] == 0
+    assert average_precision(scenes, fixed=True).metrics()["ap"] == 1
+
+
+def test_fixed_ap_ranks_detections_of_unverified_images_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A better dog in an image that was not verified for dogs takes one of the places, but is not a false positive."""
+    monkeypatch.setattr("pipeline.evaluation.average_precision.MOST_FIXED", 1)
+    right = (marked([BOX], ["dog"], federated=True), found([BOX], [1], [0.4]))
+    other = (marked([BOX], ["cat"], federated=True), found([BOX, BOX], [0, 1], [0.9, 0.8]))
+    assert average_precision([right, other], fixed=True).metrics()["ap"] == 0.5  # the cat; the dog is not ranked
+    assert average_precision([right], fixed=True).metrics()["ap"] == 1
+
+
 def test_other_classes_and_sizes_are_left_out() -> None:
     truth = marked([BOX, [80, 80, 150, 150]], ["Hot_Dog", "zebra"])
     metrics = average_precision([(truth, found([BOX], [2], [0.9]))], groups={"novel": ["cow"]}).metrics()

@@ -268,19 +268,19 @@ def test_a_snapshot_says_what_its_classes_are(make_snapshot: Make) -> None:
             dropped={},
             always=True,
         )
-        vocabulary = Evaluations(detection=(plain.folder,)).prepare().sets[0].ready
+        vocabulary = Evaluations(detection=(plain.folder,)).prepare().sets[0].ready.vocabulary
         assert vocabulary is not None
         assert vocabulary.words == tuple(classes) and vocabulary.groups == groups
-        other = Evaluations(detection=(plain.folder,), detection_words="drawn_novel").prepare().sets[0].ready
+        other = Evaluations(detection=(plain.folder,), detection_words="drawn_novel").prepare().sets[0].ready.vocabulary
         assert other is not None and len(other.words) == 6
 
 
 def test_the_drawn_card_says_what_is_novel() -> None:
     prepared = Evaluations(detection=("drawn_val",), evaluation_samples=2).prepare()
     (one,) = prepared.sets
-    assert one.ready is not None and len(one.ready.words) == 24
-    assert len(one.ready.groups["novel"]) == 6 and one.ready.base is not None
-    other = Evaluations(detection=("drawn_val",), detection_words="drawn_novel").prepare().sets[0].ready
+    assert len(one.ready.vocabulary.words) == 24
+    assert len(one.ready.vocabulary.groups["novel"]) == 6 and one.ready.vocabulary.base is not None
+    other = Evaluations(detection=("drawn_val",), detection_words="drawn_novel").prepare().sets[0].ready.vocabulary
     assert other is not None and len(other.words) == 6 and other.groups == {}
 
 

@@ -8,8 +8,16 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import SettingError
-from pipeline.evaluation.drawing import COLOURS, ShownObject, draw, draw_detections, draw_marked
-from pipeline.models.detections import Detections
+from pipeline.evaluation.drawing import (
+    COLOURS,
+    ShownObject,
+    draw,
+    draw_detections,
+    draw_grounded,
+    draw_marked,
+    with_legend,
+)
+from pipeline.models.detections import Detections, GroundedBoxes
 from pipeline.shards.objects import Objects
 
 WORDS = ("red star", "circle")
@@ -100,3 +108,22 @@ def test_what_is_marked_is_drawn_with_its_mask() -> None:
 def test_wrong_settings_are_refused(field: str, value: float) -> None:
     with pytest.raises(SettingError):
         draw_detections(grey(), found(), WORDS, **{field: value})  # type: ignore[arg-type]
+
+
+def test_a_legend_has_every_phrase_in_its_colour_and_wraps() -> None:
+    phrases = [f"a phrase of number {number}" for number in range(9)]
+    drawn = with_legend(grey(), phrases)
+    assert drawn.shape[2] == 640 and torch.equal(drawn[:, :500], grey())
+    below = drawn[:, 500:]
+    rows = [(below == torch.tensor(COLOURS[number])[:, None, None]).all(dim=0).nonzero()[0] for number in range(9)]
+    assert len({int(row[0]) for row in rows}) > 2  # lines of swatches
+    assert torch.equal(with_legend(grey(), []), grey())
+    assert with_legend(grey(40, 30), ["one that is much wider than the image"]).shape[2] == 30
+
+
+def test_boxes_of_phrases_have_one_colour_for_each_phrase() -> None:
+    boxes = torch.tensor([[100.0, 120, 200, 240], [300, 300, 500, 480], [20, 20, 60, 60]])
+    grounded = GroundedBoxes(boxes, torch.tensor([0.9, 0.5, 0.1]), torch.tensor([1, 1, 0]))
+    drawn = draw_grounded(grey(), grounded, ["red star", "disc"], least=0.2)
+    assert has(drawn, COLOURS[1], 150, 98, 200, 104) and has(drawn, COLOURS[1], 350, 299, 400, 304)
+    assert not has(drawn, COLOURS[0], 0, 0, 500, 640)

@@ -121,6 +121,15 @@ def test_captions_with_phrases() -> None:
     assert (plain.caption, plain.phrases, plain.open_labels, len(plain.scores)) == ("", (), False, 0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "kinds"),
+    [("people", ("people",)), (["people", " ", "other", "people"], ("people", "other")), (None, ()), (7, ()), ({}, ())],
+)
+def test_phrases_may_have_kinds(kind: Any, kinds: tuple[str, ...]) -> None:
+    (phrase,) = read_objects(sample(caption="a cat", phrases=[{"start": 2, "end": 5, "kind": kind}])).phrases
+    assert phrase.kinds == kinds
+
+
 @pytest.mark.parametrize("wrong", [{"phrases": 5}, {"phrases": [{"start": 1}]}, {"phrases": ["ab"]}])
 def test_malformed_phrases(wrong: dict[str, Any]) -> None:
     record = {"width": 9, "height": 9, "objects": [], "caption": "abc", **wrong}

@@ -53,10 +53,23 @@ class Config:
         "Words to detect: auto (the classes of the data's card, or of the snapshot), a card, COCO's or LVIS's "
         "annotation JSON, or a file of words.",
     )
+    fixed: bool = option(
+        False,
+        "detection_fixed_ap",
+        "Compute fixed AP: the 10,000 best detections of each class over the data set, without a limit per image.",
+    )
+
+
+@dataclass(frozen=True)
+class DetectionSet:
+    """The words of a set, and whether fixed AP is computed."""
+
+    vocabulary: Vocabulary
+    fixed: bool = False
 
 
 class Detection(Task):
-    """Average precision; ``ready`` is the set's :class:`Vocabulary`."""
+    """Average precision; ``ready`` is a :class:`DetectionSet`."""
 
     report = Report("det", "detection", (*map(_column, MEASURED), SAMPLES))
     help = "Detection sets with boxes (and masks) for a detector; see --zero-shot."
@@ -67,8 +80,12 @@ class Detection(Task):
         """Require a detector."""
         as_detector(model, type(model).__name__)
 
-    def prepare(self, config: Config, data: Data, name: str) -> Vocabulary:
+    def prepare(self, config: Config, data: Data, name: str) -> DetectionSet:
         """The words; requires data with boxes."""
+        return DetectionSet(self._vocabulary(config, data, name), config.fixed)
+
+    @staticmethod
+    def _vocabulary(config: Config, data: Data, name: str) -> Vocabulary:
         named: dict[str, str] = {}
         if isinstance(data, SnapshotData):
             fields, place = data.snapshot.fields, data.snapshot.folder
@@ -83,19 +100,21 @@ class Detection(Task):
         return evaluate_detection(
             model,
             one.samples(),
-            one.ready,
+            one.ready.vocabulary,
             batch=min(reading.evaluation_batch, IMAGES_AT_ONCE),
             threads=reading.evaluation_threads,
             precision=reading.evaluation_precision,
+            fixed=one.ready.fixed,
         )
 
     def figures(self, model: Any, one: PreparedSet, title: str) -> dict[str, "Figure"]:
         """``detections``: eight images, each with its annotated objects (left) and the best detections (right)."""
         pairs: list[Tensor] = []
-        words = one.ready.words
+        vocabulary: Vocabulary = one.ready.vocabulary
+        words = vocabulary.words
         for images, marked in batches_of(one.samples(PAIRS), PAIRS, threads=2):
             with inference(model):
-                found = model.predict(images, words, one.ready.base)
+                found = model.predict(images, words, vocabulary.base)
             for image, objects, some in zip(images, marked, found, strict=True):
                 known = draw_marked(image, objects, words)
                 pairs += [known, draw_detections(image, some, words, most=max(FEWEST, 2 * len(objects)))]

@@ -7,6 +7,7 @@ fusion.py      cross-attention of pixels and tokens; dyhead.py: the dynamic head
 assignment.py  anchors and ATSS; losses.py: alignment, box, centerness
 phrases.py     from logits to boxes of phrases
 released.py    initial weights from files
+tuning.py      what is trained when a trained GLIP is tuned
 """
 
 from pipeline.models.glip.config import Config

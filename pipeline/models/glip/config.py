@@ -1,7 +1,7 @@
 """GLIP's settings, and presets of the architecture."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.config import require
 from pipeline.loaders.detection import RandomResize
@@ -10,6 +10,7 @@ from pipeline.loaders.grounding_prompts import DRAWN
 
 FINEST = 8  # pixels of a cell of the finest level
 LEVELS = 5
+STAGES = 5  # of the backbone, with the patch embedding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,11 @@ class Config:
     detection_overlap: float = 0.6
     """Intersection over union above which non-maximum suppression removes the lower-scoring box of a phrase, up to 1.
     """
+    tuning: Literal["full", "prompt", "linear"] = "full"
+    """Trained weights: full (all), prompt (only a table added to the text's features), or linear (only the last layers:
+    boxes, centerness, and the product of pixels and tokens)."""
+    frozen_stages: int = 0
+    """Lowest stages of the backbone that full tuning leaves as they are, 0 to 5; the patch embedding is the first."""
     start_from: str = ""
     """Initial weights: a file of the authors' released weights, or a checkpoint or run folder of the same network."""
 
@@ -88,6 +94,11 @@ class Config:
         for name in ("anchor_scale", "box_weight"):
             require(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
         require(0 < self.detection_overlap <= 1, "detection_overlap", self.detection_overlap, "more than 0, up to 1")
+        stages = self.frozen_stages
+        require(0 <= stages <= STAGES, "frozen_stages", stages, f"0 to {STAGES}")
+        require(not stages or self.tuning == "full", "frozen_stages", stages, f"0 with tuning {self.tuning}")
+        fixed = self.grounding.fixed_prompts or self.tuning != "prompt"
+        require(fixed, "fixed_prompts", False, "True with tuning prompt: a row belongs to a position of the prompt")
         whole = self.width % self.norm_groups == 0 and self.width % 4 == 0
         require(whole, "width", self.width, f"a multiple of {self.norm_groups} and of 4")
         heads = self.fusion_width % self.fusion_heads

@@ -30,8 +30,9 @@ Differences from the authors' code:
 - no layer that is unused: a classifier of fixed classes, whose loss has a weight of 0 there;
 - activations are not clamped to 50,000, which half precision needs.
 
-Left out: prompt tuning and linear probes; the losses that the authors tried (soft tokens, MDETR's contrastive
-alignment); GLIPv2.
+Tuning on few images, of all weights, of a prompt or of the last layers: ``tuning.py``.
+
+Left out: the losses that the authors tried (soft tokens, MDETR's contrastive alignment); GLIPv2.
 
 To hold a run against: COCO zero-shot AP of GLIP-T (A) 42.9, (B) 44.9, (C) 46.7, GLIP-T 46.3, GLIP-L 49.8; LVIS minival
 AP (rare) 18.5 (14.2), 17.8 (13.5), 24.9 (17.7), 26.0 (20.8), 37.3 (28.2) (tables 2 and 3).
@@ -39,7 +40,7 @@ AP (rare) 18.5 (14.2), 17.8 (13.5), 24.9 (17.7), 26.0 (20.8), 37.3 (28.2) (table
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import timm
 import torch
@@ -51,7 +52,7 @@ from pipeline.loaders.detection import FILL, Placement
 from pipeline.loaders.grounding import MULTIPLE, GroundingData, GroundingReader, grounding_data
 from pipeline.loaders.grounding_prompts import DRAWN, SpanTokenizer, TokenizedText, name_chunks
 from pipeline.models.detections import Detections, GroundedBoxes, check_words
-from pipeline.models.glip import losses, text
+from pipeline.models.glip import losses, text, tuning
 from pipeline.models.glip.assignment import Anchors, assign, make_anchors
 from pipeline.models.glip.config import SMALLEST, Config, strides
 from pipeline.models.glip.network import AnchorFeatures, EncodedText, GlipNetwork, TokenWeights, align
@@ -126,6 +127,7 @@ class Glip(Method):
         self.register_buffer("mean", torch.tensor(FILL).float().view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
         self._prompts: dict[tuple[str, ...], list[EncodedPrompt]] = {}
+        self._still = tuning.freeze(self.model, config)
 
     def _load_initial(self) -> None:
         config = self.config
@@ -154,11 +156,14 @@ class Glip(Method):
         """The tokenizer and the settings of the text tower."""
         return {TOKENIZER: self.tokenizer.description, text.BERT: text.settings_text(self.settings)}
 
-    def train(self, mode: bool = True) -> "Glip":
-        """torch's; encoded prompts are forgotten where training begins, which changes them."""
+    def train(self, mode: bool = True) -> Self:
+        """torch's, but frozen modules stay in evaluation mode; encoded prompts are forgotten where training begins."""
         if mode:
             self._prompts.clear()
-        return super().train(mode)
+        super().train(mode)
+        for module in self._still:
+            module.eval()
+        return self
 
     @classmethod
     def reader_settings(cls, run: Any) -> str:
@@ -270,7 +275,8 @@ class Glip(Method):
             SettingError: also for a word that has more tokens than a prompt.
         """
         check_words(words, base)
-        prompts = self._encoded_prompts(tuple(words))
+        order = tuning.prompt_order(words, self.config)
+        prompts, numbers = self._encoded_prompts(tuple(words[number] for number in order)), torch.tensor(order)
         found: dict[int, Detections] = {}
         for group in self._groups(images):
             levels = self.model.image(self.normalised(group.pixels))
@@ -282,7 +288,7 @@ class Glip(Method):
             ]
             best = suppress(together(parts, [prompt.first for prompt in prompts]), group.extents, self.config)
             for number, place, (boxes, scores, labels) in zip(group.numbers, group.places, best, strict=True):
-                found[number] = Detections(unplaced(boxes, place), scores, labels)
+                found[number] = Detections(unplaced(boxes, place), scores, numbers[labels])
         return [found[number] for number in range(len(images))]
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from torch.nn import functional
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from pipeline.loaders.grounding import MULTIPLE
 from pipeline.models.glip.config import LEVELS, Config
 from pipeline.models.glip.dyhead import DynamicBlock
 from pipeline.models.glip.fusion import CrossFusion
@@ -159,15 +160,22 @@ class GlipNetwork(nn.Module):
     """All weights of GLIP."""
 
     def __init__(self, config: Config, settings: Any, load: bool = True) -> None:
-        """``settings`` is the text tower's ``BertConfig``; ``load`` allows pretrained weights of the backbone."""
+        """``settings`` is the text tower's ``BertConfig``; ``load`` allows pretrained weights of the backbone.
+
+        With prompt tuning, ``prompt`` [positions, D] is added to the features of every text.
+        """
         super().__init__()
         self.image, self.text = SwinPyramid(config, load), BertText(settings)
         self.tower = FusedTower(config, settings)
         self.head = AlignmentHead(config.width, settings.hidden_size)
+        positions = -(-config.grounding.text_tokens // MULTIPLE) * MULTIPLE
+        table = torch.zeros(positions, settings.hidden_size) if config.tuning == "prompt" else None
+        self.prompt = None if table is None else nn.Parameter(table)
 
     def encode_text(self, tokens: Tensor, mask: Tensor) -> EncodedText:
         """int64 [B, M] and bool [B, M] to features."""
-        return EncodedText(self.text(tokens, mask), mask)
+        hidden = self.text(tokens, mask)
+        return EncodedText(hidden if self.prompt is None else hidden + self.prompt[: hidden.shape[1]], mask)
 
     def compare(
         self, levels: Sequence[Tensor], texts: Iterable[EncodedText]

@@ -23,6 +23,7 @@ from pipeline.shards.storage import Folder
 
 logger = logging.getLogger(__name__)
 
+PROMPT = "prompt"
 FILES = (".pth", ".pt", ".bin", ".safetensors")
 _BODY = "backbone.body."
 _UNUSED = re.compile(
@@ -92,6 +93,8 @@ def load_start(network: GlipNetwork, config: Config) -> None:
         state = converted(state)
         if not config.compat_offsets:
             logger.warning("%s was trained with compat_offsets; its boxes differ without", config.start_from)
+    if network.prompt is not None:
+        state.setdefault(PROMPT, network.prompt.detach())  # weights that were not tuned by a prompt have no table
     problem = misfit(network.state_dict(), state)
     allowed = f"weights of the same network; this is {problem}"
     require(not problem, "start_from", config.start_from, allowed)

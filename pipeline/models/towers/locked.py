@@ -31,7 +31,12 @@ def lock(model: nn.Module, tower: Tower, unlocked: int = 0) -> list[nn.Module]:
     for name, parameter in model.named_parameters():
         if name in locked:
             parameter.requires_grad_(False)
-    return [module for part in _parts(model, tower) for module in part.modules() if _is_locked(module)]
+    return [module for part in _parts(model, tower) for module in locked_modules(part)]
+
+
+def locked_modules(part: nn.Module) -> list[nn.Module]:
+    """The modules of ``part`` whose weights are all locked, ``part`` included."""
+    return [module for module in part.modules() if _is_locked(module)]
 
 
 def _parts(model: Any, tower: Tower) -> list[nn.Module]:

@@ -14,7 +14,7 @@ from pipeline.shards.sidecar import MAKER, Wanted, read_sidecar, read_sidecar_sc
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
 from pipeline.stages.annotate import phrases
-from pipeline.stages.annotate.extractor import load_extractor
+from pipeline.stages.annotate.extractor import PhraseExtractor, load_extractor
 from pipeline.stages.annotate.phrases import ReadCaptions
 
 Span = tuple[int, int]
@@ -70,10 +70,19 @@ class ExtractedPhrases:
                 return CaptionPhrases(None)
             # A lone surrogate is one character before and after, so offsets stay.
             text = several[0].encode("utf-8", "replace").decode()
-            (found,) = extractor.extract([text])
-            return CaptionPhrases(text, [(start, end) for start, end, kind in found if kind == "phrase"])
+            return CaptionPhrases(text, _noun_phrases(text, extractor))
 
         return find
+
+
+def noun_phrases(text: str, extractor: str) -> list[Span]:
+    """The spans of the noun phrases of ``text``; raises ``SettingError`` for an unknown extractor."""
+    return _noun_phrases(text, load_extractor(extractor))
+
+
+def _noun_phrases(text: str, extractor: PhraseExtractor) -> list[Span]:
+    (found,) = extractor.extract([text])
+    return [(start, end) for start, end, kind in found if kind == "phrase"]
 
 
 class StoredPhrases:
