@@ -22,6 +22,19 @@ STAGES = (1, 2, 3)  # of the backbone, with cells of 8, 16 and 32 pixels
 PRIOR = 0.01  # probability of a token at the beginning of the training
 
 
+class CoarseLevels(LastLevelP6P7):
+    """The two coarsest levels, in float32.
+
+    On a CPU, torch's gradient of a filter of bfloat16 with stride 2 on a map of one pixel has values that were never
+    computed, at times NaN.
+    """
+
+    def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        """See torchvision's ``ExtraFPNBlock``; without autocasting."""
+        with torch.autocast(p[-1].device.type, enabled=False):
+            return super().forward([level.float() for level in p], [level.float() for level in c], names)
+
+
 class SwinPyramid(nn.Module):
     """A Swin transformer with a norm on each output, and a feature pyramid of five levels on top of it."""
 
@@ -40,7 +53,7 @@ class SwinPyramid(nn.Module):
         widths: list[int] = body.feature_info.channels()
         self.body = body
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
-        extra = LastLevelP6P7(config.width, config.width)
+        extra = CoarseLevels(config.width, config.width)
         self.pyramid = FeaturePyramidNetwork(widths, config.width, extra_blocks=extra)
 
     def forward(self, images: Tensor) -> list[Tensor]:
