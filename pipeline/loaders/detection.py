@@ -32,6 +32,7 @@ from pipeline.shards.objects import FIELD, Objects, plain_word, read_objects
 from pipeline.shards.sample import Sample
 from pipeline.shards.segmentation import mask_of
 from pipeline.shards.sidecar import Wanted
+from pipeline.stages.annotate.pseudo_boxes import objects_of_row
 
 FILL = (124, 116, 104)  # ImageNet's mean, which becomes zero after normalisation
 SMALLEST = 1.0
@@ -162,6 +163,39 @@ class StoredRegions:
     """Maximum number of regions per image; the first ones are used, which are the best."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredBoxes:
+    """The sidecar with pseudo boxes, as a reader uses it."""
+
+    wanted: Wanted
+    least_score: float = 0.5
+    """Minimum score of a box."""
+
+
+def objects_in(sample: Sample, stored: StoredBoxes | None = None) -> Objects:
+    """The objects of ``sample``: those of its row of ``stored`` where it has one, else of ``boxes.json``.
+
+    Raises:
+        UnreadableSample: ``boxes.json`` is malformed, or the image was unreadable when the pseudo boxes were made.
+        DataError: neither a row nor ``boxes.json``.
+        SidecarError: a malformed row.
+    """
+    if stored is not None:
+        row = sample.rows.get(stored.wanted.name)
+        if row is not None:
+            found = objects_of_row(row, stored.least_score)
+            if found is None:
+                raise UnreadableSample(f"{sample.key} had no readable image when its pseudo boxes were made")
+            return found
+        if FIELD not in sample.fields:
+            missing = f"neither {FIELD} nor pseudo boxes ({stored.wanted.name})"
+            raise DataError(f"sample {sample.key} has {missing}; make them with {stored.wanted.job}")
+    try:
+        return read_objects(sample)
+    except DataError as error:
+        raise UnreadableSample(str(error)) from error
+
+
 KEYS = ("image", "extent", "boxes", "labels", "masks", "region_boxes", "region_features", "draws")
 """The keys that :class:`DetectionReader` can read."""
 _FILLS = {"boxes": 0.0, "labels": BACKGROUND, "masks": 0, "region_boxes": 0.0, "region_features": 0.0}
@@ -180,8 +214,9 @@ class DetectionReader:
     region_features  float16 [B, M, D], the features of these regions, L2-normalised
     draws            int64 [B], a random number per sample, independent of the rank that reads it
 
-    Objects of other classes (labels and names are compared by ``plain_word``) and crowds are left out; their images
-    stay. Without ``classes`` all objects have class 0. At most ``most`` objects per image are read, the first ones.
+    Objects are those of ``boxes.json``, or the ``pseudo`` boxes of a sidecar, whose labels are phrases. Objects of
+    other classes (labels and names are compared by ``plain_word``) and crowds are left out; their images stay. Without
+    ``classes`` all objects have class 0. At most ``most`` objects per image are read, the first ones.
 
     A mask on a grid takes 12.5 kB at 112 cells. A bit mask of an image of 1024 x 1024 pixels would take 131 kB. An
     object without a segmentation gets a mask that fills its box.
@@ -194,6 +229,7 @@ class DetectionReader:
     seed: int = 0
     mask_cells: int = 112
     regions: StoredRegions | None = None
+    pseudo: StoredBoxes | None = None
 
     def __post_init__(self) -> None:
         require(bool(self.keys) and set(self.keys) <= set(KEYS), "keys", self.keys, "some of " + ", ".join(KEYS))
@@ -202,13 +238,14 @@ class DetectionReader:
 
     @property
     def fields(self) -> Sequence[str]:
-        """The objects, and the image if a key needs it."""
-        return ("image", FIELD) if "image" in self.keys else (FIELD,)
+        """The objects, unless a sidecar has them, and the image if a key needs it."""
+        objects = (FIELD,) if self.pseudo is None else ()
+        return ("image", *objects) if "image" in self.keys else objects
 
     @property
     def sidecars(self) -> tuple[Wanted, ...]:
-        """The stored regions, if a key needs them."""
-        return () if self.regions is None else (self.regions.wanted,)
+        """The stored regions and the pseudo boxes, where they are read."""
+        return tuple(one.wanted for one in (self.regions, self.pseudo) if one is not None)
 
     def read(self, sample: Sample, at: SamplePosition | None) -> Row:
         """The values of ``keys``; :meth:`collate` pads them.
@@ -227,10 +264,7 @@ class DetectionReader:
 
     def find(self, sample: Sample, at: SamplePosition | None) -> Targets:
         """The objects of ``sample``; raises ``UnreadableSample`` where they cannot be read."""
-        try:
-            objects = read_objects(sample)
-        except DataError as error:
-            raise UnreadableSample(str(error)) from error
+        objects = objects_in(sample, self.pseudo)
         placement = self.resize.place(objects.height, objects.width, self.seed, at)
         moved = placement.boxes(objects.boxes)
         wanted = [self._numbers.get(plain_word(label), BACKGROUND) if self.classes else 0 for label in objects.labels]

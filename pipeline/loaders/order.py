@@ -65,6 +65,10 @@ class RandomStream(IntEnum):
     """Seed of the noise with which an image's patches are grouped."""
     PARTS = 16
     """Seeds of the snapshots of a mixture."""
+    PROMPTS = 20
+    """Which classes or captions are in the prompt of an image, and their order."""
+    CAPTION_POOL = 21
+    """Which captions of a data set are negatives of other images."""
     VIEWS = 64
     """Random crops of view v of an image: 64 + v, 64 to 127."""
     COLOURS = 128

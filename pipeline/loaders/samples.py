@@ -70,10 +70,13 @@ def check_fields(snapshot: Fielded, wanted: Collection[str]) -> None:
 
 
 def check_sidecars(snapshot: Snapshot, wanted: Collection[Wanted]) -> None:
-    """Raise ``SidecarError``, which names the job to run, unless every shard has the ``wanted`` sidecars."""
+    """Raise ``SidecarError``, which names the job to run, unless every shard has the ``wanted`` sidecars.
+
+    An optional one may be missing from all shards.
+    """
     for one in wanted:
         bare = [shard.name for shard in snapshot.shards if one.name not in shard.sidecars]
-        if bare:
+        if bare and not (one.optional and len(bare) == len(snapshot.shards)):
             some = f"{len(bare)} of its {len(snapshot.shards)} shards, such as {bare[0]}"
             raise SidecarError(f"{snapshot.uri} has no {one.name} for {some}; make them with {one.job}")
 
@@ -119,7 +122,8 @@ class Samples:
         shard, index = self.find(number)
         tar, selection = self._tar(shard)
         sample = tar[index if selection is None else int(selection[index])]
-        sample.rows.update({name: self._row(shard, name, sample.key) for name in self.sidecars})
+        joined = (name for name in self.sidecars if name in shard.sidecars)
+        sample.rows.update({name: self._row(shard, name, sample.key) for name in joined})
         return sample
 
     def from_here(self, number: int) -> Iterator[Sample]:

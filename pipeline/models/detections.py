@@ -84,6 +84,37 @@ class Detector(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class GroundedBoxes:
+    """The boxes of the phrases of one caption in its image, sorted by score, on the CPU.
+
+    ``boxes`` are x1, y1, x2, y2 in pixels of the input image, clipped to it, float32 [n, 4]; ``scores`` float32 [n],
+    0 to 1; ``spans`` int64 [n], indices into the requested spans.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    spans: Tensor
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+class Grounder(Protocol):
+    """A method that locates the phrases of captions."""
+
+    def ground(
+        self, images: Sequence[Tensor], captions: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]]
+    ) -> list[GroundedBoxes]:
+        """The boxes of the phrases of each caption, in images uint8 [3, H, W] of any sizes.
+
+        A span is the first and the end character of a phrase in its caption, in Unicode code points, the end
+        exclusive. A phrase has any number of boxes. A span without characters, outside of the caption or beyond the
+        longest text has none. The result for an image does not depend on the others.
+        """
+        ...
+
+
 def check_words(words: Sequence[str], base: Collection[str] | None = None) -> None:
     """Raise ``SettingError`` for no words, an empty word, a duplicate, or ``base`` words that are not in ``words``.
 

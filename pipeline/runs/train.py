@@ -1,7 +1,7 @@
 """A training run of any method: resolve its settings, train it, evaluate it beside the training, record the results."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,11 +12,12 @@ from pipeline.config import writable_folder
 from pipeline.evaluation.report import table
 from pipeline.evaluation.showcase import snapshot_figure
 from pipeline.evaluation.suite import Evaluations
-from pipeline.loaders.mixture import parts_of
+from pipeline.loaders.mixture import TrainingData, parts_of
 from pipeline.models.method import method_class, method_name
 from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.runs.evaluate import CheckpointEvaluation
 from pipeline.shards.lease import Lease, lease
+from pipeline.shards.sidecar import Wanted, read_sidecar_schema, sidecar_facts, sidecar_file
 from pipeline.shards.storage import Folder
 from pipeline.tracking.runs import Tracking, start
 from pipeline.training.launch import follower, launch
@@ -74,7 +75,9 @@ def _pretrain(job: Pretraining, evaluates: bool, keeps: bool, held: Lease) -> No
         keep_tracking_run(plan, record, tracker.run_id)
         for number, snapshot in enumerate(parts_of(plan.snapshot), start=1):
             tracker.log_dataset(snapshot, "training" if number == 1 else f"training_{number}")
-        draw = partial(method.samples_figure, job.method, method.reader_settings(job.run))
+        settings = method.reader_settings(job.run)
+        tracker.set_tags(teacher_tags(plan.snapshot, method.sidecars(job.method, settings)))
+        draw = partial(method.samples_figure, job.method, settings)
         tracker.log_figure("samples", snapshot_figure(parts_of(plan.snapshot)[0], draw))
         evaluation = CheckpointEvaluation(evaluations=job.evaluations, run=tracker.handle)
         with follower(plan, evaluation) if evaluates else nullcontext() as beside:
@@ -84,6 +87,25 @@ def _pretrain(job: Pretraining, evaluates: bool, keeps: bool, held: Lease) -> No
         tracker.describe(table(metrics), outcome.checkpoint if keeps else "")
         if keeps:
             tracker.register_checkpoint(outcome.checkpoint, metrics, outcome.steps, name=method.registered_as)
+
+
+def teacher_tags(data: TrainingData, sidecars: Sequence[Wanted]) -> dict[str, str]:
+    """What the sidecars that a run reads say about their teacher, such as ``boxes.teacher_run``, as tags.
+
+    Raises:
+        SidecarError: a sidecar is missing or unreadable.
+    """
+    tags: dict[str, str] = {}
+    for part in parts_of(data):
+        folder = Folder(part.folder)
+        for wanted in sidecars:
+            shard = next((one for one in part.shards if wanted.name in one.sidecars), None)
+            if shard is not None:
+                file = folder.join(sidecar_file(shard, wanted.name))
+                facts = sidecar_facts(read_sidecar_schema(folder, shard, wanted.name, wanted.job), file, wanted.job)
+                named = {key: value for key, value in facts.items() if key.startswith("teacher") and value}
+                tags |= {f"{wanted.name}.{key}": str(value) for key, value in named.items()}
+    return tags
 
 
 def drawn(job: Job, scratch: str) -> Job:

@@ -6,10 +6,14 @@
                   "iscrowd": 0, "area": 812.5, "id": 17}],
      "negative": ["dog"],                                labels verified absent (LVIS); if the list exists, even empty,
                                                          labels not mentioned anywhere were not verified
-     "incomplete": ["cat"]}                              labels with unannotated instances (LVIS)
+     "incomplete": ["cat"],                              labels with unannotated instances (LVIS)
+     "caption": "a cat on a mat", "open": true,          labels are phrases, not classes of a list
+     "phrases": [{"start": 2, "end": 5, "objects": [17]}]}   code points of the caption; ids of objects
 
-All keys but ``width``, ``height``, ``objects``, ``label`` and ``bbox`` are optional. The file is not trusted: boxes are
-clipped to the image; boxes without area or with values that are not numbers are left out and counted.
+All keys but ``width``, ``height``, ``objects``, ``label`` and ``bbox`` are optional. An object without ``id`` has its
+number in the list as its id; predicted objects have a ``score``, and ``teacher`` names the model. The file is not
+trusted: boxes are clipped to the image; boxes without area or with values that are not numbers, and phrases that are
+empty or outside of the caption, are left out and counted.
 """
 
 import json
@@ -25,8 +29,19 @@ from pipeline.shards.sample import Sample
 
 FIELD = "boxes.json"
 MOST_OBJECTS = 10_000
+"""Maximum number of objects of an image, and of phrases of its caption."""
 SMALLEST = 1e-3
 """Shortest side of a box in pixels; below it the box has no area."""
+
+
+@dataclass(frozen=True)
+class GroundedPhrase:
+    """``caption[start:end]`` in Unicode code points, and the numbers of its objects in the lists of
+    :class:`Objects`; none where the objects are not annotated."""
+
+    start: int
+    end: int
+    objects: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,10 @@ class Objects:
     - ``areas``: float64 [N], for COCO's size ranges: the stated area in pixels, else the area of the box.
     - ``segmentations``: None also for an empty one (``[]``, ``[[]]``), as written by tools without masks.
     - ``federated``: only the labels in ``negative`` and of the objects were verified (LVIS).
+    - ``caption``, ``phrases``: a text about the image, and its parts that name objects; ``phrases_left_out`` counts
+      unusable ones.
+    - ``open_labels``: labels are phrases of the caption; objects that it does not mention were not annotated.
+    - ``scores``: float64 [N], 0 to 1; 1 where an object was not predicted by ``teacher``.
     - ``key``: key of the sample.
     """
 
@@ -51,6 +70,12 @@ class Objects:
     left_out: int = 0
     areas: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     federated: bool = False
+    caption: str = ""
+    phrases: tuple[GroundedPhrase, ...] = ()
+    phrases_left_out: int = 0
+    open_labels: bool = False
+    scores: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    teacher: str = ""
     key: str = ""
 
     def __len__(self) -> int:
@@ -104,6 +129,11 @@ def read_objects(sample: Sample) -> Objects:
 def _objects(objects: Sequence[Mapping[str, Any]], record: Mapping[str, Any], height: int, width: int) -> Objects:
     boxes = [inside(corners(obj["bbox"]), height, width) for obj in objects]
     kept = [(box, obj) for box, obj in zip(boxes, objects, strict=True) if box is not None]
+    ids = [obj.get("id", number) for number, obj in enumerate(objects)]
+    caption = str(record.get("caption") or "")
+    phrases, phrases_left_out = _phrases(
+        record, caption, [one for one, box in zip(ids, boxes, strict=True) if box is not None]
+    )
     return Objects(
         height=height,
         width=width,
@@ -116,7 +146,43 @@ def _objects(objects: Sequence[Mapping[str, Any]], record: Mapping[str, Any], he
         left_out=len(objects) - len(kept),
         areas=np.array([_area(obj, box) for box, obj in kept], np.float64),
         federated="negative" in record,
+        caption=caption,
+        phrases=phrases,
+        phrases_left_out=phrases_left_out,
+        open_labels=bool(record.get("open", False)),
+        scores=np.array([_score(obj) for _, obj in kept], np.float64),
+        teacher=str(record.get("teacher") or ""),
     )
+
+
+def _phrases(record: Mapping[str, Any], caption: str, ids: Sequence[Any]) -> tuple[tuple[GroundedPhrase, ...], int]:
+    """The usable phrases, and the number of the others; ``ids`` are those of the kept objects."""
+    listed = record.get("phrases") or ()
+    if not isinstance(listed, list | tuple) or len(listed) > MOST_OBJECTS:
+        raise ValueError(f"phrases that are not a list of at most {MOST_OBJECTS}")
+    places = {one: number for number, one in reversed(list(enumerate(ids)))}
+    found = [
+        GroundedPhrase(
+            int(one["start"]),
+            int(one["end"]),
+            tuple(places[number] for number in one.get("objects", ()) if number in places),
+        )
+        for one in listed
+    ]
+    kept = tuple(one for one in found if is_span(one.start, one.end, caption))
+    return kept, len(found) - len(kept)
+
+
+def is_span(start: int, end: int, text: str) -> bool:
+    """Whether ``text[start:end]`` is a part of ``text`` that is not only white space."""
+    return 0 <= start < end <= len(text) and bool(text[start:end].strip())
+
+
+def _score(obj: Mapping[str, Any]) -> float:
+    score = float(obj.get("score", 1.0))
+    if not 0 <= score <= 1:
+        raise ValueError(f"a score of {score}")
+    return score
 
 
 def _segmentation(obj: Mapping[str, Any]) -> Any:

@@ -118,11 +118,15 @@ def _check_stamps(schema: pa.Schema, folder: Folder, shard: Shard, name: str, jo
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """A sidecar to join: ``job`` makes it, ``facts`` are required metadata (for example the teacher)."""
+    """A sidecar to join: ``job`` makes it, ``facts`` are required metadata (for example the teacher).
+
+    An ``optional`` one is joined in snapshots that have it; of a mixture, some may not.
+    """
 
     name: str
     job: str
     facts: Mapping[str, Any] = field(default_factory=dict)
+    optional: bool = False
 
 
 class SidecarRows:

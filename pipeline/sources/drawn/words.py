@@ -6,6 +6,7 @@ refers to every object that matches it, so a test can check it.
 """
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -59,6 +60,7 @@ UNRELATED = (
 SWAPS = ("order", "attributes", "relation")
 _SIDES = ("left of", "right of", "above", "below")
 GENERIC = ("shape", "thing", "object")
+_JOINTS = ("and with next to also there is", "the a an some several things in all from collection aerial view of many")
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,6 +401,17 @@ def _elsewhere(scene: Scene, draws: Draws) -> Scene:
         )
         objects.append(replace(obj, look=look))
     return replace(scene, objects=tuple(objects))
+
+
+def vocabulary() -> frozenset[str]:
+    """Every word of the grammar's tables in lower case: what a tokenizer of these captions has to know."""
+    said = [*OPENINGS, *CLAUSES, *UNRELATED, *GENERIC, *world.NUMBER_WORDS, *_JOINTS]
+    said += [text for phrases in PHRASES.values() for text in phrases]
+    said += [word for noun in world.SHAPES for word in (noun.name, *noun.synonyms, noun.hypernym, *noun.variants)]
+    said += [word for colour in world.COLOURS for word in (colour.name, *colour.synonyms)]
+    tables = (_SIZE_WORDS, _TEXTURE_WORDS, _STYLE_WORDS, _GROUND_WORDS)
+    said += [word for table in tables for words in table.values() for word in words]
+    return frozenset(word.lower() for text in said for word in re.findall(r"[^\W_]+", text))
 
 
 def _table(words: Sequence[world.Word]) -> dict[str, tuple[str, ...]]:

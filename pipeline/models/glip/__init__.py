@@ -1,0 +1,15 @@
+"""GLIP; see :mod:`pipeline.models.glip.model`.
+
+config.py      settings and presets
+model.py       the method: training step, detection, grounding
+network.py     modules from pixels and tokens to logits: pyramid, tower, heads
+fusion.py      cross-attention of pixels and tokens; dyhead.py: the dynamic head; text.py: BERT
+assignment.py  anchors and ATSS; losses.py: alignment, box, centerness
+phrases.py     from logits to boxes of phrases
+released.py    initial weights from files
+"""
+
+from pipeline.models.glip.config import Config
+from pipeline.models.glip.model import Glip
+
+__all__ = ["Config", "Glip"]
