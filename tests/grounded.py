@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,15 @@ import numpy as np
 import pyarrow as pa
 import simplejpeg
 
+from pipeline.loaders.images import decode
+from pipeline.loaders.samples import UnreadableSample
 from pipeline.shards.sample import Sample
 from pipeline.shards.sidecar import write_sidecar
 from pipeline.shards.snapshot import Shard, Snapshot, publish_shards
 from pipeline.shards.storage import Folder, file_digest
 from pipeline.shards.tar import TarWriter
+from pipeline.stages.annotate.caption_phrases import CaptionPhrases, Span
+from pipeline.stages.annotate.pseudo_box_maker import FoundBoxes
 from pipeline.stages.annotate.pseudo_boxes import SCHEMA
 
 SIDE = 64
@@ -78,3 +82,68 @@ def publish(
     options = {} if classes is None else {"classes": dict(classes)}
     counts = {"rows": len(samples), "dropped": {}}
     return publish_shards(Folder(place), tuple(shards), fields=fields, card=None, options=options, **counts)
+
+
+@dataclass
+class LetterTeacher:
+    """Finds each phrase in two boxes that depend on the image's size and the phrase's position, with a score by its
+    length; a phrase of one letter is never found, and one behind character 30 is cut off."""
+
+    maker: str = "letters"
+    facts: dict[str, Any] = field(default_factory=lambda: {"teacher": "letters"})
+    batches: list[list[str]] = field(default_factory=list)
+
+    def prepare(self, image: bytes) -> tuple[int, int] | None:
+        try:
+            return decode(image).shape[:2]
+        except UnreadableSample:
+            return None
+
+    def shape(self, image: tuple[int, int]) -> tuple[int, int]:
+        return image
+
+    def size(self, image: tuple[int, int]) -> tuple[int, int]:
+        return image
+
+    def length(self, caption: str) -> int:
+        return len(caption)
+
+    def ground(
+        self, images: Sequence[tuple[int, int]], captions: Sequence[str], spans: Sequence[Sequence[Span]]
+    ) -> list[FoundBoxes]:
+        self.batches.append(list(captions))
+        found = []
+        for (height, width), some in zip(images, spans, strict=True):
+            boxes, scores, owners = [], [], []
+            for number, (start, end) in enumerate(some):
+                if end - start > 1 and end <= 30:
+                    boxes += [(start, 0, width, height), (start, 0, width + 9, height - 1), (0, 0, 4, 4)]
+                    scores += [min(0.1 * (end - start), 1), 0.09 * (end - start), 0.05 * (end - start)]
+                    owners += [number] * 3
+            cut = tuple(end > 30 for _, end in some)
+            plain = np.array(boxes, float).reshape(-1, 4)
+            found.append(FoundBoxes(plain, np.array(scores, float), np.array(owners, np.int64), cut))
+        return found
+
+
+@dataclass(frozen=True)
+class WordPhrases:
+    """Every word is a phrase, and so are two unusable spans."""
+
+    maker: str = "words"
+
+    def of_shard(self, shard: Any) -> Any:
+        def find(sample: Sample) -> CaptionPhrases:
+            if "txt" not in sample.fields:
+                return CaptionPhrases(None)
+            text, spans, start = sample.fields["txt"].decode(), [], 0
+            for word in text.split(" "):
+                spans.append((start, start + len(word)))
+                start += len(word) + 1
+            return CaptionPhrases(text, [*spans, (5, 5), (90, 95)] if text else [])
+
+        return find
+
+
+def load_letters(threads: int) -> LetterTeacher:
+    return LetterTeacher()

@@ -22,7 +22,7 @@ from pipeline.evaluation.embedder import Precision
 from pipeline.evaluation.encoder import inference
 from pipeline.evaluation.models import load_any, usable_device
 from pipeline.loaders.grounding_prompts import SpanTokenizer, TokenizedText
-from pipeline.loaders.images import as_stored, decode
+from pipeline.loaders.images import as_stored, decode, resize
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.models.method import build_method
 from pipeline.models.towers.weights import digest_of
@@ -36,6 +36,8 @@ GROUNDING_DINO, OWLV2 = "grounding-dino:", "owlv2:"
 GRAIN = 32
 """Heights and widths are padded to a multiple of this many pixels."""
 LONG_SIDE = 25 * GRAIN
+LARGEST = 2048
+"""Pixels of the longer side of a decoded image; hundreds of images are in memory at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +71,18 @@ class LoadGroundingTeacher:
         return CheckpointTeacher.load(self.teacher, device, self.precision)
 
 
+@dataclass(frozen=True)
+class DecodedImage:
+    """``pixels`` uint8 [3, H, W], with a longer side of at most ``LARGEST``; ``height`` and ``width`` are those of the
+    stored image."""
+
+    pixels: Tensor
+    height: int
+    width: int
+
+
 class _Teacher:
-    """What all teachers share: images are uint8 [3, H, W], and nothing is known about a model but its digest."""
+    """What all teachers share: nothing is known about a model but its digest."""
 
     model: Any
     precision: Precision
@@ -80,16 +92,20 @@ class _Teacher:
         self.maker = digest_of(model, precision, *settings)
         self.facts: Mapping[str, Any] = {"teacher": self.maker, "teacher_name": name, "precision": precision}
 
-    def prepare(self, image: bytes) -> Tensor | None:
-        """uint8 [3, H, W]; ``None`` if it cannot be decoded."""
+    def prepare(self, image: bytes) -> DecodedImage | None:
+        """The image, made smaller where it is larger than any model reads; ``None`` if it cannot be decoded."""
         try:
-            return as_stored(decode(image))
+            pixels = decode(image)
         except UnreadableSample:
             return None
+        height, width = pixels.shape[:2]
+        scale = min(1.0, LARGEST / max(height, width))
+        size = max(1, round(height * scale)), max(1, round(width * scale))
+        return DecodedImage(as_stored(pixels) if scale == 1 else resize(pixels, size, "bilinear"), height, width)
 
-    def shape(self, image: Tensor) -> tuple[int, int]:
-        """Height and width."""
-        return image.shape[1], image.shape[2]
+    def shape(self, image: DecodedImage) -> tuple[int, int]:
+        """Height and width of the stored image."""
+        return image.height, image.width
 
 
 class CheckpointTeacher(_Teacher):
@@ -104,8 +120,9 @@ class CheckpointTeacher(_Teacher):
         require(callable(getattr(method, "ground", None)), "teacher", name, "a method that grounds phrases")
         super().__init__(name, method, precision)
         self.facts = {**self.facts, "teacher_run": run}
-        self._tokenizer: SpanTokenizer = method.tokenizer
-        self._most: int = method.config.grounding.text_tokens
+        tokenizer = getattr(method, "tokenizer", None)
+        self._tokenizer: SpanTokenizer | None = tokenizer if isinstance(tokenizer, SpanTokenizer) else None
+        self._most: int = method.config.grounding.text_tokens if self._tokenizer else 0
 
     @classmethod
     def load(cls, address: str, device: str = "cpu", precision: Precision = "fp32") -> "CheckpointTeacher":
@@ -114,24 +131,30 @@ class CheckpointTeacher(_Teacher):
         run = "" if folder is None else _tracking_run(folder)
         return cls(load_any(address, device), resolved(address), precision, run)
 
-    def size(self, image: Tensor) -> tuple[int, int]:
+    def size(self, image: DecodedImage) -> tuple[int, int]:
         """The size at which it fits a square; only its proportions matter here."""
         scale = LONG_SIDE / max(self.shape(image))
         height, width = (_padded_side(max(1, round(side * scale))) for side in self.shape(image))
         return height, width
 
     def length(self, caption: str) -> int:
-        """The tokens of a caption, at most those of the method's longest text."""
-        return min(self._tokenizer.count(caption) + 2, self._most)
+        """The tokens of a caption, at most those of the method's longest text; for a method with another kind of
+        tokenizer its words."""
+        return min(self._tokenizer.count(caption) + 2, self._most) if self._tokenizer else len(caption.split())
 
     def ground(
-        self, images: Sequence[Tensor], captions: Sequence[str], spans: Sequence[Sequence[Span]]
+        self, images: Sequence[DecodedImage], captions: Sequence[str], spans: Sequence[Sequence[Span]]
     ) -> list[FoundBoxes]:
         """See :class:`~pipeline.stages.annotate.pseudo_box_maker.GroundingTeacher`."""
         with inference(self.model, self.precision):
-            found = self.model.ground(images, captions, spans)
-        cut = _cut_off(self._tokenizer.batch(captions, self._most), spans)
-        return [_found(one.boxes, one.scores, one.spans, off) for one, off in zip(found, cut, strict=True)]
+            found = self.model.ground([image.pixels for image in images], captions, spans)
+        cut = [(False,) * len(some) for some in spans]
+        if self._tokenizer is not None:
+            cut = _cut_off(self._tokenizer.batch(captions, self._most), spans)
+        return [
+            _found(one.boxes * _enlarged(image), one.scores, one.spans, off)
+            for one, image, off in zip(found, images, cut, strict=True)
+        ]
 
 
 def untrained_teacher(config: Any) -> CheckpointTeacher:
@@ -158,11 +181,11 @@ class GroundingDinoTeacher(_Teacher):
         self._tokenizer, self._most = SpanTokenizer(description), int(model.config.max_text_len)
         self._stop = processor.tokenizer.convert_tokens_to_ids(".")
 
-    def size(self, image: Tensor) -> tuple[int, int]:
+    def size(self, image: DecodedImage) -> tuple[int, int]:
         """The resized image, padded to a multiple of 32 pixels."""
         from transformers.image_transforms import get_size_with_aspect_ratio
 
-        height, width = get_size_with_aspect_ratio(self.shape(image), *self._edges)
+        height, width = get_size_with_aspect_ratio(tuple(image.pixels.shape[1:]), *self._edges)
         return _padded_side(height), _padded_side(width)
 
     def length(self, caption: str) -> int:
@@ -170,7 +193,7 @@ class GroundingDinoTeacher(_Teacher):
         return min(self._tokenizer.count(caption) + 3, self._most)
 
     def ground(
-        self, images: Sequence[Tensor], captions: Sequence[str], spans: Sequence[Sequence[Span]]
+        self, images: Sequence[DecodedImage], captions: Sequence[str], spans: Sequence[Sequence[Span]]
     ) -> list[FoundBoxes]:
         """See :class:`~pipeline.stages.annotate.pseudo_box_maker.GroundingTeacher`."""
         texts = [self._stopped(one) for one in self._tokenizer.batch(captions, self._most - 1)]
@@ -197,10 +220,10 @@ class GroundingDinoTeacher(_Teacher):
         return TokenizedText(ids, np.insert(text.offsets, len(text) - 1, 0, axis=0), text.whole)
 
     def _inputs(
-        self, images: Sequence[Tensor], texts: Sequence[TokenizedText], size: tuple[int, int]
+        self, images: Sequence[DecodedImage], texts: Sequence[TokenizedText], size: tuple[int, int]
     ) -> dict[str, Tensor]:
         shape = {"height": size[0], "width": size[1]}
-        images_in = self._images(images=list(images), pad_size=shape, return_tensors="pt")
+        images_in = self._images(images=[image.pixels for image in images], pad_size=shape, return_tensors="pt")
         tokens = torch.full((len(texts), max(map(len, texts))), self._tokenizer.pad)
         mask = torch.zeros(tokens.shape, dtype=torch.int64)
         for number, one in enumerate(texts):
@@ -224,7 +247,7 @@ class Owlv2Teacher(_Teacher):
         self._most = int(model.config.text_config.max_position_embeddings)
         self._side = int(model.config.vision_config.image_size)
 
-    def size(self, image: Tensor) -> tuple[int, int]:
+    def size(self, image: DecodedImage) -> tuple[int, int]:
         """The square that every image is padded to."""
         return self._side, self._side
 
@@ -233,7 +256,7 @@ class Owlv2Teacher(_Teacher):
         return self._most
 
     def ground(
-        self, images: Sequence[Tensor], captions: Sequence[str], spans: Sequence[Sequence[Span]]
+        self, images: Sequence[DecodedImage], captions: Sequence[str], spans: Sequence[Sequence[Span]]
     ) -> list[FoundBoxes]:
         """See :class:`~pipeline.stages.annotate.pseudo_box_maker.GroundingTeacher`; a phrase longer than the model's
         longest text is cut off."""
@@ -249,7 +272,7 @@ class Owlv2Teacher(_Teacher):
                 kept = ids if len(ids) <= self._most else ids[:0]
                 tokens[number, place, : len(kept)] = torch.tensor(kept, dtype=torch.int64)
                 mask[number, place, : len(kept)] = 1
-        pixels = self._images(images=list(images), return_tensors="pt")["pixel_values"]
+        pixels = self._images(images=[image.pixels for image in images], return_tensors="pt")["pixel_values"]
         inputs = {"input_ids": tokens.flatten(0, 1), "attention_mask": mask.flatten(0, 1), "pixel_values": pixels}
         with inference(self.model, self.precision) as device:
             made = self.model(**{name: tensor.to(device) for name, tensor in inputs.items()})
@@ -285,6 +308,11 @@ def _tracking_run(checkpoint: Folder) -> str:
         if record is not None:
             return record.tracking_run
     return ""
+
+
+def _enlarged(image: DecodedImage) -> Tensor:
+    """The factors from boxes in ``pixels`` to boxes in the stored image, [4]."""
+    return torch.tensor([image.width / image.pixels.shape[2], image.height / image.pixels.shape[1]] * 2)
 
 
 def _padded_side(side: int) -> int:

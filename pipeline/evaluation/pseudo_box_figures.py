@@ -36,7 +36,7 @@ def pseudo_box_figure(snapshot: Snapshot, name: str, least_score: float = 0.0, c
             sample = samples[number]
             objects = objects_in(sample, stored)
             images.append(draw(as_stored(decode(encoded_image(sample))), _shown(objects)))
-            captions.append(wrapped(objects.caption, 60, 2))
+            captions.append(wrapped(objects.caption, 48, 1))
         except UnreadableSample:
             continue
     if not images:

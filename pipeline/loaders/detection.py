@@ -32,7 +32,7 @@ from pipeline.shards.objects import FIELD, Objects, plain_word, read_objects
 from pipeline.shards.sample import Sample
 from pipeline.shards.segmentation import mask_of
 from pipeline.shards.sidecar import Wanted
-from pipeline.stages.annotate.pseudo_boxes import objects_of_row
+from pipeline.stages.annotate.pseudo_boxes import JOB, objects_of_row
 
 FILL = (124, 116, 104)  # ImageNet's mean, which becomes zero after normalisation
 SMALLEST = 1.0
@@ -170,6 +170,17 @@ class StoredBoxes:
     wanted: Wanted
     least_score: float = 0.5
     """Minimum score of a box."""
+
+    @classmethod
+    def named(cls, name: str, least_score: float) -> "StoredBoxes | None":
+        """The sidecar ``name``, in the data sets that have it; ``None`` without a name.
+
+        Raises:
+            SettingError: no name of a sidecar, or a score out of range.
+        """
+        require(0 <= least_score <= 1, "least_box_score", least_score, "0 to 1")
+        require(not name or name.isidentifier(), "pseudo_boxes", name, "the name of a sidecar, a plain word")
+        return cls(wanted=Wanted(name=name, job=JOB, optional=True), least_score=least_score) if name else None
 
 
 def objects_in(sample: Sample, stored: StoredBoxes | None = None) -> Objects:

@@ -45,7 +45,6 @@ from pipeline.shards.sample import Sample
 from pipeline.shards.sidecar import Wanted
 from pipeline.shards.snapshot import Snapshot
 from pipeline.shards.storage import Folder
-from pipeline.stages.annotate.pseudo_boxes import JOB
 from pipeline.stages.filters.view import ShardView
 
 MULTIPLE = 8
@@ -68,16 +67,11 @@ class GroundingOptions(PromptOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.caption_share <= 1, "caption_share", self.caption_share, "0 to 1")
-        require(0 <= self.least_box_score <= 1, "least_box_score", self.least_box_score, "0 to 1")
-        fits = not self.pseudo_boxes or self.pseudo_boxes.isidentifier()
-        require(fits, "pseudo_boxes", self.pseudo_boxes, "the name of a sidecar, a plain word")
+        self.stored_boxes()
 
     def stored_boxes(self) -> StoredBoxes | None:
         """The sidecar of pseudo boxes, as a reader uses it."""
-        if not self.pseudo_boxes:
-            return None
-        wanted = Wanted(name=self.pseudo_boxes, job=JOB, optional=True)
-        return StoredBoxes(wanted=wanted, least_score=self.least_box_score)
+        return StoredBoxes.named(self.pseudo_boxes, self.least_box_score)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,16 +89,9 @@ class GroundingData:
 def grounding_data(data: str, options: GroundingOptions, classes: Sequence[str] = (), seed: int = 0) -> GroundingData:
     """Classes and captions of the snapshots that a ``data`` setting names.
 
-    ``classes`` replace those of every snapshot that has classes, to leave out novel ones.
-
-    Raises:
-        SettingError: no snapshot has the sidecar of pseudo boxes that ``options`` name.
-        SidecarError: some shards of a snapshot have it, and others do not.
+    ``classes`` replace those of every snapshot, to leave out novel ones.
     """
     parts = parts_of(read_data(data))
-    name = options.pseudo_boxes
-    annotated = [part for part in parts if all(name in shard.sidecars for shard in part.shards)]
-    require(not name or bool(annotated), "pseudo_boxes", name, f"a sidecar of the data; {JOB} makes it")
     found = tuple(tuple(classes) or tuple(classes_of(part)) for part in parts)
     each = -(-CAPTION_POOL // len(parts))
     pool = [text for part in parts for text in _captions(part, each, seed)] if options.mixed_captions else []

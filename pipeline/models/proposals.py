@@ -45,11 +45,12 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from pipeline.config import require
 from pipeline.loaders.batches import Reader
-from pipeline.loaders.detection import FILL, DetectionReader, Placement, RandomResize
+from pipeline.loaders.detection import FILL, DetectionReader, Placement, RandomResize, StoredBoxes
 from pipeline.models.detections import check_words
 from pipeline.models.method import Method
 from pipeline.models.towers import small_resnet  # noqa: F401 - registers it with timm
 from pipeline.shards.objects import FIELD
+from pipeline.shards.sidecar import Wanted
 
 STD = (58.4, 57.1, 57.4)  # ImageNet's; the mean is the fill value of images
 MOMENTUM, EPSILON = 0.003, 1e-4  # of batch normalisation, as ViLD's code has them
@@ -96,6 +97,11 @@ class Config:
     """Probability of mirroring a training image."""
     most_objects: int = 300
     """Maximum number of training objects per image."""
+    pseudo_boxes: str = ""
+    """Sidecar of pseudo boxes (jobs/annotate_pseudo_boxes.py), read where a data set has it; their labels are phrases.
+    None if empty."""
+    least_box_score: float = 0.5
+    """Minimum score of a pseudo box, 0 to 1."""
 
     def __post_init__(self) -> None:
         require(len(self.levels) >= 1, "levels", self.levels, "one or more")
@@ -114,8 +120,13 @@ class Config:
         require(len(set(self.class_names)) == len(self.class_names), "class_names", self.class_names, "distinct names")
         if self.class_names:
             check_words(self.class_names)
+        self.stored_boxes()
         require(self.pyramid_width % 8 == 0, "pyramid_width", self.pyramid_width, "a multiple of 8")
         self.resize()
+
+    def stored_boxes(self) -> StoredBoxes | None:
+        """The sidecar of pseudo boxes, as a reader uses it."""
+        return StoredBoxes.named(self.pseudo_boxes, self.least_box_score)
 
     def resize(self, train: bool = True) -> RandomResize:
         """The transform of images into the square."""
@@ -303,8 +314,14 @@ class Proposals(Method):
 
     @classmethod
     def sample_fields(cls, config: Config, settings: None = None) -> Sequence[str]:
-        """Images and their objects."""
-        return ("image", FIELD)
+        """Images and their objects, unless a sidecar has these."""
+        return ("image",) if config.pseudo_boxes else ("image", FIELD)
+
+    @classmethod
+    def sidecars(cls, config: Config, settings: None = None) -> Sequence[Wanted]:
+        """The pseudo boxes, if they are read."""
+        stored = config.stored_boxes()
+        return [] if stored is None else [stored.wanted]
 
     def readers(self, train: bool, *, seed: int = 0, settings: None = None) -> Sequence[Reader]:
         """Images in the square, their extents there, and their objects' boxes."""
@@ -319,6 +336,7 @@ class Proposals(Method):
             classes=config.class_names,
             most=config.most_objects,
             seed=seed,
+            pseudo=config.stored_boxes() if train else None,
             **more,
         )
 

@@ -245,9 +245,10 @@ class Vild(proposals.Proposals):
 
     @classmethod
     def sidecars(cls, config: proposals.Config, settings: None = None) -> Sequence[Wanted]:
-        """The stored regions, in modes that are trained on them."""
+        """The stored regions, in modes that are trained on them, and the pseudo boxes."""
         assert isinstance(config, Config)
-        return [Wanted(name=config.regions, job=REGIONS_JOB)] if config.mode in DISTILLED else []
+        regions = [Wanted(name=config.regions, job=REGIONS_JOB)] if config.mode in DISTILLED else []
+        return [*regions, *super().sidecars(config)]
 
     def readers(self, train: bool, *, seed: int = 0, settings: None = None) -> Sequence[Reader]:
         """Like the proposer's, and the labels, masks and stored regions that the mode needs."""

@@ -12,7 +12,6 @@ without remaining annotations, as the usual split of COCO into 48 base and 17 no
 """
 
 import hashlib
-import itertools
 import json
 import logging
 import struct
@@ -24,14 +23,14 @@ from io import BytesIO
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import ExifTags, Image
 
 from pipeline.config import require
 from pipeline.dataset import load_card
 from pipeline.errors import DataError, SampleError, missing
 from pipeline.shards.objects import FIELD, MOST_OBJECTS, plain_word
-from pipeline.shards.storage import Folder, file_stamp, split_file
+from pipeline.shards.storage import Folder, file_stamp
+from pipeline.sources.annotation_table import table_rows, table_slices
 from pipeline.sources.coco_annotations import (
     AnnotatedImage,
     Annotations,
@@ -43,7 +42,6 @@ from pipeline.sources.source import UNCHANGED, Row, Slice
 
 logger = logging.getLogger(__name__)
 
-TABLE = "annotations.parquet"
 RARE = "r"
 _WEB = ("http://", "https://")
 _TYPES: Mapping[str, pa.DataType] = {
@@ -111,26 +109,12 @@ class Coco:
         """
         found = read_annotations(self.annotations)
         self.__dict__["classes"] = self._groups(found)  # as cached_property does; the file is not read again
-        rows = self._table_rows(found)
-        with scratch.scratch_file(".parquet") as path:
-            with pq.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
-                for group in itertools.count():
-                    part = list(itertools.islice(rows, rows_per_shard))
-                    if not part:
-                        break
-                    writer.write_table(pa.Table.from_pylist(part, schema=_SCHEMA), row_group_size=len(part))
-                    yield Slice(
-                        count=len(part), digest=self._digest(part), where={"uri": scratch.join(TABLE), "group": group}
-                    )
-            scratch.write_atomic(TABLE, path)
+        yield from table_slices(self._table_rows(found), _SCHEMA, rows_per_shard, scratch, self.images)
 
     def rows(self, piece: Slice) -> Iterator[Row]:
         """See :class:`~pipeline.sources.source.Source`; an image that cannot be read is a row with a problem."""
-        folder, name = split_file(str(piece.where["uri"]))
-        with folder.open(name) as file:
-            table = pq.ParquetFile(file).read_row_group(int(piece.where["group"]))
         turned = 0
-        for values in table.to_pylist():
+        for values in table_rows(piece):
             row = self._row(values)
             turned += row.image is not None and _is_turned(row.image)
             yield row
@@ -236,9 +220,6 @@ class Coco:
             for key, numbers in lists:
                 text += f', "{key}": ' + json.dumps([names[number] for number in numbers if number in names])
         return len(annotations), (text + "}").encode()
-
-    def _digest(self, part: list[dict[str, Any]]) -> str:
-        return hashlib.sha256(repr((self.images, part)).encode("utf-8", "surrogatepass")).hexdigest()
 
     def _row(self, values: Mapping[str, Any]) -> Row:
         columns = {name: values[name] for name in ("image_id", "objects", "left_out")}

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from pipeline.config import Scalar, flatten, from_plain, parse_json, require, writable_folder
-from pipeline.errors import DataError, SettingError
+from pipeline.errors import DataError, SettingError, SidecarError
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.loaders.mixture import MixedOrder, TrainingData, make_order, mixed, parts_of, places, read_data
 from pipeline.loaders.order import Order
@@ -334,8 +334,13 @@ def _check_readable(snapshot: TrainingData, method: Any, run: Run) -> None:
     kind = method_class(method_name(method))
     settings = kind.reader_settings(run)
     check_fields(snapshot, kind.sample_fields(method, settings))
+    wanted = kind.sidecars(method, settings)
     for part in parts_of(snapshot):
-        check_sidecars(part, kind.sidecars(method, settings))
+        check_sidecars(part, wanted)
+    had = {name for shard in snapshot.shards for name in shard.sidecars}
+    missing = next((one for one in wanted if one.name not in had), None)
+    if missing is not None:
+        raise SidecarError(f"{snapshot.uri} has no {missing.name}; make them with {missing.job}")
 
 
 def _pinned(data: str, earlier: RunRecord | None) -> TrainingData:

@@ -10,7 +10,11 @@ import torch
 import transformers
 
 from pipeline.errors import SettingError
+from pipeline.evaluation import grounding_teachers
 from pipeline.evaluation.grounding_teachers import GroundingDinoTeacher, LoadGroundingTeacher, Owlv2Teacher
+from pipeline.loaders.grounding_prompts import SpanTokenizer
+from pipeline.models.detections import GroundedBoxes
+from pipeline.models.glip import Glip
 from pipeline.stages.annotate.pseudo_box_maker import FoundBoxes, GroundingTeacher
 
 CAPTIONS = ("a red dog and a cat.", "the dog", "cat cat cat on a red bus near the dog", "bus. dog")
@@ -111,12 +115,13 @@ def test_scores_of_grounding_dino_are_means_over_the_tokens_of_a_span(grounding_
     """Against transformers' own processor and model, for one image and caption."""
     teacher = GroundingDinoTeacher(str(grounding_dino))
     image = teacher.prepare(images()[0])
+    assert image is not None
     (found,) = teacher.ground([image], [CAPTIONS[0]], [SPANS[0]])
     processor: Any = transformers.AutoProcessor.from_pretrained(grounding_dino)
     model: Any = transformers.GroundingDinoForObjectDetection.from_pretrained(grounding_dino).eval()
     height, width = teacher.size(image)
     inputs = processor(
-        images=image,
+        images=image.pixels,
         text=CAPTIONS[0],
         return_tensors="pt",
         images_kwargs={"pad_size": {"height": height, "width": width}},
@@ -138,6 +143,7 @@ def test_a_phrase_beyond_the_limit_of_grounding_dino_is_cut(grounding_dino: Path
     teacher = GroundingDinoTeacher(str(grounding_dino))
     caption = "dog " * 30 + "cat"
     image = teacher.prepare(images()[0])
+    assert image is not None
     found, _ = teacher.ground([image, image], [caption, "dog"], [((0, 3), (120, 123)), ((0, 3),)])
     assert found.cut == (False, True) and set(found.spans.tolist()) == {0}
     (alone,) = teacher.ground([image], [caption], [((0, 3), (120, 123))])
@@ -188,10 +194,11 @@ def test_owlv2_gives_the_same_boxes_alone_and_in_a_batch(owlv2: Path) -> None:
 def test_scores_of_owlv2_are_those_of_transformers(owlv2: Path) -> None:
     teacher = Owlv2Teacher(str(owlv2))
     image = teacher.prepare(images()[0])
+    assert image is not None
     (found,) = teacher.ground([image], ["a dog, cat"], [((2, 5), (7, 10))])
     processor: Any = transformers.AutoProcessor.from_pretrained(owlv2)
     model: Any = transformers.Owlv2ForObjectDetection.from_pretrained(owlv2).eval()
-    inputs = processor(images=image, text=[["dog", "cat"]], return_tensors="pt")
+    inputs = processor(images=image.pixels, text=[["dog", "cat"]], return_tensors="pt")
     with torch.no_grad():
         made = model(**inputs)
     known = processor.image_processor.post_process_object_detection(made, threshold=0.0, target_sizes=[(40, 60)])[0]
@@ -209,3 +216,22 @@ def test_unusable_teachers(grounding_dino: Path, owlv2: Path) -> None:
     with pytest.raises(SettingError, match="grounds phrases"):
         LoadGroundingTeacher(teacher="clipmill-tiny:untrained", device="cpu")(1)
     assert LoadGroundingTeacher(teacher=f"owlv2:{owlv2}", device="cpu")(1).facts["teacher_name"] == str(owlv2)
+
+
+def test_large_images_are_made_smaller_and_their_boxes_larger(owlv2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method's boxes are in the pixels that it gets, those of the teacher in the pixels of the stored image."""
+
+    class Middle(torch.nn.Module):
+        tokenizer, config = SpanTokenizer.load("drawn"), Glip.smallest()
+
+        def ground(self, images: Any, captions: Any, spans: Any) -> list[GroundedBoxes]:
+            sizes = [torch.tensor([one.shape[2], one.shape[1]] * 2) for one in images]
+            boxes = [size * torch.tensor([[0.25, 0.25, 0.75, 0.75]]) for size in sizes]
+            return [GroundedBoxes(box, torch.ones(1), torch.zeros(1, dtype=torch.int64)) for box in boxes]
+
+    monkeypatch.setattr(grounding_teachers, "LARGEST", 30)
+    teacher = grounding_teachers.CheckpointTeacher(Middle(), "middle")
+    image = teacher.prepare(images()[0])
+    assert image is not None and image.pixels.shape == (3, 20, 30) and teacher.shape(image) == (40, 60)
+    (found,) = teacher.ground([image], ["star " * 300 + "star"], [[(0, 4), (1500, 1504)]])
+    assert found.boxes.tolist() == [[15, 10, 45, 30]] and found.cut == (False, True)

@@ -1,5 +1,6 @@
 """Prompts, boxes and their tokens of a batch: each box's tokens spell the name of what it holds."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,11 @@ import torch
 
 from pipeline.errors import DataError, SettingError, SidecarError
 from pipeline.loaders.batches import LoaderConfig, SamplePosition, snapshot_batches, training_batches
-from pipeline.loaders.detection import RandomResize
+from pipeline.loaders.detection import DetectionReader, RandomResize, StoredBoxes
 from pipeline.loaders.grounding import GroundingData, GroundingOptions, GroundingReader, grounding_data
 from pipeline.loaders.grounding_prompts import SpanTokenizer
 from pipeline.loaders.mixture import make_order, read_data
-from pipeline.loaders.samples import UnreadableSample
+from pipeline.loaders.samples import UnreadableSample, check_sidecars
 from pipeline.shards.sample import Sample
 from tests.grounded import SIDE, grounded, jpeg, obj, publish, row
 
@@ -167,8 +168,6 @@ def test_a_mixture_keeps_the_classes_of_its_parts_apart(tmp_path: Path, tokenize
             seen.add((words, int(batch["counts"][number])))
     assert (frozenset({"a", "red", "star"}), 0) in seen and (frozenset({"a", "red", "star"}), 1) in seen
     assert len(seen) >= 4
-    with pytest.raises(SettingError, match="pseudo_boxes"):
-        grounding_data(f"{tmp_path / 'a'}", options)
     with pytest.raises(DataError, match="names no classes|neither"):
         list(
             training_batches(
@@ -203,3 +202,38 @@ def test_malformed_rows_of_pseudo_boxes(tmp_path: Path, tokenizer: SpanTokenizer
     data = publish(tmp_path / "unreadable", captions, rows=rows)
     (batch,) = snapshot_batches(data, [made], batch_size=2, config=LoaderConfig(loader_workers=0))
     assert batch["replaced"] == 1 and batch["counts"].tolist() == [0]
+
+
+def test_detectors_read_pseudo_boxes_of_their_classes(tmp_path: Path) -> None:
+    """Phrases that are names of classes, with a sufficient score; a data set without the sidecar keeps its boxes."""
+    captions = [Sample(f"c{n}", {"jpg": jpeg(), "txt": b"Dog, red dog"}) for n in range(2)]
+    boxes = [(8, 8, 24, 24), (0, 0, 9, 9)]
+    rows = [row(one.key, "Dog, red dog", [(0, 3), (5, 12)], boxes) for one in captions]
+    rows[1]["scores"] = [0.3, 0.9]
+    pseudo = publish(tmp_path / "pseudo", captions, rows=rows)
+    gold = publish(tmp_path / "gold", [grounded([obj("dog")], "g0")])
+    stored = StoredBoxes.named("boxes", 0.5)
+    made = DetectionReader(
+        keys=("image", "boxes", "labels"), resize=RandomResize(size=64), classes=("cat", "dog"), pseudo=stored
+    )
+    config = LoaderConfig(loader_workers=0)
+    (batch,) = snapshot_batches(pseudo, [made], batch_size=4, config=config)
+    assert batch["labels"].tolist() == [[1], [-1]] and batch["boxes"][0].tolist() == [[8, 8, 24, 24]]
+    (batch,) = snapshot_batches(gold, [made], batch_size=4, config=config)
+    assert batch["labels"].tolist() == [[1]]
+    anything = DetectionReader(keys=("labels",), resize=RandomResize(size=64), pseudo=stored)
+    (batch,) = snapshot_batches(pseudo, [anything], batch_size=4, config=config)
+    assert batch["labels"].tolist() == [[0, 0], [0, -1]]
+    with pytest.raises(SettingError, match="least_box_score"):
+        StoredBoxes.named("boxes", 2.0)
+
+
+def test_some_shards_without_the_sidecar_are_an_error(tmp_path: Path) -> None:
+    rows = [row(f"c{n}", "a star", [(2, 6)]) for n in range(8)]
+    samples = [Sample(f"c{n}", {"jpg": jpeg(), "txt": b"a star"}) for n in range(8)]
+    data = publish(tmp_path, samples, rows=rows)
+    bare = replace(data, shards=(data.shards[0], replace(data.shards[1], sidecars={})))
+    stored = StoredBoxes.named("boxes", 0.5)
+    assert stored is not None
+    with pytest.raises(SidecarError, match="no boxes for 1 of its 2 shards"):
+        check_sidecars(bare, [stored.wanted])

@@ -189,3 +189,19 @@ def test_broken_tokenizers() -> None:
         SpanTokenizer.of_words(["a", "b"])
     with pytest.raises(SettingError, match="tokenizer.json"):
         SpanTokenizer("{}")
+
+
+def test_class_names_with_punctuation_and_duplicates(tokenizer: SpanTokenizer) -> None:
+    """Equal names are one class; a name's tokens spell it, whatever is in it; a name without tokens is in no prompt."""
+    names = ["Dog", "dog", "t-shirt", "c++", "St. Bernard", "cup (for tea)", "\u200b", "it's"]
+    vocabulary = ClassVocabulary(names, tokenizer)
+    assert vocabulary.names == ("dog", "t-shirt", "c++", "st. bernard", "cup", "\u200b", "it's")
+    assert vocabulary.number("DOG") == 0 and vocabulary.number("cup") == 4
+    chosen = vocabulary.choose(list(range(7)), None, PromptOptions(), bits_of(0, 16))
+    assert sorted(chosen) == [0, 1, 2, 3, 4, 6]
+    prompt = join_names([vocabulary.names[number] for number in chosen])
+    tokenized = tokenizer(prompt.text)
+    for number, span in zip(chosen, prompt.spans, strict=True):
+        kept = tokenized.offsets[tokenized.positive([span])]
+        spelt = "".join(prompt.text[start:end] for start, end in kept.tolist())
+        assert spelt == vocabulary.names[number].replace(" ", "")

@@ -96,3 +96,33 @@ def test_synonyms_are_joined_once_each_and_come_apart_again() -> None:
     word = word_of(["couch", "Couch", "sofa", "settee_(seat)", "sofa"])
     assert word == "couch; sofa; settee_(seat)" and names_of(word) == ("couch", "sofa", "settee_(seat)")
     assert names_of("couch") == ("couch",) and word_of(["couch"]) == "couch"
+
+
+def test_captions_with_phrases() -> None:
+    """Ids of left-out objects are no numbers; unusable phrases are counted; scores and the teacher are optional."""
+    objects = [
+        {"label": "cat", "bbox": [0, 0, 5, 5], "id": 7, "score": 0.25},
+        {"label": "bad", "bbox": [0, 0, 0, 0], "id": 8},
+        {"label": "mat", "bbox": [1, 1, 5, 5], "id": 9},
+    ]
+    phrases = [
+        {"start": 2, "end": 5, "objects": [7, 8]},
+        {"start": 11, "end": 14, "objects": [9, "x"]},
+        {"start": 11, "end": 15},
+        {"start": 5, "end": 6, "objects": [7]},
+        {"start": -1, "end": 3},
+    ]
+    record = {"width": 9, "height": 9, "objects": objects, "caption": "a c\u00e9t on a mat", "phrases": phrases}
+    found = read_objects(Sample("0", {"boxes.json": json.dumps({**record, "open": True, "teacher": "T"}).encode()}))
+    assert [(one.start, one.end, one.objects) for one in found.phrases] == [(2, 5, (0,)), (11, 14, (1,))]
+    assert found.phrases_left_out == 3 and found.left_out == 1
+    assert found.scores.tolist() == [0.25, 1.0] and found.teacher == "T" and found.open_labels
+    plain = read_objects(Sample("0", {"boxes.json": b'{"width": 9, "height": 9, "objects": []}'}))
+    assert (plain.caption, plain.phrases, plain.open_labels, len(plain.scores)) == ("", (), False, 0)
+
+
+@pytest.mark.parametrize("wrong", [{"phrases": 5}, {"phrases": [{"start": 1}]}, {"phrases": ["ab"]}])
+def test_malformed_phrases(wrong: dict[str, Any]) -> None:
+    record = {"width": 9, "height": 9, "objects": [], "caption": "abc", **wrong}
+    with pytest.raises(DataError, match="not as described"):
+        read_objects(Sample("0", {"boxes.json": json.dumps(record).encode()}))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pipeline.shards.privacy import masked
 from pipeline.shards.snapshot import Snapshot
 from pipeline.shards.storage import Folder
+from pipeline.stages.annotate.pseudo_boxes import BINS, PseudoBoxCounts
 from pipeline.stages.report.dataset_funnel import (
     DOWNLOAD,
     FILTER,
@@ -35,6 +36,7 @@ from pipeline.stages.report.dataset_statistics import (
     representative,
     shares,
 )
+from pipeline.stages.report.pseudo_boxes import pseudo_box_counts
 
 GROUPS, HOSTS, REASONS, LANGUAGES = 8, 25, 40, 15
 MOST_BARS = 40
@@ -104,6 +106,7 @@ class DatasetReport:
     funnel: Funnel
     difference: SnapshotDifference | None
     groups: tuple[tuple[Copies, ShownSample | None], ...]
+    pseudo_boxes: Mapping[str, PseudoBoxCounts]
     exact_images: bool
     exact_rows: bool
 
@@ -124,6 +127,7 @@ def make_report(snapshot: Snapshot, statistics: Statistics, options: ReportLimit
         funnel=funnel(snapshot, statistics),
         difference=difference(snapshot),
         groups=tuple((copies, shown.get(copies.keys[0])) for copies in groups),
+        pseudo_boxes=pseudo_box_counts(snapshot),
         exact_images=limits.images == 2**64,
         exact_rows=limits.rows == 2**64,
     )
@@ -137,6 +141,7 @@ def report_page(report: DatasetReport) -> str:
         _heading(name, report),
         _funnel_section(report.funnel, report.statistics.messages),
         _charts_section(report.statistics),
+        _pseudo_boxes_section(report.pseudo_boxes),
         _samples_section(report.statistics),
         _duplicates_section(report),
         _difference_section(snapshot, report.difference),
@@ -321,6 +326,37 @@ def _bars(histogram: Histogram, name: str) -> list[tuple[float, float, int]]:
         count = sum(histogram.bins.get(number, 0) for number in range(start, start + wide))
         bars.append((scale.edge(start), scale.edge(start + wide), count))
     return bars
+
+
+def _pseudo_boxes_section(found: Mapping[str, PseudoBoxCounts]) -> str:
+    """Counts and histogram of the scores of every sidecar with pseudo boxes; nothing without any."""
+    return "".join(
+        _section(f"Pseudo boxes: {_text(name, 40)}", _pseudo_boxes(counts)) for name, counts in found.items()
+    )
+
+
+def _pseudo_boxes(counts: PseudoBoxCounts) -> str:
+    metrics = counts.metrics()
+    facts = {
+        "boxes": _number(counts.boxes),
+        "boxes per caption": f"{metrics['boxes_per_caption']:.2f}",
+        "the same, with a score of 0.5 or more": f"{metrics['confident_boxes_per_caption']:.2f}",
+        "phrases": _number(counts.phrases),
+        "phrases with a box": _share(counts.found, counts.phrases),
+        "phrases beyond the teacher's token limit": _number(counts.cut),
+        "boxes that fill their image": _share(counts.whole, counts.boxes),
+        "images without boxes": _share(counts.without_boxes, counts.images - counts.unreadable),
+        "captions without phrases": _number(counts.without_phrases),
+        "unreadable images": _number(counts.unreadable),
+    }
+    rows = [f'<tr><th scope="row">{name}</th><td class="number">{value}</td></tr>' for name, value in facts.items()]
+    bars = [
+        f'<tr><td class="number">{place / BINS:.2f}</td><td class="number">{_number(count)}</td>'
+        f"{_meter(count, max(counts.histogram))}</tr>"
+        for place, count in enumerate(counts.histogram)
+    ]
+    scores = _table("Boxes by score, in bins from this score on", ("#score", "#boxes", "~"), bars)
+    return _table("Counts", ("count", "#value"), rows) + scores
 
 
 def _languages(languages: Mapping[str, int]) -> str:

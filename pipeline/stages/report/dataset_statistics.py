@@ -36,6 +36,7 @@ from pipeline.shards.text import decoded
 from pipeline.stages.crawl.images import ImageOptions, transform
 from pipeline.stages.filters.language import identify
 from pipeline.stages.report.outlines import Region, read_regions
+from pipeline.stages.report.pseudo_boxes import with_pseudo_boxes
 from pipeline.stages.shard_tasks import Workers, run_tasks
 
 EXACT_ROWS = 1_000_000
@@ -282,7 +283,7 @@ def measure_shard(folder: Folder, shard: Shard, options: ReportLimits, limits: S
     scores, languages = _scores(folder, shard), _languages(folder, shard)
     counted = _Counted(options, limits, scores, languages)
     last = ""
-    for sample in read_samples(folder, shard):
+    for sample in with_pseudo_boxes(folder, shard, read_samples(folder, shard)):
         counted.add(sample, repeated=sample.key == last)
         last = sample.key
     rows = _RowCounts(limits, options.seed)

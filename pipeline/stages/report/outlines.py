@@ -1,8 +1,8 @@
 """Boxes and masks of a sample as outlines to draw, in fractions of the image, so that any display size works.
 
 Read from ``boxes.json`` (COCO's ``bbox`` and uncompressed run-length ``segmentation`` per entry of ``objects``) and
-from ``mask.png`` (one grey value per object or class, 0 is background). Both are untrusted: entries that do not fit the
-image are left out.
+from ``mask.png`` (one grey value per object or class, 0 is background), and from rows of pseudo boxes. The first two
+are untrusted: entries that do not fit the image are left out.
 """
 
 import json
@@ -19,6 +19,7 @@ from pipeline.errors import SampleError
 from pipeline.shards.pixels import read_header
 from pipeline.shards.sample import Sample
 from pipeline.shards.segmentation import mask_of_runs
+from pipeline.stages.annotate.pseudo_boxes import COLUMNS, objects_of_row
 
 BOXES, MASK = "boxes.json", "mask.png"
 MOST_REGIONS = 50
@@ -38,9 +39,23 @@ class Region:
 
 
 def read_regions(sample: Sample, width: int, height: int) -> tuple[Region, ...]:
-    """The annotated regions of a sample's image of ``width`` by ``height`` pixels."""
-    described = _described(sample.fields.get(BOXES, b""), width, height)
-    return described or _masked(sample.fields.get(MASK, b""))
+    """The annotated regions of a sample's image of ``width`` by ``height`` pixels, and its pseudo boxes with scores."""
+    described = _described(sample.fields.get(BOXES, b""), width, height) + _predicted(sample)
+    return described[:MOST_REGIONS] or _masked(sample.fields.get(MASK, b""))
+
+
+def _predicted(sample: Sample) -> tuple[Region, ...]:
+    """The pseudo boxes in the sample's rows of sidecars."""
+    found = []
+    for row in sample.rows.values():
+        objects = objects_of_row(row) if set(COLUMNS) <= row.keys() else None
+        for number, label in enumerate(() if objects is None else objects.labels):
+            assert objects is not None
+            x1, y1, x2, y2 = objects.boxes[number].tolist()
+            box = _box([x1, y1, x2 - x1, y2 - y1], objects.width, objects.height)
+            name = f"{label[:LONGEST_LABEL]} {objects.scores[number]:.2f}"
+            found += [Region(label=name, box=box)] if box else []
+    return tuple(found)
 
 
 def _described(content: bytes, width: int, height: int) -> tuple[Region, ...]:

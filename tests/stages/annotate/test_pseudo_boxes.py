@@ -1,8 +1,7 @@
 """Pseudo boxes by a teacher whose boxes are known: what is stored, in which order, how often, and what is counted."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,16 @@ import torch
 from torchvision.ops import batched_nms
 
 from pipeline.errors import DataError, SettingError, SidecarError
+from pipeline.loaders.phrases import ReadSampleCaptions
 from pipeline.shards.objects import overlaps
 from pipeline.shards.sample import Sample
 from pipeline.shards.sidecar import sidecar_file
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.shards.storage import Folder
-from pipeline.stages.annotate.caption_phrases import AnnotatedPhrases, ExtractedPhrases, Span
+from pipeline.stages.annotate.caption_phrases import AnnotatedPhrases, ExtractedPhrases
 from pipeline.stages.annotate.pseudo_box_maker import (
     FoundBoxes,
+    LoadPseudoBoxMaker,
     PseudoBoxMaker,
     PseudoBoxOptions,
     kept_boxes,
@@ -35,83 +36,14 @@ from pipeline.stages.annotate.pseudo_boxes import (
     read_pseudo_boxes,
 )
 from pipeline.stages.shard_tasks import Workers
-from tests.grounded import jpeg, publish
+from tests.conftest import RayCluster
+from tests.grounded import LetterTeacher, WordPhrases, jpeg, load_letters, publish
 
 LOCAL = Workers(processes_count=0)
 
 
-@dataclass
-class LetterTeacher:
-    """Finds each phrase in two boxes that depend on the image's size and the phrase's position, with a score by its
-    length; a phrase of one letter is never found, and one behind character 30 is cut off."""
-
-    maker: str = "letters"
-    facts: dict[str, Any] = field(default_factory=lambda: {"teacher": "letters"})
-    batches: list[list[str]] = field(default_factory=list)
-
-    def prepare(self, image: bytes) -> tuple[int, int] | None:
-        from pipeline.loaders.images import decode
-        from pipeline.loaders.samples import UnreadableSample
-
-        try:
-            return decode(image).shape[:2]
-        except UnreadableSample:
-            return None
-
-    def shape(self, image: tuple[int, int]) -> tuple[int, int]:
-        return image
-
-    def size(self, image: tuple[int, int]) -> tuple[int, int]:
-        return image
-
-    def length(self, caption: str) -> int:
-        return len(caption)
-
-    def ground(
-        self, images: Sequence[tuple[int, int]], captions: Sequence[str], spans: Sequence[Sequence[Span]]
-    ) -> list[FoundBoxes]:
-        self.batches.append(list(captions))
-        found = []
-        for (height, width), some in zip(images, spans, strict=True):
-            boxes, scores, owners = [], [], []
-            for number, (start, end) in enumerate(some):
-                if end - start > 1 and end <= 30:
-                    boxes += [(start, 0, width, height), (start, 0, width + 9, height - 1), (0, 0, 4, 4)]
-                    scores += [min(0.1 * (end - start), 1), 0.09 * (end - start), 0.05 * (end - start)]
-                    owners += [number] * 3
-            cut = tuple(end > 30 for _, end in some)
-            plain = np.array(boxes, float).reshape(-1, 4)
-            found.append(FoundBoxes(plain, np.array(scores, float), np.array(owners, np.int64), cut))
-        return found
-
-
 def captioned(key: str, caption: str, height: int = 32, width: int = 48) -> Sample:
     return Sample(key, {"jpg": jpeg(height, width), "txt": caption.encode()})
-
-
-@dataclass(frozen=True)
-class WordPhrases:
-    """Every word is a phrase, and so are two unusable spans."""
-
-    maker: str = "words"
-
-    def of_shard(self, shard: Any) -> Any:
-        from pipeline.stages.annotate.caption_phrases import CaptionPhrases
-
-        def find(sample: Sample) -> CaptionPhrases:
-            if "txt" not in sample.fields:
-                return CaptionPhrases(None)
-            text, spans, start = sample.fields["txt"].decode(), [], 0
-            for word in text.split(" "):
-                spans.append((start, start + len(word)))
-                start += len(word) + 1
-            return CaptionPhrases(text, [*spans, (5, 5), (90, 95)] if text else [])
-
-        return find
-
-
-def load(threads: int) -> LetterTeacher:
-    return LetterTeacher()
 
 
 def rows_of(snapshot: Snapshot) -> dict[str, dict[str, Any]]:
@@ -120,7 +52,7 @@ def rows_of(snapshot: Snapshot) -> dict[str, dict[str, Any]]:
 
 
 def make(snapshot: Snapshot, **options: Any) -> Snapshot:
-    return make_pseudo_boxes(snapshot, load, WordPhrases(), PseudoBoxOptions(**options), LOCAL)
+    return make_pseudo_boxes(snapshot, load_letters, WordPhrases(), PseudoBoxOptions(**options), LOCAL)
 
 
 def test_rows_of_every_kind_of_sample(tmp_path: Path) -> None:
@@ -254,8 +186,6 @@ def test_phrases_of_other_sources(tmp_path: Path) -> None:
     sample.fields["boxes.json"] = json.dumps(record).encode()
     found = AnnotatedPhrases().of_shard(None)(sample)  # type: ignore[arg-type]
     assert (found.caption, list(found.spans)) == ("a dog sits", [(2, 5)])
-    from pipeline.loaders.phrases import ReadSampleCaptions
-
     source = ExtractedPhrases("rules", ReadSampleCaptions(caption="txt"))
     found = source.of_shard(None)(sample)  # type: ignore[arg-type]
     assert [str(found.caption)[slice(*span)] for span in found.spans] == ["red dog", "grass"]
@@ -276,3 +206,15 @@ def test_counts_of_another_file_are_refused(tmp_path: Path) -> None:
     snapshot = publish(tmp_path, [captioned("0", "dog")], rows=[row("0", "dog", [(0, 3)])])
     with pytest.raises(SidecarError, match="counts"):
         read_counts(Folder(snapshot.folder), snapshot.shards[0])
+
+
+def test_on_a_cluster_the_boxes_are_the_same(tmp_path: Path, ray_cluster: RayCluster) -> None:
+    """The annotator travels to the actors; a sidecar that exists is kept."""
+    samples = [captioned(f"{number:03d}", f"dog number{number} caterpillar") for number in range(12)]
+    alone = make(publish(tmp_path / "alone", samples))
+    given = publish(tmp_path / "ray", samples)
+    phrases, options = ExtractedPhrases("rules", ReadSampleCaptions(caption="txt")), PseudoBoxOptions()
+    together = make_pseudo_boxes(given, load_letters, WordPhrases(), options, Workers(processes_count=2))
+    assert rows_of(together) == rows_of(alone)
+    assert [one.sidecars for one in together.shards] == [one.sidecars for one in alone.shards]
+    assert pickle.loads(pickle.dumps(LoadPseudoBoxMaker(load_letters, phrases, options)))(1).maker

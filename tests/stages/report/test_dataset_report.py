@@ -10,12 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.shards.sample import Sample
 from pipeline.shards.selection import select
 from pipeline.shards.snapshot import Snapshot, publish_shards
 from pipeline.shards.storage import Folder
+from pipeline.stages.annotate.pseudo_box_maker import PseudoBoxOptions, make_pseudo_boxes
+from pipeline.stages.annotate.pseudo_boxes import read_counts
 from pipeline.stages.report.dataset_report import make_report, plain, report_page
 from pipeline.stages.report.dataset_statistics import ReportLimits, measure
 from pipeline.stages.shard_tasks import Workers
+from tests.grounded import WordPhrases, jpeg, load_letters, publish
 
 Make = Callable[..., Snapshot]
 EVIL = (
@@ -177,3 +181,16 @@ def test_a_first_snapshot_without_rows_or_sidecars(make_snapshot: Make) -> None:
 )
 def test_plain(given: str, shown: str) -> None:
     assert plain(given, 10) == shown
+
+
+def test_pseudo_boxes_are_counted_and_shown(tmp_path: Path) -> None:
+    """In a section of their own for each sidecar; the words of captions are no markup."""
+    caption = "a <b>red</b> dog"
+    samples = [Sample(f"0000{number}", {"jpg": jpeg(), "txt": caption.encode()}) for number in range(2)]
+    snapshot = publish(tmp_path, samples)
+    annotated = make_pseudo_boxes(snapshot, load_letters, WordPhrases(), PseudoBoxOptions(), Workers(processes_count=0))
+    page = page_of(annotated)
+    counts = read_counts(Folder(str(tmp_path)), annotated.shards[0])
+    assert "Pseudo boxes: boxes" in page and f">{counts.found / counts.phrases:.1%}<".replace("%", " %") in page
+    assert "&lt;b&gt;red&lt;/b&gt; 1.00" in page and "<b>red" not in page and 'class="box"' in page
+    assert "Pseudo boxes" not in page_of(snapshot)
