@@ -12,19 +12,12 @@ from pipeline.config import require
 from pipeline.shards.objects import names_of, plain_word
 
 
-@dataclass(frozen=True)
-class Detections:
-    """The objects detected in one image, sorted by score, on the CPU.
-
-    ``boxes`` are x1, y1, x2, y2 in pixels of the input image, clipped to it, float32 [n, 4]; ``scores`` float32 [n],
-    0 to 1; ``labels`` int64 [n], indices into the requested words. ``masks``, if the method has them, are
-    probabilities on a grid over each box, float32 [n, m, m]; :meth:`whole_masks` pastes them into the image.
-    """
+class PastedMasks:
+    """Masks on grids over boxes, and how they lie in the image; the base of the results that have them."""
 
     boxes: Tensor
     scores: Tensor
-    labels: Tensor
-    masks: Tensor | None = None
+    masks: Tensor | None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -56,6 +49,21 @@ class Detections:
         return rows, columns, values[0, 0] >= 0.5
 
 
+@dataclass(frozen=True)
+class Detections(PastedMasks):
+    """The objects detected in one image, sorted by score, on the CPU.
+
+    ``boxes`` are x1, y1, x2, y2 in pixels of the input image, clipped to it, float32 [n, 4]; ``scores`` float32 [n],
+    0 to 1; ``labels`` int64 [n], indices into the requested words. ``masks``, if the method has them, are
+    probabilities on a grid over each box, float32 [n, m, m]; :meth:`whole_masks` pastes them into the image.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    masks: Tensor | None = None
+
+
 def _pixels(low: float, high: float, length: int) -> tuple[slice, Tensor]:
     """The pixels of a side with centres between ``low`` and ``high``, and these centres scaled to -1 to 1.
 
@@ -85,19 +93,17 @@ class Detector(Protocol):
 
 
 @dataclass(frozen=True)
-class GroundedBoxes:
+class GroundedBoxes(PastedMasks):
     """The boxes of the phrases of one caption in its image, sorted by score, on the CPU.
 
     ``boxes`` are x1, y1, x2, y2 in pixels of the input image, clipped to it, float32 [n, 4]; ``scores`` float32 [n],
-    0 to 1; ``spans`` int64 [n], indices into the requested spans.
+    0 to 1; ``spans`` int64 [n], indices into the requested spans. ``masks`` are as in :class:`Detections`.
     """
 
     boxes: Tensor
     scores: Tensor
     spans: Tensor
-
-    def __len__(self) -> int:
-        return len(self.scores)
+    masks: Tensor | None = None
 
 
 class Grounder(Protocol):

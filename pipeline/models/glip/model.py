@@ -58,6 +58,7 @@ from pipeline.models.glip.network import AnchorFeatures, EncodedText, GlipNetwor
 from pipeline.models.glip.phrases import (
     CODER,
     Candidates,
+    FoundPhrases,
     averaging_matrix,
     find_candidates,
     phrase_tokens,
@@ -82,6 +83,10 @@ class EncodedPrompt:
     first: int
     text: EncodedText
     averaging: Tensor
+
+    def expand(self, count: int) -> "EncodedPrompt":
+        """One prompt for ``count`` images."""
+        return EncodedPrompt(self.first, self.text.expand(count), self.averaging.expand(count, -1, -1))
 
 
 @dataclass(frozen=True)
@@ -273,16 +278,9 @@ class Glip(Method):
         prompts = self._encoded_prompts(tuple(words))
         found: dict[int, Detections] = {}
         for group in self._groups(images):
-            levels = self.model.image(self.normalised(group.pixels))
-            texts = [prompt.text.expand(len(group.numbers)) for prompt in prompts]
-            compared = zip(prompts, self.model.compare(levels, texts), strict=True)
-            parts = [
-                self._candidates(levels, *pair, prompt.averaging.expand(len(group.numbers), -1, -1))
-                for prompt, pair in compared
-            ]
-            best = suppress(together(parts, [prompt.first for prompt in prompts]), group.extents, self.config)
-            for number, place, (boxes, scores, labels) in zip(group.numbers, group.places, best, strict=True):
-                found[number] = Detections(unplaced(boxes, place), scores, labels)
+            best = self._find(group, [prompt.expand(len(group.numbers)) for prompt in prompts])
+            for number, place, one in zip(group.numbers, group.places, best, strict=True):
+                found[number] = Detections(unplaced(one.boxes, place), one.scores, one.phrases, one.masks)
         return [found[number] for number in range(len(images))]
 
     @torch.no_grad()
@@ -296,13 +294,17 @@ class Glip(Method):
         for group in self._groups(images):
             tokens, mask = self._padded([tokenized[number] for number in group.numbers])
             averaging = averaging_matrix([positive[number] for number in group.numbers], tokens.shape[1])
-            levels = self.model.image(self.normalised(group.pixels))
-            ((features, weights),) = self.model.compare(levels, [self.model.encode_text(tokens, mask)])
-            candidates = self._candidates(levels, features, weights, averaging.to(tokens.device))
-            best = suppress(candidates, group.extents, self.config)
-            for number, place, (boxes, scores, phrases) in zip(group.numbers, group.places, best, strict=True):
-                found[number] = GroundedBoxes(unplaced(boxes, place), scores, phrases)
+            prompt = EncodedPrompt(0, self.model.encode_text(tokens, mask), averaging.to(tokens.device))
+            for number, place, one in zip(group.numbers, group.places, self._find(group, [prompt]), strict=True):
+                found[number] = GroundedBoxes(unplaced(one.boxes, place), one.scores, one.phrases, one.masks)
         return [found[number] for number in range(len(images))]
+
+    def _find(self, group: ImageGroup, prompts: Sequence[EncodedPrompt]) -> list[FoundPhrases]:
+        """The phrases of all ``prompts`` in each image of ``group``; each prompt has a text for every image."""
+        levels = self.model.image(self.normalised(group.pixels))
+        compared = zip(prompts, self.model.compare(levels, [prompt.text for prompt in prompts]), strict=True)
+        parts = [self._candidates(levels, *pair, prompt.averaging) for prompt, pair in compared]
+        return suppress(together(parts, [prompt.first for prompt in prompts]), group.extents, self.config)
 
     def _candidates(
         self, levels: Sequence[Tensor], features: AnchorFeatures, weights: TokenWeights, averaging: Tensor

@@ -89,7 +89,7 @@ class FusedTower(nn.Module):
         for number, block in enumerate(self.images):
             if len(self.fusions):
                 pixels, hidden = self.fusions[number](flattened(found), hidden, text.mask)
-                found = _unflattened(pixels, found)
+                found = unflattened(pixels, found)
                 hidden = self.texts[number](hidden, attention_mask=attention_mask(text.mask))
             found = block(found)
         return found, hidden
@@ -177,12 +177,19 @@ class GlipNetwork(nn.Module):
         Without fusion the pyramid goes through the tower once.
         """
         found: AnchorFeatures | None = None
-        for text in texts:
-            hidden = text.hidden
+        for fused, hidden in self.fuse(levels, texts):
             if self.fused or found is None:
-                fused, hidden = self.tower(levels, text)
                 found = self.head.anchor_features(fused)
             yield found, self.head.token_weights(hidden)
+
+    def fuse(self, levels: Sequence[Tensor], texts: Iterable[EncodedText]) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """Levels and token features [B, M, D] after the tower, for one pyramid and each of the ``texts``."""
+        fused: list[Tensor] | None = None
+        for text in texts:
+            hidden = text.hidden
+            if self.fused or fused is None:
+                fused, hidden = self.tower(levels, text)
+            yield fused, hidden
 
     @property
     def fused(self) -> bool:
@@ -195,7 +202,8 @@ def flattened(levels: Sequence[Tensor]) -> Tensor:
     return torch.cat([level.flatten(2) for level in levels], dim=2).transpose(1, 2)
 
 
-def _unflattened(pixels: Tensor, levels: Sequence[Tensor]) -> list[Tensor]:
+def unflattened(pixels: Tensor, levels: Sequence[Tensor]) -> list[Tensor]:
+    """[B, N, C] to levels of the sizes of ``levels``."""
     sizes = [level.shape[-2:] for level in levels]
     parts = pixels.transpose(1, 2).split([height * width for height, width in sizes], dim=2)
     return [part.unflatten(2, tuple(size)) for part, size in zip(parts, sizes, strict=True)]
