@@ -39,7 +39,7 @@ AP (rare) 18.5 (14.2), 17.8 (13.5), 24.9 (17.7), 26.0 (20.8), 37.3 (28.2) (table
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import timm
 import torch
@@ -52,7 +52,7 @@ from pipeline.loaders.grounding import MULTIPLE, GroundingData, GroundingReader,
 from pipeline.loaders.grounding_prompts import DRAWN, SpanTokenizer, TokenizedText, name_chunks
 from pipeline.models.detections import Detections, GroundedBoxes, check_words
 from pipeline.models.glip import losses, text
-from pipeline.models.glip.assignment import Anchors, assign, make_anchors
+from pipeline.models.glip.assignment import Anchors, Assignment, assign, make_anchors
 from pipeline.models.glip.config import SMALLEST, Config, strides
 from pipeline.models.glip.network import AnchorFeatures, EncodedText, GlipNetwork, TokenWeights, align
 from pipeline.models.glip.phrases import (
@@ -151,7 +151,7 @@ class Glip(Method):
         text.text_settings(config, SpanTokenizer.load(config.text))
 
     @classmethod
-    def restored(cls, config: Config, description: Mapping[str, str]) -> "Glip":
+    def restored(cls, config: Config, description: Mapping[str, str]) -> Self:
         """The modules alone."""
         return cls(config, description)
 
@@ -159,7 +159,7 @@ class Glip(Method):
         """The tokenizer and the settings of the text tower."""
         return {TOKENIZER: self.tokenizer.description, text.BERT: text.settings_text(self.settings)}
 
-    def train(self, mode: bool = True) -> "Glip":
+    def train(self, mode: bool = True) -> Self:
         """torch's; encoded prompts are forgotten where training begins, which changes them."""
         if mode:
             self._prompts.clear()
@@ -230,15 +230,21 @@ class Glip(Method):
         encoded = self.model.encode_text(batch["tokens"], batch["token_mask"])
         ((found, weights),) = self.model.compare(levels, [encoded])
         with torch.autocast(found.features.device.type, enabled=False):
-            return self._losses(batch, self._anchors(levels), found, weights)
+            anchors = self._anchors(levels)
+            return self._losses(batch, anchors, self._assign(batch, anchors), found, weights)
+
+    def _assign(self, batch: Mapping[str, Tensor], anchors: Anchors) -> Assignment:
+        return assign(anchors, batch["boxes"].float(), real_boxes(batch), self.config.candidates)
 
     def _losses(
-        self, batch: Mapping[str, Tensor], anchors: Anchors, found: AnchorFeatures, weights: TokenWeights
+        self,
+        batch: Mapping[str, Tensor],
+        anchors: Anchors,
+        assigned: Assignment,
+        found: AnchorFeatures,
+        weights: TokenWeights,
     ) -> dict[str, Tensor]:
         boxes, phrases = batch["boxes"].float(), batch["positive_map"]
-        # A box whose phrase has no token would teach that none of the text is there.
-        real = (boxes[..., 2:] > boxes[..., :2]).all(dim=-1) & phrases.any(dim=-1)
-        assigned = assign(anchors, boxes, real, self.config.candidates)
         positive, row = assigned.positive, assigned.matched[..., None]
         targets = phrases.gather(1, row.expand(-1, -1, phrases.shape[-1])) & positive[..., None]
         truth = torch.where(positive[..., None], boxes.gather(1, row.expand(-1, -1, 4)), anchors.boxes)
@@ -355,6 +361,12 @@ class Glip(Method):
                 stacked.to(self.mean.device),
                 [place for _, _, place in members],
             )
+
+
+def real_boxes(batch: Mapping[str, Tensor]) -> Tensor:
+    """Bool [B, G]: boxes with area and a phrase; one whose phrase has no token would teach that no word names it."""
+    boxes = batch["boxes"]
+    return (boxes[..., 2:] > boxes[..., :2]).all(dim=-1) & batch["positive_map"].any(dim=-1)
 
 
 def _stage_blocks(stage: nn.Module) -> list[nn.Module]:

@@ -46,7 +46,7 @@ def text_layer(settings: Any) -> nn.Module:
     """A new layer of BERT, after BERT's own rule for initial weights."""
     from transformers.models.bert.modeling_bert import BertLayer
 
-    layer: nn.Module = BertLayer(settings)  # type: ignore[no-untyped-call]
+    layer: nn.Module = BertLayer(settings)
     for module in layer.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=settings.initializer_range)
