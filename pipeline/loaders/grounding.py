@@ -23,6 +23,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import default_collate
 
 from pipeline.config import require
@@ -320,6 +321,17 @@ class GroundingReader:
     @cached_property
     def _vocabularies(self) -> list[ClassVocabulary]:
         return [ClassVocabulary(classes, self.tokenizer) for classes in self.data.classes]
+
+
+def padded_tokens(texts: Sequence[TokenizedText], pad: int) -> tuple[Tensor, Tensor]:
+    """Tokens int64 [B, M] and bool [B, M], False for padding; M is a multiple of 8."""
+    longest = -(-max(map(len, texts)) // MULTIPLE) * MULTIPLE
+    tokens = torch.full((len(texts), longest), pad, dtype=torch.int64)
+    mask = torch.zeros(tokens.shape, dtype=torch.bool)
+    for number, one in enumerate(texts):
+        tokens[number, : len(one)] = torch.from_numpy(one.ids)
+        mask[number, : len(one)] = True
+    return tokens, mask
 
 
 def _labelled(objects: Objects) -> list[tuple[str, bool]]:

@@ -25,10 +25,6 @@ class Pixels:
     query: Tensor
     value: Tensor
 
-    def expand(self, count: int) -> "Pixels":
-        """One image for ``count`` texts."""
-        return Pixels(*(part.expand(count, *part.shape[1:]) for part in (self.features, self.query, self.value)))
-
 
 class CrossFusion(nn.Module):
     """One fusion block; ``scale`` is the initial value of the layer scales g, 1 / number of blocks in the paper."""

@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from pipeline.config import require
 from pipeline.loaders.batches import Reader
 from pipeline.loaders.detection import FILL, Placement
-from pipeline.loaders.grounding import MULTIPLE, GroundingData, GroundingReader, grounding_data
+from pipeline.loaders.grounding import GroundingData, GroundingReader, grounding_data, padded_tokens
 from pipeline.loaders.grounding_prompts import DRAWN, SpanTokenizer, TokenizedText, name_chunks
 from pipeline.models.detections import Detections, GroundedBoxes, check_words
 from pipeline.models.glip import losses, text
@@ -334,12 +334,7 @@ class Glip(Method):
 
     def _padded(self, texts: Sequence[TokenizedText]) -> tuple[Tensor, Tensor]:
         """Tokens int64 [B, M] and bool [B, M] on the method's device."""
-        longest = max(map(len, texts))
-        tokens = torch.full((len(texts), -(-longest // MULTIPLE) * MULTIPLE), self.tokenizer.pad)
-        mask = torch.zeros(tokens.shape, dtype=torch.bool)
-        for number, one in enumerate(texts):
-            tokens[number, : len(one)] = torch.from_numpy(one.ids)
-            mask[number, : len(one)] = True
+        tokens, mask = padded_tokens(texts, self.tokenizer.pad)
         return tokens.to(self.mean.device), mask.to(self.mean.device)
 
     def _groups(self, images: Sequence[Tensor]) -> Iterator[ImageGroup]:
