@@ -3,7 +3,7 @@
 
     ray job submit --working-dir . -- python jobs/pretrain_glipv2.py t --output-folder s3://bucket/runs/glipv2-t \
         --data s3://bucket/objects365=0.4,s3://bucket/goldg=0.3,s3://bucket/cap4m=0.3
-    ray job submit --working-dir . -- python jobs/pretrain_glipv2.py masks --output-folder s3://bucket/runs/glipv2-masks \
+    ray job submit --working-dir . -- python jobs/pretrain_glipv2.py masks --output-folder s3://bucket/runs/glipv2-m \
         --start-from s3://bucket/runs/glipv2-t --data s3://bucket/coco
 
 The data are GLIP's: see docs/grounding.md. --start-from begins with released weights of GLIP, a run of GLIP or a run of
