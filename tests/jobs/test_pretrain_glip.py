@@ -39,8 +39,8 @@ def test_smoke_then_detection_and_a_second_run(
 
     detect = load_job("detect")
     preset = detect["PRESETS"]["smoke"][1]
-    picture = replace(preset, checkpoint=str(tmp_path / "run"), output=str(tmp_path / "found.png"), json=True)
-    options = {name: getattr(picture, name) for name in picture.__dataclass_fields__}
+    shown = replace(preset, checkpoint=str(tmp_path / "run"), output=str(tmp_path / "found.png"), json=True)
+    options = {name: getattr(shown, name) for name in shown.__dataclass_fields__}
     detect["main"](detect["Detect"](**{**options, "words": ("star", "disc", "pentagram")}))
     assert {one["word"] for one in json.loads(capsys.readouterr().out)} <= {"star", "disc", "pentagram"}
     assert (tmp_path / "found.png").stat().st_size > 1000

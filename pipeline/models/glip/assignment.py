@@ -53,7 +53,7 @@ def make_anchors(
 
 @torch.no_grad()
 def assign(anchors: Anchors, boxes: Tensor, real: Tensor, candidates: int = 9) -> Assignment:
-    """Match anchors with ``boxes`` [B, G, 4], of which those with ``real`` bool [B, G] exist; G is at least 1."""
+    """Match anchors with ``boxes`` [B, G, 4], those with ``real`` bool [B, G]; G is at least 1."""
     centres = (anchors.boxes[:, :2] + anchors.boxes[:, 2:]) / 2
     chosen = _nearest(centres, anchors.counts, (boxes[..., :2] + boxes[..., 2:]) / 2, candidates)
     overlap = overlaps(anchors.boxes[chosen], boxes[:, :, None])

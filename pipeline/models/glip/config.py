@@ -50,7 +50,7 @@ class Config:
     anchor_scale: float = 8.0
     """Side of an anchor in cells of its level."""
     candidates: int = 9
-    """Anchors of each level, nearest to a box, of which some are trained on the box."""
+    """Number of anchors of each level, the nearest ones to a box, among which ATSS chooses."""
     box_weight: float = 2.0
     """Weight of the box loss; the other losses have 1."""
     grounding: GroundingOptions = field(default_factory=GroundingOptions)

@@ -42,7 +42,7 @@ def test_new_weights_have_the_authors_values() -> None:
         tower = FusedTower(Config(), BertConfig(attn_implementation="sdpa"))
     assert len(tower.fusions) == len(tower.texts) == len(tower.images) == 6
     made = FusedTower(Config(**SMALLEST), small_settings())
-    assert [float(one.image_scale[0]) for one in made.fusions] == [0.5, 0.5]
+    assert [float(one.image_scale[0].detach()) for one in made.fusions] == [0.5, 0.5]
     head = AlignmentHead(256, 768)
     assert float(head.prior_bias.detach()) == pytest.approx(-4.59512) and not head.token_bias.any()
     assert float(head.log_scale.detach()) == 0 and head.level_scales.tolist() == [1.0] * 5
