@@ -1,4 +1,4 @@
-"""Captions and answers on GLIPv2's network: causality, beam search, questions, and what is learnt."""
+"""Captions and answers on GLIPv2's network: causality, beam search, questions, and a small overfit."""
 
 import itertools
 import json
@@ -174,7 +174,7 @@ def test_questions_are_answered_in_batches_as_one_by_one() -> None:
 
 
 @pytest.mark.slow
-def test_captions_and_answers_can_be_learnt() -> None:
+def test_captions_and_answers_can_be_trained() -> None:
     """Two images of one colour each: which one it is decides the caption and the answer to the same question."""
     colours = (torch.tensor([220, 30, 30]), torch.tensor([30, 30, 220]))
     images = torch.stack([colour.to(torch.uint8)[:, None, None].expand(3, 64, 64) for colour in colours])

@@ -59,7 +59,7 @@ class RegionWords:
 
 def choose_anchors(positive: Tensor, draws: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """At most ``most`` random ones of the ``positive`` anchors, bool [B, N]: their places int64 [B, A], and which of
-    these exist, bool [B, A]. ``draws`` int64 [B] are random numbers, of which the choice is a function."""
+    these exist, bool [B, A]. The choice is a function of ``draws`` int64 [B]."""
     order = torch.where(positive, _random_keys(draws, positive.shape[1]), -1.0)
     best = order.topk(min(most, order.shape[1]), dim=1)
     return best.indices, best.values >= 0

@@ -17,6 +17,7 @@ from pipeline.models.glipv2 import Config, Glipv2
 from pipeline.models.glipv2.config import BASE, DRAWN, HUGE, LEAST
 from pipeline.models.glipv2.segment import PhraseMaskHead, mask_loss
 from pipeline.training.checkpoint import Checkpoints, Meta, load_method
+from pipeline.training.flops import Work
 from pipeline.training.optimizer import AdamW, make_optimizer
 from tests.grounded import SIDE, grounded, obj
 
@@ -186,8 +187,17 @@ def test_without_masks_there_are_none() -> None:
     assert "masks" not in batch(method, [obj("disc")])
 
 
+def test_the_work_of_a_step_is_counted_without_masks() -> None:
+    """The number of masks depends on the batch's contents; the losses between images and of words do not."""
+    some = batch(built(), [obj("disc", (10, 10, 40, 40), **TRIANGLE)], [])
+    plain = Work(Glip(replace(Glip.smallest(), class_names=CONFIG.class_names))).of(some)
+    counted = Work(built(masks="no")).of(some)
+    assert plain is not None and counted is not None and 0 < counted - plain < plain
+    assert Work(built()).of(some) is None
+
+
 @pytest.mark.slow
-def test_masks_of_one_image_can_be_learnt() -> None:
+def test_masks_of_one_image_can_be_trained() -> None:
     """A triangle that is half of its box: the mask found by its name is nearer to it than the box, whose IoU is 0.5."""
     method = built(seed=1, jitter_scale=(1.0, 1.0), flip=0.0, class_names=("disc",)).train()
     some = batch(method, [obj("disc", (10, 10, 40, 40), **TRIANGLE)])
