@@ -206,6 +206,12 @@ class Glipv2Language(Glip):
         """As GLIP's."""
         return {name: layer for name, layer in super().layers().items() if self.get_parameter(name).requires_grad}
 
+    def blocks(self) -> Sequence[nn.Module]:
+        """As GLIP's, without the fusions of captions: their parts are called one by one, which a sharded or compiled
+        block does not allow."""
+        apart = set(self.model.tower.fusions) if self.language is not None else set()
+        return [block for block in super().blocks() if block not in apart]
+
     def training_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``caption``: the mean over tokens; or ``answer``: the sum over answers, the mean over questions."""
         levels = self.model.image(self.normalised(batch["image"]))

@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.errors import SettingError
 from pipeline.loaders.batches import SamplePosition
 from pipeline.loaders.samples import UnreadableSample
+from pipeline.models.glip.fusion import CrossFusion
 from pipeline.models.glipv2 import Glipv2
 from pipeline.models.glipv2_language import Config, Glipv2Language
 from pipeline.shards.sample import Sample
@@ -229,6 +230,27 @@ def test_what_is_not_used_is_not_trained() -> None:
         }
         first = any(name.startswith("model.tower.fusions.0.to_image") for name in frozen)
         assert first == (config.task == "captions"), "pixels do not read captions"
+
+
+def test_every_block_can_be_computed_again() -> None:
+    """Less memory, the same gradients; fusions of captions are not called as blocks."""
+    from pipeline.training.blocks import recompute_each
+
+    for config in (CAPTIONS, ANSWERS):
+        found = []
+        for again in (False, True):
+            method = built(config)
+            fusions = [block for block in method.blocks() if isinstance(block, CrossFusion)]
+            assert len(fusions) == (0 if config.task == "captions" else 2)
+            if again:
+                recompute_each(method.blocks())
+            tokens = torch.arange(2, 10)[None]
+            batch = {"image": image()[None], "tokens": tokens, "token_mask": torch.ones_like(tokens, dtype=torch.bool)}
+            (loss,) = method.training_step(batch | {"answers": torch.eye(3)[:1]}).values()
+            loss.backward()
+            found.append([value.grad for value in method.parameters() if value.grad is not None])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
