@@ -207,6 +207,26 @@ def objects_in(sample: Sample, stored: StoredBoxes | None = None) -> Objects:
         raise UnreadableSample(str(error)) from error
 
 
+def masks_in(
+    boxes: Boxes, objects: Objects, numbers: Sequence[int], placement: Placement, cells: int, unknown: int
+) -> Tensor:
+    """The masks of the objects ``numbers``, each inside its row of ``boxes`` [N, 4] of the square.
+
+    uint8 [N, cells, cells] of 0 and 1, or of ``unknown`` for an object without a segmentation; raises
+    ``UnreadableSample`` for a malformed one.
+    """
+    masks = torch.full((len(numbers), cells, cells), unknown, dtype=torch.uint8)
+    for row, number in enumerate(numbers):
+        segmentation = objects.segmentations[number] if objects.segmentations else None
+        if segmentation:
+            try:
+                whole = mask_of(segmentation, objects.height, objects.width)
+            except DataError as error:
+                raise UnreadableSample(f"{objects.key}: {error}") from error
+            masks[row] = torch.from_numpy(placement.mask(whole, boxes[row], cells))
+    return masks
+
+
 KEYS = ("image", "extent", "boxes", "labels", "masks", "region_boxes", "region_features", "draws")
 """The keys that :class:`DetectionReader` can read."""
 _FILLS = {"boxes": 0.0, "labels": BACKGROUND, "masks": 0, "region_boxes": 0.0, "region_features": 0.0}
@@ -299,7 +319,7 @@ class DetectionReader:
             case "labels":
                 return torch.tensor(targets.labels, dtype=torch.int64)
             case "masks":
-                return self._masks(sample, targets)
+                return self._masks(targets)
             case "region_boxes":
                 return self._region_boxes(sample, targets)
             case "region_features":
@@ -317,17 +337,9 @@ class DetectionReader:
         targets.objects.check_size(pixels.shape[0], pixels.shape[1], sample.key)
         return targets.placement.image(pixels)
 
-    def _masks(self, sample: Sample, targets: Targets) -> Tensor:
-        masks = torch.ones((len(targets.numbers), self.mask_cells, self.mask_cells), dtype=torch.uint8)
-        for row, number in enumerate(targets.numbers):
-            segmentation = targets.objects.segmentations[number]
-            if segmentation:
-                try:
-                    whole = mask_of(segmentation, targets.objects.height, targets.objects.width)
-                except DataError as error:
-                    raise UnreadableSample(f"{sample.key}: {error}") from error
-                masks[row] = torch.from_numpy(targets.placement.mask(whole, targets.boxes[row], self.mask_cells))
-        return masks
+    def _masks(self, targets: Targets) -> Tensor:
+        cells, numbers = self.mask_cells, targets.numbers
+        return masks_in(targets.boxes, targets.objects, numbers, targets.placement, cells, unknown=1)
 
     def _region_boxes(self, sample: Sample, targets: Targets) -> Tensor:
         assert self.regions is not None

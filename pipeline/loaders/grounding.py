@@ -22,6 +22,8 @@ from itertools import accumulate
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import default_collate
 
 from pipeline.config import require
@@ -34,6 +36,7 @@ from pipeline.loaders.grounding_prompts import (
     PromptOptions,
     Span,
     SpanTokenizer,
+    TokenizedText,
     join_names,
     mix_captions,
 )
@@ -113,13 +116,35 @@ def _captions(snapshot: Snapshot, most: int, seed: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Grounding:
-    """The prompt of one sample, the numbers of its objects that the prompt names, and their spans in the prompt;
-    ``left_out`` counts objects of the prompt's kind that it does not name for lack of tokens."""
+    """The prompt of one sample, the numbers of its objects that the prompt names, and their spans in the prompt.
+
+    - ``left_out``: objects of the prompt's kind that it does not name for lack of tokens.
+    - ``classes``: the names in a prompt of classes, also of those that are not in the image; none in a caption.
+    - ``about``: the parts of the prompt that are true of the image: the names of its classes, or its caption.
+    """
 
     text: str
     objects: tuple[int, ...]
     spans: tuple[tuple[Span, ...], ...]
     left_out: int = 0
+    classes: tuple[tuple[str, Span], ...] = ()
+    about: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True)
+class GroundedTargets:
+    """The prompt of a sample with its ``tokens``, and the visible objects with a token: their ``numbers`` in
+    ``objects``, ``boxes`` float64 [N, 4] in the square and ``positive`` tokens bool [N, M]. ``left_out`` counts those
+    without a token."""
+
+    objects: Objects
+    placement: Placement
+    prompt: Grounding
+    tokens: TokenizedText
+    numbers: tuple[int, ...]
+    boxes: NDArray[np.float64]
+    positive: NDArray[np.bool_]
+    left_out: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,25 +188,37 @@ class GroundingReader:
             UnreadableSample: objects or image cannot be read.
             DataError: the boxes belong to an image of another size, or the sample has no boxes.
         """
+        return self.values(sample, at, self.find(sample, at))
+
+    def find(self, sample: Sample, at: SamplePosition | None) -> GroundedTargets:
+        """The prompt and the objects of ``sample``; raises as :meth:`read`, except for the image."""
         objects = objects_in(sample, self._stored)
-        found = self.prompt(objects, at)
-        placement = self._place(objects, found.text, at)
-        pixels = decode(encoded_image(sample))
-        objects.check_size(pixels.shape[0], pixels.shape[1], sample.key)
-        tokens = self.tokenizer(found.text, self.options.text_tokens)
+        prompt = self.prompt(objects, at)
+        placement = self._place(objects, prompt.text, at)
+        tokens = self.tokenizer(prompt.text, self.options.text_tokens)
         moved = placement.boxes(objects.boxes)
         seen = large_enough(moved)
-        shown = [(n, spans) for n, spans in zip(found.objects, found.spans, strict=True) if seen[n]]
+        shown = [(n, spans) for n, spans in zip(prompt.objects, prompt.spans, strict=True) if seen[n]]
         maps = [(number, tokens.positive(spans)) for number, spans in shown]
         kept = [(number, positive) for number, positive in maps if positive.any()]
-        named = kept[: self.most]
+        numbers = tuple(number for number, _ in kept[: self.most])
+        positive = np.array([one for _, one in kept[: self.most]], np.bool_).reshape(-1, len(tokens))
+        left_out = prompt.left_out + len(maps) - len(kept)
+        return GroundedTargets(
+            objects, placement, prompt, tokens, numbers, moved[list(numbers)].reshape(-1, 4), positive, left_out
+        )
+
+    def values(self, sample: Sample, at: SamplePosition | None, targets: GroundedTargets) -> Row:
+        """The values of ``sample``; raises as :meth:`read`."""
+        pixels = decode(encoded_image(sample))
+        targets.objects.check_size(pixels.shape[0], pixels.shape[1], sample.key)
         return {
-            "image": placement.image(pixels),
-            "sizes": placement.extent,
-            "tokens": tokens.ids,
-            "boxes": torch.from_numpy(moved[[number for number, _ in named]]).float(),
-            "positive_map": np.array([one for _, one in named], np.bool_).reshape(-1, len(tokens)),
-            "left_out": found.left_out + len(maps) - len(kept),
+            "image": targets.placement.image(pixels),
+            "sizes": targets.placement.extent,
+            "tokens": targets.tokens.ids,
+            "boxes": torch.from_numpy(targets.boxes).float(),
+            "positive_map": targets.positive,
+            "left_out": targets.left_out,
         }
 
     def collate(self, rows: list[Row]) -> Batch:
@@ -238,7 +275,10 @@ class GroundingReader:
         spans = dict(zip(chosen, prompt.spans, strict=True))
         named = [(n, spans[number]) for n, number in enumerate(numbers) if number is not None and number in spans]
         left_out = sum(number is not None for number in numbers) - len(named)
-        return Grounding(prompt.text, tuple(n for n, _ in named), tuple((span,) for _, span in named), left_out)
+        names = tuple((vocabulary.names[number], span) for number, span in spans.items())
+        about = tuple(dict.fromkeys(span for _, span in named))
+        objects_named, their_spans = tuple(n for n, _ in named), tuple((span,) for _, span in named)
+        return Grounding(prompt.text, objects_named, their_spans, left_out, names, about)
 
     def _caption_prompt(self, objects: Objects, at: SamplePosition | None) -> Grounding:
         bits = None
@@ -251,7 +291,10 @@ class GroundingReader:
                 if not objects.crowd[number]:
                     spans.setdefault(number, []).append((start + phrase.start, start + phrase.end))
         named = sorted(spans.items())
-        return Grounding(text, tuple(number for number, _ in named), tuple(tuple(some) for _, some in named))
+        about = ((start, start + len(objects.caption)),) if objects.caption else ()
+        return Grounding(
+            text, tuple(number for number, _ in named), tuple(tuple(some) for _, some in named), about=about
+        )
 
     def _prefers_caption(self, at: SamplePosition | None) -> bool:
         if at is None:
@@ -279,6 +322,17 @@ class GroundingReader:
     @cached_property
     def _vocabularies(self) -> list[ClassVocabulary]:
         return [ClassVocabulary(classes, self.tokenizer) for classes in self.data.classes]
+
+
+def padded_tokens(texts: Sequence[TokenizedText], pad: int) -> tuple[Tensor, Tensor]:
+    """Tokens int64 [B, M] and bool [B, M], False for padding; M is a multiple of 8."""
+    longest = -(-max(map(len, texts)) // MULTIPLE) * MULTIPLE
+    tokens = torch.full((len(texts), longest), pad, dtype=torch.int64)
+    mask = torch.zeros(tokens.shape, dtype=torch.bool)
+    for number, one in enumerate(texts):
+        tokens[number, : len(one)] = torch.from_numpy(one.ids)
+        mask[number, : len(one)] = True
+    return tokens, mask
 
 
 def _labelled(objects: Objects) -> list[tuple[str, bool]]:

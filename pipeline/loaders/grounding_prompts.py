@@ -79,7 +79,7 @@ class SpanTokenizer:
         missing = [token for token in (START, END, PAD) if token not in numbers]
         require(not missing, "tokenizer", missing, f"a tokenizer with {START}, {END} and {PAD}")
         self.pad, self.mask, self.vocab_size = numbers[PAD], numbers.get(MASK), max(numbers.values()) + 1
-        self._start, self._end = numbers[START], numbers[END]
+        self.start, self.end = numbers[START], numbers[END]
         self._remembered = lru_cache(REMEMBERED_TEXTS)(self._count)
 
     def __reduce__(self) -> tuple[type["SpanTokenizer"], tuple[str]]:
@@ -135,6 +135,11 @@ class SpanTokenizer:
         found = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [self._cut(one, most) for one in found]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
     def count(self, text: str) -> int:
         """The number of pieces of ``text``, without start and end."""
         return self._remembered(text)
@@ -144,7 +149,7 @@ class SpanTokenizer:
 
     def _cut(self, found: Encoding, most: int) -> TokenizedText:
         kept = min(len(found.ids), most - 2)
-        ids = np.array([self._start, *found.ids[:kept], self._end], np.int64)
+        ids = np.array([self.start, *found.ids[:kept], self.end], np.int64)
         offsets = np.array([(0, 0), *found.offsets[:kept], (0, 0)], np.int64)
         return TokenizedText(ids, offsets, kept == len(found.ids))
 

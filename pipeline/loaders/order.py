@@ -69,6 +69,12 @@ class RandomStream(IntEnum):
     """Which classes or captions are in the prompt of an image, and their order."""
     CAPTION_POOL = 21
     """Which captions of a data set are negatives of other images."""
+    MASKED_TOKENS = 30
+    """Which tokens of a text are masked or replaced."""
+    MASK_BOXES = 31
+    """How far the box around a mask is moved."""
+    TEXTS = 32
+    """Which caption or question of an image is read."""
     VIEWS = 64
     """Random crops of view v of an image: 64 + v, 64 to 127."""
     COLOURS = 128

@@ -18,7 +18,7 @@ from pipeline.training import flops
 from pipeline.training.flops import Work, peak_of, precision
 
 CPU = torch.device("cpu")
-DETECTORS = ("proposals", "vild")
+DETECTORS = ("glipv2", "proposals", "vild")
 """What they compute depends on what they find, which shapes alone do not tell: not counted, with a warning."""
 
 

@@ -10,9 +10,20 @@ call of torch's ``scaled_dot_product_attention``, so no N x M matrix is stored. 
 half precision; bfloat16 and float32 do not need that.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Normalised ``features`` [B, N, C], and ``query`` and ``value`` [B, heads, N, d] of each pixel."""
+
+    features: Tensor
+    query: Tensor
+    value: Tensor
 
 
 class CrossFusion(nn.Module):
@@ -40,11 +51,26 @@ class CrossFusion(nn.Module):
         ``mask`` is bool [B, M], False for padding tokens, which no pixel attends to. All pixels are attended to, also
         those of an image's padding, as in the authors' code.
         """
-        image, text = self.image_norm(image), self.text_norm(text)
-        query, key = self._split(self.query(image)), self._split(self.key(text))
-        to_image = self._attend(query, key, self._split(self.text_value(text)), mask[:, None, None, :])
-        to_text = self._attend(key, query, self._split(self.image_value(image)), None)
-        return image + self.image_scale * self.to_image(to_image), text + self.text_scale * self.to_text(to_text)
+        pixels = self.view(image)
+        text = self.text_norm(text)
+        key = self._split(self.key(text))
+        to_image = self._attend(pixels.query, key, self._split(self.text_value(text)), mask[:, None, None, :])
+        return pixels.features + self.image_scale * self.to_image(to_image), self._read(pixels, text, key)
+
+    def view(self, image: Tensor) -> "Pixels":
+        """Pixels [B, N, C] as texts read them."""
+        image = self.image_norm(image)
+        return Pixels(image, self._split(self.query(image)), self._split(self.image_value(image)))
+
+    def read(self, pixels: "Pixels", text: Tensor) -> Tensor:
+        """Tokens [B, M, D] to the same; the pixels do not see the text, so a token depends on no other token."""
+        text = self.text_norm(text)
+        return self._read(pixels, text, self._split(self.key(text)))
+
+    def _read(self, pixels: "Pixels", text: Tensor, key: Tensor) -> Tensor:
+        to_text = self.to_text(self._attend(key, pixels.query, pixels.value, None))
+        read: Tensor = text + self.text_scale * to_text
+        return read
 
     def _split(self, features: Tensor) -> Tensor:
         """[B, L, heads * d] to [B, heads, L, d]."""

@@ -32,7 +32,7 @@ Differences from the authors' code:
 
 Tuning on few images, of all weights, of a prompt or of the last layers: ``tuning.py``.
 
-Left out: the losses that the authors tried (soft tokens, MDETR's contrastive alignment); GLIPv2.
+Left out: the losses that the authors tried (soft tokens, MDETR's contrastive alignment).
 
 To hold a run against: COCO zero-shot AP of GLIP-T (A) 42.9, (B) 44.9, (C) 46.7, GLIP-T 46.3, GLIP-L 49.8; LVIS minival
 AP (rare) 18.5 (14.2), 17.8 (13.5), 24.9 (17.7), 26.0 (20.8), 37.3 (28.2) (tables 2 and 3).
@@ -49,16 +49,17 @@ from torch import Tensor, nn
 from pipeline.config import require
 from pipeline.loaders.batches import Reader
 from pipeline.loaders.detection import FILL, Placement
-from pipeline.loaders.grounding import MULTIPLE, GroundingData, GroundingReader, grounding_data
+from pipeline.loaders.grounding import GroundingData, GroundingReader, grounding_data, padded_tokens
 from pipeline.loaders.grounding_prompts import DRAWN, SpanTokenizer, TokenizedText, name_chunks
 from pipeline.models.detections import Detections, GroundedBoxes, check_words
 from pipeline.models.glip import losses, text, tuning
-from pipeline.models.glip.assignment import Anchors, assign, make_anchors
+from pipeline.models.glip.assignment import Anchors, Assignment, assign, make_anchors
 from pipeline.models.glip.config import SMALLEST, Config, strides
 from pipeline.models.glip.network import AnchorFeatures, EncodedText, GlipNetwork, TokenWeights, align
 from pipeline.models.glip.phrases import (
     CODER,
     Candidates,
+    FoundPhrases,
     averaging_matrix,
     find_candidates,
     phrase_tokens,
@@ -83,6 +84,10 @@ class EncodedPrompt:
     first: int
     text: EncodedText
     averaging: Tensor
+
+    def expand(self, count: int) -> "EncodedPrompt":
+        """One prompt for ``count`` images."""
+        return EncodedPrompt(self.first, self.text.expand(count), self.averaging.expand(count, -1, -1))
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ class Glip(Method):
         text.text_settings(config, SpanTokenizer.load(config.text))
 
     @classmethod
-    def restored(cls, config: Config, description: Mapping[str, str]) -> "Glip":
+    def restored(cls, config: Config, description: Mapping[str, str]) -> Self:
         """The modules alone."""
         return cls(config, description)
 
@@ -230,15 +235,21 @@ class Glip(Method):
         encoded = self.model.encode_text(batch["tokens"], batch["token_mask"])
         ((found, weights),) = self.model.compare(levels, [encoded])
         with torch.autocast(found.features.device.type, enabled=False):
-            return self._losses(batch, self._anchors(levels), found, weights)
+            anchors = self._anchors(levels)
+            return self._losses(batch, anchors, self._assign(batch, anchors), found, weights)
+
+    def _assign(self, batch: Mapping[str, Tensor], anchors: Anchors) -> Assignment:
+        return assign(anchors, batch["boxes"].float(), real_boxes(batch), self.config.candidates)
 
     def _losses(
-        self, batch: Mapping[str, Tensor], anchors: Anchors, found: AnchorFeatures, weights: TokenWeights
+        self,
+        batch: Mapping[str, Tensor],
+        anchors: Anchors,
+        assigned: Assignment,
+        found: AnchorFeatures,
+        weights: TokenWeights,
     ) -> dict[str, Tensor]:
         boxes, phrases = batch["boxes"].float(), batch["positive_map"]
-        # A box whose phrase has no token would teach that none of the text is there.
-        real = (boxes[..., 2:] > boxes[..., :2]).all(dim=-1) & phrases.any(dim=-1)
-        assigned = assign(anchors, boxes, real, self.config.candidates)
         positive, row = assigned.positive, assigned.matched[..., None]
         targets = phrases.gather(1, row.expand(-1, -1, phrases.shape[-1])) & positive[..., None]
         truth = torch.where(positive[..., None], boxes.gather(1, row.expand(-1, -1, 4)), anchors.boxes)
@@ -279,16 +290,9 @@ class Glip(Method):
         prompts, numbers = self._encoded_prompts(tuple(words[number] for number in order)), torch.tensor(order)
         found: dict[int, Detections] = {}
         for group in self._groups(images):
-            levels = self.model.image(self.normalised(group.pixels))
-            texts = [prompt.text.expand(len(group.numbers)) for prompt in prompts]
-            compared = zip(prompts, self.model.compare(levels, texts), strict=True)
-            parts = [
-                self._candidates(levels, *pair, prompt.averaging.expand(len(group.numbers), -1, -1))
-                for prompt, pair in compared
-            ]
-            best = suppress(together(parts, [prompt.first for prompt in prompts]), group.extents, self.config)
-            for number, place, (boxes, scores, labels) in zip(group.numbers, group.places, best, strict=True):
-                found[number] = Detections(unplaced(boxes, place), scores, numbers[labels])
+            best = self._find(group, [prompt.expand(len(group.numbers)) for prompt in prompts])
+            for number, place, one in zip(group.numbers, group.places, best, strict=True):
+                found[number] = Detections(unplaced(one.boxes, place), one.scores, numbers[one.phrases], one.masks)
         return [found[number] for number in range(len(images))]
 
     @torch.no_grad()
@@ -302,13 +306,17 @@ class Glip(Method):
         for group in self._groups(images):
             tokens, mask = self._padded([tokenized[number] for number in group.numbers])
             averaging = averaging_matrix([positive[number] for number in group.numbers], tokens.shape[1])
-            levels = self.model.image(self.normalised(group.pixels))
-            ((features, weights),) = self.model.compare(levels, [self.model.encode_text(tokens, mask)])
-            candidates = self._candidates(levels, features, weights, averaging.to(tokens.device))
-            best = suppress(candidates, group.extents, self.config)
-            for number, place, (boxes, scores, phrases) in zip(group.numbers, group.places, best, strict=True):
-                found[number] = GroundedBoxes(unplaced(boxes, place), scores, phrases)
+            prompt = EncodedPrompt(0, self.model.encode_text(tokens, mask), averaging.to(tokens.device))
+            for number, place, one in zip(group.numbers, group.places, self._find(group, [prompt]), strict=True):
+                found[number] = GroundedBoxes(unplaced(one.boxes, place), one.scores, one.phrases, one.masks)
         return [found[number] for number in range(len(images))]
+
+    def _find(self, group: ImageGroup, prompts: Sequence[EncodedPrompt]) -> list[FoundPhrases]:
+        """The phrases of all ``prompts`` in each image of ``group``; each prompt has a text for every image."""
+        levels = self.model.image(self.normalised(group.pixels))
+        compared = zip(prompts, self.model.compare(levels, [prompt.text for prompt in prompts]), strict=True)
+        parts = [self._candidates(levels, *pair, prompt.averaging) for prompt, pair in compared]
+        return suppress(together(parts, [prompt.first for prompt in prompts]), group.extents, self.config)
 
     def _candidates(
         self, levels: Sequence[Tensor], features: AnchorFeatures, weights: TokenWeights, averaging: Tensor
@@ -332,12 +340,7 @@ class Glip(Method):
 
     def _padded(self, texts: Sequence[TokenizedText]) -> tuple[Tensor, Tensor]:
         """Tokens int64 [B, M] and bool [B, M] on the method's device."""
-        longest = max(map(len, texts))
-        tokens = torch.full((len(texts), -(-longest // MULTIPLE) * MULTIPLE), self.tokenizer.pad)
-        mask = torch.zeros(tokens.shape, dtype=torch.bool)
-        for number, one in enumerate(texts):
-            tokens[number, : len(one)] = torch.from_numpy(one.ids)
-            mask[number, : len(one)] = True
+        tokens, mask = padded_tokens(texts, self.tokenizer.pad)
         return tokens.to(self.mean.device), mask.to(self.mean.device)
 
     def _groups(self, images: Sequence[Tensor]) -> Iterator[ImageGroup]:
@@ -359,6 +362,12 @@ class Glip(Method):
                 stacked.to(self.mean.device),
                 [place for _, _, place in members],
             )
+
+
+def real_boxes(batch: Mapping[str, Tensor]) -> Tensor:
+    """Bool [B, G]: boxes with area and a phrase; one whose phrase has no token would teach that no word names it."""
+    boxes = batch["boxes"]
+    return (boxes[..., 2:] > boxes[..., :2]).all(dim=-1) & batch["positive_map"].any(dim=-1)
 
 
 def _stage_blocks(stage: nn.Module) -> list[nn.Module]:

@@ -22,7 +22,7 @@ STAGES = (1, 2, 3)  # of the backbone, with cells of 8, 16 and 32 pixels
 PRIOR = 0.01  # probability of a token at the beginning of the training
 
 
-class CoarseLevels(LastLevelP6P7):
+class CoarseLevels(LastLevelP6P7):  # type: ignore[misc]  # torchvision has no types
     """The two coarsest levels, in float32.
 
     On a CPU, torch's gradient of a filter of bfloat16 with stride 2 on a map of one pixel has values that were never
@@ -32,7 +32,8 @@ class CoarseLevels(LastLevelP6P7):
     def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         """See torchvision's ``ExtraFPNBlock``; without autocasting."""
         with torch.autocast(p[-1].device.type, enabled=False):
-            return super().forward([level.float() for level in p], [level.float() for level in c], names)
+            found: Any = super().forward([level.float() for level in p], [level.float() for level in c], names)
+            return found[0], found[1]
 
 
 class SwinPyramid(nn.Module):
@@ -103,7 +104,7 @@ class FusedTower(nn.Module):
         for number, block in enumerate(self.images):
             if len(self.fusions):
                 pixels, hidden = self.fusions[number](flattened(found), hidden, text.mask)
-                found = _unflattened(pixels, found)
+                found = unflattened(pixels, found)
                 hidden = self.texts[number](hidden, attention_mask=attention_mask(text.mask))
             found = block(found)
         return found, hidden
@@ -198,12 +199,19 @@ class GlipNetwork(nn.Module):
         Without fusion the pyramid goes through the tower once.
         """
         found: AnchorFeatures | None = None
-        for text in texts:
-            hidden = text.hidden
+        for fused, hidden in self.fuse(levels, texts):
             if self.fused or found is None:
-                fused, hidden = self.tower(levels, text)
                 found = self.head.anchor_features(fused)
             yield found, self.head.token_weights(hidden)
+
+    def fuse(self, levels: Sequence[Tensor], texts: Iterable[EncodedText]) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """Levels and token features [B, M, D] after the tower, for one pyramid and each of the ``texts``."""
+        fused: list[Tensor] | None = None
+        for text in texts:
+            hidden = text.hidden
+            if self.fused or fused is None:
+                fused, hidden = self.tower(levels, text)
+            yield fused, hidden
 
     @property
     def fused(self) -> bool:
@@ -216,7 +224,8 @@ def flattened(levels: Sequence[Tensor]) -> Tensor:
     return torch.cat([level.flatten(2) for level in levels], dim=2).transpose(1, 2)
 
 
-def _unflattened(pixels: Tensor, levels: Sequence[Tensor]) -> list[Tensor]:
+def unflattened(pixels: Tensor, levels: Sequence[Tensor]) -> list[Tensor]:
+    """[B, N, C] to levels of the sizes of ``levels``."""
     sizes = [level.shape[-2:] for level in levels]
     parts = pixels.transpose(1, 2).split([height * width for height, width in sizes], dim=2)
     return [part.unflatten(2, tuple(size)) for part, size in zip(parts, sizes, strict=True)]

@@ -35,6 +35,17 @@ class Candidates:
     phrases: Tensor
 
 
+@dataclass(frozen=True)
+class FoundPhrases:
+    """Of one image, on the CPU: ``boxes`` [n, 4], ``scores`` [n], the numbers of their ``phrases`` [n], and ``masks``
+    [n, m, m] of methods that have them."""
+
+    boxes: Tensor
+    scores: Tensor
+    phrases: Tensor
+    masks: Tensor | None = None
+
+
 def phrase_tokens(tokenized: TokenizedText, spans: Sequence[Span]) -> NDArray[np.bool_]:
     """Bool [P, M]: the tokens of each span."""
     rows = [tokenized.positive([span]) for span in spans]
@@ -72,10 +83,8 @@ def find_candidates(
     return Candidates(boxes, torch.cat(kept, dim=1), place % phrases)
 
 
-def suppress(
-    candidates: Candidates, extents: Sequence[tuple[int, int]], config: Config
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Boxes [n, 4], scores [n] and phrases [n] of each image, best first; boxes are clipped to the ``extents``.
+def suppress(candidates: Candidates, extents: Sequence[tuple[int, int]], config: Config) -> list[FoundPhrases]:
+    """What is found in each image, best first; boxes are clipped to the ``extents``.
 
     One call removes overlapping boxes of the same phrase in all images.
     """
@@ -89,7 +98,7 @@ def suppress(
     kept = batched_nms(boxes, scores, groups, config.detection_overlap)
     boxes, scores, phrases, image = (values[kept].cpu() for values in (boxes, scores, phrases, image))
     parts = [torch.where(image == number)[0][: config.detections] for number in range(len(extents))]
-    return [(boxes[part], scores[part], phrases[part]) for part in parts]
+    return [FoundPhrases(boxes[part], scores[part], phrases[part]) for part in parts]
 
 
 def together(parts: Sequence[Candidates], offsets: Sequence[int]) -> Candidates:

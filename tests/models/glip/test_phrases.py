@@ -89,7 +89,8 @@ def test_a_batch_is_the_references_rules_image_by_image(seed: int) -> None:
     phrases = [positive((1, 2), (3,), ()), positive((1, 2, 3, 4)), positive((5,), (6, 7))]
     matrix = averaging_matrix(phrases, TOKENS)
     found = suppress(find_candidates(ANCHORS, features, weights, matrix, config), [(64, 64)] * 3, config)
-    for image, (boxes, scores, numbers) in enumerate(found):
+    for image, one in enumerate(found):
+        boxes, scores, numbers = one.boxes, one.scores, one.phrases
         expected = by_hand(features, weights, image, phrases[image], config)
         assert len(scores) == len(expected) > 3
         assert scores.tolist() == pytest.approx([row[0] for row in expected], rel=1e-4)
@@ -102,8 +103,8 @@ def test_a_phrase_without_tokens_is_never_found() -> None:
     matrix = averaging_matrix([positive(()), positive((), (2,)), np.zeros((0, TOKENS), np.bool_)], TOKENS)
     config = replace(CONFIG, least_score=0.0)
     found = suppress(find_candidates(ANCHORS, features, weights, matrix, config), [(64, 64)] * 3, config)
-    assert [len(one[0]) for one in found][::2] == [0, 0]
-    assert found[1][2].unique().tolist() == [1]
+    assert [len(one.boxes) for one in found][::2] == [0, 0]
+    assert found[1].phrases.unique().tolist() == [1]
 
 
 def test_boxes_stay_inside_and_the_threshold_precedes_the_centerness() -> None:
@@ -112,12 +113,12 @@ def test_boxes_stay_inside_and_the_threshold_precedes_the_centerness() -> None:
     far = AnchorFeatures(features.features, features.moves, torch.full((1, COUNT), math.log(0.01)))
     low = TokenWeights(torch.zeros_like(weights.vectors), torch.full((1, TOKENS), 0.06).logit())
     matrix = averaging_matrix([positive((1,))], TOKENS)
-    ((boxes, scores, _),) = suppress(find_candidates(ANCHORS, far, low, matrix, CONFIG), [(40, 50)], CONFIG)
-    assert len(scores) and float(scores.max()) < 0.05
-    assert float(boxes.min()) >= 0 and bool((boxes <= torch.tensor([50.0, 40.0, 50.0, 40.0])).all())
+    (one,) = suppress(find_candidates(ANCHORS, far, low, matrix, CONFIG), [(40, 50)], CONFIG)
+    assert len(one.scores) and float(one.scores.max()) < 0.05
+    assert float(one.boxes.min()) >= 0 and bool((one.boxes <= torch.tensor([50.0, 40.0, 50.0, 40.0])).all())
     below = replace(CONFIG, least_score=0.07)
-    ((boxes, _, _),) = suppress(find_candidates(ANCHORS, far, low, matrix, below), [(40, 50)], below)
-    assert boxes.shape == (0, 4)
+    (none,) = suppress(find_candidates(ANCHORS, far, low, matrix, below), [(40, 50)], below)
+    assert none.boxes.shape == (0, 4)
 
 
 def test_prompts_keep_the_numbers_of_their_phrases() -> None:

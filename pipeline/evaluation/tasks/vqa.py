@@ -1,0 +1,120 @@
+"""Answers to questions about images, with VQA's accuracy."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import require
+from pipeline.evaluation.data import Data, SnapshotData, evaluation_batches
+from pipeline.evaluation.encoder import inference
+from pipeline.evaluation.figures import image_grid
+from pipeline.evaluation.task import SAMPLES, Cache, Column, PreparedSet, Reading, Report, Task, option
+from pipeline.loaders.batches import Row, SamplePosition
+from pipeline.loaders.questions import FIELDS, AskedQuestion, answer_accuracy, frequent_answers, read_questions
+from pipeline.loaders.readers import ImageReader
+from pipeline.loaders.samples import UnreadableSample
+from pipeline.shards.objects import FIELD
+from pipeline.shards.sample import Sample
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+IMAGES_AT_ONCE, SHOWN = 16, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The options of a set."""
+
+    questions: str = option(
+        FIELD, "vqa_questions", "Sample field with the questions, under the key `questions`: boxes.json or json."
+    )
+
+    def __post_init__(self) -> None:
+        require(self.questions in FIELDS, "vqa_questions", self.questions, "one of " + ", ".join(FIELDS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionsReader:
+    """``asked``: the questions of each sample, one or more, with their answers."""
+
+    questions: str
+    fields = ()
+
+    def read(self, sample: Sample, at: SamplePosition | None = None) -> Row:
+        """The questions; raises ``UnreadableSample`` without any."""
+        found = read_questions(sample, self.questions)
+        if not found:
+            raise UnreadableSample(f"{sample.key} has no question in {self.questions}")
+        return {"asked": found}
+
+    def collate(self, rows: list[Row]) -> dict[str, Any]:
+        """A list of lists."""
+        return {"asked": [row["asked"] for row in rows]}
+
+
+class Vqa(Task):
+    """The mean accuracy over questions; ``ready`` is the field of the questions."""
+
+    report = Report(
+        "vqa",
+        "visual question answering",
+        (Column("accuracy"), Column("constant", "one answer"), Column("questions", format=",.0f"), SAMPLES),
+    )
+    help = "Sets with questions for a model that answers them; see --zero-shot."
+    rank = 5
+    options = Config
+
+    def check(self, model: object, one: PreparedSet) -> None:
+        """Require a model that answers questions."""
+        answers = callable(getattr(model, "answer", None)) and getattr(model, "answering", None) is not None
+        require(answers, "checkpoint", type(model).__name__, "a model that answers questions (jobs/finetune_glipv2.py)")
+
+    def prepare(self, config: Config, data: Data, name: str) -> str:
+        """The field of the questions, which a snapshot has to have."""
+        if isinstance(data, SnapshotData):
+            fields = data.snapshot.fields
+            require(config.questions in fields, "vqa_questions", config.questions, "one of " + ", ".join(fields))
+        return config.questions
+
+    def run(self, model: Any, one: PreparedSet, reading: Reading, cache: Cache) -> dict[str, float]:
+        """``accuracy``, ``accuracy_<kind>`` of each kind of questions, and ``constant``, that of the most frequent
+        answer."""
+        readers = (ImageReader(transform=None), QuestionsReader(questions=one.ready))
+        size = min(reading.evaluation_batch, IMAGES_AT_ONCE)
+        asked: list[AskedQuestion] = []
+        given: list[str] = []
+        images = 0
+        for batch in evaluation_batches(one.samples(), readers, size, reading.evaluation_threads):
+            with inference(model, reading.evaluation_precision):
+                answers = model.answer(batch["image"], [[item.question for item in some] for some in batch["asked"]])
+            images += len(answers)
+            asked += [item for some in batch["asked"] for item in some]
+            given += [text for some in answers for text in some]
+        return {**question_metrics(asked, given), "questions": float(len(asked)), "samples": float(images)}
+
+    def figures(self, model: Any, one: PreparedSet, title: str) -> dict[str, "Figure"]:
+        """``answers``: eight images with a question, the answer and an annotator's answer."""
+        readers = (ImageReader(transform=None), QuestionsReader(questions=one.ready))
+        (batch,) = evaluation_batches(one.samples(SHOWN), readers, SHOWN, threads=2)
+        first = [some[0] for some in batch["asked"]]
+        with inference(model):
+            answers = model.answer(batch["image"], [[item.question] for item in first])
+        texts = [
+            f"{item.question} {answer} ({item.answers[0]})" for item, (answer,) in zip(first, answers, strict=True)
+        ]
+        named = f"{one.name} {title}".strip()
+        return {"answers": image_grid(batch["image"], texts, columns=4, title=f"{named}: answers (annotated)")}
+
+
+def question_metrics(asked: list[AskedQuestion], given: list[str]) -> dict[str, float]:
+    """The accuracies of :meth:`Vqa.run`, 0 to 1."""
+    right = [answer_accuracy(text, one.answers) for text, one in zip(given, asked, strict=True)]
+    kinds: dict[str, list[float]] = defaultdict(list)
+    for one, value in zip(asked, right, strict=True):
+        if one.kind:
+            kinds[f"accuracy_{one.kind}"].append(value)
+    (most,) = frequent_answers(asked, 1) or ("",)
+    constant = [answer_accuracy(most, one.answers) for one in asked]
+    found = {"accuracy": sum(right) / len(right), "constant": sum(constant) / len(constant)}
+    return found | {name: sum(values) / len(values) for name, values in sorted(kinds.items())}

@@ -1,0 +1,121 @@
+"""Questions of samples, the plain form of answers, and VQA's accuracy."""
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+
+from pipeline.loaders.questions import (
+    AskedQuestion,
+    answer_accuracy,
+    frequent_answers,
+    plain_answer,
+    read_questions,
+)
+from pipeline.loaders.samples import UnreadableSample
+from pipeline.shards.sample import Sample
+from pipeline.sources.drawn.sample import draw_sample
+from pipeline.sources.drawn.truth import to_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("The Red Car.", "red car"),
+        ("a  an the", ""),
+        ("two", "2"),
+        ("none", "0"),
+        ("1,000", "1000"),
+        ("3.5", "3.5"),
+        ("u.s.", "us"),
+        ("don't", "dont"),
+        ("black/white", "black white"),
+        ("yes!!", "yes"),
+        ("\tyes\n", "yes"),
+        ("snow-board", "snow board"),
+        ("été", "été"),
+    ],
+)
+def test_plain_answers(text: str, plain: str) -> None:
+    assert plain_answer(text) == plain and plain_answer(plain) == plain
+
+
+def leave_one_out(answer: str, annotators: list[str]) -> float:
+    """The official definition: over all sets of nine of the ten annotators."""
+    subsets = list(itertools.combinations(range(10), 9))
+    return sum(min(1, sum(annotators[n] == answer for n in subset) / 3) for subset in subsets) / len(subsets)
+
+
+@pytest.mark.parametrize("agreeing", range(11))
+def test_ten_annotators(agreeing: int) -> None:
+    annotators = ["red"] * agreeing + ["blue"] * (10 - agreeing)
+    found = answer_accuracy("Red", annotators)
+    assert found == pytest.approx(leave_one_out("red", annotators))
+    assert found == pytest.approx([0, 0.3, 0.6, 0.9, *[1.0] * 7][agreeing])
+
+
+def test_few_annotators() -> None:
+    assert answer_accuracy("two", ["2"]) == 1 and answer_accuracy("two", ["3"]) == 0
+    assert answer_accuracy("a dog", ["cat", "dog", "cow"]) == 1
+
+
+def sample(record: Any, field: str = "json") -> Sample:
+    return Sample("7", {field: record if isinstance(record, bytes) else json.dumps(record).encode()})
+
+
+def test_the_forms_of_answers() -> None:
+    listed = [
+        {"question": "a?", "answer": "x", "kind": "count of/things"},
+        {"question": "b?", "answers": ["x", "y", " "]},
+        {"question": "c?", "answers": [{"answer": "x", "answer_id": 1}, {"answer": "z"}]},
+        {"question": " ", "answer": "x"},
+        {"question": "d?", "answers": []},
+    ]
+    assert read_questions(sample({"questions": listed}), "json") == [
+        AskedQuestion("a?", ("x",), "count_of_things"),
+        AskedQuestion("b?", ("x", "y")),
+        AskedQuestion("c?", ("x", "z")),
+    ]
+    assert read_questions(sample({}), "json") == [] and read_questions(sample({}), "boxes.json") == []
+    assert read_questions(sample({"questions": None}), "json") == []
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        b"{",
+        b"[]",
+        b"\xff",
+        {"questions": 3},
+        {"questions": ["what?"]},
+        {"questions": [{"answer": "x"}]},
+        {"questions": [{"question": "a?"}]},
+        {"questions": [{"question": 3, "answer": "x"}]},
+        {"questions": [{"question": "a?", "answers": [3]}]},
+        {"questions": [{"question": "a?", "answers": [{"text": "x"}]}]},
+    ],
+)
+def test_malformed_questions(record: Any) -> None:
+    with pytest.raises(UnreadableSample, match="questions in 7.json"):
+        read_questions(sample(record), "json")
+
+
+def test_the_drawn_world_asks() -> None:
+    drawn = draw_sample("val", 0, 3, 64)
+    assert drawn.record is not None
+    found = read_questions(sample(to_bytes(drawn.record), "boxes.json"), "boxes.json")
+    assert [one.question for one in found] == [one["question"] for one in drawn.record["questions"]]
+    assert len(found) == 4 and all(one.kind and len(one.answers) == 1 for one in found)
+
+
+def test_frequent_answers_count_each_question_once() -> None:
+    asked = [
+        AskedQuestion("a?", ("Two", "2", "three")),
+        AskedQuestion("b?", ("two",)),
+        AskedQuestion("c?", ("a dog",) * 10),
+        AskedQuestion("d?", ("cat",)),
+        AskedQuestion("e?", ("the",)),
+    ]
+    assert frequent_answers(asked, 10) == ("2", "cat", "dog")
+    assert frequent_answers(asked, 1) == ("2",)
