@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,9 @@ def test_a_training_that_was_overtaken_logs_and_writes_no_more(
         def overtaken(metrics: Mapping[str, float], step: int) -> None:
             tracker.history[step] = dict(metrics)
             if step == 6:
+                end = time.monotonic() + 20  # the checkpoint of step 4 is written beside the steps
+                while not Checkpoints(output).whole() and time.monotonic() < end:
+                    time.sleep(0.01)
                 output.write_atomic(LEASE, OTHER)
 
         tracker.log = overtaken

@@ -86,7 +86,7 @@ def test_frozen_modules_have_no_dropout(tuning: Any) -> None:
     for kind, same in ((tuning, True), ("full", False)):
         method = built(tuning=kind, **noisy).train()
         first, second = (float(method.training_step(one_batch())["alignment"].detach()) for _ in range(2))
-        assert (first == second) is same
+        assert (first == pytest.approx(second, rel=1e-5)) is same
         assert method.training and method.eval().train().model.tower.fusions[0].training is not same
 
 
@@ -95,7 +95,8 @@ def test_the_table_is_added_to_the_text() -> None:
     caption, spans = "red star and blue disc", [(0, 8), (13, 22)]
     before = plain.ground([image()], [caption], [spans])[0]
     (after,) = tuned.ground([image()], [caption], [spans])
-    assert torch.equal(before.boxes, after.boxes) and torch.equal(before.scores, after.scores)  # zero at first
+    for name in ("boxes", "scores"):  # zero at first; threads add in another order
+        torch.testing.assert_close(getattr(before, name), getattr(after, name))
     table = tuned.model.prompt
     assert table is not None and table.shape == (256, 32)
     with torch.no_grad():
