@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -26,7 +27,9 @@ def test_smoke_says_what_it_found_and_logs_it(job: Type, own_store: str, capsys:
 
 
 @pytest.mark.slow
-def test_verify_filter_and_report_work_with_the_sidecar(job: Type, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_filter_and_report_work_with_the_sidecar(
+    job: Type, ray_cluster: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert job("extract_phrases", "smoke", "--data", "drawn") == 0
     assert job("verify_dataset", "snapshot", "drawn") == 0
     assert job("filter_dataset", "custom", "--data", "drawn", "--steps", "length", "--min-words", "6") == 0
