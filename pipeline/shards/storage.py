@@ -302,7 +302,7 @@ def storage_errors(place: str) -> Iterator[None]:
     """Convert the errors of disks and object stores to :class:`StorageError`, with the path."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # stores' errors share no base; ``_reason`` tells them from others
         reason = _reason(error)
         if reason is None:
             raise
@@ -316,7 +316,7 @@ def read_errors(place: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # as in ``storage_errors``
         reason = _reason(error)
         if reason is None:
             raise
