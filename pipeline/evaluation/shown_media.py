@@ -142,7 +142,7 @@ def sound_grid(
         sound = sound_of(sample)
         show_image(axis, spectrogram(sound))
         axis.set_aspect("auto")
-        axis.set_title(f"{sound.seconds:.1f} s, {sound.sample_rate / 1000:g} kHz", fontsize=8, loc="left", pad=3)
+        axis.set_title(f"{sound.seconds:.3g} s, {sound.sample_rate / 1000:g} kHz", fontsize=8, loc="left", pad=3)
         colour = "black" if not right else RIGHT if right[number] else WRONG
         axis.set_xlabel(wrapped(caption, 40, 3), fontsize=9, color=colour, parse_math=False)
     return figure
