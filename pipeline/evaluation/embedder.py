@@ -71,7 +71,6 @@ class LoadEmbedder:
         if not torch.cuda.is_available() or self.device == "cpu":
             torch.set_num_threads(threads)
         if self.views is None:
-            require(bool(encoded_media(model)), "checkpoint", self.checkpoint, "a model that encodes images or texts")
             return ModelEmbedder(model, self.precision)
         require(isinstance(model, Clip), "checkpoint", self.checkpoint, "a CLIP, for raw features of views")
         return ViewEmbedder(cast(Evaluable, model), self.views, self.precision)
@@ -83,6 +82,7 @@ class ModelEmbedder:
     facts: Mapping[str, str | int] = {}
 
     def __init__(self, model: Any, precision: Precision = "fp32") -> None:
+        require(bool(encoded_media(model)), "checkpoint", type(model).__name__, "a model that encodes images or texts")
         self._model, self._precision = model, precision
         self.media = encoded_media(model)
         self._readers = {medium: medium_reader(model, medium) for medium in self.media if medium != TEXT}
