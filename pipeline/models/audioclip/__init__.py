@@ -1,0 +1,1 @@
+"""AudioCLIP: extending CLIP to image, text and audio (arXiv 2106.13043)."""
