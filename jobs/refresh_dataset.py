@@ -25,7 +25,7 @@ from pipeline.shards.storage import Folder
 from pipeline.sources import open_source, source_classes
 from pipeline.sources.source import Source
 from pipeline.sources.urls import UrlTable
-from pipeline.stages.crawl.images import ImageOptions
+from pipeline.codecs.image_encoding import ImageOptions
 from pipeline.stages.refresh.img2dataset_engine import refresh_with_img2dataset
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.progress import Floor

@@ -38,7 +38,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.shards.tar import TarShard
-from pipeline.stages.crawl.images import ImageOptions, plan
+from pipeline.codecs.image_encoding import ImageOptions, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ((640, 480), (640, 427), (800, 600), (1024, 768), (1024, 683), (1280, 960), (1280, 853), (1600, 1200))

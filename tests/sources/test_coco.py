@@ -23,7 +23,7 @@ from pipeline.shards.tar import iterate_tar
 from pipeline.sources.coco import Coco
 from pipeline.sources.source import Row
 from pipeline.stages.crawl.download import DownloadOptions
-from pipeline.stages.crawl.images import ImageOptions
+from pipeline.codecs.image_encoding import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.refresh.settings import Renewal

@@ -20,7 +20,7 @@ from pipeline.sources.grounding_records import GroundedRegion, caption_record
 from pipeline.sources.mdetr import Mdetr
 from pipeline.sources.odvg import Odvg
 from pipeline.sources.source import Source
-from pipeline.stages.crawl.images import ImageOptions
+from pipeline.codecs.image_encoding import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.refresh.settings import Renewal

@@ -15,7 +15,7 @@ from pipeline.shards.storage import Folder
 from pipeline.sources import open_source
 from pipeline.sources.hugging_face import HuggingFaceParquet
 from pipeline.sources.source import Row
-from pipeline.stages.crawl.images import ImageOptions
+from pipeline.codecs.image_encoding import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers

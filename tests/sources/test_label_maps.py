@@ -24,7 +24,7 @@ from pipeline.shards.tar import iterate_tar
 from pipeline.sources import open_source
 from pipeline.sources.label_maps import LabelMaps
 from pipeline.sources.source import UNCHANGED, Row, Source
-from pipeline.stages.crawl.images import ImageOptions
+from pipeline.codecs.image_encoding import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers

@@ -122,7 +122,7 @@ PROGRAM = """
 import base64, json, os, re, sys, time
 from pipeline.errors import SampleError
 from pipeline.stages.crawl.decode_apart import Apart, needs_care
-from pipeline.stages.crawl.images import ImageOptions, transform
+from pipeline.codecs.image_encoding import ImageOptions, transform
 options, answers = ImageOptions(image_size=64), {}
 with Apart(options) as apart:
     while line := sys.stdin.readline():

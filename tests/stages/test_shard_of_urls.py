@@ -18,7 +18,7 @@ from pipeline.sources.folder import ImageFolder
 from pipeline.sources.source import Source
 from pipeline.sources.urls import UrlTable
 from pipeline.stages.crawl.download import DownloadOptions
-from pipeline.stages.crawl.images import ImageOptions
+from pipeline.codecs.image_encoding import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions, make_shard
 from pipeline.stages.refresh.plan import Unit
 

@@ -11,7 +11,7 @@ from pipeline.shards.storage import Folder
 from pipeline.sources.drawn import digits, sets, truth
 from pipeline.sources.drawn.sample import DrawnSample, Value, columns_of, draw_sample
 from pipeline.sources.drawn.world import NOVEL_SHAPES, WORLD_VERSION
-from pipeline.sources.source import UNCHANGED, Row, Slice
+from pipeline.sources.source import UNCHANGED, Part, Row, Slice
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,8 @@ class Drawn:
         sample = draw_sample(self.split, self.seed, index, self.size, self.captions, self.questions)
         url = f"drawn://{self.split}/{self.seed}/{index}"
         members = self._members(sample)
-        return Row(url=url, caption=sample.caption, image=sample.image, columns=self._columns(sample), members=members)
+        parts = (Part("image", sample.image),)
+        return Row(url=url, caption=sample.caption, parts=parts, columns=self._columns(sample), members=members)
 
     def _members(self, sample: DrawnSample) -> dict[str, bytes]:
         if sample.record is None or self.truth == "none":

@@ -17,14 +17,15 @@ from pipeline.errors import SampleError
 from pipeline.shards.label_values import MASK_FIELD
 from pipeline.shards.objects import FIELD as BOXES
 from pipeline.shards.pixels import read_header
-from pipeline.shards.sample import IMAGE_FIELDS, Sample, sample_key, shard_name
+from pipeline.shards.media import IMAGE
+from pipeline.shards.sample import Sample, sample_key, shard_name
 from pipeline.shards.storage import Folder
 from pipeline.shards.text import storable
 from pipeline.shards.writer import ShardStats, ShardWriter, parquet_schema, read_stats
 from pipeline.sources.source import UNCHANGED, Row, Scalar, Source, content_of, fetches, has_images
 from pipeline.stages.crawl.decode_apart import Apart, needs_care
 from pipeline.stages.crawl.download import Download, DownloadOptions, KnownBody, digest, download_all
-from pipeline.stages.crawl.images import EncodedImage, ImageOptions, transform
+from pipeline.codecs.image_encoding import EncodedImage, ImageOptions, transform
 from pipeline.stages.crawl.masks import fitted_mask
 from pipeline.stages.refresh.plan import Unit
 
@@ -238,7 +239,7 @@ def _refuse_stale_boxes(row: Row, image: EncodedImage) -> None:
 
 def _refuse_other_images(row: Row, image: EncodedImage) -> None:
     """Reject a member that readers would take for the image."""
-    before = IMAGE_FIELDS[: IMAGE_FIELDS.index(image.format) + 1]
+    before = IMAGE.endings[: IMAGE.endings.index(image.format) + 1]
     other = next((name for name in before if name in row.members), None)
     if other is not None:
         message = f"the sample has a member .{other}, which readers would take for its image, stored as .{image.format}"

@@ -15,12 +15,12 @@ from PIL import Image
 from pipeline.errors import SampleError
 from pipeline.stages.crawl import decode_apart
 from pipeline.stages.crawl.decode_apart import Apart, needs_care
-from pipeline.stages.crawl.images import ImageOptions, transform
+from pipeline.codecs.image_encoding import ImageOptions, transform
 
 STAND_IN = """
 import os, time
 from pipeline.stages.crawl import decode_apart
-from pipeline.stages.crawl import images
+from pipeline.codecs import image_encoding as images
 honest = images.transform
 def decoder(body, options):
     if body.endswith(b"hang"): time.sleep(3600)
@@ -126,7 +126,7 @@ def test_the_child_goes_with_its_parent() -> None:
     program = f"""
 import os, signal
 from pipeline.stages.crawl import decode_apart
-from pipeline.stages.crawl.images import ImageOptions
+from pipeline.codecs.image_encoding import ImageOptions
 decode_apart._PROGRAM = {STAND_IN!r}
 apart = decode_apart.Apart(ImageOptions(image_size=32), seconds=1.0)
 apart.transform(bytes.fromhex({encoded("GIF").hex()!r}))

@@ -29,7 +29,7 @@ from pipeline.sources.source import Row, Slice
 from pipeline.sources.urls import UrlTable
 from pipeline.sources.webdataset import WebDatasetTars
 from pipeline.stages.crawl.download import DownloadOptions
-from pipeline.stages.crawl.images import ImageOptions
+from pipeline.codecs.image_encoding import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers
