@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from scipy.signal import get_window
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import get_weight
@@ -22,6 +21,7 @@ from pipeline.models.audioclip.fbsp import FbspTransform, framed
 from pipeline.models.losses import Gather, alone
 
 FRAME, HOP, TRANSFORM = 1654, 561, 2048  # samples at 44.1 kHz
+BLACKMAN_HARRIS = (0.35875, 0.48829, 0.14128, 0.01168)
 BANDS = 3
 SMALLEST_POWER = 1e-18
 IMAGENET = "ResNeXt50_32X4D_Weights.IMAGENET1K_V1"
@@ -45,7 +45,7 @@ class AttentionGate(nn.Module):
     def forward(self, features: Tensor, size: Sequence[int]) -> Tensor:
         """Float [B, before, H, W] to [B, after, *size]."""
         pooled = functional.adaptive_max_pool2d(features, list(size))
-        return self.bn(self.conv_point(self.conv_depth(pooled))).sigmoid()
+        return cast(Tensor, self.bn(self.conv_point(self.conv_depth(pooled))).sigmoid())
 
 
 class EsResNextFbsp(nn.Module):
@@ -65,7 +65,7 @@ class EsResNextFbsp(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        window = torch.from_numpy(get_window("blackmanharris", FRAME)).float()
+        window = torch.signal.windows.general_cosine(FRAME, a=BLACKMAN_HARRIS, sym=False, dtype=torch.float64).float()
         self.register_buffer("window", window, persistent=False)
 
     def forward(self, audio: Tensor, gather: Gather = alone) -> tuple[Tensor, Tensor]:

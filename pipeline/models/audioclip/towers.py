@@ -11,12 +11,10 @@ Towers of mel bands read the mean of a sound's channels. Their decibels are comp
 """
 
 import difflib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import timm
-import torch
 from torch import Tensor, nn
 from transformers import ClapAudioConfig, ClapAudioModel
 from transformers.models.clap.modeling_clap import ClapProjectionLayer
@@ -25,7 +23,7 @@ from pipeline.config import require
 from pipeline.errors import SettingError
 from pipeline.models.audioclip.esresnext import EsResNextFbsp
 from pipeline.models.losses import Gather, alone
-from pipeline.models.towers.log_mel import LogMel, MelBands
+from pipeline.models.towers.log_mel import LogMel, LogMelConfig
 
 TIMM = "timm:"
 LONGEST_HTSAT = 1024  # frames, the size of its square input times the folds of the bands
@@ -39,9 +37,9 @@ class SoundInput:
     channels: int = 1
 
 
-CLAP_BANDS = MelBands(sample_rate=48_000, transform=1024, hop=480, bands=64, lowest=50.0, highest=14_000.0)
-AST_BANDS = MelBands(sample_rate=16_000, transform=512, hop=160, bands=128, lowest=20.0, highest=8_000.0)
-SMALL_BANDS = MelBands(sample_rate=16_000, transform=1024, hop=256, bands=64, lowest=50.0, highest=8_000.0)
+CLAP_BANDS = LogMelConfig()
+AST_BANDS = LogMelConfig(sample_rate=16_000, window=1024, hop=160, bands=128, low=20.0, high=8_000.0)
+SMALL_BANDS = LogMelConfig(sample_rate=16_000, window=1024, hop=256, bands=64, low=50.0, high=8_000.0)
 HTSAT = {
     "htsat-tiny": ClapAudioConfig(),
     "htsat-base": ClapAudioConfig(patch_embeds_hidden_size=128, depths=[2, 2, 12, 2], hidden_size=1024),
@@ -52,7 +50,7 @@ NAMES = ("esresnext-fbsp", *HTSAT, "small")
 class LogMelTower(nn.Module):
     """Decibels of mel bands, then a network on them, float [B, frames, bands] to [B, D]."""
 
-    def __init__(self, bands: MelBands, network: nn.Module) -> None:
+    def __init__(self, bands: LogMelConfig, network: nn.Module) -> None:
         super().__init__()
         self.front = LogMel(bands)
         self.network = network
@@ -169,9 +167,7 @@ def is_head(name: str) -> bool:
     return name.startswith(("fc.", "network.projection.", "network.head.", "network.trunk.head", "network.trunk.fc."))
 
 
-def _bands(name: str) -> MelBands | None:
+def _bands(name: str) -> LogMelConfig | None:
     if name == "esresnext-fbsp":
         return None
     return {"small": SMALL_BANDS}.get(name, CLAP_BANDS if name in HTSAT else AST_BANDS)
-
-
