@@ -5,6 +5,7 @@ find its rows again, and a digest of their content. The digest changes with the 
 never taken for a shard of the new ones.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -15,6 +16,9 @@ from pipeline.shards.storage import Folder
 
 UNCHANGED: Mapping[str, Any] = {"resize_mode": "no", "keep_bytes": True}
 """Image options that store images byte for byte, checked by decoding: existing data, or data with boxes in pixels."""
+
+SOUND_UNCHANGED: Mapping[str, Any] = {"audio_keep_bytes": True, "audio_min_loudness": -math.inf}
+"""Audio options that store sounds byte for byte, checked by decoding."""
 
 Scalar = str | int | float | bool | None
 
