@@ -26,9 +26,9 @@ class Sample:
 
     def image(self) -> bytes | None:
         """The encoded image in any format; ``None`` where the sample has none."""
-        return self.part(IMAGE)
+        return self.body(IMAGE)
 
-    def part(self, medium: Medium) -> bytes | None:
+    def body(self, medium: Medium) -> bytes | None:
         """The encoded part of a medium; ``None`` where the sample has none."""
         field = medium.field_of(self.fields)
         return None if field is None else self.fields[field]
