@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from pipeline.errors import SampleError
+from pipeline.shards.media import MEDIA
 from pipeline.shards.sample import joined_fields
 from pipeline.shards.storage import Folder
 
@@ -48,7 +49,7 @@ class Row:
     """One row of input.
 
     - ``url``: address or path that names the row; that of its first part, if it has one.
-    - ``parts``: at most one for each medium of the source, in that order. Without parts the sample consists of
+    - ``parts``: at most one for each medium of the source. Without parts the sample consists of
       ``members`` alone.
     - ``columns``: written to the parquet file and to the sample's json.
     - ``members``: further fields of the sample, written unchanged.
@@ -95,13 +96,12 @@ def fetches(source: "Source") -> bool:
 
 
 def media_of(source: "Source") -> tuple[str, ...]:
-    """The media of the rows' parts, an image unless the source says otherwise; empty for rows without parts."""
-    return tuple(getattr(getattr(source, "base", source), "media", ("image",)))
+    """The media of the rows' parts, an image unless the source says otherwise; empty for rows without parts.
 
-
-def part_column(medium: str, name: str) -> str:
-    """The column ``name`` (url, sha256, error_class, ...) of a part other than the row's first: ``audio_url``."""
-    return f"{medium}_{name}"
+    The source chooses the first one; the others are in the order of :data:`~pipeline.shards.media.MEDIA`.
+    """
+    given = tuple(getattr(getattr(source, "base", source), "media", ("image",)))
+    return given[:1] + tuple(medium for medium in MEDIA if medium in given[1:])
 
 
 def contents_of(row: Row) -> tuple[bytes | None, ...]:
