@@ -62,7 +62,7 @@ class Codec(Protocol[Options, Decoded]):
         return True
 
     def memory(self, options: Options) -> int:
-        """Largest number of bytes that :meth:`encode` may allocate besides the body; the process apart is held to it."""
+        """Largest number of bytes that :meth:`encode` allocates besides the body; the process apart is held to it."""
         ...
 
     def load(self) -> None:

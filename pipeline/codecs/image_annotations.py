@@ -10,7 +10,6 @@ from pipeline.codecs.codec import Encoded
 from pipeline.codecs.image_encoding import ImageOptions, crop_or_pad, plan
 from pipeline.errors import DataError, SampleError
 from pipeline.shards.label_values import MASK_FIELD, VOID_VALUE, WIDE_VOID, Values, decode_values, encode_values
-from pipeline.shards.media import IMAGE
 from pipeline.shards.objects import FIELD as BOXES
 from pipeline.shards.pixels import read_header
 
@@ -21,12 +20,10 @@ def fitted_members(members: Mapping[str, bytes], image: Encoded, options: ImageO
     """The members of a sample with ``image``, which has been encoded under ``options``.
 
     Raises:
-        SampleError: ``stale_annotation``, boxes or a mask of another size than the image; ``bad_mask``;
-            ``two_images``, a member that readers would take for the image.
+        SampleError: ``stale_annotation``, boxes or a mask of another size than the image; ``bad_mask``.
     """
     original, final = _size(image, "original_"), _size(image, "")
     _refuse_stale_boxes(members.get(BOXES), original, final)
-    _refuse_other_images(members, next(iter(image.fields)))
     mask = members.get(MASK_FIELD)
     if mask is None or original is None:
         return members
@@ -51,15 +48,6 @@ def _refuse_stale_boxes(boxes: bytes | None, original: Size | None, final: Size 
         advice = "; if it is displayed turned, use --apply-exif-orientation" if measured == (height, width) else ""
         message = f"{BOXES} is measured in {sizes}{advice}"
         raise SampleError("failed_to_resize", "stale_annotation", message)
-
-
-def _refuse_other_images(members: Mapping[str, bytes], field: str) -> None:
-    """Reject a member that readers would take for the image."""
-    before = IMAGE.endings[: IMAGE.endings.index(field) + 1]
-    other = next((name for name in before if name in members), None)
-    if other is not None:
-        message = f"the sample has a member .{other}, which readers would take for its image, stored as .{field}"
-        raise SampleError("failed_to_resize", "two_images", message)
 
 
 def _measured_in(boxes: bytes | None) -> Size | None:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from pipeline.config import require
 from pipeline.errors import SampleError, SettingError
 from pipeline.shards.exif import exif_json, orientation_of, read_exif
+from pipeline.shards.media import IMAGE
 from pipeline.shards.pixels import (
     MOST_PIXELS,
     WHITE,
@@ -41,7 +42,6 @@ from pipeline.shards.pixels import (
     turned,
     use_one_thread,
 )
-from pipeline.shards.media import IMAGE
 
 ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
 Interpolation = Literal["nearest", "linear", "bilinear", "cubic", "bicubic", "area", "lanczos", "lanczos4"]

@@ -75,6 +75,8 @@ class RandomStream(IntEnum):
     """How far the box around a mask is moved."""
     TEXTS = 32
     """Which caption or question of an image is read."""
+    SOUND_CROPS = 33
+    """Random segment of a sound."""
     SOUNDS = 40
     """Augmentation of a sound."""
     VIEWS = 64

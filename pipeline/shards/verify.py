@@ -12,8 +12,8 @@ from pipeline.config import parse_json
 from pipeline.errors import DataError, SnapshotError
 from pipeline.shards.adopt import ENGINE, PROGRESS
 from pipeline.shards.interchange import FOREIGN_ENGINES, SIZES, shard_sizes
-from pipeline.shards.parquet import parse_parquet
 from pipeline.shards.media import IMAGE
+from pipeline.shards.parquet import parse_parquet
 from pipeline.shards.sample import Sample
 from pipeline.shards.selection import read_selection
 from pipeline.shards.sidecar import TAR_DIGEST, sidecar_file

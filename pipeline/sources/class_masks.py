@@ -25,9 +25,9 @@ from PIL import Image
 
 from pipeline.config import require
 from pipeline.errors import DataError, SampleError, missing
+from pipeline.shards.media import IMAGE
 from pipeline.shards.objects import FIELD
 from pipeline.shards.pixels import MOST_PIXELS
-from pipeline.shards.media import IMAGE
 from pipeline.shards.segmentation import run_lengths
 from pipeline.shards.storage import Folder, file_stamp, split_file
 from pipeline.sources.source import UNCHANGED, Part, Row, Slice, is_hidden

@@ -144,7 +144,13 @@ class GlipTsv:
             return Row(url=url, caption="", columns=columns, problem=problem)
         found = record.row(url)
         columns |= {"objects": found["objects"], "left_out": found["left_out"]}
-        return Row(url=url, caption=record.caption, parts=(Part("image", image),), columns=columns, members={FIELD: found["boxes"]})
+        return Row(
+            url=url,
+            caption=record.caption,
+            parts=(Part("image", image),),
+            columns=columns,
+            members={FIELD: found["boxes"]},
+        )
 
 
 def record_of_label(text: str, height: int, width: int) -> GroundingRecord:

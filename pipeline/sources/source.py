@@ -10,11 +10,21 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from pipeline.errors import SampleError
+from pipeline.shards.media import MEDIA
 from pipeline.shards.sample import joined_fields
 from pipeline.shards.storage import Folder
 
 UNCHANGED: Mapping[str, Any] = {"resize_mode": "no", "keep_bytes": True}
 """Image options that store images byte for byte, checked by decoding: existing data, or data with boxes in pixels."""
+
+SOUND_UNCHANGED: Mapping[str, Any] = {
+    "audio_rate": 0,
+    "audio_stereo": True,
+    "audio_seconds": 3_600.0,
+    "audio_min_loudness": -120.0,
+    "audio_keep_bytes": True,
+}
+"""Audio options that store sounds byte for byte, checked by decoding."""
 
 Scalar = str | int | float | bool | None
 
@@ -44,7 +54,7 @@ class Row:
     """One row of input.
 
     - ``url``: address or path that names the row; that of its first part, if it has one.
-    - ``parts``: at most one for each medium of the source, in that order. Without parts the sample consists of
+    - ``parts``: at most one for each medium of the source. Without parts the sample consists of
       ``members`` alone.
     - ``columns``: written to the parquet file and to the sample's json.
     - ``members``: further fields of the sample, written unchanged.
@@ -91,13 +101,12 @@ def fetches(source: "Source") -> bool:
 
 
 def media_of(source: "Source") -> tuple[str, ...]:
-    """The media of the rows' parts, an image unless the source says otherwise; empty for rows without parts."""
-    return tuple(getattr(getattr(source, "base", source), "media", ("image",)))
+    """The media of the rows' parts, an image unless the source says otherwise; empty for rows without parts.
 
-
-def part_column(medium: str, name: str) -> str:
-    """The column ``name`` (url, sha256, error_class, ...) of a part other than the row's first: ``audio_url``."""
-    return f"{medium}_{name}"
+    The source chooses the first one; the others are in the order of :data:`~pipeline.shards.media.MEDIA`.
+    """
+    given = tuple(getattr(getattr(source, "base", source), "media", ("image",)))
+    return given[:1] + tuple(medium for medium in MEDIA if medium in given[1:])
 
 
 def contents_of(row: Row) -> tuple[bytes | None, ...]:

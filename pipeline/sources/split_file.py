@@ -52,7 +52,7 @@ class SplitFile:
     split: str = ""
     """File of the split in the folder; with the format folders, the file of the class names."""
     part: SplitPart = "train"
-    """SplitPart of the split."""
+    """Part of the split."""
     home: str = ""
     """Origin of the split file, shown where the file is missing."""
     renames: Mapping[str, str] = field(default_factory=dict)

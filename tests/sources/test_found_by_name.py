@@ -60,7 +60,7 @@ def test_one_file_makes_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_presets_come_from_the_sources() -> None:
     named = [kind for kind, made in source_classes().items() if hasattr(made, "summary")]
     assert [*PRESETS] == [*named, "card", "smoke"]
-    modes = {kind: run.options.images.resize_mode for kind, (_, run) in PRESETS.items() if kind in named}
+    modes = {kind: run.options.media.image.resize_mode for kind, (_, run) in PRESETS.items() if kind in named}
     kept = {kind for kind, mode in modes.items() if mode == "no"}
     kinds = {"class-masks", "coco", "drawn", "glip-tsv", "label-maps", "mdetr", "odvg", "stamp-scenes", "webdataset"}
     assert kept == kinds

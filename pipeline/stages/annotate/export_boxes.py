@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from pipeline.config import require
 from pipeline.errors import DataError
-from pipeline.shards.objects import Objects, names_of, plain_word, read_objects
 from pipeline.shards.media import IMAGE
+from pipeline.shards.objects import Objects, names_of, plain_word, read_objects
 from pipeline.shards.sample import Sample
 from pipeline.shards.selection import read_samples
 from pipeline.shards.snapshot import Shard, Snapshot

@@ -108,7 +108,7 @@ def serve() -> None:
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # output of libraries must not mix with the answers
     codec = codec_of((_read(requests) or b"").decode())
-    options = from_json(codec.options, (_read(requests) or b"").decode())
+    options: Any = from_json(codec.options, (_read(requests) or b"").decode())
     seconds = float(_read(requests) or b"0")
     codec.load()
     memory = codec.memory(options)

@@ -142,13 +142,14 @@ class KnownBody:
 
     With ``etag`` or ``last_modified`` of an earlier response, an unchanged body is not sent again. ``expected`` is its
     required digest, as "sha256:0123…" (sha256, md5 or sha512, in either case). A body of another ``medium`` is refused
-    with ``pictures_only``.
+    with ``pictures_only``, unless ``any_kind`` is said.
     """
 
     etag: str | None = None
     last_modified: str | None = None
     expected: str | None = None
     medium: Medium = IMAGE
+    any_kind: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,7 +303,7 @@ class Downloader:
         etag, changed = _validator(stored.etag), _validator(stored.last_modified)
         if etag is not None and etag == known.etag:
             return Download(b"", text, 304, "", attempt, None, etag, changed)
-        if stored.body and self._options.pictures_only:
+        if stored.body and self._options.pictures_only and not known.any_kind:
             refuse_other_media(stored.body[:ENOUGH], known.medium, None)
         return self._finished(stored.body, known, Download(b"", text, 200, "", attempt, None, etag, changed))
 
@@ -384,7 +385,7 @@ class Downloader:
             _validator(headers.get("ETag")) or (known.etag if unchanged else None),
             _validator(headers.get("Last-Modified")) or (known.last_modified if unchanged else None),
         )
-        return about if unchanged else self._finished(await self._read(response, known.medium), known, about)
+        return about if unchanged else self._finished(await self._read(response, known), known, about)
 
     def _finished(self, body: bytes, known: KnownBody, about: Download) -> Download:
         if not body:
@@ -404,15 +405,15 @@ class Downloader:
                 return True
         return False
 
-    async def _read(self, response: aiohttp.ClientResponse, medium: Medium) -> bytes:
+    async def _read(self, response: aiohttp.ClientResponse, known: KnownBody) -> bytes:
         most = self._options.max_bytes
         if (response.content_length or 0) > most:
             raise _too_large(response)
         inflate: _Inflater | None = None
-        chunks, size, looking = [], 0, self._options.pictures_only
+        chunks, size, looking = [], 0, self._options.pictures_only and not known.any_kind
         async for start, chunk in _whole_start(response):
-            if start and not medium.starts(chunk):
-                # Some servers state an encoding that the body does not have: the bytes of an image or a sound are believed.
+            if start and not known.medium.starts(chunk):
+                # Some servers state an encoding that the body does not have: the first bytes of a medium are believed.
                 inflate = _Inflater.for_encoding(response.headers.get("Content-Encoding", ""), response.status)
             part = inflate(chunk, most - size + 1) if inflate else chunk
             size += len(part)
@@ -420,7 +421,7 @@ class Downloader:
                 raise _too_large(response)
             chunks.append(part)
             if looking and size >= ENOUGH:
-                refuse_other_media(b"".join(chunks)[:ENOUGH], medium, response.status)
+                refuse_other_media(b"".join(chunks)[:ENOUGH], known.medium, response.status)
                 looking = False
         if inflate:
             inflate.finish()
