@@ -126,7 +126,6 @@ PRESETS = {
                 modalities=("audio", "text"),
                 audio_tower="htsat-tiny",
                 audio_scale=14.2857,
-                audio_fill="repeat",
                 augment_audio=False,
             ),
             run=replace(

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.errors import SettingError
+from pipeline.loaders.audio import AudioReader
 from pipeline.loaders.batches import SamplePosition
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.models.audioclip import Audioclip, Config
 from pipeline.models.audioclip.esresnext import EsResNextFbsp
-from pipeline.models.audioclip.readers import SoundReader, TagReader
+from pipeline.models.audioclip.readers import TagReader
 from pipeline.shards.sample import Sample
 from pipeline.shards.waveforms import encode_flac
 from pipeline.training import distributed
@@ -321,21 +322,24 @@ def test_sounds_become_one_length_rate_and_number_of_channels() -> None:
     assert torch.equal(stereo, exact.expand(2, -1))
 
 
-def test_short_sounds_are_repeated_as_clap_does() -> None:
-    reader = SoundReader(sample_rate=16_000, seconds=0.0007, fill="repeat")  # 11 samples
-    sound = torch.tensor([[0.25, -0.5, 0.125]])
-    found = reader.read(Sample("a", {"flac": encode_flac(sound.numpy(), 16_000)}))["audio"]
-    assert found.tolist() == [[*sound[0].tolist() * 3, 0, 0]]
+def test_without_augmentation_sounds_are_cut_and_repeated_as_clap_does() -> None:
+    reader = smallest(augment_audio=False, audio_seconds=0.1).sounds(seed=1)
+    assert isinstance(reader, AudioReader)
+    short = 0.25 * torch.sin(torch.arange(700.0))[None]
+    found = reader.read(Sample("a", {"flac": encode_flac(short.numpy(), 16_000)}), SamplePosition(0, 0))["audio"]
+    torch.testing.assert_close(found, torch.cat([short, short, torch.zeros(1, 200)], dim=1), rtol=0, atol=1e-4)
+    long = Sample("a", {"flac": flac(3.0)})
+    parts = [reader.read(long, SamplePosition(0, number))["audio"] for number in range(2)]
+    assert not torch.equal(*parts) and parts[0].shape == (1, 1600)
 
 
 def test_training_sounds_are_a_function_of_their_position() -> None:
-    reader = Audioclip.smallest().sounds(train=True, seed=3)
+    reader = Audioclip.smallest().sounds(seed=3)
     sample = Sample("a", {"flac": flac(0.7)})
     first = reader.read(sample, SamplePosition(0, 5))["audio"]
     assert torch.equal(first, reader.read(sample, SamplePosition(0, 5))["audio"])
     assert not torch.equal(first, reader.read(sample, SamplePosition(1, 5))["audio"])
-    still = reader.read(sample, None)["audio"]
-    assert torch.equal(still, Audioclip.smallest().sounds().read(sample, None)["audio"])
+    assert torch.equal(reader.read(sample, None)["audio"], Audioclip.smallest().sounds().read(sample, None)["audio"])
 
 
 @pytest.mark.parametrize("content", [b"", b"fLaC", b"\x00" * 100, flac(0.2)[:60]])

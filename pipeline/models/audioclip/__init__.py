@@ -45,6 +45,7 @@ from torch.nn import functional
 
 from pipeline.config import require
 from pipeline.errors import DataError
+from pipeline.loaders.audio import AudioReader, AudioTransform, Padding
 from pipeline.loaders.batches import Reader
 from pipeline.loaders.cache import FileCache
 from pipeline.loaders.readers import ImageReader
@@ -90,10 +91,11 @@ class Config(clip.Config):
     """Samples per second; none for the tower's. Log-mel towers have one rate."""
     audio_channels: Literal[1, 2] | None = None
     """Channels of every sound; none for the tower's."""
-    audio_fill: Literal["edge", "repeat"] = "edge"
-    """Padding of short sounds: edge (their first and last values), or repeat (the sound itself, then silence)."""
     augment_audio: bool = True
-    """Augment training sounds as --audio-augmentation describes."""
+    """Augment training sounds as --audio-augmentation describes; else a random part of longer sounds is read."""
+    audio_padding: Padding = "repeat_zeros"
+    """Padding of short sounds without augmentation: repeats and then zeros (LAION-CLAP), repeats, zeros, or zeros on
+    both sides. With augmentation their ends continue (AudioCLIP)."""
     audio_augmentation: SoundAugmentation = field(default_factory=SoundAugmentation)
     lock_audio: bool = False
     """Freeze the audio tower."""
@@ -144,16 +146,28 @@ class Config(clip.Config):
         }
         return {pair: weight for pair, weight in weights.items() if weight and set(pair) <= set(self.modalities)}
 
-    def sounds(self, train: bool = False, seed: int = 0) -> SoundReader:
-        """The reader of sounds."""
-        default = sound_input(self.audio_tower)
+    def sounds(self, seed: int = 0) -> SoundReader | AudioReader:
+        """The reader of sounds, for training and evaluation."""
+        cut = self.cut()
+        if not self.augment_audio:
+            return AudioReader(transform=cut, seed=seed)
         return SoundReader(
+            sample_rate=cut.sample_rate,
+            seconds=cut.seconds,
+            channels=cut.channels,
+            augmentation=self.audio_augmentation,
+            seed=seed,
+        )
+
+    def cut(self) -> AudioTransform:
+        """Rate, channels and length of every sound."""
+        default = sound_input(self.audio_tower)
+        return AudioTransform(
             sample_rate=self.audio_rate or default.sample_rate,
             seconds=self.audio_seconds,
             channels=self.audio_channels or default.channels,
-            fill=self.audio_fill,
-            augmentation=self.audio_augmentation if train and self.augment_audio else None,
-            seed=seed,
+            crop="random",
+            padding=self.audio_padding,
         )
 
 
@@ -281,7 +295,7 @@ class Audioclip(clip.Clip):
         }
 
     def _largest(self) -> float:
-        """Limit of the scales' logarithm, in float32: a scale at its limit is not beyond it, and goes on learning."""
+        """Limit of the scales' logarithm, as float32 has it."""
         return torch.tensor(math.log(self.config.max_logit_scale)).item()
 
     @classmethod
@@ -304,7 +318,7 @@ class Audioclip(clip.Clip):
 
     def readers(self, train: bool, *, seed: int = 0, settings: TextSettings | None = None) -> Sequence[Reader]:
         """The modalities that the config trains on, or sounds and their tags."""
-        config, sounds = self.config, self.config.sounds(train, seed)
+        config, sounds = self.config, self.config.sounds(seed)
         if self._tags():
             return [sounds, TagReader(classes=config.class_names, json_key=config.label_key)]
         every: dict[str, Reader] = {"audio": sounds}
@@ -316,11 +330,12 @@ class Audioclip(clip.Clip):
         if config.missing == "replace":
             return list(readers.values())
         stored = bool(settings and settings.tokens)
-        return [ModalitiesReader(readers=readers, blanks=self._blanks(readers, sounds, stored))]
+        return [ModalitiesReader(readers=readers, blanks=self._blanks(readers, stored))]
 
-    def _blanks(self, readers: Mapping[str, Reader], sounds: SoundReader, stored: bool) -> dict[str, Any]:
+    def _blanks(self, readers: Mapping[str, Reader], stored: bool) -> dict[str, Any]:
         """What missing modalities have in a batch; no tower reads it."""
-        blanks: dict[str, Any] = {"audio": {"audio": torch.zeros(sounds.channels, sounds.samples)}}
+        cut = self.config.cut()
+        blanks: dict[str, Any] = {"audio": {"audio": torch.zeros(cut.channels, cut.samples)}}
         if "image" in readers:
             height, width = self.transforms(False).size
             blanks["image"] = {"image": torch.zeros(3, height, width, dtype=torch.uint8)}
@@ -339,9 +354,9 @@ class Audioclip(clip.Clip):
     @property
     def sample_rate(self) -> int:
         """Samples per second of the waveforms that :meth:`encode_audio` reads."""
-        return self.config.sounds().sample_rate
+        return self.config.cut().sample_rate
 
-    def sound_reader(self) -> SoundReader:
+    def sound_reader(self) -> SoundReader | AudioReader:
         """The reader of sounds for evaluation; its key is ``audio``."""
         return self.config.sounds()
 
@@ -405,7 +420,10 @@ class Audioclip(clip.Clip):
         first, second = (embeddings[name] for name in pair)
         ones = torch.ones(len(first), device=first.device)
         present = math.prod((embeddings.get(PRESENCE + name, ones) for name in pair), start=ones)
-        scale = self._scales()[pair].clamp(0, self._largest()).exp()
+        log_scale = self._scales()[pair]
+        # clamp() has no gradient at its limits, where the paper's scales start; beyond them there is none.
+        inside = (log_scale >= 0) & (log_scale <= self._largest())
+        scale = torch.where(inside, log_scale, log_scale.detach().clamp(0, self._largest())).exp()
         groups = embeddings.get("groups")
         if groups is not None and "text" not in pair:
             # Rows without a text are groups of their own, marked by numbers below 1 of their features.

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,16 +29,15 @@ PRESENCE = "has_"
 class SoundReader:
     """``audio``: float32 [B, channels, samples] in -1 to 1, at ``sample_rate``.
 
-    A sound with another number of channels becomes their mean, repeated. In evaluation (``at`` is none), and without
-    an ``augmentation``, it is padded or cropped around its middle. ``fill`` "repeat" first repeats a short sound as
-    often as it fits, and continues with silence (LAION-CLAP); "edge" continues with the value at each end (AudioCLIP).
+    A sound with another number of channels becomes their mean, repeated. In evaluation (``at`` is none) it is padded or
+    cropped around its middle; ends continue with their values. Other lengths and paddings, without augmentation, are
+    those of :class:`~pipeline.loaders.audio.AudioReader`.
     """
 
     sample_rate: int
     seconds: float
     channels: int = 1
-    fill: Literal["edge", "repeat"] = "edge"
-    augmentation: SoundAugmentation | None = None
+    augmentation: SoundAugmentation
     seed: int = 0
     key: str = "audio"
     fields = ("audio",)
@@ -51,9 +50,7 @@ class SoundReader:
     def read(self, sample: Sample, at: SamplePosition | None = None) -> Row:
         """Float32 [channels, samples]; raises :class:`UnreadableSample`."""
         sound = self._decoded(sample)
-        if self.fill == "repeat":
-            sound = _repeated(sound, self.samples)
-        if at is None or self.augmentation is None:
+        if at is None:
             return {self.key: fixed_length(sound, self.samples)}
         bits = random_bits(self.seed, RandomStream.SOUNDS, *at, NUMBERS + 1)
         uniform = ((bits[:NUMBERS] >> np.uint64(11)) * 2.0**-53).tolist()
@@ -65,16 +62,13 @@ class SoundReader:
         return {self.key: default_collate([row[self.key] for row in rows])}
 
     def _decoded(self, sample: Sample) -> Tensor:
-        field = AUDIO.field_of(sample.fields)
-        if field is None:
+        content, longest = sample.body(AUDIO), LONGEST * self.seconds
+        if content is None:
             raise UnreadableSample(f"{sample.key} has no sound")
-        longest = LONGEST * self.seconds
         try:
-            found = read_waveform(
-                sample.fields[field], seconds=longest, sample_rate=self.sample_rate, stereo=self.channels == 2
-            )
+            found = read_waveform(content, seconds=longest, sample_rate=self.sample_rate, stereo=self.channels == 2)
         except SampleError as error:
-            raise UnreadableSample(f"{sample.key}.{field}: {error}") from error
+            raise UnreadableSample(error.message) from error
         return torch.from_numpy(found.samples).expand(self.channels, -1)
 
 
@@ -148,12 +142,4 @@ def _has(sample: Sample, reader: Reader) -> bool:
 def _has_field(sample: Sample, field: str) -> bool:
     if field == "image":
         return sample.image() is not None
-    return AUDIO.field_of(sample.fields) is not None if field == "audio" else field in sample.fields
-
-
-def _repeated(sound: Tensor, samples: int) -> Tensor:
-    """A short sound as often as it fits, then silence."""
-    if sound.shape[1] >= samples:
-        return sound
-    whole = sound.repeat(1, samples // sound.shape[1])
-    return torch.nn.functional.pad(whole, (0, samples - whole.shape[1]))
+    return sample.body(AUDIO) is not None if field == "audio" else field in sample.fields

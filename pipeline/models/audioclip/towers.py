@@ -12,7 +12,7 @@ Towers of mel bands read the mean of a sound's channels. Their decibels are comp
 
 import difflib
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import timm
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class SoundInput:
     """What a tower reads by default."""
 
     sample_rate: int
-    channels: int = 1
+    channels: Literal[1, 2] = 1
 
 
 CLAP_BANDS = LogMelConfig()
