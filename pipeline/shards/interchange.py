@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.dataset import Card, card_names, load_card
 from pipeline.shards.manifest import Shard, Snapshot
-from pipeline.shards.sample import IMAGE_FIELDS
+from pipeline.shards.media import IMAGE
 from pipeline.shards.storage import Folder
 
 SIZES, WIDS, CROISSANT = "sizes.json", "wids.json", "croissant.json"
@@ -191,7 +191,7 @@ def _file_sets(snapshot: Snapshot, listed: tuple[Shard, ...]) -> dict[str, dict[
 
 def _data_type(field: str) -> str | None:
     """Croissant's type of a field's content; None where it has no such type, as for arrays."""
-    if field in (*IMAGE_FIELDS, "mask.png"):
+    if field in (*IMAGE.endings, "mask.png"):
         return "sc:ImageObject"
     return "sc:Text" if MEDIA.get(field.rpartition(".")[2], "").startswith(TEXT) else None
 

@@ -5,8 +5,9 @@ A sample has at most one part of each medium, stored as a member of the tar whos
 never its name or its Content-Type.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 ENOUGH = 16
 """Number of first bytes that identify every known format."""
@@ -153,6 +154,23 @@ _ENDINGS = {
     medium.name: tuple(dict.fromkeys(ending for endings in medium.kinds.values() for ending in endings))
     for medium in MEDIA.values()
 }
+
+
+def part_column(medium: str, name: str) -> str:
+    """The column ``name`` (url, sha256, error_class, ...) of a part other than the row's first: ``audio_url``."""
+    return f"{medium}_{name}"
+
+
+def media_of_columns(names: Iterable[str]) -> tuple[str, ...]:
+    """The media of rows with several parts, by the columns of their parquet file; empty for rows with one part."""
+    known = set(names)
+    return tuple(medium for medium in MEDIA if part_column(medium, "error_class") in known)
+
+
+def reason_of(row: Mapping[str, Any], media: Iterable[str]) -> str:
+    """The reason of a failed row for counting: its error class, with the medium of the first part that failed."""
+    failed = ((medium, row.get(part_column(medium, "error_class"))) for medium in media)
+    return next((f"{medium}:{error_class}" for medium, error_class in failed if error_class), row["error_class"])
 
 
 def medium_of(field: str) -> Medium | None:

@@ -2,7 +2,7 @@
 
 1. The kind is detected from the first bytes, never from a name. The size is read from the header before anything is
    allocated.
-2. libjpeg-turbo decodes JPEG, OpenCV PNG and WebP, Pillow all other kinds (``IMAGE_KINDS`` in ``sample.py``).
+2. libjpeg-turbo decodes JPEG, OpenCV PNG and WebP, Pillow all other kinds (``IMAGE`` in ``media.py``).
 3. The result has 8 bits per channel. Grey stays one channel, everything else becomes colour; palettes are expanded,
    CMYK and LAB are converted; an animation is reduced to its first image.
 4. Transparent pixels, by an alpha channel or a transparent value, are composited on a background: white for readers.

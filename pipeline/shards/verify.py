@@ -12,8 +12,9 @@ from pipeline.config import parse_json
 from pipeline.errors import DataError, SnapshotError
 from pipeline.shards.adopt import ENGINE, PROGRESS
 from pipeline.shards.interchange import FOREIGN_ENGINES, SIZES, shard_sizes
+from pipeline.shards.media import IMAGE
 from pipeline.shards.parquet import parse_parquet
-from pipeline.shards.sample import IMAGE_FIELDS, Sample
+from pipeline.shards.sample import Sample
 from pipeline.shards.selection import read_selection
 from pipeline.shards.sidecar import TAR_DIGEST, sidecar_file
 from pipeline.shards.snapshot import SNAPSHOTS, Shard, Snapshot, read_snapshot, snapshot_ids
@@ -61,7 +62,7 @@ class _Content:
 
     def __init__(self, fields: tuple[str, ...], decode: Decode | None) -> None:
         self._fields, self._decode = set(fields), decode
-        self._imaged = bool(self._fields & set(IMAGE_FIELDS))
+        self._imaged = bool(self._fields & set(IMAGE.endings))
         self.keys: list[str] = []
         self.whole = False
         self._wrong: dict[str, list[str]] = {}

@@ -12,14 +12,14 @@ from typing import ClassVar
 
 from pipeline.config import require
 from pipeline.errors import SampleError, missing
-from pipeline.shards.sample import IMAGE_FIELDS
+from pipeline.shards.media import IMAGE
 from pipeline.shards.storage import Folder, file_stamp, split_file
 from pipeline.shards.text import decoded
-from pipeline.sources.source import Row, Slice, is_hidden
+from pipeline.sources.source import Part, Row, Slice, is_hidden
 
 logger = logging.getLogger(__name__)
 
-IMAGES = tuple(f".{ending}" for ending in IMAGE_FIELDS)
+IMAGES = tuple(f".{ending}" for ending in IMAGE.endings)
 OTHERS_NAMED = 5
 
 
@@ -134,4 +134,4 @@ class ImageFolder:
         except OSError as error:
             problem = SampleError("failed_to_download", "unreadable", f"cannot read the file: {error}")
             return Row(url=path, caption=caption, columns=columns, problem=problem)
-        return Row(url=path, caption=caption, image=image, columns=columns)
+        return Row(url=path, caption=caption, parts=(Part("image", image),), columns=columns)

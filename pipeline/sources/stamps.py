@@ -25,7 +25,7 @@ from PIL import ImageColor
 from pipeline.config import require
 from pipeline.errors import DataError, SampleError
 from pipeline.shards.storage import Folder, split_file
-from pipeline.sources.source import Row, Slice
+from pipeline.sources.source import Part, Row, Slice
 
 PACKAGE = "tuxpaint-stamps-default"
 INSTALLED = "/usr/share/tuxpaint/stamps"
@@ -129,7 +129,7 @@ class TuxPaintStamps:
         captions = self._captions(path)
         caption = captions.get(self.language, captions.get("en", "") if self.fall_back_to_english else "")
         try:
-            return Row(url=path, caption=caption, image=self._image(path), columns=columns)
+            return Row(url=path, caption=caption, parts=(Part("image", self._image(path)),), columns=columns)
         except SampleError as problem:
             return Row(url=path, caption=caption, columns=columns, problem=problem)
 

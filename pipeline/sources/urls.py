@@ -24,7 +24,7 @@ from pipeline.config import require
 from pipeline.errors import ReadError, SampleError, SettingError, missing, unreadable
 from pipeline.shards.storage import Folder, split_file
 from pipeline.shards.writer import reserved_columns
-from pipeline.sources.source import Row, Slice
+from pipeline.sources.source import Part, Row, Slice
 from pipeline.sources.tables import (
     FORMATS,
     PROBLEM,
@@ -133,13 +133,13 @@ class UrlTable:
                 scratch.write_atomic(copy.rpartition("/")[2], path)
 
     def _row(self, values: dict[str, Any]) -> Row:
-        malformed = values[PROBLEM]
+        malformed, url = values[PROBLEM], values[self.url_col] or ""
         return Row(
-            url=values[self.url_col] or "",
+            url=url,
+            parts=(Part("image", url=url, expected=self._expected(values)),),
             caption=values[self.caption_col] or "" if self.caption_col else None,
             columns={name: values[name] for name in self.save_additional_columns},
             problem=SampleError("failed_to_download", "malformed_row", malformed) if malformed else None,
-            expected=self._expected(values),
         )
 
     def _expected(self, values: Mapping[str, Any]) -> str | None:

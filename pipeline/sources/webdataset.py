@@ -13,12 +13,13 @@ from braceexpand import braceexpand
 
 from pipeline.config import parse_json, require
 from pipeline.errors import DataError, SampleError, missing, unreadable
-from pipeline.shards.sample import IMAGE_FIELDS, Sample
+from pipeline.shards.media import IMAGE
+from pipeline.shards.sample import Sample
 from pipeline.shards.storage import Folder, file_stamp, split_file
 from pipeline.shards.tar import iterate_tar
 from pipeline.shards.text import decoded
 from pipeline.shards.writer import reserved_columns
-from pipeline.sources.source import UNCHANGED, Row, Slice
+from pipeline.sources.source import UNCHANGED, Part, Row, Slice
 from pipeline.sources.tables import AS_WRITTEN, first_text, stored_text
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ class WebDatasetTars:
         return Row(
             url=stored_text(record.get("url")) or sample.key,
             caption=None if self.caption_field is None else self._caption(sample, plain) or "",
-            image=None if image is None else sample.fields[image],
+            parts=() if image is None else (Part("image", sample.fields[image]),),
             columns={name: stored_text(record.get(name)) for name in self.json_columns},
             members=members if self.keep_members else {},
             problem=problem,
@@ -139,7 +140,7 @@ class WebDatasetTars:
         return None
 
     def _image_field(self, sample: Sample) -> str | None:
-        names = IMAGE_FIELDS if self.image_field is None else (self.image_field.lower(),)
+        names = IMAGE.endings if self.image_field is None else (self.image_field.lower(),)
         return next((name for name in names if name in sample.fields), None)
 
     def _caption(self, sample: Sample, plain: "dict[str, Any] | SampleError") -> str | None:
@@ -216,7 +217,7 @@ def _no_image(sample: Sample, wanted: str | None) -> SampleError:
     if wanted is not None:
         return SampleError("failed_to_download", "no_picture", f"no member .{wanted}; the sample has {found}")
     message = f"no member with the ending of an image; the sample has {found}"
-    dotted = next((name for name in sample.fields if name.rpartition(".")[2] in IMAGE_FIELDS), None)
+    dotted = next((name for name in sample.fields if name.rpartition(".")[2] in IMAGE.endings), None)
     if dotted is not None:
         # webdataset's rule: a key ends at its first dot.
         message += f" (.{dotted} follows the first dot of the name: --image-field {dotted}, or names without that dot)"

@@ -54,8 +54,8 @@ def read(tmp_path: Path) -> Callable[..., list[Row]]:
 
 
 def pixels(row: Row) -> NDArray[np.uint8]:
-    assert row.image is not None
-    return np.asarray(cv2.imdecode(np.frombuffer(row.image, np.uint8), cv2.IMREAD_COLOR_RGB), np.uint8)
+    assert row.body("image") is not None
+    return np.asarray(cv2.imdecode(np.frombuffer(row.body("image"), np.uint8), cv2.IMREAD_COLOR_RGB), np.uint8)
 
 
 def test_rows_of_a_small_folder(stamps: Path, read: Callable[..., list[Row]]) -> None:
@@ -64,7 +64,7 @@ def test_rows_of_a_small_folder(stamps: Path, read: Callable[..., list[Row]]) ->
     assert crow.columns["category"] == "animals/birds"
     assert mirror.url.endswith("crow_mirror.png") and mirror.caption == "A crow."
     assert pear.caption == "" and pear.problem is None
-    assert sign.problem is not None and sign.problem.error_class == "vector_picture" and sign.image is None
+    assert sign.problem is not None and sign.problem.error_class == "vector_picture" and sign.body("image") is None
     assert sign.caption == "A sign."
 
 

@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.codecs.image_encoding import ImageOptions, transform
 from pipeline.config import from_json, require, to_json
 from pipeline.errors import DataError, SampleError, SidecarError
 from pipeline.shards.pixels import read_header
@@ -33,7 +34,6 @@ from pipeline.shards.sidecar import read_sidecar, sidecar_file
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
 from pipeline.shards.text import decoded
-from pipeline.stages.crawl.images import ImageOptions, transform
 from pipeline.stages.filters.language import identify
 from pipeline.stages.report.outlines import Region, read_regions
 from pipeline.stages.report.pseudo_boxes import with_pseudo_boxes

@@ -13,13 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipeline.codecs.image_encoding import ImageOptions
+from pipeline.codecs.options import MediaOptions
 from pipeline.errors import SettingError, SnapshotError
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import TarShard
 from pipeline.sources.urls import UrlTable
 from pipeline.stages.crawl.download import DownloadOptions
-from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers
@@ -31,7 +32,7 @@ from pipeline.stages.refresh.img2dataset_engine import guarded_opener, refresh_w
 pytestmark = pytest.mark.filterwarnings("ignore")  # img2dataset itself gives many warnings
 
 OPTIONS = ShardOptions(
-    images=ImageOptions(image_size=64, exact=True),
+    media=MediaOptions(image=ImageOptions(image_size=64, exact=True)),
     downloads=DownloadOptions(allow_hosts=("127.0.0.1",), timeout=5.0, thread_count=8),
     number_sample_per_shard=5,
 )
