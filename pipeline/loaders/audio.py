@@ -17,10 +17,11 @@ from pipeline.loaders.order import RandomStream, random_bits
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.shards.media import AUDIO
 from pipeline.shards.sample import Sample
-from pipeline.shards.waveforms import Samples, read_header, read_waveform
+from pipeline.shards.sound_kinds import Samples
+from pipeline.shards.waveforms import read_header, read_waveform
 
 MOST_SECONDS = 600.0
-"""What is decoded of a sound whose header does not state its length."""
+"""What is decoded of a sound whose header does not state its exact length."""
 
 Padding = Literal["repeat_zeros", "repeat", "zeros", "zeros_around"]
 
@@ -59,7 +60,8 @@ class AudioTransform:
             UnreadableSample: not a sound, or a broken one.
         """
         try:
-            length = read_header(content).seconds
+            header = read_header(content)
+            length = header.seconds if header.exact else None
             start, span = (0.0, MOST_SECONDS) if length is None else (self._start(length, random), self.seconds)
             sound = read_waveform(
                 content, start=start, seconds=span, sample_rate=self.sample_rate, stereo=self.channels == 2

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.shards.waveforms import Samples
+from pipeline.shards.sound_kinds import Samples
 
 SILENCE = -60.0
 """Level in dBFS below which a frame counts as silent."""

@@ -5,7 +5,6 @@ find its rows again, and a digest of their content. The digest changes with the 
 never taken for a shard of the new ones.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -18,7 +17,13 @@ from pipeline.shards.storage import Folder
 UNCHANGED: Mapping[str, Any] = {"resize_mode": "no", "keep_bytes": True}
 """Image options that store images byte for byte, checked by decoding: existing data, or data with boxes in pixels."""
 
-SOUND_UNCHANGED: Mapping[str, Any] = {"audio_keep_bytes": True, "audio_min_loudness": -math.inf}
+SOUND_UNCHANGED: Mapping[str, Any] = {
+    "audio_rate": 0,
+    "audio_stereo": True,
+    "audio_seconds": 3_600.0,
+    "audio_min_loudness": -120.0,
+    "audio_keep_bytes": True,
+}
 """Audio options that store sounds byte for byte, checked by decoding."""
 
 Scalar = str | int | float | bool | None

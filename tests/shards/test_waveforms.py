@@ -12,7 +12,8 @@ import scipy.signal
 
 from pipeline.errors import SampleError
 from pipeline.shards.loudness import FLOOR, measure
-from pipeline.shards.waveforms import Waveform, encode_flac, encode_wav, kind_of, read_header, read_waveform, resampled
+from pipeline.shards.sound_kinds import kind_of
+from pipeline.shards.waveforms import Waveform, encode_flac, encode_wav, read_header, read_waveform, resampled
 from tests.sounds import by_ffmpeg, encoded, tone, video
 
 

@@ -10,12 +10,12 @@ objects; some sounds of the pre-training splits are silent. Samples are 16 bits 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.shards.waveforms import encode_flac
 from pipeline.sources.drawn import sets, world
 from pipeline.sources.drawn.draws import Draws
 from pipeline.sources.drawn.scenes import Look, Scene
@@ -59,6 +59,9 @@ def band_of(colour: str) -> tuple[float, float]:
 
 def draw_sound(scene: Scene, split: str, seed: int, index: int, seconds: float) -> DrawnSound:
     """The sound of the scene of sample ``index``: a pure function of its arguments."""
+    # Imported here: every job loads this source, few need libsndfile.
+    from pipeline.shards.waveforms import encode_flac
+
     draws = Draws(seed, split, index, "sound")
     length = round(seconds * RATE)
     if split in sets.CAPTIONED and draws.chance(SILENT):
@@ -118,11 +121,14 @@ def _weight(spectrum: str, harmonic: int, pitch: float) -> float:
 
 def _envelope(name: str, time: Wave) -> Wave:
     attack = np.minimum(1.0, time / 0.02) * np.minimum(1.0, (time[-1] - time) / 0.02)
-    if name == "plucked":
-        return attack * np.exp(-time * 5.0)
-    if name == "pulsing":
-        return attack * (0.5 + 0.5 * np.tanh(4 * np.sin(2 * np.pi * 7.0 * time)))
-    return attack * (time / time[-1]) if name == "rising" else attack
+    shapes: dict[str, Callable[[], Wave]] = {
+        "plucked": lambda: np.exp(-time * 5.0),
+        "pulsing": lambda: 0.5 + 0.5 * np.tanh(4 * np.sin(2 * np.pi * 7.0 * time)),
+        "rising": lambda: time / time[-1],
+        "steady": lambda: np.ones_like(time),
+    }
+    envelope: Wave = attack * shapes[name]()
+    return envelope
 
 
 def _noise(length: int, draws: Draws) -> Wave:
