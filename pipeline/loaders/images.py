@@ -27,7 +27,8 @@ from pipeline.config import require
 from pipeline.errors import DataError, SampleError, unreadable
 from pipeline.loaders.order import RandomStream, random_bits
 from pipeline.loaders.samples import UnreadableSample
-from pipeline.shards.pixels import MAX_PIXELS, Pixels as Pixels
+from pipeline.shards.pixels import MAX_PIXELS as MAX_PIXELS
+from pipeline.shards.pixels import Pixels as Pixels
 from pipeline.shards.pixels import rgb
 from pipeline.shards.sample import Sample
 from pipeline.shards.storage import split_file
