@@ -27,6 +27,8 @@ SOUND_UNCHANGED: Mapping[str, Any] = {
 """Audio options that store sounds byte for byte, checked by decoding."""
 
 Scalar = str | int | float | bool | None
+Cell = Scalar | list[str]
+"""A value of a row's column: several captions or labels are a list."""
 
 
 def is_hidden(path: str) -> bool:
@@ -64,7 +66,7 @@ class Row:
     url: str
     caption: str | None = None
     parts: tuple[Part, ...] = ()
-    columns: Mapping[str, Scalar] = field(default_factory=dict)
+    columns: Mapping[str, Cell] = field(default_factory=dict)
     members: Mapping[str, bytes] = field(default_factory=dict)
     problem: SampleError | None = None
 
@@ -152,5 +154,5 @@ class Source(Protocol):
         ...
 
     def schema(self) -> Mapping[str, type]:
-        """Names and Python types of the rows' ``columns``."""
+        """Names and Python types of the rows' ``columns``; ``list`` is a list of texts."""
         ...

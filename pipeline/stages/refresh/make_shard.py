@@ -27,12 +27,18 @@ from pipeline.shards.sample import Sample, joined_fields, sample_key, shard_name
 from pipeline.shards.storage import Folder
 from pipeline.shards.text import storable
 from pipeline.shards.writer import ShardStats, ShardWriter, parquet_schema, read_stats
-from pipeline.sources.source import UNCHANGED, Part, Row, Scalar, Source, fetches, media_of
+from pipeline.sources.source import UNCHANGED, Cell, Part, Row, Scalar, Source, fetches, media_of
 from pipeline.stages.crawl.decode_apart import Apart
 from pipeline.stages.crawl.download import Download, DownloadOptions, KnownBody, Request, digest, download_all
 from pipeline.stages.refresh.plan import Unit
 
-ARROW_TYPES: Mapping[type, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+ARROW_TYPES: Mapping[type, pa.DataType] = {
+    str: pa.string(),
+    int: pa.int64(),
+    float: pa.float64(),
+    bool: pa.bool_(),
+    list: pa.list_(pa.string()),
+}
 VALIDATORS = ("last_modified", "etag")
 
 
@@ -317,8 +323,10 @@ def _refuse_second(members: Mapping[str, bytes], medium: str, field: str) -> Non
         raise SampleError("failed_to_resize", f"two_{medium}s", message)
 
 
-def clean_value(value: Scalar) -> Scalar:
+def clean_value(value: Cell) -> Cell:
     """The value of a column as it can be stored: texts as captions, numbers and booleans as they are."""
+    if isinstance(value, list):
+        return [storable(text) for text in value]
     return storable(value) if isinstance(value, str) else value
 
 
