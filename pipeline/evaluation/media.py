@@ -2,8 +2,10 @@
 
 A model encodes a medium M if it has ``encode_M``, from one tensor of a batch to features float [B, D]. A reader makes
 that tensor from a sample: ``M_reader()`` of the model, whose batch has it under the key M; for images the reader of
-``transforms(train=False)``, for texts the ``tokenizer``. A model whose class has more encoders than its config needs
-lists its media in ``encodes``.
+``transforms(train=False)``, for texts the ``tokenizer``. The representation of a reader, a frozen dataclass, names its
+settings: stored features are those of the same weights and readers.
+
+A model whose class has more encoders than its config needs lists its media in ``encodes``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -97,12 +99,6 @@ def check_medium(setting: str) -> None:
     require(setting in (AUTO, *MEDIA), "medium", setting, ", ".join((AUTO, *MEDIA)))
 
 
-def part_of(sample: Sample, medium: str) -> bytes | None:
-    """The encoded part of a medium; ``None`` where the sample has none."""
-    field = MEDIA[medium].field_of(sample.fields)
-    return None if field is None else sample.fields[field]
-
-
 @dataclass(frozen=True, kw_only=True)
 class PartsReader:
     """The media of samples of which each may lack some: inputs of those that are there, and their rows in the batch.
@@ -122,7 +118,7 @@ class PartsReader:
         """``parts``: the rows of the readers, by medium."""
         parts: dict[str, Row] = {}
         for name, reader in self.readers.items():
-            if part_of(sample, name) is not None:
+            if sample.body(MEDIA[name]) is not None:
                 parts[name] = reader.read(sample, at)
         lacks = ""
         if self.captions is not None:

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from pipeline.evaluation.media import TEXT, part_of
+from pipeline.evaluation.media import TEXT
 from pipeline.evaluation.search import Match, Query, SearchResult
 from pipeline.evaluation.shown_media import picture, sound_of, spectrogram
 from pipeline.loaders.samples import UnreadableSample
@@ -99,7 +99,7 @@ def _media(sample: Sample, title: str, seconds: float) -> str:
     """Every part of a sample that can be shown; a note for one that cannot be read."""
     parts = []
     for medium, show in PLAYERS.items():
-        if part_of(sample, medium) is not None:
+        if sample.body(MEDIA[medium]) is not None:
             try:
                 parts.append(show(sample, title, seconds))
             except UnreadableSample:

@@ -17,12 +17,11 @@ from torch import Tensor
 
 from pipeline.errors import SampleError
 from pipeline.evaluation.figures import RIGHT, WRONG
-from pipeline.evaluation.media import part_of
 from pipeline.loaders.batches import Row, SamplePosition
 from pipeline.loaders.images import as_stored, decode
 from pipeline.loaders.sample_figures import blank_figure, show_image, wrapped
 from pipeline.loaders.samples import UnreadableSample
-from pipeline.shards.media import AUDIO
+from pipeline.shards.media import AUDIO, MEDIA
 from pipeline.shards.sample import Sample
 from pipeline.shards.waveforms import Waveform, encode_flac, read_waveform
 
@@ -168,7 +167,7 @@ def playable(sample: Sample) -> bytes:
 
 
 def _part(sample: Sample, medium: str) -> bytes:
-    content = part_of(sample, medium)
+    content = sample.body(MEDIA[medium])
     if content is None:
         raise UnreadableSample(f"{sample.key} has no {medium}")
     return content

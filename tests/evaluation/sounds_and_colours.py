@@ -1,6 +1,7 @@
 """A perfect model of three pitches, three colours and their names, which are one feature space, and its samples."""
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ PITCHES = {"red": 220.0, "green": 880.0, "blue": 3520.0}
 RATE = 16_000
 
 
+@dataclass(frozen=True)
 class PitchReader:
     """``audio``: float32 [B, 1, T]."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import require
-from pipeline.evaluation.classes import CLASSES_HELP, label_key, read_classes, read_templates
+from pipeline.evaluation.classes import CLASSES_HELP, read_classes, read_templates
 from pipeline.evaluation.data import Data, evaluation_batches
 from pipeline.evaluation.media import AUTO, check_medium, medium_of_set, medium_reader, require_text
 from pipeline.evaluation.tagging import LabelsReader, by_head, by_prompts, tagging
@@ -22,8 +22,8 @@ class Config:
     classes: str = option("auto", "tagging_classes", CLASSES_HELP)
     templates: str = option("auto")
     """Prompts, as of --zero-shot."""
-    labels: str = option("")
-    """Key of the samples' json that holds the list of classes; empty for the label of the card."""
+    labels: str = option("labels")
+    """Key of the samples' json that holds the list of classes."""
     separator: str = option(";")
     """Separator of the classes where they are a text."""
     medium: str = option(AUTO)
@@ -67,7 +67,7 @@ class Tagging(Task):
         """Classes and templates."""
         reader = LabelsReader(
             classes=read_classes(config.classes, data.card, name),
-            json_key=label_key(config.labels, data.card),
+            json_key=config.labels,
             separator=config.separator,
         )
         return Tags(reader, read_templates(config.templates, data.card, name), config.medium)

@@ -345,7 +345,7 @@ class Audioclip(clip.Clip):
     def encode_audio(self, audio: Tensor) -> Tensor:
         """Float [B, C, T] in -1 to 1, at :attr:`sample_rate`, to L2-normalised float32 [B, D].
 
-        :meth:`sound_reader` gives sounds of the length that the tower was trained on.
+        :meth:`audio_reader` gives sounds of the length that the tower was trained on.
         """
         require(not self._tags(), "modalities", self.config.modalities, "a model of two modalities, not of tags")
         features, _ = self.audio(audio, self.gather)
@@ -356,9 +356,15 @@ class Audioclip(clip.Clip):
         """Samples per second of the waveforms that :meth:`encode_audio` reads."""
         return self.config.cut().sample_rate
 
-    def sound_reader(self) -> SoundReader | AudioReader:
+    def audio_reader(self) -> SoundReader | AudioReader:
         """The reader of sounds for evaluation; its key is ``audio``."""
         return self.config.sounds()
+
+    @property
+    def encodes(self) -> tuple[str, ...]:
+        """The modalities with trained towers: those of the config, and of a pretrained CLIP its own."""
+        of_clip = ("image", "text") if self.config.pretrained and not self._tags() else ()
+        return tuple(dict.fromkeys((*self.config.modalities, *of_clip)))
 
     @property
     def classes(self) -> tuple[str, ...]:
