@@ -259,7 +259,7 @@ class Audioclip(clip.Clip):
         config = self.config
         used = {modality for pair in config.pairs() for modality in pair} | ({"audio"} if self._tags() else set())
         frozen: list[nn.Parameter] = []
-        towers = {"image": self._parts("image"), "text": self._parts("text"), "audio": [self.audio]}
+        towers = {name: self._parts(name) for name in MODALITIES}
         for modality, modules in towers.items():
             if modality not in used or (modality == "audio" and config.lock_audio):
                 frozen += [one for module in modules for one in module.parameters()]
@@ -274,7 +274,9 @@ class Audioclip(clip.Clip):
         self._still = tuple(module for part in parts for module in locked_modules(part))
 
     def _parts(self, tower: str) -> list[nn.Module]:
-        """The modules of one of open_clip's towers."""
+        """The modules of a tower."""
+        if tower == "audio":
+            return [self.audio]
         if tower == "image":
             return [self.model.visual]
         if hasattr(self.model, "text"):
@@ -348,7 +350,7 @@ class Audioclip(clip.Clip):
         :meth:`sound_reader` gives sounds of the length that the tower was trained on.
         """
         require(not self._tags(), "modalities", self.config.modalities, "a model of two modalities, not of tags")
-        features, _ = self.audio(audio, self.gather)
+        features, _ = self._hear(audio)
         return functional.normalize(features.float(), dim=-1)
 
     @property
@@ -368,16 +370,21 @@ class Audioclip(clip.Clip):
     def tag_audio(self, audio: Tensor) -> Tensor:
         """Float [B, C, T] in -1 to 1 to the logits of each tag, float32 [B, classes]."""
         require(self._tags(), "modalities", self.config.modalities, "audio, for a model of tags")
-        logits: Tensor = self.audio(audio, self.gather)[0]
+        logits, _ = self._hear(audio)
         return logits.float()
+
+    def _hear(self, audio: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features of the audio tower, not normalised, and its penalty."""
+        found: tuple[Tensor, Tensor | None] = self.audio(audio, self.gather)
+        return found
 
     def embed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Unit features by modality (zeros where it is missing) or tags' logits, and the penalty of each row."""
         found: dict[str, Tensor] = {}
         if "audio" in self.config.modalities:
             rows = self._rows(batch, "audio")
-            with rows.of(self.audio):
-                features, penalty = self.audio(rows.taken(batch["audio"]), self.gather)
+            with rows.of(*self._parts("audio")):
+                features, penalty = self._hear(rows.taken(batch["audio"]))
             name = "tags" if self._tags() else "audio"
             features = features.float() if self._tags() else functional.normalize(features.float(), dim=-1)
             found[name] = rows.put_back(features)
@@ -399,7 +406,7 @@ class Audioclip(clip.Clip):
             return {"targets": batch["tags"]}
         found = {PRESENCE + name: batch[PRESENCE + name] for name in self.config.modalities if PRESENCE + name in batch}
         if self.config.positives == "same_text" and "text" in batch:
-            found["groups"] = text_groups(batch["text"])
+            found["groups"] = text_groups(batch["text"], getattr(self.tokenizer, "padding", 0))
         return found
 
     def compare(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
