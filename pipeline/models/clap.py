@@ -149,9 +149,12 @@ class Clap(Audioclip):
         Method.__init__(self, config)
         files = _unprefixed(description) if description else _files_of(config)
         settings = ClapConfig.from_dict(parse(files[CONFIG], config.pretrained))
-        fused = settings.audio_config.enable_fusion
+        audio: Any = settings.audio_config
         require(
-            not fused, "pretrained", config.pretrained, "a model without feature fusion, such as clap-htsat-unfused"
+            not audio.enable_fusion,
+            "pretrained",
+            config.pretrained,
+            "a model without feature fusion, such as clap-htsat-unfused",
         )
         self.model = ClapModel(settings)
         if config.pretrained and description is None:

@@ -301,9 +301,8 @@ class Audioclip(clip.Clip):
         return torch.tensor(math.log(self.config.max_logit_scale)).item()
 
     @classmethod
-    def sample_fields(cls, config: clip.Config, settings: TextSettings | None = None) -> Sequence[str]:
+    def sample_fields(cls, config: Any, settings: TextSettings | None = None) -> Sequence[str]:
         """Fields that every sample has: none where samples may lack a modality."""
-        assert isinstance(config, Config)
         if config.modalities == ("audio",):
             return ("audio", "json")
         if config.missing == "mask":
@@ -313,9 +312,8 @@ class Audioclip(clip.Clip):
         return [name for one in config.modalities for name in (of_text if one == "text" else [one])]
 
     @classmethod
-    def sidecars(cls, config: clip.Config, settings: TextSettings | None = None) -> Sequence[Wanted]:
+    def sidecars(cls, config: Any, settings: TextSettings | None = None) -> Sequence[Wanted]:
         """The captions' tokens, where the run names a sidecar and texts are trained on."""
-        assert isinstance(config, Config)
         return super().sidecars(config, settings) if "text" in config.modalities else []
 
     def readers(self, train: bool, *, seed: int = 0, settings: TextSettings | None = None) -> Sequence[Reader]:
