@@ -28,7 +28,8 @@ Differences from the authors' code: negatives of all processes (there, of each G
 ``augment``); scales are clamped after each step, so that they go on learning at their limit, where they start.
 
 Left out: class weights of the cross-entropy; the peak normalisation of one data set's loader; loading the authors' own
-checkpoints of all towers (those of the audio tower alone load).
+checkpoints of all towers (those of the audio tower alone load). Batch normalisation of audio towers uses each process's
+own rows, as in the ResNets of CLIP.
 
 To hold a run against: accuracy on ESC-50 / UrbanSound8K 97.15 / 90.07, zero-shot 69.40 / 68.78 (README of the authors'
 code).
@@ -92,7 +93,7 @@ class Config(clip.Config):
     audio_channels: Literal[1, 2] | None = None
     """Channels of every sound; none for the tower's."""
     augment_audio: bool = True
-    """Augment training sounds as --audio-augmentation describes; else a random part of longer sounds is read."""
+    """Augment training sounds: inversion, speed, position and noise; else a random part of longer sounds is read."""
     audio_padding: Padding = "repeat_zeros"
     """Padding of short sounds without augmentation: repeats and then zeros (LAION-CLAP), repeats, zeros, or zeros on
     both sides. With augmentation their ends continue (AudioCLIP)."""
