@@ -8,7 +8,7 @@ from pipeline.codecs.codec import Codec, Encoded
 from pipeline.codecs.image_annotations import fitted_members
 from pipeline.codecs.image_encoding import ImageOptions, transform
 from pipeline.shards.media import IMAGE
-from pipeline.shards.pixels import MOST_PIXELS, Pixels, read_header, rgb
+from pipeline.shards.pixels import MAX_PIXELS, Pixels, read_header, rgb
 from pipeline.sources.source import Scalar
 
 BYTES_PER_PIXEL = 12  # enough for an RGB image in Pillow, in NumPy and on the way between them
@@ -39,7 +39,7 @@ class ImageCodec(Codec[ImageOptions, Pixels]):
 
     def decode(self, body: bytes) -> Pixels:
         """uint8 [H, W, 3], red-green-blue, on white, as stored."""
-        return rgb(body, MOST_PIXELS)
+        return rgb(body, MAX_PIXELS)
 
     def needs_care(self, body: bytes) -> bool:
         """Whether ``body`` has a format that only Pillow decodes."""

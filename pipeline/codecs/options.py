@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.codecs import codec_names, codec_of
+from pipeline.config import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,8 +12,13 @@ class EveryMedium:
     """What :class:`MediaOptions` has besides its fields."""
 
     def of(self, medium: str) -> Any:
-        """The options of the codec of ``medium``."""
-        return getattr(self, medium)
+        """The options of the codec of ``medium``.
+
+        Raises:
+            SettingError: there is no such codec.
+        """
+        require(medium in vars(self), "medium", medium, "one of " + ", ".join(vars(self)))
+        return vars(self)[medium]
 
 
 def media_options_class() -> type[EveryMedium]:

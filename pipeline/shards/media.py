@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config import require
+
 ENOUGH = 16
 """Number of first bytes that identify every known format."""
 
@@ -154,6 +156,12 @@ _ENDINGS = {
     medium.name: tuple(dict.fromkeys(ending for endings in medium.kinds.values() for ending in endings))
     for medium in MEDIA.values()
 }
+
+
+def check_media(given: tuple[str, ...]) -> None:
+    """Raise ``SettingError`` unless ``given`` is the field ``media`` of a source: one medium or more, each once."""
+    known = bool(given) and all(medium in MEDIA for medium in given) and len(set(given)) == len(given)
+    require(known, "media", given, "some of " + ", ".join(MEDIA) + ", each once")
 
 
 def part_column(medium: str, name: str) -> str:

@@ -31,6 +31,8 @@ from pipeline.shards.exif import PILLOW_ERRORS, jpeg_segments, orientation_of, r
 
 MOST_PIXELS = 2**30
 """The largest --max-pixels. Callers compare the header with their own limit before they decode."""
+MAX_PIXELS = 64_000_000
+"""The limit of readers: images in shards are small; a larger one is an attack or a mistake."""
 Image.MAX_IMAGE_PIXELS = MOST_PIXELS  # Pillow's own is 90 million, and cannot be set for one image
 
 Pixels = npt.NDArray[np.uint8]

@@ -227,10 +227,14 @@ def parquet_schema(columns: Mapping[str, pa.DataType], hash_name: str | None) ->
     return pa.schema(named)
 
 
-def reserved_columns() -> Sequence[str]:
-    """Reserved names of input columns: the parquet file and the json use them."""
-    names = parquet_schema({}, None).names
-    return (*names, "caption", "url", "md5", "sha256", "sha512", "etag", "last_modified")
+OF_PARTS = ("url", "md5", "sha256", "sha512", "etag", "last_modified")
+
+
+def reserved_columns(media: Sequence[str] = ()) -> tuple[str, ...]:
+    """Reserved names of input columns: the parquet file and the json use them for rows with parts of ``media``."""
+    own = ("error_class", "error_message", "http_status", "attempts")
+    of_media = (part_column(medium, name) for medium in media for name in (*OF_PARTS, *own))
+    return (*parquet_schema({}, None).names, "caption", *OF_PARTS, *(of_media if len(media) > 1 else ()))
 
 
 def _stats_json(stats: ShardStats) -> bytes:
