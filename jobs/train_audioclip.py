@@ -28,6 +28,8 @@ from pipeline.training.run import Cluster, Run
 class Train(Pretraining):
     """An AudioCLIP, its training data, and its evaluations."""
 
+    drawn_options = {"sound": "mixed"}
+
     method: Config = field(default_factory=Config)
     card: str = ""
     """Dataset card with the tags' class names, for audio alone."""
@@ -79,7 +81,7 @@ SMALL = Config(
     architecture="clipmill-small",
     text_start="bag_of_words",
     audio_tower="small",
-    audio_seconds=1.0,
+    audio_seconds=2.0,
     audio_scale=14.0,
 )
 SMOKE = replace(

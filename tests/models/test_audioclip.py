@@ -359,8 +359,9 @@ def test_samples_may_lack_a_modality(coloured: Sample) -> None:
     assert found["has_text"].tolist() == [1, 1, 0, 1]
     assert found["audio"].shape == (4, 1, 8000) and found["image"].shape == (4, 3, 64, 64)
     assert set(method.training_step(found)) == {"audio_image", "audio_text", "image_text"}
-    with pytest.raises(UnreadableSample, match="has image of audio, image, text"):
-        reader.read(Sample("a", image), at)
+    for fields in (image, image | {"txt": b""}):
+        with pytest.raises(UnreadableSample, match="has image of audio, image, text"):
+            reader.read(Sample("a", fields), at)
     with pytest.raises(UnreadableSample):  # there, but damaged
         reader.read(Sample("a", image | text | {"flac": b"fLaC"}), at)
     strict = build(missing="replace").readers(train=True)

@@ -1,7 +1,9 @@
 """Rows with an image and a sound: fetched, checked, counted, encoded, renewed and purged part by part."""
 
+import base64
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +16,25 @@ from pipeline.codecs.audio import AudioOptions
 from pipeline.codecs.image_encoding import ImageOptions
 from pipeline.codecs.options import MediaOptions
 from pipeline.errors import SettingError
+from pipeline.shards.media import AUDIO
 from pipeline.shards.sample import Sample
 from pipeline.shards.selection import read_samples
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.shards.storage import Folder
+from pipeline.shards.tar import TarWriter
 from pipeline.shards.verify import Verification, folder_problems
 from pipeline.sources.folder import ImageFolder
 from pipeline.sources.urls import UrlTable
 from pipeline.sources.webdataset import WebDatasetTars
 from pipeline.stages.crawl.download import DownloadOptions
+from pipeline.stages.filters.view import ShardView
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.refresh.settings import Renewal
+from pipeline.stages.report.dataset_statistics import ReportLimits, measure
 from pipeline.stages.shard_tasks import Workers
 from tests.conftest import image
+from tests.jobs.conftest import Type, job  # noqa: F401  (the fixture that runs jobs)
 
 HERE = Workers(processes_count=0)
 LATEST = Renewal(parent="latest")
@@ -303,3 +310,70 @@ def test_sounds_of_tars_stay_as_they_are(tmp_path: Path) -> None:
 def test_an_unknown_medium_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="media"):
         ImageFolder(folder=str(tmp_path), media=("scent",))
+
+
+def laion_tars(folder: Path) -> Folder:
+    """Tars of LAION's audio-dataset: flac and json with a list of captions, and sizes.json."""
+    folder.mkdir()
+    sizes = {}
+    for tar in range(2):
+        with open(folder / f"{tar}.tar", "wb") as file:
+            writer = TarWriter(file)
+            for index in range(3):
+                text = json.dumps({"text": [f"the sound of {index}", "another"], "tag": ["x"], "original_data": {}})
+                body = sound(3 * tar + index, seconds=0.4 + index, rate=48_000)
+                fields = {"flac": body, "json": text.encode()}
+                writer.write(Sample(str(index + 1), fields))
+            writer.close()
+        sizes[f"{tar}.tar"] = 3
+    (folder / "sizes.json").write_text(json.dumps(sizes))
+    return Folder(folder)
+
+
+def test_tars_of_laion_are_adopted_verified_and_reported(
+    job: Type,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = laion_tars(tmp_path / "clap")
+    assert job("adopt_dataset", "folder", folder.uri, "--processes-count", "0") == 0
+    snapshot = read_snapshot(folder.uri)
+    assert snapshot.fields == ("flac", "json") and snapshot.samples == 6
+    verify = ("verify_dataset", "snapshot", folder.uri, "--decode", "--processes-count", "0")
+    assert job(*verify) == 0
+    view = ShardView(folder, snapshot.shards[0])
+    assert view.captions() == [f"the sound of {index}" for index in range(3)]
+    assert view.column("audio_seconds") == pytest.approx([0.4, 1.4, 2.4])
+    assert [body is not None for body in view.bodies(AUDIO)] == [True] * 3
+    page = tmp_path / "report.html"
+    words = ("--data", folder.uri, "--output", str(page), "--processes-count", "0", "--no-track")
+    assert job("report_dataset", "snapshot", *words, "--sound-seconds", "1") == 0
+    text = page.read_text()
+    players = re.findall(r'<audio controls[^>]*src="data:audio/flac;base64,([^"]+)"', text)
+    assert len(players) == 6 and "media-src data:" in text
+    lengths = sorted(len(soundfile.read(io.BytesIO(base64.b64decode(one)))[0]) for one in players)
+    assert lengths == [6_400, 6_400, 16_000, 16_000, 16_000, 16_000], "a second of each, at 16 kHz"
+    assert "Duration of sounds" in text and "Sampling rate" in text
+    tar = tmp_path / "clap" / "0.tar"
+    tar.write_bytes(tar.read_bytes().replace(b"fLaC", b"fLaX", 1))
+    capsys.readouterr()
+    assert job(*verify) == 1
+    assert "1 samples whose audio cannot be decoded" in capsys.readouterr().out
+
+
+def test_a_report_measures_and_plays_what_was_stored(site: Site) -> None:
+    snapshot = site.refresh()
+    found = measure(snapshot, ReportLimits(), HERE)
+    assert found.histograms["seconds"].count == 6 and found.histograms["seconds"].mean == pytest.approx(0.5)
+    assert found.histograms["channels"].mean == 1 and found.histograms["rate"].mean == RATE
+    # A sine of amplitude 0.4 has a root mean square of 0.4 / sqrt(2).
+    assert found.histograms["loudness"].mean == pytest.approx(20 * np.log10(0.4 / np.sqrt(2)), abs=0.1)
+    assert all(shown.sound and shown.thumbnail for shown in found.samples)
+    assert not any(one.sound for one in measure(snapshot, ReportLimits(sound_seconds=0), HERE).samples)
+
+
+def test_equal_images_with_other_sounds_are_no_duplicates(site: Site) -> None:
+    site.bodies |= {"1.jpg": image(0), "2.jpg": image(0), "2.flac": sound(0)}
+    view = ShardView(Folder(site.out), site.refresh().shards[0])
+    digests = view.digests()
+    assert len(set(digests)) == 5 and digests[0] == digests[2] != digests[1]

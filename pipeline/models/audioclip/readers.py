@@ -103,8 +103,8 @@ class ModalitiesReader:
     """Several modalities of a sample, some of which it may lack.
 
     A batch has each reader's keys, and for each modality ``has_<modality>``, float32 [B], 1 for the rows that have it;
-    the others have the values in ``blanks``. A sample with fewer than two modalities is unreadable, and so is one whose
-    modality is there but damaged.
+    the others have the values in ``blanks``. An empty text is none. A sample with fewer than two modalities is
+    unreadable, and so is one whose modality is there but damaged.
     """
 
     readers: Mapping[str, Reader]
@@ -118,7 +118,8 @@ class ModalitiesReader:
 
     def read(self, sample: Sample, at: SamplePosition | None = None) -> Row:
         """The values by modality, none for a missing one."""
-        rows = {name: reader.read(sample, at) for name, reader in self.readers.items() if _has(sample, reader)}
+        found = {name: reader.read(sample, at) for name, reader in self.readers.items() if _has(sample, reader)}
+        rows = {name: row for name, row in found.items() if row.get("text") != ""}
         if len(rows) < 2:
             raise UnreadableSample(f"{sample.key} has {', '.join(rows) or 'none'} of {', '.join(self.readers)}")
         return rows
