@@ -43,7 +43,7 @@ CLIPPED_AT = 32_767 / 32_768
 _LARGEST = 1e9
 _ENDLESS = 1 << 40  # frames; libsndfile reports 2^63 - 1 where a header does not say
 _SLACK = 0.1  # seconds by which lossy formats may be shorter than their headers say
-_BLOCK = 1 << 18  # numbers to decode at a time, over all channels
+_BLOCK = 1 << 20  # numbers to decode at a time, over all channels
 _UNKNOWN_LENGTHS = (0, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF)
 
 
