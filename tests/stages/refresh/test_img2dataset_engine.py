@@ -100,7 +100,7 @@ def compare_tables(mine: Any, other: Any) -> None:
 
 
 def test_its_engine_keeps_our_rule_about_addresses(table: UrlTable, tmp_path: Path, ray_cluster: Any) -> None:
-    closed = ShardOptions(images=OPTIONS.images, number_sample_per_shard=5)
+    closed = ShardOptions(media=OPTIONS.media, number_sample_per_shard=5)
     with pytest.raises(SnapshotError, match="no row became a sample.*most often: .*not a public address"):
         refresh_with_img2dataset(table, Folder(tmp_path / "out"), closed, Workers())
 
