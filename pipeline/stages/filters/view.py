@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.config import parse_json
-from pipeline.errors import DataError, SampleError
+from pipeline.errors import DataError, SampleError, SidecarError
 from pipeline.shards.media import AUDIO, IMAGE, MEDIA, Medium
 from pipeline.shards.pixels import read_header
 from pipeline.shards.sample import Sample, joined_fields
@@ -39,12 +39,12 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Embeddings:
-    """L2-normalised rows float32 [n, D] for image and text, and whether each sample has them, bool [n].
+    """L2-normalised rows float32 [n, D] of a medium and of captions, and whether each sample has them, bool [n].
 
     Rows of samples without embeddings are zero.
     """
 
-    image: Floats
+    features: Floats
     text: Floats | None
     present: Mask
 
@@ -140,16 +140,22 @@ class ShardView:
             if following == len(wanted):
                 return
 
-    def embeddings(self, name: str = "embeddings", text: bool = True) -> Embeddings:
-        """The samples' rows of the sidecar ``name``; raises :class:`SidecarError` where it is missing or stale."""
+    def embeddings(self, name: str = "embeddings", text: bool = True, medium: str = "image") -> Embeddings:
+        """The samples' rows of the sidecar ``name``.
+
+        Raises:
+            SidecarError: it is missing, stale, or without features of ``medium``.
+        """
         table = read_sidecar(self.folder, self.shard, name, EMBEDDINGS_JOB)
+        if medium not in table.column_names:
+            raise SidecarError(f"the sidecar {name} of {self.shard.name} has no {medium}; it has {table.column_names}")
         keys = pa.array(self.keys(), pa.string())
         rows = pc.index_in(keys, value_set=table["key"].combine_chunks())
-        image, present = _vectors(table["image"], rows)
+        features, present = _vectors(table[medium], rows)
         if not text or "text" not in table.column_names:
-            return Embeddings(image, None, present)
+            return Embeddings(features, None, present)
         words, spoken = _vectors(table["text"], rows)
-        return Embeddings(image, words, present & spoken)
+        return Embeddings(features, words, present & spoken)
 
     def _rows(self, name: str) -> list[Any] | None:
         column = self._stored.column(name)
