@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 import tyro
 
+from pipeline.codecs import codec_names, codec_of
+from pipeline.codecs.options import MediaOptions
 from pipeline.config import require, run_job, writable_folder
 from pipeline.dataset import load_card
 from pipeline.errors import SettingError
@@ -25,7 +27,6 @@ from pipeline.shards.storage import Folder
 from pipeline.sources import open_source, source_classes
 from pipeline.sources.source import Source
 from pipeline.sources.urls import UrlTable
-from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh.img2dataset_engine import refresh_with_img2dataset
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.progress import Floor
@@ -62,9 +63,11 @@ def refresh_of(kind: str, **settings: Any) -> Refresh:
     """A refresh from a source of ``kind``; required options stay open. ``settings`` are the source's."""
     made = SOURCES[kind]
     open_fields = {one.name: tyro.MISSING for one in fields(made) if one.default is one.default_factory is MISSING}
-    images = ImageOptions(**getattr(made, "image_options", {}))
+    media = {medium: codec_of(medium).options(**getattr(made, f"{medium}_options", {})) for medium in codec_names()}
     return KINDS[kind](
-        source=made(**{**open_fields, **settings}), output_folder=tyro.MISSING, options=ShardOptions(images=images)
+        source=made(**{**open_fields, **settings}),
+        output_folder=tyro.MISSING,
+        options=ShardOptions(media=MediaOptions(**media)),
     )
 
 

@@ -178,8 +178,11 @@ def run_job(
     presets: Mapping[str, tuple[str, Any]],
     main: Callable[[Any], None],
     again: str = "the same command starts again from the beginning",
+    default: str = "",
 ) -> None:
     """The command line of a job: ``PRESET [--flags]`` or ``--from config.json [--flags]``, then ``main(config)``.
+
+    A command line that begins with another flag has the preset ``default``, if there is one.
 
     Errors that a user can fix are one sentence on stderr: exit code 2 for a setting, 1 for data and storage. After
     Ctrl-C or TERM the sentence is ``again``, which says what the same command will do; the exit code is 128 + the
@@ -189,7 +192,10 @@ def run_job(
     # `ray job stop` sends TERM: as an exception it lets the job close its MLflow run and stop what it started.
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        main(_parse(dict(presets), sys.argv[1:]))
+        arguments = sys.argv[1:]
+        if default and arguments and arguments[0].startswith("-") and arguments[0] not in ("--from", "--help", "-h"):
+            arguments = [default, *arguments]
+        main(_parse(dict(presets), arguments))
         sys.stdout.flush()
     except SettingError as error:
         _stop(f"error: {as_typed(error, sys.argv[1:])}", code=2)

@@ -374,12 +374,24 @@ def write_coloured_phrases(folder: Folder, shard: Shard, samples: Sequence[Sampl
     return write_sidecar(folder, shard, "phrases", maker.table(iter(samples), shard), maker.maker)
 
 
+def tone(number: int) -> bytes:
+    """A FLAC of half a second: a tone whose pitch is the number's, with noise."""
+    import numpy as np
+
+    from pipeline.shards.waveforms import encode_flac
+
+    times = np.arange(8000) / 16_000
+    noise = np.random.default_rng(number).normal(0, 0.02, 8000)
+    sound = 0.5 * np.sin(2 * np.pi * 220 * 1.1 ** (number % 24) * times) + noise
+    return encode_flac(sound[None].astype(np.float32), 16_000)
+
+
 @pytest.fixture(scope="session")
 def make_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Snapshot]:
     """``make_snapshot(sizes, folder=None, spoil={number: fields})`` publishes shards of the given sizes.
 
-    With ``regions``, the digest of a teacher and the width of its features, samples have ``boxes.json`` and shards
-    sidecars of stored regions and of the captions' phrases.
+    With ``regions``, the digest of a teacher and the width of its features, samples have ``boxes.json`` and a sound,
+    and shards sidecars of stored regions and of the captions' phrases.
     """
 
     def make(
@@ -401,6 +413,7 @@ def make_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Sna
                     made_samples.append(made)
                     if regions:
                         made.fields["boxes.json"] = drawn_objects(number)
+                        made.fields["flac"] = tone(number)
                     if spoil and number in spoil:
                         made = Sample(made.key, spoil[number])
                     writer.write(made)
@@ -419,7 +432,7 @@ def make_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Sna
         return publish_shards(
             Folder(place),
             tuple(shards),
-            fields=("boxes.json", "jpg", "json", "txt") if regions else ("jpg", "json", "txt"),
+            fields=("boxes.json", "flac", "jpg", "json", "txt") if regions else ("jpg", "json", "txt"),
             card=None,
             options={},
             rows=sum(sizes),

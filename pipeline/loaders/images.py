@@ -27,6 +27,7 @@ from pipeline.config import require
 from pipeline.errors import DataError, SampleError, unreadable
 from pipeline.loaders.order import RandomStream, random_bits
 from pipeline.loaders.samples import UnreadableSample
+from pipeline.shards.pixels import MAX_PIXELS as MAX_PIXELS
 from pipeline.shards.pixels import Pixels as Pixels
 from pipeline.shards.pixels import rgb
 from pipeline.shards.sample import Sample
@@ -34,7 +35,6 @@ from pipeline.shards.storage import split_file
 
 Box = tuple[int, int, int, int]
 
-MAX_PIXELS = 64_000_000  # images in shards are small; a larger one is an attack or a mistake
 ATTEMPTS = 10
 SHRINKS = (8, 4, 2)  # 1 / what libjpeg decodes to with vector instructions; 3/8, 5/8 and so on are slower than 1
 MARGIN = 1.25  # smallest ratio of a reduced crop to the result; below it, sharp photographs fall to 36 dB

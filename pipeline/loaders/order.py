@@ -75,6 +75,10 @@ class RandomStream(IntEnum):
     """How far the box around a mask is moved."""
     TEXTS = 32
     """Which caption or question of an image is read."""
+    SOUND_CROPS = 33
+    """Random segment of a sound."""
+    SOUNDS = 40
+    """Augmentation of a sound."""
     VIEWS = 64
     """Random crops of view v of an image: 64 + v, 64 to 127."""
     COLOURS = 128

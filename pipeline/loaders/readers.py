@@ -79,7 +79,7 @@ class TextReader:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionsReader:
-    """``text``: the tokens of all captions, int64 [T, L]; ``owner``: the row of each in the batch, int64 [T]."""
+    """``text``: the tokens of all captions, int64 [T, L]; ``text_rows``: the row of each in the batch, int64 [T]."""
 
     tokenizer: Tokenizer
     caption: str = "auto"
@@ -93,7 +93,7 @@ class CaptionsReader:
         """All captions of a batch, sample by sample."""
         captions = [caption for row in rows for caption in row["captions"]]
         owners = [number for number, row in enumerate(rows) for _ in row["captions"]]
-        return {"text": self.tokenizer(captions), "owner": torch.tensor(owners)}
+        return {"text": self.tokenizer(captions), "text_rows": torch.tensor(owners)}
 
 
 @dataclass(frozen=True, kw_only=True)

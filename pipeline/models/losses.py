@@ -103,7 +103,7 @@ def tiled_contrastive_loss(
     image_features: Tensor, text_features: Tensor, logit_scale: Tensor, exchange: Exchange = ALONE, tile: int = TILE
 ) -> Tensor:
     """The softmax loss in tiles of ``tile`` x ``tile`` logits; arguments and result as :func:`contrastive_loss`."""
-    tensors = _at_least_float32(image_features, text_features.flatten(0, -2), logit_scale)
+    tensors = at_least_float32(image_features, text_features.flatten(0, -2), logit_scale)
     return cast(Tensor, _Softmax.apply(*tensors, exchange, tile))
 
 
@@ -116,7 +116,7 @@ def tiled_sigmoid_loss(
     tile: int = TILE,
 ) -> Tensor:
     """The sigmoid loss in tiles; ``logit_bias`` is added to the scaled products, other arguments as for the softmax."""
-    tensors = _at_least_float32(image_features, text_features, logit_scale, logit_bias)
+    tensors = at_least_float32(image_features, text_features, logit_scale, logit_bias)
     return cast(Tensor, _Sigmoid.apply(*tensors, exchange, tile))
 
 
@@ -135,7 +135,7 @@ def tiled_distillation_loss(
     products are its logits: both L2-normalised, and one multiplied by its scale. They get no gradient. Other
     arguments as for :func:`contrastive_loss`.
     """
-    tensors = _at_least_float32(image_features, text_features, logit_scale, teacher_images, teacher_texts)
+    tensors = at_least_float32(image_features, text_features, logit_scale, teacher_images, teacher_texts)
     return cast(Tensor, _Distillation.apply(*tensors, exchange, tile))
 
 
@@ -148,7 +148,7 @@ class _Softmax(torch.autograd.Function):
         over_texts = images.new_full((len(images),), -torch.inf)
 
         def add(columns: Tensor, over_images: Tensor, own: int | None) -> None:
-            for rows, part, logits, _ in _tiles(images, columns, factor, own, tile, each):
+            for rows, part, logits, _ in tiles(images, columns, factor, own, tile, each):
                 over_texts[rows] = torch.logaddexp(over_texts[rows], logits.logsumexp(dim=1))
                 over_images[part] = torch.logaddexp(over_images[part], logits.logsumexp(dim=0))
 
@@ -169,11 +169,11 @@ class _Softmax(torch.autograd.Function):
 
         def add(columns: Tensor, to_texts: Tensor, own: int | None) -> None:
             features, sums, weights = columns[:, :-2], columns[:, -2], columns[:, -1]
-            for rows, part, logits, diagonal in _tiles(images, features, factor, own, context.tile, each):
+            for rows, part, logits, diagonal in tiles(images, features, factor, own, context.tile, each):
                 by_columns = (logits - sums[part]).exp_().mul_(weights[part])
                 slopes = logits.sub_(over_texts[rows, None]).exp_().mul_(share / 2).add_(by_columns)
                 slopes.view(len(slopes), -1, each).diagonal(diagonal).sub_(share / each)
-                _add_products(slopes, to_images[rows], features[part], to_texts[part], images[rows], factor)
+                add_products(slopes, to_images[rows], features[part], to_texts[part], images[rows], factor)
 
         # A column is weighted by its own rank, so that ranks may weight their losses differently.
         weights = (share / (2 * each)).expand(len(texts), 1)
@@ -193,7 +193,7 @@ class _Sigmoid(torch.autograd.Function):
         per_image = images.new_zeros(len(images))
 
         def add(columns: Tensor, _: Tensor, own: int | None) -> None:
-            for rows, _part, logits, diagonal in _tiles(images, columns, factor, own, tile):
+            for rows, _part, logits, diagonal in tiles(images, columns, factor, own, tile):
                 logits.add_(shift).diagonal(diagonal).neg_()
                 per_image[rows] += functional.softplus(logits).sum(dim=1)
 
@@ -211,12 +211,12 @@ class _Sigmoid(torch.autograd.Function):
         to_images, to_bias = torch.zeros_like(images), torch.zeros_like(share)
 
         def add(columns: Tensor, to_texts: Tensor, own: int | None) -> None:
-            for rows, part, logits, diagonal in _tiles(images, columns, factor, own, context.tile):
+            for rows, part, logits, diagonal in tiles(images, columns, factor, own, context.tile):
                 logits.add_(shift).diagonal(diagonal).neg_()
                 slopes = logits.sigmoid_().mul_(share)
                 slopes.diagonal(diagonal).neg_()
                 to_bias.add_(slopes.sum())
-                _add_products(slopes, to_images[rows], columns[part], to_texts[part], images[rows], factor)
+                add_products(slopes, to_images[rows], columns[part], to_texts[part], images[rows], factor)
 
         with torch.autocast(images.device.type, enabled=False):
             to_texts = context.exchange.visit(texts, torch.zeros_like(images), add, "sum")
@@ -279,7 +279,7 @@ class _Distillation(torch.autograd.Function):
                 by_rows = logits.sub_(over_texts[rows, 0, None]).exp_()
                 by_rows.sub_(targets.sub_(over_texts[rows, 1, None]).exp_())
                 slopes = by_rows.mul_(share / 2).add_(by_columns.mul_(weights[part]))
-                _add_products(slopes, to_images[rows], columns[part, :width], to_texts[part], images[rows], factor)
+                add_products(slopes, to_images[rows], columns[part, :width], to_texts[part], images[rows], factor)
 
         weights = (share / 2).expand(len(texts), 1)
         columns = torch.cat([texts, teacher_texts, over_images, weights], dim=1)
@@ -294,13 +294,13 @@ def _two_tiles(
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """Rows, columns, logits and the teacher's logits of every tile; ``columns`` are both texts side by side."""
     width, end = images.shape[1], images.shape[1] + teacher_images.shape[1]
-    of_student = _tiles(images, columns[:, :width], factor, None, tile)
-    of_teacher = _tiles(teacher_images, columns[:, width:end], torch.ones_like(factor), None, tile)
+    of_student = tiles(images, columns[:, :width], factor, None, tile)
+    of_teacher = tiles(teacher_images, columns[:, width:end], torch.ones_like(factor), None, tile)
     for (rows, part, logits, _), (_, _, targets, _) in zip(of_student, of_teacher, strict=True):
         yield rows, part, logits, targets
 
 
-def _tiles(
+def tiles(
     images: Tensor, columns: Tensor, factor: Tensor, own: int | None, tile: int, each: int = 1
 ) -> Iterator[tuple[slice, slice, Tensor, int]]:
     """Rows, columns and logits of every tile, and the diagonal of its matching pairs (may be outside the tile).
@@ -317,7 +317,7 @@ def _tiles(
             yield rows, part, scaled @ columns[part].T, diagonal
 
 
-def _add_products(
+def add_products(
     slopes: Tensor, to_images: Tensor, texts: Tensor, to_texts: Tensor, images: Tensor, factor: Tensor
 ) -> None:
     """Add a tile's part of both gradients; that of the images is not yet multiplied by the factor."""
@@ -325,7 +325,7 @@ def _add_products(
     to_texts.addmm_(slopes.T, images * factor)
 
 
-def _at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
+def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
     """``tensors`` in the first one's precision, at least float32."""
     kind = torch.promote_types(tensors[0].dtype, torch.float32)
     return tuple(tensor.to(kind) for tensor in tensors)

@@ -153,6 +153,10 @@ class Method(nn.Module, ABC):
         """Further text files of a checkpoint, by name: what the other library needs beside the weights."""
         return {}
 
+    def transformers_files(self) -> Mapping[str, str] | None:
+        """Text files with which transformers opens the weights of ``model`` as they are; ``None`` for other models."""
+        return None
+
 
 class ImageTextMethod(Method):
     """A method that reads images and their captions."""

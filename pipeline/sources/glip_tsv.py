@@ -37,7 +37,7 @@ from pipeline.sources.grounding_records import (
     caption_record,
     class_record,
 )
-from pipeline.sources.source import UNCHANGED, Row, Scalar, Slice
+from pipeline.sources.source import UNCHANGED, Part, Row, Scalar, Slice
 
 LONGEST_LINE = 256 << 20
 """Bytes of a line; a longer one is no image of a training set."""
@@ -144,7 +144,13 @@ class GlipTsv:
             return Row(url=url, caption="", columns=columns, problem=problem)
         found = record.row(url)
         columns |= {"objects": found["objects"], "left_out": found["left_out"]}
-        return Row(url=url, caption=record.caption, image=image, columns=columns, members={FIELD: found["boxes"]})
+        return Row(
+            url=url,
+            caption=record.caption,
+            parts=(Part("image", image),),
+            columns=columns,
+            members={FIELD: found["boxes"]},
+        )
 
 
 def record_of_label(text: str, height: int, width: int) -> GroundingRecord:

@@ -251,6 +251,7 @@ class _TrainingState:
             final=config.optimizer.final_learning_rate,
             milestones=config.optimizer.drops,
             power=config.optimizer.decay_power,
+            exponential=config.optimizer.exponential,
         )
         set_rate(self.optimizer, rate)
         return rate

@@ -33,6 +33,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
+from pipeline.codecs.image_encoding import ImageOptions
+from pipeline.codecs.options import MediaOptions
 from pipeline.evaluation.suite import Evaluations
 from pipeline.loaders.batches import Batch, LoaderConfig, training_batches
 from pipeline.models.clip import Config
@@ -40,7 +42,6 @@ from pipeline.models.method import build_method
 from pipeline.runs.evaluate import CheckpointEvaluation
 from pipeline.shards.storage import Folder
 from pipeline.sources.drawn.source import Drawn
-from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers
@@ -208,7 +209,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="clipmill-end-to-end-") as name:
         if not arguments.data:
-            options = ShardOptions(images=ImageOptions(resize_mode="no", skip_reencode=True))
+            options = ShardOptions(media=MediaOptions(image=ImageOptions(resize_mode="no", skip_reencode=True)))
             refresh(
                 Drawn(samples=arguments.samples, size=arguments.size),
                 Folder(f"{name}/data"),

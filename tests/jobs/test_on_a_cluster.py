@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 import cv2, numpy
 from pipeline.shards.storage import Folder
-from pipeline.sources.source import Row, Slice
+from pipeline.sources.source import Part, Row, Slice
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers
@@ -42,7 +42,7 @@ class Where:
     def rows(self, piece):
         time.sleep(0.3)
         image = cv2.imencode(".jpg", numpy.zeros((64, 64, 3), numpy.uint8))[1].tobytes()
-        yield Row(url="", caption=os.environ["TEST_NODE"], image=image)
+        yield Row(url="", caption=os.environ["TEST_NODE"], parts=(Part("image", image),))
     def schema(self):
         return {}
 

@@ -17,8 +17,8 @@ from pipeline.sources.urls import UrlTable
 from tests.jobs.conftest import Type, job  # noqa: F401  (the fixture that runs jobs)
 
 KINDS = (
-    "class-masks coco drawn folder glip-tsv hugging-face label-maps mdetr odvg picked split-file stamp-scenes stamps "
-    "stored urls webdataset"
+    "class-masks clips coco drawn folder glip-tsv hugging-face label-maps mdetr odvg picked sound-table split-file "
+    "stamp-scenes stamps stored urls webdataset"
 ).split()
 
 NEW = '''
@@ -45,7 +45,7 @@ def test_every_source_is_found_and_helpers_are_none() -> None:
 
 @pytest.mark.parametrize("kind", ["source", "stamp-classes", "coco-annotations", "url_table", "os.path", "", "../urls"])
 def test_other_names_are_refused_with_the_kinds_there_are(kind: str) -> None:
-    with pytest.raises(SettingError, match="one of class-masks, coco, drawn, .*webdataset"):
+    with pytest.raises(SettingError, match="one of class-masks, clips, coco, drawn, .*webdataset"):
         open_source({"kind": kind})
 
 
@@ -60,7 +60,7 @@ def test_one_file_makes_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_presets_come_from_the_sources() -> None:
     named = [kind for kind, made in source_classes().items() if hasattr(made, "summary")]
     assert [*PRESETS] == [*named, "card", "smoke"]
-    modes = {kind: run.options.images.resize_mode for kind, (_, run) in PRESETS.items() if kind in named}
+    modes = {kind: run.options.media.image.resize_mode for kind, (_, run) in PRESETS.items() if kind in named}
     kept = {kind for kind, mode in modes.items() if mode == "no"}
     kinds = {"class-masks", "coco", "drawn", "glip-tsv", "label-maps", "mdetr", "odvg", "stamp-scenes", "webdataset"}
     assert kept == kinds

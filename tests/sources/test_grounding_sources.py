@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.codecs.image_encoding import ImageOptions
+from pipeline.codecs.options import MediaOptions
 from pipeline.errors import SettingError
 from pipeline.loaders.samples import Samples
 from pipeline.shards.objects import Objects, read_objects
@@ -20,7 +22,6 @@ from pipeline.sources.grounding_records import GroundedRegion, caption_record
 from pipeline.sources.mdetr import Mdetr
 from pipeline.sources.odvg import Odvg
 from pipeline.sources.source import Source
-from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.refresh.settings import Renewal
@@ -28,7 +29,9 @@ from pipeline.stages.shard_tasks import Workers
 from tests.grounded import jpeg
 
 CAPTION = "a \u00e9tude cat on a cat mat"
-OPTIONS = ShardOptions(images=ImageOptions(resize_mode="no", keep_bytes=True), number_sample_per_shard=3)
+OPTIONS = ShardOptions(
+    media=MediaOptions(image=ImageOptions(resize_mode="no", keep_bytes=True)), number_sample_per_shard=3
+)
 
 
 def made(source: Source, folder: Path, **renewal: Any) -> Snapshot:

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from pipeline.config import require
 from pipeline.errors import DataError
+from pipeline.shards.media import IMAGE
 from pipeline.shards.objects import Objects, names_of, plain_word, read_objects
-from pipeline.shards.sample import IMAGE_FIELDS, Sample
+from pipeline.shards.sample import Sample
 from pipeline.shards.selection import read_samples
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
@@ -93,7 +94,7 @@ class BoxExport:
             objects = self._objects(sample, rows)
             if objects is None:
                 continue
-            ending = next((field for field in IMAGE_FIELDS if field in sample.fields), "jpg")
+            ending = IMAGE.field_of(sample.fields) or "jpg"
             if self.options.images and ending in sample.fields:
                 place.write_atomic(f"{sample.key}.{ending}", sample.fields[ending])
             yield f"images/{shard.name}/{sample.key}.{ending}", objects
