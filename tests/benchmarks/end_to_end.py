@@ -131,7 +131,8 @@ def feed(arguments: argparse.Namespace, folder: Path) -> None:
     together = launch(settle(arguments, folder, **settings), lambda: waits).samples_per_second
     conditions = f"loader alone {loader:.0f}; waiting for data {statistics.mean(waits.shares):.4f} of the time, "
     conditions += f"{max(waits.shares):.4f} at most between two logs"
-    show(arguments, "end_to_end_feed", together, loop, conditions, "samples per second, with the loader and without it")
+    unit, share = "samples per second, with the loader and without it", round(statistics.mean(waits.shares), 4)
+    show(arguments, "end_to_end_feed", together, loop, conditions, unit, data_wait=share)
 
 
 def overhead(arguments: argparse.Namespace, folder: Path) -> None:
@@ -173,7 +174,9 @@ def everything(arguments: argparse.Namespace, folder: Path) -> float:
     return speed
 
 
-def show(arguments: argparse.Namespace, name: str, ours: float, peer: float, conditions: str, unit: str) -> None:
+def show(
+    arguments: argparse.Namespace, name: str, ours: float, peer: float, conditions: str, unit: str, **more: float
+) -> None:
     """One line."""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "one thread"
     line = {
@@ -185,6 +188,7 @@ def show(arguments: argparse.Namespace, name: str, ours: float, peer: float, con
         "n": arguments.steps * arguments.batch_size,
         "conditions": f"{conditions}; {arguments.architecture}, batches of {arguments.batch_size}, {where}, "
         f"{arguments.loader_workers} loader processes, torch {torch.__version__}",
+        **more,
     }
     print(json.dumps(line), flush=True)
 
