@@ -124,6 +124,7 @@ class _TrainingState:
             recompute_each(self.method.blocks())
         if self.config.compile_blocks:
             compile_each(self.method.blocks())
+            self.method.compiled = True
         rows = self.config.batch_size // self.world
         self.part = self.config.micro_batch if (self.config.micro_batch or rows) < rows else None
         self.module = self._shared()

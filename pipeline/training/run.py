@@ -128,7 +128,7 @@ class Run:
     """Store only the input of each tower block and recompute its activations in the backward pass: less memory, a third
     more time, the same result."""
     compile_blocks: bool = False
-    """Compile the towers' blocks with torch.compile: a slow first step, then faster ones."""
+    """Compile the towers' blocks, and losses in tiles, with torch.compile: a slow first step, then faster ones."""
     seed: int = 0
     """Seed of initial weights, sample order and augmentation."""
     caption: str = "txt"

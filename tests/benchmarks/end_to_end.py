@@ -81,7 +81,7 @@ def settle(arguments: argparse.Namespace, folder: Path, evaluates: bool = False,
         warmup_steps=arguments.steps // 4,
         checkpoint_every_minutes=None,
         compile_blocks=arguments.compile_blocks,
-        loader=LoaderConfig(loader_workers=arguments.loader_workers),
+        loader=LoaderConfig(loader_workers=arguments.loader_workers, image_decoder=arguments.image_decoder),
         **changes,
     )
     start: Literal["bag_of_words", "paper"] = "bag_of_words" if "clipmill" in arguments.architecture else "paper"
@@ -187,7 +187,7 @@ def show(
         "unit": unit,
         "n": arguments.steps * arguments.batch_size,
         "conditions": f"{conditions}; {arguments.architecture}, batches of {arguments.batch_size}, {where}, "
-        f"{arguments.loader_workers} loader processes, torch {torch.__version__}",
+        f"{arguments.loader_workers} loader processes, JPEGs decoded by the {arguments.image_decoder}, torch {torch.__version__}",
         **more,
     }
     print(json.dumps(line), flush=True)
@@ -204,6 +204,7 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=2, help="evaluations in a run, the last one included")
     parser.add_argument("--evaluated", type=int, default=512, help="samples of each set")
     parser.add_argument("--loader-workers", type=int, default=1)
+    parser.add_argument("--image-decoder", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--compile-blocks", action="store_true")
     parser.add_argument("--data", default="", help="a snapshot; otherwise one is drawn")
     parser.add_argument("--samples", type=int, default=8000, help="to draw")

@@ -202,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "ratio": round(rates[mode] / rates["torchvision"], 3),
             "unit": "images per second",
             "n": images * times * options.rounds,
-            "conditions": f"ResNet-50, {size} pixels, batch {images}, "
+            "conditions": f"{settings.get('backbone', 'resnet50')}, {size} pixels, batch {images}, "
             f"{'bfloat16' if bf16 else 'float32'}, {where}, torch {torch.__version__}, torchvision "
             f"{torchvision.__version__}"
             + (f"; peaks {peaks[mode]:.1f} and {peaks['torchvision']:.1f} GB" if peaks else ""),

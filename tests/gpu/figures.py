@@ -6,18 +6,28 @@ on a GPU the peak of the allocated memory starts anew.
 
 import statistics
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy
 import torch
+from PIL import Image
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from pipeline.loaders.batches import SamplePosition
 from pipeline.loaders.cores import cores
+from pipeline.loaders.device_jpeg import EncodedImageReader
+from pipeline.loaders.images import ImageTransform, crop_bits
+from pipeline.loaders.readers import ImageReader
+from pipeline.shards.sample import Sample
 from pipeline.training.flops import device_name
 from tests.gpu.child import Emit, JsonLines
 from tests.gpu.device import fp8_problem, warn
@@ -111,11 +121,16 @@ def _losses(pairs: int, setting: Setting, emit: Emit) -> None:
         tiled = known["tiled"]
         tiles = (32, 64) if setting.dry else (1024, 4096, 8192)
         ways = {f"tiles of {tile}": partial(tiled, tile=tile) for tile in tiles}
+        if not setting.dry:
+            ways |= {f"compiled tiles of {tile}": partial(tiled, tile=tile, compiled=True) for tile in tiles[1:]}
         ways["open_clip"] = known["open_clip"]
 
         def measure(way: str, kind: str = kind, ways: dict[str, Any] = ways) -> dict[str, float]:
             return losses.measure_loss(kind, ways[way], pairs, setting.device)  # type: ignore[no-any-return]
 
+        if not setting.dry:
+            for way in [name for name in ways if name.startswith("compiled")]:
+                measure(way)  # compiles
         results = in_turns(list(ways), 1 if setting.dry else 3, measure)
         exact = results[f"tiles of {tiles[0]}"]["loss"]
         for way, found in results.items():
@@ -175,8 +190,47 @@ def feed(setting: Setting, emit: Emit) -> None:
 
     sizes = ["--architecture", "ViT-B-32", "--size", "256", "--samples", "2048", "--batch-size", "512", "--steps", "80"]
     workers = ["--loader-workers", str(max(1, cores() - 2)), "--compile-blocks"]
-    tiny = ["--architecture", "clipmill-tiny", "--size", "64", "--samples", "64", "--batch-size", "4", "--steps", "20"]
+    tiny = ["--architecture", "clipmill-tiny", "--size", "64", "--samples", "32", "--batch-size", "2", "--steps", "20"]
     benchmark("end_to_end", ["feed", *(tiny if setting.dry else [*sizes, *workers])], checked)
+    if not setting.dry:
+        benchmark("end_to_end", ["feed", *sizes, *workers, "--image-decoder", "cuda"], checked)
+
+
+def jpeg(setting: Setting, emit: Emit) -> None:
+    """Crops of photographs a second by the GPU's decoder and by one core, and how far each is from the exact ones."""
+    count, device = 4 if setting.dry else 512, torch.device(setting.device)
+    contents = import_module("region_features").photographs(count)
+    transform = ImageTransform(size=(224, 224), crop="resized")
+    samples = [(Sample(str(number), {"jpg": some}), SamplePosition(0, number)) for number, some in enumerate(contents)]
+    on_device, on_cpu = EncodedImageReader(transform=transform), ImageReader(transform=transform)
+    batch = on_device.collate([on_device.read(*one) for one in samples])
+
+    def by_device() -> Tensor:
+        return on_device.finish(batch, device)["image"].cpu()
+
+    def by_core() -> Tensor:
+        return torch.stack([on_cpu.read(*one)["image"] for one in samples])
+
+    exact = [_exact_crop(some, transform, crop_bits(0, 0, number)) for number, some in enumerate(contents)]
+    rates, decibels = {}, {}
+    for name, work in (("device", by_device), ("core", by_core)):
+        images = work()
+        began = time.perf_counter()
+        work()
+        rates[name] = count / (time.perf_counter() - began)
+        error = (images.float() - torch.stack(exact).float()).square().mean(dim=(1, 2, 3))
+        decibels[name] = float((10 * (255**2 / error.clamp(min=1e-6)).log10()).min())
+    line = {"name": "jpeg_decoding", "ours": round(rates["device"], 1), "peer": round(rates["core"], 1)}
+    line |= {"ratio": round(rates["device"] / rates["core"], 2), "unit": "images per second, GPU and one core"}
+    emit(line | {"n": count, "worst_decibels": {name: round(value, 1) for name, value in decibels.items()}})
+
+
+def _exact_crop(content: bytes, transform: ImageTransform, bits: Any) -> Tensor:
+    """Pillow's crop of the whole image, resized with its bicubic filter."""
+    image = Image.open(BytesIO(content)).convert("RGB")
+    top, left, height, width = transform.box(image.height, image.width, bits)
+    resized = image.crop((left, top, left + width, top + height)).resize(transform.size, Image.Resampling.BICUBIC)
+    return torch.from_numpy(numpy.array(resized)).permute(2, 0, 1)
 
 
 def glip(setting: Setting, emit: Emit) -> None:
