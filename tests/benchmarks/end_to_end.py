@@ -187,7 +187,8 @@ def show(
         "unit": unit,
         "n": arguments.steps * arguments.batch_size,
         "conditions": f"{conditions}; {arguments.architecture}, batches of {arguments.batch_size}, {where}, "
-        f"{arguments.loader_workers} loader processes, JPEGs decoded by the {arguments.image_decoder}, torch {torch.__version__}",
+        f"{arguments.loader_workers} loader processes, JPEGs decoded on {arguments.image_decoder}, "
+        f"torch {torch.__version__}",
         **more,
     }
     print(json.dumps(line), flush=True)

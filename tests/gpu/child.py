@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import resource
 import sys
 import traceback
 from collections.abc import Callable
@@ -52,7 +53,11 @@ def run_part(name: str, setting: Setting, connection: Any) -> None:
         connection.close()
         sys.exit(1)
     if setting.packages:
-        connection.send({"packages": imported_packages()})
+        from tests.gpu.wheels import needed_here
+
+        connection.send({"packages": needed_here()})
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    connection.send({"cpu_seconds": round(sum(one.ru_utime + one.ru_stime for one in used), 1)})
     connection.close()
 
 
@@ -86,12 +91,3 @@ def explained(error: BaseException) -> str:
     place = traceback.extract_tb(error.__traceback__)[-1]
     said = str(error).strip().splitlines()
     return f"{type(error).__name__}: {said[0] if said else ''} ({os.path.basename(place.filename)}:{place.lineno})"
-
-
-def imported_packages() -> list[str]:
-    """The distributions of the modules that this process has imported."""
-    from importlib.metadata import packages_distributions
-
-    owners = packages_distributions()
-    top = {name.partition(".")[0] for name, module in sys.modules.items() if module is not None}
-    return sorted({owner for name in top for owner in owners.get(name, ())})
