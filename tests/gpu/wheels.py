@@ -36,13 +36,19 @@ OLDER_PLATFORMS = ("manylinux2014_x86_64", "manylinux1_x86_64")
 def needed_here() -> list[str]:
     """The distributions that this process's modules of this checkout need: imported by them, or required by those."""
     owners = packages_distributions()
-    loaded = {name.partition(".")[0] for name, module in sys.modules.items() if module is not None}
+    # Not what lies elsewhere under a name that some distribution claims too, such as tests.
+    loaded = {name for name, module in sys.modules.items() if "." not in name and _is_installed(module)}
     used = {canonicalize_name(owner) for name in loaded for owner in owners.get(name, ())}
     files = [Path(module.__file__) for module in sys.modules.values() if getattr(module, "__file__", None)]
     own = {file for file in files if file.is_relative_to(ROOT) and "site-packages" not in file.parts}
     imported = {name for file in own if file.suffix == ".py" for name in top_level_imports(file.read_text())}
     direct = {canonicalize_name(owner) for name in imported & loaded for owner in owners.get(name, ())}
     return sorted(with_requirements(direct & used) & used - {"clipmill"})
+
+
+def _is_installed(module: object) -> bool:
+    places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+    return any("site-packages" in str(place) or "dist-packages" in str(place) for place in places)
 
 
 def top_level_imports(code: str) -> set[str]:
