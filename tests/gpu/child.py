@@ -38,26 +38,30 @@ class JsonLines(io.TextIOBase):
 
 
 def run_part(name: str, setting: Setting, connection: Any) -> None:
-    """Run a part and send its lines; exits with 1 after one that says why it failed."""
+    """Run a part and send its lines as JSON; exits with 1 after one that says why it failed."""
+
+    def send(line: dict[str, Any]) -> None:
+        connection.send_bytes(json.dumps(line, default=str).encode())
+
     os.setsid()  # so that a part that exceeds its time ends with all that it has started
     multiprocessing.set_start_method("fork", force=True)  # for loaders: this process's own method starts slowly
     try:
-        with contextlib.redirect_stdout(JsonLines(connection.send)):
-            _run(name, setting, connection.send)
+        with contextlib.redirect_stdout(JsonLines(send)):
+            _run(name, setting, send)
     except SystemExit:  # the part has said why
         connection.close()
         raise
     except BaseException as error:
         traceback.print_exc()
-        connection.send({"error": explained(error)})
+        send({"error": explained(error)})
         connection.close()
         sys.exit(1)
     if setting.packages:
         from tests.gpu.wheels import needed_here
 
-        connection.send({"packages": needed_here()})
+        send({"packages": needed_here()})
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    connection.send({"cpu_seconds": round(sum(one.ru_utime + one.ru_stime for one in used), 1)})
+    send({"cpu_seconds": round(sum(one.ru_utime + one.ru_stime for one in used), 1)})
     connection.close()
 
 

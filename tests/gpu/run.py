@@ -62,7 +62,7 @@ class Lines:
     def write(self, line: dict[str, Any]) -> None:
         """One line."""
         for file in self.files:
-            print(json.dumps(line, default=str), file=file, flush=True)
+            print(json.dumps(line), file=file, flush=True)
 
 
 @dataclass
@@ -140,7 +140,7 @@ class Runner:
     def _receive(self, one: Running) -> None:
         """One line of a part, or its end."""
         try:
-            line = one.connection.recv()
+            line = json.loads(one.connection.recv_bytes())
         except (EOFError, OSError):
             one.connection.close()
             return
