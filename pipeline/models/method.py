@@ -151,6 +151,10 @@ class Method(nn.Module, ABC):
         model = getattr(self, "model", None)
         return [] if model is None else list(blocks(model).values())
 
+    def compiled_blocks(self) -> Sequence[nn.Module]:
+        """Those of :meth:`blocks` that can be compiled: all, unless torch's compiler does not end with some."""
+        return self.blocks()
+
     def description(self) -> Mapping[str, str]:
         """Further text files of a checkpoint, by name: what the other library needs beside the weights."""
         return {}

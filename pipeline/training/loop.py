@@ -123,7 +123,7 @@ class _TrainingState:
         if self.config.checkpoint_activations:
             recompute_each(self.method.blocks())
         if self.config.compile_blocks:
-            compile_each(self.method.blocks())
+            compile_each(self.method.compiled_blocks())
             self.method.compiled = True
         rows = self.config.batch_size // self.world
         self.part = self.config.micro_batch if (self.config.micro_batch or rows) < rows else None

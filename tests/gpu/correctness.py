@@ -203,7 +203,8 @@ class Checks:
 
 
 def _compile(method: Method, backend: str) -> None:
-    compile_each(method.blocks(), backend)
+    compile_each(method.compiled_blocks(), backend)
+    method.compiled = backend == "inductor"
 
 
 @contextmanager
