@@ -386,13 +386,59 @@ def tone(number: int) -> bytes:
     return encode_flac(sound[None].astype(np.float32), 16_000)
 
 
-@pytest.fixture(scope="session")
-def make_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Snapshot]:
-    """``make_snapshot(sizes, folder=None, spoil={number: fields})`` publishes shards of the given sizes.
+def publish_coloured(
+    place: Path,
+    sizes: Sequence[int] = (7, 5, 8),
+    spoil: dict[int, dict[str, bytes]] | None = None,
+    regions: tuple[str, int] | None = None,
+) -> Snapshot:
+    """Publish shards of the given sizes in a folder; ``spoil`` replaces the fields of the samples with these numbers.
 
     With ``regions``, the digest of a teacher and the width of its features, samples have ``boxes.json`` and a sound,
     and shards sidecars of stored regions and of the captions' phrases.
     """
+    place.mkdir(parents=True, exist_ok=True)
+    shards, number = [], 0
+    for shard_id, size in enumerate(sizes):
+        path = place / f"{shard_id:05d}.tar"
+        with open(path, "wb") as file:
+            writer = TarWriter(file)
+            made_samples = []
+            for index in range(size):
+                made = coloured_sample(shard_id, index, number)
+                made_samples.append(made)
+                if regions:
+                    made.fields["boxes.json"] = drawn_objects(number)
+                    made.fields["flac"] = tone(number)
+                if spoil and number in spoil:
+                    made = Sample(made.key, spoil[number])
+                writer.write(made)
+                number += 1
+            writer.close()
+        digest = file_digest(path)
+        shard = Shard(name=f"{shard_id:05d}", samples=size, bytes=path.stat().st_size, sha256=digest, sidecars={})
+        if regions:
+            keys = [one.key for one in made_samples]
+            sidecars = {
+                "phrases": write_coloured_phrases(Folder(place), shard, made_samples),
+                "regions": write_drawn_regions(Folder(place), shard, keys, *regions),
+            }
+            shard = replace(shard, sidecars=sidecars)
+        shards.append(shard)
+    return publish_shards(
+        Folder(place),
+        tuple(shards),
+        fields=("boxes.json", "flac", "jpg", "json", "txt") if regions else ("jpg", "json", "txt"),
+        card=None,
+        options={},
+        rows=sum(sizes),
+        dropped={},
+    )
+
+
+@pytest.fixture(scope="session")
+def make_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Snapshot]:
+    """``make_snapshot(sizes, folder=None, spoil=None, regions=None)``: see :func:`publish_coloured`."""
 
     def make(
         sizes: Sequence[int] = (7, 5, 8),
@@ -400,44 +446,7 @@ def make_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Sna
         spoil: dict[int, dict[str, bytes]] | None = None,
         regions: tuple[str, int] | None = None,
     ) -> Snapshot:
-        place = folder or tmp_path_factory.mktemp("snapshot")
-        place.mkdir(parents=True, exist_ok=True)
-        shards, number = [], 0
-        for shard_id, size in enumerate(sizes):
-            path = place / f"{shard_id:05d}.tar"
-            with open(path, "wb") as file:
-                writer = TarWriter(file)
-                made_samples = []
-                for index in range(size):
-                    made = coloured_sample(shard_id, index, number)
-                    made_samples.append(made)
-                    if regions:
-                        made.fields["boxes.json"] = drawn_objects(number)
-                        made.fields["flac"] = tone(number)
-                    if spoil and number in spoil:
-                        made = Sample(made.key, spoil[number])
-                    writer.write(made)
-                    number += 1
-                writer.close()
-            digest = file_digest(path)
-            shard = Shard(name=f"{shard_id:05d}", samples=size, bytes=path.stat().st_size, sha256=digest, sidecars={})
-            if regions:
-                keys = [one.key for one in made_samples]
-                sidecars = {
-                    "phrases": write_coloured_phrases(Folder(place), shard, made_samples),
-                    "regions": write_drawn_regions(Folder(place), shard, keys, *regions),
-                }
-                shard = replace(shard, sidecars=sidecars)
-            shards.append(shard)
-        return publish_shards(
-            Folder(place),
-            tuple(shards),
-            fields=("boxes.json", "flac", "jpg", "json", "txt") if regions else ("jpg", "json", "txt"),
-            card=None,
-            options={},
-            rows=sum(sizes),
-            dropped={},
-        )
+        return publish_coloured(folder or tmp_path_factory.mktemp("snapshot"), sizes, spoil, regions)
 
     return make
 

@@ -115,10 +115,12 @@ class ImageTransform:
         top, left, height, width = box
         return resize(pixels[top : top + height, left : left + width], self.size, self.interpolation)
 
+    def flips(self, random_bits: NDArray[np.uint64]) -> bool:
+        """Whether the image is mirrored."""
+        return bool(self.flip) and _uniforms(random_bits[:1])[0] < self.flip
+
     def _flipped(self, tensor: Tensor, random_bits: NDArray[np.uint64] | None) -> Tensor:
-        if self.flip and random_bits is not None and _uniforms(random_bits[:1])[0] < self.flip:
-            return tensor.flip(-1)
-        return tensor
+        return tensor.flip(-1) if random_bits is not None and self.flips(random_bits) else tensor
 
     def _box(self, height: int, width: int, uniform: list[float]) -> Box:
         if self.crop == "square":

@@ -17,6 +17,7 @@ from torch.utils.data import default_collate
 
 from pipeline.errors import DataError
 from pipeline.loaders.batches import Batch, Row, SamplePosition
+from pipeline.loaders.device_jpeg import EncodedImageReader, encoded_reader
 from pipeline.loaders.images import ImageTransform, as_stored, crop_bits, decode, encoded_image
 from pipeline.loaders.samples import UnreadableSample, json_of_sample
 from pipeline.loaders.text import Tokenizer, caption_field, cut_text, faster, read_caption, read_captions
@@ -48,6 +49,10 @@ class ImageReader:
         """uint8 [B, 3, H, W], in a loader's process in memory that it shares with the training process; or a list."""
         images = [row[self.key] for row in rows]
         return {self.key: images if self.transform is None else default_collate(images)}
+
+    def on_device(self) -> EncodedImageReader:
+        """The reader that leaves decoding to the training's device; raises ``SettingError`` where it cannot."""
+        return encoded_reader(self.transform, self.seed, self.key)
 
 
 @dataclass(frozen=True, kw_only=True)

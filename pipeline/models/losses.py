@@ -31,6 +31,7 @@ because logits reach 100, where bfloat16 has steps of 0.5.
 """
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -100,11 +101,20 @@ def contrastive_loss(
 
 
 def tiled_contrastive_loss(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, exchange: Exchange = ALONE, tile: int = TILE
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    exchange: Exchange = ALONE,
+    tile: int = TILE,
+    compiled: bool = False,
 ) -> Tensor:
-    """The softmax loss in tiles of ``tile`` x ``tile`` logits; arguments and result as :func:`contrastive_loss`."""
+    """The softmax loss in tiles of ``tile`` x ``tile`` logits; arguments and result as :func:`contrastive_loss`.
+
+    ``compiled`` fuses the operations after a tile's matrix product (``torch.compile``), each of which else reads and
+    writes the whole tile.
+    """
     tensors = at_least_float32(image_features, text_features.flatten(0, -2), logit_scale)
-    return cast(Tensor, _Softmax.apply(*tensors, exchange, tile))
+    return cast(Tensor, _Softmax.apply(*tensors, exchange, tile, compiled))
 
 
 def tiled_sigmoid_loss(
@@ -114,10 +124,11 @@ def tiled_sigmoid_loss(
     logit_bias: Tensor,
     exchange: Exchange = ALONE,
     tile: int = TILE,
+    compiled: bool = False,
 ) -> Tensor:
     """The sigmoid loss in tiles; ``logit_bias`` is added to the scaled products, other arguments as for the softmax."""
     tensors = at_least_float32(image_features, text_features, logit_scale, logit_bias)
-    return cast(Tensor, _Sigmoid.apply(*tensors, exchange, tile))
+    return cast(Tensor, _Sigmoid.apply(*tensors, exchange, tile, compiled))
 
 
 def tiled_distillation_loss(
@@ -143,20 +154,22 @@ class _Softmax(torch.autograd.Function):
     """Columns are texts, image after image, with equally many of each."""
 
     @staticmethod
-    def forward(context: Any, images: Tensor, texts: Tensor, scale: Tensor, exchange: Exchange, tile: int) -> Tensor:
+    def forward(
+        context: Any, images: Tensor, texts: Tensor, scale: Tensor, exchange: Exchange, tile: int, compiled: bool
+    ) -> Tensor:
         factor, each = scale.reshape(()), len(texts) // len(images)
         over_texts = images.new_full((len(images),), -torch.inf)
+        add_sums = _fused(_added_sums, compiled)
 
         def add(columns: Tensor, over_images: Tensor, own: int | None) -> None:
             for rows, part, logits, _ in tiles(images, columns, factor, own, tile, each):
-                over_texts[rows] = torch.logaddexp(over_texts[rows], logits.logsumexp(dim=1))
-                over_images[part] = torch.logaddexp(over_images[part], logits.logsumexp(dim=0))
+                over_texts[rows], over_images[part] = add_sums(logits, over_texts[rows], over_images[part])
 
         with torch.autocast(images.device.type, enabled=False):
             over_images = exchange.visit(texts, texts.new_full((len(texts),), -torch.inf), add, "logsumexp")
             matching = factor * (images * texts.unflatten(0, (-1, each)).mean(dim=1)).sum(dim=1)
         context.save_for_backward(images, texts, scale, over_texts, over_images)
-        context.exchange, context.tile = exchange, tile
+        context.exchange, context.tile, context.compiled = exchange, tile, compiled
         loss: Tensor = ((over_texts + over_images.view(-1, each).mean(dim=1)) / 2 - matching).mean()
         return loss
 
@@ -166,12 +179,12 @@ class _Softmax(torch.autograd.Function):
         images, texts, scale, over_texts, over_images = context.saved_tensors
         factor, each = scale.reshape(()), len(texts) // len(images)
         share, to_images = slope / len(images), torch.zeros_like(images)
+        slopes_of = _fused(_softmax_slopes, context.compiled)
 
         def add(columns: Tensor, to_texts: Tensor, own: int | None) -> None:
             features, sums, weights = columns[:, :-2], columns[:, -2], columns[:, -1]
             for rows, part, logits, diagonal in tiles(images, features, factor, own, context.tile, each):
-                by_columns = (logits - sums[part]).exp_().mul_(weights[part])
-                slopes = logits.sub_(over_texts[rows, None]).exp_().mul_(share / 2).add_(by_columns)
+                slopes = slopes_of(logits, over_texts[rows], sums[part], share / 2, weights[part])
                 slopes.view(len(slopes), -1, each).diagonal(diagonal).sub_(share / each)
                 add_products(slopes, to_images[rows], features[part], to_texts[part], images[rows], factor)
 
@@ -181,26 +194,34 @@ class _Softmax(torch.autograd.Function):
         with torch.autocast(images.device.type, enabled=False):
             to_texts = context.exchange.visit(columns, torch.zeros_like(texts), add, "sum")
         to_scale = (to_images * images).sum().reshape(scale.shape)
-        return to_images.mul_(factor), to_texts, to_scale, None, None
+        return to_images.mul_(factor), to_texts, to_scale, None, None, None
 
 
 class _Sigmoid(torch.autograd.Function):
     @staticmethod
     def forward(
-        context: Any, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, exchange: Exchange, tile: int
+        context: Any,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        exchange: Exchange,
+        tile: int,
+        compiled: bool,
     ) -> Tensor:
         factor, shift = scale.reshape(()), bias.reshape(())
         per_image = images.new_zeros(len(images))
+        sum_of = _fused(_sum_of_softplus, compiled)
 
         def add(columns: Tensor, _: Tensor, own: int | None) -> None:
             for rows, _part, logits, diagonal in tiles(images, columns, factor, own, tile):
                 logits.add_(shift).diagonal(diagonal).neg_()
-                per_image[rows] += functional.softplus(logits).sum(dim=1)
+                per_image[rows] += sum_of(logits)
 
         with torch.autocast(images.device.type, enabled=False):
             exchange.visit(texts, texts.new_empty(len(texts), 0), add, "sum")
         context.save_for_backward(images, texts, scale, bias)
-        context.exchange, context.tile = exchange, tile
+        context.exchange, context.tile, context.compiled = exchange, tile, compiled
         return per_image.mean()
 
     @staticmethod
@@ -209,11 +230,12 @@ class _Sigmoid(torch.autograd.Function):
         images, texts, scale, bias = context.saved_tensors
         factor, shift, share = scale.reshape(()), bias.reshape(()), slope / len(images)
         to_images, to_bias = torch.zeros_like(images), torch.zeros_like(share)
+        slopes_of = _fused(_sigmoid_slopes, context.compiled)
 
         def add(columns: Tensor, to_texts: Tensor, own: int | None) -> None:
             for rows, part, logits, diagonal in tiles(images, columns, factor, own, context.tile):
                 logits.add_(shift).diagonal(diagonal).neg_()
-                slopes = logits.sigmoid_().mul_(share)
+                slopes = slopes_of(logits, share)
                 slopes.diagonal(diagonal).neg_()
                 to_bias.add_(slopes.sum())
                 add_products(slopes, to_images[rows], columns[part], to_texts[part], images[rows], factor)
@@ -221,7 +243,7 @@ class _Sigmoid(torch.autograd.Function):
         with torch.autocast(images.device.type, enabled=False):
             to_texts = context.exchange.visit(texts, torch.zeros_like(images), add, "sum")
         to_scale = (to_images * images).sum().reshape(scale.shape)
-        return to_images.mul_(factor), to_texts, to_scale, to_bias.reshape(bias.shape), None, None
+        return to_images.mul_(factor), to_texts, to_scale, to_bias.reshape(bias.shape), None, None, None
 
 
 class _Distillation(torch.autograd.Function):
@@ -287,6 +309,36 @@ class _Distillation(torch.autograd.Function):
             to_texts = context.exchange.visit(columns, torch.zeros_like(images), add, "sum")
         to_scale = (to_images * images).sum().reshape(scale.shape)
         return to_images.mul_(factor), to_texts, to_scale, None, None, None, None
+
+
+def _added_sums(logits: Tensor, over_texts: Tensor, over_images: Tensor) -> tuple[Tensor, Tensor]:
+    """The logarithms of the sums over a tile's rows and columns, added to those of earlier tiles."""
+    rows, columns = logits.logsumexp(dim=1), logits.logsumexp(dim=0)
+    return torch.logaddexp(over_texts, rows), torch.logaddexp(over_images, columns)
+
+
+def _softmax_slopes(logits: Tensor, over_texts: Tensor, sums: Tensor, half: Tensor, weights: Tensor) -> Tensor:
+    """The derivative by a tile's logits, but for the matching pairs; changes ``logits``."""
+    by_columns = (logits - sums).exp_().mul_(weights)
+    return logits.sub_(over_texts[:, None]).exp_().mul_(half).add_(by_columns)
+
+
+def _sum_of_softplus(logits: Tensor) -> Tensor:
+    return functional.softplus(logits).sum(dim=1)
+
+
+def _sigmoid_slopes(logits: Tensor, share: Tensor) -> Tensor:
+    return logits.sigmoid_().mul_(share)
+
+
+def _fused(work: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
+    """``work``, or its compiled form, which all losses of this process share."""
+    return _compiled(work) if compiled else work
+
+
+@cache
+def _compiled(work: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(work)
 
 
 def _two_tiles(

@@ -74,7 +74,11 @@ def inputs(kind: str, pairs: int, device: str) -> list[Tensor]:
 
 def measure(kind: str, which: str, pairs: int, device: str) -> dict[str, float]:
     """One call in this process, after a small one."""
-    loss = LOSSES[kind][which]
+    return measure_loss(kind, LOSSES[kind][which], pairs, device)
+
+
+def measure_loss(kind: str, loss: Callable[..., Tensor], pairs: int, device: str) -> dict[str, float]:
+    """One call of ``loss`` in this process, after a small one."""
     loss(*inputs(kind, 64, device)).backward()
     tensors = inputs(kind, pairs, device)
     clock = time.perf_counter if device == "cuda" else time.process_time

@@ -63,11 +63,16 @@ def gradients(method: Method, batch: dict[str, Tensor], module: torch.nn.Module 
     return {"loss": total.detach(), **found}
 
 
-@pytest.fixture(scope="module")
-def snapshot(make_snapshot: Callable[..., Snapshot]) -> Snapshot:
+def make_data(make: Callable[..., Snapshot]) -> Snapshot:
+    """Samples with every field and sidecar that some method reads, by ``make_snapshot`` or its like."""
     teacher = open_teacher("clipmill-tiny:untrained")
     width = teacher.encode_text(teacher.tokenizer(["a word"])).shape[1]
-    return make_snapshot((12, 12), regions=(clip_digest(teacher), width))
+    return make((12, 12), regions=(clip_digest(teacher), width))
+
+
+@pytest.fixture(scope="module")
+def snapshot(make_snapshot: Callable[..., Snapshot]) -> Snapshot:
+    return make_data(make_snapshot)
 
 
 @EVERY

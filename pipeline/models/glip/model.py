@@ -223,8 +223,16 @@ class Glip(Method):
     def blocks(self) -> Sequence[nn.Module]:
         """The blocks of the backbone, BERT's layers, and the parts of the head's blocks."""
         tower = self.model.tower
-        swin = [block for stage in self._stages() for block in cast(Any, stage).blocks]
-        return [*swin, *self.model.text.bert.encoder.layer, *tower.fusions, *tower.texts, *tower.images]
+        return [*self._swin(), *self.model.text.bert.encoder.layer, *tower.fusions, *tower.texts, *tower.images]
+
+    def compiled_blocks(self) -> Sequence[nn.Module]:
+        """Those of texts and of the fusion. The others meet maps of several sizes: torch's compiler does not end with
+        windows and levels of any size."""
+        images = {*self._swin(), *self.model.tower.images}
+        return [block for block in self.blocks() if block not in images]
+
+    def _swin(self) -> list[nn.Module]:
+        return [block for stage in self._stages() for block in cast(Any, stage).blocks]
 
     def _stages(self) -> list[nn.Module]:
         return [module for name, module in self.model.image.body.named_children() if name.startswith("layers_")]

@@ -330,7 +330,7 @@ class Groupvit(ImageTextMethod, EmbeddingMethod):
     def _contrastive(self, image: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
         tile = self.config.loss_tile
         if texts[..., 0].numel() * self.exchange.world > tile:
-            return tiled_contrastive_loss(image, texts, scale, self.exchange, tile)
+            return tiled_contrastive_loss(image, texts, scale, self.exchange, tile, self.compiled)
         return contrastive_loss(image, texts, scale, self.gather)
 
     def after_step(self) -> None:
