@@ -26,7 +26,7 @@ TRAININGS = {
     "late": (CAPTIONED, ("--no-fusion",)),
     "teacher": (CAPTIONED, ()),
     "boxes": ("boxes", ()),
-    "student": ("boxes=0.5,gold=0.2,captions=0.3", ("--pseudo-boxes", "teacher-{seed}", "--least-box-score", 0.3)),
+    "student": ("boxes=0.5,gold=0.2,captions=0.3", ("--pseudo-boxes", "teacher_{seed}", "--least-box-score", 0.3)),
 }
 
 
@@ -63,7 +63,7 @@ def trained(folder: Path, name: str, seed: int) -> dict[str, float]:
 
 def annotate(folder: Path, seed: int) -> None:
     """The teacher's boxes for the captions."""
-    what = ("--data", folder / "captions", "--teacher", folder / f"teacher-{seed}", "--name", f"teacher-{seed}")
+    what = ("--data", folder / "captions", "--teacher", folder / f"teacher-{seed}", "--name", f"teacher_{seed}")
     run("annotate_pseudo_boxes", "checkpoint", *what, "--processes-count", 0, "--no-track")
 
 

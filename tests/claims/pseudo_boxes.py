@@ -87,7 +87,7 @@ def counts(data: Path, sidecar: str, least: float) -> tuple[int, int, int, int]:
     from pipeline.shards.snapshot import read_snapshot
     from pipeline.stages.annotate.pseudo_boxes import JOB, objects_of_row
 
-    samples = Samples(read_snapshot(str(data)), open_shards=1, sidecars=(Wanted(sidecar, JOB),))
+    samples = Samples(read_snapshot(str(data)), open_shards=1, sidecars=(Wanted(name=sidecar, job=JOB),))
     right = made = true = 0
     for sample in (samples[number] for number in range(len(samples))):
         truth, found = read_objects(sample), objects_of_row(sample.rows[sidecar], least)
