@@ -20,6 +20,7 @@ from pathlib import Path
 from claim import Claim
 
 HERE = Path(__file__).parent
+SHARED = ("run", "claim", "coloured_shapes")
 
 
 def measured(name: str, seed: int, folder: Path) -> dict[str, float]:
@@ -55,7 +56,7 @@ def spread(values: Sequence[float], sign: str = "") -> str:
 def main() -> None:
     """Measure what is not measured yet, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in ("run", "claim"))
+    names = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in SHARED)
     parser.add_argument("name", choices=names)
     parser.add_argument("--folder", type=Path, default=Path("runs/claims"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
