@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from pipeline.evaluation.suite import Evaluations, evaluate
 from pipeline.evaluation.tagging import tagging_metrics
 from pipeline.loaders.readers import CaptionsReader
 from pipeline.loaders.samples import UnreadableSample
+from pipeline.models.audioclip import Audioclip
+from pipeline.models.clap import Clap
 from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Snapshot
 from pipeline.shards.waveforms import read_waveform
@@ -55,6 +58,30 @@ def test_a_model_says_what_it_encodes(model: SoundAndColourModel) -> None:
 
     with pytest.raises(SettingError, match="audio_reader"):
         medium_reader(Unread(), "audio")
+
+
+def test_methods_with_sounds_are_evaluated_on_what_they_were_trained_for(
+    make_snapshot: MakeSnapshot, classes_file: str
+) -> None:
+    tiny = Audioclip.smallest()
+    tri_modal = Audioclip(tiny).eval()
+    tags = Audioclip(replace(tiny, modalities=("audio",), class_names=tuple(CLASSES))).eval()
+    assert encoded_media(tri_modal) == ("image", "audio", "text")
+    assert encoded_media(Audioclip(replace(tiny, modalities=("audio", "text")))) == ("audio", "text")
+    assert encoded_media(Clap(Clap.smallest())) == ("audio", "text")
+    assert encoded_media(tags) == ("audio",)
+
+    folder = make_snapshot([sample(colour, tags=[colour]) for colour in CLASSES]).folder
+    found = run(tri_modal, retrieval=(folder,), zero_shot=(f"{folder},medium=audio",), classes=classes_file)
+    assert {"retrieval/shards/a2i_r1", "retrieval/shards/i2t_r1", "zeroshot/shards/top1"} <= set(found)
+    scores = run(tags, tagging=(f"it={folder},labels=tags",), tagging_classes=classes_file)
+    reader = medium_reader(tags, "audio")
+    with torch.no_grad():
+        inputs = reader.collate([reader.read(Sample("s", {"flac": sound(colour)}), None) for colour in CLASSES])
+        logits = tags.tag_audio(inputs["audio"])
+    assert scores["tagging/it/map"] == pytest.approx(tagging_metrics(logits.numpy(), np.eye(3, dtype=bool))["map"])
+    with pytest.raises(SettingError, match="checkpoint"):
+        run(tags, zero_shot=(folder,), classes=classes_file)
 
 
 # Zero-shot
