@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--image-size", type=int, help="default: 256, on a GPU 800")
     parser.add_argument("--batch-size", type=int, help="default: 2, on a GPU 4")
-    parser.add_argument("--blocks", type=int, help="default: 3, on a GPU 6")
+    parser.add_argument("--blocks", type=int, help="2 or more; default: 3, on a GPU 6")
     parser.add_argument("--steps", type=int, help="in a round; default: 3, on a GPU 10")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--measure", choices=sorted(PEERS), help=argparse.SUPPRESS)

@@ -91,8 +91,8 @@ def plain_predict(method: Glip, images: Sequence[Tensor], words: Sequence[str]) 
             ((features, weights),) = method.model.compare(levels, [encoded])
             parts.append(method._candidates(levels, features, weights, averaging.expand(count, -1, -1)))
         best = suppress(together(parts, [numbers.start for numbers, _ in chunks]), group.extents, method.config)
-        for number, place, (boxes, scores, labels) in zip(group.numbers, group.places, best, strict=True):
-            found[number] = Detections(unplaced(boxes, place), scores, labels)
+        for number, place, one in zip(group.numbers, group.places, best, strict=True):
+            found[number] = Detections(unplaced(one.boxes, place), one.scores, one.phrases)
     return [found[number] for number in range(len(images))]
 
 
