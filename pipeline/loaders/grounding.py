@@ -6,9 +6,11 @@ detector and data with phrases, also mixed in one run:
 - Objects with classes: the prompt is made of names of the data set's classes. For federated data (LVIS) only classes
   that were verified are sampled as negatives.
 - A caption with phrases: the prompt is the caption, alone or among captions of other images. Objects that no phrase
-  names are left out. An image is not mirrored if its caption says left or right.
+  names are left out. An image is not mirrored if its caption says left or right. Of several captions one is drawn.
 - Samples with both are read as captions with the probability ``caption_share``.
 - Pseudo boxes: the same, from a sidecar of jobs/annotate_pseudo_boxes.py, where the data set has it.
+- A caption without any annotated object says nothing about its words: they may be in the image or not. The authors draw
+  another sample in its place; here it stays, with ``annotated`` False, and losses leave it out.
 
 Everything random is a function of (seed, epoch, sample number).
 """
@@ -130,6 +132,11 @@ class Grounding:
     classes: tuple[tuple[str, Span], ...] = ()
     about: tuple[Span, ...] = ()
 
+    @property
+    def annotated(self) -> bool:
+        """Whether it is known which words of the prompt are in the image."""
+        return bool(self.classes or self.objects)
+
 
 @dataclass(frozen=True)
 class GroundedTargets:
@@ -158,6 +165,7 @@ class GroundingReader:
     boxes         float32 [B, G, 4], x1, y1, x2, y2 in pixels of the square, padded with zeros; G is at least 1
     counts        int64 [B], the number of boxes of each image, 0 or more
     positive_map  bool [B, G, M], the tokens of each box's phrases; at least one for every real box
+    annotated     bool [B], False for a caption without any annotated object
     left_out      int64 [B], boxes whose phrase has no token within the limit
 
     Crowds, objects cut off by the augmentation and objects whose label or phrase is not in the prompt are left out. At
@@ -192,7 +200,7 @@ class GroundingReader:
 
     def find(self, sample: Sample, at: SamplePosition | None) -> GroundedTargets:
         """The prompt and the objects of ``sample``; raises as :meth:`read`, except for the image."""
-        objects = objects_in(sample, self._stored)
+        objects = objects_in(sample, self._stored, self.seed, at)
         prompt = self.prompt(objects, at)
         placement = self._place(objects, prompt.text, at)
         tokens = self.tokenizer(prompt.text, self.options.text_tokens)
@@ -218,22 +226,17 @@ class GroundingReader:
             "tokens": targets.tokens.ids,
             "boxes": torch.from_numpy(targets.boxes).float(),
             "positive_map": targets.positive,
+            "annotated": targets.prompt.annotated,
             "left_out": targets.left_out,
         }
 
     def collate(self, rows: list[Row]) -> Batch:
         """The tensors named above."""
-        longest = max(len(row["tokens"]) for row in rows)
-        width = -(-longest // MULTIPLE) * MULTIPLE
-        tokens = torch.full((len(rows), width), self.tokenizer.pad, dtype=torch.int64)
-        mask = torch.zeros((len(rows), width), dtype=torch.bool)
+        tokens, mask = padded_tokens([row["tokens"] for row in rows], self.tokenizer.pad)
         maps = []
-        for number, row in enumerate(rows):
-            length = len(row["tokens"])
-            tokens[number, :length] = torch.from_numpy(row["tokens"])
-            mask[number, :length] = True
-            positive = torch.zeros((len(row["boxes"]), width), dtype=torch.bool)
-            positive[:, :length] = torch.from_numpy(row["positive_map"])
+        for row in rows:
+            positive = torch.zeros((len(row["boxes"]), tokens.shape[1]), dtype=torch.bool)
+            positive[:, : len(row["tokens"])] = torch.from_numpy(row["positive_map"])
             maps.append(positive)
         return {
             "image": default_collate([row["image"] for row in rows]),
@@ -243,6 +246,7 @@ class GroundingReader:
             "boxes": padded([row["boxes"] for row in rows], 0.0),
             "counts": torch.tensor([len(row["boxes"]) for row in rows], dtype=torch.int64),
             "positive_map": padded(maps, False),
+            "annotated": torch.tensor([row["annotated"] for row in rows]),
             "left_out": torch.tensor([row["left_out"] for row in rows], dtype=torch.int64),
         }
 
@@ -324,13 +328,13 @@ class GroundingReader:
         return [ClassVocabulary(classes, self.tokenizer) for classes in self.data.classes]
 
 
-def padded_tokens(texts: Sequence[TokenizedText], pad: int) -> tuple[Tensor, Tensor]:
-    """Tokens int64 [B, M] and bool [B, M], False for padding; M is a multiple of 8."""
+def padded_tokens(texts: Sequence[NDArray[np.int64]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token numbers int64 [B, M] and bool [B, M], False for padding; M is a multiple of 8."""
     longest = -(-max(map(len, texts)) // MULTIPLE) * MULTIPLE
     tokens = torch.full((len(texts), longest), pad, dtype=torch.int64)
     mask = torch.zeros(tokens.shape, dtype=torch.bool)
     for number, one in enumerate(texts):
-        tokens[number, : len(one)] = torch.from_numpy(one.ids)
+        tokens[number, : len(one)] = torch.from_numpy(one)
         mask[number, : len(one)] = True
     return tokens, mask
 
