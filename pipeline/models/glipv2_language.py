@@ -122,7 +122,7 @@ class ImageWithTextReader:
 
     def collate(self, rows: list[Row]) -> Batch:
         """The tensors named above."""
-        tokens, mask = padded_tokens([row["tokens"] for row in rows], self.tokenizer.pad)
+        tokens, mask = padded_tokens([row["tokens"].ids for row in rows], self.tokenizer.pad)
         found = {"image": torch.stack([row["image"] for row in rows]), "tokens": tokens, "token_mask": mask}
         if self.questions:
             found["answers"] = torch.from_numpy(np.stack([row["answers"] for row in rows]))

@@ -61,6 +61,8 @@ def make_batch(options: argparse.Namespace) -> dict[str, Tensor]:
         "token_mask": tokens > 0,
         "boxes": torch.cat([corner, corner + sides], dim=2),
         "positive_map": nn.functional.one_hot(1 + 2 * labels, tokens.shape[1]).bool(),
+        "annotated": torch.ones(images, dtype=torch.bool),
+        "left_out": torch.zeros(images, dtype=torch.int64),
         "labels": labels,
     }
 

@@ -108,7 +108,10 @@ class ImageGroup:
 class Glip(Method):
     """A detector of anything that words describe."""
 
-    batch_keys: ClassVar[tuple[str, ...]] = ("image", "tokens", "token_mask", "boxes", "positive_map")
+    batch_keys: ClassVar[tuple[str, ...]] = (
+        *("image", "tokens", "token_mask", "boxes"),
+        *("positive_map", "annotated", "left_out"),
+    )
     registered_as: ClassVar[str] = "glip"
     # A detector's sums over many positions round relative to their largest term, also in small entries of a filter.
     parity_tolerance: ClassVar[float] = 1e-4
@@ -133,6 +136,7 @@ class Glip(Method):
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
         self._prompts: dict[tuple[str, ...], list[EncodedPrompt]] = {}
         self._still = tuning.freeze(self.model, config)
+        self._counted: Tensor | None = None
 
     def _load_initial(self) -> None:
         config = self.config
@@ -230,7 +234,12 @@ class Glip(Method):
         return [module for name, module in self.model.image.body.named_children() if name.startswith("layers_")]
 
     def training_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``alignment``, ``box`` and ``centerness``; images without boxes and texts without phrases are background."""
+        """``alignment``, ``box`` and ``centerness``.
+
+        An image without objects of the prompt's classes is background. A caption without any annotated object takes no
+        part.
+        """
+        self._count(batch)
         levels = self.model.image(self.normalised(batch["image"]))
         encoded = self.model.encode_text(batch["tokens"], batch["token_mask"])
         ((found, weights),) = self.model.compare(levels, [encoded])
@@ -250,6 +259,7 @@ class Glip(Method):
         weights: TokenWeights,
     ) -> dict[str, Tensor]:
         boxes, phrases = batch["boxes"].float(), batch["positive_map"]
+        tokens = batch["token_mask"] & batch["annotated"][:, None]
         positive, row = assigned.positive, assigned.matched[..., None]
         targets = phrases.gather(1, row.expand(-1, -1, phrases.shape[-1])) & positive[..., None]
         truth = torch.where(positive[..., None], boxes.gather(1, row.expand(-1, -1, 4)), anchors.boxes)
@@ -258,10 +268,27 @@ class Glip(Method):
         moves = found.moves.flatten(0, 1)
         decoded = CODER.decode_single(moves, anchors.boxes.repeat(len(boxes), 1)).view_as(truth)
         return {
-            "alignment": losses.alignment_loss(align(found.features, weights), targets, batch["token_mask"]) / count,
+            "alignment": losses.alignment_loss(align(found.features, weights), targets, tokens) / count,
             "box": self.config.box_weight * losses.box_loss(decoded, truth, near) / total,
             "centerness": losses.centerness_loss(found.centerness, near, positive) / count,
         }
+
+    def _count(self, batch: Mapping[str, Tensor]) -> None:
+        counts = torch.stack([batch["left_out"].sum(), (~batch["annotated"]).sum()]).float()
+        self._counted = counts if self._counted is None else self._counted + counts
+
+    @torch.no_grad()
+    def measures(self) -> dict[str, float]:
+        """Sums over all processes since they were last logged.
+
+        - ``boxes_left_out``: boxes whose phrase has no token within the limit
+        - ``captions_without_boxes``: captions that take no part in the losses
+        """
+        if self._counted is None:
+            return {}
+        left_out, without = self.gather(self._counted[None]).sum(dim=0).tolist()
+        self._counted = None
+        return {"boxes_left_out": left_out, "captions_without_boxes": without}
 
     def _average(self, counts: Tensor) -> Tensor:
         """Sums [n] of this rank to their means over ranks, which divide this rank's losses; 1 instead of 0."""
@@ -340,7 +367,7 @@ class Glip(Method):
 
     def _padded(self, texts: Sequence[TokenizedText]) -> tuple[Tensor, Tensor]:
         """Tokens int64 [B, M] and bool [B, M] on the method's device."""
-        tokens, mask = padded_tokens(texts, self.tokenizer.pad)
+        tokens, mask = padded_tokens([one.ids for one in texts], self.tokenizer.pad)
         return tokens.to(self.mean.device), mask.to(self.mean.device)
 
     def _groups(self, images: Sequence[Tensor]) -> Iterator[ImageGroup]:

@@ -53,6 +53,8 @@ def batch(boxes: list[list[list[float]]], phrases: list[list[tuple[int, ...]]], 
         "token_mask": mask,
         "boxes": found,
         "positive_map": maps,
+        "annotated": torch.ones(len(boxes), dtype=torch.bool),
+        "left_out": torch.zeros(len(boxes), dtype=torch.int64),
     }
 
 
@@ -84,6 +86,37 @@ def test_a_box_whose_phrase_has_no_token_is_background() -> None:
     with_it = gradients(method, batch([[box, box]], [[(2,), ()]]))[0]
     assert with_it == gradients(method, batch([[box]], [[(2,)]]))[0]
     assert with_it["box"] > 0
+
+
+def test_captions_without_annotated_objects_take_no_part() -> None:
+    """Beside another image as alone, but for the number of rows; by themselves no loss at all, and no NaN."""
+    method = built()
+    box = [8.0, 8, 40, 40]
+    both = batch([[box], []], [[(2,)], []])
+    both["annotated"][1] = False
+    alone = gradients(method, batch([[box]], [[(2,)]]))[0]
+    assert gradients(method, both)[0] == pytest.approx(alone, rel=1e-4)
+    both["annotated"][1] = True
+    assert gradients(method, both)[0]["alignment"] > alone["alignment"] * (1 + 1e-5)
+    none = batch([[]], [[]])
+    none["annotated"][:] = False
+    losses, found = gradients(method, none)
+    assert set(losses.values()) == {0.0} and not any(value.any() for value in found.values())
+
+
+def test_what_is_left_out_is_counted_between_logs() -> None:
+    """Over all steps and processes since the last log; nothing before the first step."""
+    method = built()
+    assert method.measures() == {}
+    some = batch([[[8.0, 8, 40, 40]], [], []], [[(2,)], [], []])
+    some["left_out"] = torch.tensor([2, 0, 1])
+    some["annotated"][1] = False
+    for _ in range(2):
+        gradients(method, some)
+    method.gather = lambda counts: torch.cat([counts, counts * 3])  # the other process has three times as many
+    assert method.measures() == {"boxes_left_out": 24.0, "captions_without_boxes": 8.0}
+    gradients(method, some)
+    assert method.measures() == {"boxes_left_out": 12.0, "captions_without_boxes": 4.0}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
