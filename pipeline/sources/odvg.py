@@ -127,7 +127,7 @@ def _name(instance: Mapping[str, Any], labels: Mapping[int, str]) -> str:
 
 
 def _more(instance: Mapping[str, Any]) -> dict[str, Any]:
-    return {"score": float(instance["score"])} if "score" in instance else {}
+    return {"score": instance["score"]} if "score" in instance else {}
 
 
 def _categories(line: str) -> set[str]:
