@@ -33,7 +33,7 @@ PRESETS = {
         TrainGlipv2(method=START, run=TINY),
     ),
     "b": (
-        "GLIPv2-B (recalled): Swin-B; BERT instead of CLIP's text tower. The schedule is GLIP-L's.",
+        "GLIPv2-B (recalled): Swin-B and CLIP's text tower. The schedule is GLIP-L's.",
         TrainGlipv2(method=replace(START, **BASE), run=LARGE),
     ),
     "h": (

@@ -13,7 +13,7 @@ from pipeline.shards.objects import names_of, plain_word
 
 
 class PastedMasks:
-    """Masks on grids over boxes, and how they lie in the image; the base of the results that have them."""
+    """Masks on grids over boxes, and their pixels in the image; the base of the results that have them."""
 
     boxes: Tensor
     scores: Tensor

@@ -92,6 +92,7 @@ def test_the_presets(training: dict[str, Any], tuning: dict[str, Any]) -> None:
     assert set(presets) == {"t", "b", "h", "masks", "drawn", "smoke"}
     backbones = [presets[name].method.backbone.split("_")[1] for name in ("t", "b", "h")]
     assert backbones == ["tiny", "base", "large"]
+    assert [name for name in ("t", "b", "h") if "clip" in presets[name].method.text] == ["b"]
     for name in ("t", "b", "h"):
         method = presets[name].method
         assert (method.contrast_width, method.contrast_anchors, method.masked_tokens) == (64, 100, 0.15)

@@ -18,9 +18,9 @@ and texts meet before the product, too: in each of L blocks, pixels and tokens a
 (``dyhead.py``). Which anchors are trained on a box is decided by ATSS (``assignment.py``). Variant A has no fusion: its
 tokens are BERT's, and its features of an image do not depend on the text.
 
-The backbone is timm's Swin transformer under torchvision's feature pyramid (levels of 8 to 128 pixels a cell), the text
-tower transformers' BERT. Texts are padded to the longest of a batch, which is exact. At test time a prompt holds up to
-40 names: the pyramid is computed once for all prompts, and texts once for all images.
+The backbone is timm's Swin transformer under torchvision's feature pyramid (levels of 8 to 128 pixels a cell). The text
+tower is transformers' BERT, or CLIP's (``text.py``). Texts are padded to the longest of a batch, which is exact. In
+detection a prompt holds up to 40 names: the pyramid is computed once for all prompts, and texts once for all images.
 
 Differences from the authors' code:
 
@@ -128,7 +128,7 @@ class Glip(Method):
             self.settings = text.text_settings(config, self.tokenizer)
         else:
             self.tokenizer = SpanTokenizer(description[TOKENIZER])
-            self.settings = text.stored_settings(description[text.BERT])
+            self.settings = text.stored_settings(description[text.SETTINGS])
         self.model = GlipNetwork(config, self.settings, load=description is None)
         if description is None:
             self._load_initial()
@@ -151,7 +151,7 @@ class Glip(Method):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        """Require a Swin transformer that timm has, and a BERT that transformers can read."""
+        """Require a Swin transformer that timm has, and a text tower that transformers can read."""
         known = timm.is_model(config.backbone) and "swin_" in f"{config.backbone}_"
         require(known, "backbone", config.backbone, "a Swin transformer of timm (timm.list_models('swin_*'))")
         text.text_settings(config, SpanTokenizer.load(config.text))
@@ -163,7 +163,7 @@ class Glip(Method):
 
     def description(self) -> Mapping[str, str]:
         """The tokenizer and the settings of the text tower."""
-        return {TOKENIZER: self.tokenizer.description, text.BERT: text.settings_text(self.settings)}
+        return {TOKENIZER: self.tokenizer.description, text.SETTINGS: text.settings_text(self.settings)}
 
     def train(self, mode: bool = True) -> Self:
         """torch's, but frozen modules stay in evaluation mode; encoded prompts are forgotten where training begins."""
@@ -213,10 +213,10 @@ class Glip(Method):
         return {"text tokens": batch["tokens"].shape[1]}
 
     def layers(self) -> Mapping[str, Layer]:
-        """The backbone as tower ``image`` and BERT as tower ``text``, block by block."""
-        body, encoder = cast(Any, self.model.image.body), self.model.text.bert
+        """The backbone as tower ``image`` and the text tower as ``text``, block by block."""
+        body, texts = cast(Any, self.model.image.body), self.model.text
         image = [body.patch_embed, *(block for stage in self._stages() for block in _stage_blocks(stage))]
-        depths = {"image": image, "text": [encoder.embeddings, *encoder.encoder.layer]}
+        depths = {"image": image, "text": [texts.embeddings, *texts.layers]}
         above: dict[int, Layer] = {}
         for tower, modules in depths.items():
             for number, module in enumerate(modules):
@@ -225,10 +225,10 @@ class Glip(Method):
         return {name: above[id(value)] for name, value in self.named_parameters() if id(value) in above}
 
     def blocks(self) -> Sequence[nn.Module]:
-        """The blocks of the backbone, BERT's layers, and the parts of the head's blocks."""
+        """The blocks of the backbone, the text tower's layers, and the parts of the head's blocks."""
         tower = self.model.tower
         swin = [block for stage in self._stages() for block in cast(Any, stage).blocks]
-        return [*swin, *self.model.text.bert.encoder.layer, *tower.fusions, *tower.texts, *tower.images]
+        return [*swin, *self.model.text.layers, *tower.fusions, *tower.texts, *tower.images]
 
     def _stages(self) -> list[nn.Module]:
         return [module for name, module in self.model.image.body.named_children() if name.startswith("layers_")]

@@ -52,8 +52,12 @@ class Config(GlipConfig):
         return self.masks != "head" and self.tuning == "full"
 
 
-BASE: dict[str, Any] = {"backbone": "swin_base_patch4_window12_384", "drop_path": 0.3}
-"""GLIPv2-B, in which it differs from GLIPv2-T. The paper's text tower is CLIP's; BERT stands in for it."""
+BASE: dict[str, Any] = {
+    "backbone": "swin_base_patch4_window12_384",
+    "drop_path": 0.3,
+    "text": "openai/clip-vit-base-patch32",
+}
+"""GLIPv2-B, in which it differs from GLIPv2-T: a larger backbone, and CLIP's text tower."""
 HUGE: dict[str, Any] = LARGE
 """GLIPv2-H as GLIP-L: the paper's backbone CoSwin-H is not public."""
 DRAWN: dict[str, Any] = {**SMALL, "masks": "joint", "mask_convolutions": (64, 64)}

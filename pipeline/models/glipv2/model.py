@@ -23,7 +23,7 @@ Differences from the public code: anchors that fill up the batch are left out in
 features of other ranks have gradients; the mask head is trained on true boxes with edges moved by up to 10 %.
 
 The paper's body was not at hand: values are from the public code; presets and figures marked "recalled" were not
-verified. Left out: CLIP's text tower (B) and the backbone CoSwin-H (H), which is not public; RoI features of the
+verified. Left out: the backbone CoSwin-H (H), which is not public; RoI features of the
 backbone instead of the pyramid's in L_inter; the hourglass mask head.
 
 To hold a run against: LVIS minival zero-shot AP of GLIPv2-T 29.0 (26.9 without pseudo boxes), ODinW13 zero-shot 48.5,
@@ -171,7 +171,7 @@ class Glipv2(Glip):
 
     def _language(self, head: LanguageHead, batch: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         (count,) = self._average((batch["masked_tokens"] >= 0).sum().float()[None])
-        embeddings = self.model.text.bert.embeddings.word_embeddings.weight
+        embeddings = self.model.text.words
         loss = masked_token_loss(head, hidden, embeddings, batch["masked_at"], batch["masked_tokens"])
         return cast(Tensor, loss / count)
 
