@@ -44,7 +44,8 @@ from pipeline.loaders.grounding_prompts import (
 )
 from pipeline.loaders.images import decode, encoded_image
 from pipeline.loaders.mixture import parts_of, read_data
-from pipeline.loaders.order import RandomStream, permutation, random_bits
+from pipeline.loaders.order import RandomStream, permutation, random_bits, uniform
+from pipeline.loaders.samples import UnreadableSample
 from pipeline.shards.objects import FIELD, Objects
 from pipeline.shards.sample import Sample
 from pipeline.shards.sidecar import Wanted
@@ -257,10 +258,13 @@ class GroundingReader:
         sample with classes is read by its classes.
 
         Raises:
-            DataError: neither a caption nor classes of the data set.
+            UnreadableSample: labels are phrases, and there is no caption.
+            DataError: labels are classes, and neither the data set nor the settings name them.
         """
         vocabulary = self._vocabularies[self._part(at)]
         at = None if self.options.fixed_prompts else at
+        if objects.open_labels and not objects.caption:
+            raise UnreadableSample(f"{objects.key} has no caption")
         if not len(vocabulary) and not objects.caption:
             raise DataError(f"sample {objects.key} has no caption, and its data set names no classes; name them")
         if not len(vocabulary) or objects.open_labels or (objects.phrases and self._prefers_caption(at)):
@@ -303,8 +307,8 @@ class GroundingReader:
     def _prefers_caption(self, at: SamplePosition | None) -> bool:
         if at is None:
             return False
-        first = random_bits(self.seed, RandomStream.PROMPTS, *at, 1)[0]
-        return int(first >> np.uint64(11)) * 2.0**-53 < self.options.caption_share
+        (first,) = uniform(random_bits(self.seed, RandomStream.PROMPTS, *at, 1))
+        return bool(first < self.options.caption_share)
 
     def _place(self, objects: Objects, text: str, at: SamplePosition | None) -> Placement:
         """A mirrored image would contradict a caption with left or right."""
@@ -337,6 +341,21 @@ def padded_tokens(texts: Sequence[NDArray[np.int64]], pad: int) -> tuple[Tensor,
         tokens[number, : len(one)] = torch.from_numpy(one)
         mask[number, : len(one)] = True
     return tokens, mask
+
+
+def phrase_tokens(tokenized: TokenizedText, spans: Sequence[Span]) -> NDArray[np.bool_]:
+    """Bool [P, M]: the tokens of each span."""
+    rows = [tokenized.positive([span]) for span in spans]
+    return np.array(rows, np.bool_).reshape(len(rows), len(tokenized))
+
+
+def averaging_matrix(positive: Sequence[NDArray[np.bool_]], tokens: int) -> Tensor:
+    """float32 [B, P, M] from the tokens of the phrases of each image, bool [P_b, M_b]; P is at least 1."""
+    most = max(1, *(len(one) for one in positive))
+    found = torch.zeros(len(positive), most, tokens)
+    for row, one in zip(found, positive, strict=True):
+        row[: one.shape[0], : one.shape[1]] = torch.from_numpy(one).float()
+    return found / found.sum(dim=2, keepdim=True).clamp(min=1)
 
 
 def _labelled(objects: Objects) -> list[tuple[str, bool]]:

@@ -21,6 +21,7 @@ from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_t
 
 from pipeline.config import require
 from pipeline.errors import SettingError, unreadable
+from pipeline.loaders.order import uniform
 from pipeline.shards.objects import plain_word
 
 Span = tuple[int, int]
@@ -308,12 +309,12 @@ def mix_captions(
     """
     if bits is None or not others or not options.mixed_captions:
         return caption, 0
-    kind = _uniform(bits[0])
+    kind = uniform(bits[0])
     if kind < options.captions_alone:
         return caption, 0
     full = kind < options.captions_alone + options.captions_filled
-    count = options.mixed_captions if full else 1 + int(_uniform(bits[1]) * options.mixed_captions)
-    picks = [others[int(_uniform(one) * len(others))] for one in bits[3 : 3 + count]]
+    count = options.mixed_captions if full else 1 + int(uniform(bits[1]) * options.mixed_captions)
+    picks = [others[int(uniform(one) * len(others))] for one in bits[3 : 3 + count]]
     left, added = options.text_tokens - 2 - tokenizer.count(_sentence(caption)), []
     for text in dict.fromkeys(_sentence(pick) for pick in picks if pick.strip()):
         cost = tokenizer.count(text)
@@ -321,7 +322,7 @@ def mix_captions(
             left -= cost
             added.append(text)
     order = np.argsort(bits[3 + count : 3 + count + len(added)], kind="stable").tolist()
-    place = int(_uniform(bits[2]) * (len(added) + 1))
+    place = int(uniform(bits[2]) * (len(added) + 1))
     before = [added[number] for number in order[:place]]
     after = [added[number] for number in order[place:]]
     start = sum(len(text) + 1 for text in before)
@@ -335,11 +336,6 @@ def _sentence(text: str) -> str:
 
 def _number_of(most: int, full: float, bits: Bits | None) -> int:
     """``most`` with probability ``full``, else uniform from 1 to ``most``."""
-    if bits is None or not most or _uniform(bits[0]) < full:
+    if bits is None or not most or uniform(bits[0]) < full:
         return most
-    return 1 + int(_uniform(bits[1]) * most)
-
-
-def _uniform(bits: np.uint64) -> float:
-    """53 bits as a number in [0, 1)."""
-    return int(bits >> np.uint64(11)) * 2.0**-53
+    return 1 + int(uniform(bits[1]) * most)

@@ -50,6 +50,7 @@ from pipeline.sources.grounding_records import (
     GroundingRecord,
     caption_record,
     class_record,
+    listed_classes,
 )
 from pipeline.sources.source import UNCHANGED, Row, Scalar, Slice
 
@@ -87,8 +88,7 @@ class GlipTsv:
         if files.label_map:
             return dict.fromkeys(mapped_classes(files.label_map), "")
         lines = labelled_lines(files.labels, line_starts("labels", files.labels))
-        names = {name for _, text in lines for name in _class_names(text)}
-        return dict.fromkeys(sorted(names), "")
+        return listed_classes(name for _, text in lines for name in _class_names(text))
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
         """See :class:`~pipeline.sources.source.Source`; the digest covers the labels, and the table of images by its

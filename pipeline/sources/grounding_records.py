@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import SampleError
-from pipeline.shards.objects import MOST_OBJECTS, inside, is_span
+from pipeline.shards.objects import MOST_OBJECTS, inside, is_span, plain_word
 
 Span = tuple[int, int]
 
@@ -107,8 +107,22 @@ def class_record(height: int, width: int, instances: Iterable[tuple[str, Any, Ma
     """The record of boxes with class names: name, box and further keys of each object; raises ``ValueError``."""
     found = [(name, _box(box, height, width), more) for name, box, more in instances]
     found = [(name, box if _is_score(more.get("score", 1.0)) else None, more) for name, box, more in found]
-    kept = [{"label": name, "bbox": box, **more} for name, box, more in found if box is not None and name.strip()]
+    kept = [{"label": name, "bbox": box, **more} for name, box, more in found if box is not None and is_name(name)]
     return GroundingRecord(_sized(height, width, kept), len(found) - len(kept))
+
+
+def is_name(label: str) -> bool:
+    """Whether a class name has a character that is not white space, a full stop or invisible."""
+    return any(character.isprintable() and not character.isspace() for character in plain_word(label))
+
+
+def listed_classes(labels: Iterable[str]) -> dict[str, str]:
+    """The classes of ``labels``, sorted, each with an empty group; of equal names (``plain_word``) the first one."""
+    names: dict[str, str] = {}
+    for label in sorted(set(labels)):
+        if is_name(label):
+            names.setdefault(plain_word(label), label)
+    return dict.fromkeys(names.values(), "")
 
 
 def _sized(height: int, width: int, objects: list[dict[str, Any]]) -> dict[str, Any]:

@@ -23,13 +23,14 @@ from torch import Tensor
 from transformers import BertConfig
 
 from pipeline.evaluation.encoder import inference
+from pipeline.loaders.grounding import averaging_matrix, phrase_tokens
 from pipeline.loaders.grounding_prompts import SpanTokenizer, name_chunks
 from pipeline.models.detections import Detections
 from pipeline.models.glip import Config, Glip
 from pipeline.models.glip.config import SMALL
 from pipeline.models.glip.model import TOKENIZER
 from pipeline.models.glip.network import align
-from pipeline.models.glip.phrases import averaging_matrix, phrase_tokens, suppress, together
+from pipeline.models.glip.phrases import suppress, together
 from pipeline.models.glip.text import SETTINGS, settings_text
 from pipeline.models.proposals import unplaced
 

@@ -149,6 +149,9 @@ def test_unusable_samples(tokenizer: SpanTokenizer) -> None:
     made = reader(tokenizer, ())
     with pytest.raises(DataError, match="names no classes"):
         made.read(grounded([obj("dog")]), None)
+    for named in (made, reader(tokenizer)):  # one caption that is missing is no reason to stop
+        with pytest.raises(UnreadableSample, match="0 has no caption"):
+            named.read(grounded([], caption="", open=True), SamplePosition(0, 0))
     with pytest.raises(UnreadableSample):
         made.read(Sample("0", {"jpg": jpeg(8, 8), "boxes.json": b"{}"}), None)
     with pytest.raises(DataError, match="measured in"):

@@ -116,6 +116,19 @@ def test_odvg_boxes_and_label_map(tmp_path: Path) -> None:
         made(replace(mapped), tmp_path / "third")
 
 
+def test_class_names_with_punctuation_and_duplicates(tmp_path: Path) -> None:
+    """Names that are equal but for case and marks are one class; boxes with a name of marks alone are left out."""
+    names = ["C++", "c++", "St. Bernard", "person.", "person", "...", " ", "\u200b", "cup_(trophy)", "a; b"]
+    instances = [{"bbox": [n, 0, n + 9, 9], "category": name} for n, name in enumerate(names)]
+    line = {"filename": "a.jpg", "height": 40, "width": 60, "detection": {"instances": instances}}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line))
+    source = Odvg(annotations=str(tmp_path / "a.jsonl"), images=images(tmp_path / "images", "a.jpg"))
+    assert list(source.classes) == ["C++", "St. Bernard", "a; b", "cup_(trophy)", "person"]
+    (sample,) = samples(made(source, tmp_path / "out"))
+    assert read_objects(sample).labels == ("C++", "c++", "St. Bernard", "person.", "person", "cup_(trophy)", "a; b")
+    assert json.loads(sample.fields["json"])["left_out"] == 3
+
+
 def mdetr() -> dict[str, Any]:
     image = {"height": 40, "width": 60, "file_name": "a.jpg", "dataset_name": "flickr"}
     return {

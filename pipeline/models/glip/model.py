@@ -49,7 +49,14 @@ from torch import Tensor, nn
 from pipeline.config import require
 from pipeline.loaders.batches import Reader
 from pipeline.loaders.detection import FILL, Placement
-from pipeline.loaders.grounding import GroundingData, GroundingReader, grounding_data, padded_tokens
+from pipeline.loaders.grounding import (
+    GroundingData,
+    GroundingReader,
+    averaging_matrix,
+    grounding_data,
+    padded_tokens,
+    phrase_tokens,
+)
 from pipeline.loaders.grounding_prompts import DRAWN, SpanTokenizer, TokenizedText, name_chunks
 from pipeline.models.detections import Detections, GroundedBoxes, check_words
 from pipeline.models.glip import losses, text, tuning
@@ -60,9 +67,7 @@ from pipeline.models.glip.phrases import (
     CODER,
     Candidates,
     FoundPhrases,
-    averaging_matrix,
     find_candidates,
-    phrase_tokens,
     suppress,
     together,
 )
