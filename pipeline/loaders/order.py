@@ -95,6 +95,12 @@ def random_bits(seed: int, stream: int, epoch: int, number: int, count: int) -> 
     return bits
 
 
+def uniform(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Random 64-bit integers as numbers in [0, 1), by their upper 53 bits."""
+    found: NDArray[np.float64] = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return found
+
+
 def permutation(seed: int, stream: int, epoch: int, number: int, length: int) -> Integers:
     """A permutation of ``range(length)``, a pure function of the arguments."""
     bits = random_bits(seed, stream, epoch, number, length)

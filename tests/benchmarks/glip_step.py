@@ -29,7 +29,7 @@ from transformers import BertConfig, GroundingDinoConfig, GroundingDinoForObject
 from pipeline.loaders.grounding_prompts import SpanTokenizer
 from pipeline.models.glip import Config, Glip
 from pipeline.models.glip.model import TOKENIZER
-from pipeline.models.glip.text import BERT, settings_text
+from pipeline.models.glip.text import SETTINGS, settings_text
 
 START, END, STOP = 101, 102, 1012  # bert-base-uncased's, by which Grounding DINO knows phrases
 NAMES, OBJECTS = 20, 10
@@ -61,6 +61,8 @@ def make_batch(options: argparse.Namespace) -> dict[str, Tensor]:
         "token_mask": tokens > 0,
         "boxes": torch.cat([corner, corner + sides], dim=2),
         "positive_map": nn.functional.one_hot(1 + 2 * labels, tokens.shape[1]).bool(),
+        "annotated": torch.ones(images, dtype=torch.bool),
+        "left_out": torch.zeros(images, dtype=torch.int64),
         "labels": labels,
     }
 
@@ -78,7 +80,7 @@ def glip(options: argparse.Namespace, batch: Mapping[str, Tensor]) -> tuple[nn.M
     )
     described = {
         TOKENIZER: SpanTokenizer.load("drawn").description,
-        BERT: settings_text(text_tower(options.device == "cpu")),
+        SETTINGS: settings_text(text_tower(options.device == "cpu")),
     }
     method = Glip(config, described).train()
 

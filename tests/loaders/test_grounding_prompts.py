@@ -71,7 +71,7 @@ def test_every_span_has_the_tokens_of_its_characters(tokenizer: SpanTokenizer, t
     assert spans > 1500
 
 
-def test_repeated_words_are_told_apart_and_spans_are_joined(tokenizer: SpanTokenizer) -> None:
+def test_repeated_words_differ_and_spans_are_joined(tokenizer: SpanTokenizer) -> None:
     found = tokenizer("a red bus and a red bus")
     second = found.positive([(16, 23)])
     assert np.flatnonzero(second).tolist() == np.flatnonzero(found.positive([(2, 9)]) | second).tolist()[2:]

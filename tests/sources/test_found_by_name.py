@@ -17,8 +17,8 @@ from pipeline.sources.urls import UrlTable
 from tests.jobs.conftest import Type, job  # noqa: F401  (the fixture that runs jobs)
 
 KINDS = (
-    "class-masks clips coco drawn folder glip-tsv hugging-face label-maps mdetr odvg picked sound-table split-file "
-    "stamp-scenes stamps stored urls webdataset"
+    "class-masks clips coco drawn flickr30k-entities folder glip-tsv hugging-face label-maps mdetr odvg picked "
+    "sound-table split-file stamp-scenes stamps stored urls webdataset"
 ).split()
 
 NEW = '''
@@ -62,7 +62,8 @@ def test_presets_come_from_the_sources() -> None:
     assert [*PRESETS] == [*named, "card", "smoke"]
     modes = {kind: run.options.media.image.resize_mode for kind, (_, run) in PRESETS.items() if kind in named}
     kept = {kind for kind, mode in modes.items() if mode == "no"}
-    kinds = {"class-masks", "coco", "drawn", "glip-tsv", "label-maps", "mdetr", "odvg", "stamp-scenes", "webdataset"}
+    kinds = {"class-masks", "coco", "drawn", "flickr30k-entities", "glip-tsv", "label-maps", "mdetr", "odvg"}
+    kinds |= {"stamp-scenes", "webdataset"}
     assert kept == kinds
 
 
