@@ -87,7 +87,7 @@ SCALES: Mapping[str, Scale] = {
     "aspect": Scale(title="Aspect ratio", unit="width / height", low=1 / 16, high=16, per_unit=8, doubling=True),
     "bytes": Scale(title="Bytes per image", unit="bytes", low=64, high=2**28, per_unit=4, doubling=True),
     "seconds": Scale(title="Duration of sounds", unit="seconds", low=1 / 16, high=8192, per_unit=4, doubling=True),
-    "rate": Scale(title="Sampling rate", unit="samples per second", low=1000, high=384_000, per_unit=8, doubling=True),
+    "rate": Scale(title="Sampling rate", unit="samples per second", low=1024, high=2**19, per_unit=8, doubling=True),
     "channels": Scale(title="Channels", unit="channels", low=0, high=65, per_unit=1),
     "loudness": Scale(title="Loudness", unit="dBFS", low=-120, high=1, per_unit=1),
     "sound_bytes": Scale(title="Bytes per sound", unit="bytes", low=64, high=2**30, per_unit=4, doubling=True),
