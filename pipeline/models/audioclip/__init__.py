@@ -343,6 +343,9 @@ class Audioclip(clip.Clip):
         blanks["text"] = {"text": self.tokenizer([""])[0].tolist() if stored else ""}
         return blanks
 
+    def prepare_training(self) -> None:
+        """Nothing to load: there is no teacher."""
+
     def encode_audio(self, audio: Tensor) -> Tensor:
         """Float [B, C, T] in -1 to 1, at :attr:`sample_rate`, to L2-normalised float32 [B, D].
 
