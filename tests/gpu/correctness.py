@@ -1,4 +1,4 @@
-"""Five steps of a method's smallest config on the device, held against the same steps on the CPU in float32.
+"""Five steps of a method's smallest config on the device (two in a dry run), held against those on the CPU in float32.
 
 Methods are found by name, and their batch is the contract's (tests/models/test_method_contract.py), so a new method is
 checked here without a new line. Checks of each:
@@ -40,7 +40,7 @@ from tests.gpu.child import Emit, explained
 from tests.gpu.plan import Setting
 from tests.models.test_method_contract import BATCH, build, first_batch, make_data
 
-STEPS = 5
+STEPS, DRY_STEPS = 5, 2
 RECIPE = AdamW(learning_rate=1e-4)
 EXACT, DRIFT, ROUGH = 1e-3, 2e-2, 5e-2
 WARM_UP = 2  # steps before those that must not wait for the device: their first calls allocate and choose kernels
@@ -144,19 +144,21 @@ class Checks:
     def __post_init__(self) -> None:
         """The steps on the CPU, to which all others are compared."""
         self.device = torch.device(self.setting.device)
-        self.exact = train(self.name, self.batch, CPU).losses
-        other = train(self.name, self.batch, CPU, steps=1, seed=100).losses
+        steps = DRY_STEPS if self.setting.dry else STEPS
+        self.train = partial(train, self.name, self.batch, steps=steps)
+        self.exact = self.train(CPU).losses
+        other = self.train(CPU, steps=1, seed=100).losses
         assert other[0] == self.exact[0], "its losses depend on torch's generator, which differs between devices"
 
     def fp32(self) -> dict[str, Any]:
         """Float32."""
         with full_float32():
-            return compared(train(self.name, self.batch, self.device).losses, self.exact, EXACT, DRIFT)
+            return compared(self.train(self.device).losses, self.exact, EXACT, DRIFT)
 
     def recomputed(self) -> dict[str, Any]:
         """Float32 with activation checkpointing."""
         with full_float32():
-            found = train(self.name, self.batch, self.device, change=lambda method: recompute_each(method.blocks()))
+            found = self.train(self.device, change=lambda method: recompute_each(method.blocks()))
         return compared(found.losses, self.exact, EXACT, DRIFT)
 
     def bf16(self) -> dict[str, Any]:
@@ -164,7 +166,7 @@ class Checks:
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        found = train(self.name, self.batch, self.device, bf16=True)
+        found = self.train(self.device, bf16=True)
         peak = torch.cuda.max_memory_allocated() / GIBIBYTE if on_gpu else None
         line = compared(found.losses, self.exact, ROUGH, ROUGH) | {"peak_memory_gb": peak}
         waits = dict(found.waits.most_common(10)) if on_gpu else None
@@ -174,13 +176,13 @@ class Checks:
         """Bfloat16 with compiled blocks; a dry run traces them without generating code."""
         backend = "eager" if self.setting.dry else "inductor"
         change = partial(_compile, backend=backend)
-        found = train(self.name, self.batch, self.device, bf16=True, change=change)
+        found = self.train(self.device, bf16=True, change=change)
         return compared(found.losses, self.exact, ROUGH, ROUGH)
 
     def checkpoint(self) -> dict[str, Any]:
         """A checkpoint of the device, loaded on the CPU."""
         with full_float32(), tempfile.TemporaryDirectory(prefix="clipmill-gpu-") as folder:
-            trained = train(self.name, self.batch, self.device, steps=2)
+            trained = self.train(self.device, steps=2)
             saved = Checkpoints(folder)
             writer = CheckpointWriter(saved, Saving(), 1, 1)
             meta = Meta(step=2, samples_seen=2 * BATCH, batch_size=BATCH, lanes=2, seed=0, snapshot=self.snapshot)

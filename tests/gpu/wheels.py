@@ -8,7 +8,7 @@
 What is needed is found by a dry run: the packages that this checkout's loaded modules import, and those of their
 requirements that were loaded, too. Versions are those of requirements.lock, for Python 3.12 on x86-64. A package of the
 other machine counts if its version is within pyproject.toml's bounds, or is not stated. torch and torchvision must be
-installed there, in builds that fit the driver.
+installed there with their requirements, in builds that fit the driver.
 """
 
 import argparse
@@ -101,7 +101,8 @@ def missing(needed: Iterable[str], there: Mapping[str, str], bounds: Mapping[str
     Raises:
         SystemExit: torch or torchvision is among them.
     """
-    lacking = [name for name in needed if not _is_there(name, there, bounds)]
+    with_torch = with_requirements(BUILT_FOR_THE_DRIVER) - BUILT_FOR_THE_DRIVER - bounds.keys()
+    lacking = [name for name in needed if name not in with_torch and not _is_there(name, there, bounds)]
     unfit = sorted(BUILT_FOR_THE_DRIVER.intersection(lacking))
     if unfit:
         raise SystemExit(f"{', '.join(unfit)} must be installed there first, in a build that fits the driver")
