@@ -91,6 +91,13 @@ def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     return folder / "made"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Temporary files lie in pytest's folder, which is cleared later: killed processes leave theirs behind."""
+    folder = str(tmp_path_factory.mktemp("temporary"))
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
+
+
 @pytest.fixture(autouse=True)
 def seeds() -> None:
     """Every test starts from the same random state, whichever tests ran before it."""
