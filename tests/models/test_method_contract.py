@@ -1,9 +1,10 @@
 """What every method in pipeline/models promises; a new one is tested here without a new test.
 
-Run as a script, this file is one rank of a process group: see ``two_processes``.
+Run as a script, this file is both ranks of a process group: see ``two_processes``.
 """
 
 import dataclasses
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -219,8 +220,7 @@ def test_unknown_methods_are_listed() -> None:
 def two_processes(snapshot: Snapshot, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Each rank's losses and gradients of every method."""
     folder = tmp_path_factory.mktemp("ranks")
-    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), snapshot.folder, str(folder)]) for rank in range(2)]
-    assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]
+    subprocess.run([sys.executable, __file__, snapshot.folder, str(folder)], check=True, timeout=200)
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(2)]
 
 
@@ -236,6 +236,19 @@ def _rank(rank: int, data: str, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def _ranks(data: str, folder: str) -> None:
+    """Both ranks, as forks of a process that has imported the methods."""
+    for name in method_names():
+        method_class(name)
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_rank, args=(rank, data, folder)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    sys.exit(any(rank.exitcode for rank in ranks))
+
+
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
-    _rank(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    _ranks(*sys.argv[1:])

@@ -39,6 +39,7 @@ from pipeline.models.towers import (
     hugging_face_import,
 )
 from pipeline.models.towers.bert import BertTextTower, WordPieceTokenizer
+from pipeline.models.towers.byte_pairs import byte_pair_tokenizer
 from pipeline.models.towers.weights import is_numpy_archive, misfit, read_any_weights
 from pipeline.shards.storage import Folder
 
@@ -279,8 +280,9 @@ def tokenizer(architecture: str, context_length: int | None = None) -> Any:
     length = context_length or text.get("context_length", 77)
     if "word_pieces" in text:
         return WordPieceTokenizer(text["word_pieces"], length, text["lower"])
-    if _hugging_face_file(architecture, hugging_face_import.CONFIG) is not None:
-        return open_clip.SimpleTokenizer(context_length=length)
+    special = "hf_tokenizer_name" in text or "tokenizer_kwargs" in text or "siglip" in architecture.lower()
+    if not special or _hugging_face_file(architecture, hugging_face_import.CONFIG) is not None:
+        return byte_pair_tokenizer(length)
     with _quiet_root_logger():
         return open_clip.get_tokenizer(architecture, context_length=context_length)
 

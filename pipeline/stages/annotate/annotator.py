@@ -6,7 +6,6 @@ The job passes a function that loads the annotator in the process that uses it.
 
 import hashlib
 import logging
-import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import require
 from pipeline.errors import ClipmillError, DataError, SidecarError
+from pipeline.loaders.cores import threads
 from pipeline.shards.lease import lease
 from pipeline.shards.sample import Sample
 from pipeline.shards.sidecar import MAKER, TAR_DIGEST, sidecar_facts, sidecar_file, write_sidecar
@@ -106,7 +106,7 @@ def _annotated(
     if workers.processes_count != 0:
         yield from _annotated_by_ray(snapshot, folder, make, annotation, workers, use_gpu)
         return
-    work = _AnnotateShards(make, snapshot, folder, annotation, os.cpu_count() or 1)
+    work = _AnnotateShards(make, snapshot, folder, annotation, threads())
     yield from ((number, work.digest(number)) for number in range(len(snapshot.shards)))
 
 

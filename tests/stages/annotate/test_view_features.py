@@ -39,13 +39,6 @@ def maker(views: int = 2, **settings: Any) -> str:
     return ViewEmbedder(load_model(TINY, "cpu"), Views(views=views, **settings)).maker
 
 
-@pytest.fixture(autouse=True)
-def same_threads() -> Any:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def snapshot(make_snapshot: MakeSnapshot, tmp_path: Path) -> Snapshot:
     return make_snapshot((4, 5), folder=tmp_path / "set")

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -313,7 +314,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
             raise Killed
 
     def write(self: Folder, name: str, content: bytes | Path) -> None:
-        if not self.path.startswith("/tmp/clipmill-"):
+        if not self.path.startswith(f"{tempfile.gettempdir()}/clipmill-"):
             spend()
         real_write(self, name, content)
 
