@@ -162,7 +162,7 @@ class PseudoBoxCounts:
         boxes = (
             f"{self.boxes} boxes, {found['boxes_per_caption']:.2f} per caption, {self.boxes_from(0.5)} of them from 0.5"
         )
-        others = f"{self.cut} phrases beyond the token limit, {self.without_phrases} captions without phrases"
+        others = f"phrases beyond the token limit: {self.cut}, captions without phrases: {self.without_phrases}"
         return f"{boxes}; {share}; {found['whole_image_boxes']:.1%} of the boxes fill their image; {others}"
 
 
