@@ -27,7 +27,7 @@ class Setting:
         return "cpu" if self.dry else "cuda"
 
 
-DEVICE = Part("device", 60)
+DEVICE = Part("device", 180)  # the first part waits for the imports of all
 CHECK = "correctness"
 CHECK_SECONDS = 100.0
 

@@ -28,6 +28,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -63,6 +64,10 @@ class Lines:
         """One line."""
         for file in self.files:
             print(json.dumps(line), file=file, flush=True)
+
+    def close(self) -> None:
+        """Close the file."""
+        self.files[1].close()
 
 
 @dataclass
@@ -220,31 +225,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     prepare_processes()
-    setting = Setting(options.dry, str(options.output.parent.resolve()), options.packages)
-    runner = Runner(setting, Lines(options.output), began + options.seconds)
-    found = find_device(runner)
-    if not found:
-        return UNUSABLE
-    every = all_parts(found["methods"])
-    try:
-        parts = chosen([DEVICE, *every], options.parts)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return UNUSABLE
-    if options.list:
-        print("\n".join(f"{part.name}: at most {part.seconds:.0f} s" for part in every))
-        return 0
+    setting = Setting(options.dry or options.list, str(options.output.parent.resolve()), options.packages)
+    with closing(Lines(Path(os.devnull) if options.list else options.output)) as lines:
+        runner = Runner(setting, lines, began + options.seconds)
+        found = find_device(runner)
+        if not found:
+            return UNUSABLE
+        every = all_parts(found["methods"])
+        try:
+            parts = chosen([DEVICE, *every], options.parts)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return UNUSABLE
+        if options.list:
+            print("\n".join(f"{part.name}: at most {part.seconds:.0f} s" for part in every))
+            return 0
+        return run_all(runner, [part for part in parts if part != DEVICE], found["bf16"], began)
+
+
+def run_all(runner: Runner, parts: Sequence[Part], bf16: bool, began: float) -> int:
+    """The checks, then the figures, for which the GPU needs bfloat16, then the summary; the exit code."""
     figures = [part for part in parts if part in FIGURES]
     try:
-        runner.run([part for part in parts if part not in (DEVICE, *figures)], AT_ONCE)
-        if found["bf16"]:
-            runner.run(figures, AT_ONCE)
-        for part in () if found["bf16"] else figures:
+        runner.run([part for part in parts if part not in figures], AT_ONCE)
+        runner.run(figures if bf16 else [], AT_ONCE)
+        for part in [] if bf16 else figures:
             runner.skip(part, "figures are in bfloat16, which this GPU only emulates")
     finally:
         by_status = {status: [name for name, got in runner.results.items() if got == status] for status in STATUSES}
         seconds = round(time.monotonic() - began, 1)
-        runner.lines.write({"part": "all", "seconds": seconds, "dry": options.dry, **by_status})
+        runner.lines.write({"part": "all", "seconds": seconds, "dry": runner.setting.dry, **by_status})
     return 1 if by_status["failed"] or by_status["out of time"] else 0
 
 

@@ -6,6 +6,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from packaging.requirements import Requirement
 from pipeline.models.method import method_names
 from tests.gpu import child, correctness, device, figures, wheels
 from tests.gpu.plan import DEVICE, FIGURES, Part, Setting, all_parts, chosen
-from tests.gpu.run import Lines, Runner
+from tests.gpu.run import Lines, Runner, find_device, run_all
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CPU = torch.device("cpu")
@@ -73,12 +74,45 @@ def test_all_parts_of_a_dry_run(tmp_path: Path) -> None:
     assert (tmp_path / "trace_b16.json.gz").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_a_sentence_says_what_to_do(tmp_path: Path) -> None:
-    code, lines, _ = command(output=tmp_path / "gpu.jsonl")
-    assert code == 2 and [set(line) for line in lines] == [{"part", "error", "forked"}, {"part", "status", "seconds"}]
-    assert lines[0]["error"].endswith("; --dry tries the script on a CPU") and lines[1]["status"] == "failed"
-    assert any(words in lines[0]["error"] for words in ("driver", "no GPU is visible", "built without CUDA"))
+def test_without_a_gpu_the_command_says_so(tmp_path: Path) -> None:
+    code, lines, _ = command("--seconds", "800", output=tmp_path / "gpu.jsonl")
+    assert code == 2 and {line["part"] for line in lines} == {"device"} and lines[-1]["status"] == "failed"
+    assert lines[-2]["error"].endswith("; --dry tries the script on a CPU") and not lines[-2]["forked"]
+    assert any(words in lines[-2]["error"] for words in ("driver", "no GPU is visible", "built without CUDA"))
+
+
+@pytest.mark.parametrize("problem", ["no GPU is visible", "CUDA does not start: Cannot re-initialize CUDA in forked"])
+def test_without_a_gpu_a_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch, problem: str) -> None:
+    lines: list[dict[str, Any]] = []
+    monkeypatch.setattr(device, "cuda_problem", lambda: problem)
+    with pytest.raises(SystemExit):
+        device.describe(Setting(dry=False, folder=""), lines.append)
+    error = f"{problem}; --dry tries the script on a CPU"
+    assert lines == [{"error": error, "forked": "forked" in problem}]
+
+
+@pytest.mark.parametrize("works", ["forkserver", "spawn", "none"])
+def test_parts_import_anew_where_cuda_does_not_survive_a_fork(monkeypatch: pytest.MonkeyPatch, works: str) -> None:
+    runner = Runner(DRY, None, 0.0)  # type: ignore[arg-type]
+
+    def run(self: Runner, parts: list[Part]) -> dict[str, Any]:
+        passed = self.start_method == works
+        self.results[DEVICE.name] = "passed" if passed else "failed"
+        return {"methods": []} if passed else {"error": "", "forked": self.start_method == "forkserver"}
+
+    monkeypatch.setattr(Runner, "run", run)
+    assert bool(find_device(runner)) == (works != "none")
+    assert runner.start_method == ("forkserver" if works == "forkserver" else "spawn")
+
+
+def test_figures_need_bfloat16(tmp_path: Path) -> None:
+    with closing(Lines(tmp_path / "gpu.jsonl")) as lines:
+        runner = Runner(DRY, lines, time.monotonic() + 60)
+        assert run_all(runner, FIGURES[:2], False, time.monotonic()) == 0
+    assert runner.results == {"train_b16": "skipped", "train_b32": "skipped"}
+    assert "only emulates" in (tmp_path / "gpu.jsonl").read_text()
 
 
 def test_names_of_parts() -> None:
@@ -101,8 +135,9 @@ def run_parts(
     """Parts that do what ``works`` says, in processes of their own."""
     monkeypatch.setattr(child, "_run", lambda name, setting, emit: works[name](emit))
     monkeypatch.setattr("tests.gpu.run.SLOWER", 1)
-    runner = Runner(DRY, Lines(tmp_path / "gpu.jsonl"), time.monotonic() + seconds, start_method="fork")
-    runner.run([Part(name, limit if name != "late" else 1.0) for name in works])
+    with closing(Lines(tmp_path / "gpu.jsonl")) as lines:
+        runner = Runner(DRY, lines, time.monotonic() + seconds, start_method="fork")
+        runner.run([Part(name, limit if name != "late" else 1.0) for name in works])
     return [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()], runner.results
 
 
