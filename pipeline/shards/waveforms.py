@@ -17,6 +17,7 @@ first sound that needs it, since its import takes a fifth of a second.
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -196,9 +197,19 @@ def _check_whole(header: SoundHeader, start: float, seconds: float, found: int) 
 # libsndfile
 
 
+class _SoundFile(soundfile.SoundFile):
+    """A file that is only read on where its header states no length, as a FLAC that was written to a pipe.
+
+    libsndfile cannot seek in such a FLAC, not even to where it is, which soundfile does after every read.
+    """
+
+    def seekable(self) -> bool:
+        return bool(self.frames < _ENDLESS and super().seekable())
+
+
 def _opened_by_sndfile(file: BinaryIO) -> soundfile.SoundFile:
     try:
-        return soundfile.SoundFile(file)
+        return _SoundFile(file)
     except (soundfile.LibsndfileError, TypeError, ValueError, OSError):
         bad_sound("damaged", "damaged")
 
@@ -220,17 +231,25 @@ def _by_sndfile(file: BinaryIO, kind: str, start: float, seconds: float) -> tupl
 def _sndfile_blocks(sound: soundfile.SoundFile, header: SoundHeader, start: float, seconds: float) -> Iterator[Samples]:
     first = round(start * header.sample_rate)
     left = round(seconds * header.sample_rate)
-    at_once = max(1, _BLOCK // header.channels)
     with sound:
         if first >= sound.frames:
             return
         try:
-            sound.seek(first)
-            while left > 0 and len(block := sound.read(min(left, at_once), dtype="float32", always_2d=True)):
-                yield block
-                left -= len(block)
+            if sound.seekable():
+                sound.seek(first)
+            else:
+                deque(_read_on(sound, first), maxlen=0)
+            yield from _read_on(sound, left)
         except (soundfile.LibsndfileError, OSError):
             bad_sound("damaged", "damaged")
+
+
+def _read_on(sound: soundfile.SoundFile, left: int) -> Iterator[Samples]:
+    """The next ``left`` samples, or those up to the end, as blocks [n, C]."""
+    at_once = max(1, _BLOCK // sound.channels)
+    while left > 0 and len(block := sound.read(min(left, at_once), dtype="float32", always_2d=True)):
+        yield block
+        left -= len(block)
 
 
 def _wav_frames(file: BinaryIO) -> int | None:

@@ -14,7 +14,7 @@ from pipeline.errors import SampleError
 from pipeline.shards.loudness import FLOOR, measure
 from pipeline.shards.sound_kinds import kind_of
 from pipeline.shards.waveforms import Waveform, encode_flac, encode_wav, read_header, read_waveform, resampled
-from tests.sounds import by_ffmpeg, encoded, tone, video
+from tests.sounds import by_ffmpeg, encoded, piped, tone, video
 
 
 def chirp(rate: int, seconds: float = 2.0) -> np.ndarray:
@@ -208,6 +208,37 @@ def test_hostile_files_have_a_reason(name: str) -> None:
 def test_a_segment_before_the_damage_is_read() -> None:
     for body in (WHOLE[: len(WHOLE) // 2], flac_that_claims(1 << 35), wav(tone(), claimed=0x70000000)):
         np.testing.assert_allclose(read_waveform(body, seconds=0.5).samples[0], tone(seconds=0.5), atol=4e-5)
+
+
+PIPED = piped(chirp(16_000, 3.0), 16_000, "flac", "flac")
+
+
+def test_a_flac_written_to_a_pipe_is_read_to_its_end() -> None:
+    assert PIPED[18:26][3] & 0x0F == 0 and PIPED[22:26] == bytes(4)  # STREAMINFO: 36 bits of length, all zero
+    assert read_header(PIPED).seconds is None
+    wanted = chirp(16_000, 3.0)
+    for start, seconds, found in ((0.0, 60.0, 3.0), (1.3, 0.5, 0.5), (2.5, 60.0, 0.5)):
+        sound = read_waveform(PIPED, start=start, seconds=seconds)
+        first = round(start * 16_000)
+        assert sound.seconds == found
+        np.testing.assert_allclose(sound.samples[0], wanted[first : first + round(found * 16_000)], atol=4e-5)
+    with pytest.raises(SampleError, match="no samples"):
+        read_waveform(PIPED, start=3.0, seconds=1)
+
+
+@pytest.mark.parametrize("lost", [1, 100, 3_000, len(PIPED) // 2])
+def test_a_flac_written_to_a_pipe_and_truncated(lost: int) -> None:
+    with pytest.raises(SampleError, match="damaged"):
+        read_waveform(PIPED[:-lost], seconds=60)
+    np.testing.assert_allclose(read_waveform(PIPED[:-lost], seconds=0.5).samples[0], chirp(16_000, 0.5), atol=4e-5)
+
+
+def test_a_flac_written_to_a_pipe_and_changed() -> None:
+    """The CRC of each frame; 8,192 bytes of padding come before the first."""
+    for place in range(9_000, len(PIPED), 5_000):
+        broken = PIPED[:place] + bytes([PIPED[place] ^ 0x10]) + PIPED[place + 1 :]
+        with pytest.raises(SampleError, match="damaged"):
+            read_waveform(broken, seconds=60)
 
 
 @pytest.mark.parametrize("claimed", [0, 0x7FFFFFFF, 0xFFFFFFFF])
