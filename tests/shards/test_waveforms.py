@@ -241,12 +241,60 @@ def test_a_flac_written_to_a_pipe_and_changed() -> None:
             read_waveform(broken, seconds=60)
 
 
-@pytest.mark.parametrize("claimed", [0, 0x7FFFFFFF, 0xFFFFFFFF])
-def test_wavs_written_to_a_pipe_claim_nothing(claimed: int) -> None:
-    body = wav(tone(), claimed=claimed)
-    assert read_header(body).seconds is None
-    if claimed:
-        assert read_waveform(body, seconds=60).samples.shape == (1, 16_000)
+@pytest.mark.parametrize("claimed", [0, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF])
+@pytest.mark.parametrize("whole", [None, 0, 0x7FFFFFFF, 0xFFFFFFFF])
+def test_wavs_written_to_a_pipe_end_with_the_file(claimed: int, whole: int | None) -> None:
+    body = wav(chirp(16_000), claimed=claimed)
+    body = body if whole is None else body[:4] + struct.pack("<I", whole) + body[8:]
+    assert read_header(body).seconds == 2.0
+    np.testing.assert_array_equal(read_waveform(body, seconds=60).samples, [chirp(16_000)])
+    np.testing.assert_array_equal(read_waveform(body, start=1.5, seconds=60).samples, [chirp(16_000)[24_000:]])
+
+
+def test_ffmpegs_wav_from_a_pipe() -> None:
+    body = piped(chirp(16_000), 16_000, "wav", "pcm_s16le")
+    assert body[4:8] == b"\xff" * 4 and read_header(body).seconds == 2.0
+    np.testing.assert_allclose(read_waveform(body, seconds=60).samples[0], chirp(16_000), atol=4e-5)
+
+
+def test_a_wav_without_samples_stays_empty() -> None:
+    body = wav(np.zeros(0)) + b"LIST" + struct.pack("<I", 4_000) + bytes(4_000)
+    body = body[:4] + struct.pack("<I", len(body) - 8) + body[8:]
+    with pytest.raises(SampleError, match="no samples"):
+        read_waveform(body, seconds=60)
+
+
+@pytest.mark.parametrize("subtype", ["IMA_ADPCM", "MS_ADPCM", "GSM610"])
+def test_compressed_wavs_have_their_length(subtype: str) -> None:
+    body = encoded(chirp(16_000), 16_000, "WAV", subtype)
+    assert read_header(body).seconds == pytest.approx(2.0, abs=0.1)
+    assert read_waveform(body, seconds=60).seconds == read_header(body).seconds
+
+
+def ogg_without_end(body: bytes) -> bytes:
+    """Without the flag "end of stream" of the last page; its CRC-32 is computed by the specification."""
+    last = body.rindex(b"OggS")
+    page = bytearray(body[last:])
+    page[5] &= ~4
+    page[22:26] = bytes(4)
+    crc = 0
+    for byte in page:
+        crc ^= byte << 24
+        for _ in range(8):
+            crc = (crc << 1 ^ 0x104C11DB7) if crc & 0x80000000 else crc << 1
+    page[22:26] = struct.pack("<I", crc)
+    return body[:last] + bytes(page)
+
+
+def test_an_ogg_without_an_end_of_stream() -> None:
+    body = encoded(chirp(16_000), 16_000, "OGG", "VORBIS")
+    cut = ogg_without_end(body)
+    assert cut != body
+    np.testing.assert_array_equal(read_waveform(cut, seconds=60).samples, read_waveform(body, seconds=60).samples)
+    opus = encoded(chirp(48_000), 48_000, "OGG", "OPUS")
+    first_pages = ogg_without_end(opus)[: opus.rindex(b"OggS")]  # as a stream that was recorded for a while
+    found = read_waveform(first_pages, seconds=60)
+    assert 0.5 < found.seconds < 2 and correlation(found.samples[0], chirp(48_000)) > 0.99
 
 
 def test_one_sample_and_silence_are_sounds() -> None:
