@@ -13,8 +13,9 @@ img2dataset where it has them.
 
 import getpass
 import tempfile
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import tyro
 
@@ -40,6 +41,9 @@ SMOKE_FOLDER = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/draw
 @dataclass(frozen=True, kw_only=True)
 class Refresh:
     """Options of every refresh."""
+
+    # Before there were other media.
+    moved_keys: ClassVar[Mapping[str, str]] = {"options.images": "options.media.image"}
 
     output_folder: str
     """Output folder for shards and snapshots: a path or any fsspec URI."""

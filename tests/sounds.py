@@ -32,6 +32,26 @@ def by_ffmpeg(samples: np.ndarray, rate: int, kind: str = "mp4", codec: str = "a
         return file.read()
 
 
+class Pipe:
+    """Collects what a writer writes; cannot seek."""
+
+    def __init__(self) -> None:
+        self.body = b""
+
+    def write(self, content: bytes) -> int:
+        self.body += content
+        return len(content)
+
+
+def piped(samples: np.ndarray, rate: int, kind: str, codec: str) -> bytes:
+    """float32 [T] as FFmpeg writes it to a pipe: the header is never completed."""
+    pipe = Pipe()
+    with av.open(pipe, "w", format=kind) as container:
+        track = container.add_stream(codec, rate=rate, layout="mono")
+        _encode(container, track, samples[:, None], rate)
+    return pipe.body
+
+
 def video(
     images: np.ndarray, fps: int, samples: np.ndarray | None, rate: int = 16_000, kind: str = "mp4", codec: str = "h264"
 ) -> bytes:
@@ -55,5 +75,6 @@ def _encode(container: Any, track: Any, values: np.ndarray, rate: int) -> None:
     planes = np.ascontiguousarray(values.T, np.float32)
     frame = av.AudioFrame.from_ndarray(planes, format="fltp", layout="stereo" if len(planes) == 2 else "mono")
     frame.sample_rate, frame.pts = rate, 0
-    container.mux(track.encode(frame))
+    for converted in av.AudioResampler(track.format, track.layout, rate).resample(frame):
+        container.mux(track.encode(converted))
     container.mux(track.encode(None))

@@ -17,6 +17,7 @@ first sound that needs it, since its import takes a fifth of a second.
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -44,6 +45,8 @@ _LARGEST = 1e9
 _ENDLESS = 1 << 40  # frames; libsndfile reports 2^63 - 1 where a header does not say
 _SLACK = 0.1  # seconds by which lossy formats may be shorter than their headers say
 _BLOCK = 1 << 20  # numbers to decode at a time, over all channels
+_PLAIN = ("FLOAT", "DOUBLE", "ULAW", "ALAW")
+_MOST_CHUNKS = 1_000  # of a WAV before its samples
 _UNKNOWN_LENGTHS = (0, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF)
 
 
@@ -196,17 +199,31 @@ def _check_whole(header: SoundHeader, start: float, seconds: float, found: int) 
 # libsndfile
 
 
+class _SoundFile(soundfile.SoundFile):
+    """A file that is only read on where its header states no length, as a FLAC that was written to a pipe.
+
+    libsndfile cannot seek in such a FLAC, not even to where it is, which soundfile does after every read.
+    """
+
+    def seekable(self) -> bool:
+        return bool(self.frames < _ENDLESS and super().seekable())
+
+
 def _opened_by_sndfile(file: BinaryIO) -> soundfile.SoundFile:
+    offset = _unfinished_size(file)
+    file.seek(0)
     try:
-        return soundfile.SoundFile(file)
+        return _SoundFile(file if offset is None else _UnfinishedWav(file, offset))
     except (soundfile.LibsndfileError, TypeError, ValueError, OSError):
         bad_sound("damaged", "damaged")
 
 
 def _sndfile_header(kind: str, sound: soundfile.SoundFile, file: BinaryIO) -> SoundHeader:
-    frames = _wav_frames(file) if kind == "wav" else sound.frames
-    known = frames is not None and frames < _ENDLESS
-    return SoundHeader(kind, sound.samplerate, sound.channels, frames / sound.samplerate if known else None)
+    # The blocks of compressed WAVs (ADPCM) hold more than one sample of each channel.
+    plain = kind == "wav" and (sound.subtype.startswith("PCM_") or sound.subtype in _PLAIN)
+    claimed = _wav_frames(file) if plain else None
+    frames = sound.frames if claimed is None else claimed
+    return SoundHeader(kind, sound.samplerate, sound.channels, frames / sound.samplerate if frames < _ENDLESS else None)
 
 
 def _by_sndfile(file: BinaryIO, kind: str, start: float, seconds: float) -> tuple[SoundHeader, Iterator[Samples]]:
@@ -220,17 +237,25 @@ def _by_sndfile(file: BinaryIO, kind: str, start: float, seconds: float) -> tupl
 def _sndfile_blocks(sound: soundfile.SoundFile, header: SoundHeader, start: float, seconds: float) -> Iterator[Samples]:
     first = round(start * header.sample_rate)
     left = round(seconds * header.sample_rate)
-    at_once = max(1, _BLOCK // header.channels)
     with sound:
         if first >= sound.frames:
             return
         try:
-            sound.seek(first)
-            while left > 0 and len(block := sound.read(min(left, at_once), dtype="float32", always_2d=True)):
-                yield block
-                left -= len(block)
+            if sound.seekable():
+                sound.seek(first)
+            else:
+                deque(_read_on(sound, first), maxlen=0)
+            yield from _read_on(sound, left)
         except (soundfile.LibsndfileError, OSError):
             bad_sound("damaged", "damaged")
+
+
+def _read_on(sound: soundfile.SoundFile, left: int) -> Iterator[Samples]:
+    """The next ``left`` samples, or those up to the end, as blocks [n, C]."""
+    at_once = max(1, _BLOCK // sound.channels)
+    while left > 0 and len(block := sound.read(min(left, at_once), dtype="float32", always_2d=True)):
+        yield block
+        left -= len(block)
 
 
 def _wav_frames(file: BinaryIO) -> int | None:
@@ -238,18 +263,59 @@ def _wav_frames(file: BinaryIO) -> int | None:
 
     None where the header does not know, as in a WAV that was written to a pipe.
     """
-    file.seek(0)
-    head = file.read(12)
     width = 0
-    while head[:4] == b"RIFF" and len(chunk := file.read(8)) == 8:
-        size = int.from_bytes(chunk[4:], "little")
-        if chunk[:4] == b"data":
+    for name, size in _wav_chunks(file):
+        if name == b"fmt ":
+            width = int.from_bytes(file.read(14)[12:], "little")
+        elif name == b"data":
             return None if size in _UNKNOWN_LENGTHS or not width else size // width
-        body = file.read(min(size, 64))
-        if chunk[:4] == b"fmt " and len(body) >= 14:
-            width = int.from_bytes(body[12:14], "little")
-        file.seek(size + size % 2 - len(body), 1)
     return None
+
+
+def _wav_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Name and claimed size of each chunk of a WAV; the file is then at the chunk's content."""
+    file.seek(0)
+    if file.read(4) != b"RIFF":
+        return
+    place = 12
+    for _ in range(_MOST_CHUNKS):
+        file.seek(place)
+        if len(chunk := file.read(8)) < 8:
+            return
+        size = int.from_bytes(chunk[4:], "little")
+        yield chunk[:4], size
+        place += 8 + size + size % 2
+
+
+def _unfinished_size(file: BinaryIO) -> int | None:
+    """Offset of the size of a WAV's samples if it is 0 because its writer could not go back to the header.
+
+    The size of the whole then ends before the samples, or is unknown. Otherwise the WAV has no samples, and further
+    chunks.
+    """
+    file.seek(4)
+    whole = int.from_bytes(file.read(4), "little")
+    for name, size in _wav_chunks(file):
+        if name == b"data":
+            start = file.tell()
+            return start - 4 if size == 0 and (whole in _UNKNOWN_LENGTHS or whole + 8 <= start) else None
+    return None
+
+
+class _UnfinishedWav:
+    """A WAV with 0xFFFFFFFF, "unknown", as the size of its samples: libsndfile reads those up to the file's end."""
+
+    def __init__(self, file: BinaryIO, offset: int) -> None:
+        self._file, self._size = file, range(offset, offset + 4)
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, count: int = -1) -> bytes:
+        start = self._file.tell()
+        content = bytearray(self._file.read(count))
+        for place in self._size:
+            if start <= place < start + len(content):
+                content[place - start] = 0xFF
+        return bytes(content)
 
 
 def _encoded(samples: Samples, sample_rate: int, container: str) -> bytes:

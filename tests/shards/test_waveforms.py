@@ -14,7 +14,7 @@ from pipeline.errors import SampleError
 from pipeline.shards.loudness import FLOOR, measure
 from pipeline.shards.sound_kinds import kind_of
 from pipeline.shards.waveforms import Waveform, encode_flac, encode_wav, read_header, read_waveform, resampled
-from tests.sounds import by_ffmpeg, encoded, tone, video
+from tests.sounds import by_ffmpeg, encoded, piped, tone, video
 
 
 def chirp(rate: int, seconds: float = 2.0) -> np.ndarray:
@@ -210,12 +210,91 @@ def test_a_segment_before_the_damage_is_read() -> None:
         np.testing.assert_allclose(read_waveform(body, seconds=0.5).samples[0], tone(seconds=0.5), atol=4e-5)
 
 
-@pytest.mark.parametrize("claimed", [0, 0x7FFFFFFF, 0xFFFFFFFF])
-def test_wavs_written_to_a_pipe_claim_nothing(claimed: int) -> None:
-    body = wav(tone(), claimed=claimed)
-    assert read_header(body).seconds is None
-    if claimed:
-        assert read_waveform(body, seconds=60).samples.shape == (1, 16_000)
+PIPED = piped(chirp(16_000, 3.0), 16_000, "flac", "flac")
+
+
+def test_a_flac_written_to_a_pipe_is_read_to_its_end() -> None:
+    assert PIPED[18:26][3] & 0x0F == 0 and PIPED[22:26] == bytes(4)  # STREAMINFO: 36 bits of length, all zero
+    assert read_header(PIPED).seconds is None
+    wanted = chirp(16_000, 3.0)
+    for start, seconds, found in ((0.0, 60.0, 3.0), (1.3, 0.5, 0.5), (2.5, 60.0, 0.5)):
+        sound = read_waveform(PIPED, start=start, seconds=seconds)
+        first = round(start * 16_000)
+        assert sound.seconds == found
+        np.testing.assert_allclose(sound.samples[0], wanted[first : first + round(found * 16_000)], atol=4e-5)
+    with pytest.raises(SampleError, match="no samples"):
+        read_waveform(PIPED, start=3.0, seconds=1)
+
+
+@pytest.mark.parametrize("lost", [1, 100, 3_000, len(PIPED) // 2])
+def test_a_flac_written_to_a_pipe_and_truncated(lost: int) -> None:
+    with pytest.raises(SampleError, match="damaged"):
+        read_waveform(PIPED[:-lost], seconds=60)
+    np.testing.assert_allclose(read_waveform(PIPED[:-lost], seconds=0.5).samples[0], chirp(16_000, 0.5), atol=4e-5)
+
+
+def test_a_flac_written_to_a_pipe_and_changed() -> None:
+    """The CRC of each frame; 8,192 bytes of padding come before the first."""
+    for place in range(9_000, len(PIPED), 5_000):
+        broken = PIPED[:place] + bytes([PIPED[place] ^ 0x10]) + PIPED[place + 1 :]
+        with pytest.raises(SampleError, match="damaged"):
+            read_waveform(broken, seconds=60)
+
+
+@pytest.mark.parametrize("claimed", [0, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF])
+@pytest.mark.parametrize("whole", [None, 0, 0x7FFFFFFF, 0xFFFFFFFF])
+def test_wavs_written_to_a_pipe_end_with_the_file(claimed: int, whole: int | None) -> None:
+    body = wav(chirp(16_000), claimed=claimed)
+    body = body if whole is None else body[:4] + struct.pack("<I", whole) + body[8:]
+    assert read_header(body).seconds == 2.0
+    np.testing.assert_array_equal(read_waveform(body, seconds=60).samples, [chirp(16_000)])
+    np.testing.assert_array_equal(read_waveform(body, start=1.5, seconds=60).samples, [chirp(16_000)[24_000:]])
+
+
+def test_ffmpegs_wav_from_a_pipe() -> None:
+    body = piped(chirp(16_000), 16_000, "wav", "pcm_s16le")
+    assert body[4:8] == b"\xff" * 4 and read_header(body).seconds == 2.0
+    np.testing.assert_allclose(read_waveform(body, seconds=60).samples[0], chirp(16_000), atol=4e-5)
+
+
+def test_a_wav_without_samples_stays_empty() -> None:
+    body = wav(np.zeros(0)) + b"LIST" + struct.pack("<I", 4_000) + bytes(4_000)
+    body = body[:4] + struct.pack("<I", len(body) - 8) + body[8:]
+    with pytest.raises(SampleError, match="no samples"):
+        read_waveform(body, seconds=60)
+
+
+@pytest.mark.parametrize("subtype", ["IMA_ADPCM", "MS_ADPCM", "GSM610"])
+def test_compressed_wavs_have_their_length(subtype: str) -> None:
+    body = encoded(chirp(16_000), 16_000, "WAV", subtype)
+    assert read_header(body).seconds == pytest.approx(2.0, abs=0.1)
+    assert read_waveform(body, seconds=60).seconds == read_header(body).seconds
+
+
+def ogg_without_end(body: bytes) -> bytes:
+    """Without the flag "end of stream" of the last page; its CRC-32 is computed by the specification."""
+    last = body.rindex(b"OggS")
+    page = bytearray(body[last:])
+    page[5] &= ~4
+    page[22:26] = bytes(4)
+    crc = 0
+    for byte in page:
+        crc ^= byte << 24
+        for _ in range(8):
+            crc = (crc << 1 ^ 0x104C11DB7) if crc & 0x80000000 else crc << 1
+    page[22:26] = struct.pack("<I", crc)
+    return body[:last] + bytes(page)
+
+
+def test_an_ogg_without_an_end_of_stream() -> None:
+    body = encoded(chirp(16_000), 16_000, "OGG", "VORBIS")
+    cut = ogg_without_end(body)
+    assert cut != body
+    np.testing.assert_array_equal(read_waveform(cut, seconds=60).samples, read_waveform(body, seconds=60).samples)
+    opus = encoded(chirp(48_000), 48_000, "OGG", "OPUS")
+    first_pages = ogg_without_end(opus)[: opus.rindex(b"OggS")]  # as a stream that was recorded for a while
+    found = read_waveform(first_pages, seconds=60)
+    assert 0.5 < found.seconds < 2 and correlation(found.samples[0], chirp(48_000)) > 0.99
 
 
 def test_one_sample_and_silence_are_sounds() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,18 @@ def test_from_runs_what_an_earlier_run_wrote(job: Type, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(to_json(smoke))
     assert job("refresh_dataset", "--from", str(tmp_path / "run.json")) == 0
     assert (tmp_path / "set" / "00000.tar").exists()
+
+
+def test_from_reads_the_options_of_images_at_their_old_place(job: Type, tmp_path: Path) -> None:  # noqa: F811
+    smoke = dataclasses.replace(PRESETS["smoke"][1], output_folder=str(tmp_path / "set"))
+    old = json.loads(to_json(smoke))
+    old["options"]["images"] = {
+        **old["options"].pop("media")["image"],
+        "encode_format": "png",
+        "encode_quality": 9,
+        "keep_bytes": False,
+    }
+    (tmp_path / "run.json").write_text(json.dumps(old))
+    assert job("refresh_dataset", "--from", str(tmp_path / "run.json")) == 0
+    with tarfile.open(tmp_path / "set" / "00000.tar") as tar:
+        assert sum(name.endswith(".png") for name in tar.getnames()) == 64

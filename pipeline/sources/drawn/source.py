@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from pipeline.config import require, to_json
@@ -114,7 +114,10 @@ class Drawn:
             sound=self.sound,
             sound_seconds=self.sound_seconds,
         )
-        return hashlib.sha256(f"drawn {WORLD_VERSION} {to_json(one)}".encode()).hexdigest()
+        # Without sounds the digest is that of the versions that had none: their folders stay valid.
+        left_out = {"sound", "sound_seconds"} if self.sound == "none" else set()
+        options = {name: value for name, value in asdict(one).items() if name not in left_out}
+        return hashlib.sha256(f"drawn {WORLD_VERSION} {to_json(options)}".encode()).hexdigest()
 
     @property
     def media(self) -> tuple[str, ...]:
