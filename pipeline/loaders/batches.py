@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from pipeline.config import require
 from pipeline.errors import ClipmillError, DataError
 from pipeline.loaders.cache import FileCache
-from pipeline.loaders.cores import cores
 from pipeline.loaders.mixture import MixedOrder, MixedSamples, TrainingData, open_samples
 from pipeline.loaders.order import Order
 from pipeline.loaders.samples import Samples, UnreadableSample, check_fields
 from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Snapshot
+from pipeline.stages.cores import cores
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ import torch
 from pipeline.config import require
 from pipeline.errors import ClipmillError
 from pipeline.loaders.batches import LoaderConfig
-from pipeline.loaders.cores import cores
 from pipeline.models.method import method_class, method_name
+from pipeline.stages.cores import cores
 from pipeline.stages.ray_session import connect, log_as_job
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.devices import cuda_problem

@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.loaders.batches import SamplePosition
-from pipeline.loaders.cores import cores
 from pipeline.loaders.device_jpeg import EncodedImageReader
 from pipeline.loaders.images import ImageTransform, crop_bits
 from pipeline.loaders.readers import ImageReader
 from pipeline.shards.sample import Sample
+from pipeline.stages.cores import cores
 from pipeline.training.flops import device_name
 from tests.gpu.child import Emit, JsonLines
 from tests.gpu.device import fp8_problem, warn

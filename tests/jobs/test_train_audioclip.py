@@ -34,7 +34,7 @@ def test_audioclip(tmp_path: Path, own_store: str) -> None:
     method: Any = load_model(checkpoint.folder.uri)
     tokens = open_clip.get_tokenizer("clipmill-tiny")(["a red star"])
     assert torch.equal(opened.encode_text(tokens, normalize=True), method.encode_text(tokens))
-    sound = 0.1 * torch.randn(2, 1, method.sound_reader().samples)
+    sound = 0.1 * torch.randn(2, 1, method.audio_reader().samples)
     features = method.encode_audio(sound)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
     assert features.shape == (2, 32) and method.sample_rate == 16_000

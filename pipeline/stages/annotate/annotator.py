@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 
 from pipeline.config import require
 from pipeline.errors import ClipmillError, DataError, SidecarError
-from pipeline.loaders.cores import threads
 from pipeline.shards.lease import lease
 from pipeline.shards.sample import Sample
 from pipeline.shards.sidecar import MAKER, TAR_DIGEST, sidecar_facts, sidecar_file, write_sidecar
 from pipeline.shards.snapshot import Shard, Snapshot, publish_shards, read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import iterate_tar
+from pipeline.stages.cores import threads
 from pipeline.stages.ray_session import connect
 from pipeline.stages.shard_tasks import Workers, data_resource
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.loaders.cores import cores, threads
+from pipeline.stages.cores import cores, threads
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def test_here() -> None:
 
 @pytest.mark.parametrize(("asked", "expected"), [(None, 16), ("3", 3), ("2,1", 2), ("", 16), ("0", 16), ("many", 16)])
 def test_a_users_number_of_threads_is_used(asked: str | None, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.loaders.cores.cores", lambda: 16)
+    monkeypatch.setattr("pipeline.stages.cores.cores", lambda: 16)
     monkeypatch.delenv("OMP_NUM_THREADS")
     if asked is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
