@@ -199,7 +199,7 @@ def _check_whole(header: SoundHeader, start: float, seconds: float, found: int) 
 # libsndfile
 
 
-class _SoundFile(soundfile.SoundFile):
+class _SoundFile(soundfile.SoundFile):  # type: ignore[misc]
     """A file that is only read on where its header states no length, as a FLAC that was written to a pipe.
 
     libsndfile cannot seek in such a FLAC, not even to where it is, which soundfile does after every read.
