@@ -79,7 +79,10 @@ def with_answers(job: FinetuneGlipv2) -> FinetuneGlipv2:
     if method.task == "captions" or method.answers:
         return job
     answers = frequent_answers(questions_of(job.run.data, method.questions), job.most_answers)
-    logger.info("%d possible answers, the most frequent one: %s", len(answers), *answers[:1])
+    require(
+        len(answers) > 1, "answers", answers, f"two or more; {job.run.data} has questions with fewer answers or none"
+    )
+    logger.info("%d possible answers, the most frequent one: %s", len(answers), answers[0])
     return replace(job, method=replace(method, answers=answers))
 
 

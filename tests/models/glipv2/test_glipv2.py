@@ -210,11 +210,12 @@ def test_without_masks_there_are_none() -> None:
 
 def test_the_work_of_a_step_is_counted_without_masks() -> None:
     """The number of masks depends on the batch's contents; the losses between images and of words do not."""
+    small: dict[str, Any] = {"blocks": 1, "fusion": False}
     some = batch(built(), [obj("disc", (10, 10, 40, 40), **TRIANGLE)], [])
-    plain = Work(Glip(replace(Glip.smallest(), class_names=CONFIG.class_names))).of(some)
-    counted = Work(built(masks="no")).of(some)
+    plain = Work(Glip(replace(Glip.smallest(), class_names=CONFIG.class_names, **small))).of(some)
+    counted = Work(built(masks="no", **small)).of(some)
     assert plain is not None and counted is not None and 0 < counted - plain < plain
-    assert Work(built()).of(some) is None
+    assert Work(built(**small)).of(some) is None
 
 
 @pytest.mark.slow
