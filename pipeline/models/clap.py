@@ -266,6 +266,10 @@ class Clap(Audioclip):
         """The repeated parts of both towers."""
         return list(blocks(self.model).values())
 
+    def compiled_blocks(self) -> Sequence[nn.Module]:
+        """Those of the text tower: with windows of the audio tower's several sizes torch compiles for minutes."""
+        return [block for name, block in blocks(self.model).items() if name.startswith("text_")]
+
     def after_step(self) -> None:
         """Clamp the scale; transformers' second one follows it."""
         super().after_step()

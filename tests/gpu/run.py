@@ -51,6 +51,7 @@ SLOWER = 5  # times the limits of a part in a dry run: busy cores are no fault
 AT_ONCE = 4  # checks, which measure no time
 STATUSES = ("passed", "failed", "out of time", "skipped")
 UNUSABLE = 2
+LOST = 255  # multiprocessing's exit code for a process whose parent, the fork server, is gone
 
 
 class Lines:
@@ -168,8 +169,7 @@ class Runner:
         one.process.join()
         code = one.process.exitcode
         status = "out of time" if late else "failed" if code else "passed"
-        reason = {"limit": round(one.limit, 1)} if late else {"reason": f"signal {-code}"} if code < 0 else {}
-        self._report(one.part, status, seconds, one.used | reason)
+        self._report(one.part, status, seconds, one.used | _reason(code, one.limit if late else None))
         return True
 
     def _report(self, part: Part, status: str, seconds: float, more: dict[str, Any]) -> None:
@@ -184,6 +184,15 @@ class Runner:
             except ProcessLookupError:
                 continue
         one.process.join()
+
+
+def _reason(code: int, limit: float | None) -> dict[str, Any]:
+    """Why a part has ended that could not say so itself."""
+    if limit is not None:
+        return {"limit": round(limit, 1)}
+    if code == LOST:
+        return {"reason": "the process that starts the parts was ended from outside; run this part again"}
+    return {"reason": f"signal {-code}"} if code < 0 else {}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from pipeline.models.method import method_names
 from tests.gpu import child, correctness, device, figures, wheels
 from tests.gpu.plan import DEVICE, FIGURES, Part, Setting, all_parts, chosen
-from tests.gpu.run import Lines, Runner, find_device, run_all
+from tests.gpu.run import Lines, Runner, _reason, find_device, run_all
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CPU = torch.device("cpu")
@@ -179,6 +179,11 @@ def test_what_a_part_has_written_counts_whatever_happens_to_it(monkeypatch: pyte
     helper = next(line["helper"] for line in lines if "helper" in line)
     state = Path(f"/proc/{helper}/stat")
     assert not state.exists() or state.read_text().split(")")[1].split()[0] == "Z"
+
+
+def test_an_end_that_a_part_cannot_explain_has_a_reason() -> None:
+    assert _reason(-9, None) == {"reason": "signal 9"} and _reason(1, None) == _reason(0, None) == {}
+    assert _reason(-9, 2.04) == {"limit": 2.0} and "run this part again" in _reason(255, None)["reason"]
 
 
 def test_parts_after_the_deadline_are_skipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
