@@ -230,6 +230,7 @@ class Clap(Audioclip):
         norm = self.model.audio_model.audio_encoder.batch_norm
         parts = [part for tower in ("audio", "text") for part in self._parts(tower)]
         self._still = (norm, *(module for part in parts for module in locked_modules(part)))
+        self.train()
 
     def _parts(self, tower: str) -> list[nn.Module]:
         """A tower and its projection."""

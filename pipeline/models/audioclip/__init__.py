@@ -273,6 +273,7 @@ class Audioclip(clip.Clip):
         for pair, scale in self._scales().items():
             scale.requires_grad_(pair in config.pairs() and bool(trained & set(pair)))
         self._still = tuple(module for part in parts for module in locked_modules(part))
+        self.train()
 
     def _parts(self, tower: str) -> list[nn.Module]:
         """The modules of a tower."""
