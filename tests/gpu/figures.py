@@ -117,7 +117,8 @@ def train_b32(setting: Setting, emit: Emit) -> None:
 def _losses(pairs: int, setting: Setting, emit: Emit) -> None:
     """Value and gradient of both losses: tiles of several sizes, plain and compiled, against open_clip's."""
     losses = import_module("contrastive_loss_memory")
-    for kind, known in losses.LOSSES.items():
+    for kind in ("softmax", "sigmoid"):
+        known = losses.LOSSES[kind]
         tiled = known["tiled"]
         tiles = (32, 64) if setting.dry else (1024, 4096, 8192)
         ways = {f"tiles of {tile}": partial(tiled, tile=tile) for tile in tiles}

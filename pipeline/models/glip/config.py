@@ -53,6 +53,8 @@ class Config:
     """Side of an anchor in cells of its level."""
     candidates: int = 9
     """Number of anchors of each level, the nearest ones to a box, among which ATSS chooses."""
+    first_logit_scale: float = 1.0
+    """Initial factor of the product of pixels and tokens, more than 0. Small networks learn names sooner with 10."""
     box_weight: float = 2.0
     """Weight of the box loss; the other losses have 1."""
     grounding: GroundingOptions = field(default_factory=GroundingOptions)
@@ -92,7 +94,7 @@ class Config:
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("level_detections", "detections"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("anchor_scale", "box_weight"):
+        for name in ("anchor_scale", "box_weight", "first_logit_scale"):
             require(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
         require(0 < self.detection_overlap <= 1, "detection_overlap", self.detection_overlap, "more than 0, up to 1")
         stages = self.frozen_stages
@@ -136,6 +138,7 @@ SMALL: dict[str, Any] = {
     "blocks": 2,
     "width": 64,
     "anchor_scale": 4.0,
+    "first_logit_scale": 10.0,
     "image_size": 128,
     "jitter_scale": (0.8, 1.25),
     "most_objects": 20,
@@ -145,6 +148,7 @@ SMALL: dict[str, Any] = {
 
 SMALLEST: dict[str, Any] = {
     **SMALL,
+    "first_logit_scale": 1.0,
     "small_text": (32, 1, 2),
     "fusion_width": 32,
     "fusion_heads": 2,

@@ -130,14 +130,14 @@ class AnchorFeatures:
 class AlignmentHead(nn.Module):
     """Boxes, centerness and the product of pixels and tokens; all in float32, and shared by all levels."""
 
-    def __init__(self, width: int, text_width: int) -> None:
+    def __init__(self, width: int, text_width: int, first_scale: float = 1.0) -> None:
         super().__init__()
         self.box, self.centerness = nn.Linear(width, 4), nn.Linear(width, 1)
         self.level_scales = nn.Parameter(torch.ones(LEVELS))
         self.project = nn.Linear(text_width, width)
         self.token_bias = nn.Parameter(torch.zeros(text_width))
         self.prior_bias = nn.Parameter(torch.tensor(PRIOR).logit())
-        self.log_scale = nn.Parameter(torch.tensor(0.0))
+        self.log_scale = nn.Parameter(-torch.tensor(first_scale).log())
         for layer in (self.box, self.centerness):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
@@ -181,7 +181,7 @@ class GlipNetwork(nn.Module):
         super().__init__()
         self.image, self.text = SwinPyramid(config, load), make_text_tower(settings)
         self.tower = FusedTower(config, settings)
-        self.head = AlignmentHead(config.width, settings.hidden_size)
+        self.head = AlignmentHead(config.width, settings.hidden_size, config.first_logit_scale)
         positions = -(-config.grounding.text_tokens // MULTIPLE) * MULTIPLE
         table = torch.zeros(positions, settings.hidden_size) if config.tuning == "prompt" else None
         self.prompt = None if table is None else nn.Parameter(table)

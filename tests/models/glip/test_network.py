@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig
 
+from pipeline.errors import SettingError
 from pipeline.loaders.grounding_prompts import SpanTokenizer
 from pipeline.models.glip.config import LARGE, SMALLEST, Config
 from pipeline.models.glip.network import AlignmentHead, EncodedText, FusedTower, GlipNetwork, TokenWeights, align
@@ -47,6 +48,20 @@ def test_new_weights_have_the_authors_values() -> None:
     assert float(head.prior_bias.detach()) == pytest.approx(-4.59512) and not head.token_bias.any()
     assert float(head.log_scale.detach()) == 0 and head.level_scales.tolist() == [1.0] * 5
     assert float(head.box.weight.detach().std()) == pytest.approx(0.01, rel=0.1) and not head.box.bias.any()
+
+
+def test_the_first_scale_multiplies_what_tokens_add_to_their_bias() -> None:
+    torch.manual_seed(0)
+    hidden, features = torch.randn(1, 3, TEXT), torch.randn(1, 5, WIDTH)
+    plain, scaled = AlignmentHead(WIDTH, TEXT), AlignmentHead(WIDTH, TEXT, first_scale=10)
+    scaled.load_state_dict({**plain.state_dict(), "log_scale": scaled.log_scale})
+    with torch.no_grad():
+        one, other = (head.token_weights(hidden) for head in (plain, scaled))
+        added = [align(features, some) - some.bias[:, None] for some in (one, other)]
+    torch.testing.assert_close(added[1], 10 * added[0])
+    assert float(network(first_logit_scale=4.0).head.log_scale.detach().exp()) == pytest.approx(1 / 4)
+    with pytest.raises(SettingError, match="first_logit_scale: got 0, expected more than 0"):
+        Config(first_logit_scale=0)
 
 
 def small_settings() -> Any:
