@@ -1,6 +1,6 @@
 # Everything needs only make and Python >= 3.11; every target sets up .venv by itself.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check bench ui clean
+.PHONY: help setup demo test test-all check bench gpu ui clean
 SHELL := /bin/sh
 
 PYTHONS ?= python3.11 python3.12 python3.13 python3
@@ -70,6 +70,9 @@ check: setup ## Formatting, lint and types
 
 bench: setup ## Side-by-side speed measurements (minutes; not part of the tests)
 	@for file in tests/benchmarks/*.py; do echo "== $$file"; .venv/bin/python "$$file" $(ARGS) || exit 1; done
+
+gpu: setup ## Checks and figures of the GPU of this machine, eight minutes at most (without one: make gpu ARGS=--dry)
+	@.venv/bin/python tests/gpu/run.py $(ARGS)
 
 ui: setup ## Open the MLflow UI on the demo's runs (make ui FOLDER=runs/demo PORT=5000)
 	@test -f "$(FOLDER)/mlflow.db" || { echo "No runs in $(FOLDER) yet: make demo makes some; for other runs: make ui FOLDER=$$HOME/.local/share/clipmill/mlflow" >&2; exit 1; }

@@ -47,8 +47,7 @@ class AnnotatePseudoBoxes:
     """Source of the phrases: an extractor (rules, nltk, spacy or spacy:MODEL), sidecar:NAME of jobs/extract_phrases.py,
     or boxes.json for the phrases in the data."""
     caption: str = "txt"
-    """Field of the captions: txt, json:KEY, or auto (the list `captions` of the json, else txt); the first one is used.
-    """
+    """Field of the captions: txt, json:KEY, or auto (the list `captions` of the json, else txt)."""
     options: PseudoBoxOptions = field(default_factory=PseudoBoxOptions)
     workers: Workers = field(default_factory=Workers)
     track: bool = True

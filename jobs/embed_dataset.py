@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Compute image and text features of a snapshot with a CLIP, as a sidecar and as files that clip-retrieval indexes.
+"""Compute features of a snapshot's images, sounds and captions, as a sidecar and as files that clip-retrieval indexes.
 
     ray job submit --working-dir . -- python jobs/embed_dataset.py snapshot --data s3://bucket/cc3m \
         --checkpoint ViT-B-32:laion2b_s34b_b79k --export s3://bucket/cc3m-features

@@ -5,20 +5,18 @@
     python jobs/export_model.py hugging-face --checkpoint runs/first:ema --output s3://bucket/exported/first
 
 The first is for open_clip.create_model("local-dir:FOLDER"), the second for from_pretrained of transformers' CLIPModel
-and CLIPProcessor, which support ViT towers only. For checkpoint addresses see jobs/evaluate.py; FOLDER:ema is the
-moving average of the weights.
+and CLIPProcessor, which support ViT towers only, or of ClapModel for a CLAP. For checkpoint addresses see
+jobs/evaluate.py; FOLDER:ema is the moving average of the weights.
 """
 
 from contextlib import nullcontext
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
-from typing import cast
 
 import tyro
 
 from pipeline.config import run_job, writable_folder
-from pipeline.evaluation.models import load_model
-from pipeline.models.method import Method
+from pipeline.evaluation.models import load_any
 from pipeline.shards.storage import Folder
 from pipeline.training.export import Format, export
 
@@ -50,7 +48,7 @@ def main(run: Export) -> None:
     untrained = run.checkpoint == "clipmill-tiny:untrained" and not run.output
     with TemporaryDirectory(prefix="clipmill-export-") if untrained else nullcontext(run.output) as output:
         folder = Folder(writable_folder("output", output))
-        export(cast(Method, load_model(run.checkpoint, "cpu")), folder, run.format)
+        export(load_any(run.checkpoint, "cpu"), folder, run.format)
         print(f"{folder.uri}: {', '.join(folder.names())}")
 
 

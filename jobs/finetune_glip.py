@@ -12,19 +12,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.config import require, run_job, writable_folder
-from pipeline.loaders.batches import LoaderConfig
 from pipeline.loaders.classes import OF_DATA, dataset_classes
 from pipeline.loaders.grounding import GroundingOptions
 from pipeline.loaders.grounding_prompts import SpanTokenizer
 from pipeline.models.glip import Config
-from pipeline.models.glip.config import SMALL
+from pipeline.models.glip.config import SMALL as SMALL_NETWORK
 from pipeline.models.glip.tuning import check_names
 from pipeline.runs.few_shot_boxes import few_shot_snapshot
+from pipeline.runs.grounding import SMALL, SMOKE, TINY
 from pipeline.runs.train import Pretraining, in_place, pretrain
 from pipeline.shards.storage import Folder
 from pipeline.training.checkpoint import resolved
-from pipeline.training.optimizer import AdamW
-from pipeline.training.run import Cluster, Run
+from pipeline.training.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,31 +40,26 @@ class Finetune(Pretraining):
 
 
 FIXED = GroundingOptions(fixed_prompts=True)
-FULL = Run(
+FULL = replace(
+    TINY,
     workers=4,
-    precision="bf16",
     batch_size=4,
     epochs=24,
     warmup_steps=0,
-    clip_grad_norm=1.0,
-    checkpoint_activations=True,
-    optimizer=AdamW(
-        learning_rate=1e-4, weight_decay=0.05, beta2=0.999, epsilon=1e-8, text_rate=0.1, drops=(0.67, 0.89)
-    ),
-    cluster=Cluster(accelerator="gpu", cpus_per_worker=10),
-    loader=LoaderConfig(loader_workers=8),
+    ema_decay=None,
+    optimizer=replace(TINY.optimizer, first_learning_rate=0.0, weight_decay=0.05),
+    evaluate_every_steps=None,
 )
 PROMPT = replace(FULL, optimizer=replace(FULL.optimizer, learning_rate=0.05, weight_decay=0.25, text_rate=None))
 LINEAR = replace(FULL, optimizer=replace(FULL.optimizer, text_rate=None))
-DRAWN = Run(batch_size=4, epochs=40, warmup_steps=0, clip_grad_norm=1.0, log_every_steps=10)
-SMOKE = replace(DRAWN, steps=3, log_every_steps=1, loader=LoaderConfig(loader_workers=0))
+FEW = replace(SMALL, batch_size=4, epochs=40, warmup_steps=0, log_every_steps=10)
 
 
 def drawn(run: Run, **settings: Any) -> Finetune:
     """The tuning of a small GLIP of drawn data, with the rates of ``run``."""
     return Finetune(
-        method=Config(**SMALL, grounding=FIXED, **settings),
-        run=replace(DRAWN, optimizer=run.optimizer),
+        method=Config(**SMALL_NETWORK, grounding=FIXED, **settings),
+        run=replace(FEW, optimizer=run.optimizer),
         card="drawn",
     )
 
@@ -88,7 +82,12 @@ PRESETS = {
     "drawn-linear": ("Linear tuning of a small GLIP of drawn data.", drawn(LINEAR, tuning="linear")),
     "smoke": (
         "Three steps of a prompt for a small GLIP with random weights, on 2 shots of 32 drawn samples.",
-        replace(drawn(PROMPT, tuning="prompt"), run=replace(SMOKE, optimizer=PROMPT.optimizer), draw=32, shots=2),
+        replace(
+            drawn(PROMPT, tuning="prompt"),
+            run=replace(SMOKE, batch_size=4, warmup_steps=0, optimizer=PROMPT.optimizer),
+            draw=32,
+            shots=2,
+        ),
     ),
 }
 

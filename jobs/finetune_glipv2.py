@@ -14,15 +14,14 @@ import logging
 from dataclasses import dataclass, field, replace
 
 from pipeline.config import require, run_job
-from pipeline.loaders.batches import LoaderConfig
 from pipeline.loaders.questions import frequent_answers, questions_of
-from pipeline.models.glip.config import SMALL
+from pipeline.models.glip.config import SMALL as SMALL_NETWORK
 from pipeline.models.glipv2.config import BASE, HUGE
 from pipeline.models.glipv2_language import Config
+from pipeline.runs.grounding import SMALL, SMOKE, TINY
 from pipeline.runs.train import Pretraining, in_place, pretrain
 from pipeline.training.checkpoint import resolved
 from pipeline.training.optimizer import AdamW
-from pipeline.training.run import Cluster, Run
 
 logger = logging.getLogger(__name__)
 
@@ -36,30 +35,16 @@ class FinetuneGlipv2(Pretraining):
     """Number of possible answers, the most frequent ones of the data; not used with --answers."""
 
 
-GPUS = Run(
+GPUS = replace(
+    TINY,
     workers=8,
-    precision="bf16",
-    batch_size=64,
     epochs=10,
     warmup_steps=1000,
-    clip_grad_norm=1.0,
-    checkpoint_activations=True,
+    ema_decay=None,
     optimizer=AdamW(learning_rate=1e-4, weight_decay=1e-4, beta2=0.999, epsilon=1e-8, text_rate=0.1, image_rate=0.1),
-    cluster=Cluster(accelerator="gpu", cpus_per_worker=10),
-    loader=LoaderConfig(loader_workers=8),
     evaluate_every_steps=5000,
 )
-CPU = Run(
-    batch_size=8,
-    epochs=5,
-    warmup_steps=30,
-    clip_grad_norm=1.0,
-    optimizer=AdamW(learning_rate=1e-3, weight_decay=1e-4, beta2=0.999),
-    log_every_steps=25,
-    loader=LoaderConfig(loader_workers=1),
-)
-SMOKE = replace(CPU, steps=3, warmup_steps=1, log_every_steps=1, loader=LoaderConfig(loader_workers=0))
-DRAWN = Config(**SMALL)
+DRAWN = Config(**SMALL_NETWORK)
 ASKED = replace(DRAWN, task="answers")
 PRESETS = {
     "captions": ("Captions with GLIPv2-T. Rates and epochs are ours.", FinetuneGlipv2(run=GPUS)),
@@ -71,8 +56,8 @@ PRESETS = {
     "answers-b": ("The same with GLIPv2-B.", FinetuneGlipv2(method=Config(task="answers", **BASE), run=GPUS)),
     "captions-h": ("The same with GLIPv2-H.", FinetuneGlipv2(method=Config(**HUGE), run=GPUS)),
     "answers-h": ("The same with GLIPv2-H.", FinetuneGlipv2(method=Config(task="answers", **HUGE), run=GPUS)),
-    "drawn-captions": ("Captions of drawn data, in minutes on a core.", FinetuneGlipv2(method=DRAWN, run=CPU)),
-    "drawn-answers": ("Answers about drawn data, in minutes on a core.", FinetuneGlipv2(method=ASKED, run=CPU)),
+    "drawn-captions": ("Captions of drawn data, in minutes on a core.", FinetuneGlipv2(method=DRAWN, run=SMALL)),
+    "drawn-answers": ("Answers about drawn data, in minutes on a core.", FinetuneGlipv2(method=ASKED, run=SMALL)),
     "smoke": (
         "Three steps on 32 drawn samples with questions, in this process.",
         FinetuneGlipv2(method=ASKED, run=SMOKE, draw=32),
@@ -94,7 +79,10 @@ def with_answers(job: FinetuneGlipv2) -> FinetuneGlipv2:
     if method.task == "captions" or method.answers:
         return job
     answers = frequent_answers(questions_of(job.run.data, method.questions), job.most_answers)
-    logger.info("%d possible answers, the most frequent one: %s", len(answers), *answers[:1])
+    require(
+        len(answers) > 1, "answers", answers, f"two or more; {job.run.data} has questions with fewer answers or none"
+    )
+    logger.info("%d possible answers, the most frequent one: %s", len(answers), answers[0])
     return replace(job, method=replace(method, answers=answers))
 
 

@@ -16,7 +16,7 @@ import tyro
 
 from pipeline.config import require, run_job, writable_file
 from pipeline.evaluation.linear_probe import REPORT, Probe, ProbeSets, linear_probe
-from pipeline.evaluation.models import load_model, trained_steps, usable_device
+from pipeline.evaluation.models import load_any, trained_steps, usable_device
 from pipeline.evaluation.report import table, write_result
 from pipeline.tracking.runs import Tracking, open_tracker
 
@@ -80,7 +80,7 @@ def main(run: LinearProbe) -> None:
     usable_device(run.device)
     step = trained_steps(run.checkpoint) if run.step is None else run.step
     with open_tracker(run.tracking, run, run_id=run.run_id, new=run.track) as tracker:
-        metrics = linear_probe(load_model(run.checkpoint, run.device), prepared, run.sets.settings(), run.probe)
+        metrics = linear_probe(load_any(run.checkpoint, run.device), prepared, run.sets.settings(), run.probe)
         tracker.log(metrics, step or 0)
         tracker.describe(table(metrics, [REPORT]), run.checkpoint)
     print(table(metrics, [REPORT]))

@@ -13,11 +13,14 @@ img2dataset where it has them.
 
 import getpass
 import tempfile
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import tyro
 
+from pipeline.codecs import codec_names, codec_of
+from pipeline.codecs.options import MediaOptions
 from pipeline.config import require, run_job, writable_folder
 from pipeline.dataset import load_card
 from pipeline.errors import SettingError
@@ -25,7 +28,6 @@ from pipeline.shards.storage import Folder
 from pipeline.sources import open_source, source_classes
 from pipeline.sources.source import Source
 from pipeline.sources.urls import UrlTable
-from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh.img2dataset_engine import refresh_with_img2dataset
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.progress import Floor
@@ -39,6 +41,9 @@ SMOKE_FOLDER = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/draw
 @dataclass(frozen=True, kw_only=True)
 class Refresh:
     """Options of every refresh."""
+
+    # Before there were other media.
+    moved_keys: ClassVar[Mapping[str, str]] = {"options.images": "options.media.image"}
 
     output_folder: str
     """Output folder for shards and snapshots: a path or any fsspec URI."""
@@ -62,9 +67,11 @@ def refresh_of(kind: str, **settings: Any) -> Refresh:
     """A refresh from a source of ``kind``; required options stay open. ``settings`` are the source's."""
     made = SOURCES[kind]
     open_fields = {one.name: tyro.MISSING for one in fields(made) if one.default is one.default_factory is MISSING}
-    images = ImageOptions(**getattr(made, "image_options", {}))
+    media = {medium: codec_of(medium).options(**getattr(made, f"{medium}_options", {})) for medium in codec_names()}
     return KINDS[kind](
-        source=made(**{**open_fields, **settings}), output_folder=tyro.MISSING, options=ShardOptions(images=images)
+        source=made(**{**open_fields, **settings}),
+        output_folder=tyro.MISSING,
+        options=ShardOptions(media=MediaOptions(**media)),
     )
 
 

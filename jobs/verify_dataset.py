@@ -4,8 +4,8 @@
     ray job submit --working-dir . -- python jobs/verify_dataset.py snapshot s3://bucket/cc3m
     python jobs/verify_dataset.py snapshot data/cc3m@00002-5d1b2c3a4e5f --decode --json problems.json
 
-Tars, parquet files, sidecars, selections and manifests are read once; --decode also decodes every image. Prints one
-line per shard with a problem. The exit code is 0 without problems, else 1.
+Tars, parquet files, sidecars, selections and manifests are read once; --decode also decodes every image and sound.
+Prints one line per shard with a problem. The exit code is 0 without problems, else 1.
 """
 
 import getpass
@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 
 import tyro
 
+from pipeline.codecs import codec_names, codec_of
 from pipeline.config import run_job, writable_file
 from pipeline.errors import DataError
 from pipeline.runs.drawn_data import drawn_snapshot
+from pipeline.shards.media import medium_of
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder, split_file
 from pipeline.shards.verify import Decode, Verification, folder_problems
@@ -33,7 +35,7 @@ class Verify:
     data: tyro.conf.Positional[str]
     """Folder of a snapshot (its latest) or FOLDER@ID; a path or any fsspec URI."""
     decode: bool = False
-    """Also decode every image."""
+    """Also decode every image and sound."""
     json: str = ""
     """JSON file for the findings: a path or a URI."""
     workers: Workers = field(default_factory=Workers)
@@ -59,7 +61,7 @@ def main(run: Verify) -> None:
     if isinstance(run, Smoke):
         drawn_snapshot(Folder(run.data))
     snapshot = read_snapshot(run.data)
-    checks = Verification(snapshot=snapshot, decode=decoder() if run.decode else None)
+    checks = Verification(snapshot=snapshot, decode=decoders(snapshot.fields) if run.decode else {})
     wrong: dict[str, list[str]] = {}
     for number, text in run_tasks(checks.check, range(len(snapshot.shards)), run.workers):
         problems = json.loads(text)
@@ -79,11 +81,10 @@ def main(run: Verify) -> None:
     print(f"{snapshot.uri}: {snapshot.samples} samples in {len(snapshot.shards)} shards, all well")
 
 
-def decoder() -> Decode:
-    """The decoder of training; it imports torch, so it is loaded only on demand."""
-    from pipeline.loaders.images import decode
-
-    return decode
+def decoders(fields: tuple[str, ...]) -> dict[str, Decode]:
+    """The decoders of the media that ``fields`` have, by medium."""
+    found = {medium.name for name in fields if (medium := medium_of(name)) is not None}
+    return {medium: codec_of(medium).decode for medium in codec_names() if medium in found}
 
 
 if __name__ == "__main__":

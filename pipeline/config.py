@@ -1,10 +1,13 @@
 """Configs are frozen dataclasses; this module converts them: command line, JSON, YAML, MLflow, fingerprint.
 
 A job calls :func:`run_job` with its presets. Every preset is a sub-command, every field a flag. The resolved config is
-written as JSON beside the job's output; ``--from run.json`` instead of a preset runs it again.
+written as JSON beside the job's output; ``--from run.json`` instead of a preset runs it again. The class variable
+``moved_keys`` of a job's config maps keys of older files to their present places, as
+``{"options.images": "options.media.image"}``.
 """
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -178,8 +181,11 @@ def run_job(
     presets: Mapping[str, tuple[str, Any]],
     main: Callable[[Any], None],
     again: str = "the same command starts again from the beginning",
+    default: str = "",
 ) -> None:
     """The command line of a job: ``PRESET [--flags]`` or ``--from config.json [--flags]``, then ``main(config)``.
+
+    A command line that begins with another flag has the preset ``default``, if there is one.
 
     Errors that a user can fix are one sentence on stderr: exit code 2 for a setting, 1 for data and storage. After
     Ctrl-C or TERM the sentence is ``again``, which says what the same command will do; the exit code is 128 + the
@@ -189,7 +195,10 @@ def run_job(
     # `ray job stop` sends TERM: as an exception it lets the job close its MLflow run and stop what it started.
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        main(_parse(dict(presets), sys.argv[1:]))
+        arguments = sys.argv[1:]
+        if default and arguments and arguments[0].startswith("-") and arguments[0] not in ("--from", "--help", "-h"):
+            arguments = [default, *arguments]
+        main(_parse(dict(presets), arguments))
         sys.stdout.flush()
     except SettingError as error:
         _stop(f"error: {as_typed(error, sys.argv[1:])}", code=2)
@@ -304,10 +313,31 @@ def _from_file(presets: dict[str, tuple[str, Any]], arguments: list[str]) -> Any
     problem: SettingError | None = None
     for kind in kinds:
         try:
-            return from_plain(kind, plain, arguments[0])
+            return from_plain(kind, _moved(plain, getattr(kind, "moved_keys", {})), arguments[0])
         except SettingError as error:
             problem = error
     raise problem or SettingError("--from", arguments[0], "a config of this job")
+
+
+def _moved(plain: Any, keys: Mapping[str, str]) -> Any:
+    """The JSON of a run with old keys (dotted paths) at their new places; a key that is at both is left alone."""
+    plain = copy.deepcopy(plain)
+    for old, new in keys.items():
+        *parents, name = old.split(".")
+        *new_parents, new_name = new.split(".")
+        owner = _object_at(plain, parents)
+        if name in owner and new_name not in _object_at(plain, new_parents):
+            _object_at(plain, new_parents, make=True)[new_name] = owner.pop(name)
+    return plain
+
+
+def _object_at(plain: Any, place: list[str], make: bool = False) -> dict[str, Any]:
+    """The JSON object at a place, with ``make`` made where it is missing; an empty one of its own otherwise."""
+    for name in place:
+        if not isinstance(plain, dict):
+            return {}
+        plain = plain.setdefault(name, {}) if make else plain.get(name)
+    return plain if isinstance(plain, dict) else {}
 
 
 def _sentence(kind: Any, problem: Any, origin: str) -> SettingError:

@@ -9,6 +9,7 @@ ClipmillError
     ReadError      the same for reading
     LeaseLost      another job has taken over the folder of a suspended one, which must stop
   ClusterError     Ray did not start on this machine; run again, or with fewer workers
+  GpuMemoryError   a step needs more memory than the GPU has (pipeline.training.devices); other options need less
   TooManyFailures  a job gave up because fewer rows became samples than the user's floor allows
   SampleError      one sample is bad; caught at a stage's sample boundary and counted, never seen by a user
 """

@@ -3,7 +3,9 @@
 The environment is set here, before ray, torch or botocore are imported, so that worker processes inherit it.
 """
 
+import atexit
 import fcntl
+import gc
 import json
 import os
 import random
@@ -76,6 +78,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(900))
 
 
+def pytest_collection_finish() -> None:
+    """Leave the million objects of imported packages out of each garbage collection: a twentieth of the tests' time."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # packages report what is left at the end
+
+
 def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """The folder ``name`` that ``make`` fills once per run, by whichever worker of pytest-xdist comes first."""
     base = factory.getbasetemp()
@@ -91,27 +99,49 @@ def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     return folder / "made"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Temporary files lie in pytest's folder, which is cleared later: killed processes leave theirs behind.
+
+    Those of Ray lie elsewhere, since paths of sockets have to be short.
+    """
+    os.environ["RAY_TMPDIR"] = folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    os.environ["TMPDIR"] = tempfile.tempdir = str(tmp_path_factory.mktemp("temporary"))
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """No test cuts the power, so nothing has to be on the disk. Other processes do wait."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seeds() -> None:
-    """Every test starts from the same random state, whichever tests ran before it."""
+    """Every test starts from the same random state and with one thread, whichever tests ran before it."""
     random.seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+        # Sums are bit-identical with equal numbers of threads only; and a test may leave more threads than there are
+        # free cores, which then wait for one another.
+        sys.modules["torch"].set_num_threads(1)
 
 
 Count = Callable[[Any, Mapping[str, Any], Any], int]
 
 
 def counted_once(count: Count) -> Count:
-    """``count`` of :mod:`pipeline.training.flops`, once for each method, its config and the shapes of its batch."""
+    """``count`` of :mod:`pipeline.training.flops`, once for each method, its config and the keys of its batch."""
     known: dict[Any, int] = {}
 
     def counted(method: Any, batch: Mapping[str, Any], mode: Any) -> int:
         parameters = tuple((name, one.shape, one.requires_grad) for name, one in method.named_parameters())
-        shapes = tuple((name, values.shape, values.dtype) for name, values in batch.items())
-        key = (type(method), repr(method.config), method.training, parameters, shapes)
+        key = (type(method), repr(method.config), method.training, parameters, tuple(batch))
         if key not in known:
             known[key] = count(method, batch, mode)
         return known[key]
@@ -124,7 +154,7 @@ _remembering: list[Count] = []
 
 @pytest.fixture(autouse=True)
 def work_is_counted_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting the work of a step takes a quarter of a second, and most trainings of the tests have the same step.
+    """Counting the work of a step takes up to three seconds, for each length of its texts, and few tests look at it.
 
     The tests of the count itself count each time.
     """
@@ -374,13 +404,71 @@ def write_coloured_phrases(folder: Folder, shard: Shard, samples: Sequence[Sampl
     return write_sidecar(folder, shard, "phrases", maker.table(iter(samples), shard), maker.maker)
 
 
+def tone(number: int) -> bytes:
+    """A FLAC of half a second: a tone whose pitch is the number's, with noise."""
+    import numpy as np
+
+    from pipeline.shards.waveforms import encode_flac
+
+    times = np.arange(8000) / 16_000
+    noise = np.random.default_rng(number).normal(0, 0.02, 8000)
+    sound = 0.5 * np.sin(2 * np.pi * 220 * 1.1 ** (number % 24) * times) + noise
+    return encode_flac(sound[None].astype(np.float32), 16_000)
+
+
+def publish_coloured(
+    place: Path,
+    sizes: Sequence[int] = (7, 5, 8),
+    spoil: dict[int, dict[str, bytes]] | None = None,
+    regions: tuple[str, int] | None = None,
+) -> Snapshot:
+    """Publish shards of the given sizes in a folder; ``spoil`` replaces the fields of the samples with these numbers.
+
+    With ``regions``, the digest of a teacher and the width of its features, samples have ``boxes.json`` and a sound,
+    and shards sidecars of stored regions and of the captions' phrases.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    shards, number = [], 0
+    for shard_id, size in enumerate(sizes):
+        path = place / f"{shard_id:05d}.tar"
+        with open(path, "wb") as file:
+            writer = TarWriter(file)
+            made_samples = []
+            for index in range(size):
+                made = coloured_sample(shard_id, index, number)
+                made_samples.append(made)
+                if regions:
+                    made.fields["boxes.json"] = drawn_objects(number)
+                    made.fields["flac"] = tone(number)
+                if spoil and number in spoil:
+                    made = Sample(made.key, spoil[number])
+                writer.write(made)
+                number += 1
+            writer.close()
+        digest = file_digest(path)
+        shard = Shard(name=f"{shard_id:05d}", samples=size, bytes=path.stat().st_size, sha256=digest, sidecars={})
+        if regions:
+            keys = [one.key for one in made_samples]
+            sidecars = {
+                "phrases": write_coloured_phrases(Folder(place), shard, made_samples),
+                "regions": write_drawn_regions(Folder(place), shard, keys, *regions),
+            }
+            shard = replace(shard, sidecars=sidecars)
+        shards.append(shard)
+    return publish_shards(
+        Folder(place),
+        tuple(shards),
+        fields=("boxes.json", "flac", "jpg", "json", "txt") if regions else ("jpg", "json", "txt"),
+        card=None,
+        options={},
+        rows=sum(sizes),
+        dropped={},
+    )
+
+
 @pytest.fixture(scope="session")
 def make_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Snapshot]:
-    """``make_snapshot(sizes, folder=None, spoil={number: fields})`` publishes shards of the given sizes.
-
-    With ``regions``, the digest of a teacher and the width of its features, samples have ``boxes.json`` and shards
-    sidecars of stored regions and of the captions' phrases.
-    """
+    """``make_snapshot(sizes, folder=None, spoil=None, regions=None)``: see :func:`publish_coloured`."""
 
     def make(
         sizes: Sequence[int] = (7, 5, 8),
@@ -388,50 +476,20 @@ def make_snapshot(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Sna
         spoil: dict[int, dict[str, bytes]] | None = None,
         regions: tuple[str, int] | None = None,
     ) -> Snapshot:
-        place = folder or tmp_path_factory.mktemp("snapshot")
-        place.mkdir(parents=True, exist_ok=True)
-        shards, number = [], 0
-        for shard_id, size in enumerate(sizes):
-            path = place / f"{shard_id:05d}.tar"
-            with open(path, "wb") as file:
-                writer = TarWriter(file)
-                made_samples = []
-                for index in range(size):
-                    made = coloured_sample(shard_id, index, number)
-                    made_samples.append(made)
-                    if regions:
-                        made.fields["boxes.json"] = drawn_objects(number)
-                    if spoil and number in spoil:
-                        made = Sample(made.key, spoil[number])
-                    writer.write(made)
-                    number += 1
-                writer.close()
-            digest = file_digest(path)
-            shard = Shard(name=f"{shard_id:05d}", samples=size, bytes=path.stat().st_size, sha256=digest, sidecars={})
-            if regions:
-                keys = [one.key for one in made_samples]
-                sidecars = {
-                    "phrases": write_coloured_phrases(Folder(place), shard, made_samples),
-                    "regions": write_drawn_regions(Folder(place), shard, keys, *regions),
-                }
-                shard = replace(shard, sidecars=sidecars)
-            shards.append(shard)
-        return publish_shards(
-            Folder(place),
-            tuple(shards),
-            fields=("boxes.json", "jpg", "json", "txt") if regions else ("jpg", "json", "txt"),
-            card=None,
-            options={},
-            rows=sum(sizes),
-            dropped={},
-        )
+        return publish_coloured(folder or tmp_path_factory.mktemp("snapshot"), sizes, spoil, regions)
 
     return make
 
 
 @pytest.fixture(scope="session")
 def migrated_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sqlite store of MLflow with all tables and no runs, made once per run; to be copied."""
+    """A sqlite store of MLflow with all tables and no runs, made once per run; to be copied.
+
+    This process does not wait for the disk when it writes into a sqlite store.
+    """
+    from sqlalchemy import Engine, event
+
+    event.listen(Engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous = OFF").close())
 
     def make(folder: Path) -> None:
         from pipeline.tracking.store import client

@@ -47,8 +47,8 @@ def row(
     key: str, caption: str, phrases: Sequence[tuple[int, int]], boxes: Sequence[Sequence[float]] = (), **more: Any
 ) -> dict[str, Any]:
     """A row of pseudo boxes, each of the phrase of its number modulo their count and with a score of 0.9."""
-    plain = {"key": key, "height": SIDE, "width": SIDE, "caption": caption}
-    spans = [{"start": start, "end": end, "cut": False} for start, end in phrases]
+    plain = {"key": key, "height": SIDE, "width": SIDE, "captions": [caption]}
+    spans = [{"caption": 0, "start": start, "end": end, "cut": False} for start, end in phrases]
     numbers = [number % len(phrases) for number in range(len(boxes))]
     flat = [float(value) for box in boxes for value in box]
     return {**plain, "phrases": spans, "boxes": flat, "scores": [0.9] * len(boxes), "phrase": numbers, **more}
@@ -128,19 +128,20 @@ class LetterTeacher:
 
 @dataclass(frozen=True)
 class WordPhrases:
-    """Every word is a phrase, and so are two unusable spans."""
+    """Every word is a phrase, and so are two unusable spans; captions are separated by a bar."""
 
     maker: str = "words"
 
     def of_shard(self, shard: Any) -> Any:
-        def find(sample: Sample) -> CaptionPhrases:
-            if "txt" not in sample.fields:
-                return CaptionPhrases(None)
-            text, spans, start = sample.fields["txt"].decode(), [], 0
-            for word in text.split(" "):
-                spans.append((start, start + len(word)))
-                start += len(word) + 1
-            return CaptionPhrases(text, [*spans, (5, 5), (90, 95)] if text else [])
+        def find(sample: Sample) -> list[CaptionPhrases]:
+            found = []
+            for text in sample.fields["txt"].decode().split("|") if "txt" in sample.fields else ():
+                spans, start = [], 0
+                for word in text.split(" "):
+                    spans.append((start, start + len(word)))
+                    start += len(word) + 1
+                found.append(CaptionPhrases(text, [*spans, (5, 5), (90, 95)] if text else []))
+            return found
 
         return find
 

@@ -1,5 +1,6 @@
 """Configs through every door: JSON, YAML, flattened, fingerprint, command line."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 
@@ -191,6 +192,37 @@ def test_presets_flags_and_saved_runs_reach_main(monkeypatch: pytest.MonkeyPatch
     assert called(monkeypatch, "--from", str(path)) == Run(name="saved")
     changed = called(monkeypatch, "--from", str(path), "--lr", "0.25", "--steps", "7")
     assert changed == Run(name="saved", steps=7, optimizer=Optimizer(lr=0.25))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovedRun(Run):
+    moved_keys: ClassVar[Mapping[str, str]] = {"rates": "optimizer", "speed": "options.inner.speed"}
+
+
+@pytest.mark.parametrize(
+    ("saved", "found"),
+    [
+        ({"rates": {"lr": 0.5}}, MovedRun(optimizer=Optimizer(lr=0.5))),
+        ({"speed": 3}, MovedRun(options={"inner": {"speed": 3}})),
+        ({"optimizer": {"lr": 0.5}}, MovedRun(optimizer=Optimizer(lr=0.5))),
+        ({"rates": {"lr": 0.5}, "optimizer": {"lr": 0.25}}, "rates"),
+        ({"speed": 3, "options": 7}, "options: got 7"),
+        (["rates"], "run.json"),
+    ],
+)
+def test_keys_of_older_runs_are_moved(
+    saved: Any, found: MovedRun | str, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    path, seen = tmp_path / "run.json", []
+    path.write_text(json.dumps(saved))
+    monkeypatch.setattr(sys, "argv", ["job.py", "--from", str(path)])
+    if isinstance(found, MovedRun):
+        run_job({"small": ("Small.", MovedRun())}, seen.append)
+        assert seen == [found]
+        return
+    with pytest.raises(SystemExit):
+        run_job({"small": ("Small.", MovedRun())}, seen.append)
+    assert found in capsys.readouterr().err
 
 
 def test_the_preset_of_the_command_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

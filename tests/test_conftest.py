@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -23,6 +24,14 @@ def test_the_session_cluster_has_the_resources_of_cluster_yaml(ray_cluster, s3):
     assert ray.get(write.remote(s3)) == os.environ["AWS_ENDPOINT_URL"]
     assert Folder(s3).read_bytes("made/by-a-worker") == b"x"
     assert {"data_worker", "train_worker"} <= set(ray.cluster_resources())
+
+
+def test_temporary_files_of_all_processes_lie_in_pytests_folder(ray_cluster, tmp_path_factory):
+    """So that what a killed worker leaves does not stay in the folder of the system."""
+    import ray
+
+    folder = ray.get(ray.remote(tempfile.gettempdir).remote())
+    assert folder == tempfile.gettempdir() and tmp_path_factory.getbasetemp() in Path(folder).parents
 
 
 def test_no_token_is_written_into_the_home_folder(ray_cluster):

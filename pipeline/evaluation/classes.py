@@ -10,9 +10,10 @@ from pipeline.config import parse_json, require
 from pipeline.dataset import Card
 from pipeline.errors import SettingError, unreadable
 from pipeline.evaluation.data import evaluation_batches
+from pipeline.evaluation.folds import FoldReader, of_folds
 from pipeline.evaluation.task import PreparedSet, Reading
-from pipeline.loaders.images import ImageTransform
-from pipeline.loaders.readers import ImageReader, LabelReader
+from pipeline.loaders.batches import Reader
+from pipeline.loaders.readers import LabelReader
 from pipeline.shards.storage import Folder
 
 IMAGENET = ("imagenet", "imagenet_v2", "imagenet_sketch")  # the sets with all of ImageNet's 1,000 classes
@@ -25,11 +26,18 @@ LABEL_HELP = "Key of the samples' json that holds the class; empty for the card'
 
 @dataclass(frozen=True)
 class Labels:
-    """The classes of a labelled set. ``label`` is the key of the class in its samples."""
+    """The classes of a labelled set.
+
+    ``label`` and ``fold`` are the keys of the class and of the fold in its samples; ``folds`` names those to evaluate.
+    ``medium`` is the setting of :func:`pipeline.evaluation.media.medium_of_set`.
+    """
 
     classes: tuple[str, ...]
     templates: tuple[str, ...]
     label: str
+    medium: str = "auto"
+    fold: str = ""
+    folds: str = ""
 
 
 def label_key(setting: str, card: Card | None) -> str:
@@ -37,12 +45,15 @@ def label_key(setting: str, card: Card | None) -> str:
     return setting or (card.label if card else "label")
 
 
-def labelled_batches(transform: ImageTransform, one: PreparedSet, reading: Reading) -> Iterator[dict[str, Any]]:
-    """``image`` uint8 ``[B, 3, H, W]`` and ``label`` int64 ``[B]``, of a set that has :class:`Labels`."""
+def labelled_batches(reader: Reader, one: PreparedSet, reading: Reading) -> Iterator[dict[str, Any]]:
+    """The key of ``reader``, ``label``, int64 ``[B]``, and ``fold`` with folds, of a set with :class:`Labels`."""
     labels: Labels = one.ready
-    label = LabelReader(classes=labels.classes, json_key=labels.label, evaluated=one.name)
-    readers = (ImageReader(transform=transform), label)
-    return evaluation_batches(one.samples(), readers, reading.evaluation_batch, reading.evaluation_threads)
+    readers = [reader, LabelReader(classes=labels.classes, json_key=labels.label, evaluated=one.name)]
+    samples = one.samples()
+    if labels.fold:
+        readers.append(FoldReader(json_key=labels.fold))
+        samples = of_folds(samples, labels.fold, labels.folds)
+    return evaluation_batches(samples, readers, reading.evaluation_batch, reading.evaluation_threads)
 
 
 def read_classes(setting: str, card: Card | None, name: str) -> tuple[str, ...]:

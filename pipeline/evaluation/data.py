@@ -20,6 +20,7 @@ from pipeline.errors import DataError, SettingError
 from pipeline.loaders.batches import Reader
 from pipeline.loaders.samples import Samples, UnreadableSample
 from pipeline.loaders.work_progress import WorkProgress
+from pipeline.shards.media import MEDIA
 from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Snapshot, read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder
@@ -75,12 +76,13 @@ class CardData:
     def _sample(self, number: int, row: Row) -> Sample:
         if row.problem is not None:
             return Sample(f"{number:09d}", {})
-        if row.image is None and fetches(self.source):
+        if any(part.body is None for part in row.parts) and fetches(self.source):
             raise DataError(f"the card {self.card.name} lists urls; {_download(self.card)}")
         record = json.dumps({**row.columns, "caption": row.caption}).encode()
         text = {} if row.caption is None else {"txt": row.caption.encode()}
-        image = {} if row.image is None else {"jpg": row.image}
-        return Sample(f"{number:09d}", {**row.members, **image, "json": record, **text})
+        # Readers detect the format by the first bytes, whatever the ending says.
+        parts = {MEDIA[part.medium].endings[0]: part.body for part in row.parts if part.body is not None}
+        return Sample(f"{number:09d}", {**row.members, **parts, "json": record, **text})
 
 
 Data = SnapshotData | CardData

@@ -1,26 +1,27 @@
-"""A model that computes features of stored images and captions, for ``stages/annotate/embeddings.py``."""
+"""A model that computes features of stored images, sounds and captions, for ``stages/annotate/embeddings.py``."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from pipeline.config import require
-from pipeline.evaluation.encoder import Evaluable, inference
-from pipeline.evaluation.models import load_model
+from pipeline.evaluation.encoder import Evaluable, encode_tokens, inference
+from pipeline.evaluation.media import TEXT, encode_inputs, encoded_media, medium_reader
+from pipeline.evaluation.models import load_any
 from pipeline.evaluation.zero_shot import classifier
-from pipeline.loaders.images import crop_bits, decode, read_crops
+from pipeline.loaders.images import crop_bits, read_crops
 from pipeline.loaders.samples import UnreadableSample
-from pipeline.loaders.text import cut_text
 from pipeline.models.adapters.adapter import FrozenClip
 from pipeline.models.clip import Clip
 from pipeline.models.towers.weights import digest_of
+from pipeline.shards.sample import Sample
+from pipeline.stages.annotate.embeddings import caption_of
 
 Precision = Literal["fp32", "bf16"]
 VIEWS_AT_ONCE = 256
@@ -52,63 +53,66 @@ class Views:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadEmbedder:
-    """Loads the model at ``checkpoint`` (see :func:`pipeline.evaluation.models.load_model`) when it is called."""
+    """Loads the model at ``checkpoint`` (see :func:`pipeline.evaluation.models.load_any`) when it is called."""
 
     checkpoint: str
     device: str = "auto"
     precision: Precision = "fp32"
     views: Views | None = None
-    """Compute raw features of several views instead of unit features of images and captions."""
+    """Compute raw features of several views of images instead of unit features of all media."""
 
     def __call__(self, threads: int) -> "ModelEmbedder | ViewEmbedder":
         """``threads`` is the number of CPU threads for the model, if it does not run on a GPU.
 
         Raises:
-            SettingError: no such checkpoint; or views of a model that is not a CLIP.
+            SettingError: no such checkpoint, a model that encodes nothing; or views of a model that is not a CLIP.
         """
-        model = load_model(self.checkpoint, self.device)
+        model = load_any(self.checkpoint, self.device)
         if not torch.cuda.is_available() or self.device == "cpu":
             torch.set_num_threads(threads)
         if self.views is None:
             return ModelEmbedder(model, self.precision)
         require(isinstance(model, Clip), "checkpoint", self.checkpoint, "a CLIP, for raw features of views")
-        return ViewEmbedder(model, self.views, self.precision)
+        return ViewEmbedder(cast(Evaluable, model), self.views, self.precision)
 
 
 class ModelEmbedder:
-    """A model with its own evaluation transform and tokenizer."""
+    """A model with its own readers, without augmentation, and tokenizer."""
 
     facts: Mapping[str, str | int] = {}
-    reads_text = True
 
-    def __init__(self, model: Evaluable, precision: Precision = "fp32") -> None:
+    def __init__(self, model: Any, precision: Precision = "fp32") -> None:
+        require(bool(encoded_media(model)), "checkpoint", type(model).__name__, "a model that encodes images or texts")
         self._model, self._precision = model, precision
-        self._transform = model.transforms(train=False)
-        self.maker = digest_of(model, repr(self._transform), precision)
+        self.media = encoded_media(model)
+        self._readers = {medium: medium_reader(model, medium) for medium in self.media if medium != TEXT}
+        # Digests of models of images and texts alone stay what they were before there were other media.
+        others = [repr(reader) for medium, reader in self._readers.items() if medium != "image"]
+        looks = [repr(model.transforms(train=False))] if "image" in self.media else []
+        self.maker = digest_of(model, *looks, precision, *others)
 
-    def prepare(self, image: bytes, key: str = "") -> Tensor | None:
-        """The image as uint8 [3, H, W]; ``None`` if it cannot be decoded."""
+    def prepare(self, sample: Sample, medium: str) -> Any | None:
+        """The reader's row, or the caption; ``None`` without a readable one."""
+        if medium == TEXT:
+            return caption_of(sample)
         try:
-            return self._transform(decode(image))
+            return self._readers[medium].read(sample, None)
         except UnreadableSample:
             return None
 
-    def encode_image(self, images: Sequence[Tensor]) -> NDArray[np.float32]:
-        """uint8 B × [3, H, W] -> L2-normalised [B, D]."""
+    def encode(self, medium: str, inputs: Sequence[Any]) -> NDArray[np.float32]:
+        """B rows of the medium's reader, or captions, -> L2-normalised [B, D]."""
         with inference(self._model, self._precision) as device:
-            return _normalised(self._model.encode_image(torch.stack(list(images)).to(device)))
-
-    def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """B texts -> L2-normalised [B, D]."""
-        tokens = cut_text(self._model.tokenizer(list(texts)), getattr(self._model, "end_of_text", None))
-        with inference(self._model, self._precision) as device:
-            return _normalised(self._model.encode_text(tokens.to(device)))
+            if medium == TEXT:
+                return _array(encode_tokens(self._model, self._model.tokenizer(list(inputs)), device))
+            batch = self._readers[medium].collate(list(inputs))
+            return _array(encode_inputs(self._model, medium, batch[medium], device))
 
 
 class ViewEmbedder:
     """A CLIP that computes raw features of several views of each image, for few-shot methods."""
 
-    reads_text = False
+    media: tuple[str, ...] = ("image",)
 
     def __init__(self, model: Evaluable, views: Views, precision: Precision = "fp32") -> None:
         """``model`` is a :class:`Clip`."""
@@ -125,9 +129,12 @@ class ViewEmbedder:
             "seed": views.seed,
         }
 
-    def prepare(self, image: bytes, key: str) -> Tensor | None:
-        """The views as uint8 [V, 3, H, W]; ``None`` if the image cannot be decoded."""
-        number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+    def prepare(self, sample: Sample, medium: str) -> Tensor | None:
+        """The views as uint8 [V, 3, H, W]; ``None`` if there is no image that can be decoded."""
+        image = sample.image()
+        if image is None:
+            return None
+        number = int.from_bytes(hashlib.sha256(sample.key.encode()).digest()[:8], "big")
         bits = [crop_bits(self._views.seed, view, number) for view in range(1, 1 + self._views.views)]
         try:
             still = self._still.read(image)
@@ -136,19 +143,14 @@ class ViewEmbedder:
         except UnreadableSample:
             return None
 
-    def encode_image(self, images: Sequence[Tensor]) -> NDArray[np.float32]:
+    def encode(self, medium: str, inputs: Sequence[Tensor]) -> NDArray[np.float32]:
         """uint8 B x [V, 3, H, W] -> raw features [B, V, D]."""
-        views = torch.cat(list(images))
+        views = torch.cat(list(inputs))
         with inference(self._model, self._precision):
             features = torch.cat([self._clip.raw_features(part).cpu() for part in views.split(VIEWS_AT_ONCE)])
-        raw: NDArray[np.float32] = features.unflatten(0, (len(images), -1)).numpy()
-        return raw
-
-    def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Not supported: texts have no views."""
-        raise AssertionError("views are of images alone")
+        return _array(features.unflatten(0, (len(inputs), -1)))
 
 
-def _normalised(features: Tensor) -> NDArray[np.float32]:
-    unit: NDArray[np.float32] = functional.normalize(features.float(), dim=-1).cpu().numpy()
-    return unit
+def _array(features: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = features.float().cpu().numpy()
+    return array

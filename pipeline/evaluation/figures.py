@@ -33,10 +33,10 @@ def image_grid(images: Sequence[Tensor], captions: Sequence[str], columns: int =
     return figure
 
 
-def similarity_matrix(images: Tensor, captions: Sequence[str], scores: Tensor, title: str = "") -> "Figure":
+def similarity_matrix(images: Sequence[Tensor], captions: Sequence[str], scores: Tensor, title: str = "") -> "Figure":
     """Cosine similarity of every image (column) with every caption (row) of a batch; matching pairs on the diagonal.
 
-    ``images`` uint8 ``[N, 3, H, W]``, ``scores`` ``[N, N]`` with images first; at most 24 pairs are drawn.
+    ``images`` are N times uint8 ``[3, H, W]``, ``scores`` ``[N, N]`` with images first; at most 24 pairs are drawn.
     """
     count = min(len(images), MATRIX_SIDE)
     values = scores[:count, :count].float().cpu().numpy().T
@@ -73,26 +73,32 @@ def _write_cells(axis: "Axes", values: "np.ndarray[Any, Any]") -> None:
 
 
 def retrieval_examples(
-    images: Tensor, captions: Sequence[str], scores: Tensor, queries: int = 6, top: int = 3, title: str = ""
+    images: Sequence[Tensor],
+    captions: Sequence[str],
+    scores: Tensor,
+    queries: int = 6,
+    top: int = 3,
+    title: str = "",
+    noun: str = "image",
 ) -> "Figure":
     """The ``top`` retrieved images for some captions, and retrieved captions for as many images; correct ones green.
 
-    ``images`` uint8 ``[N, 3, H, W]``, ``scores`` ``[N, N]`` with images first; pair ``i`` is ``(i, i)``, and equal
-    captions are equally correct.
+    ``images`` are N times uint8 ``[3, H, W]``, or pictures of what ``noun`` says. ``scores`` are ``[N, N]`` with images
+    first; pair ``i`` is ``(i, i)``, and equal captions are equally correct.
     """
     queries = min(queries, len(images))
     scores = scores.float().cpu()
     figure = blank_figure(2.2 * (top + 1) + 6, 2.2 * queries + 0.8, title)
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(2.2 * (top + 1), 6))[0]
-    left.suptitle("caption \u2192 images", fontsize=11)
-    right.suptitle("image \u2192 captions", fontsize=11)
+    left.suptitle(f"caption \u2192 {noun}s", fontsize=11)
+    right.suptitle(f"{noun} \u2192 captions", fontsize=11)
     _images_found(left.subplots(queries, top + 1, squeeze=False), images, captions, scores, top)
     _captions_found(right.subplots(queries, 2, squeeze=False, width_ratios=(1, 1.9)), images, captions, scores, top)
     return figure
 
 
 def _images_found(
-    axes: "np.ndarray[Any, Any]", images: Tensor, captions: Sequence[str], scores: Tensor, top: int
+    axes: "np.ndarray[Any, Any]", images: Sequence[Tensor], captions: Sequence[str], scores: Tensor, top: int
 ) -> None:
     for query, row in enumerate(axes):
         row[0].axis("off")
@@ -109,7 +115,7 @@ def _images_found(
 
 
 def _captions_found(
-    axes: "np.ndarray[Any, Any]", images: Tensor, captions: Sequence[str], scores: Tensor, top: int
+    axes: "np.ndarray[Any, Any]", images: Sequence[Tensor], captions: Sequence[str], scores: Tensor, top: int
 ) -> None:
     # Equal captions would fill the list with one text, so each text is listed once.
     first = {text: place for place, text in reversed(list(enumerate(captions)))}

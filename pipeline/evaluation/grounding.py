@@ -125,7 +125,7 @@ def locate(
         for (image, one, asked), boxes in zip(rows, found, strict=True):
             yield LocatedPhrases(image, one, asked, boxes)
     if nothing:
-        raise DataError(f"none of {seen} samples has a phrase of its caption with annotated objects to ask for")
+        raise DataError(f"none of {seen} samples has a phrase with annotated objects")
 
 
 @dataclass

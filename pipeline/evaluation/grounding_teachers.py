@@ -21,6 +21,7 @@ from pipeline.errors import SettingError
 from pipeline.evaluation.embedder import Precision
 from pipeline.evaluation.encoder import inference
 from pipeline.evaluation.models import load_any, usable_device
+from pipeline.loaders.grounding import averaging_matrix, phrase_tokens
 from pipeline.loaders.grounding_prompts import SpanTokenizer, TokenizedText
 from pipeline.loaders.images import as_stored, decode, resize
 from pipeline.loaders.samples import UnreadableSample
@@ -203,7 +204,8 @@ class GroundingDinoTeacher(_Teacher):
             inputs = self._inputs([images[n] for n in numbers], [texts[n] for n in numbers], size)
             with inference(self.model, self.precision) as device:
                 made = self.model(**{name: tensor.to(device) for name, tensor in inputs.items()})
-            averaging = _averaging([texts[n] for n in numbers], [spans[n] for n in numbers])
+            positive = [phrase_tokens(texts[n], spans[n]) for n in numbers]
+            averaging = averaging_matrix(positive, max(len(texts[n]) for n in numbers))
             scores = made.logits.float().sigmoid().cpu()[:, :, : averaging.shape[2]] @ averaging.transpose(1, 2)
             boxes = made.pred_boxes.double().cpu()
             for row, number in enumerate(numbers):
@@ -325,16 +327,6 @@ def _of_one_size(sizes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list
     for number, size in enumerate(sizes):
         groups.setdefault(size, []).append(number)
     return groups
-
-
-def _averaging(texts: Sequence[TokenizedText], spans: Sequence[Sequence[Span]]) -> Tensor:
-    """float32 [B, S, M]: rows that take the mean over the tokens of a span; zeros for a span without tokens."""
-    most = max(1, *map(len, spans))
-    found = torch.zeros((len(texts), most, max(map(len, texts))))
-    for number, (text, some) in enumerate(zip(texts, spans, strict=True)):
-        for place, span in enumerate(some):
-            found[number, place, : len(text)] = torch.from_numpy(text.positive([span])).float()
-    return found / found.sum(dim=2, keepdim=True).clamp(min=1)
 
 
 def _cut_off(texts: Sequence[TokenizedText], spans: Sequence[Sequence[Span]]) -> list[tuple[bool, ...]]:

@@ -1,4 +1,4 @@
-"""Linear probing: the accuracy of a linear classifier on an image tower's features.
+"""Linear probing: the accuracy of a linear classifier on the features of an image tower, or of another medium's.
 
 Two protocols, both on frozen features of the tower before its projection into the space shared with texts:
 
@@ -14,6 +14,8 @@ Two protocols, both on frozen features of the tower before its projection into t
 
 To hold a run against: ImageNet with the ``slip`` protocol, ViT-B/16 after 25 epochs of YFCC15M, CLIP 66.5, SLIP 72.1.
 With ``clip``, the paper's table 10 has ImageNet at 76.1 for ViT-B/32 and 80.2 for ViT-B/16.
+
+Sets with official folds are cross-validated, as ESC-50 and UrbanSound8K: see :mod:`pipeline.evaluation.folds`.
 """
 
 import hashlib
@@ -30,15 +32,17 @@ from torch.nn import functional
 
 from pipeline.config import require
 from pipeline.errors import SettingError
+from pipeline.evaluation.accuracy import FoldCounts, fold_order, label_ranks
 from pipeline.evaluation.classes import IMAGENET, Labels, labelled_batches, read_classes
 from pipeline.evaluation.data import CardData, Data, open_data
-from pipeline.evaluation.encoder import Evaluable, inference
+from pipeline.evaluation.encoder import inference
+from pipeline.evaluation.media import AUTO, check_medium, encode_inputs, medium_of_set, medium_reader
 from pipeline.evaluation.suite import name_and_data
-from pipeline.evaluation.task import ACCURACY, Column, PreparedSet, Reading, Report
-from pipeline.evaluation.zero_shot import Counts, label_ranks
+from pipeline.evaluation.task import ACCURACY, FOLDS, Column, PreparedSet, Reading, Report
+from pipeline.loaders.batches import Reader
 from pipeline.loaders.images import ImageTransform, Pixels, crop_bits
 from pipeline.loaders.order import RandomStream, permutation
-from pipeline.loaders.readers import read_label
+from pipeline.loaders.readers import ImageReader, read_label
 from pipeline.loaders.work_progress import WorkProgress
 from pipeline.models.adapters.adapter import Shots
 from pipeline.models.adapters.linear_probe import class_rows, regression
@@ -48,7 +52,7 @@ from pipeline.sources import open_source
 
 logger = logging.getLogger(__name__)
 
-REPORT = Report("linear_probe", "linear probe", (*ACCURACY, Column("trained_on", "trained on", ",.0f")))
+REPORT = Report("linear_probe", "linear probe", (*ACCURACY, FOLDS, Column("trained_on", "trained on", ",.0f")))
 DECADES, WIDEST, FINEST = 6, 2.0, 1 / 8  # the penalty is searched in 10 ** (-6 ... 6)
 Chosen = dict[str, float]
 
@@ -101,6 +105,10 @@ class ProbeSets:
     """Class names: auto (the card's, ImageNet's for a set named imagenet, else all labels of the data) or a file."""
     label: str = ""
     """Key of the class in the samples' json; empty for the card's; cls for webdataset's member .cls."""
+    medium: str = AUTO
+    """Medium to classify: auto (the first one that the model encodes and the data have), image, audio."""
+    fold: str = ""
+    """Key of the fold in the samples' json: each fold is tested once, by a classifier trained on the others."""
     train_samples: int | None = None
     """Training images of each set, at equal distances; none for all of them."""
     test_samples: int | None = None
@@ -116,6 +124,8 @@ class ProbeSets:
         for name in ("test", "validation"):
             many = len(getattr(self, name))
             require(many in (0, len(self.data)), name, many, f"none, or one for each of the {len(self.data)} of data")
+            require(not (many and self.fold), name, many, "none, with --fold: each fold is a test set")
+        check_medium(self.medium)
         self.settings()
 
     def settings(self) -> Reading:
@@ -148,7 +158,7 @@ class ProbeSets:
         label = self.label or (card.label if card else "label")
 
         def of(what: Data, limit: int | None) -> PreparedSet:
-            return PreparedSet(name, REPORT.prefix, what, limit, Labels(classes, (), label))
+            return PreparedSet(name, REPORT.prefix, what, limit, Labels(classes, (), label, self.medium, self.fold))
 
         classes = self._classes(opened, name, label)
         return PreparedProbe(
@@ -231,7 +241,7 @@ def part_of(data: Data, part: str) -> CardData | None:
     return CardData(open_source({**card.source, **card.few_shot.parts[part]}), card)
 
 
-def linear_probe(model: Evaluable, sets: tuple[PreparedProbe, ...], settings: Reading, probe: Probe) -> Chosen:
+def linear_probe(model: Any, sets: tuple[PreparedProbe, ...], settings: Reading, probe: Probe) -> Chosen:
     """Probe on all sets: ``{"linear_probe/<set>/top1": ..., ".../mean_per_class": ..., ".../log10_c": ...}``.
 
     Raises:
@@ -248,10 +258,12 @@ def linear_probe(model: Evaluable, sets: tuple[PreparedProbe, ...], settings: Re
     return metrics
 
 
-def _probe_one(model: Evaluable, one: PreparedProbe, settings: Reading, probe: Probe) -> Chosen:
+def _probe_one(model: Any, one: PreparedProbe, settings: Reading, probe: Probe) -> Chosen:
     def features(what: PreparedSet, views: int = 0) -> Shots:
         return embed(model, what, settings, probe, views)
 
+    if one.train.ready.fold:
+        return _cross_validate(model, one, settings, probe)
     train = features(one.train, probe.views if probe.protocol == "slip" else 0)
     if one.test is not None:
         test = features(one.test)
@@ -259,9 +271,27 @@ def _probe_one(model: Evaluable, one: PreparedProbe, settings: Reading, probe: P
         train, test = split(train, probe.held_out, probe.seed)
     validation = features(one.validation) if one.validation is not None else None
     fitted = fit(train, validation, len(one.classes), probe)
-    counts = Counts(len(one.classes))
+    counts = FoldCounts(len(one.classes))
     counts.add(label_ranks(fitted.logits(test.first_view()), test.labels), test.labels)
     return {**counts.metrics(), "trained_on": float(len(train.labels)), **fitted.chosen}
+
+
+def _cross_validate(model: Any, one: PreparedProbe, settings: Reading, probe: Probe) -> Chosen:
+    """Train on all folds but one and test on that one, for each fold; features are computed once. Means over folds."""
+    test, folds = embed_folds(model, one.train, settings, probe)
+    train = embed(model, one.train, settings, probe, probe.views) if probe.protocol == "slip" else test
+    names = sorted(set(folds), key=fold_order)
+    require(len(names) >= 2, "fold", one.train.ready.fold, f"a key with two folds or more; {one.name} has {names}")
+    counts, chosen = FoldCounts(len(one.classes)), []
+    for name in names:
+        inside = torch.tensor([fold == name for fold in folds])
+        fitted = fit(_take(train, ~inside), None, len(one.classes), probe)
+        held = _take(test, inside)
+        counts.add(label_ranks(fitted.logits(held.first_view()), held.labels), held.labels, [name] * len(held.labels))
+        chosen.append({"trained_on": float((~inside).sum()), **fitted.chosen})
+        logger.info("linear probe %s: fold %s of %d, %d of %d", one.name, name, len(names), len(chosen), len(names))
+    means = {name: sum(each[name] for each in chosen) / len(chosen) for name in chosen[0]}
+    return {**counts.metrics(), **means}
 
 
 def fit(train: Shots, validation: Shots | None, classes: int, probe: Probe) -> Linear:
@@ -337,30 +367,51 @@ def by_sgd(train: Shots, classes: int, probe: Probe) -> Linear:
     return Linear(weight.detach(), bias.detach(), {})
 
 
-def embed(model: Evaluable, one: PreparedSet, settings: Reading, probe: Probe, views: int = 0) -> Shots:
-    """Features, float32 [N, V, D] on the CPU: of the evaluation view, or of ``views`` random crops.
+def embed(model: Any, one: PreparedSet, settings: Reading, probe: Probe, views: int = 0) -> Shots:
+    """Features, float32 [N, V, D] on the CPU: of the evaluation view, or of ``views`` random crops of images.
 
     A crop is a pure function of (seed, view, image).
-    """
-    still = model.transforms(train=False)
-    looks: list[ImageTransform] = [still]
-    if views:
-        looks = [random_view(still, probe.seed, view) for view in range(views)]
-    read = [_one_look(model, one, settings, look, probe.features) for look in looks]
-    return Shots(torch.stack([features for features, _ in read], dim=1), read[0][1])
-
-
-def tower_features(model: Evaluable, images: Tensor, kind: str = "tower") -> Tensor:
-    """uint8 [B, 3, H, W] on the model's device to float [B, D].
 
     Raises:
-        SettingError: the tower's own features of a model with an unknown image tower.
+        SettingError: random crops of another medium, or features that :func:`tower_features` does not have.
+    """
+    return embed_folds(model, one, settings, probe, views)[0]
+
+
+def embed_folds(
+    model: Any, one: PreparedSet, settings: Reading, probe: Probe, views: int = 0
+) -> tuple[Shots, list[str]]:
+    """:func:`embed`, and the fold of each sample if the set has folds."""
+    medium = medium_of_set(model, one, one.ready.medium)
+    looks = [medium_reader(model, medium)]
+    if views:
+        require(medium == "image", "protocol", probe.protocol, f"clip, for {medium}: random crops are of images")
+        still = model.transforms(train=False)
+        looks = [ImageReader(transform=random_view(still, probe.seed, view)) for view in range(views)]
+    read = [_one_look(model, one, settings, look, medium, probe.features) for look in looks]
+    features = torch.stack([features for features, _, _ in read], dim=1)
+    return Shots(features, read[0][1]), read[0][2]
+
+
+def tower_features(model: Any, inputs: Tensor, kind: str = "tower", medium: str = "image") -> Tensor:
+    """The inputs of a medium (images: uint8 [B, 3, H, W]) on the model's device to float [B, D].
+
+    A method with ``M_features`` for a medium M gives those as the tower's own, float [B, D].
+
+    Raises:
+        SettingError: the tower's own features of a model with an unknown tower.
     """
     if kind == "joint":
-        return functional.normalize(model.encode_image(images), dim=-1)
-    if not isinstance(model, Clip):
-        raise SettingError("features", kind, f"joint, for {type(model).__name__}, whose image tower is not known here")
-    return unprojected(cast(Any, model.model).visual, (images.float() - model.mean) / model.std)
+        return encode_inputs(model, medium, inputs, inputs.device)
+    own = getattr(model, f"{medium}_features", None)
+    if own is not None:
+        features: Tensor = own(inputs)
+        return features
+    if medium != "image" or not isinstance(model, Clip):
+        raise SettingError(
+            "features", kind, f"joint, for {type(model).__name__}, whose {medium} tower is not known here"
+        )
+    return unprojected(cast(Any, model.model).visual, (inputs.float() - model.mean) / model.std)
 
 
 def split(shots: Shots, share: float, seed: int) -> tuple[Shots, Shots]:
@@ -407,14 +458,15 @@ def random_view(still: ImageTransform, seed: int, view: int) -> RandomView:
 
 
 def _one_look(
-    model: Evaluable, one: PreparedSet, settings: Reading, look: ImageTransform, kind: str
-) -> tuple[Tensor, Tensor]:
-    features, labels = [], []
+    model: Any, one: PreparedSet, settings: Reading, look: Reader, medium: str, kind: str
+) -> tuple[Tensor, Tensor, list[str]]:
+    features, labels, folds = [], [], []
     for batch in labelled_batches(look, one, settings):
         with inference(model, settings.evaluation_precision) as device:
-            features.append(tower_features(model, batch["image"].to(device), kind).float().cpu())
+            features.append(tower_features(model, batch[medium].to(device), kind, medium).float().cpu())
         labels.append(batch["label"])
-    return torch.cat(features), torch.cat(labels)
+        folds += batch.get("fold", [])
+    return torch.cat(features), torch.cat(labels), folds
 
 
 def _regressed(shots: Shots, logarithm: float, probe: Probe, start: Any = None) -> Any:

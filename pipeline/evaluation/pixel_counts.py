@@ -85,7 +85,7 @@ def by_word(prefix: str, names: Sequence[str], values: NDArray[Any]) -> dict[str
 
 
 @dataclass(frozen=True)
-class Part:
+class CountedPart:
     """Part ``number`` of ``count``, from 0: every ``count``-th sample. ``folder`` is where parts write their counts."""
 
     number: int = 0
@@ -93,8 +93,8 @@ class Part:
     folder: str = ""
 
     @classmethod
-    def parse(cls, text: str, folder: str) -> "Part":
-        """``Part(1, 4, folder)`` of ``2/4``.
+    def parse(cls, text: str, folder: str) -> "CountedPart":
+        """``CountedPart(1, 4, folder)`` of ``2/4``.
 
         Raises:
             SettingError: another form, or a part without a folder.
@@ -113,7 +113,9 @@ class Part:
         return f"part-{number + 1}-of-{self.count}.json"
 
 
-def sum_of_parts(counts: PixelCounts, samples: int, part: Part, about: Mapping[str, Any]) -> tuple[PixelCounts, int]:
+def sum_of_parts(
+    counts: PixelCounts, samples: int, part: CountedPart, about: Mapping[str, Any]
+) -> tuple[PixelCounts, int]:
     """Write the counts of this part; return the sum of all parts that exist by now, and their number of samples.
 
     Args:

@@ -4,11 +4,16 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.evaluation.search import Match
 from pipeline.evaluation.task import Report, tasks
 from pipeline.models.detections import Detections
 from pipeline.models.segments import Segmentation
 from pipeline.shards.objects import names_of
 from pipeline.shards.storage import Folder
+from pipeline.stages.annotate.embeddings import caption_of
+from pipeline.stages.report.dataset_report import plain
+
+LONGEST = 60  # characters of a caption in a table
 
 
 def table(metrics: Mapping[str, float], reports: Sequence[Report] = ()) -> str:
@@ -45,6 +50,14 @@ def segments_table(found: Segmentation, words: Sequence[str]) -> str:
         name, shown = ("no word", "-") if number < 0 else (names_of(words[number])[0], mean)
         rows.append((part, [name, f"{100 * part:.1f}", shown]))
     return _aligned([["word", "pixels", "probability"], *(row for _, row in sorted(rows, reverse=True))])
+
+
+def matches_table(matches: Sequence[Match]) -> str:
+    """One line per match of a search: its caption, cosine and key."""
+    captions = [plain(caption_of(match.sample) or "", LONGEST) for match in matches]
+    rows = zip(captions, matches, strict=True)
+    lines = [[caption, f"{match.score:.3f}", match.sample.key] for caption, match in rows]
+    return _aligned([["caption", "cosine", "key"], *lines])
 
 
 def write_result(place: str, metrics: Mapping[str, float], about: Mapping[str, Any]) -> None:

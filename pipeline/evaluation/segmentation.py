@@ -20,7 +20,7 @@ from pipeline.errors import DataError
 from pipeline.evaluation.background import Background, ThresholdCounts
 from pipeline.evaluation.data import evaluation_batches
 from pipeline.evaluation.encoder import inference
-from pipeline.evaluation.pixel_counts import Part, PixelCounts, sum_of_parts
+from pipeline.evaluation.pixel_counts import CountedPart, PixelCounts, sum_of_parts
 from pipeline.loaders.images import resize
 from pipeline.loaders.label_figures import label_figure
 from pipeline.loaders.segmentation import LabelClasses, SegmentationReader
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 IMAGES_AT_ONCE = 4
-WHOLE = Part()
+WHOLE = CountedPart()
 PATCH_TEMPLATES = ("a photo of a {}.",)
 GROUND = "(background)"  # name of the background where no word stands for it
 
@@ -89,7 +89,7 @@ def evaluate_segmentation(
     batch: int = IMAGES_AT_ONCE,
     threads: int = 4,
     precision: str = "fp32",
-    part: Part = WHOLE,
+    part: CountedPart = WHOLE,
     identity: str = "",
 ) -> dict[str, float]:
     """Segment all images, or those of a part, at their stored size.
@@ -151,7 +151,7 @@ def segmented_images(
     batch: int,
     threads: int,
     precision: str,
-    part: Part = WHOLE,
+    part: CountedPart = WHOLE,
 ) -> Iterator[tuple[Tensor, Segmentation]]:
     """The label map of every image of a part, int16 [H, W], and what the model finds."""
     mine = islice(samples, part.number, None, part.count)

@@ -52,3 +52,13 @@ def model_figures(model: object, prepared: PreparedSuite, title: str = "") -> di
         drawn = kinds[one.kind].figures(model, one, title)
         figures |= {f"{name}/{one.name}": figure for name, figure in drawn.items()}
     return figures
+
+
+def model_files(model: object, prepared: PreparedSuite) -> dict[str, bytes]:
+    """``<metric prefix>/<set>/<file>`` for every file of a set's task."""
+    kinds = tasks()
+    return {
+        f"{kinds[one.kind].report.prefix}/{one.name}/{name}": content
+        for one in prepared.sets
+        for name, content in kinds[one.kind].files(model, one).items()
+    }

@@ -48,6 +48,7 @@ class Report:
 
 
 SAMPLES = Column("samples", format=",.0f")
+FOLDS = Column("folds", format=".0f")
 ACCURACY = (
     *(Column("top1", "top-1"), Column("top5", "top-5"), Column("mean_per_class", "per class")),
     *(Column("chance"), SAMPLES),
@@ -116,6 +117,10 @@ class Task(ABC):
 
     def figures(self, model: Any, one: PreparedSet, title: str) -> dict[str, "Figure"]:
         """Figures of a few samples; a slash and the set's name are appended to each name."""
+        return {}
+
+    def files(self, model: Any, one: PreparedSet) -> dict[str, bytes]:
+        """Files of a few samples beside the figures, such as sounds to play, by name with its ending."""
         return {}
 
 

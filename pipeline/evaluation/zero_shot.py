@@ -7,17 +7,17 @@ templates; open_clip measures 63.3 % for the released weights.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from pipeline.config import require
+from pipeline.evaluation.accuracy import Counts, FoldCounts, label_ranks
 from pipeline.evaluation.encoder import TEXTS_AT_ONCE, Encoder, encode_tokens, inference
+from pipeline.evaluation.media import encode_inputs
 from pipeline.models.towers.prompts import average_prompts, fill_template
 
-TOP = 5
 NO_TEMPLATE = ("{}",)
 
 
@@ -43,28 +43,34 @@ def classifier(
 
 
 def zero_shot(
-    model: Encoder, batches: Iterable[Mapping[str, Tensor]], class_vectors: Tensor, precision: str = "fp32"
+    model: Any,
+    batches: Iterable[Mapping[str, Any]],
+    class_vectors: Tensor,
+    precision: str = "fp32",
+    medium: str = "image",
 ) -> dict[str, float]:
-    """Classify the images of ``batches`` by their nearest class vector.
+    """Classify the images, or the inputs of another medium, of ``batches`` by their nearest class vector.
 
     Args:
-        model: encodes the images.
-        batches: mappings with ``image``, uint8 ``[B, 3, H, W]``, and ``label``, int64 ``[B]`` in ``0 ... C - 1``.
+        model: encodes the medium, see :mod:`pipeline.evaluation.media`.
+        batches: mappings with the medium's inputs, such as ``image``, uint8 ``[B, 3, H, W]``, and ``label``, int64
+            ``[B]`` in ``0 ... C - 1``. ``fold``, a list of ``B`` texts, may be there.
         class_vectors: float ``[C, D]``, from :func:`classifier`.
         precision: "fp32" or "bf16".
+        medium: key of the inputs.
 
     Returns:
         ``top1``, ``top5``, ``mean_per_class`` (top-1, averaged over the classes that occur) and ``chance`` (top-1
-        of random guessing), all in 0 ... 1; ``samples``.
+        of random guessing), all in 0 ... 1; ``samples``. With folds, the means over folds, see :class:`FoldCounts`.
     """
-    counts = Counts(len(class_vectors))
+    counts = FoldCounts(len(class_vectors))
     with inference(model, precision) as device:
         weights = class_vectors.to(device).float()
         for batch in batches:
-            features = functional.normalize(model.encode_image(batch["image"].to(device)).float(), dim=-1)
+            features = encode_inputs(model, medium, batch[medium], device)
             with torch.autocast(device.type, enabled=False):
                 ranks = label_ranks(features @ weights.T, batch["label"].to(device))
-            counts.add(ranks.cpu(), batch["label"].cpu())
+            counts.add(ranks.cpu(), batch["label"].cpu(), batch.get("fold"))
     return counts.metrics()
 
 
@@ -101,43 +107,3 @@ class WithHead(Encoder, Protocol):
     def classify(self, image: Tensor) -> Tensor:
         """uint8 ``[B, 3, H, W]`` -> logits ``[B, C]``."""
         ...
-
-
-def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """Number of classes that rank before the correct one: scores ``[B, C]``, labels int64 ``[B]`` -> int64 ``[B]``.
-
-    At equal scores the lower class number ranks first, as with argmax; so a model that gives every class the same score
-    always predicts class 0. NaN never counts as correct.
-    """
-    right = scores.gather(1, labels[:, None])
-    numbers = torch.arange(scores.shape[1], device=scores.device)
-    level = scores == right
-    ahead = ~(level | (scores < right)) | (level & (numbers < labels[:, None]))
-    return ahead.sum(dim=1)
-
-
-class Counts:
-    """Per-class counts, int64 ``[C]``, of all images so far."""
-
-    def __init__(self, classes: int) -> None:
-        self.classes = classes
-        self.seen, self.first, self.among = torch.zeros(3, classes, dtype=torch.int64).unbind()
-
-    def add(self, ranks: Tensor, labels: Tensor) -> None:
-        """Count images by :func:`label_ranks`, int64 ``[B]``, and their labels, int64 ``[B]``."""
-        self.seen += torch.bincount(labels, minlength=self.classes)
-        self.first += torch.bincount(labels[ranks == 0], minlength=self.classes)
-        self.among += torch.bincount(labels[ranks < TOP], minlength=self.classes)
-
-    def metrics(self) -> dict[str, float]:
-        """The metrics of :func:`zero_shot`."""
-        total = int(self.seen.sum())
-        require(total > 0, "batches", total, "one image or more")
-        occurring = self.seen > 0
-        return {
-            "top1": int(self.first.sum()) / total,
-            "top5": int(self.among.sum()) / total,
-            "mean_per_class": float((self.first[occurring] / self.seen[occurring]).double().mean()),
-            "chance": 1 / self.classes,
-            "samples": float(total),
-        }

@@ -8,9 +8,10 @@ shard, so that batches keep their size and every run makes the same replacement;
 
 import logging
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice, starmap
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,12 +20,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from pipeline.config import require
 from pipeline.errors import ClipmillError, DataError
 from pipeline.loaders.cache import FileCache
-from pipeline.loaders.cores import cores
 from pipeline.loaders.mixture import MixedOrder, MixedSamples, TrainingData, open_samples
 from pipeline.loaders.order import Order
 from pipeline.loaders.samples import Samples, UnreadableSample, check_fields
 from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Snapshot
+from pipeline.stages.cores import cores
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ class SamplePosition(NamedTuple):
 class Reader(Protocol):
     """One or several keys of a batch. Readers pickle: they travel to the loader's processes.
 
-    A reader of sidecars has them in ``sidecars``, a sequence of :class:`~pipeline.shards.sidecar.Wanted`.
+    A reader of sidecars has them in ``sidecars``, a sequence of :class:`~pipeline.shards.sidecar.Wanted`. A reader that
+    can leave a part of its work to the training's device has ``on_device()``, which gives a :class:`DeviceReader`.
     """
 
     @property
@@ -68,6 +70,14 @@ class Reader(Protocol):
         ...
 
 
+class DeviceReader(Reader, Protocol):
+    """A reader whose batches are finished in the training process."""
+
+    def finish(self, batch: Batch, device: torch.device) -> Batch:
+        """The batch with what :meth:`collate` left to do done on ``device``."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
     """How the data loader reads samples; no option here changes which samples a batch holds."""
@@ -76,6 +86,9 @@ class LoaderConfig:
     """Decoding processes per training worker; 0 decodes in the worker; none is four, or fewer where cores are fewer."""
     prefetch: int = 4
     """Batches that each decoding process prepares ahead, 1 to 64."""
+    image_decoder: Literal["cpu", "cuda"] = "cpu"
+    """Where training decodes JPEGs: cpu (the decoding processes) or cuda (the GPU that trains, by nvJPEG), which frees
+    cores. Only for methods that read one random crop of an image. Pixels differ by rounding."""
     open_shards: int = 128
     """Shards that each decoding process keeps memory-mapped, 1 or more."""
     cache_folder: str = ""
@@ -113,9 +126,22 @@ def training_batches(
 
     Raises:
         DataError: the snapshot lacks a field, a shard is damaged, or all samples of a shard are unreadable.
-        SettingError: two readers give the same key.
+        SettingError: two readers give the same key, or the GPU cannot decode what they read.
     """
-    return _batches(snapshot, readers, _Steps(order, steps, rank, world), config)
+    sampler = _Steps(order, steps, rank, world)
+    if config.image_decoder == "cpu":
+        return _batches(snapshot, readers, sampler, config)
+    device, on_device = decoding_device(), [reader.on_device() for reader in readers if hasattr(reader, "on_device")]
+    allowed = "cpu, since this method's own readers decode its images"
+    require(bool(on_device), "image_decoder", config.image_decoder, allowed)
+    others = [reader for reader in readers if not hasattr(reader, "on_device")]
+    return _finished(_batches(snapshot, [*on_device, *others], sampler, config), on_device, device)
+
+
+def decoding_device() -> torch.device:
+    """The GPU of this training process; raises ``SettingError`` if it has none."""
+    require(torch.cuda.is_available(), "image_decoder", "cuda", "cpu, since torch finds no GPU here")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def snapshot_batches(
@@ -244,6 +270,16 @@ def _raising(batches: Iterable[Batch | ClipmillError]) -> Generator[Batch, None,
         if isinstance(batch, ClipmillError):
             raise batch
         yield batch
+
+
+def _finished(
+    batches: Generator[Batch, None, None], readers: Sequence[DeviceReader], device: torch.device
+) -> Generator[Batch, None, None]:
+    with closing(batches):
+        for batch in batches:
+            for reader in readers:
+                batch = reader.finish(batch, device)
+            yield batch
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -183,14 +183,26 @@ class StoredBoxes:
         return cls(wanted=Wanted(name=name, job=JOB, optional=True), least_score=least_score) if name else None
 
 
-def objects_in(sample: Sample, stored: StoredBoxes | None = None) -> Objects:
+def objects_in(
+    sample: Sample, stored: StoredBoxes | None = None, seed: int = 0, at: SamplePosition | None = None
+) -> Objects:
     """The objects of ``sample``: those of its row of ``stored`` where it has one, else of ``boxes.json``.
+
+    They come with one of their captions, among those whose phrases name objects: the first one, in training a random
+    one.
 
     Raises:
         UnreadableSample: ``boxes.json`` is malformed, or the image was unreadable when the pseudo boxes were made.
         DataError: neither a row nor ``boxes.json``.
         SidecarError: a malformed row.
     """
+    found = _all_objects(sample, stored)
+    usable = [n for n, one in enumerate(found.captions) if any(phrase.objects for phrase in one.phrases)] or [0]
+    chosen = 0 if at is None else int(random_bits(seed, RandomStream.TEXTS, *at, 1)[0] % len(usable))
+    return found.with_caption(usable[chosen])
+
+
+def _all_objects(sample: Sample, stored: StoredBoxes | None) -> Objects:
     if stored is not None:
         row = sample.rows.get(stored.wanted.name)
         if row is not None:
@@ -295,7 +307,7 @@ class DetectionReader:
 
     def find(self, sample: Sample, at: SamplePosition | None) -> Targets:
         """The objects of ``sample``; raises ``UnreadableSample`` where they cannot be read."""
-        objects = objects_in(sample, self.pseudo)
+        objects = objects_in(sample, self.pseudo, self.seed, at)
         placement = self.resize.place(objects.height, objects.width, self.seed, at)
         moved = placement.boxes(objects.boxes)
         wanted = [self._numbers.get(plain_word(label), BACKGROUND) if self.classes else 0 for label in objects.labels]

@@ -6,9 +6,11 @@ detector and data with phrases, also mixed in one run:
 - Objects with classes: the prompt is made of names of the data set's classes. For federated data (LVIS) only classes
   that were verified are sampled as negatives.
 - A caption with phrases: the prompt is the caption, alone or among captions of other images. Objects that no phrase
-  names are left out. An image is not mirrored if its caption says left or right.
+  names are left out. An image is not mirrored if its caption says left or right. Of several captions one is drawn.
 - Samples with both are read as captions with the probability ``caption_share``.
 - Pseudo boxes: the same, from a sidecar of jobs/annotate_pseudo_boxes.py, where the data set has it.
+- A caption without any annotated object says nothing about its words: they may be in the image or not. The authors draw
+  another sample in its place; here it stays, with ``annotated`` False, and losses leave it out.
 
 Everything random is a function of (seed, epoch, sample number).
 """
@@ -42,7 +44,8 @@ from pipeline.loaders.grounding_prompts import (
 )
 from pipeline.loaders.images import decode, encoded_image
 from pipeline.loaders.mixture import parts_of, read_data
-from pipeline.loaders.order import RandomStream, permutation, random_bits
+from pipeline.loaders.order import RandomStream, permutation, random_bits, uniform
+from pipeline.loaders.samples import UnreadableSample
 from pipeline.shards.objects import FIELD, Objects
 from pipeline.shards.sample import Sample
 from pipeline.shards.sidecar import Wanted
@@ -130,6 +133,11 @@ class Grounding:
     classes: tuple[tuple[str, Span], ...] = ()
     about: tuple[Span, ...] = ()
 
+    @property
+    def annotated(self) -> bool:
+        """Whether it is known which words of the prompt are in the image."""
+        return bool(self.classes or self.objects)
+
 
 @dataclass(frozen=True)
 class GroundedTargets:
@@ -158,6 +166,7 @@ class GroundingReader:
     boxes         float32 [B, G, 4], x1, y1, x2, y2 in pixels of the square, padded with zeros; G is at least 1
     counts        int64 [B], the number of boxes of each image, 0 or more
     positive_map  bool [B, G, M], the tokens of each box's phrases; at least one for every real box
+    annotated     bool [B], False for a caption without any annotated object
     left_out      int64 [B], boxes whose phrase has no token within the limit
 
     Crowds, objects cut off by the augmentation and objects whose label or phrase is not in the prompt are left out. At
@@ -192,7 +201,7 @@ class GroundingReader:
 
     def find(self, sample: Sample, at: SamplePosition | None) -> GroundedTargets:
         """The prompt and the objects of ``sample``; raises as :meth:`read`, except for the image."""
-        objects = objects_in(sample, self._stored)
+        objects = objects_in(sample, self._stored, self.seed, at)
         prompt = self.prompt(objects, at)
         placement = self._place(objects, prompt.text, at)
         tokens = self.tokenizer(prompt.text, self.options.text_tokens)
@@ -218,22 +227,17 @@ class GroundingReader:
             "tokens": targets.tokens.ids,
             "boxes": torch.from_numpy(targets.boxes).float(),
             "positive_map": targets.positive,
+            "annotated": targets.prompt.annotated,
             "left_out": targets.left_out,
         }
 
     def collate(self, rows: list[Row]) -> Batch:
         """The tensors named above."""
-        longest = max(len(row["tokens"]) for row in rows)
-        width = -(-longest // MULTIPLE) * MULTIPLE
-        tokens = torch.full((len(rows), width), self.tokenizer.pad, dtype=torch.int64)
-        mask = torch.zeros((len(rows), width), dtype=torch.bool)
+        tokens, mask = padded_tokens([row["tokens"] for row in rows], self.tokenizer.pad)
         maps = []
-        for number, row in enumerate(rows):
-            length = len(row["tokens"])
-            tokens[number, :length] = torch.from_numpy(row["tokens"])
-            mask[number, :length] = True
-            positive = torch.zeros((len(row["boxes"]), width), dtype=torch.bool)
-            positive[:, :length] = torch.from_numpy(row["positive_map"])
+        for row in rows:
+            positive = torch.zeros((len(row["boxes"]), tokens.shape[1]), dtype=torch.bool)
+            positive[:, : len(row["tokens"])] = torch.from_numpy(row["positive_map"])
             maps.append(positive)
         return {
             "image": default_collate([row["image"] for row in rows]),
@@ -243,6 +247,7 @@ class GroundingReader:
             "boxes": padded([row["boxes"] for row in rows], 0.0),
             "counts": torch.tensor([len(row["boxes"]) for row in rows], dtype=torch.int64),
             "positive_map": padded(maps, False),
+            "annotated": torch.tensor([row["annotated"] for row in rows]),
             "left_out": torch.tensor([row["left_out"] for row in rows], dtype=torch.int64),
         }
 
@@ -253,10 +258,13 @@ class GroundingReader:
         sample with classes is read by its classes.
 
         Raises:
-            DataError: neither a caption nor classes of the data set.
+            UnreadableSample: labels are phrases, and there is no caption.
+            DataError: labels are classes, and neither the data set nor the settings name them.
         """
         vocabulary = self._vocabularies[self._part(at)]
         at = None if self.options.fixed_prompts else at
+        if objects.open_labels and not objects.caption:
+            raise UnreadableSample(f"{objects.key} has no caption")
         if not len(vocabulary) and not objects.caption:
             raise DataError(f"sample {objects.key} has no caption, and its data set names no classes; name them")
         if not len(vocabulary) or objects.open_labels or (objects.phrases and self._prefers_caption(at)):
@@ -299,8 +307,8 @@ class GroundingReader:
     def _prefers_caption(self, at: SamplePosition | None) -> bool:
         if at is None:
             return False
-        first = random_bits(self.seed, RandomStream.PROMPTS, *at, 1)[0]
-        return int(first >> np.uint64(11)) * 2.0**-53 < self.options.caption_share
+        (first,) = uniform(random_bits(self.seed, RandomStream.PROMPTS, *at, 1))
+        return bool(first < self.options.caption_share)
 
     def _place(self, objects: Objects, text: str, at: SamplePosition | None) -> Placement:
         """A mirrored image would contradict a caption with left or right."""
@@ -324,15 +332,30 @@ class GroundingReader:
         return [ClassVocabulary(classes, self.tokenizer) for classes in self.data.classes]
 
 
-def padded_tokens(texts: Sequence[TokenizedText], pad: int) -> tuple[Tensor, Tensor]:
-    """Tokens int64 [B, M] and bool [B, M], False for padding; M is a multiple of 8."""
+def padded_tokens(texts: Sequence[NDArray[np.int64]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token numbers int64 [B, M] and bool [B, M], False for padding; M is a multiple of 8."""
     longest = -(-max(map(len, texts)) // MULTIPLE) * MULTIPLE
     tokens = torch.full((len(texts), longest), pad, dtype=torch.int64)
     mask = torch.zeros(tokens.shape, dtype=torch.bool)
     for number, one in enumerate(texts):
-        tokens[number, : len(one)] = torch.from_numpy(one.ids)
+        tokens[number, : len(one)] = torch.from_numpy(one)
         mask[number, : len(one)] = True
     return tokens, mask
+
+
+def phrase_tokens(tokenized: TokenizedText, spans: Sequence[Span]) -> NDArray[np.bool_]:
+    """Bool [P, M]: the tokens of each span."""
+    rows = [tokenized.positive([span]) for span in spans]
+    return np.array(rows, np.bool_).reshape(len(rows), len(tokenized))
+
+
+def averaging_matrix(positive: Sequence[NDArray[np.bool_]], tokens: int) -> Tensor:
+    """float32 [B, P, M] from the tokens of the phrases of each image, bool [P_b, M_b]; P is at least 1."""
+    most = max(1, *(len(one) for one in positive))
+    found = torch.zeros(len(positive), most, tokens)
+    for row, one in zip(found, positive, strict=True):
+        row[: one.shape[0], : one.shape[1]] = torch.from_numpy(one).float()
+    return found / found.sum(dim=2, keepdim=True).clamp(min=1)
 
 
 def _labelled(objects: Objects) -> list[tuple[str, bool]]:

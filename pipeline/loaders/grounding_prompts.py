@@ -21,6 +21,7 @@ from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_t
 
 from pipeline.config import require
 from pipeline.errors import SettingError, unreadable
+from pipeline.loaders.order import uniform
 from pipeline.shards.objects import plain_word
 
 Span = tuple[int, int]
@@ -28,6 +29,9 @@ Bits = NDArray[np.uint64]
 
 START, END, PAD, UNKNOWN, MASK = "[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]"
 SPECIAL = (PAD, UNKNOWN, START, END, MASK)
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+CLIP_MASK = "\u00f0\u0141\u0134\u0133</w>"
+"""The token that GLIPv2's public code takes as CLIP's mask, which has none: an emoji."""
 SEPARATOR = ". "
 DRAWN = "drawn"
 """Name of the tokenizer with the words of the embedded world."""
@@ -60,13 +64,13 @@ class TokenizedText:
 
 
 class SpanTokenizer:
-    """BERT's tokenizer with the position of each token in the text; pickles as its description."""
+    """BERT's or CLIP's tokenizer with the position of each token in the text; pickles as its description."""
 
     def __init__(self, description: str) -> None:
         """``description`` is the JSON text of a tokenizer of the library ``tokenizers``: a ``tokenizer.json``.
 
         Raises:
-            SettingError: not such a text, or one without BERT's special tokens.
+            SettingError: not such a text, or one without the special tokens of BERT or of CLIP.
         """
         self.description = description
         try:
@@ -76,10 +80,13 @@ class SpanTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         numbers = self._tokenizer.get_vocab(with_added_tokens=True)
-        missing = [token for token in (START, END, PAD) if token not in numbers]
-        require(not missing, "tokenizer", missing, f"a tokenizer with {START}, {END} and {PAD}")
-        self.pad, self.mask, self.vocab_size = numbers[PAD], numbers.get(MASK), max(numbers.values()) + 1
-        self.start, self.end = numbers[START], numbers[END]
+        clip = CLIP_START in numbers and CLIP_END in numbers
+        start, end, pad, mask = (CLIP_START, CLIP_END, CLIP_END, CLIP_MASK) if clip else (START, END, PAD, MASK)
+        missing = [token for token in (start, end, pad) if token not in numbers]
+        allowed = f"a tokenizer with {START}, {END} and {PAD}, or with {CLIP_START} and {CLIP_END}"
+        require(not missing, "tokenizer", missing, allowed)
+        self.start, self.end, self.pad, self.mask = numbers[start], numbers[end], numbers[pad], numbers.get(mask)
+        self.vocab_size = max(numbers.values()) + 1
         self._remembered = lru_cache(REMEMBERED_TEXTS)(self._count)
 
     def __reduce__(self) -> tuple[type["SpanTokenizer"], tuple[str]]:
@@ -138,7 +145,8 @@ class SpanTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
-        return text
+        ending = getattr(self._tokenizer.model, "end_of_word_suffix", None)
+        return text.replace(ending, " ").strip() if ending else text
 
     def count(self, text: str) -> int:
         """The number of pieces of ``text``, without start and end."""
@@ -301,12 +309,12 @@ def mix_captions(
     """
     if bits is None or not others or not options.mixed_captions:
         return caption, 0
-    kind = _uniform(bits[0])
+    kind = uniform(bits[0])
     if kind < options.captions_alone:
         return caption, 0
     full = kind < options.captions_alone + options.captions_filled
-    count = options.mixed_captions if full else 1 + int(_uniform(bits[1]) * options.mixed_captions)
-    picks = [others[int(_uniform(one) * len(others))] for one in bits[3 : 3 + count]]
+    count = options.mixed_captions if full else 1 + int(uniform(bits[1]) * options.mixed_captions)
+    picks = [others[int(uniform(one) * len(others))] for one in bits[3 : 3 + count]]
     left, added = options.text_tokens - 2 - tokenizer.count(_sentence(caption)), []
     for text in dict.fromkeys(_sentence(pick) for pick in picks if pick.strip()):
         cost = tokenizer.count(text)
@@ -314,7 +322,7 @@ def mix_captions(
             left -= cost
             added.append(text)
     order = np.argsort(bits[3 + count : 3 + count + len(added)], kind="stable").tolist()
-    place = int(_uniform(bits[2]) * (len(added) + 1))
+    place = int(uniform(bits[2]) * (len(added) + 1))
     before = [added[number] for number in order[:place]]
     after = [added[number] for number in order[place:]]
     start = sum(len(text) + 1 for text in before)
@@ -328,11 +336,6 @@ def _sentence(text: str) -> str:
 
 def _number_of(most: int, full: float, bits: Bits | None) -> int:
     """``most`` with probability ``full``, else uniform from 1 to ``most``."""
-    if bits is None or not most or _uniform(bits[0]) < full:
+    if bits is None or not most or uniform(bits[0]) < full:
         return most
-    return 1 + int(_uniform(bits[1]) * most)
-
-
-def _uniform(bits: np.uint64) -> float:
-    """53 bits as a number in [0, 1)."""
-    return int(bits >> np.uint64(11)) * 2.0**-53
+    return 1 + int(uniform(bits[1]) * most)

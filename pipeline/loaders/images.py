@@ -27,6 +27,7 @@ from pipeline.config import require
 from pipeline.errors import DataError, SampleError, unreadable
 from pipeline.loaders.order import RandomStream, random_bits
 from pipeline.loaders.samples import UnreadableSample
+from pipeline.shards.pixels import MAX_PIXELS as MAX_PIXELS
 from pipeline.shards.pixels import Pixels as Pixels
 from pipeline.shards.pixels import rgb
 from pipeline.shards.sample import Sample
@@ -34,7 +35,6 @@ from pipeline.shards.storage import split_file
 
 Box = tuple[int, int, int, int]
 
-MAX_PIXELS = 64_000_000  # images in shards are small; a larger one is an attack or a mistake
 ATTEMPTS = 10
 SHRINKS = (8, 4, 2)  # 1 / what libjpeg decodes to with vector instructions; 3/8, 5/8 and so on are slower than 1
 MARGIN = 1.25  # smallest ratio of a reduced crop to the result; below it, sharp photographs fall to 36 dB
@@ -115,10 +115,12 @@ class ImageTransform:
         top, left, height, width = box
         return resize(pixels[top : top + height, left : left + width], self.size, self.interpolation)
 
+    def flips(self, random_bits: NDArray[np.uint64]) -> bool:
+        """Whether the image is mirrored."""
+        return bool(self.flip) and _uniforms(random_bits[:1])[0] < self.flip
+
     def _flipped(self, tensor: Tensor, random_bits: NDArray[np.uint64] | None) -> Tensor:
-        if self.flip and random_bits is not None and _uniforms(random_bits[:1])[0] < self.flip:
-            return tensor.flip(-1)
-        return tensor
+        return tensor.flip(-1) if random_bits is not None and self.flips(random_bits) else tensor
 
     def _box(self, height: int, width: int, uniform: list[float]) -> Box:
         if self.crop == "square":

@@ -75,6 +75,10 @@ class RandomStream(IntEnum):
     """How far the box around a mask is moved."""
     TEXTS = 32
     """Which caption or question of an image is read."""
+    SOUND_CROPS = 33
+    """Random segment of a sound."""
+    SOUNDS = 40
+    """Augmentation of a sound."""
     VIEWS = 64
     """Random crops of view v of an image: 64 + v, 64 to 127."""
     COLOURS = 128
@@ -89,6 +93,12 @@ def random_bits(seed: int, stream: int, epoch: int, number: int, count: int) -> 
     generator = np.random.Philox(key=[seed, int(stream)], counter=[0, 0, epoch, number])
     bits: NDArray[np.uint64] = generator.random_raw(count)
     return bits
+
+
+def uniform(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Random 64-bit integers as numbers in [0, 1), by their upper 53 bits."""
+    found: NDArray[np.float64] = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return found
 
 
 def permutation(seed: int, stream: int, epoch: int, number: int, length: int) -> Integers:

@@ -17,6 +17,7 @@ from torch.utils.data import default_collate
 
 from pipeline.errors import DataError
 from pipeline.loaders.batches import Batch, Row, SamplePosition
+from pipeline.loaders.device_jpeg import EncodedImageReader, encoded_reader
 from pipeline.loaders.images import ImageTransform, as_stored, crop_bits, decode, encoded_image
 from pipeline.loaders.samples import UnreadableSample, json_of_sample
 from pipeline.loaders.text import Tokenizer, caption_field, cut_text, faster, read_caption, read_captions
@@ -49,6 +50,10 @@ class ImageReader:
         images = [row[self.key] for row in rows]
         return {self.key: images if self.transform is None else default_collate(images)}
 
+    def on_device(self) -> EncodedImageReader:
+        """The reader that leaves decoding to the training's device; raises ``SettingError`` where it cannot."""
+        return encoded_reader(self.transform, self.seed, self.key)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextReader:
@@ -79,7 +84,7 @@ class TextReader:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionsReader:
-    """``text``: the tokens of all captions, int64 [T, L]; ``owner``: the row of each in the batch, int64 [T]."""
+    """``text``: the tokens of all captions, int64 [T, L]; ``text_rows``: the row of each in the batch, int64 [T]."""
 
     tokenizer: Tokenizer
     caption: str = "auto"
@@ -93,7 +98,7 @@ class CaptionsReader:
         """All captions of a batch, sample by sample."""
         captions = [caption for row in rows for caption in row["captions"]]
         owners = [number for number, row in enumerate(rows) for _ in row["captions"]]
-        return {"text": self.tokenizer(captions), "owner": torch.tensor(owners)}
+        return {"text": self.tokenizer(captions), "text_rows": torch.tensor(owners)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ import pyarrow as pa
 from pipeline.config import parse_json
 from pipeline.errors import DataError, SidecarError
 from pipeline.loaders.cache import FileCache
-from pipeline.shards.sample import IMAGE_FIELDS, Sample
+from pipeline.shards.media import MEDIA
+from pipeline.shards.sample import Sample
 from pipeline.shards.selection import Indices, read_selection
 from pipeline.shards.sidecar import SidecarRows, Wanted, sidecar_file
 from pipeline.shards.snapshot import Shard, Snapshot
@@ -60,10 +61,10 @@ class Fielded(Protocol):
 def check_fields(snapshot: Fielded, wanted: Collection[str]) -> None:
     """Raise ``DataError`` unless the snapshot's samples have the fields ``wanted``.
 
-    ``image`` means an image in any format that shards hold.
+    ``image`` and ``audio`` mean a part of that medium in any format that shards hold.
     """
     for field in wanted:
-        names = IMAGE_FIELDS if field == "image" else (field,)
+        names = MEDIA[field].endings if field in MEDIA else (field,)
         if not set(names) & set(snapshot.fields):
             has = ", ".join(snapshot.fields) or "none"
             raise DataError(f"{snapshot.uri} has no field {field}; its samples have: {has}")

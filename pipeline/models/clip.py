@@ -267,9 +267,9 @@ class Clip(ImageTextMethod, EmbeddingMethod):
         if self.config.loss == "sigmoid":
             bias = self._logit_bias()
             assert bias is not None
-            return tiled_sigmoid_loss(image, text, scale, bias, self.exchange, tile)
+            return tiled_sigmoid_loss(image, text, scale, bias, self.exchange, tile, self.compiled)
         if len(image) * self.exchange.world > tile:
-            return tiled_contrastive_loss(image, text, scale, self.exchange, tile)
+            return tiled_contrastive_loss(image, text, scale, self.exchange, tile, self.compiled)
         return contrastive_loss(image, text, scale, self.gather)
 
     def _logit_bias(self) -> Tensor | None:

@@ -13,7 +13,7 @@ from pipeline.shards.objects import names_of, plain_word
 
 
 class PastedMasks:
-    """Masks on grids over boxes, and how they lie in the image; the base of the results that have them."""
+    """Masks on grids over boxes, and their pixels in the image; the base of the results that have them."""
 
     boxes: Tensor
     scores: Tensor
@@ -129,7 +129,7 @@ def check_words(words: Sequence[str], base: Collection[str] | None = None) -> No
     """
     plain = [plain_word(word) for word in words]
     empty = [word for word in words if not all(map(plain_word, names_of(word)))]
-    require(len(plain) >= 1 and not empty, "words", list(words)[:5], "one word or more, none of them empty")
+    require(len(plain) >= 1 and not empty, "words", empty[:5], "one word or more, none of them empty")
     twice = sorted({word for word in plain if plain.count(word) > 1}) if len(set(plain)) < len(plain) else []
     once = "every word once, compared without case and synonyms; a novel class must not be a base class"
     require(not twice, "words", twice[:5], once)

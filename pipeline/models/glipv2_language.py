@@ -122,7 +122,7 @@ class ImageWithTextReader:
 
     def collate(self, rows: list[Row]) -> Batch:
         """The tensors named above."""
-        tokens, mask = padded_tokens([row["tokens"] for row in rows], self.tokenizer.pad)
+        tokens, mask = padded_tokens([row["tokens"].ids for row in rows], self.tokenizer.pad)
         found = {"image": torch.stack([row["image"] for row in rows]), "tokens": tokens, "token_mask": mask}
         if self.questions:
             found["answers"] = torch.from_numpy(np.stack([row["answers"] for row in rows]))
@@ -248,16 +248,15 @@ class Glipv2Language(Glip):
         """Logits float32 [B, K, M, V] of the token after each of ``tokens`` [B, K, M], K texts of each image."""
         assert self.language is not None
         images, texts, length = tokens.shape
-        bert, tower = self.model.text.bert, self.model.tower
+        words, tower = self.model.text, self.model.tower
         earlier = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
         causal = earlier.expand(images * texts, 1, -1, -1)
-        hidden = bert.embeddings(tokens.flatten(0, 1))
-        hidden = bert.encoder(hidden, attention_mask=causal).last_hidden_state
+        hidden = words.encode(words.embeddings(tokens.flatten(0, 1)), causal)
         for fusion, layer, view in zip(tower.fusions, tower.texts, views, strict=True):
             rows = hidden.unflatten(0, (images, texts)).flatten(1, 2)
             hidden = cast(Any, fusion).read(view, rows).unflatten(1, (texts, length)).flatten(0, 1)
             hidden = layer(hidden, attention_mask=causal)
-        logits: Tensor = self.language(hidden.unflatten(0, (images, texts)), bert.embeddings.word_embeddings.weight)
+        logits: Tensor = self.language(hidden.unflatten(0, (images, texts)), words.words)
         return logits
 
     @torch.no_grad()
@@ -276,6 +275,8 @@ class Glipv2Language(Glip):
         Texts are compared by the mean log-probability of their tokens.
         """
         beams, tokenizer, device = self.config.beams, self.tokenizer, self.mean.device
+        # CLIP's padding is its end.
+        unwritten = [token for token in (tokenizer.start, tokenizer.mask, tokenizer.pad) if token != tokenizer.end]
         tokens = torch.full((count, beams, 1), tokenizer.start, device=device)
         scores = torch.full((count, beams), -torch.inf, device=device)
         scores[:, 0] = 0.0  # the beams begin as one
@@ -283,9 +284,9 @@ class Glipv2Language(Glip):
         lengths = torch.zeros(count, beams, device=device)
         while tokens.shape[2] < self.config.caption_tokens and not bool(ended.all()):
             following = self._next_tokens(views, tokens)[:, :, -1].log_softmax(dim=-1)
-            following[..., [tokenizer.start, tokenizer.mask, tokenizer.pad]] = -torch.inf
+            following[..., unwritten] = -torch.inf
             following[ended] = -torch.inf
-            following[..., tokenizer.pad] = torch.where(ended, 0.0, -torch.inf)
+            following[..., tokenizer.pad] = torch.where(ended, 0.0, following[..., tokenizer.pad])
             size = following.shape[-1]
             scores, best = (scores[..., None] + following).flatten(1).topk(beams, dim=1)
             beam, token = best // size, best % size

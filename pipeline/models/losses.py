@@ -31,6 +31,7 @@ because logits reach 100, where bfloat16 has steps of 0.5.
 """
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -100,11 +101,20 @@ def contrastive_loss(
 
 
 def tiled_contrastive_loss(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, exchange: Exchange = ALONE, tile: int = TILE
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    exchange: Exchange = ALONE,
+    tile: int = TILE,
+    compiled: bool = False,
 ) -> Tensor:
-    """The softmax loss in tiles of ``tile`` x ``tile`` logits; arguments and result as :func:`contrastive_loss`."""
-    tensors = _at_least_float32(image_features, text_features.flatten(0, -2), logit_scale)
-    return cast(Tensor, _Softmax.apply(*tensors, exchange, tile))
+    """The softmax loss in tiles of ``tile`` x ``tile`` logits; arguments and result as :func:`contrastive_loss`.
+
+    ``compiled`` fuses the operations after a tile's matrix product (``torch.compile``), each of which else reads and
+    writes the whole tile.
+    """
+    tensors = at_least_float32(image_features, text_features.flatten(0, -2), logit_scale)
+    return cast(Tensor, _Softmax.apply(*tensors, exchange, tile, compiled))
 
 
 def tiled_sigmoid_loss(
@@ -114,10 +124,11 @@ def tiled_sigmoid_loss(
     logit_bias: Tensor,
     exchange: Exchange = ALONE,
     tile: int = TILE,
+    compiled: bool = False,
 ) -> Tensor:
     """The sigmoid loss in tiles; ``logit_bias`` is added to the scaled products, other arguments as for the softmax."""
-    tensors = _at_least_float32(image_features, text_features, logit_scale, logit_bias)
-    return cast(Tensor, _Sigmoid.apply(*tensors, exchange, tile))
+    tensors = at_least_float32(image_features, text_features, logit_scale, logit_bias)
+    return cast(Tensor, _Sigmoid.apply(*tensors, exchange, tile, compiled))
 
 
 def tiled_distillation_loss(
@@ -135,7 +146,7 @@ def tiled_distillation_loss(
     products are its logits: both L2-normalised, and one multiplied by its scale. They get no gradient. Other
     arguments as for :func:`contrastive_loss`.
     """
-    tensors = _at_least_float32(image_features, text_features, logit_scale, teacher_images, teacher_texts)
+    tensors = at_least_float32(image_features, text_features, logit_scale, teacher_images, teacher_texts)
     return cast(Tensor, _Distillation.apply(*tensors, exchange, tile))
 
 
@@ -143,20 +154,22 @@ class _Softmax(torch.autograd.Function):
     """Columns are texts, image after image, with equally many of each."""
 
     @staticmethod
-    def forward(context: Any, images: Tensor, texts: Tensor, scale: Tensor, exchange: Exchange, tile: int) -> Tensor:
+    def forward(
+        context: Any, images: Tensor, texts: Tensor, scale: Tensor, exchange: Exchange, tile: int, compiled: bool
+    ) -> Tensor:
         factor, each = scale.reshape(()), len(texts) // len(images)
         over_texts = images.new_full((len(images),), -torch.inf)
+        add_sums = _fused(_added_sums, compiled)
 
         def add(columns: Tensor, over_images: Tensor, own: int | None) -> None:
-            for rows, part, logits, _ in _tiles(images, columns, factor, own, tile, each):
-                over_texts[rows] = torch.logaddexp(over_texts[rows], logits.logsumexp(dim=1))
-                over_images[part] = torch.logaddexp(over_images[part], logits.logsumexp(dim=0))
+            for rows, part, logits, _ in tiles(images, columns, factor, own, tile, each):
+                over_texts[rows], over_images[part] = add_sums(logits, over_texts[rows], over_images[part])
 
         with torch.autocast(images.device.type, enabled=False):
             over_images = exchange.visit(texts, texts.new_full((len(texts),), -torch.inf), add, "logsumexp")
             matching = factor * (images * texts.unflatten(0, (-1, each)).mean(dim=1)).sum(dim=1)
         context.save_for_backward(images, texts, scale, over_texts, over_images)
-        context.exchange, context.tile = exchange, tile
+        context.exchange, context.tile, context.compiled = exchange, tile, compiled
         loss: Tensor = ((over_texts + over_images.view(-1, each).mean(dim=1)) / 2 - matching).mean()
         return loss
 
@@ -166,14 +179,14 @@ class _Softmax(torch.autograd.Function):
         images, texts, scale, over_texts, over_images = context.saved_tensors
         factor, each = scale.reshape(()), len(texts) // len(images)
         share, to_images = slope / len(images), torch.zeros_like(images)
+        slopes_of = _fused(_softmax_slopes, context.compiled)
 
         def add(columns: Tensor, to_texts: Tensor, own: int | None) -> None:
             features, sums, weights = columns[:, :-2], columns[:, -2], columns[:, -1]
-            for rows, part, logits, diagonal in _tiles(images, features, factor, own, context.tile, each):
-                by_columns = (logits - sums[part]).exp_().mul_(weights[part])
-                slopes = logits.sub_(over_texts[rows, None]).exp_().mul_(share / 2).add_(by_columns)
+            for rows, part, logits, diagonal in tiles(images, features, factor, own, context.tile, each):
+                slopes = slopes_of(logits, over_texts[rows], sums[part], share / 2, weights[part])
                 slopes.view(len(slopes), -1, each).diagonal(diagonal).sub_(share / each)
-                _add_products(slopes, to_images[rows], features[part], to_texts[part], images[rows], factor)
+                add_products(slopes, to_images[rows], features[part], to_texts[part], images[rows], factor)
 
         # A column is weighted by its own rank, so that ranks may weight their losses differently.
         weights = (share / (2 * each)).expand(len(texts), 1)
@@ -181,26 +194,34 @@ class _Softmax(torch.autograd.Function):
         with torch.autocast(images.device.type, enabled=False):
             to_texts = context.exchange.visit(columns, torch.zeros_like(texts), add, "sum")
         to_scale = (to_images * images).sum().reshape(scale.shape)
-        return to_images.mul_(factor), to_texts, to_scale, None, None
+        return to_images.mul_(factor), to_texts, to_scale, None, None, None
 
 
 class _Sigmoid(torch.autograd.Function):
     @staticmethod
     def forward(
-        context: Any, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, exchange: Exchange, tile: int
+        context: Any,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        exchange: Exchange,
+        tile: int,
+        compiled: bool,
     ) -> Tensor:
         factor, shift = scale.reshape(()), bias.reshape(())
         per_image = images.new_zeros(len(images))
+        sum_of = _fused(_sum_of_softplus, compiled)
 
         def add(columns: Tensor, _: Tensor, own: int | None) -> None:
-            for rows, _part, logits, diagonal in _tiles(images, columns, factor, own, tile):
+            for rows, _part, logits, diagonal in tiles(images, columns, factor, own, tile):
                 logits.add_(shift).diagonal(diagonal).neg_()
-                per_image[rows] += functional.softplus(logits).sum(dim=1)
+                per_image[rows] += sum_of(logits)
 
         with torch.autocast(images.device.type, enabled=False):
             exchange.visit(texts, texts.new_empty(len(texts), 0), add, "sum")
         context.save_for_backward(images, texts, scale, bias)
-        context.exchange, context.tile = exchange, tile
+        context.exchange, context.tile, context.compiled = exchange, tile, compiled
         return per_image.mean()
 
     @staticmethod
@@ -209,19 +230,20 @@ class _Sigmoid(torch.autograd.Function):
         images, texts, scale, bias = context.saved_tensors
         factor, shift, share = scale.reshape(()), bias.reshape(()), slope / len(images)
         to_images, to_bias = torch.zeros_like(images), torch.zeros_like(share)
+        slopes_of = _fused(_sigmoid_slopes, context.compiled)
 
         def add(columns: Tensor, to_texts: Tensor, own: int | None) -> None:
-            for rows, part, logits, diagonal in _tiles(images, columns, factor, own, context.tile):
+            for rows, part, logits, diagonal in tiles(images, columns, factor, own, context.tile):
                 logits.add_(shift).diagonal(diagonal).neg_()
-                slopes = logits.sigmoid_().mul_(share)
+                slopes = slopes_of(logits, share)
                 slopes.diagonal(diagonal).neg_()
                 to_bias.add_(slopes.sum())
-                _add_products(slopes, to_images[rows], columns[part], to_texts[part], images[rows], factor)
+                add_products(slopes, to_images[rows], columns[part], to_texts[part], images[rows], factor)
 
         with torch.autocast(images.device.type, enabled=False):
             to_texts = context.exchange.visit(texts, torch.zeros_like(images), add, "sum")
         to_scale = (to_images * images).sum().reshape(scale.shape)
-        return to_images.mul_(factor), to_texts, to_scale, to_bias.reshape(bias.shape), None, None
+        return to_images.mul_(factor), to_texts, to_scale, to_bias.reshape(bias.shape), None, None, None
 
 
 class _Distillation(torch.autograd.Function):
@@ -279,7 +301,7 @@ class _Distillation(torch.autograd.Function):
                 by_rows = logits.sub_(over_texts[rows, 0, None]).exp_()
                 by_rows.sub_(targets.sub_(over_texts[rows, 1, None]).exp_())
                 slopes = by_rows.mul_(share / 2).add_(by_columns.mul_(weights[part]))
-                _add_products(slopes, to_images[rows], columns[part, :width], to_texts[part], images[rows], factor)
+                add_products(slopes, to_images[rows], columns[part, :width], to_texts[part], images[rows], factor)
 
         weights = (share / 2).expand(len(texts), 1)
         columns = torch.cat([texts, teacher_texts, over_images, weights], dim=1)
@@ -289,18 +311,48 @@ class _Distillation(torch.autograd.Function):
         return to_images.mul_(factor), to_texts, to_scale, None, None, None, None
 
 
+def _added_sums(logits: Tensor, over_texts: Tensor, over_images: Tensor) -> tuple[Tensor, Tensor]:
+    """The logarithms of the sums over a tile's rows and columns, added to those of earlier tiles."""
+    rows, columns = logits.logsumexp(dim=1), logits.logsumexp(dim=0)
+    return torch.logaddexp(over_texts, rows), torch.logaddexp(over_images, columns)
+
+
+def _softmax_slopes(logits: Tensor, over_texts: Tensor, sums: Tensor, half: Tensor, weights: Tensor) -> Tensor:
+    """The derivative by a tile's logits, but for the matching pairs; changes ``logits``."""
+    by_columns = (logits - sums).exp_().mul_(weights)
+    return logits.sub_(over_texts[:, None]).exp_().mul_(half).add_(by_columns)
+
+
+def _sum_of_softplus(logits: Tensor) -> Tensor:
+    return functional.softplus(logits).sum(dim=1)
+
+
+def _sigmoid_slopes(logits: Tensor, share: Tensor) -> Tensor:
+    return logits.sigmoid_().mul_(share)
+
+
+def _fused(work: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
+    """``work``, or its compiled form, which all losses of this process share."""
+    return _compiled(work) if compiled else work
+
+
+@cache
+def _compiled(work: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(work)
+
+
 def _two_tiles(
     images: Tensor, teacher_images: Tensor, columns: Tensor, factor: Tensor, tile: int
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """Rows, columns, logits and the teacher's logits of every tile; ``columns`` are both texts side by side."""
     width, end = images.shape[1], images.shape[1] + teacher_images.shape[1]
-    of_student = _tiles(images, columns[:, :width], factor, None, tile)
-    of_teacher = _tiles(teacher_images, columns[:, width:end], torch.ones_like(factor), None, tile)
+    of_student = tiles(images, columns[:, :width], factor, None, tile)
+    of_teacher = tiles(teacher_images, columns[:, width:end], torch.ones_like(factor), None, tile)
     for (rows, part, logits, _), (_, _, targets, _) in zip(of_student, of_teacher, strict=True):
         yield rows, part, logits, targets
 
 
-def _tiles(
+def tiles(
     images: Tensor, columns: Tensor, factor: Tensor, own: int | None, tile: int, each: int = 1
 ) -> Iterator[tuple[slice, slice, Tensor, int]]:
     """Rows, columns and logits of every tile, and the diagonal of its matching pairs (may be outside the tile).
@@ -317,7 +369,7 @@ def _tiles(
             yield rows, part, scaled @ columns[part].T, diagonal
 
 
-def _add_products(
+def add_products(
     slopes: Tensor, to_images: Tensor, texts: Tensor, to_texts: Tensor, images: Tensor, factor: Tensor
 ) -> None:
     """Add a tile's part of both gradients; that of the images is not yet multiplied by the factor."""
@@ -325,7 +377,7 @@ def _add_products(
     to_texts.addmm_(slopes.T, images * factor)
 
 
-def _at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
+def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
     """``tensors`` in the first one's precision, at least float32."""
     kind = torch.promote_types(tensors[0].dtype, torch.float32)
     return tuple(tensor.to(kind) for tensor in tensors)

@@ -37,6 +37,7 @@ class Method(nn.Module, ABC):
     ``model``, where a method has one, is the part that another library can open: it is what ``model.safetensors`` of a
     checkpoint holds, under that library's names. Whatever a method has besides (a projection head for one of its
     losses) is saved beside it. ``gather`` and ``exchange`` are set by the loop when several processes share a batch.
+    ``compiled`` is set where the loop compiles the blocks: losses in tiles are compiled with them.
     """
 
     batch_keys: ClassVar[tuple[str, ...]]
@@ -51,6 +52,7 @@ class Method(nn.Module, ABC):
     config: Any
     gather: Gather = staticmethod(alone)
     exchange: Exchange = ALONE
+    compiled: bool = False
 
     def __init__(self, config: Any) -> None:
         """A subclass builds its modules here, with the pretrained weights that ``config`` names."""
@@ -149,9 +151,17 @@ class Method(nn.Module, ABC):
         model = getattr(self, "model", None)
         return [] if model is None else list(blocks(model).values())
 
+    def compiled_blocks(self) -> Sequence[nn.Module]:
+        """Those of :meth:`blocks` that can be compiled: all, unless torch's compiler does not end with some."""
+        return self.blocks()
+
     def description(self) -> Mapping[str, str]:
         """Further text files of a checkpoint, by name: what the other library needs beside the weights."""
         return {}
+
+    def transformers_files(self) -> Mapping[str, str] | None:
+        """Text files with which transformers opens the weights of ``model`` as they are; ``None`` for other models."""
+        return None
 
 
 class ImageTextMethod(Method):

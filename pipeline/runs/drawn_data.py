@@ -1,5 +1,6 @@
 """A small drawn snapshot and a drawn image, for smoke presets and for jobs without given data."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from pipeline.loaders.images import Pixels, decode, image_at
@@ -21,10 +22,14 @@ def drawn_snapshot(
     rows_per_shard: int = 16,
     workers: Workers = IN_PROCESS,
     card: str | None = "drawn",
+    more: Mapping[str, object] | None = None,
 ) -> Snapshot:
-    """``samples`` drawn images of 64 pixels a side in ``folder``; existing data are kept."""
+    """``samples`` drawn images of 64 pixels a side in ``folder``; existing data are kept.
+
+    ``more`` are further options of the source ``drawn``, such as ``sound``.
+    """
     options = replace(AS_IT_IS, number_sample_per_shard=rows_per_shard)
-    source = open_source({"kind": "drawn", "samples": samples, "size": 64})
+    source = open_source({"kind": "drawn", "samples": samples, "size": 64, **(more or {})})
     return refresh(source, folder, options, workers, card=card)
 
 

@@ -9,7 +9,7 @@ with the checkpoint's address and gets the metrics. All arguments pickle.
 from dataclasses import dataclass
 
 from pipeline.evaluation.models import load_any
-from pipeline.evaluation.showcase import model_figures
+from pipeline.evaluation.showcase import model_figures, model_files
 from pipeline.evaluation.suite import Evaluations, PreparedSuite, evaluate
 from pipeline.tracking.records import charted
 from pipeline.tracking.runs import RunHandle
@@ -33,7 +33,7 @@ def evaluate_checkpoint(
         run: the MLflow run to write into, or none.
         step: the checkpoint's step.
         device: the model's device, ``cpu``, ``cuda`` or ``auto``.
-        figures: also log similarity matrices and examples of retrieval sets, and detections of detection sets.
+        figures: also log the figures of the sets' tasks, and their files under ``predictions/``.
         prepared: ``evaluations.prepare()``, if the caller has it already.
 
     Raises:
@@ -46,8 +46,11 @@ def evaluate_checkpoint(
     if run is not None:
         tracker = run.open()
         tracker.log(charted(metrics), step)
-        for name, figure in model_figures(model, ready, f"at step {step}").items() if figures else ():
-            tracker.log_figure(name, figure)
+        if figures:
+            for name, figure in model_figures(model, ready, f"at step {step}").items():
+                tracker.log_figure(name, figure)
+            for name, content in model_files(model, ready).items():
+                tracker.log_file(f"predictions/{name}", content)
         tracker.close()
     return metrics
 

@@ -1,12 +1,12 @@
 """A training run of any method: resolve its settings, train it, evaluate it beside the training, record the results."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pipeline.config import writable_folder
 from pipeline.evaluation.report import table
@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class Pretraining:
     """A method, its training data, and its evaluations. A subclass in each job sets the method's config."""
+
+    drawn_options: ClassVar[Mapping[str, object]] = {}
+    """Options of the source ``drawn`` for data that the job draws, such as ``sound``."""
 
     method: Any
     run: Run = field(default_factory=Run)
@@ -111,6 +114,7 @@ def teacher_tags(data: TrainingData, sidecars: Sequence[Wanted]) -> dict[str, st
 def drawn(job: Job, scratch: str) -> Job:
     """The job with newly drawn data and a run folder in ``scratch``, where it has none."""
     if not job.run.data:
-        drawn_snapshot(Folder(f"{scratch}/data"), job.draw, rows_per_shard=32, card=None)  # a job names its own classes
+        # Without a card: a job names its own classes.
+        drawn_snapshot(Folder(f"{scratch}/data"), job.draw, rows_per_shard=32, card=None, more=job.drawn_options)
     data, output_folder = job.run.data or f"{scratch}/data", job.run.output_folder or f"{scratch}/run"
     return replace(job, run=replace(job.run, data=data, output_folder=output_folder))

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.dataset import Card, card_names, load_card
 from pipeline.shards.manifest import Shard, Snapshot
-from pipeline.shards.sample import IMAGE_FIELDS
+from pipeline.shards.media import AUDIO, IMAGE, medium_of
 from pipeline.shards.storage import Folder
 
 SIZES, WIDS, CROISSANT = "sizes.json", "wids.json", "croissant.json"
@@ -60,15 +60,8 @@ CONTEXT: Mapping[str, Any] = {
     "subField": "cr:subField",
     "transform": "cr:transform",
 }
-MEDIA = {
-    "jpg": "image/jpeg",
-    "jpeg": "image/jpeg",
-    "png": "image/png",
-    "webp": "image/webp",
-    "txt": "text/plain",
-    "json": "application/json",
-}
-TEXT = ("text/", "application/json")
+TEXTS = {"txt": "text/plain", "json": "application/json"}
+CONTENTS = {IMAGE.name: "sc:ImageObject", AUDIO.name: "sc:AudioObject"}
 
 
 def write_indexes(folder: Folder, snapshot: Snapshot, manifest: bytes) -> None:
@@ -183,7 +176,7 @@ def _file_sets(snapshot: Snapshot, listed: tuple[Shard, ...]) -> dict[str, dict[
             "@id": f"{field}-files",
             "name": f"{field}-files",
             "containedIn": [{"@id": shard.tar} for shard in listed],
-            "encodingFormat": MEDIA.get(field.rpartition(".")[2], "application/octet-stream"),
+            "encodingFormat": _mime_type(field),
             "includes": f"*[0-9].{field}" if ambiguous else f"*.{field}",
         }
     return sets
@@ -191,9 +184,16 @@ def _file_sets(snapshot: Snapshot, listed: tuple[Shard, ...]) -> dict[str, dict[
 
 def _data_type(field: str) -> str | None:
     """Croissant's type of a field's content; None where it has no such type, as for arrays."""
-    if field in (*IMAGE_FIELDS, "mask.png"):
-        return "sc:ImageObject"
-    return "sc:Text" if MEDIA.get(field.rpartition(".")[2], "").startswith(TEXT) else None
+    medium = IMAGE if field == "mask.png" else medium_of(field)
+    if medium is not None:
+        return CONTENTS[medium.name]
+    return "sc:Text" if field.rpartition(".")[2] in TEXTS else None
+
+
+def _mime_type(field: str) -> str:
+    ending = field.rpartition(".")[2]
+    medium = medium_of(ending)
+    return TEXTS.get(ending, "application/octet-stream") if medium is None else medium.mime_of(ending)
 
 
 def _record_set(field: str, kind: str) -> dict[str, Any]:

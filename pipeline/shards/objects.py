@@ -9,7 +9,8 @@
      "incomplete": ["cat"],                              labels with unannotated instances (LVIS)
      "caption": "a cat on a mat", "open": true,          labels are phrases, not classes of a list
      "phrases": [{"start": 2, "end": 5, "objects": [17], code points of the caption; ids of objects
-                  "kind": "animals"}]}                       one kind of phrase, or a list of them
+                  "kind": "animals"}],                       one kind of phrase, or a list of them
+     "more_captions": [{"caption": ..., "phrases": [...]}]}   further captions of the image
 
 All keys but ``width``, ``height``, ``objects``, ``label`` and ``bbox`` are optional. An object without ``id`` has its
 number in the list as its id; predicted objects have a ``score``, and ``teacher`` names the model. The file is not
@@ -47,6 +48,14 @@ class GroundedPhrase:
 
 
 @dataclass(frozen=True)
+class GroundedCaption:
+    """A text about an image, and its parts that name objects."""
+
+    text: str
+    phrases: tuple[GroundedPhrase, ...] = ()
+
+
+@dataclass(frozen=True)
 class Objects:
     """The objects in one image of ``height`` x ``width`` pixels, as parallel lists.
 
@@ -56,7 +65,8 @@ class Objects:
     - ``federated``: only the labels in ``negative`` and of the objects were verified (LVIS).
     - ``caption``, ``phrases``: a text about the image, and its parts that name objects; ``phrases_left_out`` counts
       unusable ones.
-    - ``open_labels``: labels are phrases of the caption; objects that it does not mention were not annotated.
+    - ``more_captions``: further captions of the image, with phrases that name the same objects or others.
+    - ``open_labels``: labels are phrases of a caption; objects that no caption mentions were not annotated.
     - ``scores``: float64 [N], 0 to 1; 1 where an object was not predicted by ``teacher``.
     - ``key``: key of the sample.
     """
@@ -75,6 +85,7 @@ class Objects:
     caption: str = ""
     phrases: tuple[GroundedPhrase, ...] = ()
     phrases_left_out: int = 0
+    more_captions: tuple[GroundedCaption, ...] = ()
     open_labels: bool = False
     scores: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     teacher: str = ""
@@ -82,6 +93,16 @@ class Objects:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def captions(self) -> tuple[GroundedCaption, ...]:
+        """All captions; an empty one where there is none."""
+        return (GroundedCaption(self.caption, self.phrases), *self.more_captions)
+
+    def with_caption(self, number: int) -> "Objects":
+        """The same objects with caption ``number`` of :attr:`captions` alone."""
+        one = self.captions[number]
+        return replace(self, caption=one.text, phrases=one.phrases, more_captions=())
 
     def check_size(self, height: int, width: int, key: str) -> None:
         """Raise ``DataError`` unless the image of sample ``key`` has the size for which the boxes were made."""
@@ -134,10 +155,8 @@ def _objects(
     boxes = [inside(corners(obj["bbox"]), height, width) for obj in objects]
     kept = [(box, obj) for box, obj in zip(boxes, objects, strict=True) if box is not None]
     ids = [obj.get("id", number) for number, obj in enumerate(objects)]
-    caption = str(record.get("caption") or "")
-    phrases, phrases_left_out = _phrases(
-        record, caption, [one for one, box in zip(ids, boxes, strict=True) if box is not None]
-    )
+    known = [one for one, box in zip(ids, boxes, strict=True) if box is not None]
+    (first, *more), phrases_left_out = _captions(record, known)
     return Objects(
         height=height,
         width=width,
@@ -150,13 +169,28 @@ def _objects(
         left_out=len(objects) - len(kept),
         areas=np.array([_area(obj, box) for box, obj in kept], np.float64),
         federated="negative" in record,
-        caption=caption,
-        phrases=phrases,
+        caption=first.text,
+        phrases=first.phrases,
         phrases_left_out=phrases_left_out,
+        more_captions=tuple(more),
         open_labels=bool(record.get("open", False)),
         scores=np.array([_score(obj) for _, obj in kept], np.float64),
         teacher=str(record.get("teacher") or ""),
     )
+
+
+def _captions(record: Mapping[str, Any], ids: Sequence[Any]) -> tuple[list[GroundedCaption], int]:
+    """The captions, one or more, with their usable phrases, and the number of the other phrases."""
+    further = record.get("more_captions") or ()
+    if not isinstance(further, list | tuple) or len(further) > MOST_OBJECTS:
+        raise ValueError(f"more_captions that are not a list of at most {MOST_OBJECTS}")
+    found, left_out = [], 0
+    for one in (record, *further):
+        text = str(one.get("caption") or "")
+        phrases, others = _phrases(one, text, ids)
+        found.append(GroundedCaption(text, phrases))
+        left_out += others
+    return found, left_out
 
 
 def _phrases(record: Mapping[str, Any], caption: str, ids: Sequence[Any]) -> tuple[tuple[GroundedPhrase, ...], int]:

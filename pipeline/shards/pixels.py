@@ -2,7 +2,7 @@
 
 1. The kind is detected from the first bytes, never from a name. The size is read from the header before anything is
    allocated.
-2. libjpeg-turbo decodes JPEG, OpenCV PNG and WebP, Pillow all other kinds (``IMAGE_KINDS`` in ``sample.py``).
+2. libjpeg-turbo decodes JPEG, OpenCV PNG and WebP, Pillow all other kinds (``IMAGE`` in ``media.py``).
 3. The result has 8 bits per channel. Grey stays one channel, everything else becomes colour; palettes are expanded,
    CMYK and LAB are converted; an animation is reduced to its first image.
 4. Transparent pixels, by an alpha channel or a transparent value, are composited on a background: white for readers.
@@ -31,6 +31,8 @@ from pipeline.shards.exif import PILLOW_ERRORS, jpeg_segments, orientation_of, r
 
 MOST_PIXELS = 2**30
 """The largest --max-pixels. Callers compare the header with their own limit before they decode."""
+MAX_PIXELS = 64_000_000
+"""The limit of readers: images in shards are small; a larger one is an attack or a mistake."""
 Image.MAX_IMAGE_PIXELS = MOST_PIXELS  # Pillow's own is 90 million, and cannot be set for one image
 
 Pixels = npt.NDArray[np.uint8]

@@ -6,23 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config import require
+from pipeline.shards.media import IMAGE, Medium
 
 SHARD_WIDTH = 5
-IMAGE_KINDS: Mapping[str, tuple[str, ...]] = {
-    "jpeg": ("jpg", "jpeg", "jpe", "jfif"),
-    "png": ("png", "apng"),
-    "webp": ("webp",),
-    "gif": ("gif",),
-    "bmp": ("bmp", "dib"),
-    "tiff": ("tif", "tiff"),
-    "avif": ("avif", "avifs"),
-    "jpeg2000": ("jp2", "j2k", "j2c", "jpc", "jpf", "jpx"),
-    "ppm": ("ppm", "pgm", "pbm", "pnm"),
-    "mpo": ("jpg", "mpo"),
-}
-"""Kinds of images that :mod:`pipeline.shards.pixels` decodes, with their endings; shards use the first one."""
-# A sample's image is the first of these fields that it has.
-IMAGE_FIELDS = tuple(dict.fromkeys(ending for endings in IMAGE_KINDS.values() for ending in endings))
 
 
 @dataclass(slots=True)
@@ -40,7 +26,12 @@ class Sample:
 
     def image(self) -> bytes | None:
         """The encoded image in any format; ``None`` where the sample has none."""
-        return next((self.fields[name] for name in IMAGE_FIELDS if name in self.fields), None)
+        return self.body(IMAGE)
+
+    def body(self, medium: Medium) -> bytes | None:
+        """The encoded part of a medium; ``None`` where the sample has none."""
+        field = medium.field_of(self.fields)
+        return None if field is None else self.fields[field]
 
 
 def joined_fields(fields: Mapping[str, bytes]) -> bytes:

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -12,8 +12,9 @@ from pipeline.config import parse_json
 from pipeline.errors import DataError, SnapshotError
 from pipeline.shards.adopt import ENGINE, PROGRESS
 from pipeline.shards.interchange import FOREIGN_ENGINES, SIZES, shard_sizes
+from pipeline.shards.media import MEDIA
 from pipeline.shards.parquet import parse_parquet
-from pipeline.shards.sample import IMAGE_FIELDS, Sample
+from pipeline.shards.sample import Sample
 from pipeline.shards.selection import read_selection
 from pipeline.shards.sidecar import TAR_DIGEST, sidecar_file
 from pipeline.shards.snapshot import SNAPSHOTS, Shard, Snapshot, read_snapshot, snapshot_ids
@@ -28,10 +29,10 @@ Decode = Callable[[bytes], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """The checks of one snapshot, per shard. ``decode`` raises where an image cannot be decoded."""
+    """The checks of one snapshot, per shard. ``decode`` raises where a part cannot be decoded, by medium."""
 
     snapshot: Snapshot
-    decode: Decode | None = None
+    decode: Mapping[str, Decode] = field(default_factory=dict)
 
     def check(self, number: int) -> str:
         """The JSON list of problems of shard ``number``, as text; empty where there are none."""
@@ -59,9 +60,9 @@ class Verification:
 class _Content:
     """Facts about the samples of a tar, collected in one pass."""
 
-    def __init__(self, fields: tuple[str, ...], decode: Decode | None) -> None:
+    def __init__(self, fields: tuple[str, ...], decode: Mapping[str, Decode]) -> None:
         self._fields, self._decode = set(fields), decode
-        self._imaged = bool(self._fields & set(IMAGE_FIELDS))
+        self._media = [medium for medium in MEDIA.values() if medium.field_of(dict.fromkeys(fields))]
         self.keys: list[str] = []
         self.whole = False
         self._wrong: dict[str, list[str]] = {}
@@ -71,13 +72,14 @@ class _Content:
         unknown = sorted(set(sample.fields) - self._fields)
         if unknown:
             self._note(f"with members that the snapshot does not name ({', '.join(unknown)})", sample)
-        image = sample.image()
-        if image is None and self._imaged:
-            self._note("without an image", sample)
+        parts = {medium.name: body for medium in self._media if (body := sample.body(medium)) is not None}
+        if self._media and not parts:
+            self._note("without " + " or ".join(medium.noun for medium in self._media), sample)
         if "json" in sample.fields and not _is_json(sample.fields["json"]):
             self._note("whose json cannot be parsed", sample)
-        if image is not None and self._decode is not None and not self._decodes(image):
-            self._note("whose image cannot be decoded", sample)
+        for medium, body in parts.items():
+            if medium in self._decode and not _decodes(self._decode[medium], body):
+                self._note(f"whose {medium} cannot be decoded", sample)
 
     def wrong(self) -> Iterator[str]:
         for what, keys in self._wrong.items():
@@ -86,14 +88,14 @@ class _Content:
     def _note(self, what: str, sample: Sample) -> None:
         self._wrong.setdefault(what, []).append(sample.key)
 
-    def _decodes(self, image: bytes) -> bool:
-        assert self._decode is not None
-        try:
-            self._decode(image)
-        except Exception:
-            # The sample boundary: decoders raise arbitrary exceptions on damaged input.
-            return False
-        return True
+
+def _decodes(decode: Decode, body: bytes) -> bool:
+    try:
+        decode(body)
+    except Exception:
+        # The sample boundary: decoders raise arbitrary exceptions on damaged input.
+        return False
+    return True
 
 
 def _tar(folder: Folder, shard: Shard, content: _Content) -> Iterator[str]:

@@ -7,7 +7,7 @@ do not depend on time or machine: the same input gives the same bytes.
 import hashlib
 import json
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from pipeline.config import from_plain, parse_json, require
 from pipeline.errors import SnapshotError
 from pipeline.shards.manifest import MOST_BYTES
+from pipeline.shards.media import media_of_columns, part_column, reason_of
 from pipeline.shards.sample import Sample, shard_name
 from pipeline.shards.storage import Folder, file_digest, storage_errors
 from pipeline.shards.tar import TarWriter
@@ -34,7 +35,9 @@ class ShardStats:
     """The counts of one finished shard: img2dataset's keys, then ours.
 
     ``unit`` is the digest of the unit of work (input slice and options) of the shard; ``reasons`` counts failed rows by
-    error class; ``columns`` are the sorted fields of its samples.
+    error class (``audio:http_4xx`` where rows have several parts); ``fields`` are the sorted fields of its samples.
+    ``failed_parts`` counts the failed parts of all rows with several, those of samples too: medium -> error class ->
+    number.
     """
 
     shard: str
@@ -51,6 +54,7 @@ class ShardStats:
     sha256: str
     fields: tuple[str, ...]
     reasons: Mapping[str, int]
+    failed_parts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("count", "successes", "failed_to_download", "failed_to_resize", "bytes"):
@@ -62,6 +66,7 @@ class _Counts:
     status: Counter[str] = field(default_factory=Counter)
     message: Counter[str] = field(default_factory=Counter)
     reason: Counter[str] = field(default_factory=Counter)
+    parts: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
 
 class ShardWriter:
@@ -80,6 +85,7 @@ class ShardWriter:
         self._started = time.time()
         self._rows: list[Mapping[str, Any]] = []
         self._counts = _Counts()
+        self._media = media_of_columns(schema.names)
         self._fields: set[str] = set()
 
     def __enter__(self) -> Self:
@@ -121,7 +127,11 @@ class ShardWriter:
         if len(self._counts.message) < MESSAGES_KEPT:
             self._counts.message["success" if sample else str(row["error_message"])] += 1
         if sample is None:
-            self._counts.reason[row["error_class"]] += 1
+            self._counts.reason[reason_of(row, self._media)] += 1
+        for medium in self._media:
+            error_class = row.get(part_column(medium, "error_class"))
+            if error_class:
+                self._counts.parts[medium][error_class] += 1
         self._rows.append(row)
         with storage_errors(self.folder.join(f"{self.name}.tar")):
             if sample is not None:
@@ -174,6 +184,7 @@ class ShardWriter:
             sha256=file_digest(tar),
             fields=tuple(sorted(self._fields)),
             reasons=dict(self._counts.reason),
+            failed_parts={medium: dict(found) for medium, found in self._counts.parts.items()},
         )
 
 
@@ -216,10 +227,14 @@ def parquet_schema(columns: Mapping[str, pa.DataType], hash_name: str | None) ->
     return pa.schema(named)
 
 
-def reserved_columns() -> Sequence[str]:
-    """Reserved names of input columns: the parquet file and the json use them."""
-    names = parquet_schema({}, None).names
-    return (*names, "caption", "url", "md5", "sha256", "sha512", "etag", "last_modified")
+OF_PARTS = ("url", "md5", "sha256", "sha512", "etag", "last_modified")
+
+
+def reserved_columns(media: Sequence[str] = ()) -> tuple[str, ...]:
+    """Reserved names of input columns: the parquet file and the json use them for rows with parts of ``media``."""
+    own = ("error_class", "error_message", "http_status", "attempts")
+    of_media = (part_column(medium, name) for medium in media for name in (*OF_PARTS, *own))
+    return (*parquet_schema({}, None).names, "caption", *OF_PARTS, *(of_media if len(media) > 1 else ()))
 
 
 def _stats_json(stats: ShardStats) -> bytes:

@@ -18,7 +18,7 @@ from pipeline.shards.objects import FIELD
 from pipeline.shards.storage import Folder, file_stamp
 from pipeline.sources.annotation_table import table_rows, table_slices
 from pipeline.sources.grounding_records import COLUMNS, SCHEMA, FoundFiles, GroundingRecord, problem_of, problem_row
-from pipeline.sources.source import UNCHANGED, Row, Slice
+from pipeline.sources.source import UNCHANGED, Part, Row, Slice
 
 logger = logging.getLogger(__name__)
 
@@ -86,5 +86,6 @@ class AnnotatedFiles(ABC):
         except OSError as error:
             problem = SampleError("failed_to_download", "unreadable", f"cannot read the file: {error}")
         members = {} if problem else {FIELD: values["boxes"]}
-        caption = values["caption"]
-        return Row(url=values["url"], caption=caption, image=image, columns=columns, members=members, problem=problem)
+        parts = (Part("image", image),)
+        url, caption = values["url"], values["caption"]
+        return Row(url=url, caption=caption, parts=parts, columns=columns, members=members, problem=problem)

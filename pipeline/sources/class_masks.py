@@ -25,15 +25,15 @@ from PIL import Image
 
 from pipeline.config import require
 from pipeline.errors import DataError, SampleError, missing
+from pipeline.shards.media import IMAGE
 from pipeline.shards.objects import FIELD
 from pipeline.shards.pixels import MOST_PIXELS
-from pipeline.shards.sample import IMAGE_FIELDS
 from pipeline.shards.segmentation import run_lengths
 from pipeline.shards.storage import Folder, file_stamp, split_file
-from pipeline.sources.source import UNCHANGED, Row, Slice, is_hidden
+from pipeline.sources.source import UNCHANGED, Part, Row, Slice, is_hidden
 
 MASK_ENDING = ".png"
-IMAGE_ENDINGS = tuple(f".{ending}" for ending in IMAGE_FIELDS if f".{ending}" != MASK_ENDING)
+IMAGE_ENDINGS = tuple(f".{ending}" for ending in IMAGE.endings if f".{ending}" != MASK_ENDING)
 THRESHOLD = 128
 
 
@@ -124,7 +124,7 @@ class ClassMasks:
             record = json.dumps(_record(self._mask(mask, size), label), ensure_ascii=False).encode()
         except SampleError as problem:
             return Row(url=image, columns=columns, problem=problem)
-        return Row(url=image, image=content, members={FIELD: record}, columns=columns)
+        return Row(url=image, parts=(Part("image", content),), members={FIELD: record}, columns=columns)
 
     def _mask(self, path: str, size: tuple[int, int]) -> NDArray[np.bool_]:
         """The pixels of the class, bool [height, width]; ``size`` is the image's width and height."""

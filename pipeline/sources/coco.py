@@ -38,7 +38,7 @@ from pipeline.sources.coco_annotations import (
     read_annotations,
     read_captions,
 )
-from pipeline.sources.source import UNCHANGED, Row, Slice
+from pipeline.sources.source import UNCHANGED, Part, Row, Slice
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,8 @@ class Coco:
         turned = 0
         for values in table_rows(piece):
             row = self._row(values)
-            turned += row.image is not None and _is_turned(row.image)
+            image = row.body("image")
+            turned += image is not None and _is_turned(image)
             yield row
         if turned:
             message = "%s: %d of %d images have an EXIF orientation, and boxes are read in the pixels as stored; "
@@ -248,7 +249,7 @@ class Coco:
         return Row(
             url=values["url"],
             caption=values["caption"],
-            image=image,
+            parts=(Part("image", image, url=values["url"]),),
             columns=columns,
             members={FIELD: values["boxes"]},
             problem=problem,

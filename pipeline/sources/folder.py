@@ -1,31 +1,43 @@
-"""A folder of images with captions: ``cat.jpg`` beside ``cat.txt``, or a csv, tsv or jsonl that names the files."""
+"""A folder of images or sounds with captions: ``cat.jpg``, ``cat.flac`` and ``cat.txt`` are one row."""
 
 import hashlib
 import json
 import logging
 import posixpath
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pipeline.config import require
 from pipeline.errors import SampleError, missing
-from pipeline.shards.sample import IMAGE_FIELDS
+from pipeline.shards.media import IMAGE, MEDIA, check_media, medium_of
 from pipeline.shards.storage import Folder, file_stamp, split_file
 from pipeline.shards.text import decoded
-from pipeline.sources.source import Row, Slice, is_hidden
+from pipeline.sources.source import Part, Row, Slice, is_hidden
 
 logger = logging.getLogger(__name__)
 
-IMAGES = tuple(f".{ending}" for ending in IMAGE_FIELDS)
 OTHERS_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The files of one row: relative paths and version stamps by medium, path and stamp of the caption file."""
+
+    paths: Mapping[str, str]
+    stamps: Mapping[str, str]
+    caption: str | None
+    caption_stamp: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder:
     """Every image below ``folder``, in the order of their paths; files of other kinds are counted and logged.
+
+    With several ``media`` a row has the files of one name without ending: ``dog.jpg`` and ``dog.flac``. A name without
+    a file of one medium has only the other parts.
 
     The caption of ``a/cat.jpg`` is the text of ``a/cat.txt``, or empty without that file; upper and lower case of the
     ending are the same. With ``label_from_folder`` the first folder of the path becomes the column ``label``, as in
@@ -33,24 +45,27 @@ class ImageFolder:
     """
 
     kind: ClassVar[str] = "folder"
-    summary: ClassVar[str] = "A folder of images with captions."
+    summary: ClassVar[str] = "A folder of images, sounds or both, with captions."
     has_captions: ClassVar[bool] = True
 
     folder: str
-    """Folder of the images: a path or fsspec URI that every worker can read."""
+    """Folder of the files: a path or fsspec URI that every worker can read."""
     caption_suffix: str = ".txt"
-    """Extension of the caption files; replaces the image's extension."""
+    """Extension of the caption files; replaces the extension of the image or sound."""
+    media: tuple[str, ...] = ("image",)
+    """Media of the files to read: image, audio, or both."""
     label_from_folder: bool = True
     """Store the first folder of an image's path in the column `label`."""
 
     def __post_init__(self) -> None:
         require(bool(self.folder), "folder", self.folder, "a folder or an fsspec URI")
-        dotted = self.caption_suffix.startswith(".") and self.caption_suffix.lower() not in IMAGES
+        check_media(self.media)
+        dotted = self.caption_suffix.startswith(".") and medium_of(self.caption_suffix.lower()[1:]) is None
         require(
             dotted,
             "caption_suffix",
             self.caption_suffix,
-            "an ending like .txt that is no image's",
+            "an ending like .txt that is of no image or sound",
         )
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
@@ -59,15 +74,15 @@ class ImageFolder:
         for start in range(0, len(files), rows_per_shard):
             part = files[start : start + rows_per_shard]
             name = f"files-{start:09d}.json"
-            digest = hashlib.sha256(json.dumps([file[:3] for file in part]).encode()).hexdigest()
-            scratch.write_atomic(name, json.dumps([[path, caption] for path, _, _, caption in part]).encode())
+            digest = hashlib.sha256(json.dumps([self._identity(row) for row in part]).encode()).hexdigest()
+            scratch.write_atomic(name, json.dumps([[row.paths, row.caption] for row in part]).encode())
             yield Slice(count=len(part), digest=digest, where={"list": scratch.join(name)})
 
     def rows(self, piece: Slice) -> Iterator[Row]:
         """See :class:`~pipeline.sources.source.Source`; a file that cannot be read is a row with a problem."""
         place, name = split_file(str(piece.where["list"]))
-        for path, caption in json.loads(place.read_bytes(name)):
-            yield self._row(path, caption)
+        for paths, caption in json.loads(place.read_bytes(name)):
+            yield self._row(paths, caption)
 
     def schema(self) -> Mapping[str, type]:
         """``label`` with ``label_from_folder``, otherwise no columns."""
@@ -77,30 +92,64 @@ class ImageFolder:
     def _place(self) -> Folder:
         return Folder(self.folder)
 
-    def _files(self) -> list[tuple[str, str, str, str | None]]:
-        """Relative path of the image, version stamps of the image and of its caption, path of the caption."""
+    @property
+    def _noun(self) -> str:
+        return "images" if self.media == (IMAGE.name,) else "files"
+
+    @property
+    def _endings(self) -> tuple[str, ...]:
+        return tuple(f".{ending}" for medium in self.media for ending in MEDIA[medium].endings)
+
+    def _identity(self, row: "_Files") -> list[object]:
+        """What the digest of a slice covers of a row."""
+        if self.media == (IMAGE.name,):
+            return [row.paths[IMAGE.name], row.stamps[IMAGE.name], row.caption_stamp]
+        return [row.paths, row.stamps, row.caption_stamp]
+
+    def _files(self) -> list["_Files"]:
         kind = self._place.kind()
         if kind is None:
             raise missing("folder", self.folder)
         require(kind == "directory", "folder", self.folder, "a folder")
         found = self._place.find()
-        known = [path for path in found if path.lower().endswith(IMAGES)]
+        known = [path for path in found if path.lower().endswith(self._endings)]
         images = [path for path in known if not is_hidden(path)]
         if len(images) < len(known):
-            logger.info("%s: %d images in hidden folders are left out", self.folder, len(known) - len(images))
+            hidden = len(known) - len(images)
+            logger.info("%s: %d %s in hidden folders are left out", self.folder, hidden, self._noun)
         require(
             bool(images),
             "folder",
             self.folder,
-            "a folder with images (" + " ".join(IMAGES) + ")",
+            f"a folder with {self._noun} (" + " ".join(self._endings) + ")",
         )
         captions = self._captions(found)
         self._report(images, found, captions)
-        files = []
-        for path in images:
-            caption = captions.get(path.rpartition(".")[0])
-            files.append((path, file_stamp(found[path]), file_stamp(found.get(caption or "", {})), caption))
-        return files
+        return [self._described(paths, found, captions) for paths in self._grouped(images)]
+
+    def _grouped(self, files: Sequence[str]) -> list[dict[str, str]]:
+        """The files of each row, by medium; of a single medium each file is a row."""
+        if len(self.media) == 1:
+            return [{self.media[0]: path} for path in files]
+        by_name: dict[str, dict[str, list[str]]] = {}
+        for path in files:
+            stem, _, ending = path.rpartition(".")
+            medium = medium_of(ending.lower())
+            assert medium is not None
+            by_name.setdefault(stem, {}).setdefault(medium.name, []).append(path)
+        return [
+            {medium: paths[number] for medium, paths in of_name.items() if number < len(paths)}
+            for of_name in by_name.values()
+            for number in range(max(map(len, of_name.values())))
+        ]
+
+    def _described(
+        self, paths: Mapping[str, str], found: Mapping[str, Mapping[str, Any]], captions: Mapping[str, str]
+    ) -> "_Files":
+        ordered = {medium: paths[medium] for medium in self.media if medium in paths}
+        caption = captions.get(next(iter(ordered.values())).rpartition(".")[0])
+        stamps = {medium: file_stamp(found[path]) for medium, path in ordered.items()}
+        return _Files(ordered, stamps, caption, file_stamp(found.get(caption or "", {})))
 
     def _captions(self, found: Iterable[str]) -> dict[str, str]:
         """The caption file by path without ending; the one in the case of ``caption_suffix`` if there are two."""
@@ -116,22 +165,23 @@ class ImageFolder:
         others = Counter(posixpath.splitext(path)[1].lower() or "no ending" for path in unused)
         if others:
             most = ", ".join(f"{count} {ending}" for ending, count in others.most_common(OTHERS_NAMED))
-            logger.warning("%d files are left out, as no images of a known kind (%s)", others.total(), most)
+            logger.warning("%d files are left out, as no %s of a known kind (%s)", others.total(), self._noun, most)
         if stems & captions.keys():
             return
         beside = Counter(path[len(path.rpartition(".")[0]) :] for path in found if path.rpartition(".")[0] in stems)
-        endings = [ending for ending, _ in beside.most_common() if ending.lower() not in IMAGES]
+        endings = [ending for ending, _ in beside.most_common() if ending.lower() not in self._endings]
         could = f": --caption-suffix could be {' or '.join(endings[:OTHERS_NAMED])}" if endings else ""
-        logger.warning("none of %d images has a caption file (%s)%s", len(images), self.caption_suffix, could)
+        logger.warning("none of %d %s has a caption file (%s)%s", len(images), self._noun, self.caption_suffix, could)
 
-    def _row(self, path: str, caption_file: str | None) -> Row:
+    def _row(self, paths: Mapping[str, str], caption_file: str | None) -> Row:
+        path = next(iter(paths.values()))
         label = path.split("/")[0] if "/" in path else ""
         columns = {"label": label} if self.label_from_folder else {}
         caption = ""
         try:
             caption = decoded(self._place.read_bytes(caption_file)).strip() if caption_file else ""
-            image = self._place.read_bytes(path)
+            parts = tuple(Part(medium, self._place.read_bytes(one), url=one) for medium, one in paths.items())
         except OSError as error:
             problem = SampleError("failed_to_download", "unreadable", f"cannot read the file: {error}")
             return Row(url=path, caption=caption, columns=columns, problem=problem)
-        return Row(url=path, caption=caption, image=image, columns=columns)
+        return Row(url=path, caption=caption, parts=parts, columns=columns)

@@ -1,8 +1,8 @@
 """``boxes.json`` of grounding data, from the formats in which it is published.
 
 A region is one or several boxes with one or several spans of the caption. Unusable boxes (not four finite numbers, no
-area inside the image) and unusable spans (empty, outside of the caption) are left out and counted; a region that keeps
-no box or no span is left out.
+area inside the image, a score that is not 0 to 1) and unusable spans (empty, outside of the caption) are left out and
+counted; a region that keeps no box or no span is left out.
 """
 
 import json
@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import SampleError
-from pipeline.shards.objects import MOST_OBJECTS, inside, is_span
+from pipeline.shards.objects import MOST_OBJECTS, inside, is_span, plain_word
 
 Span = tuple[int, int]
 
@@ -35,12 +35,14 @@ COLUMNS: Mapping[str, type] = {"objects": int, "left_out": int, "boxes_digest": 
 
 @dataclass(frozen=True)
 class GroundedRegion:
-    """Boxes x1, y1, x2, y2 in pixels, their scores (1 where there are none), and spans of the caption."""
+    """Boxes x1, y1, x2, y2 in pixels, their scores (1 where there are none), spans of the caption, and the kinds of its
+    phrase."""
 
     boxes: Sequence[Any]
     spans: Sequence[Any]
     scores: Sequence[float] = ()
     crowd: bool = False
+    kinds: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -79,34 +81,48 @@ def caption_record(
     """The record of a caption with regions; raises ``ValueError`` for an image without area or too many objects."""
     caption = caption.encode("utf-8", "replace").decode()  # a lone surrogate is one character before and after
     objects: list[dict[str, Any]] = []
-    numbers: dict[Span, list[int]] = {}
+    phrases: dict[Span, dict[str, Any]] = {}
     left_out = 0
     for region in regions:
         spans = [span for span in map(_span, region.spans) if span is not None and is_span(*span, caption)]
-        boxes = [_box(box, height, width) for box in region.boxes]
+        boxes = [_box(box, height, width) if _has_score(region, n) else None for n, box in enumerate(region.boxes)]
         left_out += sum(box is None for box in boxes) + (not spans)
         for place, box in enumerate(boxes if spans else ()):
             if box is not None:
-                for span in dict.fromkeys(spans):
-                    numbers.setdefault(span, []).append(len(objects))
+                for start, end in dict.fromkeys(spans):
+                    phrase = phrases.setdefault((start, end), {"start": start, "end": end, "objects": []})
+                    phrase["objects"].append(len(objects))
+                    if region.kinds:
+                        phrase["kind"] = list(dict.fromkeys([*phrase.get("kind", ()), *region.kinds]))
                 start, end = spans[0]
                 score = {"score": float(region.scores[place])} if place < len(region.scores) else {}
                 crowd = {"iscrowd": 1} if region.crowd else {}
                 objects.append({"id": len(objects), "label": caption[start:end], "bbox": box, **score, **crowd})
-    phrases = [{"start": start, "end": end, "objects": numbers[start, end]} for start, end in sorted(numbers)]
+    named = {"caption": caption, "phrases": [phrases[span] for span in sorted(phrases)], "open": True}
     more = {"teacher": teacher} if teacher else {}
-    return GroundingRecord(
-        {**_sized(height, width, objects), "caption": caption, "phrases": phrases, "open": True, **more},
-        left_out,
-        caption,
-    )
+    return GroundingRecord({**_sized(height, width, objects), **named, **more}, left_out, caption)
 
 
 def class_record(height: int, width: int, instances: Iterable[tuple[str, Any, Mapping[str, Any]]]) -> GroundingRecord:
     """The record of boxes with class names: name, box and further keys of each object; raises ``ValueError``."""
     found = [(name, _box(box, height, width), more) for name, box, more in instances]
-    kept = [{"label": name, "bbox": box, **more} for name, box, more in found if box is not None and name.strip()]
+    found = [(name, box if _is_score(more.get("score", 1.0)) else None, more) for name, box, more in found]
+    kept = [{"label": name, "bbox": box, **more} for name, box, more in found if box is not None and is_name(name)]
     return GroundingRecord(_sized(height, width, kept), len(found) - len(kept))
+
+
+def is_name(label: str) -> bool:
+    """Whether a class name has a character that is not white space, a full stop or invisible."""
+    return any(character.isprintable() and not character.isspace() for character in plain_word(label))
+
+
+def listed_classes(labels: Iterable[str]) -> dict[str, str]:
+    """The classes of ``labels``, sorted, each with an empty group; of equal names (``plain_word``) the first one."""
+    names: dict[str, str] = {}
+    for label in sorted(set(labels)):
+        if is_name(label):
+            names.setdefault(plain_word(label), label)
+    return dict.fromkeys(names.values(), "")
 
 
 def _sized(height: int, width: int, objects: list[dict[str, Any]]) -> dict[str, Any]:
@@ -123,6 +139,17 @@ def _span(span: Any) -> Span | None:
         return int(start), int(end)
     except (TypeError, ValueError, OverflowError):
         return None
+
+
+def _has_score(region: GroundedRegion, place: int) -> bool:
+    return place >= len(region.scores) or _is_score(region.scores[place])
+
+
+def _is_score(value: Any) -> bool:
+    try:
+        return 0 <= float(value) <= 1
+    except (TypeError, ValueError):
+        return False
 
 
 def _box(box: Any, height: int, width: int) -> list[float] | None:

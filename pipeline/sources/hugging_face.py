@@ -19,7 +19,7 @@ from pipeline.errors import ReadError, SampleError, SettingError, missing, unrea
 from pipeline.shards.storage import Folder, file_stamp, read_errors, split_file
 from pipeline.shards.text import storable
 from pipeline.shards.writer import reserved_columns
-from pipeline.sources.source import Row, Scalar, Slice
+from pipeline.sources.source import Part, Row, Scalar, Slice
 from pipeline.sources.tables import (
     Columns,
     TableError,
@@ -128,10 +128,11 @@ class HuggingFaceParquet:
         address = values[self.url_col] if self.url_col else path
         to_fetch = image is None and str(address).startswith(("http://", "https://"))
         problem = SampleError("failed_to_download", "no_picture", "the row has neither bytes nor an http address")
+        url = storable(str(address or place))
         return Row(
-            url=storable(str(address or place)),
+            url=url,
             caption=values[self.caption_col] or "" if self.caption_col else None,
-            image=image,
+            parts=(Part("image", image, url=url),),
             columns={name: _label(values[name], names.get(name)) for name in self.save_additional_columns},
             problem=None if image is not None or to_fetch else problem,
         )

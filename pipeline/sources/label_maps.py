@@ -34,11 +34,11 @@ from pipeline.shards.label_values import (
     decode_values,
     encode_values,
 )
-from pipeline.shards.sample import IMAGE_FIELDS
+from pipeline.shards.media import IMAGE
 from pipeline.shards.storage import Folder, file_stamp, split_file
-from pipeline.sources.source import UNCHANGED, Row, Slice, is_hidden
+from pipeline.sources.source import UNCHANGED, Part, Row, Slice, is_hidden
 
-ENDINGS = tuple(f".{ending}" for ending in IMAGE_FIELDS)
+ENDINGS = tuple(f".{ending}" for ending in IMAGE.endings)
 REFUSED = WIDE_VOID + 1  # in a table of values: a value that no class has
 
 
@@ -185,7 +185,7 @@ class LabelMaps:
         except SampleError as problem:
             return Row(url=url, columns=columns, problem=problem)
         columns["mask_digest"] = hashlib.sha256(mask).hexdigest()[:16]
-        return Row(url=url, image=content, members={MASK_FIELD: mask}, columns=columns)
+        return Row(url=url, parts=(Part("image", content),), members={MASK_FIELD: mask}, columns=columns)
 
     def _read(self, field: str, path: str) -> bytes:
         name = getattr(self, field)

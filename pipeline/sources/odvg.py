@@ -25,7 +25,15 @@ from pipeline.config import parse_json, require
 from pipeline.errors import ReadError, unreadable
 from pipeline.shards.storage import file_system, read_errors
 from pipeline.sources.annotated_files import AnnotatedFiles
-from pipeline.sources.grounding_records import BAD, GroundedRegion, GroundingRecord, Span, caption_record, class_record
+from pipeline.sources.grounding_records import (
+    BAD,
+    GroundedRegion,
+    GroundingRecord,
+    Span,
+    caption_record,
+    class_record,
+    listed_classes,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +51,7 @@ class Odvg(AnnotatedFiles):
         """The names of the label map, or the categories of the file, each with an empty group."""
         if self.label_map:
             return dict.fromkeys(self._labels.values(), "")
-        return dict.fromkeys(sorted({name for _, line in self._lines() for name in _categories(line)}), "")
+        return listed_classes(name for _, line in self._lines() for name in _categories(line))
 
     def records(self) -> Iterator[tuple[str, GroundingRecord | Exception]]:
         """See :class:`~pipeline.sources.annotated_files.AnnotatedFiles`; a line that is no record is an exception."""
@@ -127,7 +135,7 @@ def _name(instance: Mapping[str, Any], labels: Mapping[int, str]) -> str:
 
 
 def _more(instance: Mapping[str, Any]) -> dict[str, Any]:
-    return {"score": float(instance["score"])} if "score" in instance else {}
+    return {"score": instance["score"]} if "score" in instance else {}
 
 
 def _categories(line: str) -> set[str]:

@@ -43,7 +43,7 @@ class Picked:
         for source, digest, where in json.loads(str(piece.where["rows"])):
             for row in self._opened[source].rows(Slice(count=1, digest=digest, where=where)):
                 shown = {name: value for name, value in row.columns.items() if name in self.schema()}
-                yield Row(url=row.url, image=row.image, columns=shown, problem=row.problem)
+                yield Row(url=row.url, parts=row.parts, columns=shown, problem=row.problem)
 
     def schema(self) -> Mapping[str, type]:
         """The columns that all sources share."""

@@ -10,13 +10,25 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from pipeline.errors import SampleError
+from pipeline.shards.media import MEDIA
 from pipeline.shards.sample import joined_fields
 from pipeline.shards.storage import Folder
 
 UNCHANGED: Mapping[str, Any] = {"resize_mode": "no", "keep_bytes": True}
 """Image options that store images byte for byte, checked by decoding: existing data, or data with boxes in pixels."""
 
+SOUND_UNCHANGED: Mapping[str, Any] = {
+    "audio_rate": 0,
+    "audio_stereo": True,
+    "audio_seconds": 3_600.0,
+    "audio_min_loudness": -120.0,
+    "audio_keep_bytes": True,
+}
+"""Audio options that store sounds byte for byte, checked by decoding."""
+
 Scalar = str | int | float | bool | None
+Cell = Scalar | list[str]
+"""A value of a row's column: several captions or labels are a list."""
 
 
 def is_hidden(path: str) -> bool:
@@ -25,26 +37,42 @@ def is_hidden(path: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of a row: an image, a sound.
+
+    ``body`` are its encoded bytes, if the source has them; where it is ``None`` the downloader fetches ``url``.
+    ``expected`` is the required digest ("sha256:0123...") of the body at ``url``; None = any.
+    """
+
+    medium: str
+    body: bytes | None = None
+    url: str = ""
+    expected: str | None = None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """One row of input.
 
-    - ``url``: address of the image.
-    - ``image``: encoded bytes, if the source has them. Where it is ``None`` the downloader fetches ``url``; if the
-      source has no images, the sample consists of ``members`` alone.
+    - ``url``: address or path that names the row; that of its first part, if it has one.
+    - ``parts``: at most one for each medium of the source. Without parts the sample consists of
+      ``members`` alone.
     - ``columns``: written to the parquet file and to the sample's json.
     - ``members``: further fields of the sample, written unchanged.
     - ``problem``: set where the source could not read the row.
-    - ``expected``: required digest ("sha256:0123...") of the body at ``url``; None = any.
     """
 
     url: str
     caption: str | None = None
-    image: bytes | None = None
-    columns: Mapping[str, Scalar] = field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
+    columns: Mapping[str, Cell] = field(default_factory=dict)
     members: Mapping[str, bytes] = field(default_factory=dict)
     problem: SampleError | None = None
-    expected: str | None = None
+
+    def body(self, medium: str) -> bytes | None:
+        """The bytes of the part of a medium; ``None`` where the row has none, or they are to be downloaded."""
+        return next((part.body for part in self.parts if part.medium == medium), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,21 +98,25 @@ class Classed(Protocol):
 
 
 def fetches(source: "Source") -> bool:
-    """Whether the images are downloaded. A source that is a part of another one has it as ``base``."""
+    """Whether the parts are downloaded. A source that is a part of another one has it as ``base``."""
     return bool(getattr(getattr(source, "base", source), "downloads", False))
 
 
-def has_images(source: "Source") -> bool:
-    """Whether the rows have images, in the source or to download. A source that is a part of another has a ``base``."""
-    return bool(getattr(getattr(source, "base", source), "has_images", True))
+def media_of(source: "Source") -> tuple[str, ...]:
+    """The media of the rows' parts, an image unless the source says otherwise; empty for rows without parts.
 
-
-def content_of(source: "Source", row: Row) -> bytes | None:
-    """The content that a row's digest covers: its image, or all members if the source has no images.
-
-    ``None`` where the image is not downloaded yet.
+    The source chooses the first one; the others are in the order of :data:`~pipeline.shards.media.MEDIA`.
     """
-    return row.image if has_images(source) else joined_fields(row.members)
+    given = tuple(getattr(getattr(source, "base", source), "media", ("image",)))
+    return given[:1] + tuple(medium for medium in MEDIA if medium in given[1:])
+
+
+def contents_of(row: Row) -> tuple[bytes | None, ...]:
+    """The contents that a row's digests cover: the body of each part, or all members if the row has no parts.
+
+    ``None`` where a body is not downloaded yet.
+    """
+    return tuple(part.body for part in row.parts) or (joined_fields(row.members),)
 
 
 class Source(Protocol):
@@ -93,9 +125,10 @@ class Source(Protocol):
     The module's name is the ``kind``, with ``_`` for ``-``; there is no registry. Further class variables are optional:
 
     - ``summary``: one line of help. A source with a summary is a preset of jobs/refresh_dataset.py.
-    - ``image_options``: the preset's defaults of :class:`~pipeline.stages.crawl.images.ImageOptions`, by name.
-    - ``downloads``: True where rows without image bytes are downloaded; the servers' validators are then stored.
-    - ``has_images``: False where rows have no image; the sample then consists of ``members``, without a download.
+    - ``media``: the media of the rows' parts, ``("image",)`` by default; the first one has the columns of the row
+      itself. Empty where rows have no parts; the samples then consist of ``members``, without a download.
+    - ``image_options``, ``audio_options``, ...: the preset's defaults of the options of that medium's codec, by name.
+    - ``downloads``: True where parts without bytes are downloaded; the servers' validators are then stored.
     - ``label_field``: the member with the labels of pixels, ``mask.png`` or ``boxes.json``.
     """
 
@@ -121,5 +154,5 @@ class Source(Protocol):
         ...
 
     def schema(self) -> Mapping[str, type]:
-        """Names and Python types of the rows' ``columns``."""
+        """Names and Python types of the rows' ``columns``; ``list`` is a list of texts."""
         ...

@@ -20,9 +20,9 @@ from typing import Any, ClassVar, Literal
 from pipeline.config import parse_json, require
 from pipeline.errors import DataError, SampleError
 from pipeline.shards.storage import Folder, read_errors
-from pipeline.sources.source import Row, Scalar, Slice, is_hidden
+from pipeline.sources.source import Part, Row, Scalar, Slice, is_hidden
 
-Part = Literal["train", "val", "test"]
+SplitPart = Literal["train", "val", "test"]
 PART_FOLDERS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -51,7 +51,7 @@ class SplitFile:
     """Format of the split, see pipeline/sources/split_file.py."""
     split: str = ""
     """File of the split in the folder; with the format folders, the file of the class names."""
-    part: Part = "train"
+    part: SplitPart = "train"
     """Part of the split."""
     home: str = ""
     """Origin of the split file, shown where the file is missing."""
@@ -187,7 +187,7 @@ class SplitFile:
         path = f"{self.pictures.rstrip('/')}/{item.path}" if self.pictures else item.path
         columns: dict[str, Scalar] = {"label": item.name, "class_number": item.number}
         try:
-            return Row(url=path, image=self._place.read_bytes(path), columns=columns)
+            return Row(url=path, parts=(Part("image", self._place.read_bytes(path)),), columns=columns)
         except OSError as error:
             problem = SampleError("failed_to_download", "unreadable", f"cannot read the file: {error}")
             return Row(url=path, columns=columns, problem=problem)

@@ -30,7 +30,7 @@ from pipeline.sources.drawn.draws import Draws
 from pipeline.sources.drawn.render import encode, finish, paint_ground
 from pipeline.sources.drawn.truth import to_bytes
 from pipeline.sources.drawn.words import OPENINGS, article
-from pipeline.sources.source import UNCHANGED, Row, Slice
+from pipeline.sources.source import UNCHANGED, Part, Row, Slice
 from pipeline.sources.stamp_classes import ALL, CLASSES, NOVEL, PLURALS
 from pipeline.sources.stamps import INSTALLED, PACKAGE, is_mirror, read_stamp, stamps_root
 
@@ -179,7 +179,7 @@ class StampScenes:
         return Row(
             url=url,
             caption=_caption([obj.name for obj in objects], self._draws(index, "words")),
-            image=self._image(objects, self._draws(index, "render")),
+            parts=(Part("image", self._image(objects, self._draws(index, "render"))),),
             columns=columns,
             members={FIELD: to_bytes(record)},
         )

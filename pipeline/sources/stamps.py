@@ -6,6 +6,9 @@
 A stamp is ``animals/birds/crow.png`` with ``crow.txt`` beside it: the first line is English, further lines read
 ``de.utf8=Eine Krähe.`` Some stamps have a second image, ``crow_mirror.png``, with the same text. Vector images
 (``crow.svg``) are not decoded: without a ``.png`` of the same name, the row has a problem and is counted.
+
+``crow.ogg`` or ``crow.wav`` is what the stamp sounds like, ``crow_desc.ogg`` and ``crow_desc_fr.ogg`` are its text
+spoken in English and in French. With ``sound`` they are parts of the rows: image, sound and text.
 """
 
 import hashlib
@@ -25,7 +28,7 @@ from PIL import ImageColor
 from pipeline.config import require
 from pipeline.errors import DataError, SampleError
 from pipeline.shards.storage import Folder, split_file
-from pipeline.sources.source import Row, Slice
+from pipeline.sources.source import Cell, Part, Row, Slice
 
 PACKAGE = "tuxpaint-stamps-default"
 INSTALLED = "/usr/share/tuxpaint/stamps"
@@ -58,9 +61,16 @@ class TuxPaintStamps:
     """All stamps, or one split by the hash of the path; a stamp and its mirror image are in the same split."""
     held_out_share: float = 0.2
     """Fraction of held-out stamps, between 0 and 1 (exclusive)."""
+    sound: Literal["none", "effect", "spoken"] = "none"
+    """none; effect: what the stamp sounds like, where it has such a sound; spoken: its text, recorded."""
+    sound_language: str = "fr"
+    """Language of spoken texts: `en` (few), or a code of the package; bg, ca, es, fr, ro and ru have most."""
+    translations: bool = False
+    """Store the captions of all languages as the list `captions`, and their codes as the list `languages`."""
 
     def __post_init__(self) -> None:
         require(0 < self.held_out_share < 1, "held_out_share", self.held_out_share, "a number between 0 and 1")
+        require(self.sound in ("none", "effect", "spoken"), "sound", self.sound, "none, effect or spoken")
         try:
             ImageColor.getrgb(self.background)
         except ValueError:
@@ -88,7 +98,13 @@ class TuxPaintStamps:
 
     def schema(self) -> Mapping[str, type]:
         """``label`` is the top folder, ``category`` all folders, as in ``animals/birds``."""
-        return {"label": str, "category": str}
+        lists: dict[str, type] = {"captions": list, "languages": list} if self.translations else {}
+        return {"label": str, "category": str, **lists}
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """Images; with ``sound`` sounds, too."""
+        return ("image",) if self.sound == "none" else ("image", "audio")
 
     @cached_property
     def _root(self) -> Path:
@@ -116,22 +132,40 @@ class TuxPaintStamps:
         require(self.language in known, "language", self.language, "one of " + ", ".join(sorted(known | {"en"})))
 
     def _digest(self, part: list[str]) -> str:
-        options = (self.language, self.fall_back_to_english, self.background)
+        options: list[object] = [self.language, self.fall_back_to_english, self.background]
+        options += [self.sound, self.sound_language] if self.sound != "none" else []
+        options += ["translations"] if self.translations else []
         digest = hashlib.sha256(json.dumps([options, part]).encode())
         for path in part:
-            for file in (self._root / path, self._text_file(path)):
+            for file in (self._root / path, self._text_file(path), *self._sound_files(path)):
                 digest.update(hashlib.sha256(_bytes_of(file) or b"").digest())
         return digest.hexdigest()
 
     def _row(self, path: str) -> Row:
         folders = path.split("/")[:-1]
-        columns = {"label": folders[0] if folders else "", "category": "/".join(folders)}
+        columns: dict[str, Cell] = {"label": folders[0] if folders else "", "category": "/".join(folders)}
         captions = self._captions(path)
+        if self.translations:
+            columns |= {"captions": list(captions.values()), "languages": list(captions)}
         caption = captions.get(self.language, captions.get("en", "") if self.fall_back_to_english else "")
         try:
-            return Row(url=path, caption=caption, image=self._image(path), columns=columns)
+            parts = (Part("image", self._image(path)), *self._sounds(path))
+            return Row(url=path, caption=caption, parts=parts, columns=columns)
         except SampleError as problem:
             return Row(url=path, caption=caption, columns=columns, problem=problem)
+
+    def _sounds(self, path: str) -> tuple[Part, ...]:
+        """The sound of a stamp, if it has one."""
+        found = (_bytes_of(file) for file in self._sound_files(path))
+        return tuple(Part("audio", body) for body in found if body is not None)[:1]
+
+    def _sound_files(self, path: str) -> tuple[Path, ...]:
+        """Where the sound of a stamp may be; a mirror image has that of its stamp."""
+        name = _stamp(path)
+        if self.sound == "spoken":
+            ending = "" if self.sound_language == "en" else f"_{self.sound_language}"
+            return (self._root / f"{name}_desc{ending}.ogg",)
+        return (self._root / f"{name}.ogg", self._root / f"{name}.wav") if self.sound == "effect" else ()
 
     def _captions(self, path: str) -> dict[str, str]:
         """Captions by language code; empty without a text file."""

@@ -15,7 +15,7 @@ from pipeline.shards.selection import read_selection
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import TarShard
-from pipeline.sources.source import Row, Slice
+from pipeline.sources.source import Part, Row, Slice
 
 OPEN_TARS = 8
 
@@ -91,7 +91,7 @@ class StoredSamples:
     def _row(self, sample: Sample) -> Row:
         image, columns = sample.image(), {"label": self._label(sample)}
         problem = None if image else SampleError("failed_to_download", "no_picture", "the sample has no image")
-        return Row(url=sample.key, image=image, columns=columns, problem=problem)
+        return Row(url=sample.key, parts=(Part("image", image),), columns=columns, problem=problem)
 
 
 @lru_cache(maxsize=OPEN_TARS)

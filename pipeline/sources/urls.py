@@ -22,9 +22,10 @@ import pyarrow.parquet as pq
 
 from pipeline.config import require
 from pipeline.errors import ReadError, SampleError, SettingError, missing, unreadable
+from pipeline.shards.media import IMAGE, MEDIA
 from pipeline.shards.storage import Folder, split_file
 from pipeline.shards.writer import reserved_columns
-from pipeline.sources.source import Row, Slice
+from pipeline.sources.source import Part, Row, Slice
 from pipeline.sources.tables import (
     FORMATS,
     PROBLEM,
@@ -41,7 +42,9 @@ from pipeline.sources.tables import (
 
 @dataclass(frozen=True, kw_only=True)
 class UrlTable:
-    """Rows whose images are downloaded.
+    """Rows whose images, sounds or both are downloaded.
+
+    ``media`` are those of ``url_col``, in its order. A row without a url of one medium has only the other parts.
 
     Option names are img2dataset's. Without ``input_format`` the file extension decides; in a folder, only files with
     that extension are read.
@@ -53,14 +56,16 @@ class UrlTable:
 
     url_list: str
     """Table of urls: a file or folder, as a path or fsspec URI."""
-    url_col: str = "url"
-    """Column of the image URLs."""
+    url_col: str | tuple[str, ...] = "url"
+    """Column of the image URLs; or a column for each medium, as in `image=url audio=sound_url`. The first medium has
+    the columns url and sha256 of the shards, the others audio_url and audio_sha256."""
     caption_col: str | None = None
     """Column of the captions; None = no captions."""
     save_additional_columns: tuple[str, ...] = ()
     """Additional columns to store in the shards' json and parquet."""
     verify_hash: str | None = None
-    """COLUMN:sha256, COLUMN:md5 or COLUMN:sha512: reject downloads whose hex digest differs from that column."""
+    """COLUMN:sha256, COLUMN:md5 or COLUMN:sha512: reject downloads whose hex digest differs from that column; of the
+    first medium."""
     input_format: str | None = None
     """Format: parquet, csv, tsv, json or jsonl; all but parquet also with .gz. None = by file extension."""
     quoting: Quoting | None = None
@@ -78,7 +83,8 @@ class UrlTable:
         column, _, algorithm = (self.verify_hash or "-:md5").rpartition(":")
         known = bool(column) and algorithm in ("sha256", "md5", "sha512")
         require(known, "verify_hash", self.verify_hash, "COLUMN:sha256, COLUMN:md5 or COLUMN:sha512")
-        reserved = sorted(set(self.save_additional_columns) & set(reserved_columns()))
+        _check_url_columns(self.url_col)
+        reserved = sorted(set(self.save_additional_columns) & set(reserved_columns(self.media)))
         require(
             not reserved,
             "save_additional_columns",
@@ -92,6 +98,20 @@ class UrlTable:
             self.save_additional_columns,
             "each column once",
         )
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """The media of ``url_col``, in its order."""
+        return tuple(self._url_columns)
+
+    @property
+    def _url_columns(self) -> dict[str, str]:
+        """The column of the urls of each medium."""
+        if isinstance(self.url_col, str) and not _names_medium(self.url_col):
+            return {IMAGE.name: self.url_col}
+        given = (self.url_col,) if isinstance(self.url_col, str) else self.url_col
+        pairs = (text.partition("=") for text in given)
+        return {medium: column for medium, _, column in pairs}
 
     @property
     def has_captions(self) -> bool:
@@ -134,12 +154,17 @@ class UrlTable:
 
     def _row(self, values: dict[str, Any]) -> Row:
         malformed = values[PROBLEM]
+        urls = {medium: values[column] or "" for medium, column in self._url_columns.items()}
+        url = next((url for url in urls.values() if url), "")
+        # A row without any url has the failure of an empty one.
+        known = {medium: url for medium, url in urls.items() if url} or {self.media[0]: ""}
+        digests = {self.media[0]: self._expected(values)}
         return Row(
-            url=values[self.url_col] or "",
+            url=url,
+            parts=tuple(Part(medium, url=url, expected=digests.get(medium)) for medium, url in known.items()),
             caption=values[self.caption_col] or "" if self.caption_col else None,
             columns={name: values[name] for name in self.save_additional_columns},
             problem=SampleError("failed_to_download", "malformed_row", malformed) if malformed else None,
-            expected=self._expected(values),
         )
 
     def _expected(self, values: Mapping[str, Any]) -> str | None:
@@ -156,7 +181,7 @@ class UrlTable:
         parts = [file for file in self._files if others and self.format_of(file) == "parquet"]
         if parts:
             others |= self._types(parts)
-        texts = tuple(dict.fromkeys(name for name in (self.url_col, self._hash_column) if name))
+        texts = tuple(dict.fromkeys(name for name in (*self._url_columns.values(), self._hash_column) if name))
         return Columns(texts=texts, caption=self.caption_col, others=others)
 
     def _types(self, parts: list[str]) -> Mapping[str, pa.DataType]:
@@ -169,7 +194,7 @@ class UrlTable:
 
     def _columns(self) -> tuple[str, ...]:
         caption = (self.caption_col,) if self.caption_col else ()
-        named = (self.url_col, *caption, *self.save_additional_columns)
+        named = (*self._url_columns.values(), *caption, *self.save_additional_columns)
         column = self._hash_column
         return named if column is None or column in named else (*named, column)
 
@@ -238,8 +263,24 @@ class UrlTable:
 
     def _asked(self) -> list[tuple[str, str | None]]:
         """Columns with the options that ask for them."""
-        asked = [("url_col", self.url_col), ("caption_col", self.caption_col), ("verify_hash", self._hash_column)]
+        asked: list[tuple[str, str | None]] = [("url_col", column) for column in self._url_columns.values()]
+        asked += [("caption_col", self.caption_col), ("verify_hash", self._hash_column)]
         return asked + [("save_additional_columns", name) for name in self.save_additional_columns]
+
+
+def _names_medium(text: str) -> bool:
+    """Whether ``text`` is a column with its medium, ``audio=sound_url``."""
+    return text.partition("=")[0] in MEDIA and "=" in text
+
+
+def _check_url_columns(given: str | tuple[str, ...]) -> None:
+    texts = (given,) if isinstance(given, str) else given
+    plain = [text for text in texts if not _names_medium(text)]
+    allowed = "a column, or MEDIUM=COLUMN for each medium once, of " + ", ".join(MEDIA)
+    require(bool(texts) and (not plain or len(texts) == 1), "url_col", given, allowed)
+    names = [text.partition("=") for text in texts if text not in plain]
+    once = len({medium for medium, _, _ in names}) == len(names) and all(column for _, _, column in names)
+    require(once, "url_col", given, allowed)
 
 
 def _opened(file: str) -> BinaryIO:

@@ -13,12 +13,13 @@ from braceexpand import braceexpand
 
 from pipeline.config import parse_json, require
 from pipeline.errors import DataError, SampleError, missing, unreadable
-from pipeline.shards.sample import IMAGE_FIELDS, Sample
+from pipeline.shards.media import IMAGE, MEDIA, check_media, medium_of
+from pipeline.shards.sample import Sample
 from pipeline.shards.storage import Folder, file_stamp, split_file
 from pipeline.shards.tar import iterate_tar
 from pipeline.shards.text import decoded
 from pipeline.shards.writer import reserved_columns
-from pipeline.sources.source import UNCHANGED, Row, Slice
+from pipeline.sources.source import SOUND_UNCHANGED, UNCHANGED, Part, Row, Slice
 from pipeline.sources.tables import AS_WRITTEN, first_text, stored_text
 
 logger = logging.getLogger(__name__)
@@ -32,20 +33,23 @@ CAPTION_KEYS = ("caption", "captions", "text", "txt", "alt", "alt_text", "title"
 class WebDatasetTars:
     """The samples of existing tars.
 
-    The image is the first member with the ending of an image (jpg, png, webp, gif, tif, ...), the caption the member
-    ``caption_field``. The keys ``json_columns`` of the json member become columns. Other members are copied unless
-    ``keep_members`` is off.
+    A part is the first member with an ending of its medium (jpg, png, webp, ...; flac, wav, mp3, ...). The caption is
+    the member ``caption_field``. A sample without a part of one of the ``media`` has only the others. The keys
+    ``json_columns`` of the json member become columns. Other members are copied unless ``keep_members`` is off.
     """
 
     kind: ClassVar[str] = "webdataset"
     summary: ClassVar[str] = (
-        "Existing WebDataset tars, including img2dataset's; images are stored byte for byte by default."
+        "Existing WebDataset tars, including img2dataset's; images and sounds are stored byte for byte by default."
     )
     image_options: ClassVar[Mapping[str, Any]] = UNCHANGED
+    audio_options: ClassVar[Mapping[str, Any]] = SOUND_UNCHANGED
 
     tars: str
     """Folder, tar, or brace pattern such as `s3://bucket/{00000..00123}.tar` or `{train,val}/{0..9}.tar`; join several
     by `::`."""
+    media: tuple[str, ...] = ("image",)
+    """Media of the samples: image, audio, or both."""
     image_field: str | None = None
     """Member with the image, such as `input.jpg`; None = the first member with the ending of an image."""
     caption_field: str | None = "txt"
@@ -53,7 +57,7 @@ class WebDatasetTars:
     json_columns: tuple[str, ...] = ()
     """Keys of the json member to store as columns, as text."""
     keep_members: bool = True
-    """Copy members other than image, caption and json unchanged."""
+    """Copy members other than images, sounds, captions and json unchanged."""
 
     def __post_init__(self) -> None:
         require(
@@ -62,7 +66,8 @@ class WebDatasetTars:
             self.tars,
             "a folder, a tar or a brace pattern of tars",
         )
-        reserved = sorted(set(self.json_columns) & set(reserved_columns()))
+        check_media(self.media)
+        reserved = sorted(set(self.json_columns) & set(reserved_columns(self.media)))
         require(not reserved, "json_columns", reserved, "keys with names that the shards do not use themselves")
         once = len(set(self.json_columns)) == len(self.json_columns)
         require(once, "json_columns", self.json_columns, "each key once")
@@ -100,7 +105,7 @@ class WebDatasetTars:
             seen.warn(self.caption_field)
 
     def rows(self, piece: Slice) -> Iterator[Row]:
-        """See :class:`~pipeline.sources.source.Source`; samples without an image are rows with a problem."""
+        """See :class:`~pipeline.sources.source.Source`; samples without any part are rows with a problem."""
         for sample in _samples(str(piece.where["uri"])):
             yield self._row(sample)
 
@@ -111,16 +116,14 @@ class WebDatasetTars:
     def _row(self, sample: Sample) -> Row:
         plain = _json(sample, self._reads_json)
         record: Mapping[str, Any] = {} if isinstance(plain, SampleError) else plain
-        image = self._image_field(sample)
-        caption_member = "" if self.caption_field is None else self.caption_field
-        members = {name: value for name, value in sample.fields.items() if name not in (image, caption_member, "json")}
-        problem = self._problem(plain)
-        if image is None:
-            problem = _no_image(sample, self.image_field)
+        parts = self._parts(sample)
+        used = {*parts.values(), "json", "" if self.caption_field is None else self.caption_field}
+        members = {name: value for name, value in sample.fields.items() if name not in used}
+        problem = self._problem(plain) if parts else self._no_part(sample)
         return Row(
             url=stored_text(record.get("url")) or sample.key,
             caption=None if self.caption_field is None else self._caption(sample, plain) or "",
-            image=None if image is None else sample.fields[image],
+            parts=tuple(Part(medium, sample.fields[field]) for medium, field in parts.items()),
             columns={name: stored_text(record.get(name)) for name in self.json_columns},
             members=members if self.keep_members else {},
             problem=problem,
@@ -138,9 +141,36 @@ class WebDatasetTars:
             return _malformed(f"{wanted} is an object, not a text")
         return None
 
-    def _image_field(self, sample: Sample) -> str | None:
-        names = IMAGE_FIELDS if self.image_field is None else (self.image_field.lower(),)
-        return next((name for name in names if name in sample.fields), None)
+    def _parts(self, sample: Sample) -> dict[str, str]:
+        """The fields of the parts, by medium."""
+        found = {medium: MEDIA[medium].field_of(sample.fields) for medium in self.media}
+        if self.image_field is not None and IMAGE.name in found:
+            named = self.image_field.lower()
+            found[IMAGE.name] = named if named in sample.fields else None
+        return {medium: field for medium, field in found.items() if field is not None}
+
+    def _no_part(self, sample: Sample) -> SampleError:
+        has = ", ".join(f".{name}" for name in sample.fields)
+        if self.media == (IMAGE.name,) and self.image_field is not None:
+            return SampleError(
+                "failed_to_download", "no_picture", f"no member .{self.image_field}; the sample has {has}"
+            )
+        media = [MEDIA[medium] for medium in self.media]
+        nouns = " or ".join(medium.noun for medium in media)
+        message = f"no member with the ending of {nouns}; the sample has {has}"
+        for name in sample.fields:
+            ending = name.rpartition(".")[2]
+            other = medium_of(name)
+            if other is not None:
+                message += f" (.{name} is {other.noun}: --media {other.name})"
+            elif "." in name and any(ending in medium.endings for medium in media):
+                # webdataset's rule: a key ends at its first dot.
+                advice = f"--image-field {name}, or names" if ending in IMAGE.endings else "names"
+                message += f" (.{name} follows the first dot of the name: {advice} without that dot)"
+            else:
+                continue
+            break
+        return SampleError("failed_to_download", "no_picture" if IMAGE in media else "no_sound", message)
 
     def _caption(self, sample: Sample, plain: "dict[str, Any] | SampleError") -> str | None:
         wanted = self.caption_field
@@ -209,18 +239,6 @@ def _json(sample: Sample, asked: bool) -> dict[str, Any] | SampleError:
 
 def _malformed(message: str) -> SampleError:
     return SampleError("failed_to_download", "malformed_row", message)
-
-
-def _no_image(sample: Sample, wanted: str | None) -> SampleError:
-    found = ", ".join(f".{name}" for name in sample.fields)
-    if wanted is not None:
-        return SampleError("failed_to_download", "no_picture", f"no member .{wanted}; the sample has {found}")
-    message = f"no member with the ending of an image; the sample has {found}"
-    dotted = next((name for name in sample.fields if name.rpartition(".")[2] in IMAGE_FIELDS), None)
-    if dotted is not None:
-        # webdataset's rule: a key ends at its first dot.
-        message += f" (.{dotted} follows the first dot of the name: --image-field {dotted}, or names without that dot)"
-    return SampleError("failed_to_download", "no_picture", message)
 
 
 @dataclass

@@ -1,10 +1,10 @@
-"""A trained method as a folder for another library: open_clip, or transformers with its ``CLIPModel``."""
+"""A trained method as a folder for another library: open_clip, or transformers with its ``CLIPModel`` and others."""
 
 import logging
 from typing import Any, Literal
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config import require
 from pipeline.models.method import Method
@@ -22,11 +22,11 @@ def export(method: Method, folder: Folder, kind: Format) -> None:
     """Write ``method.model`` into ``folder``, the weights first; overwrites files of an earlier export.
 
     ``open_clip``: for ``open_clip.create_model("local-dir:FOLDER")``. ``hugging_face``: for ``from_pretrained`` of
-    ``CLIPModel`` and ``CLIPProcessor``.
+    ``CLIPModel`` and ``CLIPProcessor``, or of the class of transformers that the method is built from.
 
     Raises:
-        SettingError: not a model of open_clip, a model that ``CLIPModel`` cannot express, or a folder that holds a
-            checkpoint, whose files would be lost.
+        SettingError: not a model of open_clip or transformers, a model that ``CLIPModel`` cannot express, or a folder
+            that holds a checkpoint, whose files would be lost.
         StorageError: the folder cannot be written.
     """
     require(not folder.exists(META), "output", folder.uri, "a folder that is not a checkpoint itself")
@@ -40,7 +40,11 @@ def export(method: Method, folder: Folder, kind: Format) -> None:
 
 
 def _files(method: Method, kind: Format) -> tuple[dict[str, Tensor], dict[str, str]]:
-    model: Any = method.model
+    model: Any = getattr(method, "model", None)
+    theirs = method.transformers_files()
+    if theirs is not None:
+        require(kind == "hugging_face", "format", kind, f"hugging_face, the library of {type(method).__name__}'s model")
+        return _copied(model), dict(theirs)
     texts = dict(method.description())
     require(openclip.MODEL_CARD in texts, "checkpoint", type(method).__name__, "a method around a model of open_clip")
     has_bert = isinstance(getattr(model, "text", None), BertTextTower)
@@ -49,4 +53,8 @@ def _files(method: Method, kind: Format) -> tuple[dict[str, Tensor], dict[str, s
         logger.info("the bias of the sigmoid loss, %.3f, is in config.json only", model.logit_bias.item())
     if kind == "hugging_face":
         return hugging_face.convert(model, method.tokenizer)
-    return {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}, texts
+    return _copied(model), texts
+
+
+def _copied(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}

@@ -141,8 +141,9 @@ def _terms(lengths: Sequence[int], scale: Sequence[int]) -> list[float]:
 def count(method: Method, batch: Mapping[str, Tensor], mode: FakeTensorMode) -> int:
     """FLOPs of a training step of ``method``, which has fake tensors of ``mode``, with as much data as ``batch``."""
     counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_BACKWARD)
+    device = next((tensor.device for tensor in (*method.parameters(), *method.buffers())), torch.device("cpu"))
     with mode, _AllRows(), _plain_attention(), counter:  # type: ignore[no-untyped-call]
-        losses = method.training_step({key: mode.from_tensor(values) for key, values in batch.items()})
+        losses = method.training_step({key: mode.from_tensor(values).to(device) for key, values in batch.items()})
         torch.stack(list(losses.values())).sum().backward()
     for parameter in method.parameters():
         parameter.grad = None

@@ -17,10 +17,11 @@ import torch
 from pipeline.config import require
 from pipeline.errors import ClipmillError
 from pipeline.loaders.batches import LoaderConfig
-from pipeline.loaders.cores import cores
 from pipeline.models.method import method_class, method_name
+from pipeline.stages.cores import cores
 from pipeline.stages.ray_session import connect, log_as_job
 from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.devices import cuda_problem
 from pipeline.training.elastic import join_those_that_share
 from pipeline.training.follow import Follower, Record
 from pipeline.training.loop import TrainingError, TrainingOutcome, run_training
@@ -78,10 +79,20 @@ def follower(plan: RunPlan, evaluate: Evaluate, record: Record | None = None) ->
 
 
 def _in_this_process(plan: RunPlan, open_tracker: OpenTracker) -> TrainingOutcome:
-    # With its index: torch.cuda.set_device refuses one without.
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = _own_device(plan.run.cluster.accelerator)
     _set_up(device, own_threads(plan.run.loader))
     return run_training(plan, device, open_tracker())
+
+
+def _own_device(accelerator: str) -> torch.device:
+    """The first GPU of this machine, or the CPU; says why where a GPU is asked for and cannot be used."""
+    if accelerator == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)  # with its index: torch.cuda.set_device refuses one without
+    if accelerator == "gpu":
+        logger.warning("training on the CPU: %s", cuda_problem())
+    return torch.device("cpu")
 
 
 def own_threads(loader: LoaderConfig) -> int | None:

@@ -29,6 +29,7 @@ from pipeline.training.checkpoint import (
     load_optimizer,
     read_weights,
 )
+from pipeline.training.devices import GpuMemoryError, computes_in_bf16, out_of_memory
 from pipeline.training.gradient_cache import backward_in_parts, normalises_batches
 from pipeline.training.measure import Profile, make_clock, memory, sizes, tower_norms, towers
 from pipeline.training.moving_average import MovingAverage
@@ -72,12 +73,18 @@ def run_training(plan: RunPlan, device: torch.device, tracker: Tracker, notice: 
     Raises:
         SettingError: the checkpoint was made with other settings.
         DataError, StorageError: data cannot be read, a checkpoint cannot be written.
+        GpuMemoryError: a step needs more memory than the GPU has.
     """
-    training = _TrainingState(plan, device, tracker, notice)
+    try:
+        training = _TrainingState(plan, device, tracker, notice)
+    except torch.OutOfMemoryError as error:
+        raise _memory_error(plan, device) from error
     try:
         return training.run()
     except TrainingError as error:
         return TrainingOutcome(steps=training.done, checkpoint=training.last_checkpoint, problem=str(error))
+    except torch.OutOfMemoryError as error:
+        raise _memory_error(plan, device) from error
     finally:
         training.writer.close()
         tracker.close()
@@ -101,9 +108,9 @@ class _TrainingState:
         # With channels last, convolutions are 1.4 times as fast on a CPU, and tensor cores need it.
         self.shards = self.config.sharding == "full" and self.world > 1
         form = torch.contiguous_format if self.shards else torch.channels_last  # sharding splits rows
-        self.method = self._method(latest).to(device).to(memory_format=form).train()
         precision = self.config.precision
-        self.bf16 = precision in ("bf16", "fp8") or (precision == "auto" and device.type == "cuda")
+        self.bf16 = computes_in_bf16(precision, device)
+        self.method = self._method(latest).to(device).to(memory_format=form).train()
         settings, counts = (self.config.batch_size, self.config.measuring), self.rank == 0
         self.clock = make_clock(*settings, self.method, device, bf16=self.bf16, counts=counts)
         self.profile = Profile(self.config.measuring.profiled() if self.rank == 0 else range(0), self.clock, tracker)
@@ -116,7 +123,8 @@ class _TrainingState:
         if self.config.checkpoint_activations:
             recompute_each(self.method.blocks())
         if self.config.compile_blocks:
-            compile_each(self.method.blocks())
+            compile_each(self.method.compiled_blocks())
+            self.method.compiled = True
         rows = self.config.batch_size // self.world
         self.part = self.config.micro_batch if (self.config.micro_batch or rows) < rows else None
         self.module = self._shared()
@@ -251,6 +259,7 @@ class _TrainingState:
             final=config.optimizer.final_learning_rate,
             milestones=config.optimizer.drops,
             power=config.optimizer.decay_power,
+            exponential=config.optimizer.exponential,
         )
         set_rate(self.optimizer, rate)
         return rate
@@ -383,6 +392,18 @@ class _TrainingState:
             logger.warning("the warm-up takes %d steps, the run only %d", config.warmup_steps, plan.steps)
         if self.part is not None and normalises_batches(self.method):
             logger.warning("batch normalisation uses %d rows at a time, not a worker's whole share", self.part)
+
+
+def _memory_error(plan: RunPlan, device: torch.device) -> GpuMemoryError:
+    run, kind = plan.run, method_class(method_name(plan.method))
+    saving = {
+        "micro_batch": run.micro_batch is not None or not issubclass(kind, EmbeddingMethod),
+        "checkpoint_activations": run.checkpoint_activations,
+        "bf16": run.precision != "fp32",
+        "sharding": run.sharding == "full",
+    }
+    used = frozenset(name for name, in_use in saving.items() if in_use)
+    return out_of_memory(device, run.batch_size // distributed.world(), used)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -67,7 +67,8 @@ class Cluster:
     cpus_per_worker: int = 1
     """CPUs reserved per worker, 1 or more; also the worker's threads on a machine without a GPU."""
     accelerator: Literal["auto", "gpu", "cpu"] = "auto"
-    """One GPU per worker, or none; auto checks the cluster's nodes when the job starts."""
+    """One GPU per worker, or none; auto checks the cluster's nodes when the job starts. Without workers, gpu and auto
+    use this machine's first GPU, if it has one."""
     train_resource: str = "train_worker"
     """Custom resource that places workers on the nodes that offer it (see cluster.yaml), if the cluster has it."""
     max_failures: int = 3
@@ -118,8 +119,8 @@ class Run:
     """Decay per step of a moving average of the weights, such as 0.9999, lower in the first steps; none disables it.
     Checkpoints hold both weights; evaluate the average as FOLDER:ema."""
     precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
-    """Precision of matrix products: bf16 or fp32 (TF32 on GPUs); auto is bf16 on GPUs, fp32 elsewhere. fp8 is bf16 with
-    8-bit linear layers, using torchao on GPUs like the H100; it is faster only with --compile-blocks."""
+    """Precision of matrix products: bf16 or fp32 (TF32 on GPUs); auto is bf16 on GPUs that have it, else fp32. fp8 is
+    bf16 with 8-bit linear layers, using torchao on GPUs like the H100; it is faster only with --compile-blocks."""
     sharding: Literal["none", "full"] = "none"
     """full shards weights, gradients and optimiser state over the workers (FSDP2), for models that exceed one GPU's
     memory; slower for smaller models. Checkpoints are the same."""
@@ -127,7 +128,7 @@ class Run:
     """Store only the input of each tower block and recompute its activations in the backward pass: less memory, a third
     more time, the same result."""
     compile_blocks: bool = False
-    """Compile the towers' blocks with torch.compile: a slow first step, then faster ones."""
+    """Compile the towers' blocks, and losses in tiles, with torch.compile: a slow first step, then faster ones."""
     seed: int = 0
     """Seed of initial weights, sample order and augmentation."""
     caption: str = "txt"

@@ -1,5 +1,5 @@
-"""The learning rate as a function of the step: linear warm-up, then half a cosine (arXiv 1608.03983), milestones, or a
-power of the remaining part of the run."""
+"""The learning rate as a function of the step: linear warm-up, then half a cosine (arXiv 1608.03983), milestones, a
+power of the remaining part of the run, or an exponential."""
 
 import math
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ def learning_rate(
     final: float = 0.0,
     milestones: Sequence[float] = (),
     power: float | None = None,
+    exponential: float | None = None,
 ) -> float:
     """The rate of step ``step`` of ``steps``, counted from 0.
 
@@ -28,6 +29,8 @@ def learning_rate(
     if milestones:
         return peak * 0.1 ** sum(step >= part * steps for part in milestones)
     progress = (step - warmup_steps) / max(steps - warmup_steps, 1)
+    if exponential is not None:
+        return peak * math.pow(exponential, progress)
     if power is not None:
         return final + (peak - final) * math.pow(1 - progress, power)
     return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2

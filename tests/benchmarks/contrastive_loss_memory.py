@@ -1,5 +1,7 @@
 """Value and gradient of the contrastive losses in tiles, against the plain formulas and open_clip's losses.
 
+``pair`` is AudioCLIP's loss of two modalities, which some rows lack.
+
     python tests/benchmarks/contrastive_loss_memory.py                    # 4,096 pairs of 512 numbers on one CPU thread
     python tests/benchmarks/contrastive_loss_memory.py --pairs 131072 --device cuda --rounds 5
 
@@ -29,6 +31,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.models.audioclip.loss import pair_loss, tiled_pair_loss
 from pipeline.models.losses import contrastive_loss, tiled_contrastive_loss, tiled_sigmoid_loss
 
 WIDTH = 512
@@ -40,9 +43,23 @@ def plain_sigmoid_loss(images: Tensor, texts: Tensor, scale: Tensor, bias: Tenso
     return -functional.logsigmoid(signs * (scale * images @ texts.T + bias)).sum() / len(images)
 
 
+def masked(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss of AudioCLIP's pairs, where three quarters of the rows have both modalities."""
+    return lambda one, other, scale: loss(
+        one, other, (torch.arange(len(one), device=one.device) % 4 > 0).float(), scale
+    )
+
+
+def of_present_rows(one: Tensor, other: Tensor, scale: Tensor) -> Tensor:
+    """The same by open_clip's loss of the rows that have both; it is the mean of both directions."""
+    present = torch.arange(len(one), device=one.device) % 4 > 0
+    return 2 * ClipLoss()(one[present], other[present], scale)
+
+
 LOSSES: dict[str, dict[str, Callable[..., Tensor]]] = {
     "softmax": {"tiled": tiled_contrastive_loss, "plain": contrastive_loss, "open_clip": ClipLoss()},
     "sigmoid": {"tiled": tiled_sigmoid_loss, "plain": plain_sigmoid_loss, "open_clip": SigLipLoss()},
+    "pair": {"tiled": masked(tiled_pair_loss), "plain": masked(pair_loss), "open_clip": of_present_rows},
 }
 
 
@@ -51,13 +68,17 @@ def inputs(kind: str, pairs: int, device: str) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     images = functional.normalize(torch.randn(pairs, WIDTH, generator=generator), dim=1)
     texts = functional.normalize(images + 0.1 * torch.randn(pairs, WIDTH, generator=generator), dim=1)
-    scalars = [torch.tensor(20.0)] if kind == "softmax" else [torch.tensor(20.0), torch.tensor(-10.0)]
+    scalars = [torch.tensor(20.0), torch.tensor(-10.0)] if kind == "sigmoid" else [torch.tensor(20.0)]
     return [tensor.to(device).requires_grad_() for tensor in (images, texts, *scalars)]
 
 
 def measure(kind: str, which: str, pairs: int, device: str) -> dict[str, float]:
     """One call in this process, after a small one."""
-    loss = LOSSES[kind][which]
+    return measure_loss(kind, LOSSES[kind][which], pairs, device)
+
+
+def measure_loss(kind: str, loss: Callable[..., Tensor], pairs: int, device: str) -> dict[str, float]:
+    """One call of ``loss`` in this process, after a small one."""
     loss(*inputs(kind, 64, device)).backward()
     tensors = inputs(kind, pairs, device)
     clock = time.perf_counter if device == "cuda" else time.process_time

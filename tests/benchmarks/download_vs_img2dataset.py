@@ -37,8 +37,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from pipeline.codecs.image_encoding import ImageOptions, plan
 from pipeline.shards.tar import TarShard
-from pipeline.stages.crawl.images import ImageOptions, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ((640, 480), (640, 427), (800, 600), (1024, 768), (1024, 683), (1280, 960), (1280, 853), (1600, 1200))

@@ -33,6 +33,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
+from pipeline.codecs.image_encoding import ImageOptions
+from pipeline.codecs.options import MediaOptions
 from pipeline.evaluation.suite import Evaluations
 from pipeline.loaders.batches import Batch, LoaderConfig, training_batches
 from pipeline.models.clip import Config
@@ -40,7 +42,6 @@ from pipeline.models.method import build_method
 from pipeline.runs.evaluate import CheckpointEvaluation
 from pipeline.shards.storage import Folder
 from pipeline.sources.drawn.source import Drawn
-from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers
@@ -81,7 +82,7 @@ def settle(arguments: argparse.Namespace, folder: Path, evaluates: bool = False,
         warmup_steps=arguments.steps // 4,
         checkpoint_every_minutes=None,
         compile_blocks=arguments.compile_blocks,
-        loader=LoaderConfig(loader_workers=arguments.loader_workers),
+        loader=LoaderConfig(loader_workers=arguments.loader_workers, image_decoder=arguments.image_decoder),
         **changes,
     )
     start: Literal["bag_of_words", "paper"] = "bag_of_words" if "clipmill" in arguments.architecture else "paper"
@@ -131,7 +132,8 @@ def feed(arguments: argparse.Namespace, folder: Path) -> None:
     together = launch(settle(arguments, folder, **settings), lambda: waits).samples_per_second
     conditions = f"loader alone {loader:.0f}; waiting for data {statistics.mean(waits.shares):.4f} of the time, "
     conditions += f"{max(waits.shares):.4f} at most between two logs"
-    show(arguments, "end_to_end_feed", together, loop, conditions, "samples per second, with the loader and without it")
+    unit, share = "samples per second, with the loader and without it", round(statistics.mean(waits.shares), 4)
+    show(arguments, "end_to_end_feed", together, loop, conditions, unit, data_wait=share)
 
 
 def overhead(arguments: argparse.Namespace, folder: Path) -> None:
@@ -173,7 +175,9 @@ def everything(arguments: argparse.Namespace, folder: Path) -> float:
     return speed
 
 
-def show(arguments: argparse.Namespace, name: str, ours: float, peer: float, conditions: str, unit: str) -> None:
+def show(
+    arguments: argparse.Namespace, name: str, ours: float, peer: float, conditions: str, unit: str, **more: float
+) -> None:
     """One line."""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "one thread"
     line = {
@@ -184,7 +188,9 @@ def show(arguments: argparse.Namespace, name: str, ours: float, peer: float, con
         "unit": unit,
         "n": arguments.steps * arguments.batch_size,
         "conditions": f"{conditions}; {arguments.architecture}, batches of {arguments.batch_size}, {where}, "
-        f"{arguments.loader_workers} loader processes, torch {torch.__version__}",
+        f"{arguments.loader_workers} loader processes, JPEGs decoded on {arguments.image_decoder}, "
+        f"torch {torch.__version__}",
+        **more,
     }
     print(json.dumps(line), flush=True)
 
@@ -200,6 +206,7 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=2, help="evaluations in a run, the last one included")
     parser.add_argument("--evaluated", type=int, default=512, help="samples of each set")
     parser.add_argument("--loader-workers", type=int, default=1)
+    parser.add_argument("--image-decoder", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--compile-blocks", action="store_true")
     parser.add_argument("--data", default="", help="a snapshot; otherwise one is drawn")
     parser.add_argument("--samples", type=int, default=8000, help="to draw")
@@ -208,7 +215,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="clipmill-end-to-end-") as name:
         if not arguments.data:
-            options = ShardOptions(images=ImageOptions(resize_mode="no", skip_reencode=True))
+            options = ShardOptions(media=MediaOptions(image=ImageOptions(resize_mode="no", skip_reencode=True)))
             refresh(
                 Drawn(samples=arguments.samples, size=arguments.size),
                 Folder(f"{name}/data"),

@@ -29,7 +29,7 @@ from transformers import BertConfig, GroundingDinoConfig, GroundingDinoForObject
 from pipeline.loaders.grounding_prompts import SpanTokenizer
 from pipeline.models.glip import Config, Glip
 from pipeline.models.glip.model import TOKENIZER
-from pipeline.models.glip.text import BERT, settings_text
+from pipeline.models.glip.text import SETTINGS, settings_text
 
 START, END, STOP = 101, 102, 1012  # bert-base-uncased's, by which Grounding DINO knows phrases
 NAMES, OBJECTS = 20, 10
@@ -61,6 +61,8 @@ def make_batch(options: argparse.Namespace) -> dict[str, Tensor]:
         "token_mask": tokens > 0,
         "boxes": torch.cat([corner, corner + sides], dim=2),
         "positive_map": nn.functional.one_hot(1 + 2 * labels, tokens.shape[1]).bool(),
+        "annotated": torch.ones(images, dtype=torch.bool),
+        "left_out": torch.zeros(images, dtype=torch.int64),
         "labels": labels,
     }
 
@@ -78,7 +80,7 @@ def glip(options: argparse.Namespace, batch: Mapping[str, Tensor]) -> tuple[nn.M
     )
     described = {
         TOKENIZER: SpanTokenizer.load("drawn").description,
-        BERT: settings_text(text_tower(options.device == "cpu")),
+        SETTINGS: settings_text(text_tower(options.device == "cpu")),
     }
     method = Glip(config, described).train()
 
@@ -157,7 +159,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--image-size", type=int, help="default: 256, on a GPU 800")
     parser.add_argument("--batch-size", type=int, help="default: 2, on a GPU 4")
-    parser.add_argument("--blocks", type=int, help="default: 3, on a GPU 6")
+    parser.add_argument("--blocks", type=int, help="2 or more; default: 3, on a GPU 6")
     parser.add_argument("--steps", type=int, help="in a round; default: 3, on a GPU 10")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--measure", choices=sorted(PEERS), help=argparse.SUPPRESS)

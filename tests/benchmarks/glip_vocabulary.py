@@ -23,14 +23,15 @@ from torch import Tensor
 from transformers import BertConfig
 
 from pipeline.evaluation.encoder import inference
+from pipeline.loaders.grounding import averaging_matrix, phrase_tokens
 from pipeline.loaders.grounding_prompts import SpanTokenizer, name_chunks
 from pipeline.models.detections import Detections
 from pipeline.models.glip import Config, Glip
 from pipeline.models.glip.config import SMALL
 from pipeline.models.glip.model import TOKENIZER
 from pipeline.models.glip.network import align
-from pipeline.models.glip.phrases import averaging_matrix, phrase_tokens, suppress, together
-from pipeline.models.glip.text import BERT, settings_text
+from pipeline.models.glip.phrases import suppress, together
+from pipeline.models.glip.text import SETTINGS, settings_text
 from pipeline.models.proposals import unplaced
 
 LONGEST = 256
@@ -58,7 +59,7 @@ def make_method(fusion: bool, options: argparse.Namespace) -> Glip:
     changes = {**SMALL, "text": "drawn"} if options.small else {}
     fixed = {"fusion": fusion, "image_size": options.image_size, "detections": 300}
     config = Config(**{**changes, **fixed})
-    return Glip(config, {TOKENIZER: tokenizer.description, BERT: settings_text(settings)}).eval()
+    return Glip(config, {TOKENIZER: tokenizer.description, SETTINGS: settings_text(settings)}).eval()
 
 
 @torch.no_grad()
@@ -91,8 +92,8 @@ def plain_predict(method: Glip, images: Sequence[Tensor], words: Sequence[str]) 
             ((features, weights),) = method.model.compare(levels, [encoded])
             parts.append(method._candidates(levels, features, weights, averaging.expand(count, -1, -1)))
         best = suppress(together(parts, [numbers.start for numbers, _ in chunks]), group.extents, method.config)
-        for number, place, (boxes, scores, labels) in zip(group.numbers, group.places, best, strict=True):
-            found[number] = Detections(unplaced(boxes, place), scores, labels)
+        for number, place, one in zip(group.numbers, group.places, best, strict=True):
+            found[number] = Detections(unplaced(one.boxes, place), one.scores, one.phrases)
     return [found[number] for number in range(len(images))]
 
 

@@ -90,7 +90,7 @@ def make_teacher(options: argparse.Namespace) -> CheckpointTeacher:
 @contextmanager
 def padded_texts() -> Iterator[None]:
     """All texts padded to the longest that there is."""
-    with patch("pipeline.models.glip.model.MULTIPLE", LONGEST):
+    with patch("pipeline.loaders.grounding.MULTIPLE", LONGEST):
         yield
 
 

@@ -34,8 +34,7 @@ from torch import Tensor
 
 from pipeline.loaders.text import cut_text
 from pipeline.models.clip import Clip, Config
-from pipeline.sources.drawn.source import Drawn
-from pipeline.sources.source import Slice
+from pipeline.sources.drawn.sample import draw_sample
 from pipeline.training.blocks import compile_each
 from pipeline.training.flops import Work, device_name, peak_of, precision
 from pipeline.training.optimizer import AdamW, make_optimizer, take_step
@@ -139,10 +138,14 @@ class Theirs:
         rank = {"rank": 0, "local_rank": 0, "world_size": 1, "accum_freq": 1, "log_every_n_steps": 10**9}
         where = {"device": str(setting.device), "precision": "amp_bf16" if setting.bf16 else "fp32"}
         self.arguments = SimpleNamespace(save_logs=False, **where, **off, **rank)
+        self.ready: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, batches: list[tuple[Tensor, Tensor]]) -> float:
-        """Train on the batches; seconds."""
-        ready = [(pinned((image - self.mean) / self.std), text) for image, text in batches]
+        """Train on the batches, which are normalised before the clock starts; seconds."""
+        for image, text in batches:
+            if id(image) not in self.ready:
+                self.ready[id(image)] = pinned((image - self.mean) / self.std), text
+        ready = [self.ready[id(image)] for image, _ in batches]
         data = {"train": SimpleNamespace(dataloader=Batches(ready), set_epoch=lambda epoch: None)}
         began = self.setting.now()
         train_one_epoch(self.model, data, self.loss, 0, self.optimizer, None, lambda step: None, None, self.arguments)
@@ -158,8 +161,8 @@ def make_batches(method: Clip, batch_size: int, steps: int) -> list[tuple[Tensor
     """Images of noise, uint8, and tokens of drawn captions, int64."""
     side = method.transforms(train=False).size[0]
     count = batch_size * steps
-    rows = Drawn(samples=count, size=64).rows(Slice(count=count, digest="", where={"start": 0}))
-    tokens = method.tokenizer([row.caption for row in rows]).split(batch_size)
+    captions = [draw_sample("train", 0, number, 64).caption for number in range(count)]
+    tokens = method.tokenizer(captions).split(batch_size)
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, 3, side, side)
     images = (torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for _ in tokens)

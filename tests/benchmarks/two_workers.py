@@ -22,11 +22,12 @@ from pathlib import Path
 
 import torch
 
+from pipeline.codecs.image_encoding import ImageOptions
+from pipeline.codecs.options import MediaOptions
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.models.clip import Config
 from pipeline.shards.storage import Folder
 from pipeline.sources.drawn.source import Drawn
-from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers
@@ -65,7 +66,9 @@ class Remember:
 
 def draw(folder: str, samples: int) -> None:
     """Shards of the drawn world at 64 px."""
-    options = ShardOptions(images=ImageOptions(resize_mode="no", skip_reencode=True), number_sample_per_shard=1000)
+    options = ShardOptions(
+        media=MediaOptions(image=ImageOptions(resize_mode="no", skip_reencode=True)), number_sample_per_shard=1000
+    )
     refresh(Drawn(samples=samples, size=64), Folder(folder), options, Workers(processes_count=0))
 
 

@@ -31,6 +31,17 @@ from pipeline.models.vild import FACTS, Config, Mode, Vild
 
 MODES: tuple[Mode, ...] = ("supervised", "vild", "ensemble")
 OBJECTS, CLASSES, WIDTH = 20, 866, 512
+TINY: dict[str, Any] = {
+    "backbone": "resnet18",
+    "pyramid_width": 32,
+    "proposals_tried": 50,
+    "proposals_kept": 20,
+    "regions_drawn": 8,
+    "most_regions": 4,
+    "head_convolutions": (32,),
+    "head_layers": (64,),
+    "mask_convolutions": (32,),
+}
 Step = Callable[[], Tensor]
 
 
@@ -160,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--steps", type=int, help="in a round; default: 1, on a GPU 5")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tiny", action="store_true", help="a small network with few regions, to try this script")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
@@ -167,7 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size = options.image_size or (1024 if bf16 else 256)
     images, times = options.batch_size or (8 if bf16 else 1), options.steps or (5 if bf16 else 1)
     # On a CPU torch has no batch normalisation over processes.
-    settings: dict[str, Any] = {"image_size": size} | ({} if bf16 else {"norm": "group"})
+    settings: dict[str, Any] = (
+        {"image_size": size} | ({} if bf16 else {"norm": "group"}) | (TINY if options.tiny else {})
+    )
     setting = (device, bf16)
     steps = {mode: our_step(mode, settings, images, setting) for mode in options.modes}
     steps["torchvision"] = their_step(settings, images, setting)
@@ -188,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "ratio": round(rates[mode] / rates["torchvision"], 3),
             "unit": "images per second",
             "n": images * times * options.rounds,
-            "conditions": f"ResNet-50, {size} pixels, batch {images}, "
+            "conditions": f"{settings.get('backbone', 'resnet50')}, {size} pixels, batch {images}, "
             f"{'bfloat16' if bf16 else 'float32'}, {where}, torch {torch.__version__}, torchvision "
             f"{torchvision.__version__}"
             + (f"; peaks {peaks[mode]:.1f} and {peaks['torchvision']:.1f} GB" if peaks else ""),

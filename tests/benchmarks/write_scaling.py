@@ -35,7 +35,7 @@ import psutil
 
 from pipeline.shards.storage import Folder
 from pipeline.sources.drawn.source import Drawn
-from pipeline.sources.source import Row, Slice
+from pipeline.sources.source import Part, Row, Slice
 from pipeline.stages.ray_session import connect
 from pipeline.stages.refresh.make_shard import AS_IT_IS, ShardOptions, make_shard
 from pipeline.stages.refresh.plan import make_plan
@@ -65,7 +65,11 @@ class OneImage:
     def rows(self, piece: Slice) -> Iterator[Row]:
         """The same image under another url."""
         for number in range(piece.count):
-            yield Row(url=f"http://host/{piece.where['start']}/{number}.jpg", caption="an image", image=IMAGE)
+            yield Row(
+                url=f"http://host/{piece.where['start']}/{number}.jpg",
+                caption="an image",
+                parts=(Part("image", IMAGE),),
+            )
 
     def schema(self) -> Mapping[str, type]:
         """No columns."""
@@ -88,7 +92,7 @@ def through_ray(samples: int, processes: int, folder: Folder) -> None:
 def through_pool(samples: int, pool: ProcessPoolExecutor, folder: Folder) -> None:
     """The same units in a plain pool of processes, one submitted for each."""
     source = Drawn(samples=samples)
-    shaping = shaping_options(options(samples))
+    shaping = shaping_options(options(samples), ("image",))
     plan = make_plan(source, folder, options(samples).number_sample_per_shard, shaping)
     list(pool.map(partial(make_shard, source=source, folder=folder, options=options(samples)), plan.units))
 

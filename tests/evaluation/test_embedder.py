@@ -14,6 +14,7 @@ from pipeline.evaluation.embedder import LoadEmbedder, ModelEmbedder
 from pipeline.evaluation.models import load_model
 from pipeline.models.clip import Clip
 from pipeline.models.towers.weights import digest_of
+from pipeline.shards.sample import Sample
 
 
 def png(seed: int, size: tuple[int, int]) -> bytes:
@@ -31,16 +32,20 @@ def test_features_are_open_clips(tmp_path: Path) -> None:
     preprocess = open_clip.image_transform(side, is_train=False, mean=method.model.visual.image_mean)
     embedder = ModelEmbedder(method)
     images, texts = [png(seed, (side + 5 * seed, side)) for seed in range(3)], ["a cat", "two dogs", ""]
-    prepared = [embedder.prepare(image) for image in images]
-    assert all(one is not None and one.dtype == torch.uint8 for one in prepared)
+    samples = [Sample("s", {"png": image, "txt": text.encode()}) for image, text in zip(images, texts, strict=True)]
+    prepared = [embedder.prepare(sample, "image") for sample in samples]
+    assert embedder.media == ("image", "text") and all(one is not None for one in prepared)
     with torch.no_grad():
         inputs = torch.stack([preprocess(Image.open(io.BytesIO(image))) for image in images])
         image_features = model.encode_image(inputs, normalize=True).numpy()
         text_features = model.encode_text(method.tokenizer(texts), normalize=True).numpy()
-    made = embedder.encode_image([one for one in prepared if one is not None])
+    made = embedder.encode("image", prepared)
     assert (made * image_features).sum(axis=1).min() > 0.999
-    np.testing.assert_allclose(embedder.encode_text(texts), text_features, atol=1e-5)
-    assert embedder.prepare(b"no image") is None
+    np.testing.assert_allclose(
+        embedder.encode("text", [embedder.prepare(sample, "text") for sample in samples]), text_features, atol=1e-5
+    )
+    assert embedder.prepare(Sample("s", {"png": b"no image"}), "image") is None
+    assert embedder.prepare(Sample("s", {}), "text") is None
 
 
 def test_the_maker_changes_with_any_weight_and_setting() -> None:
@@ -55,10 +60,8 @@ def test_the_maker_changes_with_any_weight_and_setting() -> None:
 
 
 def test_loading_again_gives_the_same_maker() -> None:
-    threads = torch.get_num_threads()
     load = LoadEmbedder(checkpoint="clipmill-tiny:untrained", device="cpu")
     assert load(1).maker == load(1).maker
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("checkpoint", ["nowhere", "ViT-B-32:no_such_tag"])

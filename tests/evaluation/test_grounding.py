@@ -74,7 +74,9 @@ class ColourGrounder:
         )
 
 
-def picture(caption: str, squares: Sequence[tuple[str, tuple[int, int, int, int]]], **more: Any) -> dict[str, bytes]:
+def image_fields(
+    caption: str, squares: Sequence[tuple[str, tuple[int, int, int, int]]], **more: Any
+) -> dict[str, bytes]:
     """A PNG of 60 x 40 with coloured squares x, y, width, height, a phrase of the caption for each."""
     pixels = np.full((40, 60, 3), 128, np.uint8)
     objects, phrases = [], []
@@ -95,9 +97,9 @@ def samples(rows: Sequence[dict[str, bytes]]) -> list[Sample]:
 
 
 ROWS = [
-    picture("a red and a green one", [("red", (2, 3, 20, 20)), ("green", (30, 10, 24, 16))]),
-    picture("only blue here", [("blue", (5, 5, 30, 30))]),
-    picture("nothing is named", []),
+    image_fields("a red and a green one", [("red", (2, 3, 20, 20)), ("green", (30, 10, 24, 16))]),
+    image_fields("only blue here", [("blue", (5, 5, 30, 30))]),
+    image_fields("nothing is named", []),
 ]
 
 
@@ -253,7 +255,7 @@ def test_masks_of_expressions_by_hand() -> None:
     hits = [a / b >= 0.5 for a, b in zip(shared, together, strict=True)]
     assert shifted["accuracy"] == pytest.approx(np.mean(hits)) and 0 < np.mean(hits) < 1
 
-    unnamed = picture("a red thing", [("red", (0, 0, 10, 10))])
+    unnamed = image_fields("a red thing", [("red", (0, 0, 10, 10))])
     record = json.loads(unnamed["boxes.json"])
     record["phrases"][0] |= {"start": 6, "end": 11}  # "thing", which the method cannot find
     unnamed["boxes.json"] = json.dumps(record).encode()
@@ -301,7 +303,7 @@ def test_refcoco_as_mdetr_publishes_it(tmp_path: Path) -> None:
     """One record for each expression, with the spans of its root; the whole expression is asked for."""
     images, annotations = [], []
     for number, (caption, colour) in enumerate([("red one on the left", "red"), ("the blue block", "blue")]):
-        row = picture(caption, [(colour, (4 + number, 6, 20, 20))])
+        row = image_fields(caption, [(colour, (4 + number, 6, 20, 20))])
         (tmp_path / f"{number}.png").write_bytes(row["png"])
         about = {"caption": caption, "dataset_name": "refcoco", "tokens_negative": [[0, len(caption)]]}
         images.append({"id": number, "file_name": f"{number}.png", "height": 40, "width": 60, **about})

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.codecs.image_encoding import ImageOptions
+from pipeline.codecs.options import MediaOptions
 from pipeline.errors import SettingError
 from pipeline.evaluation.data import CardData, open_data
 from pipeline.evaluation.few_shot import draw, read_data_set
@@ -18,7 +20,6 @@ from pipeline.shards.storage import Folder
 from pipeline.sources import open_source
 from pipeline.sources.folder import ImageFolder
 from pipeline.sources.source import Row
-from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers
@@ -37,7 +38,7 @@ def fill(folder: Path, counts: dict[str, int], first: int = 0) -> Path:
 
 
 def stored(images: Path, place: Path) -> str:
-    options = ShardOptions(images=ImageOptions(resize_mode="no"), number_sample_per_shard=6)
+    options = ShardOptions(media=MediaOptions(image=ImageOptions(resize_mode="no")), number_sample_per_shard=6)
     refresh(ImageFolder(folder=str(images)), Folder(place), options, Workers(processes_count=0))
     return str(place)
 
@@ -65,7 +66,7 @@ def test_each_class_is_divided(own: str, tmp_path: Path) -> None:
         rows = rows_of(options, tmp_path / part)
         assert [row.columns["label"] for row in rows] == [data.classes[one] for one in data.labels[part]]
         seen |= {row.url for row in rows}
-        assert all(row.image for row in rows)
+        assert all(row.body("image") for row in rows)
     assert len(seen) == 17  # no image is in two parts
 
 

@@ -8,7 +8,8 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from torch.nn import functional
 
 from pipeline.errors import SettingError
-from pipeline.evaluation.zero_shot import classifier, label_ranks, zero_shot
+from pipeline.evaluation.accuracy import label_ranks
+from pipeline.evaluation.zero_shot import classifier, zero_shot
 from pipeline.models.clip import Clip
 
 CLASSES = ["dog", "cat", "tench", "red kite", "crane", "desk", "lamp"]
@@ -97,7 +98,7 @@ def test_settings_that_cannot_work_are_refused(clip: Clip) -> None:
         classifier(clip, ["one"])
     with pytest.raises(SettingError, match="templates"):
         classifier(clip, CLASSES, [])
-    with pytest.raises(SettingError, match="one image or more"):
+    with pytest.raises(SettingError, match="one sample or more"):
         zero_shot(clip, [], classifier(clip, CLASSES))
 
 

@@ -69,16 +69,17 @@ def test_zero_shot_is_what_the_evaluation_says(job: Type, tmp_path: Path) -> Non
 
 
 def test_a_job_goes_on_where_it_was_stopped(job: Type, tmp_path: Path) -> None:
-    assert job("adapt", "smoke", *QUICK) == 0
+    three = [*QUICK, "--methods", "zero_shot", "tip_adapter", "coop:epochs=1,context=2", "--shots", "1"]
+    assert job("adapt", "smoke", *three) == 0
     whole = top1(tmp_path)
     files = sorted((tmp_path / "out/trials").iterdir())
     files[0].unlink()
     files[1].write_text(files[1].read_text()[:40])  # as a machine that loses power may leave it
     kept = {path: path.stat().st_mtime_ns for path in files[2:]}
-    assert job("adapt", "smoke", *QUICK) == 0
+    assert kept and job("adapt", "smoke", *three) == 0
     assert top1(tmp_path) == whole
     assert {path: path.stat().st_mtime_ns for path in files[2:]} == kept
-    assert job("adapt", "smoke", *QUICK, "--model", "clipmill-small:untrained") == 0  # nothing of it is of use
+    assert job("adapt", "smoke", *three, "--model", "clipmill-small:untrained") == 0  # nothing of it is of use
     assert all(path.stat().st_mtime_ns > time for path, time in kept.items())
 
 

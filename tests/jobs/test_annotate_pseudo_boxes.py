@@ -49,7 +49,7 @@ def test_phrases_of_every_source(job: Type, capsys: pytest.CaptureFixture[str]) 
     snapshot = read_snapshot("drawn")
     extracted, stored, annotated = (rows(snapshot, name) for name in ("boxes", "stored", "annotated"))
     assert extracted == stored != annotated
-    assert [row["caption"] for row in annotated] == [row["caption"] for row in stored]
+    assert [row["captions"] for row in annotated] == [row["captions"] for row in stored]
     capsys.readouterr()
     assert job(*again, "--phrases", "sidecar:none") == 1
     assert "none.parquet is missing; make it with jobs/extract_phrases.py" in capsys.readouterr().err

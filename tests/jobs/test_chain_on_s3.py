@@ -36,8 +36,8 @@ def scores(snapshot: Snapshot) -> dict[str, float]:
     found = {}
     for shard in snapshot.shards:
         features = read_features(folder, shard)
-        assert features.text is not None
-        cosines = (features.image.astype(np.float64) * features.text.astype(np.float64)).sum(axis=1)
+        image, text = (features.by_medium[medium].astype(np.float64) for medium in ("image", "text"))
+        cosines = (image * text).sum(axis=1)
         found |= dict(zip(features.keys, cosines.tolist(), strict=True))
     return found
 

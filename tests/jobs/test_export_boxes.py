@@ -8,8 +8,9 @@ import pytest
 
 from pipeline.loaders.samples import Samples
 from pipeline.shards.objects import Objects, read_objects
+from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Snapshot, read_snapshot
-from tests.grounded import grounded, obj, publish, row
+from tests.grounded import grounded, jpeg, obj, publish, row
 from tests.jobs.conftest import Type
 
 SMALL = ("--processes-count", "0")
@@ -81,6 +82,35 @@ def test_pseudo_boxes_with_a_threshold(job: Type, tmp_path: Path, capsys: pytest
     assert job(*common) == 1 and "has no boxes.json" in capsys.readouterr().err
     assert job(*common, "--format", "mdetr", "--content", "boxes") == 2
     assert job(*common, "--pseudo-boxes", "other") == 1 and "other.parquet is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["odvg", "mdetr"])
+def test_every_caption_of_an_image_is_a_record(job: Type, tmp_path: Path, kind: str) -> None:
+    """Two shards; records of one image have numbers and captions of their own, and come back as samples."""
+    samples = [Sample(f"{number}", {"jpg": jpeg()}) for number in range(2)]
+    rows = []
+    for one in samples:
+        stored = row(one.key, "", [(0, 1)] * 2, [(0, 0, 9, 9), (5, 5, 20, 20)], captions=["a dog", "nothing", "cats"])
+        stored["phrases"] = [{"caption": of, "start": 0, "end": 4, "cut": False} for of in (0, 2)]
+        rows.append(stored)
+    publish(tmp_path / "data", samples, rows=rows, shard_size=1)
+    common = ("export_boxes", "snapshot", "--data", "data", "--output-folder", "out", *SMALL)
+    assert job(*common, "--pseudo-boxes", "boxes", "--format", kind) == 0
+    ending = {"odvg": "jsonl", "mdetr": "json"}[kind]
+    if kind == "mdetr":
+        contents = [json.loads(Path(f"out/0000{number}.json").read_text()) for number in range(2)]
+        for key in ("images", "annotations"):
+            ids = [one["id"] for content in contents for one in content[key]]
+            assert len(set(ids)) == len(ids) == {"images": 6, "annotations": 4}[key]
+        assert [one["original_img_id"] for one in contents[1]["images"]] == [1] * 3
+    words = (kind, "--annotations", f"out/00001.{ending}", "--images", "out", "--output-folder", "back", *SMALL)
+    assert job("refresh_dataset", *words) == 0
+    found = objects_of(read_snapshot("back"))
+    assert [(one.caption, phrases(one)) for one in found] == [
+        ("a dog", [("a do", [[0, 0, 9, 9]])]),
+        ("nothing", []),
+        ("cats", [("cats", [[5, 5, 20, 20]])]),
+    ]
 
 
 def test_objects_of_unknown_classes(job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 import cv2, numpy
 from pipeline.shards.storage import Folder
-from pipeline.sources.source import Row, Slice
+from pipeline.sources.source import Part, Row, Slice
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers
@@ -42,7 +42,7 @@ class Where:
     def rows(self, piece):
         time.sleep(0.3)
         image = cv2.imencode(".jpg", numpy.zeros((64, 64, 3), numpy.uint8))[1].tobytes()
-        yield Row(url="", caption=os.environ["TEST_NODE"], image=image)
+        yield Row(url="", caption=os.environ["TEST_NODE"], parts=(Part("image", image),))
     def schema(self):
         return {}
 
@@ -102,7 +102,7 @@ def test_training_follows_the_nodes_that_there_are(nodes, tmp_path, own_store):
 
     shards, run = f"{tmp_path}/shards", tmp_path / "run"
     drawn_snapshot(Folder(shards))
-    words = ["smoke", "--data", shards, "--output-folder", str(run), "--tracking-uri", own_store, "--steps", "500"]
+    words = ["smoke", "--data", shards, "--output-folder", str(run), "--tracking-uri", own_store, "--steps", "300"]
     words += ["--checkpoint-every-steps", "10", "--resize-seconds", "5", "--no-system-metrics"]
     doomed = nodes.add("doomed", "train_worker")
     with (tmp_path / "log").open("w") as log:
@@ -133,18 +133,18 @@ def test_training_follows_the_nodes_that_there_are(nodes, tmp_path, own_store):
         training.wait()
     assert "2 of 3 workers train" in (tmp_path / "log").read_text()
     before = max(steps())
-    assert before < 500
+    assert before < 300
     alone = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     last = [sys.executable, JOBS / "pretrain_clip.py", *words, "--workers", "1"]
-    ended = subprocess.run(last, env=alone, capture_output=True, text=True, timeout=250)
+    ended = subprocess.run(last, env=alone, capture_output=True, text=True, timeout=500)
     assert ended.returncode == 0, ended.stderr
     client = MlflowClient(own_store)
     (found,) = client.search_runs([one.experiment_id for one in client.search_experiments()])
-    assert found.info.status == "FINISHED" and max(steps()) == 500
+    assert found.info.status == "FINISHED" and max(steps()) == 300
     logged = [point.step for point in client.get_metric_history(found.info.run_id, "train/loss")]
     # What a killed process had not sent yet is missing from the curve, not from the training.
-    assert len(set(logged)) > 450 and set(range(before + 1, 501)) <= set(logged)
-    assert f"steps {before + 1} to 500" in ended.stderr
+    assert len(set(logged)) > 250 and set(range(before + 1, 301)) <= set(logged)
+    assert f"steps {before + 1} to 300" in ended.stderr
 
 
 def test_a_node_with_notice_is_left_with_a_checkpoint(nodes, tmp_path, own_store):

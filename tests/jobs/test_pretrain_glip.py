@@ -13,6 +13,7 @@ from pipeline.dataset import load_card
 from pipeline.errors import SettingError
 from pipeline.evaluation.suite import Evaluations
 from pipeline.models.glip import Config
+from pipeline.runs.grounding import pretrain_grounding
 from pipeline.tracking.runs import Tracking
 from pipeline.training.checkpoint import Checkpoints, load_method
 from tests.jobs.conftest import load_job
@@ -30,7 +31,7 @@ def test_smoke_then_detection_and_a_second_run(
     smoke = script["PRESETS"]["smoke"][1]
     tracking = Tracking(tracking_uri=own_store, system_metrics=False)
     run = replace(smoke.run, output_folder=str(tmp_path / "run"))
-    script["main"](replace(smoke, tracking=tracking, run=run))
+    pretrain_grounding(replace(smoke, tracking=tracking, run=run))
     (found,) = Checkpoints(str(tmp_path / "run")).whole()
     method: Any = load_method(found.folder.uri)
     assert found.meta.step == 3 and method.config.class_names == load_card("drawn_base").classes
@@ -46,7 +47,9 @@ def test_smoke_then_detection_and_a_second_run(
     assert (tmp_path / "found.png").stat().st_size > 1000
 
     again = replace(smoke, method=replace(smoke.method, start_from=str(tmp_path / "run")))
-    script["main"](replace(again, tracking=tracking, run=replace(run, output_folder=str(tmp_path / "second"), steps=1)))
+    pretrain_grounding(
+        replace(again, tracking=tracking, run=replace(run, output_folder=str(tmp_path / "second"), steps=1))
+    )
     (second,) = Checkpoints(str(tmp_path / "second")).whole()
     assert load_method(second.folder.uri).config.start_from == found.folder.uri
     from mlflow import MlflowClient
@@ -87,4 +90,4 @@ def test_settings_are_refused_before_anything_is_drawn(script: dict[str, Any], t
         ({"method": replace(smoke.method, backbone="resnet50")}, "backbone"),
     ):
         with pytest.raises(SettingError, match=field):
-            script["main"](replace(smoke, tracking=tracking, evaluations=Evaluations(), **changes))
+            pretrain_grounding(replace(smoke, tracking=tracking, evaluations=Evaluations(), **changes))

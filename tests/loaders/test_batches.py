@@ -168,7 +168,7 @@ def test_the_default_number_of_processes_fits_the_cores(
 ) -> None:
     """What taskset or a container's cpuset allows; a number that somebody asks for is left as it is."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: allowed)
-    monkeypatch.setattr("pipeline.loaders.cores._shares", lambda *_: [])
+    monkeypatch.setattr("pipeline.stages.cores._shares", lambda *_: [])
     assert LoaderConfig().processes() == processes
     assert LoaderConfig(loader_workers=7).processes() == 7
     assert LoaderConfig(loader_workers=0).processes() == 0

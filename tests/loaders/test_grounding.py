@@ -100,6 +100,24 @@ def test_phrases_behind_the_limit_are_counted(tokenizer: SpanTokenizer) -> None:
     assert batch["counts"].tolist() == [0] and batch["left_out"].tolist() == [1]
 
 
+def test_captions_without_annotated_objects(tokenizer: SpanTokenizer) -> None:
+    """Whether their words are in the image is not known; of a prompt of classes it is, without objects too."""
+    made = reader(tokenizer)
+    caption, phrases = "a dog", [{"start": 2, "end": 5, "objects": [0]}]
+    rows = [
+        grounded([obj("x")], caption=caption, phrases=phrases, open=True),
+        grounded([obj("x")], caption=caption, phrases=[{"start": 2, "end": 5, "objects": []}], open=True),
+        grounded([obj("x", iscrowd=1)], caption=caption, phrases=phrases, open=True),
+        grounded([], caption=caption, open=True),
+        grounded([]),
+    ]
+    batch = made.collate([made.read(one, SamplePosition(0, 0)) for one in rows])
+    assert batch["annotated"].tolist() == [True, False, False, False, True]
+    small = RandomResize(size=SIDE, scale=(8.0, 8.0), flip=0.0)
+    away = replace(made, resize=small).read(rows[0], SamplePosition(0, 1))
+    assert away["annotated"] and len(away["boxes"]) == 0, "cut off by the augmentation: its words are not in the image"
+
+
 def test_images_are_not_mirrored_against_their_caption(tokenizer: SpanTokenizer) -> None:
     made = reader(tokenizer)
     phrases = [{"start": 0, "end": 3, "objects": [0]}]
@@ -131,6 +149,9 @@ def test_unusable_samples(tokenizer: SpanTokenizer) -> None:
     made = reader(tokenizer, ())
     with pytest.raises(DataError, match="names no classes"):
         made.read(grounded([obj("dog")]), None)
+    for named in (made, reader(tokenizer)):  # one caption that is missing is no reason to stop
+        with pytest.raises(UnreadableSample, match="0 has no caption"):
+            named.read(grounded([], caption="", open=True), SamplePosition(0, 0))
     with pytest.raises(UnreadableSample):
         made.read(Sample("0", {"jpg": jpeg(8, 8), "boxes.json": b"{}"}), None)
     with pytest.raises(DataError, match="measured in"):
@@ -192,7 +213,9 @@ def test_malformed_rows_of_pseudo_boxes(tmp_path: Path, tokenizer: SpanTokenizer
         {"phrase": [3]},
         {"boxes": [1.0] * 3},
         {"boxes": [float("nan")] * 4},
-        {"caption": "a"},
+        {"captions": ["a"]},
+        {"captions": []},
+        {"phrases": [{"caption": 1, "start": 2, "end": 6, "cut": False}]},
     ):
         rows = [row(one.key, "a star", [(2, 6)], [(8, 8, 24, 24)]) | wrong for one in captions]
         data = publish(tmp_path / str(len(list(tmp_path.iterdir()))), captions, rows=rows)
@@ -226,6 +249,53 @@ def test_detectors_read_pseudo_boxes_of_their_classes(tmp_path: Path) -> None:
     assert batch["labels"].tolist() == [[0, 0], [0, -1]]
     with pytest.raises(SettingError, match="least_box_score"):
         StoredBoxes.named("boxes", 2.0)
+
+
+def test_captions_with_boxes_are_drawn_by_epoch(tmp_path: Path, tokenizer: SpanTokenizer) -> None:
+    """Of four captions the two that have a sufficient box; in evaluation the first of these; the others nowhere."""
+    captions = ["no box", "a red star", "a disc below", "a faint cat"]
+    phrases = [(1, 2, 10), (2, 2, 6), (3, 8, 11)]
+    stored = row("c0", "", [(0, 1)] * 3, [(8, 8, 24, 24), (0, 0, 9, 9), (1, 1, 20, 20)], captions=captions)
+    stored["phrases"] = [{"caption": of, "start": start, "end": end, "cut": False} for of, start, end in phrases]
+    stored["scores"] = [0.9, 0.5, 0.4]
+    sample = Sample("c0", {"jpg": jpeg()}, {"boxes": stored})
+    made = reader(tokenizer, (), pseudo_boxes="boxes", mixed_captions=0)
+    seen = []
+    for epoch in range(40):
+        at = SamplePosition(epoch, 7)
+        batch = made.collate([made.read(sample, at)])
+        seen.append((spelt(batch, 0, tokenizer)[0], float(batch["boxes"][0, 0, 3])))
+        assert torch.equal(batch["tokens"], made.collate([made.read(sample, at)])["tokens"])
+    assert set(seen) == {("red star", 24.0), ("disc", 9.0)} and 8 < seen.count(("disc", 9.0)) < 32
+    assert spelt(made.collate([made.read(sample, None)]), 0, tokenizer) == ["red star"]
+    strict = reader(tokenizer, (), pseudo_boxes="boxes", least_box_score=0.95)
+    none = strict.read(sample, SamplePosition(0, 7))
+    assert len(none["boxes"]) == 0 and not none["annotated"]
+    detector = DetectionReader(
+        keys=("labels",), resize=made.resize, classes=("red star", "disc"), pseudo=StoredBoxes.named("boxes", 0.5)
+    )
+    assert detector.read(sample, SamplePosition(0, 7))["labels"].tolist() == [0, 1], "a detector needs no caption"
+
+
+def test_captions_of_annotated_data_are_drawn_by_epoch(tokenizer: SpanTokenizer) -> None:
+    """As drawn data have them: further captions, with phrases of the same objects; classes are read all the same."""
+    more = [
+        {"caption": "cat below", "phrases": [{"start": 0, "end": 3, "objects": [1]}]},
+        {"caption": "nothing of both", "phrases": []},
+    ]
+    one = grounded(
+        [obj("dog", id=0), obj("cat", (30, 30, 20, 20), id=1)],
+        caption="my pet",
+        phrases=[{"start": 3, "end": 6, "objects": [0]}],
+        more_captions=more,
+    )
+    for share, expected in ((1.0, {"pet", "cat"}), (0.0, {"dog cat"})):
+        made = reader(tokenizer, caption_share=share)
+        found = [made.collate([made.read(one, SamplePosition(epoch, 3))]) for epoch in range(30)]
+        assert {" ".join(spelt(batch, 0, tokenizer)) for batch in found} == expected
+    for wrong in ({"caption": 1, "phrases": 3}, 3, {"caption": "x", "phrases": [{"start": "a", "end": 1}]}):
+        with pytest.raises(UnreadableSample, match="not as described"):
+            made.read(grounded([obj("dog")], caption="my pet", more_captions=[wrong]), None)
 
 
 def test_some_shards_without_the_sidecar_are_an_error(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from transformers import BertTokenizerFast
 
+from pipeline.dataset import load_card
 from pipeline.errors import SettingError
 from pipeline.loaders.grounding_prompts import (
     SPECIAL,
@@ -71,7 +72,7 @@ def test_every_span_has_the_tokens_of_its_characters(tokenizer: SpanTokenizer, t
     assert spans > 1500
 
 
-def test_repeated_words_are_told_apart_and_spans_are_joined(tokenizer: SpanTokenizer) -> None:
+def test_repeated_words_differ_and_spans_are_joined(tokenizer: SpanTokenizer) -> None:
     found = tokenizer("a red bus and a red bus")
     second = found.positive([(16, 23)])
     assert np.flatnonzero(second).tolist() == np.flatnonzero(found.positive([(2, 9)]) | second).tolist()[2:]
@@ -109,6 +110,18 @@ def test_chunks_hold_every_name_once_and_fit(tokenizer: SpanTokenizer) -> None:
     assert [len(part) for part, _ in name_chunks(["cat"] * 100, tokenizer, 40)] == [40, 40, 20]
     with pytest.raises(SettingError, match="words"):
         name_chunks(["cat", "\u200b"], tokenizer)
+
+
+def test_the_names_of_coco_are_one_prompt() -> None:
+    """80 names, 79 separators, and fewer tokens than the longest text; LVIS's 1,203 are 31 prompts of 40."""
+    names = load_card("coco_object").classes
+    words = {word for name in names for word in name.split()}
+    tokenizer = SpanTokenizer.of_words(small_vocabulary(words))
+    ((part, prompt),) = name_chunks(names, tokenizer, 80)
+    assert len(part) == 80 and prompt.text.count(". ") == 79 and not prompt.text.endswith(".")
+    tokens = len(tokenizer(prompt.text))
+    assert tokens == sum(len(name.split()) for name in names) + 79 + 2 < 256
+    assert len(name_chunks(["cat"] * 1203, tokenizer, 40)) == 31
 
 
 def bits_of(number: int, count: int) -> np.ndarray:

@@ -113,7 +113,7 @@ def test_several_captions_know_their_sample() -> None:
         reader.read(Sample("1", {"txt": b"c"})),
     ]
     batch = reader.collate(rows)
-    assert batch["owner"].tolist() == [0, 0, 1]
+    assert batch["text_rows"].tolist() == [0, 0, 1]
     assert torch.equal(batch["text"], letters(["a", "b", "c"]))
     with pytest.raises(UnreadableSample, match="2 has no caption"):
         reader.read(Sample("2", {"txt": b" \n"}))

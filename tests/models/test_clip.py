@@ -18,6 +18,7 @@ from pipeline.errors import DataError, SettingError
 from pipeline.models.clip import Clip, Config, contrastive_loss
 from pipeline.models.method import decays
 from pipeline.models.towers import openclip
+from pipeline.models.towers.byte_pairs import byte_pair_tokenizer
 from pipeline.training.checkpoint import Checkpoints, Meta, load_method
 from pipeline.training.optimizer import AdamW, make_optimizer
 
@@ -308,3 +309,20 @@ def test_a_damaged_checkpoint_is_named(tiny: Clip, tmp_path: Path) -> None:
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(DataError, match=r"model\.safetensors cannot be read"):
         load_method(str(folder))
+
+
+@pytest.mark.parametrize("name", [name for name in open_clip.list_models() if "coca" not in name.lower()])
+def test_the_shared_tokenizer_is_given_where_open_clip_gives_its_own(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kind of tokenizer and its options, by open_clip's choice; the vocabularies are not read."""
+    made: list[tuple[str, dict[str, object]]] = []
+    for kind in ("SimpleTokenizer", "HFTokenizer", "SigLipTokenizer"):
+        monkeypatch.setattr(open_clip.factory, kind, lambda *_, _kind=kind, **options: made.append((_kind, options)))
+    open_clip.get_tokenizer(name)
+    (theirs,) = made
+    ours = openclip.tokenizer(name)
+    assert (ours is None) == (len(made) == 2)  # None is what the recorder above gives
+    if ours is not None:
+        assert theirs == ("SimpleTokenizer", {"context_length": ours.context_length})
+        assert ours is openclip.tokenizer(name) is byte_pair_tokenizer(ours.context_length)

@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.models import losses
 from pipeline.models.losses import (
     contrastive_loss,
     tiled_contrastive_loss,
@@ -108,6 +110,31 @@ def test_one_process(kind: str, tile: int) -> None:
     expected = value_and_gradients(lambda *given: plain(kind, *given), tensors)
     assert not tensors[0].is_contiguous()
     assert_equal(value_and_gradients(lambda *given: tiled(kind, *given, tile=tile), tensors), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["softmax", "several", "sigmoid"])
+def test_compiled_tiles_are_the_plain_formula(kind: str) -> None:
+    """By torch's compiler for CPUs; the last tiles are smaller than the others."""
+    tensors = inputs(kind)
+    expected = value_and_gradients(lambda *given: plain(kind, *given), tensors)
+    assert_equal(value_and_gradients(lambda *given: tiled(kind, *given, tile=5, compiled=True), tensors), expected)
+
+
+def test_only_compiled_tiles_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced without generating code, each computation once for all tiles and both kinds of texts."""
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda work: seen.append(work.__name__) or work)
+    losses._compiled.cache_clear()
+    for kind in ("softmax", "several", "sigmoid"):
+        for compiled in (False, True):
+            tensors = inputs(kind)
+            expected = value_and_gradients(lambda *given, kind=kind: plain(kind, *given), tensors)
+            found = value_and_gradients(partial(tiled, kind, tile=5, compiled=compiled), tensors)
+            assert_equal(found, expected)
+            assert bool(seen) == (compiled or kind != "softmax")
+    losses._compiled.cache_clear()
+    assert sorted(seen) == ["_added_sums", "_sigmoid_slopes", "_softmax_slopes", "_sum_of_softplus"]
 
 
 @pytest.mark.slow

@@ -1,9 +1,10 @@
 """What every method in pipeline/models promises; a new one is tested here without a new test.
 
-Run as a script, this file is one rank of a process group: see ``two_processes``.
+Run as a script, this file is both ranks of a process group: see ``two_processes``.
 """
 
 import dataclasses
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -63,11 +64,16 @@ def gradients(method: Method, batch: dict[str, Tensor], module: torch.nn.Module 
     return {"loss": total.detach(), **found}
 
 
-@pytest.fixture(scope="module")
-def snapshot(make_snapshot: Callable[..., Snapshot]) -> Snapshot:
+def make_data(make: Callable[..., Snapshot]) -> Snapshot:
+    """Samples with every field and sidecar that some method reads, by ``make_snapshot`` or its like."""
     teacher = open_teacher("clipmill-tiny:untrained")
     width = teacher.encode_text(teacher.tokenizer(["a word"])).shape[1]
-    return make_snapshot((12, 12), regions=(clip_digest(teacher), width))
+    return make((12, 12), regions=(clip_digest(teacher), width))
+
+
+@pytest.fixture(scope="module")
+def snapshot(make_snapshot: Callable[..., Snapshot]) -> Snapshot:
+    return make_data(make_snapshot)
 
 
 @EVERY
@@ -214,8 +220,7 @@ def test_unknown_methods_are_listed() -> None:
 def two_processes(snapshot: Snapshot, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Each rank's losses and gradients of every method."""
     folder = tmp_path_factory.mktemp("ranks")
-    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), snapshot.folder, str(folder)]) for rank in range(2)]
-    assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]
+    subprocess.run([sys.executable, __file__, snapshot.folder, str(folder)], check=True, timeout=200)
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(2)]
 
 
@@ -231,6 +236,19 @@ def _rank(rank: int, data: str, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def _ranks(data: str, folder: str) -> None:
+    """Both ranks, as forks of a process that has imported the methods."""
+    for name in method_names():
+        method_class(name)
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_rank, args=(rank, data, folder)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    sys.exit(any(rank.exitcode for rank in ranks))
+
+
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
-    _rank(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    _ranks(*sys.argv[1:])

@@ -2,6 +2,7 @@
 
 import math
 import multiprocessing
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from pipeline.evaluation.models import load_model, trained_steps
 from pipeline.evaluation.suite import Evaluations
 from pipeline.models.clip import Clip
 from pipeline.runs.evaluate import CheckpointEvaluation, evaluate_checkpoint
+from pipeline.shards.waveforms import read_header
 from pipeline.tracking.runs import Tracking, start
 from pipeline.training.checkpoint import Checkpoints, Meta
+from tests.evaluation.sounds_and_colours import PITCHES, SoundAndColourModel, sound
 
 
 @pytest.fixture
@@ -65,6 +68,31 @@ def test_a_spawned_process_logs_into_the_run(card: str, checkpoint: str, store: 
     assert folders == {"figures/similarity", "figures/examples"}
     assert found == evaluate_checkpoint(checkpoint, evaluations, None, 30)
     assert all(math.isfinite(value) for value in found.values())
+
+
+def test_sounds_are_beside_their_predictions(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of sounds in a card; the run has spectrograms, and each sound with its label and the best class."""
+    (tmp_path / "sounds").mkdir()
+    for colour in PITCHES:
+        (tmp_path / "sounds" / f"{colour}.flac").write_bytes(sound(colour))
+    (tmp_path / "sounds" / "list.csv").write_text("file,class\n" + "".join(f"{name}.flac,{name}\n" for name in PITCHES))
+    source = {"kind": "sound-table", "folder": str(tmp_path / "sounds"), "table": "list.csv", "file": "{file}"}
+    plain = {"name": "three", "title": "Three", "source": {**source, "label": "class"}, "classes": list(PITCHES)}
+    (tmp_path / "three.yaml").write_text(yaml.safe_dump(plain))
+    monkeypatch.setattr("pipeline.runs.evaluate.load_any", lambda checkpoint, device: SoundAndColourModel())
+    evaluations = Evaluations(zero_shot=(str(tmp_path / "three.yaml"),))
+    with start(Tracking(tracking_uri=store, experiment="heard", system_metrics=False), evaluations) as tracker:
+        found = evaluate_checkpoint("any", evaluations, tracker.handle, 1)
+        client = MlflowClient(store)
+        files = [file.path for file in client.list_artifacts(tracker.run_id, "predictions/zeroshot/three")]
+        played = client.download_artifacts(tracker.run_id, files[0], str(tmp_path))
+        assert [file.path for file in client.list_artifacts(tracker.run_id, "figures/sounds")] == [
+            "figures/sounds/three.png"
+        ]
+    assert found["zeroshot/three/top1"] == 1
+    names = [re.sub(r"_\d.*", "", Path(file).name.partition("_")[2]) for file in files]
+    assert sorted(names) == [f"{name}_found_{name}" for name in sorted(PITCHES)]
+    assert read_header(Path(played).read_bytes()).kind == "flac"
 
 
 def test_a_runs_folder_means_its_newest_checkpoint(checkpoint: str) -> None:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.codecs.image_encoding import ImageOptions, transform
 from pipeline.errors import SampleError
 from pipeline.loaders.images import decode
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.shards.pixels import rgb
-from pipeline.stages.crawl.images import ImageOptions, transform
 from pipeline.stages.filters.perceptual import grey_thumbnail
 
 SIDE = 16

@@ -184,6 +184,6 @@ def test_images_are_decoded_where_asked(place: Path) -> None:
         if len(seen) == 8:
             raise SampleError("failed_to_resize", "decode", "broken")
 
-    found = problems(place, decode=decode)
+    found = problems(place, decode={"image": decode})
     assert list(found) == ["00001"] and "1 samples whose image cannot be decoded" in found["00001"]
     assert len(seen) == 12 and all(content[:2] == b"\xff\xd8" for content in seen)

@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipeline.codecs.image_encoding import ImageOptions
+from pipeline.codecs.options import MediaOptions
 from pipeline.errors import ClipmillError, DataError, SettingError, SnapshotError
 from pipeline.shards.objects import read_objects
 from pipeline.shards.sample import Sample
@@ -23,7 +25,6 @@ from pipeline.shards.tar import iterate_tar
 from pipeline.sources.coco import Coco
 from pipeline.sources.source import Row
 from pipeline.stages.crawl.download import DownloadOptions
-from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.refresh.settings import Renewal
@@ -123,7 +124,7 @@ def record(row: Row) -> dict[str, Any]:
 def test_images_and_boxes_are_what_was_published(data: Path) -> None:
     rows = rows_of(Coco(annotations=str(data / "instances.json"), images=str(data)), data)
     assert [row.url for row in rows] == ["val2017/000139.jpg", "val2017/000007.jpg", "val2017/000009.jpg"]
-    assert [row.image for row in rows] == [(data / row.url).read_bytes() for row in rows]
+    assert [row.body("image") for row in rows] == [(data / row.url).read_bytes() for row in rows]
     assert [row.columns["image_id"] for row in rows] == [139, 7, 9]
     names = {3: "car", 17: "cat", 18: "dog"}
     kept = ("bbox", "segmentation", "iscrowd", "area", "id")
@@ -149,7 +150,7 @@ def test_lvis_says_what_was_looked_for(data: Path) -> None:
     (data / "val2017/000009.jpg").unlink()
     rows = rows_of(Coco(annotations=write(data, lvis()), images=str(data)), data)
     assert [row.url for row in rows] == ["val2017/000139.jpg", "val2017/000007.jpg", "val2017/000009.jpg"]
-    assert rows[2].problem is not None and rows[1].image == (data / "val2017/000007.jpg").read_bytes()
+    assert rows[2].problem is not None and rows[1].body("image") == (data / "val2017/000007.jpg").read_bytes()
     objects = [read_objects(Sample("0", dict(row.members))) for row in rows]
     assert [one.negative for one in objects] == [("car", "dog"), (), ("cat",)]
     assert [one.incomplete for one in objects] == [(), ("dog", "cat"), ()]
@@ -529,7 +530,7 @@ def test_an_image_outside_the_folder_is_not_read(data: Path, name: str) -> None:
     content["images"][0].update(file_name=name, coco_url="")
     (data / "secret.jpg").write_bytes(b"secret")
     source = Coco(annotations=write(data, content), images=str(data / "val2017"))
-    assert [row.image is None for row in rows_of(source, data)] == [True, False, False]
+    assert [row.body("image") is None for row in rows_of(source, data)] == [True, False, False]
     with pytest.raises(DataError, match="has no address"):
         rows_of(Coco(annotations=source.annotations, images="" if "etc" in name else "https://a.b/c"), data)
 
@@ -539,12 +540,14 @@ def test_addresses_are_the_published_ones_or_of_the_prefix(data: Path) -> None:
     assert source.downloads and not source.has_captions
     assert [row.url for row in rows_of(source, data)][0] == "http://a.b/val2017/000139.jpg"
     rows = rows_of(Coco(annotations=source.annotations, images="https://mirror.org/coco/"), data)
-    assert [(row.url, row.image) for row in rows][1] == ("https://mirror.org/coco/000007.jpg", None)
+    assert [(row.url, row.body("image")) for row in rows][1] == ("https://mirror.org/coco/000007.jpg", None)
 
 
 def as_it_is(**downloads: Any) -> ShardOptions:
     images = ImageOptions(resize_mode="no", skip_reencode=True)
-    return ShardOptions(images=images, downloads=DownloadOptions(**downloads), number_sample_per_shard=2)
+    return ShardOptions(
+        media=MediaOptions(image=images), downloads=DownloadOptions(**downloads), number_sample_per_shard=2
+    )
 
 
 def stored(folder: Path) -> list[Sample]:
@@ -570,7 +573,9 @@ def test_images_of_another_size_and_resized_ones_are_no_samples(data: Path) -> N
     snapshot = refresh(source, Folder(data / "out"), as_it_is(), NO_RAY)
     assert snapshot.dropped == {"stale_annotation": 1} and snapshot.samples == 2
     with pytest.raises(SnapshotError, match="use --resize-mode no"):
-        refresh(source, Folder(data / "small"), ShardOptions(images=ImageOptions(image_size=32)), NO_RAY)
+        refresh(
+            source, Folder(data / "small"), ShardOptions(media=MediaOptions(image=ImageOptions(image_size=32))), NO_RAY
+        )
 
 
 def test_images_that_are_displayed_turned(data: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -589,7 +594,7 @@ def test_images_that_are_displayed_turned(data: Path, caplog: pytest.LogCaptureF
     shard = pq.read_table(data / "out" / f"{snapshot.shards[0].name}.parquet").to_pylist()
     assert "use --apply-exif-orientation" in shard[1]["error_message"]
     options = as_it_is()
-    turning = replace(options, images=replace(options.images, apply_exif_orientation=True))
+    turning = replace(options, media=MediaOptions(image=replace(options.media.image, apply_exif_orientation=True)))
     assert refresh(source, Folder(data / "turned"), turning, NO_RAY).samples == 3
 
 

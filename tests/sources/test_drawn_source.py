@@ -29,8 +29,8 @@ def rows_of(source: Drawn, rows_per_shard: int = 1000) -> list[Row]:
 
 
 def described(row: Row) -> tuple[str, bytes, str | None, str, dict[str, bytes]]:
-    assert row.image is not None
-    return row.url, row.image, row.caption, json.dumps(dict(row.columns)), dict(row.members)
+    assert row.body("image") is not None
+    return row.url, row.body("image"), row.caption, json.dumps(dict(row.columns)), dict(row.members)
 
 
 def drawn_elsewhere(index: int) -> str:
@@ -70,7 +70,7 @@ def test_any_cut_into_shards_gives_the_same_rows() -> None:
 
 def test_another_seed_or_split_is_another_world() -> None:
     sources = [Drawn(samples=1, size=64), Drawn(samples=1, size=64, seed=1), Drawn(samples=1, size=64, split="val")]
-    assert len({row.image for source in sources for row in rows_of(source)}) == 3
+    assert len({row.body("image") for source in sources for row in rows_of(source)}) == 3
 
 
 def test_digests_follow_the_options_and_not_the_length() -> None:
@@ -87,12 +87,12 @@ def test_digests_follow_the_options_and_not_the_length() -> None:
 def test_rows_match_their_schema(split: str) -> None:
     source = Drawn(split=split, samples=3, size=64)
     for row in rows_of(source):
-        assert row.problem is None and row.caption and row.image is not None
+        assert row.problem is None and row.caption and row.body("image") is not None
         assert set(row.columns) == set(source.schema())
         for name, kind in source.schema().items():
             assert isinstance(row.columns[name], kind) or (name == "variant" and row.columns[name] is None)
         assert row.columns["label"] in sets.classes_of(split)
-        height, width, _, _ = simplejpeg.decode_jpeg_header(row.image)
+        height, width, _, _ = simplejpeg.decode_jpeg_header(row.body("image"))
         assert (height, width) == (64, 64)
 
 
@@ -101,7 +101,7 @@ def test_sizes(size: int) -> None:
     for row in rows_of(Drawn(samples=4, size=size)):
         record = json.loads(row.members["boxes.json"])
         assert (record["width"], record["height"]) == (size, size)
-        assert simplejpeg.decode_jpeg(row.image).shape == (size, size, 3)
+        assert simplejpeg.decode_jpeg(row.body("image")).shape == (size, size, 3)
         for obj in record["objects"]:
             x, y, width, height = obj["bbox"]
             assert 0 <= x < x + width <= size and 0 <= y < y + height <= size
@@ -124,7 +124,7 @@ def test_boxes_lie_on_what_was_painted() -> None:
 
 
 def test_jpeg_quality_varies() -> None:
-    lengths = [len(row.image or b"") for row in rows_of(Drawn(samples=60, split="styles", size=64))]
+    lengths = [len(row.body("image") or b"") for row in rows_of(Drawn(samples=60, split="styles", size=64))]
     assert max(lengths) > 3 * min(lengths)
 
 
@@ -160,8 +160,8 @@ def test_more_captions() -> None:
 
 
 def test_few_shot_pools_are_other_images() -> None:
-    test = {row.image for row in rows_of(Drawn(split="shapes", samples=30, size=64))}
-    assert not test & {row.image for row in rows_of(Drawn(split="shapes_train", samples=30, size=64))}
+    test = {row.body("image") for row in rows_of(Drawn(split="shapes", samples=30, size=64))}
+    assert not test & {row.body("image") for row in rows_of(Drawn(split="shapes_train", samples=30, size=64))}
 
 
 def pixels_and_labels(split: str, count: int) -> tuple[np.ndarray, list[str]]:

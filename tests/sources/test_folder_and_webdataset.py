@@ -45,7 +45,7 @@ def images(tmp_path: Path) -> Path:
 
 def test_a_folder_gives_its_images_captions_and_labels(images: Path, tmp_path: Path) -> None:
     rows = read(ImageFolder(folder=str(images)), tmp_path / "scratch")
-    assert [(row.url, row.caption, row.image, row.columns["label"]) for row in rows] == [
+    assert [(row.url, row.caption, row.body("image"), row.columns["label"]) for row in rows] == [
         ("cats/tom.jpg", "a café cat", b"tom", "cats"),
         ("dogs/deep/fido.webp", "", b"fido", "dogs"),
         ("dogs/rex.PNG", "", b"rex", "dogs"),
@@ -134,7 +134,7 @@ def tars(tmp_path: Path) -> Path:
 def test_tars_give_images_captions_columns_and_members(tars: Path, tmp_path: Path) -> None:
     rows = read(WebDatasetTars(tars=str(tars), json_columns=("score",)), tmp_path / "scratch")
     assert [row.url for row in rows] == [f"http://x/{number}/{index}" for number in range(3) for index in range(2)]
-    assert {row.caption for row in rows} == {"text"} and [row.image for row in rows] == [b"p0", b"p1"] * 3
+    assert {row.caption for row in rows} == {"text"} and [row.body("image") for row in rows] == [b"p0", b"p1"] * 3
     assert rows[1].columns == {"score": "1"} and rows[1].members == {"boxes.json": b"[]"}
 
 
@@ -228,7 +228,7 @@ def test_a_key_with_a_dot_names_the_field_that_it_makes(tmp_path: Path) -> None:
     assert row.problem is not None and ".v1.jpg, .v1.txt" in row.problem.message
     assert "--image-field v1.jpg" in row.problem.message
     (row,) = read(replace(source, image_field="v1.jpg", caption_field="v1.txt"), tmp_path / "scratch")
-    assert (row.image, row.caption, row.members) == (b"1", "text", {})
+    assert (row.body("image"), row.caption, row.members) == (b"1", "text", {})
 
 
 def test_json_that_cannot_be_read_is_the_reason_of_its_row(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_json_is_read_as_it_was_written_where_something_of_it_is_asked(tmp_path:
 def test_other_kinds_of_images_count_and_other_members_stay(tmp_path: Path) -> None:
     source = tar_of(tmp_path / "x.tar", (b"a.tif", b"1"), (b"b.jpg", b"2"), (b"b.png", b"mask"))
     rows = read(source, tmp_path / "scratch")
-    assert [(row.image, row.members) for row in rows] == [(b"1", {}), (b"2", {"png": b"mask"})]
+    assert [(row.body("image"), row.members) for row in rows] == [(b"1", {}), (b"2", {"png": b"mask"})]
 
 
 def test_an_unsorted_tar_says_how_to_sort(tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_samples_without_an_image_or_with_broken_json_are_kept_as_rows(tmp_path:
         writer.close()
     rows = read(WebDatasetTars(tars=str(path)), tmp_path / "scratch")
     assert rows[0].problem is not None and rows[0].problem.error_class == "no_picture"
-    assert (rows[1].image, rows[1].caption, rows[1].url) == (b"x", "", "b")
+    assert (rows[1].body("image"), rows[1].caption, rows[1].url) == (b"x", "", "b")
 
 
 def test_missing_hostile_and_overfull_tars_are_refused(tars: Path, tmp_path: Path) -> None:

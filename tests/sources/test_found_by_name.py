@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ from pipeline.sources.urls import UrlTable
 from tests.jobs.conftest import Type, job  # noqa: F401  (the fixture that runs jobs)
 
 KINDS = (
-    "class-masks coco drawn folder glip-tsv hugging-face label-maps mdetr odvg picked split-file stamp-scenes stamps "
-    "stored urls webdataset"
+    "class-masks clips coco drawn flickr30k-entities folder glip-tsv hugging-face label-maps mdetr odvg picked "
+    "sound-table split-file stamp-scenes stamps stored urls webdataset"
 ).split()
 
 NEW = '''
@@ -45,7 +46,7 @@ def test_every_source_is_found_and_helpers_are_none() -> None:
 
 @pytest.mark.parametrize("kind", ["source", "stamp-classes", "coco-annotations", "url_table", "os.path", "", "../urls"])
 def test_other_names_are_refused_with_the_kinds_there_are(kind: str) -> None:
-    with pytest.raises(SettingError, match="one of class-masks, coco, drawn, .*webdataset"):
+    with pytest.raises(SettingError, match="one of class-masks, clips, coco, drawn, .*webdataset"):
         open_source({"kind": kind})
 
 
@@ -60,9 +61,10 @@ def test_one_file_makes_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_presets_come_from_the_sources() -> None:
     named = [kind for kind, made in source_classes().items() if hasattr(made, "summary")]
     assert [*PRESETS] == [*named, "card", "smoke"]
-    modes = {kind: run.options.images.resize_mode for kind, (_, run) in PRESETS.items() if kind in named}
+    modes = {kind: run.options.media.image.resize_mode for kind, (_, run) in PRESETS.items() if kind in named}
     kept = {kind for kind, mode in modes.items() if mode == "no"}
-    kinds = {"class-masks", "coco", "drawn", "glip-tsv", "label-maps", "mdetr", "odvg", "stamp-scenes", "webdataset"}
+    kinds = {"class-masks", "coco", "drawn", "flickr30k-entities", "glip-tsv", "label-maps", "mdetr", "odvg"}
+    kinds |= {"stamp-scenes", "webdataset"}
     assert kept == kinds
 
 
@@ -81,3 +83,18 @@ def test_from_runs_what_an_earlier_run_wrote(job: Type, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(to_json(smoke))
     assert job("refresh_dataset", "--from", str(tmp_path / "run.json")) == 0
     assert (tmp_path / "set" / "00000.tar").exists()
+
+
+def test_from_reads_the_options_of_images_at_their_old_place(job: Type, tmp_path: Path) -> None:  # noqa: F811
+    smoke = dataclasses.replace(PRESETS["smoke"][1], output_folder=str(tmp_path / "set"))
+    old = json.loads(to_json(smoke))
+    old["options"]["images"] = {
+        **old["options"].pop("media")["image"],
+        "encode_format": "png",
+        "encode_quality": 9,
+        "keep_bytes": False,
+    }
+    (tmp_path / "run.json").write_text(json.dumps(old))
+    assert job("refresh_dataset", "--from", str(tmp_path / "run.json")) == 0
+    with tarfile.open(tmp_path / "set" / "00000.tar") as tar:
+        assert sum(name.endswith(".png") for name in tar.getnames()) == 64

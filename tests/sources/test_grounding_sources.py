@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.codecs.image_encoding import ImageOptions
+from pipeline.codecs.options import MediaOptions
 from pipeline.errors import SettingError
 from pipeline.loaders.samples import Samples
 from pipeline.shards.objects import Objects, read_objects
@@ -18,9 +20,8 @@ from pipeline.shards.storage import Folder
 from pipeline.sources.glip_tsv import GlipTsv, record_of_label
 from pipeline.sources.grounding_records import GroundedRegion, caption_record
 from pipeline.sources.mdetr import Mdetr
-from pipeline.sources.odvg import Odvg
+from pipeline.sources.odvg import Odvg, record_of_line
 from pipeline.sources.source import Source
-from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.refresh.settings import Renewal
@@ -28,7 +29,9 @@ from pipeline.stages.shard_tasks import Workers
 from tests.grounded import jpeg
 
 CAPTION = "a \u00e9tude cat on a cat mat"
-OPTIONS = ShardOptions(images=ImageOptions(resize_mode="no", keep_bytes=True), number_sample_per_shard=3)
+OPTIONS = ShardOptions(
+    media=MediaOptions(image=ImageOptions(resize_mode="no", keep_bytes=True)), number_sample_per_shard=3
+)
 
 
 def made(source: Source, folder: Path, **renewal: Any) -> Snapshot:
@@ -114,6 +117,19 @@ def test_odvg_boxes_and_label_map(tmp_path: Path) -> None:
     (tmp_path / "map.json").write_text("[1]")
     with pytest.raises(SettingError, match="label_map"):
         made(replace(mapped), tmp_path / "third")
+
+
+def test_class_names_with_punctuation_and_duplicates(tmp_path: Path) -> None:
+    """Names that are equal but for case and marks are one class; boxes with a name of marks alone are left out."""
+    names = ["C++", "c++", "St. Bernard", "person.", "person", "...", " ", "\u200b", "cup_(trophy)", "a; b"]
+    instances = [{"bbox": [n, 0, n + 9, 9], "category": name} for n, name in enumerate(names)]
+    line = {"filename": "a.jpg", "height": 40, "width": 60, "detection": {"instances": instances}}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line))
+    source = Odvg(annotations=str(tmp_path / "a.jsonl"), images=images(tmp_path / "images", "a.jpg"))
+    assert list(source.classes) == ["C++", "St. Bernard", "a; b", "cup_(trophy)", "person"]
+    (sample,) = samples(made(source, tmp_path / "out"))
+    assert read_objects(sample).labels == ("C++", "c++", "St. Bernard", "person.", "person", "cup_(trophy)", "a; b")
+    assert json.loads(sample.fields["json"])["left_out"] == 3
 
 
 def mdetr() -> dict[str, Any]:
@@ -223,6 +239,119 @@ def test_tables_that_do_not_belong_together(tmp_path: Path) -> None:
     (tmp_path / "tables" / "label.tsv").write_text("a\t[]\nc\t[]\n")
     snapshot = made(replace(source), tmp_path / "other")
     assert snapshot.samples == 1 and snapshot.dropped == {"other_key": 1}
+
+
+def glip_files(folder: Path) -> dict[str, tuple[bytes, Any]]:
+    """Three images; their labels are the names of their keys as classes."""
+    lines = {
+        key: (base64.b64encode(jpeg(40, 60, seed)), [{"class": f"class {key}", "rect": [0, 0, 9, 9]}])
+        for seed, key in enumerate("abc")
+    }
+    tables(folder, lines)
+    return lines
+
+
+def test_a_line_list_chooses_and_repeats_lines(tmp_path: Path) -> None:
+    """In its order, from 0 on; by settings or by the YAML file, whose paths are below its folder."""
+    lines = glip_files(tmp_path / "tables")
+    (tmp_path / "tables" / "train.linelist").write_text("2\n0\n2\n\n")
+    (tmp_path / "tables" / "map.json").write_text('{"label_to_idx": {"class c": 1, "class a": 2, "class b": 3}}')
+    files = {
+        "img": "img.tsv",
+        "label": "label.tsv",
+        "linelist": "train.linelist",
+        "labelmap": "map.json",
+        "hw": "no.tsv",
+    }
+    (tmp_path / "tables" / "train.yaml").write_text("".join(f"{key}: {name}\n" for key, name in files.items()))
+    plain = tables(tmp_path / "tables", lines)
+    listed = replace(plain, linelist=str(tmp_path / "tables" / "train.linelist"))
+    named = GlipTsv(images=str(tmp_path / "tables" / "train.yaml"))
+    assert list(named.classes) == ["class c", "class a", "class b"] and list(listed.classes) == sorted(named.classes)
+    for number, source in enumerate((listed, named)):
+        found = samples(made(source, tmp_path / f"out{number}"))
+        assert [read_objects(one).labels for one in found] == [("class c",), ("class a",), ("class c",)]
+        assert found[0].image() == found[2].image() == jpeg(40, 60, 2) and found[1].image() == jpeg(40, 60, 0)
+    other = replace(named, linelist=str(tmp_path / "one"))
+    (tmp_path / "one").write_text("1")
+    assert [read_objects(one).labels for one in samples(made(other, tmp_path / "out2"))] == [("class b",)]
+
+
+def test_captions_find_their_image_by_its_number(tmp_path: Path) -> None:
+    """Two captions of one image and one of another, whose labels have other keys than the images; old columns."""
+    glip_files(tmp_path)
+    image = base64.b64encode(jpeg(40, 60, 1))
+    (tmp_path / "img.tsv").write_bytes(b"a\tx\t" + base64.b64encode(jpeg(40, 60, 0)) + b"\nb\t[]\t" + image + b"\n")
+    (tmp_path / "img.lineidx").unlink()
+    (tmp_path / "index.json").write_text('{"7": 1, "8": 0, "9": 5}')
+    box = {"tokens_positive": [[0, 3]], "bboxes": [[1, 2, 11, 12]]}
+    texts = [("dog", 7), ("cat", 8), ("the dog", 7), ("far", 9), ("unknown", 10)]
+    labels = [
+        f"t{n}\t{json.dumps({'img_id': number, 'caption': text, **box})}" for n, (text, number) in enumerate(texts)
+    ]
+    (tmp_path / "label.tsv").write_text("\n".join([*labels, "t5\t[]"]))
+    source = GlipTsv(images=str(tmp_path / "img.tsv"), labels=str(tmp_path / "label.tsv"))
+    with pytest.raises(SettingError, match="labels: got 6, expected 2 lines"):
+        made(source, tmp_path / "no")
+    snapshot = made(replace(source, image_index=str(tmp_path / "index.json")), tmp_path / "out")
+    found = samples(snapshot)
+    assert [read_objects(one).caption for one in found] == ["dog", "cat", "the dog"]
+    assert [one.image() for one in found] == [jpeg(40, 60, n) for n in (1, 0, 1)]
+    assert snapshot.dropped == {"no_image": 3}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "field"),
+    [
+        ("train.linelist", "0\n3\n", "linelist: got 3, expected 0 to 2"),
+        ("train.linelist", "0\n-1\n", "linelist: got '-1'"),
+        ("train.linelist", "one\n", "linelist"),
+        ("train.linelist", "", "linelist"),
+        ("img.lineidx", "0\n5\n5\n", "images"),
+        ("img.lineidx", "7\n90\n900\n", "images"),
+        ("img.lineidx", "0\n90\n99999999\n", "images"),
+        ("label.lineidx", "0\n" + "9" * 30 + "\n", "labels"),
+        ("map.json", "[1]", "label_map"),
+        ("map.json", '{"label_to_idx": {"a": "x"}}', "label_map"),
+        ("train.yaml", "- img.tsv", "images"),
+        ("train.yaml", "img: [1]", "images"),
+        ("train.yaml", "label: label.tsv", "images"),
+        ("train.yaml", "img: img.tsv", "labels"),
+        ("train.yaml", "img: img.tsv\nlabel: 3", "images"),
+        ("train.yaml", "img: {", "images"),
+        ("train.yaml", "!!python/object/apply:os.system ['true']", "images"),
+        ("train.yaml", "img: none.tsv\nlabel: label.tsv", "images"),
+        ("index.json", "[]", "image_index"),
+    ],
+)
+def test_broken_files_around_the_tables(tmp_path: Path, file: str, content: str, field: str) -> None:
+    glip_files(tmp_path)
+    names = {"img": "img.tsv", "label": "label.tsv", "linelist": "train.linelist", "labelmap": "map.json"}
+    if file == "index.json":
+        names["imageid2idx"] = file
+    (tmp_path / "train.yaml").write_text("".join(f"{key}: {name}\n" for key, name in names.items()))
+    (tmp_path / "train.linelist").write_text("0\n")
+    (tmp_path / "map.json").write_text("{}")
+    (tmp_path / file).write_text(content)
+    with pytest.raises(SettingError, match=field):
+        made(GlipTsv(images=str(tmp_path / "train.yaml")), tmp_path / "out")
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), -0.1, 1.5, "x"])
+def test_boxes_with_unusable_scores_are_left_out(score: Any) -> None:
+    """In all three formats, also where a format allows none: a sample could not be read afterwards."""
+    good, span = [0, 0, 5, 5], [[0, 3]]
+    regions = [{"bbox": [good, [1, 1, 4, 4]], "tokens_positive": span, "score": [score, 0.5]}]
+    flat = {"caption": "cat", "tokens_positive": [[0, 3]] * 2, "bboxes": [good, [1, 1, 4, 4]], "scores": [score, 0.5]}
+    lines = [
+        record_of_line({"height": 9, "width": 9, "grounding": {"caption": "cat", "regions": regions}}, {}),
+        record_of_label(json.dumps(flat), 9, 9),
+    ]
+    instances = [{"bbox": good, "category": "cat", "score": score}, {"bbox": [1, 1, 4, 4], "category": "cat"}]
+    lines.append(record_of_line({"height": 9, "width": 9, "detection": {"instances": instances}}, {}))
+    for number, line in enumerate(lines):
+        objects = read_objects(Sample("0", {"boxes.json": line.row("x")["boxes"]}))
+        assert line.left_out == 1 and objects.boxes.tolist() == [[1, 1, 4, 4]], number
 
 
 def test_hostile_records() -> None:

@@ -10,12 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipeline.codecs.image_encoding import ImageOptions
+from pipeline.codecs.options import MediaOptions
 from pipeline.errors import SettingError
 from pipeline.shards.storage import Folder
 from pipeline.sources import open_source
 from pipeline.sources.hugging_face import HuggingFaceParquet
-from pipeline.sources.source import Row
-from pipeline.stages.crawl.images import ImageOptions
+from pipeline.sources.source import Part, Row
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers
@@ -57,7 +58,7 @@ def test_slices_of_any_size_give_every_row_once_in_order(tmp_path: Path, rows_pe
     assert all(len(rows) <= rows_per_shard for rows in shards)
     flat = [row for rows in shards for row in rows]
     assert [row.caption for row in flat] == [f"image {number}" for number in range(13)]
-    assert [row.image for row in flat] == [png(number) for number in range(13)]
+    assert [row.body("image") for row in flat] == [png(number) for number in range(13)]
     assert [row.url for row in flat] == [f"{number}.png" for number in range(13)]
     assert flat[3].columns == {"score": 1.5} and source.schema() == {"score": float}
     assert [piece.count for piece in source.slices(rows_per_shard, Folder(tmp_path))] == list(map(len, shards))
@@ -81,7 +82,7 @@ def test_rows_without_bytes_are_downloaded_or_a_problem(tmp_path: Path) -> None:
     source = HuggingFaceParquet(parquet=str(tmp_path / "a.parquet"), caption_col="captions")
     rows = read(source, tmp_path, 10)[0]
     assert [row.caption for row in rows] == ["first", "", ""]
-    assert rows[0].url == "https://x/a.jpg" and rows[0].problem is None and rows[0].image is None
+    assert rows[0].url == "https://x/a.jpg" and rows[0].problem is None and rows[0].body("image") is None
     assert all(row.problem is not None and row.problem.error_class == "no_picture" for row in rows[1:])
 
 
@@ -89,7 +90,7 @@ def test_plain_bytes_are_images_too(tmp_path: Path) -> None:
     table = pa.table({"jpg": pa.array([png(1)], pa.large_binary()), "link": ["http://x/1"]})
     pq.write_table(table, tmp_path / "a.parquet")
     source = HuggingFaceParquet(parquet=str(tmp_path), image_col="jpg", caption_col=None, url_col="link")
-    assert read(source, tmp_path, 5) == [[Row(url="http://x/1", image=png(1))]]
+    assert read(source, tmp_path, 5) == [[Row(url="http://x/1", parts=(Part("image", png(1), url="http://x/1"),))]]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -109,14 +110,14 @@ def test_files_of_the_package_datasets_are_read_with_their_class_names(tmp_path:
     rows = read(source, tmp_path, 2)
     assert source.schema() == {"label": str}
     assert [row.columns["label"] for part in rows for row in part] == ["cat", "dog", None]
-    assert np.array(Image.open(io.BytesIO(rows[1][0].image or b""))).max() == 2
+    assert np.array(Image.open(io.BytesIO(rows[1][0].body("image") or b""))).max() == 2
 
 
 def test_it_becomes_shards(tmp_path: Path, s3: str) -> None:
     write(tmp_path / "in" / "a.parquet", range(5))
     folder = Folder(s3).folder("in")
     folder.write_atomic("a.parquet", (tmp_path / "in" / "a.parquet").read_bytes())
-    options = ShardOptions(images=ImageOptions(image_size=32), number_sample_per_shard=2)
+    options = ShardOptions(media=MediaOptions(image=ImageOptions(image_size=32)), number_sample_per_shard=2)
     for place in (str(tmp_path / "in"), folder.uri):
         source = open_source({"kind": "hugging-face", "parquet": place})
         snapshot = refresh(source, Folder(f"{tmp_path}/{place[:2]}out"), options, Workers(processes_count=0))

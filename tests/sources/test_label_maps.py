@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipeline.codecs.image_encoding import ImageOptions
+from pipeline.codecs.options import MediaOptions
 from pipeline.dataset import load_card
 from pipeline.errors import SettingError
 from pipeline.evaluation.suite import Evaluations
@@ -24,7 +26,6 @@ from pipeline.shards.tar import iterate_tar
 from pipeline.sources import open_source
 from pipeline.sources.label_maps import LabelMaps
 from pipeline.sources.source import UNCHANGED, Row, Source
-from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers
@@ -195,7 +196,7 @@ def label_maps(one: PreparedSet) -> list[Any]:
 
 
 def kept(**images: Any) -> ShardOptions:
-    return ShardOptions(images=ImageOptions(**{**UNCHANGED, **images}), number_sample_per_shard=10)
+    return ShardOptions(media=MediaOptions(image=ImageOptions(**{**UNCHANGED, **images})), number_sample_per_shard=10)
 
 
 def reasons(snapshot: Snapshot) -> dict[str, str]:
@@ -290,7 +291,7 @@ def test_a_resize_keeps_image_and_mask_aligned(mode: Any, two: str, tmp_path: Pa
         write(tmp_path / f"annotations/{height:03d}.png", png(labels))
     options = ImageOptions(image_size=48, resize_mode=mode, encode_format="png", encode_quality=1, background=(0, 0, 0))
     source = LabelMaps(folder=str(tmp_path), classes_of=two)
-    snapshot = refresh(source, Folder(tmp_path / "out"), ShardOptions(images=options), NO_RAY)
+    snapshot = refresh(source, Folder(tmp_path / "out"), ShardOptions(media=MediaOptions(image=options)), NO_RAY)
     samples = list(iterate_tar(Folder(tmp_path / "out").open(snapshot.shards[0].tar)))
     for sample, (height, width) in zip(samples, sorted(SIZES), strict=True):
         seen = np.asarray(Image.open(io.BytesIO(sample.fields["png"])).convert("L")).astype(int)

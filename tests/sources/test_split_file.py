@@ -48,7 +48,7 @@ def test_a_split_in_json_keeps_its_order_and_renames(pets: Path, tmp_path: Path)
     assert [row.url for row in rows] == ["images/b/2.jpg", "images/a/1.jpg", "images/b/1.jpg"]
     assert [row.columns["class_number"] for row in rows] == [1, 0, 1]
     assert [row.columns["label"] for row in rows] == ["sea lake", "Annual Crop Land", "sea lake"]
-    assert rows[1].image == (pets / "images/a/1.jpg").read_bytes()
+    assert rows[1].body("image") == (pets / "images/a/1.jpg").read_bytes()
     test = SplitFile(**options, part="test", leave_out=("noise",))
     assert test.items == (Item("a/3.jpg", 0, "AnnualCrop"),)
 
@@ -173,7 +173,9 @@ def test_picked_rows_are_those_of_the_sources_in_the_order_asked_for(pets: Path,
     rows = rows_of(picked, tmp_path / "scratch")
     assert [row.url for row in rows] == ["images/b/1.jpg", "drawn://colours/0/4", "images/b/2.jpg"]
     whole = rows_of(open_source(drawn), tmp_path / "other")
-    assert rows[1].image == whole[4].image and dict(rows[1].columns) == {"label": whole[4].columns["label"]}
+    assert rows[1].body("image") == whole[4].body("image") and dict(rows[1].columns) == {
+        "label": whole[4].columns["label"]
+    }
     digests = [piece.digest for piece in picked.slices(1, Folder(tmp_path / "scratch"))]
     turned = Picked(sources=[drawn, split], numbers=[(1, 0), (0, 4), (1, 2)])
     assert [piece.digest for piece in turned.slices(1, Folder(tmp_path / "scratch"))] == digests[::-1]

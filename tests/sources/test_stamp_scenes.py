@@ -57,8 +57,8 @@ def rows_of(source: StampScenes, tmp_path: Path, rows_per_shard: int = 100) -> l
 
 
 def pixels(row: Row) -> NDArray[np.int64]:
-    assert row.image is not None
-    return np.asarray(cv2.imdecode(np.frombuffer(row.image, np.uint8), cv2.IMREAD_COLOR_RGB), np.int64)
+    assert row.body("image") is not None
+    return np.asarray(cv2.imdecode(np.frombuffer(row.body("image"), np.uint8), cv2.IMREAD_COLOR_RGB), np.int64)
 
 
 def masks(row: Row) -> list[tuple[str, NDArray[np.bool_]]]:
@@ -93,12 +93,12 @@ def test_a_sample_is_a_function_of_seed_split_and_number(folder: Path, tmp_path:
     whole = rows_of(StampScenes(folder=str(folder), only=ONLY, samples=6), tmp_path)
     assert rows_of(StampScenes(folder=str(folder), only=ONLY, samples=6), tmp_path, 4) == whole
     assert rows_of(StampScenes(folder=str(folder), only=ONLY, samples=2, first=3), tmp_path) == whole[3:5]
-    assert len({row.image for row in whole}) == 6
+    assert len({row.body("image") for row in whole}) == 6
     for other in (
         StampScenes(folder=str(folder), only=ONLY, samples=6, seed=1),
         StampScenes(folder=str(folder), only=ONLY, samples=6, split="val"),
     ):
-        assert not {row.image for row in rows_of(other, tmp_path)} & {row.image for row in whole}
+        assert not {row.body("image") for row in rows_of(other, tmp_path)} & {row.body("image") for row in whole}
 
 
 def test_slices_say_what_they_are_made_of(folder: Path, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_captions_name_all_classes_and_boxes_follow_the_truth_option(folder: Pat
     base = rows_of(StampScenes(folder=str(folder), only=ONLY, samples=40, truth="base"), tmp_path)
     numbers = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4, "five": 5}
     for row, known in zip(everything, base, strict=True):
-        assert (row.image, row.caption) == (known.image, known.caption) and row.caption is not None
+        assert (row.body("image"), row.caption) == (known.body("image"), known.caption) and row.caption is not None
         labels = [label for label, _ in masks(row)]
         named = Counter[str]()
         for number, name in re.findall(r"\b(an?|two|three|four|five) (apple|flag|penguin)s?\b", row.caption):
@@ -189,7 +189,7 @@ def test_broken_stamps_are_rows_with_a_problem(folder: Path, tmp_path: Path) -> 
         Image.new("RGBA", (30, 30), (1, 2, 3, 0)).save(folder / f"animals/birds/{name}.png")
     assert [row.problem and row.problem.error_class for row in rows_of(source, tmp_path)] == ["transparent"] * 2
     good = rows_of(StampScenes(folder=str(folder), only=("apple",), samples=2), tmp_path)
-    assert all(row.problem is None and row.image for row in good)
+    assert all(row.problem is None and row.body("image") for row in good)
 
 
 def test_refused_settings(folder: Path, tmp_path: Path) -> None:

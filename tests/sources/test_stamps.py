@@ -13,10 +13,20 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.codecs.audio import AudioOptions
+from pipeline.codecs.image_encoding import ImageOptions
+from pipeline.codecs.options import MediaOptions
 from pipeline.errors import SettingError
+from pipeline.loaders.audio import AudioTransform
+from pipeline.loaders.text import read_captions
+from pipeline.shards.selection import read_samples
 from pipeline.shards.storage import Folder
 from pipeline.sources.source import Row
 from pipeline.sources.stamps import INSTALLED, TuxPaintStamps
+from pipeline.stages.refresh.make_shard import ShardOptions
+from pipeline.stages.refresh.refresh import refresh
+from pipeline.stages.shard_tasks import Workers
+from tests.sounds import encoded, tone
 
 CROW = "A crow.\nde.utf8=Eine Krähe.\nsr@latin.utf8=Vrana.\nfr.utf8=\n"
 
@@ -54,8 +64,8 @@ def read(tmp_path: Path) -> Callable[..., list[Row]]:
 
 
 def pixels(row: Row) -> NDArray[np.uint8]:
-    assert row.image is not None
-    return np.asarray(cv2.imdecode(np.frombuffer(row.image, np.uint8), cv2.IMREAD_COLOR_RGB), np.uint8)
+    assert row.body("image") is not None
+    return np.asarray(cv2.imdecode(np.frombuffer(row.body("image"), np.uint8), cv2.IMREAD_COLOR_RGB), np.uint8)
 
 
 def test_rows_of_a_small_folder(stamps: Path, read: Callable[..., list[Row]]) -> None:
@@ -64,7 +74,7 @@ def test_rows_of_a_small_folder(stamps: Path, read: Callable[..., list[Row]]) ->
     assert crow.columns["category"] == "animals/birds"
     assert mirror.url.endswith("crow_mirror.png") and mirror.caption == "A crow."
     assert pear.caption == "" and pear.problem is None
-    assert sign.problem is not None and sign.problem.error_class == "vector_picture" and sign.image is None
+    assert sign.problem is not None and sign.problem.error_class == "vector_picture" and sign.body("image") is None
     assert sign.caption == "A sign."
 
 
@@ -192,6 +202,63 @@ def test_an_unpacked_package_is_found(stamps: Path, tmp_path: Path, read: Callab
 def test_wrong_options_are_refused(wrong: dict[str, str | float]) -> None:
     with pytest.raises(SettingError, match=next(iter(wrong))):
         TuxPaintStamps(**wrong)  # type: ignore[arg-type]
+
+
+def test_sounds_are_parts(stamps: Path, read: Callable[..., list[Row]]) -> None:
+    crow = stamps / "animals/birds/crow"
+    effect, french, english = (encoded(tone(16_000, 0.5, hertz), 16_000, "OGG", "VORBIS") for hertz in (200, 300, 400))
+    crow.with_suffix(".ogg").write_bytes(effect)
+    (stamps / "animals/birds/crow_desc_fr.ogg").write_bytes(french)
+    (stamps / "animals/birds/crow_desc.ogg").write_bytes(english)
+    (stamps / "food/pear.wav").write_bytes(effect)
+    wanted = {
+        "effect": {"animals/birds/crow.png": effect, "animals/birds/crow_mirror.png": effect, "food/pear.png": effect},
+        "spoken": {"animals/birds/crow.png": french, "animals/birds/crow_mirror.png": french, "food/pear.png": None},
+    }
+    for sound, bodies in wanted.items():
+        source = TuxPaintStamps(folder=str(stamps), sound=sound)  # type: ignore[arg-type]
+        rows = [row for row in read(source) if row.problem is None]
+        assert {row.url: row.body("audio") for row in rows} == bodies and source.media == ("image", "audio")
+        assert all(row.body("image") for row in rows)
+    spoken = read(TuxPaintStamps(folder=str(stamps), sound="spoken", sound_language="en"))
+    assert spoken[0].body("audio") == english
+    assert all(row.body("audio") is None for row in read(TuxPaintStamps(folder=str(stamps))))
+
+
+def test_digests_cover_sounds(stamps: Path, tmp_path: Path) -> None:
+    def digest(**options: str) -> str:
+        (piece,) = TuxPaintStamps(folder=str(stamps), **options).slices(100, Folder(tmp_path))  # type: ignore[arg-type]
+        return piece.digest
+
+    plain, silent = digest(), digest(sound="effect")
+    (stamps / "food/pear.ogg").write_bytes(b"a sound")
+    assert digest() == plain != silent != digest(sound="effect")
+
+
+def test_captions_of_all_languages(stamps: Path, read: Callable[..., list[Row]]) -> None:
+    source = TuxPaintStamps(folder=str(stamps), translations=True)
+    (crow,) = [row for row in read(source) if row.url == "animals/birds/crow.png"]
+    assert crow.columns["languages"] == ["en", "de", "sr@latin", "fr"]
+    assert crow.columns["captions"] == ["A crow.", "Eine Krähe.", "Vrana.", ""]
+    assert set(crow.columns) == set(source.schema())
+
+
+@pytest.mark.real
+def test_tri_modal_shards_of_the_package(tmp_path: Path) -> None:
+    """Image, spoken French and captions in many languages: most stamps have all three."""
+    folder = os.environ.get("TUXPAINT_STAMPS", INSTALLED)
+    if not Path(folder).is_dir():
+        pytest.skip("the Debian package tuxpaint-stamps-default is not here")
+    source = TuxPaintStamps(folder=folder, split="held_out", sound="spoken", translations=True)
+    options = ShardOptions(media=MediaOptions(image=ImageOptions(image_size=64), audio=AudioOptions(audio_rate=16_000)))
+    snapshot = refresh(source, Folder(tmp_path), options, Workers(processes_count=0))
+    samples = [sample for shard in snapshot.shards for sample in read_samples(Folder(tmp_path), shard)]
+    sounds = [
+        AudioTransform(sample_rate=16_000, seconds=2.0).read(s.fields["flac"]) for s in samples if "flac" in s.fields
+    ]
+    assert len(samples) > 100 and len(sounds) > 0.7 * len(samples)
+    assert all(sound.abs().max() > 0.01 for sound in sounds)
+    assert np.mean([len(read_captions(sample)) for sample in samples if sample.fields["txt"]]) > 20
 
 
 @pytest.mark.real

@@ -26,12 +26,13 @@ import pyarrow.parquet as pq
 import pytest
 import simplejpeg
 
+from pipeline.codecs.image_encoding import ImageOptions
+from pipeline.codecs.options import MediaOptions
 from pipeline.errors import StorageError
 from pipeline.shards.storage import Folder, storage_errors
 from pipeline.sources.drawn.source import Drawn
 from pipeline.sources.urls import UrlTable
 from pipeline.stages.crawl.download import DownloadOptions
-from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers
@@ -227,7 +228,9 @@ def test_a_refresh_among_faults_equals_one_without(
     table = tmp_path / "list.csv"
     table.write_text("url\n" + "".join(f"{server.url}/{number}.jpg\n" for number in range(40)))
     downloads = DownloadOptions(allow_hosts=("127.0.0.1",), retries=4, retry_delay=0.01)
-    options = ShardOptions(images=ImageOptions(image_size=32), downloads=downloads, number_sample_per_shard=10)
+    options = ShardOptions(
+        media=MediaOptions(image=ImageOptions(image_size=32)), downloads=downloads, number_sample_per_shard=10
+    )
     source, here = UrlTable(url_list=str(table)), Workers(processes_count=0)
 
     kinds = itertools.cycle(["", "", "", "503", "", "", "", "reset", "", "", "", "half", "", "", "slow"])
@@ -273,7 +276,9 @@ class Flaky:
 
     def refresh(self, name: str) -> Any:
         downloads = DownloadOptions(allow_hosts=("127.0.0.1",), retries=20, retry_delay=0.05, max_retry_delay=0.5)
-        options = ShardOptions(images=ImageOptions(image_size=32), downloads=downloads, number_sample_per_shard=10)
+        options = ShardOptions(
+            media=MediaOptions(image=ImageOptions(image_size=32)), downloads=downloads, number_sample_per_shard=10
+        )
         return refresh(UrlTable(url_list=str(self.table)), Folder(self.out / name), options, Workers(processes_count=0))
 
 
@@ -321,7 +326,9 @@ def run_smoke(out: Path, most: int | None) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_disk_that_fills_up_stops_the_job_and_loses_nothing(tmp_path: Path) -> None:
-    options = ShardOptions(images=ImageOptions(resize_mode="no", skip_reencode=True), number_sample_per_shard=20)
+    options = ShardOptions(
+        media=MediaOptions(image=ImageOptions(resize_mode="no", skip_reencode=True)), number_sample_per_shard=20
+    )
     refresh(Drawn(samples=64, size=64), Folder(tmp_path / "whole"), options, Workers(processes_count=0))
     tars = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("*.tar")}
     assert len(tars) == 4

@@ -121,17 +121,18 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
 PROGRAM = """
 import base64, json, os, re, sys, time
 from pipeline.errors import SampleError
-from pipeline.stages.crawl.decode_apart import Apart, needs_care
-from pipeline.stages.crawl.images import ImageOptions, transform
-options, answers = ImageOptions(image_size=64), {}
-with Apart(options) as apart:
+from pipeline.codecs.image import ImageCodec
+from pipeline.stages.crawl.decode_apart import Apart
+from pipeline.codecs.image_encoding import ImageOptions
+codec, options, answers = ImageCodec(), ImageOptions(image_size=64), {}
+with Apart("image", options) as apart:
     while line := sys.stdin.readline():
         name, text = json.loads(line)
         body = base64.b64decode(text)
         began = time.process_time()
         try:
-            image = apart.transform(body) if needs_care(body) else transform(body, options)
-            answers[name] = "decoded" if len(image.data) < 20_000 else "large"
+            part = apart.encode(body) if codec.needs_care(body) else codec.encode(body, options)
+            answers[name] = "decoded" if len(next(iter(part.fields.values()))) < 20_000 else "large"
         except SampleError as error:
             answers[name] = error.error_class
         assert time.process_time() - began < 5, name

@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipeline.codecs.image_encoding import ImageOptions
+from pipeline.codecs.options import MediaOptions
 from pipeline.errors import SettingError
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import iterate_tar
@@ -18,7 +20,6 @@ from pipeline.sources.folder import ImageFolder
 from pipeline.sources.source import Source
 from pipeline.sources.urls import UrlTable
 from pipeline.stages.crawl.download import DownloadOptions
-from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions, make_shard
 from pipeline.stages.refresh.plan import Unit
 
@@ -33,7 +34,7 @@ def image(number: int, kind: str = "JPEG") -> bytes:
 def make(source: Source, folder: Path, **images: Any) -> tuple[list[dict[str, Any]], dict[str, dict[str, bytes]]]:
     """Rows of the parquet and samples of the only shard."""
     downloads = DownloadOptions(allow_hosts=("127.0.0.1",), timeout=5.0, retries=1, retry_delay=0.01)
-    options = ShardOptions(images=ImageOptions(**{"image_size": 32, **images}), downloads=downloads)
+    options = ShardOptions(media=MediaOptions(image=ImageOptions(**{"image_size": 32, **images})), downloads=downloads)
     out = Folder(folder / "out")
     (piece,) = source.slices(1000, Folder(folder / "plan"))
     make_shard(Unit(shard_id=0, piece=piece, digest="unit"), source, out, options)

@@ -43,7 +43,7 @@ class Waves:
 
     kind: ClassVar[str] = "waves"
     has_captions: ClassVar[bool] = True
-    has_images: ClassVar[bool] = False
+    media: ClassVar[tuple[str, ...]] = ()
 
     count: int = 7
     changed: int = 0

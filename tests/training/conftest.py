@@ -1,12 +1,11 @@
 """A small run, and a tracker that remembers."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.models.clip import Clip, Config
@@ -91,12 +90,3 @@ def run(data: Snapshot, tmp_path: Path) -> Callable[..., Run]:
         return Run(**settings)
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the processes that tests start have it: sums are bit-identical with equal numbers of threads only."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -42,6 +42,21 @@ def test_a_transformers_closed_form(length: int) -> None:
     assert counted == 2 * (transformer(64, 2, 17, 32) + transformer(32, 2, length, 32) + patches + logits)
 
 
+def test_a_batch_is_counted_on_the_device_of_the_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches come from the loader in the CPU's memory. Without a GPU torch gives shapes there no backward pass."""
+    work, seen = Work(Clip(Config(architecture="clipmill-tiny"))), []
+    with work._mode:
+        scale = work._shapes.model.logit_scale.detach().to("cuda")
+    work._shapes.model = nn.ParameterDict({"logit_scale": nn.Parameter(scale)})
+
+    def step(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        seen.extend(value.device.type for value in batch.values())
+        raise RuntimeError
+
+    monkeypatch.setattr(work._shapes, "training_step", step)
+    assert work.of(batch(2, 9)) is None and seen == ["cuda", "cuda"]
+
+
 def test_the_papers_model_has_the_published_work() -> None:
     """ViT-B/32: open_clip's docs/model_profile.csv has 14.78 GFLOPs forward; nearly three times that both ways."""
     counted = Work(Clip(Config())).of(batch(1, 77, side=224))

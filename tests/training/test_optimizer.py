@@ -56,11 +56,26 @@ def test_momentum_by_hand() -> None:
     assert (method.weight.item(), method.bias.item()) == pytest.approx((weight, bias))
 
 
+def test_nesterov_by_hand() -> None:
+    """v = 0.9 v + gradient, weight -= rate x (gradient + 0.9 v)."""
+    method = TwoParameters()
+    optimizer = make_optimizer(Sgd(learning_rate=0.1, momentum=0.9, weight_decay=0.0, nesterov=True), method)
+    weight, speed = 2.0, 0.0
+    for _ in range(3):
+        (3 * method.weight.sum()).backward()
+        take_step(optimizer, torch.tensor(0.0))
+        speed = 0.9 * speed + 3
+        weight -= 0.1 * (3 + 0.9 * speed)
+        assert method.weight.item() == pytest.approx(weight)
+
+
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
         *((Sgd, {"momentum": 1.0}), (Sgd, {"drops": (1.5,)}), (AdamW, {"beta1": 1.0})),
         *((Sgd, {"decay_power": 0.0}), (Sgd, {"decay_power": 0.9, "drops": (0.5,)})),
+        *((Sgd, {"exponential": 0.0}), (AdamW, {"exponential": 0.5, "decay_power": 0.9})),
+        (Sgd, {"nesterov": True, "momentum": 0.0}),
     ],
 )
 def test_settings_that_cannot_work(kind: type, settings: dict[str, Any]) -> None:

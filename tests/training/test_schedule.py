@@ -49,3 +49,15 @@ def test_a_power_of_the_remaining_part() -> None:
     """LSeg's recipe: 0.9, without warm-up."""
     rates = [learning_rate(step, peak=0.004, warmup_steps=0, steps=100, power=0.9) for step in (0, 50, 99)]
     assert rates == pytest.approx([0.004, 0.004 * 0.5**0.9, 0.004 * 0.01**0.9])
+
+
+def test_an_exponential_is_torchs() -> None:
+    """A factor of 0.96 after each of 50 epochs, here of one step."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.3)
+    theirs = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.96)
+    for step in range(50):
+        found = learning_rate(step, peak=0.3, warmup_steps=0, steps=50, exponential=0.96**50)
+        assert found == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()

@@ -7,6 +7,7 @@ from pipeline.config import require
 from pipeline.evaluation.classes import CLASSES_HELP, LABEL_HELP, Labels, label_key, labelled_batches, read_classes
 from pipeline.evaluation.data import Data
 from pipeline.evaluation.encoder import as_encoder
+from pipeline.evaluation.media import medium_reader
 from pipeline.evaluation.task import ACCURACY, Cache, PreparedSet, Reading, Report, Task, option
 from pipeline.evaluation.zero_shot import own_head
 
@@ -39,5 +40,5 @@ class Classification(Task):
 
     def run(self, model: Any, one: PreparedSet, reading: Reading, cache: Cache) -> dict[str, float]:
         """Accuracies."""
-        batches = labelled_batches(model.transforms(train=False), one, reading)
+        batches = labelled_batches(medium_reader(model, "image"), one, reading)
         return own_head(model, batches, one.ready.classes, reading.evaluation_precision)

@@ -1,22 +1,37 @@
-"""Image-text retrieval: the captions of an image among all captions, and the image of a caption among all images."""
+"""Retrieval between images, sounds and texts: each medium of a sample among all of another one."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations, permutations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from pipeline.config import require
 from pipeline.evaluation.data import Data, evaluation_batches
-from pipeline.evaluation.encoder import Evaluable, as_encoder, encode_tokens, inference
+from pipeline.evaluation.encoder import encode_tokens, inference
 from pipeline.evaluation.figures import retrieval_examples, similarity_matrix
-from pipeline.evaluation.retrieval import retrieval
+from pipeline.evaluation.media import (
+    AUTO,
+    KNOWN,
+    TEXT,
+    PartsReader,
+    encode_inputs,
+    encoded_media,
+    medium_reader,
+    stored_media,
+)
+from pipeline.evaluation.retrieval import DEPTHS, retrieval
+from pipeline.evaluation.shown_media import PictureReader, sound_files
 from pipeline.evaluation.task import SAMPLES, Cache, Column, PreparedSet, Reading, Report, Task, option
-from pipeline.loaders.readers import CaptionsReader, FirstCaptionReader, ImageReader
+from pipeline.loaders.readers import CaptionsReader, FirstCaptionReader
 from pipeline.loaders.text import caption_field
+from pipeline.shards.media import MEDIA
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MATRIX, GALLERY = 16, 64
+MATRIX, GALLERY, PLAYED = 16, 64, 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,69 +43,127 @@ class Config:
         "retrieval_caption",
         "Field of the captions: auto (the list `captions` of the samples' json, else their txt), txt, or json:KEY.",
     )
+    media: str = option(AUTO)
+    """Media to compare: auto (those that the model encodes and the data have), or some, as in audio+text."""
 
     def __post_init__(self) -> None:
         if self.caption != "auto":
             caption_field(self.caption)
+        if self.media != AUTO:
+            named = self.media.split("+")
+            plain = len(named) >= 2 and len(set(named)) == len(named) and set(named) <= set(KNOWN)
+            require(plain, "media", self.media, f"auto, or two or more of {', '.join(KNOWN)}, joined by +")
+
+
+def _columns() -> tuple[Column, ...]:
+    """Image-text first, then the other pairs; the report leaves out those without a number."""
+    pairs = sorted(combinations(KNOWN, 2), key=lambda pair: pair != ("image", TEXT))
+    ways = [f"{one[0]}2{other[0]}" for pair in pairs for one, other in permutations(pair)]
+    return tuple(
+        column
+        for way in ways
+        for column in (
+            *(Column(f"{way}_r{few}", f"{way} R@{few}") for few in DEPTHS),
+            Column(f"{way}_median_rank", f"{way} median", ".1f"),
+        )
+    )
 
 
 class Retrieval(Task):
-    """Both directions; ``ready`` is the field of the set's captions."""
+    """All directions between the media of a set; ``ready`` are its options."""
 
-    report = Report(
-        "retrieval",
-        "retrieval",
-        (
-            *(
-                column
-                for way in ("i2t", "t2i")
-                for column in (
-                    *(Column(f"{way}_r{few}", f"{way} R@{few}") for few in (1, 5, 10)),
-                    Column(f"{way}_median_rank", f"{way} median", ".1f"),
-                )
-            ),
-            *(Column("chance"), SAMPLES),
-        ),
-    )
+    report = Report("retrieval", "retrieval", (*_columns(), Column("chance"), SAMPLES))
     help = "Retrieval sets; see --zero-shot."
     rank = 1
     options = Config
 
     def check(self, model: object, one: PreparedSet) -> None:
-        """Require an encoder of images and texts."""
-        as_encoder(model, type(model).__name__)
+        """Require an encoder of two media of the set."""
+        media_to_compare(model, one)
 
-    def prepare(self, config: Config, data: Data, name: str) -> str:
-        """The field of the captions."""
-        return config.caption
+    def prepare(self, config: Config, data: Data, name: str) -> Config:
+        """The options."""
+        return config
 
     def run(self, model: Any, one: PreparedSet, reading: Reading, cache: Cache) -> dict[str, float]:
         """Recall and median ranks."""
-        image = ImageReader(transform=model.transforms(train=False))
-        readers = (image, CaptionsReader(tokenizer=model.tokenizer, caption=one.ready))
-        batches = evaluation_batches(one.samples(), readers, reading.evaluation_batch, reading.evaluation_threads)
-        return retrieval(model, batches, reading.evaluation_precision)
+        media = media_to_compare(model, one)
+        captions = CaptionsReader(tokenizer=model.tokenizer, caption=one.ready.caption) if TEXT in media else None
+        readers = {medium: medium_reader(model, medium) for medium in media if medium != TEXT}
+        parts = PartsReader(readers=readers, captions=captions)
+        batches = evaluation_batches(one.samples(), (parts,), reading.evaluation_batch, reading.evaluation_threads)
+        return retrieval(model, batches, reading.evaluation_precision, media)
 
     def figures(self, model: Any, one: PreparedSet, title: str) -> dict[str, "Figure"]:
-        """``similarity`` and ``examples`` of a few dozen held-out pairs."""
-        images, captions, scores = _scores(model, one)
+        """``similarity`` and ``examples`` of a few dozen held-out pairs of images and texts.
+
+        ``similarity_audio`` and ``examples_audio`` show pairs of sounds and texts, with spectrograms.
+        """
+        media = media_to_compare(model, one)
+        figures: dict[str, Figure] = {}
+        for medium in media if TEXT in media else ():
+            if medium != TEXT:
+                ending = "" if medium == "image" else f"_{medium}"
+                drawn = self._figures(model, one, medium, title)
+                figures |= {f"{name}{ending}": figure for name, figure in drawn.items()}
+        return figures
+
+    def _figures(self, model: Any, one: PreparedSet, medium: str, title: str) -> dict[str, "Figure"]:
+        pictures, captions, scores = _scores(model, one, medium)
         named = f"{one.name} {title}".strip()
-        few = min(MATRIX, len(images))
+        few = min(MATRIX, len(pictures))
         return {
             "similarity": similarity_matrix(
-                images[:few], captions[:few], scores[:few, :few], f"{named}: similarity of held-out pairs"
+                pictures[:few], captions[:few], scores[:few, :few], f"{named}: similarity of held-out pairs"
             ),
             "examples": retrieval_examples(
-                images, captions, scores, title=f"{named}: retrieval among {len(images)} held-out pairs"
+                pictures,
+                captions,
+                scores,
+                title=f"{named}: retrieval among {len(pictures)} held-out pairs",
+                noun=MEDIA[medium].noun.split()[-1],
             ),
         }
 
+    def files(self, model: Any, one: PreparedSet) -> dict[str, bytes]:
+        """The sounds of the first examples."""
+        if "audio" not in media_to_compare(model, one):
+            return {}
+        caption = FirstCaptionReader(caption=one.ready.caption)
+        return sound_files((sample, caption.read(sample)["caption"]) for sample in one.samples(PLAYED))
 
-def _scores(model: Evaluable, one: PreparedSet) -> tuple[Tensor, list[str], Tensor]:
-    """Images, their captions, and the cosines ``[N, N]`` with images first."""
-    readers = (ImageReader(transform=model.transforms(train=False)), FirstCaptionReader(caption=one.ready))
+
+def media_to_compare(model: object, one: PreparedSet) -> tuple[str, ...]:
+    """The media of a set that its option and the model allow, texts last.
+
+    Raises:
+        SettingError: fewer than two, or the model or the data lack one that the option names.
+    """
+    able, setting = encoded_media(model), one.ready.media
+    enough = len(able) >= 2
+    require(enough, "checkpoint", type(model).__name__, "a model that encodes images and texts, or two other media")
+    wanted = able if setting == AUTO else tuple(name for name in KNOWN if name in setting.split("+"))
+    unknown = [name for name in wanted if name not in able]
+    require(not unknown, f"{one.name}: media", setting, "media of the model: " + ", ".join(able))
+    if wanted == ("image", TEXT):  # spares reading samples of a card
+        return wanted
+    stored = (*stored_media(one), TEXT)
+    found = tuple(name for name in wanted if name in stored)
+    complete = len(found) >= 2 and (setting == AUTO or found == wanted)
+    has = ", ".join(stored[:-1]) or "no image and no sound"
+    require(complete, f"{one.name}: media", setting, f"data with {' and '.join(wanted)}; the samples have: {has}")
+    return found
+
+
+def _scores(model: Any, one: PreparedSet, medium: str) -> tuple[Sequence[Tensor], list[str], Tensor]:
+    """Pictures of inputs, N times uint8 [3, H, W], their captions, and the cosines ``[N, N]`` with captions second."""
+    readers = [medium_reader(model, medium), FirstCaptionReader(caption=one.ready.caption)]
+    shown = "image"
+    if medium != "image":
+        readers.append(PictureReader(medium=medium))
+        shown = PictureReader.key
     (batch,) = evaluation_batches(one.samples(GALLERY), readers, GALLERY, threads=2)
     with inference(model) as device:
-        image_features = model.encode_image(batch["image"].to(device)).float()
+        features = encode_inputs(model, medium, batch[medium], device)
         text_features = encode_tokens(model, model.tokenizer(batch["caption"]), device)
-        return batch["image"], batch["caption"], (image_features @ text_features.T).cpu()
+        return batch[shown], batch["caption"], (features @ text_features.T).cpu()

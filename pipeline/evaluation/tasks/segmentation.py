@@ -9,7 +9,7 @@ from pipeline.config import require
 from pipeline.dataset import load_card
 from pipeline.evaluation.data import Data, SnapshotData
 from pipeline.evaluation.held_out import HeldOut, evaluate_held_out
-from pipeline.evaluation.pixel_counts import Part, by_word
+from pipeline.evaluation.pixel_counts import CountedPart, by_word
 from pipeline.evaluation.segmentation import WHOLE, as_segmenter, evaluate_segmentation, segmentation_figure
 from pipeline.evaluation.segmentation_sets import (
     SetOptions,
@@ -51,7 +51,7 @@ class PreparedSegmentation:
 
     words: WordSet
     held_out: HeldOut | None = None
-    part: Part = WHOLE
+    part: CountedPart = WHOLE
 
 
 class SemanticSegmentation(Task):
@@ -76,7 +76,7 @@ class SemanticSegmentation(Task):
 
     def prepare(self, config: Config, data: Data, name: str) -> PreparedSegmentation:
         """Words, classes, thresholds and views; requires data with labels."""
-        part = Part.parse(config.part, config.counts)
+        part = CountedPart.parse(config.part, config.counts)
         held_out = read_held_out(config, data, name)
         if held_out is not None:
             require(part.count == 1, "part", config.part, "1/1 with held_out")

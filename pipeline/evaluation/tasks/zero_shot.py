@@ -1,8 +1,11 @@
-"""Zero-shot classification: an image belongs to the class with the nearest prompts."""
+"""Zero-shot classification: an image or a sound belongs to the class with the nearest prompts."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from pipeline.config import require
 from pipeline.evaluation.classes import (
     CLASSES_HELP,
     LABEL_HELP,
@@ -12,10 +15,18 @@ from pipeline.evaluation.classes import (
     read_classes,
     read_templates,
 )
-from pipeline.evaluation.data import Data
-from pipeline.evaluation.encoder import as_encoder
-from pipeline.evaluation.task import ACCURACY, Cache, PreparedSet, Reading, Report, Task, option
+from pipeline.evaluation.data import Data, evaluation_batches
+from pipeline.evaluation.encoder import inference
+from pipeline.evaluation.media import AUTO, check_medium, encode_inputs, medium_of_set, medium_reader, require_text
+from pipeline.evaluation.shown_media import SampleReader, sound_files, sound_grid
+from pipeline.evaluation.task import ACCURACY, FOLDS, Cache, PreparedSet, Reading, Report, Task, option
 from pipeline.evaluation.zero_shot import classifier, zero_shot
+from pipeline.loaders.readers import LabelReader
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,29 +40,85 @@ class Config:
         "Prompts: auto (the card's), imagenet (80 prompts), imagenet-simple (7), none, or a file of templates with {}.",
     )
     label: str = option("", "label", LABEL_HELP)
+    medium: str = option(AUTO)
+    """Medium to classify: auto (the first one that the model encodes and the data have), image, audio."""
+    fold: str = option("")
+    """Key of the samples' json that holds the fold; the metrics are then means over the folds."""
+    folds: str = option("")
+    """Folds to evaluate, joined by +; empty for all of them."""
+
+    def __post_init__(self) -> None:
+        check_medium(self.medium)
+        named = bool(self.fold or not self.folds)
+        require(named, "folds", self.folds, "empty, or with fold=KEY, the key of the samples' json that holds the fold")
 
 
 class ZeroShot(Task):
     """The nearest class vector."""
 
-    report = Report("zeroshot", "zero-shot", ACCURACY)
+    report = Report("zeroshot", "zero-shot", (*ACCURACY, FOLDS))
     help = "Zero-shot classification sets: dataset cards or snapshot folders; NAME=DATA gives a set a name of its own."
     rank = 0
     options = Config
 
     def check(self, model: object, one: PreparedSet) -> None:
-        """Require an encoder of images and texts."""
-        as_encoder(model, type(model).__name__)
+        """Require an encoder of texts and of the set's medium."""
+        require_text(model)
+        medium_of_set(model, one, one.ready.medium)
 
     def prepare(self, config: Config, data: Data, name: str) -> Labels:
         """Classes and templates."""
-        classes = read_classes(config.classes, data.card, name)
-        return Labels(classes, read_templates(config.templates, data.card, name), label_key(config.label, data.card))
+        return Labels(
+            classes=read_classes(config.classes, data.card, name),
+            templates=read_templates(config.templates, data.card, name),
+            label=label_key(config.label, data.card),
+            medium=config.medium,
+            fold=config.fold,
+            folds=config.folds,
+        )
 
     def run(self, model: Any, one: PreparedSet, reading: Reading, cache: Cache) -> dict[str, float]:
         """Accuracies. Class vectors are computed once for all sets with these classes and templates."""
-        precision, texts = reading.evaluation_precision, (one.ready.classes, one.ready.templates)
-        if ("zero_shot", texts) not in cache:
-            cache["zero_shot", texts] = classifier(model, *texts, precision)
-        batches = labelled_batches(model.transforms(train=False), one, reading)
-        return zero_shot(model, batches, cache["zero_shot", texts], precision)
+        precision, medium = reading.evaluation_precision, medium_of_set(model, one, one.ready.medium)
+        vectors = _class_vectors(model, one.ready, precision, cache)
+        batches = labelled_batches(medium_reader(model, medium), one, reading)
+        return zero_shot(model, batches, vectors, precision, medium)
+
+    def figures(self, model: Any, one: PreparedSet, title: str) -> dict[str, "Figure"]:
+        """``sounds``: spectrograms of a few sounds with the best class; nothing for images."""
+        if medium_of_set(model, one, one.ready.medium) != "audio":
+            return {}
+        samples, captions, right = _predicted(model, one)
+        return {"sounds": sound_grid(samples, captions, right, title=f"{one.name} {title}: zero-shot".strip())}
+
+    def files(self, model: Any, one: PreparedSet) -> dict[str, bytes]:
+        """The same sounds; each name has the label and the best class."""
+        if medium_of_set(model, one, one.ready.medium) != "audio":
+            return {}
+        samples, captions, _ = _predicted(model, one)
+        return sound_files(zip(samples, captions, strict=True))
+
+
+def _class_vectors(model: Any, labels: Labels, precision: str, cache: Cache) -> Tensor:
+    texts = (labels.classes, labels.templates)
+    if ("zero_shot", texts) not in cache:
+        cache["zero_shot", texts] = classifier(model, *texts, precision)
+    vectors: Tensor = cache["zero_shot", texts]
+    return vectors
+
+
+def _predicted(model: Any, one: PreparedSet) -> tuple[list[Any], list[str], list[bool]]:
+    """A few sounds as samples, with a caption of each (label, best class and its cosine), and whether it is right."""
+    labels: Labels = one.ready
+    label = LabelReader(classes=labels.classes, json_key=labels.label, evaluated=one.name)
+    readers = (medium_reader(model, "audio"), label, SampleReader())
+    (batch,) = evaluation_batches(one.samples(SHOWN), readers, SHOWN, threads=2)
+    vectors = classifier(model, labels.classes, labels.templates)
+    with inference(model) as device:
+        best = (encode_inputs(model, "audio", batch["audio"], device) @ vectors.T).cpu().max(dim=1)
+    pairs = zip(batch["label"].tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
+    captions, right = [], []
+    for number, found, score in pairs:
+        captions.append(f"{labels.classes[number]}, found {labels.classes[found]} ({score:.2f})")
+        right.append(number == found)
+    return batch[SampleReader.key], captions, right

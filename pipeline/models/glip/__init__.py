@@ -3,7 +3,7 @@
 config.py      settings and presets
 model.py       the method: training step, detection, grounding
 network.py     modules from pixels and tokens to logits: pyramid, tower, heads
-fusion.py      cross-attention of pixels and tokens; dyhead.py: the dynamic head; text.py: BERT
+fusion.py      cross-attention of pixels and tokens; dyhead.py: the dynamic head; text.py: BERT or CLIP
 assignment.py  anchors and ATSS; losses.py: alignment, box, centerness
 phrases.py     from logits to boxes of phrases
 released.py    initial weights from files

@@ -24,8 +24,8 @@ class Config:
     drop_path: float = 0.2
     """Probability that training leaves out the last block of the backbone, lower for earlier ones; 0 to less than 1."""
     text: str = "bert-base-uncased"
-    """Text tower and tokenizer: a folder or model id of a BERT in transformers' layout, or drawn for an untrained small
-    one that knows the words of the embedded world."""
+    """Text tower and tokenizer: a folder or model id of a BERT or a CLIP in transformers' layout, or drawn for an
+    untrained small BERT that knows the words of the embedded world."""
     pretrained_text: bool = True
     """Initialise the text tower with the weights of `text`; not used with drawn."""
     small_text: tuple[int, int, int] = (64, 2, 4)
@@ -41,7 +41,8 @@ class Config:
     fusion_dropout: float = 0.1
     """Dropout of the cross-attention's weights, 0 to less than 1."""
     blocks: int = 6
-    """Number of blocks of the head, each a fusion, a layer of BERT and a block of the dynamic head; 1 or more."""
+    """Number of blocks of the head, 1 or more: each a fusion, a layer of the text tower's kind and a block of the
+    dynamic head."""
     width: int = 256
     """Channels of every pyramid level, a multiple of norm_groups and of 4."""
     norm_groups: int = 16

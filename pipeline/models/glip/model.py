@@ -18,9 +18,9 @@ and texts meet before the product, too: in each of L blocks, pixels and tokens a
 (``dyhead.py``). Which anchors are trained on a box is decided by ATSS (``assignment.py``). Variant A has no fusion: its
 tokens are BERT's, and its features of an image do not depend on the text.
 
-The backbone is timm's Swin transformer under torchvision's feature pyramid (levels of 8 to 128 pixels a cell), the text
-tower transformers' BERT. Texts are padded to the longest of a batch, which is exact. At test time a prompt holds up to
-40 names: the pyramid is computed once for all prompts, and texts once for all images.
+The backbone is timm's Swin transformer under torchvision's feature pyramid (levels of 8 to 128 pixels a cell). The text
+tower is transformers' BERT, or CLIP's (``text.py``). Texts are padded to the longest of a batch, which is exact. In
+detection a prompt holds up to 40 names: the pyramid is computed once for all prompts, and texts once for all images.
 
 Differences from the authors' code:
 
@@ -49,7 +49,14 @@ from torch import Tensor, nn
 from pipeline.config import require
 from pipeline.loaders.batches import Reader
 from pipeline.loaders.detection import FILL, Placement
-from pipeline.loaders.grounding import GroundingData, GroundingReader, grounding_data, padded_tokens
+from pipeline.loaders.grounding import (
+    GroundingData,
+    GroundingReader,
+    averaging_matrix,
+    grounding_data,
+    padded_tokens,
+    phrase_tokens,
+)
 from pipeline.loaders.grounding_prompts import DRAWN, SpanTokenizer, TokenizedText, name_chunks
 from pipeline.models.detections import Detections, GroundedBoxes, check_words
 from pipeline.models.glip import losses, text, tuning
@@ -60,9 +67,7 @@ from pipeline.models.glip.phrases import (
     CODER,
     Candidates,
     FoundPhrases,
-    averaging_matrix,
     find_candidates,
-    phrase_tokens,
     suppress,
     together,
 )
@@ -108,7 +113,10 @@ class ImageGroup:
 class Glip(Method):
     """A detector of anything that words describe."""
 
-    batch_keys: ClassVar[tuple[str, ...]] = ("image", "tokens", "token_mask", "boxes", "positive_map")
+    batch_keys: ClassVar[tuple[str, ...]] = (
+        *("image", "tokens", "token_mask", "boxes"),
+        *("positive_map", "annotated", "left_out"),
+    )
     registered_as: ClassVar[str] = "glip"
     # A detector's sums over many positions round relative to their largest term, also in small entries of a filter.
     parity_tolerance: ClassVar[float] = 1e-4
@@ -125,7 +133,7 @@ class Glip(Method):
             self.settings = text.text_settings(config, self.tokenizer)
         else:
             self.tokenizer = SpanTokenizer(description[TOKENIZER])
-            self.settings = text.stored_settings(description[text.BERT])
+            self.settings = text.stored_settings(description[text.SETTINGS])
         self.model = GlipNetwork(config, self.settings, load=description is None)
         if description is None:
             self._load_initial()
@@ -133,6 +141,7 @@ class Glip(Method):
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
         self._prompts: dict[tuple[str, ...], list[EncodedPrompt]] = {}
         self._still = tuning.freeze(self.model, config)
+        self._counted: Tensor | None = None
 
     def _load_initial(self) -> None:
         config = self.config
@@ -147,7 +156,7 @@ class Glip(Method):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        """Require a Swin transformer that timm has, and a BERT that transformers can read."""
+        """Require a Swin transformer that timm has, and a text tower that transformers can read."""
         known = timm.is_model(config.backbone) and "swin_" in f"{config.backbone}_"
         require(known, "backbone", config.backbone, "a Swin transformer of timm (timm.list_models('swin_*'))")
         text.text_settings(config, SpanTokenizer.load(config.text))
@@ -159,7 +168,7 @@ class Glip(Method):
 
     def description(self) -> Mapping[str, str]:
         """The tokenizer and the settings of the text tower."""
-        return {TOKENIZER: self.tokenizer.description, text.BERT: text.settings_text(self.settings)}
+        return {TOKENIZER: self.tokenizer.description, text.SETTINGS: text.settings_text(self.settings)}
 
     def train(self, mode: bool = True) -> Self:
         """torch's, but frozen modules stay in evaluation mode; encoded prompts are forgotten where training begins."""
@@ -209,10 +218,10 @@ class Glip(Method):
         return {"text tokens": batch["tokens"].shape[1]}
 
     def layers(self) -> Mapping[str, Layer]:
-        """The backbone as tower ``image`` and BERT as tower ``text``, block by block."""
-        body, encoder = cast(Any, self.model.image.body), self.model.text.bert
+        """The backbone as tower ``image`` and the text tower as ``text``, block by block."""
+        body, texts = cast(Any, self.model.image.body), self.model.text
         image = [body.patch_embed, *(block for stage in self._stages() for block in _stage_blocks(stage))]
-        depths = {"image": image, "text": [encoder.embeddings, *encoder.encoder.layer]}
+        depths = {"image": image, "text": [texts.embeddings, *texts.layers]}
         above: dict[int, Layer] = {}
         for tower, modules in depths.items():
             for number, module in enumerate(modules):
@@ -221,16 +230,29 @@ class Glip(Method):
         return {name: above[id(value)] for name, value in self.named_parameters() if id(value) in above}
 
     def blocks(self) -> Sequence[nn.Module]:
-        """The blocks of the backbone, BERT's layers, and the parts of the head's blocks."""
+        """The blocks of the backbone, the text tower's layers, and the parts of the head's blocks."""
         tower = self.model.tower
-        swin = [block for stage in self._stages() for block in cast(Any, stage).blocks]
-        return [*swin, *self.model.text.bert.encoder.layer, *tower.fusions, *tower.texts, *tower.images]
+        return [*self._swin(), *self.model.text.layers, *tower.fusions, *tower.texts, *tower.images]
+
+    def compiled_blocks(self) -> Sequence[nn.Module]:
+        """Those of texts and of the fusion. The others meet maps of several sizes: torch's compiler does not end with
+        windows and levels of any size."""
+        images = {*self._swin(), *self.model.tower.images}
+        return [block for block in self.blocks() if block not in images]
+
+    def _swin(self) -> list[nn.Module]:
+        return [block for stage in self._stages() for block in cast(Any, stage).blocks]
 
     def _stages(self) -> list[nn.Module]:
         return [module for name, module in self.model.image.body.named_children() if name.startswith("layers_")]
 
     def training_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``alignment``, ``box`` and ``centerness``; images without boxes and texts without phrases are background."""
+        """``alignment``, ``box`` and ``centerness``.
+
+        An image without objects of the prompt's classes is background. A caption without any annotated object takes no
+        part.
+        """
+        self._count(batch)
         levels = self.model.image(self.normalised(batch["image"]))
         encoded = self.model.encode_text(batch["tokens"], batch["token_mask"])
         ((found, weights),) = self.model.compare(levels, [encoded])
@@ -250,6 +272,7 @@ class Glip(Method):
         weights: TokenWeights,
     ) -> dict[str, Tensor]:
         boxes, phrases = batch["boxes"].float(), batch["positive_map"]
+        tokens = batch["token_mask"] & batch["annotated"][:, None]
         positive, row = assigned.positive, assigned.matched[..., None]
         targets = phrases.gather(1, row.expand(-1, -1, phrases.shape[-1])) & positive[..., None]
         truth = torch.where(positive[..., None], boxes.gather(1, row.expand(-1, -1, 4)), anchors.boxes)
@@ -258,10 +281,27 @@ class Glip(Method):
         moves = found.moves.flatten(0, 1)
         decoded = CODER.decode_single(moves, anchors.boxes.repeat(len(boxes), 1)).view_as(truth)
         return {
-            "alignment": losses.alignment_loss(align(found.features, weights), targets, batch["token_mask"]) / count,
+            "alignment": losses.alignment_loss(align(found.features, weights), targets, tokens) / count,
             "box": self.config.box_weight * losses.box_loss(decoded, truth, near) / total,
             "centerness": losses.centerness_loss(found.centerness, near, positive) / count,
         }
+
+    def _count(self, batch: Mapping[str, Tensor]) -> None:
+        counts = torch.stack([batch["left_out"].sum(), (~batch["annotated"]).sum()]).float()
+        self._counted = counts if self._counted is None else self._counted + counts
+
+    @torch.no_grad()
+    def measures(self) -> dict[str, float]:
+        """Sums over all processes since they were last logged.
+
+        - ``boxes_left_out``: boxes whose phrase has no token within the limit
+        - ``captions_without_boxes``: captions that take no part in the losses
+        """
+        if self._counted is None:
+            return {}
+        left_out, without = self.gather(self._counted[None]).sum(dim=0).tolist()
+        self._counted = None
+        return {"boxes_left_out": left_out, "captions_without_boxes": without}
 
     def _average(self, counts: Tensor) -> Tensor:
         """Sums [n] of this rank to their means over ranks, which divide this rank's losses; 1 instead of 0."""
@@ -340,7 +380,7 @@ class Glip(Method):
 
     def _padded(self, texts: Sequence[TokenizedText]) -> tuple[Tensor, Tensor]:
         """Tokens int64 [B, M] and bool [B, M] on the method's device."""
-        tokens, mask = padded_tokens(texts, self.tokenizer.pad)
+        tokens, mask = padded_tokens([one.ids for one in texts], self.tokenizer.pad)
         return tokens.to(self.mean.device), mask.to(self.mean.device)
 
     def _groups(self, images: Sequence[Tensor]) -> Iterator[ImageGroup]:

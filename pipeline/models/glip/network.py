@@ -15,7 +15,7 @@ from pipeline.loaders.grounding import MULTIPLE
 from pipeline.models.glip.config import LEVELS, Config
 from pipeline.models.glip.dyhead import DynamicBlock
 from pipeline.models.glip.fusion import CrossFusion
-from pipeline.models.glip.text import BertText, attention_mask, text_layer
+from pipeline.models.glip.text import attention_mask, make_text_tower, text_layer
 from pipeline.models.towers import small_swin  # noqa: F401 - registers it with timm
 
 STAGES = (1, 2, 3)  # of the backbone, with cells of 8, 16 and 32 pixels
@@ -174,12 +174,12 @@ class GlipNetwork(nn.Module):
     """All weights of GLIP."""
 
     def __init__(self, config: Config, settings: Any, load: bool = True) -> None:
-        """``settings`` is the text tower's ``BertConfig``; ``load`` allows pretrained weights of the backbone.
+        """``settings`` are those of the text tower; ``load`` allows pretrained weights of the backbone.
 
         With prompt tuning, ``prompt`` [positions, D] is added to the features of every text.
         """
         super().__init__()
-        self.image, self.text = SwinPyramid(config, load), BertText(settings)
+        self.image, self.text = SwinPyramid(config, load), make_text_tower(settings)
         self.tower = FusedTower(config, settings)
         self.head = AlignmentHead(config.width, settings.hidden_size, config.first_logit_scale)
         positions = -(-config.grounding.text_tokens // MULTIPLE) * MULTIPLE

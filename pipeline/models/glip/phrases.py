@@ -8,14 +8,11 @@ sqrt(p * sigmoid(centerness)). Every image has its own text: the means are one b
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import batched_nms
 
-from pipeline.loaders.grounding_prompts import Span, TokenizedText
 from pipeline.models.glip.assignment import Anchors
 from pipeline.models.glip.config import Config
 from pipeline.models.glip.network import AnchorFeatures, TokenWeights, align
@@ -44,21 +41,6 @@ class FoundPhrases:
     scores: Tensor
     phrases: Tensor
     masks: Tensor | None = None
-
-
-def phrase_tokens(tokenized: TokenizedText, spans: Sequence[Span]) -> NDArray[np.bool_]:
-    """Bool [P, M]: the tokens of each span."""
-    rows = [tokenized.positive([span]) for span in spans]
-    return np.array(rows, np.bool_).reshape(len(rows), len(tokenized))
-
-
-def averaging_matrix(positive: Sequence[NDArray[np.bool_]], tokens: int) -> Tensor:
-    """float32 [B, P, M] from the tokens of the phrases of each image, bool [P_b, M_b]; P is at least 1."""
-    most = max(1, *(len(one) for one in positive))
-    found = torch.zeros(len(positive), most, tokens)
-    for row, one in zip(found, positive, strict=True):
-        row[: one.shape[0], : one.shape[1]] = torch.from_numpy(one).float()
-    return found / found.sum(dim=2, keepdim=True).clamp(min=1)
 
 
 def find_candidates(

@@ -53,7 +53,11 @@ def _lowest(network: GlipNetwork, count: int) -> list[nn.Module]:
 
 
 def check_names(config: Config, names: Sequence[str], tokenizer: SpanTokenizer) -> None:
-    """Raise ``SettingError`` unless all ``names`` fit into one prompt, in training and at test time."""
+    """Raise ``SettingError`` unless all ``names`` fit into one prompt, in training and detection, and differ in it."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(clean_name(name), name)
+        require(other == name, "class_names", name, f"another name, since {other!r} has the same words in a prompt")
     most = min(config.chunk_words, config.grounding.prompt_classes)
     chunks = name_chunks(names, tokenizer, most, config.grounding.text_tokens)
     allowed = f"classes that fit one prompt, at most {most} names and {config.grounding.text_tokens} tokens"

@@ -40,13 +40,24 @@ class Config(GlipConfig):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         require(self.mask_weight > 0, "mask_weight", self.mask_weight, "more than 0")
         require(0 < self.masked_tokens <= 1, "masked_tokens", self.masked_tokens, "more than 0, up to 1")
+        alone = self.masks != "head" or self.tuning == "full"
+        require(alone, "tuning", self.tuning, "full with masks head, which trains nothing else")
         require(0 <= self.mask_jitter < 0.5, "mask_jitter", self.mask_jitter, "0 to less than 0.5")
         whole = self.mask_convolutions and all(c > 0 and c % self.norm_groups == 0 for c in self.mask_convolutions)
         require(bool(whole), "mask_convolutions", self.mask_convolutions, f"multiples of {self.norm_groups}")
 
+    @property
+    def pretrains(self) -> bool:
+        """Whether the losses between images and of masked words are computed: not while a part is tuned."""
+        return self.masks != "head" and self.tuning == "full"
 
-BASE: dict[str, Any] = {"backbone": "swin_base_patch4_window12_384", "drop_path": 0.3}
-"""GLIPv2-B, in which it differs from GLIPv2-T. The paper's text tower is CLIP's; BERT stands in for it."""
+
+BASE: dict[str, Any] = {
+    "backbone": "swin_base_patch4_window12_384",
+    "drop_path": 0.3,
+    "text": "openai/clip-vit-base-patch32",
+}
+"""GLIPv2-B, in which it differs from GLIPv2-T: a larger backbone, and CLIP's text tower."""
 HUGE: dict[str, Any] = LARGE
 """GLIPv2-H as GLIP-L: the paper's backbone CoSwin-H is not public."""
 DRAWN: dict[str, Any] = {**SMALL, "masks": "joint", "mask_convolutions": (64, 64)}

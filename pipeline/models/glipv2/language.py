@@ -11,11 +11,13 @@ class LanguageHead(nn.Module):
     """BERT's prediction head (arXiv 1810.04805): a layer, then the product with the embeddings of all tokens."""
 
     def __init__(self, settings: Any) -> None:
-        """``settings`` is the text tower's ``BertConfig``."""
+        """``settings`` are those of the text tower; the head is BERT's also behind CLIP's."""
+        from transformers import BertConfig
         from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
 
         super().__init__()
-        self.transform = BertPredictionHeadTransform(settings)
+        own = settings if settings.model_type == "bert" else BertConfig(hidden_size=settings.hidden_size)
+        self.transform = BertPredictionHeadTransform(own)
         nn.init.normal_(self.transform.dense.weight, std=settings.initializer_range)
         nn.init.zeros_(self.transform.dense.bias)
         self.bias = nn.Parameter(torch.zeros(settings.vocab_size))

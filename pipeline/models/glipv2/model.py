@@ -14,6 +14,8 @@ fusion, as the paper says. L_mlm is BERT's, on 15 % of the words that are true o
 cross-entropy of 28 x 28 cells of each box with a mask (``segment.py``); the paper trains the mask head afterwards with
 the rest frozen (``masks=head``).
 
+Tuning of a prompt or of the last layers (``glip/tuning.py``) leaves L_inter and L_mlm out, and the mask head as it is.
+
 Two errors of the public code are not repeated: there, an anchor that is trained on the first box of an image counts as
 background in L_inter, and L_inter reads tokens after fusion, which have seen the image, if fused features are aligned.
 
@@ -21,7 +23,7 @@ Differences from the public code: anchors that fill up the batch are left out in
 features of other ranks have gradients; the mask head is trained on true boxes with edges moved by up to 10 %.
 
 The paper's body was not at hand: values are from the public code; presets and figures marked "recalled" were not
-verified. Left out: CLIP's text tower (B) and the backbone CoSwin-H (H), which is not public; RoI features of the
+verified. Left out: the backbone CoSwin-H (H), which is not public; RoI features of the
 backbone instead of the pyramid's in L_inter; the hourglass mask head.
 
 To hold a run against: LVIS minival zero-shot AP of GLIPv2-T 29.0 (26.9 without pseudo boxes), ODinW13 zero-shot 48.5,
@@ -68,11 +70,9 @@ class Glipv2(Glip):
         """As for GLIP."""
         super().__init__(config, description)
         width = self.settings.hidden_size
-        trains = config.masks != "head"
-        self.contrast = (
-            InterImageHead(config.width, width, config.contrast_width) if trains and config.contrast_weight else None
-        )
-        self.language = LanguageHead(self.settings) if trains and config.language_weight else None
+        contrasts, predicts = (config.pretrains and w > 0 for w in (config.contrast_weight, config.language_weight))
+        self.contrast = InterImageHead(config.width, width, config.contrast_width) if contrasts else None
+        self.language = LanguageHead(self.settings) if predicts else None
         self.segment = (
             PhraseMaskHead(config.width, width, config.mask_convolutions, config.norm_groups)
             if config.masks != "no"
@@ -80,8 +80,15 @@ class Glipv2(Glip):
         )
         if description is None:
             load_heads(self._heads(), config.start_from)
-        if not trains:
+        self._freeze_others()
+
+    def _freeze_others(self) -> None:
+        """The network where the mask head is trained alone, and the mask head where a part of the network is tuned."""
+        if self.config.masks == "head":
             self.model.requires_grad_(False)
+        elif self.segment is not None and self.config.tuning != "full":
+            self.segment.requires_grad_(False)
+            self._still.append(self.segment)
 
     def _heads(self) -> dict[str, nn.Module]:
         heads = {"contrast": self.contrast, "language": self.language, "segment": self.segment}
@@ -117,12 +124,15 @@ class Glipv2(Glip):
 
     def training_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """GLIP's losses, ``inter_image``, ``language`` and ``mask``; those of the config."""
+        self._count(batch)
         frozen = self.config.masks == "head"
         with torch.no_grad() if frozen else nullcontext():
             levels = self.model.image(self.normalised(batch["image"]))
             encoded = self.model.encode_text(batch["tokens"], batch["token_mask"])
             ((fused, hidden),) = self.model.fuse(levels, [encoded])
-        masks = {} if self.segment is None else {"mask": self._mask_loss(self.segment, batch, fused, hidden)}
+        # Linear tuning changes nothing that the mask head reads.
+        head = None if self.config.tuning == "linear" else self.segment
+        masks = {} if head is None else {"mask": self._mask_loss(head, batch, fused, hidden)}
         if frozen:
             return masks
         with torch.autocast(hidden.device.type, enabled=False):
@@ -161,7 +171,7 @@ class Glipv2(Glip):
 
     def _language(self, head: LanguageHead, batch: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         (count,) = self._average((batch["masked_tokens"] >= 0).sum().float()[None])
-        embeddings = self.model.text.bert.embeddings.word_embeddings.weight
+        embeddings = self.model.text.words
         loss = masked_token_loss(head, hidden, embeddings, batch["masked_at"], batch["masked_tokens"])
         return cast(Tensor, loss / count)
 

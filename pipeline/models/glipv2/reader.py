@@ -14,7 +14,7 @@ from pipeline.loaders.batches import Batch, Row, SamplePosition
 from pipeline.loaders.detection import masks_in, padded
 from pipeline.loaders.grounding import GroundedTargets, GroundingReader
 from pipeline.loaders.grounding_prompts import clean_name
-from pipeline.loaders.order import RandomStream, random_bits
+from pipeline.loaders.order import RandomStream, random_bits, uniform
 from pipeline.shards.sample import Sample
 
 NO_CLASS, PADDING = -1, -2
@@ -121,12 +121,6 @@ def mask_tokens(
     changed = np.where(chosen & (kind < MASKED), mask, ids)
     changed = np.where(chosen & (kind >= MASKED) & (kind < REPLACED), random, changed)
     return changed, np.flatnonzero(chosen)
-
-
-def uniform(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Random 64-bit integers as numbers in [0, 1)."""
-    found: NDArray[np.float64] = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return found
 
 
 @lru_cache(65_536)

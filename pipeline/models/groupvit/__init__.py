@@ -37,7 +37,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-import open_clip
 import torch
 from torch import Tensor, nn
 from transformers import GroupViTConfig
@@ -66,6 +65,7 @@ from pipeline.models.groupvit.views import (
 from pipeline.models.losses import TILE, contrastive_loss, tiled_contrastive_loss
 from pipeline.models.method import EmbeddingMethod, ImageTextMethod
 from pipeline.models.segments import ImageViews, Segmentation, check_segment_words, window_starts
+from pipeline.models.towers.byte_pairs import byte_pair_tokenizer
 from pipeline.models.towers.layers import Layer
 from pipeline.models.towers.prompts import fill_template
 from pipeline.models.towers.weights import misfit, read_any_weights
@@ -224,7 +224,7 @@ class Groupvit(ImageTextMethod, EmbeddingMethod):
         self.model = GroupingNetwork(config.network(), config.drop_path)
         if config.text_start == "bag_of_words":
             start_as_bag_of_words(self.model)
-        tokenizer = open_clip.SimpleTokenizer(context_length=config.context_length)
+        tokenizer = byte_pair_tokenizer(config.context_length)
         self.tokenizer, self.end_of_text = tokenizer, tokenizer.eot_token_id
         if config.prompts:
             self.prompt_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
@@ -330,7 +330,7 @@ class Groupvit(ImageTextMethod, EmbeddingMethod):
     def _contrastive(self, image: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
         tile = self.config.loss_tile
         if texts[..., 0].numel() * self.exchange.world > tile:
-            return tiled_contrastive_loss(image, texts, scale, self.exchange, tile)
+            return tiled_contrastive_loss(image, texts, scale, self.exchange, tile, self.compiled)
         return contrastive_loss(image, texts, scale, self.gather)
 
     def after_step(self) -> None:

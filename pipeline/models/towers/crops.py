@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.config import require
+from pipeline.loaders.resample import bicubic
 
 BOXES_AT_ONCE, SIDE = 128, 640
 """Boxes of one image per matrix product if its longer side has this many pixels; proportionally fewer for longer
@@ -142,7 +143,7 @@ def _weights(first: Tensor, last: Tensor, target: Tensor, size: int, limit: int)
     longest = int((last - first).max())
     pixels = torch.arange(longest, device=first.device)
     distance = (pixels + 0.5 - centres[:, :, None]) / stretch[:, :, None]
-    weights = _bicubic(distance) * (pixels < (last - first)[:, None])[:, None]
+    weights = bicubic(distance) * (pixels < (last - first)[:, None])[:, None]
     weights = weights / weights.sum(dim=2, keepdim=True).clamp(min=1e-12)
     weights = weights * ((places >= 0) & (places < target[:, None]))[:, :, None]
     found = (first[:, None] + pixels)[:, None].expand(weights.shape)
@@ -150,11 +151,3 @@ def _weights(first: Tensor, last: Tensor, target: Tensor, size: int, limit: int)
     matrix = weights.new_zeros((*weights.shape[:2], limit))
     matrix.scatter_add_(2, found.clamp(0, limit - 1), weights * inside)
     return matrix.float()
-
-
-def _bicubic(distance: Tensor) -> Tensor:
-    """Keys' filter with a = -1/2 (1981), which is 0 from a distance of 2 on."""
-    x = distance.abs()
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))

@@ -54,13 +54,14 @@ def layers(model: nn.Module) -> dict[str, Layer]:
     known = blocks(model)
     found: dict[str, Layer] = {}
     for tower, members in towers.items():
-        depths = _depths(members, known) | (_timm_depths(model) if tower == "image" else {})
+        depths = block_depths(members, known) | (_timm_depths(model) if tower == "image" else {})
         deepest = max(depths.values(), default=0)
         found |= {name: Layer(tower, deepest - depth) for name, depth in depths.items()}
     return found
 
 
-def _depths(names: list[str], known: Mapping[str, nn.Module]) -> dict[str, int]:
+def block_depths(names: list[str], known: Mapping[str, nn.Module]) -> dict[str, int]:
+    """The depth of each weight by the blocks that are ``known``: stems 0, block i (from 0) i + 1, the rest the last."""
     block_of = {name: next((block for block in known if name.startswith(block + ".")), None) for name in names}
     order = {block: number for number, block in enumerate(block for block in known if block in block_of.values())}
     last = len(order) + 1

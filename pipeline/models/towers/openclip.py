@@ -39,6 +39,7 @@ from pipeline.models.towers import (
     hugging_face_import,
 )
 from pipeline.models.towers.bert import BertTextTower, WordPieceTokenizer
+from pipeline.models.towers.byte_pairs import byte_pair_tokenizer
 from pipeline.models.towers.weights import is_numpy_archive, misfit, read_any_weights
 from pipeline.shards.storage import Folder
 
@@ -279,8 +280,9 @@ def tokenizer(architecture: str, context_length: int | None = None) -> Any:
     length = context_length or text.get("context_length", 77)
     if "word_pieces" in text:
         return WordPieceTokenizer(text["word_pieces"], length, text["lower"])
-    if _hugging_face_file(architecture, hugging_face_import.CONFIG) is not None:
-        return open_clip.SimpleTokenizer(context_length=length)
+    special = "hf_tokenizer_name" in text or "tokenizer_kwargs" in text or "siglip" in architecture.lower()
+    if not special or _hugging_face_file(architecture, hugging_face_import.CONFIG) is not None:
+        return byte_pair_tokenizer(length)
     with _quiet_root_logger():
         return open_clip.get_tokenizer(architecture, context_length=context_length)
 
@@ -454,9 +456,9 @@ def _instance(
 
 def _hugging_face_file(architecture: str, name: str) -> Path | None:
     """The file ``name`` of a folder or a repository of transformers; ``None`` if there is none, or with open_clip's."""
-    if not architecture.startswith(SCHEMES) or _file_of(architecture, MODEL_CARD) is not None:
+    if not architecture.startswith(SCHEMES) or file_of(architecture, MODEL_CARD) is not None:
         return None
-    return _file_of(architecture, name)
+    return file_of(architecture, name)
 
 
 def _own_weights(architecture: str, is_theirs: bool) -> list[Path]:
@@ -468,7 +470,7 @@ def _own_weights(architecture: str, is_theirs: bool) -> list[Path]:
         return _hugging_face_weights(architecture)
     if not architecture.startswith("hf-hub:"):
         return []
-    found = next((file for name in HUB_WEIGHTS if (file := _file_of(architecture, name)) is not None), None)
+    found = next((file for name in HUB_WEIGHTS if (file := file_of(architecture, name)) is not None), None)
     if found is None:
         raise SettingError("architecture", architecture, f"a repository with {', '.join(HUB_WEIGHTS)}")
     return [found]
@@ -500,7 +502,12 @@ def _hugging_face_images(architecture: str) -> Mapping[str, Any]:
     return hugging_face_import.image_settings(hugging_face_import.parse(file.read_text(), architecture)) if file else {}
 
 
-def _file_of(architecture: str, name: str) -> Path | None:
+def file_of(architecture: str, name: str) -> Path | None:
+    """The file ``name`` of ``local-dir:FOLDER``, or downloaded from ``hf-hub:REPO``; ``None`` if there is none.
+
+    Raises:
+        SettingError: a repository that cannot be read.
+    """
     scheme, _, place = architecture.partition(":")
     if scheme == "local-dir":
         path = Path(place) / name

@@ -12,10 +12,11 @@ from functools import cache
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 Item = TypeVar("Item")
 
-PURPOSES = ("scene", "render", "words", "questions")
+PURPOSES = ("scene", "render", "words", "questions", "sound", "heard", "kinds")
 _BUFFER = 160
 
 
@@ -69,6 +70,14 @@ class Draws:
     def normal(self) -> float:
         """A standard normal number (Box-Muller)."""
         return math.sqrt(-2.0 * math.log(1.0 - self.random())) * math.cos(2.0 * math.pi * self.random())
+
+    def normals(self, count: int) -> NDArray[np.float64]:
+        """``count`` standard normal numbers at once, float64; like all others, the next ones of the stream."""
+        half = -(-count // 2)
+        raw = self._bits.random_raw(2 * half) >> np.uint64(11)
+        uniform = (raw * 2.0**-53).reshape(2, half)
+        radius, angle = np.sqrt(-2.0 * np.log(1.0 - uniform[0])), 2.0 * np.pi * uniform[1]
+        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
 
 @cache

@@ -3,31 +3,38 @@
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, get_args
 
 from pipeline.config import require, to_json
 from pipeline.shards.storage import Folder
 from pipeline.sources.drawn import digits, sets, truth
+from pipeline.sources.drawn.draws import Draws
+from pipeline.sources.drawn.hearing import write_heard
 from pipeline.sources.drawn.sample import DrawnSample, Value, columns_of, draw_sample
-from pipeline.sources.drawn.world import NOVEL_SHAPES, WORLD_VERSION
-from pipeline.sources.source import UNCHANGED, Row, Slice
+from pipeline.sources.drawn.scenes import Scene
+from pipeline.sources.drawn.sound import draw_sound
+from pipeline.sources.drawn.world import NOVEL_SHAPES, WORLD_VERSION, WRONG_CAPTIONS
+from pipeline.sources.source import SOUND_UNCHANGED, UNCHANGED, Part, Row, Slice
 
 logger = logging.getLogger(__name__)
 
 SIZES = (64, 512)
+SoundOption = Literal["none", "beside", "alone", "mixed"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
     """Samples ``first`` to ``first + samples - 1`` of a split.
 
-    Rows carry the image as JPEG and, in ``boxes.json``, what :mod:`~pipeline.sources.drawn.truth` describes.
+    Rows carry the image as JPEG and, in ``boxes.json``, what :mod:`~pipeline.sources.drawn.truth` describes; with
+    ``sound``, also or instead what is heard as FLAC, see :mod:`~pipeline.sources.drawn.sound`.
     """
 
     kind: ClassVar[str] = "drawn"
     summary: ClassVar[str] = "Samples of the embedded world, drawn as they are needed."
     image_options: ClassVar[Mapping[str, Any]] = UNCHANGED
+    audio_options: ClassVar[Mapping[str, Any]] = SOUND_UNCHANGED
     has_captions: ClassVar[bool] = True
 
     split: str = "train"
@@ -46,6 +53,12 @@ class Drawn:
     """Captions per sample, 1 to 5; all but the first are in `boxes.json` only."""
     questions: int = 4
     """Questions per sample, 0 to 7."""
+    sound: SoundOption = "none"
+    """none: images with captions; beside: a sound for each of them; alone: sounds with captions of what is heard, no
+    images; mixed: image and text, sound and text, image and sound, or all three, a quarter each. In a mixed set a sound
+    with a novel shape never has a text: its class can be known only by way of the image."""
+    sound_seconds: float = 2.0
+    """Length of the sounds, 0.5 to 60."""
 
     def __post_init__(self) -> None:
         require(self.split in sets.SPLITS, "split", self.split, "one of " + ", ".join(sets.SPLITS))
@@ -55,6 +68,10 @@ class Drawn:
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
         require(1 <= self.captions <= 5, "captions", self.captions, "1 to 5")
         require(0 <= self.questions <= 7, "questions", self.questions, "0 to 7")
+        require(self.sound in get_args(SoundOption), "sound", self.sound, "one of " + ", ".join(get_args(SoundOption)))
+        scenes = sets.recipe_name(self.split) not in sets.IMAGE_SETS
+        require(scenes or self.sound == "none", "sound", self.sound, f"none with {self.split}, which has no scenes")
+        require(0.5 <= self.sound_seconds <= 60, "sound_seconds", self.sound_seconds, "0.5 to 60")
         require(self._end() > self.first, "first", self.first, f"less than {self._end()}, the size of {self.split}")
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
@@ -74,7 +91,8 @@ class Drawn:
 
     def schema(self) -> Mapping[str, type]:
         """The columns of :func:`~pipeline.sources.drawn.sample.columns_of`."""
-        return columns_of(self.split)
+        columns = columns_of(self.split)
+        return columns if self.sound == "none" else {**columns, "sounds": int}
 
     def _end(self) -> int:
         end = self.first + self.samples
@@ -93,14 +111,52 @@ class Drawn:
             truth=self.truth,
             captions=self.captions,
             questions=self.questions,
+            sound=self.sound,
+            sound_seconds=self.sound_seconds,
         )
-        return hashlib.sha256(f"drawn {WORLD_VERSION} {to_json(one)}".encode()).hexdigest()
+        # Without sounds the digest is that of the versions that had none: their folders stay valid.
+        left_out = {"sound", "sound_seconds"} if self.sound == "none" else set()
+        options = {name: value for name, value in asdict(one).items() if name not in left_out}
+        return hashlib.sha256(f"drawn {WORLD_VERSION} {to_json(options)}".encode()).hexdigest()
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """The media of the rows' parts."""
+        return {"none": ("image",), "alone": ("audio",)}.get(self.sound, ("image", "audio"))
 
     def _row(self, index: int) -> Row:
-        sample = draw_sample(self.split, self.seed, index, self.size, self.captions, self.questions)
         url = f"drawn://{self.split}/{self.seed}/{index}"
-        members = self._members(sample)
-        return Row(url=url, caption=sample.caption, image=sample.image, columns=self._columns(sample), members=members)
+        sample = draw_sample(self.split, self.seed, index, self.size, self.captions, self.questions)
+        columns, members = self._columns(sample), self._members(sample)
+        if self.sound == "none":
+            parts = (Part("image", sample.image),)
+            return Row(url=url, caption=sample.caption, parts=parts, columns=columns, members=members)
+        scene = sets.scene_of(self.split, Draws(self.seed, self.split, index, "scene"), index, self.size)
+        sound = draw_sound(scene, self.split, self.seed, index, self.sound_seconds)
+        has_image, has_sound, has_text = self._kind_of(scene, index)
+        image = (Part("image", sample.image),) if has_image else ()
+        audio = (Part("audio", sound.flac),) if has_sound else ()
+        caption = sample.caption
+        if not has_image:
+            wrong = WRONG_CAPTIONS if self.split in sets.CAPTIONED else 0.0
+            pen = Draws(self.seed, self.split, index, "heard")
+            caption, columns["caption_true"] = write_heard(scene, sound, pen, wrong)
+        columns["sounds"] = len(scene.objects) if has_sound and not sound.silent else 0
+        return Row(
+            url=url,
+            caption=caption if has_text else "",
+            parts=image + audio,
+            columns=columns,
+            members=members if has_image else {},
+        )
+
+    def _kind_of(self, scene: Scene, index: int) -> tuple[bool, bool, bool]:
+        """Whether a sample has an image, a sound and a text."""
+        if self.sound != "mixed":
+            return self.sound == "beside", True, True
+        kinds = [(True, False, True), (True, True, False), (False, True, True), (True, True, True)]
+        novel = any(obj.look.shape in NOVEL_SHAPES for obj in scene.objects)
+        return Draws(self.seed, self.split, index, "kinds").pick(kinds[:2] if novel else kinds)
 
     def _members(self, sample: DrawnSample) -> dict[str, bytes]:
         if sample.record is None or self.truth == "none":

@@ -6,7 +6,6 @@ The job passes a function that loads the annotator in the process that uses it.
 
 import hashlib
 import logging
-import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from pipeline.shards.sidecar import MAKER, TAR_DIGEST, sidecar_facts, sidecar_fi
 from pipeline.shards.snapshot import Shard, Snapshot, publish_shards, read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import iterate_tar
+from pipeline.stages.cores import threads
 from pipeline.stages.ray_session import connect
 from pipeline.stages.shard_tasks import Workers, data_resource
 
@@ -106,7 +106,7 @@ def _annotated(
     if workers.processes_count != 0:
         yield from _annotated_by_ray(snapshot, folder, make, annotation, workers, use_gpu)
         return
-    work = _AnnotateShards(make, snapshot, folder, annotation, os.cpu_count() or 1)
+    work = _AnnotateShards(make, snapshot, folder, annotation, threads())
     yield from ((number, work.digest(number)) for number in range(len(snapshot.shards)))
 
 

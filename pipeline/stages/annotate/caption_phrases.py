@@ -22,13 +22,14 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class CaptionPhrases:
-    """A caption, ``None`` where a sample has none, and the spans of its phrases in code points, as they were found."""
+    """A caption, and the spans of its phrases in code points, as they were found."""
 
-    caption: str | None
+    caption: str
     spans: Sequence[Span] = ()
 
 
-PhrasesOf = Callable[[Sample], CaptionPhrases]
+PhrasesOf = Callable[[Sample], list[CaptionPhrases]]
+"""The captions of a sample with their phrases; none where it has no caption."""
 
 
 class PhraseSource(Protocol):
@@ -37,13 +38,13 @@ class PhraseSource(Protocol):
     maker: str
 
     def of_shard(self, shard: Shard) -> PhrasesOf:
-        """The function that gives the phrases of a sample of ``shard``; raises ``SidecarError``."""
+        """The function that gives the captions and phrases of a sample of ``shard``; raises ``SidecarError``."""
         ...
 
 
 @dataclass(frozen=True)
 class AnnotatedPhrases:
-    """The caption and the phrases in ``boxes.json``, whose boxes are not used."""
+    """The captions and their phrases in ``boxes.json``, whose boxes are not used."""
 
     maker: str = FIELD
 
@@ -53,7 +54,7 @@ class AnnotatedPhrases:
 
 
 class ExtractedPhrases:
-    """Noun phrases of the first caption, found by an extractor."""
+    """Noun phrases of all captions, found by an extractor."""
 
     def __init__(self, extractor: str, captions: ReadCaptions) -> None:
         """``captions`` reads the captions of a sample; raises ``SettingError`` for an unknown extractor."""
@@ -64,29 +65,30 @@ class ExtractedPhrases:
         """Loads the extractor."""
         extractor = load_extractor(self.extractor)
 
-        def find(sample: Sample) -> CaptionPhrases:
-            several = self.captions(sample)
-            if not several:
-                return CaptionPhrases(None)
-            # A lone surrogate is one character before and after, so offsets stay.
-            text = several[0].encode("utf-8", "replace").decode()
-            return CaptionPhrases(text, _noun_phrases(text, extractor))
+        def find(sample: Sample) -> list[CaptionPhrases]:
+            texts = _encodable(self.captions(sample))
+            return [CaptionPhrases(*one) for one in zip(texts, _noun_phrases(texts, extractor), strict=True)]
 
         return find
 
 
 def noun_phrases(text: str, extractor: str) -> list[Span]:
     """The spans of the noun phrases of ``text``; raises ``SettingError`` for an unknown extractor."""
-    return _noun_phrases(text, load_extractor(extractor))
+    return _noun_phrases([text], load_extractor(extractor))[0]
 
 
-def _noun_phrases(text: str, extractor: PhraseExtractor) -> list[Span]:
-    (found,) = extractor.extract([text])
-    return [(start, end) for start, end, kind in found if kind == "phrase"]
+def _noun_phrases(texts: Sequence[str], extractor: PhraseExtractor) -> list[list[Span]]:
+    found = extractor.extract(texts)
+    return [[(start, end) for start, end, kind in some if kind == "phrase"] for some in found]
+
+
+def _encodable(captions: Sequence[str]) -> list[str]:
+    """Captions that UTF-8 can hold; a lone surrogate is one character before and after, so offsets stay."""
+    return [text.encode("utf-8", "replace").decode() for text in captions]
 
 
 class StoredPhrases:
-    """Noun phrases of the first caption in a sidecar of jobs/extract_phrases.py."""
+    """Noun phrases of all captions in a sidecar of jobs/extract_phrases.py."""
 
     def __init__(self, snapshot: Snapshot, name: str, caption: str, captions: ReadCaptions) -> None:
         """``captions`` reads the captions of a sample from the field ``caption``.
@@ -117,30 +119,35 @@ class StoredPhrases:
             raise SidecarError(f"{sidecar_file(shard, self.name)} holds no phrases; make it with {phrases.JOB}")
         rows = dict(zip(table["key"].to_pylist(), table[phrases.COLUMN].to_pylist(), strict=True))
 
-        def find(sample: Sample) -> CaptionPhrases:
-            several = self.captions(sample)
-            if not several:
-                return CaptionPhrases(None)
+        def find(sample: Sample) -> list[CaptionPhrases]:
+            texts = _encodable(self.captions(sample))
             try:
-                entries: list[Any] = parse_json(rows[sample.key] or "[]")
-                found = [one for one in entries if one["kind"] == "phrase" and one["caption"] == 0]
-                spans = [(int(one["start"]), int(one["end"])) for one in found]
+                entries: list[Any] = parse_json(rows[sample.key] or "[]") if texts else []
+                found = [one for one in entries if one["kind"] == "phrase"]
+                spans = [(int(one["caption"]), (int(one["start"]), int(one["end"]))) for one in found]
             except (ValueError, TypeError, KeyError) as error:
                 problem = f"{self.name} of sample {sample.key} holds no phrases ({error!r})"
                 raise SidecarError(f"{problem}; make it with {phrases.JOB}") from error
-            return CaptionPhrases(several[0].encode("utf-8", "replace").decode(), spans)
+            return [
+                CaptionPhrases(text, [span for owner, span in spans if owner == number])
+                for number, text in enumerate(texts)
+            ]
 
         return find
 
 
-def _annotated(sample: Sample) -> CaptionPhrases:
+def _annotated(sample: Sample) -> list[CaptionPhrases]:
     if FIELD not in sample.fields:
-        return CaptionPhrases(None)
+        return []
     try:
         objects = read_objects(sample)
     except DataError:
-        return CaptionPhrases(None)
-    return CaptionPhrases(objects.caption or None, [(one.start, one.end) for one in objects.phrases if one.objects])
+        return []
+    return [
+        CaptionPhrases(caption.text, [(one.start, one.end) for one in caption.phrases if one.objects])
+        for caption in objects.captions
+        if caption.text
+    ]
 
 
 def _digest(*parts: str) -> str:

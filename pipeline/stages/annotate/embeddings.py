@@ -1,14 +1,14 @@
-"""Image and text features of a snapshot, as a sidecar and as files for clip-retrieval.
+"""Features of a snapshot's images, sounds and captions, as a sidecar and as files for clip-retrieval.
 
 ``00017.embeddings.parquet`` has one row per sample of the tar, also for hidden ones, so it stays valid for every
-selection: ``key``, ``image`` and ``text``, L2-normalised float16 [D]; NaN where a sample has no readable image or no
-caption. The job passes the model, any :class:`Embedder`. For a model with several views per image, ``image`` has V x D
-numbers: see ``view_features.py``.
+selection: ``key``, and a column for each medium that the model encodes and the snapshot has (``image``, ``audio``,
+``text``), L2-normalised float16 [D]; NaN where a sample has no readable part or no caption. The job passes the model,
+any :class:`Embedder`. For a model with several views per image, ``image`` has V x D numbers: see ``view_features.py``.
 """
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import parse_json, require
 from pipeline.errors import DataError, SidecarError
+from pipeline.shards.media import MEDIA
 from pipeline.shards.sample import Sample
 from pipeline.shards.selection import read_samples
 from pipeline.shards.sidecar import FACTS, read_sidecar, sidecar_file
@@ -35,6 +36,7 @@ from pipeline.stages.shard_tasks import Workers, run_tasks
 logger = logging.getLogger(__name__)
 
 JOB = "jobs/embed_dataset.py"
+TEXT = "text"
 Features = NDArray[np.float16]
 
 
@@ -44,22 +46,18 @@ class Embedder(Protocol):
     maker: str
     facts: Mapping[str, str | int]
     """Metadata of the features for readers, such as ``views``; stored with them."""
-    reads_text: bool
-    """Whether the model encodes captions too."""
+    media: tuple[str, ...]
+    """Media that it encodes: ``image``, ``audio``, ..., and ``text`` for captions."""
 
-    def prepare(self, image: bytes, key: str) -> Any | None:
-        """The input of :meth:`encode_image`, ``None`` for an unreadable image; called from many threads.
+    def prepare(self, sample: Sample, medium: str) -> Any | None:
+        """The input of :meth:`encode`, ``None`` without a readable part of the medium; called from many threads.
 
-        Random augmentation depends on the sample's ``key`` only.
+        Random augmentation depends on the sample's key only.
         """
         ...
 
-    def encode_image(self, images: Sequence[Any]) -> NDArray[np.float32]:
+    def encode(self, medium: str, inputs: Sequence[Any]) -> NDArray[np.float32]:
         """Features [B, D], L2-normalised; or raw features [B, V, D] of several views."""
-        ...
-
-    def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """L2-normalised features [B, D]."""
         ...
 
 
@@ -74,7 +72,7 @@ class EmbedOptions:
     name: str = "embeddings"
     """Name of the sidecar, a plain word; use one name per model to store features of several models."""
     batch_size: int = 256
-    """Batch size in images."""
+    """Batch size in samples."""
     overwrite: bool = False
     """Replace features of another model."""
 
@@ -85,11 +83,10 @@ class EmbedOptions:
 
 @dataclass(frozen=True)
 class ShardFeatures:
-    """Features float16 [N, D] of one shard's N stored samples; NaN rows for samples without features."""
+    """Features float16 [N, D] of one shard's N stored samples by medium; NaN rows for samples without features."""
 
     keys: list[str]
-    image: Features
-    text: Features | None
+    by_medium: Mapping[str, Features]
 
 
 def embed(
@@ -100,6 +97,7 @@ def embed(
     ``use_gpu`` ``None`` = if the cluster has GPUs.
 
     Raises:
+        SettingError: the snapshot has no medium that the model encodes.
         SidecarError: the sidecar has features of another model.
         DataError: a damaged shard.
         StorageError: the store failed (run the same command to continue), or another job holds the folder's lease.
@@ -119,45 +117,63 @@ class LoadShardEmbedder:
 
     def __call__(self, threads: int) -> "ShardEmbedder":
         embedder = self.make(threads)
-        return ShardEmbedder(embedder, "txt" in self.fields and embedder.reads_text, self.batch_size, threads)
+        media = tuple(name for name in embedder.media if has_medium(self.fields, name))
+        able, has = ", ".join(embedder.media), ", ".join(self.fields)
+        require(bool(media), "checkpoint", able, f"a model that encodes what the samples have; their fields: {has}")
+        return ShardEmbedder(embedder, media, self.batch_size, threads)
+
+
+def has_medium(fields: Collection[str], medium: str) -> bool:
+    """Whether samples with these fields may have the medium."""
+    if medium == TEXT:
+        return "txt" in fields
+    return MEDIA[medium].field_of(dict.fromkeys(fields)) is not None
 
 
 class ShardEmbedder:
     """Makes the table of features of a shard's samples; decodes ahead in ``threads`` threads."""
 
-    def __init__(self, embedder: Embedder, with_text: bool, batch_size: int, threads: int) -> None:
-        self._embedder, self._with_text, self._batch_size, self._threads = embedder, with_text, batch_size, threads
+    def __init__(self, embedder: Embedder, media: tuple[str, ...], batch_size: int, threads: int) -> None:
+        self._embedder, self._media, self._batch_size, self._threads = embedder, media, batch_size, threads
         self.maker = embedder.maker
 
     def table(self, samples: Iterator[Sample], shard: Shard) -> pa.Table:
-        """Columns ``key``, ``image`` and, where captions are encoded, ``text``."""
-        embedder = self._embedder
+        """Column ``key``, and one for each medium."""
         keys: list[str] = []
-        parts: dict[str, list[NDArray[np.float32] | None]] = {"image": [], "text": []}
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="prepare") as pool:
-            for batch in _prepared(samples, self._batch_size, pool, embedder):
-                keys += [sample.key for sample, _ in batch]
-                parts["image"] += _some(embedder.encode_image, [future.result() for _, future in batch])
-                if self._with_text:
-                    parts["text"] += _some(embedder.encode_text, [_caption(sample) for sample, _ in batch])
+        parts: dict[str, list[NDArray[np.float32] | None]] = {medium: [] for medium in self._media}
+        for batch, features in embedded_batches(samples, self._embedder, self._media, self._batch_size, self._threads):
+            keys += [sample.key for sample in batch]
+            for medium in self._media:
+                parts[medium] += features[medium]
         width = next((row.size for part in parts.values() for row in part if row is not None), 1)
-        kinds = ("image", "text") if self._with_text else ("image",)
-        columns = {"key": pa.array(keys, pa.string()), **{kind: _column(parts[kind], keys, width) for kind in kinds}}
-        facts = {FACTS: json.dumps(dict(embedder.facts)).encode()} if embedder.facts else None
-        return pa.table(columns).replace_schema_metadata(facts)
+        columns = {medium: _column(rows, keys, width) for medium, rows in parts.items()}
+        facts = {FACTS: json.dumps(dict(self._embedder.facts)).encode()} if self._embedder.facts else None
+        return pa.table({"key": pa.array(keys, pa.string()), **columns}).replace_schema_metadata(facts)
 
 
-def read_features(folder: Folder, shard: Shard, name: str = "embeddings") -> ShardFeatures:
+def embedded_batches(
+    samples: Iterator[Sample], embedder: Embedder, media: Sequence[str], batch_size: int, threads: int
+) -> Iterator[tuple[list[Sample], dict[str, list[NDArray[np.float32] | None]]]]:
+    """Batches of samples with the features of each medium, ``None`` for samples without; decodes ahead in threads."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="prepare") as pool:
+        for batch in _prepared(samples, batch_size, pool, embedder, media):
+            inputs = [future.result() for _, future in batch]
+            features = {medium: _some(embedder, medium, [one[medium] for one in inputs]) for medium in media}
+            yield [sample for sample, _ in batch], features
+
+
+def read_features(folder: Folder, shard: Shard, name: str = "embeddings", maker: str | None = None) -> ShardFeatures:
     """The features of ``shard``'s stored samples, in the order of the tar.
 
     Raises:
-        SidecarError: missing, stale or not features.
+        SidecarError: missing, stale, made by another model than ``maker`` (if given), or not features.
     """
-    table = read_sidecar(folder, shard, name, JOB)
-    if not {"key", "image"} <= set(table.column_names):
+    table = read_sidecar(folder, shard, name, JOB, maker)
+    media = [name for name in (*MEDIA, TEXT) if name in table.column_names]
+    if "key" not in table.column_names or not media:
         raise SidecarError(f"{folder.join(sidecar_file(shard, name))} holds no features; make them with {JOB}")
-    text = matrix(table["text"]) if "text" in table.column_names else None
-    return ShardFeatures([str(key) for key in table["key"].to_pylist()], matrix(table["image"]), text)
+    keys = [str(key) for key in table["key"].to_pylist()]
+    return ShardFeatures(keys, {medium: matrix(table[medium]) for medium in media})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +181,9 @@ class FeatureExport:
     """A snapshot's features in the files of clip-retrieval's inference, to build an index from.
 
     ``img_emb/img_emb_0.npy`` and ``text_emb/text_emb_0.npy``, float16 [N, D], and ``metadata/metadata_0.parquet`` with
-    ``image_path`` (the key), ``caption`` and the keys of the samples' json: row ``i`` of all three is one sample. Rows
-    are in the snapshot's order; samples without image or text features are left out.
+    ``image_path`` (the key), ``caption`` and the keys of the samples' json: row ``i`` of all three is one sample. Other
+    media are beside them: ``audio_emb/audio_emb_0.npy``. Rows are in the snapshot's order; samples that lack features
+    of one of the media are left out.
     """
 
     snapshot: Snapshot
@@ -190,23 +207,23 @@ class FeatureExport:
 
     def write_file(self, number: int) -> str:
         """Write the files ``number``; returns the number of their rows, as text."""
-        images, texts, rows = [], [], []
-        for key, image, text, sample in self._visible(number * self.rows_per_file, self.rows_per_file):
-            images.append(image)
-            texts.append(text)
-            rows.append({"image_path": key, **_described(sample, text is not None)})
+        features: dict[str, list[Any]] = {}
+        rows = []
+        for key, found, sample in self._visible(number * self.rows_per_file, self.rows_per_file):
+            for medium, row in found.items():
+                features.setdefault(medium, []).append(row)
+            rows.append({"image_path": key, **_described(sample, TEXT in found)})
         ending = f"{number:0{len(str(self.files))}d}"
-        if not images:
+        if not rows:
             return "0"
-        self._writematrix("img_emb", ending, images)
-        if texts[0] is not None:
-            self._writematrix("text_emb", ending, texts)
+        for medium, vectors in features.items():
+            self._writematrix("img_emb" if medium == "image" else f"{medium}_emb", ending, vectors)
         content = BytesIO()
         pq.write_table(pa.Table.from_pandas(_uniform(pd.json_normalize(rows)), preserve_index=False), content)
         self.folder.folder("metadata").write_atomic(f"metadata_{ending}.parquet", content.getvalue())
         return str(len(rows))
 
-    def _visible(self, start: int, count: int) -> Iterator[tuple[str, Features, Features | None, Sample]]:
+    def _visible(self, start: int, count: int) -> Iterator[tuple[str, dict[str, Features], Sample]]:
         folder = Folder(self.snapshot.folder)
         ends = list(accumulate(shard.samples for shard in self.snapshot.shards))
         for shard, end in zip(self.snapshot.shards, ends, strict=True):
@@ -217,10 +234,9 @@ class FeatureExport:
             rows = {key: row for row, key in enumerate(features.keys)}
             inside = islice(read_samples(folder, shard), max(0, start - begin), start + count - begin)
             for sample in inside:
-                row = rows[sample.key]
-                text = None if features.text is None else features.text[row]
-                if not np.isnan(features.image[row, 0]) and (text is None or not np.isnan(text[0])):
-                    yield sample.key, features.image[row], text, sample
+                found = {medium: column[rows[sample.key]] for medium, column in features.by_medium.items()}
+                if not any(np.isnan(row[0]) for row in found.values()):
+                    yield sample.key, found, sample
 
     def _writematrix(self, kind: str, ending: str, rows: list[Any]) -> None:
         content = BytesIO()
@@ -229,12 +245,16 @@ class FeatureExport:
 
 
 def _prepared(
-    samples: Iterator[Sample], size: int, pool: ThreadPoolExecutor, embedder: Embedder
-) -> Iterator[list[tuple[Sample, "Future[Any]"]]]:
-    """Batches with their images being decoded; decoding of the next batch starts before a batch is yielded."""
-    ahead: list[tuple[Sample, Future[Any]]] = []
+    samples: Iterator[Sample], size: int, pool: ThreadPoolExecutor, embedder: Embedder, media: Sequence[str]
+) -> Iterator[list[tuple[Sample, "Future[dict[str, Any]]"]]]:
+    """Batches with their inputs being decoded; decoding of the next batch starts before a batch is yielded."""
+
+    def inputs(sample: Sample) -> dict[str, Any]:
+        return {medium: embedder.prepare(sample, medium) for medium in media}
+
+    ahead: list[tuple[Sample, Future[dict[str, Any]]]] = []
     while batch := list(islice(samples, size)):
-        begun = [(sample, pool.submit(_prepare, embedder, sample)) for sample in batch]
+        begun = [(sample, pool.submit(inputs, sample)) for sample in batch]
         if ahead:
             yield ahead
         ahead = begun
@@ -242,21 +262,15 @@ def _prepared(
         yield ahead
 
 
-def _prepare(embedder: Embedder, sample: Sample) -> Any | None:
-    image = sample.image()
-    return None if image is None else embedder.prepare(image, sample.key)
-
-
-def _some(
-    encode: Callable[[list[Any]], NDArray[np.float32]], inputs: Sequence[Any | None]
-) -> list[NDArray[np.float32] | None]:
+def _some(embedder: Embedder, medium: str, inputs: Sequence[Any | None]) -> list[NDArray[np.float32] | None]:
     """The features of each input; ``None`` stays ``None``."""
     present = [one for one in inputs if one is not None]
-    made = iter(encode(present)) if present else iter(())
+    made = iter(embedder.encode(medium, present)) if present else iter(())
     return [None if one is None else next(made) for one in inputs]
 
 
-def _caption(sample: Sample) -> str | None:
+def caption_of(sample: Sample) -> str | None:
+    """The caption whose features are ``text``: the sample's ``txt``."""
     content = sample.fields.get("txt")
     return None if content is None else decoded(content)
 
@@ -292,7 +306,7 @@ def _described(sample: Sample, with_caption: bool) -> dict[str, Any]:
         plain = {}
     columns = plain if isinstance(plain, dict) else {}
     rest = {name: value for name, value in columns.items() if name not in ("caption", "metadata", "image_path")}
-    return {"caption": _caption(sample) or "", **rest} if with_caption else rest
+    return {"caption": caption_of(sample) or "", **rest} if with_caption else rest
 
 
 def _uniform(frame: pd.DataFrame) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 Each shard becomes one file, ``00017.jsonl`` or ``00017.json``, beside ``images/00017/KEY.jpg``. A data set of boxes
 with class names also gets ``label_map.json``, ``{"0": "person"}``. Hidden samples and crowds are left out, and repeated
-samples occur once.
+samples occur once. An image with several captions has a record for each.
 """
 
 import json
@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from pipeline.config import require
 from pipeline.errors import DataError
+from pipeline.shards.media import IMAGE
 from pipeline.shards.objects import Objects, names_of, plain_word, read_objects
-from pipeline.shards.sample import IMAGE_FIELDS, Sample
+from pipeline.shards.sample import Sample
 from pipeline.shards.selection import read_samples
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
@@ -56,7 +57,7 @@ class BoxExport:
     options: ExportOptions
 
     def write(self, workers: Workers) -> int:
-        """Write all files; returns the number of samples.
+        """Write all files; returns the number of records.
 
         Raises:
             DataError: samples without boxes or with malformed ones, or of classes that ``classes`` do not name.
@@ -70,19 +71,20 @@ class BoxExport:
         return sum(int(count) for _, count in run_tasks(self.write_shard, numbers, workers))
 
     def write_shard(self, number: int) -> str:
-        """Write the file of one shard; returns its number of samples, as text."""
+        """Write the file of one shard; returns its number of records, as text."""
         shard = self.snapshot.shards[number]
         found = list(self._samples(shard))
         if self.options.format == "odvg":
-            lines = [json.dumps(self._odvg(name, objects), ensure_ascii=False) for name, objects in found]
+            records = [self._odvg(name, objects) for name, several in found for objects in several]
+            lines = [json.dumps(record, ensure_ascii=False) for record in records]
             self.folder.write_atomic(f"{shard.name}.jsonl", "".join(f"{line}\n" for line in lines).encode())
         else:
             first = ([0, *accumulate(one.samples for one in self.snapshot.shards)])[number]
             self.folder.write_atomic(f"{shard.name}.json", json.dumps(self._mdetr(found, first)).encode())
-        return str(len(found))
+        return str(sum(len(several) for _, several in found))
 
-    def _samples(self, shard: Shard) -> Iterator[tuple[str, Objects]]:
-        """The file names of the visible samples and their objects, each once; writes the images."""
+    def _samples(self, shard: Shard) -> Iterator[tuple[str, list[Objects]]]:
+        """The file names of the visible samples and the objects of each caption, each once; writes the images."""
         folder, name = Folder(self.snapshot.folder), self.options.pseudo_boxes
         rows = {row["key"]: row for row in read_pseudo_boxes(folder, shard, name)} if name else {}
         place, last = self.folder.folder(f"images/{shard.name}"), ""
@@ -90,13 +92,20 @@ class BoxExport:
             if sample.key == last:
                 continue
             last = sample.key
-            objects = self._objects(sample, rows)
-            if objects is None:
+            records = self._records(sample, rows)
+            if not records:
                 continue
-            ending = next((field for field in IMAGE_FIELDS if field in sample.fields), "jpg")
+            ending = IMAGE.field_of(sample.fields) or "jpg"
             if self.options.images and ending in sample.fields:
                 place.write_atomic(f"{sample.key}.{ending}", sample.fields[ending])
-            yield f"images/{shard.name}/{sample.key}.{ending}", objects
+            yield f"images/{shard.name}/{sample.key}.{ending}", records
+
+    def _records(self, sample: Sample, rows: Mapping[str, Mapping[str, Any]]) -> list[Objects]:
+        """The objects with each of their captions, or of all of them once; none where the image was unreadable."""
+        found = self._objects(sample, rows)
+        if found is None:
+            return []
+        return [found.with_caption(n) for n in range(len(found.captions))] if self._captions(found) else [found]
 
     def _objects(self, sample: Sample, rows: Mapping[str, Mapping[str, Any]]) -> Objects | None:
         if not self.options.pseudo_boxes:
@@ -105,10 +114,14 @@ class BoxExport:
             raise DataError(f"sample {sample.key} has no pseudo boxes of the name {self.options.pseudo_boxes}")
         return objects_of_row(rows[sample.key], self.options.least_score)
 
+    def _captions(self, objects: Objects) -> bool:
+        """Whether captions with phrases are written, not boxes with class names."""
+        mdetr, content = self.options.format == "mdetr", self.options.content
+        return mdetr or content == "captions" or (content == "auto" and objects.open_labels)
+
     def _odvg(self, name: str, objects: Objects) -> dict[str, Any]:
         sized = {"filename": name, "height": objects.height, "width": objects.width}
-        captions = self.options.content == "captions" or (self.options.content == "auto" and objects.open_labels)
-        if not captions:
+        if not self._captions(objects):
             return {**sized, "detection": {"instances": self._instances(objects)}}
         regions = []
         for phrase in objects.phrases:
@@ -134,24 +147,32 @@ class BoxExport:
             instances.append(box)
         return instances
 
-    def _mdetr(self, found: Sequence[tuple[str, Objects]], first: int) -> dict[str, Any]:
+    def _mdetr(self, found: Sequence[tuple[str, Sequence[Objects]]], first: int) -> dict[str, Any]:
         images, annotations = [], []
-        for number, (name, objects) in enumerate(found, start=first):
-            caption = objects.caption
-            about = {"id": number, "original_img_id": number, "file_name": name, "caption": caption}
-            sized = {"height": objects.height, "width": objects.width, "dataset_name": self.snapshot.card or ""}
-            images.append({**about, **sized, "tokens_negative": [[0, len(caption)]]})
-            for place, box in enumerate(objects.boxes):
-                spans = [[one.start, one.end] for one in objects.phrases if place in one.objects]
-                if spans:
-                    corner, size = box[:2].tolist(), (box[2:] - box[:2]).tolist()
-                    about_box = {"bbox": [*corner, *size], "area": size[0] * size[1], "category_id": 1}
-                    crowd = {"iscrowd": int(objects.crowd[place]), "score": float(objects.scores[place])}
-                    place_of = {"image_id": number, "tokens_positive": spans}
-                    annotations.append({**place_of, **about_box, **crowd})
+        for sample, (name, several) in enumerate(found, start=first):
+            for caption, objects in enumerate(several):
+                # First captions have the numbers of their samples; each further caption those behind all of these.
+                number = sample + caption * self.snapshot.samples
+                about = {"id": number, "original_img_id": sample, "file_name": name, "caption": objects.caption}
+                sized = {"height": objects.height, "width": objects.width, "dataset_name": self.snapshot.card or ""}
+                images.append({**about, **sized, "tokens_negative": [[0, len(objects.caption)]]})
+                annotations += _annotations(objects, number)
         # Numbers that no other shard has: a shard's objects follow its samples' numbers.
         numbered = [{"id": first * 10_000 + place, **one} for place, one in enumerate(annotations)]
         return {"images": images, "annotations": numbered, "categories": [{"id": 1, "name": "object"}]}
+
+
+def _annotations(objects: Objects, image: int) -> list[dict[str, Any]]:
+    """MDETR's annotations of the objects that a phrase names, without their numbers."""
+    found = []
+    for place, box in enumerate(objects.boxes):
+        spans = [[one.start, one.end] for one in objects.phrases if place in one.objects]
+        if spans:
+            corner, size = box[:2].tolist(), (box[2:] - box[:2]).tolist()
+            about = {"bbox": [*corner, *size], "area": size[0] * size[1], "category_id": 1}
+            crowd = {"iscrowd": int(objects.crowd[place]), "score": float(objects.scores[place])}
+            found.append({"image_id": image, "tokens_positive": spans, **about, **crowd})
+    return found
 
 
 def _name(label: str) -> str:

@@ -1,8 +1,9 @@
 """Make the sidecar of pseudo boxes: a teacher finds the phrases of captions in their images.
 
-Images and captions of different sizes are batched together. Of the samples that are read ahead, those of similar size
-and length are grounded together, so little is padded; the rows of the sidecar keep the order of the tar. A teacher's
-result for an image does not depend on the others in its batch, so neither do the boxes.
+An image is grounded with each of its captions. Images and captions of different sizes are batched together. Of those
+that are read ahead, those of similar size and length are grounded together, so little is padded. The rows of the
+sidecar keep the order of the tar. A teacher's result for an image does not depend on the others in its batch, so
+neither do the boxes.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from pipeline.shards.sample import Sample
 from pipeline.shards.sidecar import FACTS
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.stages.annotate.annotator import Annotation, annotate
-from pipeline.stages.annotate.caption_phrases import PhrasesOf, PhraseSource, Span
+from pipeline.stages.annotate.caption_phrases import CaptionPhrases, PhrasesOf, PhraseSource, Span
 from pipeline.stages.annotate.pseudo_boxes import NAME, SCHEMA, PseudoBoxCounts, counts_of_row
 from pipeline.stages.shard_tasks import Workers
 
@@ -99,11 +100,11 @@ class PseudoBoxOptions:
     overlap: float = 0.6
     """Intersection over union above which the lower-scoring box of the same phrase is removed, up to 1."""
     most: int = 100
-    """Maximum number of boxes per image, the highest-scoring ones, 1 or more."""
+    """Maximum number of boxes per caption, the highest-scoring ones, 1 or more."""
     smallest: float = 1.0
     """Minimum length of a box's shorter side, in pixels of the stored image, 0 or more."""
     batch_size: int = 16
-    """Batch size in images, 1 or more."""
+    """Batch size in captions with their images, 1 or more."""
     batches_ahead: int = 8
     """Batches whose images are decoded together, to batch those of similar size and caption length, 1 or more."""
     overwrite: bool = False
@@ -152,11 +153,10 @@ class LoadPseudoBoxMaker:
 
 @dataclass
 class _Read:
-    """A sample that was read ahead: its caption with the usable phrases, and its image, which is being decoded."""
+    """A sample that was read ahead: its captions with their usable phrases, and its image, which is being decoded."""
 
     key: str
-    caption: str | None
-    spans: tuple[Span, ...]
+    captions: list[CaptionPhrases]
     unusable: int
     image: "Future[Any] | None"
 
@@ -170,7 +170,7 @@ class PseudoBoxMaker:
         self._teacher, self._phrases, self._options, self._threads = teacher, phrases, options, threads
         settings = {name: getattr(options, name) for name in ("least_score", "overlap", "most", "smallest")}
         self._facts = {**teacher.facts, "phrases": phrases.maker, **settings}
-        self.maker = hashlib.sha256(repr((teacher.maker, phrases.maker, settings)).encode()).hexdigest()
+        self.maker = hashlib.sha256(repr((teacher.maker, phrases.maker, settings, SCHEMA.names)).encode()).hexdigest()
 
     def table(self, samples: Iterator[Sample], shard: Shard) -> pa.Table:
         """The sidecar's rows in the order of ``samples``, with the counts of the shard in its metadata."""
@@ -192,10 +192,10 @@ class PseudoBoxMaker:
 
         def begin(sample: Sample) -> _Read:
             found, content = phrases_of(sample), sample.image()
-            usable = sorted({span for span in found.spans if is_span(*span, found.caption or "")})
-            unusable = sum(not is_span(*span, found.caption or "") for span in found.spans)
+            usable = [CaptionPhrases(one.caption, _usable(one)) for one in found]
+            unusable = sum(not is_span(*span, one.caption) for one in found for span in one.spans)
             image = None if content is None else pool.submit(self._teacher.prepare, content)
-            return _Read(sample.key, found.caption, tuple(usable), unusable, image)
+            return _Read(sample.key, usable, unusable, image)
 
         size = self._options.batch_size * self._options.batches_ahead
         ahead = [begin(sample) for sample in islice(samples, size)]
@@ -208,40 +208,51 @@ class PseudoBoxMaker:
         teacher = self._teacher
         images = [None if one.image is None else one.image.result() for one in window]
         wanted = [
-            n for n, (one, image) in enumerate(zip(window, images, strict=True)) if image is not None and one.spans
+            (number, caption)
+            for number, (one, image) in enumerate(zip(window, images, strict=True))
+            if image is not None
+            for caption, phrases in enumerate(one.captions)
+            if phrases.spans
         ]
-        sizes = [teacher.size(images[number]) for number in wanted]
-        lengths = [teacher.length(str(window[number].caption)) for number in wanted]
-        found: dict[int, FoundBoxes] = {}
+        texts = [window[number].captions[caption] for number, caption in wanted]
+        sizes = [teacher.size(images[number]) for number, _ in wanted]
+        lengths = [teacher.length(text.caption) for text in texts]
+        found: dict[tuple[int, int], FoundBoxes] = {}
         for batch in length_buckets(sizes, lengths, self._options.batch_size):
-            numbers = [wanted[place] for place in batch]
             grounded = teacher.ground(
-                [images[number] for number in numbers],
-                [str(window[number].caption) for number in numbers],
-                [window[number].spans for number in numbers],
+                [images[wanted[place][0]] for place in batch],
+                [texts[place].caption for place in batch],
+                [texts[place].spans for place in batch],
             )
-            found |= dict(zip(numbers, grounded, strict=True))
-        return [self._row(one, image, found.get(n)) for n, (one, image) in enumerate(zip(window, images, strict=True))]
+            found |= dict(zip([wanted[place] for place in batch], grounded, strict=True))
+        rows = enumerate(zip(window, images, strict=True))
+        return [
+            self._row(one, image, [found.get((number, caption)) for caption in range(len(one.captions))])
+            for number, (one, image) in rows
+        ]
 
-    def _row(self, one: _Read, image: Any | None, found: FoundBoxes | None) -> dict[str, Any]:
+    def _row(self, one: _Read, image: Any | None, found: Sequence[FoundBoxes | None]) -> dict[str, Any]:
         height, width = (0, 0) if image is None else self._teacher.shape(image)
-        cut = (False,) * len(one.spans) if found is None else found.cut
-        kept = _NOTHING if found is None else kept_boxes(found, height, width, self._options)
-        return {
-            "key": one.key,
-            "height": height,
-            "width": width,
-            "caption": one.caption,
-            "phrases": [
-                {"start": start, "end": end, "cut": off} for (start, end), off in zip(one.spans, cut, strict=True)
-            ],
-            "boxes": kept.boxes.astype(np.float32).ravel().tolist(),
-            "scores": kept.scores.astype(np.float32).tolist(),
-            "phrase": kept.spans.tolist(),
-        }
+        row: dict[str, Any] = {"key": one.key, "height": height, "width": width}
+        row |= {"captions": [text.caption for text in one.captions], "phrases": []}
+        row |= {"boxes": [], "scores": [], "phrase": []}
+        for number, (text, boxes) in enumerate(zip(one.captions, found, strict=True)):
+            first = len(row["phrases"])
+            cut = (False,) * len(text.spans) if boxes is None else boxes.cut
+            row["phrases"] += [
+                {"caption": number, "start": start, "end": end, "cut": off}
+                for (start, end), off in zip(text.spans, cut, strict=True)
+            ]
+            if boxes is not None:
+                kept = kept_boxes(boxes, height, width, self._options)
+                row["boxes"] += kept.boxes.astype(np.float32).ravel().tolist()
+                row["scores"] += kept.scores.astype(np.float32).tolist()
+                row["phrase"] += (kept.spans + first).tolist()
+        return row
 
 
-_NOTHING = FoundBoxes(np.empty((0, 4)), np.empty(0), np.empty(0, np.int64), ())
+def _usable(text: CaptionPhrases) -> list[Span]:
+    return sorted({span for span in text.spans if is_span(*span, text.caption)})
 
 
 def length_buckets(sizes: Sequence[tuple[int, int]], lengths: Sequence[int], batch_size: int) -> list[list[int]]:

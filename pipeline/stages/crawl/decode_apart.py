@@ -1,18 +1,14 @@
-"""Decode rare image formats in a child process, so that a hanging or crashing decoder does not harm the job.
+"""Encode doubtful bodies in a child process, so that a hanging or crashing decoder does not harm the job.
 
-JPEG, PNG and WebP are decoded in this process: the work of their decoders (libjpeg-turbo, libpng, libwebp) is bounded
-by the checks before (bytes, pixels, passes over the pixels), and they have been fuzzed for a decade. Other formats are
-decoded by Pillow, and are a few in a thousand images of the web. They are sent through a pipe to one child process,
-which starts with the first such image. The kernel kills it when an image takes more than ``SECONDS`` of CPU time, or
-three times as long by the clock. Its memory is limited to ``BYTES_PER_PIXEL`` for each of the ``max_pixels`` of the
-options: a file of 300 bytes may claim any size, and some decoders need 20 bytes for each pixel.
+A codec says which bodies need that care. They are sent through a pipe to one child process for each medium, which
+starts with the first such body. The kernel kills it when a body takes more than ``SECONDS`` of CPU time, or three times
+as long by the clock. Its memory is limited to what the codec allows for its options.
 
 Frames on the pipe are an 8-byte length and that many bytes. The child answers in JSON and raw bytes, not in pickles,
 because it has parsed untrusted data.
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import resource
@@ -21,32 +17,25 @@ import struct
 import subprocess
 import sys
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
+from pipeline.codecs import codec_of
+from pipeline.codecs.codec import AnyCodec, Encoded
 from pipeline.config import from_json, to_json
 from pipeline.errors import SampleError
-from pipeline.stages.crawl.images import EncodedImage, ImageOptions, transform
-from pipeline.stages.crawl.sniff import starts_like_an_image
 
 SECONDS = 10.0
-BYTES_PER_PIXEL = 12  # enough for an RGB image in Pillow, in NumPy and on the way between them
 HEADROOM = 64 * 2**20
 _PROGRAM = "from pipeline.stages.crawl.decode_apart import serve; serve()"
-_IN_PLACE = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF")
 _LENGTH = struct.Struct(">Q")
 
 
-def needs_care(body: bytes) -> bool:
-    """Whether ``body`` has a format that is decoded in the child process."""
-    return not body.startswith(_IN_PLACE) and starts_like_an_image(body)
-
-
 class Apart:
-    """``transform`` in a child process; a context manager. The child starts with the first image."""
+    """``encode`` of a codec in a child process; a context manager. The child starts with the first body."""
 
-    def __init__(self, options: ImageOptions, seconds: float = SECONDS) -> None:
-        self._first = to_json(options).encode()
-        self._seconds = seconds
+    def __init__(self, medium: str, options: Any, seconds: float = SECONDS) -> None:
+        self._first = (medium.encode(), to_json(options).encode(), json.dumps(seconds).encode())
+        self._what = medium.capitalize()
         self._child: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -57,8 +46,8 @@ class Apart:
     ) -> None:
         self._end()
 
-    def transform(self, body: bytes) -> EncodedImage:
-        """As :func:`pipeline.stages.crawl.images.transform`, in the child process.
+    def encode(self, body: bytes) -> Encoded:
+        """As :meth:`pipeline.codecs.codec.Codec.encode`, in the child process.
 
         Raises:
             SampleError: its error classes; also "decode_timeout" and "decode_crash" where the child died.
@@ -67,15 +56,16 @@ class Apart:
         assert child.stdin is not None and child.stdout is not None
         try:
             _write(child.stdin, body)
-            answer, data = _read(child.stdout), _read(child.stdout)
+            answer = _read(child.stdout)
+            values = {} if answer is None else json.loads(answer)
+            fields = {name: _read(child.stdout) for name in values.get("fields", ())}
         except BrokenPipeError:
-            answer = data = None
-        if answer is None or data is None:
+            answer = None
+        if answer is None or any(data is None for data in fields.values()):
             raise self._lost(child)
-        values = json.loads(answer)
         if "error_class" in values:
             raise SampleError(**values)
-        return EncodedImage(data=data, **values)
+        return Encoded({name: data for name, data in fields.items() if data is not None}, values["columns"])
 
     def _start(self) -> subprocess.Popen[bytes]:
         # Ray and tests find the package by sys.path, which a child does not inherit.
@@ -84,8 +74,8 @@ class Apart:
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self._child = child
         assert child.stdin is not None
-        _write(child.stdin, json.dumps(self._seconds).encode())
-        _write(child.stdin, self._first)
+        for frame in self._first:
+            _write(child.stdin, frame)
         return child
 
     def _lost(self, child: subprocess.Popen[bytes]) -> SampleError:
@@ -93,8 +83,8 @@ class Apart:
         child.wait()
         self._end()
         if child.returncode in (-signal.SIGALRM, -signal.SIGPROF):
-            return SampleError("failed_to_resize", "decode_timeout", "Image decoding error: took too long")
-        return SampleError("failed_to_resize", "decode_crash", "Image decoding error: the decoder crashed")
+            return SampleError("failed_to_resize", "decode_timeout", f"{self._what} decoding error: took too long")
+        return SampleError("failed_to_resize", "decode_crash", f"{self._what} decoding error: the decoder crashed")
 
     def _end(self) -> None:
         child, self._child = self._child, None
@@ -109,7 +99,7 @@ class Apart:
 
 
 def serve() -> None:
-    """The child process: reads images from standard input until its end, writes answers to standard output."""
+    """The child process: reads bodies from standard input until its end, writes answers to standard output."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The default action kills the process, even inside a decoder.
     for clock in (signal.SIGALRM, signal.SIGPROF):
@@ -117,45 +107,48 @@ def serve() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM, signal.SIGPROF])
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # output of libraries must not mix with the answers
+    codec = codec_of((_read(requests) or b"").decode())
+    options: Any = from_json(codec.options, (_read(requests) or b"").decode())
     seconds = float(_read(requests) or b"0")
-    options = from_json(ImageOptions, (_read(requests) or b"").decode())
+    codec.load()
+    memory = codec.memory(options)
     while (body := _read(requests)) is not None:
-        _limit_memory(options, body)
+        _limit_memory(memory + len(body))
         signal.setitimer(signal.ITIMER_PROF, seconds)
         signal.setitimer(signal.ITIMER_REAL, 3 * seconds)
-        answer, data = _answer(body, options)
+        answer, fields = _answer(codec, body, options)
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.setitimer(signal.ITIMER_PROF, 0)
         _write(answers, json.dumps(answer).encode())
-        _write(answers, data)
+        for data in fields:
+            _write(answers, data)
 
 
-def _limit_memory(options: ImageOptions, body: bytes) -> None:
-    """Limit the memory of this process for one image; Linux only. A lower limit of the user stays."""
+def _limit_memory(allowed: int) -> None:
+    """Limit the memory of this process for one body, in bytes; Linux only. A lower limit of the user stays."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             present = int(file.read().split()[5]) * resource.getpagesize()
     except FileNotFoundError:
         return
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = present + HEADROOM + len(body) + BYTES_PER_PIXEL * options.max_pixels
+    wanted = present + HEADROOM + allowed
     resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
-def _answer(body: bytes, options: ImageOptions) -> tuple[dict[str, object], bytes]:
+def _answer(codec: AnyCodec, body: bytes, options: Any) -> tuple[dict[str, object], list[bytes]]:
+    what = f"{codec.medium.capitalize()} decoding error"
     try:
-        image = transform(body, options)
+        part = codec.encode(body, options)
     except SampleError as error:
-        return {"status": error.status, "error_class": error.error_class, "message": error.message}, b""
+        return {"status": error.status, "error_class": error.error_class, "message": error.message}, []
     except MemoryError:
-        message = "Image decoding error: needs more memory than --max-pixels allows"
-        return {"status": "failed_to_resize", "error_class": "decode_memory", "message": message}, b""
+        message = f"{what}: needs more memory than {codec.limit} allows"
+        return {"status": "failed_to_resize", "error_class": "decode_memory", "message": message}, []
     except Exception as error:
         # The sample boundary, as in the parent: decoders raise arbitrary exceptions.
-        message = f"Image decoding error: {error}"
-        return {"status": "failed_to_resize", "error_class": "decode", "message": message}, b""
-    names = [field.name for field in dataclasses.fields(image) if field.name != "data"]
-    return {name: getattr(image, name) for name in names}, image.data
+        return {"status": "failed_to_resize", "error_class": "decode", "message": f"{what}: {error}"}, []
+    return {"fields": list(part.fields), "columns": dict(part.columns)}, list(part.fields.values())
 
 
 def _write(pipe: IO[bytes], data: bytes) -> None:

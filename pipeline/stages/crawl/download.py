@@ -9,11 +9,11 @@ process, and connections are kept alive. Options of img2dataset keep their names
 * Body size is limited during the download, after decompression. A body shorter than announced is a failure.
 * Retries wait, and are made only for transient failures. ``X-Robots-Tag`` is obeyed before the body is read, and
   robots.txt, where enabled, before the first request.
-* A body that is not an image by its first bytes is rejected before the rest arrives.
+* A body that is not an image (or another requested medium) by its first bytes is rejected before the rest arrives.
 * Stores (``s3://bucket/a.jpg``) and local files are read only where the options allow it.
 
 Every failure is a :class:`SampleError` with a class of ``ERROR_CLASSES``. Its status is "failed_to_download", or
-"failed_to_resize" for a body that is not an image, as in img2dataset's tables.
+"failed_to_resize" for a body of another medium, as in img2dataset's tables.
 """
 
 import asyncio
@@ -44,6 +44,7 @@ from yarl import URL
 
 from pipeline.config import require
 from pipeline.errors import SampleError
+from pipeline.shards.media import ENOUGH, IMAGE, Medium
 from pipeline.stages.crawl.addresses import AddressPolicy, AddressRefused, GuardedResolver, parse_address
 from pipeline.stages.crawl.failure import ERROR_CLASSES as ERROR_CLASSES
 from pipeline.stages.crawl.failure import TRANSIENT as TRANSIENT
@@ -51,7 +52,7 @@ from pipeline.stages.crawl.failure import Failure, http_failure
 from pipeline.stages.crawl.fetch_store import Stores, store_threads
 from pipeline.stages.crawl.robots import MAX_BYTES as ROBOTS_BYTES
 from pipeline.stages.crawl.robots import Robots
-from pipeline.stages.crawl.sniff import ENOUGH, refuse_non_images, starts_like_an_image
+from pipeline.stages.crawl.sniff import refuse_other_media
 from pipeline.stages.crawl.turns import Turns
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class DownloadOptions:
     max_crawl_delay: float = 5.0
     """Upper limit in seconds for the Crawl-delay to obey."""
     pictures_only: bool = True
-    """Reject bodies whose first bytes are no known image format, before the rest is downloaded."""
+    """Reject bodies whose first bytes are no known format of their medium, before the rest is downloaded."""
     allow_hosts: tuple[str, ...] = ()
     """Host names, addresses or networks to allow besides public addresses, optionally with a port."""
     allow_stores: tuple[str, ...] = ()
@@ -140,12 +141,15 @@ class KnownBody:
     """Known facts about a body before the request.
 
     With ``etag`` or ``last_modified`` of an earlier response, an unchanged body is not sent again. ``expected`` is its
-    required digest, as "sha256:0123…" (sha256, md5 or sha512, in either case).
+    required digest, as "sha256:0123…" (sha256, md5 or sha512, in either case). A body of another ``medium`` is refused
+    with ``pictures_only``, unless ``any_kind`` is said.
     """
 
     etag: str | None = None
     last_modified: str | None = None
     expected: str | None = None
+    medium: Medium = IMAGE
+    any_kind: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,8 +303,8 @@ class Downloader:
         etag, changed = _validator(stored.etag), _validator(stored.last_modified)
         if etag is not None and etag == known.etag:
             return Download(b"", text, 304, "", attempt, None, etag, changed)
-        if stored.body and self._options.pictures_only:
-            refuse_non_images(stored.body[:ENOUGH], None)
+        if stored.body and self._options.pictures_only and not known.any_kind:
+            refuse_other_media(stored.body[:ENOUGH], known.medium, None)
         return self._finished(stored.body, known, Download(b"", text, 200, "", attempt, None, etag, changed))
 
     async def _follow(self, url: URL, known: KnownBody, attempt: int, deadline: asyncio.Timeout) -> Download:
@@ -381,7 +385,7 @@ class Downloader:
             _validator(headers.get("ETag")) or (known.etag if unchanged else None),
             _validator(headers.get("Last-Modified")) or (known.last_modified if unchanged else None),
         )
-        return about if unchanged else self._finished(await self._read(response), known, about)
+        return about if unchanged else self._finished(await self._read(response, known), known, about)
 
     def _finished(self, body: bytes, known: KnownBody, about: Download) -> Download:
         if not body:
@@ -401,15 +405,15 @@ class Downloader:
                 return True
         return False
 
-    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+    async def _read(self, response: aiohttp.ClientResponse, known: KnownBody) -> bytes:
         most = self._options.max_bytes
         if (response.content_length or 0) > most:
             raise _too_large(response)
         inflate: _Inflater | None = None
-        chunks, size, looking = [], 0, self._options.pictures_only
+        chunks, size, looking = [], 0, self._options.pictures_only and not known.any_kind
         async for start, chunk in _whole_start(response):
-            if start and not starts_like_an_image(chunk):
-                # Some servers state an encoding that the body does not have: an image's bytes are believed.
+            if start and not known.medium.starts(chunk):
+                # Some servers state an encoding that the body does not have: the first bytes of a medium are believed.
                 inflate = _Inflater.for_encoding(response.headers.get("Content-Encoding", ""), response.status)
             part = inflate(chunk, most - size + 1) if inflate else chunk
             size += len(part)
@@ -417,7 +421,7 @@ class Downloader:
                 raise _too_large(response)
             chunks.append(part)
             if looking and size >= ENOUGH:
-                refuse_non_images(b"".join(chunks)[:ENOUGH], response.status)
+                refuse_other_media(b"".join(chunks)[:ENOUGH], known.medium, response.status)
                 looking = False
         if inflate:
             inflate.finish()

@@ -26,6 +26,7 @@ ERROR_CLASSES = (
     "robots",  # the host's robots.txt forbids the url
     "robots_unreachable",  # robots.txt was unreadable, which forbids all urls of the host for a while
     "not_a_picture",  # by the first bytes, before the rest was downloaded
+    "not_a_sound",
     "too_large",
     "short_read",  # the body ended before its announced end
     "encoding",  # an unsupported content encoding that was not requested
@@ -35,7 +36,7 @@ ERROR_CLASSES = (
     "store",  # an object store or a disk failed in another way
     "unexpected",  # an unexpected exception; it is logged
 )
-"""Classes of failed downloads; those of images are listed at ``pipeline.stages.crawl.images.transform``."""
+"""Classes of failed downloads; those of images are listed at ``pipeline.codecs.image_encoding.transform``."""
 
 TRANSIENT = frozenset(
     {

@@ -73,7 +73,7 @@ class ClassifierFilter(Filter):
             for start in range(0, len(view), BATCH):
                 there = embeddings.present[start : start + BATCH]
                 rows = np.arange(start, start + len(there))
-                yield rows, embeddings.image[rows[there]], there
+                yield rows, embeddings.features[rows[there]], there
             return
         images = view.images()
         for start in range(0, len(view), BATCH):

@@ -1,4 +1,4 @@
-"""CLIP score: the cosine of the CLIP embeddings of image and caption.
+"""CLIP score: the cosine of the CLIP embeddings of image and caption; CLAP score: of sound and caption.
 
 LAION-400M keeps pairs from 0.3 (Schuhmann et al., 2021, arXiv 2111.02114), LAION-5B's English part from 0.28 (2022,
 arXiv 2210.08402), both with OpenAI's ViT-B/32; other models have other scales. DataComp keeps the best fraction instead
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import require
 from pipeline.errors import DataError
+from pipeline.shards.media import MEDIA
 from pipeline.stages.filters.filter import Filter, Step, Verdict
 from pipeline.stages.filters.view import Floats, ShardView
 
@@ -34,10 +35,13 @@ class ClipScore(Filter):
     """Fraction of samples with the highest scores to keep, above 0 to 1; replaces ``min_clip_score``. None = off."""
     score_column: str | None = None
     """Column of the shards' parquet with the score (LAION: similarity); None = compute it from the embeddings."""
+    clip_medium: str = "image"
+    """Medium that is compared with the caption: image, or audio for a CLAP score."""
 
     def check(self) -> None:
         """Require a valid cosine and a valid fraction."""
         require(-1 <= self.min_clip_score <= 1, "min_clip_score", self.min_clip_score, "-1 to 1")
+        require(self.clip_medium in MEDIA, "clip_medium", self.clip_medium, ", ".join(MEDIA))
         part = self.clip_fraction
         require(part is None or 0 < part <= 1, "clip_fraction", part, "more than 0, at most 1, or none")
 
@@ -60,10 +64,10 @@ class ClipScore(Filter):
         if self.score_column is not None:
             values = view.column(self.score_column)
             return np.array([np.nan if value is None else float(value) for value in values], np.float32)
-        found = view.embeddings()
+        found = view.embeddings(medium=self.clip_medium)
         if found.text is None:
             raise DataError("the sidecar `embeddings` has no column `text`; make it again with text, or --score-column")
-        cosines = np.einsum("nd,nd->n", found.image, found.text)
+        cosines = np.einsum("nd,nd->n", found.features, found.text)
         return np.where(found.present, cosines, np.nan).astype(np.float32)
 
     def _table(self, view: ShardView) -> pa.Table:

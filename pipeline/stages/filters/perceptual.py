@@ -14,7 +14,7 @@ its position, about 50 during sorting) must fit into the memory of one worker: a
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -36,38 +36,36 @@ BATCH = 1024
 Hashes = NDArray[np.uint64]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PerceptualDuplicates(Filter):
-    """Drop images that look like an earlier one: ``near_duplicate``. Undecodable images are kept."""
+class HashDuplicates(Filter):
+    """What filters by 64-bit hashes share: clusters of samples whose hashes differ in at most ``distance`` bits."""
 
-    name: ClassVar[str] = "near_duplicates"
-    rank: ClassVar[int] = 6
     scratch: ClassVar[tuple[str, ...]] = ("hashes", "distinct", "pairs")
-    max_hamming: int = 4
 
-    def check(self) -> None:
-        """Require at most a quarter of the bits; above it, most pairs match by chance."""
-        require(0 <= self.max_hamming <= 16, "max_hamming", self.max_hamming, "0 to 16 bits")
+    @property
+    def distance(self) -> int:
+        """Largest number of bits in which the hashes of near duplicates differ, at most 16."""
+        raise AssertionError("a filter says its distance")
+
+    @staticmethod
+    def hashes(view: ShardView) -> pa.Table:
+        """Columns ``hash`` (uint64) and ``index`` (int32) of the samples that have a hash."""
+        raise AssertionError("a filter says its hashes")
 
     def prepare(self, step: Step) -> None:
         """Make tables of hashes by shard, distinct hashes, pairs by choice of blocks, and clusters."""
-        step.each_shard("hashes", _hashes)
+        step.each_shard("hashes", self.hashes)
         step.each_part("distinct", 1, _distinct)
         masks = self._masks(step)
         step.each_part("pairs", len(masks), self._pairs)
         step.each_part("duplicates", 1, self._clusters)
 
-    def judge(self, view: ShardView, step: Step) -> Verdict:
-        """Judge by the table of duplicates."""
-        return Verdict({"near_duplicate": in_duplicates(view, step, 1)})
-
     def _masks(self, step: Step) -> list[int]:
         count = sum(shard.samples for shard in step.shards)
-        return block_masks(self.max_hamming, count)
+        return block_masks(self.distance, count)
 
     def _pairs(self, step: Step, number: int) -> pa.Table:
         hashes = step.read("distinct", 0, columns=["hash"])["hash"].to_numpy()
-        left, right = pairs_within(hashes, self._masks(step)[number], self.max_hamming)
+        left, right = pairs_within(hashes, self._masks(step)[number], self.distance)
         return pa.table({"left": left.astype(np.int32), "right": right.astype(np.int32)})
 
     def _clusters(self, step: Step, number: int) -> pa.Table:
@@ -86,6 +84,34 @@ class PerceptualDuplicates(Filter):
             dropped.append(position[stays != position])
             kept.append(stays[stays != position])
         return duplicates_table(np.concatenate(dropped), np.concatenate(kept))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerceptualDuplicates(HashDuplicates):
+    """Drop images that look like an earlier one: ``near_duplicate``. Undecodable images are kept."""
+
+    name: ClassVar[str] = "near_duplicates"
+    rank: ClassVar[int] = 6
+    max_hamming: int = 4
+
+    def check(self) -> None:
+        """Require at most a quarter of the bits; above it, most pairs match by chance."""
+        require(0 <= self.max_hamming <= 16, "max_hamming", self.max_hamming, "0 to 16 bits")
+
+    @property
+    def distance(self) -> int:
+        """``max_hamming``."""
+        return self.max_hamming
+
+    @staticmethod
+    def hashes(view: ShardView) -> pa.Table:
+        """The hashes of all decodable images."""
+        images = ((int(place), image) for place, image in zip(view.positions, view.images(), strict=True))
+        return hashes_of((place, grey_thumbnail(image)) for place, image in images if image is not None)
+
+    def judge(self, view: ShardView, step: Step) -> Verdict:
+        """Judge by the table of duplicates."""
+        return Verdict({"near_duplicate": in_duplicates(view, step, 1)})
 
 
 def perceptual_hashes(grey: NDArray[np.uint8]) -> Hashes:
@@ -189,13 +215,13 @@ def _steps(keys: Hashes) -> Iterator[tuple[Positions, Positions]]:
         yield start, start + step
 
 
-def _hashes(view: ShardView) -> pa.Table:
+def hashes_of(thumbnails: Iterable[tuple[int, NDArray[np.uint8] | None]]) -> pa.Table:
+    """The hashes of (position, grey image uint8 [32, 32]), without those that have none."""
     hashes, places = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
     batch: list[tuple[int, NDArray[np.uint8]]] = []
-    for place, image in zip(view.positions, view.images(), strict=True):
-        small = None if image is None else grey_thumbnail(image)
+    for place, small in thumbnails:
         if small is not None:
-            batch.append((int(place), small))
+            batch.append((place, small))
         if len(batch) == BATCH:
             _add(batch, hashes, places)
     _add(batch, hashes, places)

@@ -120,7 +120,7 @@ class _Assign:
     def __call__(self, view: ShardView) -> pa.Table:
         centroids = _matrix(self._step.read("centroids", 0)["centroid"])
         found = view.embeddings(text=False)
-        vectors, positions = found.image[found.present], view.positions[found.present]
+        vectors, positions = found.features[found.present], view.positions[found.present]
         cluster, typical = np.zeros(len(vectors), np.int32), np.zeros(len(vectors), np.float32)
         for start in range(0, len(vectors), BLOCK):
             cosines = vectors[start : start + BLOCK] @ centroids.T
@@ -135,7 +135,7 @@ class _Assign:
 def _some(view: ShardView, every: int) -> Floats:
     """A strided subsample of a shard's embeddings."""
     found = view.embeddings(text=False)
-    return found.image[found.present][::every]
+    return found.features[found.present][::every]
 
 
 def _lists(vectors: NDArray[np.float16], dimension: int) -> Any:

@@ -4,6 +4,7 @@ Columns are read from the shard's parquet file, a small read, or from the tar if
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.config import parse_json
-from pipeline.errors import DataError, SampleError
+from pipeline.errors import DataError, SampleError, SidecarError
+from pipeline.shards.media import AUDIO, IMAGE, MEDIA, Medium
 from pipeline.shards.pixels import read_header
 from pipeline.shards.sample import Sample, joined_fields
 from pipeline.shards.selection import open_tar, read_selection
@@ -37,12 +39,12 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Embeddings:
-    """L2-normalised rows float32 [n, D] for image and text, and whether each sample has them, bool [n].
+    """L2-normalised rows float32 [n, D] of a medium and of captions, and whether each sample has them, bool [n].
 
     Rows of samples without embeddings are zero.
     """
 
-    image: Floats
+    features: Floats
     text: Floats | None
     present: Mask
 
@@ -100,18 +102,27 @@ class ShardView:
         return np.array([[value or 0 for value in one] for one in pairs], np.int64).T.reshape(len(self), 2)
 
     def digests(self) -> list[bytes]:
-        """SHA-256 [n] of the downloaded images (if the shard has it) or of the stored ones.
+        """SHA-256 [n] of the downloaded images or sounds (if the shard has it) or of the stored ones.
 
-        For a sample without an image it covers all fields but the json.
+        Where samples have several parts it covers all of them; without any part, all fields but the json.
         """
-        known = self._rows("sha256") if self._stored.has("sha256") else None
+        further = [f"{medium}_sha256" for medium in MEDIA]
+        several = [name for name in ("sha256", *further) if self._stored.has(name)]
+        if len(several) > 1:
+            rows = zip(*(self._rows(name) or [] for name in several), strict=True)
+            return [hashlib.sha256(json.dumps(row).encode()).digest() for row in rows]
+        known = self._rows("sha256") if several == ["sha256"] else None
         if known is not None and all(isinstance(text, str) and SHA256.fullmatch(text) for text in known):
             return [bytes.fromhex(text) for text in known]
         return [hashlib.sha256(_content(sample)).digest() for sample in self.samples()]
 
     def images(self) -> Iterator[bytes | None]:
         """Encoded images, one per sample in order; ``None`` for a sample without one. Raises as :meth:`samples`."""
-        return (sample.image() for sample in self.samples())
+        return self.bodies(IMAGE)
+
+    def bodies(self, medium: Medium) -> Iterator[bytes | None]:
+        """Encoded parts of a medium, as :meth:`images`."""
+        return (sample.body(medium) for sample in self.samples())
 
     def samples(self) -> Iterator[Sample]:
         """The samples themselves, in order, read from the tar.
@@ -129,16 +140,22 @@ class ShardView:
             if following == len(wanted):
                 return
 
-    def embeddings(self, name: str = "embeddings", text: bool = True) -> Embeddings:
-        """The samples' rows of the sidecar ``name``; raises :class:`SidecarError` where it is missing or stale."""
+    def embeddings(self, name: str = "embeddings", text: bool = True, medium: str = "image") -> Embeddings:
+        """The samples' rows of the sidecar ``name``.
+
+        Raises:
+            SidecarError: it is missing, stale, or without features of ``medium``.
+        """
         table = read_sidecar(self.folder, self.shard, name, EMBEDDINGS_JOB)
+        if medium not in table.column_names:
+            raise SidecarError(f"the sidecar {name} of {self.shard.name} has no {medium}; it has {table.column_names}")
         keys = pa.array(self.keys(), pa.string())
         rows = pc.index_in(keys, value_set=table["key"].combine_chunks())
-        image, present = _vectors(table["image"], rows)
+        features, present = _vectors(table[medium], rows)
         if not text or "text" not in table.column_names:
-            return Embeddings(image, None, present)
+            return Embeddings(features, None, present)
         words, spoken = _vectors(table["text"], rows)
-        return Embeddings(image, words, present & spoken)
+        return Embeddings(features, words, present & spoken)
 
     def _rows(self, name: str) -> list[Any] | None:
         column = self._stored.column(name)
@@ -233,11 +250,12 @@ def _described(sample: Sample) -> dict[str, Any]:
             row[name] = _pixels(row[name])
     if "txt" in sample.fields:
         row["caption"] = decoded(sample.fields["txt"])
-    elif "caption" in row:
-        row["caption"] = stored_text(first_text(row["caption"]))
+    elif "caption" in row or "text" in row:
+        # LAION's audio sets have a list `text`.
+        row["caption"] = stored_text(first_text(row.get("caption", row.get("text"))))
     if row.get("width") is None or row.get("height") is None:
         row["width"], row["height"] = _size(sample.image() or b"")
-    return {**row, "key": sample.key}
+    return {**_sound(sample), **row, "key": sample.key}
 
 
 def _pixels(value: Any) -> int | None:
@@ -250,10 +268,12 @@ def _pixels(value: Any) -> int | None:
 
 
 def _content(sample: Sample) -> bytes:
-    """The image; for a sample without one, all fields but the json, which contains the key."""
-    image = sample.image()
+    """The part; all parts of several; for a sample without one, all fields but the json, which contains the key."""
+    bodies = {name: body for name, one in MEDIA.items() if (body := sample.body(one)) is not None}
+    if len(bodies) == 1:
+        return next(iter(bodies.values()))
     rest = {name: value for name, value in sample.fields.items() if name != "json"}
-    return joined_fields(rest) if image is None else image
+    return joined_fields(bodies or rest)
 
 
 def _size(image: bytes) -> tuple[int, int]:
@@ -262,6 +282,20 @@ def _size(image: bytes) -> tuple[int, int]:
     except SampleError:
         return 0, 0
     return header.width, header.height
+
+
+def _sound(sample: Sample) -> dict[str, Any]:
+    """The length of a sound as its header states it, for tars without a table; nothing without a sound."""
+    body = sample.body(AUDIO)
+    if body is None:
+        return {}
+    from pipeline.shards import waveforms  # loads decoders, which views of images do not need
+
+    try:
+        header = waveforms.read_header(body)
+    except SampleError:
+        return {}
+    return {"audio_seconds": header.seconds, "audio_rate": header.sample_rate, "audio_channels": header.channels}
 
 
 def _vectors(column: Any, rows: Any) -> tuple[Floats, Mask]:

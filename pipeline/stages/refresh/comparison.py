@@ -25,6 +25,9 @@ RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("url", "<u8"), ("body", "<u
 STALE = np.uint64(2**64 - 1)
 """Replaces the digest of a stored image that has changed at its url."""
 
+ABSENT = ""
+"""Stands for the digest of a part that a row does not have."""
+
 INDEX_BITS = 24
 # States of rows in shards; a failure is FAILED plus the number of its error class.
 VISIBLE, GONE, HIDDEN, OPTED_OUT, TO_HIDE, FAILED = range(6)
@@ -52,7 +55,8 @@ def records(
     places: NDArray[np.int64],
     states: NDArray[np.uint8],
 ) -> Records:
-    """Records [rows] of rows: ``values`` are url, caption and columns, ``bodies`` hex digests of their images."""
+    """Records [rows] of rows: ``values`` are url, caption, columns and urls of further parts, ``bodies`` hex digests of
+    their parts (see :func:`joined_digest`)."""
     digests, urls = bytearray(), bytearray()
     for row in values:
         texts = repr(tuple(map(_identity, row)))
@@ -65,6 +69,15 @@ def records(
     found["body"] = [int(body[:16], 16) if body else 0 for body in bodies]
     found["place"], found["state"] = places, states
     return found
+
+
+def joined_digest(digests: Sequence[str | None]) -> str | None:
+    """One hex digest for the digests of a row's parts: that of the only part; ``None`` where one is unknown."""
+    if None in digests:
+        return None
+    if len(digests) == 1:
+        return digests[0] or None
+    return hashlib.sha256(repr(tuple(digests)).encode()).hexdigest()
 
 
 def _identity(value: object) -> object:

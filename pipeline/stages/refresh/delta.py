@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 from pipeline.errors import SampleError
 from pipeline.shards.storage import Folder, split_file
 from pipeline.shards.text import storable
-from pipeline.sources.source import Row, Slice, Source, content_of
+from pipeline.sources.source import Part, Row, Slice, Source, contents_of
 from pipeline.stages.crawl.download import digest
-from pipeline.stages.refresh.comparison import INDEX_BITS, RowDifference
+from pipeline.stages.refresh.comparison import INDEX_BITS, RowDifference, joined_digest
 from pipeline.stages.refresh.make_shard import ARROW_TYPES, clean_caption, clean_value
 
 ROWS_FILE = "rows.parquet"
@@ -95,17 +95,17 @@ def write_rows(
         values: dict[str, Any] = {
             "url": storable(row.url),
             "caption": clean_caption(row.caption),
-            "expected": row.expected,
+            "parts": json.dumps([[part.medium, part.url, part.expected] for part in row.parts]),
             "listed": listed,
             "index": index,
         }
         values |= {names[name]: clean_value(value) for name, value in row.columns.items()}
-        content = content_of(source, row)
-        if listed or (content is None and row.problem is None):
+        contents = contents_of(row)
+        if listed or (all(content is None for content in contents) and row.problem is None):
             return values
         if not lasting:
             lasting.extend(source.slices(size, beside))
-        body = digest(content, hash_name) if content is not None else None
+        body = joined_digest([None if content is None else digest(content, hash_name) for content in contents])
         return {**values, "where": json.dumps(asdict(lasting[number])), "slice": pieces[number].digest, "body": body}
 
     with pq.ParquetWriter(path, schema) as writer:
@@ -133,7 +133,7 @@ def _fresh(source: Source, found: RowDifference, pieces: Sequence[Slice]) -> Ite
 def _schema(source: Source) -> pa.Schema:
     columns = [(COLUMN + name, ARROW_TYPES[kind]) for name, kind in source.schema().items()]
     fixed: list[tuple[str, pa.DataType]] = [("listed", pa.bool_()), ("index", pa.int64())]
-    fixed += [(name, pa.string()) for name in ("url", "caption", "expected", "where", "slice", "body")]
+    fixed += [(name, pa.string()) for name in ("url", "caption", "parts", "where", "slice", "body")]
     return pa.schema(fixed + columns)
 
 
@@ -143,7 +143,7 @@ def _stored(values: Mapping[str, Any]) -> Row:
     return Row(
         url=values["url"],
         caption=values["caption"],
+        parts=tuple(Part(medium, url=url, expected=expected) for medium, url, expected in json.loads(values["parts"])),
         columns=columns,
         problem=listed,
-        expected=values["expected"],
     )

@@ -15,6 +15,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
+from pipeline.codecs.image_encoding import ImageOptions
 from pipeline.config import flatten, require
 from pipeline.errors import StorageError
 from pipeline.shards.adopt import describe, read_mark
@@ -25,7 +26,6 @@ from pipeline.shards.writer import STATS, ShardStats
 from pipeline.sources.urls import UrlTable
 from pipeline.stages.crawl.addresses import AddressPolicy, AddressRefused
 from pipeline.stages.crawl.download import DownloadOptions
-from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.ray_session import connect
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.settings import shaping_options
@@ -43,7 +43,7 @@ def refresh_with_img2dataset(
         SettingError: the package is not installed (it does not import on Python 3.13), or lacks an option.
         StorageError: some shards were not finished.
     """
-    _refuse_what_it_lacks(source, options.downloads, options.images)
+    _refuse_what_it_lacks(source, options.downloads, options.media.image)
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     try:
         # The package rebinds its name `main` to a function, so plain attribute access does not reach the module.
@@ -65,12 +65,12 @@ def _refreshed(
     stats = list(_finished(folder))
     if len(stats) < planned:
         raise StorageError(f"{folder.uri}: img2dataset left {planned - len(stats)} of {planned} shards undone")
-    shaping = {"engine": "img2dataset", **shaping_options(options)}
+    shaping = {"engine": "img2dataset", **shaping_options(options, ("image",))}
     return publish(folder, stats, card=card, options={"source": flatten(source), **shaping})
 
 
 def _arguments(source: UrlTable, folder: Folder, options: ShardOptions, workers: Workers) -> dict[str, Any]:
-    images, downloads = options.images, options.downloads
+    images, downloads = options.media.image, options.downloads
     return {
         "url_list": source.url_list,
         "url_col": source.url_col,

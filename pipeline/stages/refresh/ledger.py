@@ -6,7 +6,7 @@ of the refresh. A row that left the source may be shown again, an opted-out row 
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
@@ -17,13 +17,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError, SnapshotError
+from pipeline.shards.media import media_of_columns, part_column, reason_of
 from pipeline.shards.parquet import parse_parquet
 from pipeline.shards.selection import read_selection
 from pipeline.shards.snapshot import Shard, Snapshot, read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder
 from pipeline.shards.writer import STATS
-from pipeline.sources.source import Source
+from pipeline.sources.source import Source, media_of
 from pipeline.stages.refresh.comparison import (
+    ABSENT,
     FAILED,
     GONE,
     HIDDEN,
@@ -33,6 +35,7 @@ from pipeline.stages.refresh.comparison import (
     VISIBLE,
     Places,
     Records,
+    joined_digest,
     place,
     records,
 )
@@ -69,10 +72,12 @@ class Failures:
         return self._names[state - FAILED]
 
     def mask(self, names: Iterable[str]) -> NDArray[np.bool_]:
-        """The states of the given reasons, bool [256]."""
+        """The states of the given error classes, of any part; bool [256]."""
         chosen = np.zeros(256, np.bool_)
-        for name in set(names) & set(self._names):
-            chosen[self.state(name)] = True
+        wanted = set(names)
+        for name in self._names:
+            if name.rpartition(":")[2] in wanted:
+                chosen[self.state(name)] = True
         return chosen
 
 
@@ -112,17 +117,17 @@ class Ledger:
     ) -> Records:
         rows = table.num_rows
         names = ["url", *(["caption"] if source.has_captions else []), *sorted(source.schema())]
-        values = [_values(table, name) for name in names]
-        good = np.array([status == "success" for status in _values(table, "status")], np.bool_)
-        bodies = body_digests(table)
+        names += [part_column(medium, "url") for medium in media_of(source)[1:]]
+        values = [column_values(table, name) for name in names]
+        good = np.array([status == "success" for status in column_values(table, "status")], np.bool_)
+        bodies = [joined_digest(of_row) for of_row in zip(*part_digests(table), strict=True)]
         at = np.where(good, np.cumsum(good) - 1, np.arange(rows))
         states = np.zeros(rows, np.uint8)
         states[good] = self._stored_states(shard, int(good.sum()), reasons or {})
-        listed = opt_out.matches(values[0], _values(table, "key"), bodies)
+        listed = opted_out_of_table(opt_out, table)
         states[listed & good & (states == VISIBLE)] = TO_HIDE
         states[listed & good & (states == GONE)] = OPTED_OUT
-        classes = _values(table, "error_class")
-        states[~good] = [failures.state(classes[index]) for index in np.flatnonzero(~good)]
+        states[~good] = [failures.state(reason) for reason in _reasons_of(table.filter(pa.array(~good)))]
         found = records(zip(*values, strict=True), bodies, place(number, 0) + at.astype(np.int64), states)
         found["body"][good & np.isin(at, self.stale.get(number, ()))] = STALE
         replaced = [position for position, reason in (reasons or {}).items() if reason == REPLACED]
@@ -176,13 +181,57 @@ def read_rows(folder: Folder, name: str) -> pa.Table:
     return table
 
 
-def body_digests(table: pa.Table) -> list[Any]:
-    """The hex digests of the images as downloaded; ``None`` where unknown."""
+def prefixes(table: pa.Table) -> dict[str, str]:
+    """The media of the parts of a shard's rows, the first one first, with the prefixes of their columns.
+
+    The columns of rows with one part do not name its medium, which is then empty.
+    """
+    media = media_of_columns(table.column_names)
+    further = [medium for medium in media if part_column(medium, "url") in table.column_names]
+    first = next((medium for medium in media if medium not in further), "")
+    return {first: "", **{medium: part_column(medium, "") for medium in further}}
+
+
+def part_digests(table: pa.Table) -> list[list[str | None]]:
+    """The hex digests of the parts as downloaded, a list for each medium: None = unknown, "" = no such part."""
     name = next((name for name in HASHES if name in table.column_names), "")
-    return _values(table, name)
+    media = prefixes(table)
+    found = [column_values(table, prefix + name) for prefix in media.values()]
+    if not name or len(media) == 1:
+        return found
+    good = [status == "success" for status in table["status"].to_pylist()]
+    failures = [column_values(table, part_column(medium, "error_class")) for medium in media]
+    return [
+        [ABSENT if value is None and stored and error is None else value for value, stored, error in rows]
+        for rows in (zip(values, good, errors, strict=True) for values, errors in zip(found, failures, strict=True))
+    ]
 
 
-def _values(table: pa.Table, name: str) -> list[Any]:
+def opted_out_of_table(opt_out: OptOut, table: pa.Table) -> NDArray[np.bool_]:
+    """Whether each row of a shard's table is on the list, bool [rows]: by url or digest of a part, or by its key."""
+    urls = [column_values(table, prefix + "url") for prefix in prefixes(table).values()]
+    return opted_out_rows(opt_out, urls, [column_values(table, "key"), *part_digests(table)])
+
+
+def opted_out_rows(
+    opt_out: OptOut, urls: Sequence[Sequence[str | None]], others: Sequence[Sequence[str | None]]
+) -> NDArray[np.bool_]:
+    """Whether each row is on the list, bool [rows], by one of its ``urls`` or of the ``others`` (keys, digests)."""
+    found = opt_out.matches([url or "" for url in urls[0]], *others)
+    for column in urls[1:]:
+        found |= opt_out.matches([url or "" for url in column])
+    return found
+
+
+def _reasons_of(table: pa.Table) -> list[str | None]:
+    media = media_of_columns(table.column_names)
+    if not media:
+        return column_values(table, "error_class")
+    return [reason_of(row, media) for row in table.to_pylist()]
+
+
+def column_values(table: pa.Table, name: str) -> list[Any]:
+    """The values of a column; nulls where the table has none of that name."""
     return table[name].to_pylist() if name in table.column_names else [None] * table.num_rows
 
 

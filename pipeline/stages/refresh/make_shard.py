@@ -1,46 +1,60 @@
-"""Make one shard: read its rows, download, transform, and write in the order of the input.
+"""Make one shard: read its rows, download, encode, and write in the order of the input.
 
-Runs in one process; Ray only schedules the units. Downloads run in their own thread while images are decoded here.
-Output is in order: rows that finish before a slow row are held in memory.
+Runs in one process; Ray only schedules the units. Downloads run in their own thread while bodies are encoded here, each
+by the codec of its medium. Output is in order: rows that finish before a slow row are held in memory.
+
+A row with several parts is finished with the last of them. Where one of them fails, ``failed_part`` decides about the
+others. The columns of a row's first medium have no prefix, as in img2dataset's files; those of the others begin with
+their medium.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
+from pipeline.codecs import codec_of
+from pipeline.codecs.codec import Encoded
+from pipeline.codecs.image_encoding import ImageOptions
+from pipeline.codecs.options import MediaOptions
 from pipeline.errors import SampleError
-from pipeline.shards.label_values import MASK_FIELD
-from pipeline.shards.objects import FIELD as BOXES
-from pipeline.shards.pixels import read_header
-from pipeline.shards.sample import IMAGE_FIELDS, Sample, sample_key, shard_name
+from pipeline.shards.media import MEDIA, part_column
+from pipeline.shards.sample import Sample, joined_fields, sample_key, shard_name
 from pipeline.shards.storage import Folder
 from pipeline.shards.text import storable
 from pipeline.shards.writer import ShardStats, ShardWriter, parquet_schema, read_stats
-from pipeline.sources.source import UNCHANGED, Row, Scalar, Source, content_of, fetches, has_images
-from pipeline.stages.crawl.decode_apart import Apart, needs_care
-from pipeline.stages.crawl.download import Download, DownloadOptions, KnownBody, digest, download_all
-from pipeline.stages.crawl.images import EncodedImage, ImageOptions, transform
-from pipeline.stages.crawl.masks import fitted_mask
+from pipeline.sources.source import UNCHANGED, Cell, Part, Row, Scalar, Source, fetches, media_of
+from pipeline.stages.crawl.decode_apart import Apart
+from pipeline.stages.crawl.download import Download, DownloadOptions, KnownBody, Request, digest, download_all
 from pipeline.stages.refresh.plan import Unit
 
-ARROW_TYPES: Mapping[type, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+ARROW_TYPES: Mapping[type, pa.DataType] = {
+    str: pa.string(),
+    int: pa.int64(),
+    float: pa.float64(),
+    bool: pa.bool_(),
+    list: pa.list_(pa.string()),
+}
+VALIDATORS = ("last_modified", "etag")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardOptions:
     """Inputs and options of a shard."""
 
-    images: ImageOptions = field(default_factory=ImageOptions)
+    media: MediaOptions = field(default_factory=MediaOptions)
     downloads: DownloadOptions = field(default_factory=DownloadOptions)
+    failed_part: Literal["fail-row", "keep-row"] = "fail-row"
+    """A row with several parts (image and sound), some of which fail: fail-row drops it, so that every sample has all
+    its parts; keep-row stores the parts that are left."""
     number_sample_per_shard: int = 10_000
 
 
-AS_IT_IS = ShardOptions(images=ImageOptions(**UNCHANGED))
+AS_IT_IS = ShardOptions(media=MediaOptions(image=ImageOptions(**UNCHANGED)))
 """Images are stored byte for byte as in the source; those that cannot be decoded fail."""
 
 
@@ -54,24 +68,34 @@ def make_shard(unit: Unit, source: Source, folder: Folder, options: ShardOptions
     if done is not None and done.unit == unit.digest:
         return done
     maker = _Maker(unit, source, options)
-    with maker.apart, ShardWriter(folder, unit.shard_id, maker.schema, unit.digest) as writer:
+    with ExitStack() as open_, ShardWriter(folder, unit.shard_id, maker.schema, unit.digest) as writer:
+        for apart in maker.apart.values():
+            open_.enter_context(apart)
         for row, sample in maker.finished():
             writer.add(row, sample)
         return writer.commit()
 
 
 @dataclass(frozen=True, slots=True)
-class _Body:
-    content: bytes
-    digest: str | None
+class _PartResult:
+    """What became of one part: its encoded form or its failure, and what the download has told about it."""
+
+    medium: str
+    url: str
+    result: Encoded | SampleError
+    digest: str | None = None
     http_status: int | None = None
     attempts: int = 0
     validators: Mapping[str, str | None] = field(default_factory=dict)
+    measured: Mapping[str, Scalar] = field(default_factory=dict)
 
-    @staticmethod
-    def of(fetched: Download) -> "_Body":
-        validators = {"last_modified": fetched.last_modified, "etag": fetched.etag}
-        return _Body(fetched.body, fetched.digest, fetched.http_status, fetched.attempts, validators)
+    @property
+    def error(self) -> SampleError | None:
+        return self.result if isinstance(self.result, SampleError) else None
+
+
+Made = tuple[dict[str, Any], Sample | None]
+"""The parquet row of an input row, and its sample if it became one."""
 
 
 class _Maker:
@@ -80,131 +104,229 @@ class _Maker:
     def __init__(self, unit: Unit, source: Source, options: ShardOptions) -> None:
         self._unit, self._source, self._options = unit, source, options
         self._hash = options.downloads.compute_hash
-        self._imaged = has_images(source)
-        self.apart = Apart(options.images)
+        self._media = media_of(source)
+        self._several = len(self._media) > 1
+        self._codecs = {medium: codec_of(medium) for medium in self._media}
+        self._of_medium = {medium: options.media.of(medium) for medium in self._media}
+        self.apart = {medium: Apart(medium, self._of_medium[medium]) for medium in self._media}
         columns: dict[str, pa.DataType] = {name: ARROW_TYPES[kind] for name, kind in source.schema().items()}
         if source.has_captions:
             columns["caption"] = pa.string()
         self.schema = parquet_schema({**columns, "url": pa.string()}, self._hash)
-        if fetches(source):
-            # The server's validators of this version of the image, for the next refresh.
-            for name in ("last_modified", "etag"):
-                self.schema = self.schema.append(pa.field(name, pa.string()))
+        for name, kind in self._part_columns().items():
+            if name not in self.schema.names:
+                self.schema = self.schema.append(pa.field(name, kind))
 
-    def finished(self) -> Iterator[tuple[dict[str, Any], Sample | None]]:
-        """The parquet row and the sample of every input row, in order."""
-        ahead: dict[int, tuple[dict[str, Any], Sample | None]] = {}
+    def _part_columns(self) -> dict[str, pa.DataType]:
+        """The columns of the parts, except img2dataset's: those of the first medium, of all codecs, of other media."""
+        # The server's validators of this version of a body, for the next refresh.
+        of_server = dict.fromkeys(VALIDATORS, pa.string()) if fetches(self._source) else {}
+        found: dict[str, pa.DataType] = dict(of_server)
+        for codec in self._codecs.values():
+            found |= {name: ARROW_TYPES[kind] for name, kind in codec.columns.items()}
+        for medium in self._media[1:]:
+            own: dict[str, pa.DataType] = {
+                "url": pa.string(),
+                **({self._hash: pa.string()} if self._hash else {}),
+                **of_server,
+            }
+            own |= {"http_status": pa.int32(), "attempts": pa.int32()} if of_server else {}
+            found |= {part_column(medium, name): kind for name, kind in own.items()}
+        for medium in self._media if self._several else ():
+            found |= {part_column(medium, name): pa.string() for name in ("error_class", "error_message")}
+        return found
+
+    def finished(self) -> Iterator[Made]:
+        """Every input row, in order."""
+        ahead: dict[int, Made] = {}
         following = 0
-        for index, row, body in self._bodies():
-            ahead[index] = self._finish(index, row, body)
+        for index, row, results in self._rows():
+            ahead[index] = self._finish(index, row, results)
             while following in ahead:
                 yield ahead.pop(following)
                 following += 1
 
-    def _bodies(self) -> Iterator[tuple[int, Row, _Body | SampleError]]:
-        """Every row with its image's bytes; rows with images first, then the downloads in order of completion.
-
-        Where the source has no images, the bytes are those of the members.
-        """
-        waiting: dict[int, Row] = {}
+    def _rows(self) -> Iterator[tuple[int, Row, Sequence[_PartResult] | SampleError]]:
+        """Every row with its parts; rows that need no download first, then the others in order of completion."""
+        waiting: dict[int, tuple[Row, dict[int, _PartResult]]] = {}
+        asked: list[tuple[int, int]] = []
+        requests: list[Request] = []
         for index, row in enumerate(self._source.rows(self._unit.piece)):
-            content = content_of(self._source, row)
             if row.problem is not None:
                 yield index, row, row.problem
-            elif not self._imaged and not row.members:
+                continue
+            if not row.parts and not row.members:
                 yield index, row, SampleError("failed_to_resize", "empty", "the row has no members")
-            elif content is not None:
-                yield index, row, _Body(content, digest(content, self._hash))
-            else:
-                waiting[index] = row
-        requests = [(index, row.url, KnownBody(expected=row.expected)) for index, row in waiting.items()]
-        if not requests:
-            return
-        downloads = self._options.downloads
-        if self._options.images.disable_all_reencoding:
-            downloads = replace(downloads, pictures_only=False)
-        for index, result in download_all(requests, downloads):
-            yield index, waiting.pop(index), result if isinstance(result, SampleError) else _Body.of(result)
+                continue
+            there = {at: self._taken(part, part.body) for at, part in enumerate(row.parts) if part.body is not None}
+            if len(there) == len(row.parts):
+                yield index, row, [there[at] for at in range(len(row.parts))]
+                continue
+            bare = tuple(replace(part, body=None) for part in row.parts)
+            waiting[index] = (replace(row, parts=bare), there)
+            for at, part in enumerate(row.parts):
+                if part.body is None:
+                    requests.append((len(asked), part.url, self._known(part)))
+                    asked.append((index, at))
+        if requests:
+            yield from self._downloaded(requests, asked, waiting)
 
-    def _finish(self, index: int, row: Row, body: _Body | SampleError) -> tuple[dict[str, Any], Sample | None]:
+    def _downloaded(
+        self,
+        requests: Sequence[Request],
+        asked: Sequence[tuple[int, int]],
+        waiting: dict[int, tuple[Row, dict[int, _PartResult]]],
+    ) -> Iterator[tuple[int, Row, Sequence[_PartResult]]]:
+        for number, answer in download_all(requests, self._options.downloads):
+            index, at = asked[number]
+            row, there = waiting[index]
+            there[at] = self._received(row.parts[at], answer)
+            if len(there) == len(row.parts):
+                del waiting[index]
+                yield index, row, [there[at] for at in range(len(row.parts))]
+
+    def _known(self, part: Part) -> KnownBody:
+        any_kind = self._codecs[part.medium].accepts_all(self._of_medium[part.medium])
+        return KnownBody(expected=part.expected, medium=MEDIA[part.medium], any_kind=any_kind)
+
+    def _received(self, part: Part, answer: Download | SampleError) -> _PartResult:
+        if isinstance(answer, SampleError):
+            return _PartResult(part.medium, part.url, answer, None, answer.http_status, answer.attempts)
+        validators = {"last_modified": answer.last_modified, "etag": answer.etag}
+        made = self._taken(part, answer.body, answer.digest)
+        return replace(made, http_status=answer.http_status, attempts=answer.attempts, validators=validators)
+
+    def _taken(self, part: Part, body: bytes, known_digest: str | None = None) -> _PartResult:
+        """The part of a complete body."""
+        result = self._encoded(part.medium, body)
+        measured = self._codecs[part.medium].measured(body) if isinstance(result, SampleError) else {}
+        found = known_digest or digest(body, self._hash)
+        return _PartResult(part.medium, part.url, result, found, measured=measured)
+
+    def _encoded(self, medium: str, body: bytes) -> Encoded | SampleError:
+        codec = self._codecs[medium]
+        try:
+            if codec.needs_care(body):
+                return self.apart[medium].encode(body)
+            return codec.encode(body, self._of_medium[medium])
+        except SampleError as error:
+            return error
+        except Exception as error:
+            # The sample boundary: decoders raise arbitrary exceptions on hostile input, and must fail one row only.
+            message = f"{medium.capitalize()} decoding error: {error}"
+            return SampleError("failed_to_resize", "decode", message)
+
+    def _finish(self, index: int, row: Row, results: Sequence[_PartResult] | SampleError) -> Made:
         key = sample_key(self._unit.shard_id, index, self._options.number_sample_per_shard)
         record: dict[str, Any] = {name: clean_value(value) for name, value in row.columns.items()}
         if self._source.has_captions:
             record["caption"] = clean_caption(row.caption)
         record |= {"url": storable(row.url), "key": key}
-        try:
-            if isinstance(body, SampleError):
-                raise body
-            image = self._image(body.content) if self._imaged else None
-            if image is not None:
-                _refuse_stale_boxes(row, image)
-                _refuse_other_images(row, image)
-                row = self._with_fitted_mask(row, image)
-        except SampleError as error:
-            return self._failed(record, error, body), None
-        record |= self._described(image, body.digest)
+        if isinstance(results, SampleError):
+            return {**record, **_why(results)}, None
+        members, results = self._fitted(row, results)
+        failed = next((one for one in results if one.error), None)
+        alone = all(one.error for one in results)
+        if failed is not None and (alone or self._options.failed_part == "fail-row"):
+            return self._failed(record, failed, results), None
+        record |= {"status": "success", "error_message": None, **self._described(row, results)}
         # The validators and the attempts are not in the sample, whose bytes do not depend on the server.
-        of_server = {**body.validators, **({"attempts": body.attempts} if body.attempts else {})}
-        return {**record, **of_server}, self._sample(key, row, record, image)
+        sample = self._sample(key, members, record, results)
+        return {**record, **self._of_server(results)}, sample
 
-    def _image(self, content: bytes) -> EncodedImage:
-        try:
-            if needs_care(content):
-                return self.apart.transform(content)
-            return transform(content, self._options.images)
-        except SampleError:
-            raise
-        except Exception as error:
-            # The sample boundary: decoders raise arbitrary exceptions on hostile input, and must fail one row only.
-            raise SampleError("failed_to_resize", "decode", f"Image decoding error: {error}") from error
+    def _fitted(self, row: Row, results: Sequence[_PartResult]) -> tuple[Mapping[str, bytes], Sequence[_PartResult]]:
+        """The row's members, fitted to its parts; a part that one of them does not fit has failed."""
+        members: Mapping[str, bytes] = row.members
+        checked = []
+        for one in results:
+            if not isinstance(one.result, SampleError):
+                try:
+                    _refuse_second(members, one.medium, next(iter(one.result.fields)))
+                    members = self._codecs[one.medium].fitted(members, one.result, self._of_medium[one.medium])
+                except SampleError as error:
+                    measured = {n: v for n, v in one.result.columns.items() if n.startswith("original_")}
+                    one = replace(one, result=error, measured=measured)
+            checked.append(one)
+        return members, checked
 
-    def _with_fitted_mask(self, row: Row, image: EncodedImage) -> Row:
-        mask = row.members.get(MASK_FIELD)
-        if mask is None:
-            return row
-        return replace(row, members={**row.members, MASK_FIELD: fitted_mask(mask, image, self._options.images)})
+    def _failed(self, record: dict[str, Any], failed: _PartResult, results: Sequence[_PartResult]) -> dict[str, Any]:
+        assert failed.error is not None
+        # Status and attempts are those of the download, also where what came by it was no good.
+        of_first = {"http_status": failed.http_status, "attempts": failed.attempts}
+        record = {**record, **_why(failed.error), **of_first, **failed.measured}
+        for one in results if self._several else ():
+            record |= {**self._address(one), **_why_of_part(one)}
+        return record
 
-    def _failed(self, record: dict[str, Any], error: SampleError, body: _Body | SampleError) -> dict[str, Any]:
-        return {
-            **record,
-            "status": error.status,
-            "error_message": error.message,
-            "error_class": error.error_class,
-            # Of the download, also where what came by it was no good.
-            "http_status": body.http_status,
-            "attempts": body.attempts,
-            **(_original_size(body.content) if self._imaged and isinstance(body, _Body) else {}),
-        }
-
-    def _described(self, image: EncodedImage | None, digest: str | None) -> dict[str, Any]:
-        described: dict[str, Any] = {"status": "success", "error_message": None}
-        for name in ("width", "height", "original_width", "original_height", "exif") if image else ():
-            described[name] = getattr(image, name)
-        if self._hash:
-            described[self._hash] = digest
+    def _described(self, row: Row, results: Sequence[_PartResult]) -> dict[str, Any]:
+        """The columns of a sample about its parts; the digest of the first medium stands for the row."""
+        described: dict[str, Any] = {}
+        for one in results:
+            described |= one.result.columns if isinstance(one.result, Encoded) else one.measured
+            if one.medium == self._media[0] and self._hash:
+                described[self._hash] = one.digest
+            if self._several:
+                described |= {**self._address(one), **(_why_of_part(one) if one.error else {})}
+        if not results and self._hash:
+            described[self._hash] = digest(joined_fields(row.members), self._hash)
         return described
 
-    def _sample(self, key: str, row: Row, record: Mapping[str, Any], image: EncodedImage | None) -> Sample:
-        fields = dict(row.members)
-        if image is not None:
-            fields[image.format] = image.data
+    def _address(self, one: _PartResult) -> dict[str, Any]:
+        """Url and digest of a part that is not of the first medium."""
+        if one.medium == self._media[0]:
+            return {}
+        found = {part_column(one.medium, "url"): storable(one.url)}
+        return found | ({part_column(one.medium, self._hash): one.digest} if self._hash else {})
+
+    def _of_server(self, results: Sequence[_PartResult]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for one in results:
+            own: dict[str, Any] = {**one.validators, **({"attempts": one.attempts} if one.attempts else {})}
+            first = one.medium == self._media[0]
+            found |= own if first else {part_column(one.medium, name): value for name, value in own.items()}
+        return found
+
+    def _sample(
+        self, key: str, members: Mapping[str, bytes], record: Mapping[str, Any], results: Sequence[_PartResult]
+    ) -> Sample:
+        fields = dict(members)
+        for one in results:
+            fields |= one.result.fields if isinstance(one.result, Encoded) else {}
         if self._source.has_captions:
             fields["txt"] = (record["caption"] or "").encode()
         fields["json"] = _flat_json(record)
         return Sample(key, fields)
 
 
-def _original_size(content: bytes) -> dict[str, int]:
-    """The columns of the size that an image's header states, where it can be read without a process apart."""
-    with suppress(Exception):  # the sample boundary, as for decoding
-        if not needs_care(content):
-            header = read_header(content)
-            return {"original_width": header.width, "original_height": header.height}
-    return {}
+def _why(error: SampleError) -> dict[str, Any]:
+    return {
+        "status": error.status,
+        "error_message": error.message,
+        "error_class": error.error_class,
+        "http_status": error.http_status,
+        "attempts": error.attempts,
+    }
 
 
-def clean_value(value: Scalar) -> Scalar:
+def _why_of_part(one: _PartResult) -> dict[str, Any]:
+    error = one.error
+    found = {"error_class": error.error_class, "error_message": error.message} if error else {}
+    return {part_column(one.medium, name): value for name, value in found.items()}
+
+
+def _refuse_second(members: Mapping[str, bytes], medium: str, field: str) -> None:
+    """Reject a member that readers would take for the part of ``medium``, which is stored as ``field``."""
+    endings = MEDIA[medium].endings
+    other = next((name for name in endings[: endings.index(field) + 1] if name in members), None)
+    if other is not None:
+        message = f"the sample has a member .{other}, which readers would take for its {medium}, stored as .{field}"
+        raise SampleError("failed_to_resize", f"two_{medium}s", message)
+
+
+def clean_value(value: Cell) -> Cell:
     """The value of a column as it can be stored: texts as captions, numbers and booleans as they are."""
+    if isinstance(value, list):
+        return [storable(text) for text in value]
     return storable(value) if isinstance(value, str) else value
 
 
@@ -220,38 +342,6 @@ def _flat_json(record: Mapping[str, Any]) -> bytes:
         finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in record.items()}
         flat = json.dumps(finite, separators=(",\n    ", ": "))
     return b"{\n    " + flat[1:-1].encode() + b"\n}"
-
-
-def _refuse_stale_boxes(row: Row, image: EncodedImage) -> None:
-    """Reject resized images with boxes, which are in pixels of the original image."""
-    if BOXES in row.members and (image.width, image.height) != (image.original_width, image.original_height):
-        message = f"{BOXES} would not fit the resized image; use --resize-mode no"
-        raise SampleError("failed_to_resize", "stale_annotation", message)
-    measured = _measured_in(row.members.get(BOXES))
-    if measured is not None and measured != (image.width, image.height):
-        sizes = f"{measured[0]} x {measured[1]} pixels, the image has {image.width} x {image.height}"
-        turned = measured == (image.height, image.width)
-        advice = "; if it is displayed turned, use --apply-exif-orientation" if turned else ""
-        message = f"{BOXES} is measured in {sizes}{advice}"
-        raise SampleError("failed_to_resize", "stale_annotation", message)
-
-
-def _refuse_other_images(row: Row, image: EncodedImage) -> None:
-    """Reject a member that readers would take for the image."""
-    before = IMAGE_FIELDS[: IMAGE_FIELDS.index(image.format) + 1]
-    other = next((name for name in before if name in row.members), None)
-    if other is not None:
-        message = f"the sample has a member .{other}, which readers would take for its image, stored as .{image.format}"
-        raise SampleError("failed_to_resize", "two_images", message)
-
-
-def _measured_in(boxes: bytes | None) -> tuple[int, int] | None:
-    """Width and height of the image according to ``boxes.json``; None where it has none, as in other tools' formats."""
-    try:
-        record = json.loads(boxes or b"{}")
-        return int(record["width"]), int(record["height"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return None
 
 
 def clean_caption(caption: str | None) -> str | None:

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from pipeline.config import from_json, from_plain, parse_json, require, to_json
 from pipeline.errors import DataError
 from pipeline.shards.manifest import SNAPSHOT_ID
+from pipeline.shards.media import media_of_columns, part_column
 from pipeline.shards.sample import Sample, shard_name
 from pipeline.shards.selection import SELECTIONS, Indices, read_selection, write_selection
 from pipeline.shards.sidecar import MAKER, read_sidecar, write_sidecar
@@ -257,7 +258,9 @@ def _schema(schema: pa.Schema) -> pa.Schema:
 
 
 def _tombstone(row: Mapping[str, Any], reason: str) -> dict[str, Any]:
-    plain = {name: None if name in _KEPT_WHEN_FAILED else value for name, value in row.items()}
+    parts = tuple(part_column(medium, "") for medium in media_of_columns(row))
+    dropped = {name for name in row if name.startswith(parts) and not name.endswith("_url")}
+    plain = {name: None if name in _KEPT_WHEN_FAILED or name in dropped else value for name, value in row.items()}
     return {**plain, "status": "failed_to_download", "error_message": "deleted from disk", "error_class": reason}
 
 

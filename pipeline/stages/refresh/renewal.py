@@ -32,10 +32,11 @@ from pipeline.shards.snapshot import (
 from pipeline.shards.storage import Folder
 from pipeline.shards.text import storable
 from pipeline.shards.writer import STATS, ShardStats, read_stats
-from pipeline.sources.source import Slice, Source, content_of, has_images
+from pipeline.sources.source import Part, Row, Slice, Source, contents_of, media_of
 from pipeline.stages.crawl.download import digest
 from pipeline.stages.crawl.failure import TRANSIENT
 from pipeline.stages.refresh.comparison import (
+    ABSENT,
     LISTED,
     OPTED_OUT,
     TO_HIDE,
@@ -44,6 +45,7 @@ from pipeline.stages.refresh.comparison import (
     Places,
     RowDifference,
     compare,
+    joined_digest,
     parts_of,
     place,
     records,
@@ -53,9 +55,10 @@ from pipeline.stages.refresh.ledger import (
     REPLACED,
     Failures,
     Ledger,
-    body_digests,
     digest_of_places,
     next_number,
+    opted_out_of_table,
+    opted_out_rows,
     read_hidden,
     read_rows,
     write_hidden,
@@ -107,7 +110,7 @@ def prepare(job: RefreshJob) -> PlannedRefresh | Snapshot:
     """
     source, folder, options, renewal = job.source, job.folder, job.options, job.renewal
     asked = renewal.revalidate
-    require(asked == "none" or has_images(source), "revalidate", asked, "none, for a source without images")
+    require(asked == "none" or bool(media_of(source)), "revalidate", asked, "none, for a source without images")
     opt_out = read_opt_out(renewal.opt_out)
     parent = _parent(folder, renewal)
     if parent is not None:
@@ -119,7 +122,7 @@ def prepare(job: RefreshJob) -> PlannedRefresh | Snapshot:
     asks = parent is not None and parent.id == snapshot_ids(folder)[-1] and asked != "none"
     stale: Stale = {}
     if parent is not None and asks:
-        stale = revalidate(folder, parent, place, options.downloads, opt_out, asked, job.workers)
+        stale = revalidate(folder, parent, place, options.downloads, opt_out, asked, media_of(source)[0], job.workers)
     ledger = Ledger(folder, parent, known.first if known else next_number(folder) if parent else 0, stale)
     failures = Failures()
     with tempfile.TemporaryDirectory(prefix="clipmill-") as scratch:
@@ -201,23 +204,39 @@ def source_records(
     source: Source, pieces: Sequence[Slice], opt_out: OptOut, hash_name: str | None
 ) -> Iterator[NDArray[np.void]]:
     """Records of a source's rows; positions refer to ``pieces``."""
-    columns = sorted(source.schema())
+    columns, media = sorted(source.schema()), media_of(source)
     for number, piece in enumerate(pieces):
         values: list[tuple[object, ...]] = []
-        bodies: list[str | None] = []
+        urls_of_parts: list[Sequence[str | None]] = []
+        digests: list[Sequence[str | None]] = []
         for row in source.rows(piece):
             caption = (clean_caption(row.caption),) if source.has_captions else ()
             columns_of_row = (clean_value(row.columns.get(name)) for name in columns)
-            values.append((storable(row.url), *caption, *columns_of_row))
-            content = content_of(source, row)
-            bodies.append(_expected(row.expected, hash_name) if content is None else digest(content, hash_name))
-        listed = opt_out.matches([str(value[0]) for value in values], bodies)
+            urls = [next((storable(part.url) for part in row.parts if part.medium == one), None) for one in media[1:]]
+            values.append((storable(row.url), *caption, *columns_of_row, *urls))
+            urls_of_parts.append(urls)
+            digests.append(_digests(row, media, hash_name))
+        urls_of_rows = [[str(value[0]) for value in values], *map(list, zip(*urls_of_parts, strict=True))]
+        listed = opted_out_rows(opt_out, urls_of_rows, list(zip(*digests, strict=True)))
         states = np.where(listed, LISTED, WANTED).astype(np.uint8)
+        bodies = [joined_digest(of_row) for of_row in digests]
         yield records(values, bodies, place(number, 0) + np.arange(len(values)), states)
 
 
+def _digests(row: Row, media: Sequence[str], hash_name: str | None) -> list[str | None]:
+    """The digest of each part, in the order of ``media``: None = not known yet, "" = no such part."""
+    if not media:
+        return [digest(content, hash_name) for content in contents_of(row) if content is not None]
+    parts = {part.medium: part for part in row.parts}
+    return [_digest_of(parts[medium], hash_name) if medium in parts else ABSENT for medium in media]
+
+
+def _digest_of(part: Part, hash_name: str | None) -> str | None:
+    return _expected(part.expected, hash_name) if part.body is None else digest(part.body, hash_name)
+
+
 def _expected(expected: str | None, hash_name: str | None) -> str | None:
-    """The required digest of a row's image, if its algorithm is the stored one; a different digest is a change."""
+    """The required digest of a part, if its algorithm is the stored one; a different digest is a change."""
     algorithm, _, hexadecimal = (expected or "").partition(":")
     return hexadecimal.lower() if hexadecimal and algorithm == hash_name else None
 
@@ -304,9 +323,7 @@ def _listed(folder: Folder, shard: Shard, opt_out: OptOut) -> NDArray[np.bool_]:
         return np.zeros(shard.stored, np.bool_)
     table = read_rows(folder, shard.name)
     good = np.array([status == "success" for status in table["status"].to_pylist()], np.bool_)
-    urls = [str(url) for url in table["url"].to_pylist()]
-    listed = opt_out.matches(urls, table["key"].to_pylist(), body_digests(table))
-    return listed[good]
+    return opted_out_of_table(opt_out, table)[good]
 
 
 def _hidden(

@@ -12,10 +12,10 @@ and are deleted if there are no changes.
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -24,12 +24,20 @@ from numpy.typing import NDArray
 
 from pipeline.config import require
 from pipeline.errors import DataError, SampleError
+from pipeline.shards.media import MEDIA
 from pipeline.shards.parquet import parse_parquet
 from pipeline.shards.selection import read_selection
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
 from pipeline.stages.crawl.download import Download, DownloadOptions, KnownBody, Request, download_all
-from pipeline.stages.refresh.ledger import body_digests, read_rows
+from pipeline.stages.refresh.comparison import ABSENT
+from pipeline.stages.refresh.ledger import (
+    column_values,
+    opted_out_of_table,
+    part_digests,
+    prefixes,
+    read_rows,
+)
 from pipeline.stages.refresh.opt_out import OptOut
 from pipeline.stages.shard_tasks import Workers, run_tasks
 
@@ -42,18 +50,24 @@ Stale = Mapping[int, NDArray[np.int64]]
 FOLDER = "revalidated"
 _TYPES: Mapping[str, pa.DataType] = {"position": pa.int32(), "verdict": pa.string()}
 _COLUMNS = pa.schema(_TYPES)
+# Of a row with several parts the last of these counts.
+_SEVERITY = ("same", "failed", "changed", "forbidden")
 FORBIDDEN = frozenset({"optout", "robots"})
 
 
 @dataclass(frozen=True)
 class Revalidation:
-    """The task of a shard; requests no image in ``opt_out``; ``which`` "all" includes those without validators."""
+    """The task of a shard; requests nothing in ``opt_out``; ``which`` "all" includes parts without validators.
+
+    ``first`` is the medium of the rows' first part.
+    """
 
     folder: Folder
     place: Folder
     downloads: DownloadOptions
     opt_out: OptOut
     which: Which
+    first: str
 
     def __call__(self, shard: Shard) -> str:
         """Revalidate the shard's visible images; returns counts as JSON."""
@@ -67,19 +81,21 @@ class Revalidation:
     def _ask(self, shard: Shard) -> pa.Table:
         table = read_rows(self.folder, shard.name)
         good = np.array([status == "success" for status in table["status"].to_pylist()], np.bool_)
-        urls, digests = [str(url) for url in table["url"].to_pylist()], body_digests(table)
         shown = np.zeros(len(good), np.bool_)
         indices = read_selection(self.folder, shard)
         shown[np.flatnonzero(good)[slice(None) if indices is None else np.unique(indices)]] = True
-        shown &= ~self.opt_out.matches(urls, table["key"].to_pylist(), digests)
+        shown &= ~opted_out_of_table(self.opt_out, table)
         position = np.cumsum(good) - 1
-        known = [KnownBody(etag=etag, last_modified=date) for etag, date in zip(*_validators(table), strict=True)]
-        rows = [int(row) for row in np.flatnonzero(shown) if self._asks_for(known[row])]
-        requests: list[Request] = [(row, urls[row], known[row]) for row in rows]
+        parts = _stored_parts(table, np.flatnonzero(shown).tolist(), self.first)
+        wanted = [one for one in parts if self._asks_for(one.known)]
+        requests: list[Request] = [(number, one.url, one.known) for number, one in enumerate(wanted)]
         answers = download_all(requests, self.downloads) if requests else iter(())
-        verdicts = {row: _verdict(answer, digests[row]) for row, answer in answers}
-        found = [position[row] for row in rows]
-        return pa.table([found, [verdicts[row] for row in rows]], schema=_COLUMNS)
+        verdicts: dict[int, str] = {}
+        for number, answer in answers:
+            row, verdict = wanted[number].row, _verdict(answer, wanted[number].digest)
+            verdicts[row] = max(verdicts.get(row, verdict), verdict, key=_SEVERITY.index)
+        rows = sorted(verdicts)
+        return pa.table([[position[row] for row in rows], [verdicts[row] for row in rows]], schema=_COLUMNS)
 
     def _asks_for(self, known: KnownBody) -> bool:
         return self.which == "all" or bool(known.etag or known.last_modified)
@@ -92,6 +108,7 @@ def revalidate(
     downloads: DownloadOptions,
     opt_out: OptOut,
     which: Which,
+    first: str,
     workers: Workers,
 ) -> Stale:
     """The stored images of ``parent`` that have changed at their urls.
@@ -105,7 +122,7 @@ def revalidate(
     name = downloads.compute_hash
     require(name is not None, "compute_hash", name, "sha256, md5 or sha512, to tell whether an image has changed")
     beside = place.folder(f"{FOLDER}/{which}")
-    task = Revalidation(folder, beside, downloads, opt_out, which)
+    task = Revalidation(folder, beside, downloads, opt_out, which, first)
     shards = [shard for shard in parent.shards if shard.name.isdigit()]
     total: Counter[str] = Counter()
     for _, text in run_tasks(task, shards, workers):
@@ -122,12 +139,28 @@ def forget(place: Folder) -> None:
             beside.delete(name)
 
 
-def _validators(table: pa.Table) -> tuple[list[Any], list[Any]]:
-    nothing = [None] * table.num_rows
-    etag, date = (
-        table[name].to_pylist() if name in table.column_names else nothing for name in ("etag", "last_modified")
-    )
-    return etag, date
+@dataclass(frozen=True, slots=True)
+class _StoredPart:
+    """A part of row ``row`` of a table, as stored: its url, its digest, and its server's validators."""
+
+    row: int
+    url: str
+    digest: str | None
+    known: KnownBody
+
+
+def _stored_parts(table: pa.Table, rows: Sequence[int], first: str) -> list[_StoredPart]:
+    """The stored parts of the given rows that have a url; ``first`` is the medium of the rows' first part."""
+    found: list[_StoredPart] = []
+    for (name, prefix), digests in zip(prefixes(table).items(), part_digests(table), strict=True):
+        medium = MEDIA[name or first]
+        names = (prefix + name for name in ("url", "etag", "last_modified"))
+        urls, tags, dates = (column_values(table, name) for name in names)
+        for row in rows:
+            if urls[row] is not None and digests[row] != ABSENT:
+                known = KnownBody(etag=tags[row], last_modified=dates[row], medium=medium)
+                found.append(_StoredPart(row, str(urls[row]), digests[row], known))
+    return found
 
 
 def _verdict(answer: Download | SampleError, stored: str | None) -> str:

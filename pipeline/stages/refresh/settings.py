@@ -1,13 +1,13 @@
 """The settings of a refresh, as one object for all its layers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import flatten
 from pipeline.shards.snapshot import snapshot_ids
 from pipeline.shards.storage import Folder
-from pipeline.sources.source import Classed, Source
+from pipeline.sources.source import Classed, Source, media_of
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.plan import FIRST, read_plan
 from pipeline.stages.refresh.progress import Floor
@@ -63,7 +63,7 @@ class RefreshJob:
     @property
     def shaping(self) -> dict[str, Any]:
         """The options that change the content of a shard."""
-        return shaping_options(self.options)
+        return shaping_options(self.options, media_of(self.source))
 
     @property
     def recorded(self) -> Mapping[str, Any]:
@@ -72,6 +72,11 @@ class RefreshJob:
         return {"source": flatten(self.source), **self.shaping, **classes}
 
 
-def shaping_options(options: ShardOptions) -> dict[str, Any]:
-    """The options that change the content of a shard, without rate limits and retries."""
-    return {**flatten(options.images), "compute_hash": options.downloads.compute_hash}
+def shaping_options(options: ShardOptions, media: Sequence[str]) -> dict[str, Any]:
+    """The options that change the content of a shard with parts of ``media``, without rate limits and retries.
+
+    Options of images are always among them, as in snapshots that were made before there were other media.
+    """
+    several = {"failed_part": options.failed_part} if len(media) > 1 else {}
+    found = {name: value for medium in ("image", *media) for name, value in flatten(options.media.of(medium)).items()}
+    return {**found, "compute_hash": options.downloads.compute_hash, **several}

@@ -1,8 +1,8 @@
 """A snapshot as one HTML page: funnel, histograms, samples with boxes, duplicates, differences, hosts.
 
-The page is self-contained: charts are inline SVG, images inline JPEG, without scripts and links, and its content
-security policy forbids all other requests. Captions, urls, labels and error messages are untrusted: :func:`plain`
-reduces them to one line of text, and they are escaped.
+The page is self-contained: charts are inline SVG, images inline JPEG, sounds inline FLAC, without scripts and links,
+and its content security policy forbids all other requests. Captions, urls, labels and error messages are untrusted:
+:func:`plain` reduces them to one line of text, and they are escaped.
 """
 
 import html
@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline.shards.media import AUDIO
 from pipeline.shards.privacy import masked
 from pipeline.shards.snapshot import Snapshot
 from pipeline.shards.storage import Folder
@@ -43,7 +44,9 @@ MOST_BARS = 40
 TALLEST = 1.5
 JOINERS = "\u200c\u200d"  # Persian, Indic scripts and emoji need them
 STEPS = {DOWNLOAD: "not downloaded", RESIZE: "not decoded or resized", FILTER: "filtered or hidden"}
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+POLICY = (
+    "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+)
 STYLE = """
 :root { color-scheme: light dark; --ground: #ffffff; --raised: #f4f6f8; --ink: #1c2430; --faint: #56616f;
   --line: #d5dbe2; --bar: #2563a8; --loss: #b4491f; --mark: #ffd400; }
@@ -84,6 +87,7 @@ figcaption { font-size: 0.85rem; color: var(--faint); overflow-wrap: anywhere; }
 .samples .words { color: var(--ink); margin: 0.4rem 0 0.2rem; max-height: 7.6em; overflow: hidden; }
 .image { position: relative; margin: 0 auto; overflow: hidden; background: #808080; border-radius: 4px; }
 .image img { width: 100%; height: auto; display: block; }
+.samples audio { width: 100%; display: block; margin-top: 0.4rem; }
 .image svg { position: absolute; inset: 0; width: 100%; height: 100%;
   filter: drop-shadow(0 0 1px #000000); }
 .box, .outline { fill: none; stroke: var(--mark); stroke-width: 2; vector-effect: non-scaling-stroke; }
@@ -120,7 +124,7 @@ def make_report(snapshot: Snapshot, statistics: Statistics, options: ReportLimit
     limits = shares(snapshot, options)
     repeated = (copies for copies in statistics.images.values() if copies.count > 1)
     groups = sorted(repeated, key=lambda copies: (-copies.count, copies.keys))[:GROUPS]
-    shown = _first_of_each(snapshot, groups, options.thumbnail_size)
+    shown = _first_of_each(snapshot, groups, options)
     return DatasetReport(
         snapshot=snapshot,
         statistics=statistics,
@@ -188,6 +192,7 @@ def _heading(name: str, report: DatasetReport) -> str:
         "samples" if statistics.visible == statistics.unique else "samples, with repeats": _number(statistics.visible),
         "shards": _number(len(snapshot.shards)),
         **({"images": _size(statistics.bytes)} if statistics.bytes else {}),
+        **({"sounds": _size(heard)} if (heard := _sound_bytes(statistics)) else {}),
         "fields": _number(len(statistics.fields)),
         "input rows": _number(snapshot.rows),
         "kept": _share(statistics.unique, snapshot.rows),
@@ -196,6 +201,10 @@ def _heading(name: str, report: DatasetReport) -> str:
     boxes = "".join(f"<div><dt>{title}</dt><dd>{value}</dd></div>" for title, value in facts.items())
     where = f"{_text(masked(snapshot.folder), 300)}, snapshot {_text(snapshot.id)}, made {_text(snapshot.created)}"
     return f'<header><h1>{_text(name, 100)}</h1><p class="faint">{where}</p><dl class="facts">{boxes}</dl></header>\n'
+
+
+def _sound_bytes(statistics: Statistics) -> int:
+    return sum(size for name, size in statistics.field_bytes.items() if name in AUDIO.endings)
 
 
 def _funnel_section(way: Funnel, messages: Mapping[str, Sequence[Message]]) -> str:
@@ -390,7 +399,7 @@ def _figure(shown: ShownSample, note: str = "") -> str:
     narrow = min(100.0, 100 * TALLEST * shown.width / max(shown.height, 1))
     if not shown.thumbnail:
         words = f'<figcaption><div class="words">{caption}</div>{note}{_text(shown.key, 60)}</figcaption>'
-        return f"<figure>{words}</figure>"
+        return f"<figure>{_player(shown)}{words}</figure>"
     labels = [region.label for region in shown.regions if plain(region.label)]
     listed = "".join(f"<li>{_foreign(label, 60)}</li>" for label in labels)
     return (
@@ -398,10 +407,20 @@ def _figure(shown: ShownSample, note: str = "") -> str:
         f'<img alt="{_text(shown.caption, 150) or "image without a caption"}" '
         f'loading="lazy" width="{shown.width}" height="{shown.height}" '
         f'src="data:image/jpeg;base64,{html.escape(shown.thumbnail, quote=True)}">{_overlay(shown)}</div>'
+        f"{_player(shown)}"
         f'<figcaption><div class="words">{caption}</div>'
         + (f'<ul class="labels" aria-label="objects">{listed}</ul>' if listed else "")
         + f"{note}{_text(shown.key, 60)}, {shown.width} × {shown.height}</figcaption></figure>"
     )
+
+
+def _player(shown: ShownSample) -> str:
+    """The controls that play the sound; nothing without one."""
+    if not shown.sound:
+        return ""
+    title = _text(shown.caption, 150) or "sound without a caption"
+    source = f"data:audio/flac;base64,{html.escape(shown.sound, quote=True)}"
+    return f'<audio controls preload="none" aria-label="{title}" src="{source}"></audio>'
 
 
 def _overlay(shown: ShownSample) -> str:
@@ -553,17 +572,17 @@ def _size(count: float) -> str:
 
 def _value(value: float, name: str) -> str:
     """A formatted value of a histogram: bytes with unit, ratios with two digits, counts as integers."""
-    if name == "bytes":
+    if name in ("bytes", "sound_bytes"):
         return _size(value)
-    return f"{value:.2f}" if name in ("aspect", "score") else f"{value:,.0f}"
+    return f"{value:.2f}" if name in ("aspect", "score", "seconds") else f"{value:,.0f}"
 
 
-def _first_of_each(snapshot: Snapshot, groups: Sequence[Copies], size: int) -> dict[str, ShownSample]:
+def _first_of_each(snapshot: Snapshot, groups: Sequence[Copies], options: ReportLimits) -> dict[str, ShownSample]:
     """The first sample of every group of duplicates, by key; reads only shards that may hold one."""
     keys = [copies.keys[0] for copies in groups]
     if not keys:
         return {}
     likely = [shard for shard in snapshot.shards if any(key.startswith(shard.name) for key in keys)]
-    found = representative(Folder(snapshot.folder), likely, keys, size)
+    found = representative(Folder(snapshot.folder), likely, keys, options)
     # Keys in shards of other tools need not begin with the shard's name.
-    return found if found or likely else representative(Folder(snapshot.folder), snapshot.shards[:1], keys, size)
+    return found if found or likely else representative(Folder(snapshot.folder), snapshot.shards[:1], keys, options)

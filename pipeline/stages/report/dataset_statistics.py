@@ -24,8 +24,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.codecs.image_encoding import ImageOptions, transform
 from pipeline.config import from_json, require, to_json
 from pipeline.errors import DataError, SampleError, SidecarError
+from pipeline.shards.media import AUDIO
 from pipeline.shards.pixels import read_header
 from pipeline.shards.sample import Sample
 from pipeline.shards.selection import read_samples
@@ -33,10 +35,10 @@ from pipeline.shards.sidecar import read_sidecar, sidecar_file
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
 from pipeline.shards.text import decoded
-from pipeline.stages.crawl.images import ImageOptions, transform
 from pipeline.stages.filters.language import identify
 from pipeline.stages.report.outlines import Region, read_regions
 from pipeline.stages.report.pseudo_boxes import with_pseudo_boxes
+from pipeline.stages.report.sounds import example, sound_values
 from pipeline.stages.shard_tasks import Workers, run_tasks
 
 EXACT_ROWS = 1_000_000
@@ -84,6 +86,11 @@ SCALES: Mapping[str, Scale] = {
     ),
     "aspect": Scale(title="Aspect ratio", unit="width / height", low=1 / 16, high=16, per_unit=8, doubling=True),
     "bytes": Scale(title="Bytes per image", unit="bytes", low=64, high=2**28, per_unit=4, doubling=True),
+    "seconds": Scale(title="Duration of sounds", unit="seconds", low=1 / 16, high=8192, per_unit=4, doubling=True),
+    "rate": Scale(title="Sampling rate", unit="samples per second", low=1024, high=2**19, per_unit=8, doubling=True),
+    "channels": Scale(title="Channels", unit="channels", low=0, high=65, per_unit=1),
+    "loudness": Scale(title="Loudness", unit="dBFS", low=-120, high=1, per_unit=1),
+    "sound_bytes": Scale(title="Bytes per sound", unit="bytes", low=64, high=2**30, per_unit=4, doubling=True),
     "words": Scale(title="Caption length", unit="words", low=0, high=160, per_unit=1),
     "score": Scale(title="CLIP score", unit="cosine of image and caption", low=-1, high=1, per_unit=50),
 }
@@ -129,6 +136,7 @@ class ShownSample:
     """An example sample.
 
     ``thumbnail`` is a JPEG in base64, empty for a sample without an image; ``regions`` are boxes and outlines on it.
+    ``sound`` is a FLAC in base64, empty for a sample without a sound.
     """
 
     order: str
@@ -138,6 +146,7 @@ class ShownSample:
     height: int
     thumbnail: str
     regions: tuple[Region, ...] = ()
+    sound: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +168,7 @@ class Host:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Copies:
-    """Number of samples with the same image, by SHA-256 of the stored bytes, and the first few keys."""
+    """Number of samples with the same image, or sound where there is none, by SHA-256; and the first few keys."""
 
     count: int
     keys: tuple[str, ...]
@@ -195,17 +204,20 @@ class ReportLimits:
     """Limits of the statistics of a dataset."""
 
     samples: int = 24
-    """Number of example images."""
+    """Number of example samples."""
     thumbnail_size: int = 224
     """Longer side of an example image in pixels."""
+    sound_seconds: float = 5.0
+    """Length of an example sound in seconds, from its start; 0 = no sounds in the page."""
     seed: int = 0
-    """Random seed of the choice of example images."""
+    """Random seed of the choice of example samples."""
     languages: bool = True
     """Identify the languages of some captions, if no sidecar has a column ``language``."""
 
     def __post_init__(self) -> None:
         require(0 <= self.samples <= 1000, "samples", self.samples, "0 to 1000")
         require(16 <= self.thumbnail_size <= 1024, "thumbnail_size", self.thumbnail_size, "16 to 1024 pixels")
+        require(0 <= self.sound_seconds <= 60, "sound_seconds", self.sound_seconds, "0 to 60 seconds")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
 
 
@@ -292,14 +304,16 @@ def measure_shard(folder: Folder, shard: Shard, options: ReportLimits, limits: S
     return counted.statistics(rows)
 
 
-def representative(folder: Folder, shards: Iterable[Shard], keys: Iterable[str], size: int) -> dict[str, ShownSample]:
+def representative(
+    folder: Folder, shards: Iterable[Shard], keys: Iterable[str], options: ReportLimits
+) -> dict[str, ShownSample]:
     """The samples with the given keys as :class:`ShownSample`, from the given shards, without unreadable ones."""
     wanted = set(keys)
     found: dict[str, ShownSample] = {}
     for shard in shards:
         for sample in read_samples(folder, shard) if len(found) < len(wanted) else ():
             if sample.key in wanted and sample.key not in found:
-                shown = _shown(sample, "", size)
+                shown = _shown(sample, "", options)
                 found |= {sample.key: shown} if shown else {}
     return found
 
@@ -328,17 +342,19 @@ class _Counted:
         self._count_words(sample)
         if image is not None:
             self._count_image(image)
+        self._count_sound(sample)
         if repeated:
             return
         self._unique += 1
-        if image is not None:
-            self._compare(sample.key, image)
+        body = sample.body(AUDIO) if image is None else image
+        if body is not None:
+            self._compare(sample.key, body)
         order = hashlib.sha256(f"{self._options.seed}:{sample.key}".encode()).hexdigest()
         chance = int(order[:16], 16)
         if chance < self._limits.captions and self._options.languages and not self._languages:
             self._identify(sample)
         if chance < self._limits.shown:
-            shown = _shown(sample, order, self._options.thumbnail_size)
+            shown = _shown(sample, order, self._options)
             self._shown += [shown] if shown else []
 
     def statistics(self, rows: "_RowCounts") -> Statistics:
@@ -386,9 +402,16 @@ class _Counted:
         self._put("height", header.height)
         self._put("aspect", header.width / max(header.height, 1))
 
-    def _compare(self, key: str, image: bytes) -> None:
+    def _count_sound(self, sample: Sample) -> None:
+        values = sound_values(sample)
+        if values is None:
+            self._unreadable += 1
+        for name, value in (values or {}).items():
+            self._put(name, value)
+
+    def _compare(self, key: str, body: bytes) -> None:
         # 96 bits distinguish a million images, in less memory.
-        digest = hashlib.sha256(image).hexdigest()[:24]
+        digest = hashlib.sha256(body).hexdigest()[:24]
         if int(digest[:16], 16) < self._limits.images:
             copies = Copies(count=1, keys=(key,))
             known = self._images.get(digest)
@@ -473,14 +496,15 @@ def _limit(wanted: int, present: int) -> int:
     return 2**64 if present <= wanted else wanted * 2**64 // present
 
 
-def _shown(sample: Sample, order: str, size: int) -> ShownSample | None:
+def _shown(sample: Sample, order: str, options: ReportLimits) -> ShownSample | None:
     """The example; ``None`` for an undecodable image; without a thumbnail for a sample without an image."""
-    image = sample.image()
+    image, audio = sample.image(), sample.body(AUDIO)
+    sound = example(audio, options.sound_seconds) if audio is not None and options.sound_seconds else ""
     caption = decoded(sample.fields.get("txt", b""))[:LONGEST_CAPTION]
     if image is None:
-        return ShownSample(order=order, key=sample.key, caption=caption, width=0, height=0, thumbnail="")
+        return ShownSample(order=order, key=sample.key, caption=caption, width=0, height=0, thumbnail="", sound=sound)
     small = ImageOptions(
-        image_size=size,
+        image_size=options.thumbnail_size,
         resize_mode="keep_ratio_largest",
         resize_only_if_bigger=True,
         encode_quality=82,
@@ -499,6 +523,7 @@ def _shown(sample: Sample, order: str, size: int) -> ShownSample | None:
         height=height,
         thumbnail=base64.b64encode(shown.data).decode(),
         regions=read_regions(sample, width, height),
+        sound=sound,
     )
 
 

@@ -13,7 +13,7 @@ from pipeline.config import from_json, to_json
 from pipeline.errors import SettingError
 from pipeline.loaders.batches import LoaderConfig, training_batches
 from pipeline.loaders.grounding import GroundingOptions
-from pipeline.loaders.grounding_prompts import SpanTokenizer
+from pipeline.loaders.grounding_prompts import SpanTokenizer, clean_name, join_names
 from pipeline.loaders.order import Order
 from pipeline.models.glip import Config, Glip
 from pipeline.models.glip.config import LARGE, SMALLEST
@@ -53,6 +53,8 @@ def batch(boxes: list[list[list[float]]], phrases: list[list[tuple[int, ...]]], 
         "token_mask": mask,
         "boxes": found,
         "positive_map": maps,
+        "annotated": torch.ones(len(boxes), dtype=torch.bool),
+        "left_out": torch.zeros(len(boxes), dtype=torch.int64),
     }
 
 
@@ -84,6 +86,37 @@ def test_a_box_whose_phrase_has_no_token_is_background() -> None:
     with_it = gradients(method, batch([[box, box]], [[(2,), ()]]))[0]
     assert with_it == gradients(method, batch([[box]], [[(2,)]]))[0]
     assert with_it["box"] > 0
+
+
+def test_captions_without_annotated_objects_take_no_part() -> None:
+    """Beside another image as alone, but for the number of rows; by themselves no loss at all, and no NaN."""
+    method = built()
+    box = [8.0, 8, 40, 40]
+    both = batch([[box], []], [[(2,)], []])
+    both["annotated"][1] = False
+    alone = gradients(method, batch([[box]], [[(2,)]]))[0]
+    assert gradients(method, both)[0] == pytest.approx(alone, rel=1e-4)
+    both["annotated"][1] = True
+    assert gradients(method, both)[0]["alignment"] > alone["alignment"] * (1 + 1e-5)
+    none = batch([[]], [[]])
+    none["annotated"][:] = False
+    losses, found = gradients(method, none)
+    assert set(losses.values()) == {0.0} and not any(value.any() for value in found.values())
+
+
+def test_what_is_left_out_is_counted_between_logs() -> None:
+    """Over all steps and processes since the last log; nothing before the first step."""
+    method = built()
+    assert method.measures() == {}
+    some = batch([[[8.0, 8, 40, 40]], [], []], [[(2,)], [], []])
+    some["left_out"] = torch.tensor([2, 0, 1])
+    some["annotated"][1] = False
+    for _ in range(2):
+        gradients(method, some)
+    method.gather = lambda counts: torch.cat([counts, counts * 3])  # the other process has three times as many
+    assert method.measures() == {"boxes_left_out": 24.0, "captions_without_boxes": 8.0}
+    gradients(method, some)
+    assert method.measures() == {"boxes_left_out": 12.0, "captions_without_boxes": 4.0}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -241,16 +274,22 @@ def test_words_are_cleaned_and_bad_ones_are_refused() -> None:
 
 
 def test_punctuation_in_a_word_moves_no_other_word() -> None:
-    """Names with full stops and hyphens keep their own tokens: a name's detections do not depend on where it stands."""
-    method = built(fusion=False)
-    names = ["st. bernard", "ice-cream", "star"]
-    tokens = [method.tokenizer.count(name) for name in names]
-    assert min(tokens) >= 1
-    found = method.predict([image()], names)[0]
-    assert sorted(found.labels.unique().tolist()) == [0, 1, 2]
+    """Full stops, hyphens and marks of other words: each word's mean is over exactly the tokens that spell it."""
+    method = built(chunk_words=3)
+    names = ["st. bernard", "ice-cream", "c++", "star", "cup (for tea)", "d.i.y."]
+    spelt = []
+    for prompt in method._encoded_prompts(tuple(names)):
+        text = join_names([clean_name(name) for name in names[prompt.first :][:3]]).text
+        ids = torch.from_numpy(method.tokenizer(text).ids)
+        for row in prompt.averaging[0]:
+            tokens = row[: len(ids)] > 0
+            assert float(row.sum()) == pytest.approx(1) and float(row.max()) == pytest.approx(1 / int(tokens.sum()))
+            spelt.append(method.tokenizer.decode(ids[tokens].tolist()).replace(" ", ""))
+    assert spelt == ["st.bernard", "ice-cream", "c++", "star", "cup", "d.i.y"]
+    assert set(method.predict([image()], names)[0].labels.tolist()) == set(range(6))
 
 
-def test_a_checkpoint_detects_as_its_method(tmp_path: Any, make_snapshot: Callable[..., Snapshot]) -> None:
+def test_a_checkpoint_detects_as_its_method(tmp_path: Any) -> None:
     """The tokenizer and the text tower's settings come from the checkpoint, not from the settings' name."""
     method = built()
     meta = Meta(step=1, samples_seen=8, batch_size=8, lanes=1, seed=0, snapshot="0" * 64)
@@ -310,7 +349,7 @@ def test_towers_have_their_own_rates() -> None:
     assert depths["model.text.bert.embeddings.LayerNorm.weight"].above == 1
 
 
-def test_every_block_can_be_computed_again(make_snapshot: Callable[..., Snapshot]) -> None:
+def test_every_block_can_be_computed_again() -> None:
     """Less memory, the same gradients."""
     from pipeline.training.blocks import recompute_each
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from pipeline.loaders.grounding import averaging_matrix
 from pipeline.models.glip.assignment import make_anchors
 from pipeline.models.glip.config import SMALLEST, Config, strides
 from pipeline.models.glip.network import AnchorFeatures, TokenWeights
-from pipeline.models.glip.phrases import CODER, Candidates, averaging_matrix, find_candidates, suppress, together
+from pipeline.models.glip.phrases import CODER, Candidates, find_candidates, suppress, together
 
 CONFIG = Config(**SMALLEST)
 ANCHORS = make_anchors([(8, 8), (4, 4), (2, 2), (1, 1), (1, 1)], strides(), 4.0, torch.device("cpu"))

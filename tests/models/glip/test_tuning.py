@@ -191,6 +191,8 @@ def test_only_what_fits_is_accepted() -> None:
     many = [f"red star {number}" for number in range(41)]
     with pytest.raises(SettingError, match="classes that fit one prompt, at most 40 names"):
         check_names(CONFIG, many, tokenizer)
+    with pytest.raises(SettingError, match=r"class_names: got 'cup_\(trophy\)', expected another name, since 'cup"):
+        check_names(CONFIG, ["cup (for tea)", "star", "cup_(trophy)"], tokenizer)
     short = replace(CONFIG, grounding=replace(FIXED, text_tokens=16))
     with pytest.raises(SettingError, match="class_names: got '20 names'"):
         check_names(short, many[:20], tokenizer)

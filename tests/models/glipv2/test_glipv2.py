@@ -158,6 +158,27 @@ def test_the_mask_head_alone() -> None:
     assert {name for name, value in method.named_parameters() if value.requires_grad} == trained
 
 
+@pytest.mark.parametrize("tuning", ["prompt", "linear"])
+def test_tuning_trains_what_glips_tuning_does(tuning: Any, tmp_path: Path) -> None:
+    """A step from a trained GLIPv2 changes GLIP's parts alone; the mask head stays, and masks are found with it."""
+    place = save(built(seed=3), tmp_path / "v2")
+    fixed = replace(CONFIG.grounding, fixed_prompts=True)
+    method = built(tuning=tuning, grounding=fixed, start_from=place)
+    expected = Glip(replace(Glip.smallest(), tuning=tuning, grounding=fixed))
+    trained = {name for name, value in method.named_parameters() if value.requires_grad}
+    assert trained == {name for name, value in expected.named_parameters() if value.requires_grad} != set()
+    some = batch(method, [obj("disc", (10, 10, 40, 40), **TRIANGLE)], [obj("star", (8, 8, 32, 32))])
+    losses = method.train().training_step(some)
+    wanted = {"alignment", "box", "centerness", *(["mask"] if tuning == "prompt" else [])}
+    assert set(losses) == wanted and not method.segment.training  # type: ignore[union-attr]
+    torch.stack(list(losses.values())).sum().backward()
+    assert {name for name, value in method.named_parameters() if value.grad is not None} == trained
+    assert torch.equal(some["tokens"], batch(method, [obj("disc")], [obj("star")])["tokens"]), "no word is masked"
+    assert method.eval().predict([image()], ["star", "disc", "moon"])[0].masks is not None
+    loaded: Any = load_method(save(method, tmp_path / "tuned"))
+    assert set(loaded.state_dict()) == set(method.state_dict())
+
+
 def test_found_objects_have_masks_in_images_of_any_size() -> None:
     """By class names in several prompts, and by phrases; masks do not depend on the other images."""
     method = built(chunk_words=2, detections=20)
@@ -189,11 +210,12 @@ def test_without_masks_there_are_none() -> None:
 
 def test_the_work_of_a_step_is_counted_without_masks() -> None:
     """The number of masks depends on the batch's contents; the losses between images and of words do not."""
+    small: dict[str, Any] = {"blocks": 1, "fusion": False}
     some = batch(built(), [obj("disc", (10, 10, 40, 40), **TRIANGLE)], [])
-    plain = Work(Glip(replace(Glip.smallest(), class_names=CONFIG.class_names))).of(some)
-    counted = Work(built(masks="no")).of(some)
+    plain = Work(Glip(replace(Glip.smallest(), class_names=CONFIG.class_names, **small))).of(some)
+    counted = Work(built(masks="no", **small)).of(some)
     assert plain is not None and counted is not None and 0 < counted - plain < plain
-    assert Work(built()).of(some) is None
+    assert Work(built(**small)).of(some) is None
 
 
 @pytest.mark.slow
@@ -243,6 +265,7 @@ def test_initial_weights_of_glip_and_of_other_stages(tmp_path: Path) -> None:
         ({"mask_jitter": 0.5}, "mask_jitter"),
         ({"mask_convolutions": (30,)}, "mask_convolutions"),
         ({"mask_convolutions": ()}, "mask_convolutions"),
+        ({"masks": "head", "tuning": "linear"}, "tuning: got 'linear', expected full with masks head"),
     ],
 )
 def test_bad_settings(changes: dict[str, Any], field: str) -> None:

@@ -3,7 +3,7 @@
 import io
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.errors import DataError, SidecarError
+from pipeline.errors import DataError, SettingError, SidecarError
+from pipeline.shards.sample import Sample
 from pipeline.shards.selection import select
 from pipeline.shards.snapshot import Snapshot, publish_shards, read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder, file_digest
-from pipeline.stages.annotate.embeddings import EmbedOptions, FeatureExport, embed, read_features
+from pipeline.stages.annotate.embeddings import EmbedOptions, FeatureExport, caption_of, embed, read_features
 from pipeline.stages.shard_tasks import Workers
 
 HERE = Workers(processes_count=0)
@@ -32,19 +33,30 @@ class Colours:
 
     maker: str = "colours-1"
     facts: Mapping[str, str | int] = field(default_factory=dict)
-    reads_text: bool = True
+    media: tuple[str, ...] = ("image", "audio", "text")
 
-    def prepare(self, image: bytes, key: str) -> NDArray[np.float32] | None:
+    def prepare(self, sample: Sample, medium: str) -> Any | None:
+        if medium == "text":
+            return caption_of(sample)
+        if medium == "audio":
+            return sample.fields.get("wav")
         try:
-            return np.asarray(Image.open(io.BytesIO(image)).convert("RGB"), np.float32)
+            return np.asarray(Image.open(io.BytesIO(sample.image() or b"")).convert("RGB"), np.float32)
         except OSError:
             return None
 
-    def encode_image(self, images: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        return unit(np.stack([image.mean((0, 1)) for image in images]))
+    def encode(self, medium: str, inputs: Sequence[Any]) -> NDArray[np.float32]:
+        if medium == "image":
+            return unit(np.stack([image.mean((0, 1)) for image in inputs]))
+        if medium == "audio":
+            return unit(np.array([[1 + body.count(bytes([byte])) for byte in range(3)] for body in inputs], np.float32))
+        return unit(np.array([[1 + text.count(letter) for letter in "aer"] for text in inputs], np.float32))
 
-    def encode_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        return unit(np.array([[1 + text.count(letter) for letter in "aer"] for text in texts], np.float32))
+
+def jpeg(number: int) -> bytes:
+    from tests.conftest import image
+
+    return image(number)
 
 
 def unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -136,9 +148,8 @@ def test_samples_without_image_or_caption_are_not_numbers(make_snapshot: MakeSna
     spoil = {1: {"jpg": b"broken", "txt": b"words"}, 2: {"txt": b"only words"}, 3: {"json": b"{}"}}
     embedded = run(make_snapshot((4, 4), folder=tmp_path / "set", spoil=spoil))
     features = read_features(Folder(embedded.folder), embedded.shards[0])
-    assert features.text is not None
-    assert np.isnan(features.image).all(axis=1).tolist() == [False, True, True, True]
-    assert np.isnan(features.text).all(axis=1).tolist() == [False, False, False, True]
+    assert np.isnan(features.by_medium["image"]).all(axis=1).tolist() == [False, True, True, True]
+    assert np.isnan(features.by_medium["text"]).all(axis=1).tolist() == [False, False, False, True]
     exported = FeatureExport(snapshot=embedded, folder=Folder(tmp_path / "out"))
     assert exported.write(HERE) == 5
 
@@ -150,9 +161,36 @@ def test_snapshots_without_captions_get_image_features_alone(snapshot: Snapshot,
         Folder(snapshot.folder), plain["shards"], fields=("jpg",), card=None, options={}, rows=9, dropped={}
     )
     embedded = run(bare)
-    assert read_features(Folder(bare.folder), embedded.shards[0]).text is None
+    assert list(read_features(Folder(bare.folder), embedded.shards[0]).by_medium) == ["image"]
     FeatureExport(snapshot=embedded, folder=Folder(tmp_path / "out")).write(HERE)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["img_emb", "metadata"]
+
+
+def test_sounds_get_a_column_of_their_own(make_snapshot: MakeSnapshot, tmp_path: Path) -> None:
+    """The first sample has all media, the second a sound alone, the third no sound."""
+    spoil = {
+        0: {"jpg": jpeg(0), "wav": b"\0\1\1", "txt": b"a red tree"},
+        1: {"wav": b"\2\2\2"},
+        2: {"jpg": jpeg(2), "txt": b"are"},
+    }
+    made = make_snapshot((3,), folder=tmp_path / "set", spoil=spoil)
+    embedded = run(replace(made, fields=("jpg", "txt", "wav")))
+    features = read_features(Folder(embedded.folder), embedded.shards[0]).by_medium
+    assert list(features) == ["image", "audio", "text"]
+    heard = unit(np.array([[2, 3, 1], [1, 1, 4]], np.float32))
+    np.testing.assert_allclose(features["audio"][:2].astype(np.float32), heard, atol=1e-3)
+    missing = {medium: np.isnan(rows).all(axis=1).tolist() for medium, rows in features.items()}
+    assert missing["audio"] == [False, False, True] and missing["image"] == missing["text"] == [False, True, False]
+    out = tmp_path / "out"
+    assert FeatureExport(snapshot=embedded, folder=Folder(out)).write(HERE) == 1
+    assert sorted(path.name for path in out.iterdir()) == ["audio_emb", "img_emb", "metadata", "text_emb"]
+    np.testing.assert_allclose(np.load(out / "audio_emb" / "audio_emb_0.npy"), heard[:1], atol=1e-3)
+
+
+def test_a_snapshot_without_a_medium_of_the_model_is_refused(make_snapshot: MakeSnapshot, tmp_path: Path) -> None:
+    bare = make_snapshot((1,), folder=tmp_path / "set", spoil={0: {"npy": b"numbers"}})
+    with pytest.raises(SettingError, match="image, audio, text.*fields: .*npy"):
+        run(replace(bare, fields=("npy",)))
 
 
 def test_ray_makes_the_same_files(snapshot: Snapshot, tmp_path: Path, ray_cluster: Any) -> None:

@@ -17,7 +17,9 @@ from pipeline.shards.sample import Sample
 from pipeline.shards.sidecar import sidecar_file
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.shards.storage import Folder
-from pipeline.stages.annotate.caption_phrases import AnnotatedPhrases, ExtractedPhrases
+from pipeline.stages.annotate.annotator import Annotation, annotate
+from pipeline.stages.annotate.caption_phrases import AnnotatedPhrases, ExtractedPhrases, StoredPhrases
+from pipeline.stages.annotate.phrases import LoadPhraseMaker
 from pipeline.stages.annotate.pseudo_box_maker import (
     FoundBoxes,
     LoadPseudoBoxMaker,
@@ -31,6 +33,7 @@ from pipeline.stages.annotate.pseudo_box_maker import (
 )
 from pipeline.stages.annotate.pseudo_boxes import (
     PseudoBoxCounts,
+    counts_of_row,
     objects_of_row,
     read_counts,
     read_pseudo_boxes,
@@ -70,23 +73,30 @@ def test_rows_of_every_kind_of_sample(tmp_path: Path) -> None:
     rows = rows_of(snapshot)
     assert list(rows) == [one.key for one in samples]
     first = rows["0"]
-    assert (first["height"], first["width"], first["caption"]) == (32, 48, "dog x caterpillar")
+    assert (first["height"], first["width"], first["captions"]) == (32, 48, ["dog x caterpillar"])
     assert [(one["start"], one["end"]) for one in first["phrases"]] == [(0, 3), (4, 5), (6, 17)]
     # The second box of a phrase overlaps the first one; the third has a score that is too low for "dog".
     assert first["boxes"] == [6, 0, 48, 32, 0, 0, 4, 4, 0, 0, 48, 32] and first["phrase"] == [2, 2, 0]
     assert first["scores"] == pytest.approx([1.0, 0.55, 0.3])
-    assert rows["1"]["phrases"] == [] and rows["1"]["caption"] == "" and rows["1"]["height"] == 32
-    assert rows["2"]["caption"] is None and rows["2"]["height"] == 20 and rows["3"]["height"] == 0
+    assert rows["1"]["phrases"] == [] and rows["1"]["captions"] == [""] and rows["1"]["height"] == 32
+    assert rows["2"]["captions"] == [] and rows["2"]["height"] == 20 and rows["3"]["height"] == 0
     assert rows["4"]["height"] == 0 and rows["5"]["boxes"][:4] == [2, 0, 16, 64]
     assert [one["cut"] for one in rows["6"]["phrases"]] == [False, True] and set(rows["6"]["phrase"]) == {0}
     counts = sum((read_counts(Folder(snapshot.folder), shard) for shard in snapshot.shards), PseudoBoxCounts())
-    expected = {"images": 7, "unreadable": 2, "without_caption": 1, "without_phrases": 1, "without_boxes": 2}
+    expected = {
+        "images": 7,
+        "unreadable": 2,
+        "without_caption": 1,
+        "captions": 4,
+        "without_phrases": 1,
+        "without_boxes": 2,
+    }
     assert {name: getattr(counts, name) for name in expected} == expected
-    assert (counts.phrases, counts.unusable, counts.cut, counts.found) == (9, 10, 1, 4)
+    assert (counts.phrases, counts.unusable, counts.cut, counts.found) == (7, 10, 1, 4)
     assert counts.boxes == sum(len(row["scores"]) for row in rows.values()) == 6
     assert counts.boxes_from(0.5) == sum(score >= 0.5 for row in rows.values() for score in row["scores"])
     assert counts.metrics()["boxes_per_caption"] == pytest.approx(6 / 4)
-    assert "6 boxes" in str(counts) and "4 of 9 phrases" in str(counts)
+    assert "6 boxes" in str(counts) and "4 of 7 phrases" in str(counts)
 
 
 def test_objects_of_a_row_follow_the_threshold(tmp_path: Path) -> None:
@@ -97,6 +107,29 @@ def test_objects_of_a_row_follow_the_threshold(tmp_path: Path) -> None:
     assert [one.objects for one in whole.phrases] == [(2,), (), (0, 1)]
     assert [one.objects for one in strict.phrases] == [(), (), (0, 1)] and strict.left_out == 1
     assert strict.scores == pytest.approx([1.0, 0.55]) and strict.caption == "dog x caterpillar"
+
+
+def test_every_caption_of_an_image_is_grounded(tmp_path: Path) -> None:
+    """The boxes of each caption are those of the caption alone; phrases of all captions are numbered together."""
+    texts = ["dog x caterpillar", "", "bird", "a" * 29 + " hidden"]
+    (row,) = rows_of(make(publish(tmp_path / "all", [captioned("0", "|".join(texts))]))).values()
+    assert row["captions"] == texts and [one["caption"] for one in row["phrases"]] == [0, 0, 0, 2, 3, 3]
+    boxes = np.array(row["boxes"]).reshape(-1, 4)
+    for number, text in enumerate(texts):
+        (alone,) = rows_of(make(publish(tmp_path / f"{number}", [captioned("0", text)]))).values()
+        mine = [place for place, phrase in enumerate(row["phrase"]) if row["phrases"][phrase]["caption"] == number]
+        assert boxes[mine].ravel().tolist() == alone["boxes"] and [row["scores"][n] for n in mine] == alone["scores"]
+        found, expected = objects_of_row(row, 0.5), objects_of_row(alone, 0.5)
+        assert found is not None and expected is not None
+        named = [
+            (one.start, one.end, found.boxes[list(one.objects)].tolist()) for one in found.captions[number].phrases
+        ]
+        assert found.captions[number].text == text
+        assert named == [(one.start, one.end, expected.boxes[list(one.objects)].tolist()) for one in expected.phrases]
+        labels = [found.labels[n] for one in found.captions[number].phrases for n in one.objects]
+        assert sorted(labels) == sorted(expected.labels)
+    counts = counts_of_row(row)
+    assert (counts.images, counts.captions, counts.without_phrases, counts.cut) == (1, 4, 1, 1)
 
 
 def test_finished_shards_are_kept_and_other_settings_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,18 +213,38 @@ def test_phrases_of_other_sources(tmp_path: Path) -> None:
         "height": 32,
         "objects": [{"label": "dog", "bbox": [0, 0, 9, 9], "id": 4}],
         "caption": "a dog sits",
+        "more_captions": [{"caption": "dogs", "phrases": [{"start": 0, "end": 4, "objects": [4]}]}, {"caption": ""}],
     }
     record["phrases"] = [{"start": 2, "end": 5, "objects": [4]}, {"start": 6, "end": 10, "objects": []}]
     sample = captioned("0", "a red dog sits on the grass")
     sample.fields["boxes.json"] = json.dumps(record).encode()
-    found = AnnotatedPhrases().of_shard(None)(sample)  # type: ignore[arg-type]
-    assert (found.caption, list(found.spans)) == ("a dog sits", [(2, 5)])
+    first, second = AnnotatedPhrases().of_shard(None)(sample)  # type: ignore[arg-type]
+    assert (first.caption, list(first.spans)) == ("a dog sits", [(2, 5)])
+    assert (second.caption, list(second.spans)) == ("dogs", [(0, 4)])
     source = ExtractedPhrases("rules", ReadSampleCaptions(caption="txt"))
-    found = source.of_shard(None)(sample)  # type: ignore[arg-type]
-    assert [str(found.caption)[slice(*span)] for span in found.spans] == ["red dog", "grass"]
-    assert source.of_shard(None)(Sample("1", {})).caption is None  # type: ignore[arg-type]
+    (found,) = source.of_shard(None)(sample)  # type: ignore[arg-type]
+    assert [found.caption[slice(*span)] for span in found.spans] == ["red dog", "grass"]
+    assert source.of_shard(None)(Sample("1", {})) == []  # type: ignore[arg-type]
+    sample.fields["json"] = json.dumps({"captions": ["a red dog", " ", "the \ud83d bus"]}).encode()
+    several = ExtractedPhrases("rules", ReadSampleCaptions(caption="auto")).of_shard(None)(sample)  # type: ignore[arg-type]
+    assert [(one.caption, list(one.spans)) for one in several] == [("a red dog", [(2, 9)]), ("the ? bus", [(6, 9)])]
     with pytest.raises(SettingError):
         ExtractedPhrases("nobody", ReadSampleCaptions(caption="txt"))
+
+
+def test_stored_phrases_of_several_captions(tmp_path: Path) -> None:
+    """From a sidecar as by its extractor, caption by caption; a caption without phrases stays."""
+    texts = [["a red dog", "of and the", "two cats on the \ud83d mat"], ["a bus"], []]
+    samples = [Sample(f"{n}", {"json": json.dumps({"captions": some}).encode()}) for n, some in enumerate(texts)]
+    read = ReadSampleCaptions(caption="auto")
+    load = LoadPhraseMaker(extractor="rules", caption="auto", captions=read)
+    snapshot = annotate(publish(tmp_path, samples), load, Annotation(name="phrases"), LOCAL, use_gpu=False)
+    stored = StoredPhrases(snapshot, "phrases", "auto", read).of_shard(snapshot.shards[0])
+    extracted = ExtractedPhrases("rules", read).of_shard(snapshot.shards[0])
+    found = [stored(one) for one in samples]
+    assert found == [extracted(one) for one in samples]
+    spelt = [[[text.caption[slice(*span)] for span in text.spans] for text in some] for some in found]
+    assert spelt == [[["red dog"], [], ["two cats", "mat"]], [["bus"]], []]
 
 
 def test_options_are_checked() -> None:

@@ -15,6 +15,7 @@ from pipeline.errors import DataError, SettingError, SidecarError
 from pipeline.evaluation.embedder import LoadEmbedder, ViewEmbedder, Views
 from pipeline.evaluation.models import load_model
 from pipeline.loaders.images import ImageTransform, crop_bits, decode
+from pipeline.shards.sample import Sample
 from pipeline.shards.selection import select
 from pipeline.shards.sidecar import write_sidecar
 from pipeline.shards.snapshot import Snapshot, publish_shards
@@ -36,13 +37,6 @@ def views_of(snapshot: Snapshot, views: int = 2, **settings: Any) -> Snapshot:
 
 def maker(views: int = 2, **settings: Any) -> str:
     return ViewEmbedder(load_model(TINY, "cpu"), Views(views=views, **settings)).maker
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Any:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -75,10 +69,10 @@ def test_more_views_leave_the_first_ones_as_they_are(snapshot: Snapshot) -> None
     few, many = (ViewEmbedder(load_model(TINY, "cpu"), Views(views=views)) for views in (2, 5))
     image = coloured_sample(0, 0, 0).image()
     assert image is not None
-    one, other = few.prepare(image, "a"), many.prepare(image, "a")
+    one, other = few.prepare(Sample("a", {"jpg": image}), "image"), many.prepare(Sample("a", {"jpg": image}), "image")
     assert one is not None and other is not None and torch.equal(one, other[:3])
-    assert not torch.equal(one[1:], few.prepare(image, "b")[1:])  # type: ignore[index]
-    assert few.prepare(b"no image", "a") is None
+    assert not torch.equal(one[1:], few.prepare(Sample("b", {"jpg": image}), "image")[1:])  # type: ignore[index]
+    assert few.prepare(Sample("a", {"jpg": b"no image"}), "image") is None
 
 
 def test_what_a_selection_hides_is_not_read(snapshot: Snapshot) -> None:
@@ -140,16 +134,13 @@ def test_numbers_that_are_none_in_a_sidecar_are_refused(snapshot: Snapshot) -> N
 
 def test_a_model_without_finite_features_is_said_so(snapshot: Snapshot) -> None:
     class Broken:
-        maker, facts, reads_text = "broken", {"views": 1}, False
+        maker, facts, media = "broken", {"views": 1}, ("image",)
 
-        def prepare(self, image: bytes, key: str) -> bytes:
-            return image
+        def prepare(self, sample: Sample, medium: str) -> bytes | None:
+            return sample.image()
 
-        def encode_image(self, images: Any) -> Any:
-            return np.full((len(images), 1, 4), 1e6, np.float32)
-
-        def encode_text(self, texts: Any) -> Any:
-            raise AssertionError
+        def encode(self, medium: str, inputs: Any) -> Any:
+            return np.full((len(inputs), 1, 4), 1e6, np.float32)
 
     with pytest.raises(DataError, match="sample 0000000: the model gives features that are not finite, or too large"):
         embed(snapshot, lambda threads: Broken(), EmbedOptions(), HERE)

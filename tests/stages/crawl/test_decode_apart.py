@@ -12,16 +12,18 @@ import psutil
 import pytest
 from PIL import Image
 
+from pipeline.codecs.image import ImageCodec
+from pipeline.codecs.image_encoding import ImageOptions, transform
 from pipeline.errors import SampleError
 from pipeline.stages.crawl import decode_apart
-from pipeline.stages.crawl.decode_apart import Apart, needs_care
-from pipeline.stages.crawl.images import ImageOptions, transform
+from pipeline.stages.crawl.decode_apart import Apart
 
+CODEC = ImageCodec()
 STAND_IN = """
 import os, time
 from pipeline.stages.crawl import decode_apart
-from pipeline.stages.crawl import images
-honest = images.transform
+from pipeline.codecs import image
+honest = image.transform
 def decoder(body, options):
     if body.endswith(b"hang"): time.sleep(3600)
     if body.endswith(b"spin"):
@@ -30,7 +32,7 @@ def decoder(body, options):
     if body.endswith(b"raise"): raise ZeroDivisionError("a hole in a decoder")
     if body.endswith(b"chatter"): os.write(1, b"a library says hello")
     return honest(body, options)
-decode_apart.transform = decoder
+image.transform = decoder
 decode_apart.serve()
 """
 
@@ -55,31 +57,31 @@ def encoded(kind: str, seed: int = 0) -> bytes:
     ],
 )
 def test_only_rare_kinds_are_decoded_apart(kind: str, apart: bool) -> None:
-    assert needs_care(encoded(kind)) is apart
+    assert CODEC.needs_care(encoded(kind)) is apart
 
 
 def test_what_is_no_picture_needs_no_care() -> None:
-    assert not any(map(needs_care, (b"", b"<html>", b"RIFF", b"\xff\xd8\xff")))
+    assert not any(map(CODEC.needs_care, (b"", b"<html>", b"RIFF", b"\xff\xd8\xff")))
 
 
 def test_the_images_are_the_same() -> None:
     options = ImageOptions(image_size=32, encode_format="png", encode_quality=3, apply_exif_orientation=True)
-    with Apart(options) as apart:
+    with Apart("image", options) as apart:
         for kind in ("GIF", "BMP", "TIFF", "PPM", "JPEG2000"):
             for seed in range(2):
                 body = encoded(kind, seed)
-                assert apart.transform(body) == transform(body, options)
+                assert apart.encode(body) == CODEC.encode(body, options)
         with pytest.raises(SampleError) as theirs:
             transform(encoded("GIF")[:200], options)
         with pytest.raises(SampleError) as ours:
-            apart.transform(encoded("GIF")[:200])
+            apart.encode(encoded("GIF")[:200])
         assert str(ours.value) == str(theirs.value) and ours.value.error_class == theirs.value.error_class
         assert ours.value.status == "failed_to_resize"
 
 
 def test_no_process_is_started_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", None)
-    with Apart(ImageOptions()):
+    with Apart("image", ImageOptions()):
         pass
 
 
@@ -91,8 +93,8 @@ def strange(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("strange")
 def test_one_bad_decoder_costs_one_image(capfd: pytest.CaptureFixture[str]) -> None:
     good, options = encoded("GIF"), ImageOptions(image_size=32)
-    expected = transform(good, options)
-    with Apart(options, seconds=0.5) as apart:
+    expected = CODEC.encode(good, options)
+    with Apart("image", options, seconds=0.5) as apart:
         for tail, error_class in [
             (b"hang", "decode_timeout"),
             (b"spin", "decode_timeout"),
@@ -102,37 +104,37 @@ def test_one_bad_decoder_costs_one_image(capfd: pytest.CaptureFixture[str]) -> N
             (b"chatter", None),
         ]:
             if error_class is None:
-                assert apart.transform(good + tail).data == expected.data
+                assert apart.encode(good + tail).fields == expected.fields
                 continue
             with pytest.raises(SampleError) as error:
-                apart.transform(good + tail)
+                apart.encode(good + tail)
             assert (error.value.status, error.value.error_class) == ("failed_to_resize", error_class)
-            assert apart.transform(good) == expected, "the next image is as good as ever"
+            assert apart.encode(good) == expected, "the next image is as good as ever"
 
 
 @pytest.mark.usefixtures("strange")
 def test_a_child_that_was_killed_between_two_images_is_replaced() -> None:
     good = encoded("GIF")
-    with Apart(ImageOptions()) as apart:
-        expected = apart.transform(good)
+    with Apart("image", ImageOptions()) as apart:
+        expected = apart.encode(good)
         assert apart._child is not None
         os.kill(apart._child.pid, signal.SIGKILL)
         with pytest.raises(SampleError, match="crashed"):
-            apart.transform(good)
-        assert apart.transform(good) == expected
+            apart.encode(good)
+        assert apart.encode(good) == expected
 
 
 def test_the_child_goes_with_its_parent() -> None:
     program = f"""
 import os, signal
 from pipeline.stages.crawl import decode_apart
-from pipeline.stages.crawl.images import ImageOptions
+from pipeline.codecs.image_encoding import ImageOptions
 decode_apart._PROGRAM = {STAND_IN!r}
-apart = decode_apart.Apart(ImageOptions(image_size=32), seconds=1.0)
-apart.transform(bytes.fromhex({encoded("GIF").hex()!r}))
+apart = decode_apart.Apart("image", ImageOptions(image_size=32), seconds=1.0)
+apart.encode(bytes.fromhex({encoded("GIF").hex()!r}))
 print(apart._child.pid, flush=True)
 signal.setitimer(signal.ITIMER_REAL, 0.3)  # ends the parent while the child hangs
-apart.transform(bytes.fromhex({(encoded("GIF") + b"hang").hex()!r}))
+apart.encode(bytes.fromhex({(encoded("GIF") + b"hang").hex()!r}))
 """
     path = os.pathsep.join(part for part in sys.path if part)
     done = subprocess.run(
@@ -156,18 +158,19 @@ def is_running(process: int) -> bool:
 def test_time_of_a_decoder_is_limited_by_its_work() -> None:
     """A text PPM is parsed in Python: seconds for the work of a few bytes in other kinds."""
     body = b"P3 1500 1500 255\n" + b"1 2 3 " * (1500 * 1500)
-    with Apart(ImageOptions(), seconds=0.2) as apart, pytest.raises(SampleError) as error:
-        apart.transform(body)
+    with Apart("image", ImageOptions(), seconds=0.2) as apart, pytest.raises(SampleError) as error:
+        apart.encode(body)
     assert error.value.error_class == "decode_timeout"
 
 
 HUNGRY = """
+from pipeline.codecs import image
 from pipeline.stages.crawl import decode_apart
-honest = decode_apart.transform
+honest = image.transform
 def decoder(body, options):
     if body.endswith(b"hungry"): bytearray(400_000_000)
     return honest(body, options)
-decode_apart.transform = decoder
+image.transform = decoder
 decode_apart.serve()
 """
 
@@ -175,13 +178,13 @@ decode_apart.serve()
 def test_memory_of_a_decoder_is_limited_by_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_apart, "_PROGRAM", HUNGRY)
     good = encoded("GIF")
-    with Apart(ImageOptions(max_pixels=10_000_000)) as apart:
+    with Apart("image", ImageOptions(max_pixels=10_000_000)) as apart:
         with pytest.raises(SampleError, match="--max-pixels") as error:
-            apart.transform(good + b"hungry")
+            apart.encode(good + b"hungry")
         assert error.value.error_class == "decode_memory"
-        assert apart.transform(good).width == 256
-    with Apart(ImageOptions(max_pixels=100_000_000)) as apart:
-        assert apart.transform(good + b"hungry").width == 256
+        assert apart.encode(good).columns["width"] == 256
+    with Apart("image", ImageOptions(max_pixels=100_000_000)) as apart:
+        assert apart.encode(good + b"hungry").columns["width"] == 256
 
 
 def test_jpeg_2000_pays_for_the_memory_of_its_decoder() -> None:

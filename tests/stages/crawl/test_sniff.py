@@ -6,9 +6,10 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import SampleError
+from pipeline.shards.media import ENOUGH, IMAGE
 from pipeline.shards.pixels import read_header
 from pipeline.stages.crawl.failure import Failure
-from pipeline.stages.crawl.sniff import ENOUGH, refuse_non_images, starts_like_an_image
+from pipeline.stages.crawl.sniff import refuse_other_media
 
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"]
 
@@ -23,8 +24,8 @@ def encoded(kind: str) -> bytes:
 def test_images_are_known_by_their_first_bytes(kind: str) -> None:
     body = encoded(kind)
     assert read_header(body)
-    assert starts_like_an_image(body[:ENOUGH])
-    refuse_non_images(body[:ENOUGH], 200)
+    assert IMAGE.starts(body[:ENOUGH])
+    refuse_other_media(body[:ENOUGH], IMAGE, 200)
 
 
 OTHERS = [
@@ -46,6 +47,6 @@ def test_other_things_get_the_class_and_words_of_the_decoder(body: bytes) -> Non
     with pytest.raises(SampleError) as theirs:
         read_header(body)
     with pytest.raises(Failure) as ours:
-        refuse_non_images(body[:ENOUGH], 200)
+        refuse_other_media(body[:ENOUGH], IMAGE, 200)
     assert (ours.value.error_class, ours.value.message) == (theirs.value.error_class, theirs.value.message)
     assert ours.value.status == theirs.value.status and not ours.value.may_pass

@@ -107,13 +107,15 @@ def make_data(tmp_path: Path) -> Dataset:
     return Dataset(tmp_path / "data")
 
 
-def _add_embeddings(snapshot: Snapshot, image: Any, text: Any = None, skip: Collection[int] = ()) -> None:
+def _add_embeddings(
+    snapshot: Snapshot, image: Any = None, text: Any = None, skip: Collection[int] = (), audio: Any = None
+) -> None:
     """Write the sidecar ``embeddings`` from rows [samples, D], but for the numbers in ``skip``."""
     start = 0
     for number, shard in enumerate(snapshot.shards):
         rows = [row for row in range(start, start + shard.stored) if row not in skip]
         columns: dict[str, Any] = {"key": pa.array([sample_key(number, row - start, 100) for row in rows], pa.string())}
-        for name, values in (("image", image), ("text", text)):
+        for name, values in (("image", image), ("audio", audio), ("text", text)):
             if values is not None:
                 flat = pa.array(values[rows].astype(np.float16).reshape(-1))
                 columns[name] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])

@@ -197,6 +197,17 @@ def test_clip_score_has_laions_threshold(make_data: Any):
     assert kept(scored(make_data, [0.3, 0.27, 0.29, -0.5, 1.0]), ClipScore()) == [0, 2, 4]
 
 
+def test_sounds_are_scored_against_captions(make_data: Any):
+    """The second pair is far apart, the third sound has no features; images are not there."""
+    snapshot = make_data(["a"] * 3)
+    audio = np.array([[0.6, 0.8], [1.0, 0.0], [np.nan, np.nan]])
+    make_data.add_embeddings(snapshot, text=np.array([[0.0, 1.0]] * 3), audio=audio)
+    found = reasons(snapshot, ClipScore(clip_medium="audio"))
+    assert found == ["", "clip_score.clip_score", "clip_score.no_score"]
+    with pytest.raises(SidecarError, match="has no image"):
+        filter_snapshot(snapshot, [ClipScore()], HERE)
+
+
 def test_clip_score_from_a_column(make_data: Any):
     snapshot = make_data(["a"] * 4, columns={"similarity": [0.28, 0.2799, None, 0.4]})
     found = reasons(snapshot, ClipScore(score_column="similarity"))
@@ -222,6 +233,7 @@ def test_the_best_fraction_is_the_sorted_ones(make_data: Any, fraction):
         (SemanticDuplicates(clusters=0), "clusters"),
         (ClipScore(min_clip_score=28), "min_clip_score"),
         (ClipScore(clip_fraction=30), "clip_fraction"),
+        (ClipScore(clip_medium="smell"), "clip_medium"),
     ],
 )
 def test_bad_options_are_named(made, field, make_data: Any):

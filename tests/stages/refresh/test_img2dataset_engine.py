@@ -13,13 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipeline.codecs.image_encoding import ImageOptions
+from pipeline.codecs.options import MediaOptions
 from pipeline.errors import SettingError, SnapshotError
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import TarShard
 from pipeline.sources.urls import UrlTable
 from pipeline.stages.crawl.download import DownloadOptions
-from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers
@@ -31,7 +32,7 @@ from pipeline.stages.refresh.img2dataset_engine import guarded_opener, refresh_w
 pytestmark = pytest.mark.filterwarnings("ignore")  # img2dataset itself gives many warnings
 
 OPTIONS = ShardOptions(
-    images=ImageOptions(image_size=64, exact=True),
+    media=MediaOptions(image=ImageOptions(image_size=64, exact=True)),
     downloads=DownloadOptions(allow_hosts=("127.0.0.1",), timeout=5.0, thread_count=8),
     number_sample_per_shard=5,
 )
@@ -99,7 +100,7 @@ def compare_tables(mine: Any, other: Any) -> None:
 
 
 def test_its_engine_keeps_our_rule_about_addresses(table: UrlTable, tmp_path: Path, ray_cluster: Any) -> None:
-    closed = ShardOptions(images=OPTIONS.images, number_sample_per_shard=5)
+    closed = ShardOptions(media=OPTIONS.media, number_sample_per_shard=5)
     with pytest.raises(SnapshotError, match="no row became a sample.*most often: .*not a public address"):
         refresh_with_img2dataset(table, Folder(tmp_path / "out"), closed, Workers())
 

@@ -19,17 +19,18 @@ import pytest
 import ray
 from PIL import Image
 
+from pipeline.codecs.image_encoding import ImageOptions
+from pipeline.codecs.options import MediaOptions
 from pipeline.errors import SettingError, SnapshotError, StorageError
 from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Snapshot, read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import TarWriter, iterate_tar
 from pipeline.sources.folder import ImageFolder
-from pipeline.sources.source import Row, Slice
+from pipeline.sources.source import Part, Row, Slice
 from pipeline.sources.urls import UrlTable
 from pipeline.sources.webdataset import WebDatasetTars
 from pipeline.stages.crawl.download import DownloadOptions
-from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers
@@ -47,7 +48,7 @@ def image(number: int, size: tuple[int, int] = (80, 60), form: str = "JPEG", mod
 
 def options(rows: int = 4, **images: Any) -> ShardOptions:
     shaped = ImageOptions(**{"image_size": 32, **images})
-    return ShardOptions(images=shaped, downloads=LOOPBACK, number_sample_per_shard=rows)
+    return ShardOptions(media=MediaOptions(image=shaped), downloads=LOOPBACK, number_sample_per_shard=rows)
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -205,7 +206,7 @@ class Fatal:
             if number == 6 and not os.path.exists(self.mark):
                 open(self.mark, "w").close()
                 os._exit(9)
-            yield Row(url=str(number), caption="c", image=image(number))
+            yield Row(url=str(number), caption="c", parts=(Part("image", image(number)),))
 
     def schema(self) -> Mapping[str, type]:
         return {}
@@ -361,7 +362,7 @@ def test_loopback_is_refused_unless_named(tmp_path: Path, serve: Any) -> None:
     server = serve({"a.jpg": image(0)})
     pandas.DataFrame({"url": [f"{server.url}/a.jpg"]}).to_parquet(tmp_path / "list.parquet")
     source = UrlTable(url_list=str(tmp_path / "list.parquet"))
-    closed = ShardOptions(images=ImageOptions(image_size=32))
+    closed = ShardOptions(media=MediaOptions(image=ImageOptions(image_size=32)))
     with pytest.raises(SnapshotError, match="policy"):
         refresh(source, Folder(tmp_path / "out"), closed, HERE)
     assert server.requests == []

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipeline.codecs.image_encoding import ImageOptions
+from pipeline.codecs.options import MediaOptions
 from pipeline.errors import SettingError, SnapshotError, TooManyFailures
 from pipeline.shards.lease import LEASE
 from pipeline.shards.selection import read_samples
@@ -23,7 +26,6 @@ from pipeline.shards.storage import Folder
 from pipeline.sources.folder import ImageFolder
 from pipeline.sources.urls import UrlTable
 from pipeline.stages.crawl.download import DownloadOptions
-from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.progress import Floor
 from pipeline.stages.refresh.refresh import refresh
@@ -33,7 +35,7 @@ from pipeline.stages.shard_tasks import Workers
 HERE = Workers(processes_count=0)
 LATEST = Renewal(parent="latest")
 OPTIONS = ShardOptions(
-    images=ImageOptions(image_size=32),
+    media=MediaOptions(image=ImageOptions(image_size=32)),
     downloads=DownloadOptions(allow_hosts=("127.0.0.1",), timeout=5.0),
     number_sample_per_shard=4,
 )
@@ -270,7 +272,9 @@ def test_only_the_newest_snapshot_is_a_parent_and_only_of_its_own_options(world:
     ):
         with pytest.raises(SettingError, match=said):
             world.refresh(range(7), Renewal(parent=parent))
-    other = ShardOptions(images=ImageOptions(image_size=48), downloads=OPTIONS.downloads, number_sample_per_shard=4)
+    other = ShardOptions(
+        media=MediaOptions(image=ImageOptions(image_size=48)), downloads=OPTIONS.downloads, number_sample_per_shard=4
+    )
     with pytest.raises(SettingError, match="image_size: got 48"):
         refresh(world.source(range(6)), world.folder, other, HERE, renewal=LATEST)
 
@@ -310,7 +314,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
             raise Killed
 
     def write(self: Folder, name: str, content: bytes | Path) -> None:
-        if not self.path.startswith("/tmp/clipmill-"):
+        if not self.path.startswith(f"{tempfile.gettempdir()}/clipmill-"):
             spend()
         real_write(self, name, content)
 

@@ -8,13 +8,14 @@ from typing import Any
 import pandas
 import pytest
 
+from pipeline.codecs.image_encoding import ImageOptions
+from pipeline.codecs.options import MediaOptions
 from pipeline.errors import SettingError
 from pipeline.shards.selection import read_samples
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.sources.urls import UrlTable
 from pipeline.stages.crawl.download import DownloadOptions
-from pipeline.stages.crawl.images import ImageOptions
 from pipeline.stages.refresh import revalidation
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.refresh import refresh
@@ -61,7 +62,9 @@ class Site:
         pandas.DataFrame(rows).to_parquet(self.list)
         downloads = DownloadOptions(allow_hosts=("127.0.0.1",), retries=0, **more)
         options = ShardOptions(
-            images=ImageOptions(disable_all_reencoding=True), downloads=downloads, number_sample_per_shard=4
+            media=MediaOptions(image=ImageOptions(disable_all_reencoding=True)),
+            downloads=downloads,
+            number_sample_per_shard=4,
         )
         table = UrlTable(url_list=str(self.list), caption_col="caption", **source)
         self.server.requests.clear()

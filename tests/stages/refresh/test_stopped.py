@@ -29,7 +29,7 @@ from pipeline.stages.shard_tasks import Workers
 pytestmark = pytest.mark.slow
 
 HERE = Workers(processes_count=0)
-OPTIONS = ShardOptions(images=AS_IT_IS.images, number_sample_per_shard=4)
+OPTIONS = ShardOptions(media=AS_IT_IS.media, number_sample_per_shard=4)
 LATEST = Renewal(parent="latest")
 CONTEXT: Any = multiprocessing.get_context("forkserver")  # imports once, then each process starts in a few ms
 CONTEXT.set_forkserver_preload(["pipeline.stages.refresh.refresh", "pipeline.sources.drawn.source"])

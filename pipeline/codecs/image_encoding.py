@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from pipeline.config import require
 from pipeline.errors import SampleError, SettingError
 from pipeline.shards.exif import exif_json, orientation_of, read_exif
+from pipeline.shards.media import IMAGE
 from pipeline.shards.pixels import (
     MOST_PIXELS,
     WHITE,
@@ -41,7 +42,6 @@ from pipeline.shards.pixels import (
     turned,
     use_one_thread,
 )
-from pipeline.shards.sample import IMAGE_KINDS
 
 ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
 Interpolation = Literal["nearest", "linear", "bilinear", "cubic", "bicubic", "area", "lanczos", "lanczos4"]
@@ -197,7 +197,7 @@ def transform(body: bytes, options: ImageOptions) -> EncodedImage:
     _check_output(geometry, options)
     kept = not geometry.changes and orientation == 1 and _may_keep(body, header, options)
     data = body if kept else _convert(body, header, geometry, orientation, options)
-    ending = IMAGE_KINDS[header.kind][0] if kept else options.encode_format
+    ending = IMAGE.kinds[header.kind][0] if kept else options.encode_format
     text = exif_json(exif) if options.extract_exif else None
     return EncodedImage(data, ending, *geometry.final, *geometry.original, text, kept)
 
@@ -350,7 +350,7 @@ def _may_keep(body: bytes, header: Header, options: ImageOptions) -> bool:
     if options.keep_bytes:
         decode_pixels(body, header, shrink=8)
         return True
-    if not options.skip_reencode or IMAGE_KINDS[header.kind][0] != options.encode_format or header.animated:
+    if not options.skip_reencode or IMAGE.kinds[header.kind][0] != options.encode_format or header.animated:
         return False
     if header.kind == "jpeg" and header.colour not in ("YCbCr", "RGB", "Gray"):
         return False

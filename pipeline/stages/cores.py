@@ -18,6 +18,12 @@ def cores(membership: Path = MEMBERSHIP, cgroups: Path = CGROUPS) -> int:
     return max(1, int(min([seen, *_shares(membership, cgroups)])))
 
 
+def threads() -> int:
+    """CPU threads of a model that computes in this process: ``OMP_NUM_THREADS`` if it is set, else :func:`cores`."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return int(asked) if asked.isdecimal() and int(asked) else cores()
+
+
 def _shares(membership: Path, cgroups: Path) -> Iterator[float]:
     """The quotas, in cores, of this process's control groups and of their parents."""
     try:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.loaders.cores import cores
+from pipeline.stages.cores import cores, threads
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +53,12 @@ def test_without_control_groups(tmp_path: Path) -> None:
 
 def test_here() -> None:
     assert 1 <= cores() <= 16
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 16), ("3", 3), ("2,1", 2), ("", 16), ("0", 16), ("many", 16)])
+def test_a_users_number_of_threads_is_used(asked: str | None, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.stages.cores.cores", lambda: 16)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert threads() == expected

@@ -19,10 +19,10 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageOps
 
+from pipeline.codecs import image_encoding as images
+from pipeline.codecs.image_encoding import EncodedImage, ImageOptions, plan, transform
 from pipeline.errors import SampleError, SettingError
 from pipeline.shards.pixels import composite, jpeg_scans, read_header
-from pipeline.stages.crawl import images
-from pipeline.stages.crawl.images import EncodedImage, ImageOptions, plan, transform
 
 Array = npt.NDArray[np.uint8]
 MODES = ["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]

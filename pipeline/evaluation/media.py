@@ -1,0 +1,148 @@
+"""The media of evaluated models and sets: images, sounds, texts, and whatever :mod:`pipeline.shards.media` names.
+
+A model encodes a medium M if it has ``encode_M``, from one tensor of a batch to features float [B, D]. A reader makes
+that tensor from a sample: ``M_reader()`` of the model, whose batch has it under the key M; for images the reader of
+``transforms(train=False)``, for texts the ``tokenizer``. The representation of a reader, a frozen dataclass, names its
+settings: stored features are those of the same weights and readers.
+
+A model whose class has more encoders than its config needs lists its media in ``encodes``.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.config import require
+from pipeline.errors import SettingError
+from pipeline.evaluation.data import SnapshotData
+from pipeline.evaluation.task import PreparedSet
+from pipeline.loaders.batches import Reader, Row, SamplePosition
+from pipeline.loaders.readers import CaptionsReader, ImageReader
+from pipeline.loaders.samples import UnreadableSample
+from pipeline.shards.media import MEDIA
+from pipeline.shards.sample import Sample
+
+TEXT = "text"
+KNOWN = (*MEDIA, TEXT)
+AUTO = "auto"
+LOOKED_AT = 8
+"""Samples of a card that show which media it has."""
+
+
+def encoded_media(model: object) -> tuple[str, ...]:
+    """The media that ``model`` encodes, in the order of :data:`KNOWN`."""
+    listed = getattr(model, "encodes", None)
+    names = KNOWN if listed is None else tuple(listed)
+    return tuple(name for name in KNOWN if name in names and callable(getattr(model, f"encode_{name}", None)))
+
+
+def medium_reader(model: Any, medium: str) -> Reader:
+    """The reader of a model's input of a medium other than text, without augmentation."""
+    own = getattr(model, f"{medium}_reader", None)
+    if own is None and medium == "image":
+        return ImageReader(transform=model.transforms(train=False))
+    if own is None:
+        raise SettingError("checkpoint", type(model).__name__, f"a model with {medium}_reader, as it encodes {medium}")
+    reader: Reader = own()
+    return reader
+
+
+def encode_inputs(model: Any, medium: str, inputs: Tensor, device: torch.device) -> Tensor:
+    """Features of a batch's inputs of a medium other than text: float32 [B, D] with unit length, on ``device``."""
+    return functional.normalize(getattr(model, f"encode_{medium}")(inputs.to(device)).float(), dim=-1)
+
+
+def require_text(model: object) -> None:
+    """Raise ``SettingError`` unless ``model`` encodes texts and another medium."""
+    media = encoded_media(model)
+    both = TEXT in media and len(media) > 1
+    require(
+        both, "checkpoint", type(model).__name__, "a model that encodes images and texts, or another medium and texts"
+    )
+
+
+def stored_media(one: PreparedSet) -> tuple[str, ...]:
+    """The media other than text of a set's samples: by the fields of its snapshot, or of a card's first samples."""
+    if isinstance(one.data, SnapshotData):
+        fields = dict.fromkeys(one.data.snapshot.fields)
+    else:
+        fields = {name: None for sample in islice(one.samples(LOOKED_AT), LOOKED_AT) for name in sample.fields}
+    return tuple(name for name, medium in MEDIA.items() if medium.field_of(fields) is not None)
+
+
+def medium_of_set(model: object, one: PreparedSet, setting: str = AUTO) -> str:
+    """The medium of a set that the model shall encode, by its option ``medium``.
+
+    Raises:
+        SettingError: the model does not encode it, or the samples do not have it.
+    """
+    able = tuple(name for name in encoded_media(model) if name != TEXT)
+    require(bool(able), "checkpoint", type(model).__name__, f"a model that encodes {' or '.join(MEDIA)}")
+    if setting == AUTO and able == ("image",):  # spares reading samples of a card
+        return "image"
+    stored = stored_media(one)
+    wanted = [name for name in able if setting in (AUTO, name)]
+    require(bool(wanted), f"{one.name}: medium", setting, "a medium of the model: " + ", ".join(able))
+    found = [name for name in wanted if name in stored]
+    has = ", ".join(stored) or "none"
+    require(bool(found), f"{one.name}: medium", setting, f"data with {' or '.join(wanted)}; the samples have: {has}")
+    return found[0]
+
+
+def check_medium(setting: str) -> None:
+    """Raise ``SettingError`` unless ``setting`` is ``auto`` or a medium."""
+    require(setting in (AUTO, *MEDIA), "medium", setting, ", ".join((AUTO, *MEDIA)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartsReader:
+    """The media of samples of which each may lack some: inputs of those that are there, and their rows in the batch.
+
+    For each medium M the batch has the key of its reader and ``M_rows``, int64, the number of the sample in the batch
+    of each input; for texts ``text`` and ``text_rows``, for all captions. ``samples`` is the size of the batch. A
+    medium that the whole batch lacks has no key. A sample with fewer than ``least`` media is unreadable, and so is one
+    with a broken part.
+    """
+
+    readers: Mapping[str, Reader]
+    captions: CaptionsReader | None = None
+    least: int = 2
+    fields: Sequence[str] = ()
+
+    def read(self, sample: Sample, at: SamplePosition | None = None) -> Row:
+        """``parts``: the rows of the readers, by medium."""
+        parts: dict[str, Row] = {}
+        for name, reader in self.readers.items():
+            if sample.body(MEDIA[name]) is not None:
+                parts[name] = reader.read(sample, at)
+        lacks = ""
+        if self.captions is not None:
+            try:
+                parts[TEXT] = self.captions.read(sample)
+            except UnreadableSample as error:  # still a sample of its other media
+                lacks = f": {error}"
+        if len(parts) < self.least:
+            raise UnreadableSample(f"{sample.key} has {' and '.join(parts) or 'none'} of the compared media{lacks}")
+        return {"parts": parts}
+
+    def collate(self, rows: list[Row]) -> dict[str, Any]:
+        """The batch."""
+        batch: dict[str, Any] = {"samples": len(rows)}
+        for name, reader in self._all():
+            having = [number for number, row in enumerate(rows) if name in row["parts"]]
+            if not having:
+                continue
+            inputs = reader.collate([rows[number]["parts"][name] for number in having])
+            places = torch.tensor(having)
+            batch |= {name: inputs[name], f"{name}_rows": places[inputs["text_rows"]] if name == TEXT else places}
+        return batch
+
+    def _all(self) -> Iterator[tuple[str, Reader]]:
+        yield from self.readers.items()
+        if self.captions is not None:
+            yield TEXT, self.captions

@@ -1,0 +1,291 @@
+"""Search in a data set: its images, sounds or captions, ranked by a text, an image or a sound.
+
+Features come from the sidecars of ``jobs/embed_dataset.py`` where they are of the same tar, model and settings; other
+samples are encoded. Only the best samples so far are in memory.
+"""
+
+import heapq
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config import require
+from pipeline.errors import DataError, SettingError, SidecarError, unreadable
+from pipeline.evaluation.data import Data, SnapshotData
+from pipeline.evaluation.media import AUTO, KNOWN, LOOKED_AT, TEXT
+from pipeline.loaders.samples import Samples
+from pipeline.loaders.work_progress import WorkProgress
+from pipeline.shards.media import ENOUGH, MEDIA
+from pipeline.shards.sample import Sample
+from pipeline.shards.selection import read_samples, read_selection
+from pipeline.shards.snapshot import Shard, Snapshot
+from pipeline.shards.storage import Folder, split_file
+from pipeline.stages.annotate.embeddings import Embedder, embedded_batches, has_medium, read_features
+
+logger = logging.getLogger(__name__)
+
+Vector = NDArray[np.float32]
+MOST_QUERY_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Query:
+    """A text, an image or a sound, as a sample without a key."""
+
+    medium: str
+    sample: Sample
+
+    @property
+    def text(self) -> str:
+        """The text; empty for other media."""
+        return self.sample.fields["txt"].decode() if self.medium == TEXT else ""
+
+
+@dataclass(frozen=True)
+class Match:
+    """A sample and its cosine with the query."""
+
+    score: float
+    sample: Sample
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The best matches, the best first, and the number of samples that were compared."""
+
+    medium: str
+    matches: tuple[Match, ...]
+    compared: int
+    without: int
+    """Samples without a readable part of the medium."""
+    stored: int
+    """Samples whose features were in a sidecar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """How a data set is searched."""
+
+    top: int = 20
+    sidecar: str = "embeddings"
+    batch_size: int = 64
+    threads: int = 4
+
+
+def text_query(text: str) -> Query:
+    """A query by text; raises ``SettingError`` if it is empty."""
+    require(bool(text.strip()), "query", text, "a text with a word, or --query-file with an image or a sound")
+    return Query(TEXT, Sample("query", {"txt": text.strip().encode(errors="replace")}))
+
+
+def file_query(place: str) -> Query:
+    """A query by the file at ``place``, a path or URI; its first bytes decide on the medium.
+
+    Raises:
+        SettingError: it cannot be read, is too large, or is of no known medium.
+    """
+    folder, name = split_file(place)
+    try:
+        body = folder.read_bytes(name)
+    except (OSError, ValueError) as error:
+        raise unreadable("query_file", place, "a file with an image or a sound", error) from error
+    require(len(body) <= MOST_QUERY_BYTES, "query_file", place, f"a file of {MOST_QUERY_BYTES >> 20} MiB or less")
+    for medium in MEDIA.values():
+        if medium.starts(body[:ENOUGH]):
+            return Query(medium.name, Sample("query", {medium.endings[0]: body}))
+    raise SettingError("query_file", place, "a file with an image or a sound; its first bytes are of neither")
+
+
+def query_features(embedder: Embedder, query: Query) -> Vector:
+    """Unit features float32 [D].
+
+    Raises:
+        SettingError: the model does not encode the medium, or the query's content is broken.
+    """
+    field_name = "query" if query.medium == TEXT else "query_file"
+    able = ", ".join(embedder.media)
+    require(query.medium in embedder.media, field_name, query.medium, f"a medium that the model encodes: {able}")
+    prepared = embedder.prepare(query.sample, query.medium)
+    if prepared is None:
+        raise SettingError(field_name, query.medium, f"a readable file: its {query.medium} cannot be decoded")
+    features: Vector = embedder.encode(query.medium, [prepared])[0].astype(np.float32)
+    if not np.isfinite(features).all():
+        raise DataError("the model gives features of the query that are not finite")
+    return features
+
+
+def words_read(tokenizer: Any, text: str) -> int | None:
+    """How many words of ``text`` the model reads, if its tokenizer cuts the text; else ``None``."""
+    words = text.split()
+
+    def cut(count: int) -> bool:
+        """Whether the first ``count`` words have the tokens of the whole text."""
+        return bool((tokenizer([" ".join(words[:count])]) == tokenizer([" ".join(words)])).all())
+
+    if len(words) < 2 or not cut(len(words) - 1):
+        return None
+    low, high = 0, len(words) - 1  # the tokens of `high` words are those of all, of `low` words they are not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if cut(middle) else (middle, high)
+    return high
+
+
+def medium_to_search(wanted: str, query: Query, embedder: Embedder, data: Data) -> str:
+    """The medium of the results: ``wanted``, or for ``auto`` the first other one than the query's.
+
+    Raises:
+        SettingError: the model does not encode it, or the samples do not have it.
+    """
+    require(wanted in (AUTO, *KNOWN), "medium", wanted, ", ".join((AUTO, *KNOWN)))
+    able, fields = embedder.media, _fields(data)
+    found = [name for name in able if has_medium(fields, name)]
+    if wanted == AUTO:
+        # Captions come last: who searches by a picture or a sound wants to see or hear something.
+        ranked = sorted(found, key=lambda name: (name == query.medium, name == TEXT))
+        has = ", ".join(sorted(fields)) or "none"
+        require(bool(ranked), "data", has, "samples with a medium that the model encodes: " + ", ".join(able))
+        return ranked[0]
+    require(wanted in able, "medium", wanted, "a medium that the model encodes: " + ", ".join(able))
+    require(wanted in found, "medium", wanted, "one that the samples have: " + (", ".join(found) or "none"))
+    return wanted
+
+
+def _fields(data: Data) -> set[str]:
+    if isinstance(data, SnapshotData):
+        return set(data.snapshot.fields)
+    return {name for sample in islice(data.samples(LOOKED_AT), LOOKED_AT) for name in sample.fields}
+
+
+def search(embedder: Embedder, query: Vector, data: Data, medium: str, options: SearchOptions) -> SearchResult:
+    """The best samples of ``data`` for a query's features, float [D]; at equal scores the earlier sample first.
+
+    Raises:
+        DataError: no sample has a readable part of the medium, or a shard is damaged.
+    """
+    best = _Best(options.top)
+    if isinstance(data, SnapshotData):
+        _search_snapshot(embedder, query, data.snapshot, medium, options, best)
+    else:
+        _encode(embedder, query, data.samples(None), medium, options, best, None)
+    if not best.compared:
+        raise DataError(f"none of {best.without} samples has a readable {medium}")
+    matches = tuple(Match(entry.score, entry.read()) for entry in best.ranked())
+    return SearchResult(medium, matches, best.compared, best.without, best.stored)
+
+
+def scores_of(features: NDArray[Any], query: Vector) -> NDArray[np.float64]:
+    """Cosines float64 [N] of features [N, D]; NaN rows give NaN.
+
+    A medium with a vector for each moment belongs here: a sample has the score of its best one.
+    """
+    scores: NDArray[np.float64] = features.astype(np.float64) @ query.astype(np.float64)
+    return scores
+
+
+@dataclass(frozen=True, order=True)
+class _Entry:
+    """Ordered by score, and by place from the last to the first."""
+
+    score: float
+    before: int
+    sample: Sample | None = field(compare=False)
+    stored: "tuple[Samples, int] | None" = field(compare=False, default=None)
+
+    def read(self) -> Sample:
+        if self.stored is not None:
+            samples, number = self.stored
+            return samples[number]
+        assert self.sample is not None
+        return self.sample
+
+
+class _Best:
+    """The best ``top`` entries so far."""
+
+    def __init__(self, top: int) -> None:
+        self.top = top
+        self.compared = self.without = self.stored = 0
+        self._heap: list[_Entry] = []
+        self._seen = 0
+
+    def add(self, score: float, sample: Sample | None = None, stored: tuple[Samples, int] | None = None) -> None:
+        self._seen += 1
+        if np.isnan(score):
+            self.without += 1
+            return
+        self.compared += 1
+        entry = _Entry(score, -self._seen, sample, stored)
+        if len(self._heap) < self.top:
+            heapq.heappush(self._heap, entry)
+        elif entry > self._heap[0]:
+            heapq.heapreplace(self._heap, entry)
+
+    def ranked(self) -> list[_Entry]:
+        return sorted(self._heap, reverse=True)
+
+
+def _search_snapshot(
+    embedder: Embedder, query: Vector, snapshot: Snapshot, medium: str, options: SearchOptions, best: _Best
+) -> None:
+    folder, samples = Folder(snapshot.folder), Samples(snapshot, open_shards=2)
+    progress = WorkProgress(logger, "search", "samples", snapshot.samples)
+    start, encoded, reason = 0, 0, ""
+    for shard in snapshot.shards:
+        try:
+            features = _stored_features(folder, shard, medium, options.sidecar, embedder)
+        except SidecarError as error:
+            encoded, reason = encoded + 1, str(error)
+            _encode(embedder, query, _distinct(read_samples(folder, shard)), medium, options, best, progress)
+        else:
+            selection = read_selection(folder, shard)
+            rows = np.arange(shard.stored) if selection is None else selection
+            scores = scores_of(features, query)
+            for place in np.unique(rows, return_index=True)[1].tolist():
+                best.add(float(scores[rows[place]]), stored=(samples, start + place))
+                best.stored += 1
+            progress.advance(shard.samples)
+        start += shard.samples
+    if encoded:
+        logger.info("%d of %d shards were encoded; the last one: %s", encoded, len(snapshot.shards), reason)
+
+
+def _stored_features(
+    folder: Folder, shard: Shard, medium: str, sidecar: str, embedder: Embedder
+) -> NDArray[np.float16]:
+    """Features of the shard's stored samples; raises ``SidecarError`` if they are not there or not of this model."""
+    found = read_features(folder, shard, sidecar, embedder.maker)
+    if medium not in found.by_medium or len(found.keys) != shard.stored:
+        raise SidecarError(f"{sidecar} of {shard.name} has no {medium} for each of its {shard.stored} samples")
+    return found.by_medium[medium]
+
+
+def _distinct(samples: Iterator[Sample]) -> Iterator[Sample]:
+    """Without the repeats of a selection, which follow one another."""
+    last = ""
+    for sample in samples:
+        if sample.key != last:
+            yield sample
+        last = sample.key
+
+
+def _encode(
+    embedder: Embedder,
+    query: Vector,
+    samples: Iterator[Sample],
+    medium: str,
+    options: SearchOptions,
+    best: _Best,
+    progress: WorkProgress | None,
+) -> None:
+    progress = progress or WorkProgress(logger, "search", "samples")
+    for batch, features in embedded_batches(samples, embedder, (medium,), options.batch_size, options.threads):
+        for sample, row in zip(batch, features[medium], strict=True):
+            score = np.nan if row is None else float(scores_of(row[None], query)[0])
+            best.add(score, sample)
+        progress.advance(len(batch))
