@@ -95,7 +95,7 @@ def test_a_cluster_runs_them(tmp_path: Path) -> None:
         "RAY_AUTH_MODE": "disabled",
     }
     (tmp_path / "bucket").mkdir()
-    scratch = tempfile.mkdtemp(prefix="clipmill-")  # Ray's sockets need a short path
+    scratch = tempfile.mkdtemp(prefix="clipmill-", dir="/tmp")  # Ray's sockets need a short path
     head = subprocess.Popen(
         [TOOLS / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--temp-dir={scratch}"]
         + [f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--num-cpus=2"]

@@ -105,33 +105,35 @@ def test_training_follows_the_nodes_that_there_are(nodes, tmp_path, own_store):
     words = ["smoke", "--data", shards, "--output-folder", str(run), "--tracking-uri", own_store, "--steps", "300"]
     words += ["--checkpoint-every-steps", "10", "--resize-seconds", "5", "--no-system-metrics"]
     doomed = nodes.add("doomed", "train_worker")
-    with (tmp_path / "log").open("w") as log:
+    log = tmp_path / "log"
+    with log.open("w") as output:
         training = subprocess.Popen(
             [sys.executable, JOBS / "pretrain_clip.py", *words, "--workers", "1:3", "--cpus-per-worker", "2"],
             env=nodes.environment,
-            stdout=log,
+            stdout=output,
             stderr=subprocess.STDOUT,
         )
 
     def groups() -> list[str]:
-        return re.findall(r"Started training worker group of size (\d)", (tmp_path / "log").read_text())
+        return re.findall(r"Started training worker group of size (\d)", log.read_text())
 
     def steps() -> list[int]:
         return [int(mark.parent.name.removeprefix("step-")) for mark in run.rglob("meta.json")]
 
     try:
-        wait_for(lambda: groups() == ["3"] and len(steps()) > 0, seconds=240)
+        # A slow machine may begin with fewer workers, and a slow node may be taken for one that comes later.
+        wait_for(lambda: groups()[-1:] == ["3"] and len(steps()) > 0, seconds=240, log=log)
         nodes.cluster.remove_node(doomed, allow_graceful=False)
         before = max(steps())
-        wait_for(lambda: groups() == ["3", "2"] and max(steps()) > before, seconds=240)
+        wait_for(lambda: groups()[-1:] == ["2"] and max(steps()) > before, seconds=240, log=log)
         nodes.add("late", "train_worker")
-        wait_for(lambda: groups() == ["3", "2", "3"], seconds=240)
+        wait_for(lambda: groups()[-2:] == ["2", "3"], seconds=240, log=log)
         before = max(steps())
-        wait_for(lambda: max(steps()) > before, seconds=240)
+        wait_for(lambda: max(steps()) > before, seconds=240, log=log)
     finally:
         training.kill()
         training.wait()
-    assert "2 of 3 workers train" in (tmp_path / "log").read_text()
+    assert "2 of 3 workers train" in log.read_text()
     before = max(steps())
     assert before < 300
     alone = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -163,17 +165,17 @@ def test_a_node_with_notice_is_left_with_a_checkpoint(nodes, tmp_path, own_store
             stderr=subprocess.STDOUT,
         )
     try:
-        wait_for(lambda: "step 20 of 2000" in log.read_text(), seconds=240)
+        wait_for(lambda: "step 20 of 2000" in log.read_text(), seconds=240, log=log)
         assert not list(run.rglob("meta.json"))
         # The notice first, then the end, as a cloud has it; Ray itself only passes the notice on.
         notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--node-id", spot.node_id]
         drain = [Path(sys.executable).parent / "ray", "drain-node", "--address", nodes.cluster.address, *notice]
         subprocess.run([*drain, "--deadline-remaining-seconds", "600"], check=True, timeout=60, capture_output=True)
-        wait_for(lambda: list(run.rglob("meta.json")), seconds=60)
+        wait_for(lambda: list(run.rglob("meta.json")), seconds=60, log=log)
         nodes.add("other-spot", "spot")
         nodes.cluster.remove_node(spot, allow_graceful=False)
         (saved,) = (int(mark.parent.name.removeprefix("step-")) for mark in run.rglob("meta.json"))
-        wait_for(lambda: f"steps {saved + 1} to 2000" in log.read_text(), seconds=240)
+        wait_for(lambda: f"steps {saved + 1} to 2000" in log.read_text(), seconds=240, log=log)
     finally:
         training.kill()
         training.wait()
@@ -185,11 +187,11 @@ def captions_in(folder: Path) -> set[bytes]:
     return {TarShard(path.parent / f"{path.name[:5]}.tar")[0].fields["txt"] for path in folder.glob("*_stats.json")}
 
 
-def wait_for(condition: Callable[[], bool], seconds: float) -> None:
-    """Wait until ``condition`` holds."""
+def wait_for(condition: Callable[[], bool], seconds: float, log: Path | None = None) -> None:
+    """Wait until ``condition`` holds; a failure shows the end of ``log``."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
+        assert time.monotonic() < deadline, log.read_text()[-5000:] if log else "it did not happen in time"
         time.sleep(0.1)
 
 
