@@ -149,7 +149,8 @@ class _Clip:
 
     def _from_begin(self) -> Iterator[tuple[int, av.VideoFrame]]:
         """The frames from one at or before the begin on."""
-        if self._begin <= 1.0:
+        reordered = self.header.kind == "avi" and self._stream.codec_context.has_b_frames
+        if self._begin <= 1.0 or reordered:  # AVI has no time stamps: only its start is known
             return self._frames
         for earlier in _EARLIER:
             if self._begin - earlier <= 0:

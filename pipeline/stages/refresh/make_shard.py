@@ -217,9 +217,11 @@ class _Maker:
 
     def _taken(self, part: Part, body: bytes, known_digest: str | None = None) -> _PartResult:
         """The part of a complete body."""
-        result = self._encoded(part.medium, body, split_segment(part.url)[1])
+        segment = split_segment(part.url)[1]
+        result = self._encoded(part.medium, body, segment)
         measured = self._codecs[part.medium].measured(body) if isinstance(result, SampleError) else {}
-        found = known_digest or digest(body, self._hash)
+        # A source may give the same file for several clips; a downloaded one is compared with that of its url later.
+        found = known_digest or digest(body if segment is None else body + repr(segment).encode(), self._hash)
         return _PartResult(part.medium, part.url, result, found, measured=measured)
 
     def _encoded(self, medium: str, body: bytes, segment: Segment | None) -> Encoded | SampleError:
