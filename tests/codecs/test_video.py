@@ -42,6 +42,7 @@ def test_a_video_becomes_mp4_with_its_columns() -> None:
         "video_height": 48,
         "video_frames": 40,
         "video_rate": pytest.approx(10.0),
+        "video_begin": 0.0,
         "video_motion": pytest.approx(0.2, abs=0.1),
         "video_sound_seconds": None,
         "video_original_seconds": pytest.approx(4.0),
