@@ -49,7 +49,7 @@ class VideoSets:
     """Format of the list."""
     file: str = ""
     """Path of a file in the folder, with values of the list in braces; empty = the layout's own, such as
-    videos/all/{video_id}.mp4. Without that file, other endings of videos are tried."""
+    videos/all/{video_id}.mp4, or {file_name} of a table. Without that file, other endings of videos are tried."""
     split: str = ""
     """Part of the list: train, val(idate), test, training or validation, as the list calls it; empty = all. hmdb51:
     train or test."""
@@ -80,7 +80,6 @@ class VideoSets:
         for name in ("captions", "label", "start", "end"):
             value = getattr(self, name)
             require(plain or not value, name, value, "empty for other layouts than table")
-        require(not plain or bool(self.file), "file", self.file, "a path with a column in braces, such as {file_name}")
         require(not self.file or bool(self._placeholders), "file", self.file, "a path with a value in braces")
         require(not self.end or bool(self.start), "end", self.end, "a column --start with it")
         require(not self.split_list or self.layout == "msrvtt", "split_list", self.split_list, "empty but for msrvtt")

@@ -235,7 +235,6 @@ def test_a_plain_table_with_times(tmp_path: Path) -> None:
     "more, field",
     [
         ({"layout": "msrvtt", "captions": ("a",)}, "captions"),
-        ({"file": "", "layout": "table"}, "file"),
         ({"file": "plain.mp4"}, "file"),
         ({"end": "to"}, "end"),
         ({"split": "train"}, "split"),
