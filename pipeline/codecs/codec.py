@@ -89,5 +89,13 @@ class Codec(Protocol[Options, Decoded]):
         """
         return members
 
+    def fitted_columns(self, columns: Mapping[str, Any], part: Encoded) -> Mapping[str, Any]:
+        """Columns of the row that change with the encoded part, such as times in it.
+
+        Raises:
+            SampleError: a column does not fit the part.
+        """
+        return {}
+
 
 AnyCodec = Codec[Any, Any]

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pipeline.codecs.codec import Codec, Encoded
 from pipeline.config import require
 from pipeline.sources.segments import Segment
+from pipeline.sources.source import TimedCaption
 
 if TYPE_CHECKING:
     from pipeline.shards.video_frames import Frames
@@ -88,6 +89,7 @@ class VideoCodec(Codec[VideoOptions, "Frames"]):
         "video_height": int,
         "video_frames": int,
         "video_rate": float,
+        "video_begin": float,
         "video_motion": float,
         "video_sound_seconds": float,
         "video_original_seconds": float,
@@ -101,6 +103,7 @@ class VideoCodec(Codec[VideoOptions, "Frames"]):
 
         Error classes: those of :func:`~pipeline.shards.video_frames.read_video_header` and of sounds; truncated,
         frame_rate, too_short, too_long, segment (it is not in the video).
+        ``video_begin`` is where the stored clip begins in the segment.
         """
         from pipeline.codecs.video_encoding import encode_video
 
@@ -113,6 +116,24 @@ class VideoCodec(Codec[VideoOptions, "Frames"]):
         return read_frames(
             body, lambda line: [line.end * (number + 0.5) / _SHOWN for number in range(_SHOWN)], size=_SHOWN_SIZE
         )
+
+    def fitted_columns(self, columns: Mapping[str, Any], part: Encoded) -> Mapping[str, Any]:
+        """``timed_captions`` in seconds of the stored clip; error class captions, where none of them is in it."""
+        from pipeline.shards.video_frames import bad_video
+
+        timed = columns.get("timed_captions")
+        begin, seconds = part.columns["video_begin"], part.columns["video_seconds"]
+        if not timed or not isinstance(begin, float) or not isinstance(seconds, float):
+            return {}
+        moved = [(one["start"] - begin, one["end"] - begin, one["text"]) for one in timed]
+        kept = [
+            TimedCaption(start=max(0.0, start), end=min(end, seconds), text=text)
+            for start, end, text in moved
+            if start < seconds and end > 0
+        ]
+        if not kept:
+            bad_video("captions", "no timed caption is in the stored clip")
+        return {"timed_captions": kept}
 
     def memory(self, options: VideoOptions) -> int:
         """The decoder's frames at ``video_max_pixels``, and the encoder's at the stored size."""

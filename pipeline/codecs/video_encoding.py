@@ -70,6 +70,7 @@ class _Clip:
         if self.header.seconds is not None and self.header.seconds > options.video_max_seconds:
             bad_video("too_long", "longer than --video-max-seconds")
         self._begin, self._end = self._bounds(segment)
+        self._cut = self._begin - (segment[0] if segment else 0.0)
         self._scaled = scaled_size(self.header.width, self.header.height, options.video_size or None)
         # H.264 with chroma of half the size needs even sides.
         self._size = _even(self._scaled[0]), _even(self._scaled[1])
@@ -126,6 +127,7 @@ class _Clip:
             "video_height": self._size[1],
             "video_frames": frames,
             "video_rate": frames / length,
+            "video_begin": self._cut,
             "video_motion": self._motion.mean,
             "video_original_seconds": length if whole else header.seconds,
             "video_original_width": header.width,
@@ -149,7 +151,8 @@ class _Clip:
 
     def _from_begin(self) -> Iterator[tuple[int, av.VideoFrame]]:
         """The frames from one at or before the begin on."""
-        if self._begin <= 1.0:
+        reordered = self.header.kind == "avi" and self._stream.codec_context.has_b_frames
+        if self._begin <= 1.0 or reordered:  # AVI has no time stamps: only its start is known
             return self._frames
         for earlier in _EARLIER:
             if self._begin - earlier <= 0:
