@@ -135,11 +135,6 @@ class MovingScene:
         return states
 
 
-def classes_of_motion(split: str) -> tuple[str, ...]:
-    """The class names of a split with videos."""
-    return MOTIONS if split in MOTION_SPLITS else world.SHAPE_NAMES
-
-
 def moving_scene(split: str, draws: Draws, index: int, size: int, seconds: float) -> MovingScene:
     """The scene of sample ``index`` of a split: a pure function of its arguments."""
     first = MOTIONS[index % len(MOTIONS)] if split in ("motions", "motions_train") else draws.pick(MOTIONS)
