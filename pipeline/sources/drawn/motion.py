@@ -305,7 +305,8 @@ class _Stage:
 
     def _anywhere(self, number: int) -> State:
         reach = self._reach(number, 1.0)
-        return State(*(self._draws.uniform(reach, self._size - reach) for _ in range(2)))
+        x, y = (self._draws.uniform(reach, self._size - reach) for _ in range(2))
+        return State(x, y)
 
     def _reach(self, number: int, scale: float) -> float:
         """Largest distance of the outline from its centre, at any angle, in pixels."""
