@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.codecs.codec import Codec, Encoded
 from pipeline.codecs.video_options import VideoOptions as VideoOptions
-from pipeline.sources.segments import Segment
+from pipeline.shards.segments import Segment
 from pipeline.sources.source import TimedCaption
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from pipeline.codecs.codec import Encoded
 from pipeline.codecs.video_options import MOST_RATE, VideoOptions
 from pipeline.errors import SampleError
 from pipeline.shards.media import VIDEO
+from pipeline.shards.segments import Segment
 from pipeline.shards.video_frames import bad_video, header_of, opened, stamped, unit_of
 from pipeline.shards.video_pixels import HIGH_RANGE, SCALING, orientation, scaled_size, shown_pixels
 from pipeline.shards.video_writer import Mp4Writer
-from pipeline.sources.segments import Segment
 from pipeline.sources.source import Scalar
 
 _SLACK = 0.5  # seconds by which a video may be shorter than its header says

@@ -3,9 +3,9 @@
     python tests/benchmarks/video_shards.py --ffmpeg /usr/bin/ffmpeg
 
 Both fetch the same urls of a server on the loopback interface and write tars of H.264 with a shorter side of 360 pixels
-(libx264, preset veryfast) with json. The pool is what a script would do: urllib, one ffmpeg for each video, tarfile. Its
-rate factor is 23, which gives about our bytes at about our error. They take turns; each turn is a process of its own,
-whose CPU seconds, with those of its children, are counted. The server's are not. Prints one JSON line.
+(libx264, preset veryfast) with json. The pool is what a script would do: urllib, one ffmpeg for each video, tarfile. The
+rate factors, 27 and 23, give about the same bytes at about the same error, which the line states. They take turns; each
+turn is a process of its own, whose CPU seconds, with those of its children, are counted. The server's are not.
 """
 
 import argparse
@@ -40,6 +40,7 @@ from pipeline.stages.shard_tasks import Workers
 from tests.benchmarks.audio_shards import cpu_seconds, server_of
 
 WIDTH, HEIGHT, RATE, STORED = 1280, 720, 25, 360
+QUALITY = 27
 CONVERT = "-t 30 -an -vf scale=-2:360:flags=bicubic -c:v libx264 -preset veryfast -crf 23 -pix_fmt yuv420p"
 
 
@@ -76,7 +77,7 @@ def by_refresh(urls: list[str], out: Path) -> None:
     table = out.with_suffix(".csv")
     table.write_text("url\n" + "\n".join(urls) + "\n")
     options = ShardOptions(
-        media=MediaOptions(video=VideoOptions(video_size=STORED, video_key_seconds=10.0)),
+        media=MediaOptions(video=VideoOptions(video_size=STORED, video_key_seconds=10.0, video_quality=QUALITY)),
         downloads=DownloadOptions(allow_hosts=("127.0.0.1",)),
     )
     refresh(UrlTable(url_list=str(table), url_col="video=url"), Folder(out), options, Workers(processes_count=0))
