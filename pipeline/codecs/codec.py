@@ -8,7 +8,7 @@ allocates. All methods are pure and thread-safe.
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
-from pipeline.sources.segments import Segment
+from pipeline.shards.segments import Segment
 from pipeline.sources.source import Scalar
 
 Options = TypeVar("Options", contravariant=True)

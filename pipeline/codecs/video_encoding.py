@@ -12,13 +12,13 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from pipeline.codecs.codec import Encoded
-from pipeline.codecs.video import MOST_RATE, VideoOptions
+from pipeline.codecs.video_options import MOST_RATE, VideoOptions
 from pipeline.errors import SampleError
 from pipeline.shards.media import VIDEO
+from pipeline.shards.segments import Segment
 from pipeline.shards.video_frames import bad_video, header_of, opened, stamped, unit_of
 from pipeline.shards.video_pixels import HIGH_RANGE, SCALING, orientation, scaled_size, shown_pixels
 from pipeline.shards.video_writer import Mp4Writer
-from pipeline.sources.segments import Segment
 from pipeline.sources.source import Scalar
 
 _SLACK = 0.5  # seconds by which a video may be shorter than its header says
@@ -41,7 +41,7 @@ class Shown:
 def encode_video(body: bytes, options: VideoOptions, segment: Segment | None) -> Encoded:
     """See :meth:`pipeline.codecs.video.VideoCodec.encode`."""
     with opened(body, options.video_max_pixels) as (container, stream):
-        clip = _Clip(container, stream, options, segment)
+        clip = _ClipEncoder(container, stream, options, segment)
         content, columns = clip.encode()
         kept = {clip.ending(body): body} if clip.unchanged and options.video_keep_bytes else {"mp4": content}
         begin, end = clip.sound
@@ -49,7 +49,7 @@ def encode_video(body: bytes, options: VideoOptions, segment: Segment | None) ->
     return Encoded({**kept, **sound}, {**columns, "video_sound_seconds": seconds})
 
 
-class _Clip:
+class _ClipEncoder:
     """One segment on its way from the decoder to the encoder."""
 
     def __init__(

@@ -1,8 +1,8 @@
 """Clips of sound files and videos in a folder, as parts of rows: a video, or a sound and a frame from the middle."""
 
 from pipeline.errors import SampleError
+from pipeline.shards.segments import with_segment
 from pipeline.shards.storage import Folder
-from pipeline.sources.segments import with_segment
 from pipeline.sources.source import Part
 
 MOST_BYTES = 128 << 20

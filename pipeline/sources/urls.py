@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 from pipeline.config import require
 from pipeline.errors import ReadError, SampleError, SettingError, missing, unreadable
 from pipeline.shards.media import IMAGE, MEDIA
+from pipeline.shards.segments import with_segment
 from pipeline.shards.storage import Folder, split_file
 from pipeline.shards.writer import reserved_columns
-from pipeline.sources.segments import with_segment
 from pipeline.sources.source import Part, Row, Slice
 from pipeline.sources.tables import (
     FORMATS,

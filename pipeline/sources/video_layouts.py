@@ -10,8 +10,8 @@
 | ``youcook2`` | ``youcookii_annotations_trainval.json`` | YouCook2 |
 | ``howto100m`` | ``caption.json``: start, end and text of each video | HowTo100M |
 
-Each reader is a function of the text of a table and of :class:`Wanted`. A table that is not of its layout raises
-``KeyError``, ``TypeError``, ``ValueError`` or ``AttributeError``.
+Each reader is a function of the text of a table and of :class:`VideoListOptions`. A table that is not of its layout
+raises ``KeyError``, ``TypeError``, ``ValueError`` or ``AttributeError``.
 """
 
 import csv
@@ -41,7 +41,7 @@ class VideoRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class VideoListOptions:
     """What a layout is asked for: the part of it, and columns of plain tables.
 
     ``names`` are the names of a table: of its columns for captions, the label, begin and end.
@@ -56,10 +56,10 @@ class Wanted:
     name: str = ""
 
 
-Reader = Callable[[str, Wanted], Iterator[VideoRecord]]
+Reader = Callable[[str, VideoListOptions], Iterator[VideoRecord]]
 
 
-def read_table(text: str, wanted: Wanted) -> Iterator[VideoRecord]:
+def read_table(text: str, wanted: VideoListOptions) -> Iterator[VideoRecord]:
     """A row for each clip."""
     for line in _lines(text):
         yield VideoRecord(
@@ -71,7 +71,7 @@ def read_table(text: str, wanted: Wanted) -> Iterator[VideoRecord]:
         )
 
 
-def read_msrvtt(text: str, wanted: Wanted) -> Iterator[VideoRecord]:
+def read_msrvtt(text: str, wanted: VideoListOptions) -> Iterator[VideoRecord]:
     """All captions of each video, in the order of the split's csv, or the videos of a ``split`` of the json.
 
     The test csv of 1k-A has one sentence for each video, which is then its only caption.
@@ -91,7 +91,7 @@ def read_msrvtt(text: str, wanted: Wanted) -> Iterator[VideoRecord]:
         yield VideoRecord(values={"video_id": name}, captions=tuple(dict.fromkeys(texts)), label=label)
 
 
-def read_kinetics(text: str, wanted: Wanted) -> Iterator[VideoRecord]:
+def read_kinetics(text: str, wanted: VideoListOptions) -> Iterator[VideoRecord]:
     """The clips are cut already; ``{start}`` and ``{end}`` of their names have six digits."""
     for line in _lines(text):
         if wanted.split not in ("", line.get("split", wanted.split)):
@@ -101,7 +101,7 @@ def read_kinetics(text: str, wanted: Wanted) -> Iterator[VideoRecord]:
         yield VideoRecord(values={**line, **times, "label": label}, label=label)
 
 
-def read_hmdb51(text: str, wanted: Wanted) -> Iterator[VideoRecord]:
+def read_hmdb51(text: str, wanted: VideoListOptions) -> Iterator[VideoRecord]:
     """One class, whose name is the begin of the file's: ``<class>_test_split1.txt``."""
     label = wanted.name.rpartition("/")[2].rpartition("_test_split")[0]
     code = {"train": "1", "test": "2", "": ""}[wanted.split]
@@ -111,7 +111,7 @@ def read_hmdb51(text: str, wanted: Wanted) -> Iterator[VideoRecord]:
             yield VideoRecord(values={"label": label, "name": name.strip()}, label=label.replace("_", " "))
 
 
-def read_ucf101(text: str, wanted: Wanted) -> Iterator[VideoRecord]:
+def read_ucf101(text: str, wanted: VideoListOptions) -> Iterator[VideoRecord]:
     """Paths with the class as their folder."""
     for line in filter(None, map(str.strip, text.splitlines())):
         path = line.split(" ")[0]
@@ -121,7 +121,7 @@ def read_ucf101(text: str, wanted: Wanted) -> Iterator[VideoRecord]:
         yield VideoRecord(values={"path": path, "label": label}, label=label)
 
 
-def read_youcook2(text: str, wanted: Wanted) -> Iterator[VideoRecord]:
+def read_youcook2(text: str, wanted: VideoListOptions) -> Iterator[VideoRecord]:
     """Whole videos with the sentences of their segments as timed captions."""
     for name, video in json.loads(text)["database"].items():
         if wanted.split not in ("", video["subset"]):
@@ -135,7 +135,7 @@ def read_youcook2(text: str, wanted: Wanted) -> Iterator[VideoRecord]:
         yield VideoRecord(values=values, label=recipe, timed=timed)
 
 
-def read_howto100m(text: str, wanted: Wanted) -> Iterator[VideoRecord]:
+def read_howto100m(text: str, wanted: VideoListOptions) -> Iterator[VideoRecord]:
     """Whole videos with their speech as timed captions."""
     for name, video in json.loads(text).items():
         spoken = zip(video["start"], video["end"], video["text"], strict=True)

@@ -16,12 +16,12 @@ from typing import Any, ClassVar, Literal
 from pipeline.config import require
 from pipeline.errors import SampleError, SettingError
 from pipeline.shards.media import VIDEO
+from pipeline.shards.segments import with_segment
 from pipeline.shards.storage import Folder, file_stamp, split_file
 from pipeline.shards.text import decoded
 from pipeline.sources.cut_clips import read_video
-from pipeline.sources.segments import with_segment
 from pipeline.sources.source import Cell, Row, Slice, TimedCaption
-from pipeline.sources.video_layouts import FILES, LAYOUTS, VideoRecord, Wanted, is_timed, timed_clips
+from pipeline.sources.video_layouts import FILES, LAYOUTS, VideoListOptions, VideoRecord, is_timed, timed_clips
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class VideoSets:
 
     def _records(self) -> Iterator[VideoRecord]:
         listed = self._text("split_list", self.split_list) if self.split_list else None
-        wanted = Wanted(
+        wanted = VideoListOptions(
             split=self.split,
             listed=listed,
             captions=self.captions,
@@ -164,7 +164,7 @@ class VideoSets:
         )
         wrong = 0
         for name in self._lists():
-            read = LAYOUTS[self.layout](self._text("table", name), Wanted(**{**vars(wanted), "name": name}))
+            read = LAYOUTS[self.layout](self._text("table", name), VideoListOptions(**{**vars(wanted), "name": name}))
             try:
                 for record in read:
                     wrong += sum(not is_timed(one) for one in record.timed)

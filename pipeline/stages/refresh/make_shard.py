@@ -25,10 +25,10 @@ from pipeline.codecs.video import VideoOptions
 from pipeline.errors import SampleError
 from pipeline.shards.media import MEDIA, part_column
 from pipeline.shards.sample import Sample, joined_fields, sample_key, shard_name
+from pipeline.shards.segments import Segment, split_segment
 from pipeline.shards.storage import Folder
 from pipeline.shards.text import storable
 from pipeline.shards.writer import ShardStats, ShardWriter, parquet_schema, read_stats
-from pipeline.sources.segments import Segment, split_segment
 from pipeline.sources.source import (
     UNCHANGED,
     VIDEO_UNCHANGED,
