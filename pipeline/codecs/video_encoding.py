@@ -92,7 +92,7 @@ class _ClipEncoder:
 
     def ending(self, body: bytes) -> str:
         """The ending of the body's own format."""
-        kind = "mp4" if self.header.kind.startswith("mov") else self.header.kind.partition(",")[0]
+        kind = self.header.kind
         return VIDEO.kinds["webm" if kind == "matroska" and b"webm" in body[:64] else kind][0]
 
     def encode(self) -> tuple[bytes, dict[str, Scalar]]:
