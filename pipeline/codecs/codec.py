@@ -8,6 +8,7 @@ allocates. All methods are pure and thread-safe.
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
+from pipeline.shards.segments import Segment
 from pipeline.sources.source import Scalar
 
 Options = TypeVar("Options", contravariant=True)
@@ -41,8 +42,8 @@ class Codec(Protocol[Options, Decoded]):
     """Name and Python type (str, int, float, bool) of the columns in the parquet file and in the sample's json. All but
     those of images begin with the medium's name (``audio_seconds``)."""
 
-    def encode(self, body: bytes, options: Options) -> Encoded:
-        """Check, decode, convert and encode one body.
+    def encode(self, body: bytes, options: Options, segment: Segment | None = None) -> Encoded:
+        """Check, decode, convert and encode one body, or only a segment of a sound or video.
 
         Raises:
             SampleError: status "failed_to_resize"; few and fixed classes and messages, for counting.
@@ -65,6 +66,10 @@ class Codec(Protocol[Options, Decoded]):
         """Largest number of bytes that :meth:`encode` allocates besides the body; the process apart is held to it."""
         ...
 
+    def seconds(self, options: Options) -> float:
+        """Most CPU time for a body in the process apart, in seconds."""
+        return 10.0
+
     def load(self) -> None:
         """Import the decoding libraries; the process apart does so before its memory is limited."""
 
@@ -83,6 +88,14 @@ class Codec(Protocol[Options, Decoded]):
             SampleError: a member does not fit the part.
         """
         return members
+
+    def fitted_columns(self, columns: Mapping[str, Any], part: Encoded) -> Mapping[str, Any]:
+        """Columns of the row that change with the encoded part, such as times in it.
+
+        Raises:
+            SampleError: a column does not fit the part.
+        """
+        return {}
 
 
 AnyCodec = Codec[Any, Any]

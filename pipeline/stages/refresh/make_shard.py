@@ -21,13 +21,26 @@ from pipeline.codecs import codec_of
 from pipeline.codecs.codec import Encoded
 from pipeline.codecs.image_encoding import ImageOptions
 from pipeline.codecs.options import MediaOptions
+from pipeline.codecs.video import VideoOptions
 from pipeline.errors import SampleError
 from pipeline.shards.media import MEDIA, part_column
 from pipeline.shards.sample import Sample, joined_fields, sample_key, shard_name
+from pipeline.shards.segments import Segment, split_segment
 from pipeline.shards.storage import Folder
 from pipeline.shards.text import storable
 from pipeline.shards.writer import ShardStats, ShardWriter, parquet_schema, read_stats
-from pipeline.sources.source import UNCHANGED, Cell, Part, Row, Scalar, Source, fetches, media_of
+from pipeline.sources.source import (
+    UNCHANGED,
+    VIDEO_UNCHANGED,
+    Cell,
+    Part,
+    Row,
+    Scalar,
+    Source,
+    TimedCaption,
+    fetches,
+    media_of,
+)
 from pipeline.stages.crawl.decode_apart import Apart
 from pipeline.stages.crawl.download import Download, DownloadOptions, KnownBody, Request, digest, download_all
 from pipeline.stages.refresh.plan import Unit
@@ -38,6 +51,7 @@ ARROW_TYPES: Mapping[type, pa.DataType] = {
     float: pa.float64(),
     bool: pa.bool_(),
     list: pa.list_(pa.string()),
+    TimedCaption: pa.list_(pa.struct([("start", pa.float64()), ("end", pa.float64()), ("text", pa.string())])),
 }
 VALIDATORS = ("last_modified", "etag")
 
@@ -54,8 +68,8 @@ class ShardOptions:
     number_sample_per_shard: int = 10_000
 
 
-AS_IT_IS = ShardOptions(media=MediaOptions(image=ImageOptions(**UNCHANGED)))
-"""Images are stored byte for byte as in the source; those that cannot be decoded fail."""
+AS_IT_IS = ShardOptions(media=MediaOptions(image=ImageOptions(**UNCHANGED), video=VideoOptions(**VIDEO_UNCHANGED)))
+"""Images and videos are stored byte for byte as in the source; those that cannot be decoded fail."""
 
 
 def make_shard(unit: Unit, source: Source, folder: Folder, options: ShardOptions) -> ShardStats:
@@ -149,8 +163,8 @@ class _Maker:
     def _rows(self) -> Iterator[tuple[int, Row, Sequence[_PartResult] | SampleError]]:
         """Every row with its parts; rows that need no download first, then the others in order of completion."""
         waiting: dict[int, tuple[Row, dict[int, _PartResult]]] = {}
-        asked: list[tuple[int, int]] = []
-        requests: list[Request] = []
+        asked: list[list[tuple[int, int]]] = []
+        requests: list[tuple[int, str, KnownBody]] = []
         for index, row in enumerate(self._source.rows(self._unit.piece)):
             if row.problem is not None:
                 yield index, row, row.problem
@@ -165,25 +179,30 @@ class _Maker:
             bare = tuple(replace(part, body=None) for part in row.parts)
             waiting[index] = (replace(row, parts=bare), there)
             for at, part in enumerate(row.parts):
-                if part.body is None:
-                    requests.append((len(asked), part.url, self._known(part)))
-                    asked.append((index, at))
+                if part.body is not None:
+                    continue
+                url, known = split_segment(part.url)[0], self._known(part)
+                # Clips of one file are fetched once where their rows follow one another.
+                if not requests or requests[-1][1:] != (url, known):
+                    requests.append((len(asked), url, known))
+                    asked.append([])
+                asked[-1].append((index, at))
         if requests:
             yield from self._downloaded(requests, asked, waiting)
 
     def _downloaded(
         self,
         requests: Sequence[Request],
-        asked: Sequence[tuple[int, int]],
+        asked: Sequence[Sequence[tuple[int, int]]],
         waiting: dict[int, tuple[Row, dict[int, _PartResult]]],
     ) -> Iterator[tuple[int, Row, Sequence[_PartResult]]]:
         for number, answer in download_all(requests, self._options.downloads):
-            index, at = asked[number]
-            row, there = waiting[index]
-            there[at] = self._received(row.parts[at], answer)
-            if len(there) == len(row.parts):
-                del waiting[index]
-                yield index, row, [there[at] for at in range(len(row.parts))]
+            for index, at in asked[number]:
+                row, there = waiting[index]
+                there[at] = self._received(row.parts[at], answer)
+                if len(there) == len(row.parts):
+                    del waiting[index]
+                    yield index, row, [there[at] for at in range(len(row.parts))]
 
     def _known(self, part: Part) -> KnownBody:
         any_kind = self._codecs[part.medium].accepts_all(self._of_medium[part.medium])
@@ -198,17 +217,19 @@ class _Maker:
 
     def _taken(self, part: Part, body: bytes, known_digest: str | None = None) -> _PartResult:
         """The part of a complete body."""
-        result = self._encoded(part.medium, body)
+        segment = split_segment(part.url)[1]
+        result = self._encoded(part.medium, body, segment)
         measured = self._codecs[part.medium].measured(body) if isinstance(result, SampleError) else {}
-        found = known_digest or digest(body, self._hash)
+        # A source may give the same file for several clips; a downloaded one is compared with that of its url later.
+        found = known_digest or digest(body if segment is None else body + repr(segment).encode(), self._hash)
         return _PartResult(part.medium, part.url, result, found, measured=measured)
 
-    def _encoded(self, medium: str, body: bytes) -> Encoded | SampleError:
+    def _encoded(self, medium: str, body: bytes, segment: Segment | None) -> Encoded | SampleError:
         codec = self._codecs[medium]
         try:
             if codec.needs_care(body):
-                return self.apart[medium].encode(body)
-            return codec.encode(body, self._of_medium[medium])
+                return self.apart[medium].encode(body, segment)
+            return codec.encode(body, self._of_medium[medium], segment)
         except SampleError as error:
             return error
         except Exception as error:
@@ -224,7 +245,8 @@ class _Maker:
         record |= {"url": storable(row.url), "key": key}
         if isinstance(results, SampleError):
             return {**record, **_why(results)}, None
-        members, results = self._fitted(row, results)
+        members, changed, results = self._fitted(row, record, results)
+        record |= changed
         failed = next((one for one in results if one.error), None)
         alone = all(one.error for one in results)
         if failed is not None and (alone or self._options.failed_part == "fail-row"):
@@ -234,20 +256,24 @@ class _Maker:
         sample = self._sample(key, members, record, results)
         return {**record, **self._of_server(results)}, sample
 
-    def _fitted(self, row: Row, results: Sequence[_PartResult]) -> tuple[Mapping[str, bytes], Sequence[_PartResult]]:
-        """The row's members, fitted to its parts; a part that one of them does not fit has failed."""
+    def _fitted(
+        self, row: Row, record: Mapping[str, Any], results: Sequence[_PartResult]
+    ) -> tuple[Mapping[str, bytes], dict[str, Any], Sequence[_PartResult]]:
+        """The row's members and columns, fitted to its parts; a part that one of them does not fit has failed."""
         members: Mapping[str, bytes] = row.members
+        changed: dict[str, Any] = {}
         checked = []
         for one in results:
             if not isinstance(one.result, SampleError):
                 try:
                     _refuse_second(members, one.medium, next(iter(one.result.fields)))
                     members = self._codecs[one.medium].fitted(members, one.result, self._of_medium[one.medium])
+                    changed |= self._codecs[one.medium].fitted_columns(record, one.result)
                 except SampleError as error:
                     measured = {n: v for n, v in one.result.columns.items() if n.startswith("original_")}
                     one = replace(one, result=error, measured=measured)
             checked.append(one)
-        return members, checked
+        return members, changed, checked
 
     def _failed(self, record: dict[str, Any], failed: _PartResult, results: Sequence[_PartResult]) -> dict[str, Any]:
         assert failed.error is not None
@@ -326,8 +352,12 @@ def _refuse_second(members: Mapping[str, bytes], medium: str, field: str) -> Non
 def clean_value(value: Cell) -> Cell:
     """The value of a column as it can be stored: texts as captions, numbers and booleans as they are."""
     if isinstance(value, list):
-        return [storable(text) for text in value]
+        return [_clean_item(item) for item in value]  # type: ignore[return-value]  # a list of one of the two
     return storable(value) if isinstance(value, str) else value
+
+
+def _clean_item(item: str | TimedCaption) -> str | TimedCaption:
+    return storable(item) if isinstance(item, str) else {**item, "text": storable(item["text"])}
 
 
 def _flat_json(record: Mapping[str, Any]) -> bytes:
