@@ -78,4 +78,4 @@ def _bits(frame: NDArray[np.uint8]) -> NDArray[np.bool_]:
     grey = cv2.cvtColor(cv2.resize(frame, (SIDE, SIDE), interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2GRAY)
     frequencies = cv2.dct(grey.astype(np.float32))
     lowest = np.array([frequencies[place] for place in _LOWEST])
-    return lowest > np.median(lowest)
+    return np.asarray(lowest > np.median(lowest), np.bool_)
