@@ -13,8 +13,8 @@ scale t, the loss is CLIP's over the B pairs of the batch (section 3.4):
     meanP        v = unit(mean_k unit(f_k)), no parameters
     seqLSTM      f + LSTM(f) instead of f
     seqTransf    f + transformer(f + positions) instead of f, 4 layers
-    tightTransf  no feature of a clip: a transformer reads [text, f_1 ... f_T] + positions of each pair, and an MLP on its
-                 first output gives the logit of the pair; the scale is not used
+    tightTransf  no feature of a clip: a transformer reads [text, f_1 ... f_T] + positions of each pair, and an MLP on
+                 its first output gives the logit of the pair; the scale is not used
 
 Layers and positions of the last two start as copies of the text tower's first ones. ``freeze_layers`` 0 is the rule of
 the paper's runs: patch and token embeddings, positions and ``ln_pre`` are frozen. The towers learn a thousand times
@@ -183,6 +183,11 @@ class Clip4Clip(clip.Clip):
         if self.tight is not None:
             return ()
         return ("image", "video", "text") if self.head is None else ("video", "text")
+
+    @property
+    def scores_pairs(self) -> tuple[str, ...]:
+        """The media that are only compared pair by pair."""
+        return () if self.tight is None else ("video", "text")
 
     @property
     def tight(self) -> "PairHead | None":
