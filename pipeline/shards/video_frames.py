@@ -7,8 +7,8 @@
    about the number of frames or the length is used.
 3. Each wanted frame is decoded from the last key frame before it on. Frames between them that no other frame refers
    to are left out.
-4. Where a packet has no time stamp, two have the same one, or a frame does not come out of the decoder, all frames are
-   decoded, twice: for their time stamps, and for their pixels.
+4. All frames are decoded, twice, where a packet has no time stamp (AVI has none), two have the same one, or a frame
+   does not come out of the decoder.
 
 Times are seconds from the first shown frame. All functions are pure and thread-safe.
 """
@@ -237,6 +237,28 @@ def decoded(container: InputContainer, stream: VideoStream) -> Iterator[av.Video
         bad_video("damaged", "damaged")
 
 
+def stamped(container: InputContainer, stream: VideoStream) -> Iterator[tuple[int, av.VideoFrame]]:
+    """The frames from the present position on with growing time stamps in the units of the stream.
+
+    A frame without a time stamp, or with an earlier one than the frame before it, follows that one by the mean rate.
+    """
+    unit = unit_of(stream)
+    step = max(1, round(1 / ((stream.average_rate or _USUAL_RATE) * unit)))
+    in_order = container.format.name == "avi"
+    last: int | None = None
+    for frame in decoded(container, stream):
+        stamp = frame.dts if in_order else frame.pts
+        if stamp is None or (last is not None and stamp < last):
+            stamp = 0 if last is None else last + step
+        last = stamp
+        yield stamp, frame
+
+
+def unit_of(stream: VideoStream) -> Fraction:
+    """Seconds of one step of the stream's time stamps."""
+    return stream.time_base or Fraction(1, av.time_base)
+
+
 def _video_stream(container: InputContainer) -> VideoStream:
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:
@@ -268,7 +290,12 @@ def _packets(container: InputContainer, stream: VideoStream) -> Iterator["Packet
 
 
 def _packet_clock(packets: Sequence["Packet[VideoStream]"], stream: VideoStream) -> _Clock | None:
-    """The clock by the packets; None where they do not tell which frame is shown when."""
+    """The clock by the packets; None where they do not tell which frame is shown when.
+
+    AVI has no time stamps: its packets are numbered in the order of decoding.
+    """
+    if stream.container.format.name == "avi" and not all(packet.is_keyframe for packet in packets):
+        return None
     shown = [packet for packet in packets if not packet.is_discard]
     stamps = [packet.pts for packet in shown if packet.pts is not None]
     if not stamps or len(stamps) < len(shown) or len(set(stamps)) < len(stamps):
@@ -285,7 +312,7 @@ def _frame_clock(container: InputContainer, stream: VideoStream) -> _Clock:
 def _clock(stamps: list[int], stream: VideoStream, last: int | None) -> _Clock:
     if not stamps:
         bad_video("no_picture", "no frame can be decoded")
-    unit = stream.time_base or Fraction(1, av.time_base)
+    unit = unit_of(stream)
     seconds = [float((stamp - stamps[0]) * unit) for stamp in stamps]
     if last:
         rest = float(last * unit)
@@ -359,18 +386,10 @@ def _decode_all(
 
 
 def _stamped(container: InputContainer, stream: VideoStream) -> Iterator[tuple[int, av.VideoFrame]]:
-    """All frames from the first one on with growing time stamps."""
+    """All frames from the first one on with their time stamps."""
     container.seek(0, backward=True, any_frame=False)
     stream.codec_context.skip_frame = "DEFAULT"
-    unit = stream.time_base or Fraction(1, av.time_base)
-    step = max(1, round(1 / ((stream.average_rate or _USUAL_RATE) * unit)))
-    last: int | None = None
-    for frame in decoded(container, stream):
-        stamp = frame.pts
-        if stamp is None or (last is not None and stamp < last):
-            stamp = 0 if last is None else last + step
-        last = stamp
-        yield stamp, frame
+    return stamped(container, stream)
 
 
 class _Shape:
