@@ -17,7 +17,7 @@ from pipeline.sources.drawn.sample import DrawnSample, Value, columns_of, draw_s
 from pipeline.sources.drawn.scenes import Scene
 from pipeline.sources.drawn.sound import draw_sound
 from pipeline.sources.drawn.world import NOVEL_SHAPES, WORLD_VERSION, WRONG_CAPTIONS
-from pipeline.sources.source import SOUND_UNCHANGED, UNCHANGED, Part, Row, Slice
+from pipeline.sources.source import SOUND_UNCHANGED, UNCHANGED, VIDEO_UNCHANGED, Part, Row, Slice
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ class Drawn:
     summary: ClassVar[str] = "Samples of the embedded world, drawn as they are needed."
     image_options: ClassVar[Mapping[str, Any]] = UNCHANGED
     audio_options: ClassVar[Mapping[str, Any]] = SOUND_UNCHANGED
+    video_options: ClassVar[Mapping[str, Any]] = VIDEO_UNCHANGED
     has_captions: ClassVar[bool] = True
 
     split: str = "train"
