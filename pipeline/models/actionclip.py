@@ -274,7 +274,7 @@ class ActionClip(clip.Clip):
         return () if self.linear is None else self.config.class_names
 
     @property
-    def prompts(self) -> tuple[str, ...]:
+    def prompt_templates(self) -> tuple[str, ...]:
         """The templates in which this method writes names, for zero-shot classification."""
         return self.config.prompts
 
