@@ -58,7 +58,7 @@ class _Clip:
         self._container, self._stream, self._options = container, stream, options
         self._unit = unit_of(stream)
         self._ratio = stream.codec_context.sample_aspect_ratio
-        frames = stamped(container, stream)
+        frames = stamped(container, stream, strict=True)
         first = next(frames, None)
         if first is None:
             bad_video("no_picture", "no frame can be decoded")
@@ -157,12 +157,12 @@ class _Clip:
             self._container.seek(
                 self._origin + int((self._begin - earlier) / self._unit), stream=self._stream, backward=True
             )
-            frames = stamped(self._container, self._stream)
+            frames = stamped(self._container, self._stream, strict=True)
             first = next(frames, None)
             if first is not None and self._seconds(first[0]) <= self._begin + _SAME:
                 return chain([first], frames)
         self._container.seek(0, backward=True)
-        return stamped(self._container, self._stream)
+        return stamped(self._container, self._stream, strict=True)
 
     def _spans(self) -> Iterator[Shown]:
         """The frames of the segment. Those that no time is left for, because of equal time stamps, are left out."""
@@ -172,6 +172,8 @@ class _Clip:
         for stamp, frame in self._from_begin():
             self._check_pixels(frame)
             seconds = self._seconds(stamp)
+            if frame.is_corrupt and seconds >= begin:
+                bad_video("damaged", "damaged")
             if last is not None:
                 gap = seconds - last[0] or gap
                 if seconds <= last[0]:
@@ -194,16 +196,14 @@ class _Clip:
         self._check_end(last[0] + length)
 
     def _check_rate(self, shown: int, hidden: int, seconds: float) -> None:
-        if hidden > 16 + shown or shown > MOST_RATE * (max(seconds, 0.0) + 0.25):
+        if hidden > 16 + shown or shown > MOST_RATE * max(seconds, 0.0) + 16:
             bad_video("frame_rate", f"no, or more than {MOST_RATE:g}, frames per second")
 
     def _check_end(self, end: float) -> None:
         """Raise where the stream's own header claims more of the segment than there is."""
-        stream = self._stream
-        if stream.duration is None:
-            return
-        claimed = float(stream.duration * self._unit)
-        if end < min(claimed, self._end) - _SLACK:
+        # Matroska claims one length for all streams.
+        claimed = self.header.seconds if self._stream.duration is not None or not self.header.has_sound else None
+        if claimed is not None and end < min(claimed, self._end) - _SLACK:
             bad_video("truncated", "the video ends before its header says")
 
     def _at_rate(self, spans: Iterator[Shown]) -> Iterator[Shown]:

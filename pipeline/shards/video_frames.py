@@ -218,26 +218,33 @@ def video_kind(file: BinaryIO) -> str:
     return kind if kind in VIDEO_KINDS else bad_video("not_a_video", "not a video of a known kind")
 
 
-def decoded(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
+def decoded(container: InputContainer, stream: VideoStream, strict: bool = False) -> Iterator[av.VideoFrame]:
     """The frames from the present position on; a packet that cannot be decoded is left out.
 
     Raises:
-        SampleError: error class damaged, where no packet could be decoded.
+        SampleError: error class damaged, where no packet could be decoded; with ``strict`` already where one could not
+            after the first frame, other than the last one of a file that ends in it.
     """
     failed = given = 0
     for packet in chain(_packets(container, stream), [None]):
+        if strict and packet is not None and packet.is_corrupt:
+            continue  # the file ends in it
         try:
             frames = stream.codec_context.decode(packet)
         except av.FFmpegError:
             failed += 1
+            if strict and given:
+                break
             continue
         given += len(frames)
         yield from frames
-    if failed and not given:
+    if failed and (strict or not given):
         bad_video("damaged", "damaged")
 
 
-def stamped(container: InputContainer, stream: VideoStream) -> Iterator[tuple[int, av.VideoFrame]]:
+def stamped(
+    container: InputContainer, stream: VideoStream, strict: bool = False
+) -> Iterator[tuple[int, av.VideoFrame]]:
     """The frames from the present position on with growing time stamps in the units of the stream.
 
     A frame without a time stamp, or with an earlier one than the frame before it, follows that one by the mean rate.
@@ -246,7 +253,7 @@ def stamped(container: InputContainer, stream: VideoStream) -> Iterator[tuple[in
     step = max(1, round(1 / ((stream.average_rate or _USUAL_RATE) * unit)))
     in_order = container.format.name == "avi"
     last: int | None = None
-    for frame in decoded(container, stream):
+    for frame in decoded(container, stream, strict):
         stamp = frame.dts if in_order else frame.pts
         if stamp is None or (last is not None and stamp < last):
             stamp = 0 if last is None else last + step
@@ -314,13 +321,24 @@ def _clock(stamps: list[int], stream: VideoStream, last: int | None) -> _Clock:
         bad_video("no_picture", "no frame can be decoded")
     unit = unit_of(stream)
     seconds = [float((stamp - stamps[0]) * unit) for stamp in stamps]
+    return _Clock(seconds, stamps, Timeline(0.0, seconds[-1] + _rest(seconds, stream, last), len(seconds)))
+
+
+def _rest(seconds: Sequence[float], stream: VideoStream, last: int | None) -> float:
+    """How long the last frame is shown. ``last`` is the duration of its packet.
+
+    With reordered frames, MP4 states the durations of packets in the order of decoding. The length of the whole stream
+    is right then; it is believed where the last frame is not shown for longer than the longest of the others.
+    """
+    unit = unit_of(stream)
+    gaps = np.diff(seconds)
+    if len(gaps) and stream.duration is not None and stream.codec_context.has_b_frames:
+        rest = float(stream.duration * unit) - seconds[-1]
+        if _SAME < rest <= gaps.max() + _SAME:
+            return rest
     if last:
-        rest = float(last * unit)
-    elif len(seconds) > 1:
-        rest = float(np.median(np.diff(seconds)))
-    else:
-        rest = float(1 / (stream.average_rate or _USUAL_RATE))
-    return _Clock(seconds, stamps, Timeline(0.0, seconds[-1] + rest, len(seconds)))
+        return float(last * unit)
+    return float(np.median(gaps)) if len(gaps) else float(1 / (stream.average_rate or _USUAL_RATE))
 
 
 def _decode_ranges(

@@ -5,7 +5,9 @@ from fractions import Fraction
 from io import BytesIO
 
 import av
+from av.packet import Packet
 from av.video.frame import PictureType
+from av.video.stream import VideoStream
 
 UNIT = Fraction(1, 90_000)
 """Seconds of one step of the time stamps that are written."""
@@ -35,7 +37,8 @@ class Mp4Writer:
         self._stream.codec_context.gop_size = max(1, round(10 * key_seconds * rate))
         self._key_step = key_seconds / UNIT
         self._next_key = 0.0
-        self._lengths: dict[int, int] = {}
+        self._last: Packet[VideoStream] | None = None
+        self._first = self._end = 0
         self.frames = 0
 
     def colours(self, values: Mapping[str, int]) -> None:
@@ -51,21 +54,27 @@ class Mp4Writer:
         if stamp >= self._next_key:
             frame.pict_type = PictureType.I
             self._next_key = stamp + self._key_step
-        self._lengths[stamp] = max(1, round(end / UNIT) - stamp)
+        self._end = max(stamp + 1, round(end / UNIT))
         self._mux(frame)
         self.frames += 1
 
     def finish(self) -> bytes:
         """The complete file."""
         self._mux(None)
+        if self._last is not None:
+            # MP4 stores the durations in the order of decoding; with the last one their sum is the end.
+            self._last.duration = max(1, self._end - (self._last.dts or 0) + self._first)
+            self._container.mux(self._last)
         self._container.close()
         return self._file.getvalue()
 
     def _mux(self, frame: av.VideoFrame | None) -> None:
         for packet in self._stream.encode(frame):
-            if packet.pts is not None:
-                packet.duration = self._lengths.pop(packet.pts, packet.duration)
-            self._container.mux(packet)
+            if self._last is None:
+                self._first = packet.dts or 0
+            else:
+                self._container.mux(self._last)
+            self._last = packet
 
 
 def _fraction(rate: float) -> Fraction:
