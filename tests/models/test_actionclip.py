@@ -199,8 +199,8 @@ def test_transf_that_adds_nothing_is_the_residual() -> None:
     frames = torch.randn(2, 3, 32)
     found = method.head(frames, torch.ones(2, 3, dtype=torch.bool))  # type: ignore[misc]
     torch.testing.assert_close(found, (2 * frames + layer.positions[:3]).mean(dim=1))
-    assert float(layer.positions.std()) == pytest.approx(0.02, rel=0.1) and layer.resblocks[0].ln_1.eps == 1e-12
-    assert float(layer.resblocks[0].mlp.c_fc.weight.std()) == pytest.approx(0.02, rel=0.1)
+    assert layer.positions.std().item() == pytest.approx(0.02, rel=0.1) and layer.resblocks[0].ln_1.eps == 1e-12
+    assert layer.resblocks[0].mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 def test_the_class_token_equals_torchs_encoder() -> None:
