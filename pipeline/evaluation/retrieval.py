@@ -30,7 +30,7 @@ from pipeline.config import require
 from pipeline.evaluation.encoder import TEXTS_AT_ONCE, encode_tokens, inference
 from pipeline.evaluation.media import TEXT, encode_inputs, inputs_of, paired_media
 
-SCORES_AT_ONCE = 1 << 22
+SCORES_AT_ONCE = 1 << 24
 DEPTHS = (1, 5, 10)
 DEFAULT_SCALE = 100.0  # CLIP's at the end of its training
 Scores = Callable[[Tensor, Tensor], Tensor]
@@ -182,10 +182,9 @@ def match_ranks(
 
 
 def _tile_ranks(scores: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    match = torch.zeros_like(scores, dtype=torch.bool)
-    match[rows, columns] = True
-    best = scores.masked_fill(~match, -torch.inf).amax(dim=1, keepdim=True)
-    ahead = ~(scores < best) & ~match
+    best = scores.new_full((len(scores),), -torch.inf).scatter_reduce_(0, rows, scores[rows, columns], "amax")
+    ahead = (scores < best[:, None]).logical_not_()
+    ahead[rows, columns] = False
     return 1 + ahead.sum(dim=1)
 
 
