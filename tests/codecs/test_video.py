@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from pipeline.codecs import codec_of
+from pipeline.codecs import codec_of, video_encoding
+from pipeline.codecs import video as video_codec
 from pipeline.codecs.video import VideoCodec, VideoOptions
 from pipeline.config import from_json, to_json
 from pipeline.errors import SampleError, SettingError
+from pipeline.shards import video_cut, video_frames
 from pipeline.shards.video_frames import read_frames, read_timeline, read_video_header
 from pipeline.stages.crawl.decode_apart import Apart
 from tests.hostile_videos import HOSTILE, STORED, faststart
@@ -42,6 +44,7 @@ def test_a_video_becomes_mp4_with_its_columns() -> None:
         "video_height": 48,
         "video_frames": 40,
         "video_rate": pytest.approx(10.0),
+        "video_begin": 0.0,
         "video_motion": pytest.approx(0.2, abs=0.1),
         "video_sound_seconds": None,
         "video_original_seconds": pytest.approx(4.0),
@@ -75,7 +78,7 @@ def test_frames_at_a_rate_are_those_that_are_shown() -> None:
     "kind, codec", [("mp4", "libx264"), ("matroska", "libx264"), ("avi", "mpeg4"), ("webm", "libvpx")]
 )
 def test_segments_begin_with_the_frame_that_is_shown(kind: str, codec: str) -> None:
-    fast = {"deadline": "realtime", "cpu-used": "8"} if codec == "libvpx" else {}
+    fast = {"deadline": "realtime", "cpu-used": "8"} if codec == "libvpx" else {"bf": "2"}
     body = encoded_video(numbered(300), kind=kind, codec=codec, options={"g": "40", **fast})
     made = CODEC.encode(body, VideoOptions(), (12.25, 13.5))
     numbers, times = stored_numbers(made.fields["mp4"])
@@ -264,3 +267,15 @@ def test_stored_videos_are_read_back_exactly() -> None:
     made = CODEC.encode(encoded_video(numbered(100), unit=Fraction(1, 24)), VideoOptions(video_key_seconds=1.0))
     found = read_frames(made.fields["mp4"], lambda line: np.linspace(0, line.end, 13)[:-1])
     assert numbers_of(found.pixels) == [int(100 * part / 12 + 1e-9) for part in range(12)]
+
+
+def test_every_reason_is_in_the_guides() -> None:
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    code = "".join(
+        Path(module.__file__).read_text() for module in (video_frames, video_cut, video_encoding, video_codec)
+    )
+    reasons = set(re.findall(r'bad_video\(\s*"(\w+)"', code)) | {reason for _, reason in HOSTILE.values()} - {STORED}
+    assert len(reasons) > 10
+    for page in ("video.md", "operations.md"):
+        text = (docs / page).read_text()
+        assert {reason for reason in reasons if f"`{reason}`" not in text} == set(), page
