@@ -199,3 +199,20 @@ def test_one_snapshot_of_every_kind_of_sample(tmp_path: Path) -> None:
     assert set(kinds) == {(True, False, True), (False, True, True), (True, True, False), (True, True, True)}
     table = pq.read_table(tmp_path / f"{snapshot.shards[0].name}.parquet")
     assert set(CODEC.columns) <= set(table.column_names) and set(table["status"].to_pylist()) == {"success"}
+
+
+def test_a_segment_of_a_sound() -> None:
+    wave = np.concatenate([0 * tone(16_000, 1.0), tone(16_000, 1.0), 0 * tone(16_000, 2.0)])
+    body = encoded(wave, 16_000)
+    made = CODEC.encode(body, AudioOptions(audio_rate=0, audio_keep_bytes=True), (0.5, 1.5))
+    samples, _ = stored(made.fields["flac"])
+    np.testing.assert_allclose(samples, wave[8_000:24_000], atol=1e-4)
+    assert made.columns["audio_seconds"] == 1.0 and made.columns["audio_original_seconds"] == 4.0
+    middle = AudioOptions(audio_rate=0, audio_seconds=0.5, audio_segment="middle")
+    samples, _ = stored(CODEC.encode(body, middle, (0.5, 1.5)).fields["flac"])
+    np.testing.assert_allclose(samples, wave[12_000:20_000], atol=1e-4)
+    to_its_end = CODEC.encode(body, AudioOptions(audio_rate=0, audio_min_loudness=-120.0), (1.5, float("inf")))
+    assert to_its_end.columns["audio_seconds"] == 2.5
+    with pytest.raises(SampleError) as error:
+        CODEC.encode(body, AudioOptions(), (9.0, 10.0))
+    assert error.value.error_class == "empty"
