@@ -40,7 +40,7 @@ def measure(seed: int, folder: Path) -> dict[str, float]:
 
 def drawn(folder: Path, split: str, samples: int) -> Path:
     """A snapshot of drawn videos."""
-    words = ("--video", "True", "--split", split, "--samples", samples, *WORLD)
+    words = ("--video", "--split", split, "--samples", samples, *WORLD)
     run("refresh_dataset", "drawn", *words, "--output-folder", folder)
     return folder
 
