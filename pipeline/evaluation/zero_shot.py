@@ -131,4 +131,4 @@ def own_head(
 def head_of(model: object, medium: str) -> Callable[..., Tensor] | None:
     """The classifying method of a model with a head for this medium; ``None`` without one."""
     found = getattr(model, "classify" if medium == "image" else f"classify_{medium}", None)
-    return found if callable(found) and getattr(model, "classes", ()) else None
+    return found if callable(found) and bool(getattr(model, "classes", None)) else None

@@ -6,7 +6,7 @@ the others.
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock
@@ -83,13 +83,13 @@ def first_text_layers(model: Any, width: int, count: int, longest: int) -> tuple
 
 def new_block(width: int, layers: int) -> nn.Module:
     """A random block, initialised as one of ``layers`` in CLIP's text tower (its released code)."""
-    block = ResidualAttentionBlock(width, heads_of(width), act_layer=QuickGELU)
+    block: Any = ResidualAttentionBlock(width, heads_of(width), act_layer=QuickGELU)
     spread = width**-0.5
     nn.init.normal_(block.attn.in_proj_weight, std=spread)
     nn.init.normal_(block.attn.out_proj.weight, std=spread * (2 * layers) ** -0.5)
     nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
     nn.init.normal_(block.mlp.c_proj.weight, std=spread * (2 * layers) ** -0.5)
-    return block
+    return cast(nn.Module, block)
 
 
 def heads_of(width: int) -> int:
@@ -108,4 +108,5 @@ def over_views(
     if video.ndim == dimensions:
         return encode(video, mask)
     found = encode(video.flatten(0, 1), None if mask is None else mask.flatten(0, 1))
-    return found.unflatten(0, video.shape[:2]).mean(dim=1)
+    views: Tensor = found.unflatten(0, video.shape[:2])
+    return views.mean(dim=1)
