@@ -295,7 +295,8 @@ class ActionClip(clip.Clip):
         assert linear is not None, "a linear layer"
 
         def probabilities(clips: Tensor, shown: Tensor | None) -> Tensor:
-            return linear(self._features(clips.float(), shown)).float().softmax(dim=-1)
+            logits: Tensor = linear(self._features(clips.float(), shown))
+            return logits.float().softmax(dim=-1)
 
         return over_views(probabilities, video, mask, 5).log()
 
@@ -327,7 +328,8 @@ class ActionClip(clip.Clip):
         numbers = batch["colours"][:, 0].repeat_interleave(video.shape[1], dim=0)
         with torch.no_grad(), torch.autocast(video.device.type, enabled=False):
             frames = recolour(video.flatten(0, 1) / 255, numbers, self.config.colours.sigma[1]) * 255
-        return frames.unflatten(0, video.shape[:2])
+        coloured: Tensor = frames.unflatten(0, video.shape[:2])
+        return coloured
 
     def targets(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The labels' numbers, for texts."""
@@ -547,7 +549,8 @@ def label_divergence(
         entropy = (total.log() - sharpness * counts * strength / total)[own]
         matching = (video * text).sum(dim=1)
         expected = ((video * mean_text).sum(dim=1) + (text * mean_video).sum(dim=1)) / 2
-        return contrastive + (scale * (matching - expected) - entropy).mean()
+        loss: Tensor = contrastive + (scale * (matching - expected) - entropy).mean()
+        return loss
 
 
 def _check_classes(config: Config) -> None:

@@ -207,7 +207,8 @@ class Clip4Clip(clip.Clip):
             return video.float()
         pixels = (video.flatten(0, 1).float() - self.mean) / self.std
         features: Tensor = self.model.encode_image(pixels)
-        return features.float().unflatten(0, video.shape[:2])
+        frames: Tensor = features.float().unflatten(0, video.shape[:2])
+        return frames
 
     def encode_video(self, video: Tensor, mask: Tensor | None = None) -> Tensor:
         """Unit features of clips, float32 [B, D].
