@@ -124,3 +124,21 @@ def test_a_caption_to_be_shown_may_be_missing() -> None:
     assert reader.read(Sample("0", {"json": b'{"captions": ["a", "b"]}'})) == {"caption": "a"}
     assert reader.read(Sample("0", {"json": b"{}"})) == {"caption": ""}
     assert FirstCaptionReader(caption="json:title").read(Sample("0", {"json": b'{"title": "t"}'})) == {"caption": "t"}
+
+
+def test_training_reads_one_caption_of_a_list_in_each_epoch() -> None:
+    """All of them over epochs, the same one for the same position; evaluation reads the first."""
+    texts = ["one", "two", "three"]
+    sample = labelled([*texts, "", 5], "captions", txt=b"the txt")
+    reader = TextReader(tokenizer=letters, caption="json:captions", seed=2)
+    found = [reader.read(sample, SamplePosition(epoch, 14))["text"] for epoch in range(60)]
+    assert set(found) == set(texts)
+    assert found == [reader.read(sample, SamplePosition(epoch, 14))["text"] for epoch in range(60)]
+    other = TextReader(tokenizer=letters, caption="json:captions", seed=3)
+    assert found != [other.read(sample, SamplePosition(epoch, 14))["text"] for epoch in range(60)]
+    assert reader.read(sample)["text"] == "one"
+    assert TextReader(tokenizer=letters).read(sample, AT)["text"] == "the txt"
+    assert reader.read(labelled("a text", "captions"), AT)["text"] == "a text"
+    for empty in ([], ["", 7], 7):
+        with pytest.raises(UnreadableSample):
+            reader.read(labelled(empty, "captions"), AT)
