@@ -79,6 +79,10 @@ class RandomStream(IntEnum):
     """Random segment of a sound."""
     SOUNDS = 40
     """Augmentation of a sound."""
+    CLIP_PAIRS = 50
+    """Which texts and clips of a video are pairs."""
+    RETRIEVED = 51
+    """Which videos are queries of an epoch's batches, and which of their neighbours are read."""
     VIEWS = 64
     """Random crops of view v of an image: 64 + v, 64 to 127."""
     COLOURS = 128
