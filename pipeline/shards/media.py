@@ -85,6 +85,19 @@ def _starts_like_audio(start: bytes) -> bool:
     return _is_mpeg_frame(start)
 
 
+# Major brands of ISO files with images or with sound alone.
+_NO_VIDEO_BRANDS = (b"avif", b"avis", b"mif1", b"msf1", b"heic", b"heix", b"M4A ", b"M4B ")
+
+
+def _starts_like_a_video(start: bytes) -> bool:
+    if start[4:8] == b"ftyp":
+        return start[8:12] not in _NO_VIDEO_BRANDS
+    # Matroska and WebM; AVI; QuickTime files from before brands begin with one of its atoms.
+    if start.startswith(b"\x1a\x45\xdf\xa3"):
+        return True
+    return (start.startswith(b"RIFF") and start[8:12] == b"AVI ") or start[4:8] in (b"moov", b"mdat", b"wide")
+
+
 def _is_mpeg_frame(start: bytes) -> bool:
     """Whether a frame header of MP3 (MPEG 1, 2 or 2.5, layers I to III) or of AAC (ADTS) stands at the start."""
     if len(start) < 4 or start[0] != 0xFF:
@@ -150,7 +163,15 @@ AUDIO = Medium(
     },
     starts=_starts_like_audio,
 )
-MEDIA: Mapping[str, Medium] = {medium.name: medium for medium in (IMAGE, AUDIO)}
+VIDEO = Medium(
+    name="video",
+    noun="a video",
+    mismatch="not_a_video",
+    kinds={"mp4": ("mp4", "m4v", "mov"), "webm": ("webm",), "matroska": ("mkv",), "avi": ("avi",)},
+    mime={"mp4": "video/mp4", "webm": "video/webm", "matroska": "video/x-matroska", "avi": "video/x-msvideo"},
+    starts=_starts_like_a_video,
+)
+MEDIA: Mapping[str, Medium] = {medium.name: medium for medium in (IMAGE, AUDIO, VIDEO)}
 """All media by name; the order is that of the parts of a sample."""
 _ENDINGS = {
     medium.name: tuple(dict.fromkeys(ending for endings in medium.kinds.values() for ending in endings))

@@ -53,6 +53,8 @@ def kind_of(start: bytes) -> str:
             return kind
     if start[4:8] == b"ftyp":
         return "" if start[8:12] in _IMAGE_BRANDS else "mp4"
+    if start[4:8] in (b"moov", b"mdat", b"wide"):  # QuickTime from before brands
+        return "mp4"
     return _FORMS.get((start[:4], start[8:12]), "") or _mpeg_kind(start)
 
 
