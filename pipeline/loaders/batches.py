@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from pipeline.config import require
 from pipeline.errors import ClipmillError, DataError
 from pipeline.loaders.cache import FileCache
-from pipeline.loaders.mixture import MixedOrder, MixedSamples, TrainingData, open_samples
-from pipeline.loaders.order import Order
+from pipeline.loaders.mixture import MixedSamples, TrainingData, open_samples
+from pipeline.loaders.order import SampleOrder
 from pipeline.loaders.samples import Samples, UnreadableSample, check_fields
 from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Snapshot
@@ -115,7 +115,7 @@ class LoaderConfig:
 def training_batches(
     snapshot: TrainingData,
     readers: Sequence[Reader],
-    order: Order | MixedOrder,
+    order: SampleOrder,
     *,
     steps: range,
     rank: int = 0,
@@ -165,7 +165,7 @@ def snapshot_batches(
 
 
 class _Steps(Sampler[list[SamplePosition]]):
-    def __init__(self, order: Order | MixedOrder, steps: range, rank: int, world: int) -> None:
+    def __init__(self, order: SampleOrder, steps: range, rank: int, world: int) -> None:
         self.order, self.steps, self.rank, self.world = order, steps, rank, world
 
     def __iter__(self) -> Iterator[list[SamplePosition]]:

@@ -46,7 +46,13 @@ class Overlap:
             require(1 <= low <= high, name, (low, high), "two numbers, 1 <= low <= high")
 
     def pairs(
-        self, count: int, seed: int, epoch: int, number: int, spans: NDArray[np.float64], sizes: Sequence[int],
+        self,
+        count: int,
+        seed: int,
+        epoch: int,
+        number: int,
+        spans: NDArray[np.float64],
+        sizes: Sequence[int],
         times: NDArray[np.float32],
     ) -> list[ClipPair]:
         """``count`` pairs of one video: a pure function of (seed, epoch, number of the sample) and of the video.

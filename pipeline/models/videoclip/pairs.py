@@ -113,7 +113,10 @@ class ClipPairReader:
         sizes = [max(1, len(some)) for some in tokens]
         found = self.overlap.pairs(self.pairs, self.seed, *position, spans, sizes, stored.times)
         texts = [[token for number in pair.captions for token in tokens[number]] for pair in found]
-        return {"clips": [self._clip(stored, list(pair.frames)) for pair in found], "tokens": [*map(self._marked, texts)]}
+        return {
+            "clips": [self._clip(stored, list(pair.frames)) for pair in found],
+            "tokens": [*map(self._marked, texts)],
+        }
 
     def _whole(self, sample: Sample, stored: StoredFrames, at: SamplePosition) -> Row:
         """The whole video, with a random caption in each pair."""
@@ -141,6 +144,35 @@ class ClipPairReader:
         clips = padded_clips([clip for row in rows for clip in row["clips"]], self.frames)
         texts = padded_texts([tokens for row in rows for tokens in row["tokens"]], self.tokenizer.pad)
         return {key: value.unflatten(0, (len(rows), self.pairs)) for key, value in {**clips, "text": texts}.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EveryFrameReader:
+    """``frames`` float32 [B, T, D]: all stored features of each video, with zeros at the end; ``frames_mask`` bool
+    [B, T]; ``frames_times`` float32 [B, T], seconds."""
+
+    features: FrameFeatureReader
+
+    @property
+    def fields(self) -> Sequence[str]:
+        """Those of the features."""
+        return self.features.fields
+
+    @property
+    def sidecars(self) -> Sequence[Wanted]:
+        """Those of the features."""
+        return self.features.sidecars
+
+    def read(self, sample: Sample, at: SamplePosition | None = None) -> Row:
+        """``frames`` and ``times`` of one video; raises :class:`UnreadableSample`."""
+        stored = self.features.stored(sample)
+        return {"frames": torch.from_numpy(stored.features.astype(np.float32)), "times": torch.from_numpy(stored.times)}
+
+    def collate(self, rows: list[Row]) -> Batch:
+        """All keys."""
+        longest = max(len(row["times"]) for row in rows)
+        frames = padded_clips([row["frames"] for row in rows], longest, "frames")
+        return {**frames, "frames_times": padded_clips([row["times"] for row in rows], longest, "times")["times"]}
 
 
 def padded_texts(texts: Sequence[Sequence[int]], pad: int) -> Tensor:

@@ -5,6 +5,7 @@ last one, [SEP], does. A clip's [SEP] has the position after the longest clip, h
 """
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ class FrameBert(nn.Module):
         super().__init__()
         hidden = settings.hidden_size
         self.frames = frames
-        self.projection = nn.Sequential(
+        self.embedding = nn.Sequential(
             nn.Linear(feature_width, hidden), nn.GELU(), nn.LayerNorm(hidden), nn.Linear(hidden, hidden)
         )
         self.bert = BertModel(settings, add_pooling_layer=False)
@@ -36,7 +37,7 @@ class FrameBert(nn.Module):
         """Float [B, T, D] and bool [B, T] to states float [B, T + 2, H], and bool [B, T + 2], True where one counts."""
         words, places = self.bert.embeddings.word_embeddings.weight, torch.arange(video.shape[1] + 1)
         rows = words[:, None, None].expand(-1, len(video), 1, -1)
-        inputs = torch.cat([rows[CLS], self.projection(video), rows[SEP]], dim=1)
+        inputs = torch.cat([rows[CLS], self.embedding(video), rows[SEP]], dim=1)
         position = torch.cat([places, torch.tensor([self.frames + 1])]).to(video.device)[None]
         true = mask.new_ones(len(mask), 1)
         seen = torch.cat([true, mask, true], dim=1)
@@ -55,7 +56,17 @@ class CaptionBert(nn.Module):
     def forward(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [B, L] to states float [B, L, H], and bool [B, L], True where one counts."""
         seen = text != self.pad
-        return states(self.bert, self.bert.embeddings(text), seen), seen & (torch.arange(text.shape[1]) > 0).to(seen.device)
+        counts = torch.cat([torch.zeros_like(seen[:, :1]), seen[:, 1:]], dim=1)
+        return states(self.bert, self.bert.embeddings(text), seen), counts
+
+
+class DualBert(nn.Module):
+    """Both towers, and the logarithm of the factor of their products."""
+
+    def __init__(self, video: FrameBert, text: CaptionBert, scale: float, learn_scale: bool) -> None:
+        super().__init__()
+        self.video, self.text = video, text
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn_scale)
 
 
 def states(bert: BertModel, embedded: Tensor, seen: Tensor) -> Tensor:
@@ -72,16 +83,19 @@ def pooled(states: Tensor, counts: Tensor) -> Tensor:
     return torch.einsum("blh,bl->bh", states, weights) / weights.sum(dim=1, keepdim=True)
 
 
-def longest(bert: BertModel) -> float:
+def longest(bert: BertModel) -> Tensor:
     """An upper limit of the length of any state, and so of any mean of states, by the last layer's norm.
 
     A normalised vector of H numbers has the length sqrt(H) at most.
     """
     norm: Any = bert.encoder.layer[-1].output.LayerNorm
-    return float(norm.weight.detach().abs().max() * norm.weight.numel() ** 0.5 + norm.bias.detach().norm())
+    limit: Tensor = norm.weight.detach().abs().max() * norm.weight.numel() ** 0.5 + norm.bias.detach().norm()
+    return limit
 
 
-def caption_settings(bert: str, small: tuple[int, int, int], tokenizer: SpanTokenizer, length: int, dropout: float) -> BertConfig:
+def caption_settings(
+    bert: str, small: tuple[int, int, int], tokenizer: SpanTokenizer, length: int, dropout: float
+) -> BertConfig:
     """The settings of the texts' BERT: of the folder or model id ``bert``, or a small one for ``drawn``.
 
     ``length`` is the number of positions that a tower needs.
@@ -132,11 +146,11 @@ def stored_settings(text: str) -> BertConfig:
     return bert_settings(json.loads(text))
 
 
-def load_bert(video: FrameBert, captions: CaptionBert, name: str, tokenizer: SpanTokenizer) -> None:
-    """Load the weights of the BERT ``name`` into both towers: all into the texts', its first layers into the frames'."""
+def load_bert(model: DualBert, name: str, tokenizer: SpanTokenizer) -> None:
+    """Load the weights of the BERT ``name`` into both towers: all into the text tower, its first layers into the other."""
     known = BertModel.from_pretrained(name, add_pooling_layer=False).state_dict()
-    captions.bert.load_state_dict(known)
+    model.text.bert.load_state_dict(known)
     words = "embeddings.word_embeddings.weight"
-    wanted = {key: known[key] for key in video.bert.state_dict() if key in known}
+    wanted = {key: known[key] for key in model.video.bert.state_dict() if key in known}
     wanted[words] = known[words][[tokenizer.start, tokenizer.end]]
-    video.bert.load_state_dict(wanted)
+    model.video.bert.load_state_dict(wanted)
