@@ -78,6 +78,8 @@ class RandomStream(IntEnum):
     """Which caption or question of an image is read."""
     SOUND_CROPS = 33
     """Random segment of a sound."""
+    FRAMES = 34
+    """Which frames of a video are read."""
     SOUNDS = 40
     """Augmentation of a sound."""
     CLIP_PAIRS = 50

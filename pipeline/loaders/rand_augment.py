@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -42,17 +42,49 @@ def check_policy(policy: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentedImageReader:
-    """Augmented crops as uint8 [B, 3, H, W]; ``mean`` and ``std`` are those of the model, of images from 0 to 1.
+class RandomChange:
+    """RandAugment by ``policy``, then erasing with probability ``erase``; an empty policy changes nothing.
 
-    Areas that an operation or the erasing uncovers get the mean, or noise with this mean and deviation.
+    ``mean`` and ``std`` are those of the model, of images from 0 to 1. Areas that an operation or the erasing uncovers
+    get the mean, or noise with this mean and deviation.
     """
 
-    transform: ImageTransform
     policy: str
     erase: float
     mean: Numbers
     std: Numbers
+
+    def __call__(self, crop: Tensor, seed: int) -> Tensor:
+        """uint8 [3, H, W] to the same; images of one size with one seed are changed alike."""
+        with _seeded(seed):
+            return self._erased(self._changed(crop))
+
+    def _changed(self, crop: Tensor) -> Tensor:
+        if not self.policy:
+            return crop
+        changed = self._operations(min(crop.shape[1:]))(Image.fromarray(crop.permute(1, 2, 0).numpy()))
+        return torch.from_numpy(np.array(changed)).permute(2, 0, 1).contiguous()
+
+    def _erased(self, crop: Tensor) -> Tensor:
+        mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (self.mean, self.std))
+        erased: Tensor = self._erasing((crop.float() - mean) / std)
+        return (erased * std + mean).round().clamp(0, 255).to(torch.uint8)
+
+    def _operations(self, side: int) -> Any:
+        filled = tuple(round(255 * value) for value in self.mean)
+        return _operations(self.policy, int(side * TRANSLATION), filled)
+
+    @cached_property
+    def _erasing(self) -> Any:
+        return RandomErasing(self.erase, mode="pixel", device="cpu")  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentedImageReader:
+    """Augmented crops as uint8 [B, 3, H, W]: a crop, then the ``change``."""
+
+    transform: ImageTransform
+    change: RandomChange
     seed: int = 0
     key: str = "image"
     fields = ("image",)
@@ -61,33 +93,16 @@ class AugmentedImageReader:
         """uint8 [3, H, W]; raises :class:`UnreadableSample`."""
         assert at is not None, "random augmentation is for training"
         crop = self.transform.read(encoded_image(sample), crop_bits(self.seed, *at))
-        with _seeded(int(random_bits(self.seed, RandomStream.AUGMENTATION, *at, 1)[0])):
-            return {self.key: self._erased(self._changed(crop))}
+        return {self.key: self.change(crop, int(random_bits(self.seed, RandomStream.AUGMENTATION, *at, 1)[0]))}
 
     def collate(self, rows: list[Row]) -> Batch:
         """uint8 [B, 3, H, W]."""
         return {self.key: default_collate([row[self.key] for row in rows])}
 
-    def _changed(self, crop: Tensor) -> Tensor:
-        if not self.policy:
-            return crop
-        changed = self._operations(Image.fromarray(crop.permute(1, 2, 0).numpy()))
-        return torch.from_numpy(np.array(changed)).permute(2, 0, 1).contiguous()
 
-    def _erased(self, crop: Tensor) -> Tensor:
-        mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (self.mean, self.std))
-        erased: Tensor = self._erasing((crop.float() - mean) / std)
-        return (erased * std + mean).round().clamp(0, 255).to(torch.uint8)
-
-    @cached_property
-    def _operations(self) -> Any:
-        filled = tuple(round(255 * value) for value in self.mean)
-        side = min(self.transform.size)
-        return rand_augment_transform(self.policy, {"translate_const": int(side * TRANSLATION), "img_mean": filled})
-
-    @cached_property
-    def _erasing(self) -> Any:
-        return RandomErasing(self.erase, mode="pixel", device="cpu")  # type: ignore[no-untyped-call]
+@cache
+def _operations(policy: str, translation: int, filled: tuple[int, ...]) -> Any:
+    return rand_augment_transform(policy, {"translate_const": translation, "img_mean": filled})
 
 
 @contextmanager

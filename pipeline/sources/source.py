@@ -7,7 +7,7 @@ never taken for a shard of the new ones.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypedDict, runtime_checkable
 
 from pipeline.errors import SampleError
 from pipeline.shards.media import MEDIA
@@ -27,8 +27,18 @@ SOUND_UNCHANGED: Mapping[str, Any] = {
 """Audio options that store sounds byte for byte, checked by decoding."""
 
 Scalar = str | int | float | bool | None
-Cell = Scalar | list[str]
-"""A value of a row's column: several captions or labels are a list."""
+
+
+class TimedCaption(TypedDict):
+    """A caption of a part of a video or sound, from ``start`` to ``end`` in seconds of the clip."""
+
+    start: float
+    end: float
+    text: str
+
+
+Cell = Scalar | list[str] | list[TimedCaption]
+"""A value of a row's column: several captions or labels are a list, and so are timed captions."""
 
 
 def is_hidden(path: str) -> bool:
@@ -154,5 +164,5 @@ class Source(Protocol):
         ...
 
     def schema(self) -> Mapping[str, type]:
-        """Names and Python types of the rows' ``columns``; ``list`` is a list of texts."""
+        """Names and types of the rows' ``columns``; ``list`` is a list of texts, ``TimedCaption`` a list of these."""
         ...

@@ -9,17 +9,18 @@ import torch
 
 from pipeline.loaders.batches import SamplePosition
 from pipeline.loaders.images import ImageTransform, crop_bits
-from pipeline.loaders.rand_augment import AugmentedImageReader
+from pipeline.loaders.rand_augment import AugmentedImageReader, RandomChange
 from pipeline.shards.sample import Sample
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 READER = AugmentedImageReader(
     transform=ImageTransform(size=(32, 32), crop="resized", scale=(0.5, 1.0), flip=0.5),
-    policy="rand-m9-mstd0.5-inc1",
-    erase=0.25,
-    mean=MEAN,
-    std=STD,
+    change=RandomChange(policy="rand-m9-mstd0.5-inc1", erase=0.25, mean=MEAN, std=STD),
 )
+
+
+def changing(**options: object) -> AugmentedImageReader:
+    return replace(READER, change=replace(READER.change, **options))
 
 
 def sample(flat: bool = False) -> Sample:
@@ -46,14 +47,14 @@ def test_an_image_depends_on_seed_epoch_and_sample_alone() -> None:
 
 
 def test_without_operations_it_is_the_crop() -> None:
-    plain, at = replace(READER, policy="", erase=0.0), SamplePosition(0, 3)
+    plain, at = changing(policy="", erase=0.0), SamplePosition(0, 3)
     expected = plain.transform.read(sample().fields["jpg"], crop_bits(0, *at))
     assert torch.equal(plain.read(sample(), at)["image"], expected)
 
 
 def test_a_quarter_of_the_images_is_erased() -> None:
     """Of a flat image, what differs is a rectangle of 2 to 33 % with the model's statistics."""
-    plain = replace(READER, policy="", erase=0.25)
+    plain = changing(policy="")
     changed, noise = 0, []
     for number in range(300):
         image = plain.read(sample(flat=True), SamplePosition(0, number))["image"]
@@ -70,7 +71,7 @@ def test_a_quarter_of_the_images_is_erased() -> None:
 
 
 def test_operations_change_images() -> None:
-    plain, changing = replace(READER, policy="", erase=0.0), replace(READER, erase=0.0)
+    plain, changed = changing(policy="", erase=0.0), changing(erase=0.0)
     positions = [SamplePosition(0, number) for number in range(60)]
-    pairs = [(plain.read(sample(), at)["image"], changing.read(sample(), at)["image"]) for at in positions]
+    pairs = [(plain.read(sample(), at)["image"], changed.read(sample(), at)["image"]) for at in positions]
     assert sum(not torch.equal(before, after) for before, after in pairs) > 40  # two operations, each at a half

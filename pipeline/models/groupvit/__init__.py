@@ -46,7 +46,7 @@ from pipeline.errors import DataError
 from pipeline.loaders.batches import Reader
 from pipeline.loaders.cache import FileCache
 from pipeline.loaders.images import ImageTransform
-from pipeline.loaders.rand_augment import AugmentedImageReader, check_policy
+from pipeline.loaders.rand_augment import AugmentedImageReader, RandomChange, check_policy
 from pipeline.loaders.readers import ImageReader
 from pipeline.loaders.text import TextSettings, cut_text
 from pipeline.models.groupvit.network import DroppableLayer, GroupingNetwork, start_as_bag_of_words
@@ -290,9 +290,8 @@ class Groupvit(ImageTextMethod, EmbeddingMethod):
         config, transform = self.config, self.transforms(train)
         if not train or not (config.augment or config.erase):
             return ImageReader(transform=transform, seed=seed)
-        return AugmentedImageReader(
-            transform=transform, policy=config.augment, erase=config.erase, mean=MEAN, std=STD, seed=seed
-        )
+        change = RandomChange(policy=config.augment, erase=config.erase, mean=MEAN, std=STD)
+        return AugmentedImageReader(transform=transform, change=change, seed=seed)
 
     def normalised(self, images: Tensor) -> Tensor:
         """uint8 to float32, with ImageNet's mean and deviation."""

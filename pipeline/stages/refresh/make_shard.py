@@ -27,7 +27,7 @@ from pipeline.shards.sample import Sample, joined_fields, sample_key, shard_name
 from pipeline.shards.storage import Folder
 from pipeline.shards.text import storable
 from pipeline.shards.writer import ShardStats, ShardWriter, parquet_schema, read_stats
-from pipeline.sources.source import UNCHANGED, Cell, Part, Row, Scalar, Source, fetches, media_of
+from pipeline.sources.source import UNCHANGED, Cell, Part, Row, Scalar, Source, TimedCaption, fetches, media_of
 from pipeline.stages.crawl.decode_apart import Apart
 from pipeline.stages.crawl.download import Download, DownloadOptions, KnownBody, Request, digest, download_all
 from pipeline.stages.refresh.plan import Unit
@@ -38,6 +38,7 @@ ARROW_TYPES: Mapping[type, pa.DataType] = {
     float: pa.float64(),
     bool: pa.bool_(),
     list: pa.list_(pa.string()),
+    TimedCaption: pa.list_(pa.struct([("start", pa.float64()), ("end", pa.float64()), ("text", pa.string())])),
 }
 VALIDATORS = ("last_modified", "etag")
 
@@ -326,8 +327,12 @@ def _refuse_second(members: Mapping[str, bytes], medium: str, field: str) -> Non
 def clean_value(value: Cell) -> Cell:
     """The value of a column as it can be stored: texts as captions, numbers and booleans as they are."""
     if isinstance(value, list):
-        return [storable(text) for text in value]
+        return [_clean_item(item) for item in value]  # type: ignore[return-value]  # a list of one of the two
     return storable(value) if isinstance(value, str) else value
+
+
+def _clean_item(item: str | TimedCaption) -> str | TimedCaption:
+    return storable(item) if isinstance(item, str) else {**item, "text": storable(item["text"])}
 
 
 def _flat_json(record: Mapping[str, Any]) -> bytes:
