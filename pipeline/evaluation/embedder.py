@@ -106,7 +106,7 @@ class ModelEmbedder:
             if medium == TEXT:
                 return _array(encode_tokens(self._model, self._model.tokenizer(list(inputs)), device))
             batch = self._readers[medium].collate(list(inputs))
-            return _array(encode_inputs(self._model, medium, batch[medium], device))
+            return _array(encode_inputs(self._model, medium, batch, device))
 
 
 class ViewEmbedder:

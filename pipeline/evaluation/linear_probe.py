@@ -36,7 +36,7 @@ from pipeline.evaluation.accuracy import FoldCounts, fold_order, label_ranks
 from pipeline.evaluation.classes import IMAGENET, Labels, labelled_batches, read_classes
 from pipeline.evaluation.data import CardData, Data, open_data
 from pipeline.evaluation.encoder import inference
-from pipeline.evaluation.media import AUTO, check_medium, encode_inputs, medium_of_set, medium_reader
+from pipeline.evaluation.media import AUTO, check_medium, encode_inputs, inputs_of, medium_of_set, medium_reader
 from pipeline.evaluation.suite import name_and_data
 from pipeline.evaluation.task import ACCURACY, FOLDS, Column, PreparedSet, Reading, Report
 from pipeline.loaders.batches import Reader
@@ -393,8 +393,10 @@ def embed_folds(
     return Shots(features, read[0][1]), read[0][2]
 
 
-def tower_features(model: Any, inputs: Tensor, kind: str = "tower", medium: str = "image") -> Tensor:
-    """The inputs of a medium (images: uint8 [B, 3, H, W]) on the model's device to float [B, D].
+def tower_features(
+    model: Any, inputs: Tensor, kind: str = "tower", medium: str = "image", mask: Tensor | None = None
+) -> Tensor:
+    """The inputs of a medium (images: uint8 [B, 3, H, W]), and their mask, on the model's device to float [B, D].
 
     A method with ``M_features`` for a medium M gives those as the tower's own, float [B, D].
 
@@ -402,7 +404,8 @@ def tower_features(model: Any, inputs: Tensor, kind: str = "tower", medium: str 
         SettingError: the tower's own features of a model with an unknown tower.
     """
     if kind == "joint":
-        return encode_inputs(model, medium, inputs, inputs.device)
+        batch = {medium: inputs, **({} if mask is None else {f"{medium}_mask": mask})}
+        return encode_inputs(model, medium, batch, inputs.device)
     own = getattr(model, f"{medium}_features", None)
     if own is not None:
         features: Tensor = own(inputs)
@@ -463,7 +466,8 @@ def _one_look(
     features, labels, folds = [], [], []
     for batch in labelled_batches(look, one, settings):
         with inference(model, settings.evaluation_precision) as device:
-            features.append(tower_features(model, batch[medium].to(device), kind, medium).float().cpu())
+            inputs, *mask = inputs_of(batch, medium, device)
+            features.append(tower_features(model, inputs, kind, medium, *mask).float().cpu())
         labels.append(batch["label"])
         folds += batch.get("fold", [])
     return torch.cat(features), torch.cat(labels), folds

@@ -2,7 +2,8 @@
 
 A model encodes a medium M if it has ``encode_M``, from one tensor of a batch to features float [B, D]. A reader makes
 that tensor from a sample: ``M_reader()`` of the model, whose batch has it under the key M; for images the reader of
-``transforms(train=False)``, for texts the ``tokenizer``. The representation of a reader, a frozen dataclass, names its
+``transforms(train=False)``, for texts the ``tokenizer``. A reader of inputs that differ in length also gives ``M_mask``,
+bool [B, T], the second argument of ``encode_M``. The representation of a reader, a frozen dataclass, names its
 settings: stored features are those of the same weights and readers.
 
 A model whose class has more encoders than its config needs lists its media in ``encodes``.
@@ -52,9 +53,15 @@ def medium_reader(model: Any, medium: str) -> Reader:
     return reader
 
 
-def encode_inputs(model: Any, medium: str, inputs: Tensor, device: torch.device) -> Tensor:
+def encode_inputs(model: Any, medium: str, batch: Mapping[str, Any], device: torch.device) -> Tensor:
     """Features of a batch's inputs of a medium other than text: float32 [B, D] with unit length, on ``device``."""
-    return functional.normalize(getattr(model, f"encode_{medium}")(inputs.to(device)).float(), dim=-1)
+    inputs = inputs_of(batch, medium, device)
+    return functional.normalize(getattr(model, f"encode_{medium}")(*inputs).float(), dim=-1)
+
+
+def inputs_of(batch: Mapping[str, Any], medium: str, device: torch.device) -> list[Tensor]:
+    """The inputs of a medium on ``device``, and their mask where the reader gives one."""
+    return [batch[name].to(device) for name in (medium, f"{medium}_mask") if name in batch]
 
 
 def require_text(model: object) -> None:
@@ -103,7 +110,7 @@ def check_medium(setting: str) -> None:
 class PartsReader:
     """The media of samples of which each may lack some: inputs of those that are there, and their rows in the batch.
 
-    For each medium M the batch has the key of its reader and ``M_rows``, int64, the number of the sample in the batch
+    For each medium M the batch has the keys of its reader, M and perhaps ``M_mask``, and ``M_rows``, int64, the number of the sample in the batch
     of each input; for texts ``text`` and ``text_rows``, for all captions. ``samples`` is the size of the batch. A
     medium that the whole batch lacks has no key. A sample with fewer than ``least`` media is unreadable, and so is one
     with a broken part.
@@ -139,7 +146,8 @@ class PartsReader:
                 continue
             inputs = reader.collate([rows[number]["parts"][name] for number in having])
             places = torch.tensor(having)
-            batch |= {name: inputs[name], f"{name}_rows": places[inputs["text_rows"]] if name == TEXT else places}
+            batch |= {key: inputs[key] for key in (name, f"{name}_mask") if key in inputs}
+            batch[f"{name}_rows"] = places[inputs["text_rows"]] if name == TEXT else places
         return batch
 
     def _all(self) -> Iterator[tuple[str, Reader]]:

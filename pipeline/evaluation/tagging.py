@@ -18,13 +18,14 @@ from torch import Tensor
 from pipeline.config import require
 from pipeline.errors import DataError
 from pipeline.evaluation.encoder import inference
-from pipeline.evaluation.media import encode_inputs
+from pipeline.evaluation.media import encode_inputs, inputs_of
 from pipeline.loaders.batches import Batch, Row, SamplePosition
 from pipeline.loaders.samples import json_of_sample
 from pipeline.shards.objects import plain_word
 from pipeline.shards.sample import Sample
 
-Score = Callable[[Tensor], Tensor]
+Score = Callable[[Mapping[str, Any], torch.device], Tensor]
+"""Scores float [B, C] of a batch, computed on a device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,16 +76,13 @@ class LabelsReader:
 
 
 def tagging(
-    model: Any, batches: Iterable[Mapping[str, Tensor]], score: Score, medium: str, precision: str = "fp32"
+    model: Any, batches: Iterable[Mapping[str, Any]], score: Score, precision: str = "fp32"
 ) -> dict[str, float]:
-    """:func:`tagging_metrics` of ``score``, which gives float [B, C] for the inputs of ``medium`` on a device.
-
-    ``batches`` have these inputs and ``labels``, bool [B, C].
-    """
+    """:func:`tagging_metrics` of ``score`` on ``batches``, which have its inputs and ``labels``, bool [B, C]."""
     scores, truth = [], []
     with inference(model, precision) as device:
         for batch in batches:
-            scores.append(score(batch[medium].to(device)).float().cpu())
+            scores.append(score(batch, device).float().cpu())
             truth.append(batch["labels"])
     return tagging_metrics(torch.cat(scores).numpy(), torch.cat(truth).numpy())
 
@@ -92,10 +90,10 @@ def tagging(
 def by_prompts(model: Any, medium: str, class_vectors: Tensor) -> Score:
     """Cosines with class vectors, float [C, D]."""
 
-    def score(inputs: Tensor) -> Tensor:
-        features = encode_inputs(model, medium, inputs, inputs.device)
-        with torch.autocast(inputs.device.type, enabled=False):
-            return features @ class_vectors.to(inputs.device).float().T
+    def score(batch: Mapping[str, Any], device: torch.device) -> Tensor:
+        features = encode_inputs(model, medium, batch, device)
+        with torch.autocast(device.type, enabled=False):
+            return features @ class_vectors.to(device).float().T
 
     return score
 
@@ -111,7 +109,7 @@ def by_head(model: Any, medium: str, classes: Sequence[str]) -> Score:
     require(not unknown, "classes", unknown[:5], "those of the model's head")
     places = torch.tensor([known[plain_word(name)] for name in classes])
     head = getattr(model, f"tag_{medium}")
-    return lambda inputs: head(inputs)[:, places.to(inputs.device)]
+    return lambda batch, device: head(*inputs_of(batch, medium, device))[:, places.to(device)]
 
 
 def tagging_metrics(scores: NDArray[np.float32], truth: NDArray[np.bool_]) -> dict[str, float]:

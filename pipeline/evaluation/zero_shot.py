@@ -67,7 +67,7 @@ def zero_shot(
     with inference(model, precision) as device:
         weights = class_vectors.to(device).float()
         for batch in batches:
-            features = encode_inputs(model, medium, batch[medium], device)
+            features = encode_inputs(model, medium, batch, device)
             with torch.autocast(device.type, enabled=False):
                 ranks = label_ranks(features @ weights.T, batch["label"].to(device))
             counts.add(ranks.cpu(), batch["label"].cpu(), batch.get("fold"))

@@ -19,8 +19,9 @@ from pipeline.errors import DataError
 from pipeline.loaders.batches import Batch, Row, SamplePosition
 from pipeline.loaders.device_jpeg import EncodedImageReader, encoded_reader
 from pipeline.loaders.images import ImageTransform, as_stored, crop_bits, decode, encoded_image
+from pipeline.loaders.order import RandomStream, random_bits
 from pipeline.loaders.samples import UnreadableSample, json_of_sample
-from pipeline.loaders.text import Tokenizer, caption_field, cut_text, faster, read_caption, read_captions
+from pipeline.loaders.text import Tokenizer, caption_field, cut_text, faster, read_captions, read_texts
 from pipeline.shards.objects import FIELD, plain_word, read_objects
 from pipeline.shards.sample import Sample
 
@@ -57,12 +58,16 @@ class ImageReader:
 
 @dataclass(frozen=True, kw_only=True)
 class TextReader:
-    """Captions as int64 tokens [B, L], cut at the batch's longest text where the tower allows it."""
+    """Captions as int64 tokens [B, L], cut at the batch's longest text where the tower allows it.
+
+    Where ``caption`` names a list of texts, training reads one of them in each epoch, evaluation the first one.
+    """
 
     tokenizer: Tokenizer
     end_of_text: int | None = None
     caption: str = "txt"
     key: str = "text"
+    seed: int = 0
 
     @property
     def fields(self) -> Sequence[str]:
@@ -71,7 +76,10 @@ class TextReader:
 
     def read(self, sample: Sample, at: SamplePosition | None = None) -> Row:
         """The caption; raises :class:`UnreadableSample`."""
-        return {self.key: read_caption(sample, self.caption)}
+        texts = read_texts(sample, self.caption)
+        if at is None or len(texts) == 1:
+            return {self.key: texts[0]}
+        return {self.key: texts[int(random_bits(self.seed, RandomStream.TEXTS, *at, 1)[0] % len(texts))]}
 
     def collate(self, rows: list[Row]) -> Batch:
         """int64 [B, L]."""

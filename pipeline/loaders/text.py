@@ -91,7 +91,7 @@ class TextSettings:
     """
 
     caption: str = "txt"
-    """Field of the captions: txt, or json:KEY."""
+    """Field of the captions: txt, or json:KEY for a text or a list of texts."""
     tokens: str = ""
     """Sidecar with the captions' tokens; if empty, captions are tokenised during loading."""
 
@@ -126,6 +126,22 @@ def read_caption(sample: Sample, caption: str = "txt") -> str:
     if not isinstance(value, str):
         raise UnreadableSample(f"{sample.key}.json has no text {key}")
     return value
+
+
+def read_texts(sample: Sample, caption: str = "txt") -> list[str]:
+    """The caption of :func:`read_caption`, or the texts of a list under the json's key; one or more.
+
+    Raises:
+        UnreadableSample: the sample has no caption there.
+    """
+    key = caption.partition(":")[2]
+    value = json_of_sample(sample).get(key) if key else None
+    if not isinstance(value, list):
+        return [read_caption(sample, caption)]
+    texts = [text for text in value if isinstance(text, str) and text.strip()]
+    if not texts:
+        raise UnreadableSample(f"{sample.key}.json has no text in its list {key}")
+    return texts
 
 
 def read_captions(sample: Sample, caption: str = "auto") -> list[str]:

@@ -218,14 +218,17 @@ class ImageTextMethod(Method):
     def readers(self, train: bool, *, seed: int = 0, settings: TextSettings | None = None) -> Sequence[Reader]:
         """Images and captions, those of the two that are among ``batch_keys``."""
         image = [ImageReader(transform=self.transforms(train), seed=seed)] if "image" in self.batch_keys else []
-        return [*image, *self.text_readers(settings)]
+        return [*image, *self.text_readers(settings, seed)]
 
-    def text_readers(self, settings: TextSettings | None = None) -> Sequence[Reader]:
-        """The reader of captions, or of their tokens in a sidecar; none where ``batch_keys`` has no text."""
+    def text_readers(self, settings: TextSettings | None = None, seed: int = 0) -> Sequence[Reader]:
+        """The reader of captions, or of their tokens in a sidecar; none where ``batch_keys`` has no text.
+
+        ``seed`` decides which of several captions an epoch reads.
+        """
         if not self._reads_text():
             return []
         text = settings or TextSettings()
-        reader = TextReader(tokenizer=self.tokenizer, end_of_text=self.end_of_text, caption=text.caption)
+        reader = TextReader(tokenizer=self.tokenizer, end_of_text=self.end_of_text, caption=text.caption, seed=seed)
         return [tokens.from_sidecar(reader, text.tokens) if text.tokens else reader]
 
     def lengths(self, batch: Mapping[str, Tensor]) -> Mapping[str, int]:

@@ -127,7 +127,7 @@ class Slip(clip.Clip):
         return [
             ViewsReader(transforms=(self.transforms(True), view, view), seed=seed),
             ColourReader(colours=config.colours, views=2, seed=seed),
-            *self.text_readers(settings),
+            *self.text_readers(settings, seed),
         ]
 
     def embed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

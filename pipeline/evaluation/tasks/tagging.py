@@ -82,7 +82,7 @@ class Tagging(Task):
             score = by_prompts(model, medium, classifier(model, classes, one.ready.templates, precision))
         readers = (medium_reader(model, medium), one.ready.reader)
         batches = evaluation_batches(one.samples(), readers, reading.evaluation_batch, reading.evaluation_threads)
-        return tagging(model, batches, score, medium, precision)
+        return tagging(model, batches, score, precision)
 
 
 def has_head(model: object, medium: str) -> bool:

@@ -115,7 +115,7 @@ def _predicted(model: Any, one: PreparedSet) -> tuple[list[Any], list[str], list
     (batch,) = evaluation_batches(one.samples(SHOWN), readers, SHOWN, threads=2)
     vectors = classifier(model, labels.classes, labels.templates)
     with inference(model) as device:
-        best = (encode_inputs(model, "audio", batch["audio"], device) @ vectors.T).cpu().max(dim=1)
+        best = (encode_inputs(model, "audio", batch, device) @ vectors.T).cpu().max(dim=1)
     pairs = zip(batch["label"].tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
     captions, right = [], []
     for number, found, score in pairs:

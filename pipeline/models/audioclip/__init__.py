@@ -327,7 +327,7 @@ class Audioclip(clip.Clip):
         if "image" in config.modalities:
             every["image"] = ImageReader(transform=self.transforms(train), seed=seed)
         if "text" in config.modalities:
-            (every["text"],) = self.text_readers(settings)
+            (every["text"],) = self.text_readers(settings, seed)
         readers: dict[str, Reader] = {name: every[name] for name in config.modalities}
         if config.missing == "replace":
             return list(readers.values())

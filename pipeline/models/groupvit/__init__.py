@@ -275,7 +275,7 @@ class Groupvit(ImageTextMethod, EmbeddingMethod):
         if train:
             images.append(SeedReader(seed=seed))
         if not config.prompts:
-            return [*images, *self.text_readers(text)]
+            return [*images, *self.text_readers(text, seed)]
         prompts = PromptReader(
             tokenizer=self.tokenizer,
             end_of_text=self.end_of_text,
