@@ -237,7 +237,7 @@ class VideoClip(EmbeddingMethod):
         return self.config.frame_reader()
 
     def frames_reader(self) -> EveryFrameReader:
-        """The reader of all stored frames of a video, for :meth:`encode_frames`."""
+        """The reader of all stored frames of a video, for :meth:`encode_moments`."""
         return EveryFrameReader(features=self.config.frame_reader())
 
     def embed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -279,7 +279,7 @@ class VideoClip(EmbeddingMethod):
         """Tokens, int64 [B, L], to unit float32 [B, H + 2]; see the module's text."""
         return self._unit(self._pooled_text(text).float(), of_video=False)
 
-    def encode_frames(self, frames: Tensor, frames_mask: Tensor) -> Tensor:
+    def encode_moments(self, frames: Tensor, frames_mask: Tensor) -> Tensor:
         """Features float [B, T, D] of any number of frames to unit float32 [B, T, H + 2], comparable with texts.
 
         The states of frames in windows of the longest clip, half a window apart, averaged where windows overlap.

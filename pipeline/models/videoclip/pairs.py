@@ -1,14 +1,12 @@
 """The reader of clip pairs: several pairs of a text and a clip of each video, from stored features of its frames.
 
-Texts with their times are in the json of a sample: ``timed_captions``, a list of ``{"start", "end", "text"}`` in
-seconds of the clip. A sample without them has one text for the whole video: a caption of its list ``captions``, or its
-``txt``.
+Texts with their times are the sample's ``timed_captions``. A sample without them has one text for the whole video: a
+caption of its list ``captions``, or its ``txt``.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,57 +16,17 @@ from pipeline.loaders.batches import Batch, Row, SamplePosition
 from pipeline.loaders.frames import FrameFeatureReader, padded_clips
 from pipeline.loaders.grounding_prompts import SpanTokenizer
 from pipeline.loaders.order import RandomStream, random_bits, uniform
-from pipeline.loaders.samples import UnreadableSample, json_of_sample
 from pipeline.loaders.text import read_captions
+from pipeline.loaders.timed_captions import read_timed_captions
 from pipeline.models.videoclip.alignment import Overlap, pick
 from pipeline.shards.sample import Sample
 from pipeline.shards.sidecar import Wanted
 from pipeline.stages.annotate.frame_features import StoredFrames
 
-TIMED = "timed_captions"
 FIRST = SamplePosition(0, 0)
 """The position from which evaluation draws its pairs."""
 
 Positives = Literal["overlapped", "whole"]
-
-
-class TimedCaption(NamedTuple):
-    """A text and when it is said or shown, in seconds of the clip; ``label`` is its class, by default the text."""
-
-    start: float
-    end: float
-    text: str
-    label: str = ""
-
-
-def read_timed_captions(sample: Sample) -> list[TimedCaption] | None:
-    """The timed captions of a sample, by their start; ``None`` where its json has none.
-
-    Entries without a text, or with times that are not numbers, not finite, negative or backwards, are left out.
-
-    Raises:
-        UnreadableSample: there is a list, but without a valid entry.
-    """
-    listed = json_of_sample(sample).get(TIMED)
-    if listed is None:
-        return None
-    found = [one for one in map(_timed, listed if isinstance(listed, list) else ()) if one is not None]
-    if not found:
-        raise UnreadableSample(f"{sample.key}.json has no valid entry in {TIMED}")
-    return sorted(found)
-
-
-def _timed(entry: Any) -> TimedCaption | None:
-    if not isinstance(entry, dict):
-        return None
-    start, end, text = entry.get("start"), entry.get("end"), entry.get("text")
-    plain = all(isinstance(one, int | float) and not isinstance(one, bool) for one in (start, end))
-    if not (plain and isinstance(text, str) and text.strip()):
-        return None
-    label = entry.get("label")
-    if not (math.isfinite(start) and math.isfinite(end) and 0 <= start <= end):
-        return None
-    return TimedCaption(float(start), float(end), text, label if isinstance(label, str) and label else text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +61,7 @@ class ClipPairReader:
         return self.features.sampling.frames
 
     def read(self, sample: Sample, at: SamplePosition | None = None) -> Row:
-        """``clips``: P times float32 [t, D], t from 1 to T; ``tokens``: P lists; raises :class:`UnreadableSample`."""
+        """``clips``: P times float32 [t, D], t from 1 to T; ``tokens``: P lists; raises ``UnreadableSample``."""
         stored, position = self.features.stored(sample), at or FIRST
         timed = read_timed_captions(sample) if self.positives == "overlapped" else None
         if timed is None:
@@ -164,7 +122,7 @@ class EveryFrameReader:
         return self.features.sidecars
 
     def read(self, sample: Sample, at: SamplePosition | None = None) -> Row:
-        """``frames`` and ``times`` of one video; raises :class:`UnreadableSample`."""
+        """``frames`` and ``times`` of one video; raises ``UnreadableSample``."""
         stored = self.features.stored(sample)
         return {"frames": torch.from_numpy(stored.features.astype(np.float32)), "times": torch.from_numpy(stored.times)}
 

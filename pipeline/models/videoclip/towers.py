@@ -147,7 +147,7 @@ def stored_settings(text: str) -> BertConfig:
 
 
 def load_bert(model: DualBert, name: str, tokenizer: SpanTokenizer) -> None:
-    """Load the weights of the BERT ``name`` into both towers: all into the text tower, its first layers into the other."""
+    """Load the weights of the BERT ``name`` into both towers: the first layers into the frames one."""
     known = BertModel.from_pretrained(name, add_pooling_layer=False).state_dict()
     model.text.bert.load_state_dict(known)
     words = "embeddings.word_embeddings.weight"
