@@ -270,7 +270,8 @@ def prepare(method: Any, run: Run, *, evaluates: bool = False, guard: Guard | No
     require(run.batch_size <= snapshot.samples, "batch_size", run.batch_size, most)
     _check_readable(snapshot, method, run)
     run = replace(run, data=snapshot.uri)
-    steps = run.steps or order_of(started, run, snapshot).steps(run.epochs)
+    order = order_of(started, run, snapshot)
+    steps = run.steps or order.steps(run.epochs)
     settings = {"method": method_name(method), **flatten(method), **_deciding(run)}
     record = RunRecord(settings=settings, snapshot=snapshot.uri, digest=snapshot.digest, steps=steps)
     if earlier is not None:
