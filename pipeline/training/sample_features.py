@@ -144,9 +144,10 @@ def _by_ray(work: FeatureWork, weights: Mapping[str, Tensor], actors: int) -> It
     import ray
 
     rows = [{"number": number} for number in range(len(work.snapshot.shards))]
+    stored = ray.put(weights)  # kept here, for actors that are started again
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         ShardFeatures,
-        fn_constructor_args=(work, ray.put(weights)),
+        fn_constructor_args=(work, stored),
         batch_size=1,
         batch_format="numpy",
         num_cpus=1,
