@@ -10,6 +10,10 @@ resumes, and after a refresh reads only new shards. --name keeps the features of
     ... jobs/embed_dataset.py views --data s3://bucket/pets --checkpoint ViT-B-16-quickgelu:openai --views 10
 
 stores raw features of each image and of ten random crops of it instead, the training data of few-shot methods.
+
+    ... jobs/embed_dataset.py frames --data s3://bucket/msrvtt --checkpoint ViT-B-32-quickgelu:openai
+
+stores raw features of one frame a second of every video, for methods over frozen features and for search.
 """
 
 import getpass
@@ -21,11 +25,13 @@ import tyro
 
 from pipeline.config import require, run_job, writable_folder
 from pipeline.evaluation.embedder import LoadEmbedder, Precision, Views
+from pipeline.evaluation.frame_embedder import FrameRate, LoadFrameEmbedder
 from pipeline.runs.drawn_data import drawn_snapshot
-from pipeline.shards.snapshot import read_snapshot
+from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.shards.storage import Folder
+from pipeline.stages.annotate import frame_features, view_features
 from pipeline.stages.annotate.embeddings import EmbedOptions, FeatureExport, embed
-from pipeline.stages.annotate.view_features import NAME
+from pipeline.stages.annotate.frame_features import embed_frames
 from pipeline.stages.shard_tasks import Workers
 
 SMOKE = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/embedded"
@@ -58,11 +64,22 @@ class Embed:
 class EmbedViews(Embed):
     """Raw features of several views of every image."""
 
-    options: EmbedOptions = field(default_factory=lambda: EmbedOptions(name=NAME, batch_size=32))
+    options: EmbedOptions = field(default_factory=lambda: EmbedOptions(name=view_features.NAME, batch_size=32))
     views: Views = field(default_factory=Views)
 
     def __post_init__(self) -> None:
         require(not self.export, "export", self.export, "empty: features of views are not exported")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedFrames(Embed):
+    """Raw features of the frames of every video."""
+
+    options: EmbedOptions = field(default_factory=lambda: EmbedOptions(name=frame_features.NAME))
+    rate: FrameRate = field(default_factory=FrameRate)
+
+    def __post_init__(self) -> None:
+        require(not self.export, "export", self.export, "empty: features of frames are not exported")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +92,10 @@ PRESETS: dict[str, tuple[str, Embed]] = {
     "views": (
         "Raw features of each image and of random crops of it, for few-shot methods.",
         EmbedViews(data=tyro.MISSING, checkpoint=tyro.MISSING),
+    ),
+    "frames": (
+        "Raw features of the frames of every video, one a second.",
+        EmbedFrames(data=tyro.MISSING, checkpoint=tyro.MISSING),
     ),
     "smoke": (
         "Sixty-four drawn samples by an untrained model, in this process.",
@@ -93,16 +114,25 @@ def main(run: Embed) -> None:
     export = writable_folder("export", run.export) if run.export else ""
     if isinstance(run, Smoke):
         drawn_snapshot(Folder(run.data))
-    views = run.views if isinstance(run, EmbedViews) else None
-    model = LoadEmbedder(checkpoint=run.checkpoint, device=run.device, precision=run.precision, views=views)
-    use_gpu = None if run.device == "auto" else run.device == "cuda"
-    snapshot = embed(read_snapshot(run.data), model, run.options, run.workers, use_gpu)
+    snapshot = _embedded(run, read_snapshot(run.data))
     print(f"{snapshot.uri}: {run.options.name} of {sum(shard.stored for shard in snapshot.shards)} samples")
     if export:
         exported = FeatureExport(
             snapshot=snapshot, folder=Folder(export), name=run.options.name, rows_per_file=run.export_rows
         )
         print(f"{export}: {exported.write(run.workers)} rows in {exported.files} files")
+
+
+def _embedded(run: Embed, snapshot: Snapshot) -> Snapshot:
+    use_gpu = None if run.device == "auto" else run.device == "cuda"
+    if isinstance(run, EmbedFrames):
+        of_frames = LoadFrameEmbedder(
+            checkpoint=run.checkpoint, device=run.device, precision=run.precision, rate=run.rate
+        )
+        return embed_frames(snapshot, of_frames, run.options, run.workers, use_gpu)
+    views = run.views if isinstance(run, EmbedViews) else None
+    model = LoadEmbedder(checkpoint=run.checkpoint, device=run.device, precision=run.precision, views=views)
+    return embed(snapshot, model, run.options, run.workers, use_gpu)
 
 
 if __name__ == "__main__":

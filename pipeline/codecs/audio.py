@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pipeline.codecs.codec import Codec, Encoded
 from pipeline.config import require
 from pipeline.shards.media import AUDIO
+from pipeline.sources.segments import Segment
 from pipeline.sources.source import Scalar
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class AudioCodec(Codec[AudioOptions, "Waveform"]):
         "audio_clipped": float,
     }
 
-    def encode(self, body: bytes, options: AudioOptions) -> Encoded:
+    def encode(self, body: bytes, options: AudioOptions, segment: Segment | None = None) -> Encoded:
         """One field, ``flac``, or the original one with ``audio_keep_bytes``.
 
         Error classes: those of :func:`~pipeline.shards.waveforms.read_waveform`; too_short, too_long, silent, clipped.
@@ -92,7 +93,7 @@ class AudioCodec(Codec[AudioOptions, "Waveform"]):
         header = read_header(body)
         if header.seconds is not None and header.seconds > options.audio_max_seconds:
             bad_sound("too_long", "longer than --audio-max-seconds")
-        sound = _segment(body, header, options)
+        sound = _segment(body, header, options, segment)
         if sound.seconds < options.audio_min_seconds:
             bad_sound("too_short", "shorter than --audio-min-seconds")
         loudness = measure(sound.samples, sound.sample_rate)
@@ -104,13 +105,13 @@ class AudioCodec(Codec[AudioOptions, "Waveform"]):
             "audio_seconds": sound.seconds,
             "audio_rate": sound.sample_rate,
             "audio_channels": len(sound.samples),
-            **_original(header, sound if sound.seconds < options.audio_seconds else None),
+            **_original(header, sound if segment is None and sound.seconds < options.audio_seconds else None),
             "audio_loudness": loudness.level,
             "audio_peak": loudness.peak,
             "audio_silent": loudness.silent,
             "audio_clipped": sound.clipped,
         }
-        if options.audio_keep_bytes and _is_unchanged(header, sound, options):
+        if options.audio_keep_bytes and segment is None and _is_unchanged(header, sound, options):
             return Encoded({_ENDINGS[header.kind]: body}, columns)
         return Encoded({"flac": encode_flac(sound.samples, sound.sample_rate)}, columns)
 
@@ -143,14 +144,16 @@ class AudioCodec(Codec[AudioOptions, "Waveform"]):
         return {}
 
 
-def _segment(body: bytes, header: "SoundHeader", options: AudioOptions) -> "Waveform":
+def _segment(body: bytes, header: "SoundHeader", options: AudioOptions, segment: Segment | None) -> "Waveform":
     from pipeline.shards.waveforms import read_waveform
 
-    spare = max(0.0, (header.seconds or 0.0) - options.audio_seconds) if header.exact else 0.0
+    begin, end = segment or (0.0, math.inf)
+    known = min(end, header.seconds or 0.0) if header.exact else 0.0
+    spare = max(0.0, known - begin - options.audio_seconds)
     return read_waveform(
         body,
-        start=spare / 2 if options.audio_segment == "middle" else 0.0,
-        seconds=options.audio_seconds,
+        start=begin + (spare / 2 if options.audio_segment == "middle" else 0.0),
+        seconds=min(options.audio_seconds, end - begin),
         sample_rate=options.audio_rate or None,
         stereo=options.audio_stereo,
     )

@@ -8,6 +8,7 @@ allocates. All methods are pure and thread-safe.
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
+from pipeline.sources.segments import Segment
 from pipeline.sources.source import Scalar
 
 Options = TypeVar("Options", contravariant=True)
@@ -41,8 +42,8 @@ class Codec(Protocol[Options, Decoded]):
     """Name and Python type (str, int, float, bool) of the columns in the parquet file and in the sample's json. All but
     those of images begin with the medium's name (``audio_seconds``)."""
 
-    def encode(self, body: bytes, options: Options) -> Encoded:
-        """Check, decode, convert and encode one body.
+    def encode(self, body: bytes, options: Options, segment: Segment | None = None) -> Encoded:
+        """Check, decode, convert and encode one body, or only a segment of a sound or video.
 
         Raises:
             SampleError: status "failed_to_resize"; few and fixed classes and messages, for counting.
@@ -64,6 +65,10 @@ class Codec(Protocol[Options, Decoded]):
     def memory(self, options: Options) -> int:
         """Largest number of bytes that :meth:`encode` allocates besides the body; the process apart is held to it."""
         ...
+
+    def seconds(self, options: Options) -> float:
+        """Most CPU time for a body in the process apart, in seconds."""
+        return 10.0
 
     def load(self) -> None:
         """Import the decoding libraries; the process apart does so before its memory is limited."""

@@ -9,6 +9,7 @@ from pipeline.codecs.image_annotations import fitted_members
 from pipeline.codecs.image_encoding import ImageOptions, transform
 from pipeline.shards.media import IMAGE
 from pipeline.shards.pixels import MAX_PIXELS, Pixels, read_header, rgb
+from pipeline.sources.segments import Segment
 from pipeline.sources.source import Scalar
 
 BYTES_PER_PIXEL = 12  # enough for an RGB image in Pillow, in NumPy and on the way between them
@@ -32,7 +33,7 @@ class ImageCodec(Codec[ImageOptions, Pixels]):
         "exif": str,
     }
 
-    def encode(self, body: bytes, options: ImageOptions) -> Encoded:
+    def encode(self, body: bytes, options: ImageOptions, segment: Segment | None = None) -> Encoded:
         """One field; error classes are those of :func:`~pipeline.codecs.image_encoding.transform`."""
         image = transform(body, options)
         return Encoded({image.format: image.data}, {name: getattr(image, name) for name in self.columns})

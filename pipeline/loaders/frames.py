@@ -156,6 +156,7 @@ class FrameFeatureReader:
     def __post_init__(self) -> None:
         require(self.name == "" or self.name.isidentifier(), "name", self.name, "the name of a sidecar, or empty")
         require(self.rate > 0, "rate", self.rate, "more than 0 features per second")
+        require(0 <= self.place <= 1, "place", self.place, "0 to 1")
 
     @property
     def fields(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.dataset import Card, card_names, load_card
 from pipeline.shards.manifest import Shard, Snapshot
-from pipeline.shards.media import AUDIO, IMAGE, medium_of
+from pipeline.shards.media import AUDIO, IMAGE, VIDEO, medium_of
 from pipeline.shards.storage import Folder
 
 SIZES, WIDS, CROISSANT = "sizes.json", "wids.json", "croissant.json"
@@ -61,7 +61,7 @@ CONTEXT: Mapping[str, Any] = {
     "transform": "cr:transform",
 }
 TEXTS = {"txt": "text/plain", "json": "application/json"}
-CONTENTS = {IMAGE.name: "sc:ImageObject", AUDIO.name: "sc:AudioObject"}
+CONTENTS = {IMAGE.name: "sc:ImageObject", AUDIO.name: "sc:AudioObject", VIDEO.name: "sc:VideoObject"}
 
 
 def write_indexes(folder: Folder, snapshot: Snapshot, manifest: bytes) -> None:

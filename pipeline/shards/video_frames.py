@@ -7,8 +7,8 @@
    about the number of frames or the length is used.
 3. Each wanted frame is decoded from the last key frame before it on. Frames between them that no other frame refers
    to are left out.
-4. Where a packet has no time stamp, two have the same one, or a frame does not come out of the decoder, all frames are
-   decoded, twice: for their time stamps, and for their pixels.
+4. All frames are decoded, twice, where a packet has no time stamp (AVI has none), two have the same one, or a frame
+   does not come out of the decoder.
 
 Times are seconds from the first shown frame. All functions are pure and thread-safe.
 """
@@ -218,23 +218,52 @@ def video_kind(file: BinaryIO) -> str:
     return kind if kind in VIDEO_KINDS else bad_video("not_a_video", "not a video of a known kind")
 
 
-def decoded(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
+def decoded(container: InputContainer, stream: VideoStream, strict: bool = False) -> Iterator[av.VideoFrame]:
     """The frames from the present position on; a packet that cannot be decoded is left out.
 
     Raises:
-        SampleError: error class damaged, where no packet could be decoded.
+        SampleError: error class damaged, where no packet could be decoded; with ``strict`` already where one could not
+            after the first frame, other than the last one of a file that ends in it.
     """
     failed = given = 0
     for packet in chain(_packets(container, stream), [None]):
+        if strict and packet is not None and packet.is_corrupt:
+            continue  # the file ends in it
         try:
             frames = stream.codec_context.decode(packet)
         except av.FFmpegError:
             failed += 1
+            if strict and given:
+                break
             continue
         given += len(frames)
         yield from frames
-    if failed and not given:
+    if failed and (strict or not given):
         bad_video("damaged", "damaged")
+
+
+def stamped(
+    container: InputContainer, stream: VideoStream, strict: bool = False
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """The frames from the present position on with growing time stamps in the units of the stream.
+
+    A frame without a time stamp, or with an earlier one than the frame before it, follows that one by the mean rate.
+    """
+    unit = unit_of(stream)
+    step = max(1, round(1 / ((stream.average_rate or _USUAL_RATE) * unit)))
+    in_order = container.format.name == "avi"
+    last: int | None = None
+    for frame in decoded(container, stream, strict):
+        stamp = frame.dts if in_order else frame.pts
+        if stamp is None or (last is not None and stamp < last):
+            stamp = 0 if last is None else last + step
+        last = stamp
+        yield stamp, frame
+
+
+def unit_of(stream: VideoStream) -> Fraction:
+    """Seconds of one step of the stream's time stamps."""
+    return stream.time_base or Fraction(1, av.time_base)
 
 
 def _video_stream(container: InputContainer) -> VideoStream:
@@ -268,7 +297,12 @@ def _packets(container: InputContainer, stream: VideoStream) -> Iterator["Packet
 
 
 def _packet_clock(packets: Sequence["Packet[VideoStream]"], stream: VideoStream) -> _Clock | None:
-    """The clock by the packets; None where they do not tell which frame is shown when."""
+    """The clock by the packets; None where they do not tell which frame is shown when.
+
+    AVI has no time stamps: its packets are numbered in the order of decoding.
+    """
+    if stream.container.format.name == "avi" and not all(packet.is_keyframe for packet in packets):
+        return None
     shown = [packet for packet in packets if not packet.is_discard]
     stamps = [packet.pts for packet in shown if packet.pts is not None]
     if not stamps or len(stamps) < len(shown) or len(set(stamps)) < len(stamps):
@@ -285,15 +319,26 @@ def _frame_clock(container: InputContainer, stream: VideoStream) -> _Clock:
 def _clock(stamps: list[int], stream: VideoStream, last: int | None) -> _Clock:
     if not stamps:
         bad_video("no_picture", "no frame can be decoded")
-    unit = stream.time_base or Fraction(1, av.time_base)
+    unit = unit_of(stream)
     seconds = [float((stamp - stamps[0]) * unit) for stamp in stamps]
+    return _Clock(seconds, stamps, Timeline(0.0, seconds[-1] + _rest(seconds, stream, last), len(seconds)))
+
+
+def _rest(seconds: Sequence[float], stream: VideoStream, last: int | None) -> float:
+    """How long the last frame is shown. ``last`` is the duration of its packet.
+
+    With reordered frames, MP4 states the durations of packets in the order of decoding. The length of the whole stream
+    is right then; it is believed where the last frame is not shown for longer than the longest of the others.
+    """
+    unit = unit_of(stream)
+    gaps = np.diff(seconds)
+    if len(gaps) and stream.duration is not None and stream.codec_context.has_b_frames:
+        rest = float(stream.duration * unit) - seconds[-1]
+        if _SAME < rest <= gaps.max() + _SAME:
+            return rest
     if last:
-        rest = float(last * unit)
-    elif len(seconds) > 1:
-        rest = float(np.median(np.diff(seconds)))
-    else:
-        rest = float(1 / (stream.average_rate or _USUAL_RATE))
-    return _Clock(seconds, stamps, Timeline(0.0, seconds[-1] + rest, len(seconds)))
+        return float(last * unit)
+    return float(np.median(gaps)) if len(gaps) else float(1 / (stream.average_rate or _USUAL_RATE))
 
 
 def _decode_ranges(
@@ -359,18 +404,10 @@ def _decode_all(
 
 
 def _stamped(container: InputContainer, stream: VideoStream) -> Iterator[tuple[int, av.VideoFrame]]:
-    """All frames from the first one on with growing time stamps."""
+    """All frames from the first one on with their time stamps."""
     container.seek(0, backward=True, any_frame=False)
     stream.codec_context.skip_frame = "DEFAULT"
-    unit = stream.time_base or Fraction(1, av.time_base)
-    step = max(1, round(1 / ((stream.average_rate or _USUAL_RATE) * unit)))
-    last: int | None = None
-    for frame in decoded(container, stream):
-        stamp = frame.pts
-        if stamp is None or (last is not None and stamp < last):
-            stamp = 0 if last is None else last + step
-        last = stamp
-        yield stamp, frame
+    return stamped(container, stream)
 
 
 class _Shape:

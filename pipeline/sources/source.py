@@ -26,6 +26,9 @@ SOUND_UNCHANGED: Mapping[str, Any] = {
 }
 """Audio options that store sounds byte for byte, checked by decoding."""
 
+VIDEO_UNCHANGED: Mapping[str, Any] = {"video_size": 0, "video_seconds": 600.0, "video_keep_bytes": True}
+"""Video options that store videos byte for byte, checked by decoding."""
+
 Scalar = str | int | float | bool | None
 
 

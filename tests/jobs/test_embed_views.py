@@ -1,4 +1,4 @@
-"""Features for few-shot methods, made by the embedding job."""
+"""Features for few-shot methods and of frames of videos, made by the embedding job."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ import pytest
 from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
+from pipeline.stages.annotate.frame_features import read_frame_features
 from pipeline.stages.annotate.view_features import read_views
 
 
@@ -23,3 +24,15 @@ def test_views_are_not_exported(job: Any, tmp_path: Path, capsys: pytest.Capture
     words = ["views", "--data", str(tmp_path), "--checkpoint", "x", "--export", str(tmp_path / "out")]
     assert job("embed_dataset", *words) == 2
     assert "export:" in capsys.readouterr().err
+
+
+def test_raw_features_of_frames(job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drawn_snapshot(Folder(tmp_path), samples=3, card=None, more={"video": True, "video_seconds": 2.0})
+    words = ["frames", "--data", str(tmp_path), "--checkpoint", "clipmill-tiny:untrained", "--processes-count", "0"]
+    assert job("embed_dataset", *words, "--frames-per-second", "4") == 0
+    assert "frames of 3 samples" in capsys.readouterr().out
+    snapshot = read_snapshot(str(tmp_path))
+    found = read_frame_features(Folder(tmp_path), snapshot.shards[0])
+    assert [found[row].times.tolist() for row in range(3)] == [[number / 4 for number in range(8)]] * 3
+    assert job("embed_dataset", *words, "--frames-per-second", "2") == 1
+    assert "another --name keeps both" in capsys.readouterr().err

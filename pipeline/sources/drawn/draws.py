@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 
 Item = TypeVar("Item")
 
-PURPOSES = ("scene", "render", "words", "questions", "sound", "heard", "kinds")
+PURPOSES = ("scene", "render", "words", "questions", "sound", "heard", "kinds", "motion", "film", "story", "encoding")
 _BUFFER = 160
 
 
 class Draws:
-    """An endless stream of choices that is a pure function of (seed, split, index, purpose).
+    """An endless stream of choices that is a pure function of (seed, split, index, purpose, part).
 
-    Each purpose has its own stream: a new word in the grammar moves no object.
+    Each purpose has its own stream: a new word in the grammar moves no object. A purpose may have several, its parts.
     """
 
-    def __init__(self, seed: int, split: str, index: int, purpose: str) -> None:
-        counter = np.array([0, 0, PURPOSES.index(purpose), index], dtype=np.uint64)
+    def __init__(self, seed: int, split: str, index: int, purpose: str, part: int = 0) -> None:
+        counter = np.array([0, part, PURPOSES.index(purpose), index], dtype=np.uint64)
         key = np.array([seed, _split_key(split)], dtype=np.uint64)
         self._bits = np.random.Philox(counter=counter, key=key)
         self._numbers: list[float] = []

@@ -7,7 +7,7 @@ from pipeline.sources.drawn import world
 from pipeline.sources.drawn.draws import Draws
 from pipeline.sources.drawn.scenes import Look, Scene
 from pipeline.sources.drawn.sound import DrawnSound
-from pipeline.sources.drawn.words import CLAUSES, UNRELATED, article
+from pipeline.sources.drawn.words import CLAUSES, UNRELATED, article, dressed
 
 OPENINGS = (
     "the sound of",
@@ -26,11 +26,11 @@ SILENCES = ("silence", "complete silence", "nothing can be heard", "a silent rec
 def write_heard(scene: Scene, sound: DrawnSound, draws: Draws, wrong: float) -> tuple[str, bool]:
     """A caption of the scene's sound, and whether it is true; with probability ``wrong`` it describes another sound."""
     if draws.chance(wrong):
-        return _dressed(
+        return dressed(
             draws.pick(UNRELATED) if draws.chance(0.4) else _told(_others(scene, draws), draws), draws
         ), False
     if sound.silent:
-        return _dressed(draws.pick(SILENCES), draws), True
+        return dressed(draws.pick(SILENCES), draws), True
     main = scene.objects[scene.main].look
     others = [obj.look for number, obj in enumerate(scene.objects) if number != scene.main]
     named = draws.shuffled(others)[: draws.weighted((0.45, 0.8, 0.95, 1.0))]
@@ -39,7 +39,7 @@ def write_heard(scene: Scene, sound: DrawnSound, draws: Draws, wrong: float) -> 
         text = f"{text} {draws.pick(NOISES)}"
     if draws.chance(0.15):
         text = f"{text}, {draws.pick(CLAUSES)}"
-    return _dressed(text, draws), True
+    return dressed(text, draws), True
 
 
 def _told(looks: list[Look], draws: Draws) -> str:
@@ -68,9 +68,3 @@ def _others(scene: Scene, draws: Draws) -> list[Look]:
     names, odds = world.allowed_colours(shape, held_out=False)
     look = scene.objects[scene.main].look
     return [Look(shape, None, names[draws.weighted(odds)], look.texture, look.size, look.rgb)]
-
-
-def _dressed(text: str, draws: Draws) -> str:
-    """Sometimes begin with a capital letter, sometimes end with a full stop."""
-    text = text[0].upper() + text[1:] if draws.chance(0.4) else text
-    return f"{text}." if draws.chance(0.3) else text

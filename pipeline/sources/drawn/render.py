@@ -28,7 +28,7 @@ def render(scene: Scene, draws: Draws) -> Pixels:
     """Paint the scene: uint8 [size, size, 3], RGB."""
     image = paint_ground(scene.ground, scene.style, scene.size, draws)
     for obj in scene.objects:
-        _paint_object(image, obj, scene, draws)
+        paint_object(image, obj, scene, draws)
     return finish(image, scene.style, draws)
 
 
@@ -66,7 +66,8 @@ def finish(image: Pixels, style: str, draws: Draws) -> Pixels:
     return image
 
 
-def _paint_object(image: Pixels, obj: SceneObject, scene: Scene, draws: Draws) -> None:
+def paint_object(image: Pixels, obj: SceneObject, scene: Scene, draws: Draws, rim: bool | None = None) -> None:
+    """Paint one object over the image; ``rim`` says whether it has an edge line, by default the ground decides."""
     points = obj.outline.points
     left, top = (max(0, int(low) - 1) for low in points.min(axis=0))
     right, bottom = (min(scene.size, int(high) + 3) for high in points.max(axis=0))
@@ -77,12 +78,14 @@ def _paint_object(image: Pixels, obj: SceneObject, scene: Scene, draws: Draws) -
         _sketch_object(image, obj, area, draws)
         return
     _lay(image, area, _fill(obj, obj.look.rgb, _mark_colour(obj.look.rgb), area, draws), obj.coverage)
-    close = _distance(obj.look.rgb, tuple(int(value) for value in image[top, left])) < 110
+    if rim is None:
+        close = _distance(obj.look.rgb, tuple(int(value) for value in image[top, left])) < 110
+        rim = scene.style == "inverted" or close or draws.chance(0.15 if scene.style == "photo" else 0.5)
     if scene.style == "inverted":
         trace(image, obj.outline, (235, 235, 235), _line(scene.size))
-    elif close or draws.chance(0.15 if scene.style == "photo" else 0.5):
-        rim = tuple(round(0.35 * value) for value in obj.look.rgb)
-        trace(image, obj.outline, rim if max(obj.look.rgb) > 60 else (150, 150, 150), _line(scene.size))
+    elif rim:
+        dark = tuple(round(0.35 * value) for value in obj.look.rgb)
+        trace(image, obj.outline, dark if max(obj.look.rgb) > 60 else (150, 150, 150), _line(scene.size))
 
 
 def _sketch_object(image: Pixels, obj: SceneObject, area: tuple[slice, slice], draws: Draws) -> None:

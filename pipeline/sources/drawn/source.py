@@ -10,12 +10,14 @@ from pipeline.config import require, to_json
 from pipeline.shards.storage import Folder
 from pipeline.sources.drawn import digits, sets, truth
 from pipeline.sources.drawn.draws import Draws
+from pipeline.sources.drawn.filmed import VIDEO_COLUMNS, draw_clip
 from pipeline.sources.drawn.hearing import write_heard
+from pipeline.sources.drawn.motion import FILMED_SPLITS, MOTION_SPLITS
 from pipeline.sources.drawn.sample import DrawnSample, Value, columns_of, draw_sample
 from pipeline.sources.drawn.scenes import Scene
 from pipeline.sources.drawn.sound import draw_sound
 from pipeline.sources.drawn.world import NOVEL_SHAPES, WORLD_VERSION, WRONG_CAPTIONS
-from pipeline.sources.source import SOUND_UNCHANGED, UNCHANGED, Part, Row, Slice
+from pipeline.sources.source import SOUND_UNCHANGED, UNCHANGED, VIDEO_UNCHANGED, Part, Row, Slice
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +30,15 @@ class Drawn:
     """Samples ``first`` to ``first + samples - 1`` of a split.
 
     Rows carry the image as JPEG and, in ``boxes.json``, what :mod:`~pipeline.sources.drawn.truth` describes; with
-    ``sound``, also or instead what is heard as FLAC, see :mod:`~pipeline.sources.drawn.sound`.
+    ``sound``, also or instead what is heard as FLAC, see :mod:`~pipeline.sources.drawn.sound`. With ``video`` they
+    carry a clip of a moving scene as MP4 instead, see :mod:`~pipeline.sources.drawn.motion`.
     """
 
     kind: ClassVar[str] = "drawn"
     summary: ClassVar[str] = "Samples of the embedded world, drawn as they are needed."
     image_options: ClassVar[Mapping[str, Any]] = UNCHANGED
     audio_options: ClassVar[Mapping[str, Any]] = SOUND_UNCHANGED
+    video_options: ClassVar[Mapping[str, Any]] = VIDEO_UNCHANGED
     has_captions: ClassVar[bool] = True
 
     split: str = "train"
@@ -59,9 +63,17 @@ class Drawn:
     with a novel shape never has a text: its class can be known only by way of the image."""
     sound_seconds: float = 2.0
     """Length of the sounds, 0.5 to 60."""
+    video: bool = False
+    """Draw videos of moving scenes instead of images. The splits motions, motions_train and events need it; train, val,
+    shapes and shapes_train allow it."""
+    video_seconds: float = 3.0
+    """Length of the videos, 1 to 60; clips of several events need a second for each."""
 
     def __post_init__(self) -> None:
-        require(self.split in sets.SPLITS, "split", self.split, "one of " + ", ".join(sets.SPLITS))
+        splits = FILMED_SPLITS if self.video else (*sets.SPLITS, *MOTION_SPLITS)
+        kind = "with video one of " if self.video else "one of "
+        require(self.split in splits, "split", self.split, kind + ", ".join(splits))
+        require(self.video or self.split not in MOTION_SPLITS, "video", self.video, f"true with {self.split}")
         require(self.samples >= 1, "samples", self.samples, "at least 1")
         require(self.first >= 0, "first", self.first, "0 or more")
         require(SIZES[0] <= self.size <= SIZES[1], "size", self.size, f"{SIZES[0]} to {SIZES[1]}")
@@ -72,6 +84,10 @@ class Drawn:
         scenes = sets.recipe_name(self.split) not in sets.IMAGE_SETS
         require(scenes or self.sound == "none", "sound", self.sound, f"none with {self.split}, which has no scenes")
         require(0.5 <= self.sound_seconds <= 60, "sound_seconds", self.sound_seconds, "0.5 to 60")
+        require(1 <= self.video_seconds <= 60, "video_seconds", self.video_seconds, "1 to 60")
+        require(not self.video or self.sound == "none", "sound", self.sound, "none with video")
+        require(not self.video or self.truth == "all", "truth", self.truth, "all with video")
+        require(not self.video or self.size % 2 == 0, "size", self.size, "an even number with video")
         require(self._end() > self.first, "first", self.first, f"less than {self._end()}, the size of {self.split}")
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
@@ -90,7 +106,9 @@ class Drawn:
             yield self._row(index)
 
     def schema(self) -> Mapping[str, type]:
-        """The columns of :func:`~pipeline.sources.drawn.sample.columns_of`."""
+        """The columns of :func:`~pipeline.sources.drawn.sample.columns_of`, or of a clip."""
+        if self.video:
+            return VIDEO_COLUMNS
         columns = columns_of(self.split)
         return columns if self.sound == "none" else {**columns, "sounds": int}
 
@@ -113,19 +131,27 @@ class Drawn:
             questions=self.questions,
             sound=self.sound,
             sound_seconds=self.sound_seconds,
+            video=self.video,
+            video_seconds=self.video_seconds,
         )
-        # Without sounds the digest is that of the versions that had none: their folders stay valid.
+        # Without sounds or videos the digest is that of the versions that had none: their folders stay valid.
         left_out = {"sound", "sound_seconds"} if self.sound == "none" else set()
+        left_out |= set() if self.video else {"video", "video_seconds"}
         options = {name: value for name, value in asdict(one).items() if name not in left_out}
         return hashlib.sha256(f"drawn {WORLD_VERSION} {to_json(options)}".encode()).hexdigest()
 
     @property
     def media(self) -> tuple[str, ...]:
         """The media of the rows' parts."""
+        if self.video:
+            return ("video",)
         return {"none": ("image",), "alone": ("audio",)}.get(self.sound, ("image", "audio"))
 
     def _row(self, index: int) -> Row:
         url = f"drawn://{self.split}/{self.seed}/{index}"
+        if self.video:
+            clip = draw_clip(self.split, self.seed, index, self.size, self.video_seconds, self.captions)
+            return Row(url=url, caption=clip.caption, parts=(Part("video", clip.mp4),), columns=clip.columns)
         sample = draw_sample(self.split, self.seed, index, self.size, self.captions, self.questions)
         columns, members = self._columns(sample), self._members(sample)
         if self.sound == "none":

@@ -366,13 +366,13 @@ def _fitting(scene: Scene, said: Description) -> list[int]:
 
 
 def _dress(line: _Line, draws: Draws) -> Caption:
+    return Caption(dressed(line.text, draws), True, tuple(line.phrases))
+
+
+def dressed(text: str, draws: Draws) -> str:
     """Sometimes begin with a capital letter, sometimes end with a full stop."""
-    text = line.text
-    if draws.chance(0.4):
-        text = text[0].upper() + text[1:]
-    if draws.chance(0.3):
-        text += "."
-    return Caption(text, True, tuple(line.phrases))
+    text = text[0].upper() + text[1:] if draws.chance(0.4) else text
+    return f"{text}." if draws.chance(0.3) else text
 
 
 def _wrong_caption(scene: Scene, draws: Draws) -> Caption:

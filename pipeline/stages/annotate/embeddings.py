@@ -72,7 +72,7 @@ class EmbedOptions:
     name: str = "embeddings"
     """Name of the sidecar, a plain word; use one name per model to store features of several models."""
     batch_size: int = 256
-    """Batch size in samples."""
+    """Batch size in samples, or in frames of videos."""
     overwrite: bool = False
     """Replace features of another model."""
 

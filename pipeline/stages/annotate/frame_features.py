@@ -26,6 +26,7 @@ from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
 from pipeline.shards.video_frames import Timeline
 from pipeline.stages.annotate.annotator import Annotation, annotate
+from pipeline.stages.annotate.embeddings import EmbedOptions
 from pipeline.stages.shard_tasks import Workers
 
 JOB = "jobs/embed_dataset.py frames"
@@ -84,26 +85,10 @@ class MakeFrameModel(Protocol):
     def __call__(self, threads: int) -> FrameModel: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class FrameFeatureOptions:
-    """Options of the features of frames."""
-
-    name: str = NAME
-    """Name of the sidecar, a plain word; use one name per model or rate to store several."""
-    batch_size: int = 256
-    """Batch size in frames."""
-    overwrite: bool = False
-    """Replace features of another model or of other frames."""
-
-    def __post_init__(self) -> None:
-        require(self.name.isidentifier(), "name", self.name, "a plain word")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
-
-
 def embed_frames(
     snapshot: Snapshot,
     make: MakeFrameModel,
-    options: FrameFeatureOptions,
+    options: EmbedOptions,
     workers: Workers,
     use_gpu: bool | None = None,
 ) -> Snapshot:

@@ -1,8 +1,8 @@
 """Encode doubtful bodies in a child process, so that a hanging or crashing decoder does not harm the job.
 
 A codec says which bodies need that care. They are sent through a pipe to one child process for each medium, which
-starts with the first such body. The kernel kills it when a body takes more than ``SECONDS`` of CPU time, or three times
-as long by the clock. Its memory is limited to what the codec allows for its options.
+starts with the first such body. The kernel kills it when a body takes more CPU time than the codec allows for its
+options, or three times as long by the clock. Its memory is limited to what the codec allows.
 
 Frames on the pipe are an 8-byte length and that many bytes. The child answers in JSON and raw bytes, not in pickles,
 because it has parsed untrusted data.
@@ -23,8 +23,8 @@ from pipeline.codecs import codec_of
 from pipeline.codecs.codec import AnyCodec, Encoded
 from pipeline.config import from_json, to_json
 from pipeline.errors import SampleError
+from pipeline.sources.segments import Segment
 
-SECONDS = 10.0
 HEADROOM = 64 * 2**20
 _PROGRAM = "from pipeline.stages.crawl.decode_apart import serve; serve()"
 _LENGTH = struct.Struct(">Q")
@@ -33,8 +33,9 @@ _LENGTH = struct.Struct(">Q")
 class Apart:
     """``encode`` of a codec in a child process; a context manager. The child starts with the first body."""
 
-    def __init__(self, medium: str, options: Any, seconds: float = SECONDS) -> None:
-        self._first = (medium.encode(), to_json(options).encode(), json.dumps(seconds).encode())
+    def __init__(self, medium: str, options: Any, seconds: float | None = None) -> None:
+        limit = codec_of(medium).seconds(options) if seconds is None else seconds
+        self._first = (medium.encode(), to_json(options).encode(), json.dumps(limit).encode())
         self._what = medium.capitalize()
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -46,7 +47,7 @@ class Apart:
     ) -> None:
         self._end()
 
-    def encode(self, body: bytes) -> Encoded:
+    def encode(self, body: bytes, segment: Segment | None = None) -> Encoded:
         """As :meth:`pipeline.codecs.codec.Codec.encode`, in the child process.
 
         Raises:
@@ -55,6 +56,7 @@ class Apart:
         child = self._child or self._start()
         assert child.stdin is not None and child.stdout is not None
         try:
+            _write(child.stdin, json.dumps(segment).encode())
             _write(child.stdin, body)
             answer = _read(child.stdout)
             values = {} if answer is None else json.loads(answer)
@@ -112,11 +114,11 @@ def serve() -> None:
     seconds = float(_read(requests) or b"0")
     codec.load()
     memory = codec.memory(options)
-    while (body := _read(requests)) is not None:
+    while (segment := _read(requests)) is not None and (body := _read(requests)) is not None:
         _limit_memory(memory + len(body))
         signal.setitimer(signal.ITIMER_PROF, seconds)
         signal.setitimer(signal.ITIMER_REAL, 3 * seconds)
-        answer, fields = _answer(codec, body, options)
+        answer, fields = _answer(codec, body, options, json.loads(segment))
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.setitimer(signal.ITIMER_PROF, 0)
         _write(answers, json.dumps(answer).encode())
@@ -136,10 +138,12 @@ def _limit_memory(allowed: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
-def _answer(codec: AnyCodec, body: bytes, options: Any) -> tuple[dict[str, object], list[bytes]]:
+def _answer(
+    codec: AnyCodec, body: bytes, options: Any, segment: Segment | None
+) -> tuple[dict[str, object], list[bytes]]:
     what = f"{codec.medium.capitalize()} decoding error"
     try:
-        part = codec.encode(body, options)
+        part = codec.encode(body, options, segment)
     except SampleError as error:
         return {"status": error.status, "error_class": error.error_class, "message": error.message}, []
     except MemoryError:

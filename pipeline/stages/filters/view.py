@@ -27,6 +27,7 @@ from pipeline.shards.snapshot import Shard
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import iterate_tar
 from pipeline.shards.text import decoded, storable
+from pipeline.sources.segments import split_segment
 from pipeline.sources.tables import first_text, stored_text, texts_of
 from pipeline.stages.filters.captions import clean_text
 
@@ -111,10 +112,20 @@ class ShardView:
         if len(several) > 1:
             rows = zip(*(self._rows(name) or [] for name in several), strict=True)
             return [hashlib.sha256(json.dumps(row).encode()).digest() for row in rows]
-        known = self._rows("sha256") if several == ["sha256"] else None
+        known = self._digests_of_segments() if several == ["sha256"] else None
         if known is not None and all(isinstance(text, str) and SHA256.fullmatch(text) for text in known):
             return [bytes.fromhex(text) for text in known]
         return [hashlib.sha256(_content(sample)).digest() for sample in self.samples()]
+
+    def _digests_of_segments(self) -> list[Any]:
+        """The column ``sha256``; clips of one downloaded file, told apart by the segments in their urls, differ."""
+        found = self._rows("sha256") or []
+        urls = self._rows("url") if self._stored.has("etag") and self._stored.has("url") else None
+        segments = [split_segment(url or "")[1] for url in urls or [""] * len(found)]
+        return [
+            text if segment is None else hashlib.sha256(json.dumps([text, segment]).encode()).hexdigest()
+            for text, segment in zip(found, segments, strict=True)
+        ]
 
     def images(self) -> Iterator[bytes | None]:
         """Encoded images, one per sample in order; ``None`` for a sample without one. Raises as :meth:`samples`."""

@@ -21,13 +21,26 @@ from pipeline.codecs import codec_of
 from pipeline.codecs.codec import Encoded
 from pipeline.codecs.image_encoding import ImageOptions
 from pipeline.codecs.options import MediaOptions
+from pipeline.codecs.video import VideoOptions
 from pipeline.errors import SampleError
 from pipeline.shards.media import MEDIA, part_column
 from pipeline.shards.sample import Sample, joined_fields, sample_key, shard_name
 from pipeline.shards.storage import Folder
 from pipeline.shards.text import storable
 from pipeline.shards.writer import ShardStats, ShardWriter, parquet_schema, read_stats
-from pipeline.sources.source import UNCHANGED, Cell, Part, Row, Scalar, Source, TimedCaption, fetches, media_of
+from pipeline.sources.segments import Segment, split_segment
+from pipeline.sources.source import (
+    UNCHANGED,
+    VIDEO_UNCHANGED,
+    Cell,
+    Part,
+    Row,
+    Scalar,
+    Source,
+    TimedCaption,
+    fetches,
+    media_of,
+)
 from pipeline.stages.crawl.decode_apart import Apart
 from pipeline.stages.crawl.download import Download, DownloadOptions, KnownBody, Request, digest, download_all
 from pipeline.stages.refresh.plan import Unit
@@ -55,8 +68,8 @@ class ShardOptions:
     number_sample_per_shard: int = 10_000
 
 
-AS_IT_IS = ShardOptions(media=MediaOptions(image=ImageOptions(**UNCHANGED)))
-"""Images are stored byte for byte as in the source; those that cannot be decoded fail."""
+AS_IT_IS = ShardOptions(media=MediaOptions(image=ImageOptions(**UNCHANGED), video=VideoOptions(**VIDEO_UNCHANGED)))
+"""Images and videos are stored byte for byte as in the source; those that cannot be decoded fail."""
 
 
 def make_shard(unit: Unit, source: Source, folder: Folder, options: ShardOptions) -> ShardStats:
@@ -150,8 +163,8 @@ class _Maker:
     def _rows(self) -> Iterator[tuple[int, Row, Sequence[_PartResult] | SampleError]]:
         """Every row with its parts; rows that need no download first, then the others in order of completion."""
         waiting: dict[int, tuple[Row, dict[int, _PartResult]]] = {}
-        asked: list[tuple[int, int]] = []
-        requests: list[Request] = []
+        asked: list[list[tuple[int, int]]] = []
+        requests: list[tuple[int, str, KnownBody]] = []
         for index, row in enumerate(self._source.rows(self._unit.piece)):
             if row.problem is not None:
                 yield index, row, row.problem
@@ -166,25 +179,30 @@ class _Maker:
             bare = tuple(replace(part, body=None) for part in row.parts)
             waiting[index] = (replace(row, parts=bare), there)
             for at, part in enumerate(row.parts):
-                if part.body is None:
-                    requests.append((len(asked), part.url, self._known(part)))
-                    asked.append((index, at))
+                if part.body is not None:
+                    continue
+                url, known = split_segment(part.url)[0], self._known(part)
+                # Clips of one file are fetched once where their rows follow one another.
+                if not requests or requests[-1][1:] != (url, known):
+                    requests.append((len(asked), url, known))
+                    asked.append([])
+                asked[-1].append((index, at))
         if requests:
             yield from self._downloaded(requests, asked, waiting)
 
     def _downloaded(
         self,
         requests: Sequence[Request],
-        asked: Sequence[tuple[int, int]],
+        asked: Sequence[Sequence[tuple[int, int]]],
         waiting: dict[int, tuple[Row, dict[int, _PartResult]]],
     ) -> Iterator[tuple[int, Row, Sequence[_PartResult]]]:
         for number, answer in download_all(requests, self._options.downloads):
-            index, at = asked[number]
-            row, there = waiting[index]
-            there[at] = self._received(row.parts[at], answer)
-            if len(there) == len(row.parts):
-                del waiting[index]
-                yield index, row, [there[at] for at in range(len(row.parts))]
+            for index, at in asked[number]:
+                row, there = waiting[index]
+                there[at] = self._received(row.parts[at], answer)
+                if len(there) == len(row.parts):
+                    del waiting[index]
+                    yield index, row, [there[at] for at in range(len(row.parts))]
 
     def _known(self, part: Part) -> KnownBody:
         any_kind = self._codecs[part.medium].accepts_all(self._of_medium[part.medium])
@@ -199,17 +217,17 @@ class _Maker:
 
     def _taken(self, part: Part, body: bytes, known_digest: str | None = None) -> _PartResult:
         """The part of a complete body."""
-        result = self._encoded(part.medium, body)
+        result = self._encoded(part.medium, body, split_segment(part.url)[1])
         measured = self._codecs[part.medium].measured(body) if isinstance(result, SampleError) else {}
         found = known_digest or digest(body, self._hash)
         return _PartResult(part.medium, part.url, result, found, measured=measured)
 
-    def _encoded(self, medium: str, body: bytes) -> Encoded | SampleError:
+    def _encoded(self, medium: str, body: bytes, segment: Segment | None) -> Encoded | SampleError:
         codec = self._codecs[medium]
         try:
             if codec.needs_care(body):
-                return self.apart[medium].encode(body)
-            return codec.encode(body, self._of_medium[medium])
+                return self.apart[medium].encode(body, segment)
+            return codec.encode(body, self._of_medium[medium], segment)
         except SampleError as error:
             return error
         except Exception as error:

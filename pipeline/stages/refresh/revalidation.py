@@ -29,6 +29,7 @@ from pipeline.shards.parquet import parse_parquet
 from pipeline.shards.selection import read_selection
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
+from pipeline.sources.segments import split_segment
 from pipeline.stages.crawl.download import Download, DownloadOptions, KnownBody, Request, download_all
 from pipeline.stages.refresh.comparison import ABSENT
 from pipeline.stages.refresh.ledger import (
@@ -159,7 +160,7 @@ def _stored_parts(table: pa.Table, rows: Sequence[int], first: str) -> list[_Sto
         for row in rows:
             if urls[row] is not None and digests[row] != ABSENT:
                 known = KnownBody(etag=tags[row], last_modified=dates[row], medium=medium)
-                found.append(_StoredPart(row, str(urls[row]), digests[row], known))
+                found.append(_StoredPart(row, split_segment(str(urls[row]))[0], digests[row], known))
     return found
 
 
