@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -447,6 +448,19 @@ def tone(number: int) -> bytes:
     return encode_flac(sound[None].astype(np.float32), 16_000)
 
 
+def film(number: int, side: int = 64) -> bytes:
+    """An MP4 of two to four seconds, four frames a second: a square in the number's colour moves over grey."""
+    import numpy as np
+
+    from tests.videos import encoded_video
+
+    frames = np.full((8 + number % 9, side, side, 3), 90, np.uint8)
+    for nth, frame in enumerate(frames):
+        left = (5 * number + 3 * nth) % (side - 16)
+        frame[24:40, left : left + 16] = list(COLOURS.values())[number % len(COLOURS)]
+    return encoded_video(frames, unit=Fraction(1, 4))
+
+
 def publish_coloured(
     place: Path,
     sizes: Sequence[int] = (7, 5, 8),
@@ -455,8 +469,8 @@ def publish_coloured(
 ) -> Snapshot:
     """Publish shards of the given sizes in a folder; ``spoil`` replaces the fields of the samples with these numbers.
 
-    With ``regions``, the digest of a teacher and the width of its features, samples have ``boxes.json``, a sound and
-    timed captions, and shards sidecars of stored regions, of the captions' phrases and of features of frames.
+    With ``regions``, the digest of a teacher and the width of its features, samples have ``boxes.json``, a sound, a
+    video and timed captions, and shards sidecars of stored regions, of the captions' phrases and of frames' features.
     """
     place.mkdir(parents=True, exist_ok=True)
     shards, number = [], 0
@@ -472,6 +486,7 @@ def publish_coloured(
                     made.fields["boxes.json"] = drawn_objects(number)
                     made.fields["flac"] = tone(number)
                     made.fields["json"] = timed_json(made, number)
+                    made.fields["mp4"] = film(number)
                 if spoil and number in spoil:
                     made = Sample(made.key, spoil[number])
                 writer.write(made)
@@ -491,7 +506,7 @@ def publish_coloured(
     return publish_shards(
         Folder(place),
         tuple(shards),
-        fields=("boxes.json", "flac", "jpg", "json", "txt") if regions else ("jpg", "json", "txt"),
+        fields=("boxes.json", "flac", "jpg", "json", "mp4", "txt") if regions else ("jpg", "json", "txt"),
         card=None,
         options={},
         rows=sum(sizes),

@@ -11,6 +11,7 @@ from pipeline.dataset import Card
 from pipeline.errors import SettingError, unreadable
 from pipeline.evaluation.data import evaluation_batches
 from pipeline.evaluation.folds import FoldReader, of_folds
+from pipeline.evaluation.media import medium_reader
 from pipeline.evaluation.task import PreparedSet, Reading
 from pipeline.loaders.batches import Reader
 from pipeline.loaders.readers import LabelReader
@@ -29,7 +30,8 @@ class Labels:
     """The classes of a labelled set.
 
     ``label`` and ``fold`` are the keys of the class and of the fold in its samples; ``folds`` names those to evaluate.
-    ``medium`` is the setting of :func:`pipeline.evaluation.media.medium_of_set`.
+    ``medium`` is the setting of :func:`pipeline.evaluation.media.medium_of_set`. Without ``templates`` they are the
+    model's. ``ensemble`` is how templates are joined; ``clips`` and ``crops`` are the views of a video.
     """
 
     classes: tuple[str, ...]
@@ -38,6 +40,22 @@ class Labels:
     medium: str = "auto"
     fold: str = ""
     folds: str = ""
+    ensemble: str = "vectors"
+    clips: int = 1
+    crops: int = 1
+
+    @property
+    def views(self) -> dict[str, int]:
+        """The views of a video, where there are several."""
+        return {} if self.clips == self.crops == 1 else {"clips": self.clips, "crops": self.crops}
+
+
+def check_views(model: object, one: PreparedSet, medium: str) -> None:
+    """Raise ``SettingError`` if the model cannot read the views that the options of a set name."""
+    labels: Labels = one.ready
+    if labels.views:
+        require(medium == "video", f"{one.name}: clips, crops", (labels.clips, labels.crops), f"1 for {medium}")
+        medium_reader(model, medium, **labels.views)
 
 
 def label_key(setting: str, card: Card | None) -> str:

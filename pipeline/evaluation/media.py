@@ -2,11 +2,13 @@
 
 A model encodes a medium M if it has ``encode_M``, from one tensor of a batch to features float [B, D]. A reader makes
 that tensor from a sample: ``M_reader()`` of the model, whose batch has it under the key M; for images the reader of
-``transforms(train=False)``, for texts the ``tokenizer``. A reader of inputs that differ in length also gives ``M_mask``,
-bool [B, T], the second argument of ``encode_M``. The representation of a reader, a frozen dataclass, names its
-settings: stored features are those of the same weights and readers.
+``transforms(train=False)``, for texts the ``tokenizer``. A reader of inputs that differ in length also gives
+``M_mask``, bool [B, T], the second argument of ``encode_M``. The representation of a reader, a frozen dataclass, names
+its settings: stored features are those of the same weights and readers.
 
-A model whose class has more encoders than its config needs lists its media in ``encodes``.
+A model whose class has more encoders than its config needs lists its media in ``encodes``. A model that compares two
+media only pair by pair names them in ``scores_pairs``, such as ("video", "text"). It has ``pair_features(medium,
+inputs, mask)``, which gives a tensor with a row for each input, and ``pair_scores(first, second)``, float [N, M].
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,14 +44,22 @@ def encoded_media(model: object) -> tuple[str, ...]:
     return tuple(name for name in KNOWN if name in names and callable(getattr(model, f"encode_{name}", None)))
 
 
-def medium_reader(model: Any, medium: str) -> Reader:
-    """The reader of a model's input of a medium other than text, without augmentation."""
+def paired_media(model: object) -> tuple[str, ...]:
+    """The two media that ``model`` only compares pair by pair; empty for models that encode each."""
+    return tuple(getattr(model, "scores_pairs", ()))
+
+
+def medium_reader(model: Any, medium: str, **views: int) -> Reader:
+    """The reader of a model's input of a medium other than text, without augmentation.
+
+    ``views`` are the ``clips`` and ``crops`` of a video; see :mod:`pipeline.loaders.clip_views`.
+    """
     own = getattr(model, f"{medium}_reader", None)
     if own is None and medium == "image":
         return ImageReader(transform=model.transforms(train=False))
     if own is None:
         raise SettingError("checkpoint", type(model).__name__, f"a model with {medium}_reader, as it encodes {medium}")
-    reader: Reader = own()
+    reader: Reader = own(**views)
     return reader
 
 
@@ -110,10 +120,10 @@ def check_medium(setting: str) -> None:
 class PartsReader:
     """The media of samples of which each may lack some: inputs of those that are there, and their rows in the batch.
 
-    For each medium M the batch has the keys of its reader, M and perhaps ``M_mask``, and ``M_rows``, int64, the number of the sample in the batch
-    of each input; for texts ``text`` and ``text_rows``, for all captions. ``samples`` is the size of the batch. A
-    medium that the whole batch lacks has no key. A sample with fewer than ``least`` media is unreadable, and so is one
-    with a broken part.
+    For each medium M the batch has the keys of its reader, M and perhaps ``M_mask``, and ``M_rows``, int64, the number
+    of the sample in the batch of each input; for texts ``text`` and ``text_rows``, for all captions. ``samples`` is the
+    size of the batch. A medium that the whole batch lacks has no key. A sample with fewer than ``least`` media is
+    unreadable, and so is one with a broken part.
     """
 
     readers: Mapping[str, Reader]

@@ -13,8 +13,8 @@ scale t, the loss is CLIP's over the B pairs of the batch (section 3.4):
     meanP        v = unit(mean_k unit(f_k)), no parameters
     seqLSTM      f + LSTM(f) instead of f
     seqTransf    f + transformer(f + positions) instead of f, 4 layers
-    tightTransf  no feature of a clip: a transformer reads [text, f_1 ... f_T] + positions of each pair, and an MLP on its
-                 first output gives the logit of the pair; the scale is not used
+    tightTransf  no feature of a clip: a transformer reads [text, f_1 ... f_T] + positions of each pair, and an MLP on
+                 its first output gives the logit of the pair; the scale is not used
 
 Layers and positions of the last two start as copies of the text tower's first ones. ``freeze_layers`` 0 is the rule of
 the paper's runs: patch and token embeddings, positions and ``ln_pre`` are frozen. The towers learn a thousand times
@@ -50,7 +50,14 @@ from pipeline.loaders.clip_views import ClipViewsReader, clip_views
 from pipeline.loaders.frames import ClipReader, FrameFeatureReader, FrameSampling
 from pipeline.loaders.text import TextSettings, caption_field
 from pipeline.models import clip
-from pipeline.models.temporal import FrameLstm, FrameTransformer, first_text_layers, masked_mean, run_blocks
+from pipeline.models.temporal import (
+    FrameLstm,
+    FrameTransformer,
+    first_text_layers,
+    masked_mean,
+    over_views,
+    run_blocks,
+)
 from pipeline.models.towers import openclip
 from pipeline.models.towers.layers import Layer, blocks, layers
 from pipeline.models.towers.locked import lock
@@ -185,6 +192,11 @@ class Clip4Clip(clip.Clip):
         return ("image", "video", "text") if self.head is None else ("video", "text")
 
     @property
+    def scores_pairs(self) -> tuple[str, ...]:
+        """The media that are only compared pair by pair."""
+        return () if self.tight is None else ("video", "text")
+
+    @property
     def tight(self) -> "PairHead | None":
         """The head over pairs of clip and text, if it is one."""
         return self.head if isinstance(self.head, PairHead) else None
@@ -203,10 +215,11 @@ class Clip4Clip(clip.Clip):
         ``video``: uint8 [B, T, 3, H, W], or float [B, T, D] of stored features; ``mask``: bool [B, T], none for clips
         without padding. With V views of each clip both have a dimension V after the first: the mean of its views.
         """
-        if video.ndim in (4, 6):
-            views = self.encode_video(video.flatten(0, 1), None if mask is None else mask.flatten(0, 1))
-            return functional.normalize(views.unflatten(0, video.shape[:2]).mean(dim=1), dim=-1)
         require(self.tight is None, "head", self.config.head, "meanP, seqLSTM or seqTransf, which encode a clip alone")
+        stored = video.ndim < 5
+        return functional.normalize(over_views(self._encode_clips, video, mask, 3 if stored else 5), dim=-1)
+
+    def _encode_clips(self, video: Tensor, mask: Tensor | None) -> Tensor:
         frames = self.encode_frames(video)
         shown = frames.new_ones(frames.shape[:2], dtype=torch.bool) if mask is None else mask
         joined = frames if self.head is None else self.head(frames, shown)

@@ -5,7 +5,7 @@ the others.
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -96,3 +96,16 @@ def heads_of(width: int) -> int:
     """Attention heads of a block of this width: one for 64 features, as far as they divide it."""
     heads = max(1, width // WIDTH_OF_HEAD)
     return next(count for count in range(heads, 0, -1) if width % count == 0)
+
+
+def over_views(
+    encode: Callable[[Tensor, Tensor | None], Tensor], video: Tensor, mask: Tensor | None, dimensions: int
+) -> Tensor:
+    """``encode`` of clips, [B, ...]; for V views of each, with one more dimension after the first, the mean of views.
+
+    ``dimensions`` is the number of dimensions of ``video`` without views.
+    """
+    if video.ndim == dimensions:
+        return encode(video, mask)
+    found = encode(video.flatten(0, 1), None if mask is None else mask.flatten(0, 1))
+    return found.unflatten(0, video.shape[:2]).mean(dim=1)

@@ -220,9 +220,10 @@ def test_six_directions_are_those_of_loops() -> None:
         for depth in (1, 5, 10):
             assert found[f"{way}_r{depth}"] == pytest.approx((ranks <= depth).mean()), way
         assert found[f"{way}_median_rank"] == np.median(ranks)
+        assert found[f"{way}_mean_rank"] == pytest.approx(ranks.mean())
         chances.append(len(pairs) / len(queries) / len(gallery))
     assert found["chance"] == pytest.approx(np.mean(chances)) and found["samples"] == count
-    assert len(found) == 6 * 4 + 2
+    assert len(found) == 6 * 5 + 2
 
 
 def test_a_perfect_model_finds_every_medium_by_every_other_one(

@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.errors import SettingError
 from pipeline.loaders.samples import Samples
-from pipeline.runs.few_shot_boxes import few_shot_numbers, few_shot_snapshot, labels_of
+from pipeline.runs.few_shot_boxes import few_shot_snapshot, labels_of
+from pipeline.runs.few_shot_samples import few_shot_numbers
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
 from tests.grounded import grounded, obj, publish

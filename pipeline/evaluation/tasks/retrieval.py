@@ -1,4 +1,4 @@
-"""Retrieval between images, sounds and texts: each medium of a sample among all of another one."""
+"""Retrieval between images, sounds, videos and texts: each medium of a sample among all of another one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +18,12 @@ from pipeline.evaluation.media import (
     PartsReader,
     encode_inputs,
     encoded_media,
+    inputs_of,
     medium_reader,
+    paired_media,
     stored_media,
 )
-from pipeline.evaluation.retrieval import DEPTHS, retrieval
+from pipeline.evaluation.retrieval import DEPTHS, Ranking, retrieval
 from pipeline.evaluation.shown_media import PictureReader, sound_files
 from pipeline.evaluation.task import SAMPLES, Cache, Column, PreparedSet, Reading, Report, Task, option
 from pipeline.loaders.readers import CaptionsReader, FirstCaptionReader
@@ -45,6 +47,10 @@ class Config:
     )
     media: str = option(AUTO)
     """Media to compare: auto (those that the model encodes and the data have), or some, as in audio+text."""
+    by_sample: bool = option(False)
+    """Whether queries over texts rank samples by the best of their captions, not captions: CLIP4Clip's protocol."""
+    dual_softmax: bool = option(False)
+    """Whether scores are also normalised over all queries: looks at all of them, so not for comparisons."""
 
     def __post_init__(self) -> None:
         if self.caption != "auto":
@@ -65,6 +71,7 @@ def _columns() -> tuple[Column, ...]:
         for column in (
             *(Column(f"{way}_r{few}", f"{way} R@{few}") for few in DEPTHS),
             Column(f"{way}_median_rank", f"{way} median", ".1f"),
+            Column(f"{way}_mean_rank", f"{way} mean", ".1f"),
         )
     )
 
@@ -92,7 +99,8 @@ class Retrieval(Task):
         readers = {medium: medium_reader(model, medium) for medium in media if medium != TEXT}
         parts = PartsReader(readers=readers, captions=captions)
         batches = evaluation_batches(one.samples(), (parts,), reading.evaluation_batch, reading.evaluation_threads)
-        return retrieval(model, batches, reading.evaluation_precision, media)
+        ranking = Ranking(one.ready.by_sample, one.ready.dual_softmax)
+        return retrieval(model, batches, reading.evaluation_precision, media, ranking)
 
     def figures(self, model: Any, one: PreparedSet, title: str) -> dict[str, "Figure"]:
         """``similarity`` and ``examples`` of a few dozen held-out pairs of images and texts.
@@ -139,7 +147,7 @@ def media_to_compare(model: object, one: PreparedSet) -> tuple[str, ...]:
     Raises:
         SettingError: fewer than two, or the model or the data lack one that the option names.
     """
-    able, setting = encoded_media(model), one.ready.media
+    able, setting = paired_media(model) or encoded_media(model), one.ready.media
     enough = len(able) >= 2
     require(enough, "checkpoint", type(model).__name__, "a model that encodes images and texts, or two other media")
     wanted = able if setting == AUTO else tuple(name for name in KNOWN if name in setting.split("+"))
@@ -150,7 +158,7 @@ def media_to_compare(model: object, one: PreparedSet) -> tuple[str, ...]:
     stored = (*stored_media(one), TEXT)
     found = tuple(name for name in wanted if name in stored)
     complete = len(found) >= 2 and (setting == AUTO or found == wanted)
-    has = ", ".join(stored[:-1]) or "no image and no sound"
+    has = ", ".join(stored[:-1]) or "no image, no sound and no video"
     require(complete, f"{one.name}: media", setting, f"data with {' and '.join(wanted)}; the samples have: {has}")
     return found
 
@@ -164,6 +172,11 @@ def _scores(model: Any, one: PreparedSet, medium: str) -> tuple[Sequence[Tensor]
         shown = PictureReader.key
     (batch,) = evaluation_batches(one.samples(GALLERY), readers, GALLERY, threads=2)
     with inference(model) as device:
-        features = encode_inputs(model, medium, batch[medium], device)
-        text_features = encode_tokens(model, model.tokenizer(batch["caption"]), device)
-        return batch[shown], batch["caption"], (features @ text_features.T).cpu()
+        tokens = model.tokenizer(batch["caption"])
+        if paired_media(model):
+            features = model.pair_features(medium, *inputs_of(batch, medium, device))
+            scores = model.pair_scores(features, model.pair_features(TEXT, tokens.to(device)))
+        else:
+            features = encode_inputs(model, medium, batch, device)
+            scores = features @ encode_tokens(model, tokens, device).T
+        return batch[shown], batch["caption"], scores.cpu()

@@ -1,7 +1,7 @@
-"""Zero-shot classification: an image or a sound belongs to the class with the nearest prompts."""
+"""Zero-shot classification: an image, a sound or a video belongs to the class with the nearest prompts."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -10,6 +10,7 @@ from pipeline.evaluation.classes import (
     CLASSES_HELP,
     LABEL_HELP,
     Labels,
+    check_views,
     label_key,
     labelled_batches,
     read_classes,
@@ -20,13 +21,14 @@ from pipeline.evaluation.encoder import inference
 from pipeline.evaluation.media import AUTO, check_medium, encode_inputs, medium_of_set, medium_reader, require_text
 from pipeline.evaluation.shown_media import SampleReader, sound_files, sound_grid
 from pipeline.evaluation.task import ACCURACY, FOLDS, Cache, PreparedSet, Reading, Report, Task, option
-from pipeline.evaluation.zero_shot import classifier, zero_shot
+from pipeline.evaluation.zero_shot import classifier, prompt_vectors, zero_shot
 from pipeline.loaders.readers import LabelReader
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 8
+OF_MODEL = "model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +39,20 @@ class Config:
     templates: str = option(
         "auto",
         "templates",
-        "Prompts: auto (the card's), imagenet (80 prompts), imagenet-simple (7), none, or a file of templates with {}.",
+        "Prompts: auto (the card's), imagenet (80 prompts), imagenet-simple (7), none, model (ActionCLIP's own), or a "
+        "file of templates with {}.",
     )
+    ensemble: Literal["vectors", "probabilities"] = option("vectors")
+    """Several prompts of a class: vectors (their mean is the class, CLIP's protocol), or probabilities (the mean of the
+    softmaxes over the classes, one for each prompt: ActionCLIP's protocol)."""
     label: str = option("", "label", LABEL_HELP)
     medium: str = option(AUTO)
-    """Medium to classify: auto (the first one that the model encodes and the data have), image, audio."""
+    """Medium to classify: auto (the first one that the model encodes and the data have), image, audio, video."""
+    clips: int = option(1)
+    """Clips of a video at equal distances, 1 to 64, whose features are averaged; for models that read segments or
+    windows of frames."""
+    crops: int = option(1)
+    """Crops of a video along its longer side, 1 or 3."""
     fold: str = option("")
     """Key of the samples' json that holds the fold; the metrics are then means over the folds."""
     folds: str = option("")
@@ -64,24 +75,29 @@ class ZeroShot(Task):
     def check(self, model: object, one: PreparedSet) -> None:
         """Require an encoder of texts and of the set's medium."""
         require_text(model)
-        medium_of_set(model, one, one.ready.medium)
+        check_views(model, one, medium_of_set(model, one, one.ready.medium))
+        own = bool(one.ready.templates or getattr(model, "prompt_templates", ()))
+        require(own, "templates", OF_MODEL, f"others for {type(model).__name__}, which has none of its own")
 
     def prepare(self, config: Config, data: Data, name: str) -> Labels:
         """Classes and templates."""
         return Labels(
             classes=read_classes(config.classes, data.card, name),
-            templates=read_templates(config.templates, data.card, name),
+            templates=() if config.templates == OF_MODEL else read_templates(config.templates, data.card, name),
             label=label_key(config.label, data.card),
             medium=config.medium,
             fold=config.fold,
             folds=config.folds,
+            ensemble=config.ensemble,
+            clips=config.clips,
+            crops=config.crops,
         )
 
     def run(self, model: Any, one: PreparedSet, reading: Reading, cache: Cache) -> dict[str, float]:
         """Accuracies. Class vectors are computed once for all sets with these classes and templates."""
         precision, medium = reading.evaluation_precision, medium_of_set(model, one, one.ready.medium)
         vectors = _class_vectors(model, one.ready, precision, cache)
-        batches = labelled_batches(medium_reader(model, medium), one, reading)
+        batches = labelled_batches(medium_reader(model, medium, **one.ready.views), one, reading)
         return zero_shot(model, batches, vectors, precision, medium)
 
     def figures(self, model: Any, one: PreparedSet, title: str) -> dict[str, "Figure"]:
@@ -100,10 +116,11 @@ class ZeroShot(Task):
 
 
 def _class_vectors(model: Any, labels: Labels, precision: str, cache: Cache) -> Tensor:
-    texts = (labels.classes, labels.templates)
-    if ("zero_shot", texts) not in cache:
-        cache["zero_shot", texts] = classifier(model, *texts, precision)
-    vectors: Tensor = cache["zero_shot", texts]
+    texts = (labels.classes, labels.templates or tuple(model.prompt_templates))
+    make = classifier if labels.ensemble == "vectors" else prompt_vectors
+    if (labels.ensemble, texts) not in cache:
+        cache[labels.ensemble, texts] = make(model, *texts, precision)
+    vectors: Tensor = cache[labels.ensemble, texts]
     return vectors
 
 
