@@ -15,9 +15,13 @@ last complete checkpoint, also in the middle of an epoch.
 from dataclasses import dataclass, field, replace
 
 from pipeline.config import run_job
+from pipeline.evaluation.frame_embedder import FrameRate, LoadFrameEmbedder
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.models.videoclip import Config, Overlap
-from pipeline.runs.train import Pretraining, run_pretraining
+from pipeline.runs.train import Pretraining, in_place, pretrain
+from pipeline.shards.snapshot import read_snapshot
+from pipeline.stages.annotate.frame_features import FrameFeatureOptions, embed_frames
+from pipeline.stages.shard_tasks import Workers
 from pipeline.training.optimizer import AdamW
 from pipeline.training.run import Cluster, Run
 
@@ -26,7 +30,11 @@ from pipeline.training.run import Cluster, Run
 class Train(Pretraining):
     """A VideoCLIP, its training data, and its evaluations."""
 
+    drawn_options = {"video": True}
+
     method: Config = field(default_factory=Config)
+    frame_model: str = "clipmill-tiny:untrained"
+    """Model whose features of frames are made for videos that the job draws itself; see jobs/embed_dataset.py."""
 
 
 # Adam, and a rate that falls linearly: the authors' polynomial decay of power 1.
@@ -42,7 +50,7 @@ PAPER = Run(
     loader=LoaderConfig(loader_workers=8),
 )
 WHOLE = Config(positives="whole", pairs=1, objective="text_to_video", batches="random")
-SMALL = Config(bert="drawn", batches="retrieved", cluster=8, candidates=16, pairs=4, feature_width=64)
+SMALL = Config(bert="drawn", batches="retrieved", cluster=8, candidates=16, pairs=4, feature_width=128)
 DRAWN = replace(
     PAPER,
     workers=0,
@@ -64,17 +72,35 @@ PRESETS = {
         "Three steps on 16 drawn videos, in this process.",
         Train(
             method=replace(
-                SMALL, small_bert=(32, 1, 2), video_layers=1, cluster=4, candidates=8, overlap=Overlap(budget=(2, 16))
+                SMALL,
+                small_bert=(32, 1, 2),
+                video_layers=1,
+                feature_width=32,
+                cluster=4,
+                candidates=8,
+                overlap=Overlap(budget=(2, 16)),
             ),
-            run=replace(DRAWN, batch_size=8, steps=3, warmup_steps=1, log_every_steps=1, loader=LoaderConfig(loader_workers=0)),
+            run=replace(
+                DRAWN, batch_size=8, steps=3, warmup_steps=1, log_every_steps=1, loader=LoaderConfig(loader_workers=0)
+            ),
             draw=16,
         ),
     ),
 }
 
+
+def main(job: Train) -> None:
+    """Train; drawn videos get their features first."""
+    with in_place(job) as placed:
+        if not job.run.data and placed.run.data:
+            model = LoadFrameEmbedder(checkpoint=job.frame_model, rate=FrameRate(frames_per_second=4.0))
+            embed_frames(read_snapshot(placed.run.data), model, FrameFeatureOptions(), Workers(processes_count=0))
+        pretrain(placed, keeps=bool(job.run.output_folder))
+
+
 if __name__ == "__main__":
     run_job(
         PRESETS,
-        run_pretraining,
+        main,
         "the same command goes on from the last checkpoint, or from the beginning if there is none",
     )

@@ -24,6 +24,7 @@ from pipeline.loaders.mixture import MixedSamples, TrainingData, open_samples
 from pipeline.loaders.order import SampleOrder
 from pipeline.loaders.samples import Samples, UnreadableSample, check_fields
 from pipeline.shards.sample import Sample
+from pipeline.shards.sidecar import Wanted
 from pipeline.shards.snapshot import Snapshot
 from pipeline.stages.cores import cores
 
@@ -138,6 +139,12 @@ def training_batches(
     return _finished(_batches(snapshot, [*on_device, *others], sampler, config), on_device, device)
 
 
+def sidecars_of(readers: Iterable[object]) -> tuple[Wanted, ...]:
+    """The sidecars that the readers read, each once."""
+    found = {wanted.name: wanted for reader in readers for wanted in getattr(reader, "sidecars", ())}
+    return tuple(found.values())
+
+
 def decoding_device() -> torch.device:
     """The GPU of this training process; raises ``SettingError`` if it has none."""
     require(torch.cuda.is_available(), "image_decoder", "cuda", "cpu, since torch finds no GPU here")
@@ -249,8 +256,7 @@ def _batches(
     replace: bool = True,
 ) -> Generator[Batch, None, None]:
     check_fields(snapshot, [field for reader in readers for field in reader.fields])
-    sidecars = {wanted.name: wanted for reader in readers for wanted in getattr(reader, "sidecars", ())}
-    samples = open_samples(snapshot, config.cache(), config.open_shards, tuple(sidecars.values()))
+    samples = open_samples(snapshot, config.cache(), config.open_shards, sidecars_of(readers))
     workers = config.processes()
     loader: DataLoader[Batch | ClipmillError] = DataLoader(
         _Readable(samples, readers, replace),
