@@ -20,7 +20,8 @@ from pipeline.loaders.batches import LoaderConfig
 from pipeline.models.videoclip import Config, Overlap
 from pipeline.runs.train import Pretraining, in_place, pretrain
 from pipeline.shards.snapshot import read_snapshot
-from pipeline.stages.annotate.frame_features import FrameFeatureOptions, embed_frames
+from pipeline.stages.annotate.embeddings import EmbedOptions
+from pipeline.stages.annotate.frame_features import NAME, embed_frames
 from pipeline.stages.shard_tasks import Workers
 from pipeline.training.optimizer import AdamW
 from pipeline.training.run import Cluster, Run
@@ -94,7 +95,7 @@ def main(job: Train) -> None:
     with in_place(job) as placed:
         if not job.run.data and placed.run.data:
             model = LoadFrameEmbedder(checkpoint=job.frame_model, rate=FrameRate(frames_per_second=4.0))
-            embed_frames(read_snapshot(placed.run.data), model, FrameFeatureOptions(), Workers(processes_count=0))
+            embed_frames(read_snapshot(placed.run.data), model, EmbedOptions(name=NAME), Workers(processes_count=0))
         pretrain(placed, keeps=bool(job.run.output_folder))
 
 

@@ -77,12 +77,12 @@ def sample_features(method: Method, work: FeatureWork, device: torch.device) -> 
     if work.plan.run.most_workers and (free := _free_cpus()):
         parts = dict(_by_ray(work, weights, min(free, len(shards))))
     else:
-        maker = ShardFeatures(work, weights, device)
+        maker = MakeSampleFeatures(work, weights, device)
         parts = {number: maker.features(number) for number in shards}
     return torch.from_numpy(np.concatenate([parts[number] for number in shards]))
 
 
-class ShardFeatures:
+class MakeSampleFeatures:
     """Holds a copy of the model; gives the features of the samples of a shard."""
 
     def __init__(self, work: FeatureWork, weights: Any, device: torch.device | None = None) -> None:
@@ -146,7 +146,7 @@ def _by_ray(work: FeatureWork, weights: Mapping[str, Tensor], actors: int) -> It
     rows = [{"number": number} for number in range(len(work.snapshot.shards))]
     stored = ray.put(weights)  # kept here, for actors that are started again
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        ShardFeatures,
+        MakeSampleFeatures,
         fn_constructor_args=(work, stored),
         batch_size=1,
         batch_format="numpy",

@@ -28,7 +28,7 @@ from pipeline.training.batch_plans import FACTS
 from pipeline.training.checkpoint import Checkpoints, load_method
 from pipeline.training.loop import run_training
 from pipeline.training.run import Run, RunPlan, prepare
-from pipeline.training.sample_features import FeatureWork, SamplesInTurn, ShardFeatures, sample_features
+from pipeline.training.sample_features import FeatureWork, MakeSampleFeatures, SamplesInTurn, sample_features
 from tests.training.test_loop import start
 
 MakeRun = Callable[..., Run]
@@ -187,7 +187,7 @@ def test_the_stage_returns_a_damaged_shard_as_an_error(run: MakeRun, make_snapsh
     work = FeatureWork(plan, planner, plan.snapshot, 0, method.description())
     with pytest.raises(DataError, match=r"00001\.tar: no sample is readable"):
         sample_features(method, work, CPU)
-    found = ShardFeatures(work, method.state_dict())({"number": np.array([0, 1])})
+    found = MakeSampleFeatures(work, method.state_dict())({"number": np.array([0, 1])})
     assert len(found["features"][0]) == 4 * 32 * 4 and found["error"][0] == b""
     assert "no sample is readable" in str(pickle.loads(found["error"][1]))
 

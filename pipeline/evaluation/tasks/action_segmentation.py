@@ -29,7 +29,7 @@ class Config:
     classes: str = option(
         "auto",
         "action_classes",
-        "Names of the actions: auto (the card's classes, else the texts of all timed captions), or a file with a line each.",
+        "Names of the actions: auto (the card's classes, else the texts of the timed captions), or a file of lines.",
     )
     threshold: float = option(
         -1.0,

@@ -36,7 +36,7 @@ class Config:
         "answer", "video_qa_answer", "Key of the samples' json with the number of the right one, from 0."
     )
     medium: str = option(AUTO)
-    """Medium that the questions are about: auto (video where the model encodes it), or its name."""
+    """Medium that the questions are about: auto (the first that model and data have), or its name."""
 
     def __post_init__(self) -> None:
         check_medium(self.medium)
