@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipeline.evaluation.models import load_model
+from pipeline.evaluation.models import load_any
 from pipeline.tracking.runs import Tracking
 from pipeline.training.checkpoint import Checkpoints, read_evaluation
 from tests.jobs.conftest import load_job
@@ -25,7 +25,7 @@ def test_smoke(tmp_path: Path, own_store: str) -> None:
         "epoch-00001.parquet",
     ]
     assert read_evaluation(checkpoint) is None
-    method: Any = load_model(checkpoint.folder.uri)
+    method: Any = load_any(checkpoint.folder.uri, "cpu")
     features = method.encode_text(method.tokenizer(["a red disc is moving to the left"]))
     torch.testing.assert_close(features.norm(dim=1), torch.ones(1))
 
