@@ -38,7 +38,7 @@ class VideoOptions:
     """Longest shorter side in pixels, 16 to 4,320; larger videos are scaled. 0 keeps the size."""
     video_frames_per_second: float = 0.0
     """Frames per second to store, at most 240: the frames that are shown at these times; 0 keeps all frames."""
-    video_quality: int = 23
+    video_quality: int = 25
     """Constant rate factor of H.264, 0 (lossless) to 51 (worst)."""
     video_key_seconds: float = 2.0
     """Largest time in seconds between two key frames of a stored video; smaller values make seeking faster and files

@@ -53,11 +53,15 @@ def segments_table(found: Segmentation, words: Sequence[str]) -> str:
 
 
 def matches_table(matches: Sequence[Match]) -> str:
-    """One line per match of a search: its caption, cosine and key."""
+    """One line per match of a search: its caption, cosine and key; of videos by their frames, the best moment."""
     captions = [plain(caption_of(match.sample) or "", LONGEST) for match in matches]
     rows = zip(captions, matches, strict=True)
-    lines = [[caption, f"{match.score:.3f}", match.sample.key] for caption, match in rows]
-    return _aligned([["caption", "cosine", "key"], *lines])
+    lines = [
+        [caption, f"{match.score:.3f}", *([f"{match.moment.seconds:.2f} s"] if match.moment else []), match.sample.key]
+        for caption, match in rows
+    ]
+    moment = ["moment"] if any(match.moment for match in matches) else []
+    return _aligned([["caption", "cosine", *moment, "key"], *lines])
 
 
 def write_result(place: str, metrics: Mapping[str, float], about: Mapping[str, Any]) -> None:

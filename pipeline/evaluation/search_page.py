@@ -1,7 +1,8 @@
-"""The result of a search as one HTML page that shows images and plays sounds.
+"""The result of a search as one HTML page that shows images and plays sounds and videos.
 
-The page is self-contained: images are inline JPEG, spectrograms inline PNG, sounds inline FLAC, without scripts and
-links, and its content security policy forbids all other requests. Captions are untrusted: one line each, escaped.
+The page is self-contained: images are inline JPEG, spectrograms inline PNG, sounds inline FLAC, videos inline MP4,
+without scripts and links, and its content security policy forbids all other requests. Captions are untrusted: one line
+each, escaped. A video that was found by its frames begins at the best moment; a curve below it shows the cosines.
 """
 
 import base64
@@ -14,12 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.evaluation.media import TEXT
+from pipeline.evaluation.moments import MOMENTS, Moment
 from pipeline.evaluation.search import Match, Query, SearchResult
+from pipeline.evaluation.shown_clips import frame_at, playable_clip
 from pipeline.evaluation.shown_media import picture, sound_of, spectrogram
 from pipeline.loaders.samples import UnreadableSample
-from pipeline.shards.media import MEDIA
+from pipeline.shards.media import MEDIA, VIDEO
 from pipeline.shards.privacy import masked
-from pipeline.shards.sample import Sample
 from pipeline.shards.waveforms import encode_flac
 from pipeline.stages.annotate.embeddings import caption_of
 from pipeline.stages.report.dataset_report import plain
@@ -52,6 +54,10 @@ img { max-width: 100%; border-radius: 4px; display: block; }
 img.image { max-height: 16rem; object-fit: contain; background: #808080; }
 img.spectrogram { width: 100%; height: 5.5rem; }
 audio { width: 100%; height: 2.4rem; }
+video { width: 100%; max-height: 16rem; background: #000000; border-radius: 4px; display: block; }
+svg.moments { width: 100%; height: 2.2rem; display: block; }
+.moments polyline { fill: none; stroke: var(--bar); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
+.moments line { stroke: #d6422b; stroke-width: 2; vector-effect: non-scaling-stroke; }
 .words { margin: 0; overflow-wrap: anywhere; }
 small { color: var(--faint); overflow-wrap: anywhere; }
 """
@@ -60,7 +66,11 @@ small { color: var(--faint); overflow-wrap: anywhere; }
 def search_page(query: Query, result: SearchResult, about: dict[str, str], seconds: float) -> str:
     """The whole page as HTML text; ``about`` is a list of facts, ``seconds`` of each sound are played."""
     name = f"“{plain(query.text, 200)}”" if query.medium == TEXT else f"{MEDIA[query.medium].noun} as the query"
-    shown = "" if query.medium == TEXT else f'<div class="query">{_media(query.sample, "the query", seconds)}</div>'
+    shown = (
+        ""
+        if query.medium == TEXT
+        else f'<div class="query">{_media(Match(1.0, query.sample), "the query", seconds)}</div>'
+    )
     facts = " · ".join(f"{_text(title)}: {_text(value, 300)}" for title, value in about.items())
     items = "".join(_item(rank, match, seconds) for rank, match in enumerate(result.matches, 1))
     return (
@@ -80,8 +90,9 @@ def facts_of(data: str, checkpoint: str, cut: int | None) -> dict[str, str]:
 
 
 def _counts(result: SearchResult) -> str:
-    without = f"; {result.without:,} have no readable {result.medium}" if result.without else ""
-    return f"The best {len(result.matches):,} of {result.compared:,} samples by their {result.medium}{without}."
+    medium, by = (VIDEO.name, "best frame") if result.medium == MOMENTS else (result.medium, result.medium)
+    without = f"; {result.without:,} have no readable {medium}" if result.without else ""
+    return f"The best {len(result.matches):,} of {result.compared:,} samples by their {by}{without}."
 
 
 def _item(rank: int, match: Match, seconds: float) -> str:
@@ -90,31 +101,31 @@ def _item(rank: int, match: Match, seconds: float) -> str:
     return (
         f'<li><div class="score"><b>{rank}</b><meter min="-1" max="1" value="{match.score:.4f}" '
         f'aria-label="cosine similarity"></meter><span>{match.score:.3f}</span></div>'
-        f'{_media(match.sample, caption or match.sample.key, seconds)}<p class="words">{words}</p>'
+        f'{_media(match, caption or match.sample.key, seconds)}<p class="words">{words}</p>'
         f"<small>{_text(match.sample.key)}</small></li>\n"
     )
 
 
-def _media(sample: Sample, title: str, seconds: float) -> str:
+def _media(match: Match, title: str, seconds: float) -> str:
     """Every part of a sample that can be shown; a note for one that cannot be read."""
     parts = []
     for medium, show in PLAYERS.items():
-        if sample.body(MEDIA[medium]) is not None:
+        if match.sample.body(MEDIA[medium]) is not None:
             try:
-                parts.append(show(sample, title, seconds))
+                parts.append(show(match, title, seconds))
             except UnreadableSample:
                 parts.append(f'<small class="broken">{medium}: not readable</small>')
     return "".join(parts)
 
 
-def _image(sample: Sample, title: str, seconds: float) -> str:
-    pixels = Image.fromarray(picture(sample, "image").numpy().transpose(1, 2, 0))
+def _image(match: Match, title: str, seconds: float) -> str:
+    pixels = Image.fromarray(picture(match.sample, "image").numpy().transpose(1, 2, 0))
     pixels.thumbnail((SIDE, SIDE))
     return f'<img class="image" alt="{_text(title, 150)}" src="{_data("image/jpeg", _encoded(pixels, "JPEG"))}">'
 
 
-def _sound(sample: Sample, title: str, seconds: float) -> str:
-    sound = sound_of(sample, seconds)
+def _sound(match: Match, title: str, seconds: float) -> str:
+    sound = sound_of(match.sample, seconds)
     drawn: Tensor = spectrogram(sound)
     png = _encoded(Image.fromarray(drawn.numpy().transpose(1, 2, 0)), "PNG")
     played = _data("audio/flac", encode_flac(sound.samples, sound.sample_rate))
@@ -124,7 +135,38 @@ def _sound(sample: Sample, title: str, seconds: float) -> str:
     )
 
 
-PLAYERS: dict[str, Callable[[Sample, str, float], str]] = {"image": _image, "audio": _sound}
+def _video(match: Match, title: str, seconds: float) -> str:
+    """The clip, from the best moment on; the frame of this moment until it plays."""
+    moment = match.moment
+    at = moment.seconds if moment else 0.0
+    clip = _data("video/mp4", playable_clip(match.sample, seconds, at))
+    start = at - max(0.0, at - seconds / 2)  # in the clip, which is a part of a long video
+    poster = Image.fromarray(frame_at(match.sample, at).numpy().transpose(1, 2, 0))
+    shown = _data("image/jpeg", _encoded(poster, "JPEG"))
+    return (
+        f'<video controls muted playsinline preload="metadata" aria-label="{_text(title, 150)}" poster="{shown}" '
+        f'src="{clip}#t={start:.3f}"></video>{_curve(moment) if moment else ""}'
+    )
+
+
+def _curve(moment: Moment) -> str:
+    """The cosines of a video's frames over time as a line, with a mark at the best moment."""
+    low, high = float(moment.scores.min()), float(moment.scores.max())
+    length, span = max(moment.length, 1e-6), max(high - low, 1e-6)
+    points = " ".join(
+        f"{100 * time / length:.2f},{19 - 18 * (score - low) / span:.2f}"
+        for time, score in zip(moment.times.tolist(), moment.scores.tolist(), strict=True)
+    )
+    place = 100 * moment.seconds / length
+    words = f"best moment at {moment.seconds:.2f} of {moment.length:.2f} seconds"
+    return (
+        f'<svg class="moments" viewBox="0 0 100 20" preserveAspectRatio="none" role="img" aria-label="{words}">'
+        f'<polyline points="{points}"></polyline><line x1="{place:.2f}" y1="0" x2="{place:.2f}" y2="20"></line></svg>'
+        f"<small>{words}; cosines of frames {low:.3f} to {high:.3f}</small>"
+    )
+
+
+PLAYERS: dict[str, Callable[[Match, str, float], str]] = {"image": _image, "audio": _sound, "video": _video}
 """How a part of each medium is shown."""
 
 

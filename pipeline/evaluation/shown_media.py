@@ -1,6 +1,7 @@
 """Samples for people: a picture of each medium, and sounds that browsers and MLflow play.
 
-The picture of a sound is its spectrogram: power in dB of windows of 25 ms on a mel scale, up to half of its rate.
+The picture of a sound is its spectrogram: power in dB of windows of 25 ms on a mel scale, up to half of its rate. That
+of a video are frames in a row, see ``shown_clips.py``.
 """
 
 import math
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from pipeline.errors import SampleError
 from pipeline.evaluation.figures import RIGHT, WRONG
+from pipeline.evaluation.shown_clips import video_picture
 from pipeline.loaders.batches import Row, SamplePosition
 from pipeline.loaders.images import as_stored, decode
 from pipeline.loaders.sample_figures import blank_figure, show_image, wrapped
 from pipeline.loaders.samples import UnreadableSample
-from pipeline.shards.media import AUDIO, MEDIA
+from pipeline.shards.media import AUDIO, MEDIA, VIDEO
 from pipeline.shards.sample import Sample
 from pipeline.shards.waveforms import Waveform, encode_flac, read_waveform
 
@@ -69,13 +71,15 @@ class SampleReader:
 
 
 def picture(sample: Sample, medium: str) -> Tensor:
-    """An image, or the spectrogram of a sound, as uint8 [3, H, W].
+    """An image, the spectrogram of a sound, or frames of a video in a row, as uint8 [3, H, W].
 
     Raises:
         UnreadableSample: the sample has no readable part of this medium.
     """
     if medium == AUDIO.name:
         return spectrogram(sound_of(sample))
+    if medium == VIDEO.name:
+        return video_picture(sample)
     return as_stored(decode(_part(sample, medium)))
 
 

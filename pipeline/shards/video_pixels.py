@@ -61,7 +61,7 @@ def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     data = frame.side_data.get(_MATRIX_SIDE_DATA)
     if data is None:
         return False, False, False
-    matrix = np.frombuffer(bytes(data), np.int32)
+    matrix = np.frombuffer(data, np.int32)  # type: ignore[call-overload]
     if len(matrix) < 9 or not matrix[[0, 1, 3, 4]].any():
         return False, False, False
     # A pixel moves from (x, y) to (a x + c y, b x + d y).
@@ -113,7 +113,7 @@ def usual_range(pixels: npt.NDArray[np.uint16], hybrid: bool) -> Pixels:
     ITU-R BT.2100 gives the light of a display. Reference white, 203 cd/m2 (BT.2408), is 1. Reinhard's curve for the
     largest of the three colours leaves the dark ones nearly as they are and takes ``_PEAK`` to 1.
     """
-    light = _light_of_code(hybrid)[pixels]
+    light: npt.NDArray[Any] = _light_of_code(hybrid)[pixels]
     if hybrid:
         luminance = light @ np.array([0.2627, 0.6780, 0.0593], np.float32)
         light = light * (np.maximum(luminance, 1e-6) ** 0.2)[..., None] * np.float32(_PEAK)

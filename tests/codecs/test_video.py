@@ -138,8 +138,9 @@ def test_still_videos_have_no_motion() -> None:
 
 
 def test_the_same_video_gives_the_same_bytes() -> None:
-    body = encoded_video(numbered(30))
-    assert CODEC.encode(body, VideoOptions()) == CODEC.encode(body, VideoOptions())
+    body = encoded_video(np.random.default_rng(1).integers(0, 255, (20, 144, 176, 3), np.uint8))
+    made = {CODEC.encode(body, VideoOptions()).fields["mp4"] for _ in range(6)}
+    assert len(made) == 1, "x264 reads beyond frames of such a size, but for its options"
 
 
 def test_decoding_gives_frames_over_the_whole_length() -> None:

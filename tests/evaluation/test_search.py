@@ -117,7 +117,7 @@ def test_the_medium_is_the_one_that_the_query_is_not(make_snapshot: MakeSnapshot
         medium_to_search("image", by_sound, embedder, heard)
     with pytest.raises(SettingError, match="medium: got 'smell'"):
         medium_to_search("smell", by_sound, embedder, heard)
-    with pytest.raises(SettingError, match="a medium that the model encodes: image, text"):
+    with pytest.raises(SettingError, match="a medium that the model encodes: image, moments, text"):
         medium_to_search("audio", by_image, ModelEmbedder(ColourModel()), everything)
     with pytest.raises(SettingError, match="a medium that the model encodes: image, text"):
         query_features(ModelEmbedder(ColourModel()), by_sound)

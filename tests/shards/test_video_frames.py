@@ -141,9 +141,8 @@ def test_a_high_range_becomes_a_usual_one(curve: str) -> None:
     colours = {"color_trc": 16 if curve == "pq" else 18, "color_primaries": 9, "colorspace": 9, "color_range": 1}
     body = encoded_video(
         images,
-        codec="libx265",
         pixels="yuv420p10le",
-        options={"x265-params": "log-level=none:crf=1"},
+        options={"crf": "1"},
         colours=colours,
         images_format="rgb48le",
     )

@@ -150,5 +150,5 @@ def test_report_dataset_shows_what_the_samples_have(
     words: list[Any] = ["--data", waves.folder, "--output", str(page), "--no-track", "--processes-count", "0"]
     assert job("report_dataset", "snapshot", *words) == 0
     shown = page.read_text()
-    assert "npy" in shown and "a wave of number 6" in shown and "no images to compare" in shown
+    assert "npy" in shown and "a wave of number 6" in shown and "no images, sounds or videos to compare" in shown
     assert "<img" not in shown and "unreadable" not in shown

@@ -120,6 +120,7 @@ class ShardFrames:
 
     def __init__(self, table: pa.Table) -> None:
         self.keys = [str(key) for key in table["key"].to_pylist()]
+        self.facts = sidecar_facts(table.schema, "the sidecar", JOB)
         self._table = table
 
     def __getitem__(self, row: int) -> StoredFrames:
@@ -178,6 +179,10 @@ class FrameMaker:
 
     def table(self, samples: Iterator[Sample], shard: Shard) -> pa.Table:
         """The sidecar's rows; raises ``DataError`` for features that half precision cannot hold."""
+        return self.made(samples)
+
+    def made(self, samples: Iterator[Sample]) -> pa.Table:
+        """The rows of these samples, in order."""
         clips: list[_Clip] = []
         waiting: list[tuple[_Clip, DecodedFrames]] = []
         with ThreadPoolExecutor(self._threads, thread_name_prefix="frames") as pool:

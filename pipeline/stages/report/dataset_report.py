@@ -1,8 +1,8 @@
 """A snapshot as one HTML page: funnel, histograms, samples with boxes, duplicates, differences, hosts.
 
-The page is self-contained: charts are inline SVG, images inline JPEG, sounds inline FLAC, without scripts and links,
-and its content security policy forbids all other requests. Captions, urls, labels and error messages are untrusted:
-:func:`plain` reduces them to one line of text, and they are escaped.
+The page is self-contained: charts are inline SVG, images inline JPEG, sounds inline FLAC, videos inline MP4, without
+scripts and links, and its content security policy forbids all other requests. Captions, urls, labels and error messages
+are untrusted: :func:`plain` reduces them to one line of text, and they are escaped.
 """
 
 import html
@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.shards.media import AUDIO
+from pipeline.shards.media import AUDIO, VIDEO, Medium
 from pipeline.shards.privacy import masked
 from pipeline.shards.snapshot import Snapshot
 from pipeline.shards.storage import Folder
@@ -88,6 +88,7 @@ figcaption { font-size: 0.85rem; color: var(--faint); overflow-wrap: anywhere; }
 .image { position: relative; margin: 0 auto; overflow: hidden; background: #808080; border-radius: 4px; }
 .image img { width: 100%; height: auto; display: block; }
 .samples audio { width: 100%; display: block; margin-top: 0.4rem; }
+.samples video { width: 100%; display: block; background: #000000; border-radius: 4px; }
 .image svg { position: absolute; inset: 0; width: 100%; height: 100%;
   filter: drop-shadow(0 0 1px #000000); }
 .box, .outline { fill: none; stroke: var(--mark); stroke-width: 2; vector-effect: non-scaling-stroke; }
@@ -192,7 +193,8 @@ def _heading(name: str, report: DatasetReport) -> str:
         "samples" if statistics.visible == statistics.unique else "samples, with repeats": _number(statistics.visible),
         "shards": _number(len(snapshot.shards)),
         **({"images": _size(statistics.bytes)} if statistics.bytes else {}),
-        **({"sounds": _size(heard)} if (heard := _sound_bytes(statistics)) else {}),
+        **({"sounds": _size(heard)} if (heard := _medium_bytes(statistics, AUDIO)) else {}),
+        **({"videos": _size(shown)} if (shown := _medium_bytes(statistics, VIDEO)) else {}),
         "fields": _number(len(statistics.fields)),
         "input rows": _number(snapshot.rows),
         "kept": _share(statistics.unique, snapshot.rows),
@@ -203,8 +205,8 @@ def _heading(name: str, report: DatasetReport) -> str:
     return f'<header><h1>{_text(name, 100)}</h1><p class="faint">{where}</p><dl class="facts">{boxes}</dl></header>\n'
 
 
-def _sound_bytes(statistics: Statistics) -> int:
-    return sum(size for name, size in statistics.field_bytes.items() if name in AUDIO.endings)
+def _medium_bytes(statistics: Statistics, medium: Medium) -> int:
+    return sum(size for name, size in statistics.field_bytes.items() if name in medium.endings)
 
 
 def _funnel_section(way: Funnel, messages: Mapping[str, Sequence[Message]]) -> str:
@@ -415,12 +417,20 @@ def _figure(shown: ShownSample, note: str = "") -> str:
 
 
 def _player(shown: ShownSample) -> str:
-    """The controls that play the sound; nothing without one."""
-    if not shown.sound:
-        return ""
-    title = _text(shown.caption, 150) or "sound without a caption"
-    source = f"data:audio/flac;base64,{html.escape(shown.sound, quote=True)}"
-    return f'<audio controls preload="none" aria-label="{title}" src="{source}"></audio>'
+    """The controls that play the video and the sound; nothing without them."""
+    title = _text(shown.caption, 150) or "sample without a caption"
+    parts = ""
+    if shown.video:
+        poster = f"data:image/jpeg;base64,{html.escape(shown.poster, quote=True)}"
+        source = f"data:video/mp4;base64,{html.escape(shown.video, quote=True)}"
+        parts += (
+            f'<video controls muted playsinline preload="none" aria-label="{title}" poster="{poster}" '
+            f'src="{source}"></video>'
+        )
+    if shown.sound:
+        source = f"data:audio/flac;base64,{html.escape(shown.sound, quote=True)}"
+        parts += f'<audio controls preload="none" aria-label="{title}" src="{source}"></audio>'
+    return parts
 
 
 def _overlay(shown: ShownSample) -> str:
@@ -447,7 +457,7 @@ def _duplicates_section(report: DatasetReport) -> str:
     spare = sum(repeated) - len(repeated)
     sampled = "" if report.exact_images else f" of about {_number(EXACT_ROWS)} images chosen by their hash"
     if not images:
-        return _section("Duplicates", "<p>The samples have no images to compare.</p>")
+        return _section("Duplicates", "<p>The samples have no images, sounds or videos to compare.</p>")
     if not repeated:
         return _section("Duplicates", f"<p>No two{sampled or ' images'} have the same bytes.</p>")
     words = (
@@ -572,9 +582,9 @@ def _size(count: float) -> str:
 
 def _value(value: float, name: str) -> str:
     """A formatted value of a histogram: bytes with unit, ratios with two digits, counts as integers."""
-    if name in ("bytes", "sound_bytes"):
+    if name in ("bytes", "sound_bytes", "clip_bytes"):
         return _size(value)
-    return f"{value:.2f}" if name in ("aspect", "score", "seconds") else f"{value:,.0f}"
+    return f"{value:.2f}" if name in ("aspect", "score", "seconds", "clip_seconds") else f"{value:,.0f}"
 
 
 def _first_of_each(snapshot: Snapshot, groups: Sequence[Copies], options: ReportLimits) -> dict[str, ShownSample]:

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from pipeline.codecs.image_encoding import ImageOptions, transform
 from pipeline.config import from_json, require, to_json
 from pipeline.errors import DataError, SampleError, SidecarError
-from pipeline.shards.media import AUDIO
+from pipeline.shards.media import AUDIO, MEDIA, VIDEO
 from pipeline.shards.pixels import read_header
 from pipeline.shards.sample import Sample
 from pipeline.shards.selection import read_samples
@@ -36,6 +36,7 @@ from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
 from pipeline.shards.text import decoded
 from pipeline.stages.filters.language import identify
+from pipeline.stages.report.clips import clip_values, example_clip
 from pipeline.stages.report.outlines import Region, read_regions
 from pipeline.stages.report.pseudo_boxes import with_pseudo_boxes
 from pipeline.stages.report.sounds import example, sound_values
@@ -91,6 +92,13 @@ SCALES: Mapping[str, Scale] = {
     "channels": Scale(title="Channels", unit="channels", low=0, high=65, per_unit=1),
     "loudness": Scale(title="Loudness", unit="dBFS", low=-120, high=1, per_unit=1),
     "sound_bytes": Scale(title="Bytes per sound", unit="bytes", low=64, high=2**30, per_unit=4, doubling=True),
+    "clip_seconds": Scale(
+        title="Duration of videos", unit="seconds", low=1 / 16, high=65536, per_unit=4, doubling=True
+    ),
+    "clip_width": Scale(title="Width of videos", unit="pixels", low=8, high=32768, per_unit=8, doubling=True),
+    "clip_height": Scale(title="Height of videos", unit="pixels", low=8, high=32768, per_unit=8, doubling=True),
+    "clip_rate": Scale(title="Frame rate", unit="frames per second", low=0, high=241, per_unit=1),
+    "clip_bytes": Scale(title="Bytes per video", unit="bytes", low=64, high=2**34, per_unit=4, doubling=True),
     "words": Scale(title="Caption length", unit="words", low=0, high=160, per_unit=1),
     "score": Scale(title="CLIP score", unit="cosine of image and caption", low=-1, high=1, per_unit=50),
 }
@@ -136,7 +144,7 @@ class ShownSample:
     """An example sample.
 
     ``thumbnail`` is a JPEG in base64, empty for a sample without an image; ``regions`` are boxes and outlines on it.
-    ``sound`` is a FLAC in base64, empty for a sample without a sound.
+    ``sound`` is a FLAC in base64, empty for a sample without a sound; ``video`` an MP4, with ``poster``, a JPEG.
     """
 
     order: str
@@ -147,6 +155,8 @@ class ShownSample:
     thumbnail: str
     regions: tuple[Region, ...] = ()
     sound: str = ""
+    video: str = ""
+    poster: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +178,7 @@ class Host:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Copies:
-    """Number of samples with the same image, or sound where there is none, by SHA-256; and the first few keys."""
+    """Number of samples with the same image, sound or video, the first they have, by SHA-256; and the first keys."""
 
     count: int
     keys: tuple[str, ...]
@@ -209,6 +219,8 @@ class ReportLimits:
     """Longer side of an example image in pixels."""
     sound_seconds: float = 5.0
     """Length of an example sound in seconds, from its start; 0 = no sounds in the page."""
+    clip_seconds: float = 4.0
+    """Length of an example video in seconds, from its start; 0 = no videos in the page."""
     seed: int = 0
     """Random seed of the choice of example samples."""
     languages: bool = True
@@ -218,6 +230,7 @@ class ReportLimits:
         require(0 <= self.samples <= 1000, "samples", self.samples, "0 to 1000")
         require(16 <= self.thumbnail_size <= 1024, "thumbnail_size", self.thumbnail_size, "16 to 1024 pixels")
         require(0 <= self.sound_seconds <= 60, "sound_seconds", self.sound_seconds, "0 to 60 seconds")
+        require(0 <= self.clip_seconds <= 60, "clip_seconds", self.clip_seconds, "0 to 60 seconds")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
 
 
@@ -342,11 +355,12 @@ class _Counted:
         self._count_words(sample)
         if image is not None:
             self._count_image(image)
-        self._count_sound(sample)
+        self._count_values(sound_values(sample))
+        self._count_values(clip_values(sample))
         if repeated:
             return
         self._unique += 1
-        body = sample.body(AUDIO) if image is None else image
+        body = next((body for medium in MEDIA.values() if (body := sample.body(medium)) is not None), None)
         if body is not None:
             self._compare(sample.key, body)
         order = hashlib.sha256(f"{self._options.seed}:{sample.key}".encode()).hexdigest()
@@ -402,8 +416,7 @@ class _Counted:
         self._put("height", header.height)
         self._put("aspect", header.width / max(header.height, 1))
 
-    def _count_sound(self, sample: Sample) -> None:
-        values = sound_values(sample)
+    def _count_values(self, values: Mapping[str, float] | None) -> None:
         if values is None:
             self._unreadable += 1
         for name, value in (values or {}).items():
@@ -498,11 +511,13 @@ def _limit(wanted: int, present: int) -> int:
 
 def _shown(sample: Sample, order: str, options: ReportLimits) -> ShownSample | None:
     """The example; ``None`` for an undecodable image; without a thumbnail for a sample without an image."""
-    image, audio = sample.image(), sample.body(AUDIO)
+    image, audio, video = sample.image(), sample.body(AUDIO), sample.body(VIDEO)
     sound = example(audio, options.sound_seconds) if audio is not None and options.sound_seconds else ""
+    clip = example_clip(video, options.clip_seconds) if video is not None and options.clip_seconds else None
+    played = {"sound": sound, "video": clip.mp4 if clip else "", "poster": clip.poster if clip else ""}
     caption = decoded(sample.fields.get("txt", b""))[:LONGEST_CAPTION]
     if image is None:
-        return ShownSample(order=order, key=sample.key, caption=caption, width=0, height=0, thumbnail="", sound=sound)
+        return ShownSample(order=order, key=sample.key, caption=caption, width=0, height=0, thumbnail="", **played)
     small = ImageOptions(
         image_size=options.thumbnail_size,
         resize_mode="keep_ratio_largest",
@@ -523,7 +538,7 @@ def _shown(sample: Sample, order: str, options: ReportLimits) -> ShownSample | N
         height=height,
         thumbnail=base64.b64encode(shown.data).decode(),
         regions=read_regions(sample, width, height),
-        sound=sound,
+        **played,
     )
 
 
