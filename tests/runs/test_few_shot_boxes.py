@@ -69,5 +69,5 @@ def test_data_that_cannot_be_sampled_are_refused(tmp_path: Path) -> None:
     run = Folder(str(tmp_path / "run"))
     with pytest.raises(SettingError, match="one snapshot with shots"):
         few_shot_snapshot(f"{data}=0.5,{other}=0.5", CLASSES, 1, 0, run)
-    with pytest.raises(SettingError, match="images with objects of the classes"):
+    with pytest.raises(SettingError, match="samples of the classes"):
         few_shot_snapshot(data, ("zebra",), 1, 0, run)

@@ -42,9 +42,6 @@ class Config:
         "Prompts: auto (the card's), imagenet (80 prompts), imagenet-simple (7), none, model (ActionCLIP's own), or a "
         "file of templates with {}.",
     )
-    ensemble: Literal["vectors", "probabilities"] = option("vectors")
-    """Several prompts of a class: vectors (their mean is the class, CLIP's protocol), or probabilities (the mean of the
-    softmaxes over the classes, one for each prompt: ActionCLIP's protocol)."""
     label: str = option("", "label", LABEL_HELP)
     medium: str = option(AUTO)
     """Medium to classify: auto (the first one that the model encodes and the data have), image, audio, video."""
@@ -53,6 +50,9 @@ class Config:
     windows of frames."""
     crops: int = option(1)
     """Crops of a video along its longer side, 1 or 3."""
+    ensemble: Literal["vectors", "probabilities"] = option("vectors")
+    """Several prompts of a class: vectors (their mean is the class, CLIP's protocol), or probabilities (the mean of the
+    softmaxes over the classes, one for each prompt: ActionCLIP's protocol)."""
     fold: str = option("")
     """Key of the samples' json that holds the fold; the metrics are then means over the folds."""
     folds: str = option("")
