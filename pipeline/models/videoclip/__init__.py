@@ -240,6 +240,10 @@ class VideoClip(EmbeddingMethod):
         """The reader of all stored frames of a video, for :meth:`encode_moments`."""
         return EveryFrameReader(features=self.config.frame_reader())
 
+    def lengths(self, batch: Mapping[str, Tensor]) -> Mapping[str, int]:
+        """Texts are cut to their batch's longest."""
+        return {"text tokens": batch["text"].shape[2]}
+
     def embed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The means of each pair's states: ``video`` and ``text``, float [B, P, H]."""
         video, mask, text = (batch[key].flatten(0, 1) for key in self.batch_keys)
@@ -262,7 +266,13 @@ class VideoClip(EmbeddingMethod):
         return {"contrastive": 2 * contrastive_loss(video, text, scale, self.gather)}
 
     def _pooled_video(self, video: Tensor, mask: Tensor) -> Tensor:
-        return towers.pooled(*self.model.video(video, mask))
+        return towers.pooled(*self._video_states(video, mask))
+
+    def _video_states(self, video: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        width, own = video.shape[-1], self.config.feature_width
+        require(width == own, "feature_width", own, f"{width}, the width of the features of the data")
+        found: tuple[Tensor, Tensor] = self.model.video(video, mask)
+        return found
 
     def _pooled_text(self, text: Tensor) -> Tensor:
         return towers.pooled(*self.model.text(text))
@@ -290,7 +300,7 @@ class VideoClip(EmbeddingMethod):
         count = torch.zeros_like(total[..., :1])
         for start in sorted({min(start, max(length - longest, 0)) for start in starts}):
             window = slice(start, start + longest)
-            states, _ = self.model.video(frames[:, window], frames_mask[:, window])
+            states, _ = self._video_states(frames[:, window], frames_mask[:, window])
             total[:, window] += states[:, 1:-1].float()
             count[:, window] += 1
         return self._unit(total / count, of_video=True)

@@ -121,6 +121,15 @@ def test_captions_far_outside_of_the_video_are_still_pairs() -> None:
     assert all(clip[-1, 0] == 3 for clip in row["clips"])
 
 
+def test_features_that_are_no_numbers_are_unreadable() -> None:
+    broken = io.BytesIO()
+    np.save(broken, np.array([[1.0, np.nan], [np.inf, 0.0]], np.float32))
+    one = sample(timed_captions=timed())
+    one.fields["frames.npy"] = broken.getvalue()
+    with pytest.raises(UnreadableSample, match="not finite"):
+        reader().read(one)
+
+
 def test_every_frame_is_read_with_its_time() -> None:
     read = EveryFrameReader(features=FrameFeatureReader(name="", rate=2.0))
     batch = read.collate([read.read(sample(frames=50)), read.read(sample(frames=3))])

@@ -190,6 +190,14 @@ def test_a_checkpoint_starts_the_fine_tuning(tmp_path: Path) -> None:
         VideoClip.check(replace(config, pretrained=str(tmp_path / "nothing")))
 
 
+def test_features_of_another_width_are_refused_in_a_sentence() -> None:
+    method = make()
+    batch = {**random_batch(method), "video": torch.randn(3, 4, 32, 8)}
+    for use in (method.training_step, lambda one: method.encode_video(one["video"][:, 0], one["video_mask"][:, 0])):
+        with pytest.raises(SettingError, match="feature_width: got 32, expected 8"):
+            use(batch)
+
+
 def test_layers_rates_and_blocks() -> None:
     method = make(video_layers=2)
     found = method.layers()
