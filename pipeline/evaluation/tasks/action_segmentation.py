@@ -129,8 +129,8 @@ class ActionSegmentation(Task):
                     for times, shown, timed in zip(batch["frames_times"], mask, batch["timed"], strict=True)
                 ]
                 videos += len(mask)
-        metrics = segmentation_metrics(*map(np.concatenate, (labels, found, scores)), actions.threshold)
-        return {**metrics, "samples": float(videos)}
+        frames = np.concatenate(labels), np.concatenate(found), np.concatenate(scores)
+        return {**segmentation_metrics(*frames, actions.threshold), "samples": float(videos)}
 
 
 def named_actions(one: PreparedSet) -> tuple[str, ...]:
