@@ -137,7 +137,7 @@ def best_of_samples(scores: Scores, pairs: Tensor, samples: int) -> Scores:
     def best(queries: Tensor, gallery: Tensor) -> Tensor:
         of_texts = scores(queries, gallery)[:, texts.to(gallery.device)]
         found = of_texts.new_full((len(queries), samples), -torch.inf)
-        return found.index_reduce_(1, owners.to(gallery.device), of_texts, "amax")
+        return found.scatter_reduce_(1, owners.to(gallery.device).expand_as(of_texts), of_texts, "amax")
 
     return best
 

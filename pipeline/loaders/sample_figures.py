@@ -1,4 +1,4 @@
-"""Figures of samples: images with captions, or a table of what samples without an image hold.
+"""Figures of samples: images with captions, frames of clips in a row, or a table of what other samples hold.
 
 Each function gives a matplotlib figure of its own, without pyplot's global state, so it can be called from any thread
 and nothing has to be closed. Captions come from the open web: they are shown as plain text (no TeX), wrapped, cut,
@@ -11,14 +11,18 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import DataError
-from pipeline.loaders.images import ImageTransform
+from pipeline.errors import DataError, SampleError
+from pipeline.loaders.frames import FrameSampling
+from pipeline.loaders.images import ImageTransform, resize
 from pipeline.loaders.readers import FirstCaptionReader, ImageReader
 from pipeline.loaders.samples import UnreadableSample
+from pipeline.shards.media import VIDEO
 from pipeline.shards.sample import Sample
+from pipeline.shards.video_frames import Frames, read_frames
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,17 +34,24 @@ FONT = "DejaVu Sans"
 BOX = "\u25a1"
 SHOWN = ImageTransform(size=(160, 160), fit="longest", fill=255)
 TEXTS = ("txt", "json")  # fields that are read as text where samples have no image
+CLIPS = 8  # of a figure
+FRAMES, HEIGHT, GAP = 8, 96, 2
+"""Frames of a row, their height and the white columns between them, in pixels."""
 LONGEST = 400  # characters of a field that are shown
 
 
 def sample_figure(samples: Sequence[Sample], title: str, caption: str = "auto") -> "Figure":
     """The images of ``samples`` with their captions (``txt``, ``json:KEY`` or ``auto``), without the unreadable ones.
 
-    Where no sample has an image it is a table: their keys, texts, and the sizes of their other fields.
+    Where no sample has an image, it shows the frames of the first clips; without videos it is a table: their keys,
+    texts, and the sizes of their other fields.
 
     Raises:
         DataError: samples have images, and none is readable.
     """
+    if not any(sample.image() for sample in samples) and (clips := [one for one in samples if one.body(VIDEO)]):
+        words = FirstCaptionReader(caption=caption)
+        return clip_grid(clips[:CLIPS], [words.read(one)["caption"] for one in clips[:CLIPS]], title=title)
     if not any(sample.image() for sample in samples):
         fields = sorted({field for sample in samples for field in sample.fields})
         rows = [[sample.key, *(_shown(sample, field) for field in fields)] for sample in samples]
@@ -69,6 +80,57 @@ def sample_grid(images: Tensor, captions: Sequence[str], columns: int = 4, title
             _caption(axis, captions[place], width=30, lines=5)
         else:
             axis.axis("off")
+    return figure
+
+
+def frames_of(sample: Sample, count: int = FRAMES) -> Frames:
+    """``count`` frames at equal distances, each the middle one of its part.
+
+    Raises:
+        UnreadableSample: the sample has no readable video.
+    """
+    body = sample.body(VIDEO)
+    if body is None:
+        raise UnreadableSample(f"{sample.key} has no video")
+    sampling = FrameSampling(mode="segments", frames=count)
+    try:
+        return read_frames(body, sampling.frame_times, size=2 * HEIGHT)
+    except SampleError as error:
+        raise UnreadableSample(f"{sample.key}: {error.message}") from error
+
+
+def contact_row(frames: Frames) -> Tensor:
+    """The frames side by side: uint8 [3, ``HEIGHT``, W]."""
+    width = max(1, round(HEIGHT * frames.pixels.shape[2] / frames.pixels.shape[1]))
+    cells = [resize(pixels, (HEIGHT, width)) for pixels in frames.pixels]
+    white = torch.full((3, HEIGHT, GAP), 255, dtype=torch.uint8)
+    parts = [part for cell in cells for part in (cell, white)]
+    return torch.cat(parts[:-1], dim=2)
+
+
+def clip_grid(
+    samples: Sequence[Sample], captions: Sequence[str], colours: Sequence[str] = (), title: str = ""
+) -> "Figure":
+    """Frames of each clip in a row, with their times below and its caption above, in its own of ``colours``.
+
+    Samples without a readable video are shown as an empty row.
+    """
+    figure = blank_figure(11, 1.5 * len(samples) + 0.5, title)
+    axes = figure.subplots(len(samples), 1, squeeze=False).flat
+    for number, (axis, sample, caption) in enumerate(zip(axes, samples, captions, strict=True)):
+        try:
+            frames = frames_of(sample)
+            row, times = contact_row(frames), frames.times
+        except UnreadableSample:
+            row, times = torch.full((3, HEIGHT, HEIGHT * FRAMES), 255, dtype=torch.uint8), np.zeros(0, np.float32)
+        show_image(axis, row)
+        pitch = (row.shape[2] + GAP) / max(len(times), 1)
+        axis.set_xticks([pitch * (place + 0.5) - GAP / 2 for place in range(len(times))])
+        axis.set_xticklabels([f"{time:.2f} s" for time in times.tolist()], fontsize=7)
+        axis.tick_params(length=0, pad=1)
+        colour = colours[number] if colours else "black"
+        words = wrapped(caption, 120, 2) if len(times) else f"{wrapped(caption, 100, 1)} (not readable)"
+        axis.set_title(words, fontsize=8.5, loc="left", pad=3, color=colour, parse_math=False)
     return figure
 
 

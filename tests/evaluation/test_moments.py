@@ -1,6 +1,7 @@
 """Videos found by their best frame, against a loop over all frames; contact sheets, playable clips, and the page."""
 
 import base64
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -10,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from pipeline.errors import DataError, SettingError
 from pipeline.evaluation.data import open_data
 from pipeline.evaluation.embedder import ModelEmbedder
+from pipeline.evaluation.figures import RIGHT, WRONG
 from pipeline.evaluation.frame_embedder import FrameEmbedder, FrameRate
 from pipeline.evaluation.moments import MOMENTS, MomentFinder
 from pipeline.evaluation.report import matches_table
@@ -28,8 +31,13 @@ from pipeline.evaluation.search import (
     text_query,
 )
 from pipeline.evaluation.search_page import search_page
-from pipeline.evaluation.shown_clips import FRAMES, GAP, HEIGHT, clip_files, clip_grid, frames_of, playable_clip
+from pipeline.evaluation.showcase import model_figures, model_files
+from pipeline.evaluation.shown_clips import clip_files, playable_clip
 from pipeline.evaluation.shown_media import picture
+from pipeline.evaluation.suite import Evaluations
+from pipeline.loaders.frames import ClipReader, FrameSampling
+from pipeline.loaders.images import ImageTransform
+from pipeline.loaders.sample_figures import FRAMES, GAP, HEIGHT, clip_grid, frames_of, sample_figure
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.shards.sample import Sample
 from pipeline.shards.selection import select
@@ -200,14 +208,16 @@ def test_frames_in_a_row_and_their_times() -> None:
 
 def test_a_sheet_has_a_row_for_every_clip() -> None:
     samples = [Sample("a", clips()[0]), Sample("b", {"mp4": b"broken"}), Sample("c", clips()[1])]
-    figure = clip_grid(samples, ["red to $blue", "nothing", "red"], [True, False, True], title="clips")
+    figure = clip_grid(samples, ["red to $blue", "nothing", "red"], ["green", "red", "green"], "clips")
     axes = figure.get_axes()
     assert [axis.get_title(loc="left") for axis in axes] == ["red to $blue", "nothing (not readable)", "red"]
     labels = [label.get_text() for label in axes[0].get_xticklabels()]
     assert labels == [f"{time:.2f} s" for time in frames_of(samples[0]).times.tolist()] and len(labels) == FRAMES
     figure.canvas.draw()
-    colours = [axis.title.get_color() if axis.title.get_text() else axis._left_title.get_color() for axis in axes]
-    assert colours[0] == colours[2] != colours[1]
+    assert [axis._left_title.get_color() for axis in axes] == ["green", "red", "green"]
+    shown = sample_figure([Sample(str(number), fields) for number, fields in enumerate(clips())], "a run's samples")
+    assert len(shown.get_axes()) == 5, "all with a video, the broken one as an empty row"
+    assert {axis.get_title(loc="left") for axis in shown.get_axes()} == {"a clip", "a clip (not readable)"}
 
 
 def test_clips_to_play_are_h264_of_a_part() -> None:
@@ -240,3 +250,37 @@ def test_the_page_plays_videos_from_the_best_moment(make_snapshot: MakeSnapshot)
     assert green.argmax() == 1 and green[1] > 200
     assert matches_table(found.matches).splitlines()[0].split() == ["caption", "cosine", "moment", "key"]
     assert "1.00 s" in matches_table(found.matches)
+
+
+class ClipModel(ColourModel):
+    """Encodes a video as the mean of its frames."""
+
+    def video_reader(self) -> ClipReader:
+        return ClipReader(transform=ImageTransform(size=(8, 8)), sampling=FrameSampling(frames=4, rate=2.0))
+
+    def encode_video(self, video: torch.Tensor, video_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return functional.normalize(video.float().mean(dim=(1, 3, 4)), dim=-1)
+
+
+def test_evaluations_show_clips_and_play_them(make_snapshot: MakeSnapshot, tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("red\ngreen\nblue\n")
+    labels = {"red": ("red", "red"), "green": ("blue", "blue"), "blue": ("blue", "green", "blue")}
+    rows = [
+        {"mp4": video(*shown), "txt": f"a {label} clip".encode(), "json": json.dumps({"label": label}).encode()}
+        for label, shown in labels.items()
+    ]
+    folder = make_snapshot(rows).folder
+    classes = str(tmp_path / "classes.txt")
+    prepared = Evaluations(zero_shot=(f"it={folder}",), retrieval=(f"it={folder}",), classes=classes).prepare()
+    figures = model_figures(ClipModel(), prepared, "at step 3")
+    assert set(figures) == {"clips/it", "similarity_video/it", "examples_video/it"}
+    titles = [axis.get_title(loc="left").split(" (")[0] for axis in figures["clips/it"].axes]
+    assert titles == ["red, found red", "green, found blue", "blue, found blue"]
+    assert [axis._left_title.get_color() for axis in figures["clips/it"].axes] == [RIGHT, WRONG, RIGHT]
+    files = model_files(ClipModel(), prepared)
+    assert {name.rpartition("/")[0] for name in files} == {"zeroshot/it", "retrieval/it"} and len(files) == 6
+    wrong = next(content for name, content in files.items() if "green_found_blue" in name)
+    assert (
+        read_frames(wrong, [0.5]).pixels[0].mean(axis=(0, 1)).argmax() == 2
+        and "retrieval/it/00_a_red_clip.mp4" in files
+    )

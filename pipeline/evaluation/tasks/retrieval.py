@@ -24,6 +24,7 @@ from pipeline.evaluation.media import (
     stored_media,
 )
 from pipeline.evaluation.retrieval import DEPTHS, Ranking, retrieval
+from pipeline.evaluation.shown_clips import clip_files
 from pipeline.evaluation.shown_media import PictureReader, sound_files
 from pipeline.evaluation.task import SAMPLES, Cache, Column, PreparedSet, Reading, Report, Task, option
 from pipeline.loaders.readers import CaptionsReader, FirstCaptionReader
@@ -136,11 +137,13 @@ class Retrieval(Task):
         }
 
     def files(self, model: Any, one: PreparedSet) -> dict[str, bytes]:
-        """The sounds of the first examples."""
-        if "audio" not in media_to_compare(model, one):
-            return {}
-        caption = FirstCaptionReader(caption=one.ready.caption)
-        return sound_files((sample, caption.read(sample)["caption"]) for sample in one.samples(PLAYED))
+        """The sounds and clips of the first examples."""
+        media, caption = media_to_compare(model, one), FirstCaptionReader(caption=one.ready.caption)
+        files: dict[str, bytes] = {}
+        for medium, made in (("audio", sound_files), ("video", clip_files)):
+            if medium in media:
+                files |= made((sample, caption.read(sample)["caption"]) for sample in one.samples(PLAYED))
+        return files
 
 
 def media_to_compare(model: object, one: PreparedSet) -> tuple[str, ...]:

@@ -18,11 +18,14 @@ from pipeline.evaluation.classes import (
 )
 from pipeline.evaluation.data import Data, evaluation_batches
 from pipeline.evaluation.encoder import inference
+from pipeline.evaluation.figures import RIGHT, WRONG
 from pipeline.evaluation.media import AUTO, check_medium, encode_inputs, medium_of_set, medium_reader, require_text
+from pipeline.evaluation.shown_clips import clip_files
 from pipeline.evaluation.shown_media import SampleReader, sound_files, sound_grid
 from pipeline.evaluation.task import ACCURACY, FOLDS, Cache, PreparedSet, Reading, Report, Task, option
 from pipeline.evaluation.zero_shot import classifier, prompt_vectors, zero_shot
 from pipeline.loaders.readers import LabelReader
+from pipeline.loaders.sample_figures import clip_grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,38 +104,49 @@ class ZeroShot(Task):
         return zero_shot(model, batches, vectors, precision, medium)
 
     def figures(self, model: Any, one: PreparedSet, title: str) -> dict[str, "Figure"]:
-        """``sounds``: spectrograms of a few sounds with the best class; nothing for images."""
-        if medium_of_set(model, one, one.ready.medium) != "audio":
+        """``sounds`` or ``clips``: spectrograms or frames of a few samples with the best class; nothing for images."""
+        medium = medium_of_set(model, one, one.ready.medium)
+        if medium == "image":
             return {}
-        samples, captions, right = _predicted(model, one)
-        return {"sounds": sound_grid(samples, captions, right, title=f"{one.name} {title}: zero-shot".strip())}
+        samples, captions, right = _predicted(model, one, medium)
+        named = f"{one.name} {title}: zero-shot".strip()
+        if medium == "video":
+            return {"clips": clip_grid(samples, captions, [RIGHT if hit else WRONG for hit in right], named)}
+        return {"sounds": sound_grid(samples, captions, right, title=named)}
 
     def files(self, model: Any, one: PreparedSet) -> dict[str, bytes]:
-        """The same sounds; each name has the label and the best class."""
-        if medium_of_set(model, one, one.ready.medium) != "audio":
+        """The same sounds or clips to play; each name has the label and the best class."""
+        medium = medium_of_set(model, one, one.ready.medium)
+        if medium == "image":
             return {}
-        samples, captions, _ = _predicted(model, one)
-        return sound_files(zip(samples, captions, strict=True))
+        samples, captions, _ = _predicted(model, one, medium)
+        files = clip_files if medium == "video" else sound_files
+        return files(zip(samples, captions, strict=True))
 
 
 def _class_vectors(model: Any, labels: Labels, precision: str, cache: Cache) -> Tensor:
-    texts = (labels.classes, labels.templates or tuple(model.prompt_templates))
+    texts = (labels.classes, _templates(model, labels))
     make = classifier if labels.ensemble == "vectors" else prompt_vectors
-    if (labels.ensemble, texts) not in cache:
-        cache[labels.ensemble, texts] = make(model, *texts, precision)
-    vectors: Tensor = cache[labels.ensemble, texts]
+    if ("zero_shot", labels.ensemble, texts) not in cache:
+        cache["zero_shot", labels.ensemble, texts] = make(model, *texts, precision)
+    vectors: Tensor = cache["zero_shot", labels.ensemble, texts]
     return vectors
 
 
-def _predicted(model: Any, one: PreparedSet) -> tuple[list[Any], list[str], list[bool]]:
-    """A few sounds as samples, with a caption of each (label, best class and its cosine), and whether it is right."""
+def _templates(model: Any, labels: Labels) -> tuple[str, ...]:
+    """The set's templates, or the model's own."""
+    return labels.templates or tuple(model.prompt_templates)
+
+
+def _predicted(model: Any, one: PreparedSet, medium: str) -> tuple[list[Any], list[str], list[bool]]:
+    """A few samples of a medium, with a caption of each (label, best class and its cosine), and whether it is right."""
     labels: Labels = one.ready
     label = LabelReader(classes=labels.classes, json_key=labels.label, evaluated=one.name)
-    readers = (medium_reader(model, "audio"), label, SampleReader())
+    readers = (medium_reader(model, medium), label, SampleReader())
     (batch,) = evaluation_batches(one.samples(SHOWN), readers, SHOWN, threads=2)
-    vectors = classifier(model, labels.classes, labels.templates)
+    vectors = classifier(model, labels.classes, _templates(model, labels))
     with inference(model) as device:
-        best = (encode_inputs(model, "audio", batch, device) @ vectors.T).cpu().max(dim=1)
+        best = (encode_inputs(model, medium, batch, device) @ vectors.T).cpu().max(dim=1)
     pairs = zip(batch["label"].tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
     captions, right = [], []
     for number, found, score in pairs:
