@@ -4,7 +4,7 @@
     python jobs/draw_gallery.py scenes --output scenes.png --seed 1
 
 Pages: shapes (every shape in every style), attributes (every colour with every texture), scenes (with boxes, masks,
-phrases and questions), sets (the first samples of every split).
+phrases and questions), sets (the first samples of every split), motions (frames of a clip of every motion).
 """
 
 import tempfile
@@ -24,7 +24,7 @@ from pipeline.sources.drawn.outlines import Pixels
 class Gallery:
     """The page and its file."""
 
-    page: Literal["shapes", "attributes", "scenes", "sets"] = "scenes"
+    page: Literal["shapes", "attributes", "scenes", "sets", "motions"] = "scenes"
     output: str = "gallery.png"
     """PNG file: a path or any fsspec URI."""
     seed: int = 0
@@ -40,12 +40,14 @@ PAGES: dict[str, Callable[[int], Pixels]] = {
     "attributes": lambda seed: gallery.attributes_page(seed=seed),
     "scenes": lambda seed: gallery.scenes_page(seed=seed),
     "sets": lambda seed: gallery.sets_page(seed=seed),
+    "motions": lambda seed: gallery.motions_page(seed=seed),
 }
 PRESETS = {
     "shapes": ("Every shape in every style.", Gallery(page="shapes")),
     "attributes": ("Every colour with every texture.", Gallery(page="attributes")),
     "scenes": ("Scenes with their boxes, masks, phrases and questions.", Gallery(page="scenes")),
     "sets": ("The first samples of every split.", Gallery(page="sets")),
+    "motions": ("Frames of a clip of every motion.", Gallery(page="motions")),
     "smoke": (
         "The attributes page in the temporary folder.",
         Gallery(page="attributes", output=f"{tempfile.gettempdir()}/clipmill-gallery.png"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pipeline.codecs.codec import Codec, Encoded
 from pipeline.config import require
 from pipeline.shards.media import AUDIO
-from pipeline.sources.segments import Segment
+from pipeline.shards.segments import Segment
 from pipeline.sources.source import Scalar
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ allocates. All methods are pure and thread-safe.
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
-from pipeline.sources.segments import Segment
+from pipeline.shards.segments import Segment
 from pipeline.sources.source import Scalar
 
 Options = TypeVar("Options", contravariant=True)
@@ -88,6 +88,14 @@ class Codec(Protocol[Options, Decoded]):
             SampleError: a member does not fit the part.
         """
         return members
+
+    def fitted_columns(self, columns: Mapping[str, Any], part: Encoded) -> Mapping[str, Any]:
+        """Columns of the row that change with the encoded part, such as times in it.
+
+        Raises:
+            SampleError: a column does not fit the part.
+        """
+        return {}
 
 
 AnyCodec = Codec[Any, Any]

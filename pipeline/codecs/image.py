@@ -9,7 +9,7 @@ from pipeline.codecs.image_annotations import fitted_members
 from pipeline.codecs.image_encoding import ImageOptions, transform
 from pipeline.shards.media import IMAGE
 from pipeline.shards.pixels import MAX_PIXELS, Pixels, read_header, rgb
-from pipeline.sources.segments import Segment
+from pipeline.shards.segments import Segment
 from pipeline.sources.source import Scalar
 
 BYTES_PER_PIXEL = 12  # enough for an RGB image in Pillow, in NumPy and on the way between them

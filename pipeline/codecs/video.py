@@ -1,22 +1,16 @@
 """The codec of videos: a segment is decoded, scaled and stored as MP4 with H.264; its sound may be kept as FLAC."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.codecs.codec import Codec, Encoded
-from pipeline.config import require
-from pipeline.sources.segments import Segment
+from pipeline.codecs.video_options import VideoOptions as VideoOptions
+from pipeline.shards.segments import Segment
+from pipeline.sources.source import TimedCaption
 
 if TYPE_CHECKING:
     from pipeline.shards.video_frames import Frames
 
-MOST_SECONDS = 600.0
-"""The longest --video-seconds."""
-MOST_RATE = 240.0
-"""Largest number of frames per second."""
-_MOST_PIXELS = 64_000_000
 _SHOWN = 16  # frames that decode() gives
 _SHOWN_SIZE = 256
 # 17 frames of reference and those under way, with 16 bits and chroma of half the width and height.
@@ -24,56 +18,6 @@ _DECODER_BYTES = 64
 # 60 frames of libx264's look-ahead and references, and the frame in RGB with 16 bits and as floats.
 _ENCODER_BYTES = 160
 _LIBRARIES = 512 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoOptions:
-    """Options of checking and encoding videos."""
-
-    video_seconds: float = 30.0
-    """Longest stored video in seconds, at most 600; of a longer one a segment is stored."""
-    video_segment: Literal["start", "middle"] = "start"
-    """Which segment of a longer video is stored."""
-    video_size: int = 360
-    """Longest shorter side in pixels, 16 to 4,320; larger videos are scaled. 0 keeps the size."""
-    video_frames_per_second: float = 0.0
-    """Frames per second to store, at most 240: the frames that are shown at these times; 0 keeps all frames."""
-    video_quality: int = 25
-    """Constant rate factor of H.264, 0 (lossless) to 51 (worst)."""
-    video_key_seconds: float = 2.0
-    """Largest time in seconds between two key frames of a stored video; smaller values make seeking faster and files
-    larger."""
-    video_max_pixels: int = 4_096 * 2_304
-    """Largest number of pixels of a frame, at most 64 million; videos with more fail."""
-    video_min_seconds: float = 0.1
-    """Shortest stored video in seconds; shorter ones fail."""
-    video_max_seconds: float = math.inf
-    """Longest video in seconds before it is cut, as its header says; longer ones fail."""
-    video_keep_sound: bool = False
-    """Store the sound of the segment, too, as FLAC of 16 bits."""
-    video_sound_rate: int = 48_000
-    """Samples per second of the stored sounds, 1,000 to 192,000; 0 keeps the rate of each sound."""
-    video_keep_bytes: bool = False
-    """Keep the original bytes of a video that needs no change, with the ending of its own format; it is decoded once,
-    to detect damage."""
-
-    def __post_init__(self) -> None:
-        allowed = f"more than 0, at most {MOST_SECONDS:,.0f} seconds"
-        require(0 < self.video_seconds <= MOST_SECONDS, "video_seconds", self.video_seconds, allowed)
-        require(self.video_segment in ("start", "middle"), "video_segment", self.video_segment, "start or middle")
-        size, pixels = self.video_size, self.video_max_pixels
-        require(size == 0 or 16 <= size <= 4_320, "video_size", size, "0, or 16 to 4,320 pixels")
-        rate = self.video_frames_per_second
-        require(0 <= rate <= MOST_RATE, "video_frames_per_second", rate, f"0 to {MOST_RATE:g}")
-        require(0 <= self.video_quality <= 51, "video_quality", self.video_quality, "0 to 51")
-        key = self.video_key_seconds
-        require(0.01 <= key <= MOST_SECONDS, "video_key_seconds", key, f"0.01 to {MOST_SECONDS:,.0f} seconds")
-        require(1 <= pixels <= _MOST_PIXELS, "video_max_pixels", pixels, f"1 to {_MOST_PIXELS:,}")
-        shortest, longest = self.video_min_seconds, self.video_max_seconds
-        require(0 <= shortest <= self.video_seconds, "video_min_seconds", shortest, "0 to video_seconds")
-        require(longest > 0, "video_max_seconds", longest, "more than 0 seconds")
-        sound = self.video_sound_rate
-        require(sound == 0 or 1_000 <= sound <= 192_000, "video_sound_rate", sound, "0, or 1,000 to 192,000 per second")
 
 
 class VideoCodec(Codec[VideoOptions, "Frames"]):
@@ -88,6 +32,7 @@ class VideoCodec(Codec[VideoOptions, "Frames"]):
         "video_height": int,
         "video_frames": int,
         "video_rate": float,
+        "video_begin": float,
         "video_motion": float,
         "video_sound_seconds": float,
         "video_original_seconds": float,
@@ -101,6 +46,7 @@ class VideoCodec(Codec[VideoOptions, "Frames"]):
 
         Error classes: those of :func:`~pipeline.shards.video_frames.read_video_header` and of sounds; truncated,
         frame_rate, too_short, too_long, segment (it is not in the video).
+        ``video_begin`` is where the stored clip begins in the segment.
         """
         from pipeline.codecs.video_encoding import encode_video
 
@@ -113,6 +59,24 @@ class VideoCodec(Codec[VideoOptions, "Frames"]):
         return read_frames(
             body, lambda line: [line.end * (number + 0.5) / _SHOWN for number in range(_SHOWN)], size=_SHOWN_SIZE
         )
+
+    def fitted_columns(self, columns: Mapping[str, Any], part: Encoded) -> Mapping[str, Any]:
+        """``timed_captions`` in seconds of the stored clip; error class captions, where none of them is in it."""
+        from pipeline.shards.video_frames import bad_video
+
+        timed = columns.get("timed_captions")
+        begin, seconds = part.columns["video_begin"], part.columns["video_seconds"]
+        if not timed or not isinstance(begin, float) or not isinstance(seconds, float):
+            return {}
+        moved = [(one["start"] - begin, one["end"] - begin, one["text"]) for one in timed]
+        kept = [
+            TimedCaption(start=max(0.0, start), end=min(end, seconds), text=text)
+            for start, end, text in moved
+            if start < seconds and end > 0
+        ]
+        if not kept:
+            bad_video("captions", "no timed caption is in the stored clip")
+        return {"timed_captions": kept}
 
     def memory(self, options: VideoOptions) -> int:
         """The decoder's frames at ``video_max_pixels``, and the encoder's at the stored size."""

@@ -12,13 +12,13 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from pipeline.codecs.codec import Encoded
-from pipeline.codecs.video import MOST_RATE, VideoOptions
+from pipeline.codecs.video_options import MOST_RATE, VideoOptions
 from pipeline.errors import SampleError
 from pipeline.shards.media import VIDEO
+from pipeline.shards.segments import Segment
 from pipeline.shards.video_frames import bad_video, header_of, opened, stamped, unit_of
 from pipeline.shards.video_pixels import HIGH_RANGE, SCALING, orientation, scaled_size, shown_pixels
 from pipeline.shards.video_writer import Mp4Writer
-from pipeline.sources.segments import Segment
 from pipeline.sources.source import Scalar
 
 _SLACK = 0.5  # seconds by which a video may be shorter than its header says
@@ -41,7 +41,7 @@ class Shown:
 def encode_video(body: bytes, options: VideoOptions, segment: Segment | None) -> Encoded:
     """See :meth:`pipeline.codecs.video.VideoCodec.encode`."""
     with opened(body, options.video_max_pixels) as (container, stream):
-        clip = _Clip(container, stream, options, segment)
+        clip = _ClipEncoder(container, stream, options, segment)
         content, columns = clip.encode()
         kept = {clip.ending(body): body} if clip.unchanged and options.video_keep_bytes else {"mp4": content}
         begin, end = clip.sound
@@ -49,7 +49,7 @@ def encode_video(body: bytes, options: VideoOptions, segment: Segment | None) ->
     return Encoded({**kept, **sound}, {**columns, "video_sound_seconds": seconds})
 
 
-class _Clip:
+class _ClipEncoder:
     """One segment on its way from the decoder to the encoder."""
 
     def __init__(
@@ -70,6 +70,7 @@ class _Clip:
         if self.header.seconds is not None and self.header.seconds > options.video_max_seconds:
             bad_video("too_long", "longer than --video-max-seconds")
         self._begin, self._end = self._bounds(segment)
+        self._cut = self._begin - (segment[0] if segment else 0.0)
         self._scaled = scaled_size(self.header.width, self.header.height, options.video_size or None)
         # H.264 with chroma of half the size needs even sides.
         self._size = _even(self._scaled[0]), _even(self._scaled[1])
@@ -126,6 +127,7 @@ class _Clip:
             "video_height": self._size[1],
             "video_frames": frames,
             "video_rate": frames / length,
+            "video_begin": self._cut,
             "video_motion": self._motion.mean,
             "video_original_seconds": length if whole else header.seconds,
             "video_original_width": header.width,
@@ -149,7 +151,8 @@ class _Clip:
 
     def _from_begin(self) -> Iterator[tuple[int, av.VideoFrame]]:
         """The frames from one at or before the begin on."""
-        if self._begin <= 1.0:
+        reordered = self.header.kind == "avi" and self._stream.codec_context.has_b_frames
+        if self._begin <= 1.0 or reordered:  # AVI has no time stamps: only its start is known
             return self._frames
         for earlier in _EARLIER:
             if self._begin - earlier <= 0:

@@ -1,4 +1,4 @@
-"""Long sounds and videos of a folder, cut into clips of one length: a sound, with a frame if wanted, and a text."""
+"""Long sounds and videos of a folder, cut into clips: a sound, with a frame if wanted, or a video, and a text."""
 
 import hashlib
 import json
@@ -6,18 +6,18 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import ClassVar
 
 from pipeline.config import require
 from pipeline.errors import SampleError, missing
-from pipeline.shards.media import AUDIO
+from pipeline.shards.media import AUDIO, VIDEO
 from pipeline.shards.storage import Folder, file_stamp, split_file
 from pipeline.shards.text import decoded
-from pipeline.sources.cut_clips import read_clip
+from pipeline.sources.cut_clips import read_clip, read_video
 from pipeline.sources.source import Cell, Row, Slice, is_hidden
 
-VIDEO_ENDINGS = ("mp4", "m4v", "mov", "webm", "mkv", "avi")
-ENDINGS = tuple(f".{ending}" for ending in (*AUDIO.endings, *VIDEO_ENDINGS))
+ENDINGS = tuple(f".{ending}" for ending in (*AUDIO.endings, *VIDEO.endings))
 
 Clip = tuple[str, str | None, float, float]
 """Path of the file, path of its caption file, and begin and end of the clip in seconds."""
@@ -32,7 +32,7 @@ class Clips:
     """
 
     kind: ClassVar[str] = "clips"
-    summary: ClassVar[str] = "Long sounds and videos, cut into clips: sound and text, or frame, sound and text."
+    summary: ClassVar[str] = "Long sounds and videos, cut into clips: sound, frame and sound, or video, with text."
     has_captions: ClassVar[bool] = True
 
     folder: str
@@ -45,6 +45,11 @@ class Clips:
     """Shortest last clip of a file in seconds; a shorter one is left out, unless it is the only one."""
     frames: bool = False
     """Also store the frame at the middle of each clip; only videos are read then."""
+    video: bool = False
+    """Store the clips as videos; their sound with --video-keep-sound."""
+    cuts: bool = False
+    """With --video: begin a clip at every change of shot, and cut longer shots to --clip-seconds. All frames of all
+    files are decoded to plan."""
 
     def __post_init__(self) -> None:
         require(bool(self.folder), "folder", self.folder, "a folder or an fsspec URI")
@@ -52,10 +57,15 @@ class Clips:
         hop = self.hop_seconds
         require(hop == 0 or 0.01 <= hop <= 86_400, "hop_seconds", hop, "0, or 0.01 to 86,400 seconds")
         require(0 <= self.shortest <= self.clip_seconds, "shortest", self.shortest, "0 to clip_seconds")
+        require(not (self.video and self.frames), "frames", self.frames, "false with --video")
+        require(self.video or not self.cuts, "cuts", self.cuts, "false without --video")
+        require(not (self.cuts and hop), "hop_seconds", hop, "0 with --cuts")
 
     @property
     def media(self) -> tuple[str, ...]:
-        """Sounds; with ``frames`` images, too."""
+        """Sounds, with ``frames`` images, too; or videos."""
+        if self.video:
+            return ("video",)
         return ("image", "audio") if self.frames else ("audio",)
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
@@ -67,7 +77,10 @@ class Clips:
         clips = [clip for path, (_, caption, _) in stamps.items() for clip in self._clips(path, caption)]
         for start in range(0, len(clips), rows_per_shard):
             part = clips[start : start + rows_per_shard]
-            known = [self.frames, [(clip, stamps[clip[0]][0], stamps[clip[0]][2]) for clip in part]]
+            known = [
+                "video" if self.video else self.frames,
+                [(clip, stamps[clip[0]][0], stamps[clip[0]][2]) for clip in part],
+            ]
             name = f"clips-{start:09d}.json"
             scratch.write_atomic(name, json.dumps(part).encode())
             digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
@@ -94,7 +107,7 @@ class Clips:
             raise missing("folder", self.folder)
         require(kind == "directory", "folder", self.folder, "a folder")
         found = self._place.find()
-        endings = tuple(f".{ending}" for ending in VIDEO_ENDINGS) if self.frames else ENDINGS
+        endings = tuple(f".{ending}" for ending in VIDEO.endings) if self.frames or self.video else ENDINGS
         paths = [path for path in found if path.lower().endswith(endings) and not is_hidden(path)]
         require(bool(paths), "folder", self.folder, "a folder with files of the kinds " + " ".join(endings))
         files = {}
@@ -106,22 +119,42 @@ class Clips:
 
     def _clips(self, path: str, caption: str | None) -> list[Clip]:
         """The clips of a file; the first one alone where its length is unknown."""
-        length = self._length(path)
-        if length is None:
+        shots = self._shots(path)
+        if shots is None:
             return [(path, caption, 0.0, self.clip_seconds)]
-        hop = self.hop_seconds or self.clip_seconds
-        count = max(1, math.floor((length - self.shortest) / hop + 1e-9) + 1)
-        starts = (number * hop for number in range(count))
-        return [(path, caption, start, min(start + self.clip_seconds, length)) for start in starts]
+        found: list[Clip] = []
+        for begin, end in shots:
+            found += [(path, caption, start, stop) for start, stop in self._pieces(begin, end, not found)]
+        return found
 
-    def _length(self, path: str) -> float | None:
+    def _pieces(self, begin: float, end: float, needed: bool) -> Iterator[tuple[float, float]]:
+        """Begin and end of the clips of a shot; at least one where it is ``needed``."""
+        hop = self.hop_seconds or self.clip_seconds
+        count = math.floor((end - begin - self.shortest) / hop + 1e-9) + 1
+        for number in range(max(count, int(needed))):
+            start = begin + number * hop
+            yield start, min(start + self.clip_seconds, end)
+
+    def _shots(self, path: str) -> list[tuple[float, float]] | None:
+        """Begin and end of each shot, or of the whole file; None where it cannot be read: its row will say why."""
         from pipeline.shards.waveforms import read_header
 
         try:
             with self._place.open(path) as file:
-                return read_header(file).seconds
+                if self.cuts:
+                    from pipeline.shards.video_cut import shot_changes
+
+                    changes, length = shot_changes(file)
+                    return list(pairwise([0.0, *changes, length]))
+                if self.video:
+                    from pipeline.shards.video_frames import read_length
+
+                    seconds = read_length(file)
+                else:
+                    seconds = read_header(file).seconds
         except (SampleError, OSError):
-            return None  # its row will say why
+            return None
+        return None if seconds is None else [(0.0, seconds)]
 
     def _row(self, clip: Clip) -> Row:
         path, caption_file, start, end = clip
@@ -129,7 +162,10 @@ class Clips:
         url, caption = f"{path}#t={start:g},{end:g}", ""
         try:
             caption = self._caption(caption_file) if caption_file else ""
-            parts = read_clip(self._place, path, start, end - start, self.frames)
+            if self.video:
+                parts = read_video(self._place, path, start, end - start)
+            else:
+                parts = read_clip(self._place, path, start, end - start, self.frames)
             return Row(url=url, caption=caption, parts=parts, columns=columns)
         except SampleError as problem:
             return Row(url=url, caption=caption, columns=columns, problem=problem)

@@ -1,12 +1,15 @@
-"""Clips of sound files and videos in a folder, as parts of rows: a sound, and a frame from the middle."""
+"""Clips of sound files and videos in a folder, as parts of rows: a video, or a sound and a frame from the middle."""
 
 from pipeline.errors import SampleError
+from pipeline.shards.segments import with_segment
 from pipeline.shards.storage import Folder
 from pipeline.sources.source import Part
 
 MOST_BYTES = 128 << 20
 """Largest file that is read whole; of a larger one the first ``MOST_SECONDS`` are read."""
 MOST_SECONDS = 600.0
+WHOLE_BYTES = 16 << 20
+"""Largest video that is given whole for each of its clips; out of a larger one their packets are copied."""
 
 _QUALITY = 95
 
@@ -28,6 +31,30 @@ def read_clip(
         if start is None and seconds is None and place.size(path) <= MOST_BYTES:
             return (Part("audio", place.read_bytes(path)),)
         return (_sound(place, path, start or 0.0, seconds or MOST_SECONDS),)
+    except OSError as error:
+        raise SampleError("failed_to_download", "unreadable", f"cannot read the file: {error}") from error
+
+
+def read_video(place: Folder, path: str, start: float | None = None, seconds: float | None = None) -> tuple[Part, ...]:
+    """The video from ``start`` on, ``seconds`` long, still encoded; without both, the whole file.
+
+    The url of the part says where the clip is in its body. Memory is bounded by the clip.
+
+    Raises:
+        SampleError: as :func:`read_clip`.
+    """
+    try:
+        small = place.size(path) <= WHOLE_BYTES
+        if start is None and (small or place.size(path) <= MOST_BYTES):
+            return (Part("video", place.read_bytes(path), url=path),)
+        begin, length = start or 0.0, seconds or MOST_SECONDS
+        if small:
+            return (Part("video", place.read_bytes(path), url=with_segment(path, begin, begin + length)),)
+        from pipeline.shards.video_cut import copy_clip
+
+        with place.open(path) as file:
+            body, inside = copy_clip(file, begin, min(length, MOST_SECONDS))
+        return (Part("video", body, url=with_segment(path, inside, inside + length)),)
     except OSError as error:
         raise SampleError("failed_to_download", "unreadable", f"cannot read the file: {error}") from error
 

@@ -8,6 +8,7 @@ file only.
 import gzip
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 from pipeline.config import require
 from pipeline.errors import ReadError, SampleError, SettingError, missing, unreadable
 from pipeline.shards.media import IMAGE, MEDIA
+from pipeline.shards.segments import with_segment
 from pipeline.shards.storage import Folder, split_file
 from pipeline.shards.writer import reserved_columns
 from pipeline.sources.source import Part, Row, Slice
@@ -61,6 +63,11 @@ class UrlTable:
     the columns url and sha256 of the shards, the others audio_url and audio_sha256."""
     caption_col: str | None = None
     """Column of the captions; None = no captions."""
+    start_col: str | None = None
+    """Column of the begin of a clip in its file, in seconds; sounds and videos are cut there. The rows of one file are
+    fetched once where they follow one another."""
+    end_col: str | None = None
+    """Column of the end of a clip in its file, in seconds; empty = the end of the file."""
     save_additional_columns: tuple[str, ...] = ()
     """Additional columns to store in the shards' json and parquet."""
     verify_hash: str | None = None
@@ -84,7 +91,11 @@ class UrlTable:
         known = bool(column) and algorithm in ("sha256", "md5", "sha512")
         require(known, "verify_hash", self.verify_hash, "COLUMN:sha256, COLUMN:md5 or COLUMN:sha512")
         _check_url_columns(self.url_col)
-        reserved = sorted(set(self.save_additional_columns) & set(reserved_columns(self.media)))
+        require(self.end_col is None or self.start_col is not None, "end_col", self.end_col, "a --start-col with it")
+        cuts = self.start_col is None or self.media != (IMAGE.name,)
+        require(cuts, "start_col", self.start_col, "none for images; --url-col video=COLUMN or audio=COLUMN")
+        taken = {*reserved_columns(self.media), *(("start", "end") if self.start_col else ())}
+        reserved = sorted(set(self.save_additional_columns) & taken)
         require(
             not reserved,
             "save_additional_columns",
@@ -138,8 +149,12 @@ class UrlTable:
             yield self._row(values)
 
     def schema(self) -> Mapping[str, type]:
-        """The additional columns: numbers and booleans of parquet stay what they are, everything else is text."""
-        return {name: python_type(kind) for name, kind in self._table_columns.others.items()}
+        """The additional columns: numbers and booleans of parquet stay what they are, everything else is text.
+
+        With ``start_col`` also ``start`` and ``end``.
+        """
+        found = {name: python_type(kind) for name, kind in self._table_columns.others.items()}
+        return found | ({"start": float, "end": float} if self.start_col else {})
 
     def _copy(self, file: str, rows: int, scratch: Folder, copy: str) -> Iterator[pa.Table]:
         with scratch.scratch_file(".parquet") as path:
@@ -154,7 +169,16 @@ class UrlTable:
 
     def _row(self, values: dict[str, Any]) -> Row:
         malformed = values[PROBLEM]
+        problem = SampleError("failed_to_download", "malformed_row", malformed) if malformed else None
         urls = {medium: values[column] or "" for medium, column in self._url_columns.items()}
+        columns = {name: values[name] for name in self.save_additional_columns}
+        if self.start_col is not None:
+            begin, end = self._segment(values)
+            if begin is None or (end is not None and end <= begin) or begin < 0:
+                problem = problem or SampleError("failed_to_resize", "segment", "no begin, or an end that is not later")
+            else:
+                urls = {medium: with_segment(url, begin, end) if url else "" for medium, url in urls.items()}
+            columns |= {"start": begin, "end": end}
         url = next((url for url in urls.values() if url), "")
         # A row without any url has the failure of an empty one.
         known = {medium: url for medium, url in urls.items() if url} or {self.media[0]: ""}
@@ -163,9 +187,19 @@ class UrlTable:
             url=url,
             parts=tuple(Part(medium, url=url, expected=digests.get(medium)) for medium, url in known.items()),
             caption=values[self.caption_col] or "" if self.caption_col else None,
-            columns={name: values[name] for name in self.save_additional_columns},
-            problem=SampleError("failed_to_download", "malformed_row", malformed) if malformed else None,
+            columns=columns,
+            problem=problem,
         )
+
+    def _segment(self, values: Mapping[str, Any]) -> tuple[float | None, float | None]:
+        """Begin and end of a row, in seconds; a begin that is no number is None, as is an end that is not given."""
+        texts = [values[column] or "" if column else "" for column in (self.start_col, self.end_col)]
+        try:
+            begin, end = (float(text) if text.strip() else None for text in texts)
+        except ValueError:
+            return None, None
+        finite = all(number is None or math.isfinite(number) for number in (begin, end))
+        return (begin, end) if finite else (None, None)
 
     def _expected(self, values: Mapping[str, Any]) -> str | None:
         if self.verify_hash is None:
@@ -181,7 +215,8 @@ class UrlTable:
         parts = [file for file in self._files if others and self.format_of(file) == "parquet"]
         if parts:
             others |= self._types(parts)
-        texts = tuple(dict.fromkeys(name for name in (*self._url_columns.values(), self._hash_column) if name))
+        named = (*self._url_columns.values(), self._hash_column, self.start_col, self.end_col)
+        texts = tuple(dict.fromkeys(name for name in named if name))
         return Columns(texts=texts, caption=self.caption_col, others=others)
 
     def _types(self, parts: list[str]) -> Mapping[str, pa.DataType]:
@@ -194,7 +229,8 @@ class UrlTable:
 
     def _columns(self) -> tuple[str, ...]:
         caption = (self.caption_col,) if self.caption_col else ()
-        named = (*self._url_columns.values(), *caption, *self.save_additional_columns)
+        cuts = tuple(name for name in (self.start_col, self.end_col) if name)
+        named = (*self._url_columns.values(), *caption, *cuts, *self.save_additional_columns)
         column = self._hash_column
         return named if column is None or column in named else (*named, column)
 
@@ -265,6 +301,7 @@ class UrlTable:
         """Columns with the options that ask for them."""
         asked: list[tuple[str, str | None]] = [("url_col", column) for column in self._url_columns.values()]
         asked += [("caption_col", self.caption_col), ("verify_hash", self._hash_column)]
+        asked += [("start_col", self.start_col), ("end_col", self.end_col)]
         return asked + [("save_additional_columns", name) for name in self.save_additional_columns]
 
 

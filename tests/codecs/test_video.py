@@ -42,6 +42,7 @@ def test_a_video_becomes_mp4_with_its_columns() -> None:
         "video_height": 48,
         "video_frames": 40,
         "video_rate": pytest.approx(10.0),
+        "video_begin": 0.0,
         "video_motion": pytest.approx(0.2, abs=0.1),
         "video_sound_seconds": None,
         "video_original_seconds": pytest.approx(4.0),
@@ -75,7 +76,7 @@ def test_frames_at_a_rate_are_those_that_are_shown() -> None:
     "kind, codec", [("mp4", "libx264"), ("matroska", "libx264"), ("avi", "mpeg4"), ("webm", "libvpx")]
 )
 def test_segments_begin_with_the_frame_that_is_shown(kind: str, codec: str) -> None:
-    fast = {"deadline": "realtime", "cpu-used": "8"} if codec == "libvpx" else {}
+    fast = {"deadline": "realtime", "cpu-used": "8"} if codec == "libvpx" else {"bf": "2"}
     body = encoded_video(numbered(300), kind=kind, codec=codec, options={"g": "40", **fast})
     made = CODEC.encode(body, VideoOptions(), (12.25, 13.5))
     numbers, times = stored_numbers(made.fields["mp4"])

@@ -41,4 +41,5 @@ def test_pages_have_a_row_for_everything() -> None:
     assert gallery.shapes_page(size=64).shape[:2] == (24 + 64 * ((names + 1) // 2), 2 * (170 + 5 * 64))
     rows = len(sets.RECIPES) + len(sets.IMAGE_SETS)
     assert gallery.sets_page(columns=2, size=64).shape == (rows * 80, 130 + 2 * 64, 3)
+    assert gallery.motions_page(columns=3, size=64).shape == (12 * (64 + 20), 170 + 3 * 64, 3)
     assert gallery.scenes_page(count=3, size=128).shape == (2 * (128 + 120), 2 * 320, 3)

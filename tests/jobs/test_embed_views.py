@@ -1,13 +1,16 @@
 """Features for few-shot methods and of frames of videos, made by the embedding job."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.loaders.samples import Samples
 from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder
+from pipeline.sources.drawn.filmed import draw_clip
 from pipeline.stages.annotate.frame_features import read_frame_features
 from pipeline.stages.annotate.view_features import read_views
 
@@ -27,7 +30,7 @@ def test_views_are_not_exported(job: Any, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_raw_features_of_frames(job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    drawn_snapshot(Folder(tmp_path), samples=3, card=None, more={"video": True, "video_seconds": 2.0})
+    drawn_snapshot(Folder(tmp_path), samples=3, card=None, more={"video": True, "clip_seconds": 2.0})
     words = ["frames", "--data", str(tmp_path), "--checkpoint", "clipmill-tiny:untrained", "--processes-count", "0"]
     assert job("embed_dataset", *words, "--frames-per-second", "4") == 0
     assert "frames of 3 samples" in capsys.readouterr().out
@@ -36,3 +39,13 @@ def test_raw_features_of_frames(job: Any, tmp_path: Path, capsys: pytest.Capture
     assert [found[row].times.tolist() for row in range(3)] == [[number / 4 for number in range(8)]] * 3
     assert job("embed_dataset", *words, "--frames-per-second", "2") == 1
     assert "another --name keeps both" in capsys.readouterr().err
+
+
+def test_drawn_videos_are_stored_byte_for_byte_as_typed(job: Any, tmp_path: Path) -> None:
+    words = ["drawn", "--split", "events", "--samples", "2", "--size", "64", "--video", "--clip-seconds", "2"]
+    assert job("refresh_dataset", *words, "--output-folder", str(tmp_path), "--processes-count", "0") == 0
+    samples = Samples(read_snapshot(str(tmp_path)))
+    for number in range(2):
+        clip, stored = draw_clip("events", 0, number, 64, 2.0), samples[number]
+        assert stored.fields["mp4"] == clip.mp4 and stored.fields["txt"].decode() == clip.caption
+        assert json.loads(stored.fields["json"])["timed_captions"] == clip.columns["timed_captions"]

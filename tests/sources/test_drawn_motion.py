@@ -224,14 +224,14 @@ def test_captions_are_true_or_say_that_they_are_not() -> None:
 
 
 def test_rows_labels_and_columns() -> None:
-    rows = rows_of(Drawn(split="motions", samples=24, size=64, video=True, video_seconds=1.0, captions=3))
+    rows = rows_of(Drawn(split="motions", samples=24, size=64, video=True, clip_seconds=1.0, captions=3))
     assert [row.columns["label"] for row in rows] == list(MOTIONS) * 2
     for row in rows:
         assert set(row.columns) == set(VIDEO_COLUMNS) and len(row.columns["captions"]) == 3
         assert row.columns["captions"][0] == row.caption and [part.medium for part in row.parts] == ["video"]
-    shapes = rows_of(Drawn(split="shapes", samples=24, size=64, video=True, video_seconds=1.0))
+    shapes = rows_of(Drawn(split="shapes", samples=24, size=64, video=True, clip_seconds=1.0))
     assert [row.columns["label"] for row in shapes] == list(world.SHAPE_NAMES)
-    (event,) = rows_of(Drawn(split="events", samples=1, size=64, video=True, video_seconds=2.0))
+    (event,) = rows_of(Drawn(split="events", samples=1, size=64, video=True, clip_seconds=2.0))
     timed = event.columns["timed_captions"]
     assert len(timed) == 2 and all(one["text"] in MOTIONS for one in timed) and timed[0]["end"] == timed[1]["start"]
     assert Drawn(video=True).media == ("video",) and Drawn().media == ("image",)
@@ -257,7 +257,7 @@ def test_a_clip_has_no_two_objects_that_a_caption_could_confuse() -> None:
     [
         ("split", {"video": True, "split": "digits"}),
         ("video", {"split": "motions"}),
-        ("video_seconds", {"video": True, "video_seconds": 0.5}),
+        ("clip_seconds", {"video": True, "clip_seconds": 0.5}),
         ("sound", {"video": True, "sound": "beside"}),
         ("truth", {"video": True, "truth": "none"}),
         ("size", {"video": True, "size": 65}),

@@ -19,7 +19,7 @@ from tests.jobs.conftest import Type, job  # noqa: F401  (the fixture that runs 
 
 KINDS = (
     "class-masks clips coco drawn flickr30k-entities folder glip-tsv hugging-face label-maps mdetr odvg picked "
-    "sound-table split-file stamp-scenes stamps stored urls webdataset"
+    "sound-table split-file stamp-scenes stamps stored urls video-sets webdataset"
 ).split()
 
 NEW = '''

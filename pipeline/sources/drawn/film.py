@@ -4,8 +4,6 @@ H.264 at 8 frames per second, by the encoder in PyAV's wheel; quality varies fro
 """
 
 from dataclasses import dataclass, replace
-from fractions import Fraction
-from io import BytesIO
 
 import numpy as np
 
@@ -16,9 +14,7 @@ from pipeline.sources.drawn.render import finish, paint_ground, paint_object
 from pipeline.sources.drawn.scenes import Scene, SceneObject, finished, make_object
 
 _BEST, _WORST = 16, 32  # x264's constant rate factor
-_KEY_FRAMES = (8, 16, 250)  # most frames from one key frame to the next
-# x264's analysis of coming frames reads memory beyond frames of this size, so that the bytes vary from call to call.
-_REPEATABLE = "mbtree=0:b-adapt=0:scenecut=0:weightp=0"
+_KEY_SECONDS = (1.0, 2.0, 30.0)  # between key frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,21 +55,17 @@ def draw_frames(moving: MovingScene, split: str, seed: int, index: int) -> Pixel
 def encode_frames(frames: Pixels, draws: Draws) -> bytes:
     """The frames as MP4: the same bytes wherever the same version of PyAV runs."""
     # Imported here: every job loads this source, few need FFmpeg's libraries.
-    import av
+    from av import VideoFrame
 
-    file = BytesIO()
-    with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        quality = _BEST + draws.integer(_WORST - _BEST + 1)
-        settings = {"crf": str(quality), "preset": "veryfast", "flags": "+bitexact", "x264-params": _REPEATABLE}
-        stream = container.add_stream("libx264", rate=Fraction(RATE), options=settings)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.gop_size = draws.pick(_KEY_FRAMES)
-        stream.codec_context.thread_count = 1
-        for pixels in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode(None))
-    return file.getvalue()
+    from pipeline.shards.video_writer import Mp4Writer
+
+    quality = _BEST + draws.integer(_WORST - _BEST + 1)
+    size = frames.shape[2], frames.shape[1]
+    writer = Mp4Writer(size, crf=quality, key_seconds=draws.pick(_KEY_SECONDS), rate=RATE)
+    for number, pixels in enumerate(frames):
+        shown = VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")
+        writer.add(shown, number / RATE, (number + 1) / RATE)
+    return writer.finish()
 
 
 def _placed(actor: Actor, state: State, size: int) -> SceneObject:

@@ -1,4 +1,4 @@
-"""Pages for inspection: every shape in every style, scenes with their annotations drawn in, the test sets.
+"""Pages for inspection: every shape in every style, scenes with their annotations drawn in, the test sets, motions.
 
 A page is an image, uint8 [height, width, 3], RGB.
 """
@@ -10,10 +10,13 @@ import simplejpeg
 from pipeline.shards.segmentation import mask_of
 from pipeline.sources.drawn import sets, world
 from pipeline.sources.drawn.draws import Draws
+from pipeline.sources.drawn.film import draw_frames
+from pipeline.sources.drawn.motion import MOTIONS, moving_scene
 from pipeline.sources.drawn.outlines import Pixels
 from pipeline.sources.drawn.render import render
 from pipeline.sources.drawn.sample import describe_scene, draw_sample
 from pipeline.sources.drawn.scenes import Look, Pose, Scene, finished, make_object, sample_rgb
+from pipeline.sources.drawn.story import tell
 from pipeline.sources.drawn.truth import Record
 
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
@@ -66,6 +69,21 @@ def sets_page(columns: int = 10, size: int = 96, seed: int = 0) -> Pixels:
             image = simplejpeg.decode_jpeg(sample.image)
             cells.append(np.vstack([image, _label(str(sample.columns["label"]), size, 16, 0.3)]))
         rows.append(np.hstack([_label(split, 130, size + 16), *cells]))
+    return np.vstack(rows)
+
+
+def motions_page(columns: int = 8, size: int = 96, seed: int = 0) -> Pixels:
+    """One row per motion: frames of a clip from the left to the right, and its caption."""
+    rows = []
+    for index, motion in enumerate(MOTIONS):
+        moving = moving_scene("motions", Draws(seed, "motions", index, "motion"), index, size, 3.0)
+        frames = draw_frames(moving, "motions", seed, index)
+        places = (np.arange(columns) + 0.5) * len(frames) / columns
+        story = tell(moving, Draws(seed, "motions", index, "story"), 0.0, plain=False)
+        cells = np.hstack(list(frames[places.astype(int)]))
+        said = np.full((20, 170 + cells.shape[1], 3), 255, np.uint8)
+        _text(said, story.text, 174, 14)
+        rows += [np.hstack([_label(motion, 170, size), cells]), said]
     return np.vstack(rows)
 
 

@@ -135,11 +135,6 @@ class MovingScene:
         return states
 
 
-def classes_of_motion(split: str) -> tuple[str, ...]:
-    """The class names of a split with videos."""
-    return MOTIONS if split in MOTION_SPLITS else world.SHAPE_NAMES
-
-
 def moving_scene(split: str, draws: Draws, index: int, size: int, seconds: float) -> MovingScene:
     """The scene of sample ``index`` of a split: a pure function of its arguments."""
     first = MOTIONS[index % len(MOTIONS)] if split in ("motions", "motions_train") else draws.pick(MOTIONS)
@@ -310,7 +305,8 @@ class _Stage:
 
     def _anywhere(self, number: int) -> State:
         reach = self._reach(number, 1.0)
-        return State(*(self._draws.uniform(reach, self._size - reach) for _ in range(2)))
+        x, y = (self._draws.uniform(reach, self._size - reach) for _ in range(2))
+        return State(x, y)
 
     def _reach(self, number: int, scale: float) -> float:
         """Largest distance of the outline from its centre, at any angle, in pixels."""

@@ -66,7 +66,7 @@ class Drawn:
     video: bool = False
     """Draw videos of moving scenes instead of images. The splits motions, motions_train and events need it; train, val,
     shapes and shapes_train allow it."""
-    video_seconds: float = 3.0
+    clip_seconds: float = 3.0
     """Length of the videos, 1 to 60; clips of several events need a second for each."""
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class Drawn:
         scenes = sets.recipe_name(self.split) not in sets.IMAGE_SETS
         require(scenes or self.sound == "none", "sound", self.sound, f"none with {self.split}, which has no scenes")
         require(0.5 <= self.sound_seconds <= 60, "sound_seconds", self.sound_seconds, "0.5 to 60")
-        require(1 <= self.video_seconds <= 60, "video_seconds", self.video_seconds, "1 to 60")
+        require(1 <= self.clip_seconds <= 60, "clip_seconds", self.clip_seconds, "1 to 60")
         require(not self.video or self.sound == "none", "sound", self.sound, "none with video")
         require(not self.video or self.truth == "all", "truth", self.truth, "all with video")
         require(not self.video or self.size % 2 == 0, "size", self.size, "an even number with video")
@@ -132,11 +132,11 @@ class Drawn:
             sound=self.sound,
             sound_seconds=self.sound_seconds,
             video=self.video,
-            video_seconds=self.video_seconds,
+            clip_seconds=self.clip_seconds,
         )
         # Without sounds or videos the digest is that of the versions that had none: their folders stay valid.
         left_out = {"sound", "sound_seconds"} if self.sound == "none" else set()
-        left_out |= set() if self.video else {"video", "video_seconds"}
+        left_out |= set() if self.video else {"video", "clip_seconds"}
         options = {name: value for name, value in asdict(one).items() if name not in left_out}
         return hashlib.sha256(f"drawn {WORLD_VERSION} {to_json(options)}".encode()).hexdigest()
 
@@ -150,7 +150,7 @@ class Drawn:
     def _row(self, index: int) -> Row:
         url = f"drawn://{self.split}/{self.seed}/{index}"
         if self.video:
-            clip = draw_clip(self.split, self.seed, index, self.size, self.video_seconds, self.captions)
+            clip = draw_clip(self.split, self.seed, index, self.size, self.clip_seconds, self.captions)
             return Row(url=url, caption=clip.caption, parts=(Part("video", clip.mp4),), columns=clip.columns)
         sample = draw_sample(self.split, self.seed, index, self.size, self.captions, self.questions)
         columns, members = self._columns(sample), self._members(sample)

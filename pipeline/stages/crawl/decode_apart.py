@@ -23,7 +23,7 @@ from pipeline.codecs import codec_of
 from pipeline.codecs.codec import AnyCodec, Encoded
 from pipeline.config import from_json, to_json
 from pipeline.errors import SampleError
-from pipeline.sources.segments import Segment
+from pipeline.shards.segments import Segment
 
 HEADROOM = 64 * 2**20
 _PROGRAM = "from pipeline.stages.crawl.decode_apart import serve; serve()"

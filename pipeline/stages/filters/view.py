@@ -21,13 +21,13 @@ from pipeline.errors import DataError, SampleError, SidecarError
 from pipeline.shards.media import AUDIO, IMAGE, MEDIA, Medium
 from pipeline.shards.pixels import read_header
 from pipeline.shards.sample import Sample, joined_fields
+from pipeline.shards.segments import split_segment
 from pipeline.shards.selection import open_tar, read_selection
 from pipeline.shards.sidecar import read_sidecar
 from pipeline.shards.snapshot import Shard
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import iterate_tar
 from pipeline.shards.text import decoded, storable
-from pipeline.sources.segments import split_segment
 from pipeline.sources.tables import first_text, stored_text, texts_of
 from pipeline.stages.filters.captions import clean_text
 

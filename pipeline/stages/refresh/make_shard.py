@@ -25,10 +25,10 @@ from pipeline.codecs.video import VideoOptions
 from pipeline.errors import SampleError
 from pipeline.shards.media import MEDIA, part_column
 from pipeline.shards.sample import Sample, joined_fields, sample_key, shard_name
+from pipeline.shards.segments import Segment, split_segment
 from pipeline.shards.storage import Folder
 from pipeline.shards.text import storable
 from pipeline.shards.writer import ShardStats, ShardWriter, parquet_schema, read_stats
-from pipeline.sources.segments import Segment, split_segment
 from pipeline.sources.source import (
     UNCHANGED,
     VIDEO_UNCHANGED,
@@ -217,9 +217,11 @@ class _Maker:
 
     def _taken(self, part: Part, body: bytes, known_digest: str | None = None) -> _PartResult:
         """The part of a complete body."""
-        result = self._encoded(part.medium, body, split_segment(part.url)[1])
+        segment = split_segment(part.url)[1]
+        result = self._encoded(part.medium, body, segment)
         measured = self._codecs[part.medium].measured(body) if isinstance(result, SampleError) else {}
-        found = known_digest or digest(body, self._hash)
+        # A source may give the same file for several clips; a downloaded one is compared with that of its url later.
+        found = known_digest or digest(body if segment is None else body + repr(segment).encode(), self._hash)
         return _PartResult(part.medium, part.url, result, found, measured=measured)
 
     def _encoded(self, medium: str, body: bytes, segment: Segment | None) -> Encoded | SampleError:
@@ -243,7 +245,8 @@ class _Maker:
         record |= {"url": storable(row.url), "key": key}
         if isinstance(results, SampleError):
             return {**record, **_why(results)}, None
-        members, results = self._fitted(row, results)
+        members, changed, results = self._fitted(row, record, results)
+        record |= changed
         failed = next((one for one in results if one.error), None)
         alone = all(one.error for one in results)
         if failed is not None and (alone or self._options.failed_part == "fail-row"):
@@ -253,20 +256,24 @@ class _Maker:
         sample = self._sample(key, members, record, results)
         return {**record, **self._of_server(results)}, sample
 
-    def _fitted(self, row: Row, results: Sequence[_PartResult]) -> tuple[Mapping[str, bytes], Sequence[_PartResult]]:
-        """The row's members, fitted to its parts; a part that one of them does not fit has failed."""
+    def _fitted(
+        self, row: Row, record: Mapping[str, Any], results: Sequence[_PartResult]
+    ) -> tuple[Mapping[str, bytes], dict[str, Any], Sequence[_PartResult]]:
+        """The row's members and columns, fitted to its parts; a part that one of them does not fit has failed."""
         members: Mapping[str, bytes] = row.members
+        changed: dict[str, Any] = {}
         checked = []
         for one in results:
             if not isinstance(one.result, SampleError):
                 try:
                     _refuse_second(members, one.medium, next(iter(one.result.fields)))
                     members = self._codecs[one.medium].fitted(members, one.result, self._of_medium[one.medium])
+                    changed |= self._codecs[one.medium].fitted_columns(record, one.result)
                 except SampleError as error:
                     measured = {n: v for n, v in one.result.columns.items() if n.startswith("original_")}
                     one = replace(one, result=error, measured=measured)
             checked.append(one)
-        return members, checked
+        return members, changed, checked
 
     def _failed(self, record: dict[str, Any], failed: _PartResult, results: Sequence[_PartResult]) -> dict[str, Any]:
         assert failed.error is not None

@@ -26,10 +26,10 @@ from pipeline.config import require
 from pipeline.errors import DataError, SampleError
 from pipeline.shards.media import MEDIA
 from pipeline.shards.parquet import parse_parquet
+from pipeline.shards.segments import split_segment
 from pipeline.shards.selection import read_selection
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
-from pipeline.sources.segments import split_segment
 from pipeline.stages.crawl.download import Download, DownloadOptions, KnownBody, Request, download_all
 from pipeline.stages.refresh.comparison import ABSENT
 from pipeline.stages.refresh.ledger import (

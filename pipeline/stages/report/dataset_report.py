@@ -27,7 +27,6 @@ from pipeline.stages.report.dataset_funnel import (
 )
 from pipeline.stages.report.dataset_statistics import (
     EXACT_ROWS,
-    SCALES,
     Copies,
     Histogram,
     Message,
@@ -38,6 +37,7 @@ from pipeline.stages.report.dataset_statistics import (
     shares,
 )
 from pipeline.stages.report.pseudo_boxes import pseudo_box_counts
+from pipeline.stages.report.scales import SCALES
 
 GROUPS, HOSTS, REASONS, LANGUAGES = 8, 25, 40, 15
 MOST_BARS = 40

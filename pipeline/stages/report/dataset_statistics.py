@@ -15,7 +15,7 @@ import heapq
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 from urllib.parse import urlsplit
@@ -39,6 +39,7 @@ from pipeline.stages.filters.language import identify
 from pipeline.stages.report.clips import clip_values, example_clip
 from pipeline.stages.report.outlines import Region, read_regions
 from pipeline.stages.report.pseudo_boxes import with_pseudo_boxes
+from pipeline.stages.report.scales import SCALES, Scale
 from pipeline.stages.report.sounds import example, sound_values
 from pipeline.stages.shard_tasks import Workers, run_tasks
 
@@ -51,57 +52,6 @@ MILLIONTHS = 1_000_000
 EMBEDDINGS = "embeddings"
 LANGUAGE = "language"
 ROW_COLUMNS = ("key", "url", "status", "error_class", "error_message", "original_width", "original_height")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scale:
-    """Fixed bins from ``low`` to ``high``: ``per_unit`` bins per unit, or per doubling with ``doubling``."""
-
-    title: str
-    unit: str
-    low: float
-    high: float
-    per_unit: float
-    doubling: bool = False
-
-    def bin(self, value: float) -> int:
-        """The bin of ``value``; values outside the range go into the first or last bin."""
-        place, first, last = (self._place(one) for one in (value, self.low, self.high))
-        return int(min(max(place - first, 0), last - first - 1))
-
-    def edge(self, number: int) -> float:
-        """The lower edge of bin ``number``."""
-        place = (self._place(self.low) + number) / self.per_unit
-        return 2.0**place if self.doubling else place
-
-    def _place(self, value: float) -> int:
-        unit = math.log2(max(value, 1e-9)) if self.doubling else value
-        return math.floor(unit * self.per_unit + 1e-9)
-
-
-SCALES: Mapping[str, Scale] = {
-    "width": Scale(title="Width", unit="pixels", low=8, high=32768, per_unit=8, doubling=True),
-    "height": Scale(title="Height", unit="pixels", low=8, high=32768, per_unit=8, doubling=True),
-    "original": Scale(
-        title="Shorter side before resizing", unit="pixels", low=8, high=32768, per_unit=8, doubling=True
-    ),
-    "aspect": Scale(title="Aspect ratio", unit="width / height", low=1 / 16, high=16, per_unit=8, doubling=True),
-    "bytes": Scale(title="Bytes per image", unit="bytes", low=64, high=2**28, per_unit=4, doubling=True),
-    "seconds": Scale(title="Duration of sounds", unit="seconds", low=1 / 16, high=8192, per_unit=4, doubling=True),
-    "rate": Scale(title="Sampling rate", unit="samples per second", low=1024, high=2**19, per_unit=8, doubling=True),
-    "channels": Scale(title="Channels", unit="channels", low=0, high=65, per_unit=1),
-    "loudness": Scale(title="Loudness", unit="dBFS", low=-120, high=1, per_unit=1),
-    "sound_bytes": Scale(title="Bytes per sound", unit="bytes", low=64, high=2**30, per_unit=4, doubling=True),
-    "clip_seconds": Scale(
-        title="Duration of videos", unit="seconds", low=1 / 16, high=65536, per_unit=4, doubling=True
-    ),
-    "clip_width": Scale(title="Width of videos", unit="pixels", low=8, high=32768, per_unit=8, doubling=True),
-    "clip_height": Scale(title="Height of videos", unit="pixels", low=8, high=32768, per_unit=8, doubling=True),
-    "clip_rate": Scale(title="Frame rate", unit="frames per second", low=0, high=241, per_unit=1),
-    "clip_bytes": Scale(title="Bytes per video", unit="bytes", low=64, high=2**34, per_unit=4, doubling=True),
-    "words": Scale(title="Caption length", unit="words", low=0, high=160, per_unit=1),
-    "score": Scale(title="CLIP score", unit="cosine of image and caption", low=-1, high=1, per_unit=50),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,9 +100,9 @@ class ShownSample:
     order: str
     key: str
     caption: str
-    width: int
-    height: int
-    thumbnail: str
+    width: int = 0
+    height: int = 0
+    thumbnail: str = ""
     regions: tuple[Region, ...] = ()
     sound: str = ""
     video: str = ""
@@ -514,10 +464,17 @@ def _shown(sample: Sample, order: str, options: ReportLimits) -> ShownSample | N
     image, audio, video = sample.image(), sample.body(AUDIO), sample.body(VIDEO)
     sound = example(audio, options.sound_seconds) if audio is not None and options.sound_seconds else ""
     clip = example_clip(video, options.clip_seconds) if video is not None and options.clip_seconds else None
-    played = {"sound": sound, "video": clip.mp4 if clip else "", "poster": clip.poster if clip else ""}
     caption = decoded(sample.fields.get("txt", b""))[:LONGEST_CAPTION]
+    shown = ShownSample(
+        order=order,
+        key=sample.key,
+        caption=caption,
+        sound=sound,
+        video=clip.mp4 if clip else "",
+        poster=clip.poster if clip else "",
+    )
     if image is None:
-        return ShownSample(order=order, key=sample.key, caption=caption, width=0, height=0, thumbnail="", **played)
+        return shown
     small = ImageOptions(
         image_size=options.thumbnail_size,
         resize_mode="keep_ratio_largest",
@@ -526,20 +483,13 @@ def _shown(sample: Sample, order: str, options: ReportLimits) -> ShownSample | N
         extract_exif=False,
     )
     try:
-        shown = transform(image, small)
+        made = transform(image, small)
     except SampleError:
         return None
-    width, height = shown.original_width or 1, shown.original_height or 1
-    return ShownSample(
-        order=order,
-        key=sample.key,
-        caption=caption,
-        width=width,
-        height=height,
-        thumbnail=base64.b64encode(shown.data).decode(),
-        regions=read_regions(sample, width, height),
-        **played,
-    )
+    width, height = made.original_width or 1, made.original_height or 1
+    thumbnail = base64.b64encode(made.data).decode()
+    regions = read_regions(sample, width, height)
+    return replace(shown, width=width, height=height, thumbnail=thumbnail, regions=regions)
 
 
 def _rows(folder: Folder, shard: Shard) -> Iterator[dict[str, list[Any]]]:

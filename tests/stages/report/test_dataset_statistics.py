@@ -25,7 +25,6 @@ from pipeline.shards.storage import Folder
 from pipeline.stages.report import dataset_statistics
 from pipeline.stages.report.dataset_funnel import UNRECORDED, difference, funnel
 from pipeline.stages.report.dataset_statistics import (
-    SCALES,
     ReportLimits,
     Statistics,
     host_of,
@@ -35,6 +34,7 @@ from pipeline.stages.report.dataset_statistics import (
     merge_all,
     shares,
 )
+from pipeline.stages.report.scales import SCALES
 from pipeline.stages.shard_tasks import Workers
 
 HERE = Workers(processes_count=0)

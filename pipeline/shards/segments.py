@@ -26,13 +26,13 @@ def split_segment(url: str) -> tuple[str, Segment | None]:
     return (match["url"], (begin, end)) if begin < end else (url, None)
 
 
-def with_segment(url: str, begin: float, end: float) -> str:
-    """The url of a segment.
+def with_segment(url: str, begin: float, end: float | None) -> str:
+    """The url of a segment; without ``end`` up to the end of the file.
 
     >>> with_segment("http://host/a.mp4", 1.5, 4)
     'http://host/a.mp4#t=1.5,4'
     """
-    return f"{url}#t={_plain(begin)},{_plain(end)}"
+    return f"{url}#t={_plain(begin)}" + ("" if end is None else f",{_plain(end)}")
 
 
 def _plain(seconds: float) -> str:
