@@ -35,13 +35,14 @@ class FrameBert(nn.Module):
 
     def forward(self, video: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Float [B, T, D] and bool [B, T] to states float [B, T + 2, H], and bool [B, T + 2], True where one counts."""
-        words, places = self.bert.embeddings.word_embeddings.weight, torch.arange(video.shape[1] + 1)
+        words = self.bert.embeddings.word_embeddings.weight
         rows = words[:, None, None].expand(-1, len(video), 1, -1)
         inputs = torch.cat([rows[CLS], self.embedding(video), rows[SEP]], dim=1)
-        position = torch.cat([places, torch.tensor([self.frames + 1])]).to(video.device)[None]
+        position = torch.arange(video.shape[1] + 2, device=video.device)
+        position[-1] = self.frames + 1
         true = mask.new_ones(len(mask), 1)
         seen = torch.cat([true, mask, true], dim=1)
-        embedded = self.bert.embeddings(inputs_embeds=inputs, position_ids=position)
+        embedded = self.bert.embeddings(inputs_embeds=inputs, position_ids=position[None])
         return states(self.bert, embedded, seen), torch.cat([~true, mask, true], dim=1)
 
 
