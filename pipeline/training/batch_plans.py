@@ -13,15 +13,15 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.errors import DataError
+from pipeline.errors import ClipmillError, DataError
 from pipeline.loaders.order import Integers
 from pipeline.loaders.planned_order import PlannedOrder
 from pipeline.models.method import BatchPlanner, Method
@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 FOLDER, COLUMN, FACTS = "plans", "sample", b"clipmill.plan"
 PAUSE = 0.2  # seconds between two looks of the other ranks at rank 0's work
 
-Value = TypeVar("Value")
+Made = tuple[Integers, str]
+"""A plan's sample numbers, batch after batch, and its digest."""
 
 
 class BatchPlans:
@@ -62,7 +63,7 @@ class BatchPlans:
         self._order.follow(epoch, numbers.reshape(self._order.epoch_steps, self._order.batch_size))
         return range(step, min((epoch + 1) * self._order.epoch_steps, self._plan.steps)), digest
 
-    def _made(self, epoch: int, method: Method) -> tuple[Integers, str]:
+    def _made(self, epoch: int, method: Method) -> Made:
         """The plan of an epoch by the weights of ``method``; the file's, if it follows from the same."""
         facts = {
             "seed": self._plan.run.seed,
@@ -84,7 +85,7 @@ class BatchPlans:
         logger.info("planned the %d batches of epoch %d in %.1f s: %s", steps, epoch, seconds, self._name(epoch))
         return numbers.ravel(), _digest(numbers.ravel(), facts)
 
-    def _stored(self, epoch: int, digest: str) -> tuple[Integers, str]:
+    def _stored(self, epoch: int, digest: str) -> Made:
         """The plan of an epoch that has begun."""
         known = self._read(epoch)
         if known is None or _digest(*known) != digest:
@@ -124,8 +125,8 @@ def _digest(numbers: Integers, facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode() + numbers.tobytes()).hexdigest()
 
 
-def _by_first(work: Callable[[], Value]) -> Value:
-    """The result of ``work`` in rank 0, on every rank.
+def _by_first(work: Callable[[], Made]) -> Made:
+    """The result of ``work`` in rank 0, or its error, on every rank.
 
     A broadcast that waits for minutes would exceed the process group's time limit, so ranks ask again and again.
     """
@@ -135,4 +136,16 @@ def _by_first(work: Callable[[], Value]) -> Value:
         future = pool.submit(work) if distributed.rank() == 0 else None
         while not distributed.from_first(future is not None and future.done()):
             time.sleep(PAUSE)
-        return distributed.from_first(future.result() if future else None)  # type: ignore[return-value]
+        found = distributed.from_first(_outcome(future))
+    if isinstance(found, ClipmillError):
+        raise found
+    assert found is not None, "rank 0 sends a result"
+    return found
+
+
+def _outcome(future: Future[Made] | None) -> Made | ClipmillError | None:
+    """What rank 0 sends; other ranks have nothing."""
+    try:
+        return None if future is None else future.result()
+    except ClipmillError as error:
+        return error
