@@ -13,7 +13,7 @@ from claim import Claim, drawn, named, run
 IMAGES, IMAGE_EPOCHS = 6000, 5
 VIDEOS, EVALUATED, EPOCHS = 1600, 480, 25
 BATCH, BATCHES = 32, 12
-WORLD = ("--video", "True", "--size", "64", "--number-sample-per-shard", "200", "--processes-count", "0")
+WORLD = ("--video", "--size", "64", "--number-sample-per-shard", "200", "--processes-count", "0")
 RATE = 4  # features per second
 KINDS = ("random", "retrieved")
 
