@@ -57,7 +57,6 @@ class _ClipEncoder:
     ) -> None:
         self._container, self._stream, self._options = container, stream, options
         self._unit = unit_of(stream)
-        self._ratio = stream.codec_context.sample_aspect_ratio
         frames = stamped(container, stream, strict=True)
         first = next(frames, None)
         if first is None:
@@ -75,7 +74,7 @@ class _ClipEncoder:
         # H.264 with chroma of half the size needs even sides.
         self._size = _even(self._scaled[0]), _even(self._scaled[1])
         self._whole = segment is None
-        self._scaler = VideoReformatter()
+        self._scaler, self._shower = VideoReformatter(), VideoReformatter()
         self._motion = _Motion()
 
     @property
@@ -93,7 +92,7 @@ class _ClipEncoder:
 
     def ending(self, body: bytes) -> str:
         """The ending of the body's own format."""
-        kind = "mp4" if self.header.kind.startswith("mov") else self.header.kind.partition(",")[0]
+        kind = self.header.kind
         return VIDEO.kinds["webm" if kind == "matroska" and b"webm" in body[:64] else kind][0]
 
     def encode(self) -> tuple[bytes, dict[str, Scalar]]:
@@ -227,7 +226,7 @@ class _ClipEncoder:
         has_alpha = any(component.is_alpha for component in frame.format.components)
         direct = not (has_alpha or frame.format.is_rgb or frame.color_trc in HIGH_RANGE or any(orientation(frame)))
         if not direct:
-            pixels = shown_pixels(frame, self._ratio, self._size)
+            pixels = shown_pixels(frame, self._size, self._shower)
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
         made = self._scaler.reformat(
             frame,

@@ -49,7 +49,8 @@ def copy_clip(file: BinaryIO, begin: float, seconds: float) -> tuple[bytes, floa
     with opened(file) as (container, stream):
         origin = float((stream.start_time or 0) * unit_of(stream))
         target = BytesIO()
-        kind = container.format.name.partition(",")[0]
+        # QuickTime's own container takes more codecs than MP4.
+        kind = container.format.name if container.format.name in ("matroska", "avi") else "mov"
         with av.open(target, "w", format=kind) as copy:
             key = _copy(container, stream, copy, origin + begin, origin + begin + seconds)
         return target.getvalue(), origin + begin - key

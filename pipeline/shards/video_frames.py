@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from av.container import InputContainer
 from av.packet import Packet
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from pipeline.errors import SampleError
@@ -171,7 +172,7 @@ def read_frame(file: BinaryIO, at: float) -> Pixels:
         if shown is None:
             bad_video("no_picture", "no frame at that time")
         ratio = stream.codec_context.sample_aspect_ratio
-        return shown_pixels(shown, ratio, frame_size(shown, ratio))
+        return shown_pixels(shown, frame_size(shown, ratio))
 
 
 def bad_video(error_class: str, message: str) -> NoReturn:
@@ -417,13 +418,14 @@ class _Shape:
         self._ratio = stream.codec_context.sample_aspect_ratio
         self._shorter = shorter
         self._size: tuple[int, int] | None = None
+        self._scaler = VideoReformatter()
 
     def pixels(self, frame: av.VideoFrame) -> Pixels:
         """uint8 [H, W, 3] of a frame."""
         if frame.width * frame.height > MAX_PIXELS:
             bad_video("too_many_pixels", "more pixels than allowed")
         self._size = self._size or scaled_size(*frame_size(frame, self._ratio), self._shorter)
-        return shown_pixels(frame, self._ratio, self._size)
+        return shown_pixels(frame, self._size, self._scaler)
 
 
 def _stacked(found: dict[int, Pixels], clock: _Clock, picked: Sequence[int]) -> Frames:

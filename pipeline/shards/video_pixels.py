@@ -15,7 +15,7 @@ import av
 import cv2
 import numpy as np
 import numpy.typing as npt
-from av.video.reformatter import ColorRange, ColorTrc, Interpolation
+from av.video.reformatter import ColorRange, ColorTrc, Interpolation, VideoReformatter
 
 from pipeline.shards.pixels import WHITE, Pixels, composite, use_one_thread
 
@@ -76,28 +76,34 @@ def frame_size(frame: av.VideoFrame, pixel_ratio: Fraction | None) -> tuple[int,
     return shown_size(frame.width, frame.height, pixel_ratio, orientation(frame)[0])
 
 
-def shown_pixels(frame: av.VideoFrame, pixel_ratio: Fraction | None, size: tuple[int, int]) -> Pixels:
-    """uint8 [H, W, 3], red-green-blue: the frame as it is shown, scaled to ``size`` (width, height)."""
+def shown_pixels(frame: av.VideoFrame, size: tuple[int, int], scaler: VideoReformatter | None = None) -> Pixels:
+    """uint8 [H, W, 3], red-green-blue: the frame as it is shown, scaled to ``size`` (width, height).
+
+    A ``scaler`` that is given for all frames of a video prepares its filters once.
+    """
     transpose, mirror, flip = orientation(frame)
-    pixels = _colours(frame, size[::-1] if transpose else size)
+    pixels = _colours(frame, size[::-1] if transpose else size, scaler or VideoReformatter())
     if transpose:
         pixels = pixels.transpose(1, 0, 2)
     return np.ascontiguousarray(pixels[:: -1 if flip else 1, :: -1 if mirror else 1])
 
 
-def _colours(frame: av.VideoFrame, size: tuple[int, int]) -> Pixels:
+def _colours(frame: av.VideoFrame, size: tuple[int, int], scaler: VideoReformatter) -> Pixels:
     """uint8 [H, W, 3] of ``size``, not turned."""
     if frame.color_trc in HIGH_RANGE:
-        return usual_range(_converted(frame, size, "rgb48le"), hybrid=frame.color_trc == ColorTrc.ARIB_STD_B67)
+        return usual_range(_converted(frame, size, "rgb48le", scaler), hybrid=frame.color_trc == ColorTrc.ARIB_STD_B67)
     if any(component.is_alpha for component in frame.format.components):
         use_one_thread()
-        opaque = composite(np.asarray(_converted(frame, size, "bgra"), np.uint8), WHITE)
+        opaque = composite(np.asarray(_converted(frame, size, "bgra", scaler), np.uint8), WHITE)
         return np.asarray(cv2.cvtColor(opaque, cv2.COLOR_BGR2RGB), np.uint8)
-    return np.asarray(_converted(frame, size, "rgb24"), np.uint8)
+    return np.asarray(_converted(frame, size, "rgb24", scaler), np.uint8)
 
 
-def _converted(frame: av.VideoFrame, size: tuple[int, int], pixel_format: str) -> npt.NDArray[Any]:
-    made = frame.reformat(
+def _converted(
+    frame: av.VideoFrame, size: tuple[int, int], pixel_format: str, scaler: VideoReformatter
+) -> npt.NDArray[Any]:
+    made = scaler.reformat(
+        frame,
         *size,
         pixel_format,
         interpolation=SCALING | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND,

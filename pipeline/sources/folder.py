@@ -45,15 +45,15 @@ class ImageFolder:
     """
 
     kind: ClassVar[str] = "folder"
-    summary: ClassVar[str] = "A folder of images, sounds or both, with captions."
+    summary: ClassVar[str] = "A folder of images, sounds or videos, with captions."
     has_captions: ClassVar[bool] = True
 
     folder: str
     """Folder of the files: a path or fsspec URI that every worker can read."""
     caption_suffix: str = ".txt"
-    """Extension of the caption files; replaces the extension of the image or sound."""
+    """Extension of the caption files; replaces the extension of the image, sound or video."""
     media: tuple[str, ...] = ("image",)
-    """Media of the files to read: image, audio, or both."""
+    """Media of the files to read: one or more of image, audio and video."""
     label_from_folder: bool = True
     """Store the first folder of an image's path in the column `label`."""
 
@@ -65,7 +65,7 @@ class ImageFolder:
             dotted,
             "caption_suffix",
             self.caption_suffix,
-            "an ending like .txt that is of no image or sound",
+            "an ending like .txt that is of no image, sound or video",
         )
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:

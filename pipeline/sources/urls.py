@@ -44,7 +44,7 @@ from pipeline.sources.tables import (
 
 @dataclass(frozen=True, kw_only=True)
 class UrlTable:
-    """Rows whose images, sounds or both are downloaded.
+    """Rows whose images, sounds or videos are downloaded.
 
     ``media`` are those of ``url_col``, in its order. A row without a url of one medium has only the other parts.
 

@@ -49,7 +49,7 @@ class WebDatasetTars:
     """Folder, tar, or brace pattern such as `s3://bucket/{00000..00123}.tar` or `{train,val}/{0..9}.tar`; join several
     by `::`."""
     media: tuple[str, ...] = ("image",)
-    """Media of the samples: image, audio, or both."""
+    """Media of the samples: one or more of image, audio and video."""
     image_field: str | None = None
     """Member with the image, such as `input.jpg`; None = the first member with the ending of an image."""
     caption_field: str | None = "txt"

@@ -70,7 +70,7 @@ def sequential(sampling: FrameSampling) -> Read:
             container.streams.video[0].codec_context.thread_count = 1
             for number, frame in enumerate(container.decode(video=0)):
                 if number in wanted:
-                    found.append(transform(shown_pixels(frame, None, (WIDTH, HEIGHT))))
+                    found.append(transform(shown_pixels(frame, (WIDTH, HEIGHT))))
                 if len(found) == len(wanted):
                     break
         return torch.stack(found)

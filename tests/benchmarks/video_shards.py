@@ -2,10 +2,11 @@
 
     python tests/benchmarks/video_shards.py --ffmpeg /usr/bin/ffmpeg
 
-Both fetch the same urls of a server on the loopback interface and write tars of H.264 with a shorter side of 360 pixels
-(libx264, preset veryfast) with json. The pool is what a script would do: urllib, one ffmpeg for each video, tarfile. The
-rate factors, 27 and 23, give about the same bytes at about the same error, which the line states. They take turns; each
-turn is a process of its own, whose CPU seconds, with those of its children, are counted. The server's are not.
+Both fetch the same urls of a server on the loopback interface and write tars of H.264 with a shorter side of 360
+pixels (libx264, preset veryfast) with json. The pool is what a script would do: urllib, one ffmpeg for each video,
+tarfile. The rate factors, 27 and 23, give about the same bytes at about the same error, which the line states. They
+take turns; each turn is a process of its own, whose CPU seconds, with those of its children, are counted. Those of the
+server are not. Prints one JSON line.
 """
 
 import argparse

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from pipeline.codecs import codec_of
+from pipeline.codecs import codec_of, video_encoding
+from pipeline.codecs import video as video_codec
 from pipeline.codecs.video import VideoCodec, VideoOptions
 from pipeline.config import from_json, to_json
 from pipeline.errors import SampleError, SettingError
+from pipeline.shards import video_cut, video_frames
 from pipeline.shards.video_frames import read_frames, read_timeline, read_video_header
 from pipeline.stages.crawl.decode_apart import Apart
 from tests.hostile_videos import HOSTILE, STORED, faststart
@@ -265,3 +267,15 @@ def test_stored_videos_are_read_back_exactly() -> None:
     made = CODEC.encode(encoded_video(numbered(100), unit=Fraction(1, 24)), VideoOptions(video_key_seconds=1.0))
     found = read_frames(made.fields["mp4"], lambda line: np.linspace(0, line.end, 13)[:-1])
     assert numbers_of(found.pixels) == [int(100 * part / 12 + 1e-9) for part in range(12)]
+
+
+def test_every_reason_is_in_the_guides() -> None:
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    code = "".join(
+        Path(module.__file__).read_text() for module in (video_frames, video_cut, video_encoding, video_codec)
+    )
+    reasons = set(re.findall(r'bad_video\(\s*"(\w+)"', code)) | {reason for _, reason in HOSTILE.values()} - {STORED}
+    assert len(reasons) > 10
+    for page in ("video.md", "operations.md"):
+        text = (docs / page).read_text()
+        assert {reason for reason in reasons if f"`{reason}`" not in text} == set(), page
