@@ -30,7 +30,7 @@ from pipeline.config import require
 from pipeline.evaluation.encoder import TEXTS_AT_ONCE, encode_tokens, inference
 from pipeline.evaluation.media import TEXT, encode_inputs, inputs_of, paired_media
 
-SCORES_AT_ONCE = 1 << 24
+SCORES_AT_ONCE = 1 << 22
 DEPTHS = (1, 5, 10)
 DEFAULT_SCALE = 100.0  # CLIP's at the end of its training
 Scores = Callable[[Tensor, Tensor], Tensor]
