@@ -51,7 +51,7 @@ PAPER = Run(
     loader=LoaderConfig(loader_workers=8),
 )
 WHOLE = Config(positives="whole", pairs=1, objective="text_to_video", batches="random")
-SMALL = Config(bert="drawn", batches="retrieved", cluster=8, candidates=16, pairs=4, feature_width=128)
+SMALL = Config(bert="drawn", video_layers=2, batches="retrieved", cluster=8, candidates=16, pairs=4, feature_width=128)
 DRAWN = replace(
     PAPER,
     workers=0,
