@@ -34,7 +34,7 @@ class Train(Pretraining):
     drawn_options = {"video": True}
 
     method: Config = field(default_factory=Config)
-    frame_model: str = "clipmill-tiny:untrained"
+    frame_model: str = "clipmill-small:untrained"
     """Model whose features of frames are made for videos that the job draws itself; see jobs/embed_dataset.py."""
 
 
@@ -85,6 +85,7 @@ PRESETS = {
                 DRAWN, batch_size=8, steps=3, warmup_steps=1, log_every_steps=1, loader=LoaderConfig(loader_workers=0)
             ),
             draw=16,
+            frame_model="clipmill-tiny:untrained",
         ),
     ),
 }
