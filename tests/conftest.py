@@ -405,6 +405,37 @@ def write_coloured_phrases(folder: Folder, shard: Shard, samples: Sequence[Sampl
     return write_sidecar(folder, shard, "phrases", maker.table(iter(samples), shard), maker.maker)
 
 
+def write_drawn_frames(folder: Folder, shard: Shard, keys: Sequence[str], width: int = 32) -> str:
+    """A sidecar ``frames`` with random features of 6 to 12 frames for each key, one per second."""
+    import numpy as np
+    import pyarrow as pa
+
+    from pipeline.shards.sidecar import FACTS, write_sidecar
+    from pipeline.stages.annotate.frame_features import SCHEMA
+
+    numbers, rows = np.random.default_rng(len(keys)), []
+    for key in keys:
+        count = int(numbers.integers(6, 13))
+        features = numbers.standard_normal((count, width)).astype(np.float16)
+        times = np.arange(count, dtype=np.float32).tolist()
+        rows.append({"key": key, "seconds": float(count), "times": times, "features": features.tobytes()})
+    facts = {"teacher": "teacher", "width": width, "frames_per_second": 1.0}
+    table = pa.Table.from_pylist(rows, schema=SCHEMA).replace_schema_metadata({FACTS: json.dumps(facts).encode()})
+    return write_sidecar(folder, shard, "frames", table, "maker")
+
+
+def timed_json(sample: Sample, number: int) -> bytes:
+    """The sample's json with two or three timed captions, of six seconds in all."""
+    described = json.loads(sample.fields["json"])
+    starts = (0, 2, 4)[: 2 + number % 2]
+    names = [list(COLOURS)[(number + nth) % len(COLOURS)] for nth in range(len(starts))]
+    timed = [
+        {"start": start, "end": start + 2.0, "text": f"now it is {name}"}
+        for start, name in zip(starts, names, strict=True)
+    ]
+    return json.dumps({**described, "timed_captions": timed}).encode()
+
+
 def tone(number: int) -> bytes:
     """A FLAC of half a second: a tone whose pitch is the number's, with noise."""
     import numpy as np
@@ -438,8 +469,8 @@ def publish_coloured(
 ) -> Snapshot:
     """Publish shards of the given sizes in a folder; ``spoil`` replaces the fields of the samples with these numbers.
 
-    With ``regions``, the digest of a teacher and the width of its features, samples have ``boxes.json``, a sound and a
-    video, and shards sidecars of stored regions and of the captions' phrases.
+    With ``regions``, the digest of a teacher and the width of its features, samples have ``boxes.json``, a sound, a
+    video and timed captions, and shards sidecars of stored regions, of the captions' phrases and of frames' features.
     """
     place.mkdir(parents=True, exist_ok=True)
     shards, number = [], 0
@@ -454,6 +485,7 @@ def publish_coloured(
                 if regions:
                     made.fields["boxes.json"] = drawn_objects(number)
                     made.fields["flac"] = tone(number)
+                    made.fields["json"] = timed_json(made, number)
                     made.fields["mp4"] = film(number)
                 if spoil and number in spoil:
                     made = Sample(made.key, spoil[number])
@@ -465,6 +497,7 @@ def publish_coloured(
         if regions:
             keys = [one.key for one in made_samples]
             sidecars = {
+                "frames": write_drawn_frames(Folder(place), shard, keys),
                 "phrases": write_coloured_phrases(Folder(place), shard, made_samples),
                 "regions": write_drawn_regions(Folder(place), shard, keys, *regions),
             }

@@ -67,7 +67,7 @@ def labelled_batches(reader: Reader, one: PreparedSet, reading: Reading) -> Iter
     """The key of ``reader``, ``label``, int64 ``[B]``, and ``fold`` with folds, of a set with :class:`Labels`."""
     labels: Labels = one.ready
     readers = [reader, LabelReader(classes=labels.classes, json_key=labels.label, evaluated=one.name)]
-    samples = one.samples()
+    samples = one.samples(readers=readers)
     if labels.fold:
         readers.append(FoldReader(json_key=labels.fold))
         samples = of_folds(samples, labels.fold, labels.folds)

@@ -22,6 +22,7 @@ from pipeline.loaders.samples import Samples, UnreadableSample
 from pipeline.loaders.work_progress import WorkProgress
 from pipeline.shards.media import MEDIA
 from pipeline.shards.sample import Sample
+from pipeline.shards.sidecar import Wanted
 from pipeline.shards.snapshot import Snapshot, read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder
 from pipeline.sources import open_source
@@ -47,9 +48,12 @@ class SnapshotData:
     snapshot: Snapshot
     card: Card | None
 
-    def samples(self, limit: int | None) -> Iterator[Sample]:
-        """All samples, or ``limit`` of them at equal distances, so that sorted shards represent every class."""
-        samples = Samples(self.snapshot, open_shards=2)
+    def samples(self, limit: int | None, sidecars: Sequence[Wanted] = ()) -> Iterator[Sample]:
+        """All samples, or ``limit`` of them at equal distances, so that sorted shards represent every class.
+
+        They have their rows of ``sidecars``; raises ``SidecarError`` where one is missing.
+        """
+        samples = Samples(self.snapshot, open_shards=2, sidecars=sidecars)
         return (samples[number] for number in spread(len(samples), limit))
 
 
@@ -60,8 +64,17 @@ class CardData:
     source: Source
     card: Card
 
-    def samples(self, limit: int | None) -> Iterator[Sample]:
-        """Like :meth:`SnapshotData.samples`, but in runs of up to 64 rows, because a source is read in slices."""
+    def samples(self, limit: int | None, sidecars: Sequence[Wanted] = ()) -> Iterator[Sample]:
+        """Like :meth:`SnapshotData.samples`, but in runs of up to 64 rows, because a source is read in slices.
+
+        Raises:
+            SettingError: the model reads sidecars, which only snapshots have.
+        """
+        names = ", ".join(one.name for one in sidecars)
+        require(not sidecars, "data", self.card.name, f"a snapshot, whose shards have the {names} that the model reads")
+        return self._samples(limit)
+
+    def _samples(self, limit: int | None) -> Iterator[Sample]:
         with tempfile.TemporaryDirectory() as scratch:
             together = ROWS_AT_ONCE if limit is None else max(1, min(ROWS_AT_ONCE, limit // 8))
             slices = list(self.source.slices(together, Folder(scratch)))

@@ -83,13 +83,23 @@ def require_text(model: object) -> None:
     )
 
 
-def stored_media(one: PreparedSet) -> tuple[str, ...]:
-    """The media other than text of a set's samples: by the fields of its snapshot, or of a card's first samples."""
+def stored_media(one: PreparedSet, model: object) -> tuple[str, ...]:
+    """The media other than text of a set's samples: by the fields of its snapshot, or of a card's first samples.
+
+    A medium counts also where samples have the fields that the model's own reader of it names, such as features.
+    """
     if isinstance(one.data, SnapshotData):
         fields = dict.fromkeys(one.data.snapshot.fields)
     else:
         fields = {name: None for sample in islice(one.samples(LOOKED_AT), LOOKED_AT) for name in sample.fields}
-    return tuple(name for name, medium in MEDIA.items() if medium.field_of(fields) is not None)
+    able = paired_media(model) or encoded_media(model)
+    return tuple(name for name in MEDIA if holds(fields, name, medium_reader(model, name) if name in able else None))
+
+
+def holds(fields: Mapping[str, object], medium: str, reader: Reader | None) -> bool:
+    """Whether samples with these fields have a part of the medium, or what its reader reads instead."""
+    own = [] if reader is None else [name for name in reader.fields if name not in MEDIA]
+    return MEDIA[medium].field_of(fields) is not None or (bool(own) and all(name in fields for name in own))
 
 
 def medium_of_set(model: object, one: PreparedSet, setting: str = AUTO) -> str:
@@ -102,7 +112,7 @@ def medium_of_set(model: object, one: PreparedSet, setting: str = AUTO) -> str:
     require(bool(able), "checkpoint", type(model).__name__, f"a model that encodes {' or '.join(MEDIA)}")
     if setting == AUTO and able == ("image",):  # spares reading samples of a card
         return "image"
-    stored = stored_media(one)
+    stored = stored_media(one, model)
     wanted = [name for name in able if setting in (AUTO, name)]
     require(bool(wanted), f"{one.name}: medium", setting, "a medium of the model: " + ", ".join(able))
     found = [name for name in wanted if name in stored]
@@ -135,7 +145,7 @@ class PartsReader:
         """``parts``: the rows of the readers, by medium."""
         parts: dict[str, Row] = {}
         for name, reader in self.readers.items():
-            if sample.body(MEDIA[name]) is not None:
+            if holds(sample.fields, name, reader):
                 parts[name] = reader.read(sample, at)
         lacks = ""
         if self.captions is not None:

@@ -7,7 +7,7 @@ Its flag is the module's name. The fields of its ``Config`` are the options of a
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import pipeline.evaluation.tasks
 from pipeline.config import require
 from pipeline.evaluation.data import Data
+from pipeline.loaders.batches import sidecars_of
 from pipeline.shards.sample import Sample
 
 if TYPE_CHECKING:
@@ -85,10 +86,10 @@ class PreparedSet:
     limit: int | None
     ready: Any = None
 
-    def samples(self, most: int | None = None) -> Iterator[Sample]:
-        """The samples to evaluate on; at most ``most`` of them."""
+    def samples(self, most: int | None = None, readers: Iterable[object] = ()) -> Iterator[Sample]:
+        """The samples to evaluate on, with the sidecars that ``readers`` read; at most ``most`` of them."""
         limits = [limit for limit in (self.limit, most) if limit is not None]
-        return self.data.samples(min(limits, default=None))
+        return self.data.samples(min(limits, default=None), sidecars_of(readers))
 
 
 class Task(ABC):

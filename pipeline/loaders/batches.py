@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from pipeline.config import require
 from pipeline.errors import ClipmillError, DataError
 from pipeline.loaders.cache import FileCache
-from pipeline.loaders.mixture import MixedOrder, MixedSamples, TrainingData, open_samples
-from pipeline.loaders.order import Order
+from pipeline.loaders.mixture import MixedSamples, TrainingData, open_samples
+from pipeline.loaders.order import SampleOrder
 from pipeline.loaders.samples import Samples, UnreadableSample, check_fields
 from pipeline.shards.sample import Sample
+from pipeline.shards.sidecar import Wanted
 from pipeline.shards.snapshot import Snapshot
 from pipeline.stages.cores import cores
 
@@ -115,7 +116,7 @@ class LoaderConfig:
 def training_batches(
     snapshot: TrainingData,
     readers: Sequence[Reader],
-    order: Order | MixedOrder,
+    order: SampleOrder,
     *,
     steps: range,
     rank: int = 0,
@@ -136,6 +137,12 @@ def training_batches(
     require(bool(on_device), "image_decoder", config.image_decoder, allowed)
     others = [reader for reader in readers if not hasattr(reader, "on_device")]
     return _finished(_batches(snapshot, [*on_device, *others], sampler, config), on_device, device)
+
+
+def sidecars_of(readers: Iterable[object]) -> tuple[Wanted, ...]:
+    """The sidecars that the readers read, each once."""
+    found = {wanted.name: wanted for reader in readers for wanted in getattr(reader, "sidecars", ())}
+    return tuple(found.values())
 
 
 def decoding_device() -> torch.device:
@@ -165,7 +172,7 @@ def snapshot_batches(
 
 
 class _Steps(Sampler[list[SamplePosition]]):
-    def __init__(self, order: Order | MixedOrder, steps: range, rank: int, world: int) -> None:
+    def __init__(self, order: SampleOrder, steps: range, rank: int, world: int) -> None:
         self.order, self.steps, self.rank, self.world = order, steps, rank, world
 
     def __iter__(self) -> Iterator[list[SamplePosition]]:
@@ -249,8 +256,7 @@ def _batches(
     replace: bool = True,
 ) -> Generator[Batch, None, None]:
     check_fields(snapshot, [field for reader in readers for field in reader.fields])
-    sidecars = {wanted.name: wanted for reader in readers for wanted in getattr(reader, "sidecars", ())}
-    samples = open_samples(snapshot, config.cache(), config.open_shards, tuple(sidecars.values()))
+    samples = open_samples(snapshot, config.cache(), config.open_shards, sidecars_of(readers))
     workers = config.processes()
     loader: DataLoader[Batch | ClipmillError] = DataLoader(
         _Readable(samples, readers, replace),

@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from enum import IntEnum
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +82,10 @@ class RandomStream(IntEnum):
     """Which frames of a video are read."""
     SOUNDS = 40
     """Augmentation of a sound."""
+    CLIP_PAIRS = 50
+    """Which texts and clips of a video are pairs."""
+    RETRIEVED = 51
+    """Which videos are queries of an epoch's batches, and which of their neighbours are read."""
     VIEWS = 64
     """Random crops of view v of an image: 64 + v, 64 to 127."""
     COLOURS = 128
@@ -107,6 +112,21 @@ def permutation(seed: int, stream: int, epoch: int, number: int, length: int) ->
     """A permutation of ``range(length)``, a pure function of the arguments."""
     bits = random_bits(seed, stream, epoch, number, length)
     return np.argsort(bits, kind="stable").astype(np.int64)
+
+
+class SampleOrder(Protocol):
+    """The samples of each global batch: :class:`Order`, or another rule."""
+
+    lanes: int
+    """Positions in the data from which a batch is read."""
+
+    def steps(self, epochs: float) -> int:
+        """The number of global batches of ``epochs`` epochs."""
+        ...
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Integers:
+        """The rows of rank ``rank`` of ``world`` in global batch ``step``: int64 [B / world, 2] of (epoch, number)."""
+        ...
 
 
 class Order:

@@ -10,8 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import pipeline.models
@@ -29,6 +31,22 @@ from pipeline.shards.sidecar import Wanted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+class BatchPlanner(Protocol):
+    """Chooses the samples of all batches of an epoch by what the model makes of each sample at the epoch's start."""
+
+    def check(self, samples: int, batch_size: int) -> None:
+        """Raise ``SettingError`` where it cannot plan batches of this size for so many samples."""
+        ...
+
+    def features(self, method: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Float32 [B, D] of a batch of the training's readers, by the method in evaluation mode."""
+        ...
+
+    def plan(self, features: Tensor, steps: int, batch_size: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+        """Sample numbers int64 [steps, batch_size]: a pure function of these and of all samples' float32 [N, D]."""
+        ...
 
 
 class Method(nn.Module, ABC):
@@ -94,6 +112,11 @@ class Method(nn.Module, ABC):
     def sidecars(cls, config: Any, settings: Any = None) -> Sequence[Wanted]:
         """The sidecars that training reads, likewise."""
         return ()
+
+    @classmethod
+    def batch_planner(cls, config: Any) -> BatchPlanner | None:
+        """What plans the batches of each epoch; ``None`` shows every sample once an epoch, shuffled."""
+        return None
 
     @abstractmethod
     def readers(self, train: bool, *, seed: int = 0, settings: Any = None) -> Sequence[Reader]:

@@ -57,9 +57,9 @@ INNER = "model."  # prefix, in the method, of the weights in ``model.safetensors
 class Meta:
     """The content of ``meta.json``: the number of steps done, and the position in the order of samples.
 
-    ``evaluate`` marks a checkpoint that waits for an evaluation until it has an ``evaluation.json``; ``snapshot`` is
-    the digest of the data. ``skipped_steps`` counts steps without a finite loss or gradient, ``skipped_in_row`` the
-    last consecutive ones.
+    ``evaluate`` marks a checkpoint that waits for an evaluation until it has an ``evaluation.json``. ``snapshot`` is
+    the digest of the data, ``plan`` that of the epoch's batches where a method plans them. ``skipped_steps`` counts
+    steps without a finite loss or gradient, ``skipped_in_row`` the last consecutive ones.
     """
 
     step: int
@@ -68,6 +68,7 @@ class Meta:
     lanes: int
     seed: int
     snapshot: str
+    plan: str = ""
     evaluate: bool = False
     skipped_steps: int = 0
     skipped_in_row: int = 0

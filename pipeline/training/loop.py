@@ -6,7 +6,7 @@ number, and on CPUs a resumed run equals an uninterrupted one bit for bit.
 """
 
 import logging
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from pipeline.errors import ClipmillError, LeaseLost, StorageError
 from pipeline.loaders.batches import Batch, training_batches
 from pipeline.loaders.order import RandomStream, random_bits
+from pipeline.loaders.planned_order import PlannedOrder
 from pipeline.models.method import EmbeddingMethod, Method, build_method, method_class, method_name
 from pipeline.training import distributed, fp8
+from pipeline.training.batch_plans import BatchPlans
 from pipeline.training.blocks import compile_each, recompute_each
 from pipeline.training.checkpoint import (
     Checkpoint,
@@ -104,6 +106,7 @@ class _TrainingState:
         self.writer = CheckpointWriter(self.checkpoints, run.saving, run.keep_checkpoints, run.keep_waiting, sent)
         latest = self._latest()
         self.done = latest.meta.step if latest else 0
+        self.batch_plan = latest.meta.plan if latest else ""
         self.last_checkpoint = latest.folder.uri if latest else ""
         # With channels last, convolutions are 1.4 times as fast on a CPU, and tensor cores need it.
         self.shards = self.config.sharding == "full" and self.world > 1
@@ -139,12 +142,13 @@ class _TrainingState:
     def run(self) -> TrainingOutcome:
         if self.rank == 0:
             self._announce()
-        with closing(self._batches()) as batches:
-            while self.done < self.plan.steps:
-                self.profile.before_step(self.done + 1)
-                batch = self.clock.waited(batches)
-                self._step(batch)
-                self.profile.after_step(self.done)
+        for steps in self._known_steps():
+            with closing(self._batches(steps)) as batches:
+                while self.done < steps.stop:
+                    self.profile.before_step(self.done + 1)
+                    batch = self.clock.waited(batches)
+                    self._step(batch)
+                    self.profile.after_step(self.done)
         self.profile.close(self.done)
         self.writer.finish()
         distributed.barrier()
@@ -235,13 +239,25 @@ class _TrainingState:
             average.restore(read_weights(latest.folder, ema=True))
         return average
 
-    def _batches(self) -> Generator[Batch, None, None]:
+    def _known_steps(self) -> Iterator[range]:
+        """Steps whose batches are known: all, or those of one epoch after another where the method plans them."""
+        if not isinstance(self.order, PlannedOrder):
+            yield range(self.done, self.plan.steps)
+            return
+        planner = type(self.method).batch_planner(self.plan.method)
+        assert planner is not None
+        plans = BatchPlans(self.plan, self.order, planner, self.device)
+        while self.done < self.plan.steps:
+            steps, self.batch_plan = plans.follow(self.done, self.method, self.batch_plan)
+            yield steps
+
+    def _batches(self, steps: range) -> Generator[Batch, None, None]:
         settings = self.method.reader_settings(self.config)
         return training_batches(
             self.plan.snapshot,
             self.method.readers(train=True, seed=self.config.seed, settings=settings),
             self.order,
-            steps=range(self.done, self.plan.steps),
+            steps=steps,
             rank=self.rank,
             world=self.world,
             config=self.config.loader,
@@ -364,6 +380,7 @@ class _TrainingState:
             lanes=self.order.lanes,
             seed=self.config.seed,
             snapshot=self.plan.snapshot.digest,
+            plan=self.batch_plan,
             evaluate=self._evaluates(),
         )
         self.writer.save(self.method, weights, state, meta, averages)

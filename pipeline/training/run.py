@@ -15,12 +15,13 @@ from typing import Any, Literal
 from pipeline.config import Scalar, flatten, from_plain, parse_json, require, writable_folder
 from pipeline.errors import DataError, SettingError, SidecarError
 from pipeline.loaders.batches import LoaderConfig
-from pipeline.loaders.mixture import MixedOrder, TrainingData, make_order, mixed, parts_of, places, read_data
-from pipeline.loaders.order import Order
+from pipeline.loaders.mixture import TrainingData, make_order, mixed, parts_of, places, read_data
+from pipeline.loaders.order import SampleOrder
+from pipeline.loaders.planned_order import PlannedOrder
 from pipeline.loaders.samples import check_fields, check_sidecars
 from pipeline.loaders.text import caption_field
 from pipeline.models.method import EmbeddingMethod, method_class, method_name
-from pipeline.shards.snapshot import read_snapshot, snapshot_ids
+from pipeline.shards.snapshot import Snapshot, read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder, Guard
 from pipeline.training.checkpoint import resolved
 from pipeline.training.fp8 import check_installed
@@ -216,9 +217,9 @@ class RunPlan:
         """The output folder; with a guard, it is asked before every write."""
         return Folder(self.run.output_folder, self.guard)
 
-    def order(self) -> Order | MixedOrder:
+    def order(self) -> SampleOrder:
         """The order of samples."""
-        return order_of(self.run, self.snapshot)
+        return order_of(self.method, self.run, self.snapshot)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +270,8 @@ def prepare(method: Any, run: Run, *, evaluates: bool = False, guard: Guard | No
     require(run.batch_size <= snapshot.samples, "batch_size", run.batch_size, most)
     _check_readable(snapshot, method, run)
     run = replace(run, data=snapshot.uri)
-    steps = run.steps or order_of(run, snapshot).steps(run.epochs)
+    order = order_of(started, run, snapshot)
+    steps = run.steps or order.steps(run.epochs)
     settings = {"method": method_name(method), **flatten(method), **_deciding(run)}
     record = RunRecord(settings=settings, snapshot=snapshot.uri, digest=snapshot.digest, steps=steps)
     if earlier is not None:
@@ -294,8 +296,19 @@ def keep_tracking_run(plan: RunPlan, record: RunRecord, run_id: str) -> None:
         write_record(plan.folder, replace(record, tracking_run=run_id))
 
 
-def order_of(run: Run, data: TrainingData) -> Order | MixedOrder:
-    """The order of the samples for the run's settings."""
+def order_of(method: Any, run: Run, data: TrainingData) -> SampleOrder:
+    """The order of the samples for the run's settings; ``method`` is the config of a method that may plan batches.
+
+    Raises:
+        SettingError: settings with which batches cannot be planned or divided.
+    """
+    planner = method_class(method_name(method)).batch_planner(method)
+    if planner is not None:
+        single = isinstance(data, Snapshot)
+        require(single, "data", run.data, "one snapshot: a method that plans its batches chooses the samples itself")
+        require(run.sharding == "none", "sharding", run.sharding, "none for a method that plans its batches")
+        planner.check(data.samples, run.batch_size)
+        return PlannedOrder(data.samples, run.batch_size)
     return make_order(data, seed=run.seed, batch_size=run.batch_size, lanes=run.lanes, shuffle_block=run.shuffle_block)
 
 

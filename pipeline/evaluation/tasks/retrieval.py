@@ -99,7 +99,9 @@ class Retrieval(Task):
         captions = CaptionsReader(tokenizer=model.tokenizer, caption=one.ready.caption) if TEXT in media else None
         readers = {medium: medium_reader(model, medium) for medium in media if medium != TEXT}
         parts = PartsReader(readers=readers, captions=captions)
-        batches = evaluation_batches(one.samples(), (parts,), reading.evaluation_batch, reading.evaluation_threads)
+        batches = evaluation_batches(
+            one.samples(readers=readers.values()), (parts,), reading.evaluation_batch, reading.evaluation_threads
+        )
         ranking = Ranking(one.ready.by_sample, one.ready.dual_softmax)
         return retrieval(model, batches, reading.evaluation_precision, media, ranking)
 
@@ -158,7 +160,7 @@ def media_to_compare(model: object, one: PreparedSet) -> tuple[str, ...]:
     require(not unknown, f"{one.name}: media", setting, "media of the model: " + ", ".join(able))
     if wanted == ("image", TEXT):  # spares reading samples of a card
         return wanted
-    stored = (*stored_media(one), TEXT)
+    stored = (*stored_media(one, model), TEXT)
     found = tuple(name for name in wanted if name in stored)
     complete = len(found) >= 2 and (setting == AUTO or found == wanted)
     has = ", ".join(stored[:-1]) or "no image, no sound and no video"
@@ -173,7 +175,7 @@ def _scores(model: Any, one: PreparedSet, medium: str) -> tuple[Sequence[Tensor]
     if medium != "image":
         readers.append(PictureReader(medium=medium))
         shown = PictureReader.key
-    (batch,) = evaluation_batches(one.samples(GALLERY), readers, GALLERY, threads=2)
+    (batch,) = evaluation_batches(one.samples(GALLERY, readers), readers, GALLERY, threads=2)
     with inference(model) as device:
         tokens = model.tokenizer(batch["caption"])
         if paired_media(model):

@@ -81,7 +81,9 @@ class Tagging(Task):
         else:
             score = by_prompts(model, medium, classifier(model, classes, one.ready.templates, precision))
         readers = (medium_reader(model, medium), one.ready.reader)
-        batches = evaluation_batches(one.samples(), readers, reading.evaluation_batch, reading.evaluation_threads)
+        batches = evaluation_batches(
+            one.samples(readers=readers), readers, reading.evaluation_batch, reading.evaluation_threads
+        )
         return tagging(model, batches, score, precision)
 
 
