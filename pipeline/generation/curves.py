@@ -133,4 +133,5 @@ def _at(curves: Tensor, index: Tensor, t: Tensor) -> Tensor:
     """Points of the curves ``index`` at the parameters ``t``, both [M]: float [M, 2]."""
     s = 1 - t
     basis = torch.stack([s**3, 3 * s**2 * t, 3 * s * t**2, t**3], dim=1)
-    return (curves[index] * basis[:, None]).sum(dim=2)
+    points: Tensor = (curves[index] * basis[:, None]).sum(dim=2)
+    return points
