@@ -126,7 +126,8 @@ def _pieces(curves: Tensor, longest: Tensor | None) -> Tensor:
     pieces = (0.75 / TOLERANCE * bend).sqrt()
     if longest is not None:
         pieces = torch.maximum(pieces, steps.norm(dim=1).sum(dim=1) / longest)
-    return pieces.clamp(1, MOST_CHORDS).ceil().long()
+    counts: Tensor = pieces.clamp(1, MOST_CHORDS).ceil().long()
+    return counts
 
 
 def _at(curves: Tensor, index: Tensor, t: Tensor) -> Tensor:

@@ -179,7 +179,8 @@ def sampled(images: Tensor, maps: Tensor, size: tuple[int, int], fill: float = 0
     places = torch.stack([x, y, torch.ones_like(x)], dim=2) @ maps[:, None].mT
     grid = 2 * places[..., :2] / places[..., 2:] - 1
     found = functional.grid_sample(images - fill, grid, padding_mode=mode, align_corners=False)
-    return found + fill
+    filled: Tensor = found + fill
+    return filled
 
 
 def perspective(inwards: Tensor) -> Tensor:
@@ -196,7 +197,8 @@ def perspective(inwards: Tensor) -> Tensor:
         rows.append(torch.stack([*near, *far, -x * place, -y * place], dim=2))
     wanted = torch.cat([square[:, 0], square[:, 1]]).expand(len(ends), 8)
     found = torch.linalg.solve(torch.cat(rows, dim=1), wanted)
-    return torch.cat([found, torch.ones_like(found[:, :1])], dim=1).unflatten(1, (3, 3))
+    maps: Tensor = torch.cat([found, torch.ones_like(found[:, :1])], dim=1)
+    return maps.view(-1, 3, 3)
 
 
 def boxes(corner: Tensor, sides: Tensor) -> Tensor:
@@ -242,7 +244,8 @@ def _hue_turns(turns: Tensor) -> Tensor:
     middle[:, 0, 0] = 1
     middle[:, 1, 1] = middle[:, 2, 2] = angle.cos()
     middle[:, 2, 1], middle[:, 1, 2] = angle.sin(), -angle.sin()
-    return torch.linalg.inv(to_yiq) @ middle @ to_yiq
+    matrices: Tensor = torch.linalg.inv(to_yiq) @ middle @ to_yiq
+    return matrices
 
 
 def _erased(numbers: Tensor, part: float, size: tuple[int, int]) -> Tensor:
