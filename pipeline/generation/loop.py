@@ -94,7 +94,7 @@ class LoopConfig:
 
 
 @dataclass
-class Progress:
+class LoopProgress:
     """What is known of N images after some steps; it is stored with a checkpoint."""
 
     step: int = 0
@@ -105,7 +105,7 @@ class Progress:
     """For each evaluation: ``step``, and by name a list of N numbers."""
 
 
-Watch = Callable[[Progress, Tensor], None]
+Watch = Callable[[LoopProgress, Tensor], None]
 Save = Callable[[bytes], None]
 
 
@@ -123,13 +123,13 @@ class Optimization:
         self.picture, self.objective, self.config, self.seeds = picture, objective, config, list(seeds)
         self.optimizer = torch.optim.Adam(picture.parameter_groups())
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.progress = Progress(scale=[1.0] * len(self.seeds))
+        self.progress = LoopProgress(scale=[1.0] * len(self.seeds))
         self.judge = judge
         self.references = None if judge is None else objective.references(judge)
         for name, parameter in picture.named_parameters():
             assert len(parameter) == len(self.seeds), f"{name} has {len(parameter)} images of {len(self.seeds)}"
 
-    def run(self, save: Save | None = None, watch: Watch | None = None) -> Progress:
+    def run(self, save: Save | None = None, watch: Watch | None = None) -> LoopProgress:
         """All steps that are left.
 
         ``save`` gets the bytes of each checkpoint; ``watch`` the progress and the images float [N, 3, H, W] after each
@@ -232,7 +232,7 @@ class Optimization:
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.picture.load_state_dict(state["picture"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        self.progress = Progress(**copy.deepcopy(state["progress"]))
+        self.progress = LoopProgress(**copy.deepcopy(state["progress"]))
 
     def checkpoint(self) -> bytes:
         """Everything that changes, as bytes of torch."""
@@ -255,7 +255,7 @@ class Optimization:
             raise DataError(f"this is no checkpoint of these images ({str(error).strip()[:200]})") from error
 
 
-def best_of(progress: Progress) -> int:
+def best_of(progress: LoopProgress) -> int:
     """The image with the lowest last loss without augmentation; the first of equal ones."""
     last = [loss if math.isfinite(loss) else math.inf for loss in progress.history[-1]["loss"]]
     return min(range(len(last)), key=last.__getitem__)

@@ -19,14 +19,14 @@ from pipeline.config import near
 from pipeline.errors import SettingError
 from pipeline.generation.guides import Guide
 from pipeline.generation.loop import LoopConfig, Objective, Picture
-from pipeline.generation.prompts import Prompt
+from pipeline.generation.prompts import WeightedPrompt
 
 
 @dataclass(frozen=True)
 class Subject:
     """What an image shows: prompts, or another image float [3, H, W] from 0 to 1 over white."""
 
-    prompts: tuple[Prompt, ...] = ()
+    prompts: tuple[WeightedPrompt, ...] = ()
     image: Tensor | None = None
 
 

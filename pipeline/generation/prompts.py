@@ -15,7 +15,7 @@ NUMBER = re.compile(r":\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|-?inf|nan)\
 
 
 @dataclass(frozen=True)
-class Prompt:
+class WeightedPrompt:
     """One text of an image.
 
     Raises:
@@ -33,16 +33,16 @@ class Prompt:
         require(not math.isnan(self.stop), "prompt", f"{self.text}:{self.weight:g}:{self.stop}", "a stop")
 
 
-def parse_prompt(text: str) -> Prompt:
+def parse_prompt(text: str) -> WeightedPrompt:
     """``TEXT``, ``TEXT:WEIGHT`` or ``TEXT:WEIGHT:STOP``; colons that no number follows belong to the text."""
     numbers: list[float] = []
     while len(numbers) < 2 and (found := NUMBER.search(text)):
         numbers.insert(0, float(found[1]))
         text = text[: found.start()]
-    return Prompt(text.strip(), *numbers)
+    return WeightedPrompt(text.strip(), *numbers)
 
 
-def parse_prompts(text: str) -> tuple[Prompt, ...]:
+def parse_prompts(text: str) -> tuple[WeightedPrompt, ...]:
     """The prompts of one image, separated by ``|``; one at least has a positive weight."""
     prompts = tuple(parse_prompt(part) for part in text.split("|"))
     require(any(prompt.weight > 0 for prompt in prompts), "prompt", text, "one prompt with a positive weight")

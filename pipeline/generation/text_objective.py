@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.generation.guides import Guide
-from pipeline.generation.prompts import Prompt
+from pipeline.generation.prompts import WeightedPrompt
 from pipeline.generation.similarity import cosine_distance, spherical_distance, weighted
-from pipeline.generation.views import Unchanged, Views
+from pipeline.generation.views import Unchanged, ViewMaker
 
 Distance = Literal["cosine", "spherical"]
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -22,14 +22,14 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class TextObjective:
     """The weighted distances of an image's views from its prompts, summed over prompts and CLIPs.
 
-    Views are averaged with ``reduce`` "mean" (VQGAN-CLIP) and summed with "sum" (CLIPDraw).
+    ViewMaker are averaged with ``reduce`` "mean" (VQGAN-CLIP) and summed with "sum" (CLIPDraw).
     """
 
     def __init__(
         self,
-        prompts: Sequence[Sequence[Prompt]],
+        prompts: Sequence[Sequence[WeightedPrompt]],
         guides: Sequence[Guide],
-        views: Views,
+        views: ViewMaker,
         distance: Distance = "cosine",
         reduce: Literal["mean", "sum"] = "mean",
     ) -> None:
@@ -62,7 +62,7 @@ class TextObjective:
             found.append((guide.texts([prompt.text for prompt in wanted]) * weights[:, None]).sum(0))
         return functional.normalize(torch.stack(found), dim=1)
 
-    def _compared(self, images: Tensor, views: Views, drawn: Tensor) -> dict[str, Tensor]:
+    def _compared(self, images: Tensor, views: ViewMaker, drawn: Tensor) -> dict[str, Tensor]:
         # All CLIPs see the same views, at the size of the image; each resizes them to its own.
         seen = views.apply(images, drawn, (images.shape[2], images.shape[3]))
         found = {}

@@ -20,7 +20,7 @@ GREY = (0.299, 0.587, 0.114)
 CORNERS = ((0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0))
 
 
-class Views(Protocol):
+class ViewMaker(Protocol):
     """How many views an image has, and how they are made."""
 
     @property

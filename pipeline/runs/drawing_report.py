@@ -12,17 +12,15 @@ import pyarrow.parquet as pq
 from pipeline.runs.drawings import IMAGES, DrawingResult
 from pipeline.stages.report.dataset_report import plain
 
-SCHEMA = pa.schema(
-    [
-        *((name, pa.string()) for name in ("name", "method", "subject")),
-        ("seed", pa.int64()),
-        ("best", pa.bool_()),
-        *((name, pa.float64()) for name in ("loss", "judge")),
-        *((name, pa.int64()) for name in ("steps", "retries")),
-        ("seconds", pa.float64()),
-        *((name, pa.string()) for name in ("png", "svg", "film")),
-    ]
-)
+TYPES: dict[str, pa.DataType] = {
+    **dict.fromkeys(("name", "method", "subject"), pa.string()),
+    "seed": pa.int64(),
+    "best": pa.bool_(),
+    **dict.fromkeys(("loss", "judge"), pa.float64()),
+    **dict.fromkeys(("steps", "retries"), pa.int64()),
+    "seconds": pa.float64(),
+    **dict.fromkeys(("png", "svg", "film"), pa.string()),
+}
 FILMS = (".gif", ".mp4")
 POLICY = (
     "default-src 'none'; img-src 'self' file: data:; media-src 'self' file:; style-src 'unsafe-inline'; "
@@ -67,7 +65,7 @@ def scores_parquet(results: Sequence[DrawingResult]) -> bytes:
         row |= {"retries": one.retries, "seconds": one.seconds, **_files(one)}
         rows.append(row)
     content = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), content)
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(TYPES)), content)
     return content.getvalue()
 
 

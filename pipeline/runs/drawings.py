@@ -28,7 +28,7 @@ from pipeline.config import from_plain, near, parse_json, require, to_json
 from pipeline.errors import DataError, SettingError
 from pipeline.evaluation.models import load_model
 from pipeline.generation.guides import Guide
-from pipeline.generation.loop import Optimization, Progress
+from pipeline.generation.loop import LoopProgress, Optimization
 from pipeline.generation.method import (
     GenerationMethod,
     Subject,
@@ -235,7 +235,7 @@ class DrawingRunner:
             kept.write_atomic(shots, film.content())
             kept.write_atomic(loop, content)
 
-        def watch(progress: Progress, images: Tensor) -> None:
+        def watch(progress: LoopProgress, images: Tensor) -> None:
             if progress.step in film.steps(run.config.steps, run.config.evaluate_every):
                 film.add(progress.step, run.picture)
 

@@ -7,27 +7,27 @@ import torch
 from torch.nn import functional
 
 from pipeline.errors import SettingError
-from pipeline.generation.prompts import Prompt, parse_prompt, parse_prompts
+from pipeline.generation.prompts import WeightedPrompt, parse_prompt, parse_prompts
 from pipeline.generation.similarity import cosine_distance, spherical_distance, weighted
 
 
 @pytest.mark.parametrize(
     ("text", "prompt"),
     [
-        ("a red star", Prompt("a red star")),
-        ("a logo:-0.3", Prompt("a logo", -0.3)),
-        ("a city : 2 : 0.6", Prompt("a city", 2, 0.6)),
-        ("note: a cat", Prompt("note: a cat")),
-        ("ratio 4:3:2", Prompt("ratio 4", 3, 2)),
-        ("a:b:1e-2:-inf", Prompt("a:b", 0.01)),
+        ("a red star", WeightedPrompt("a red star")),
+        ("a logo:-0.3", WeightedPrompt("a logo", -0.3)),
+        ("a city : 2 : 0.6", WeightedPrompt("a city", 2, 0.6)),
+        ("note: a cat", WeightedPrompt("note: a cat")),
+        ("ratio 4:3:2", WeightedPrompt("ratio 4", 3, 2)),
+        ("a:b:1e-2:-inf", WeightedPrompt("a:b", 0.01)),
     ],
 )
-def test_up_to_two_numbers_follow_a_text(text: str, prompt: Prompt) -> None:
+def test_up_to_two_numbers_follow_a_text(text: str, prompt: WeightedPrompt) -> None:
     assert parse_prompt(text) == prompt
 
 
 def test_several_prompts_of_one_image() -> None:
-    assert parse_prompts("red | blue:-1") == (Prompt("red"), Prompt("blue", -1))
+    assert parse_prompts("red | blue:-1") == (WeightedPrompt("red"), WeightedPrompt("blue", -1))
 
 
 @pytest.mark.parametrize("text", ["", "  ", ":1", "red:0", "red:nan", "red:inf", "red:1:nan", "red||blue", "red:-1"])

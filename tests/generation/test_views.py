@@ -15,7 +15,7 @@ from pipeline.generation.views import (
     PerspectiveCrops,
     RandomSquares,
     Unchanged,
-    Views,
+    ViewMaker,
     affine,
     coloured,
     perspective,
@@ -99,7 +99,7 @@ def test_colours_are_torchvisions() -> None:
     assert int(third.argmax()) != 0
 
 
-KINDS: list[Views] = [
+KINDS: list[ViewMaker] = [
     PerspectiveCrops(count=3),
     PerspectiveCrops(count=2, scale=(0.8, 0.8), ratio=(1, 1)),
     Cutouts(count=3),
@@ -109,7 +109,7 @@ KINDS: list[Views] = [
 
 
 @pytest.mark.parametrize("views", KINDS, ids=lambda one: type(one).__name__)
-def test_views_of_a_batch_are_those_of_its_images(views: Views) -> None:
+def test_views_of_a_batch_are_those_of_its_images(views: ViewMaker) -> None:
     """By their seeds, in order, with gradients of every image; another step has other views."""
     images = smooth(3).requires_grad_()
     drawn = views.draw(generators([5, 6, 7], 2, Draw.VIEWS))

@@ -117,7 +117,7 @@ class ClipAsso(GenerationMethod):
         first = salient_strokes(probabilities.cpu(), seeds, config.strokes, config.width)
         picture = StrokePicture(first, config.side, StrokeRates(points=config.rate))
         weights = config.layer_weights or (1.0,) * len(config.layers)
-        views = PerspectiveCrops(count=config.views, scale=(0.8, 0.8), ratio=(1.0, 1.0))
+        views = PerspectiveCrops(count=config.views, scale=(0.8, 0.8), ratio=(1.0, 1.0), fill=0.0)
         features = LayerFeatures(guide, config.layers)
         objective = SketchObjective(photos, features, weights, config.embedding_weight, views)
         return picture.to(guide.device), objective

@@ -31,7 +31,7 @@ from pipeline.generation.method import GenerationMethod, Subject
 from pipeline.generation.streams import Draw, generators, uniform
 from pipeline.generation.stroke_picture import StrokePicture, StrokeRates
 from pipeline.generation.text_objective import TextObjective
-from pipeline.generation.views import Cutouts, PerspectiveCrops, RandomSquares, Unchanged, Views
+from pipeline.generation.views import Cutouts, PerspectiveCrops, RandomSquares, Unchanged, ViewMaker
 
 FALLS = ((0.5, 0.4), (0.75, 0.1))
 MOST_WIDTH = 50.0
@@ -96,9 +96,9 @@ class ClipDraw(GenerationMethod):
         picture = StrokePicture(first, config.side, config.rates, (1.0, MOST_WIDTH), FALLS)
         return picture.to(some[0].device), objective
 
-    def _views(self) -> Views:
+    def _views(self) -> ViewMaker:
         count = self.config.views
-        kinds: dict[str, Views] = {
+        kinds: dict[str, ViewMaker] = {
             "perspective": PerspectiveCrops(count=count),
             "cutouts": Cutouts(count=count),
             "squares": RandomSquares(count=count),
