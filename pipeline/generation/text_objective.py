@@ -22,7 +22,7 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class TextObjective:
     """The weighted distances of an image's views from its prompts, summed over prompts and CLIPs.
 
-    ViewMaker are averaged with ``reduce`` "mean" (VQGAN-CLIP) and summed with "sum" (CLIPDraw).
+    Views are averaged with ``reduce`` "mean" (VQGAN-CLIP) and summed with "sum" (CLIPDraw).
     """
 
     def __init__(

@@ -90,7 +90,7 @@ def images(folder: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_a_killed_job_goes_on_and_tasks_of_ray_give_the_same_images(ray_cluster: RayCluster, tmp_path: Path) -> None:
     """Killed without a word once the first image is finished; then four images of two tasks at a time."""
-    steps = ("--steps", "40")
+    steps = ("--steps", "100")
     here = typed(tmp_path / "here", *steps, "--processes-count", "0")
     started = subprocess.Popen(here, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 200
