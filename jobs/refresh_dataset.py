@@ -7,8 +7,11 @@
     python jobs/refresh_dataset.py urls … --parent latest --opt-out s3://bucket/opt-out.txt     # what has changed since
 
 The first argument names the source: one of pipeline/sources with a summary (urls, folder, webdataset, hugging-face,
-coco, drawn, ...), or card for a card of datasets/. The same command resumes. Options and layout are those of
-img2dataset where it has them.
+coco, drawn, ...), or card for a card of datasets/:
+
+    python jobs/refresh_dataset.py card esc50 --source-options folder=ESC-50-master --output-folder data/esc50
+
+The same command resumes. Options and layout are those of img2dataset where it has them.
 """
 
 import getpass
@@ -18,6 +21,7 @@ from dataclasses import MISSING, dataclass, field, fields, make_dataclass, repla
 from typing import Any, ClassVar, Literal
 
 import tyro
+import yaml
 
 from pipeline.codecs import codec_names, codec_of
 from pipeline.codecs.options import MediaOptions
@@ -61,6 +65,27 @@ class FromCard(Refresh):
 
     card: tyro.conf.Positional[str]
     """Name of a card in datasets/, or the path of a YAML file."""
+    source_options: tuple[str, ...] = ()
+    """Options of the source in place of the card's, each NAME=VALUE with the value in YAML: `folder=ESC-50-master`,
+    `"folds=[1, 2]"`."""
+
+    def opened(self) -> Source:
+        """The card's source.
+
+        Raises:
+            SettingError: an entry that is not NAME=VALUE, or a wrong option of the source.
+        """
+        return open_source({**load_card(self.card).source, **dict(map(_assigned, self.source_options))})
+
+
+def _assigned(entry: str) -> tuple[str, Any]:
+    name, given, value = entry.partition("=")
+    allowed = "NAME=VALUE, the value in YAML"
+    require(bool(name and given) and name != "kind", "source_options", entry, allowed)
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SettingError("source_options", entry, allowed) from error
 
 
 def refresh_of(kind: str, **settings: Any) -> Refresh:
@@ -103,9 +128,9 @@ PRESETS: dict[str, tuple[str, Refresh]] = {
 def main(run: Refresh) -> None:
     """Wire source, folder and engine."""
     folder = Folder(writable_folder("output_folder", run.output_folder))
-    card = load_card(run.card) if isinstance(run, FromCard) else None
-    source: Source = open_source(card.source) if card else run.source  # type: ignore[attr-defined]
-    name = card.name if card else getattr(source, "classes_of", None) or None
+    source: Source = run.opened() if isinstance(run, FromCard) else run.source  # type: ignore[attr-defined]
+    own = getattr(source, "classes_of", None) or None
+    name = load_card(run.card).name if isinstance(run, FromCard) else own
     if run.engine == "native":
         refresh(source, folder, run.options, run.workers, name, renewal=run.renewal, floor=run.floor)
         return

@@ -23,10 +23,9 @@ from typing import Any, ClassVar, Literal
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ImageColor
 
 from pipeline.config import require
-from pipeline.errors import DataError, SampleError
+from pipeline.errors import SampleError
 from pipeline.shards.storage import Folder, split_file
 from pipeline.sources.source import Cell, Part, Row, Slice
 
@@ -43,7 +42,7 @@ _ALLOWED = f"the folder of the Debian package {PACKAGE} (apt-get install {PACKAG
 
 @dataclass(frozen=True, kw_only=True)
 class TuxPaintStamps:
-    """The images below ``folder``, in the order of their paths, on a plain background; label = top folder."""
+    """The images below ``folder``, in the order of their paths; label = top folder."""
 
     kind: ClassVar[str] = "stamps"
     summary: ClassVar[str] = "The Tux Paint stamps of the Debian package tuxpaint-stamps-default."
@@ -55,8 +54,6 @@ class TuxPaintStamps:
     """Language of the captions: `en`, or a code of the package such as `de`, `pt_BR`, `sr@latin`."""
     fall_back_to_english: bool = False
     """Use the English caption where there is no translation; otherwise the caption is empty."""
-    background: str = "white"
-    """Background colour of transparent pixels: a CSS name or `#rrggbb`."""
     split: Literal["all", "train", "held_out"] = "all"
     """All stamps, or one split by the hash of the path; a stamp and its mirror image are in the same split."""
     held_out_share: float = 0.2
@@ -71,10 +68,6 @@ class TuxPaintStamps:
     def __post_init__(self) -> None:
         require(0 < self.held_out_share < 1, "held_out_share", self.held_out_share, "a number between 0 and 1")
         require(self.sound in ("none", "effect", "spoken"), "sound", self.sound, "none, effect or spoken")
-        try:
-            ImageColor.getrgb(self.background)
-        except ValueError:
-            require(False, "background", self.background, "a CSS colour name or #rrggbb")
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
         """See :class:`~pipeline.sources.source.Source`; the digest covers options, names and the files' content.
@@ -132,7 +125,7 @@ class TuxPaintStamps:
         require(self.language in known, "language", self.language, "one of " + ", ".join(sorted(known | {"en"})))
 
     def _digest(self, part: list[str]) -> str:
-        options: list[object] = [self.language, self.fall_back_to_english, self.background]
+        options: list[object] = [self.language, self.fall_back_to_english]
         options += [self.sound, self.sound_language] if self.sound != "none" else []
         options += ["translations"] if self.translations else []
         digest = hashlib.sha256(json.dumps([options, part]).encode())
@@ -182,19 +175,14 @@ class TuxPaintStamps:
         return own if own.is_file() else self._root / (_stamp(path) + ".txt")
 
     def _image(self, path: str) -> bytes:
-        """The image on the background, as PNG.
+        """The file of the image, which may have alpha.
 
         Raises:
-            SampleError: a vector image, an unreadable file, or not a PNG.
+            SampleError: a vector image, or an unreadable file.
         """
         if path.endswith(".svg"):
             raise SampleError("failed_to_resize", "vector_picture", "svg images are not decoded")
-        colour, alpha = read_stamp(self._root, path)
-        blended = colour * alpha + np.array(ImageColor.getrgb(self.background)[:3], np.float32) * (1 - alpha)
-        encoded, buffer = cv2.imencode(".png", np.ascontiguousarray(np.rint(blended).astype(np.uint8)[:, :, ::-1]))
-        if not encoded:
-            raise DataError("OpenCV cannot encode PNG")
-        return buffer.tobytes()
+        return _image_file(self._root, path)
 
 
 def stamps_root(folder: str) -> Path:
@@ -227,16 +215,20 @@ def _bytes_of(file: Path) -> bytes | None:
         return None
 
 
+def _image_file(root: Path, path: str) -> bytes:
+    data = _bytes_of(root / path)
+    if data is None:
+        raise SampleError("failed_to_download", "unreadable", f"cannot read the file {path}")
+    return data
+
+
 def read_stamp(root: Path, path: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Read a PNG of any colour type: RGB float32 [H, W, 3], 0 to 255, and alpha float32 [H, W, 1], 0 to 1.
 
     Raises:
         SampleError: no such file, not a PNG, or a PNG that is too large.
     """
-    data = _bytes_of(root / path)
-    if data is None:
-        raise SampleError("failed_to_download", "unreadable", f"cannot read the file {path}")
-    image = _decoded(data)
+    image = _decoded(_image_file(root, path))
     peak = 255 if image.dtype == np.uint8 else 65535
     colour = np.atleast_3d(image).astype(np.float32) * np.float32(255 / peak)
     alpha = colour[:, :, -1:] / np.float32(255) if colour.shape[2] in (2, 4) else np.ones_like(colour[:, :, :1])

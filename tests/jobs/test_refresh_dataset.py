@@ -50,6 +50,9 @@ def test_smoke_makes_a_snapshot_that_webdataset_reads(job: Type, tmp_path: Path)
         (["drawn", "--engine", "img2dataset", "--output-folder", "OUT"], "--engine: got 'img2dataset'"),
         (["card", "drwan", "--output-folder", "OUT"], "card: got 'drwan'"),
         (["card", "BADCARD", "--output-folder", "OUT"], "tilte"),
+        (["card", "esc50", "--source-options", "folds", "--output-folder", "OUT"], "--source-options: got 'folds'"),
+        (["card", "esc50", "--source-options", "folds=[1", "--output-folder", "OUT"], "the value in YAML"),
+        (["card", "esc50", "--source-options", "flods=[1]", "--output-folder", "OUT"], "flods"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence_before_any_cluster_starts(
@@ -71,6 +74,14 @@ def test_a_wrong_setting_is_one_sentence_before_any_cluster_starts(
     assert job("refresh_dataset", *typed) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") <= 2 and "Traceback" not in error
+
+
+def test_options_of_the_source_replace_those_of_a_card(job: Type, tmp_path: Path) -> None:
+    words = ["card", "drawn", "--source-options", "samples=3", "size=64", "split=val", "--processes-count", "0"]
+    words += ["--resize-mode", "no"]
+    assert job("refresh_dataset", *words, "--output-folder", str(tmp_path)) == 0
+    snapshot = read_snapshot(str(tmp_path))
+    assert snapshot.samples == 3 and snapshot.options["source"]["split"] == "val"
 
 
 def test_a_private_ray_that_does_not_start_is_one_sentence(

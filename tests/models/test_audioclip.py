@@ -24,6 +24,7 @@ from pipeline.loaders.samples import UnreadableSample
 from pipeline.models.audioclip import Audioclip, Config
 from pipeline.models.audioclip.esresnext import EsResNextFbsp
 from pipeline.models.audioclip.readers import TagReader
+from pipeline.models.audioclip.towers import is_head
 from pipeline.shards.sample import Sample
 from pipeline.shards.waveforms import encode_flac
 from pipeline.training import distributed
@@ -294,6 +295,19 @@ def test_settings_that_cannot_work(settings: dict[str, Any]) -> None:
 def test_settings_that_the_check_refuses(settings: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match=next(iter(settings))):
         Audioclip.check(smallest(**settings))
+
+
+@pytest.mark.parametrize("prefix", ["", "audio."])
+def test_weights_of_an_audio_tower_load_from_a_file(prefix: str, tmp_path: Path) -> None:
+    """Under the tower's own names, as the authors publish theirs, or under the method's; a head of tags is left out."""
+    torch.manual_seed(5)
+    trained = Audioclip(smallest(modalities=("audio",), class_names=("dog", "bell")))
+    state = {name.removeprefix("audio."): one for name, one in trained.state_dict().items() if name[:6] == "audio."}
+    others = {"logit_scale": torch.zeros(())} if prefix else {}
+    torch.save({**others, **{prefix + name: one for name, one in state.items()}}, tmp_path / "tower.pt")
+    loaded = build(audio_pretrained=str(tmp_path / "tower.pt")).audio.state_dict()
+    heads = {name for name in loaded if is_head(name)}
+    assert heads and {name for name in loaded if not torch.equal(loaded[name], state[name])} == heads
 
 
 def test_weights_of_another_tower_are_refused(tmp_path: Path) -> None:

@@ -63,13 +63,18 @@ def _samples(level: Tensor, grid: Tensor) -> Tensor:
     return functional.grid_sample(level, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
+def _product(matrix: Tensor, columns: Tensor) -> Tensor:
+    """[I, J] times each of [B, J, N]; ``matrix @ columns`` would transpose, and so copy, all columns."""
+    return torch.bmm(matrix.expand(len(columns), -1, -1), columns)
+
+
 class _SampledProduct(torch.autograd.Function):
     """The product of a filter [O, C * 9] with weighted samples of a map; the samples are taken again backward."""
 
     @staticmethod
     def forward(context: Any, level: Tensor, grid: Tensor, weights: Tensor, kernel: Tensor) -> Tensor:
         context.save_for_backward(level, grid, weights, kernel)
-        return kernel @ (_samples(level, grid) * weights[:, None]).flatten(1, 2)
+        return _product(kernel, _samples(level, grid).mul_(weights[:, None]).flatten(1, 2))
 
     @staticmethod
     @once_differentiable
@@ -79,7 +84,7 @@ class _SampledProduct(torch.autograd.Function):
             level, grid = level.detach().requires_grad_(), grid.detach().requires_grad_()
             samples = _samples(level, grid)
         with torch.no_grad():
-            arriving = (kernel.T @ gradient).unflatten(1, (-1, TAPS))
+            arriving = _product(kernel.T, gradient).unflatten(1, (-1, TAPS))
             columns = (samples * weights[:, None]).flatten(1, 2)
             of_kernel = (gradient @ columns.transpose(1, 2)).sum(dim=0)
             of_weights = (arriving * samples).sum(dim=1)

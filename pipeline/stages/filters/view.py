@@ -235,6 +235,9 @@ def _column(values: list[Any]) -> Any:
             return pa.array(values, pa.float64() if float in kinds else pa.bool_() if bool in kinds else pa.int64())
         except (pa.ArrowInvalid, OverflowError):
             pass  # whole numbers beyond 64 bits
+    if kinds == {list}:
+        lists = [None if value is None else [stored_text(entry) for entry in value] for value in values]
+        return pa.array(lists, pa.list_(pa.string()))
     return pa.array([stored_text(value) for value in values], pa.string())
 
 

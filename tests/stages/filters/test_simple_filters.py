@@ -24,6 +24,7 @@ from pipeline.stages.filters.repetition import Repetition, is_repetitive
 from pipeline.stages.filters.run import filter_snapshot, read_reasons
 from pipeline.stages.filters.size import Size
 from pipeline.stages.filters.text import Text
+from pipeline.stages.filters.values import Values
 from pipeline.stages.filters.view import ShardView
 from pipeline.stages.shard_tasks import Workers
 
@@ -53,6 +54,27 @@ def reasons(snapshot: Snapshot, *filters: Filter) -> list[str]:
 )
 def test_captions_are_mended(text, cleaned):
     assert clean_text(text) == cleaned
+
+
+@pytest.mark.parametrize("table", [True, False])
+def test_samples_are_chosen_by_the_values_of_a_column(table, make_data: Any):
+    columns = {"fold": [1, 2, 3, 2, None, 1], "tags": [["a", "b"], ["b"], [], ["c"], None, ["a"]]}
+    data = make_data(list("uvwxyz"), columns=columns, table=table)
+
+    def kept(**options: Any) -> str:
+        found = reasons(data, Values(**options))
+        assert set(found) <= {"", "values.other_value"}
+        return "".join(letter for letter, reason in zip("uvwxyz", found, strict=True) if not reason)
+
+    assert kept(values_column="fold", values_keep=("1", "3")) == "uwz"
+    assert kept(values_column="fold", values_drop=("2",)) == "uwyz"
+    assert kept(values_column="tags", values_keep=("b", "c")) == "uvx"
+    assert kept(values_column="tags", values_keep=("b", "a"), values_drop=("a",)) == "v"
+    with pytest.raises(DataError, match="no_column"):
+        kept(values_column="no_column", values_keep=("1",))
+    for wrong in ({"values_column": "fold"}, {"values_keep": ("1",)}):
+        with pytest.raises(SettingError, match="values_"):
+            kept(**wrong)
 
 
 def test_empty_captions_go(make_data: Any):
@@ -240,6 +262,6 @@ def test_columns_of_plain_tars_are_the_union_of_all_samples(make_data: Any, tmp_
     view = ShardView(Folder(tmp_path), snapshot.shards[0])
     assert view.captions(cleaned=False) == ["", "one", "two", ""]
     assert view.column("score") == [None, 0.5, 1.0, None] and view.column("n") == [None, "1", "x", None]
-    assert view.column("tags") == [None, '["x"]', None, None]
+    assert view.column("tags") == [None, ["x"], None, None]
     assert view.sizes().tolist() == [[96, 64], [96, 64], [7, 8], [96, 64]]
     assert view.digests() == [hashlib.sha256(image).digest()] * 4
