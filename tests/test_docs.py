@@ -113,7 +113,7 @@ def test_presets_in_commands_exist(page: Path) -> None:
 
 def test_the_table_of_methods_is_complete() -> None:
     text = README.read_text(encoding="utf-8")
-    for folder in ("pipeline/models", "pipeline/models/adapters"):
+    for folder in ("pipeline/models", "pipeline/models/adapters", "pipeline/generation/methods"):
         for path in sorted((ROOT / folder).glob("*.py")):
             source = path.read_text(encoding="utf-8")
             if re.search(r"^class Config\b", source, re.MULTILINE):

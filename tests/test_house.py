@@ -20,7 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PIPELINE = ROOT / "pipeline"
 
 # Each folder may import itself, the modules at the root of pipeline/, and the folders before it.
-ORDER = ("shards", "sources", "codecs", "stages", "loaders", "models", "training", "evaluation", "tracking", "runs")
+ORDER = (
+    *("shards", "sources", "codecs", "stages", "loaders", "models"),
+    *("generation", "training", "evaluation", "tracking", "runs"),
+)
 ROOT_MODULES = {"config", "dataset", "errors"}
 TOP_LEVEL = {
     ".ci",

@@ -3,26 +3,14 @@
 The output folder stores the child run of each trial, so a resumed job adds to the existing runs.
 """
 
-import hashlib
-import json
-import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from pipeline.config import from_plain, parse_json, require
-from pipeline.errors import DataError
+from pipeline.runs.child_runs import ChildRuns
 from pipeline.runs.few_shot import Result
 from pipeline.runs.few_shot_report import comma_separated, figure, scores, table
 from pipeline.shards.storage import Folder
-from pipeline.tracking.runs import MlflowTracker, NoTracker, Tracking, start
 from pipeline.training.adapt_artifact import WORDS
-from pipeline.training.run import is_plain_id
-
-RUNS = "mlflow_runs.json"
-PARENT = "parent"
-TOKEN = "token"
-"""Entry of a random word, stored before any run is made; see :func:`pipeline.tracking.runs.start`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,55 +24,20 @@ class TrialSettings:
     seed: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Runs:
-    """The ids of runs, by trial."""
-
-    ids: Mapping[str, str]
-
-    def __post_init__(self) -> None:
-        for key, value in self.ids.items():
-            require(is_plain_id(value), key, value, "the id of a run")
-
-
-class FewShotRecord:
+class FewShotRecord(ChildRuns):
     """The MLflow runs of one job; a context manager that ends the parent."""
-
-    def __init__(self, settings: Tracking, job: Any, folder: Folder, track: bool) -> None:
-        """Continue the job's runs, or create them.
-
-        Raises:
-            SettingError: the tracking server does not answer.
-            DataError: the list of runs in ``folder`` is damaged.
-        """
-        self._settings, self._folder = settings, folder
-        self._known = _read(folder) if track else {}
-        self._parent: MlflowTracker | NoTracker = NoTracker()
-        if track:
-            if TOKEN not in self._known:
-                self._remember(TOKEN, uuid.uuid4().hex)
-            self._parent = start(settings, job, run_id=self._known.get(PARENT, ""), token=self._token(PARENT))
-            self._remember(PARENT, self._parent.run_id)
-
-    def __enter__(self) -> "FewShotRecord":
-        self._parent.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._parent.__exit__(*error)
 
     def add(self, result: Result) -> None:
         """Create a child run for ``result``, unless it exists."""
         key = f"{result.trial.name} {result.settings}"
-        if isinstance(self._parent, NoTracker) or key in self._known:
-            return
         trial = result.trial
         parameters = TrialSettings(
             protocol=trial.protocol, method=trial.method, data=trial.data, shots=trial.shots, seed=trial.seed
         )
-        settings = replace(self._settings, run_name=trial.name, system_metrics=False)
-        tags = {"mlflow.parentRunId": self._parent.run_id}
-        with start(settings, parameters, tags=tags, token=self._token(key), once=True) as child:
+        run = self._child(key, trial.name, parameters)
+        if run is None:
+            return
+        with run as child:
             for numbers in result.history:
                 child.log({name: value for name, value in numbers.items() if name != "epoch"}, int(numbers["epoch"]))
             child.log(_final(result), len(result.history))
@@ -110,22 +63,6 @@ class FewShotRecord:
             name = f"{results[0].trial.protocol}/{score.data}{where}/{_plain(score.method)}/top1"
             self._parent.log({name: score.mean}, score.shots)
         return text
-
-    def _token(self, key: str) -> str:
-        return hashlib.sha256(f"{self._known[TOKEN]} {key}".encode()).hexdigest()[:32]
-
-    def _remember(self, key: str, run_id: str) -> None:
-        self._known[key] = run_id
-        self._folder.write_atomic(RUNS, json.dumps(self._known, indent=1).encode())
-
-
-def _read(folder: Folder) -> dict[str, str]:
-    try:
-        return dict(from_plain(_Runs, {"ids": parse_json(folder.read_bytes(RUNS))}, folder.join(RUNS)).ids)
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise DataError(f"{folder.join(RUNS)} is no list of MLflow runs ({error}); delete it for new runs") from error
 
 
 def _final(result: Result) -> dict[str, float]:

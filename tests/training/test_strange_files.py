@@ -9,7 +9,8 @@ import pytest
 from pipeline.config import from_json, from_plain
 from pipeline.errors import ClipmillError, DataError, SettingError
 from pipeline.models.clip import Clip
-from pipeline.runs.few_shot_records import RUNS, FewShotRecord
+from pipeline.runs.child_runs import RUNS
+from pipeline.runs.few_shot_records import FewShotRecord
 from pipeline.shards.storage import Folder
 from pipeline.tracking.runs import Tracking
 from pipeline.training.adapt_artifact import read_record as read_adapter

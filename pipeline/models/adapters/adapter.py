@@ -24,7 +24,7 @@ from pipeline.config import require
 from pipeline.errors import DataError, SettingError
 from pipeline.models.adapters.text import TextTower
 from pipeline.models.clip import Clip
-from pipeline.models.towers.prompts import fill_template, readable_name
+from pipeline.models.towers.prompts import count_tokens, fill_template, readable_name
 from pipeline.models.towers.weights import weights_digest
 
 SHARED = ("adapter", "prompts", "text", "vision")
@@ -79,7 +79,7 @@ class FrozenClip:
         """
         tokenizer: Any = self.method.tokenizer
         for name in classes:
-            most = max(_tokens(tokenizer, fill_template(template, name)) for template in templates)
+            most = max(count_tokens(tokenizer, fill_template(template, name)) for template in templates)
             room = int(tokenizer.context_length)
             require(
                 most <= room, "classes", name, f"a name that fits {room} tokens with its prompts, which take {most}"
@@ -215,12 +215,6 @@ class Adapter(nn.Module, ABC):
     def head(self) -> Tensor | None:
         """Class vectors, float [C, D] of unit length, that classify like this method; ``None`` if there are none."""
         return None
-
-
-def _tokens(tokenizer: Any, text: str) -> int:
-    """The number of tokens of ``text`` without truncation, start and end included."""
-    encode = getattr(tokenizer, "encode", None)  # open_clip's own; others wrap a tokenizer of transformers
-    return len(tokenizer.tokenizer(text)["input_ids"]) if encode is None else len(encode(text)) + 2
 
 
 def unit(features: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ Radford et al. 2021, arXiv 2103.00020, section 3.1.4: the unit features of a cla
 and the mean is normalised. Every method and evaluation writes a name into a prompt by :func:`fill_template`.
 """
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,3 +27,9 @@ def average_prompts(features: Tensor, prompts: int) -> Tensor:
     """Unit vectors [C, D] of classes from the unit features [C x prompts, D] of their prompts, class after class."""
     means = features.reshape(len(features) // prompts, prompts, -1).mean(dim=1)
     return functional.normalize(means, dim=-1)
+
+
+def count_tokens(tokenizer: Any, text: str) -> int:
+    """The number of tokens of ``text`` without truncation, start and end included."""
+    encode = getattr(tokenizer, "encode", None)  # open_clip's own; others wrap a tokenizer of transformers
+    return len(tokenizer.tokenizer(text)["input_ids"]) if encode is None else len(encode(text)) + 2

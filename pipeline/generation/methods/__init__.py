@@ -1,0 +1,1 @@
+"""Methods that optimise images; each module is one, found by its name."""

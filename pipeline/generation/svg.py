@@ -1,0 +1,319 @@
+"""Strokes as SVG files, and SVG files as strokes.
+
+Written are paths with round caps and joins, with coordinates to a thousandth of a pixel. Read are the elements path,
+line, polyline, polygon and rect, in groups as well, with colours and widths as attributes or in ``style``. Differences
+from other readers: caps and joins are round, curves of an arc, transforms and style sheets are refused, and fill rules
+are one for the whole file. An SVG file may come from anyone: entities are refused before it is parsed.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from xml.etree import ElementTree
+
+import torch
+from PIL import ImageColor
+
+from pipeline.config import require
+from pipeline.errors import SettingError
+from pipeline.generation.curves import Strokes
+
+NAMESPACE = "http://www.w3.org/2000/svg"
+IGNORED = {"title", "desc", "metadata"}
+INHERITED = ("stroke", "stroke-width", "stroke-opacity", "fill", "fill-opacity", "fill-rule")
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+TOKENS = re.compile(rf"[A-Za-z]|{NUMBER}")
+ARGUMENTS = {"M": 2, "L": 2, "H": 1, "V": 1, "C": 6, "S": 4, "Q": 4, "T": 2, "Z": 0}
+LONGEST = 20_000_000
+MOST_PIXELS = 16_384
+
+Point = tuple[float, float]
+Curve = tuple[Point, Point, Point, Point]
+Colour = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class SvgScene:
+    """The paths of one SVG file, B = 1, and the size and the colour of its canvas."""
+
+    strokes: Strokes
+    height: int
+    width: int
+    background: Colour | None
+    """Colour of a first rectangle that covers the canvas, 0 to 1; none without one."""
+
+
+def write_svg(strokes: Strokes, height: int, width: int, background: Colour | None = (1.0, 1.0, 1.0)) -> list[str]:
+    """One SVG text for each image, on a canvas of this size; colours are clamped to 0 to 1."""
+    ground = "" if background is None else f'<rect width="100%" height="100%" fill="{_written(background)}"/>\n'
+    head = f'<svg xmlns="{NAMESPACE}" width="{width}" height="{height}" viewBox="0 0 {width} {height}">\n{ground}'
+    points, widths = strokes.points.detach().double().cpu(), strokes.widths.detach().double().cpu()
+    colours, counts, fills = strokes.colours.detach().clamp(0, 1).cpu(), strokes.counts().cpu(), strokes.fills().cpu()
+    rule = "evenodd" if strokes.even_odd else "nonzero"
+    found = []
+    for image in range(len(points)):
+        lines = []
+        for path in range(points.shape[1]):
+            used = points[image, path, : 3 * int(counts[image, path]) + 1].tolist()
+            *colour, alpha = colours[image, path].tolist()
+            if fills[image, path]:
+                paint = f'fill="{_written(colour)}" fill-opacity="{alpha:.4f}" fill-rule="{rule}"'
+            else:
+                size = max(float(widths[image, path]), 0)
+                paint = f'fill="none" stroke="{_written(colour)}" stroke-opacity="{alpha:.4f}" '
+                paint += f'stroke-width="{size:.3f}" stroke-linecap="round" stroke-linejoin="round"'
+            lines.append(f'<path d="{_data(used)}" {paint}/>\n')
+        found.append(f"{head}{''.join(lines)}</svg>\n")
+    return found
+
+
+def _data(points: Sequence[Sequence[float]]) -> str:
+    words = [f"{x:.3f},{y:.3f}" for x, y in points]
+    return f"M {words[0]} C {' '.join(words[1:])}"
+
+
+def _written(colour: Sequence[float]) -> str:
+    return f"rgb({', '.join(f'{100 * part:.2f}%' for part in colour)})"
+
+
+def read_svg(text: str, origin: str = "svg") -> SvgScene:
+    """The paths of an SVG file; a path with a line and an inside becomes two, the inside first.
+
+    Raises:
+        SettingError: not SVG, without a size, or with parts that are not read; ``origin`` names the file.
+    """
+    require(len(text) <= LONGEST, origin, f"{len(text)} characters", f"at most {LONGEST}")
+    require("<!ENTITY" not in text and "<!DOCTYPE" not in text, origin, "a document type", "an SVG file without one")
+    try:
+        root = ElementTree.fromstring(text)
+    except (ElementTree.ParseError, ValueError, RecursionError) as error:
+        raise SettingError(origin, text[:40], f"an SVG file ({error})") from error
+    require(_name(root) == "svg", origin, _name(root), "the element svg")
+    height, width, scale = _canvas(root, origin)
+    elements = list(_elements(root, dict[str, str](), origin))
+    background = None
+    if elements and _covers(elements[0], height / scale, width / scale):
+        background = _colour(elements.pop(0)["fill"], origin)
+    paths = [path for one in elements for path in _paths(one, origin)]
+    rules = {one.get("fill-rule", "nonzero") for one in elements if one.get("fill", "black") != "none"}
+    require(len(rules) <= 1, origin, sorted(rules), "one fill rule for all paths")
+    return SvgScene(_strokes(paths, scale, rules == {"evenodd"}), height, width, background)
+
+
+@dataclass(frozen=True)
+class _Path:
+    curves: Sequence[Curve]
+    width: float
+    colour: tuple[float, float, float, float]
+    filled: bool
+
+
+def _strokes(paths: Sequence[_Path], scale: float, even_odd: bool) -> Strokes:
+    most = max((len(path.curves) for path in paths), default=1)
+    points = torch.zeros(1, len(paths), 3 * most + 1, 2)
+    for number, path in enumerate(paths):
+        flat = [path.curves[0][0], *(point for curve in path.curves for point in curve[1:])]
+        points[0, number] = torch.tensor(flat + flat[-1:] * (3 * most + 1 - len(flat)))
+    return Strokes(
+        points=points * scale,
+        widths=torch.tensor([[path.width for path in paths]]).view(1, -1) * scale,
+        colours=torch.tensor([path.colour for path in paths]).view(1, -1, 4),
+        segments=torch.tensor([len(path.curves) for path in paths], dtype=torch.long).view(1, -1),
+        filled=torch.tensor([path.filled for path in paths], dtype=torch.bool).view(1, -1),
+        even_odd=even_odd,
+    )
+
+
+def _name(element: ElementTree.Element) -> str:
+    return str(element.tag).rpartition("}")[2]
+
+
+def _canvas(root: ElementTree.Element, origin: str) -> tuple[int, int, float]:
+    """Height and width in whole pixels, and the factor from the file's units to pixels."""
+    box = [float(one) for one in re.findall(NUMBER, root.get("viewBox", ""))]
+    require(len(box) in (0, 4) and box[:2] in ([], [0, 0]), origin, root.get("viewBox"), "a viewBox from 0 0")
+    sides = [_length(root.get(name, ""), origin) for name in ("width", "height")]
+    width, height = (one or (box[2:] or [0, 0])[number] for number, one in enumerate(sides))
+    fits = 1 <= width <= MOST_PIXELS and 1 <= height <= MOST_PIXELS
+    require(fits, origin, (width, height), f"a width and a height of 1 to {MOST_PIXELS} pixels")
+    scale = width / box[2] if box and box[2] > 0 else 1.0
+    even = not box or abs(scale * box[3] - height) <= 0.5
+    require(even, origin, root.get("viewBox"), "a viewBox with the aspect ratio of width and height")
+    return round(height), round(width), scale
+
+
+def _length(text: str, origin: str) -> float:
+    """A length in pixels; 0 if there is none, or a percentage."""
+    if not text or text.endswith("%"):
+        return 0.0
+    found = re.fullmatch(rf"({NUMBER})(px)?", text.strip())
+    if found is None:
+        raise SettingError(origin, text, "lengths in pixels")
+    return float(found[1])
+
+
+def _elements(parent: ElementTree.Element, style: Mapping[str, str], origin: str) -> Iterator[dict[str, str]]:
+    """The attributes of all drawn elements, with those that they inherit; their kind is under ``kind``."""
+    own = {key.strip(): value.strip() for key, _, value in _declarations(parent.get("style", ""))}
+    inherited = {**style, **{key: parent.attrib[key] for key in INHERITED if key in parent.attrib}, **own}
+    require("transform" not in parent.attrib, origin, parent.get("transform"), "a file without transforms")
+    kind = _name(parent)
+    if kind in ("svg", "g"):
+        opaque = float(inherited.pop("opacity", parent.get("opacity", "1"))) == 1
+        require(opaque, origin, "opacity of a group", "opacity of paths alone")
+        for child in parent:
+            yield from _elements(child, inherited, origin)
+    elif kind not in IGNORED:
+        require(kind in SHAPES, origin, kind, f"the elements g, {', '.join(SHAPES)}")
+        yield {**parent.attrib, **inherited, "kind": kind}
+
+
+def _declarations(style: str) -> Iterator[tuple[str, str, str]]:
+    return (one.partition(":") for one in style.split(";") if ":" in one)
+
+
+def _covers(element: Mapping[str, str], height: float, width: float) -> bool:
+    """Whether it is a rectangle over the whole canvas."""
+    sides = (element.get("width"), width), (element.get("height"), height)
+    whole = all(text in ("100%", f"{side:g}") for text, side in sides)
+    plain = element.get("fill", "none") != "none" and "stroke" not in element and "fill-opacity" not in element
+    return element["kind"] == "rect" and whole and plain and not float(element.get("x", 0) or 0)
+
+
+def _paths(element: Mapping[str, str], origin: str) -> Iterator[_Path]:
+    try:
+        parts = SHAPES[element["kind"]](element)
+        opacity = float(element.get("opacity", 1))
+        fill, line = element.get("fill", "black"), element.get("stroke", "none")
+        if fill != "none":
+            require(len(parts) <= 1, origin, "a filled path of several parts", "filled paths of one part")
+            alpha = opacity * float(element.get("fill-opacity", 1))
+            yield from (_Path(part, 0.0, (*_colour(fill, origin), alpha), True) for part in parts)
+        if line != "none":
+            alpha = opacity * float(element.get("stroke-opacity", 1))
+            width = _length(element.get("stroke-width", "1"), origin)
+            yield from (_Path(part, width, (*_colour(line, origin), alpha), False) for part in parts)
+    except (ValueError, LookupError) as error:
+        if isinstance(error, SettingError):
+            raise
+        raise SettingError(origin, dict(element), f"an element that can be read ({error})") from error
+
+
+def _colour(text: str, origin: str) -> Colour:
+    """A name, ``#rgb``, ``#rrggbb`` or ``rgb(…)`` of numbers to 255 or of percentages: 0 to 1 each."""
+    found = re.fullmatch(rf"rgb\(\s*({NUMBER})(%?)[\s,]+({NUMBER})(%?)[\s,]+({NUMBER})(%?)\s*\)", text)
+    if found is not None:
+        parts = [min(max(float(found[n]) / (100 if found[n + 1] else 255), 0.0), 1.0) for n in (1, 3, 5)]
+        return parts[0], parts[1], parts[2]
+    try:
+        red, green, blue = ImageColor.getrgb(text)[:3]
+    except ValueError as error:
+        raise SettingError(origin, text, "a colour") from error
+    return red / 255, green / 255, blue / 255
+
+
+def _path(element: Mapping[str, str]) -> list[list[Curve]]:
+    return curves_of(element.get("d", ""))
+
+
+def _line(element: Mapping[str, str]) -> list[list[Curve]]:
+    ends = [(float(element.get(f"x{n}", 0)), float(element.get(f"y{n}", 0))) for n in (1, 2)]
+    return [[_straight(*ends)]]
+
+
+def _polyline(element: Mapping[str, str]) -> list[list[Curve]]:
+    numbers = [float(one) for one in re.findall(NUMBER, element.get("points", ""))]
+    corners = list(zip(numbers[::2], numbers[1::2], strict=True))
+    lines = [_straight(one, other) for one, other in zip(corners, corners[1:], strict=False)]
+    return [lines] if lines else []
+
+
+def _polygon(element: Mapping[str, str]) -> list[list[Curve]]:
+    return [[*lines, _straight(lines[-1][3], lines[0][0])] for lines in _polyline(element)]
+
+
+def _rect(element: Mapping[str, str]) -> list[list[Curve]]:
+    x, y = float(element.get("x", 0)), float(element.get("y", 0))
+    right, bottom = x + float(element["width"]), y + float(element["height"])
+    return _polygon({"points": f"{x} {y} {right} {y} {right} {bottom} {x} {bottom}"})
+
+
+SHAPES = {"path": _path, "line": _line, "polyline": _polyline, "polygon": _polygon, "rect": _rect}
+
+
+def curves_of(data: str) -> list[list[Curve]]:
+    """The parts of a path's ``d``, each a list of cubic curves; straight and quadratic ones are raised, exactly.
+
+    Raises:
+        ValueError: a command that is not read, or a missing number.
+    """
+    parts: list[list[Curve]] = []
+    here, begin, command, last = (0.0, 0.0), (0.0, 0.0), "", ""
+    tokens = TOKENS.findall(data)
+    while tokens:
+        if tokens[0].isalpha():
+            command = tokens.pop(0)
+        elif command in "zZ":
+            raise ValueError(f"a number after {command or 'nothing'}")
+        kind = command.upper()
+        if kind not in ARGUMENTS:
+            raise ValueError(f"the command {command}")
+        numbers = [float(tokens.pop(0)) for _ in range(ARGUMENTS[kind])]
+        points = _points(kind, numbers, here, command.islower())
+        if kind == "M":
+            here = begin = points[0]
+            parts.append([])
+            command = "l" if command == "m" else "L"
+        else:
+            if kind == "Z":
+                points = [begin]
+                parts.append([]) if not parts else None
+            before = parts[-1][-1] if parts and parts[-1] else None
+            curve = _cubic(kind, here, points, before, last)
+            here = curve[3]
+            if kind != "Z" or curve[0] != curve[3]:
+                parts[-1].append(curve)
+        last = kind
+    return [part for part in parts if part]
+
+
+def _points(kind: str, numbers: Sequence[float], here: Point, relative: bool) -> list[Point]:
+    x, y = here if relative else (0.0, 0.0)
+    if kind == "H":
+        return [(numbers[0] + x, here[1])]
+    if kind == "V":
+        return [(here[0], numbers[0] + y)]
+    return [(a + x, b + y) for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
+
+
+def _cubic(kind: str, here: Point, points: Sequence[Point], before: Curve | None, last: str) -> Curve:
+    if kind == "C":
+        return here, points[0], points[1], points[2]
+    if kind == "S":
+        return here, _mirrored(here, before[2] if before and last in "CS" else here), points[0], points[1]
+    if kind == "Q":
+        return _quadratic(here, *points)
+    if kind == "T":
+        middle = here if not before or last not in "QT" else _mirrored(here, _middle(before))
+        return _quadratic(here, middle, points[0])
+    return _straight(here, points[0])
+
+
+def _mirrored(here: Point, point: Point) -> Point:
+    return 2 * here[0] - point[0], 2 * here[1] - point[1]
+
+
+def _middle(curve: Curve) -> Point:
+    """The middle point of the quadratic curve that became this cubic one."""
+    (_, _, other, end) = curve
+    return (3 * other[0] - end[0]) / 2, (3 * other[1] - end[1]) / 2
+
+
+def _quadratic(start: Point, middle: Point, end: Point) -> Curve:
+    one, other = (tuple(p + 2 / 3 * (m - p) for p, m in zip(point, middle, strict=True)) for point in (start, end))
+    return start, (one[0], one[1]), (other[0], other[1]), end
+
+
+def _straight(start: Point, end: Point) -> Curve:
+    one, other = (tuple(a + part * (b - a) for a, b in zip(start, end, strict=True)) for part in (1 / 3, 2 / 3))
+    return start, (one[0], one[1]), (other[0], other[1]), end

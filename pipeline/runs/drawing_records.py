@@ -1,0 +1,56 @@
+"""Optimised images in MLflow: a parent run for a job, and a child run for every image that shows how it came to be."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.runs.child_runs import ChildRuns
+from pipeline.runs.drawing_report import drawings_table, gallery, scores_parquet
+from pipeline.runs.drawings import IMAGES, DrawingResult
+from pipeline.shards.privacy import masked
+
+SCORES, GALLERY, TABLE = "scores.parquet", "gallery.html", "table.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingParameters:
+    """The parameters of a child run, for comparison."""
+
+    method: str
+    subject: str
+    seed: int
+
+
+class DrawingRecord(ChildRuns):
+    """The MLflow runs of one job, and the files about all its images."""
+
+    def add(self, result: DrawingResult) -> None:
+        """Create a child run for ``result``, unless it exists: curves, images of chosen steps, SVG and film."""
+        unit, key = result.unit, f"{result.unit.name} {result.settings}"
+        parameters = DrawingParameters(method=unit.method, subject=masked(unit.subject), seed=unit.seed)
+        run = self._child(key, unit.name, parameters)
+        if run is None:
+            return
+        images = self._folder.folder(IMAGES)
+        with run as child:
+            for entry in result.history:
+                numbers = {f"drawing/{name}": value for name, value in entry.items() if name != "step"}
+                child.log(numbers, int(entry["step"]))
+            child.log({"perf/seconds": result.seconds, "drawing/retries": float(result.retries)}, result.steps)
+            for file in result.files:
+                folder = "steps" if "-step-" in file else "image"
+                child.log_file(f"{folder}/{file}", images.read_bytes(file))
+        self._remember(key, run.run_id)
+
+    def conclude(self, results: Sequence[DrawingResult], facts: Mapping[str, str]) -> str:
+        """Store scores, gallery and table in the folder, and the last two in the parent run; returns the table."""
+        table, page = drawings_table(results), gallery(results, facts)
+        self._folder.write_atomic(SCORES, scores_parquet(results))
+        self._folder.write_atomic(GALLERY, page.encode())
+        self._folder.write_atomic(TABLE, table.encode())
+        self._parent.describe(table)
+        self._parent.log_text(TABLE, table)
+        for method in dict.fromkeys(one.unit.method for one in results):
+            some = [one.judge for one in results if one.unit.method == method]
+            name = "".join(letter if letter.isalnum() or letter in "_-." else "_" for letter in method)
+            self._parent.log({f"drawing/{name}/judge": sum(some) / len(some)}, 0)
+        return table

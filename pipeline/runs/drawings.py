@@ -1,0 +1,330 @@
+"""Many optimised images: methods x prompts or images x seeds, a few together in each task, each finished once.
+
+A task loads its CLIPs once for its process, goes on from its last checkpoint, and writes a PNG, an SVG, a film and a
+JSON file of each of its images; the JSON is written last and marks the image as finished. The same command skips
+finished images and continues the others.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pipeline.config import from_plain, near, parse_json, require, to_json
+from pipeline.errors import DataError, SettingError
+from pipeline.evaluation.models import load_model
+from pipeline.generation.guides import Guide
+from pipeline.generation.loop import LoopProgress, Optimization
+from pipeline.generation.method import (
+    GenerationMethod,
+    Subject,
+    generation_class,
+    generation_config,
+)
+from pipeline.generation.prompts import parse_prompts
+from pipeline.runs.films import Film, FilmKind
+from pipeline.shards.storage import Folder
+from pipeline.stages.ray_session import log_as_job
+from pipeline.stages.shard_tasks import Workers, run_tasks
+
+logger = logging.getLogger(__name__)
+
+IMAGES, RESULTS, CHECKPOINTS = "images", "results", "checkpoints"
+
+
+@dataclass(frozen=True)
+class DrawingSpec:
+    """A method with overrides of its paper's values: ``clipasso`` or ``clipasso:strokes=8,loop.steps=500``."""
+
+    text: str
+    method: str
+    config: Any
+
+    def build(self) -> GenerationMethod:
+        """The method."""
+        return generation_class(self.method)(self.config)
+
+
+@dataclass(frozen=True)
+class SubjectSource:
+    """A subject, as it travels to a task: the text of its prompts, or pixels uint8 [H, W, 3] on white."""
+
+    text: str
+    """Prompts, or the address of the image."""
+    pixels: NDArray[np.uint8] | None = None
+
+    def read(self) -> Subject:
+        """The subject of a method; raises ``SettingError`` for prompts that are none."""
+        if self.pixels is None:
+            return Subject(prompts=parse_prompts(self.text))
+        return Subject(image=torch.from_numpy(self.pixels.copy()).permute(2, 0, 1).float() / 255)
+
+    def digest(self) -> str:
+        """SHA-256 of the content."""
+        pixels = b"" if self.pixels is None else repr(self.pixels.shape).encode() + self.pixels.tobytes()
+        return hashlib.sha256(self.text.encode() + pixels).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingUnit:
+    """One image: a method's text, a subject's and a seed."""
+
+    method: str
+    subject: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """``clipdraw-a-red-star-1f0c2a-seed-1``, valid as a file name and different for each image."""
+        words = (re.sub(r"[^\w.]+", "-", text).strip("-")[:40] for text in (self.method, self.subject))
+        digest = hashlib.sha256(f"{self.method}\n{self.subject}".encode()).hexdigest()[:6]
+        return f"{'-'.join(words)}-{digest}-seed-{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingResult:
+    """A finished image: its numbers at each evaluation, and its last ones."""
+
+    unit: DrawingUnit
+    settings: str
+    steps: int
+    loss: float
+    """Without augmentation."""
+    judge: float
+    """Cosine with its prompts, or its image, of the CLIP that gave no gradients."""
+    retries: int
+    """How often the task went back because a loss was not finite."""
+    seconds: float
+    history: tuple[Mapping[str, float], ...]
+    files: tuple[str, ...]
+    """Below ``images``: PNG, SVG, film, and images of some steps."""
+
+
+def parse_drawing_spec(text: str, steps: int | None = None) -> DrawingSpec:
+    """Parse a method with its overrides; ``steps`` replaces the length of its loop.
+
+    Raises:
+        SettingError: an unknown method or option, or an invalid value.
+    """
+    method, _, settings = text.partition(":")
+    kind = generation_config(method)
+    plain = json.loads(to_json(kind()))
+    for part in filter(None, re.split(r",(?=[\w.]+=)", settings)):
+        name, given, value = part.partition("=")
+        *parents, last = name.split(".")
+        owner = plain
+        for parent in parents:
+            owner = owner.get(parent, {})
+        known = [key for key, value in owner.items() if not isinstance(value, dict)]
+        require(bool(given) and last in known, text, part, f"{', '.join(known)}, each with =VALUE{near(last, known)}")
+        owner[last] = yaml.safe_load(value)
+    if steps is not None:
+        plain["loop"]["steps"] = steps
+    return DrawingSpec(text, method, from_plain(kind, plain, text))
+
+
+def plan_drawings(
+    specs: Sequence[DrawingSpec], subjects: Sequence[SubjectSource], seeds: Sequence[int]
+) -> list[DrawingUnit]:
+    """All images; a method gets the subjects that it reads.
+
+    Raises:
+        SettingError: a method without a subject.
+    """
+    units = []
+    for spec in specs:
+        reads = generation_class(spec.method).reads
+        some = [one for one in subjects if (one.pixels is not None) == (reads == "image")]
+        field = "images" if reads == "image" else "prompts"
+        require(bool(some), field, (), f"one or more, for {spec.text}")
+        units += [DrawingUnit(method=spec.text, subject=one.text, seed=seed) for one, seed in product(some, seeds)]
+    return units
+
+
+@cache
+def load_guide(address: str, device: str) -> Guide:
+    """The frozen CLIP at ``address``, cached for this process; raises as :func:`load_model` and :class:`Guide`."""
+    return Guide(load_model(address, device), address)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingRunner:
+    """Makes images in any process; it pickles."""
+
+    specs: Mapping[str, DrawingSpec]
+    subjects: Mapping[str, SubjectSource]
+    judge: str
+    """Address of the CLIP that compares images with their subjects, without gradients."""
+    output: str
+    device: str = "auto"
+    film: FilmKind = "gif"
+    frames: int = 30
+    """Images of the film."""
+    shown: int = 4
+    """Images of chosen steps that are kept."""
+
+    def check(self, units: Sequence[DrawingUnit], device: str) -> None:
+        """Start one image of each method and subject on ``device``, before anything is drawn.
+
+        Raises:
+            SettingError: a model, an option or a subject that does not fit; the field begins with the method.
+        """
+        here = replace(self, device=device)
+        for unit in {(one.method, one.subject): one for one in units}.values():
+            try:
+                here._start([unit])
+            except SettingError as error:
+                raise error.within(f"{unit.method}: ") from error
+
+    def __call__(self, units: Sequence[DrawingUnit]) -> str:
+        """Make the images of one method, unless all are finished; returns their names."""
+        if any(self.finished(unit) is None for unit in units):
+            self._make(units)
+        return " ".join(unit.name for unit in units)
+
+    def finished(self, unit: DrawingUnit) -> DrawingResult | None:
+        """The result of ``unit``, if it exists with the same settings."""
+        folder, file = Folder(self.output).folder(RESULTS), f"{unit.name}.json"
+        try:
+            result = from_plain(DrawingResult, parse_json(folder.read_bytes(file)), folder.join(file))
+        except (FileNotFoundError, ValueError):
+            return None
+        return result if result.settings == self.settings(unit) else None
+
+    def settings(self, unit: DrawingUnit) -> str:
+        """SHA-256 of all that determines the image and its files."""
+        said = [to_json(self.specs[unit.method].config), self.subjects[unit.subject].digest(), str(unit.seed)]
+        said += [self.judge, self.film, str(self.frames), str(self.shown)]
+        return hashlib.sha256("\n".join(said).encode()).hexdigest()
+
+    def _start(self, units: Sequence[DrawingUnit]) -> Optimization:
+        method = self.specs[units[0].method].build()
+        guides = {name: load_guide(name, self.device) for name in method.models}
+        seeds = [unit.seed for unit in units]
+        picture, objective = method.start([self.subjects[unit.subject].read() for unit in units], seeds, guides)
+        return Optimization(picture, objective, method.loop, seeds, load_guide(self.judge, self.device))
+
+    def _make(self, units: Sequence[DrawingUnit]) -> None:
+        began, folder = time.monotonic(), Folder(self.output)
+        run, film = self._start(units), Film(self.frames, self.shown)
+        key = hashlib.sha256("\n".join(self.settings(unit) for unit in units).encode()).hexdigest()[:24]
+        kept = folder.folder(CHECKPOINTS)
+        loop, shots = f"{key}.pt", f"{key}-film.npz"
+        try:
+            run.resume(kept.read_bytes(loop))
+            film.read(kept.read_bytes(shots), run.progress.step)
+            logger.info("%s and %d more go on from step %d", units[0].name, len(units) - 1, run.progress.step)
+        except FileNotFoundError:
+            film.add(0, run.picture)
+
+        def save(content: bytes) -> None:
+            kept.write_atomic(shots, film.content())
+            kept.write_atomic(loop, content)
+
+        def watch(progress: LoopProgress, images: Tensor) -> None:
+            if progress.step in film.steps(run.config.steps, run.config.evaluate_every):
+                film.add(progress.step, run.picture)
+
+        run.run(save, watch)
+        if film.last != run.progress.step:
+            film.add(run.progress.step, run.picture)
+        for number, unit in enumerate(units):
+            self._write(unit, number, run, film, (time.monotonic() - began) / len(units))
+        kept.delete(loop)
+        kept.delete(shots)
+
+    def _write(self, unit: DrawingUnit, number: int, run: Optimization, film: Film, seconds: float) -> None:
+        folder, name = Folder(self.output), unit.name
+        images, files = folder.folder(IMAGES), dict[str, bytes]()
+        files[f"{name}.png"] = png_of(film.frames[-1][number])
+        drawings = run.picture.drawings()
+        if drawings:
+            files[f"{name}.svg"] = drawings[number].encode()
+        if self.film != "none":
+            files[f"{name}.{self.film}"] = film.encoded(number, self.film)
+        for step, frame in film.chosen(number):
+            files[f"{name}-step-{step:06d}.png"] = png_of(frame)
+        for file, content in files.items():
+            images.write_atomic(file, content)
+        history = tuple(_entry(entry, number) for entry in run.progress.history)
+        result = DrawingResult(
+            unit=unit,
+            settings=self.settings(unit),
+            steps=run.progress.step,
+            loss=history[-1]["loss"],
+            judge=history[-1]["judge"],
+            retries=run.progress.retries,
+            seconds=seconds,
+            history=history,
+            files=tuple(files),
+        )
+        folder.folder(RESULTS).write_atomic(f"{name}.json", json.dumps(asdict(result), indent=1).encode())
+
+
+def _entry(entry: Mapping[str, Any], number: int) -> dict[str, float]:
+    values = {name: float(values[number]) for name, values in entry.items() if name != "step"}
+    return {"step": float(entry["step"]), **values}
+
+
+def png_of(pixels: NDArray[np.uint8]) -> bytes:
+    """uint8 [H, W, 3] as PNG."""
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    return content.getvalue()
+
+
+def run_drawings(
+    runner: DrawingRunner,
+    units: Sequence[DrawingUnit],
+    workers: Workers,
+    together: int = 1,
+    gpus: float = 0.0,
+    done: Callable[[DrawingResult], None] | None = None,
+) -> list[DrawingResult]:
+    """The results of all ``units`` in order; ``together`` images of a method share a task, and steps.
+
+    ``done`` is called with each result when it is available.
+    """
+    batches = list(_batches(runner, units, together))
+    in_turn = workers.processes_count == 0
+    task = runner if in_turn else partial(_in_a_worker, runner)
+    results: dict[str, DrawingResult] = {}
+    for number, _ in run_tasks(task, batches, workers, gpus):
+        for unit in batches[number]:
+            result = runner.finished(unit)
+            if result is None:
+                file = f"{runner.output}/{RESULTS}/{unit.name}.json"
+                raise DataError(f"{file} is missing, or was written by another run in the same folder")
+            results[unit.name] = result
+            logger.info("%d of %d images: %s, judge %.3f", len(results), len(units), unit.name, result.judge)
+            if done is not None:
+                done(result)
+    return [results[unit.name] for unit in units]
+
+
+def _batches(runner: DrawingRunner, units: Sequence[DrawingUnit], together: int) -> Iterator[tuple[DrawingUnit, ...]]:
+    """Images of one method, ``together`` at most. Which ones belong together does not depend on what is finished, so
+    that an interrupted batch finds its checkpoint."""
+    for method in runner.specs:
+        some = [unit for unit in units if unit.method == method]
+        yield from (tuple(some[start : start + together]) for start in range(0, len(some), together))
+
+
+def _in_a_worker(runner: DrawingRunner, units: Sequence[DrawingUnit]) -> str:
+    """A batch as a task of Ray: its progress appears in the job's log."""
+    log_as_job()
+    return runner(units)

@@ -1,0 +1,187 @@
+"""The loop: deterministic by seed, the same alone and in a batch, resumed exactly, safe from numbers that are none."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import DataError, SettingError
+from pipeline.generation.guides import Guide
+from pipeline.generation.loop import LoopConfig, Optimization, Picture, best_of
+from pipeline.generation.prompts import parse_prompts
+from pipeline.generation.streams import Draw, generators, uniform
+from pipeline.generation.text_objective import TextObjective
+from pipeline.generation.views import PerspectiveCrops
+from tests.generation.toy_clip import ColourClip, colour_guide
+
+
+class Pixels(Picture):
+    """Images whose parameters are their pixels."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        super().__init__()
+        self.pixels = nn.Parameter(uniform(generators(seeds, 0, Draw.START), 3, 12, 12))
+
+    def render(self) -> Tensor:
+        return self.pixels
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": [self.pixels], "lr": 0.02}]
+
+    def rates(self, progress: float) -> Sequence[float]:
+        return [1.0 if progress < 0.5 else 0.5]
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.pixels.clamp_(0, 1)
+
+
+def optimization(texts: Sequence[str], seeds: Sequence[int], judge: Guide | None = None, **loop: int) -> Optimization:
+    """Pixels for colours."""
+    prompts = [parse_prompts(text) for text in texts]
+    objective = TextObjective(prompts, [colour_guide()], PerspectiveCrops(count=2), "spherical")
+    return Optimization(
+        Pixels(seeds), objective, LoopConfig(**{"steps": 20, "evaluate_every": 5, **loop}), seeds, judge
+    )
+
+
+TEXTS, SEEDS = ["red", "blue:2|green:-1", "green"], [4, 5, 6]
+
+
+def test_images_become_their_prompts_and_the_judge_only_looks() -> None:
+    judge = colour_guide(10)
+    run = optimization(TEXTS, SEEDS, judge, steps=60)
+    shown: list[tuple[int, Tensor]] = []
+    history = run.run(watch=lambda progress, images: shown.append((progress.step, images.clone()))).history
+    assert [step for step, _ in shown] == [entry["step"] for entry in history] == list(range(5, 61, 5))
+    means = run.picture.render().mean((2, 3))
+    assert means.argmax(1).tolist() == [0, 2, 1]
+    for image, colour in enumerate([0, 2, 1]):
+        found = judge.images(shown[-1][1])[image, colour]
+        assert history[-1]["judge"][image] == pytest.approx(found.item(), abs=1e-5)
+        assert history[-1]["judge"][image] > history[0]["judge"][image]
+    assert all(parameter.grad is None for guide in (judge,) for parameter in guide.model.parameters())  # type: ignore[attr-defined]
+
+
+def test_an_image_is_the_same_alone_and_in_a_batch() -> None:
+    batch = optimization(TEXTS, SEEDS)
+    batch.run()
+    for image, (text, seed) in enumerate(zip(TEXTS, SEEDS, strict=True)):
+        alone = optimization([text], [seed])
+        alone.run()
+        assert torch.allclose(alone.picture.render()[0], batch.picture.render()[image], atol=1e-5)
+        assert alone.progress.history[-1]["loss"][0] == pytest.approx(batch.progress.history[-1]["loss"][image], 1e-4)
+
+
+def test_a_resumed_optimization_has_the_same_bits() -> None:
+    whole = optimization(TEXTS, SEEDS)
+    whole.run()
+    kept: list[bytes] = []
+    first = optimization(TEXTS, SEEDS, checkpoint_every=7)
+    first.run(save=kept.append)
+    assert len(kept) == 3
+    again = optimization(TEXTS, SEEDS, checkpoint_every=7)
+    again.resume(kept[0])
+    assert again.progress.step == 7
+    again.run()
+    assert torch.equal(again.picture.render(), whole.picture.render())
+    assert again.progress.history == whole.progress.history
+
+
+def test_checkpoints_of_other_images_or_none_are_refused() -> None:
+    run = optimization(["red"], [1])
+    content = run.checkpoint()
+    for other in (b"", b"abc", content[:200], optimization(["red"], [2]).checkpoint()):
+        with pytest.raises(DataError, match="no checkpoint of these images"):
+            run.resume(other)
+
+
+class Breaking(Pixels):
+    """Its second image has a loss that is not finite, ``times`` times, from step 8 on."""
+
+    times, seen, step = 1, 0, 0
+
+    def render(self) -> Tensor:
+        image = super().render()
+        if self.training and self.step >= 8 and self.seen < self.times and torch.is_grad_enabled():
+            self.seen += 1
+            bad = torch.zeros_like(image)
+            bad[1] = torch.nan
+            return image + bad
+        return image
+
+    def after_step(self) -> None:
+        super().after_step()
+        self.step += 1
+
+
+def test_a_loss_that_is_not_finite_repeats_with_half_the_rate_and_leaves_others_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    healthy = optimization(TEXTS, SEEDS)
+    healthy.run()
+    broken = optimization(TEXTS, SEEDS, checkpoint_every=5)
+    broken.picture.__class__ = Breaking
+    with caplog.at_level(logging.WARNING):
+        broken.run()
+    assert "seeds [5] is not finite at step 8: they go on from step 5 with half the rate" in caplog.text
+    assert broken.progress.scale == [1, 0.5, 1] and broken.progress.retries == 1
+    ours, theirs = broken.picture.render(), healthy.picture.render()
+    assert torch.equal(ours[[0, 2]], theirs[[0, 2]]) and not torch.equal(ours[1], theirs[1])
+    hopeless = optimization(TEXTS, SEEDS)
+    hopeless.picture.__class__ = Breaking
+    hopeless.picture.times = 100  # type: ignore[assignment]
+    with pytest.raises(DataError, match=r"seeds \[5\] is not finite"):
+        hopeless.run()
+
+
+def test_an_image_that_does_not_change_stops_and_others_go_on() -> None:
+    """The stop of the prompt is met at once: its image has no gradient."""
+    run = optimization(["red:1:9", "blue"], [1, 2], steps=40, evaluate_every=2, patience=2)
+    first = run.picture.render().detach().clone()
+    run.run()
+    assert run.progress.scale == [0, 1] and run.progress.step == 40
+    assert torch.equal(run.picture.render()[0], first[0]) and not torch.equal(run.picture.render()[1], first[1])
+    alone = optimization(["red:1:9"], [1], steps=40, evaluate_every=2, patience=2)
+    assert alone.run().step == 6
+
+
+def test_the_best_image_has_the_lowest_last_loss() -> None:
+    run = optimization(["red", "red", "red"], [1, 2, 3])
+    run.progress.history = [{"step": 5, "loss": [0, 9.0, 9]}, {"step": 10, "loss": [float("nan"), 0.5, 0.25]}]
+    assert best_of(run.progress) == 2
+
+
+def test_several_clips_add_up_and_read_their_own_sizes() -> None:
+    guides = [colour_guide(8), Guide(ColourClip(16), "large", weight=0.5)]
+    prompts = [parse_prompts("red")]
+    both = TextObjective(prompts, guides, PerspectiveCrops(count=2))
+    images = torch.rand(1, 3, 12, 12)
+    losses = both.losses(images, generators([1], 0, Draw.VIEWS))
+    apart = [TextObjective(prompts, [guide], PerspectiveCrops(count=2)) for guide in guides]
+    single = [list(one.losses(images, generators([1], 0, Draw.VIEWS)).values())[0] for one in apart]
+    assert torch.allclose(torch.stack(list(losses.values())), torch.stack(single))
+    assert float(single[1] / guides[1].weight) == pytest.approx(float(single[0]), rel=0.1)
+
+
+def test_long_texts_and_models_without_gradients_are_refused() -> None:
+    with pytest.raises(SettingError, match="at most 5 tokens for colours; it has 6"):
+        colour_guide().texts(["red red red red"])
+
+    class Rounding(ColourClip):
+        def encode_image(self, image: Tensor) -> Tensor:
+            return super().encode_image(image.round())
+
+    with pytest.raises(SettingError, match="gradients of its images"):
+        Guide(Rounding(), "rounding")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"steps": 0}, {"evaluate_every": 0}, {"checkpoint_every": 0}, {"patience": -1}, {"least_change": -1}]
+)
+def test_wrong_lengths_are_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(SettingError, match=next(iter(settings))):
+        LoopConfig(**settings)

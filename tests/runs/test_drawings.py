@@ -1,0 +1,266 @@
+"""Optimised images: specs, plans, tasks that go on where they ended, films, and the report."""
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline.errors import DataError, SettingError
+from pipeline.generation.loop import Optimization
+from pipeline.runs.drawing_report import best_names, drawings_table, gallery, scores_parquet
+from pipeline.runs.drawing_subjects import read_subjects
+from pipeline.runs.drawings import (
+    DrawingResult,
+    DrawingRunner,
+    DrawingUnit,
+    SubjectSource,
+    parse_drawing_spec,
+    plan_drawings,
+    run_drawings,
+)
+from pipeline.runs.films import Film
+from pipeline.stages.shard_tasks import Workers
+from tests.generation.toy_clip import colour_guide
+
+HERE = Workers(processes_count=0)
+TOY = "clipdraw:clips=[toy],strokes=5,side=32,views=2,loop.steps=12,loop.evaluate_every=3,loop.checkpoint_every=5"
+
+
+@pytest.fixture(autouse=True)
+def toys(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """``toy`` guides and ``judge`` judges."""
+    guides = {"toy": colour_guide(8), "judge": colour_guide(16)}
+    monkeypatch.setattr("pipeline.runs.drawings.load_guide", lambda address, device: guides[address])
+    yield
+
+
+def runner(tmp_path: Path, *specs: str, **more: Any) -> DrawingRunner:
+    every = [parse_drawing_spec(text) for text in specs or (TOY,)]
+    subjects = {text: SubjectSource(text) for text in ("red", "blue|red:-1", "green")}
+    return DrawingRunner(
+        specs={spec.text: spec for spec in every},
+        subjects=subjects,
+        judge="judge",
+        output=str(tmp_path / "out"),
+        **more,
+    )
+
+
+def plan(made: DrawingRunner, seeds: tuple[int, ...] = (1, 2)) -> list[DrawingUnit]:
+    return plan_drawings(list(made.specs.values()), list(made.subjects.values()), seeds)
+
+
+def test_options_of_a_method_follow_its_name() -> None:
+    spec = parse_drawing_spec("clipasso:strokes=8,layers=[a.b, c],loop.steps=7,width=2")
+    assert (spec.config.strokes, spec.config.layers, spec.config.loop.steps) == (8, ("a.b", "c"), 7)
+    assert spec.config.loop.patience == 2 and spec.config.width == 2
+    assert parse_drawing_spec("clipdraw:rates.colours=0.5", steps=3).config.rates.colours == 0.5
+    assert parse_drawing_spec("clipdraw", steps=3).config.loop.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("clipdrow", "did you mean clipdraw"),
+        ("clipdraw:stroke=3", "did you mean strokes"),
+        ("clipdraw:strokes", "each with =VALUE"),
+        ("clipdraw:loop=3", "each with =VALUE"),
+        ("clipdraw:nothing.steps=3", "each with =VALUE"),
+        ("clipdraw:strokes=0", "strokes: got 0"),
+        ("clipdraw:strokes=many", "strokes"),
+    ],
+)
+def test_wrong_options_are_refused(text: str, sentence: str) -> None:
+    with pytest.raises(SettingError, match=sentence):
+        parse_drawing_spec(text)
+
+
+def test_methods_get_the_subjects_that_they_read() -> None:
+    specs = [parse_drawing_spec("clipdraw"), parse_drawing_spec("clipasso")]
+    photo = SubjectSource("a.png", np.zeros((4, 4, 3), np.uint8))
+    units = plan_drawings(specs, [SubjectSource("red"), photo], [1, 2])
+    assert [(one.method, one.subject, one.seed) for one in units] == [
+        *(("clipdraw", "red", seed) for seed in (1, 2)),
+        *(("clipasso", "a.png", seed) for seed in (1, 2)),
+    ]
+    with pytest.raises(SettingError, match="images: nothing given, expected one or more, for clipasso"):
+        plan_drawings(specs, [SubjectSource("red")], [1])
+    names = {DrawingUnit(method="m", subject=text, seed=1).name for text in ("a b", "a-b", "a/b", "ä" * 500)}
+    assert len(names) == 4 and all(len(name) < 120 and "/" not in name for name in names)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "out/images").iterdir())}
+
+
+def test_images_are_made_once_with_all_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = runner(tmp_path)
+    done: list[DrawingResult] = []
+    results = run_drawings(made, plan(made), HERE, together=4, done=done.append)
+    assert results == done and len(results) == 6
+    for result in results:
+        assert [entry["step"] for entry in result.history] == [3, 6, 9, 12] and result.steps == 12
+        assert result.loss == result.history[-1]["loss"] and result.judge == result.history[-1]["judge"]
+        steps = [f"{result.unit.name}-step-{step:06d}.png" for step in (0, 3, 9, 12)]
+        assert list(result.files) == [*(f"{result.unit.name}.{kind}" for kind in ("png", "svg", "gif")), *steps]
+        with Image.open(tmp_path / "out/images" / f"{result.unit.name}.gif") as film:
+            assert film.n_frames == 5 and film.size == (32, 32)
+    assert not list((tmp_path / "out/checkpoints").iterdir())
+    monkeypatch.setattr(DrawingRunner, "_make", lambda *_: pytest.fail("again"))
+    assert run_drawings(made, plan(made), HERE, together=4) == results
+
+
+def test_together_is_the_same_as_alone(tmp_path: Path) -> None:
+    images = []
+    for folder, together in ((tmp_path / "a", 1), (tmp_path / "b", 6)):
+        made = runner(folder)
+        run_drawings(made, plan(made), HERE, together=together)
+        images.append(files_of(folder))
+    assert images[0].keys() == images[1].keys()
+    for name in images[0]:
+        if name.endswith(".png"):
+            one, other = (np.asarray(Image.open(io.BytesIO(some[name]))).astype(int) for some in images)
+            assert abs(one - other).max() <= 1
+
+
+@pytest.mark.parametrize("moment", [7, 12])
+def test_an_interrupted_batch_goes_on_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    """In a step after a checkpoint, and while the finished images are written."""
+    whole = runner(tmp_path / "whole")
+    run_drawings(whole, plan(whole), HERE, together=6)
+    made, steps = runner(tmp_path / "parts"), [0]
+    step, write = Optimization.step, DrawingRunner._write
+
+    def interrupted(self: Optimization) -> list[int]:
+        steps[0] += 1
+        if self.progress.step == moment:
+            raise KeyboardInterrupt
+        return step(self)
+
+    def half_written(self: DrawingRunner, unit: DrawingUnit, number: int, *more: Any) -> None:
+        if number == 3:
+            raise KeyboardInterrupt
+        write(self, unit, number, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            *((Optimization, "step", interrupted) if moment < 12 else (DrawingRunner, "_write", half_written))
+        )
+        with pytest.raises(KeyboardInterrupt):
+            run_drawings(made, plan(made), HERE, together=6)
+    with monkeypatch.context() as patch:
+        patch.setattr(Optimization, "step", lambda self: steps.append(self.progress.step) or step(self))  # type: ignore[func-returns-value]
+        run_drawings(made, plan(made), HERE, together=6)
+    assert steps[1:] == (list(range(5, 12)) if moment < 12 else [])
+    assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
+
+
+def test_other_settings_draw_again_and_other_seeds_only_add(tmp_path: Path) -> None:
+    made = runner(tmp_path)
+    first = run_drawings(made, plan(made, (1,)), HERE)
+    more = run_drawings(made, plan(made, (1, 3)), HERE)
+    assert [one.seconds for one in more if one.unit.seed == 1] == [one.seconds for one in first]
+    changed = replace(made, film="none")
+    assert changed.finished(plan(made)[0]) is None
+    (result, *_) = run_drawings(changed, plan(made, (1,)), HERE)
+    assert not any(file.endswith(".gif") for file in result.files)
+
+
+def test_a_film_as_mp4_has_all_frames(tmp_path: Path) -> None:
+    made = runner(tmp_path, film="mp4", frames=3)
+    (result, *_) = run_drawings(made, plan(made, (1,))[:1], HERE)
+    with av.open(str(tmp_path / "out/images" / f"{result.unit.name}.mp4")) as film:
+        frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
+    assert len(frames) == 3 + 20 and frames[0].shape == (32, 32, 3)
+    last = np.asarray(Image.open(tmp_path / "out/images" / f"{result.unit.name}.png")).astype(int)
+    assert abs(frames[-1].astype(int) - last).mean() < 20
+
+
+def test_a_damaged_film_of_a_checkpoint_is_an_error() -> None:
+    with pytest.raises(DataError, match="no film"):
+        Film(3, 3).read(b"abc", 5)
+
+
+def some_results(tmp_path: Path) -> list[DrawingResult]:
+    made = runner(tmp_path)
+    return run_drawings(made, plan(made), HERE, together=6)
+
+
+def test_scores_table_and_gallery_tell_of_all_images(tmp_path: Path) -> None:
+    results = some_results(tmp_path)
+    hostile = replace(results[0], unit=replace(results[0].unit, subject="<script>alert(1)</script>"))
+    rows = pq.read_table(io.BytesIO(scores_parquet(results))).to_pylist()
+    assert [row["name"] for row in rows] == [one.unit.name for one in results]
+    assert [row["judge"] for row in rows] == [one.judge for one in results]
+    for subject in ("red", "blue|red:-1", "green"):
+        some = [row for row in rows if row["subject"] == subject]
+        assert [row["best"] for row in some] == [row["loss"] == min(one["loss"] for one in some) for row in some]
+    assert all((tmp_path / "out" / row[kind]).is_file() for row in rows for kind in ("png", "svg", "film"))
+    assert len(best_names(results)) == 3
+    table = drawings_table(results).splitlines()
+    assert len(table) == 3 and f"| 6 | {np.mean([one.judge for one in results]):.3f} |" in table[2]
+    page = gallery([hostile, *results[1:]], {"judge": "a&b"})
+    assert "<script>" not in page and "a&amp;b" in page and page.count("<figure") == 6
+    assert page.count("class=best") == 4  # the first has a subject of its own now
+
+
+def test_prompts_come_from_files_and_masks_whiten_images(tmp_path: Path) -> None:
+    (tmp_path / "some.txt").write_text("\ufeffa cat\n\n a dog:2 \n", encoding="utf-8")
+    pixels = np.zeros((4, 6, 4), np.uint8)
+    pixels[:, :3] = (10, 20, 30, 255)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    mask = np.zeros((4, 6), np.uint8)
+    mask[2:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    found = read_subjects([str(tmp_path / "some.txt"), "red"], [str(tmp_path / "photo.png")], [])
+    assert [one.text for one in found[:3]] == ["a cat", "a dog:2", "red"]
+    square = found[3].pixels
+    assert square is not None and square.shape == (6, 6, 3)
+    assert (square[1:5, :3] == (10, 20, 30)).all() and (square[:, 3:] == 255).all() and (square[[0, 5]] == 255).all()
+    (masked,) = read_subjects([], [str(tmp_path / "photo.png")], [str(tmp_path / "mask.png")])
+    assert masked.pixels is not None
+    assert (masked.pixels[:3] == 255).all() and (masked.pixels[3:5, :3] == (10, 20, 30)).all()
+    assert masked.digest() != found[3].digest()
+    for prompts, images, masks, sentence in (
+        ([str(tmp_path / "none.txt")], [], [], "no such file"),
+        (["red", "red"], [], [], "each prompt and image once"),
+        ([" "], [], [], "a text"),
+        (["red:0"], [], [], "a weight other than 0"),
+        ([], [str(tmp_path / "photo.png")], ["a", "b"], "one for each of 1 images"),
+    ):
+        with pytest.raises(SettingError, match=sentence):
+            read_subjects(prompts, images, masks)
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(SettingError, match="a prompt in each line"):
+        read_subjects([str(tmp_path / "empty.txt")], [], [])
+    Image.fromarray(mask[:, :5]).save(tmp_path / "small.png")
+    with pytest.raises(SettingError, match="the size of"):
+        read_subjects([], [str(tmp_path / "photo.png")], [str(tmp_path / "small.png")])
+
+
+def test_everything_is_checked_before_anything_is_drawn(tmp_path: Path) -> None:
+    made = runner(tmp_path)
+    made = replace(made, subjects={"red red red red": SubjectSource("red red red red")})
+    with pytest.raises(SettingError, match=r"clipdraw:.*prompt: got 'red red red red', expected at most 5 tokens"):
+        made.check(plan(made), "cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_result_is_made_again(tmp_path: Path) -> None:
+    made = runner(tmp_path)
+    (unit, *_) = plan(made, (1,))
+    (first,) = run_drawings(made, [unit], HERE)
+    file = tmp_path / "out/results" / f"{unit.name}.json"
+    file.write_text(file.read_text()[:50])
+    (again,) = run_drawings(made, [unit], HERE)
+    assert again.history == first.history and json.loads(file.read_text())["loss"] == first.loss
