@@ -40,13 +40,14 @@ def read_timed_captions(sample: Sample) -> list[TimedText] | None:
 def _timed(entry: Any) -> TimedText | None:
     if not isinstance(entry, dict):
         return None
-    start, end, text = entry.get("start"), entry.get("end"), entry.get("text")
-    numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in (start, end))
-    if not (numbers and isinstance(text, str) and text.strip()):
-        return None
-    try:
-        start, end = float(start), float(end)
-    except OverflowError:  # an integer of hundreds of digits
-        return None
-    valid = math.isfinite(start) and math.isfinite(end) and 0 <= start <= end
+    start, end, text = _seconds(entry.get("start")), _seconds(entry.get("end")), entry.get("text")
+    valid = 0 <= start <= end < math.inf and isinstance(text, str) and bool(text.strip())
     return TimedText(start, end, text) if valid else None
+
+
+def _seconds(value: Any) -> float:
+    """A number as float; NaN for any other value."""
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        return math.nan

@@ -89,7 +89,8 @@ def longest(bert: BertModel) -> Tensor:
 
     A normalised vector of H numbers has the length sqrt(H) at most.
     """
-    norm: Any = bert.encoder.layer[-1].output.LayerNorm
+    last: Any = bert.encoder.layer[-1]
+    norm = last.output.LayerNorm
     limit: Tensor = norm.weight.detach().abs().max() * norm.weight.numel() ** 0.5 + norm.bias.detach().norm()
     return limit
 
