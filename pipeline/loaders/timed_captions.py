@@ -41,8 +41,9 @@ def _timed(entry: Any) -> TimedText | None:
     if not isinstance(entry, dict):
         return None
     start, end, text = _seconds(entry.get("start")), _seconds(entry.get("end")), entry.get("text")
-    valid = 0 <= start <= end < math.inf and isinstance(text, str) and bool(text.strip())
-    return TimedText(start, end, text) if valid else None
+    if not isinstance(text, str) or not text.strip():
+        return None
+    return TimedText(start, end, text) if 0 <= start <= end < math.inf else None
 
 
 def _seconds(value: Any) -> float:
