@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train VideoCLIP on stored features of frames and timed captions, or fine-tune one for retrieval.
 
-    python jobs/embed_dataset.py frames --data s3://bucket/howto100m --checkpoint ViT-B-32:openai
+    python jobs/embed_dataset.py frames --data s3://bucket/howto100m --checkpoint ViT-B-32-quickgelu:openai
     ray job submit --working-dir . -- python jobs/pretrain_videoclip.py paper --data s3://bucket/howto100m \
         --output-folder s3://bucket/runs/videoclip
     python jobs/pretrain_videoclip.py fine-tune --pretrained s3://bucket/runs/videoclip --data s3://bucket/msrvtt \

@@ -538,12 +538,14 @@ def label_divergence(
             contrastive = contrastive_loss(video, text, scale, gather)
         everything = gather(torch.cat([video, text, labels[:, None]], dim=1))
         width = video.shape[1]
-        classes, numbers = everything[:, -1].detach().unique(return_inverse=True)
-        own = torch.searchsorted(classes, labels.detach())
-        counts = torch.bincount(numbers, minlength=len(classes)).to(video)
+        # A class is the first row with its label: no number of classes, which a GPU would have to tell the CPU.
+        known = everything[:, -1].detach()
+        numbers = (known[:, None] == known).to(torch.uint8).argmax(dim=1)
+        own = (labels.detach()[:, None] == known).to(torch.uint8).argmax(dim=1)
+        counts = torch.zeros_like(known).index_add(0, numbers, torch.ones_like(known))
         strength = torch.tensor(sharpness, dtype=video.dtype, device=video.device).exp()
         total = counts * strength + len(everything) - counts  # the denominator of a row's softmax, by its class
-        by_class = video.new_zeros(len(classes), 2 * width).index_add(0, numbers, everything[:, :-1])
+        by_class = video.new_zeros(len(everything), 2 * width).index_add(0, numbers, everything[:, :-1])
         means = (by_class.sum(dim=0) + (strength - 1) * by_class) / total[:, None]
         mean_video, mean_text = means[own].split(width, dim=1)
         entropy = (total.log() - sharpness * counts * strength / total)[own]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SQLITE = "sqlite:///"
+SQLITE_STARTS = b"SQLite format 3\0"  # https://www.sqlite.org/fileformat.html, 1.3.1
 PROBE_SECONDS = 3.0
 
 
@@ -48,6 +49,7 @@ def checked_uri(uri: str) -> str:
         resolved = f"{SQLITE}{path}"
         with store_errors(resolved):
             create_sqlite(path)
+            _check_sqlite(path)
     require(answers(resolved), "tracking_uri", masked(resolved), "an MLflow server that answers (is it started?)")
     return resolved
 
@@ -72,6 +74,13 @@ def create_sqlite(path: Path) -> None:
 
         SqlAlchemyStore(f"{SQLITE}{new}", (path.parent / "artifacts").as_uri()).engine.dispose()
         os.replace(new, path)
+
+
+def _check_sqlite(path: Path) -> None:
+    """Raise ``OSError`` for a file that SQLite has not written; SQLAlchemy may retry to open one for minutes."""
+    with open(path, "rb") as file:
+        if file.read(len(SQLITE_STARTS)) != SQLITE_STARTS:
+            raise OSError("the file is not a database")
 
 
 def artifact_location(uri: str, experiment: str) -> str | None:
