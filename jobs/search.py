@@ -6,7 +6,7 @@
     ray job submit --working-dir . -- python jobs/search.py --query-file dog.jpg --data s3://bucket/audioset \
         --checkpoint RUN --output s3://bucket/dog.html
 
-    python jobs/search.py --query "a dog catches a ball" --data s3://bucket/msrvtt --checkpoint ViT-B-32-quickgelu:openai
+    python jobs/search.py --query "a dog at play" --data s3://bucket/msrvtt --checkpoint ViT-B-32-quickgelu:openai
 
 Every method with encoders of the media works. A model of images finds videos by their frames and marks the best moment.
 Features are those of jobs/embed_dataset.py where they are of the same model and precision; other samples are encoded.
