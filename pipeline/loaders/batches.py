@@ -227,17 +227,17 @@ class _Readable(Dataset[Batch | ClipmillError]):
 
     def _row(self, position: SamplePosition) -> tuple[list[Row] | None, int]:
         """Each reader's values for the sample at ``position`` or its replacement, and how many were unreadable."""
-        skipped = 0
+        skipped, problem = 0, ""
         at = position if self.replace else None
         for sample in self.samples.from_here(position.number):
             try:
                 return [reader.read(sample, at) for reader in self.readers], skipped
             except UnreadableSample as error:
-                skipped += 1
+                skipped, problem = skipped + 1, str(error)
                 self._warn(sample.key, error)
                 if not self.replace:
                     return None, skipped
-        raise DataError(f"{self.samples.where(position.number)}: no sample is readable; build this shard again")
+        raise DataError(f"{self.samples.where(position.number)}: no sample is readable; the last one: {problem}")
 
     def _warn(self, key: str, error: UnreadableSample) -> None:
         level = logging.WARNING if self.warned < MAX_WARNINGS else logging.DEBUG
