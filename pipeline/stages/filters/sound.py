@@ -5,7 +5,7 @@ sound are kept.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,16 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import require
-from pipeline.errors import DataError, SampleError
 from pipeline.shards.media import AUDIO
 from pipeline.stages.filters.filter import Filter, Step, Verdict
+from pipeline.stages.filters.part_values import Values, part_values
 from pipeline.stages.filters.view import ShardView
 
 COLUMNS = ("audio_seconds", "audio_loudness", "audio_silent", "audio_clipped")
 MOST_SECONDS = 600.0
 """What is decoded of a sound without stored values."""
-
-_UNREADABLE = (math.nan, math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,37 +62,15 @@ class Sound(Filter):
         )
 
 
-def sound_values(view: ShardView) -> tuple[Mapping[str, NDArray[np.float64]], NDArray[np.bool_]]:
+def sound_values(view: ShardView) -> tuple[Values, NDArray[np.bool_]]:
     """The values of ``COLUMNS``, float64 [n], NaN without a sound; and which sounds cannot be read, bool [n]."""
-    try:
-        stored = {name: view.column(name) for name in COLUMNS}
-    except DataError:
-        return _decoded(view)
-    values = {
-        name: np.array([math.nan if one is None else one for one in column], np.float64)
-        for name, column in stored.items()
-    }
-    return values, np.zeros(len(view), bool)
+    return part_values(view, AUDIO, COLUMNS, _measured)
 
 
-def _decoded(view: ShardView) -> tuple[Mapping[str, NDArray[np.float64]], NDArray[np.bool_]]:
-    rows, unreadable = [], []
-    for sample in view.samples():
-        body = sample.body(AUDIO)
-        found = None if body is None else _measured(body)
-        rows.append(found or _UNREADABLE)
-        unreadable.append(body is not None and found is None)
-    table = np.array(rows, np.float64).reshape(-1, len(COLUMNS))
-    return dict(zip(COLUMNS, table.T, strict=True)), np.array(unreadable, bool)
-
-
-def _measured(body: bytes) -> tuple[float, ...] | None:
+def _measured(body: bytes) -> Sequence[float]:
     from pipeline.shards.loudness import measure
     from pipeline.shards.waveforms import read_waveform
 
-    try:
-        sound = read_waveform(body, seconds=MOST_SECONDS, stereo=True)
-    except SampleError:
-        return None
+    sound = read_waveform(body, seconds=MOST_SECONDS, stereo=True)
     loudness = measure(sound.samples, sound.sample_rate)
     return sound.seconds, loudness.level, loudness.silent, sound.clipped

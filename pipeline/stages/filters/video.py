@@ -5,7 +5,7 @@ without a video are kept.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,14 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import require
-from pipeline.errors import DataError, SampleError
 from pipeline.shards.media import VIDEO
 from pipeline.stages.filters.filter import Filter, Step, Verdict
+from pipeline.stages.filters.part_values import Values, part_values
 from pipeline.stages.filters.view import ShardView
 
 COLUMNS = ("video_seconds", "video_width", "video_height", "video_motion")
 FRAMES, SIDE = 16, 32
-_UNREADABLE = (math.nan,) * len(COLUMNS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,41 +57,20 @@ class Video(Filter):
         )
 
 
-def video_values(view: ShardView) -> tuple[Mapping[str, NDArray[np.float64]], NDArray[np.bool_]]:
+def video_values(view: ShardView) -> tuple[Values, NDArray[np.bool_]]:
     """The values of ``COLUMNS``, float64 [n], NaN without a video; and which videos cannot be read, bool [n]."""
-    try:
-        stored = {name: view.column(name) for name in COLUMNS}
-    except DataError:
-        return _decoded(view)
-    values = {
-        name: np.array([math.nan if one is None else one for one in column], np.float64)
-        for name, column in stored.items()
-    }
-    return values, np.zeros(len(view), bool)
+    return part_values(view, VIDEO, COLUMNS, _measured)
 
 
-def _decoded(view: ShardView) -> tuple[Mapping[str, NDArray[np.float64]], NDArray[np.bool_]]:
-    rows, unreadable = [], []
-    for body in view.bodies(VIDEO):
-        found = None if body is None else _measured(body)
-        rows.append(found or _UNREADABLE)
-        unreadable.append(body is not None and found is None)
-    table = np.array(rows, np.float64).reshape(-1, len(COLUMNS))
-    return dict(zip(COLUMNS, table.T, strict=True)), np.array(unreadable, bool)
-
-
-def _measured(body: bytes) -> tuple[float, ...] | None:
+def _measured(body: bytes) -> Sequence[float]:
     """The values of a video; the motion is that between pairs of frames a quarter of a second apart."""
     import cv2
 
     from pipeline.shards.video_frames import read_frames, read_timeline, read_video_header
 
-    try:
-        header, line = read_video_header(body), read_timeline(body)
-        starts = np.linspace(0, max(0.0, line.end - 0.25), FRAMES // 2)
-        frames = read_frames(body, np.stack([starts, starts + 0.25], axis=1).ravel().tolist(), size=2 * SIDE).pixels
-    except SampleError:
-        return None
+    header, line = read_video_header(body), read_timeline(body)
+    starts = np.linspace(0, max(0.0, line.end - 0.25), FRAMES // 2)
+    frames = read_frames(body, np.stack([starts, starts + 0.25], axis=1).ravel().tolist(), size=2 * SIDE).pixels
     small = [cv2.resize(frame, (SIDE, SIDE), interpolation=cv2.INTER_AREA) for frame in frames]
     grey = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in small]).astype(np.float64)
     motion = float(np.abs(grey[1::2] - grey[::2]).mean()) / 255

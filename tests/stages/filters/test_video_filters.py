@@ -72,15 +72,13 @@ def test_videos_are_judged_by_their_columns(tmp_path: Path) -> None:
 
 def test_videos_without_columns_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = snapshot_of(tmp_path, BODIES)
-    stored, _ = video_values(ShardView(Folder(snapshot.folder), snapshot.shards[0]))
-    for table in (tmp_path / "out").glob("0*.parquet"):
-        table.unlink()
-    monkeypatch.setattr(video, "COLUMNS", tuple(f"{name}" for name in COLUMNS))
     view = ShardView(Folder(snapshot.folder), snapshot.shards[0])
-    decoded, unreadable = video._decoded(view)
+    stored, _ = video_values(view)
+    monkeypatch.setattr(video, "COLUMNS", tuple(f"other_{name}" for name in COLUMNS))
+    decoded, unreadable = video_values(view)
     for name in COLUMNS[:3]:
-        np.testing.assert_allclose(decoded[name], stored[name], atol=1e-3)
-    np.testing.assert_allclose(decoded["video_motion"], stored["video_motion"], rtol=0.5)
+        np.testing.assert_allclose(decoded[f"other_{name}"], stored[name], atol=1e-3)
+    np.testing.assert_allclose(decoded["other_video_motion"], stored["video_motion"], rtol=0.5)
     assert not unreadable.any()
 
 
