@@ -86,15 +86,21 @@ def _starts_like_audio(start: bytes) -> bool:
 
 
 # Major brands of ISO files with images or with sound alone.
+_VIDEO_STARTS = (
+    b"\x1a\x45\xdf\xa3",  # Matroska and WebM
+    b"\0\0\1\xba",  # program streams of MPEG
+    b"\x30\x26\xb2\x75\x8e\x66\xcf\x11",  # Windows Media
+    b"FLV\1",
+)
 _NO_VIDEO_BRANDS = (b"avif", b"avis", b"mif1", b"msf1", b"heic", b"heix", b"M4A ", b"M4B ")
 
 
 def _starts_like_a_video(start: bytes) -> bool:
     if start[4:8] == b"ftyp":
         return start[8:12] not in _NO_VIDEO_BRANDS
-    # Matroska and WebM; AVI; QuickTime files from before brands begin with one of its atoms.
-    if start.startswith(b"\x1a\x45\xdf\xa3"):
+    if start.startswith(_VIDEO_STARTS):
         return True
+    # AVI; QuickTime files from before brands begin with one of its atoms.
     return (start.startswith(b"RIFF") and start[8:12] == b"AVI ") or start[4:8] in (b"moov", b"mdat", b"wide")
 
 
@@ -167,8 +173,24 @@ VIDEO = Medium(
     name="video",
     noun="a video",
     mismatch="not_a_video",
-    kinds={"mp4": ("mp4", "m4v", "mov"), "webm": ("webm",), "matroska": ("mkv",), "avi": ("avi",)},
-    mime={"mp4": "video/mp4", "webm": "video/webm", "matroska": "video/x-matroska", "avi": "video/x-msvideo"},
+    kinds={
+        "mp4": ("mp4", "m4v", "mov"),
+        "webm": ("webm",),
+        "matroska": ("mkv",),
+        "avi": ("avi",),
+        "mpeg": ("mpg", "mpeg"),
+        "asf": ("wmv", "asf"),
+        "flv": ("flv",),
+    },
+    mime={
+        "mp4": "video/mp4",
+        "webm": "video/webm",
+        "matroska": "video/x-matroska",
+        "avi": "video/x-msvideo",
+        "mpeg": "video/mpeg",
+        "asf": "video/x-ms-asf",
+        "flv": "video/x-flv",
+    },
     starts=_starts_like_a_video,
 )
 MEDIA: Mapping[str, Medium] = {medium.name: medium for medium in (IMAGE, AUDIO, VIDEO)}

@@ -10,12 +10,21 @@ from pipeline.errors import SampleError
 
 Samples = npt.NDArray[np.float32]
 
-FFMPEG_KINDS = ("mp3", "mp4", "aac", "matroska", "avi")
+FFMPEG_KINDS = ("mp3", "mp4", "aac", "matroska", "avi", "mpeg", "asf", "flv")
 """Kinds that FFmpeg decodes; its formats have the same names."""
 RATES = (1_000, 384_000)
 MOST_CHANNELS = 64
 
 _IMAGE_BRANDS = (b"avif", b"avis", b"mif1", b"msf1", b"heic", b"heix")
+_SIGNATURES = {
+    b"fLaC": "flac",
+    b"OggS": "ogg",
+    b"ID3": "mp3",
+    b"\x1a\x45\xdf\xa3": "matroska",
+    b"\0\0\1\xba": "mpeg",  # MPEG-1 and MPEG-2 program streams
+    b"\x30\x26\xb2\x75\x8e\x66\xcf\x11": "asf",  # Windows Media
+    b"FLV\1": "flv",
+}
 _FORMS = {
     (b"RIFF", b"WAVE"): "wav",
     (b"RF64", b"WAVE"): "wav",
@@ -47,8 +56,7 @@ def kind_of(start: bytes) -> str:
     >>> kind_of(b"fLaC" + bytes(12)), kind_of(b"<html>")
     ('flac', '')
     """
-    plain = {b"fLaC": "flac", b"OggS": "ogg", b"\x1a\x45\xdf\xa3": "matroska", b"ID3": "mp3"}
-    for signature, kind in plain.items():
+    for signature, kind in _SIGNATURES.items():
         if start.startswith(signature):
             return kind
     if start[4:8] == b"ftyp":

@@ -31,6 +31,8 @@ _LATER = 1.0  # seconds of packets after the end, whose frames may be shown befo
 _SHOT_SIZE = (64, 36)
 _SHOT_CHANGE = 27.0
 _NEIGHBOURS, _TIMES_NEIGHBOURS = 2, 2.0
+# QuickTime's own container takes more codecs than MP4, Matroska takes those of Flash.
+_COPIED_AS = {"mp4": "mov", "mpeg": "mov", "asf": "asf", "flv": "matroska"}
 
 Copied = tuple[float, "Packet[Any]"]
 
@@ -40,7 +42,7 @@ def copy_clip(file: BinaryIO, begin: float, seconds: float) -> tuple[bytes, floa
 
     It has the video and the first sound, in a container of the same kind. Nothing is decoded: the copy begins with the
     last key frame before ``begin``. Memory is bounded by the clip. In AVI, which has no time stamps, reordered frames
-    shift the clip by as many frames.
+    shift the clip by as many frames; so may the packets without time stamps of an MPEG program stream.
 
     Raises:
         SampleError: those of :func:`~pipeline.shards.video_frames.read_video_header`; segment (the file ends before
@@ -49,8 +51,7 @@ def copy_clip(file: BinaryIO, begin: float, seconds: float) -> tuple[bytes, floa
     with opened(file) as (container, stream):
         origin = float((stream.start_time or 0) * unit_of(stream))
         target = BytesIO()
-        # QuickTime's own container takes more codecs than MP4.
-        kind = container.format.name if container.format.name in ("matroska", "avi") else "mov"
+        kind = _COPIED_AS.get(container.format.name, container.format.name)
         with av.open(target, "w", format=kind) as copy:
             key = _copy(container, stream, copy, origin + begin, origin + begin + seconds)
         return target.getvalue(), origin + begin - key

@@ -35,7 +35,7 @@ from pipeline.shards.pixels import MAX_PIXELS, Pixels
 from pipeline.shards.sound_kinds import kind_of
 from pipeline.shards.video_pixels import frame_size, scaled_size, shown_pixels
 
-VIDEO_KINDS = ("mp4", "matroska", "avi")
+VIDEO_KINDS = ("mp4", "matroska", "avi", "mpeg", "asf", "flv")
 """Kinds of files that may have frames; FFmpeg's formats have the same names."""
 
 _SAME = 1e-6  # seconds by which a wanted time may be before a time stamp because of rounding

@@ -18,6 +18,8 @@ LONG = {
     "open groups": encoded_video(numbered(600), unit=Fraction(1, 30), options=OPEN),
     "matroska": encoded_video(numbered(600), unit=Fraction(1, 25), kind="matroska", options={"g": "50", "bf": "2"}),
     "avi": encoded_video(numbered(600), unit=Fraction(1, 25), kind="avi", codec="mpeg4", options={"g": "40"}),
+    "windows media": encoded_video(numbered(600), unit=Fraction(1, 25), kind="asf", codec="wmv2", options={"g": "50"}),
+    "flash": encoded_video(numbered(600), unit=Fraction(1, 25), kind="flv", options={"g": "50", "bf": "2"}),
     "one key frame": encoded_video(numbered(600), unit=Fraction(1, 25), options={"g": "9999", "sc_threshold": "0"}),
     "png": encoded_video(numbered(300), unit=Fraction(1, 15), kind="mov", codec="png", pixels="rgb24"),
     "with sound": video(numbered(600), 30, tone(16_000, 20.0)),

@@ -34,6 +34,12 @@ VIDEOS = {
     ),
     "hevc": encoded_video(numbered(COUNT), codec="libx265", options={"x265-params": "keyint=9:log-level=none"}),
     "images": encoded_video(numbered(COUNT), codec="mjpeg", pixels="yuvj420p", kind="avi"),
+    "program stream": encoded_video(
+        numbered(COUNT), unit=Fraction(1, 25), kind="mpeg", codec="mpeg2video", options={"g": "9", "bf": "2"}
+    ),
+    "windows media": encoded_video(numbered(COUNT), kind="asf", codec="wmv2", options={"g": "9"}),
+    "flash": encoded_video(numbered(COUNT), kind="flv", codec="flv", options={"g": "9"}),
+    "h264 in flash": encoded_video(numbered(COUNT), kind="flv", options={"g": "9", "bf": "2"}),
     "one frame": encoded_video(numbered(1)),
     "fragmented": encoded_video(
         numbered(COUNT), container_options={"movflags": "frag_keyframe+empty_moov"}, options={"g": "8"}
