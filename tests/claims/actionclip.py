@@ -12,7 +12,7 @@ from claim import Claim, named, run
 from claim import drawn as images
 
 IMAGES, EPOCHS = 12_000, 5
-POOL, EVALUATED, STEPS, BATCH = 960, 600, 80, 32
+POOL, EVALUATED, STEPS, BATCH = 960, 600, 100, 24
 SHOTS = (1, 4)
 RATE, HEAD_RATE = 2e-4, 5.0
 WORLD = ("--size", 64, "--number-sample-per-shard", 500, "--processes-count", 0)
