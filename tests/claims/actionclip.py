@@ -8,14 +8,12 @@ classes the texts are those of the 18 base shapes; the 6 novel ones are classifi
 
 from pathlib import Path
 
-from claim import Claim, named, run
-from claim import drawn as images
+from claim import Claim, drawn_videos, named, run, trained_clip
 
 IMAGES, EPOCHS = 12_000, 5
 POOL, EVALUATED, STEPS, BATCH = 960, 600, 100, 24
 SHOTS = (1, 4)
 RATE, HEAD_RATE = 2e-4, 5.0
-WORLD = ("--size", 64, "--number-sample-per-shard", 500, "--processes-count", 0)
 
 
 def measure(seed: int, folder: Path) -> dict[str, float]:
@@ -24,9 +22,9 @@ def measure(seed: int, folder: Path) -> dict[str, float]:
     from pipeline.evaluation.suite import Evaluations, evaluate
     from pipeline.sources.drawn.world import base_shapes
 
-    start = pretrained(folder, seed)
+    start = trained_clip(folder, IMAGES, EPOCHS, seed)
     pool, test = (
-        drawn(folder / split, split, count) for split, count in (("shapes_train", POOL), ("shapes", EVALUATED))
+        drawn_videos(folder / split, split, count) for split, count in (("shapes_train", POOL), ("shapes", EVALUATED))
     )
     card = ("--card", "drawn_shapes")
     metrics: dict[str, float] = {}
@@ -55,34 +53,13 @@ def shapes() -> tuple[str, ...]:
     return load_card("drawn_shapes").classes
 
 
-def pretrained(folder: Path, seed: int) -> Path:
-    """The output folder of a CLIP that was trained on drawn images."""
-    output = folder / f"clip-{seed}"
-    places = ("--data", images(folder / "images", IMAGES), "--output-folder", output)
-    how = ("--epochs", EPOCHS, "--workers", 0, "--loader-workers", 1, "--seed", seed)
-    run("pretrain_clip", "demo", *places, *how, "--tracking-uri", f"sqlite:///{folder}/mlflow.db")
-    return output
-
-
-def drawn(folder: Path, split: str, samples: int) -> Path:
-    """A snapshot of drawn videos."""
-    words = ("--video", "--split", split, "--samples", samples, *WORLD)
-    run("refresh_dataset", "drawn", *words, "--output-folder", folder)
-    return folder
-
-
 def tuned(output: Path, folder: Path, start: Path, data: Path, seed: int, *words: str | int) -> Path:
     """The output folder of a model that starts from the CLIP and reads a few videos."""
-    places = ("--data", data, "--pretrained", newest(start), "--output-folder", output)
+    places = ("--data", data, "--pretrained", start, "--output-folder", output)
     rates = ("--learning-rate", RATE, "--tower-rates", "head", HEAD_RATE, "--warmup-steps", 10)
     how = ("--steps", STEPS, "--batch-size", BATCH, "--workers", 0, "--seed", seed, "--shot-seed", seed)
     run("train_actionclip", "drawn", *places, *rates, *how, *words, "--tracking-uri", f"sqlite:///{folder}/mlflow.db")
     return output
-
-
-def newest(run_folder: Path) -> Path:
-    """The checkpoint of a run that has one."""
-    return sorted((run_folder / "checkpoints").iterdir())[-1]
 
 
 def novel(model: object, data: Path) -> dict[str, float]:

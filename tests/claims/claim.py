@@ -30,7 +30,7 @@ def named(*names: str) -> Callable[[Metrics], float]:
     return lambda metrics: sum(metrics[name] for name in names) / len(names)
 
 
-def run(job: str, *words: str | Path) -> None:
+def run(job: str, *words: str | float | Path) -> None:
     """A job of the project, as one types it; what is done already is not done again."""
     subprocess.run([sys.executable, ROOT / "jobs" / f"{job}.py", *map(str, words)], check=True, cwd=ROOT)
 
@@ -40,3 +40,25 @@ def drawn(folder: Path, samples: int) -> Path:
     words = ("--samples", str(samples), "--size", "64", "--number-sample-per-shard", "1000", "--processes-count", "1")
     run("refresh_dataset", "drawn", *words, "--output-folder", folder)
     return folder
+
+
+def drawn_videos(folder: Path, split: str, samples: int) -> Path:
+    """A snapshot of drawn videos of 64 pixels a side."""
+    words = ("--video", "--split", split, "--samples", samples, "--size", 64, "--number-sample-per-shard", 200)
+    run("refresh_dataset", "drawn", *words, "--processes-count", 0, "--output-folder", folder)
+    return folder
+
+
+def trained_clip(folder: Path, samples: int, epochs: int, seed: int) -> Path:
+    """The checkpoint of a small CLIP that was trained on drawn images, in the folder of a claim."""
+    output = folder / f"clip-{seed}"
+    places = ("--data", drawn(folder / "images", samples), "--output-folder", output)
+    how = ("--epochs", epochs, "--workers", 0, "--loader-workers", 1, "--seed", seed)
+    run("pretrain_clip", "demo", *places, *how, "--tracking-uri", f"sqlite:///{folder}/mlflow.db")
+    return sorted((output / "checkpoints").iterdir())[-1]
+
+
+def embed_frames(data: Path, checkpoint: Path, rate: float, name: str) -> None:
+    """Features of the frames of drawn videos as a sidecar, ``rate`` of them per second."""
+    how = ("--frames-per-second", rate, "--processes-count", 0, "--name", name)
+    run("embed_dataset", "frames", "--data", data, "--checkpoint", checkpoint, *how)

@@ -8,12 +8,11 @@ that of texts and whole videos that were not trained on.
 
 from pathlib import Path
 
-from claim import Claim, drawn, named, run
+from claim import Claim, drawn_videos, embed_frames, named, run, trained_clip
 
 IMAGES, IMAGE_EPOCHS = 6000, 5
 VIDEOS, EVALUATED, EPOCHS = 1600, 480, 25
 BATCH, BATCHES = 32, 12
-WORLD = ("--video", "--size", "64", "--number-sample-per-shard", "200", "--processes-count", "0")
 RATE = 4  # features per second
 KINDS = ("random", "retrieved")
 
@@ -23,10 +22,8 @@ def measure(seed: int, folder: Path) -> dict[str, float]:
     from pipeline.evaluation.models import load_any
     from pipeline.evaluation.suite import Evaluations, evaluate
 
-    clip = folder / "clip"
     store = ("--tracking-uri", f"sqlite:///{folder}/mlflow.db")
-    places = ("--data", drawn(folder / "images", IMAGES), "--output-folder", clip)
-    run("pretrain_clip", "demo", *places, *store, "--epochs", IMAGE_EPOCHS, "--workers", 0)
+    clip = trained_clip(folder, IMAGES, IMAGE_EPOCHS, seed=0)
     data, held_out = (_filmed(folder, clip, *one) for one in (("train", VIDEOS), ("val", EVALUATED)))
     metrics: dict[str, float] = {}
     for kind in KINDS:
@@ -42,13 +39,9 @@ def measure(seed: int, folder: Path) -> dict[str, float]:
 
 def _filmed(folder: Path, clip: Path, split: str, samples: int) -> Path:
     """Drawn videos of a split with features of their frames."""
-    output = folder / split
-    run("refresh_dataset", "drawn", "--split", split, "--samples", samples, *WORLD, "--output-folder", output)
-    run(
-        *("embed_dataset", "frames", "--data", output, "--checkpoint", clip),
-        *("--frames-per-second", RATE, "--processes-count", 0),
-    )
-    return output
+    data = drawn_videos(folder / split, split, samples)
+    embed_frames(data, clip, RATE, "frames")
+    return data
 
 
 def _losses(model: object, data: Path, seed: int) -> dict[str, float]:
