@@ -79,19 +79,27 @@ class FrameSampling:
             offsets = np.full(self.frames, place) if random is None else np.asarray(random[: self.frames])
             times = (np.arange(self.frames) + offsets) * (length / self.frames)
         else:
-            times = self._at_rate(length, self.rate or _own_rate(timeline), place if random is None else random[0])
+            place = place if random is None else random[0]
+            times = self._at_rate(length, place) if self.rate else self._of_all(_stamps(timeline), place)
         latest = max(length - _EARLY, 0.0)
         found: list[float] = (begin + np.minimum(times, latest)).tolist()
         return found
 
-    def _at_rate(self, length: float, rate: float, place: float) -> NDArray[np.float64]:
-        there = max(1, math.ceil(length * rate - _EARLY))
-        if self.mode == "window":
-            start = place * max(0.0, length - self.frames / rate)
-            return start + np.arange(min(self.frames, there)) / rate
-        if self.mode == "uniform" and there > self.frames:
-            return np.linspace(0, there - 1, self.frames).astype(np.int64) / rate
-        return np.arange(min(self.frames, there)) / rate
+    def _at_rate(self, length: float, place: float) -> NDArray[np.float64]:
+        """Times at ``rate``; a window may start between two of them."""
+        if self.mode != "window":
+            return self._of_all(np.arange(max(1, math.ceil(length * self.rate - _EARLY))) / self.rate, place)
+        count = min(self.frames, max(1, math.ceil(length * self.rate - _EARLY)))
+        start: float = place * max(0.0, length - self.frames / self.rate)
+        return start + np.arange(count) / self.rate
+
+    def _of_all(self, stamps: NDArray[np.float64], place: float) -> NDArray[np.float64]:
+        """The choice of the mode among these times, float64 [N]."""
+        spare = len(stamps) - self.frames
+        if self.mode == "uniform" and spare > 0:
+            return stamps[np.linspace(0, len(stamps) - 1, self.frames).astype(np.int64)]
+        start = min(int(place * (spare + 1)), spare) if self.mode == "window" and spare > 0 else 0
+        return stamps[start : start + self.frames]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +183,9 @@ class FrameFeatureReader:
         times = self.sampling.frame_times(
             stored.timeline, frame_randoms(self.sampling, self.seed, at), place=self.place
         )
-        shown = np.maximum(np.searchsorted(stored.times, np.asarray(times) + _EARLY, side="right") - 1, 0)
+        # Stored times are rounded to single precision, perhaps upwards.
+        latest = np.nextafter(np.asarray(times, np.float32) + np.float32(_EARLY), np.float32(np.inf))
+        shown = np.maximum(np.searchsorted(stored.times, latest, side="right") - 1, 0)
         return {self.key: torch.from_numpy(stored.features[shown].astype(np.float32))}
 
     def stored(self, sample: Sample) -> StoredFrames:
@@ -215,10 +225,12 @@ def frame_randoms(sampling: FrameSampling, seed: int, at: SamplePosition | None)
     return numbers
 
 
-def _own_rate(timeline: Timeline) -> float:
-    """Frames per second of a video, on average."""
-    length = timeline.end - timeline.begin
-    return timeline.frames / length if length > 0 and timeline.frames else 1.0
+def _stamps(timeline: Timeline) -> NDArray[np.float64]:
+    """From when each frame of a video is shown, in seconds after its begin: float64 [N], N at least 1."""
+    if len(timeline.stamps):
+        return np.asarray(timeline.stamps, np.float64) - timeline.begin
+    count = max(1, timeline.frames)
+    return np.arange(count) * (max(timeline.end - timeline.begin, 0.0) / count)
 
 
 def _from_npy(sample: Sample, rate: float) -> StoredFrames:

@@ -60,11 +60,15 @@ class VideoHeader:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """When the frames of a video are shown: the first one at ``begin`` = 0, the last one until ``end``, in seconds."""
+    """When the frames of a video are shown: the first one at ``begin`` = 0, the last one until ``end``, in seconds.
+
+    ``stamps`` are the times from which each of the ``frames`` is shown; empty for frames at equal distances.
+    """
 
     begin: float
     end: float
     frames: int
+    stamps: Sequence[float] = ()
 
 
 class Frames(NamedTuple):
@@ -322,7 +326,8 @@ def _clock(stamps: list[int], stream: VideoStream, last: int | None) -> _Clock:
         bad_video("no_picture", "no frame can be decoded")
     unit = unit_of(stream)
     seconds = [float((stamp - stamps[0]) * unit) for stamp in stamps]
-    return _Clock(seconds, stamps, Timeline(0.0, seconds[-1] + _rest(seconds, stream, last), len(seconds)))
+    timeline = Timeline(0.0, seconds[-1] + _rest(seconds, stream, last), len(seconds), seconds)
+    return _Clock(seconds, stamps, timeline)
 
 
 def _rest(seconds: Sequence[float], stream: VideoStream, last: int | None) -> float:
