@@ -305,6 +305,19 @@ class VideoClip(EmbeddingMethod):
             count[:, window] += 1
         return self._unit(total / count, of_video=True)
 
+    def moment_threshold(self, texts: Tensor) -> float:
+        """The cosine of a moment and a text whose product is the largest one of two different ``texts``.
+
+        The authors' limit in zero-shot action segmentation: at or below it, a frame shows none of the actions.
+        ``texts`` are unit features of :meth:`encode_text`, [C, H + 2], C at least 2.
+        """
+        if self.config.normalise:
+            return float((texts @ texts.T).fill_diagonal_(-1.0).max())
+        products = texts[:, :-2] @ texts[:, :-2].T  # t_i . t_j / T^2
+        products.fill_diagonal_(-torch.inf)
+        ratio = towers.longest(self.model.text.bert) / towers.longest(self.model.video.bert)
+        return float(products.max() * ratio)
+
     def _unit(self, vectors: Tensor, of_video: bool) -> Tensor:
         if self.config.normalise:
             return functional.normalize(vectors, dim=-1)
