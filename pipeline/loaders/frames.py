@@ -18,15 +18,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.config import require
-from pipeline.errors import SampleError
+from pipeline.errors import DataError, SampleError
 from pipeline.loaders.batches import Batch, Row, SamplePosition
 from pipeline.loaders.images import ImageTransform, crop_bits
 from pipeline.loaders.order import RandomStream, random_bits, uniform
 from pipeline.loaders.rand_augment import RandomChange
-from pipeline.loaders.samples import UnreadableSample
+from pipeline.loaders.samples import Samples, UnreadableSample, check_fields
 from pipeline.shards.media import VIDEO
 from pipeline.shards.sample import Sample
 from pipeline.shards.sidecar import Wanted
+from pipeline.shards.snapshot import Snapshot
 from pipeline.shards.video_frames import Timeline, read_frames
 from pipeline.stages.annotate.frame_features import JOB, NAME, StoredFrames, stored_frames
 
@@ -150,13 +151,14 @@ class FrameFeatureReader:
 
     They come from the sidecar ``name`` of ``jobs/embed_dataset.py frames``; with an empty name from members
     ``frames.npy``, float [T, D], at ``rate`` features per second. ``teacher``, if given, is the required digest of the
-    model that made the sidecar.
+    model that made the sidecar; ``width``, if not 0, the required D: a member with another one is unreadable.
     """
 
     sampling: FrameSampling = FrameSampling()
     name: str = NAME
     rate: float = 1.0
     teacher: str = ""
+    width: int = 0
     place: float = 0.5
     seed: int = 0
     key: str = "video"
@@ -174,7 +176,8 @@ class FrameFeatureReader:
     @property
     def sidecars(self) -> tuple[Wanted, ...]:
         """The sidecar of the frames."""
-        facts = {"teacher": self.teacher} if self.teacher else {}
+        facts = {"teacher": self.teacher, "width": self.width}
+        facts = {name: value for name, value in facts.items() if value}
         return (Wanted(name=self.name, job=JOB, facts=facts),) if self.name else ()
 
     def read(self, sample: Sample, at: SamplePosition | None = None) -> Row:
@@ -197,11 +200,30 @@ class FrameFeatureReader:
         found = stored_frames(sample.rows[self.name]) if self.name else _from_npy(sample, self.rate)
         if not len(found.times):
             raise UnreadableSample(f"{sample.key} has no features of frames")
+        if self.width not in (0, found.features.shape[1]):
+            raise UnreadableSample(f"{sample.key} has {found.features.shape[1]} numbers of a frame, not {self.width}")
         return found
 
     def collate(self, rows: list[Row]) -> Batch:
         """Both keys; T is the sampling's."""
         return padded_clips([row[self.key] for row in rows], self.sampling.frames, self.key)
+
+
+def feature_width(snapshot: Snapshot, reader: FrameFeatureReader) -> int:
+    """D of the stored features of a snapshot: of its first sample that has some.
+
+    Raises:
+        SidecarError: a shard has no such sidecar.
+        DataError: no sample has features, or the samples have no such field.
+    """
+    check_fields(snapshot, reader.fields)
+    samples = Samples(snapshot, sidecars=reader.sidecars)
+    for number in range(len(samples)):
+        try:
+            return reader.stored(samples[number]).features.shape[1]
+        except UnreadableSample:
+            continue
+    raise DataError(f"{snapshot.uri} has no sample with features of frames")
 
 
 def padded_clips(clips: Sequence[Tensor], frames: int, key: str = "video") -> Batch:
@@ -245,4 +267,6 @@ def _from_npy(sample: Sample, rate: float) -> StoredFrames:
         raise UnreadableSample(
             f"{sample.key}.{FRAMES_NPY} is {features.dtype} {list(features.shape)}, not floats [T, D]"
         )
+    if not np.isfinite(features).all():
+        raise UnreadableSample(f"{sample.key}.{FRAMES_NPY} has numbers that are not finite")
     return StoredFrames(np.arange(len(features), dtype=np.float32) / np.float32(rate), features, len(features) / rate)

@@ -3,19 +3,21 @@
 import io
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import SettingError
+from pipeline.errors import DataError, SettingError
 from pipeline.loaders.batches import SamplePosition
-from pipeline.loaders.frames import ClipReader, FrameFeatureReader, FrameSampling, padded_clips
+from pipeline.loaders.frames import ClipReader, FrameFeatureReader, FrameSampling, feature_width, padded_clips
 from pipeline.loaders.images import ImageTransform, crop_bits
 from pipeline.loaders.rand_augment import RandomChange
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.shards.sample import Sample
 from pipeline.shards.video_frames import Timeline, read_frames
+from tests.evaluation.conftest import publish_fields
 from tests.videos import encoded_video, numbered, numbers_of
 
 TEN_SECONDS = Timeline(0.0, 10.0, 250)
@@ -255,6 +257,24 @@ def test_features_of_members() -> None:
     np.save(pickled, np.array([{"a": 1}], object), allow_pickle=True)
     with pytest.raises(UnreadableSample):
         reader.read(Sample("a", {"frames.npy": pickled.getvalue()}))
+
+
+def test_the_width_of_features_is_that_of_the_first_readable_sample(tmp_path: Path) -> None:
+    """Of members, a later one of another width is a bad sample, not the end of a training."""
+    contents = [b"broken", npy(np.ones((4, 6))), npy(np.ones((4, 5)))]
+    snapshot = publish_fields(tmp_path / "some", [{"frames.npy": content} for content in contents])
+    reader = FrameFeatureReader(name="", width=6)
+    assert feature_width(snapshot, replace(reader, width=0)) == 6
+    assert reader.read(Sample("a", {"frames.npy": contents[1]}))["video"].shape == (4, 6)
+    with pytest.raises(UnreadableSample, match="5 numbers of a frame, not 6"):
+        reader.read(Sample("a", {"frames.npy": contents[2]}))
+    with pytest.raises(UnreadableSample, match="not finite"):
+        reader.read(Sample("a", {"frames.npy": npy(np.full((2, 6), np.nan))}))
+    with pytest.raises(DataError, match="no sample with features"):
+        feature_width(publish_fields(tmp_path / "broken", [{"frames.npy": b"broken"}]), reader)
+    with pytest.raises(DataError, match=r"no field frames\.npy"):
+        feature_width(publish_fields(tmp_path / "texts", [{"txt": b"a"}]), reader)
+    assert FrameFeatureReader(width=6).sidecars[0].facts == {"width": 6}
 
 
 def test_a_video_without_stored_frames_is_unreadable() -> None:
