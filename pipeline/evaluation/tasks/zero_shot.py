@@ -47,7 +47,8 @@ class Config:
     )
     label: str = option("", "label", LABEL_HELP)
     medium: str = option(AUTO)
-    """Medium to classify: auto (the first one that the model encodes and the data have), image, audio, video."""
+    """Medium to classify: auto (the first one that the model encodes and the data have), image, audio, video. A model
+    of images reads videos by the mean of their frames."""
     clips: int = option(1)
     """Clips of a video at equal distances, 1 to 64, whose features are averaged; for models that read segments or
     windows of frames."""
