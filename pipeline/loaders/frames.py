@@ -197,6 +197,8 @@ class FrameFeatureReader:
         Raises:
             UnreadableSample: none are stored, since the video is not readable, or the member is broken.
         """
+        if self.name and self.name not in sample.rows:
+            raise UnreadableSample(f"{sample.key} has no row of a sidecar {self.name}; {JOB} makes it")
         found = stored_frames(sample.rows[self.name]) if self.name else _from_npy(sample, self.rate)
         if not len(found.times):
             raise UnreadableSample(f"{sample.key} has no features of frames")

@@ -144,7 +144,7 @@ def _predicted(model: Any, one: PreparedSet, medium: str) -> tuple[list[Any], li
     labels: Labels = one.ready
     label = LabelReader(classes=labels.classes, json_key=labels.label, evaluated=one.name)
     readers = (medium_reader(model, medium), label, SampleReader())
-    (batch,) = evaluation_batches(one.samples(SHOWN), readers, SHOWN, threads=2)
+    (batch,) = evaluation_batches(one.samples(SHOWN, readers), readers, SHOWN, threads=2)
     vectors = classifier(model, labels.classes, _templates(model, labels))
     with inference(model) as device:
         best = (encode_inputs(model, medium, batch, device) @ vectors.T).cpu().max(dim=1)
