@@ -278,6 +278,7 @@ def _search_snapshot(
             features = _stored_features(folder, shard, medium, options.sidecar, embedder)
         except SidecarError as error:
             encoded, reason = encoded + 1, str(error)
+            shown: Iterator[Sample]
             if embedder.sidecars:
                 shown = (samples[number] for number in range(start, start + shard.samples))
             else:

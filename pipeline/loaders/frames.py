@@ -222,7 +222,8 @@ def feature_width(snapshot: Snapshot, reader: FrameFeatureReader) -> int:
     samples = Samples(snapshot, sidecars=reader.sidecars)
     for number in range(len(samples)):
         try:
-            return reader.stored(samples[number]).features.shape[1]
+            width: int = reader.stored(samples[number]).features.shape[1]
+            return width
         except UnreadableSample:
             continue
     raise DataError(f"{snapshot.uri} has no sample with features of frames")
@@ -254,7 +255,7 @@ def _stamps(timeline: Timeline) -> NDArray[np.float64]:
     if len(timeline.stamps):
         return np.asarray(timeline.stamps, np.float64) - timeline.begin
     count = max(1, timeline.frames)
-    return np.arange(count) * (max(timeline.end - timeline.begin, 0.0) / count)
+    return np.arange(count, dtype=np.float64) * (max(timeline.end - timeline.begin, 0.0) / count)
 
 
 def _from_npy(sample: Sample, rate: float) -> StoredFrames:
