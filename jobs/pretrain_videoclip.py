@@ -14,9 +14,11 @@ last complete checkpoint, also in the middle of an epoch.
 
 from dataclasses import dataclass, field, replace
 
-from pipeline.config import run_job
+from pipeline.config import require, run_job
 from pipeline.evaluation.frame_embedder import FrameRate, LoadFrameEmbedder
 from pipeline.loaders.batches import LoaderConfig
+from pipeline.loaders.frames import feature_width
+from pipeline.loaders.mixture import parts_of, read_data
 from pipeline.models.videoclip import Config, Overlap
 from pipeline.runs.train import Pretraining, in_place, pretrain
 from pipeline.shards.snapshot import read_snapshot
@@ -51,7 +53,7 @@ PAPER = Run(
     loader=LoaderConfig(loader_workers=8),
 )
 WHOLE = Config(positives="whole", pairs=1, objective="text_to_video", batches="random")
-SMALL = Config(bert="drawn", video_layers=2, batches="retrieved", cluster=8, candidates=16, pairs=4, feature_width=128)
+SMALL = Config(bert="drawn", video_layers=2, batches="retrieved", cluster=8, candidates=16, pairs=4)
 DRAWN = replace(
     PAPER,
     workers=0,
@@ -76,7 +78,6 @@ PRESETS = {
                 SMALL,
                 small_bert=(32, 1, 2),
                 video_layers=1,
-                feature_width=32,
                 cluster=4,
                 candidates=8,
                 overlap=Overlap(budget=(2, 16)),
@@ -97,7 +98,16 @@ def main(job: Train) -> None:
         if not job.run.data and placed.run.data:
             model = LoadFrameEmbedder(checkpoint=job.frame_model, rate=FrameRate(frames_per_second=4.0))
             embed_frames(read_snapshot(placed.run.data), model, EmbedOptions(name=NAME), Workers(processes_count=0))
-        pretrain(placed, keeps=bool(job.run.output_folder))
+        pretrain(with_width(placed), keeps=bool(job.run.output_folder))
+
+
+def with_width(job: Train) -> Train:
+    """The job with the width of the features of its data."""
+    require(bool(job.run.data), "data", job.run.data, "the folder of a snapshot; jobs/refresh_dataset.py makes one")
+    reader = replace(job.method, feature_width=0).frame_reader()
+    width, given = feature_width(parts_of(read_data(job.run.data))[0], reader), job.method.feature_width
+    require(given in (0, width), "feature_width", given, f"{width}, the width of the features of the data, or 0")
+    return replace(job, method=replace(job.method, feature_width=width))
 
 
 if __name__ == "__main__":

@@ -76,6 +76,34 @@ def two_frames_in_ten_hours() -> bytes:
     return encoded_video(numbered(2), [0, 36_000], unit=Fraction(1, 1), kind="matroska")
 
 
+def rebuilt(body: bytes, changes: dict[bytes, Callable[[bytes], bytes]]) -> bytes:
+    """A MP4 whose boxes with these names have other contents; sizes of the boxes around them follow. No edit lists."""
+    made, place = b"", 0
+    while place < len(body):
+        (size,) = struct.unpack_from(">I", body, place)
+        name, content = body[place + 4 : place + 8], body[place + 8 : place + size]
+        if name in (b"moov", b"trak", b"mdia", b"minf", b"stbl"):
+            content = rebuilt(content, changes)
+        if name != b"edts":
+            content = changes.get(name, bytes)(content)
+            made += struct.pack(">I", 8 + len(content)) + name + content
+        place += size
+    return made
+
+
+def one_frame_many_times(count: int = 4_000) -> bytes:
+    """An index with so many frames, all in the same bytes of the file: 300 MB of packets."""
+    noise = np.random.default_rng(0).integers(0, 256, (1, 320, 320, 3), np.uint8)
+    body = encoded_video(noise, codec="mjpeg", pixels="yuvj420p", kind="mov", options={"qscale": "2"})
+    many = struct.pack(">I", count)
+    changes = {
+        b"stsz": lambda content: content[:4] + struct.pack(">I", len(body) - 2_000) + many,
+        b"stco": lambda content: content[:4] + many + content[8:12] * count,
+        b"stts": lambda content: content[:8] + many + content[12:],
+    }
+    return rebuilt(body, changes)
+
+
 def huge(height: int = 4_320, width: int = 7_680) -> bytes:
     images = np.full((1, height, width, 3), 90, np.uint8)
     return encoded_video(images, codec="mjpeg", pixels="yuvj420p", kind="avi")
@@ -122,6 +150,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: patched(faststart(), b"stsz", lambda content, place: number(content, place + 8, 200_000_000)),
         "damaged",
     ),
+    "one frame in four thousand places": (one_frame_many_times, STORED),
     "an index of a billion times": (
         lambda: patched(faststart(), b"stts", lambda content, place: number(content, place + 8, 1_000_000_000)),
         STORED,

@@ -1,5 +1,6 @@
 """Decode a segment of a video and encode it again, frame by frame: memory does not depend on the segment's length."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -125,7 +126,7 @@ class _ClipEncoder:
             "video_width": self._size[0],
             "video_height": self._size[1],
             "video_frames": frames,
-            "video_rate": frames / length,
+            "video_rate": self._options.video_frames_per_second or frames / length,
             "video_begin": self._cut,
             "video_motion": self._motion.mean,
             "video_original_seconds": length if whole else header.seconds,
@@ -135,11 +136,11 @@ class _ClipEncoder:
         }
 
     def _bounds(self, segment: Segment | None) -> tuple[float, float]:
-        begin, end = segment or (0.0, self.header.seconds or 0.0)
+        begin, end = segment or (0.0, math.inf)
         longest = self._options.video_seconds
-        spare = max(0.0, end - begin - longest)
+        spare = max(0.0, min(end, self.header.seconds or 0.0) - begin - longest)
         start = begin + (spare / 2 if self._options.video_segment == "middle" else 0.0)
-        return start, min(start + longest, end) if segment else start + longest
+        return start, min(start + longest, end)
 
     def _check_pixels(self, frame: av.VideoFrame) -> None:
         if frame.width * frame.height > self._options.video_max_pixels:
@@ -214,12 +215,18 @@ class _ClipEncoder:
         if not rate:
             yield from spans
             return
-        number = 0
+        number, end = 0, 0.0
+        last: Shown | None = None
         for shown in spans:
-            while number / rate < shown.end - _SAME:
+            end = shown.end
+            while number / rate < end - _SAME:
                 if number / rate >= shown.begin - _SAME:
-                    yield Shown(number / rate, (number + 1) / rate, shown.frame)
+                    if last is not None:
+                        yield last
+                    last = Shown(number / rate, (number + 1) / rate, shown.frame)
                 number += 1
+        if last is not None:  # the clip is not longer than the segment
+            yield Shown(last.begin, min(last.end, end), last.frame)
 
     def _converted(self, frame: av.VideoFrame) -> tuple[av.VideoFrame, bool]:
         """The frame as yuv420p of the stored size, and whether its colours needed no RGB."""

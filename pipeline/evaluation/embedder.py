@@ -15,12 +15,14 @@ from pipeline.evaluation.encoder import Evaluable, encode_tokens, inference
 from pipeline.evaluation.media import TEXT, encode_inputs, encoded_media, medium_reader
 from pipeline.evaluation.models import load_any
 from pipeline.evaluation.zero_shot import classifier
+from pipeline.loaders.batches import sidecars_of
 from pipeline.loaders.images import crop_bits, read_crops
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.models.adapters.adapter import FrozenClip
 from pipeline.models.clip import Clip
 from pipeline.models.towers.weights import digest_of
 from pipeline.shards.sample import Sample
+from pipeline.shards.sidecar import Wanted
 from pipeline.stages.annotate.embeddings import caption_of
 
 Precision = Literal["fp32", "bf16"]
@@ -86,6 +88,7 @@ class ModelEmbedder:
         self._model, self._precision = model, precision
         self.media = encoded_media(model)
         self._readers = {medium: medium_reader(model, medium) for medium in self.media if medium != TEXT}
+        self.sidecars = sidecars_of(self._readers.values())
         # Digests of models of images and texts alone stay what they were before there were other media.
         others = [repr(reader) for medium, reader in self._readers.items() if medium != "image"]
         looks = [repr(model.transforms(train=False))] if "image" in self.media else []
@@ -113,6 +116,7 @@ class ViewEmbedder:
     """A CLIP that computes raw features of several views of each image, for few-shot methods."""
 
     media: tuple[str, ...] = ("image",)
+    sidecars: tuple[Wanted, ...] = ()
 
     def __init__(self, model: Evaluable, views: Views, precision: Precision = "fp32") -> None:
         """``model`` is a :class:`Clip`."""

@@ -23,12 +23,14 @@ from torch.nn import functional
 from pipeline.config import require
 from pipeline.errors import SettingError
 from pipeline.evaluation.data import SnapshotData
+from pipeline.evaluation.frame_mean import encode_frames, frames_reader
 from pipeline.evaluation.task import PreparedSet
 from pipeline.loaders.batches import Reader, Row, SamplePosition
 from pipeline.loaders.readers import CaptionsReader, ImageReader
 from pipeline.loaders.samples import UnreadableSample
-from pipeline.shards.media import MEDIA
+from pipeline.shards.media import MEDIA, VIDEO
 from pipeline.shards.sample import Sample
+from pipeline.sources.source import media_of
 
 TEXT = "text"
 KNOWN = (*MEDIA, TEXT)
@@ -57,6 +59,8 @@ def medium_reader(model: Any, medium: str, **views: int) -> Reader:
     own = getattr(model, f"{medium}_reader", None)
     if own is None and medium == "image":
         return ImageReader(transform=model.transforms(train=False))
+    if medium == VIDEO.name and by_frames(model):
+        return frames_reader(model, **views)
     if own is None:
         raise SettingError("checkpoint", type(model).__name__, f"a model with {medium}_reader, as it encodes {medium}")
     reader: Reader = own(**views)
@@ -66,12 +70,42 @@ def medium_reader(model: Any, medium: str, **views: int) -> Reader:
 def encode_inputs(model: Any, medium: str, batch: Mapping[str, Any], device: torch.device) -> Tensor:
     """Features of a batch's inputs of a medium other than text: float32 [B, D] with unit length, on ``device``."""
     inputs = inputs_of(batch, medium, device)
-    return functional.normalize(getattr(model, f"encode_{medium}")(*inputs).float(), dim=-1)
+    if medium == VIDEO.name and by_frames(model):
+        found = encode_frames(model, *inputs)
+    else:
+        found = getattr(model, f"encode_{medium}")(*inputs)
+    return functional.normalize(found.float(), dim=-1)
 
 
 def inputs_of(batch: Mapping[str, Any], medium: str, device: torch.device) -> list[Tensor]:
     """The inputs of a medium on ``device``, and their mask where the reader gives one."""
     return [batch[name].to(device) for name in (medium, f"{medium}_mask") if name in batch]
+
+
+def by_frames(model: object) -> bool:
+    """Whether ``model`` encodes images and no videos, so that it can read a video by its frames."""
+    able = paired_media(model) or encoded_media(model)
+    return "image" in able and VIDEO.name not in able and callable(getattr(model, "transforms", None))
+
+
+def usable_media(model: object, one: PreparedSet, setting: str) -> tuple[str, ...]:
+    """The media of a set that ``model`` can compare or encode, texts last.
+
+    Videos by their frames are among them where ``setting`` names them, or is ``auto`` and the set has no images.
+    """
+    able = paired_media(model) or encoded_media(model)
+    named = VIDEO.name in setting.split("+") or (setting == AUTO and _videos_alone(one))
+    return tuple(name for name in KNOWN if name in able or (name == VIDEO.name and named and by_frames(model)))
+
+
+def _videos_alone(one: PreparedSet) -> bool:
+    """Whether a set has videos and no images, as far as is known without reading samples."""
+    if isinstance(one.data, SnapshotData):
+        fields = dict.fromkeys(one.data.snapshot.fields)
+        media = [name for name, medium in MEDIA.items() if medium.field_of(fields) is not None]
+    else:
+        media = list(media_of(one.data.source))
+    return VIDEO.name in media and "image" not in media
 
 
 def require_text(model: object) -> None:
@@ -108,7 +142,7 @@ def medium_of_set(model: object, one: PreparedSet, setting: str = AUTO) -> str:
     Raises:
         SettingError: the model does not encode it, or the samples do not have it.
     """
-    able = tuple(name for name in encoded_media(model) if name != TEXT)
+    able = () if paired_media(model) else tuple(name for name in usable_media(model, one, setting) if name != TEXT)
     require(bool(able), "checkpoint", type(model).__name__, f"a model that encodes {' or '.join(MEDIA)}")
     if setting == AUTO and able == ("image",):  # spares reading samples of a card
         return "image"

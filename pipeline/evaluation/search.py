@@ -270,7 +270,7 @@ class _Best:
 def _search_snapshot(
     embedder: Embedder, query: Vector, snapshot: Snapshot, medium: str, options: SearchOptions, best: _Best
 ) -> None:
-    folder, samples = Folder(snapshot.folder), Samples(snapshot, open_shards=2)
+    folder, samples = Folder(snapshot.folder), Samples(snapshot, open_shards=2, sidecars=embedder.sidecars)
     progress = WorkProgress(logger, "search", "samples", snapshot.samples)
     start, encoded, reason = 0, 0, ""
     for shard in snapshot.shards:
@@ -278,7 +278,12 @@ def _search_snapshot(
             features = _stored_features(folder, shard, medium, options.sidecar, embedder)
         except SidecarError as error:
             encoded, reason = encoded + 1, str(error)
-            _encode(embedder, query, _distinct(read_samples(folder, shard)), medium, options, best, progress)
+            shown: Iterator[Sample]
+            if embedder.sidecars:
+                shown = (samples[number] for number in range(start, start + shard.samples))
+            else:
+                shown = read_samples(folder, shard)
+            _encode(embedder, query, _distinct(shown), medium, options, best, progress)
         else:
             scores = scores_of(features, query)
             for place, row in _visible(folder, shard):

@@ -85,12 +85,12 @@ def zero_shot(
         for batch in batches:
             features = encode_inputs(model, medium, batch, device)
             with torch.autocast(device.type, enabled=False):
-                ranks = label_ranks(_class_scores(features, weights), batch["label"].to(device))
+                ranks = label_ranks(class_scores(features, weights), batch["label"].to(device))
             counts.add(ranks.cpu(), batch["label"].cpu(), batch.get("fold"))
     return counts.metrics()
 
 
-def _class_scores(features: Tensor, vectors: Tensor) -> Tensor:
+def class_scores(features: Tensor, vectors: Tensor) -> Tensor:
     """Scores ``[B, C]`` of unit features ``[B, D]`` by class vectors ``[C, D]``, or by prompts ``[P, C, D]``."""
     if vectors.ndim == 2:
         return features @ vectors.T

@@ -18,15 +18,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.config import require
-from pipeline.errors import SampleError
+from pipeline.errors import DataError, SampleError
 from pipeline.loaders.batches import Batch, Row, SamplePosition
 from pipeline.loaders.images import ImageTransform, crop_bits
 from pipeline.loaders.order import RandomStream, random_bits, uniform
 from pipeline.loaders.rand_augment import RandomChange
-from pipeline.loaders.samples import UnreadableSample
+from pipeline.loaders.samples import Samples, UnreadableSample, check_fields
 from pipeline.shards.media import VIDEO
 from pipeline.shards.sample import Sample
 from pipeline.shards.sidecar import Wanted
+from pipeline.shards.snapshot import Snapshot
 from pipeline.shards.video_frames import Timeline, read_frames
 from pipeline.stages.annotate.frame_features import JOB, NAME, StoredFrames, stored_frames
 
@@ -79,19 +80,27 @@ class FrameSampling:
             offsets = np.full(self.frames, place) if random is None else np.asarray(random[: self.frames])
             times = (np.arange(self.frames) + offsets) * (length / self.frames)
         else:
-            times = self._at_rate(length, self.rate or _own_rate(timeline), place if random is None else random[0])
+            place = place if random is None else random[0]
+            times = self._at_rate(length, place) if self.rate else self._of_all(_stamps(timeline), place)
         latest = max(length - _EARLY, 0.0)
         found: list[float] = (begin + np.minimum(times, latest)).tolist()
         return found
 
-    def _at_rate(self, length: float, rate: float, place: float) -> NDArray[np.float64]:
-        there = max(1, math.ceil(length * rate - _EARLY))
-        if self.mode == "window":
-            start = place * max(0.0, length - self.frames / rate)
-            return start + np.arange(min(self.frames, there)) / rate
-        if self.mode == "uniform" and there > self.frames:
-            return np.linspace(0, there - 1, self.frames).astype(np.int64) / rate
-        return np.arange(min(self.frames, there)) / rate
+    def _at_rate(self, length: float, place: float) -> NDArray[np.float64]:
+        """Times at ``rate``; a window may start between two of them."""
+        if self.mode != "window":
+            return self._of_all(np.arange(max(1, math.ceil(length * self.rate - _EARLY))) / self.rate, place)
+        count = min(self.frames, max(1, math.ceil(length * self.rate - _EARLY)))
+        start: float = place * max(0.0, length - self.frames / self.rate)
+        return start + np.arange(count) / self.rate
+
+    def _of_all(self, stamps: NDArray[np.float64], place: float) -> NDArray[np.float64]:
+        """The choice of the mode among these times, float64 [N]."""
+        spare = len(stamps) - self.frames
+        if self.mode == "uniform" and spare > 0:
+            return stamps[np.linspace(0, len(stamps) - 1, self.frames).astype(np.int64)]
+        start = min(int(place * (spare + 1)), spare) if self.mode == "window" and spare > 0 else 0
+        return stamps[start : start + self.frames]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,13 +151,14 @@ class FrameFeatureReader:
 
     They come from the sidecar ``name`` of ``jobs/embed_dataset.py frames``; with an empty name from members
     ``frames.npy``, float [T, D], at ``rate`` features per second. ``teacher``, if given, is the required digest of the
-    model that made the sidecar.
+    model that made the sidecar; ``width``, if not 0, the required D: a member with another one is unreadable.
     """
 
     sampling: FrameSampling = FrameSampling()
     name: str = NAME
     rate: float = 1.0
     teacher: str = ""
+    width: int = 0
     place: float = 0.5
     seed: int = 0
     key: str = "video"
@@ -166,7 +176,8 @@ class FrameFeatureReader:
     @property
     def sidecars(self) -> tuple[Wanted, ...]:
         """The sidecar of the frames."""
-        facts = {"teacher": self.teacher} if self.teacher else {}
+        facts = {"teacher": self.teacher, "width": self.width}
+        facts = {name: value for name, value in facts.items() if value}
         return (Wanted(name=self.name, job=JOB, facts=facts),) if self.name else ()
 
     def read(self, sample: Sample, at: SamplePosition | None = None) -> Row:
@@ -175,7 +186,9 @@ class FrameFeatureReader:
         times = self.sampling.frame_times(
             stored.timeline, frame_randoms(self.sampling, self.seed, at), place=self.place
         )
-        shown = np.maximum(np.searchsorted(stored.times, np.asarray(times) + _EARLY, side="right") - 1, 0)
+        # Stored times are rounded to single precision, perhaps upwards.
+        latest = np.nextafter(np.asarray(times, np.float32) + np.float32(_EARLY), np.float32(np.inf))
+        shown = np.maximum(np.searchsorted(stored.times, latest, side="right") - 1, 0)
         return {self.key: torch.from_numpy(stored.features[shown].astype(np.float32))}
 
     def stored(self, sample: Sample) -> StoredFrames:
@@ -184,14 +197,36 @@ class FrameFeatureReader:
         Raises:
             UnreadableSample: none are stored, since the video is not readable, or the member is broken.
         """
+        if self.name and self.name not in sample.rows:
+            raise UnreadableSample(f"{sample.key} has no row of a sidecar {self.name}; {JOB} makes it")
         found = stored_frames(sample.rows[self.name]) if self.name else _from_npy(sample, self.rate)
         if not len(found.times):
             raise UnreadableSample(f"{sample.key} has no features of frames")
+        if self.width not in (0, found.features.shape[1]):
+            raise UnreadableSample(f"{sample.key} has {found.features.shape[1]} numbers of a frame, not {self.width}")
         return found
 
     def collate(self, rows: list[Row]) -> Batch:
         """Both keys; T is the sampling's."""
         return padded_clips([row[self.key] for row in rows], self.sampling.frames, self.key)
+
+
+def feature_width(snapshot: Snapshot, reader: FrameFeatureReader) -> int:
+    """D of the stored features of a snapshot: of its first sample that has some.
+
+    Raises:
+        SidecarError: a shard has no such sidecar.
+        DataError: no sample has features, or the samples have no such field.
+    """
+    check_fields(snapshot, reader.fields)
+    samples = Samples(snapshot, sidecars=reader.sidecars)
+    for number in range(len(samples)):
+        try:
+            width: int = reader.stored(samples[number]).features.shape[1]
+            return width
+        except UnreadableSample:
+            continue
+    raise DataError(f"{snapshot.uri} has no sample with features of frames")
 
 
 def padded_clips(clips: Sequence[Tensor], frames: int, key: str = "video") -> Batch:
@@ -215,10 +250,12 @@ def frame_randoms(sampling: FrameSampling, seed: int, at: SamplePosition | None)
     return numbers
 
 
-def _own_rate(timeline: Timeline) -> float:
-    """Frames per second of a video, on average."""
-    length = timeline.end - timeline.begin
-    return timeline.frames / length if length > 0 and timeline.frames else 1.0
+def _stamps(timeline: Timeline) -> NDArray[np.float64]:
+    """From when each frame of a video is shown, in seconds after its begin: float64 [N], N at least 1."""
+    if len(timeline.stamps):
+        return np.asarray(timeline.stamps, np.float64) - timeline.begin
+    count = max(1, timeline.frames)
+    return np.arange(count, dtype=np.float64) * (max(timeline.end - timeline.begin, 0.0) / count)
 
 
 def _from_npy(sample: Sample, rate: float) -> StoredFrames:
@@ -233,4 +270,6 @@ def _from_npy(sample: Sample, rate: float) -> StoredFrames:
         raise UnreadableSample(
             f"{sample.key}.{FRAMES_NPY} is {features.dtype} {list(features.shape)}, not floats [T, D]"
         )
+    if not np.isfinite(features).all():
+        raise UnreadableSample(f"{sample.key}.{FRAMES_NPY} has numbers that are not finite")
     return StoredFrames(np.arange(len(features), dtype=np.float32) / np.float32(rate), features, len(features) / rate)

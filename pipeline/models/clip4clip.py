@@ -27,7 +27,10 @@ Differences from the authors' code: negatives of all processes have gradients (t
 its own rows, a W-th of the whole for W processes); for tightTransf negatives come from all processes (there from its
 own); masks of padded frames belong to their own clips in the attention (there heads and clips are in another order).
 
-Left out: the 3D patch convolution (``linear_patch`` 3d); the post-pretraining on HowTo100M (section 4.4); BERT's Adam
+With ``linear_patch`` 3d, the image tower's patches are those of three consecutive frames (section 3.2): a convolution
+over time whose middle starts as CLIP's own, the other two slices as zeros. It is trained whatever is frozen.
+
+Left out: the post-pretraining on HowTo100M (section 4.4); BERT's Adam
 without bias correction, with a limit for each tensor's gradient (AdamW, and a limit for all of it).
 
 To hold a run against: text to video R@1 / R@5 / R@10 on MSR-VTT 1k-A, table 2 as recalled: meanP 43.1 / 70.4 / 80.8,
@@ -39,7 +42,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from open_clip.transformer import QuickGELU
+from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -82,10 +85,12 @@ class Config(clip.Config):
     """Dropout of tightTransf's inputs, 0 to less than 1."""
     pair_tile: int = 2048
     """Pairs whose activations tightTransf keeps at once; bounds the memory of the loss and of the evaluation."""
+    linear_patch: Literal["2d", "3d"] = "2d"
+    """Patches of the image tower: 2d (of each frame), or 3d (of three consecutive frames)."""
     sampling: FrameSampling = field(default_factory=FrameSampling)
     frame_features: str = ""
-    """Sidecar with features of frames (jobs/embed_dataset.py frames), which replace the image tower; empty to read
-    videos."""
+    """Sidecar with features of frames, which replace the image tower; empty to read videos. Make it with the same
+    weights: jobs/embed_dataset.py frames --checkpoint ARCHITECTURE:PRETRAINED."""
     text_tokens: int | None = 32
     """Longest text in tokens, with its start and end; longer texts are cut. None for the text tower's limit."""
     freeze_layers: int | None = 0
@@ -106,6 +111,10 @@ class Config(clip.Config):
         starts = bool(self.pretrained or self.pretrained_towers or ":" in self.architecture)
         for name, value in (("freeze_layers", frozen), ("frame_features", self.frame_features or None)):
             require(starts or value is None, name, value, "none, since random weights must be trained: --pretrained")
+        if self.linear_patch == "3d":
+            require(self.sampling.frames >= 2, "frames", self.sampling.frames, "2 or more with linear_patch 3d")
+            stored = self.frame_features
+            require(not stored, "frame_features", stored, "nothing with linear_patch 3d, which reads neighbours")
         if self.frame_features:
             require(self.frame_features.isidentifier(), "frame_features", self.frame_features, "a sidecar's name")
             image = self.lock_image_unlocked
@@ -123,6 +132,10 @@ class Clip4Clip(clip.Clip):
         """``description`` is given if weights are restored afterwards; no weights are downloaded then."""
         super().__init__(config, description)
         self.head = make_head(config, self.model)
+        self.patches: NeighbourPatches | None = None
+        self._frames = 1  # of the clips that the image tower is reading
+        if config.linear_patch == "3d":
+            self.patches = self._meet(self.model.visual)
         if config.text_tokens is not None:
             fits = self.end_of_text is not None and config.text_tokens <= self.model.context_length
             limit = self.model.context_length
@@ -144,6 +157,17 @@ class Clip4Clip(clip.Clip):
             freeze_layers=None,
         )
 
+    def _meet(self, tower: nn.Module) -> "NeighbourPatches":
+        """Let the patches of consecutive frames meet. The tower's modules and their names stay those of open_clip."""
+        architecture = self.config.architecture
+        require(isinstance(tower, VisionTransformer), "linear_patch", "3d", f"2d for {architecture}")
+        assert isinstance(tower, VisionTransformer)
+        patches = NeighbourPatches(tower.conv1)
+        tower.conv1.register_forward_hook(
+            lambda _, inputs, output: output + patches(inputs[0], self._frames) if self._frames > 1 else output
+        )
+        return patches
+
     def _locked(self) -> tuple[nn.Module, ...]:
         """The lowest layers of both towers, and the image tower where stored features replace it."""
         still = list(super()._locked())
@@ -153,6 +177,9 @@ class Clip4Clip(clip.Clip):
             for tower in ("image", "text"):
                 depth = 1 + max(layer.above for layer in layers(self.model).values() if layer.tower == tower)
                 still += lock(self.model, tower, max(1, depth - 1 - self.config.freeze_layers))
+        if self.config.linear_patch == "3d":
+            patches = self.model.visual.conv1.requires_grad_()
+            still = [module for module in still if module is not patches]
         return tuple(still)
 
     @classmethod
@@ -165,7 +192,7 @@ class Clip4Clip(clip.Clip):
     @classmethod
     def sidecars(cls, config: Any, settings: TextSettings | None = None) -> Sequence[Wanted]:
         """The features of frames and the captions' tokens, where the config and the run name them."""
-        of_frames = FrameFeatureReader(name=config.frame_features).sidecars if config.frame_features else ()
+        of_frames = _features(config).sidecars if config.frame_features else ()
         return [*of_frames, *super().sidecars(config, settings)]
 
     def readers(self, train: bool, *, seed: int = 0, settings: TextSettings | None = None) -> Sequence[Reader]:
@@ -175,7 +202,7 @@ class Clip4Clip(clip.Clip):
     def _clips(self, train: bool, seed: int) -> ClipReader | FrameFeatureReader:
         config = self.config
         if config.frame_features:
-            return FrameFeatureReader(sampling=config.sampling, name=config.frame_features, seed=seed)
+            return _features(config, seed)
         return ClipReader(transform=self.transforms(train), sampling=config.sampling, seed=seed)
 
     def video_reader(self, clips: int = 1, crops: int = 1) -> Reader:
@@ -189,7 +216,8 @@ class Clip4Clip(clip.Clip):
         """Clips and texts, and single images where a clip is the mean of its frames; nothing apart for pairs."""
         if self.tight is not None:
             return ()
-        return ("image", "video", "text") if self.head is None else ("video", "text")
+        alone = self.head is None and self.patches is None
+        return ("image", "video", "text") if alone else ("video", "text")
 
     @property
     def scores_pairs(self) -> tuple[str, ...]:
@@ -201,12 +229,19 @@ class Clip4Clip(clip.Clip):
         """The head over pairs of clip and text, if it is one."""
         return self.head if isinstance(self.head, PairHead) else None
 
-    def encode_frames(self, video: Tensor) -> Tensor:
-        """uint8 [B, T, 3, H, W] to float32 [B, T, D], not normalised; stored features float [B, T, D] stay."""
+    def encode_frames(self, video: Tensor, mask: Tensor | None = None) -> Tensor:
+        """uint8 [B, T, 3, H, W] to float32 [B, T, D], not normalised; stored features float [B, T, D] stay.
+
+        ``mask`` bool [B, T] keeps what follows a clip out of the patches over time.
+        """
         if video.ndim == 3:
             return video.float()
         pixels = (video.flatten(0, 1).float() - self.mean) / self.std
+        if self.patches is not None:
+            pixels = pixels if mask is None else pixels * mask.flatten()[:, None, None, None]
+            self._frames = video.shape[1]
         features: Tensor = self.model.encode_image(pixels)
+        self._frames = 1
         frames: Tensor = features.float().unflatten(0, video.shape[:2])
         return frames
 
@@ -221,7 +256,7 @@ class Clip4Clip(clip.Clip):
         return functional.normalize(over_views(self._encode_clips, video, mask, 3 if stored else 5), dim=-1)
 
     def _encode_clips(self, video: Tensor, mask: Tensor | None) -> Tensor:
-        frames = self.encode_frames(video)
+        frames = self.encode_frames(video, mask)
         shown = frames.new_ones(frames.shape[:2], dtype=torch.bool) if mask is None else mask
         joined = frames if self.head is None else self.head(frames, shown)
         return clip_features(joined, shown)
@@ -234,7 +269,7 @@ class Clip4Clip(clip.Clip):
         """
         if medium == "text":
             return openclip.encode_text(self.model, inputs).float()
-        frames = self.encode_frames(inputs)
+        frames = self.encode_frames(inputs, mask)
         shown = frames.new_ones(frames.shape[:2]) if mask is None else mask.to(frames.dtype)
         return torch.cat([frames, shown[..., None]], dim=-1)
 
@@ -272,11 +307,38 @@ class Clip4Clip(clip.Clip):
         of_head = (
             {} if self.head is None else {f"head.{name}": Layer("head", 0) for name, _ in self.head.named_parameters()}
         )
-        return {**super().layers(), "model.logit_scale": Layer("text", 0), **of_head}
+        found = {**super().layers(), "model.logit_scale": Layer("text", 0), **of_head}
+        if self.patches is not None:
+            names = [f"patches.{name}" for name, _ in self.patches.named_parameters()]
+            found |= dict.fromkeys(names, found["model.visual.conv1.weight"])
+        return found
 
     def blocks(self) -> Sequence[nn.Module]:
         """The repeated parts of the towers and of the head."""
         return [*super().blocks(), *([] if self.head is None else blocks(self.head).values())]
+
+
+class NeighbourPatches(nn.Module):
+    """What the frames before and after add to the patches of each frame: the outer slices of a convolution over three
+    frames, whose middle one is the tower's own. Zeros at the start, and beyond both ends of a clip."""
+
+    def __init__(self, middle: nn.Conv2d) -> None:
+        super().__init__()
+        size: Any = middle.kernel_size
+        stride: Any = middle.stride
+        self.before, self.after = (
+            nn.Conv2d(middle.in_channels, middle.out_channels, size, stride, bias=False) for _ in range(2)
+        )
+        for part in (self.before, self.after):
+            nn.init.zeros_(part.weight)
+
+    def forward(self, pixels: Tensor, frames: int) -> Tensor:
+        """float [B T, 3, H, W] to float [B T, W, h, w], for clips of ``frames`` T, 2 or more."""
+        clips = pixels.unflatten(0, (-1, frames))
+        earlier = self.before(clips[:, :-1].flatten(0, 1)).unflatten(0, (-1, frames - 1))
+        later = self.after(clips[:, 1:].flatten(0, 1)).unflatten(0, (-1, frames - 1))
+        nothing = torch.zeros_like(earlier[:, :1])
+        return (torch.cat([nothing, earlier], dim=1) + torch.cat([later, nothing], dim=1)).flatten(0, 1)
 
 
 class PairHead(nn.Module):
@@ -320,6 +382,12 @@ class PairHead(nn.Module):
         pooled = self.ln_pool(run_blocks(self.resblocks, hidden, shown)[:, 0])
         scores: Tensor = self.score(self.activation(self.dense(pooled)))
         return scores.float().view(count, clips)
+
+
+def _features(config: Config, seed: int = 0) -> FrameFeatureReader:
+    """The reader of stored features; sidecars of an image tower of another width are refused."""
+    width = int(openclip.check_architecture(config.architecture)["embed_dim"])
+    return FrameFeatureReader(sampling=config.sampling, name=config.frame_features, width=width, seed=seed)
 
 
 def make_head(config: Config, model: Any) -> nn.Module | None:

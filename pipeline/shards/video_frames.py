@@ -40,6 +40,7 @@ VIDEO_KINDS = ("mp4", "matroska", "avi", "mpeg", "asf", "flv")
 
 _SAME = 1e-6  # seconds by which a wanted time may be before a time stamp because of rounding
 _USUAL_RATE = Fraction(25)
+_UNPACKED = 8  # bytes of all packets for a byte of the file, at most; Matroska may compress them
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +61,15 @@ class VideoHeader:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """When the frames of a video are shown: the first one at ``begin`` = 0, the last one until ``end``, in seconds."""
+    """When the frames of a video are shown: the first one at ``begin`` = 0, the last one until ``end``, in seconds.
+
+    ``stamps`` are the times from which each of the ``frames`` is shown; empty for frames at equal distances.
+    """
 
     begin: float
     end: float
     frames: int
+    stamps: Sequence[float] = ()
 
 
 class Frames(NamedTuple):
@@ -115,7 +120,8 @@ def read_timeline(body: bytes) -> Timeline:
         SampleError: as :func:`read_video_header`.
     """
     with opened(body) as (container, stream):
-        return (_packet_clock(list(_packets(container, stream)), stream) or _frame_clock(container, stream)).timeline
+        packets = _all_packets(container, stream, len(body))
+        return (_packet_clock(packets, stream) or _frame_clock(container, stream)).timeline
 
 
 def read_frames(body: bytes, times: WantedTimes, *, size: int | None = None) -> Frames:
@@ -130,7 +136,7 @@ def read_frames(body: bytes, times: WantedTimes, *, size: int | None = None) -> 
         ValueError: no time is wanted.
     """
     with opened(body) as (container, stream):
-        packets = list(_packets(container, stream))
+        packets = _all_packets(container, stream, len(body))
         clock = _packet_clock(packets, stream)
         if clock is not None:
             picked = clock.pick(times)
@@ -297,6 +303,21 @@ def _packets(container: InputContainer, stream: VideoStream) -> Iterator["Packet
     return (packet for packet in container.demux(stream) if packet.size)
 
 
+def _all_packets(container: InputContainer, stream: VideoStream, size: int) -> list["Packet[VideoStream]"]:
+    """All packets of a file of ``size`` bytes, at once in memory.
+
+    Raises:
+        SampleError: error class damaged, where an index gives the same bytes to many frames.
+    """
+    found, left = [], _UNPACKED * size
+    for packet in _packets(container, stream):
+        left -= packet.size
+        if left < 0:
+            bad_video("damaged", "damaged")
+        found.append(packet)
+    return found
+
+
 def _packet_clock(packets: Sequence["Packet[VideoStream]"], stream: VideoStream) -> _Clock | None:
     """The clock by the packets; None where they do not tell which frame is shown when.
 
@@ -322,7 +343,8 @@ def _clock(stamps: list[int], stream: VideoStream, last: int | None) -> _Clock:
         bad_video("no_picture", "no frame can be decoded")
     unit = unit_of(stream)
     seconds = [float((stamp - stamps[0]) * unit) for stamp in stamps]
-    return _Clock(seconds, stamps, Timeline(0.0, seconds[-1] + _rest(seconds, stream, last), len(seconds)))
+    timeline = Timeline(0.0, seconds[-1] + _rest(seconds, stream, last), len(seconds), seconds)
+    return _Clock(seconds, stamps, timeline)
 
 
 def _rest(seconds: Sequence[float], stream: VideoStream, last: int | None) -> float:

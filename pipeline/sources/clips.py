@@ -12,6 +12,7 @@ from typing import ClassVar
 from pipeline.config import require
 from pipeline.errors import SampleError, missing
 from pipeline.shards.media import AUDIO, VIDEO
+from pipeline.shards.segments import with_segment
 from pipeline.shards.storage import Folder, file_stamp, split_file
 from pipeline.shards.text import decoded
 from pipeline.sources.cut_clips import read_clip, read_video
@@ -159,7 +160,7 @@ class Clips:
     def _row(self, clip: Clip) -> Row:
         path, caption_file, start, end = clip
         columns: dict[str, Cell] = {"label": path.split("/")[0] if "/" in path else "", "start": start, "end": end}
-        url, caption = f"{path}#t={start:g},{end:g}", ""
+        url, caption = with_segment(path, start, end), ""
         try:
             caption = self._caption(caption_file) if caption_file else ""
             if self.video:

@@ -271,5 +271,6 @@ def sizes(method: Method, places: Mapping[str, str]) -> str:
     for name, parameter in method.named_parameters():
         frozen[places[name]] += 0 if parameter.requires_grad else parameter.numel()
     total = sum(parameter.numel() for parameter in method.parameters())
-    locked = [f"{count / 1e6:.1f} million of {place} frozen" for place, count in frozen.items() if count]
+    # Of a frozen scale alone nobody wants to read "0.0 million".
+    locked = [f"{count / 1e6:.1f} million of {place} frozen" for place, count in frozen.items() if count >= 50_000]
     return ", ".join([f"{total / 1e6:.1f} million parameters", *locked])

@@ -72,6 +72,9 @@ def test_frames_at_a_rate_are_those_that_are_shown() -> None:
     assert numbers == [max(at for at, stamp in enumerate(UNEVEN) if stamp / 10 <= time) for time in times]
     assert made.columns["video_rate"] == pytest.approx(4.0)
     assert made.columns["video_frames"] == len(times) == 13
+    short = CODEC.encode(encoded_video(numbered(100)), VideoOptions(video_seconds=2.5, video_frames_per_second=1))
+    assert short.columns["video_seconds"] == pytest.approx(2.5) and short.columns["video_frames"] == 3
+    assert read_timeline(short.fields["mp4"]).end == pytest.approx(2.5)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +90,9 @@ def test_segments_begin_with_the_frame_that_is_shown(kind: str, codec: str) -> N
     assert made.columns["video_seconds"] == pytest.approx(1.25)
     middle = CODEC.encode(body, VideoOptions(video_seconds=1, video_segment="middle"))
     assert stored_numbers(middle.fields["mp4"])[0][0] == 145
+    for end in (float("inf"), 400.0):  # the middle of what the file has of the segment
+        middle = CODEC.encode(body, VideoOptions(video_seconds=1, video_segment="middle"), (10.0, end))
+        assert stored_numbers(middle.fields["mp4"])[0][0] == 195
     assert CODEC.encode(body, VideoOptions(), (29.0, float("inf"))).columns["video_seconds"] == pytest.approx(1.0)
     assert CODEC.encode(body, VideoOptions(), (29.0, 40.0)).columns["video_seconds"] == pytest.approx(1.0)
 

@@ -69,27 +69,29 @@ def image(colour: Sequence[int]) -> bytes:
     return buffer.getvalue()
 
 
+def publish_fields(place: Path, rows: Sequence[dict[str, bytes]], card: str | None = None) -> Snapshot:
+    """A snapshot in the new folder ``place``, in shards of four, of samples with these fields."""
+    place.mkdir()
+    shards = []
+    for start in range(0, len(rows), 4):
+        path = place / f"{start // 4:05d}.tar"
+        with open(path, "wb") as file:
+            writer = TarWriter(file)
+            for number, fields in enumerate(rows[start : start + 4], start):
+                writer.write(Sample(f"{number:06d}", fields))
+            writer.close()
+        count = len(rows[start : start + 4])
+        shards.append(Shard(name=path.stem, samples=count, bytes=path.stat().st_size, sha256=file_digest(path)))
+    names = tuple(sorted({field for row in rows for field in row}))
+    return publish_shards(Folder(place), tuple(shards), fields=names, card=card, options={}, rows=len(rows), dropped={})
+
+
 @pytest.fixture
 def make_snapshot(tmp_path: Path) -> Callable[..., Snapshot]:
     """``make_snapshot(samples, card=None)``: a snapshot in shards of four of the given samples' fields."""
 
     def make(rows: Sequence[dict[str, bytes]], card: str | None = None, name: str = "shards") -> Snapshot:
-        folder = tmp_path / name
-        folder.mkdir()
-        shards = []
-        for start in range(0, len(rows), 4):
-            path = folder / f"{start // 4:05d}.tar"
-            with open(path, "wb") as file:
-                writer = TarWriter(file)
-                for place, fields in enumerate(rows[start : start + 4], start):
-                    writer.write(Sample(f"{place:06d}", fields))
-                writer.close()
-            count = len(rows[start : start + 4])
-            shards.append(Shard(name=path.stem, samples=count, bytes=path.stat().st_size, sha256=file_digest(path)))
-        fields = tuple(sorted({field for row in rows for field in row}))
-        return publish_shards(
-            Folder(folder), tuple(shards), fields=fields, card=card, options={}, rows=len(rows), dropped={}
-        )
+        return publish_fields(tmp_path / name, rows, card)
 
     return make
 

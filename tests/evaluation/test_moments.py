@@ -277,6 +277,10 @@ def test_evaluations_show_clips_and_play_them(make_snapshot: MakeSnapshot, tmp_p
     titles = [axis.get_title(loc="left").split(" (")[0] for axis in figures["clips/it"].axes]
     assert titles == ["red, found red", "green, found blue", "blue, found blue"]
     assert [axis._left_title.get_color() for axis in figures["clips/it"].axes] == [RIGHT, WRONG, RIGHT]
+    scores = [axis.get_title(loc="left").split(" (")[1] for axis in figures["clips/it"].axes]
+    paper = Evaluations(zero_shot=(f"it={folder},ensemble=probabilities",), classes=classes).prepare()
+    shares = [axis.get_title(loc="left").split(" (")[1] for axis in model_figures(ClipModel(), paper)["clips/it"].axes]
+    assert shares == ["1.00)"] * 3 != scores, "the scores that the metric is of"
     files = model_files(ClipModel(), prepared)
     assert {name.rpartition("/")[0] for name in files} == {"zeroshot/it", "retrieval/it"} and len(files) == 6
     wrong = next(content for name, content in files.items() if "green_found_blue" in name)

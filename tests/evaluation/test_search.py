@@ -30,6 +30,7 @@ from pipeline.evaluation.search import (
 from pipeline.evaluation.search_page import facts_of, search_page
 from pipeline.evaluation.shown_media import sound_of, spectrogram
 from pipeline.models.clip import Clip
+from pipeline.models.videoclip import VideoClip
 from pipeline.shards.sample import Sample
 from pipeline.shards.selection import select
 from pipeline.shards.snapshot import Snapshot, publish_shards, read_snapshot
@@ -37,6 +38,7 @@ from pipeline.shards.storage import Folder
 from pipeline.shards.waveforms import Waveform, read_header, read_waveform
 from pipeline.stages.annotate.embeddings import EmbedOptions, embed
 from pipeline.stages.shard_tasks import Workers
+from tests.conftest import publish_coloured
 from tests.evaluation.conftest import COLOURS, ColourModel, image
 from tests.evaluation.sounds_and_colours import SoundAndColourModel, sample, sound
 from tests.sounds import encoded, tone
@@ -96,6 +98,32 @@ def test_sounds_are_ranked_as_by_a_loop(make_snapshot: MakeSnapshot, tmp_path: P
         assert [match.sample.key for match in found.matches] == [key for _, key in expected]
         assert [match.score for match in found.matches] == pytest.approx([score for score, _ in expected], abs=1e-6)
         assert (found.compared, found.without, found.stored) == (8, 2, 0)
+
+
+def test_a_model_over_stored_features_searches_videos(tmp_path: Path) -> None:
+    """VideoCLIP reads the sidecar of frames: ranks are those of a loop; its features cannot become a sidecar."""
+    torch.manual_seed(0)
+    folder = publish_coloured(tmp_path / "shards", (4, 3), regions=("teacher", 8)).folder
+    model = VideoClip(VideoClip.smallest()).eval()
+    embedder, data = ModelEmbedder(model), open_data(folder)
+    query = text_query("a red star")
+    assert medium_to_search("auto", query, embedder, data) == "video"
+    found = search(embedder, query_features(embedder, query), data, "video", SearchOptions(top=5))
+    assert found.compared == 7 and found.stored == 0
+    reader = model.video_reader()
+    samples = list(data.samples(None, reader.sidecars))
+    batch = reader.collate([reader.read(one) for one in samples])
+    with torch.no_grad():
+        text = model.encode_text(model.tokenizer(["a red star"]))
+        scores = (model.encode_video(batch["video"], batch["video_mask"]) @ text.T)[:, 0]
+    best = scores.argsort(descending=True)[:5].tolist()
+    assert [match.sample.key for match in found.matches] == [samples[number].key for number in best]
+    np.testing.assert_allclose([match.score for match in found.matches], scores[best], atol=1e-5)
+    with pytest.raises(SettingError, match="checkpoint: got 'frames', expected a model that reads no sidecars"):
+        embed(read_snapshot(folder), lambda threads: embedder, EmbedOptions(), HERE)
+    bare = publish_coloured(tmp_path / "bare", (2,), spoil={0: {"mp4": b"", "txt": b"a"}}).folder
+    with pytest.raises(DataError, match=r"jobs/embed_dataset\.py frames"):
+        search(embedder, query_features(embedder, query), open_data(bare), "video", SearchOptions())
 
 
 def test_the_medium_is_the_one_that_the_query_is_not(make_snapshot: MakeSnapshot, tmp_path: Path) -> None:

@@ -18,7 +18,12 @@ from torch.nn import functional
 
 from pipeline.errors import DataError, SettingError
 from pipeline.evaluation.suite import Evaluations, evaluate
-from pipeline.evaluation.tasks.action_segmentation import frame_labels, segmentation_metrics, tuned_threshold
+from pipeline.evaluation.tasks.action_segmentation import (
+    frame_labels,
+    largest_similarity,
+    segmentation_metrics,
+    tuned_threshold,
+)
 from pipeline.loaders.frames import FrameFeatureReader, FrameSampling
 from pipeline.loaders.timed_captions import TimedText
 from pipeline.models.videoclip import VideoClip
@@ -70,6 +75,25 @@ def test_the_right_answer_is_chosen(make_snapshot: MakeSnapshot) -> None:
     found = run(ColourVideoModel(), video_qa=(f"it={make_snapshot(rows).folder}",))
     assert found["videoqa/it/accuracy"] == 0.75 and found["videoqa/it/samples"] == 4
     assert found["videoqa/it/chance"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 4 + 1 / 2) / 4)
+
+
+def test_a_model_that_cannot_tell_candidates_apart_has_no_answer_right(make_snapshot: MakeSnapshot) -> None:
+    """Sets often list the right answer first: the first of equal scores must not count."""
+
+    class Constant(ColourVideoModel):
+        def encode_text(self, text: Tensor) -> Tensor:
+            return torch.ones(len(text), 3)
+
+    class Broken(ColourVideoModel):
+        def encode_video(self, video: Tensor, mask: Tensor) -> Tensor:
+            return torch.full((len(video), 3), torch.nan)
+
+    rows = [video(["red"], choices=["red", "blue"], answer=0)] * 2
+    folder = make_snapshot(rows).folder
+    assert run(Constant(), video_qa=(f"it={folder}",))["videoqa/it/accuracy"] == 0
+    assert run(Broken(), video_qa=(f"it={folder}",))["videoqa/it/accuracy"] == 0
+    twice = make_snapshot([video(["red"], choices=["blue", "red", "red"], answer=2)], name="twice").folder
+    assert run(ColourVideoModel(), video_qa=(f"it={twice}",))["videoqa/it/accuracy"] == 1
 
 
 def test_keys_are_options_of_a_set(make_snapshot: MakeSnapshot) -> None:
@@ -135,8 +159,11 @@ def test_actions_of_a_perfect_model(make_snapshot: MakeSnapshot) -> None:
     assert found["actionseg/it/tuned_accuracy"] == 1.0 and 0 < found["actionseg/it/tuned_threshold"] <= 1
     assert found["actionseg/it/frames"] == 8 and found["actionseg/it/samples"] == 2
     assert found["actionseg/it/constant"] == pytest.approx(3 / 8)
-    free = run(ColourVideoModel(), action_segmentation=(f"it={folder}",))
+    free = run(ColourVideoModel(), action_segmentation=(f"it={folder},threshold=-1",))
     assert free["actionseg/it/accuracy"] == pytest.approx(6 / 8)  # without a threshold there is no background
+    paper = run(ColourVideoModel(), action_segmentation=(f"it={folder}",))
+    assert paper["actionseg/it/accuracy"] == 1.0  # black is as near to any name as the names are to one another
+    assert paper["actionseg/it/threshold"] == pytest.approx(0, abs=1e-3)
 
 
 def test_names_in_a_file_and_a_prompt(make_snapshot: MakeSnapshot, tmp_path: Any) -> None:
@@ -165,6 +192,28 @@ def test_the_tuned_threshold_is_that_of_a_search_over_all() -> None:
         best, at = tuned_threshold(right, background, scores)
         assert best == pytest.approx(max(map(accuracy, candidates)))
         assert accuracy(at) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_the_threshold_is_videoclips_rule(normalise: bool) -> None:
+    """A frame has an action where its best product is above the largest product of two different names' texts."""
+    torch.manual_seed(1)
+    method = VideoClip(replace(VideoClip.smallest(), features="", feature_width=3, normalise=normalise)).eval()
+    with torch.no_grad():
+        for tower in (method.model.text, method.model.video):  # lengths that differ from tower to tower
+            norm = tower.bert.encoder.layer[-1].output.LayerNorm
+            norm.weight.mul_(torch.rand_like(norm.weight) + 0.5)
+            norm.bias.add_(torch.randn_like(norm.bias) * 0.3)
+        raw, states = torch.randn(3, 32), torch.randn(50, 32)
+        texts, moments = method._unit(raw, of_video=False), method._unit(states, of_video=True)
+        least = largest_similarity(method, texts)
+        if normalise:
+            raw, states = functional.normalize(raw, dim=-1), functional.normalize(states, dim=-1)
+        limit = max(float(raw[i] @ raw[j]) for i, j in itertools.permutations(range(3), 2))
+        best = (states @ raw.T).amax(dim=1)
+        found = (moments @ texts.T).amax(dim=1) >= least
+    assert torch.equal(found, best > limit) and 0 < found.sum() < found.numel()
+    assert largest_similarity(method, texts[:1]) == -1
 
 
 def test_metrics_of_a_hand_made_case() -> None:

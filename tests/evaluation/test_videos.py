@@ -1,7 +1,7 @@
 """Retrieval and classification of videos against brute force, the authors' protocols by hand, and a perfect model."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -10,15 +10,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.errors import SettingError
-from pipeline.evaluation.media import encoded_media, medium_reader
+from pipeline.evaluation.media import encode_inputs, encoded_media, medium_reader
 from pipeline.evaluation.retrieval import Ranking, dual_softmax, match_ranks, retrieval_metrics
 from pipeline.evaluation.suite import Evaluations, evaluate
 from pipeline.evaluation.zero_shot import classifier, prompt_vectors, zero_shot
 from pipeline.loaders.clip_views import ClipViewsReader, SideCrop
 from pipeline.loaders.images import ImageTransform
+from pipeline.models import clip, clip4clip
+from pipeline.models.clip import Clip
+from pipeline.models.clip4clip import Clip4Clip
 from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Snapshot
-from tests.evaluation.conftest import COLOURS, ColourModel
+from tests.evaluation.conftest import COLOURS, ColourModel, image
 from tests.evaluation.moving_colours import MovingColourModel, PairModel, sample, video
 
 MakeSnapshot = Callable[..., Snapshot]
@@ -134,6 +137,52 @@ def test_a_head_for_videos(make_snapshot: MakeSnapshot, classes_file: str) -> No
     assert found["classification/it/top1"] == found["classification/more/top1"] == 1
     with pytest.raises(SettingError, match="no head"):
         run(MovingColourModel(), classification=(f"it={folder}",), classes=classes_file)
+
+
+# Models of images
+
+
+def test_a_model_of_images_reads_videos_by_their_frames(make_snapshot: MakeSnapshot, classes_file: str) -> None:
+    """The mean of one frame a second: by the set's options, and by default where a set has no images."""
+    rows = [sample("red", "red", "blue"), sample("green"), sample("blue", "blue", "red", caption="a blue one")]
+    folder, images = make_snapshot(rows).folder, ColourModel()
+    for setting in ("", ",medium=video", ",medium=video,crops=3"):
+        found = run(images, zero_shot=(f"it={folder}{setting}",), classes=classes_file)
+        assert found["zeroshot/it/top1"] == 1 and found["zeroshot/it/samples"] == 3
+    for setting in ("", ",media=video+text"):
+        found = run(images, retrieval=(f"it={folder}{setting}",))
+        assert found["retrieval/it/t2v_r1"] == found["retrieval/it/v2t_r1"] == 1
+    with pytest.raises(SettingError, match="clips: got 4.*uniform"):
+        run(images, zero_shot=(f"it={folder},clips=4",), classes=classes_file)
+    assert encoded_media(images) == ("image", "text"), "stored features and search keep their media"
+    both = [{**row, "png": image(COLOURS["red"])} for row in rows]
+    found = run(images, retrieval=(f"it={make_snapshot(both, name='both').folder}",))
+    assert "retrieval/it/i2t_r1" in found and "retrieval/it/v2t_r1" not in found
+
+
+def test_a_card_of_videos_is_read_by_a_model_of_images() -> None:
+    found = run(ColourModel(), zero_shot=("drawn_motions,samples=4",))
+    assert found["zeroshot/drawn_motions/samples"] == 4
+
+
+def test_the_mean_of_frames_is_clip4clips_without_training() -> None:
+    torch.manual_seed(0)
+    config = clip4clip.Config(architecture="clipmill-tiny", pretrained=None, freeze_layers=None)
+    method, plain = Clip4Clip(config).eval(), Clip(clip.Config(architecture="clipmill-tiny")).eval()
+    plain.load_state_dict(method.state_dict())
+    one = Sample("s", {"mp4": video("red", "green", "blue", "red", "red")})
+    batches = [
+        reader.collate([reader.read(one)]) for reader in (medium_reader(plain, "video"), medium_reader(method, "video"))
+    ]
+    assert torch.equal(batches[0]["video"], batches[1]["video"]) and batches[0]["video_mask"].sum() == 5
+    with torch.no_grad():
+        features = [
+            encode_inputs(model, "video", batches[0], torch.device("cpu"))
+            for model in (cast(Any, plain), cast(Any, method))
+        ]
+        frames = functional.normalize(plain.encode_image(batches[0]["video"][0, :5]), dim=-1)
+    torch.testing.assert_close(features[0], features[1])
+    torch.testing.assert_close(features[0][0], functional.normalize(frames.mean(dim=0), dim=-1))
 
 
 # Retrieval

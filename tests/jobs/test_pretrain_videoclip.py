@@ -1,14 +1,19 @@
 """The job of VideoCLIP: its smoke preset end to end, and its presets against the paper."""
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 
+from pipeline.errors import SettingError
 from pipeline.evaluation.models import load_any
 from pipeline.tracking.runs import Tracking
 from pipeline.training.checkpoint import Checkpoints, read_evaluation
+from tests.evaluation.conftest import publish_fields
 from tests.jobs.conftest import load_job
 
 
@@ -28,6 +33,19 @@ def test_smoke(tmp_path: Path, own_store: str) -> None:
     method: Any = load_any(checkpoint.folder.uri, "cpu")
     features = method.encode_text(method.tokenizer(["a red disc is moving to the left"]))
     torch.testing.assert_close(features.norm(dim=1), torch.ones(1))
+
+
+def test_the_width_of_the_features_follows_the_data(tmp_path: Path) -> None:
+    """Of any CLIP that made them; a width that was set and differs is refused before the work starts."""
+    script = load_job("pretrain_videoclip")
+    content = io.BytesIO()
+    np.save(content, np.ones((4, 6), np.float32))
+    folder = publish_fields(tmp_path / "data", [{"frames.npy": content.getvalue(), "json": b"{}"}] * 2).folder
+    drawn = script["PRESETS"]["drawn"][1]
+    job = replace(drawn, method=replace(drawn.method, features=""), run=replace(drawn.run, data=folder))
+    assert script["with_width"](job).method.feature_width == 6
+    with pytest.raises(SettingError, match="feature_width: got 128, expected 6"):
+        script["with_width"](replace(job, method=replace(job.method, feature_width=128)))
 
 
 def test_presets_are_the_papers() -> None:

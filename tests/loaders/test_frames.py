@@ -3,19 +3,21 @@
 import io
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import SettingError
+from pipeline.errors import DataError, SettingError
 from pipeline.loaders.batches import SamplePosition
-from pipeline.loaders.frames import ClipReader, FrameFeatureReader, FrameSampling, padded_clips
+from pipeline.loaders.frames import ClipReader, FrameFeatureReader, FrameSampling, feature_width, padded_clips
 from pipeline.loaders.images import ImageTransform, crop_bits
 from pipeline.loaders.rand_augment import RandomChange
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.shards.sample import Sample
 from pipeline.shards.video_frames import Timeline, read_frames
+from tests.evaluation.conftest import publish_fields
 from tests.videos import encoded_video, numbered, numbers_of
 
 TEN_SECONDS = Timeline(0.0, 10.0, 250)
@@ -41,7 +43,7 @@ def shown(clip: torch.Tensor) -> list[int]:
         (FrameSampling(mode="rate", frames=4, rate=2.0), [0, 0.5, 1.0, 1.5]),
         (FrameSampling(mode="segments", frames=4), [1.25, 3.75, 6.25, 8.75]),
         (FrameSampling(mode="window", frames=4, rate=2.0), [4.0, 4.5, 5.0, 5.5]),
-        (FrameSampling(mode="window", frames=5, rate=0.0), [4.9, 4.94, 4.98, 5.02, 5.06]),
+        (FrameSampling(mode="window", frames=5, rate=0.0), [4.92, 4.96, 5.0, 5.04, 5.08]),
     ],
 )
 def test_times_in_evaluation(sampling: FrameSampling, times: list[float]) -> None:
@@ -64,6 +66,25 @@ def test_a_single_frame_and_no_length(mode: str) -> None:
         for random in (None, [0.9, 0.9, 0.9]):
             times = sampling.frame_times(timeline, random)
             assert len(times) == (3 if mode == "segments" else 1) and 0 <= min(times) <= max(times) <= 0.04
+
+
+def test_a_rate_of_0_is_every_frame_also_at_a_variable_rate() -> None:
+    stamps = np.cumsum(np.random.default_rng(5).integers(1, 9, 40)).tolist()
+    sample = Sample("a", {"mp4": encoded_video(numbered(40), stamps)})
+
+    def read(mode: str, frames: int, at: SamplePosition | None = None) -> list[int]:
+        sampling = FrameSampling(mode=mode, frames=frames, rate=0)  # type: ignore[arg-type]
+        return shown(ClipReader(transform=WHOLE, sampling=sampling).read(sample, at)["video"])
+
+    assert read("uniform", 64) == read("rate", 40) == read("window", 40) == list(range(40))
+    assert read("uniform", 7) == np.linspace(0, 39, 7, dtype=int).tolist()
+    assert read("rate", 5) == [0, 1, 2, 3, 4]
+    starts = set()
+    for number in range(60):
+        found = read("window", 30, SamplePosition(0, number))
+        assert found == list(range(found[0], found[0] + 30))
+        starts.add(found[0])
+    assert min(starts) == 0 and max(starts) == 10
 
 
 def test_segments_take_one_frame_of_each_part_as_tsn_does() -> None:
@@ -191,6 +212,22 @@ def test_stored_features_are_chosen_as_frames_are() -> None:
     assert batch["video_mask"].sum(dim=1).tolist() == [2, 6]
 
 
+def test_all_stored_features_are_read_whatever_the_length_of_the_last_frame() -> None:
+    """A video of 10.04 seconds has features at 0, 1, ... 10 seconds: the last one is shown for 0.04 seconds."""
+    row = {**feature_row(11), "seconds": 10.04}
+    found = FrameFeatureReader(sampling=FrameSampling(frames=32, rate=0)).read(Sample("a", {}, rows={"frames": row}))
+    assert found["video"][:, 0].tolist() == list(range(11))
+    some = FrameFeatureReader(sampling=FrameSampling(frames=4, rate=0)).read(Sample("a", {}, rows={"frames": row}))
+    assert some["video"][:, 0].tolist() == [0, 3, 6, 10]
+
+
+def test_stored_times_are_rounded_to_single_precision() -> None:
+    """Seconds such as 100.3 are stored as slightly more; the feature of that time is meant, not the one before."""
+    sample = Sample("a", {}, rows={"frames": feature_row(2000, 0.1)})
+    reader = FrameFeatureReader(sampling=FrameSampling(mode="window", frames=1000, rate=10.0), place=1.0)
+    assert reader.read(sample)["video"][:, 0].tolist() == list(range(1000, 2000))
+
+
 def test_features_and_frames_of_one_position_are_those_of_the_same_times() -> None:
     sampling = FrameSampling(mode="segments", frames=5)
     frames = ClipReader(transform=WHOLE, sampling=sampling, seed=4).read(sample_of(100), AT)["video"]
@@ -220,6 +257,24 @@ def test_features_of_members() -> None:
     np.save(pickled, np.array([{"a": 1}], object), allow_pickle=True)
     with pytest.raises(UnreadableSample):
         reader.read(Sample("a", {"frames.npy": pickled.getvalue()}))
+
+
+def test_the_width_of_features_is_that_of_the_first_readable_sample(tmp_path: Path) -> None:
+    """Of members, a later one of another width is a bad sample, not the end of a training."""
+    contents = [b"broken", npy(np.ones((4, 6))), npy(np.ones((4, 5)))]
+    snapshot = publish_fields(tmp_path / "some", [{"frames.npy": content} for content in contents])
+    reader = FrameFeatureReader(name="", width=6)
+    assert feature_width(snapshot, replace(reader, width=0)) == 6
+    assert reader.read(Sample("a", {"frames.npy": contents[1]}))["video"].shape == (4, 6)
+    with pytest.raises(UnreadableSample, match="5 numbers of a frame, not 6"):
+        reader.read(Sample("a", {"frames.npy": contents[2]}))
+    with pytest.raises(UnreadableSample, match="not finite"):
+        reader.read(Sample("a", {"frames.npy": npy(np.full((2, 6), np.nan))}))
+    with pytest.raises(DataError, match="no sample with features"):
+        feature_width(publish_fields(tmp_path / "broken", [{"frames.npy": b"broken"}]), reader)
+    with pytest.raises(DataError, match=r"no field frames\.npy"):
+        feature_width(publish_fields(tmp_path / "texts", [{"txt": b"a"}]), reader)
+    assert FrameFeatureReader(width=6).sidecars[0].facts == {"width": 6}
 
 
 def test_a_video_without_stored_frames_is_unreadable() -> None:

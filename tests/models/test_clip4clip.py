@@ -259,6 +259,55 @@ def test_towers_learn_slower_than_the_head() -> None:
         rate_scales(AdamW(tower_rates={"head": 2.0}), built(head="meanP"))
 
 
+# Patches over time
+
+
+def test_patches_of_three_frames_are_a_convolution_over_time() -> None:
+    """Against torch's own, with the three slices as one kernel; at the start they are CLIP's of each frame."""
+    method, plain = built(head="meanP", linear_patch="3d").eval(), built(head="meanP").eval()
+    batch = batch_of(method)
+    with torch.no_grad():
+        start = method.encode_video(batch["video"], MASK)
+        torch.testing.assert_close(start, plain.encode_video(batch["video"], MASK))
+    assert method.patches is not None
+    noisy(method.patches)
+    middle = method.model.visual.conv1
+    kernel = torch.stack([method.patches.before.weight, middle.weight, method.patches.after.weight], dim=2)
+    seen: list[Tensor] = []
+    hook = middle.register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0], output]))
+    with torch.no_grad():
+        method.encode_video(batch["video"], MASK)
+        hook.remove()
+        clips = seen[0].unflatten(0, (4, 3)).transpose(1, 2)  # B, 3, T, H, W
+        expected = functional.conv3d(clips, kernel, stride=(1, *middle.stride), padding=(1, 0, 0))
+        torch.testing.assert_close(seen[1].unflatten(0, (4, 3)), expected.transpose(1, 2), rtol=1e-4, atol=1e-4)
+        moved = method.encode_video(batch["video"].flip(1)[:1], MASK[:1])
+        assert not torch.allclose(moved, method.encode_video(batch["video"][:1], MASK[:1]), atol=1e-4), "order counts"
+        other = batch["video"].clone()
+        other[~MASK] = 200
+        torch.testing.assert_close(method.encode_video(other, MASK), method.encode_video(batch["video"], MASK))
+    assert method.encodes == ("video", "text")
+
+
+def test_patches_over_time_are_trained_whatever_is_frozen(tmp_path: Any) -> None:
+    weights = tmp_path / "open_clip.pt"
+    torch.save(built().model.state_dict(), weights)
+    method = built(pretrained=str(weights), freeze_layers=1, linear_patch="3d").train()
+    method.training_step(batch_of(method))["contrastive"].backward()
+    for name in ("model.visual.conv1.weight", "patches.before.weight", "patches.after.weight"):
+        assert method.get_parameter(name).grad.abs().sum() > 0, name  # type: ignore[union-attr]
+    assert not method.model.visual.class_embedding.requires_grad
+    again = Clip4Clip.restored(method.config, method.description())
+    again.load_state_dict(method.state_dict())
+    assert again.patches is not None
+    scales = rate_scales(AdamW(learning_rate=1e-4, tower_rates={"image": 1e-3, "text": 1e-3}), method)
+    assert scales["patches.after.weight"] == 1e-3
+    with pytest.raises(SettingError, match="frames"):
+        built(linear_patch="3d", sampling=FrameSampling(frames=1))
+    with pytest.raises(SettingError, match="linear_patch: got '3d', expected 2d for RN50"):
+        built(linear_patch="3d", architecture="RN50")
+
+
 # Readers
 
 
@@ -274,7 +323,8 @@ def test_it_reads_videos_or_stored_features(tmp_path: Any) -> None:
     assert isinstance(features, FrameFeatureReader) and features.name == "frames"
     settings = TextSettings(caption="json:captions")
     assert list(Clip4Clip.sample_fields(stored.config, settings)) == ["json"]
-    assert [one.name for one in Clip4Clip.sidecars(stored.config)] == ["frames"]
+    (wanted,) = Clip4Clip.sidecars(stored.config)
+    assert (wanted.name, wanted.facts) == ("frames", {"width": stored.model.text_projection.shape[1]})
     assert not any(one.requires_grad for one in stored.model.visual.parameters())
     batch = batch_of(stored)
     with torch.no_grad():

@@ -3,11 +3,13 @@
 import io
 from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 
 from pipeline.errors import SampleError
 from pipeline.shards.video_frames import read_frame, read_frames, read_timeline, read_video_header
+from tests.hostile_videos import one_frame_many_times
 from tests.videos import encoded_video, every_frame, numbered, numbers_of
 
 COUNT = 40
@@ -194,3 +196,14 @@ def test_bad_videos(name: str) -> None:
     with pytest.raises(SampleError) as error:
         read_frames(body, [0.0])
     assert error.value.error_class == reason
+
+
+def test_an_index_that_gives_one_frame_many_times_costs_no_memory() -> None:
+    """Readers of training hold the packets of a video: their memory must follow the file, not its index."""
+    body = one_frame_many_times()
+    with av.open(io.BytesIO(body)) as container:
+        assert sum(packet.size for packet in container.demux(video=0)) > 1000 * len(body)
+    for read in (lambda: read_frames(body, [1.0]), lambda: read_timeline(body)):
+        with pytest.raises(SampleError) as error:
+            read()
+        assert error.value.error_class == "damaged"

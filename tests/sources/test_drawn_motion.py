@@ -18,7 +18,7 @@ from pipeline.sources.drawn import world
 from pipeline.sources.drawn.draws import Draws
 from pipeline.sources.drawn.film import draw_frames
 from pipeline.sources.drawn.filmed import VIDEO_COLUMNS, draw_clip
-from pipeline.sources.drawn.motion import MOTIONS, OPPOSITES, PAIRED, RATE, MovingScene, moving_scene
+from pipeline.sources.drawn.motion import MOTIONS, OPPOSITES, PAIRED, RATE, MovingScene, actions, moving_scene
 from pipeline.sources.drawn.render import paint_ground
 from pipeline.sources.drawn.source import Drawn
 from pipeline.sources.drawn.story import WORDS, tell
@@ -133,6 +133,23 @@ def test_objects_meet_and_part(motion: str, sign: int) -> None:
         ways = np.array([[state[one].x - state[other].x, state[one].y - state[other].y] for state in states])
         distance = np.hypot(*ways.T)
         assert distance[0] - distance[-1] > 8 and np.diff(distance).max() < 1e-9
+
+
+def test_unseen_actions_are_new_pairs_of_known_shapes_and_motions() -> None:
+    seen, unseen = actions(unseen=False), actions(unseen=True)
+    assert len(seen) == 184 and len(unseen) == 46 and not set(seen) & set(unseen)
+    for place in (0, 1):
+        assert {pair[place] for pair in unseen} <= {pair[place] for pair in seen}
+    assert {shape for shape, _ in unseen} == set(world.SHAPE_NAMES)
+    for split, pairs in (("seen_actions_train", seen), ("unseen_actions", unseen)):
+        for index in range(0, 2 * len(pairs), 7):
+            moving, (shape, motion) = scene_of(split, index), pairs[index % len(pairs)]
+            assert moving.actors[moving.main].look.shape == shape
+            assert [event.motion for event in moving.events] == [motion]
+    columns = draw_clip("unseen_actions", 0, 3, 64, 1.0).columns
+    assert columns["label"] == f"{columns['shape']} {columns['motion']}" == " ".join(unseen[3])
+    with pytest.raises(SettingError, match="video: got False"):
+        Drawn(split="unseen_actions")
 
 
 def test_blinking_objects_vanish_and_still_ones_do_not() -> None:

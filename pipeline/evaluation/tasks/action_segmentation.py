@@ -31,15 +31,17 @@ class Config:
         "action_classes",
         "Names of the actions: auto (the card's classes, else the texts of the timed captions), or a file of lines.",
     )
-    threshold: float = option(
-        -1.0,
+    threshold: float | None = option(
+        None,
         "action_threshold",
-        "Least cosine of a frame and its nearest name, -1 to 1; frames below it have no action.",
+        "Least cosine of a frame and its nearest name, -1 to 1; frames below it have no action. None for VideoCLIP's "
+        "rule: more than the largest similarity of two different names.",
     )
     template: str = option("{}", "action_template", "Prompt with one {} for the name of an action.")
 
     def __post_init__(self) -> None:
-        require(-1 <= self.threshold <= 1, "action_threshold", self.threshold, "-1 to 1")
+        least = self.threshold
+        require(least is None or -1 <= least <= 1, "action_threshold", least, "-1 to 1, or none for VideoCLIP's rule")
         require(self.template.count("{}") == 1, "action_template", self.template, "exactly one {} for the name")
 
 
@@ -48,7 +50,7 @@ class Actions:
     """What a set needs: the names, or none where they are those of its timed captions; and the options."""
 
     names: tuple[str, ...]
-    threshold: float
+    threshold: float | None
     template: str
 
 
@@ -74,7 +76,8 @@ class ActionSegmentation(Task):
     """The accuracy of frames, as VideoCLIP's on COIN (Xu et al., 2021, arXiv 2109.14084, section 5.2), zero-shot.
 
     A frame's action is that of the last timed caption that began before it and has not ended. Its prediction is the
-    name nearest to the frame in its context, or none where that cosine is below the threshold.
+    name nearest to the frame in its context, or none where that cosine is below the threshold: by the authors' rule, at
+    most the largest similarity of two different names. The rule looks at no label of a video.
     """
 
     report = Report(
@@ -82,6 +85,7 @@ class ActionSegmentation(Task):
         "action segmentation",
         (
             Column("accuracy", "frames"),
+            Column("threshold", format=".3f"),
             Column("action_accuracy", "frames of actions"),
             Column("tuned_accuracy", "threshold tuned on these labels"),
             Column("tuned_threshold", format=".3f"),
@@ -118,6 +122,7 @@ class ActionSegmentation(Task):
         videos = 0
         with inference(model, reading.evaluation_precision) as device:
             texts = encode_tokens(model, model.tokenizer([actions.template.format(name) for name in names]), device)
+            least = largest_similarity(model, texts) if actions.threshold is None else actions.threshold
             for batch in evaluation_batches(one.samples(readers=readers), readers, size, threads):
                 mask = batch["frames_mask"]
                 cosines = (model.encode_moments(batch["frames"].to(device), mask.to(device)).float() @ texts.T).cpu()
@@ -130,7 +135,21 @@ class ActionSegmentation(Task):
                 ]
                 videos += len(mask)
         frames = np.concatenate(labels), np.concatenate(found), np.concatenate(scores)
-        return {**segmentation_metrics(*frames, actions.threshold), "samples": float(videos)}
+        return {**segmentation_metrics(*frames, least), "threshold": least, "samples": float(videos)}
+
+
+def largest_similarity(model: Any, texts: Tensor) -> float:
+    """The threshold above the similarity of any two different names, unit features float [C, D]; -1 for one name.
+
+    A model whose cosines do not compare texts with texts as texts with frames has ``moment_threshold``.
+    """
+    if len(texts) < 2:
+        return -1.0
+    if callable(own := getattr(model, "moment_threshold", None)):
+        limit = float(own(texts))
+    else:
+        limit = float((texts @ texts.T).fill_diagonal_(-1.0).max())
+    return float(np.nextafter(np.float32(limit), np.float32(np.inf)))
 
 
 def named_actions(one: PreparedSet) -> tuple[str, ...]:

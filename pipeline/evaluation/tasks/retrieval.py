@@ -17,11 +17,11 @@ from pipeline.evaluation.media import (
     TEXT,
     PartsReader,
     encode_inputs,
-    encoded_media,
     inputs_of,
     medium_reader,
     paired_media,
     stored_media,
+    usable_media,
 )
 from pipeline.evaluation.retrieval import DEPTHS, Ranking, retrieval
 from pipeline.evaluation.shown_clips import clip_files
@@ -47,7 +47,8 @@ class Config:
         "Field of the captions: auto (the list `captions` of the samples' json, else their txt), txt, or json:KEY.",
     )
     media: str = option(AUTO)
-    """Media to compare: auto (those that the model encodes and the data have), or some, as in audio+text."""
+    """Media to compare: auto (those that the model encodes and the data have), or some, as in audio+text. A model of
+    images reads videos by the mean of their frames: video+text."""
     by_sample: bool = option(False)
     """Whether queries over texts rank samples by the best of their captions, not captions: CLIP4Clip's protocol."""
     dual_softmax: bool = option(False)
@@ -152,7 +153,8 @@ def media_to_compare(model: object, one: PreparedSet) -> tuple[str, ...]:
     Raises:
         SettingError: fewer than two, or the model or the data lack one that the option names.
     """
-    able, setting = paired_media(model) or encoded_media(model), one.ready.media
+    setting = one.ready.media
+    able = usable_media(model, one, setting)
     enough = len(able) >= 2
     require(enough, "checkpoint", type(model).__name__, "a model that encodes images and texts, or two other media")
     wanted = able if setting == AUTO else tuple(name for name in KNOWN if name in setting.split("+"))

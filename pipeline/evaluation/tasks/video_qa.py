@@ -104,10 +104,23 @@ class VideoQa(Task):
         for batch in evaluation_batches(samples_of_set, readers, reading.evaluation_batch, reading.evaluation_threads):
             with inference(model, reading.evaluation_precision) as device:
                 scores = choice_scores(model, medium, batch, batch["choices"], device)
-            right += float((scores.argmax(dim=1) == batch["answer"]).sum())
+            right += float(answered(scores, batch["choices"], batch["answer"]).sum())
             chance += sum(1 / len(texts) for texts in batch["choices"])
             samples += len(batch["choices"])
         return {"accuracy": right / samples, "chance": chance / samples, "samples": samples}
+
+
+def answered(scores: Tensor, choices: Sequence[Sequence[str]], answers: Tensor) -> Tensor:
+    """Whether the right candidate of each row is more similar than every other text: bool [B].
+
+    ``scores`` are those of :func:`choice_scores`, ``answers`` int64 [B]. An equal score of another text is an error, so
+    the place of the right candidate in its list does not matter; a candidate with the same text is right, too.
+    """
+    found = []
+    for row, texts, answer in zip(scores.tolist(), choices, answers.tolist(), strict=True):
+        others = [score for score, text in zip(row, texts, strict=False) if text != texts[answer]]
+        found.append(all(score < row[answer] for score in others))
+    return torch.tensor(found)
 
 
 def choice_scores(

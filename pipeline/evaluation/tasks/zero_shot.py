@@ -23,7 +23,7 @@ from pipeline.evaluation.media import AUTO, check_medium, encode_inputs, medium_
 from pipeline.evaluation.shown_clips import clip_files
 from pipeline.evaluation.shown_media import SampleReader, sound_files, sound_grid
 from pipeline.evaluation.task import ACCURACY, FOLDS, Cache, PreparedSet, Reading, Report, Task, option
-from pipeline.evaluation.zero_shot import classifier, prompt_vectors, zero_shot
+from pipeline.evaluation.zero_shot import class_scores, classifier, prompt_vectors, zero_shot
 from pipeline.loaders.readers import LabelReader
 from pipeline.loaders.sample_figures import clip_grid
 
@@ -47,7 +47,8 @@ class Config:
     )
     label: str = option("", "label", LABEL_HELP)
     medium: str = option(AUTO)
-    """Medium to classify: auto (the first one that the model encodes and the data have), image, audio, video."""
+    """Medium to classify: auto (the first one that the model encodes and the data have), image, audio, video. A model
+    of images reads videos by the mean of their frames."""
     clips: int = option(1)
     """Clips of a video at equal distances, 1 to 64, whose features are averaged; for models that read segments or
     windows of frames."""
@@ -139,14 +140,14 @@ def _templates(model: Any, labels: Labels) -> tuple[str, ...]:
 
 
 def _predicted(model: Any, one: PreparedSet, medium: str) -> tuple[list[Any], list[str], list[bool]]:
-    """A few samples of a medium, with a caption of each (label, best class and its cosine), and whether it is right."""
+    """A few samples of a medium, with a caption of each (label, best class and its score), and whether it is right."""
     labels: Labels = one.ready
     label = LabelReader(classes=labels.classes, json_key=labels.label, evaluated=one.name)
     readers = (medium_reader(model, medium), label, SampleReader())
-    (batch,) = evaluation_batches(one.samples(SHOWN), readers, SHOWN, threads=2)
-    vectors = classifier(model, labels.classes, _templates(model, labels))
+    (batch,) = evaluation_batches(one.samples(SHOWN, readers), readers, SHOWN, threads=2)
+    vectors = _class_vectors(model, labels, "fp32", {})
     with inference(model) as device:
-        best = (encode_inputs(model, medium, batch, device) @ vectors.T).cpu().max(dim=1)
+        best = class_scores(encode_inputs(model, medium, batch, device), vectors).cpu().max(dim=1)
     pairs = zip(batch["label"].tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
     captions, right = [], []
     for number, found, score in pairs:

@@ -80,8 +80,8 @@ class Config:
     """Sidecar with the features of frames, made by jobs/embed_dataset.py frames; empty for members frames.npy."""
     features_per_second: float = 1.0
     """Rate of the features in members frames.npy."""
-    feature_width: int = 512
-    """Numbers of a frame's features: 512 of S3D and of ViT-B/32."""
+    feature_width: int = 0
+    """Numbers of a frame's features, such as 512 of S3D and of ViT-B/32; 0 for those of the data."""
     frames: int = 32
     """Most frames of a clip."""
     text_tokens: int = 61
@@ -109,8 +109,9 @@ class Config:
     """Side of the tiles in which the logits of a larger batch are computed; bounds the loss's memory."""
 
     def __post_init__(self) -> None:
-        for name in ("video_layers", "feature_width", "frames", "text_tokens", "pairs", "loss_tile"):
+        for name in ("video_layers", "frames", "text_tokens", "pairs", "loss_tile"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(self.feature_width >= 0, "feature_width", self.feature_width, "0 or more")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "0 to less than 1")
         require(self.logit_scale > 0, "logit_scale", self.logit_scale, "more than 0")
         inside = not self.learn_scale or 1 <= self.logit_scale <= 100
@@ -131,7 +132,8 @@ class Config:
     def frame_reader(self) -> FrameFeatureReader:
         """The reader of features, for whole videos: all frames, or the longest clip's number at equal distances."""
         sampling = FrameSampling(mode="uniform", frames=self.frames, rate=0)
-        return FrameFeatureReader(sampling=sampling, name=self.features, rate=self.features_per_second)
+        rate, width = self.features_per_second, self.feature_width
+        return FrameFeatureReader(sampling=sampling, name=self.features, rate=rate, width=width)
 
     @property
     def positions(self) -> int:
@@ -150,6 +152,7 @@ class VideoClip(EmbeddingMethod):
     def __init__(self, config: Config, description: Mapping[str, str] | None = None) -> None:
         """``description`` is given if weights are restored afterwards; none are read then."""
         super().__init__(config)
+        require(config.feature_width >= 1, "feature_width", config.feature_width, "1 or more: the width of the data")
         if description is None:
             self.words, self.settings = _texts_of(config)
         else:
@@ -304,6 +307,19 @@ class VideoClip(EmbeddingMethod):
             total[:, window] += states[:, 1:-1].float()
             count[:, window] += 1
         return self._unit(total / count, of_video=True)
+
+    def moment_threshold(self, texts: Tensor) -> float:
+        """The cosine of a moment and a text whose product is the largest one of two different ``texts``.
+
+        The authors' limit in zero-shot action segmentation: at or below it, a frame shows none of the actions.
+        ``texts`` are unit features of :meth:`encode_text`, [C, H + 2], C at least 2.
+        """
+        if self.config.normalise:
+            return float((texts @ texts.T).fill_diagonal_(-1.0).max())
+        products = texts[:, :-2] @ texts[:, :-2].T  # t_i . t_j / T^2
+        products.fill_diagonal_(-torch.inf)
+        ratio = towers.longest(self.model.text.bert) / towers.longest(self.model.video.bert)
+        return float(products.max() * ratio)
 
     def _unit(self, vectors: Tensor, of_video: bool) -> Tensor:
         if self.config.normalise:

@@ -16,7 +16,6 @@ from pipeline.loaders.batches import Batch, Row, SamplePosition
 from pipeline.loaders.frames import FrameFeatureReader, padded_clips
 from pipeline.loaders.grounding_prompts import SpanTokenizer
 from pipeline.loaders.order import RandomStream, random_bits, uniform
-from pipeline.loaders.samples import UnreadableSample
 from pipeline.loaders.text import read_captions
 from pipeline.loaders.timed_captions import read_timed_captions
 from pipeline.models.videoclip.alignment import Overlap, pick
@@ -64,8 +63,6 @@ class ClipPairReader:
     def read(self, sample: Sample, at: SamplePosition | None = None) -> Row:
         """``clips``: P times float32 [t, D], t from 1 to T; ``tokens``: P lists; raises ``UnreadableSample``."""
         stored, position = self.features.stored(sample), at or FIRST
-        if not np.isfinite(stored.features).all():
-            raise UnreadableSample(f"{sample.key} has features of frames that are not finite")
         timed = read_timed_captions(sample) if self.positives == "overlapped" else None
         if timed is None:
             return self._whole(sample, stored, position)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pipeline.sources.drawn import sets, world
 from pipeline.sources.drawn.draws import Draws
 from pipeline.sources.drawn.film import draw_frames, encode_frames
-from pipeline.sources.drawn.motion import MOTION_SPLITS, MovingScene, moving_scene
+from pipeline.sources.drawn.motion import ACTION_SPLITS, MOTION_SPLITS, MovingScene, action_name, moving_scene
 from pipeline.sources.drawn.story import tell
 from pipeline.sources.source import Cell, TimedCaption
 
@@ -59,10 +59,11 @@ def draw_clip(split: str, seed: int, index: int, size: int, seconds: float, capt
 
 def _columns(split: str, index: int, moving: MovingScene) -> dict[str, Cell]:
     look, motion = moving.actors[moving.main].look, moving.events[0].motion
+    label = motion if split in MOTION_SPLITS else look.shape
     return {
         "index": index,
         "split": split,
-        "label": motion if split in MOTION_SPLITS else look.shape,
+        "label": action_name(look.shape, motion) if split in ACTION_SPLITS else label,
         "motion": motion,
         "shape": look.shape,
         "variant": look.variant,

@@ -7,9 +7,14 @@ frames, or of frames without an order, cannot tell them apart.
     motions (and motions_train)   one event; label = motion, balanced
     events                        two to four events in a clip; each timed caption is the name of a motion
     shapes (and shapes_train)     one event; label = shape, balanced: one frame is enough
+    seen_actions (and seen_actions_train), unseen_actions
+                                  one event of one object; label = "star moving to the left", balanced. A fifth of the
+                                  pairs of shape and motion are in unseen_actions alone of these three; each shape and
+                                  each motion is in the others, too
     train, val                    one event, or up to three; 5 % wrong captions
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -36,7 +41,8 @@ OPPOSITES = {
 MOTIONS = (*OPPOSITES, "blinking", "standing still")
 PAIRED = ("colliding", "parting")
 """Motions of two objects."""
-MOTION_SPLITS = ("motions", "motions_train", "events")
+ACTION_SPLITS = ("seen_actions", "seen_actions_train", "unseen_actions")
+MOTION_SPLITS = ("motions", "motions_train", "events", *ACTION_SPLITS)
 """Splits that have videos only."""
 FILMED_SPLITS = ("train", "val", "shapes", "shapes_train", *MOTION_SPLITS)
 RATE = 8
@@ -46,6 +52,7 @@ EVENT_SECONDS = 1.0
 
 # Shapes that look the same after a small turn; their turning cannot be seen.
 _ROUND = ("disc", "ring", "gear", "flower", "spiral")
+_HELD_OUT = 5  # one of so many pairs of shape and motion is held out
 _FORWARD = {"moving to the right": 0, "moving down": 1}
 _TURN = (0.25 * math.pi, 0.5 * math.pi)  # slow enough that eight frames show the direction, with steps below 15 degrees
 _GROWTH = (1.7, 2.4)
@@ -137,8 +144,13 @@ class MovingScene:
 
 def moving_scene(split: str, draws: Draws, index: int, size: int, seconds: float) -> MovingScene:
     """The scene of sample ``index`` of a split: a pure function of its arguments."""
-    first = MOTIONS[index % len(MOTIONS)] if split in ("motions", "motions_train") else draws.pick(MOTIONS)
-    shape = sets.wanted_class(split, index) if split not in MOTION_SPLITS else None
+    shape: str | None
+    if split in ACTION_SPLITS:
+        pairs = actions(unseen=split == "unseen_actions")
+        shape, first = pairs[index % len(pairs)]
+    else:
+        first = MOTIONS[index % len(MOTIONS)] if split in ("motions", "motions_train") else draws.pick(MOTIONS)
+        shape = sets.wanted_class(split, index) if split not in MOTION_SPLITS else None
     if shape in _ROUND and first.startswith("turning"):
         first = "growing" if first == "turning clockwise" else "shrinking"
     stage = _Stage(draws, _cast(draws, first, shape, size), size)
@@ -151,6 +163,23 @@ def moving_scene(split: str, draws: Draws, index: int, size: int, seconds: float
     style = styles[draws.weighted(world.cumulate(world.STYLE_FREQUENCIES[name] for name in styles))]
     ground = draws.pick(world.GROUND_NAMES)
     return MovingScene(size, seconds, style, ground, tuple(stage.actors), stage.main, tuple(events))
+
+
+@functools.cache
+def actions(unseen: bool) -> tuple[tuple[str, str], ...]:
+    """The pairs of a shape and a motion of one object that the splits of actions show, or that are held out."""
+    singles = [motion for motion in MOTIONS if motion not in PAIRED]
+    return tuple(
+        (shape, motion)
+        for number, shape in enumerate(world.SHAPE_NAMES)
+        for place, motion in enumerate(singles)
+        if not (shape in _ROUND and motion.startswith("turning")) and ((number + place) % _HELD_OUT == 0) == unseen
+    )
+
+
+def action_name(shape: str, motion: str) -> str:
+    """ "star moving to the left" """
+    return f"{shape} {motion}"
 
 
 def _count(split: str, draws: Draws, seconds: float) -> int:

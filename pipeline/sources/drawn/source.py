@@ -64,8 +64,8 @@ class Drawn:
     sound_seconds: float = 2.0
     """Length of the sounds, 0.5 to 60."""
     video: bool = False
-    """Draw videos of moving scenes instead of images. The splits motions, motions_train and events need it; train, val,
-    shapes and shapes_train allow it."""
+    """Draw videos of moving scenes instead of images. The splits motions, motions_train, events, seen_actions,
+    seen_actions_train and unseen_actions need it; train, val, shapes and shapes_train allow it."""
     clip_seconds: float = 3.0
     """Length of the videos, 1 to 60; clips of several events need a second for each."""
 

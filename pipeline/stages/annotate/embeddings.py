@@ -26,7 +26,7 @@ from pipeline.errors import DataError, SidecarError
 from pipeline.shards.media import MEDIA
 from pipeline.shards.sample import Sample
 from pipeline.shards.selection import read_samples
-from pipeline.shards.sidecar import FACTS, read_sidecar, sidecar_file
+from pipeline.shards.sidecar import FACTS, Wanted, read_sidecar, sidecar_file
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
 from pipeline.shards.text import decoded
@@ -48,6 +48,8 @@ class Embedder(Protocol):
     """Metadata of the features for readers, such as ``views``; stored with them."""
     media: tuple[str, ...]
     """Media that it encodes: ``image``, ``audio``, ..., and ``text`` for captions."""
+    sidecars: tuple[Wanted, ...]
+    """Sidecars that it reads of each sample."""
 
     def prepare(self, sample: Sample, medium: str) -> Any | None:
         """The input of :meth:`encode`, ``None`` without a readable part of the medium; called from many threads.
@@ -117,6 +119,8 @@ class LoadShardEmbedder:
 
     def __call__(self, threads: int) -> "ShardEmbedder":
         embedder = self.make(threads)
+        names = ", ".join(one.name for one in embedder.sidecars)
+        require(not names, "checkpoint", names, "a model that reads no sidecars, since its features become one")
         media = tuple(name for name in embedder.media if has_medium(self.fields, name))
         able, has = ", ".join(embedder.media), ", ".join(self.fields)
         require(bool(media), "checkpoint", able, f"a model that encodes what the samples have; their fields: {has}")

@@ -50,7 +50,7 @@ class StoredFrames(NamedTuple):
     @property
     def timeline(self) -> Timeline:
         """The stored frames as a video of their own."""
-        return Timeline(begin=0.0, end=self.seconds, frames=len(self.times))
+        return Timeline(begin=0.0, end=self.seconds, frames=len(self.times), stamps=self.times.tolist())
 
 
 class DecodedFrames(NamedTuple):

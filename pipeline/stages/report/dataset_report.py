@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.shards.media import AUDIO, VIDEO, Medium
+from pipeline.shards.media import AUDIO, MEDIA, VIDEO, Medium
 from pipeline.shards.privacy import masked
 from pipeline.shards.snapshot import Snapshot
 from pipeline.shards.storage import Folder
@@ -455,13 +455,16 @@ def _duplicates_section(report: DatasetReport) -> str:
     compared = sum(copies.count for copies in images.values())
     repeated = [copies.count for copies in images.values() if copies.count > 1]
     spare = sum(repeated) - len(repeated)
-    sampled = "" if report.exact_images else f" of about {_number(EXACT_ROWS)} images chosen by their hash"
+    fields = dict.fromkeys(report.snapshot.fields)
+    noun = next((medium.noun for medium in MEDIA.values() if medium.field_of(fields)), "an image")
+    plural = noun.split()[-1] + "s"  # of "a video"
+    sampled = "" if report.exact_images else f" of about {_number(EXACT_ROWS)} {plural} chosen by their hash"
     if not images:
         return _section("Duplicates", "<p>The samples have no images, sounds or videos to compare.</p>")
     if not repeated:
-        return _section("Duplicates", f"<p>No two{sampled or ' images'} have the same bytes.</p>")
+        return _section("Duplicates", f"<p>No two{sampled or f' {plural}'} have the same bytes.</p>")
     words = (
-        f"<p>{_number(spare)} of {_number(compared)} images ({_share(spare, compared)}){sampled} repeat an earlier "
+        f"<p>{_number(spare)} of {_number(compared)} {plural} ({_share(spare, compared)}){sampled} repeat an earlier "
         f"one byte for byte (SHA-256), in groups: {_number(len(repeated))}. The largest:</p>"
     )
     figures = "".join(

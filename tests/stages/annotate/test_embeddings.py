@@ -18,6 +18,7 @@ from PIL import Image
 from pipeline.errors import DataError, SettingError, SidecarError
 from pipeline.shards.sample import Sample
 from pipeline.shards.selection import select
+from pipeline.shards.sidecar import Wanted
 from pipeline.shards.snapshot import Snapshot, publish_shards, read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder, file_digest
 from pipeline.stages.annotate.embeddings import EmbedOptions, FeatureExport, caption_of, embed, read_features
@@ -34,6 +35,7 @@ class Colours:
     maker: str = "colours-1"
     facts: Mapping[str, str | int] = field(default_factory=dict)
     media: tuple[str, ...] = ("image", "audio", "text")
+    sidecars: tuple[Wanted, ...] = ()
 
     def prepare(self, sample: Sample, medium: str) -> Any | None:
         if medium == "text":

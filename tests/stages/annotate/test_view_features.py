@@ -134,7 +134,7 @@ def test_numbers_that_are_none_in_a_sidecar_are_refused(snapshot: Snapshot) -> N
 
 def test_a_model_without_finite_features_is_said_so(snapshot: Snapshot) -> None:
     class Broken:
-        maker, facts, media = "broken", {"views": 1}, ("image",)
+        maker, facts, media, sidecars = "broken", {"views": 1}, ("image",), ()
 
         def prepare(self, sample: Sample, medium: str) -> bytes | None:
             return sample.image()

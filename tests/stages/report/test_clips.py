@@ -88,6 +88,7 @@ def test_the_page_shows_clips(tmp_path: Path) -> None:
     }
     assert max(copies.count for copies in statistics.images.values()) == 2, "equal videos are duplicates"
     page = report_page(make_report(snapshot, statistics, options))
+    assert "1 of 4 videos (" in page and "images (" not in page
     shown = Videos(page).found
     # Three samples, and the duplicate once more.
     assert len(shown) == 4 and "Duration of videos" in page and "<b>" not in page and "videos</dt>" in page
