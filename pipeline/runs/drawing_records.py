@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.runs.child_runs import ChildRuns
-from pipeline.runs.drawing_report import drawings_table, gallery, scores_parquet
+from pipeline.runs.drawing_report import SCORES, drawings_table, gallery, metric_name, scores_parquet
 from pipeline.runs.drawings import IMAGES, DrawingResult
 from pipeline.shards.privacy import masked
 
-SCORES, GALLERY, TABLE = "scores.parquet", "gallery.html", "table.md"
+GALLERY, TABLE = "gallery.html", "table.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,5 @@ class DrawingRecord(ChildRuns):
         self._parent.log_text(TABLE, table)
         for method in dict.fromkeys(one.unit.method for one in results):
             some = [one.judge for one in results if one.unit.method == method]
-            name = "".join(letter if letter.isalnum() or letter in "_-." else "_" for letter in method)
-            self._parent.log({f"drawing/{name}/judge": sum(some) / len(some)}, 0)
+            self._parent.log({f"drawing/{metric_name(method)}/judge": sum(some) / len(some)}, 0)
         return table

@@ -18,7 +18,6 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from numpy.typing import NDArray
 from PIL import Image
@@ -36,6 +35,7 @@ from pipeline.generation.method import (
     generation_config,
 )
 from pipeline.generation.prompts import parse_prompts
+from pipeline.generation.views import as_float
 from pipeline.runs.films import Film, FilmKind
 from pipeline.shards.storage import Folder
 from pipeline.stages.ray_session import log_as_job
@@ -71,7 +71,7 @@ class SubjectSource:
         """The subject of a method; raises ``SettingError`` for prompts that are none."""
         if self.pixels is None:
             return Subject(prompts=parse_prompts(self.text))
-        return Subject(image=torch.from_numpy(self.pixels.copy()).permute(2, 0, 1).float() / 255)
+        return Subject(image=as_float(self.pixels))
 
     def digest(self) -> str:
         """SHA-256 of the content."""
