@@ -27,11 +27,12 @@ from pipeline.config import require
 from pipeline.generation.curves import Strokes
 from pipeline.generation.guides import Guide
 from pipeline.generation.loop import LoopConfig, Objective, Picture
-from pipeline.generation.method import GenerationMethod, Subject
+from pipeline.generation.method import NO_CODES, GenerationMethod, Subject
 from pipeline.generation.streams import Draw, generators, uniform
 from pipeline.generation.stroke_picture import StrokePicture, StrokeRates
 from pipeline.generation.text_objective import TextObjective
 from pipeline.generation.views import Augmentation, views_of
+from pipeline.models.towers.image_codes import ImageCodes
 
 FALLS = ((0.5, 0.4), (0.75, 0.1))
 MOST_WIDTH = 50.0
@@ -85,7 +86,11 @@ class ClipDraw(GenerationMethod):
         return self.config.clips
 
     def start(
-        self, subjects: Sequence[Subject], seeds: Sequence[int], guides: Mapping[str, Guide]
+        self,
+        subjects: Sequence[Subject],
+        seeds: Sequence[int],
+        guides: Mapping[str, Guide],
+        codes: Mapping[str, ImageCodes] = NO_CODES,
     ) -> tuple[Picture, Objective]:
         """Random strokes by seed."""
         config, some = self.config, [guides[name] for name in self.config.clips]
