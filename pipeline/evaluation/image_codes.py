@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from pipeline.config import parse_json, require
@@ -15,6 +16,7 @@ from pipeline.shards.storage import Folder
 from pipeline.training.checkpoint import META, Checkpoints
 
 JANUS = "janus_vqgan"
+UNTRAINED = "vqgan:untrained"
 ALLOWED = (
     "a run or a checkpoint of jobs/train_vqgan.py, a checkpoint file of taming-transformers as FILE or FILE@YAML, or a "
     "folder of transformers' JanusVQVAE"
@@ -29,15 +31,18 @@ def load_image_codes(address: str, device: str = "auto") -> ImageCodes:
     - a run's or a checkpoint's folder of jobs/train_vqgan.py, also with ``:ema``;
     - a checkpoint file of taming-transformers, ``FILE@YAML`` with its settings, or ``FILE`` where those are beside it
       under the same name with ``.yaml``;
-    - a folder of transformers' ``JanusVQVAE``.
+    - a folder of transformers' ``JanusVQVAE``;
+    - ``vqgan:untrained``, the smallest VQGAN with random weights of a fixed seed, for smoke runs.
 
     Raises:
         SettingError: none of these, weights that do not fit their settings, or no such device.
         DataError: a damaged checkpoint.
     """
     file, _, settings = address.partition("@")
-    if file.endswith(FILES):
-        codes: Any = _released(file, settings or f"{file.rpartition('.')[0]}.yaml")
+    if address == UNTRAINED:
+        codes: Any = _untrained()
+    elif file.endswith(FILES):
+        codes = _released(file, settings or f"{file.rpartition('.')[0]}.yaml")
     elif (folder := _janus_folder(address)) is not None:
         codes = _janus(folder, address)
     else:
@@ -46,6 +51,12 @@ def load_image_codes(address: str, device: str = "auto") -> ImageCodes:
     assert isinstance(codes, nn.Module)
     frozen: Any = codes.to(usable_device(device)).eval().requires_grad_(False)
     return frozen
+
+
+def _untrained() -> Vqgan:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Vqgan(Vqgan.smallest())
 
 
 def _released(file: str, settings: str) -> Vqgan:
