@@ -55,11 +55,11 @@ PAPER = Run(
 )
 DRAWN = Run(
     batch_size=16,
-    steps=1500,
-    warmup_steps=50,
+    steps=500,
+    warmup_steps=20,
     precision="fp32",
     optimizer=replace(recipe(16), learning_rate=1e-3, beta2=0.99),
-    log_every_steps=50,
+    log_every_steps=25,
 )
 SMALL = Config(
     resolution=64,
@@ -75,7 +75,7 @@ SMALL = Config(
     perceptual="clipmill-small:untrained",
     perceptual_layers=("trunk.blocks.0", "trunk.blocks.1", "trunk.blocks.2"),
     perceptual_weight=0.1,
-    discriminator_start=1000,
+    discriminator_start=350,
     discriminator_channels=32,
     discriminator_layers=2,
 )
