@@ -1,9 +1,11 @@
 """Loads image codes, such as those of a VQGAN, by their address."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from pipeline.config import parse_json, require
@@ -61,8 +63,8 @@ def _untrained() -> Vqgan:
 
 def _released(file: str, settings: str) -> Vqgan:
     sizes = released_sizes(settings, "codes")
-    config = {name: getattr(sizes, name) for name in sizes.__dataclass_fields__}
-    return Vqgan(Config(**config, start_from=file, image_size=sizes.resolution, discriminator_weight=0, perceptual=""))
+    only_codes = {"discriminator_weight": 0.0, "perceptual": ""}
+    return Vqgan(Config(**asdict(sizes), start_from=file, image_size=sizes.resolution, **only_codes))
 
 
 def _janus_folder(address: str) -> Path | None:
@@ -81,6 +83,13 @@ def _janus_folder(address: str) -> Path | None:
 def _janus(folder: Path, address: str) -> JanusCodes:
     try:
         return JanusCodes.from_folder(folder)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:  # transformers raises these
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        TypeError,
+        KeyError,
+        SafetensorError,
+    ) as error:  # transformers raises these
         first = (str(error).strip() or repr(error)).splitlines()[0]
         raise SettingError("codes", address, f"weights and settings of a JanusVQVAE ({first})") from error

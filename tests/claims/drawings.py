@@ -79,8 +79,9 @@ def _shapes() -> tuple[str, ...]:
 
 
 def _photos(folder: Path, seed: int) -> list[Path]:
-    """Flat drawings of all shapes on an empty ground, whose files have the names of the shapes."""
-    import cv2
+    """Flat drawings of all shapes, transparent around them, in files with the names of the shapes."""
+    import numpy as np
+    from PIL import Image
 
     from pipeline.sources.drawn.draws import Draws
     from pipeline.sources.drawn.render import render
@@ -90,7 +91,9 @@ def _photos(folder: Path, seed: int) -> list[Path]:
     for number, shape in enumerate(_shapes() * PHOTOS):
         file = folder / f"{number:03d}_{shape.replace(' ', '_')}.png"
         draws = Draws(seed, "val", number, "scene")
-        cv2.imwrite(str(file), cv2.cvtColor(render(_scene(shape, draws), draws), cv2.COLOR_RGB2BGR))
+        scene = _scene(shape, draws)
+        pixels = np.dstack([render(scene, draws), scene.objects[0].coverage])
+        Image.fromarray(pixels).save(file)
         files.append(file)
     return files
 

@@ -153,7 +153,7 @@ class Vqgan(Method):
             code_width=8,
             perceptual="",
             discriminator_start=0,
-            discriminator_channels=8,
+            discriminator_channels=32,  # fewer give logits in which the hinge has no effect
             discriminator_layers=2,
         )
 

@@ -1,0 +1,122 @@
+"""Reconstruction of images from their codes: PSNR, SSIM, Fréchet distance, and the use of the codebook."""
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config import require
+from pipeline.evaluation.data import Data, evaluation_batches
+from pipeline.evaluation.encoder import inference
+from pipeline.evaluation.figures import image_grid
+from pipeline.evaluation.reconstruction import WINDOW, FeatureMoments, frechet_distance, psnr, ssim
+from pipeline.evaluation.task import SAMPLES, Cache, Column, PreparedSet, Reading, Report, Task, option
+from pipeline.loaders.readers import ImageReader
+from pipeline.models.towers.feature_network import FeatureNetwork, check_address
+from pipeline.models.towers.image_codes import ImageCodes
+from pipeline.models.vqgan.codebook import perplexity
+from pipeline.training.checkpoint import clip_address
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHOWN = 6  # images of a figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The options of a set."""
+
+    network: str = option(
+        "",
+        "reconstruction_network",
+        "Network of the Fréchet distance between features of images and of reconstructions: a CLIP's run or checkpoint "
+        "or ARCHITECTURE:WEIGHTS, timm:NAME, or timm:NAME:FILE with its weights; none if empty.",
+    )
+
+
+class Reconstruction(Task):
+    """Reconstructions are rounded to 8 bits, as they would be stored."""
+
+    report = Report(
+        "reconstruction",
+        "reconstruction",
+        (
+            *(Column("psnr", "PSNR (dB)", ".2f"), Column("ssim", "SSIM", ".4f"), Column("frechet_*", format=".3f")),
+            *(Column("codebook_usage", "codes used"), Column("codebook_perplexity", "perplexity", ",.1f")),
+            SAMPLES,
+        ),
+    )
+    help = "Sets of images for a model of image codes, such as a VQGAN; see --zero-shot."
+    options = Config
+
+    def check(self, model: object, one: PreparedSet) -> None:
+        """Require image codes, and images that SSIM can compare."""
+        codes = isinstance(model, ImageCodes) and hasattr(model, "transforms")
+        require(codes, "checkpoint", type(model).__name__, "a model that reconstructs images, such as a VQGAN")
+        size = _reader(model).transform.size  # type: ignore[union-attr]
+        require(min(size) >= WINDOW, "image_size", size, f"{WINDOW} pixels or more, which SSIM needs")
+
+    def prepare(self, config: Config, data: Data, name: str) -> str:
+        """The address of the feature network; empty for none."""
+        address = clip_address(config.network)
+        if address:
+            check_address(address, "reconstruction_network")
+        return address
+
+    def run(self, model: Any, one: PreparedSet, reading: Reading, cache: Cache) -> dict[str, float]:
+        """Means over images; use and perplexity of the codes of all of them."""
+        readers = [_reader(model)]
+        batches = evaluation_batches(one.samples(), readers, reading.evaluation_batch, reading.evaluation_threads)
+        network = FeatureNetwork(one.ready, "reconstruction_network") if one.ready else None
+        scores: dict[str, list[Tensor]] = {"psnr": [], "ssim": []}
+        real, made = FeatureMoments(), FeatureMoments()
+        with inference(model, reading.evaluation_precision) as device:
+            counts = torch.zeros(len(model.codebook), dtype=torch.float64)
+            network = network.to(device) if network else None
+            for batch in batches:
+                images = batch["image"].to(device).float() / 255
+                found, numbers = reconstructed(model, images)
+                counts += torch.bincount(numbers.flatten().cpu(), minlength=len(counts))
+                for name, score in (("psnr", psnr), ("ssim", ssim)):
+                    scores[name].append(score(images, found).cpu())
+                if network is not None:
+                    real.add(network.vectors(images))
+                    made.add(network.vectors(found))
+        metrics = {name: float(torch.cat(parts).mean()) for name, parts in scores.items()}
+        if network is not None:
+            metrics[f"frechet_{slug(one.ready)}"] = frechet_distance(real, made)
+        metrics["codebook_usage"] = float((counts > 0).double().mean())
+        metrics["codebook_perplexity"] = float(perplexity(counts))
+        return {**metrics, "samples": float(len(torch.cat(scores["psnr"])))}
+
+    def figures(self, model: Any, one: PreparedSet, title: str) -> dict[str, "Figure"]:
+        """``reconstructions``: six images, each beside its reconstruction."""
+        batch = next(evaluation_batches(one.samples(SHOWN), [_reader(model)], SHOWN, 1))
+        with inference(model) as device:
+            images = batch["image"].to(device).float() / 255
+            found, _ = reconstructed(model, images)
+            nearness = psnr(images, found).tolist()
+        shown = [(255 * image).round().byte().cpu() for pair in zip(images, found, strict=True) for image in pair]
+        captions = [text for value in nearness for text in ("image", f"reconstruction, {value:.1f} dB")]
+        title = f"{one.name} {title}".strip() + ": reconstructions"
+        return {"reconstructions": image_grid(shown, captions, title=title)}
+
+
+def reconstructed(model: ImageCodes, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images float [N, 3, H, W] from 0 to 1 to reconstructions in steps of 1/255, and their codes int64 [N, h, w]."""
+    codes, numbers = model.quantise(model.encode(images))
+    return (model.decode(codes).float().clamp(0, 1) * 255).round() / 255, numbers
+
+
+def slug(address: str) -> str:
+    """The part of a metric's name that says which network: ``timm-vgg16.tv_in1k`` of ``timm:vgg16.tv_in1k:FILE``."""
+    parts = address.split(":")
+    kept = parts[: 1 + (parts[0] == "timm")] if "/" in parts[-1] else parts
+    return re.sub(r"[^\w.]+", "-", "-".join(kept)).strip("-")
+
+
+def _reader(model: Any) -> ImageReader:
+    return ImageReader(transform=model.transforms(train=False))
