@@ -10,8 +10,8 @@
         --together 8 --output-folder s3://bucket/drawn
 
 Append a method's options to its name: clipdraw:strokes=64,loop.steps=500. The folder has a PNG, an SVG, a film and
-images of some steps for each, gallery.html and scores.parquet. The same command goes on with what is not finished.
-Scores are those of --judge, a CLIP that guides no method.
+images of some steps for each, gallery.html, sheet.png and scores.parquet. The same command goes on with what is not
+finished. Scores are those of --judge, a CLIP that guides no method; jobs/evaluate_drawings.py has more.
 """
 
 import getpass
@@ -142,7 +142,8 @@ def main(run: DrawPrompts) -> None:
     with DrawingRecord(run.tracking, run, folder, run.track) as record:
         results = run_drawings(runner, units, run.workers, run.together, place.gpus, record.add)
         facts = {"judge": run.judge, "seeds": ", ".join(map(str, run.seeds))}
-        print(record.conclude(results, facts))
+        photos = {one.text: one.pixels for one in subjects if one.pixels is not None}
+        print(record.conclude(results, facts, photos))
 
 
 if __name__ == "__main__":
