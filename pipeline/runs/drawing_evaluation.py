@@ -106,7 +106,7 @@ def read_scores(folder: Folder) -> list[dict[str, Any]]:
     """The rows of ``scores.parquet``; raises as :func:`evaluate_drawings`."""
     place = folder.join(SCORES)
     try:
-        rows = pq.read_table(io.BytesIO(folder.read_bytes(SCORES))).to_pylist()
+        rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(folder.read_bytes(SCORES))).to_pylist()
     except FileNotFoundError as error:
         raise SettingError("drawings", place, "the output folder of a finished jobs/draw_prompts.py") from error
     except (pa.ArrowInvalid, OSError) as error:
@@ -229,7 +229,7 @@ def evaluation_table(judged: Sequence[JudgedImage], texts: JudgingTexts) -> str:
 
 def judged_parquet(judged: Sequence[JudgedImage]) -> bytes:
     """A row for each image with the fields of :class:`JudgedImage`."""
-    types = {"strokes": pa.int64(), "seed": pa.int64(), "score": pa.float64()}
+    types: dict[str, pa.DataType] = {"strokes": pa.int64(), "seed": pa.int64(), "score": pa.float64()}
     types |= dict.fromkeys(("texts_before", "classes_before"), pa.int64())
     rows = [asdict(one) for one in judged]
     schema = pa.schema({name: types.get(name, pa.string()) for name in rows[0]})

@@ -43,11 +43,11 @@ def sheet(results: Sequence[DrawingResult], folder: Folder, photos: Mapping[str,
         _write(pen, name, (GAP, step * row))
         for column, subject in enumerate(subjects):
             if (result := chosen.get((method, subject))) is not None:
-                content = folder.folder(IMAGES).read_bytes(f"{result.unit.name}.png")
-                page.paste(_fitted(Image.open(io.BytesIO(content))), (LABEL + step * column, step * row))
-    content = io.BytesIO()
-    page.quantize(COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(content, "PNG", optimize=True)
-    return content.getvalue()
+                image = Image.open(io.BytesIO(folder.folder(IMAGES).read_bytes(f"{result.unit.name}.png")))
+                page.paste(_fitted(image), (LABEL + step * column, step * row))
+    stream = io.BytesIO()
+    page.quantize(COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(stream, "PNG", optimize=True)
+    return stream.getvalue()
 
 
 def short_names(methods: Sequence[str]) -> list[str]:

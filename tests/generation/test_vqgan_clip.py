@@ -250,6 +250,6 @@ def test_an_image_is_the_same_alone_in_a_batch_and_after_a_break(real: bool) -> 
         ({"start": "image", "start_image": "none.png"}, "image: .*no such file"),
     ],
 )
-def test_wrong_settings_are_refused(changed: dict[str, object], field: str) -> None:
+def test_wrong_settings_are_refused(changed: dict[str, Any], field: str) -> None:
     with pytest.raises(SettingError, match=f"^{field}"):
         optimization(["red"], [1], **changed)

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -44,7 +45,7 @@ def folder_of(tmp_path: Path, *images: Drawn) -> Folder:
     (tmp_path / "images").mkdir()
     for unit, colour, loss, side in images:
         Image.new("RGB", (side, side), colour).save(tmp_path / "images" / f"{unit.name}.png")
-        numbers = {"steps": 1, "loss": loss, "judge": 0.0, "retries": 0, "seconds": 1.0}
+        numbers: dict[str, Any] = {"steps": 1, "loss": loss, "judge": 0.0, "retries": 0, "seconds": 1.0}
         results.append(DrawingResult(unit=unit, settings="", history=(), files=(f"{unit.name}.png",), **numbers))
     (tmp_path / SCORES).write_bytes(scores_parquet(results))
     return Folder(str(tmp_path))
