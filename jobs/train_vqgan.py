@@ -6,7 +6,7 @@
     python jobs/train_vqgan.py drawn --data data/drawn --output-folder runs/vqgan
 
 The same command resumes from the last complete checkpoint. jobs/import_vqgan.py reads the authors' released weights.
---method.perceptual-linear FILE gives the weights of LPIPS; --method.perceptual CLIP compares features of a CLIP.
+--perceptual-linear FILE gives the weights of LPIPS; --perceptual RUN compares features of a CLIP.
 """
 
 from dataclasses import dataclass, field, replace
