@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.losses import Gather, alone
+from pipeline.models.towers.image_codes import perplexity
 
 DECAY = 0.99  # per step, of the share of each code
 RECENT = 100  # steps in which a code must be chosen to count as used
@@ -18,12 +19,6 @@ def codebook_loss(latents: Tensor, codes: Tensor) -> Tensor:
 def commitment_loss(latents: Tensor, codes: Tensor) -> Tensor:
     """Draws the latents to their codes."""
     return (latents.float() - codes.float().detach()).square().mean()
-
-
-def perplexity(counts: Tensor) -> Tensor:
-    """The exponential of the entropy of the codes' frequencies float [K]: float [], from 1 to K."""
-    shares = counts.double() / counts.double().sum().clamp(min=1e-12)
-    return torch.special.entr(shares).sum().exp()
 
 
 class CodebookUse(nn.Module):
