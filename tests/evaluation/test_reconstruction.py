@@ -1,6 +1,5 @@
 """PSNR, SSIM and the Fréchet distance against closed forms and scipy; the task on images whose codes are known."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,7 @@ from pipeline.evaluation.tasks.reconstruction import slug
 from pipeline.loaders.images import ImageTransform
 from pipeline.loaders.samples import Samples
 from pipeline.models.towers.image_codes import quantised, straight_through
-from pipeline.shards.snapshot import Snapshot
-
-MakeSnapshot = Callable[..., Snapshot]
+from tests.conftest import publish_coloured
 
 
 def test_psnr_is_its_definition() -> None:
@@ -108,8 +105,8 @@ class Greys(nn.Module):
         return codes.repeat_interleave(16, 2).repeat_interleave(16, 3)
 
 
-def test_the_task_measures_all_images(make_snapshot: MakeSnapshot) -> None:
-    data, model = make_snapshot((5, 3)), Greys()
+def test_the_task_measures_all_images(tmp_path: Path) -> None:
+    data, model = publish_coloured(tmp_path, (5, 3), None, None), Greys()
     sets = Evaluations(
         reconstruction=(f"it={data.folder}",),
         evaluation_batch=3,
@@ -156,8 +153,8 @@ def test_fids_network_pools_without_padding(tmp_path: Path) -> None:
         FidNetwork(str(tmp_path / "inception.pth"))
 
 
-def test_settings_and_models_that_do_not_fit(make_snapshot: MakeSnapshot, tmp_path: Path) -> None:
-    place = make_snapshot((2,)).folder
+def test_settings_and_models_that_do_not_fit(tmp_path: Path) -> None:
+    place = publish_coloured(tmp_path, (2,), None, None).folder
     with pytest.raises(SettingError, match="reconstruction_network"):
         Evaluations(reconstruction=(f"it={place},network=timm:no_such",)).prepare()
     with pytest.raises(SettingError, match="fid_weights"):

@@ -95,11 +95,15 @@ def test_a_resumed_run_is_the_same_bit_for_bit(plan: RunPlan, remember: Any, tmp
         assert all(torch.equal(value, optimizers[1][number][key]) for key, value in values.items())
 
 
-def test_two_ranks_train_as_one(plan: RunPlan, remember: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param({"sharding": "full", "checkpoint_activations": True}, marks=pytest.mark.slow)]
+)
+def test_two_ranks_train_as_one(plan: RunPlan, remember: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Without restarts, whose random latents depend on the rank."""
     plan = replace(plan, method=replace(CONFIG, restart_after=None), run=replace(plan.run, steps=4), steps=4)
     whole, wide = remember(), moved(plan, tmp_path / "wide")
     run_training(plan, CPU, whole)
+    wide = replace(wide, run=replace(wide.run, **changes))
     output = [rank.communicate(timeout=300) for rank in [start(wide, tmp_path, rank, 2) for rank in range(2)]]
     assert [errors for _, errors in output] == ["", ""]
     logged: Mapping[int, Mapping[str, float]] = dict(json.loads(line) for line in output[0][0].splitlines())

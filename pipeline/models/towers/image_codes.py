@@ -73,7 +73,8 @@ def straight_through(latents: Tensor, codes: Tensor) -> Tensor:
 def perplexity(counts: Tensor) -> Tensor:
     """The exponential of the entropy of the codes' frequencies float [K]: float [], from 1 to K."""
     shares = counts.double() / counts.double().sum().clamp(min=1e-12)
-    return torch.special.entr(shares).sum().exp()
+    entropy: Tensor = torch.special.entr(shares).sum()
+    return entropy.exp()
 
 
 class JanusCodes(nn.Module):
