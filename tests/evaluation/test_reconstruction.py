@@ -157,6 +157,8 @@ def test_settings_and_models_that_do_not_fit(tmp_path: Path) -> None:
     place = publish_coloured(tmp_path, (2,), None, None).folder
     with pytest.raises(SettingError, match="reconstruction_network"):
         Evaluations(reconstruction=(f"it={place},network=timm:no_such",)).prepare()
+    with pytest.raises(SettingError, match="a file that exists"):
+        Evaluations(reconstruction=(f"it={place},network=timm:vgg11:file://{place}/none.pth",)).prepare()
     with pytest.raises(SettingError, match="fid_weights"):
         Evaluations(reconstruction=(f"it={place}",), fid_weights=str(tmp_path / "none.pth")).prepare()
     sets = Evaluations(reconstruction=(f"it={place}",)).prepare()

@@ -18,7 +18,7 @@ from pipeline.loaders.readers import ImageReader
 from pipeline.models.towers.feature_network import FeatureNetwork, check_address
 from pipeline.models.towers.image_codes import ImageCodes, perplexity
 from pipeline.shards.storage import split_file
-from pipeline.training.checkpoint import clip_address
+from pipeline.training.checkpoint import network_address
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,7 +86,7 @@ class Reconstruction(Task):
 
     def prepare(self, config: Config, data: Data, name: str) -> FeatureSources:
         """The feature networks."""
-        address = clip_address(config.network)
+        address = network_address(config.network)
         if address:
             check_address(address, "reconstruction_network")
         if config.fid:
