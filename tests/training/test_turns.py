@@ -114,6 +114,21 @@ def test_two_ranks_train_as_one(plan: RunPlan, remember: Any, tmp_path: Path, ch
                 assert logged[step][name] == pytest.approx(value, rel=5e-3, abs=1e-4), (step, name)
 
 
+@pytest.mark.slow
+def test_codes_restart_in_sharded_codebooks_as_in_copied_ones(plan: RunPlan, tmp_path: Path) -> None:
+    states = []
+    for sharding in ("none", "full"):
+        folder = tmp_path / sharding
+        folder.mkdir()
+        run = replace(plan.run, output_folder=str(folder / "run"), sharding=sharding)
+        wide = replace(plan, run=run)
+        output = [rank.communicate(timeout=300) for rank in [start(wide, folder, rank, 2) for rank in range(2)]]
+        assert [errors for _, errors in output] == ["", ""]
+        states.append(load_method(run.output_folder).state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-2, atol=2e-4)
+
+
 def test_a_skipped_turn_counts_as_one_step(plan: RunPlan, remember: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The discriminator's loss is no number at step 4: its weights stay, the autoencoder's do not."""
     sound = Vqgan.turn_losses
