@@ -6,7 +6,7 @@
     python jobs/train_vqgan.py drawn --data data/drawn --output-folder runs/vqgan
 
 The same command resumes from the last complete checkpoint. jobs/import_vqgan.py reads the authors' released weights.
---method.perceptual-linear FILE gives the weights of LPIPS; --method.perceptual CLIP compares features of a CLIP.
+--perceptual-linear FILE gives the weights of LPIPS; --perceptual RUN compares features of a CLIP.
 """
 
 from dataclasses import dataclass, field, replace
@@ -16,7 +16,7 @@ from pipeline.evaluation.suite import Evaluations
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.models.vqgan import Config, Vqgan
 from pipeline.runs.train import Pretraining, run_pretraining
-from pipeline.training.checkpoint import clip_address, resolved
+from pipeline.training.checkpoint import network_address, resolved
 from pipeline.training.optimizer import AdamW
 from pipeline.training.run import Cluster, Run
 
@@ -38,7 +38,7 @@ def recipe(batch_size: int) -> AdamW:
 def main(job: Train) -> None:
     """Resolve runs to checkpoints, then train."""
     method = job.method
-    placed = replace(method, start_from=resolved(method.start_from), perceptual=clip_address(method.perceptual))
+    placed = replace(method, start_from=resolved(method.start_from), perceptual=network_address(method.perceptual))
     run_pretraining(replace(job, method=placed))
 
 

@@ -1,6 +1,5 @@
 """PSNR, SSIM and the Fréchet distance against closed forms and scipy; the task on images whose codes are known."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,16 @@ from scipy import linalg, ndimage
 from torch import Tensor, nn
 
 from pipeline.errors import SettingError
+from pipeline.evaluation.fid import FidNetwork, fid_inception
 from pipeline.evaluation.reconstruction import FeatureMoments, frechet_distance, psnr, ssim
 from pipeline.evaluation.report import table
+from pipeline.evaluation.showcase import model_figures
 from pipeline.evaluation.suite import Evaluations, evaluate
 from pipeline.evaluation.tasks.reconstruction import slug
 from pipeline.loaders.images import ImageTransform
+from pipeline.loaders.samples import Samples
 from pipeline.models.towers.image_codes import quantised, straight_through
-from pipeline.shards.snapshot import Snapshot
-
-MakeSnapshot = Callable[..., Snapshot]
+from tests.conftest import publish_coloured
 
 
 def test_psnr_is_its_definition() -> None:
@@ -105,16 +105,14 @@ class Greys(nn.Module):
         return codes.repeat_interleave(16, 2).repeat_interleave(16, 3)
 
 
-def test_the_task_measures_all_images(make_snapshot: MakeSnapshot) -> None:
-    data, model = make_snapshot((5, 3)), Greys()
+def test_the_task_measures_all_images(tmp_path: Path) -> None:
+    data, model = publish_coloured(tmp_path, (5, 3), None, None), Greys()
     sets = Evaluations(
         reconstruction=(f"it={data.folder}",),
         evaluation_batch=3,
         reconstruction_network="clipmill-tiny:untrained",
     ).prepare()
     found = evaluate(model, sets)
-    from pipeline.loaders.samples import Samples
-
     images = (
         torch.stack([model.transforms(False).read(sample.image() or b"") for sample in Samples(data)]).float() / 255
     )
@@ -131,15 +129,38 @@ def test_the_task_measures_all_images(make_snapshot: MakeSnapshot) -> None:
     assert found["reconstruction/it/frechet_clipmill-tiny-untrained"] > 0
     head, line = table(found).splitlines()
     assert "frechet_clipmill-tiny-untrained" in head and "PSNR (dB)" in head and line.startswith("it")
-    from pipeline.evaluation.showcase import model_figures
-
     assert list(model_figures(model, sets, "at step 1")) == ["reconstructions/it"]
 
 
-def test_settings_and_models_that_do_not_fit(make_snapshot: MakeSnapshot, tmp_path: Path) -> None:
-    place = make_snapshot((2,)).folder
+def test_fids_network_pools_without_padding(tmp_path: Path) -> None:
+    """Each block's last branch, against the rule; weights load under the names of torchvision and pytorch-fid."""
+    network, images = fid_inception().eval(), torch.rand(1, 2048, 4, 5)
+    for name, channels in (("Mixed_5b", 192), ("Mixed_6e", 768), ("Mixed_7b", 1280), ("Mixed_7c", 2048)):
+        block, given = network.get_submodule(name), images[:, :channels]
+        padded = nn.functional.pad(given, (1, 1, 1, 1), value=torch.nan)
+        windows = padded.unfold(2, 3, 1).unfold(3, 3, 1).flatten(4)
+        pooled = windows.nan_to_num(-torch.inf).amax(-1) if name == "Mixed_7c" else windows.nanmean(-1)
+        with torch.no_grad():
+            last = block.branch_pool(pooled)
+            torch.testing.assert_close(block(given)[:, -last.shape[1] :], last, rtol=1e-4, atol=1e-5)
+    state = {name: value for name, value in network.state_dict().items() if "num_batches" not in name}
+    torch.save(state, tmp_path / "inception.pth")
+    vectors = FidNetwork(str(tmp_path / "inception.pth")).vectors(torch.rand(2, 3, 32, 40))
+    assert vectors.shape == (2, 2048) and vectors.dtype == torch.float32
+    state.pop("Mixed_7c.branch_pool.conv.weight")
+    torch.save(state, tmp_path / "inception.pth")
+    with pytest.raises(SettingError, match="fid_weights"):
+        FidNetwork(str(tmp_path / "inception.pth"))
+
+
+def test_settings_and_models_that_do_not_fit(tmp_path: Path) -> None:
+    place = publish_coloured(tmp_path, (2,), None, None).folder
     with pytest.raises(SettingError, match="reconstruction_network"):
         Evaluations(reconstruction=(f"it={place},network=timm:no_such",)).prepare()
+    with pytest.raises(SettingError, match="a file that exists"):
+        Evaluations(reconstruction=(f"it={place},network=timm:vgg11:file://{place}/none.pth",)).prepare()
+    with pytest.raises(SettingError, match="fid_weights"):
+        Evaluations(reconstruction=(f"it={place}",), fid_weights=str(tmp_path / "none.pth")).prepare()
     sets = Evaluations(reconstruction=(f"it={place}",)).prepare()
     with pytest.raises(SettingError, match="reconstructs images"):
         evaluate(nn.Linear(1, 1), sets)

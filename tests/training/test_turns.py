@@ -95,11 +95,15 @@ def test_a_resumed_run_is_the_same_bit_for_bit(plan: RunPlan, remember: Any, tmp
         assert all(torch.equal(value, optimizers[1][number][key]) for key, value in values.items())
 
 
-def test_two_ranks_train_as_one(plan: RunPlan, remember: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param({"sharding": "full", "checkpoint_activations": True}, marks=pytest.mark.slow)]
+)
+def test_two_ranks_train_as_one(plan: RunPlan, remember: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Without restarts, whose random latents depend on the rank."""
     plan = replace(plan, method=replace(CONFIG, restart_after=None), run=replace(plan.run, steps=4), steps=4)
     whole, wide = remember(), moved(plan, tmp_path / "wide")
     run_training(plan, CPU, whole)
+    wide = replace(wide, run=replace(wide.run, **changes))
     output = [rank.communicate(timeout=300) for rank in [start(wide, tmp_path, rank, 2) for rank in range(2)]]
     assert [errors for _, errors in output] == ["", ""]
     logged: Mapping[int, Mapping[str, float]] = dict(json.loads(line) for line in output[0][0].splitlines())
@@ -108,6 +112,21 @@ def test_two_ranks_train_as_one(plan: RunPlan, remember: Any, tmp_path: Path) ->
         for name, value in whole.history[step].items():
             if name.startswith("train/"):
                 assert logged[step][name] == pytest.approx(value, rel=5e-3, abs=1e-4), (step, name)
+
+
+@pytest.mark.slow
+def test_codes_restart_in_sharded_codebooks_as_in_copied_ones(plan: RunPlan, tmp_path: Path) -> None:
+    states = []
+    for sharding in ("none", "full"):
+        folder = tmp_path / sharding
+        folder.mkdir()
+        run = replace(plan.run, output_folder=str(folder / "run"), sharding=sharding)
+        wide = replace(plan, run=run)
+        output = [rank.communicate(timeout=300) for rank in [start(wide, folder, rank, 2) for rank in range(2)]]
+        assert [errors for _, errors in output] == ["", ""]
+        states.append(load_method(run.output_folder).state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-2, atol=2e-4)
 
 
 def test_a_skipped_turn_counts_as_one_step(plan: RunPlan, remember: Any, monkeypatch: pytest.MonkeyPatch) -> None:

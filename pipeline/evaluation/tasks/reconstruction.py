@@ -10,14 +10,15 @@ from torch import Tensor
 from pipeline.config import require
 from pipeline.evaluation.data import Data, evaluation_batches
 from pipeline.evaluation.encoder import inference
+from pipeline.evaluation.fid import FidNetwork
 from pipeline.evaluation.figures import image_grid
 from pipeline.evaluation.reconstruction import WINDOW, FeatureMoments, frechet_distance, psnr, ssim
 from pipeline.evaluation.task import SAMPLES, Cache, Column, PreparedSet, Reading, Report, Task, option
 from pipeline.loaders.readers import ImageReader
 from pipeline.models.towers.feature_network import FeatureNetwork, check_address
-from pipeline.models.towers.image_codes import ImageCodes
-from pipeline.models.vqgan.codebook import perplexity
-from pipeline.training.checkpoint import clip_address
+from pipeline.models.towers.image_codes import ImageCodes, perplexity
+from pipeline.shards.storage import split_file
+from pipeline.training.checkpoint import network_address
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,6 +36,29 @@ class Config:
         "Network of the Fréchet distance between features of images and of reconstructions: a CLIP's run or checkpoint "
         "or ARCHITECTURE:WEIGHTS, timm:NAME, or timm:NAME:FILE with its weights; none if empty.",
     )
+    fid: str = option(
+        "",
+        "fid_weights",
+        "File of FID's Inception weights in the layout of pytorch-fid, pt_inception-2015-12-05-6726825d.pth; no FID if "
+        "empty.",
+    )
+
+
+@dataclass(frozen=True)
+class FeatureSources:
+    """The networks of a set's Fréchet distances: an address, and a file of FID's weights; empty for none."""
+
+    network: str = ""
+    fid: str = ""
+
+    def load(self) -> dict[str, FeatureNetwork | FidNetwork]:
+        """The networks by the names of their metrics."""
+        found: dict[str, FeatureNetwork | FidNetwork] = {}
+        if self.fid:
+            found["fid"] = FidNetwork(self.fid)
+        if self.network:
+            found[f"frechet_{slug(self.network)}"] = FeatureNetwork(self.network, "reconstruction_network")
+        return found
 
 
 class Reconstruction(Task):
@@ -44,7 +68,8 @@ class Reconstruction(Task):
         "reconstruction",
         "reconstruction",
         (
-            *(Column("psnr", "PSNR (dB)", ".2f"), Column("ssim", "SSIM", ".4f"), Column("frechet_*", format=".3f")),
+            *(Column("psnr", "PSNR (dB)", ".2f"), Column("ssim", "SSIM", ".4f")),
+            *(Column("fid", "FID", ".2f"), Column("frechet_*", format=".3f")),
             *(Column("codebook_usage", "codes used"), Column("codebook_perplexity", "perplexity", ",.1f")),
             SAMPLES,
         ),
@@ -59,35 +84,36 @@ class Reconstruction(Task):
         size = _reader(model).transform.size  # type: ignore[union-attr]
         require(min(size) >= WINDOW, "image_size", size, f"{WINDOW} pixels or more, which SSIM needs")
 
-    def prepare(self, config: Config, data: Data, name: str) -> str:
-        """The address of the feature network; empty for none."""
-        address = clip_address(config.network)
+    def prepare(self, config: Config, data: Data, name: str) -> FeatureSources:
+        """The feature networks."""
+        address = network_address(config.network)
         if address:
             check_address(address, "reconstruction_network")
-        return address
+        if config.fid:
+            folder, file = split_file(config.fid)
+            require(folder.exists(file), "fid_weights", config.fid, "a file that exists")
+        return FeatureSources(address, config.fid)
 
     def run(self, model: Any, one: PreparedSet, reading: Reading, cache: Cache) -> dict[str, float]:
         """Means over images; use and perplexity of the codes of all of them."""
         readers = [_reader(model)]
         batches = evaluation_batches(one.samples(), readers, reading.evaluation_batch, reading.evaluation_threads)
-        network = FeatureNetwork(one.ready, "reconstruction_network") if one.ready else None
         scores: dict[str, list[Tensor]] = {"psnr": [], "ssim": []}
-        real, made = FeatureMoments(), FeatureMoments()
+        networks = one.ready.load()
+        moments = {name: (FeatureMoments(), FeatureMoments()) for name in networks}
+        counts = torch.zeros(len(model.codebook), dtype=torch.float64)
         with inference(model, reading.evaluation_precision) as device:
-            counts = torch.zeros(len(model.codebook), dtype=torch.float64)
-            network = network.to(device) if network else None
             for batch in batches:
                 images = batch["image"].to(device).float() / 255
-                found, numbers = reconstructed(model, images)
+                made, numbers = reconstructed(model, images)
                 counts += torch.bincount(numbers.flatten().cpu(), minlength=len(counts))
                 for name, score in (("psnr", psnr), ("ssim", ssim)):
-                    scores[name].append(score(images, found).cpu())
-                if network is not None:
-                    real.add(network.vectors(images))
-                    made.add(network.vectors(found))
+                    scores[name].append(score(images, made).cpu())
+                for name, network in networks.items():
+                    for some, found in zip((images, made), moments[name], strict=True):
+                        found.add(network.to(device).vectors(some))
         metrics = {name: float(torch.cat(parts).mean()) for name, parts in scores.items()}
-        if network is not None:
-            metrics[f"frechet_{slug(one.ready)}"] = frechet_distance(real, made)
+        metrics |= {name: frechet_distance(*pair) for name, pair in moments.items()}
         metrics["codebook_usage"] = float((counts > 0).double().mean())
         metrics["codebook_perplexity"] = float(perplexity(counts))
         return {**metrics, "samples": float(len(torch.cat(scores["psnr"])))}

@@ -70,6 +70,13 @@ def straight_through(latents: Tensor, codes: Tensor) -> Tensor:
     return latents + (codes - latents).detach()
 
 
+def perplexity(counts: Tensor) -> Tensor:
+    """The exponential of the entropy of the codes' frequencies float [K]: float [], from 1 to K."""
+    shares = counts.double() / counts.double().sum().clamp(min=1e-12)
+    entropy: Tensor = torch.special.entr(shares).sum()
+    return entropy.exp()
+
+
 class JanusCodes(nn.Module):
     """The image codes of Janus (Wu et al. 2024, arXiv 2410.13848) in transformers: 16,384 codes of width 8, 16 pixels.
 

@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipeline.models.losses import Gather, alone
+from pipeline.models.towers.image_codes import perplexity
 
 DECAY = 0.99  # per step, of the share of each code
 RECENT = 100  # steps in which a code must be chosen to count as used
@@ -18,12 +20,6 @@ def codebook_loss(latents: Tensor, codes: Tensor) -> Tensor:
 def commitment_loss(latents: Tensor, codes: Tensor) -> Tensor:
     """Draws the latents to their codes."""
     return (latents.float() - codes.float().detach()).square().mean()
-
-
-def perplexity(counts: Tensor) -> Tensor:
-    """The exponential of the entropy of the codes' frequencies float [K]: float [], from 1 to K."""
-    shares = counts.double() / counts.double().sum().clamp(min=1e-12)
-    return torch.special.entr(shares).sum().exp()
 
 
 class CodebookUse(nn.Module):
@@ -78,6 +74,16 @@ def restart(codebook: Tensor, use: CodebookUse, unused_steps: int, spare: Tensor
     place = dead.cumsum(0) - 1  # of a dead code among the dead ones
     taken = spare[place.clamp(0, len(spare) - 1)].to(codebook.dtype)
     replaced = dead & (place < len(spare)) & taken.isfinite().all(dim=1)
-    codebook.copy_(torch.where(replaced[:, None], taken, codebook))
+    _write(codebook, replaced, taken)
     use.last_used.copy_(torch.where(replaced, use.steps, use.last_used))
     return replaced
+
+
+def _write(codebook: Tensor, chosen: Tensor, rows: Tensor) -> None:
+    """Overwrite the ``chosen`` rows, bool [K], by those of float [K, D]; a sharded codebook stays sharded."""
+    if not isinstance(codebook, DTensor):
+        codebook.copy_(torch.where(chosen[:, None], rows, codebook))
+        return
+    whole = torch.where(chosen[:, None], rows, codebook.full_tensor())
+    mesh, placements = codebook.device_mesh, codebook.placements
+    codebook.copy_(distribute_tensor(whole, mesh, placements, src_data_rank=None))

@@ -76,7 +76,8 @@ def adaptive_weight(likeness: Tensor, adversarial: Tensor, last: Tensor, gather:
     with torch.no_grad():
         means = gather(torch.stack([gradient.float().flatten() for gradient in gradients])[None]).mean(dim=0)
         norms = means.norm(dim=1)
-        return (norms[0] / (norms[1] + EPSILON)).clamp(0, LARGEST_WEIGHT)
+        ratio: Tensor = norms[0] / (norms[1] + EPSILON)
+        return ratio.clamp(0, LARGEST_WEIGHT)
 
 
 @contextmanager

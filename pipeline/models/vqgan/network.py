@@ -203,8 +203,9 @@ class Residual(nn.Module):
         """Float [N, before, H, W] to float [N, after, H, W]."""
         hidden = self.conv1(functional.silu(self.norm1(features)))
         hidden = self.conv2(self.dropout(functional.silu(self.norm2(hidden))))
-        shortcut: Tensor = self.nin_shortcut(features) if hasattr(self, "nin_shortcut") else features
-        return shortcut + hidden
+        shortcut = self.nin_shortcut(features) if hasattr(self, "nin_shortcut") else features
+        added: Tensor = shortcut + hidden
+        return added
 
 
 class SpatialAttention(nn.Module):

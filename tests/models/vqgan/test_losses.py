@@ -12,11 +12,11 @@ from torch.nn import functional
 
 from pipeline.errors import SettingError
 from pipeline.models.class_vectors import untrained
+from pipeline.models.towers.image_codes import perplexity
 from pipeline.models.vqgan.codebook import (
     CodebookUse,
     codebook_loss,
     commitment_loss,
-    perplexity,
     restart,
     spare_latents,
 )

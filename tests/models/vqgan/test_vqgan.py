@@ -178,7 +178,8 @@ class Hostile:
 
 def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
     place = released(tmp_path, optimizer_states=Hostile(tmp_path / "run"))
-    load_start(built().model, place)
+    with pytest.raises(SettingError, match="mkdir"):
+        load_start(built().model, place)
     torch.save(Hostile(tmp_path / "run"), tmp_path / "bare.ckpt")
     with pytest.raises(SettingError, match="start_from"):
         load_start(built().model, str(tmp_path / "bare.ckpt"))
