@@ -2,14 +2,16 @@
 """Draw images for prompts, or sketches of images: methods x subjects x seeds, in parallel, each restartable.
 
     python jobs/draw_prompts.py clipdraw --prompts "a red star" "a cat|text:-0.3" --seeds 1 2 --output-folder runs/drawn
+    python jobs/draw_prompts.py vqgan_clip --prompts "a city at night|image=sky.png:0.5" \
+        --methods vqgan_clip:codes=vqgan.ckpt,start=image,start_image=photo.png --output-folder runs/painted
     python jobs/draw_prompts.py clipasso --images horse.png --methods clipasso:strokes=8 clipasso:strokes=32 \
         --output-folder runs/sketched
     ray job submit --working-dir . -- python jobs/draw_prompts.py clipdraw --prompts /data/prompts.txt --per-gpu 4 \
         --together 8 --output-folder s3://bucket/drawn
 
 Append a method's options to its name: clipdraw:strokes=64,loop.steps=500. The folder has a PNG, an SVG, a film and
-images of some steps for each, gallery.html and scores.parquet. The same command goes on with what is not finished.
-Scores are those of --judge, a CLIP that guides no method.
+images of some steps for each, gallery.html, sheet.png and scores.parquet. The same command goes on with what is not
+finished. Scores are those of --judge, a CLIP that guides no method; jobs/evaluate_drawings.py has more.
 """
 
 import getpass
@@ -33,6 +35,9 @@ TINY_SKETCH = (
     "clip=clipmill-tiny:untrained,saliency=clipmill-tiny:untrained,layers=[transformer.resblocks.1],strokes=4,side=64,"
     "views=1,loop.steps=4,loop.evaluate_every=2"
 )
+TINY_CODES = (
+    "codes=vqgan:untrained,clips=[clipmill-tiny:untrained],size=[64,48],views=2,loop.steps=4,loop.evaluate_every=2"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +47,7 @@ class DrawPrompts:
     methods: tuple[str, ...]
     """Names of pipeline/generation/methods, each with optional :key=value,... that override the paper's values."""
     prompts: tuple[str, ...] = ()
-    """Texts, or files that end in .txt with a text in each line; TEXT:WEIGHT:STOP, several for one image between |."""
+    """Texts, or .txt files with one in each line: TEXT:WEIGHT:STOP or image=FILE:WEIGHT:STOP, several between |."""
     images: tuple[str, ...] = ()
     """Images to sketch: paths or URIs; transparent parts are white."""
     masks: tuple[str, ...] = ()
@@ -88,10 +93,19 @@ PRESETS: dict[str, tuple[str, DrawPrompts]] = {
         "A sketch of 16 strokes of each image, best of three seeds (CLIPasso).",
         DrawPrompts(methods=("clipasso",), seeds=(0, 1000, 2000)),
     ),
-    "smoke": (
-        "Both methods for four steps with untrained models, in this process.",
+    "vqgan_clip": ("500 steps of 512 x 512 pixels for each prompt (VQGAN-CLIP).", DrawPrompts(methods=("vqgan_clip",))),
+    "vqgan_clip_small": (
+        "64 x 64 pixels by a VQGAN and CLIPs of one's own, minutes of a CPU.",
         DrawPrompts(
-            methods=(f"clipdraw:{TINY}", f"clipasso:{TINY_SKETCH}"),
+            methods=("vqgan_clip:codes=runs/vqgan,clips=[runs/guide],size=[64,64],views=8,loop.steps=200",),
+            judge="runs/judge",
+            workers=Workers(processes_count=0),
+        ),
+    ),
+    "smoke": (
+        "All methods for four steps with untrained models, in this process.",
+        DrawPrompts(
+            methods=(f"clipdraw:{TINY}", f"clipasso:{TINY_SKETCH}", f"vqgan_clip:{TINY_CODES}"),
             prompts=("a red star",),
             images=("drawn://val/0/0",),
             judge="clipmill-small:untrained",
@@ -128,7 +142,8 @@ def main(run: DrawPrompts) -> None:
     with DrawingRecord(run.tracking, run, folder, run.track) as record:
         results = run_drawings(runner, units, run.workers, run.together, place.gpus, record.add)
         facts = {"judge": run.judge, "seeds": ", ".join(map(str, run.seeds))}
-        print(record.conclude(results, facts))
+        photos = {one.text: one.pixels for one in subjects if one.pixels is not None}
+        print(record.conclude(results, facts, photos))
 
 
 if __name__ == "__main__":

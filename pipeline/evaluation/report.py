@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pipeline.evaluation.search import Match
-from pipeline.evaluation.task import Report, tasks
+from pipeline.evaluation.task import Column, Report, tasks
 from pipeline.models.detections import Detections
 from pipeline.models.segments import Segmentation
 from pipeline.shards.objects import names_of
@@ -26,7 +27,8 @@ def table(metrics: Mapping[str, float], reports: Sequence[Report] = ()) -> str:
         prefix = report.prefix
         sets = list(dict.fromkeys(name.split("/")[1] for name in metrics if name.startswith(f"{prefix}/")))
         if sets:
-            shown = [one for one in report.columns if any(f"{prefix}/{name}/{one.name}" in metrics for name in sets)]
+            columns = _columns(report, metrics)
+            shown = [one for one in columns if any(f"{prefix}/{name}/{one.name}" in metrics for name in sets)]
             head = [report.title, *(column.title or column.name for column in shown)]
             lines = [[name, *(one.shown(metrics.get(f"{prefix}/{name}/{one.name}")) for one in shown)] for name in sets]
             parts.append(_aligned([head, *lines]))
@@ -73,6 +75,17 @@ def write_result(place: str, metrics: Mapping[str, float], about: Mapping[str, A
     folder, _, name = place.rpartition("/")
     text = json.dumps({**about, "metrics": dict(metrics)}, indent=2) + "\n"
     Folder(folder or ("/" if place.startswith("/") else ".")).write_atomic(name, text.encode())
+
+
+def _columns(report: Report, metrics: Mapping[str, float]) -> list[Column]:
+    """The columns of a report; one that ends in ``*`` is one for each metric that begins so."""
+    names = sorted({name.split("/", 2)[2] for name in metrics if name.startswith(f"{report.prefix}/")})
+    found: list[Column] = []
+    for one in report.columns:
+        begin = one.name.removesuffix("*")
+        matching = [name for name in names if name.startswith(begin)] if one.name != begin else [one.name]
+        found += [replace(one, name=name) for name in matching]
+    return found
 
 
 def _aligned(rows: list[list[str]]) -> str:

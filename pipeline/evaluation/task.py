@@ -26,7 +26,10 @@ Cache = dict[object, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a report: the metric's name, the column's head, and the number format; percent by default."""
+    """A column of a report: the metric's name, the column's head, and the number format; percent by default.
+
+    A name that ends in ``*`` stands for every metric that begins so.
+    """
 
     name: str
     title: str = ""

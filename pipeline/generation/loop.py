@@ -33,7 +33,7 @@ MOST_RETRIES = 5
 
 
 class Picture(nn.Module, ABC):
-    """N images as parameters whose first dimension is N."""
+    """N images as parameters, and buffers, whose first dimension is N."""
 
     @abstractmethod
     def render(self) -> Tensor:
@@ -42,6 +42,14 @@ class Picture(nn.Module, ABC):
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups of torch's Adam: ``params`` and ``lr``."""
+
+    def shown(self) -> Tensor:
+        """The images that are evaluated and kept, like :meth:`render`; a moving average may replace the last state."""
+        return self.render()
+
+    def penalties(self, step: int) -> dict[str, Tensor]:
+        """Named losses float [N] of the parameters themselves in this step, from 0."""
+        return {}
 
     def rates(self, progress: float) -> Sequence[float]:
         """The factor of each group's rate at this part of the steps, 0 to 1."""
@@ -126,7 +134,7 @@ class Optimization:
         self.progress = LoopProgress(scale=[1.0] * len(self.seeds))
         self.judge = judge
         self.references = None if judge is None else objective.references(judge)
-        for name, parameter in picture.named_parameters():
+        for name, parameter in (*picture.named_parameters(), *picture.named_buffers()):
             assert len(parameter) == len(self.seeds), f"{name} has {len(parameter)} images of {len(self.seeds)}"
 
     def run(self, save: Save | None = None, watch: Watch | None = None) -> LoopProgress:
@@ -164,7 +172,8 @@ class Optimization:
             group["lr"] = rate * factor
         self.optimizer.zero_grad()
         random = generators(self.seeds, progress.step, Draw.VIEWS)
-        loss = sum(self.objective.losses(self.picture.render(), random).values(), torch.zeros(()))
+        losses = self.objective.losses(self.picture.render(), random)
+        loss = sum([*losses.values(), *self.picture.penalties(progress.step).values()], torch.zeros(()))
         loss.sum().backward()
         finite = loss.isfinite()
         for parameter in self.picture.parameters():
@@ -178,19 +187,23 @@ class Optimization:
 
     @torch.no_grad()
     def _update(self) -> None:
-        """Adam's step, times each image's factor."""
-        slowed = any(scale != 1 for scale in self.progress.scale)
-        before = [one.clone() for one in self.picture.parameters()] if slowed else []
+        """Adam's step, times each image's factor; a stopped image keeps its parameters and buffers."""
+        scales, picture = torch.tensor(self.progress.scale), self.picture
+        slowed = bool((scales != 1).any())
+        state = [*picture.parameters(), *picture.buffers()]
+        before = [one.clone() for one in state] if slowed else []
         self.optimizer.step()
-        for old, new in zip(before, self.picture.parameters(), strict=False):
-            scale = torch.tensor(self.progress.scale).to(new).view(-1, *[1] * (new.ndim - 1))
+        for old, new in zip(before, picture.parameters(), strict=False):
+            scale = scales.to(new).view(-1, *[1] * (new.ndim - 1))
             new.copy_(old + scale * (new - old))
-        self.picture.after_step()
+        picture.after_step()
+        for old, new in zip(before, state, strict=False):
+            new[scales == 0] = old[scales == 0]
 
     @torch.no_grad()
     def evaluate(self) -> Tensor:
         """Add an entry to the history, and stop images that do not change any more; returns the images."""
-        images = self.picture.render()
+        images = self.picture.shown()
         entry: dict[str, Any] = {"step": self.progress.step, "loss": self.objective.evaluation(images).tolist()}
         if self.judge is not None and self.references is not None:
             entry["judge"] = (self.judge.images(images) * self.references).sum(1).tolist()

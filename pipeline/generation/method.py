@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -20,6 +21,9 @@ from pipeline.errors import SettingError
 from pipeline.generation.guides import Guide
 from pipeline.generation.loop import LoopConfig, Objective, Picture
 from pipeline.generation.prompts import WeightedPrompt
+from pipeline.models.towers.image_codes import ImageCodes
+
+NO_CODES: Mapping[str, ImageCodes] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,22 @@ class GenerationMethod(ABC):
     def models(self) -> tuple[str, ...]:
         """Addresses of all CLIPs that it needs."""
 
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """Addresses of the image codes that it needs."""
+        return ()
+
     @abstractmethod
     def start(
-        self, subjects: Sequence[Subject], seeds: Sequence[int], guides: Mapping[str, Guide]
+        self,
+        subjects: Sequence[Subject],
+        seeds: Sequence[int],
+        guides: Mapping[str, Guide],
+        codes: Mapping[str, ImageCodes] = NO_CODES,
     ) -> tuple[Picture, Objective]:
         """The first images, one for each subject and seed, and what makes them better.
 
-        ``guides`` holds each of ``models`` by its address.
+        ``guides`` and ``codes`` hold each of ``models`` and of :attr:`codes` by its address.
 
         Raises:
             SettingError: a subject or a CLIP that does not fit the method.

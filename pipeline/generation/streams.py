@@ -19,6 +19,8 @@ class Draw(IntEnum):
     """The first state of an image."""
     VIEWS = 2
     """Augmentation in a step."""
+    PROMPTS = 3
+    """Augmentation of image prompts."""
 
 
 def generators(seeds: Sequence[int], step: int, purpose: Draw) -> list[torch.Generator]:

@@ -5,11 +5,13 @@ photo do. A view is a projective map from the unit square of the view to that of
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Literal, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -17,11 +19,17 @@ from pipeline.config import require
 from pipeline.generation.streams import normal, uniform
 
 GREY = (0.299, 0.587, 0.114)
+Augmentation = Literal["perspective", "cutouts", "squares", "none"]
 CORNERS = ((0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0))
 
 
 class ViewMaker(Protocol):
     """How many views an image has, and how they are made."""
+
+    @property
+    def at_input_size(self) -> bool:
+        """Whether views are made at the size of a CLIP's input, else at that of the image."""
+        ...
 
     @property
     def count(self) -> int:
@@ -41,6 +49,8 @@ class ViewMaker(Protocol):
 class Unchanged:
     """The image itself as its only view."""
 
+    at_input_size: ClassVar[bool] = False
+
     count: int = 1
 
     def draw(self, random: Sequence[torch.Generator]) -> Tensor:
@@ -58,6 +68,8 @@ class PerspectiveCrops:
 
     As torchvision's RandomPerspective and RandomResizedCrop in a row, with one bilinear interpolation instead of two.
     """
+
+    at_input_size: ClassVar[bool] = False
 
     count: int
     distortion: float = 0.5
@@ -102,6 +114,8 @@ class Cutouts:
     brightness, contrast and saturation, and a rotation of the hue in YIQ, each up to 10 %.
     """
 
+    at_input_size: ClassVar[bool] = True
+
     count: int = 32
     part: float = 0.7
     """Probability of each augmentation."""
@@ -139,12 +153,15 @@ class Cutouts:
 class RandomSquares:
     """VQGAN-CLIP's first method: random squares, resized without aliasing."""
 
+    at_input_size: ClassVar[bool] = True
+
     count: int = 32
     power: float = 1.0
     """Sides are smallest + u^power (largest - smallest) with u from 0 to 1; more than 1 prefers small squares."""
 
     def __post_init__(self) -> None:
         require(self.count >= 1, "views", self.count, "1 or more")
+        require(self.power > 0, "cut_power", self.power, "more than 0")
 
     def draw(self, random: Sequence[torch.Generator]) -> Tensor:
         """Size, left and top."""
@@ -162,6 +179,22 @@ class RandomSquares:
                 x, y = int(left * (width - side + 1)), int(top * (height - side + 1))
                 found.append(resized(image[None, :, y : y + side, x : x + side], size))
         return torch.cat(found)
+
+
+def views_of(kind: Augmentation, count: int, power: float = 1.0) -> ViewMaker:
+    """``count`` views of a kind; ``none`` is the image itself. ``power`` is that of :class:`RandomSquares`."""
+    kinds: dict[str, Callable[[], ViewMaker]] = {
+        "perspective": lambda: PerspectiveCrops(count=count),
+        "cutouts": lambda: Cutouts(count=count),
+        "squares": lambda: RandomSquares(count=count, power=power),
+        "none": Unchanged,
+    }
+    return kinds[kind]()
+
+
+def as_float(pixels: NDArray[np.uint8]) -> Tensor:
+    """An image uint8 [H, W, 3] as float32 [3, H, W] from 0 to 1."""
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
 
 def resized(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -64,6 +64,10 @@ class Method(nn.Module, ABC):
     """Name of the registered MLflow model: ``clip`` for checkpoints that open_clip reads, else the method's name."""
     parity_tolerance: ClassVar[float] = 1e-6
     """Largest difference between the gradients of two processes and of one, relative to the tensor's largest entry."""
+    turns: ClassVar[tuple[str, ...]] = ("",)
+    """Names of the updates in a step, in their order: one, or several such as a generator's and a discriminator's. Each
+    has a forward and a backward pass with the weights that the one before left, and changes the weights that get a
+    gradient in it."""
     former_names: ClassVar[Mapping[str, str]] = {}
     """Names that weights outside of ``model`` have in older checkpoints, and their names today."""
 
@@ -130,9 +134,17 @@ class Method(nn.Module, ABC):
         mean over ranks is the loss, and its gradient the gradient, of one process with the whole batch.
         """
 
-    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """:meth:`training_step`, under the name that ``DistributedDataParallel`` calls."""
-        return self.training_step(batch)
+    def turn_losses(self, batch: Mapping[str, Tensor], turn: str) -> dict[str, Tensor]:
+        """Named losses of one of several :attr:`turns`; none leaves the turn out of this step, in all ranks.
+
+        A method with several gives the losses of all of them in :meth:`training_step`, each with gradients of the
+        weights that its turn changes.
+        """
+        raise AssertionError(f"{type(self).__name__} has no turn {turn!r}")
+
+    def forward(self, batch: Mapping[str, Tensor], turn: str = "") -> dict[str, Tensor]:
+        """The losses, of one turn where it is named, under the name that ``DistributedDataParallel`` calls."""
+        return self.turn_losses(batch, turn) if turn else self.training_step(batch)
 
     def lengths(self, batch: Mapping[str, Tensor]) -> Mapping[str, int]:
         """Lengths of ``batch`` by unit, such as ``{"text tokens": 24}``, on which the work of a step depends.

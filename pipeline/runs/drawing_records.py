@@ -3,12 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipeline.runs.child_runs import ChildRuns
-from pipeline.runs.drawing_report import drawings_table, gallery, scores_parquet
+from pipeline.runs.drawing_report import SCORES, drawings_table, gallery, metric_name, scores_parquet
+from pipeline.runs.drawing_sheet import sheet
 from pipeline.runs.drawings import IMAGES, DrawingResult
 from pipeline.shards.privacy import masked
 
-SCORES, GALLERY, TABLE = "scores.parquet", "gallery.html", "table.md"
+GALLERY, TABLE, SHEET = "gallery.html", "table.md", "sheet.png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,16 +45,23 @@ class DrawingRecord(ChildRuns):
                 child.log_file(f"{folder}/{file}", images.read_bytes(file))
         self._remember(key, run.run_id)
 
-    def conclude(self, results: Sequence[DrawingResult], facts: Mapping[str, str]) -> str:
-        """Store scores, gallery and table in the folder, and the last two in the parent run; returns the table."""
+    def conclude(
+        self, results: Sequence[DrawingResult], facts: Mapping[str, str], photos: Mapping[str, NDArray[np.uint8]]
+    ) -> str:
+        """Store scores, gallery, sheet and table in the folder, and the last two in the parent run; returns the table.
+
+        ``photos`` are the images, uint8 [H, W, 3], of subjects that are images.
+        """
         table, page = drawings_table(results), gallery(results, facts)
+        overview = sheet(results, self._folder, photos)
         self._folder.write_atomic(SCORES, scores_parquet(results))
         self._folder.write_atomic(GALLERY, page.encode())
         self._folder.write_atomic(TABLE, table.encode())
+        self._folder.write_atomic(SHEET, overview)
         self._parent.describe(table)
         self._parent.log_text(TABLE, table)
+        self._parent.log_file(SHEET, overview)
         for method in dict.fromkeys(one.unit.method for one in results):
             some = [one.judge for one in results if one.unit.method == method]
-            name = "".join(letter if letter.isalnum() or letter in "_-." else "_" for letter in method)
-            self._parent.log({f"drawing/{name}/judge": sum(some) / len(some)}, 0)
+            self._parent.log({f"drawing/{metric_name(method)}/judge": sum(some) / len(some)}, 0)
         return table

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from pipeline.runs.drawings import IMAGES, DrawingResult
 from pipeline.stages.report.dataset_report import plain
 
+SCORES = "scores.parquet"
 TYPES: dict[str, pa.DataType] = {
     **dict.fromkeys(("name", "method", "subject"), pa.string()),
     "seed": pa.int64(),
@@ -76,6 +77,11 @@ def _files(result: DrawingResult) -> dict[str, str | None]:
     return {
         kind: next((f"{IMAGES}/{file}" for file in result.files if file in some), None) for kind, some in wanted.items()
     }
+
+
+def metric_name(method: str) -> str:
+    """A method with its options as a part of a metric's name."""
+    return "".join(letter if letter.isalnum() or letter in "_-." else "_" for letter in method)
 
 
 def drawings_table(results: Sequence[DrawingResult]) -> str:

@@ -18,7 +18,6 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from numpy.typing import NDArray
 from PIL import Image
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from pipeline.config import from_plain, near, parse_json, require, to_json
 from pipeline.errors import DataError, SettingError
+from pipeline.evaluation.image_codes import load_image_codes
 from pipeline.evaluation.models import load_model
 from pipeline.generation.guides import Guide
 from pipeline.generation.loop import LoopProgress, Optimization
@@ -36,6 +36,8 @@ from pipeline.generation.method import (
     generation_config,
 )
 from pipeline.generation.prompts import parse_prompts
+from pipeline.generation.views import as_float
+from pipeline.models.towers.image_codes import ImageCodes
 from pipeline.runs.films import Film, FilmKind
 from pipeline.shards.storage import Folder
 from pipeline.stages.ray_session import log_as_job
@@ -71,7 +73,7 @@ class SubjectSource:
         """The subject of a method; raises ``SettingError`` for prompts that are none."""
         if self.pixels is None:
             return Subject(prompts=parse_prompts(self.text))
-        return Subject(image=torch.from_numpy(self.pixels.copy()).permute(2, 0, 1).float() / 255)
+        return Subject(image=as_float(self.pixels))
 
     def digest(self) -> str:
         """SHA-256 of the content."""
@@ -161,6 +163,12 @@ def load_guide(address: str, device: str) -> Guide:
     return Guide(load_model(address, device), address)
 
 
+@cache
+def load_codes(address: str, device: str) -> ImageCodes:
+    """The frozen image codes at ``address``, cached for this process; raises as :func:`load_image_codes`."""
+    return load_image_codes(address, device)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DrawingRunner:
     """Makes images in any process; it pickles."""
@@ -214,8 +222,10 @@ class DrawingRunner:
     def _start(self, units: Sequence[DrawingUnit]) -> Optimization:
         method = self.specs[units[0].method].build()
         guides = {name: load_guide(name, self.device) for name in method.models}
+        codes = {name: load_codes(name, self.device) for name in method.codes}
         seeds = [unit.seed for unit in units]
-        picture, objective = method.start([self.subjects[unit.subject].read() for unit in units], seeds, guides)
+        subjects = [self.subjects[unit.subject].read() for unit in units]
+        picture, objective = method.start(subjects, seeds, guides, codes)
         return Optimization(picture, objective, method.loop, seeds, load_guide(self.judge, self.device))
 
     def _make(self, units: Sequence[DrawingUnit]) -> None:

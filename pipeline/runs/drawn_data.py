@@ -1,9 +1,11 @@
-"""A small drawn snapshot and a drawn image, for smoke presets and for jobs without given data."""
+"""A small drawn snapshot, a drawn image, and two optimised ones, for smoke presets and for jobs without data."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 
 from pipeline.loaders.images import Pixels, decode, image_at
+from pipeline.runs.drawing_report import SCORES, scores_parquet
+from pipeline.runs.drawings import DrawingRunner, SubjectSource, parse_drawing_spec, plan_drawings, run_drawings
 from pipeline.shards.snapshot import Snapshot
 from pipeline.shards.storage import Folder
 from pipeline.sources import open_source
@@ -36,3 +38,15 @@ def drawn_snapshot(
 def read_image(place: str) -> Pixels:
     """The image at ``place``; ``DRAWN_IMAGE`` is drawn. Raises as :func:`pipeline.loaders.images.image_at`."""
     return decode(draw_sample("val", 0, 0, 128).image) if place == DRAWN_IMAGE else image_at(place)
+
+
+def drawn_drawings(folder: Folder) -> None:
+    """Images of two prompts by an untrained CLIP in ``folder``, as jobs/draw_prompts.py leaves them; kept if there."""
+    options = "clips=[clipmill-tiny:untrained],strokes=6,side=64,views=1,loop.steps=2,loop.evaluate_every=2"
+    spec = parse_drawing_spec(f"clipdraw:{options}")
+    subjects = {text: SubjectSource(text) for text in ("a red star", "a blue disc")}
+    runner = DrawingRunner(
+        specs={spec.text: spec}, subjects=subjects, judge="clipmill-small:untrained", output=folder.uri, device="cpu"
+    )
+    units = plan_drawings([spec], list(subjects.values()), [1])
+    folder.write_atomic(SCORES, scores_parquet(run_drawings(runner, units, IN_PROCESS)))

@@ -39,7 +39,7 @@ class Film:
         while self.numbers and self.last >= step:
             del self.numbers[-1], self.frames[-1]
         with torch.no_grad():
-            pixels = (picture.render().clamp(0, 1) * 255).round().to(torch.uint8)
+            pixels = (picture.shown().clamp(0, 1) * 255).round().to(torch.uint8)
         self.numbers.append(step)
         self.frames.append(pixels.permute(0, 2, 3, 1).cpu().numpy())
 

@@ -326,6 +326,11 @@ def clip_address(address: str) -> str:
     return f"{_read_method(folder).config.get('architecture', '')}:{resolved(address)}"
 
 
+def network_address(address: str) -> str:
+    """The address of a feature network: :func:`clip_address` of a CLIP's; those of timm are returned unchanged."""
+    return address if address.startswith("timm:") else clip_address(address)
+
+
 def read_weights(folder: Folder, *, ema: bool = False) -> dict[str, Tensor]:
     """All weights of a checkpoint on the CPU, or their moving average, by the method's names; empty if it has none.
 

@@ -163,40 +163,58 @@ class _TrainingState:
         self.clock.worked(batch)
         with self.clock.phase("copy"):
             on_device = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-        self.skipping.before_step()
-        losses = self._backward(on_device)
-        total = torch.stack(list(losses.values())).sum()
-        with self.clock.phase("exchange"):
-            distributed.average_gradients(self.module)
         self.done += 1
         logs, saves = self._logs(), self._saves()
-        norms = tower_norms(self.method, self.towers) if logs else {}
+        losses: dict[str, Tensor] = {}
+        norms: dict[str, Tensor] = {}
+        skipped = torch.zeros((), device=self.device)
+        for turn in self.method.turns:
+            found, skips = self._turn(on_device, turn, norms)
+            losses |= found
+            skipped = torch.maximum(skipped, skips)
         with self.clock.phase("optimizer"):
-            norms[""] = norm = self._clipped_norm()
-            skipped = self.skipping.after_backward(self.done, total, norm)
-        if logs or saves:
-            self._stop_if_overtaken()
-            self._stop_if_too_many_skipped()
-        with self.clock.phase("optimizer"):
-            take_step(self.optimizer, skipped)
             self.method.after_step()
             if self.average is not None:
                 self.average.update(self.done, skipped)
+        if logs or saves:
+            self._stop_if_overtaken()
+            self._stop_if_too_many_skipped()
         if logs:
             saves |= self._log(losses, norms, rate)
         if saves:
             with self.clock.phase("save"):
                 self._save()
 
-    def _backward(self, batch: Batch) -> dict[str, Tensor]:
+    def _turn(self, batch: Batch, turn: str, norms: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """One update of the weights; adds the norms of its gradients, by tower and of all, to ``norms``.
+
+        Returns:
+            the losses, and float [], 1 if the update was skipped.
+        """
+        self.skipping.before_step()
+        losses = self._backward(batch, turn)
+        if not losses:
+            return {}, torch.zeros((), device=self.device)
+        total = torch.stack(list(losses.values())).sum()
+        with self.clock.phase("exchange"):
+            distributed.average_gradients(self.module)
+        if self._logs():
+            norms |= tower_norms(self.method, self.towers)
+        with self.clock.phase("optimizer"):
+            norms[turn] = norm = self._clipped_norm()
+            skipped = self.skipping.after_backward(self.done, total, norm)
+            take_step(self.optimizer, skipped)
+        return losses, skipped
+
+    def _backward(self, batch: Batch, turn: str) -> dict[str, Tensor]:
         """The losses, with their gradients added to the parameters; processes the batch at once or in parts."""
         if self.part is not None:
             assert isinstance(self.method, EmbeddingMethod)
             return backward_in_parts(self.method, batch, self.part, self._precision, self.clock.phase)
         with self.clock.phase("forward"), self._precision():
-            losses: dict[str, Tensor] = self.module(batch)
+            losses: dict[str, Tensor] = self.module(batch, turn)
         with self.clock.phase("backward"):
-            total = torch.stack(list(losses.values())).sum()
+            total = torch.stack(list(losses.values())).sum() if losses else torch.zeros(())
             if total.requires_grad:  # a method may have no trainable parameters
                 total.backward()
         return {name: loss.detach() for name, loss in losses.items()}
@@ -229,7 +247,8 @@ class _TrainingState:
         """The method as the ranks share it: replicated or sharded."""
         if self.shards:
             return distributed.shard(self.method)
-        return distributed.parallel(self.method, self.device, whole=self.part is None)
+        once = self.part is None and len(self.method.turns) == 1  # a step has one backward pass
+        return distributed.parallel(self.method, self.device, whole=once)
 
     def _moving_average(self, latest: Checkpoint | None) -> MovingAverage | None:
         if self.config.ema_decay is None:

@@ -23,23 +23,27 @@ class Skipping:
         self._kept: list[Tensor] = []
         self.limit = limit
         self._total, self._row = torch.tensor(total, device=device), torch.tensor(row, device=device)
+        self._step, self._earlier, self._bad = -1, self._row, torch.tensor(False, device=device)
         self._too_many = torch.tensor(-1, device=device)
 
     def before_step(self) -> None:
-        """Copy the buffers that the forward pass changes."""
+        """Copy the buffers that the forward pass of an update changes."""
         self._kept = [buffer.detach().clone() for buffer in self._buffers]
 
     @torch.no_grad()
     def after_backward(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
-        """Float32 [], 1 if this step is skipped, else 0; all ranks must call.
+        """Float32 [], 1 if this update is skipped, else 0; all ranks must call.
 
-        ``loss`` is this rank's, ``norm`` that of the gradient of all ranks.
+        ``loss`` is this rank's, ``norm`` that of the gradient of all ranks. A step with several updates counts once.
         """
         bad = distributed.any_rank(~(loss.detach().isfinite() & norm.isfinite()))
         for buffer, kept in zip(self._buffers, self._kept, strict=True):
             buffer.copy_(torch.where(bad, kept, buffer))
-        self._total += bad
-        self._row = (self._row + 1) * bad
+        if step != self._step:
+            self._step, self._earlier, self._bad = step, self._row, torch.zeros_like(bad)
+        self._total += bad & ~self._bad
+        self._bad = self._bad | bad
+        self._row = (self._earlier + 1) * self._bad
         first = step + 1 - self._row
         self._too_many = torch.where((self._too_many < 0) & (self._row > self.limit), first, self._too_many)
         return bad.float()

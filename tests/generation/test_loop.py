@@ -2,19 +2,22 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.errors import DataError, SettingError
 from pipeline.generation.guides import Guide
 from pipeline.generation.loop import LoopConfig, Optimization, Picture, best_of
 from pipeline.generation.prompts import parse_prompts
+from pipeline.generation.similarity import spherical_distance
 from pipeline.generation.streams import Draw, generators, uniform
 from pipeline.generation.text_objective import TextObjective
-from pipeline.generation.views import PerspectiveCrops
+from pipeline.generation.views import Cutouts, PerspectiveCrops, RandomSquares, Unchanged, ViewMaker
 from tests.generation.toy_clip import ColourClip, colour_guide
 
 
@@ -74,6 +77,51 @@ def test_an_image_is_the_same_alone_and_in_a_batch() -> None:
         alone.run()
         assert torch.allclose(alone.picture.render()[0], batch.picture.render()[image], atol=1e-5)
         assert alone.progress.history[-1]["loss"][0] == pytest.approx(batch.progress.history[-1]["loss"][image], 1e-4)
+
+
+class Averaged(Pixels):
+    """Shows the mean of its last states, and is pulled to 0 in the first steps."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        super().__init__(seeds)
+        self.register_buffer("mean", self.pixels.detach().clone())
+
+    def shown(self) -> Tensor:
+        mean: Any = self.mean
+        return mean
+
+    def penalties(self, step: int) -> dict[str, Tensor]:
+        return {"size": self.pixels.flatten(1).square().sum(1) / (1 + step) ** 4}
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        super().after_step()
+        self.shown().lerp_(self.pixels, 0.5)
+
+
+def test_shown_images_are_evaluated_and_penalties_are_losses() -> None:
+    run, plain = optimization(["red"], [1], colour_guide(), steps=1), optimization(["red"], [1], steps=1)
+    run.picture = averaged = Averaged([1])
+    run.optimizer = torch.optim.Adam(averaged.parameter_groups())
+    begin = averaged.pixels.detach().clone()
+    run.run()
+    plain.run()
+    assert bool((averaged.pixels <= begin).all()) and not torch.equal(averaged.pixels, plain.picture.render())
+    assert torch.allclose(averaged.shown(), (begin + averaged.pixels) / 2)
+    found = colour_guide().images(averaged.shown())[0, 0].item()
+    assert run.progress.history[-1]["judge"][0] == pytest.approx(found, abs=1e-5)
+
+
+def test_a_stopped_image_keeps_its_buffers_too() -> None:
+    """As it is alone, where the loop ends with it."""
+    settings = {"steps": 40, "evaluate_every": 2, "patience": 2}
+    shown = []
+    for texts, seeds in ((["red:1:9", "blue"], [1, 2]), (["red:1:9"], [1])):
+        objective = TextObjective([parse_prompts(text) for text in texts], [colour_guide()], PerspectiveCrops(count=2))
+        run = Optimization(Averaged(seeds), objective, LoopConfig(**settings, least_change=1e-2), seeds)
+        run.run()
+        shown.append(run.picture.shown()[0])
+    assert torch.equal(*shown) and run.progress.step < 40
 
 
 def test_a_resumed_optimization_has_the_same_bits() -> None:
@@ -165,6 +213,62 @@ def test_several_clips_add_up_and_read_their_own_sizes() -> None:
     single = [list(one.losses(images, generators([1], 0, Draw.VIEWS)).values())[0] for one in apart]
     assert torch.allclose(torch.stack(list(losses.values())), torch.stack(single))
     assert float(single[1] / guides[1].weight) == pytest.approx(float(single[0]), rel=0.1)
+
+
+@pytest.mark.parametrize("views", [Cutouts(count=3), RandomSquares(count=3)], ids=["cutouts", "squares"])
+def test_cutouts_are_made_at_the_size_of_each_clips_input(views: ViewMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pooled or cut from an image of 40 pixels; at the size of the image, squares would all be the whole image."""
+    guides = [colour_guide(8), colour_guide(16), colour_guide(8)]
+    sizes: list[tuple[int, int]] = []
+    apply = type(views).apply
+
+    def recorded(self: ViewMaker, images: Tensor, drawn: Tensor, size: tuple[int, int]) -> Tensor:
+        sizes.append(size)
+        return apply(self, images, drawn, size)
+
+    monkeypatch.setattr(type(views), "apply", recorded)
+    objective = TextObjective([parse_prompts("red")], guides, views)
+    losses = list(objective.losses(torch.rand(1, 3, 40, 40), generators([1], 0, Draw.VIEWS)).values())
+    assert sizes == [(8, 8), (16, 16)]
+    assert torch.equal(losses[0], losses[2]) and not torch.equal(losses[0], losses[1])
+
+
+def image_file(folder: Path, colour: tuple[int, ...]) -> str:
+    place = str(folder / "prompt.png")
+    Image.new("RGBA" if len(colour) == 4 else "RGB", (20, 14), colour).save(place)
+    return place
+
+
+def test_an_image_prompt_is_the_mean_over_all_pairs_of_views(tmp_path: Path) -> None:
+    """Against every pair of a view of the image and a view of the prompt; the weight is not multiplied by the views."""
+    guide, views = colour_guide(8), Cutouts(count=3, noise=0.5)
+    place = image_file(tmp_path, (200, 30, 90))
+    objective = TextObjective([parse_prompts(f"image={place}:-0.5|red:2")], [guide], views, "spherical")
+    images = torch.rand(1, 3, 24, 24)
+    (loss,) = objective.losses(images, generators([1], 0, Draw.VIEWS)).values()
+    seen = guide.images(views.apply(images, views.draw(generators([1], 0, Draw.VIEWS)), (8, 8)))
+    pixels = torch.tensor([200, 30, 90.0])[:, None, None].expand(1, 3, 14, 20) / 255
+    targets = guide.images(views.apply(pixels, views.draw(generators([0], 0, Draw.PROMPTS)), (8, 8)))
+    assert not torch.allclose(targets[0], targets[1], atol=1e-3)
+    pairs = [spherical_distance(one, other) for one in seen for other in targets]
+    red = torch.tensor([1.0, 0, 0])
+    wanted = -0.5 * torch.stack(pairs).mean() + 2 * spherical_distance(seen, red).mean()
+    assert loss.item() == pytest.approx(wanted.item(), abs=1e-5)
+
+
+def test_the_judge_compares_with_texts_and_images_by_weight(tmp_path: Path) -> None:
+    guide, place = colour_guide(8), image_file(tmp_path, (0, 0, 255))
+    objective = TextObjective([parse_prompts(f"image={place}:3|red|green:-1")], [guide], Cutouts(count=2))
+    wanted = torch.nn.functional.normalize(torch.tensor([1.0, 0, 3]), dim=0)
+    assert torch.allclose(objective.references(guide)[0], wanted, atol=0.01)
+
+
+def test_transparent_parts_of_an_image_prompt_are_white_and_a_missing_one_is_refused(tmp_path: Path) -> None:
+    place = image_file(tmp_path, (0, 0, 255, 0))
+    objective = TextObjective([parse_prompts(f"image={place}")], [colour_guide(8)], Unchanged())
+    assert torch.allclose(objective.targets[0], torch.full((1, 3), 3**-0.5), atol=1e-3)
+    with pytest.raises(SettingError, match="no such file"):
+        TextObjective([parse_prompts("image=none.png")], [colour_guide(8)], Unchanged())
 
 
 def test_long_texts_and_models_without_gradients_are_refused() -> None:

@@ -20,17 +20,24 @@ from pipeline.generation.similarity import cosine_distance, spherical_distance, 
         ("note: a cat", WeightedPrompt("note: a cat")),
         ("ratio 4:3:2", WeightedPrompt("ratio 4", 3, 2)),
         ("a:b:1e-2:-inf", WeightedPrompt("a:b", 0.01)),
+        ("image=s3://bucket/sky.png:0.5:0.1", WeightedPrompt("image=s3://bucket/sky.png", 0.5, 0.1)),
     ],
 )
 def test_up_to_two_numbers_follow_a_text(text: str, prompt: WeightedPrompt) -> None:
     assert parse_prompt(text) == prompt
 
 
+def test_a_prompt_is_a_text_or_an_image() -> None:
+    assert [one.image for one in parse_prompts("red|image= a b.png:2|my image=x")] == ["", "a b.png", ""]
+
+
 def test_several_prompts_of_one_image() -> None:
     assert parse_prompts("red | blue:-1") == (WeightedPrompt("red"), WeightedPrompt("blue", -1))
 
 
-@pytest.mark.parametrize("text", ["", "  ", ":1", "red:0", "red:nan", "red:inf", "red:1:nan", "red||blue", "red:-1"])
+@pytest.mark.parametrize(
+    "text", ["", "  ", ":1", "red:0", "red:nan", "red:inf", "red:1:nan", "red||blue", "red:-1", "image="]
+)
 def test_empty_texts_and_impossible_numbers_are_refused(text: str) -> None:
     with pytest.raises(SettingError, match="^prompt: "):
         parse_prompts(text)

@@ -25,27 +25,29 @@ def test_smoke_draws_and_records_children_and_goes_on(
     typed = ("draw_prompts", "smoke", "--output-folder", "out", "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db")
     assert job(*typed) == 0
     table = capsys.readouterr().out.splitlines()
-    assert len(table) == 4 and table[2].startswith("| clipdraw:") and table[3].startswith("| clipasso:")
+    methods = ("clipdraw", "clipasso", "vqgan_clip")
+    assert [line.partition(":")[0] for line in table[2:]] == [f"| {name}" for name in methods]
     rows = pq.read_table(tmp_path / "out/scores.parquet").to_pylist()
-    assert len(rows) == 4 and sum(row["best"] for row in rows) == 2
+    assert len(rows) == 6 and sum(row["best"] for row in rows) == 3
     for row in rows:
         with Image.open(tmp_path / "out" / row["png"]) as image:
-            assert image.size == (64, 64)
-    assert (tmp_path / "out/gallery.html").read_text().count("<figure") == 4
+            assert image.size == ((64, 48) if row["method"].startswith("vqgan") else (64, 64))
+    assert (tmp_path / "out/gallery.html").read_text().count("<figure") == 6
     store = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (experiment,) = [one.experiment_id for one in store.search_experiments() if one.name == "clipmill"]
     runs = store.search_runs([experiment])
     children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
-    assert len(runs) == 5 and len({run.data.tags["mlflow.parentRunId"] for run in children}) == 1
+    assert len(runs) == 7 and len({run.data.tags["mlflow.parentRunId"] for run in children}) == 1
     for run in children:
         assert run.info.status == "FINISHED"
         assert [one.step for one in store.get_metric_history(run.info.run_id, "drawing/judge")] == [2, 4]
         assert len(store.list_artifacts(run.info.run_id, "steps")) == 3
-        assert len(store.list_artifacts(run.info.run_id, "image")) == 3
+        drawing = not run.data.params["method"].startswith("vqgan")  # those have no SVG
+        assert len(store.list_artifacts(run.info.run_id, "image")) == 2 + drawing
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/images").iterdir()}
     assert job(*typed) == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out/images").iterdir()} == before
-    assert len(store.search_runs([experiment])) == 5
+    assert len(store.search_runs([experiment])) == 7
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from PIL import Image
 from pipeline.errors import DataError, SettingError
 from pipeline.generation.loop import Optimization
 from pipeline.runs.drawing_report import best_names, drawings_table, gallery, scores_parquet
+from pipeline.runs.drawing_sheet import CELL, GAP, LABEL, sheet, short_names
 from pipeline.runs.drawing_subjects import read_subjects
 from pipeline.runs.drawings import (
     DrawingResult,
@@ -27,6 +28,7 @@ from pipeline.runs.drawings import (
     run_drawings,
 )
 from pipeline.runs.films import Film
+from pipeline.shards.storage import Folder
 from pipeline.stages.shard_tasks import Workers
 from tests.generation.toy_clip import colour_guide
 
@@ -212,6 +214,36 @@ def test_scores_table_and_gallery_tell_of_all_images(tmp_path: Path) -> None:
     page = gallery([hostile, *results[1:]], {"judge": "a&b"})
     assert "<script>" not in page and "a&amp;b" in page and page.count("<figure") == 6
     assert page.count("class=best") == 4  # the first has a subject of its own now
+
+
+def test_the_sheet_has_the_best_image_of_each_method_and_subject(tmp_path: Path) -> None:
+    """At its place, with sharp pixels and few colours; a photo stands above its column."""
+    made = runner(tmp_path, TOY, TOY.replace("strokes=5", "strokes=2"))
+    results = run_drawings(made, plan(made), HERE, together=6)
+    photo = np.full((30, 20, 3), (10, 200, 30), np.uint8)
+    page = Image.open(io.BytesIO(sheet(results, Folder(str(tmp_path / "out")), {"green": photo}))).convert("RGB")
+    step = CELL + GAP
+    assert page.size == (LABEL + 3 * step, 3 * step)
+    best = best_names(results)
+    for row, method in enumerate(made.specs, start=1):
+        for column, subject in enumerate(made.subjects):
+            (name,) = (
+                one.unit.name
+                for one in results
+                if one.unit.name in best and (one.unit.method, one.unit.subject) == (method, subject)
+            )
+            with Image.open(tmp_path / "out/images" / f"{name}.png") as image:
+                wanted = np.asarray(image).repeat(3, 0).repeat(3, 1).astype(int)
+            left, top = LABEL + column * step, row * step
+            found = np.asarray(page.crop((left, top, left + 96, top + 96))).astype(int)
+            assert abs(found - wanted).mean() < 6
+    above = np.asarray(page.crop((LABEL + 2 * step, GAP, LABEL + 2 * step + 60, GAP + 90))).astype(int)
+    assert abs(above - (10, 200, 30)).max() < 10
+
+
+def test_names_on_the_sheet_have_the_options_that_differ() -> None:
+    texts = ["a:clip=x,strokes=4", "a:clip=x,strokes=8,start=random", "b:clip=y", "c"]
+    assert short_names(texts) == ["a strokes=4", "a strokes=8 start=random", "b", "c"]
 
 
 def test_prompts_come_from_files_and_masks_whiten_images(tmp_path: Path) -> None:

@@ -35,10 +35,11 @@ from pipeline.generation.attention import LayerFeatures, attention_maps
 from pipeline.generation.curves import Strokes
 from pipeline.generation.guides import Guide
 from pipeline.generation.loop import LoopConfig, Objective, Picture
-from pipeline.generation.method import GenerationMethod, Subject
+from pipeline.generation.method import NO_CODES, GenerationMethod, Subject
 from pipeline.generation.streams import Draw, generators, uniform
 from pipeline.generation.stroke_picture import StrokePicture, StrokeRates
 from pipeline.generation.views import PerspectiveCrops, resized
+from pipeline.models.towers.image_codes import ImageCodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,11 @@ class ClipAsso(GenerationMethod):
         return (self.config.clip, *([self.config.saliency] if looks else []))
 
     def start(
-        self, subjects: Sequence[Subject], seeds: Sequence[int], guides: Mapping[str, Guide]
+        self,
+        subjects: Sequence[Subject],
+        seeds: Sequence[int],
+        guides: Mapping[str, Guide],
+        codes: Mapping[str, ImageCodes] = NO_CODES,
     ) -> tuple[Picture, Objective]:
         """Strokes at salient places."""
         config, guide = self.config, guides[self.config.clip]

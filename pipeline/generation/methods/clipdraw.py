@@ -27,11 +27,12 @@ from pipeline.config import require
 from pipeline.generation.curves import Strokes
 from pipeline.generation.guides import Guide
 from pipeline.generation.loop import LoopConfig, Objective, Picture
-from pipeline.generation.method import GenerationMethod, Subject
+from pipeline.generation.method import NO_CODES, GenerationMethod, Subject
 from pipeline.generation.streams import Draw, generators, uniform
 from pipeline.generation.stroke_picture import StrokePicture, StrokeRates
 from pipeline.generation.text_objective import TextObjective
-from pipeline.generation.views import Cutouts, PerspectiveCrops, RandomSquares, Unchanged, ViewMaker
+from pipeline.generation.views import Augmentation, views_of
+from pipeline.models.towers.image_codes import ImageCodes
 
 FALLS = ((0.5, 0.4), (0.75, 0.1))
 MOST_WIDTH = 50.0
@@ -53,7 +54,7 @@ class Config:
     """Initial width of strokes in pixels, 1 to 50."""
     views: int = 4
     """Augmented views in a step."""
-    augmentation: Literal["perspective", "cutouts", "squares", "none"] = "perspective"
+    augmentation: Augmentation = "perspective"
     """Kind of views: the paper's, VQGAN-CLIP's two, or the drawing itself."""
     distance: Literal["cosine", "spherical"] = "cosine"
     """Distance of views from prompts: the paper's cosine, or VQGAN-CLIP's half squared angle."""
@@ -85,26 +86,20 @@ class ClipDraw(GenerationMethod):
         return self.config.clips
 
     def start(
-        self, subjects: Sequence[Subject], seeds: Sequence[int], guides: Mapping[str, Guide]
+        self,
+        subjects: Sequence[Subject],
+        seeds: Sequence[int],
+        guides: Mapping[str, Guide],
+        codes: Mapping[str, ImageCodes] = NO_CODES,
     ) -> tuple[Picture, Objective]:
         """Random strokes by seed."""
         config, some = self.config, [guides[name] for name in self.config.clips]
         reduce: Literal["sum", "mean"] = "sum" if config.distance == "cosine" else "mean"
         prompts = [subject.prompts for subject in subjects]
-        objective = TextObjective(prompts, some, self._views(), config.distance, reduce)
+        objective = TextObjective(prompts, some, views_of(config.augmentation, config.views), config.distance, reduce)
         first = random_strokes(seeds, config.strokes, config.segments, config.side, config.width)
         picture = StrokePicture(first, config.side, config.rates, (1.0, MOST_WIDTH), FALLS)
         return picture.to(some[0].device), objective
-
-    def _views(self) -> ViewMaker:
-        count = self.config.views
-        kinds: dict[str, ViewMaker] = {
-            "perspective": PerspectiveCrops(count=count),
-            "cutouts": Cutouts(count=count),
-            "squares": RandomSquares(count=count),
-            "none": Unchanged(),
-        }
-        return kinds[self.config.augmentation]
 
 
 def random_strokes(seeds: Sequence[int], count: int, segments: int, side: int, width: float) -> Strokes:
