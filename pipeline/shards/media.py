@@ -98,6 +98,12 @@ def _starts_like_a_video(start: bytes) -> bool:
     return (start.startswith(b"RIFF") and start[8:12] == b"AVI ") or start[4:8] in (b"moov", b"mdat", b"wide")
 
 
+def _starts_like_points(start: bytes) -> bool:
+    if start.startswith((b"\x93NUMPY", b"ply\n", b"ply\r")):
+        return True
+    return start.lstrip(b"STCN").startswith(b"OFF")
+
+
 def _is_mpeg_frame(start: bytes) -> bool:
     """Whether a frame header of MP3 (MPEG 1, 2 or 2.5, layers I to III) or of AAC (ADTS) stands at the start."""
     if len(start) < 4 or start[0] != 0xFF:
@@ -171,7 +177,16 @@ VIDEO = Medium(
     mime={"mp4": "video/mp4", "webm": "video/webm", "matroska": "video/x-matroska", "avi": "video/x-msvideo"},
     starts=_starts_like_a_video,
 )
-MEDIA: Mapping[str, Medium] = {medium.name: medium for medium in (IMAGE, AUDIO, VIDEO)}
+POINTS = Medium(
+    name="points",
+    noun="a point cloud",
+    mismatch="not_a_cloud",
+    # Not .npy alone: members of that name are features and other arrays.
+    kinds={"npy": ("points.npy",), "ply": ("ply",), "off": ("off",)},
+    mime={"npy": "application/x-npy", "ply": "model/ply", "off": "model/off"},
+    starts=_starts_like_points,
+)
+MEDIA: Mapping[str, Medium] = {medium.name: medium for medium in (IMAGE, AUDIO, VIDEO, POINTS)}
 """All media by name; the order is that of the parts of a sample."""
 _ENDINGS = {
     medium.name: tuple(dict.fromkeys(ending for endings in medium.kinds.values() for ending in endings))
