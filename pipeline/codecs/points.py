@@ -46,7 +46,12 @@ class PointsOptions:
         require(0 <= self.points_count <= MOST_POINTS, "points_count", self.points_count, f"0 to {MOST_POINTS:,}")
         require(1 <= self.points_surface <= MOST_POINTS, "points_surface", self.points_surface, f"1 to {MOST_POINTS:,}")
         require(2 <= self.points_min <= MOST_POINTS, "points_min", self.points_min, f"2 to {MOST_POINTS:,}")
-        require(self.points_min <= self.points_max <= MOST_POINTS, "points_max", self.points_max, f"points_min to {MOST_POINTS:,}")
+        require(
+            self.points_min <= self.points_max <= MOST_POINTS,
+            "points_max",
+            self.points_max,
+            f"points_min to {MOST_POINTS:,}",
+        )
 
 
 class PointsCodec(Codec[PointsOptions, Points]):

@@ -1,8 +1,9 @@
 """Trials of few-shot adaptation: one method, data set, number of shots and seed each, each run once, in parallel.
 
-A data set is prepared once for all trials. The images that any seed samples, and the test images, become two small
-snapshots below the output folder, with their raw features as sidecars if a method reads these. A trial reads them,
-trains, tests, and writes one JSON file at the end. A trial with a file of the same settings is not run again.
+A data set is prepared once for all trials. The images, or point clouds, that any seed samples, and those of the test
+become two small snapshots below the output folder, with their raw features as sidecars if a method reads these. A trial
+reads them, trains, tests, and writes one JSON file at the end. A trial with a file of the same settings is not run
+again.
 """
 
 import hashlib
@@ -24,12 +25,15 @@ from pipeline.config import fingerprint, from_plain, near, parse_json, require
 from pipeline.errors import DataError, SettingError
 from pipeline.evaluation.classes import read_templates
 from pipeline.evaluation.embedder import LoadEmbedder, ViewEmbedder, Views
+from pipeline.evaluation.ensemble import joined, read_scores, scores_file, search_weight
 from pipeline.evaluation.few_shot import DataSet, Drawing, Validation, draw, halves, harmonic_mean
 from pipeline.evaluation.models import load_model, usable_device
+from pipeline.evaluation.point_clip import CloudEmbedder
 from pipeline.evaluation.zero_shot import classifier
-from pipeline.loaders.samples import Samples
-from pipeline.models.adapters.adapter import Adapter, FrozenClip, adapter_class
+from pipeline.loaders.samples import Samples, json_of_sample
+from pipeline.models.adapters.adapter import Adapter, FrozenClip, adapter_class, unit
 from pipeline.models.clip import Clip
+from pipeline.shards.media import MEDIA, POINTS
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.sources import open_source
@@ -42,7 +46,7 @@ from pipeline.stages.refresh.make_shard import AS_IT_IS
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers, run_tasks
 from pipeline.training import distributed
-from pipeline.training.adapt import Accuracy, Adapted, Labelled, accuracy, adapt
+from pipeline.training.adapt import Accuracy, Adapted, Labelled, accuracy, adapt, batch_logits
 from pipeline.training.adapt_artifact import save
 from pipeline.training.adapt_recipes import AdaptRecipe, paper_config, paper_recipe, paper_templates
 from pipeline.training.adapt_recipes import Protocol as RecipeProtocol
@@ -124,6 +128,15 @@ class Result:
     history: tuple[Mapping[str, float], ...]
     parameters: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class PartLogits:
+    """Logits of a part of a data set, float32 [N, C], with the urls of its samples and their labels, int64 [N]."""
+
+    keys: tuple[str, ...]
+    logits: torch.Tensor
+    labels: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +239,10 @@ def check(
             classes than ``workers`` that share them.
     """
     config, _ = spec.build(trial.protocol, trial.shots, trial.data)
+    reads = adapter_class(spec.method).reads
+    for one in (data, *targets.values()):
+        able = one.medium == POINTS.name if reads == "views" else one.medium != POINTS.name or reads == "features"
+        require(able, "methods", spec.text, f"another one for {one.name}, which has {MEDIA[one.medium].noun} each")
     classes = data.classes
     new: tuple[str, ...] = ()
     if trial.protocol == "base_to_new":
@@ -259,6 +276,7 @@ def prepare(
     Raises:
         DataError: an image of the split cannot be read; other shots would differ from the papers'.
     """
+    embedder = embedder and embedder_of(data, embedder)
     wanted = sorted({one for drawing in drawings for one in (*drawing.train, *drawing.validation)})
     parts = [part for part in data.sources if part != "test"]
     drawn = ""
@@ -272,9 +290,14 @@ def prepare(
     return Ready(data=data, drawn=drawn, rows={one: row for row, one in enumerate(wanted)}, tested=tested)
 
 
+def embedder_of(data: DataSet, embedder: LoadEmbedder) -> LoadEmbedder:
+    """The same model for the medium of ``data``: views of point clouds, or crops of images."""
+    return replace(embedder, views=None) if data.medium == POINTS.name else replace(embedder, clouds=None)
+
+
 def test_embedder(embedder: LoadEmbedder) -> LoadEmbedder:
-    """The same model for test images, with the plain view only."""
-    return replace(embedder, views=Views(views=0))
+    """The same model for test images, with the plain view only; of clouds with all views."""
+    return embedder if embedder.clouds else replace(embedder, views=Views(views=0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +317,12 @@ class TrialRunner:
     """Validation images of each trial."""
     keep_adapters: bool = True
     """Save the trained tensors of each trial."""
+    keep_scores: bool = False
+    """Save the logits of each trial's test and validation samples."""
+    ensemble: str = ""
+    """File of another classifier's scores, see :mod:`pipeline.evaluation.ensemble`."""
+    ensemble_weight: float | None = None
+    """Weight of these scores; none to search it on the validation samples."""
 
     def __call__(self, trial: Trial) -> str:
         """Run ``trial`` unless its result exists; returns the name of the result's file.
@@ -332,6 +361,7 @@ class TrialRunner:
         prompts = [self.specs[trial.method].prompts(self.ready[name].data) for name in (trial.data, *self.targets)]
         said = [fingerprint(trial), repr(config), repr(recipe), repr(anywhere), self.clip, repr(listed)]
         said += [repr(prompts), self.validation]
+        said += [repr((self.ensemble, self.ensemble_weight))] if self.ensemble else []
         return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
     def run(self, trial: Trial, settings: str = "") -> Result:
@@ -343,12 +373,18 @@ class TrialRunner:
         if self.keep_adapters and trial.shots and distributed.rank() == 0:
             about = {"checkpoint": self.embedder.checkpoint, "data": trial.data, "settings": settings}
             save(adapted, Folder(self.output).folder("adapters").folder(trial.name), about)
-        scores = self._scores(trial, adapted.adapter, ready)
+        scores, chosen = self._scores(trial, adapted.adapter, ready), dict(adapted.chosen)
+        if self.keep_scores or self.ensemble:
+            logits = self._logits(trial, adapted.adapter, ready)
+            if self.keep_scores and distributed.rank() == 0:
+                self._write_scores(trial, adapted.adapter, logits)
+            if self.ensemble:
+                scores["ensemble"], chosen["ensemble_weight"] = self._joined(adapted.adapter, logits)
         return Result(
             trial=trial,
             settings=settings,
             scores=scores,
-            chosen=adapted.chosen,
+            chosen=chosen,
             history=adapted.history,
             parameters=sum(one.numel() for one in adapted.adapter.parameters()),
             seconds=time.monotonic() - began,
@@ -365,7 +401,7 @@ class TrialRunner:
         drawing = draw(data, trial.shots, trial.seed, self.validation)
         kind = adapter_class(spec.method)
         train, validation = (
-            self._drawn(ready, [one for one in part if data.labels[one[0]][one[1]] in kept], kind.reads, views)
+            self._drawn(ready, [one for one in part if data.labels[one[0]][one[1]] in kept], kind, views)
             for part, views in ((drawing.train, kind.random_views), (drawing.validation, False))
         )
         prompts = spec.prompts(data)
@@ -389,14 +425,16 @@ class TrialRunner:
             found[name] = accuracy(adapter, self._tested(target, adapter))
         return {name: _counts(one) for name, one in found.items()}
 
-    def _drawn(self, ready: Ready, wanted: Sequence[tuple[str, int]], reads: str, views: bool) -> Labelled:
-        """The images ``wanted``; of their features the random crops if available, or the plain view."""
+    def _drawn(self, ready: Ready, wanted: Sequence[tuple[str, int]], kind: type[Adapter], views: bool) -> Labelled:
+        """The images ``wanted``; of their features the random crops if available, or the plain view. Or clouds."""
         labels = torch.tensor([ready.data.labels[part][number] for part, number in wanted])
         rows = [ready.rows[one] for one in wanted]
-        if reads == "pixels":
+        if kind.reads == "pixels":
             return Labelled(labels=labels, images=_StoredImages(Samples(read_snapshot(ready.drawn)), rows))
-        features = _features(ready.drawn, self.embedder)
-        few = features[rows]
+        embedder = embedder_of(ready.data, self.embedder)
+        few = _features(ready.drawn, embedder)[rows]
+        if embedder.clouds:
+            return Labelled(labels=labels, features=_of_clouds(few, kind))
         return Labelled(labels=labels, features=few[:, 1:] if views and few.shape[1] > 1 else few[:, :1])
 
     def _tested(self, ready: Ready, adapter: Adapter, classes: Sequence[int] | None = None) -> Labelled:
@@ -409,7 +447,37 @@ class TrialRunner:
         if adapter.reads == "pixels":
             images = _StoredImages(Samples(read_snapshot(ready.tested)), rows.tolist())
             return Labelled(labels=labels, images=images)
-        return Labelled(labels=labels, features=_features(ready.tested, test_embedder(self.embedder))[rows])
+        embedder = embedder_of(ready.data, self.embedder)
+        features = _features(ready.tested, test_embedder(embedder))[rows]
+        return Labelled(labels=labels, features=_of_clouds(features, type(adapter)) if embedder.clouds else features)
+
+    def _logits(self, trial: Trial, adapter: Adapter, ready: Ready) -> dict[str, PartLogits]:
+        """Of the test samples, and of the validation samples where there are some."""
+        found = {"test": _part_logits(adapter, self._tested(ready, adapter), _urls(ready.tested))}
+        if trial.shots:
+            wanted = draw(ready.data, trial.shots, trial.seed, self.validation).validation
+            urls = _urls(ready.drawn)
+            keys = [urls[ready.rows[one]] for one in wanted]
+            found["validation"] = _part_logits(adapter, self._drawn(ready, wanted, type(adapter), False), keys)
+        return found
+
+    def _write_scores(self, trial: Trial, adapter: Adapter, logits: Mapping[str, PartLogits]) -> None:
+        folder = Folder(self.output).folder("scores")
+        for part, one in logits.items():
+            content = scores_file(one.keys, adapter.classes, one.logits)
+            folder.write_atomic(f"{trial.name}-{part}.parquet", content)
+
+    def _joined(self, adapter: Adapter, logits: Mapping[str, PartLogits]) -> tuple[dict[str, float], float]:
+        """The scores of the ensemble on the test samples, and its weight."""
+        others, test, weight = read_scores(self.ensemble), logits["test"], self.ensemble_weight
+        if weight is None:
+            held = logits["validation"]
+            weight = search_weight(held.logits, others.of(held.keys, adapter.classes), held.labels)
+        both = joined(test.logits, others.of(test.keys, adapter.classes), weight)
+        count = len(adapter.classes)
+        hits = both.argmax(dim=1) == test.labels
+        right = torch.bincount(test.labels[hits], minlength=count)
+        return _counts(Accuracy(right, torch.bincount(test.labels, minlength=count), 0.0)), weight
 
 
 def run_trials(
@@ -458,6 +526,25 @@ def _one_of_many(runner: TrialRunner, trial: Trial, device: torch.device) -> Non
     runner.at(device.type)(trial)
 
 
+def _of_clouds(features: torch.Tensor, kind: type[Adapter]) -> torch.Tensor:
+    """Raw features of the views of clouds, float [N, V, D]; for methods that read one feature, of their mean direction,
+    float [N, 1, D], which classifies as the mean of the views' cosines."""
+    return features if kind.reads == "views" else unit(features).mean(dim=1, keepdim=True)
+
+
+def _part_logits(adapter: Adapter, data: Labelled, keys: Sequence[str]) -> PartLogits:
+    parts = list(batch_logits(adapter, data))
+    logits, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+    return PartLogits(tuple(keys), logits, labels)
+
+
+@cache
+def _urls(uri: str) -> tuple[str, ...]:
+    """The urls of all samples of a snapshot, in order: their names in the source."""
+    samples = Samples(read_snapshot(uri), open_shards=2)
+    return tuple(str(json_of_sample(samples[number]).get("url", "")) for number in range(len(samples)))
+
+
 class _StoredImages(Sequence[bytes]):
     """Encoded images of some rows of a snapshot, read on demand."""
 
@@ -496,7 +583,7 @@ def _embed(uri: str, embedder: LoadEmbedder | None, workers: Workers, use_gpu: b
 
 def _sidecar(embedder: LoadEmbedder) -> str:
     """The sidecar name for the features of one model and its views; it differs between models."""
-    said = repr((embedder.checkpoint, embedder.precision, embedder.views))
+    said = repr((embedder.checkpoint, embedder.precision, embedder.clouds or embedder.views))
     return f"views_{hashlib.sha256(said.encode()).hexdigest()[:12]}"
 
 
@@ -504,9 +591,12 @@ def _sidecar(embedder: LoadEmbedder) -> str:
 def _features(uri: str, embedder: LoadEmbedder) -> torch.Tensor:
     """Raw features float32 [N, V, D] of all samples of a snapshot, in order."""
     snapshot: Snapshot = read_snapshot(uri)
-    assert embedder.views is not None
     model = frozen_clip(embedder.checkpoint, embedder.device).method
-    maker = ViewEmbedder(cast(Any, model), embedder.views, embedder.precision).maker
+    if embedder.clouds is not None:
+        maker = CloudEmbedder(model, embedder.clouds, embedder.precision).maker
+    else:
+        assert embedder.views is not None
+        maker = ViewEmbedder(cast(Any, model), embedder.views, embedder.precision).maker
     found = read_views(snapshot, maker=maker, name=_sidecar(embedder))
     return torch.from_numpy(found.of(found.keys))
 

@@ -15,7 +15,7 @@ within the unit ball around the origin, see :func:`centred`.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -110,13 +110,17 @@ def centred(points: Tensor, mask: Tensor | None = None) -> Tensor:
     return torch.where(longest > 0, moved / longest.where(longest > 0, 1.0), 0.0).float()
 
 
+def brightness(depth: Tensor, views: PointViews) -> Tensor:
+    """Depths as grey values from 0 to 1: 1 at the near side of the unit ball, 0.2 at its far side, 0 without points."""
+    least = views.distance - 1
+    return torch.where(depth > 0, 1 - 0.4 * (depth - least), 0.0).clamp(0, 1)
+
+
 def depth_picture(points: Tensor, views: PointViews = ZERO_SHOT, size: int = 128) -> Tensor:
-    """The views of one cloud, float [N, 3], side by side, for people: uint8 [3, size, V * size]; nearer is brighter."""
-    sharp = PointViews(angles=views.angles, distance=views.distance, grid=size)
-    (depth,) = project(centred(points[None]), sharp)
-    least, most = views.distance - 1, views.distance + 1
-    bright = torch.where(depth > 0, 1 - 0.8 * (depth - least) / (most - least), 0.0).clamp(0, 1)
-    return (255 * torch.cat(list(bright), dim=1)).round().to(torch.uint8).expand(3, -1, -1)
+    """The views of one cloud, float [N, 3], side by side: uint8 [3, size, V * size], bright where points are near."""
+    (depth,) = project(centred(points[None]), replace(views, grid=size))
+    grey = torch.cat(list(brightness(depth, views)), dim=1)
+    return (255 * grey).round().to(torch.uint8).expand(3, -1, -1)
 
 
 @cache
