@@ -84,11 +84,14 @@ class CloudViews:
 
     def images(self, points: Tensor, mask: Tensor | None, size: tuple[int, int], mean: Tensor, std: Tensor) -> Tensor:
         """Views of clouds, float [B, N, 3], as float32 [B, V, 3, H, W] that become the tower's input when ``mean`` is
-        subtracted and ``std`` divides them (both [1, 3, 1, 1], of values from 0 to 255)."""
-        depth = project(points, self.views, mask)
+        subtracted and ``std`` divides them (both [1, 3, 1, 1], of values from 0 to 255).
+
+        For an input smaller than the grid, points are projected onto its size: most would fall between its pixels."""
+        views = replace(self.views, grid=min(self.views.grid, *size))
+        depth = project(points, views, mask)
         if self.pixels == "depth":
             return view_images(depth, size) * std + mean
-        return 255 * view_images(brightness(depth, self.views), size)
+        return 255 * view_images(brightness(depth, views), size)
 
 
 class PointClip(nn.Module):

@@ -19,6 +19,7 @@ ENOUGH = 16
 class Medium:
     """A medium. ``kinds`` are its formats, each with its endings; shards use the first ending.
 
+    ``other_files`` are endings of files that hold the medium where a source is told so, but not of fields.
     ``mime`` is the MIME type of each kind. ``starts`` says whether a body with these first bytes (at least ``ENOUGH``)
     may be of the medium. ``noun`` names one part in messages, ``mismatch`` is the error class of a body of another
     medium.
@@ -30,6 +31,7 @@ class Medium:
     kinds: Mapping[str, tuple[str, ...]]
     mime: Mapping[str, str]
     starts: Callable[[bytes], bool]
+    other_files: tuple[str, ...] = ()
 
     @property
     def endings(self) -> tuple[str, ...]:
@@ -185,6 +187,7 @@ POINTS = Medium(
     kinds={"npy": ("points.npy",), "ply": ("ply",), "off": ("off",)},
     mime={"npy": "application/x-npy", "ply": "model/ply", "off": "model/off"},
     starts=_starts_like_points,
+    other_files=("npy",),
 )
 MEDIA: Mapping[str, Medium] = {medium.name: medium for medium in (IMAGE, AUDIO, VIDEO, POINTS)}
 """All media by name; the order is that of the parts of a sample."""

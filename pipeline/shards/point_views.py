@@ -73,9 +73,8 @@ def project(points: Tensor, views: PointViews, mask: Tensor | None = None) -> Te
     seen = depth > SMALLEST_DEPTH
     near = 1 / torch.where(seen, depth, 1.0)
     rows, columns = (torch.ceil((axis * near + 1) * (size / 2)) for axis in turned[:2])
-    seen &= (rows >= 0) & (rows < size) & (columns >= 0) & (columns < size)
-    if mask is not None:
-        seen &= mask[:, None]
+    inside = (rows >= 0) & (rows < size) & (columns >= 0) & (columns < size)
+    seen = seen & inside if mask is None else seen & inside & mask[:, None]
     picture = torch.arange(count * views.count, device=points.device).view(count, views.count, 1)
     # Points that are not seen add nothing to the first pixel.
     pixels = torch.where(seen, (picture * size + rows.long()) * size + columns.long(), 0).flatten()

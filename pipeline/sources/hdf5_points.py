@@ -51,18 +51,18 @@ class Hdf5Points:
     def __post_init__(self) -> None:
         require(bool(self.folder), "folder", self.folder, "a folder or an fsspec URI")
         require(bool(self.files), "files", self.files, "one file or more")
-        one = bool(self.classes) != bool(self.class_file)
-        require(one, "classes", self.classes, "the names of the classes, either here or in class_file")
+        require(not (self.classes and self.class_file), "classes", self.classes, "nothing with class_file")
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
         """See :class:`~pipeline.sources.source.Source`; the digest covers names, sizes and times of the files.
 
         A slice may span several files.
         """
+        names = self._names
         stamps = [(name, file_stamp(self._info(name)), count) for name, count in self._counts]
         total = sum(count for _, count in self._counts)
         require(total > 0, "files", self.files, "files with clouds")
-        said = repr((stamps, self._names, self.points_key, self.label_key, self.label_caption))
+        said = repr((stamps, names, self.points_key, self.label_key, self.label_caption))
         for start in range(0, total, rows_per_shard):
             count = min(rows_per_shard, total - start)
             digest = hashlib.sha256(f"{said} {start} {count}".encode()).hexdigest()
@@ -108,6 +108,7 @@ class Hdf5Points:
 
     @cached_property
     def _names(self) -> tuple[str, ...]:
+        require(bool(self.classes or self.class_file), "classes", (), "the names of the classes, here or in class_file")
         return self.classes or tuple(self._lines("class_file", self.class_file))
 
     @cached_property
