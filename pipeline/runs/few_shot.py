@@ -25,14 +25,14 @@ from pipeline.config import fingerprint, from_plain, near, parse_json, require
 from pipeline.errors import DataError, SettingError
 from pipeline.evaluation.classes import read_templates
 from pipeline.evaluation.embedder import LoadEmbedder, ViewEmbedder, Views
-from pipeline.evaluation.ensemble import joined, read_scores, scores_file, search_weight
 from pipeline.evaluation.few_shot import DataSet, Drawing, Validation, draw, halves, harmonic_mean
 from pipeline.evaluation.models import load_model, usable_device
 from pipeline.evaluation.point_clip import CloudEmbedder
 from pipeline.evaluation.zero_shot import classifier
-from pipeline.loaders.samples import Samples, json_of_sample
+from pipeline.loaders.samples import Samples
 from pipeline.models.adapters.adapter import Adapter, FrozenClip, adapter_class, unit
 from pipeline.models.clip import Clip
+from pipeline.runs.few_shot_ensemble import ENSEMBLE, PartLogits, ensemble_accuracy, part_logits, urls_of, write_scores
 from pipeline.shards.media import MEDIA, POINTS
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.shards.storage import Folder
@@ -46,7 +46,7 @@ from pipeline.stages.refresh.make_shard import AS_IT_IS
 from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.shard_tasks import Workers, run_tasks
 from pipeline.training import distributed
-from pipeline.training.adapt import Accuracy, Adapted, Labelled, accuracy, adapt, batch_logits
+from pipeline.training.adapt import Accuracy, Adapted, Labelled, accuracy, adapt
 from pipeline.training.adapt_artifact import save
 from pipeline.training.adapt_recipes import AdaptRecipe, paper_config, paper_recipe, paper_templates
 from pipeline.training.adapt_recipes import Protocol as RecipeProtocol
@@ -128,15 +128,6 @@ class Result:
     history: tuple[Mapping[str, float], ...]
     parameters: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class PartLogits:
-    """Logits of a part of a data set, float32 [N, C], with the urls of its samples and their labels, int64 [N]."""
-
-    keys: tuple[str, ...]
-    logits: torch.Tensor
-    labels: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,9 +368,10 @@ class TrialRunner:
         if self.keep_scores or self.ensemble:
             logits = self._logits(trial, adapted.adapter, ready)
             if self.keep_scores and distributed.rank() == 0:
-                self._write_scores(trial, adapted.adapter, logits)
+                write_scores(Folder(self.output).folder("scores"), trial.name, adapted.adapter.classes, logits)
             if self.ensemble:
-                scores["ensemble"], chosen["ensemble_weight"] = self._joined(adapted.adapter, logits)
+                found, weight = ensemble_accuracy(self.ensemble, self.ensemble_weight, adapted.adapter.classes, logits)
+                scores[ENSEMBLE], chosen["ensemble_weight"] = _counts(found), weight
         return Result(
             trial=trial,
             settings=settings,
@@ -453,31 +445,13 @@ class TrialRunner:
 
     def _logits(self, trial: Trial, adapter: Adapter, ready: Ready) -> dict[str, PartLogits]:
         """Of the test samples, and of the validation samples where there are some."""
-        found = {"test": _part_logits(adapter, self._tested(ready, adapter), _urls(ready.tested))}
+        found = {"test": part_logits(adapter, self._tested(ready, adapter), urls_of(ready.tested))}
         if trial.shots:
             wanted = draw(ready.data, trial.shots, trial.seed, self.validation).validation
-            urls = _urls(ready.drawn)
+            urls = urls_of(ready.drawn)
             keys = [urls[ready.rows[one]] for one in wanted]
-            found["validation"] = _part_logits(adapter, self._drawn(ready, wanted, type(adapter), False), keys)
+            found["validation"] = part_logits(adapter, self._drawn(ready, wanted, type(adapter), False), keys)
         return found
-
-    def _write_scores(self, trial: Trial, adapter: Adapter, logits: Mapping[str, PartLogits]) -> None:
-        folder = Folder(self.output).folder("scores")
-        for part, one in logits.items():
-            content = scores_file(one.keys, adapter.classes, one.logits)
-            folder.write_atomic(f"{trial.name}-{part}.parquet", content)
-
-    def _joined(self, adapter: Adapter, logits: Mapping[str, PartLogits]) -> tuple[dict[str, float], float]:
-        """The scores of the ensemble on the test samples, and its weight."""
-        others, test, weight = read_scores(self.ensemble), logits["test"], self.ensemble_weight
-        if weight is None:
-            held = logits["validation"]
-            weight = search_weight(held.logits, others.of(held.keys, adapter.classes), held.labels)
-        both = joined(test.logits, others.of(test.keys, adapter.classes), weight)
-        count = len(adapter.classes)
-        hits = both.argmax(dim=1) == test.labels
-        right = torch.bincount(test.labels[hits], minlength=count)
-        return _counts(Accuracy(right, torch.bincount(test.labels, minlength=count), 0.0)), weight
 
 
 def run_trials(
@@ -530,19 +504,6 @@ def _of_clouds(features: torch.Tensor, kind: type[Adapter]) -> torch.Tensor:
     """Raw features of the views of clouds, float [N, V, D]; for methods that read one feature, of their mean direction,
     float [N, 1, D], which classifies as the mean of the views' cosines."""
     return features if kind.reads == "views" else unit(features).mean(dim=1, keepdim=True)
-
-
-def _part_logits(adapter: Adapter, data: Labelled, keys: Sequence[str]) -> PartLogits:
-    parts = list(batch_logits(adapter, data))
-    logits, labels = (torch.cat(column) for column in zip(*parts, strict=True))
-    return PartLogits(tuple(keys), logits, labels)
-
-
-@cache
-def _urls(uri: str) -> tuple[str, ...]:
-    """The urls of all samples of a snapshot, in order: their names in the source."""
-    samples = Samples(read_snapshot(uri), open_shards=2)
-    return tuple(str(json_of_sample(samples[number]).get("url", "")) for number in range(len(samples)))
 
 
 class _StoredImages(Sequence[bytes]):
