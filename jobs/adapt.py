@@ -210,7 +210,7 @@ def main(run: Adapt) -> None:
     clip = frozen_clip(run.model, "cpu" if place.device == "cuda" else place.device)
     for (name, _), trial in {(one.data, one.method): one for one in trials}.items():
         others = {key: one for key, one in tested.items() if key != name}
-        check(trial, specs[trial.method], clip, sets[name], others, place.workers)
+        check(trial, specs[trial.method], clip, sets[name], others, place.workers, run.clouds.views.count)
     embedder = LoadEmbedder(
         checkpoint=run.model, device=run.device, precision=run.precision, views=run.views, clouds=run.clouds
     )

@@ -221,19 +221,29 @@ def find_place(device: str, gpus: float, per_trial: int, workers: Workers) -> Pl
 
 
 def check(
-    trial: Trial, spec: Spec, clip: FrozenClip, data: DataSet, targets: Mapping[str, DataSet], workers: int = 1
+    trial: Trial,
+    spec: Spec,
+    clip: FrozenClip,
+    data: DataSet,
+    targets: Mapping[str, DataSet],
+    workers: int = 1,
+    views: int | None = None,
 ) -> None:
     """Build the method once, before anything is embedded or trained.
 
     Raises:
-        SettingError: invalid class names, a too long prompt, classes that the method cannot be bound to, or fewer
-            classes than ``workers`` that share them.
+        SettingError: invalid class names, a too long prompt, classes that the method cannot be bound to, fewer
+            classes than ``workers`` that share them, another medium than the method reads, or another number of views
+            of a point cloud than ``views``.
     """
     config, _ = spec.build(trial.protocol, trial.shots, trial.data)
     reads = adapter_class(spec.method).reads
     for one in (data, *targets.values()):
         able = one.medium == POINTS.name if reads == "views" else one.medium != POINTS.name or reads == "features"
         require(able, "methods", spec.text, f"another one for {one.name}, which has {MEDIA[one.medium].noun} each")
+    if reads == "views" and views is not None:
+        allowed = f"{views}, the views of a cloud by --clouds.projection"
+        require(config.views == views, f"{spec.text}: views", config.views, allowed)
     classes = data.classes
     new: tuple[str, ...] = ()
     if trial.protocol == "base_to_new":
