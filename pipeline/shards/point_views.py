@@ -71,18 +71,29 @@ def project(points: Tensor, views: PointViews, mask: Tensor | None = None) -> Te
     turned = torch.einsum("vij,bnj->ibvn", rotations, points.float())
     depth = turned[2] + views.distance
     seen = depth > SMALLEST_DEPTH
-    near = 1 / torch.where(seen, depth, 1.0)
+    near = torch.where(seen, depth, 1.0).reciprocal()
     rows, columns = (torch.ceil((axis * near + 1) * (size / 2)) for axis in turned[:2])
-    inside = (rows >= 0) & (rows < size) & (columns >= 0) & (columns < size)
-    seen = seen & inside if mask is None else seen & inside & mask[:, None]
+    seen = seen & (rows.clamp(0, size - 1) == rows) & (columns.clamp(0, size - 1) == columns)
+    if mask is not None:
+        seen = seen & mask[:, None]
     picture = torch.arange(count * views.count, device=points.device).view(count, views.count, 1)
-    # Points that are not seen add nothing to the first pixel.
-    pixels = torch.where(seen, (picture * size + rows.long()) * size + columns.long(), 0).flatten()
-    total = torch.zeros(count * views.count * size * size, device=points.device)
-    number = torch.zeros_like(total)
-    total.index_add_(0, pixels, torch.where(seen, near, 0.0).flatten())
-    number.index_add_(0, pixels, seen.float().flatten())
-    return (number / torch.where(number > 0, total, 1.0)).view(count, views.count, size, size)
+    # Points that are not seen fall on one more pixel, behind the last.
+    last = count * views.count * size * size
+    pixels = torch.where(seen, (rows * size + columns).long() + picture * size**2, last).flatten()
+    # There are far more pixels than points, so nothing but the zeros is computed for each pixel: first the sum of the
+    # weights, read back at each point; then each of the n points adds 1 / sum.
+    images = torch.zeros(last + 1, device=points.device)
+    sums = images.index_add(0, pixels, near.flatten())[pixels] if near.requires_grad else _sums(images, pixels, near)
+    images.index_add_(0, pixels, sums.reciprocal())
+    return images[:last].view(count, views.count, size, size)
+
+
+def _sums(images: Tensor, pixels: Tensor, near: Tensor) -> Tensor:
+    """The sum of the weights on the pixel of each point; ``images`` are zeros, and are left so."""
+    images.index_add_(0, pixels, near.flatten())
+    sums = images[pixels]
+    images.index_fill_(0, pixels, 0.0)
+    return sums
 
 
 def view_images(depth: Tensor, size: tuple[int, int]) -> Tensor:
