@@ -1,6 +1,7 @@
 """The inter-view adapter against its formula written out, hand-made cases, and a whole training."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch.nn import functional
 from pipeline.errors import SettingError
 from pipeline.models.adapters.adapter import Shots, adapter_class
 from pipeline.models.adapters.pointclip import Config, InterViewAdapter, smoothed_cross_entropy, smoothed_targets
+from pipeline.shards.storage import Folder
 from pipeline.training.adapt import Labelled, accuracy, adapt
+from pipeline.training.adapt_artifact import load_adapted, save
 from pipeline.training.adapt_recipes import AdaptRecipe, paper_recipe
 
 NAMES = ("one", "two", "three")
@@ -136,6 +139,18 @@ def test_it_learns_what_the_zero_shot_model_cannot_know() -> None:
     first, second = (one.adapter.state_dict() for one in both)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not both[0].adapter.training and 1 <= both[0].chosen["epoch"] <= 40
+
+
+def test_a_trained_adapter_is_stored_and_read(tmp_path: Path) -> None:
+    train, test = labelled(24, 0), labelled(30, 2)
+    recipe = AdaptRecipe(learning_rate=0.01, epochs=2)
+    adapted = adapt("pointclip", Config(views=VIEWS), recipe, clip(), NAMES, ("{}",), train, labelled(12, 1), seed=3)
+    save(adapted, Folder(tmp_path))
+    again = load_adapted(Folder(tmp_path), clip())
+    first, second = accuracy(adapted.adapter, test), accuracy(again.adapter, test)
+    assert torch.equal(first.right, second.right) and first.loss == second.loss
+    with pytest.raises(SettingError, match="pointclip: views: got 4, expected 6"):
+        accuracy(again.adapter, Labelled(labels=torch.tensor([0]), features=torch.zeros(1, 6, WIDTH)))
 
 
 def test_what_it_refuses() -> None:
