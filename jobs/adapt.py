@@ -22,7 +22,9 @@ import tyro
 
 from pipeline.config import require, run_job, writable_folder
 from pipeline.evaluation.embedder import LoadEmbedder, Precision, Views
+from pipeline.evaluation.ensemble import read_scores
 from pipeline.evaluation.few_shot import Validation, draw, read_data_set
+from pipeline.evaluation.point_clip import CloudViews
 from pipeline.models.adapters.adapter import adapter_class
 from pipeline.runs.few_shot import (
     ZERO_SHOT,
@@ -80,6 +82,8 @@ class Adapt:
     """Images of each part of a drawn set; replaces the card's number."""
     views: Views = field(default_factory=Views)
     """Views per shot, for methods that read features."""
+    clouds: CloudViews = field(default_factory=lambda: CloudViews(projection="few_shot"))
+    """Views of point clouds, for data sets of these; see docs/points.md."""
     precision: Precision = "fp32"
     """Precision of the image tower when features are computed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -90,6 +94,12 @@ class Adapt:
     """If more than 1, trials run one after the other, each on this many workers (a GPU each) that share its classes."""
     keep_adapters: bool = True
     """Save each trial's trained tensors below OUTPUT/adapters."""
+    keep_scores: bool = False
+    """Save each trial's logits of test and validation samples below OUTPUT/scores, by key."""
+    ensemble: str = ""
+    """File of another classifier's scores of these samples, to be added to each trial's logits: docs/points.md."""
+    ensemble_weight: float | None = None
+    """Weight of these scores, 0 to 1; the method's logits get 1 - this. None: the best on the validation samples."""
     workers: Workers = field(default_factory=Workers)
     track: bool = True
     """Record the job as an MLflow run, with a child run per trial."""
@@ -107,6 +117,14 @@ class Adapt:
         require(0 < self.gpus_per_trial <= 1, "gpus_per_trial", self.gpus_per_trial, "more than 0, up to 1")
         require(self.workers_per_trial >= 1, "workers_per_trial", self.workers_per_trial, "1 or more")
         require(self.samples is None or self.samples >= 1, "samples", self.samples, "1 or more")
+        methods = self.methods if isinstance(self.methods, tuple) else ()
+        weight, zero = self.ensemble_weight, any(name.partition(":")[0] == ZERO_SHOT for name in methods)
+        require(weight is None or 0 <= weight <= 1, "ensemble_weight", weight, "0 to 1")
+        require(weight is None or bool(self.ensemble), "ensemble_weight", weight, "none without ensemble")
+        few = self.protocol == "few_shot" or not (self.ensemble or self.keep_scores)
+        require(few, "ensemble, keep_scores", (self.ensemble, self.keep_scores), "none but with the protocol few_shot")
+        given = not (self.ensemble and zero) or weight is not None
+        require(given, "ensemble_weight", weight, "a number with zero_shot, which has no validation samples")
         needs = self.protocol in ("cross", "generalise")
         require(needs == bool(self.targets), "targets", self.targets, "cards, with cross and generalise alone")
 
@@ -186,12 +204,16 @@ def main(run: Adapt) -> None:
         ]
         for name in sets
     }
+    if run.ensemble:
+        read_scores(run.ensemble)
     place = find_place(run.device, run.gpus_per_trial, run.workers_per_trial, run.workers)
     clip = frozen_clip(run.model, "cpu" if place.device == "cuda" else place.device)
     for (name, _), trial in {(one.data, one.method): one for one in trials}.items():
         others = {key: one for key, one in tested.items() if key != name}
-        check(trial, specs[trial.method], clip, sets[name], others, place.workers)
-    embedder = LoadEmbedder(checkpoint=run.model, device=run.device, precision=run.precision, views=run.views)
+        check(trial, specs[trial.method], clip, sets[name], others, place.workers, run.clouds.views.count)
+    embedder = LoadEmbedder(
+        checkpoint=run.model, device=run.device, precision=run.precision, views=run.views, clouds=run.clouds
+    )
     reads = {adapter_class(spec.method).reads for spec in specs.values()}
     with FewShotRecord(run.tracking, run, folder, run.track) as record:
         ready = {
@@ -199,7 +221,7 @@ def main(run: Adapt) -> None:
                 data,
                 drawings[name],
                 folder.folder("data").folder(name),
-                embedder if "features" in reads else None,
+                None if reads == {"pixels"} else embedder,
                 run.workers,
                 place.device == "cuda",
             )
@@ -214,6 +236,9 @@ def main(run: Adapt) -> None:
             clip=clip.digest,
             validation=run.validation,
             keep_adapters=run.keep_adapters,
+            keep_scores=run.keep_scores,
+            ensemble=run.ensemble,
+            ensemble_weight=run.ensemble_weight,
         )
         results = run_trials(runner, trials, run.workers, place, record.add)
         print(record.conclude(results, f"{run.protocol.replace('_', ' ')}, {run.model}"))

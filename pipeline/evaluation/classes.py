@@ -43,6 +43,8 @@ class Labels:
     ensemble: str = "vectors"
     clips: int = 1
     crops: int = 1
+    clouds: Any = None
+    """The :class:`~pipeline.evaluation.point_clip.CloudSetting` of a set of point clouds."""
 
     @property
     def views(self) -> dict[str, int]:

@@ -14,6 +14,7 @@ from pipeline.config import require
 from pipeline.evaluation.encoder import Evaluable, encode_tokens, inference
 from pipeline.evaluation.media import TEXT, encode_inputs, encoded_media, medium_reader
 from pipeline.evaluation.models import load_any
+from pipeline.evaluation.point_clip import CloudEmbedder, CloudViews
 from pipeline.evaluation.zero_shot import classifier
 from pipeline.loaders.batches import sidecars_of
 from pipeline.loaders.images import crop_bits, read_crops
@@ -62,8 +63,10 @@ class LoadEmbedder:
     precision: Precision = "fp32"
     views: Views | None = None
     """Compute raw features of several views of images instead of unit features of all media."""
+    clouds: CloudViews | None = None
+    """Compute raw features of the views of point clouds instead."""
 
-    def __call__(self, threads: int) -> "ModelEmbedder | ViewEmbedder":
+    def __call__(self, threads: int) -> "ModelEmbedder | ViewEmbedder | CloudEmbedder":
         """``threads`` is the number of CPU threads for the model, if it does not run on a GPU.
 
         Raises:
@@ -72,9 +75,12 @@ class LoadEmbedder:
         model = load_any(self.checkpoint, self.device)
         if not torch.cuda.is_available() or self.device == "cpu":
             torch.set_num_threads(threads)
-        if self.views is None:
+        if self.views is None and self.clouds is None:
             return ModelEmbedder(model, self.precision)
         require(isinstance(model, Clip), "checkpoint", self.checkpoint, "a CLIP, for raw features of views")
+        if self.clouds is not None:
+            return CloudEmbedder(model, self.clouds, self.precision)
+        assert self.views is not None
         return ViewEmbedder(cast(Evaluable, model), self.views, self.precision)
 
 

@@ -11,7 +11,7 @@ import logging
 import math
 import random
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -22,13 +22,12 @@ from pipeline.errors import DataError, SettingError, missing
 from pipeline.evaluation.classes import DEFAULT_TEMPLATES
 from pipeline.evaluation.data import PART_FOLDERS
 from pipeline.evaluation.suite import name_and_data
+from pipeline.shards.media import IMAGE, POINTS
 from pipeline.shards.snapshot import read_snapshot, snapshot_ids
 from pipeline.shards.storage import Folder
 from pipeline.sources import open_source
-from pipeline.sources.drawn.sets import wanted_class
-from pipeline.sources.drawn.source import Drawn
 from pipeline.sources.picked import Picked
-from pipeline.sources.source import Source
+from pipeline.sources.source import Source, media_of
 from pipeline.sources.split_file import SplitFile
 from pipeline.sources.stored import StoredSamples
 
@@ -37,6 +36,7 @@ logger = logging.getLogger(__name__)
 Validation = Literal["few", "whole"]
 """Validation images: min(shots, 4) of every class (CoOp's code), or the whole validation split (Tip-Adapter's)."""
 VALIDATION_SHOTS = 4
+ROOTED = (SplitFile.kind, "hdf5-points")  # kinds whose folder is below --root
 FEWEST = 4  # classes of base-to-new: two in each half
 
 
@@ -53,6 +53,8 @@ class DataSet:
     templates: tuple[str, ...]
     sources: Mapping[str, Mapping[str, Any]]
     labels: Mapping[str, tuple[int, ...]]
+    medium: str = IMAGE.name
+    """image or points."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def read_data_set(name: str, root: str = "", samples: int | None = None) -> Data
         require(False, "data", name, "a card with `few_shot`, which defines the training and test parts")
         raise AssertionError
     sources = {part: _options(card, part, root, samples) for part in PARTS if part in card.few_shot.parts}
+    (medium,) = {media_of(open_source(options))[0] for options in sources.values()}
     listed = {part: _listed(open_source(options), card) for part, options in sources.items()}
     classes, labels = _dense(card, listed)
     require(len(classes) > 1, "classes", classes, f"two class names or more, for {name}")
@@ -104,7 +107,7 @@ def read_data_set(name: str, root: str = "", samples: int | None = None) -> Data
     if "train" in labels and unseen:
         logger.warning("%s: no training images of %d classes: %s", name, len(unseen), ", ".join(unseen[:10]))
     templates = card.few_shot.templates or card.templates or DEFAULT_TEMPLATES
-    return DataSet(name=card.name, classes=classes, templates=templates, sources=sources, labels=labels)
+    return DataSet(name=card.name, classes=classes, templates=templates, sources=sources, labels=labels, medium=medium)
 
 
 def _own_data_set(name: str, place: str) -> DataSet:
@@ -113,11 +116,13 @@ def _own_data_set(name: str, place: str) -> DataSet:
         cards = card_names()
         allowed = f"a card with `few_shot`, a snapshot's folder, or a folder of class folders{near(place, cards)}"
         raise missing("data", place) if "/" in place else SettingError("data", place, allowed)
-    card = None
+    card, medium = None, IMAGE.name
     if snapshot_ids(folder):
         snapshot = read_snapshot(place)
+        stored_fields = dict.fromkeys(snapshot.fields)
+        medium = next((one for one in (IMAGE, POINTS) if one.field_of(stored_fields)), IMAGE).name
         card = load_card(snapshot.card) if snapshot.card in card_names() else None
-        stored = StoredSamples(data=snapshot.uri, label=card.label if card else "label")
+        stored = StoredSamples(data=snapshot.uri, label=card.label if card else "label", medium=medium)
         parts = _divided({"kind": StoredSamples.kind, **asdict(stored)}, stored.labels())
     else:
         parts = _class_folders(folder)
@@ -133,6 +138,7 @@ def _own_data_set(name: str, place: str) -> DataSet:
         templates=(card.templates if card else ()) or DEFAULT_TEMPLATES,
         sources={part: options for part, (options, _) in parts.items()},
         labels={part: tuple(numbers[label] for label in labels) for part, (_, labels) in parts.items()},
+        medium=medium,
     )
 
 
@@ -243,7 +249,7 @@ def _options(card: Card, part: str, root: str, samples: int | None) -> dict[str,
     options = {**card.source, **card.few_shot.parts[part]}
     if options["kind"] == "drawn" and samples is not None:
         options["samples"] = samples
-    if options["kind"] == SplitFile.kind and root:
+    if options["kind"] in ROOTED and root:
         options["folder"] = Folder(root).join(str(options["folder"]))
     return options
 
@@ -253,9 +259,9 @@ def _listed(source: Source, card: Card) -> list[tuple[int | None, str]]:
     if isinstance(source, SplitFile):
         by_name = source.format == "folders" and not source.split  # the names of all parts together are numbered
         return [(None if by_name else item.number, item.name) for item in source.items]
-    if isinstance(source, Drawn):
-        named = [wanted_class(source.split, source.first + number) for number in range(source.samples)]
-        return [(None, name) for name in named if name is not None]
+    labels: Callable[[], list[str]] | None = getattr(source, "labels", None)
+    if labels is not None:
+        return [(None, name) for name in labels()]
     raise DataError(f"{card.name}: the source {source.kind} has no fixed order of images, which a split needs")
 
 

@@ -21,9 +21,11 @@ from pipeline.evaluation.figures import RIGHT, WRONG
 from pipeline.evaluation.shown_clips import video_picture
 from pipeline.loaders.batches import Row, SamplePosition
 from pipeline.loaders.images import as_stored, decode
+from pipeline.loaders.points import PointReader
 from pipeline.loaders.sample_figures import blank_figure, show_image, wrapped
 from pipeline.loaders.samples import UnreadableSample
-from pipeline.shards.media import AUDIO, MEDIA, VIDEO
+from pipeline.shards.media import AUDIO, MEDIA, POINTS, VIDEO
+from pipeline.shards.point_views import depth_picture
 from pipeline.shards.sample import Sample
 from pipeline.shards.waveforms import Waveform, encode_flac, read_waveform
 
@@ -71,7 +73,7 @@ class SampleReader:
 
 
 def picture(sample: Sample, medium: str) -> Tensor:
-    """An image, the spectrogram of a sound, or frames of a video in a row, as uint8 [3, H, W].
+    """An image, the spectrogram of a sound, frames of a video or views of a point cloud in a row, as uint8 [3, H, W].
 
     Raises:
         UnreadableSample: the sample has no readable part of this medium.
@@ -80,6 +82,8 @@ def picture(sample: Sample, medium: str) -> Tensor:
         return spectrogram(sound_of(sample))
     if medium == VIDEO.name:
         return video_picture(sample)
+    if medium == POINTS.name:
+        return depth_picture(PointReader().read(sample)["points"])
     return as_stored(decode(_part(sample, medium)))
 
 

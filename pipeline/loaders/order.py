@@ -82,6 +82,8 @@ class RandomStream(IntEnum):
     """Which frames of a video are read."""
     SOUNDS = 40
     """Augmentation of a sound."""
+    POINTS = 41
+    """Which points of a cloud are read."""
     CLIP_PAIRS = 50
     """Which texts and clips of a video are pairs."""
     RETRIEVED = 51

@@ -18,9 +18,11 @@ from torch import Tensor
 from pipeline.errors import DataError, SampleError
 from pipeline.loaders.frames import FrameSampling
 from pipeline.loaders.images import ImageTransform, resize
+from pipeline.loaders.points import PointReader
 from pipeline.loaders.readers import FirstCaptionReader, ImageReader
 from pipeline.loaders.samples import UnreadableSample
-from pipeline.shards.media import VIDEO
+from pipeline.shards.media import POINTS, VIDEO
+from pipeline.shards.point_views import depth_picture
 from pipeline.shards.sample import Sample
 from pipeline.shards.video_frames import Frames, read_frames
 
@@ -43,16 +45,17 @@ LONGEST = 400  # characters of a field that are shown
 def sample_figure(samples: Sequence[Sample], title: str, caption: str = "auto") -> "Figure":
     """The images of ``samples`` with their captions (``txt``, ``json:KEY`` or ``auto``), without the unreadable ones.
 
-    Where no sample has an image, it shows the frames of the first clips; without videos it is a table: their keys,
-    texts, and the sizes of their other fields.
+    Where no sample has an image, it shows the frames of the first clips, or views of the first point clouds; without
+    these it is a table: their keys, texts, and the sizes of their other fields.
 
     Raises:
         DataError: samples have images, and none is readable.
     """
-    if not any(sample.image() for sample in samples) and (clips := [one for one in samples if one.body(VIDEO)]):
-        words = FirstCaptionReader(caption=caption)
-        return clip_grid(clips[:CLIPS], [words.read(one)["caption"] for one in clips[:CLIPS]], title=title)
     if not any(sample.image() for sample in samples):
+        words = FirstCaptionReader(caption=caption)
+        for medium, grid in ((VIDEO, clip_grid), (POINTS, cloud_grid)):
+            if having := [one for one in samples if one.body(medium)][:CLIPS]:
+                return grid(having, [words.read(one)["caption"] for one in having], title=title)
         fields = sorted({field for sample in samples for field in sample.fields})
         rows = [[sample.key, *(_shown(sample, field) for field in fields)] for sample in samples]
         return sample_table(["key", *fields], rows, title)
@@ -130,6 +133,29 @@ def clip_grid(
         axis.tick_params(length=0, pad=1)
         colour = colours[number] if colours else "black"
         words = wrapped(caption, 120, 2) if len(times) else f"{wrapped(caption, 100, 1)} (not readable)"
+        axis.set_title(words, fontsize=8.5, loc="left", pad=3, color=colour, parse_math=False)
+    return figure
+
+
+def cloud_grid(
+    samples: Sequence[Sample], captions: Sequence[str], colours: Sequence[str] = (), title: str = ""
+) -> "Figure":
+    """Six views of each point cloud in a row, bright where points are near, with its caption above.
+
+    Samples without a readable cloud are shown as an empty row. ``colours`` are those of the captions.
+    """
+    figure = blank_figure(9, 1.75 * len(samples) + 0.5, title)
+    axes = figure.subplots(len(samples), 1, squeeze=False).flat
+    reader = PointReader()
+    for number, (axis, sample, caption) in enumerate(zip(axes, samples, captions, strict=True)):
+        words = wrapped(caption, 110, 2)
+        try:
+            row = depth_picture(reader.read(sample)[reader.key], size=HEIGHT)
+        except UnreadableSample:
+            row = torch.full((3, HEIGHT, HEIGHT * 6), 255, dtype=torch.uint8)
+            words = f"{wrapped(caption, 90, 1)} (not readable)"
+        show_image(axis, row)
+        colour = colours[number] if colours else "black"
         axis.set_title(words, fontsize=8.5, loc="left", pad=3, color=colour, parse_math=False)
     return figure
 

@@ -1,8 +1,9 @@
 """Trials of few-shot adaptation: one method, data set, number of shots and seed each, each run once, in parallel.
 
-A data set is prepared once for all trials. The images that any seed samples, and the test images, become two small
-snapshots below the output folder, with their raw features as sidecars if a method reads these. A trial reads them,
-trains, tests, and writes one JSON file at the end. A trial with a file of the same settings is not run again.
+A data set is prepared once for all trials. The images, or point clouds, that any seed samples, and those of the test
+become two small snapshots below the output folder, with their raw features as sidecars if a method reads these. A trial
+reads them, trains, tests, and writes one JSON file at the end. A trial with a file of the same settings is not run
+again.
 """
 
 import hashlib
@@ -26,10 +27,13 @@ from pipeline.evaluation.classes import read_templates
 from pipeline.evaluation.embedder import LoadEmbedder, ViewEmbedder, Views
 from pipeline.evaluation.few_shot import DataSet, Drawing, Validation, draw, halves, harmonic_mean
 from pipeline.evaluation.models import load_model, usable_device
+from pipeline.evaluation.point_clip import CloudEmbedder
 from pipeline.evaluation.zero_shot import classifier
 from pipeline.loaders.samples import Samples
-from pipeline.models.adapters.adapter import Adapter, FrozenClip, adapter_class
+from pipeline.models.adapters.adapter import Adapter, FrozenClip, adapter_class, unit
 from pipeline.models.clip import Clip
+from pipeline.runs.few_shot_ensemble import ENSEMBLE, PartLogits, ensemble_accuracy, part_logits, urls_of, write_scores
+from pipeline.shards.media import MEDIA, POINTS
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.sources import open_source
@@ -217,15 +221,29 @@ def find_place(device: str, gpus: float, per_trial: int, workers: Workers) -> Pl
 
 
 def check(
-    trial: Trial, spec: Spec, clip: FrozenClip, data: DataSet, targets: Mapping[str, DataSet], workers: int = 1
+    trial: Trial,
+    spec: Spec,
+    clip: FrozenClip,
+    data: DataSet,
+    targets: Mapping[str, DataSet],
+    workers: int = 1,
+    views: int | None = None,
 ) -> None:
     """Build the method once, before anything is embedded or trained.
 
     Raises:
-        SettingError: invalid class names, a too long prompt, classes that the method cannot be bound to, or fewer
-            classes than ``workers`` that share them.
+        SettingError: invalid class names, a too long prompt, classes that the method cannot be bound to, fewer
+            classes than ``workers`` that share them, another medium than the method reads, or another number of views
+            of a point cloud than ``views``.
     """
     config, _ = spec.build(trial.protocol, trial.shots, trial.data)
+    reads = adapter_class(spec.method).reads
+    for one in (data, *targets.values()):
+        able = one.medium == POINTS.name if reads == "views" else one.medium != POINTS.name or reads == "features"
+        require(able, "methods", spec.text, f"another one for {one.name}, which has {MEDIA[one.medium].noun} each")
+    if reads == "views" and views is not None:
+        allowed = f"{views}, the views of a cloud by --clouds.projection"
+        require(config.views == views, f"{spec.text}: views", config.views, allowed)
     classes = data.classes
     new: tuple[str, ...] = ()
     if trial.protocol == "base_to_new":
@@ -259,6 +277,7 @@ def prepare(
     Raises:
         DataError: an image of the split cannot be read; other shots would differ from the papers'.
     """
+    embedder = embedder and embedder_of(data, embedder)
     wanted = sorted({one for drawing in drawings for one in (*drawing.train, *drawing.validation)})
     parts = [part for part in data.sources if part != "test"]
     drawn = ""
@@ -272,9 +291,14 @@ def prepare(
     return Ready(data=data, drawn=drawn, rows={one: row for row, one in enumerate(wanted)}, tested=tested)
 
 
+def embedder_of(data: DataSet, embedder: LoadEmbedder) -> LoadEmbedder:
+    """The same model for the medium of ``data``: views of point clouds, or crops of images."""
+    return replace(embedder, views=None) if data.medium == POINTS.name else replace(embedder, clouds=None)
+
+
 def test_embedder(embedder: LoadEmbedder) -> LoadEmbedder:
-    """The same model for test images, with the plain view only."""
-    return replace(embedder, views=Views(views=0))
+    """The same model for test images, with the plain view only; of clouds with all views."""
+    return embedder if embedder.clouds else replace(embedder, views=Views(views=0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +318,12 @@ class TrialRunner:
     """Validation images of each trial."""
     keep_adapters: bool = True
     """Save the trained tensors of each trial."""
+    keep_scores: bool = False
+    """Save the logits of each trial's test and validation samples."""
+    ensemble: str = ""
+    """File of another classifier's scores, see :mod:`pipeline.evaluation.ensemble`."""
+    ensemble_weight: float | None = None
+    """Weight of these scores; none to search it on the validation samples."""
 
     def __call__(self, trial: Trial) -> str:
         """Run ``trial`` unless its result exists; returns the name of the result's file.
@@ -332,6 +362,7 @@ class TrialRunner:
         prompts = [self.specs[trial.method].prompts(self.ready[name].data) for name in (trial.data, *self.targets)]
         said = [fingerprint(trial), repr(config), repr(recipe), repr(anywhere), self.clip, repr(listed)]
         said += [repr(prompts), self.validation]
+        said += [repr((self.ensemble, self.ensemble_weight))] if self.ensemble else []
         return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
     def run(self, trial: Trial, settings: str = "") -> Result:
@@ -343,12 +374,19 @@ class TrialRunner:
         if self.keep_adapters and trial.shots and distributed.rank() == 0:
             about = {"checkpoint": self.embedder.checkpoint, "data": trial.data, "settings": settings}
             save(adapted, Folder(self.output).folder("adapters").folder(trial.name), about)
-        scores = self._scores(trial, adapted.adapter, ready)
+        scores, chosen = self._scores(trial, adapted.adapter, ready), dict(adapted.chosen)
+        if self.keep_scores or self.ensemble:
+            logits = self._logits(trial, adapted.adapter, ready)
+            if self.keep_scores and distributed.rank() == 0:
+                write_scores(Folder(self.output).folder("scores"), trial.name, adapted.adapter.classes, logits)
+            if self.ensemble:
+                found, weight = ensemble_accuracy(self.ensemble, self.ensemble_weight, adapted.adapter.classes, logits)
+                scores[ENSEMBLE], chosen["ensemble_weight"] = _counts(found), weight
         return Result(
             trial=trial,
             settings=settings,
             scores=scores,
-            chosen=adapted.chosen,
+            chosen=chosen,
             history=adapted.history,
             parameters=sum(one.numel() for one in adapted.adapter.parameters()),
             seconds=time.monotonic() - began,
@@ -365,7 +403,7 @@ class TrialRunner:
         drawing = draw(data, trial.shots, trial.seed, self.validation)
         kind = adapter_class(spec.method)
         train, validation = (
-            self._drawn(ready, [one for one in part if data.labels[one[0]][one[1]] in kept], kind.reads, views)
+            self._drawn(ready, [one for one in part if data.labels[one[0]][one[1]] in kept], kind, views)
             for part, views in ((drawing.train, kind.random_views), (drawing.validation, False))
         )
         prompts = spec.prompts(data)
@@ -389,14 +427,16 @@ class TrialRunner:
             found[name] = accuracy(adapter, self._tested(target, adapter))
         return {name: _counts(one) for name, one in found.items()}
 
-    def _drawn(self, ready: Ready, wanted: Sequence[tuple[str, int]], reads: str, views: bool) -> Labelled:
-        """The images ``wanted``; of their features the random crops if available, or the plain view."""
+    def _drawn(self, ready: Ready, wanted: Sequence[tuple[str, int]], kind: type[Adapter], views: bool) -> Labelled:
+        """The images ``wanted``; of their features the random crops if available, or the plain view. Or clouds."""
         labels = torch.tensor([ready.data.labels[part][number] for part, number in wanted])
         rows = [ready.rows[one] for one in wanted]
-        if reads == "pixels":
+        if kind.reads == "pixels":
             return Labelled(labels=labels, images=_StoredImages(Samples(read_snapshot(ready.drawn)), rows))
-        features = _features(ready.drawn, self.embedder)
-        few = features[rows]
+        embedder = embedder_of(ready.data, self.embedder)
+        few = _features(ready.drawn, embedder)[rows]
+        if embedder.clouds:
+            return Labelled(labels=labels, features=_of_clouds(few, kind))
         return Labelled(labels=labels, features=few[:, 1:] if views and few.shape[1] > 1 else few[:, :1])
 
     def _tested(self, ready: Ready, adapter: Adapter, classes: Sequence[int] | None = None) -> Labelled:
@@ -409,7 +449,19 @@ class TrialRunner:
         if adapter.reads == "pixels":
             images = _StoredImages(Samples(read_snapshot(ready.tested)), rows.tolist())
             return Labelled(labels=labels, images=images)
-        return Labelled(labels=labels, features=_features(ready.tested, test_embedder(self.embedder))[rows])
+        embedder = embedder_of(ready.data, self.embedder)
+        features = _features(ready.tested, test_embedder(embedder))[rows]
+        return Labelled(labels=labels, features=_of_clouds(features, type(adapter)) if embedder.clouds else features)
+
+    def _logits(self, trial: Trial, adapter: Adapter, ready: Ready) -> dict[str, PartLogits]:
+        """Of the test samples, and of the validation samples where there are some."""
+        found = {"test": part_logits(adapter, self._tested(ready, adapter), urls_of(ready.tested))}
+        if trial.shots:
+            wanted = draw(ready.data, trial.shots, trial.seed, self.validation).validation
+            urls = urls_of(ready.drawn)
+            keys = [urls[ready.rows[one]] for one in wanted]
+            found["validation"] = part_logits(adapter, self._drawn(ready, wanted, type(adapter), False), keys)
+        return found
 
 
 def run_trials(
@@ -458,6 +510,12 @@ def _one_of_many(runner: TrialRunner, trial: Trial, device: torch.device) -> Non
     runner.at(device.type)(trial)
 
 
+def _of_clouds(features: torch.Tensor, kind: type[Adapter]) -> torch.Tensor:
+    """Raw features of the views of clouds, float [N, V, D]; for methods that read one feature, of their mean direction,
+    float [N, 1, D], which classifies as the mean of the views' cosines."""
+    return features if kind.reads == "views" else unit(features).mean(dim=1, keepdim=True)
+
+
 class _StoredImages(Sequence[bytes]):
     """Encoded images of some rows of a snapshot, read on demand."""
 
@@ -496,7 +554,7 @@ def _embed(uri: str, embedder: LoadEmbedder | None, workers: Workers, use_gpu: b
 
 def _sidecar(embedder: LoadEmbedder) -> str:
     """The sidecar name for the features of one model and its views; it differs between models."""
-    said = repr((embedder.checkpoint, embedder.precision, embedder.views))
+    said = repr((embedder.checkpoint, embedder.precision, embedder.clouds or embedder.views))
     return f"views_{hashlib.sha256(said.encode()).hexdigest()[:12]}"
 
 
@@ -504,9 +562,12 @@ def _sidecar(embedder: LoadEmbedder) -> str:
 def _features(uri: str, embedder: LoadEmbedder) -> torch.Tensor:
     """Raw features float32 [N, V, D] of all samples of a snapshot, in order."""
     snapshot: Snapshot = read_snapshot(uri)
-    assert embedder.views is not None
     model = frozen_clip(embedder.checkpoint, embedder.device).method
-    maker = ViewEmbedder(cast(Any, model), embedder.views, embedder.precision).maker
+    if embedder.clouds is not None:
+        maker = CloudEmbedder(model, embedder.clouds, embedder.precision).maker
+    else:
+        assert embedder.views is not None
+        maker = ViewEmbedder(cast(Any, model), embedder.views, embedder.precision).maker
     found = read_views(snapshot, maker=maker, name=_sidecar(embedder))
     return torch.from_numpy(found.of(found.keys))
 

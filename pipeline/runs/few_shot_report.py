@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.evaluation.few_shot import harmonic_mean, mean_and_deviation
 from pipeline.runs.few_shot import Result
+from pipeline.runs.few_shot_ensemble import ENSEMBLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,8 +55,11 @@ def scores(results: Sequence[Result]) -> list[Score]:
     found: dict[tuple[str, str, int, str], dict[int, float]] = {}
     for result in results:
         trial = result.trial
-        for measured, numbers in result.scores.items():
-            found.setdefault((trial.data, trial.method, trial.shots, measured), {})[trial.seed] = numbers["top1"]
+        for name, numbers in result.scores.items():
+            # An ensemble is a method of its own on the same samples.
+            joined = name == ENSEMBLE
+            method, measured = (f"{trial.method} + ensemble", trial.data) if joined else (trial.method, name)
+            found.setdefault((trial.data, method, trial.shots, measured), {})[trial.seed] = numbers["top1"]
     found |= _averages(found)
     return [
         Score(data=data, method=method, shots=shots, measured=measured, values=tuple(seeds.values()))

@@ -186,7 +186,7 @@ def _data_type(field: str) -> str | None:
     """Croissant's type of a field's content; None where it has no such type, as for arrays."""
     medium = IMAGE if field == "mask.png" else medium_of(field)
     if medium is not None:
-        return CONTENTS[medium.name]
+        return CONTENTS.get(medium.name)
     return "sc:Text" if field.rpartition(".")[2] in TEXTS else None
 
 

@@ -19,6 +19,7 @@ ENOUGH = 16
 class Medium:
     """A medium. ``kinds`` are its formats, each with its endings; shards use the first ending.
 
+    ``other_files`` are endings of files that hold the medium where a source is told so, but not of fields.
     ``mime`` is the MIME type of each kind. ``starts`` says whether a body with these first bytes (at least ``ENOUGH``)
     may be of the medium. ``noun`` names one part in messages, ``mismatch`` is the error class of a body of another
     medium.
@@ -30,6 +31,7 @@ class Medium:
     kinds: Mapping[str, tuple[str, ...]]
     mime: Mapping[str, str]
     starts: Callable[[bytes], bool]
+    other_files: tuple[str, ...] = ()
 
     @property
     def endings(self) -> tuple[str, ...]:
@@ -102,6 +104,12 @@ def _starts_like_a_video(start: bytes) -> bool:
         return True
     # AVI; QuickTime files from before brands begin with one of its atoms.
     return (start.startswith(b"RIFF") and start[8:12] == b"AVI ") or start[4:8] in (b"moov", b"mdat", b"wide")
+
+
+def _starts_like_points(start: bytes) -> bool:
+    if start.startswith((b"\x93NUMPY", b"ply\n", b"ply\r")):
+        return True
+    return start.lstrip(b"STCN").startswith(b"OFF")
 
 
 def _is_mpeg_frame(start: bytes) -> bool:
@@ -193,7 +201,17 @@ VIDEO = Medium(
     },
     starts=_starts_like_a_video,
 )
-MEDIA: Mapping[str, Medium] = {medium.name: medium for medium in (IMAGE, AUDIO, VIDEO)}
+POINTS = Medium(
+    name="points",
+    noun="a point cloud",
+    mismatch="not_a_cloud",
+    # Not .npy alone: members of that name are features and other arrays.
+    kinds={"npy": ("points.npy",), "ply": ("ply",), "off": ("off",)},
+    mime={"npy": "application/x-npy", "ply": "model/ply", "off": "model/off"},
+    starts=_starts_like_points,
+    other_files=("npy",),
+)
+MEDIA: Mapping[str, Medium] = {medium.name: medium for medium in (IMAGE, AUDIO, VIDEO, POINTS)}
 """All media by name; the order is that of the parts of a sample."""
 _ENDINGS = {
     medium.name: tuple(dict.fromkeys(ending for endings in medium.kinds.values() for ending in endings))

@@ -1,4 +1,5 @@
-"""A folder of images or sounds with captions: ``cat.jpg``, ``cat.flac`` and ``cat.txt`` are one row."""
+"""A folder of images, sounds, videos or point clouds with captions: ``cat.jpg``, ``cat.flac`` and ``cat.txt`` are one
+row."""
 
 import hashlib
 import json
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 
 from pipeline.config import require
 from pipeline.errors import SampleError, missing
-from pipeline.shards.media import IMAGE, MEDIA, check_media, medium_of
+from pipeline.shards.media import IMAGE, MEDIA, POINTS, check_media, medium_of
 from pipeline.shards.storage import Folder, file_stamp, split_file
 from pipeline.shards.text import decoded
 from pipeline.sources.source import Part, Row, Slice, is_hidden
@@ -45,7 +46,7 @@ class ImageFolder:
     """
 
     kind: ClassVar[str] = "folder"
-    summary: ClassVar[str] = "A folder of images, sounds or videos, with captions."
+    summary: ClassVar[str] = "A folder of images, sounds, videos or point clouds, with captions."
     has_captions: ClassVar[bool] = True
 
     folder: str
@@ -53,9 +54,11 @@ class ImageFolder:
     caption_suffix: str = ".txt"
     """Extension of the caption files; replaces the extension of the image, sound or video."""
     media: tuple[str, ...] = ("image",)
-    """Media of the files to read: one or more of image, audio and video."""
+    """Media of the files to read: one or more of image, audio, video and points (.ply, .off, .npy)."""
     label_from_folder: bool = True
     """Store the first folder of an image's path in the column `label`."""
+    within: str = ""
+    """Read only the files below a folder of this name, such as train in ModelNet40's airplane/train; empty = all."""
 
     def __post_init__(self) -> None:
         require(bool(self.folder), "folder", self.folder, "a folder or an fsspec URI")
@@ -98,7 +101,11 @@ class ImageFolder:
 
     @property
     def _endings(self) -> tuple[str, ...]:
-        return tuple(f".{ending}" for medium in self.media for ending in MEDIA[medium].endings)
+        media = [MEDIA[medium] for medium in self.media]
+        return tuple(f".{ending}" for medium in media for ending in (*medium.endings, *medium.other_files))
+
+    def _is_within(self, path: str) -> bool:
+        return not self.within or self.within in path.split("/")[:-1]
 
     def _identity(self, row: "_Files") -> list[object]:
         """What the digest of a slice covers of a row."""
@@ -112,7 +119,7 @@ class ImageFolder:
             raise missing("folder", self.folder)
         require(kind == "directory", "folder", self.folder, "a folder")
         found = self._place.find()
-        known = [path for path in found if path.lower().endswith(self._endings)]
+        known = [path for path in found if path.lower().endswith(self._endings) and self._is_within(path)]
         images = [path for path in known if not is_hidden(path)]
         if len(images) < len(known):
             hidden = len(known) - len(images)
@@ -133,21 +140,25 @@ class ImageFolder:
             return [{self.media[0]: path} for path in files]
         by_name: dict[str, dict[str, list[str]]] = {}
         for path in files:
-            stem, _, ending = path.rpartition(".")
-            medium = medium_of(ending.lower())
-            assert medium is not None
-            by_name.setdefault(stem, {}).setdefault(medium.name, []).append(path)
+            by_name.setdefault(_stem(path), {}).setdefault(self._medium(path), []).append(path)
         return [
             {medium: paths[number] for medium, paths in of_name.items() if number < len(paths)}
             for of_name in by_name.values()
             for number in range(max(map(len, of_name.values())))
         ]
 
+    def _medium(self, path: str) -> str:
+        def fits(medium: str) -> bool:
+            endings = (*MEDIA[medium].endings, *MEDIA[medium].other_files)
+            return path.lower().endswith(tuple(f".{ending}" for ending in endings))
+
+        return next(medium for medium in self.media if fits(medium))
+
     def _described(
         self, paths: Mapping[str, str], found: Mapping[str, Mapping[str, Any]], captions: Mapping[str, str]
     ) -> "_Files":
         ordered = {medium: paths[medium] for medium in self.media if medium in paths}
-        caption = captions.get(next(iter(ordered.values())).rpartition(".")[0])
+        caption = captions.get(_stem(next(iter(ordered.values()))))
         stamps = {medium: file_stamp(found[path]) for medium, path in ordered.items()}
         return _Files(ordered, stamps, caption, file_stamp(found.get(caption or "", {})))
 
@@ -159,7 +170,7 @@ class ImageFolder:
 
     def _report(self, images: list[str], found: Iterable[str], captions: Mapping[str, str]) -> None:
         """Log once what is left out, and that there are no captions."""
-        stems = {path.rpartition(".")[0] for path in images}
+        stems = {_stem(path) for path in images}
         used = {*images, *(captions[stem] for stem in stems & captions.keys())}
         unused = (path for path in found if path not in used and not is_hidden(path))
         others = Counter(posixpath.splitext(path)[1].lower() or "no ending" for path in unused)
@@ -168,7 +179,7 @@ class ImageFolder:
             logger.warning("%d files are left out, as no %s of a known kind (%s)", others.total(), self._noun, most)
         if stems & captions.keys():
             return
-        beside = Counter(path[len(path.rpartition(".")[0]) :] for path in found if path.rpartition(".")[0] in stems)
+        beside = Counter(path[len(_stem(path)) :] for path in found if _stem(path) in stems)
         endings = [ending for ending, _ in beside.most_common() if ending.lower() not in self._endings]
         could = f": --caption-suffix could be {' or '.join(endings[:OTHERS_NAMED])}" if endings else ""
         logger.warning("none of %d %s has a caption file (%s)%s", len(images), self._noun, self.caption_suffix, could)
@@ -185,3 +196,13 @@ class ImageFolder:
             problem = SampleError("failed_to_download", "unreadable", f"cannot read the file: {error}")
             return Row(url=path, caption=caption, columns=columns, problem=problem)
         return Row(url=path, caption=caption, parts=parts, columns=columns)
+
+
+def _stem(path: str) -> str:
+    """The path without its ending; ``.points.npy`` is one.
+
+    >>> _stem("a/cat.v2.jpg"), _stem("a/cat.points.npy")
+    ('a/cat.v2', 'a/cat')
+    """
+    last = POINTS.endings[0]
+    return path[: -len(last) - 1] if path.lower().endswith(f".{last}") else path.rpartition(".")[0]

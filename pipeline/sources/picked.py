@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from pipeline.config import require
 from pipeline.shards.storage import Folder
 from pipeline.sources import open_source
-from pipeline.sources.source import Row, Slice, Source
+from pipeline.sources.source import Row, Slice, Source, media_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,11 @@ class Picked:
         """The columns that all sources share."""
         first, *others = (source.schema() for source in self._opened)
         return {name: kind for name, kind in first.items() if all(other.get(name) is kind for other in others)}
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """Those of the first source."""
+        return media_of(self._opened[0])
 
     @cached_property
     def _opened(self) -> list[Source]:

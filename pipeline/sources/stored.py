@@ -1,4 +1,4 @@
-"""The labelled images of a snapshot, in its order, for few-shot learning on one's own data."""
+"""The labelled images or point clouds of a snapshot, in its order, for few-shot learning on one's own data."""
 
 import hashlib
 import json
@@ -10,6 +10,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any, ClassVar
 
 from pipeline.errors import DataError, SampleError
+from pipeline.shards.media import MEDIA
 from pipeline.shards.sample import Sample
 from pipeline.shards.selection import read_selection
 from pipeline.shards.snapshot import Snapshot, read_snapshot
@@ -31,6 +32,8 @@ class StoredSamples:
     """Snapshot of the data set: folder@id."""
     label: str = "label"
     """Key of the class in the samples' json; cls for webdataset's member .cls."""
+    medium: str = "image"
+    """Medium of the samples."""
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
         """See :class:`~pipeline.sources.source.Source`; the digest covers the snapshot and the row numbers."""
@@ -41,7 +44,8 @@ class StoredSamples:
             yield Slice(count=count, digest=hashlib.sha256(said.encode()).hexdigest(), where={"start": start})
 
     def rows(self, piece: Slice) -> Iterator[Row]:
-        """See :class:`~pipeline.sources.source.Source`; a sample without an image is a row with a problem."""
+        """See :class:`~pipeline.sources.source.Source`; a sample without a part of the medium is a row with a
+        problem."""
         start = int(piece.where["start"])
         for number in range(start, start + piece.count):
             yield self._row(self._sample(number))
@@ -57,6 +61,11 @@ class StoredSamples:
             DataError: a sample has no class.
         """
         return [self._label(self._sample(number)) for number in range(self._snapshot.samples)]
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """The medium."""
+        return (self.medium,)
 
     @property
     def _snapshot(self) -> Snapshot:
@@ -89,9 +98,12 @@ class StoredSamples:
         return str(value)
 
     def _row(self, sample: Sample) -> Row:
-        image, columns = sample.image(), {"label": self._label(sample)}
-        problem = None if image else SampleError("failed_to_download", "no_picture", "the sample has no image")
-        return Row(url=sample.key, parts=(Part("image", image),), columns=columns, problem=problem)
+        medium, columns = MEDIA[self.medium], {"label": self._label(sample)}
+        body, problem = sample.body(medium), None
+        if body is None:
+            kind = "no_picture" if self.medium == "image" else f"no_{self.medium}"
+            problem = SampleError("failed_to_download", kind, f"the sample is without {medium.noun}")
+        return Row(url=sample.key, parts=(Part(self.medium, body),), columns=columns, problem=problem)
 
 
 @lru_cache(maxsize=OPEN_TARS)

@@ -49,7 +49,7 @@ class Labelled:
     """Images with class numbers, int64 [N]: as raw features, float [N, V, D] of V views, as encoded files, or both.
 
     Methods that read features need these: they use all views of the shots, and the first view of validation and test
-    images. Methods that read pixels need the files.
+    images. Methods that read views use all of them, always. Methods that read pixels need the files.
     """
 
     labels: Tensor
@@ -148,7 +148,7 @@ def adapt(
     adapter = kind(config, clip, classes, templates)
     for name, data in (("train", train), ("validation", validation)):
         _check(name, data, adapter)
-    if adapter.reads == "features":
+    if adapter.reads != "pixels":
         adapter.prepare(_on(train.shots(), clip.device))
     history: list[Mapping[str, float]] = []
     chosen: dict[str, float] = {}
@@ -158,7 +158,7 @@ def adapt(
         recipe.check_for(kind)
         with _spread(adapter):
             chosen["epoch"] = _AdapterTraining(adapter, recipe, train, validation, seed, log).run(history)
-    if adapter.reads == "features":
+    if adapter.reads != "pixels":
         adapter.select(_on(train.shots(), clip.device), _on(validation.shots(), clip.device))
     chosen |= adapter.choices()
     return Adapted(method, config, recipe, seed, adapter.eval(), chosen, tuple(history))
@@ -170,19 +170,25 @@ def accuracy(adapter: Adapter, data: Labelled) -> Accuracy:
     Raises:
         SettingError: labels outside of the classes, or data without the method's inputs.
     """
-    _check("data", data, adapter)
-    images = _Images(adapter, data)
     count = len(adapter.classes)
     right, seen, loss = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64), 0.0
+    for logits, labels in batch_logits(adapter, data):
+        loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+        hits = logits.argmax(dim=1) == labels
+        seen += torch.bincount(labels, minlength=count)
+        right += torch.bincount(labels[hits], minlength=count)
+    return Accuracy(right, seen, loss / len(data))
+
+
+def batch_logits(adapter: Adapter, data: Labelled) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits of ``data`` in order, float32 [B, C], with their labels, int64 [B], on the CPU; raises as
+    :func:`accuracy`."""
+    _check("data", data, adapter)
+    images = _Images(adapter, data)
     with adapter.still():
         for numbers in np.array_split(np.arange(len(data)), -(-len(data) // _at_once(adapter))):
             labels = data.labels[torch.from_numpy(numbers)].cpu()
-            logits = adapter.logits(images.plain(numbers)).float().cpu()
-            loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
-            hits = logits.argmax(dim=1) == labels
-            seen += torch.bincount(labels, minlength=count)
-            right += torch.bincount(labels[hits], minlength=count)
-    return Accuracy(right, seen, loss / len(data))
+            yield adapter.logits(images.plain(numbers)).float().cpu(), labels
 
 
 class _AdapterTraining:
@@ -258,7 +264,8 @@ class _Images:
 
     def __init__(self, adapter: Adapter, data: Labelled, recipe: AdaptRecipe | None = None, seed: int = 0) -> None:
         self.device, self.seed = adapter.clip.device, seed
-        self.features = data.shots().features.to(self.device) if adapter.reads == "features" else None
+        self.features = None if adapter.reads == "pixels" else data.shots().features.to(self.device)
+        self.whole = adapter.reads == "views"
         if self.features is None:
             assert data.images is not None
             self.images = data.images
@@ -267,15 +274,18 @@ class _Images:
                 self.random = openclip.image_transform(adapter.clip.model, **recipe.crops())
 
     def plain(self, numbers: Any) -> Tensor:
-        """The first view, or the evaluation transform."""
+        """The first view, all views, or the evaluation transform."""
         if self.features is not None:
-            return self.features[torch.from_numpy(numbers).to(self.device), 0]
+            few = self.features[torch.from_numpy(numbers).to(self.device)]
+            return few if self.whole else few[:, 0]
         return self._read(self.still, numbers, None)
 
     def view(self, numbers: Any, epoch: int) -> Tensor:
-        """One of the views, or a random crop: a pure function of (seed, epoch, number)."""
+        """One of the views, or a random crop: a pure function of (seed, epoch, number). Or all views."""
         if self.features is None:
             return self._read(self.random, numbers, epoch)
+        if self.whole:
+            return self.plain(numbers)
         views = random_bits(self.seed, RandomStream.CHOSEN_VIEWS, epoch, 0, len(self.features))
         chosen = (views % np.uint64(self.features.shape[1])).astype(np.int64)[numbers]
         rows = torch.from_numpy(np.stack([numbers, chosen])).to(self.device)
@@ -293,10 +303,10 @@ class _Images:
 
 def _check(name: str, data: Labelled, adapter: Adapter) -> None:
     """Raise ``SettingError`` unless ``data`` has the inputs of ``adapter`` and labels of its classes."""
-    has = data.features if adapter.reads == "features" else data.images
+    has = data.images if adapter.reads == "pixels" else data.features
     kind = type(adapter).__name__
     require(has is not None, name, "other data", f"{adapter.reads} of images, which {kind} reads")
-    if data.features is not None and adapter.reads == "features":
+    if data.features is not None and adapter.reads != "pixels":
         width = adapter.clip.features
         if data.features.shape[-1] != width:
             raise DataError(f"{name}: features of width {data.features.shape[-1]}, and this CLIP's have {width}")

@@ -10,8 +10,9 @@
     vpt            the same              0.0025  5                             4      each epoch  MaPLe's code
     clip_adapter   AdamW                 1e-5    200                           32     each epoch  CLIP-Adapter, sec. 4
     tip_adapter_f  AdamW, epsilon 1e-4   0.001   20 (100 on EuroSAT)           256    each step   Tip-Adapter, sec. 4.1
+    pointclip      SGD 0.9, decay 5e-4   0.01    250                           32     each epoch  PointCLIP's code
 
-Momentum, decay and the schedule of the first five come from the library of their code, not from the papers. The first
+Momentum, decay and the schedule of those with SGD come from the library of their code, not from the papers. The first
 epoch has a constant rate of 1e-5. Then half a cosine starts at its peak and has the length of the whole run, so a short
 run does not reach zero. CLIP-Adapter names Adam and no decay: this is torch's AdamW with decay 0 and, since its code
 has no recipe, a cosine without a warm-up. The reference takes the last epoch of all methods but Tip-Adapter-F, whose
@@ -147,6 +148,7 @@ def paper_recipe(method: str, shots: int, protocol: Protocol = "few_shot", data_
         "ivlp": _DEEP,
         "vpt": replace(_DEEP, learning_rate=0.0025),
         "clip_adapter": _CLIP_ADAPTER,
+        "pointclip": AdaptRecipe(learning_rate=0.01, epochs=250),
         "tip_adapter_f": replace(_TIP, epochs=100) if data_set == "eurosat" else _TIP,
     }
     return known[method]

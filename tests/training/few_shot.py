@@ -18,7 +18,8 @@ from pipeline.training.adapt_recipes import AdaptRecipe, paper_config, paper_rec
 
 NAMES = ("red", "green", "blue")
 TEMPLATES = ("a photo of a {}.",)
-METHODS = adapter_names()
+# Those of images; tests/models/adapters/test_pointclip.py trains on views of clouds.
+METHODS = [name for name in adapter_names() if adapter_class(name).reads != "views"]
 LEARNERS = [name for name in METHODS if adapter_class(name).learns]
 MODEL = {
     "embed_dim": 24,

@@ -118,8 +118,9 @@ class Shots:
 class Adapter(nn.Module, ABC):
     """An adaptation method, bound to class names."""
 
-    reads: ClassVar[Literal["features", "pixels"]] = "features"
-    """Input of :meth:`logits`: raw image features, float [B, D], or images, uint8 [B, 3, H, W]."""
+    reads: ClassVar[Literal["features", "pixels", "views"]] = "features"
+    """Input of :meth:`logits`: raw image features, float [B, D]; images, uint8 [B, 3, H, W]; or raw features of all
+    views of a point cloud, float [B, V, D]."""
     random_views: ClassVar[bool] = True
     """Whether it reads features of random crops of the shots, where there are some; else of the evaluation view."""
     learns: ClassVar[bool] = True
@@ -183,13 +184,16 @@ class Adapter(nn.Module, ABC):
 
     @contextmanager
     def still(self) -> Iterator[None]:
-        """Cache class vectors, for evaluation over many batches; nothing may be trained in this context."""
+        """Evaluation mode with cached class vectors, over many batches; nothing may be trained in this context."""
+        was_training = self.training
+        self.eval()
         with torch.no_grad():
             self._kept = self.class_vectors() if self.learns_vectors else None
             try:
                 yield
             finally:
                 self._kept = None
+                self.train(was_training)
 
     def prepare(self, shots: Shots) -> None:  # noqa: B027  # most methods learn from batches alone
         """Receive the shots before the training."""

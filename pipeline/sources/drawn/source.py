@@ -15,6 +15,7 @@ from pipeline.sources.drawn.hearing import write_heard
 from pipeline.sources.drawn.motion import FILMED_SPLITS, MOTION_SPLITS
 from pipeline.sources.drawn.sample import DrawnSample, Value, columns_of, draw_sample
 from pipeline.sources.drawn.scenes import Scene
+from pipeline.sources.drawn.solids import SOLID_COLUMNS, SOLID_SPLITS, draw_solid, solid_class
 from pipeline.sources.drawn.sound import draw_sound
 from pipeline.sources.drawn.world import NOVEL_SHAPES, WORLD_VERSION, WRONG_CAPTIONS
 from pipeline.sources.source import SOUND_UNCHANGED, UNCHANGED, VIDEO_UNCHANGED, Part, Row, Slice
@@ -31,7 +32,8 @@ class Drawn:
 
     Rows carry the image as JPEG and, in ``boxes.json``, what :mod:`~pipeline.sources.drawn.truth` describes; with
     ``sound``, also or instead what is heard as FLAC, see :mod:`~pipeline.sources.drawn.sound`. With ``video`` they
-    carry a clip of a moving scene as MP4 instead, see :mod:`~pipeline.sources.drawn.motion`.
+    carry a clip of a moving scene as MP4 instead, see :mod:`~pipeline.sources.drawn.motion`. With ``points`` they carry
+    a point cloud of a solid instead, see :mod:`~pipeline.sources.drawn.solids`.
     """
 
     kind: ClassVar[str] = "drawn"
@@ -68,10 +70,14 @@ class Drawn:
     seen_actions_train and unseen_actions need it; train, val, shapes and shapes_train allow it."""
     clip_seconds: float = 3.0
     """Length of the videos, 1 to 60; clips of several events need a second for each."""
+    points: bool = False
+    """Draw point clouds of solids instead of images. The splits solids, solids_train and novel_solids need it; train
+    and val allow it, without novel solids."""
+    cloud_points: int = 1024
+    """Points of a cloud, 16 to 100,000."""
 
     def __post_init__(self) -> None:
-        splits = FILMED_SPLITS if self.video else (*sets.SPLITS, *MOTION_SPLITS)
-        kind = "with video one of " if self.video else "one of "
+        kind, splits = self._splits()
         require(self.split in splits, "split", self.split, kind + ", ".join(splits))
         require(self.video or self.split not in MOTION_SPLITS, "video", self.video, f"true with {self.split}")
         require(self.samples >= 1, "samples", self.samples, "at least 1")
@@ -81,12 +87,15 @@ class Drawn:
         require(1 <= self.captions <= 5, "captions", self.captions, "1 to 5")
         require(0 <= self.questions <= 7, "questions", self.questions, "0 to 7")
         require(self.sound in get_args(SoundOption), "sound", self.sound, "one of " + ", ".join(get_args(SoundOption)))
-        scenes = sets.recipe_name(self.split) not in sets.IMAGE_SETS
+        scenes = self.points or sets.recipe_name(self.split) not in sets.IMAGE_SETS
         require(scenes or self.sound == "none", "sound", self.sound, f"none with {self.split}, which has no scenes")
         require(0.5 <= self.sound_seconds <= 60, "sound_seconds", self.sound_seconds, "0.5 to 60")
         require(1 <= self.clip_seconds <= 60, "clip_seconds", self.clip_seconds, "1 to 60")
         require(not self.video or self.sound == "none", "sound", self.sound, "none with video")
         require(not self.video or self.truth == "all", "truth", self.truth, "all with video")
+        require(16 <= self.cloud_points <= 100_000, "cloud_points", self.cloud_points, "16 to 100,000")
+        alone = not self.points or (self.sound == "none" and not self.video and self.truth == "all")
+        require(alone, "points", self.points, "false with sound, video or another truth than all")
         require(not self.video or self.size % 2 == 0, "size", self.size, "an even number with video")
         require(self._end() > self.first, "first", self.first, f"less than {self._end()}, the size of {self.split}")
 
@@ -109,12 +118,30 @@ class Drawn:
         """The columns of :func:`~pipeline.sources.drawn.sample.columns_of`, or of a clip."""
         if self.video:
             return VIDEO_COLUMNS
+        if self.points:
+            return SOLID_COLUMNS
         columns = columns_of(self.split)
         return columns if self.sound == "none" else {**columns, "sounds": int}
 
+    def labels(self) -> list[str]:
+        """The class of every sample, in order; empty for splits whose classes are sampled by frequency."""
+        numbers = range(self.first, self._end())
+        if self.points:
+            return [solid_class(self.split, number) for number in numbers]
+        named = (sets.wanted_class(self.split, number) for number in numbers)
+        return [name for name in named if name is not None]
+
+    def _splits(self) -> tuple[str, tuple[str, ...]]:
+        """The splits that the options allow, with the beginning of the message."""
+        if self.points:
+            return "with points one of ", tuple(SOLID_SPLITS)
+        if self.video:
+            return "with video one of ", FILMED_SPLITS
+        return "one of ", (*sets.SPLITS, *MOTION_SPLITS)
+
     def _end(self) -> int:
         end = self.first + self.samples
-        if sets.recipe_name(self.split) == "digits_real":
+        if not self.points and sets.recipe_name(self.split) == "digits_real":
             return min(end, len(digits.scans(self.split.endswith("_train"))))
         return end
 
@@ -133,10 +160,13 @@ class Drawn:
             sound_seconds=self.sound_seconds,
             video=self.video,
             clip_seconds=self.clip_seconds,
+            points=self.points,
+            cloud_points=self.cloud_points,
         )
-        # Without sounds or videos the digest is that of the versions that had none: their folders stay valid.
+        # Without sounds, videos or clouds the digest is that of the versions that had none: their folders stay valid.
         left_out = {"sound", "sound_seconds"} if self.sound == "none" else set()
         left_out |= set() if self.video else {"video", "clip_seconds"}
+        left_out |= set() if self.points else {"points", "cloud_points"}
         options = {name: value for name, value in asdict(one).items() if name not in left_out}
         return hashlib.sha256(f"drawn {WORLD_VERSION} {to_json(options)}".encode()).hexdigest()
 
@@ -145,6 +175,8 @@ class Drawn:
         """The media of the rows' parts."""
         if self.video:
             return ("video",)
+        if self.points:
+            return ("points",)
         return {"none": ("image",), "alone": ("audio",)}.get(self.sound, ("image", "audio"))
 
     def _row(self, index: int) -> Row:
@@ -152,6 +184,9 @@ class Drawn:
         if self.video:
             clip = draw_clip(self.split, self.seed, index, self.size, self.clip_seconds, self.captions)
             return Row(url=url, caption=clip.caption, parts=(Part("video", clip.mp4),), columns=clip.columns)
+        if self.points:
+            solid = draw_solid(self.split, self.seed, index, self.cloud_points, self.captions)
+            return Row(url=url, caption=solid.caption, parts=(Part("points", solid.points),), columns=solid.columns)
         sample = draw_sample(self.split, self.seed, index, self.size, self.captions, self.questions)
         columns, members = self._columns(sample), self._members(sample)
         if self.sound == "none":

@@ -2,7 +2,8 @@
 
 ``jobs/embed_dataset.py views`` makes it: ``image`` of each sample is float16 [V x D], not normalised; view 0 is the
 evaluation transform, the others are random crops; NaN for an unreadable image. The metadata of the sidecar holds its
-tar, the digest of the model with all settings (``maker``), the number of views and the crop settings.
+tar, the digest of the model with all settings (``maker``), the number of views and the crop settings. Of point clouds
+the column is ``points``, and the views are the cameras of a projection.
 """
 
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError, SidecarError
+from pipeline.shards.media import MEDIA
 from pipeline.shards.selection import read_selection
 from pipeline.shards.sidecar import read_sidecar, sidecar_facts, sidecar_file
 from pipeline.shards.snapshot import Shard, Snapshot
@@ -75,9 +77,10 @@ def _read_shard(folder: Folder, shard: Shard, maker: str | None, name: str) -> V
     table = read_sidecar(folder, shard, name, MAKE, maker)
     file = folder.join(sidecar_file(shard, name))
     facts = sidecar_facts(table.schema, file, MAKE)
-    if not isinstance(facts.get("views"), int) or facts["views"] < 0 or not {"key", "image"} <= set(table.column_names):
+    medium = next((name for name in MEDIA if name in table.column_names), "")
+    if not isinstance(facts.get("views"), int) or facts["views"] < 0 or not {"key", medium} <= set(table.column_names):
         raise SidecarError(f"{file} holds no features of views; make it with {MAKE}")
-    rows = matrix(table["image"])
+    rows = matrix(table[medium])
     keys = [str(key) for key in table["key"].to_pylist()]
     shown = read_selection(folder, shard)
     order = np.arange(len(keys)) if shown is None else np.asarray(shown)

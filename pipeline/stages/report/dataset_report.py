@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.shards.media import AUDIO, MEDIA, VIDEO, Medium
+from pipeline.shards.media import AUDIO, MEDIA, POINTS, VIDEO, Medium
 from pipeline.shards.privacy import masked
 from pipeline.shards.snapshot import Snapshot
 from pipeline.shards.storage import Folder
@@ -195,6 +195,7 @@ def _heading(name: str, report: DatasetReport) -> str:
         **({"images": _size(statistics.bytes)} if statistics.bytes else {}),
         **({"sounds": _size(heard)} if (heard := _medium_bytes(statistics, AUDIO)) else {}),
         **({"videos": _size(shown)} if (shown := _medium_bytes(statistics, VIDEO)) else {}),
+        **({"point clouds": _size(seen)} if (seen := _medium_bytes(statistics, POINTS)) else {}),
         "fields": _number(len(statistics.fields)),
         "input rows": _number(snapshot.rows),
         "kept": _share(statistics.unique, snapshot.rows),

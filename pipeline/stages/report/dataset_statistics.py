@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from pipeline.codecs.image_encoding import ImageOptions, transform
 from pipeline.config import from_json, require, to_json
 from pipeline.errors import DataError, SampleError, SidecarError
-from pipeline.shards.media import AUDIO, MEDIA, VIDEO
+from pipeline.shards.media import AUDIO, MEDIA, POINTS, VIDEO
 from pipeline.shards.pixels import read_header
 from pipeline.shards.sample import Sample
 from pipeline.shards.selection import read_samples
@@ -37,6 +37,7 @@ from pipeline.shards.storage import Folder
 from pipeline.shards.text import decoded
 from pipeline.stages.filters.language import identify
 from pipeline.stages.report.clips import clip_values, example_clip
+from pipeline.stages.report.clouds import cloud_values, example_cloud
 from pipeline.stages.report.outlines import Region, read_regions
 from pipeline.stages.report.pseudo_boxes import with_pseudo_boxes
 from pipeline.stages.report.scales import SCALES, Scale
@@ -93,7 +94,7 @@ class Histogram:
 class ShownSample:
     """An example sample.
 
-    ``thumbnail`` is a JPEG in base64, empty for a sample without an image; ``regions`` are boxes and outlines on it.
+    ``thumbnail`` is a JPEG in base64: the image, views of a point cloud, or empty; ``regions`` are boxes and outlines.
     ``sound`` is a FLAC in base64, empty for a sample without a sound; ``video`` an MP4, with ``poster``, a JPEG.
     """
 
@@ -307,6 +308,7 @@ class _Counted:
             self._count_image(image)
         self._count_values(sound_values(sample))
         self._count_values(clip_values(sample))
+        self._count_values(cloud_values(sample))
         if repeated:
             return
         self._unique += 1
@@ -474,7 +476,9 @@ def _shown(sample: Sample, order: str, options: ReportLimits) -> ShownSample | N
         poster=clip.poster if clip else "",
     )
     if image is None:
-        return shown
+        cloud = sample.body(POINTS)
+        views = None if cloud is None else example_cloud(cloud)
+        return shown if views is None else replace(shown, thumbnail=views[0], width=views[1], height=views[2])
     small = ImageOptions(
         image_size=options.thumbnail_size,
         resize_mode="keep_ratio_largest",

@@ -51,6 +51,11 @@ SCALES: Mapping[str, Scale] = {
     "clip_height": Scale(title="Height of videos", unit="pixels", low=8, high=32768, per_unit=8, doubling=True),
     "clip_rate": Scale(title="Frame rate", unit="frames per second", low=0, high=241, per_unit=1),
     "clip_bytes": Scale(title="Bytes per video", unit="bytes", low=64, high=2**34, per_unit=4, doubling=True),
+    "cloud_points": Scale(title="Points per cloud", unit="points", low=1, high=2**23, per_unit=4, doubling=True),
+    "cloud_extent": Scale(
+        title="Extent of clouds", unit="units of the files", low=2**-20, high=2**40, per_unit=2, doubling=True
+    ),
+    "cloud_bytes": Scale(title="Bytes per cloud", unit="bytes", low=64, high=2**30, per_unit=4, doubling=True),
     "words": Scale(title="Caption length", unit="words", low=0, high=160, per_unit=1),
     "score": Scale(title="CLIP score", unit="cosine of image and caption", low=-1, high=1, per_unit=50),
 }

@@ -50,7 +50,7 @@ NAMES = ("one", "two", "three")
 
 def test_methods_are_found_by_name() -> None:
     names = ["clip_adapter", "cocoop", "coop", "ivlp", "linear_probe", "maple"]
-    assert adapter_names() == [*names, "tip_adapter", "tip_adapter_f", "vpt", "zero_shot"]
+    assert adapter_names() == [*names, "pointclip", "tip_adapter", "tip_adapter_f", "vpt", "zero_shot"]
     assert adapter_class("tip_adapter_f") is tip_adapter_f.TipAdapterF
     with pytest.raises(SettingError, match="one of clip_adapter, cocoop"):
         adapter_class("coop2")

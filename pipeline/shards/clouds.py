@@ -1,0 +1,393 @@
+"""Point clouds and meshes as files: ``.npy`` arrays, PLY (ASCII and binary, both byte orders) and OFF.
+
+Bodies are hostile: headers are read within a fixed length, counts are compared with the length of the body before
+anything is allocated, and arrays of Python objects are refused, so nothing is unpickled. Colours, normals and other
+values of a point are not read. Coordinates keep the units of their file.
+"""
+
+import hashlib
+import io
+import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import SampleError
+
+MOST_POINTS = 4_000_000
+"""Points and faces of a file, at most."""
+LONGEST_HEADER = 1 << 16
+LONGEST_NUMBER = 40  # characters
+NPY = b"\x93NUMPY"
+SURFACE = 2_048
+"""Points on the faces of a mesh; the number of ModelNet40's published clouds."""
+
+Points = NDArray[np.float32]
+Faces = NDArray[np.int64]
+_OFF = re.compile(rb"(ST)?C?N?OFF")
+_PLY_TYPES = {
+    **{"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4"},
+    **{"float": "f4", "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2"},
+    **{"int32": "i4", "uint32": "u4", "float32": "f4", "float64": "f8"},
+}
+_ORDERS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
+
+
+class Cloud(NamedTuple):
+    """``points``: float32 [N, 3], N at least 1, all finite; ``faces``: triangles as point numbers, int64 [F, 3]."""
+
+    points: Points
+    faces: Faces
+
+
+def kind_of(start: bytes) -> str:
+    """The kind by the first bytes (16 or more): npy, ply, off; "" for others.
+
+    >>> kind_of(b"ply\\nformat ascii 1"), kind_of(b"OFF490 518 0\\n12"), kind_of(b"<html>")
+    ('ply', 'off', '')
+    """
+    if start.startswith(NPY):
+        return "npy"
+    if start.startswith((b"ply\n", b"ply\r")):
+        return "ply"
+    return "off" if _OFF.match(start) else ""
+
+
+def read_cloud(body: bytes) -> Cloud:
+    """Decode a file.
+
+    Raises:
+        SampleError: error classes empty, not_a_cloud, bad_header, truncated, too_many, bad_faces, not_finite.
+    """
+    if not body:
+        bad_cloud("empty", "empty body")
+    kind = kind_of(body[:16])
+    if not kind:
+        bad_cloud("not_a_cloud", "not a point cloud of a known kind")
+    with np.errstate(all="ignore"):  # what does not fit float32 becomes infinite, and is refused below
+        points, faces = {"npy": _read_npy, "ply": _read_ply, "off": _read_off}[kind](body)
+        points = np.ascontiguousarray(points, np.float32)
+    if not len(points):
+        bad_cloud("empty", "no points")
+    if not np.isfinite(points).all():
+        bad_cloud("not_finite", "coordinates that are not finite")
+    if len(faces) and not (0 <= faces.min() and faces.max() < len(points)):
+        bad_cloud("bad_faces", "faces with corners that do not exist")
+    return Cloud(points, faces)
+
+
+def cloud_points(body: bytes, surface: int = SURFACE) -> Points:
+    """The points of a cloud; of a mesh ``surface`` points on its faces, chosen by the content. float32 [N, 3].
+
+    Raises:
+        SampleError: as :func:`read_cloud`; no_extent.
+    """
+    cloud = read_cloud(body)
+    check_extent(cloud.points)
+    if not len(cloud.faces):
+        return cloud.points
+    return on_surface(cloud, surface, random_of(body))
+
+
+def extent_of(points: Points) -> float:
+    """The largest distance of a point from the mean of all, in their units."""
+    wide = points.astype(np.float64)
+    return float(np.sqrt(np.square(wide - wide.mean(axis=0)).sum(axis=1).max()))
+
+
+def check_extent(points: Points) -> None:
+    """Raise ``SampleError`` with the class no_extent for one point, or points that are all in one place."""
+    size = float(np.abs(points.astype(np.float64)).max())
+    if not extent_of(points) > 1e-6 * size:  # less than float32 resolves
+        bad_cloud("no_extent", "one point, or all points in one place")
+
+
+def random_of(body: bytes) -> np.random.Philox:
+    """Random bits that are a pure function of the content."""
+    return np.random.Philox(key=int.from_bytes(hashlib.sha256(body).digest()[:16], "little"))
+
+
+def on_surface(cloud: Cloud, count: int, bits: np.random.Philox) -> Points:
+    """``count`` random points on the faces of a mesh, uniform by area: float32 [count, 3].
+
+    Raises:
+        SampleError: no_extent: the faces have no area.
+    """
+    corners = cloud.points.astype(np.float64)[cloud.faces]
+    first, second = corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
+    areas = np.linalg.norm(np.cross(first, second), axis=1)
+    ends = np.cumsum(areas)
+    if not ends[-1] > 0:
+        bad_cloud("no_extent", "faces without an area")
+    # Only the raw bits are the same in every version of numpy.
+    raw = (bits.random_raw(3 * count) >> np.uint64(11)).reshape(3, count).astype(np.float64) * 2.0**-53
+    chosen = np.minimum(np.searchsorted(ends, raw[0] * ends[-1], side="right"), len(ends) - 1)
+    inside = raw[1] + raw[2] > 1
+    along = np.where(inside, 1 - raw[1], raw[1])[:, None]
+    across = np.where(inside, 1 - raw[2], raw[2])[:, None]
+    found: Points = (corners[chosen, 0] + along * first[chosen] + across * second[chosen]).astype(np.float32)
+    return found
+
+
+def subset(points: Points, count: int, bits: np.random.Philox) -> Points:
+    """``count`` random ones of the points in their order; all of them where there are no more."""
+    if count >= len(points):
+        return points
+    chosen = np.argsort(bits.random_raw(len(points)), kind="stable")[:count]
+    return points[np.sort(chosen)]
+
+
+def write_npy(points: Points) -> bytes:
+    """float32 [N, 3] as a ``.npy`` file."""
+    content = io.BytesIO()
+    np.save(content, np.ascontiguousarray(points, "<f4"), allow_pickle=False)
+    return content.getvalue()
+
+
+def bad_cloud(error_class: str, message: str) -> NoReturn:
+    """Raise ``SampleError`` for a body that is no cloud."""
+    raise SampleError("failed_to_resize", error_class, message)
+
+
+def _check_count(count: int, least_bytes: int, length: int) -> None:
+    if count > MOST_POINTS:
+        bad_cloud("too_many", f"more than {MOST_POINTS:,} points or faces")
+    if count < 0:
+        bad_cloud("bad_header", "a negative count")
+    if least_bytes > length:
+        bad_cloud("truncated", "the file is shorter than its header states")
+
+
+def _no_faces() -> Faces:
+    return np.zeros((0, 3), np.int64)
+
+
+def _read_npy(body: bytes) -> tuple[NDArray[Any], Faces]:
+    file = io.BytesIO(body)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file, max_header_size=10_000)
+    except Exception as error:  # the sample boundary: numpy parses the header as Python, with any exception
+        raise SampleError("failed_to_resize", "bad_header", "a damaged .npy header") from error
+    if dtype.kind not in "fiu":
+        bad_cloud("not_a_cloud", "an array that is not of numbers")
+    if len(shape) != 2 or shape[1] < 3 or shape[1] > 64:
+        bad_cloud("not_a_cloud", "an array whose shape is not [N, 3 or more]")
+    count, width = shape
+    _check_count(count, count * width * dtype.itemsize, len(body) - file.tell())
+    values = np.frombuffer(body, dtype, count * width, file.tell())
+    return values.reshape(shape, order="F" if fortran else "C")[:, :3], _no_faces()
+
+
+@dataclass(frozen=True)
+class _Property:
+    """A value of a PLY element; a list where ``length`` is the type of its length."""
+
+    name: str
+    kind: str
+    length: str = ""
+
+
+@dataclass(frozen=True)
+class _Element:
+    name: str
+    count: int
+    properties: tuple[_Property, ...]
+
+    @property
+    def has_lists(self) -> bool:
+        return any(one.length for one in self.properties)
+
+    def place(self, names: tuple[str, ...]) -> list[int]:
+        known = [one.name for one in self.properties]
+        return [known.index(name) for name in names if name in known]
+
+
+def _read_ply(body: bytes) -> tuple[NDArray[Any], Faces]:
+    end = re.search(rb"\bend_header[ \t]*\r?\n", body[:LONGEST_HEADER])
+    if end is None:
+        bad_cloud("bad_header", "a PLY header without an end")
+    order, elements = _ply_header(body[: end.start()])
+    for one in elements:
+        _check_count(one.count, one.count * len(one.properties), len(body) - end.end())
+    content = body[end.end() :]
+    reader = _AsciiPly(content) if not order else _BinaryPly(content, order)
+    points: NDArray[Any] | None = None
+    faces = _no_faces()
+    for one in elements:
+        if one.has_lists:
+            polygons = reader.lists(one)
+            faces = _triangles(polygons) if one.name == "face" else faces
+            continue
+        values = reader.table(one)
+        places = one.place(("x", "y", "z"))
+        if one.name == "vertex" and len(places) == 3:
+            points = np.stack([values[place] for place in places], axis=1)
+    if points is None:
+        bad_cloud("not_a_cloud", "a PLY file without x, y and z of a vertex")
+    return points, faces
+
+
+def _ply_header(head: bytes) -> tuple[str, list[_Element]]:
+    """The byte order ("" for ASCII) and the elements."""
+    order: str | None = None
+    elements: list[_Element] = []
+    try:
+        for line in head.decode("ascii", errors="replace").splitlines()[1:]:
+            words = line.split()
+            if not words or words[0] in ("comment", "obj_info"):
+                continue
+            if words[0] == "format":
+                order = _ORDERS[words[1]]
+            elif words[0] == "element":
+                elements.append(_Element(words[1], int(words[2]), ()))
+            elif words[0] == "property":
+                last = elements.pop()
+                listed = words[1] == "list"
+                kind, length = (words[3], words[2]) if listed else (words[1], "")
+                made = _Property(words[-1], _PLY_TYPES[kind], _PLY_TYPES[length] if listed else "")
+                elements.append(_Element(last.name, last.count, (*last.properties, made)))
+    except (LookupError, ValueError) as error:
+        raise SampleError("failed_to_resize", "bad_header", "a damaged PLY header") from error
+    if order is None or not elements:
+        bad_cloud("bad_header", "a PLY header without a format or elements")
+    return order, elements
+
+
+class _BinaryPly:
+    """Reads the elements of a binary file in turn."""
+
+    def __init__(self, content: bytes, order: str) -> None:
+        self._content, self._order, self._at = content, order, 0
+
+    def table(self, one: _Element) -> list[NDArray[Any]]:
+        row = np.dtype([(str(place), self._order + each.kind) for place, each in enumerate(one.properties)])
+        values = self._take(row, one.count)
+        return [values[str(place)] for place in range(len(one.properties))]
+
+    def lists(self, one: _Element) -> list[NDArray[Any]]:
+        """The polygons of each row: the first list of its properties."""
+        alike = self._alike(one)
+        if alike is not None:
+            return alike
+        found = []
+        for _ in range(one.count):
+            polygon = None
+            for each in one.properties:
+                length = int(self._take(np.dtype(self._order + each.length), 1)[0]) if each.length else 1
+                values = self._take(np.dtype(self._order + each.kind), length)
+                polygon = values if each.length and polygon is None else polygon
+            assert polygon is not None
+            found.append(polygon)
+        return found
+
+    def _alike(self, one: _Element) -> list[NDArray[Any]] | None:
+        """The polygons where all rows have three corners and nothing else."""
+        if len(one.properties) != 1:
+            return None
+        (only,) = one.properties
+        row = np.dtype([("length", self._order + only.length), ("values", self._order + only.kind, (3,))])
+        if self._at + row.itemsize * one.count > len(self._content):
+            return None
+        rows = np.frombuffer(self._content, row, one.count, self._at)
+        if not (rows["length"] == 3).all():
+            return None
+        self._at += row.itemsize * one.count
+        return [rows["values"]]
+
+    def _take(self, row: np.dtype[Any], count: int) -> NDArray[Any]:
+        _check_count(count, row.itemsize * count, len(self._content) - self._at)
+        values = np.frombuffer(self._content, row, count, self._at) if row.itemsize else np.zeros(count, row)
+        self._at += row.itemsize * count
+        return values
+
+
+class _AsciiPly:
+    """Reads the elements of an ASCII file in turn."""
+
+    def __init__(self, content: bytes) -> None:
+        self._values, self._at = _numbers(content.split()), 0
+
+    def table(self, one: _Element) -> list[NDArray[Any]]:
+        width = len(one.properties)
+        return list(self._take(one.count * width).reshape(one.count, width).T)
+
+    def lists(self, one: _Element) -> list[NDArray[Any]]:
+        found = []
+        for _ in range(one.count):
+            polygon = None
+            for each in one.properties:
+                length = _whole(self._take(1)[0]) if each.length else 1
+                values = self._take(length)
+                polygon = values if each.length and polygon is None else polygon
+            assert polygon is not None
+            found.append(polygon)
+        return found
+
+    def _take(self, count: int) -> NDArray[np.float64]:
+        _check_count(count, count, len(self._values) - self._at)
+        self._at += count
+        return self._values[self._at - count : self._at]
+
+
+def _triangles(polygons: list[NDArray[Any]]) -> Faces:
+    """Fans of triangles, int64 [F, 3]; an array [F, 3] counts as F triangles."""
+    fans = []
+    for polygon in polygons:
+        corners = np.asarray(polygon, np.float64)
+        if not np.isfinite(corners).all() or (np.abs(corners) > MOST_POINTS).any():
+            bad_cloud("bad_faces", "faces with corners that do not exist")
+        whole = corners.astype(np.int64)
+        if whole.ndim == 2:
+            fans.append(whole)
+        elif len(whole) >= 3:
+            first = np.full(len(whole) - 2, whole[0])
+            fans.append(np.stack([first, whole[1:-1], whole[2:]], axis=1))
+    return np.concatenate(fans) if fans else _no_faces()
+
+
+def _read_off(body: bytes) -> tuple[NDArray[Any], Faces]:
+    """Comments begin with ``#``; the counts may follow the word OFF without a space, as in files of ModelNet40."""
+    head = _OFF.match(body)
+    assert head is not None
+    text = re.sub(rb"#[^\n]*", b"", body[head.end() :]) if b"#" in body else body[head.end() :]
+    lines = [words for line in text.splitlines() if (words := line.split())]
+    if not lines or len(lines[0]) < 2:
+        bad_cloud("bad_header", "an OFF file without counts")
+    count, faces = (_whole(value) for value in _numbers(lines[0][:2]))
+    _check_count(count, count, len(lines) - 1)
+    _check_count(faces, count + faces, len(lines) - 1)
+    rows = lines[1 : 1 + count]
+    if any(len(row) < 3 for row in rows):
+        bad_cloud("truncated", "a point with fewer than three coordinates")
+    points = _numbers([word for row in rows for word in row[:3]]).reshape(count, 3)
+    polygons = []
+    for row in lines[1 + count : 1 + count + faces]:
+        length = _whole(_numbers(row[:1])[0])
+        if length > len(row) - 1:
+            bad_cloud("truncated", "a face with fewer corners than it states")
+        polygons.append(row[1 : 1 + length])
+    if polygons and all(len(polygon) == 3 for polygon in polygons):
+        return points, _triangles([_numbers([word for polygon in polygons for word in polygon]).reshape(-1, 3)])
+    return points, _triangles([_numbers(polygon) for polygon in polygons])
+
+
+def _numbers(words: list[bytes]) -> NDArray[np.float64]:
+    """Numbers as text to float64."""
+    if not words:
+        return np.zeros(0)
+    if max(map(len, words)) > LONGEST_NUMBER:  # numpy's array of texts has rows of the longest one
+        bad_cloud("bad_number", "text that is no number")
+    try:
+        return np.array(words, dtype=np.bytes_).astype(np.float64)
+    except ValueError as error:
+        raise SampleError("failed_to_resize", "bad_number", "text that is no number") from error
+
+
+def _whole(value: float) -> int:
+    if not np.isfinite(value) or value != int(value) or value < 0:
+        bad_cloud("bad_number", "a count that is no whole number")
+    return int(value)

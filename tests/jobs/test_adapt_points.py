@@ -1,0 +1,83 @@
+"""Few-shot adaptation on point clouds as users type it, with an ensemble, and what it refuses."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.evaluation.ensemble import read_scores, scores_file
+from pipeline.sources.drawn.solids import SOLIDS
+from tests.jobs.conftest import Type
+
+TINY = ("--model", "clipmill-tiny:untrained", "--data", "drawn_solids", "--samples", "32", "--seeds", "1")
+QUICK = ("--output", "out", "--no-track", "--processes-count", "0", "--validation", "whole")
+
+
+def adapt(job: Type, *words: str) -> int:
+    return job("adapt", "few-shot", *TINY, *QUICK, *words)
+
+
+def results(folder: Path) -> dict[str, dict[str, Any]]:
+    found = [json.loads(path.read_text()) for path in sorted((folder / "out/trials").glob("*.json"))]
+    return {one["trial"]["method"]: one for one in found}
+
+
+def test_methods_on_clouds_and_their_ensembles(job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    methods = ("--methods", "zero_shot", "pointclip:epochs=2", "tip_adapter:search=false", "--shots", "2")
+    assert adapt(job, *methods, "--keep-scores") == 0
+    before = results(tmp_path)
+    assert set(before) == {"zero_shot", "pointclip:epochs=2", "tip_adapter:search=false"}
+    assert all(set(one["scores"]) == {"drawn_solids"} for one in before.values())
+    scores = read_scores(str(tmp_path / "out/scores/pointclip-epochs-2-drawn_solids-2-shots-seed-1-test.parquet"))
+    assert scores.classes == SOLIDS and scores.keys[5] == "drawn://solids/0/5"
+    labels = torch.arange(32) % 16
+    assert (
+        float((scores.values.argmax(dim=1) == labels).float().mean())
+        == before["pointclip:epochs=2"]["scores"]["drawn_solids"]["top1"]
+    )
+    # A perfect classifier, under the keys of both parts; its weight is found on the validation part.
+    validation = [f"drawn://solids_train/0/{1_000_000 + number}" for number in range(32)]
+    keys, perfect = [*scores.keys, *validation], 100 * torch.eye(16)[torch.cat([labels, labels])]
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    names = [SOLIDS[number] for number in order.tolist()]
+    (tmp_path / "network.parquet").write_bytes(scores_file(keys, names, perfect[:, order]))
+    capsys.readouterr()
+    assert (
+        adapt(
+            job, *methods[:2], *methods[2:3], "--shots", "2", "--ensemble", "network.parquet", "--ensemble-weight", "1"
+        )
+        == 0
+    )
+    assert adapt(job, "--methods", "pointclip:epochs=2", "--shots", "2", "--ensemble", "network.parquet") == 0
+    found = results(tmp_path)["pointclip:epochs=2"]
+    assert found["scores"]["ensemble"]["top1"] == 1 and found["chosen"]["ensemble_weight"] > 0
+    assert found["scores"]["drawn_solids"] == before["pointclip:epochs=2"]["scores"]["drawn_solids"]
+    with (tmp_path / "out/table.csv").open() as lines:
+        rows = {row["method"]: float(row["top1_mean"]) for row in csv.DictReader(lines)}
+    assert rows["pointclip:epochs=2 + ensemble"] == 1
+    assert "pointclip:epochs=2 + ensemble" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--methods", "vpt", "--shots", "2"), "vpt"),
+        (("--methods", "pointclip:views=6", "--shots", "2"), "pointclip:views=6: views: got 6, expected 10"),
+        (("--methods", "pointclip", "--ensemble", "missing.parquet"), "ensemble: "),
+        (("--methods", "zero_shot", "--ensemble", "x.parquet"), "ensemble_weight: "),
+        (("--methods", "pointclip", "--ensemble-weight", "0.5"), "--ensemble-weight: got 0.5"),
+        (("--methods", "pointclip", "--ensemble", "x", "--ensemble-weight", "2"), "--ensemble-weight: got 2.0"),
+    ],
+)
+def test_what_is_refused(job: Type, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str) -> None:
+    assert adapt(job, *words) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_inter_view_adapter_is_for_clouds(job: Type, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--model", "clipmill-tiny:untrained", "--data", "drawn_shapes", "--samples", "48", "--shots", "1")
+    assert job("adapt", "few-shot", *words, "--methods", "pointclip", *QUICK[:5]) == 2
+    assert "another one for drawn_shapes, which has an image each" in " ".join(capsys.readouterr().err.split())
