@@ -141,6 +141,7 @@ def _checked(arrays: Any, file: str, depths: str) -> int:
 
 def _read_split(place: str, name: str) -> list[int]:
     from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
 
     folder, file = split_file(place)
     try:
@@ -149,7 +150,7 @@ def _read_split(place: str, name: str) -> list[int]:
         return [int(value) - 1 for value in np.asarray(values).ravel()]
     except FileNotFoundError as error:
         raise missing("splits", place) from error
-    except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, TypeError, NotImplementedError, MatReadError) as error:
         raise unreadable("splits", place, f"a file of MATLAB 5 with {name}", error) from error
 
 
