@@ -55,9 +55,6 @@ class NyuDepth:
     depths: Literal["depths", "rawDepths"] = "depths"
     """Depth maps: depths (holes filled in) or rawDepths (holes are missing)."""
 
-    def __post_init__(self) -> None:
-        require(bool(self.splits) or self.split == "all", "splits", self.splits, "the file splits.mat, or split all")
-
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
         """See :class:`~pipeline.sources.source.Source`; the digest covers sizes and times of both files.
 
@@ -102,6 +99,7 @@ class NyuDepth:
         """The positions of the split's images, from 0."""
         if self.split == "all":
             return list(range(count))
+        require(bool(self.splits), "splits", self.splits, "the file splits.mat, or split all")
         numbers = _read_split(self.splits, PARTS[self.split])
         inside = bool(numbers) and 0 <= min(numbers) and max(numbers) < count
         require(inside, "splits", self.splits, f"numbers from 1 to {count}, the images of {self.file}")
