@@ -23,7 +23,7 @@ def measure(seed: int, folder: Path) -> dict[str, float]:
     from pipeline.evaluation.models import load_any
 
     rooms, val = folder / "rooms", folder / "val"
-    draw = ("refresh_dataset", "drawn", "--depth", "--size", 64, "--processes-count", 1)
+    draw = ("refresh_dataset", "drawn", "--depth", "--size", 64, "--processes-count", 0)
     run(*draw, "--samples", IMAGES, "--number-sample-per-shard", 500, "--output-folder", rooms)
     run(*draw, "--samples", VALIDATED, "--split", "val", "--output-folder", val)
     store = ("--tracking-uri", f"sqlite:///{folder}/mlflow.db", "--seed", seed)
