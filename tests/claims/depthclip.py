@@ -2,7 +2,7 @@
 
 The CLIP is trained on captions of drawn rooms, which say how far objects and walls are: a CLIP that never read such
 words has nothing to say about distances. Its image tower is a transformer, whose patches have a map. A seed decides the
-CLIP and the training of the bins. Claims are about the mean difference of the logarithms (``log10``, smaller is better),
+CLIP and the training of the bins. Claims are about the mean difference of logarithms (``log10``, smaller is better),
 which the median minimises among constants; the part of the pixels within a ratio of 1.25 (``delta1``) is kept, too.
 
 ``constant``: the best single distance for all pixels, the median of the training images. ``released`` and
