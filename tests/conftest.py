@@ -461,6 +461,17 @@ def film(number: int, side: int = 64) -> bytes:
     return encoded_video(frames, unit=Fraction(1, 4))
 
 
+def far_pixels(number: int, side: int = 72) -> bytes:
+    """``depth.png`` of a slope from one to three metres by the number, with a missing corner."""
+    import numpy as np
+
+    from pipeline.shards.depth_values import encode_depth
+
+    slope = np.linspace(1, 2 + number % 2, side, dtype=np.float32)[:, None].repeat(side, axis=1)
+    slope[:4, :4] = 0
+    return encode_depth(slope)
+
+
 def publish_coloured(
     place: Path,
     sizes: Sequence[int] = (7, 5, 8),
@@ -469,8 +480,9 @@ def publish_coloured(
 ) -> Snapshot:
     """Publish shards of the given sizes in a folder; ``spoil`` replaces the fields of the samples with these numbers.
 
-    With ``regions``, the digest of a teacher and the width of its features, samples have ``boxes.json``, a sound, a
-    video and timed captions, and shards sidecars of stored regions, of the captions' phrases and of frames' features.
+    With ``regions``, the digest of a teacher and the width of its features, samples have ``boxes.json``,
+    ``depth.png``, a sound, a video and timed captions, and shards sidecars of stored regions, of the captions' phrases
+    and of frames' features.
     """
     place.mkdir(parents=True, exist_ok=True)
     shards, number = [], 0
@@ -484,6 +496,7 @@ def publish_coloured(
                 made_samples.append(made)
                 if regions:
                     made.fields["boxes.json"] = drawn_objects(number)
+                    made.fields["depth.png"] = far_pixels(number)
                     made.fields["flac"] = tone(number)
                     made.fields["json"] = timed_json(made, number)
                     made.fields["mp4"] = film(number)
@@ -506,7 +519,7 @@ def publish_coloured(
     return publish_shards(
         Folder(place),
         tuple(shards),
-        fields=("boxes.json", "flac", "jpg", "json", "mp4", "txt") if regions else ("jpg", "json", "txt"),
+        fields=("boxes.json", "depth.png", "flac", "jpg", "json", "mp4", "txt") if regions else ("jpg", "json", "txt"),
         card=None,
         options={},
         rows=sum(sizes),

@@ -1,4 +1,5 @@
-"""Annotations in pixels of an image: boxes that must fit it, and a mask that is resized, cropped and padded with it."""
+"""Annotations in pixels of an image: boxes that must fit it, and the mask and the depth map, which are resized, cropped
+and padded with it."""
 
 import json
 from collections.abc import Mapping
@@ -7,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.codecs.codec import Encoded
-from pipeline.codecs.image_encoding import ImageOptions, crop_or_pad, plan
+from pipeline.codecs.image_encoding import Geometry, ImageOptions, crop_or_pad, plan
 from pipeline.errors import DataError, SampleError
+from pipeline.shards.depth_values import DEPTH_FIELD, MISSING, depth_values
 from pipeline.shards.label_values import MASK_FIELD, VOID_VALUE, WIDE_VOID, Values, decode_values, encode_values
 from pipeline.shards.objects import FIELD as BOXES
 from pipeline.shards.pixels import read_header
@@ -20,14 +22,19 @@ def fitted_members(members: Mapping[str, bytes], image: Encoded, options: ImageO
     """The members of a sample with ``image``, which has been encoded under ``options``.
 
     Raises:
-        SampleError: ``stale_annotation``, boxes or a mask of another size than the image; ``bad_mask``.
+        SampleError: ``stale_annotation``, boxes, a mask or a depth map of another size than the image; ``bad_mask``,
+            ``bad_depth``.
     """
     original, final = _size(image, "original_"), _size(image, "")
     _refuse_stale_boxes(members.get(BOXES), original, final)
-    mask = members.get(MASK_FIELD)
-    if mask is None or original is None:
+    if original is None:
         return members
-    return {**members, MASK_FIELD: fitted_mask(mask, original, options)}
+    fitted = {
+        name: fit(members[name], original, options)
+        for name, fit in ((MASK_FIELD, fitted_mask), (DEPTH_FIELD, fitted_depth))
+        if name in members
+    }
+    return {**members, **fitted}
 
 
 def _size(image: Encoded, prefix: str) -> Size | None:
@@ -68,34 +75,54 @@ def fitted_mask(mask: bytes, original: Size, options: ImageOptions) -> bytes:
     Raises:
         SampleError: ``stale_annotation``, a mask of another size than the image; ``bad_mask``, no PNG with one channel.
     """
-    _check_size(mask, *original)
+    _check_size(MASK_FIELD, mask, *original)
     geometry = plan(*original, options)
     if not geometry.changes or options.disable_all_reencoding:
         return mask
     try:
         values = decode_values(mask, options.max_pixels)
     except DataError as error:
-        raise _bad_mask(str(error)) from error
-    void = WIDE_VOID if values.dtype == np.uint16 else VOID_VALUE
+        raise _bad(MASK_FIELD, str(error)) from error
+    return _fitted(values, geometry, WIDE_VOID if values.dtype == np.uint16 else VOID_VALUE)
+
+
+def fitted_depth(depth: bytes, original: Size, options: ImageOptions) -> bytes:
+    """As :func:`fitted_mask` for a depth map: the nearest pixel's distance, since a mean of two objects' is neither's.
+
+    A border has no measurement. Focal lengths change with a resize; the distances stay those of the scene.
+
+    Raises:
+        SampleError: ``stale_annotation``, a map of another size than the image; ``bad_depth``, no grey PNG of 16 bits.
+    """
+    _check_size(DEPTH_FIELD, depth, *original)
+    geometry = plan(*original, options)
+    try:
+        values = depth_values(depth, options.max_pixels)
+    except DataError as error:
+        raise _bad(DEPTH_FIELD, str(error)) from error
+    return _fitted(values, geometry, MISSING) if geometry.changes and not options.disable_all_reencoding else depth
+
+
+def _fitted(values: Values, geometry: Geometry, border: int) -> bytes:
     width, height = geometry.resized
     resized: Values = values[_nearest(values.shape[0], height)[:, None], _nearest(values.shape[1], width)]
-    return encode_values(crop_or_pad(resized, geometry, (void, void, void)))
+    return encode_values(crop_or_pad(resized, geometry, (border, border, border)))
 
 
-def _check_size(mask: bytes, width: int, height: int) -> None:
+def _check_size(name: str, content: bytes, width: int, height: int) -> None:
     try:
-        header = read_header(mask)
+        header = read_header(content)
     except SampleError as error:
-        raise _bad_mask(error.message) from error
+        raise _bad(name, error.message) from error
     if (header.width, header.height) != (width, height):
         sizes = f"{header.width} x {header.height} pixels, the image has {width} x {height}"
         turned = (header.height, header.width) == (width, height)
         advice = "; if it is displayed turned, use --apply-exif-orientation" if turned else ""
-        raise SampleError("failed_to_resize", "stale_annotation", f"{MASK_FIELD} has {sizes}{advice}")
+        raise SampleError("failed_to_resize", "stale_annotation", f"{name} has {sizes}{advice}")
 
 
-def _bad_mask(reason: str) -> SampleError:
-    return SampleError("failed_to_resize", "bad_mask", f"{MASK_FIELD}: {reason}")
+def _bad(name: str, reason: str) -> SampleError:
+    return SampleError("failed_to_resize", f"bad_{name.partition('.')[0]}", f"{name}: {reason}")
 
 
 def _nearest(stored: int, wanted: int) -> NDArray[np.int64]:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.dataset import Card, card_names, load_card
+from pipeline.shards.depth_values import DEPTH_FIELD
+from pipeline.shards.label_values import MASK_FIELD
 from pipeline.shards.manifest import Shard, Snapshot
 from pipeline.shards.media import AUDIO, IMAGE, VIDEO, medium_of
 from pipeline.shards.storage import Folder
@@ -60,6 +62,7 @@ CONTEXT: Mapping[str, Any] = {
     "subField": "cr:subField",
     "transform": "cr:transform",
 }
+PIXEL_MAPS = (MASK_FIELD, DEPTH_FIELD)
 TEXTS = {"txt": "text/plain", "json": "application/json"}
 CONTENTS = {IMAGE.name: "sc:ImageObject", AUDIO.name: "sc:AudioObject", VIDEO.name: "sc:VideoObject"}
 
@@ -184,7 +187,7 @@ def _file_sets(snapshot: Snapshot, listed: tuple[Shard, ...]) -> dict[str, dict[
 
 def _data_type(field: str) -> str | None:
     """Croissant's type of a field's content; None where it has no such type, as for arrays."""
-    medium = IMAGE if field == "mask.png" else medium_of(field)
+    medium = IMAGE if field in PIXEL_MAPS else medium_of(field)
     if medium is not None:
         return CONTENTS.get(medium.name)
     return "sc:Text" if field.rpartition(".")[2] in TEXTS else None

@@ -18,8 +18,8 @@ from pipeline.sources.urls import UrlTable
 from tests.jobs.conftest import Type, job  # noqa: F401  (the fixture that runs jobs)
 
 KINDS = (
-    "class-masks clips coco drawn flickr30k-entities folder glip-tsv hdf5-points hugging-face label-maps mdetr odvg "
-    "picked sound-table split-file stamp-scenes stamps stored urls video-sets webdataset"
+    "class-masks clips coco depth-maps drawn flickr30k-entities folder glip-tsv hdf5-points hugging-face label-maps "
+    "mdetr nyu-depth odvg picked sound-table split-file stamp-scenes stamps stored urls video-sets webdataset"
 ).split()
 
 NEW = '''
@@ -46,7 +46,7 @@ def test_every_source_is_found_and_helpers_are_none() -> None:
 
 @pytest.mark.parametrize("kind", ["source", "stamp-classes", "coco-annotations", "url_table", "os.path", "", "../urls"])
 def test_other_names_are_refused_with_the_kinds_there_are(kind: str) -> None:
-    with pytest.raises(SettingError, match="one of class-masks, clips, coco, drawn, .*webdataset"):
+    with pytest.raises(SettingError, match="one of class-masks, clips, coco, depth-maps, drawn, .*webdataset"):
         open_source({"kind": kind})
 
 
@@ -64,7 +64,7 @@ def test_presets_come_from_the_sources() -> None:
     modes = {kind: run.options.media.image.resize_mode for kind, (_, run) in PRESETS.items() if kind in named}
     kept = {kind for kind, mode in modes.items() if mode == "no"}
     kinds = {"class-masks", "coco", "drawn", "flickr30k-entities", "glip-tsv", "label-maps", "mdetr", "odvg"}
-    kinds |= {"stamp-scenes", "webdataset"}
+    kinds |= {"depth-maps", "nyu-depth", "stamp-scenes", "webdataset"}
     assert kept == kinds
 
 

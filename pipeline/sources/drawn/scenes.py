@@ -286,7 +286,7 @@ def _place(
         on_top = arranged in ("nested", "overlapping") or draws.chance(0.7)
         for _ in range(_TRIES):
             centre = _spot(draws, arranged, first, (float(reach[0]), float(reach[1])), pose.radius, stack, size)
-            grown = _inserted(stack, make_object(look, pose, centre, size), on_top, recipe.cap)
+            grown = inserted(stack, make_object(look, pose, centre, size), on_top, recipe.cap)
             if grown is not None:
                 stack = grown
                 if position == 0:
@@ -342,7 +342,7 @@ def _between(draws: Draws, low: float, high: float) -> float:
     return draws.uniform(low, high) if low < high else (low + high) / 2
 
 
-def _inserted(stack: list[SceneObject], obj: SceneObject, on_top: bool, cap: float) -> list[SceneObject] | None:
+def inserted(stack: list[SceneObject], obj: SceneObject, on_top: bool, cap: float) -> list[SceneObject] | None:
     """The stack with the object added in front or behind, or None where an object would be hidden beyond ``cap``."""
     if on_top or not stack:
         below = [replace(other, visible=other.visible & ~obj.whole) for other in stack]

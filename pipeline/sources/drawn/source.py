@@ -7,16 +7,19 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from pipeline.config import require, to_json
+from pipeline.shards.depth_values import DEPTH_FIELD
 from pipeline.shards.storage import Folder
 from pipeline.sources.drawn import digits, sets, truth
 from pipeline.sources.drawn.draws import Draws
 from pipeline.sources.drawn.filmed import VIDEO_COLUMNS, draw_clip
 from pipeline.sources.drawn.hearing import write_heard
 from pipeline.sources.drawn.motion import FILMED_SPLITS, MOTION_SPLITS
-from pipeline.sources.drawn.sample import DrawnSample, Value, columns_of, draw_sample
+from pipeline.sources.drawn.room_sample import ROOM_COLUMNS, ROOM_SPLITS, draw_room
+from pipeline.sources.drawn.sample import Value, columns_of, draw_sample
 from pipeline.sources.drawn.scenes import Scene
 from pipeline.sources.drawn.solids import SOLID_COLUMNS, SOLID_SPLITS, draw_solid, solid_class
 from pipeline.sources.drawn.sound import draw_sound
+from pipeline.sources.drawn.truth import Record
 from pipeline.sources.drawn.world import NOVEL_SHAPES, WORLD_VERSION, WRONG_CAPTIONS
 from pipeline.sources.source import SOUND_UNCHANGED, UNCHANGED, VIDEO_UNCHANGED, Part, Row, Slice
 
@@ -32,8 +35,9 @@ class Drawn:
 
     Rows carry the image as JPEG and, in ``boxes.json``, what :mod:`~pipeline.sources.drawn.truth` describes; with
     ``sound``, also or instead what is heard as FLAC, see :mod:`~pipeline.sources.drawn.sound`. With ``video`` they
-    carry a clip of a moving scene as MP4 instead, see :mod:`~pipeline.sources.drawn.motion`. With ``points`` they carry
-    a point cloud of a solid instead, see :mod:`~pipeline.sources.drawn.solids`.
+    carry a clip of a moving scene as MP4 instead, see :mod:`~pipeline.sources.drawn.motion`; with ``points`` a point
+    cloud of a solid, see :mod:`~pipeline.sources.drawn.solids`; with ``depth`` objects in rooms and their
+    ``depth.png``, see :mod:`~pipeline.sources.drawn.rooms`.
     """
 
     kind: ClassVar[str] = "drawn"
@@ -75,6 +79,9 @@ class Drawn:
     and val allow it, without novel solids."""
     cloud_points: int = 1024
     """Points of a cloud, 16 to 100,000."""
+    depth: bool = False
+    """Draw objects that stand in rooms, with the distance of every pixel as depth.png and captions that say how far
+    objects are. For the splits train and val."""
 
     def __post_init__(self) -> None:
         kind, splits = self._splits()
@@ -96,8 +103,16 @@ class Drawn:
         require(16 <= self.cloud_points <= 100_000, "cloud_points", self.cloud_points, "16 to 100,000")
         alone = not self.points or (self.sound == "none" and not self.video and self.truth == "all")
         require(alone, "points", self.points, "false with sound, video or another truth than all")
+        self._check_depth()
         require(not self.video or self.size % 2 == 0, "size", self.size, "an even number with video")
         require(self._end() > self.first, "first", self.first, f"less than {self._end()}, the size of {self.split}")
+
+    def _check_depth(self) -> None:
+        known = not self.depth or self.split in ROOM_SPLITS
+        require(known, "split", self.split, f"one of {', '.join(ROOM_SPLITS)} with depth")
+        alone = not (self.depth and (self.video or self.points))
+        require(alone, "depth", self.depth, "false with video or points")
+        require(not self.depth or self.sound == "none", "sound", self.sound, "none with depth")
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
         """See :class:`~pipeline.sources.source.Source`; the digest covers the world's version and the options."""
@@ -120,6 +135,8 @@ class Drawn:
             return VIDEO_COLUMNS
         if self.points:
             return SOLID_COLUMNS
+        if self.depth:
+            return ROOM_COLUMNS
         columns = columns_of(self.split)
         return columns if self.sound == "none" else {**columns, "sounds": int}
 
@@ -162,11 +179,14 @@ class Drawn:
             clip_seconds=self.clip_seconds,
             points=self.points,
             cloud_points=self.cloud_points,
+            depth=self.depth,
         )
-        # Without sounds, videos or clouds the digest is that of the versions that had none: their folders stay valid.
+        # Without sounds, videos, clouds or depth the digest is that of the versions that had none: their folders stay
+        # valid.
         left_out = {"sound", "sound_seconds"} if self.sound == "none" else set()
         left_out |= set() if self.video else {"video", "clip_seconds"}
         left_out |= set() if self.points else {"points", "cloud_points"}
+        left_out |= set() if self.depth else {"depth"}
         options = {name: value for name, value in asdict(one).items() if name not in left_out}
         return hashlib.sha256(f"drawn {WORLD_VERSION} {to_json(options)}".encode()).hexdigest()
 
@@ -187,8 +207,11 @@ class Drawn:
         if self.points:
             solid = draw_solid(self.split, self.seed, index, self.cloud_points, self.captions)
             return Row(url=url, caption=solid.caption, parts=(Part("points", solid.points),), columns=solid.columns)
+        if self.depth:
+            return self._room(url, index)
         sample = draw_sample(self.split, self.seed, index, self.size, self.captions, self.questions)
-        columns, members = self._columns(sample), self._members(sample)
+        columns: dict[str, Value | float] = self._columns(sample.columns)
+        members = self._members(sample.record)
         if self.sound == "none":
             parts = (Part("image", sample.image),)
             return Row(url=url, caption=sample.caption, parts=parts, columns=columns, members=members)
@@ -211,6 +234,12 @@ class Drawn:
             members=members if has_image else {},
         )
 
+    def _room(self, url: str, index: int) -> Row:
+        room = draw_room(self.split, self.seed, index, self.size, self.captions, self.questions)
+        members = {DEPTH_FIELD: room.depth, **self._members(room.record)}
+        columns = self._columns(room.columns)
+        return Row(url=url, caption=room.caption, parts=(Part("image", room.image),), columns=columns, members=members)
+
     def _kind_of(self, scene: Scene, index: int) -> tuple[bool, bool, bool]:
         """Whether a sample has an image, a sound and a text."""
         if self.sound != "mixed":
@@ -219,14 +248,13 @@ class Drawn:
         novel = any(obj.look.shape in NOVEL_SHAPES for obj in scene.objects)
         return Draws(self.seed, self.split, index, "kinds").pick(kinds[:2] if novel else kinds)
 
-    def _members(self, sample: DrawnSample) -> dict[str, bytes]:
-        if sample.record is None or self.truth == "none":
+    def _members(self, record: Record | None) -> dict[str, bytes]:
+        if record is None or self.truth == "none":
             return {}
-        record = truth.only_base(sample.record) if self.truth == "base" else sample.record
-        return {"boxes.json": truth.to_bytes(record)}
+        return {"boxes.json": truth.to_bytes(truth.only_base(record) if self.truth == "base" else record)}
 
-    def _columns(self, sample: DrawnSample) -> dict[str, Value]:
+    def _columns(self, columns: Mapping[str, Value | float]) -> dict[str, Value | float]:
         """The columns; the label is null where ``truth`` hides it."""
-        hidden = self.truth == "none" or (self.truth == "base" and sample.columns.get("shape") in NOVEL_SHAPES)
+        hidden = self.truth == "none" or (self.truth == "base" and columns.get("shape") in NOVEL_SHAPES)
         secret = ("label", "shape", "variant") if hidden else ()
-        return {name: None if name in secret else value for name, value in sample.columns.items()}
+        return {name: None if name in secret else value for name, value in columns.items()}

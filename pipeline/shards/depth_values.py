@@ -1,0 +1,50 @@
+"""Depth maps as PNG: the member ``depth.png``.
+
+A grey PNG of 16 bits beside the image and of its size. The value of a pixel is its distance in millimetres, up to
+65.535 m; 0 is a pixel without a measurement.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import DataError
+from pipeline.shards.label_values import Values, decode_values, encode_values
+from pipeline.shards.pixels import MOST_PIXELS
+
+DEPTH_FIELD = "depth.png"
+MISSING = 0
+PER_METRE = 1000
+FARTHEST = 65_535 / PER_METRE  # metres
+
+
+def decode_depth(content: bytes, most_pixels: int = MOST_PIXELS) -> NDArray[np.float32]:
+    """The distances of a ``depth.png`` in metres, float32 [H, W]; 0 where there is none.
+
+    Raises:
+        DataError: not a PNG, damaged, not grey with 16 bits, or more than ``most_pixels``.
+    """
+    metres: NDArray[np.float32] = depth_values(content, most_pixels).astype(np.float32) / np.float32(PER_METRE)
+    return metres
+
+
+def depth_values(content: bytes, most_pixels: int = MOST_PIXELS) -> Values:
+    """The values of a depth PNG as stored, uint16 [H, W]; raises as :func:`decode_depth`."""
+    values = decode_values(content, most_pixels)
+    if values.dtype != np.uint16:
+        raise DataError("8 bits or fewer, where depth needs 16")
+    return values
+
+
+def encode_depth(metres: NDArray[Any]) -> bytes:
+    """Distances in metres, float [H, W], as ``depth.png``; NaN, infinity, zero and below are missing.
+
+    Raises:
+        DataError: a distance beyond ``FARTHEST``: another unit.
+    """
+    known = np.isfinite(metres) & (metres > 0)
+    values = np.round(np.where(known, metres, 0).astype(np.float64) * PER_METRE)
+    if values.max(initial=0) > FARTHEST * PER_METRE:
+        raise DataError(f"a distance of {values.max() / PER_METRE:.6g} m, more than {FARTHEST} m")
+    return encode_values(values.astype(np.uint16))
