@@ -15,7 +15,7 @@ stores raw features of each image and of ten random crops of it instead, the tra
 
 stores raw features of one frame a second of every video, for methods over frozen features and for search.
 
-    ... jobs/embed_dataset.py grid --data s3://bucket/vqa --checkpoint RN50-quickgelu:openai --grid.image-size 384 640
+    ... jobs/embed_dataset.py grid --data s3://bucket/vqa --checkpoint RN50-quickgelu:openai --image-size 384 640
 
 stores the features of all cells of every image before they are pooled, for answers to questions about images.
 """

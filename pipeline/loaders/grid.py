@@ -7,6 +7,7 @@ is (row, column) from the top left.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,15 @@ from pipeline.shards.sidecar import Wanted
 from pipeline.stages.annotate.grid_features import JOB, stored_grid
 
 Shape = tuple[int, int]
+
+
+class CellAttention(NamedTuple):
+    """Attention to the cells of an image."""
+
+    weights: Tensor
+    """float32 [rows, columns]."""
+    cell: tuple[float, float]
+    """Height and width of a cell in pixels of the image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +59,11 @@ class GridTransform:
         """Rows and columns of cells that show a part of an image of this size."""
         rows, columns = self.fitted(height, width)
         return -(-rows // self.stride), -(-columns // self.stride)
+
+    def cell_size(self, height: int, width: int) -> tuple[float, float]:
+        """Height and width of a cell in pixels of an image of this size."""
+        rows, columns = self.fitted(height, width)
+        return self.stride * height / rows, self.stride * width / columns
 
     def __call__(self, pixels: Pixels) -> tuple[Tensor, Shape]:
         """uint8 [h, w, 3] to uint8 [3, H, W], with rows and columns of its cells."""

@@ -14,7 +14,7 @@ from pipeline.loaders.grounding_prompts import SpanTokenizer
 from pipeline.loaders.masking import mask_tokens
 from pipeline.loaders.order import RandomStream, random_bits, uniform
 from pipeline.loaders.questions import AnswerList, AskedQuestion, chosen_question, read_questions
-from pipeline.loaders.text import caption_field, read_captions
+from pipeline.loaders.text import caption_field, read_texts
 from pipeline.shards.sample import Sample
 
 
@@ -92,7 +92,7 @@ class PretrainingTextReader:
 
     def read(self, sample: Sample, at: SamplePosition | None = None) -> Row:
         """Raises :class:`UnreadableSample` for a sample without a text."""
-        captions = [text for text in read_captions(sample, self.caption) if text.strip()]
+        captions = [text for text in read_texts(sample, self.caption) if text.strip()]
         texts = [AskedQuestion(text, ()) for text in captions]
         chosen = chosen_question(
             sample, texts + (read_questions(sample, self.questions) if self.questions else []), self.seed, at

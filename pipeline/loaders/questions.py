@@ -28,10 +28,9 @@ from pipeline.loaders.mixture import parts_of, read_data
 from pipeline.loaders.order import RandomStream, random_bits
 from pipeline.loaders.samples import Samples, UnreadableSample
 from pipeline.shards.objects import FIELD
+from pipeline.shards.questions import QUESTIONS
 from pipeline.shards.sample import Sample
 
-QUESTIONS = "questions.json"
-"""The sample field of data that have questions and no boxes."""
 FIELDS = (FIELD, "json", QUESTIONS)
 """The sample fields that can have questions."""
 ENOUGH = 3

@@ -41,11 +41,11 @@ from torch.nn import functional
 from pipeline.config import require
 from pipeline.loaders.batches import Reader
 from pipeline.loaders.cache import FileCache
-from pipeline.loaders.grid import GridFeatureReader, GridImageReader, chosen_cells, padded_cells
+from pipeline.loaders.grid import CellAttention, GridFeatureReader, GridImageReader, chosen_cells, padded_cells
 from pipeline.loaders.grounding import padded_tokens
-from pipeline.loaders.grounding_prompts import DRAWN, MASK, SpanTokenizer
+from pipeline.loaders.grounding_prompts import DRAWN_QUESTIONS, MASK, SpanTokenizer
 from pipeline.loaders.question_text import PretrainingTextReader, QuestionReader
-from pipeline.loaders.questions import FIELDS, QUESTIONS
+from pipeline.loaders.questions import FIELDS
 from pipeline.loaders.text import caption_field
 from pipeline.models import class_vectors
 from pipeline.models.method import Method
@@ -55,6 +55,7 @@ from pipeline.models.towers.layers import Layer, block_depths, blocks
 from pipeline.models.towers.single_stream import SingleStream, bert_settings
 from pipeline.models.towers.weights import misfit, read_any_weights
 from pipeline.models.towers.word_head import LanguageHead, masked_token_loss
+from pipeline.shards.questions import QUESTIONS
 from pipeline.shards.sidecar import Wanted
 from pipeline.shards.storage import Folder
 from pipeline.stages.annotate.grid_features import JOB
@@ -88,12 +89,12 @@ class Config:
     positions: int = 25
     """Maximum number of rows and of columns of the grid."""
     text: str = "bert-base-uncased"
-    """Transformer and tokenizer: a folder or model id of a BERT, or drawn for a new small one that knows the words of
-    the embedded world."""
+    """Transformer and tokenizer: a folder or model id of a BERT, or drawn-questions for a new small one that knows the
+    words of the embedded world and of its questions."""
     pretrained_text: bool = True
-    """Initialise the transformer with the weights of `text`; not used with drawn."""
+    """Initialise the transformer with the weights of `text`; not used with drawn-questions."""
     small_text: tuple[int, int, int] = (64, 2, 4)
-    """Width, number of layers and number of heads of the transformer drawn."""
+    """Width, number of layers and number of heads of the transformer drawn-questions."""
     text_tokens: int = 20
     """Maximum number of tokens of a text, with start and end, 4 to 512."""
     dropout: float = 0.1
@@ -136,7 +137,7 @@ SMALLEST = Config(
     task="pretrain",
     tower="clipmill-tiny:untrained",
     image_size=(64, 64),
-    text=DRAWN,
+    text=DRAWN_QUESTIONS,
     small_text=(32, 2, 2),
     dropout=0.0,
     most_cells=12,
@@ -208,7 +209,7 @@ class ClipVil(Method):
             from transformers import BertConfig
 
             return BertConfig(**{**json.loads(description[TEXT_SETTINGS]), "attn_implementation": "sdpa"})
-        small = config.small_text if config.text == DRAWN else (0, 0, 0)
+        small = config.small_text if config.text == DRAWN_QUESTIONS else (0, 0, 0)
         numbers = (tokenizer.vocab_size, tokenizer.pad, config.text_tokens, config.dropout)
         return bert_settings(config.text, small, *numbers)
 
@@ -238,7 +239,7 @@ class ClipVil(Method):
             return
         if config.start_from:
             load_start(self, config.start_from)
-        elif config.pretrained_text and config.text != DRAWN:
+        elif config.pretrained_text and config.text != DRAWN_QUESTIONS:
             from transformers import BertModel
 
             known: Any = BertModel.from_pretrained(config.text)
@@ -372,12 +373,15 @@ class ClipVil(Method):
         return [[next(texts) for _ in some] for some in questions]
 
     @torch.no_grad()
-    def attention(self, images: Sequence[Tensor], questions: Sequence[str]) -> list[Tensor]:
-        """For each image uint8 [3, H, W] and its question, the attention to each cell, float32 [rows, columns]."""
-        batch = self._asked(images, questions)
-        weights = self.model.attention(*self._inputs(batch)).float().cpu()
-        shapes = [self.transform.cells(image.shape[1], image.shape[2]) for image in images]
-        return [row[: h * w].reshape(h, w) for row, (h, w) in zip(weights, shapes, strict=True)]
+    def attention(self, images: Sequence[Tensor], questions: Sequence[str]) -> list[CellAttention]:
+        """For each image uint8 [3, H, W] and its question, the last layer's attention to each cell."""
+        weights = self.model.attention(*self._inputs(self._asked(images, questions))).float().cpu()
+        found = []
+        for row, image in zip(weights, images, strict=True):
+            rows, columns = self.transform.cells(*image.shape[1:])
+            cells = row[: rows * columns].reshape(rows, columns)
+            found.append(CellAttention(cells, self.transform.cell_size(*image.shape[1:])))
+        return found
 
     def _asked(self, images: Sequence[Tensor], questions: Sequence[str]) -> dict[str, Tensor]:
         """A batch as the readers give it, without answers."""

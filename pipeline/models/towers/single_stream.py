@@ -107,7 +107,7 @@ def bert_settings(
             pad_token_id=pad,
             **drops,
         )
-    allowed = "a folder or model id of a BERT in transformers' layout, or drawn"
+    allowed = "a folder or model id of a BERT in transformers' layout, or drawn-questions"
     try:
         found: Any = AutoConfig.from_pretrained(text)
     except (OSError, ValueError, KeyError) as error:

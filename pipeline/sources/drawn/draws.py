@@ -16,7 +16,20 @@ from numpy.typing import NDArray
 
 Item = TypeVar("Item")
 
-PURPOSES = ("scene", "render", "words", "questions", "sound", "heard", "kinds", "motion", "film", "story", "encoding")
+PURPOSES = (
+    "scene",
+    "render",
+    "words",
+    "questions",
+    "sound",
+    "heard",
+    "kinds",
+    "motion",
+    "film",
+    "story",
+    "encoding",
+    "annotators",
+)
 _BUFFER = 160
 
 
