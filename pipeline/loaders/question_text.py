@@ -14,6 +14,7 @@ from pipeline.loaders.grounding_prompts import SpanTokenizer
 from pipeline.loaders.masking import mask_tokens
 from pipeline.loaders.order import RandomStream, random_bits, uniform
 from pipeline.loaders.questions import AnswerList, AskedQuestion, chosen_question, read_questions
+from pipeline.loaders.samples import UnreadableSample
 from pipeline.loaders.text import caption_field, read_texts
 from pipeline.shards.sample import Sample
 
@@ -92,11 +93,7 @@ class PretrainingTextReader:
 
     def read(self, sample: Sample, at: SamplePosition | None = None) -> Row:
         """Raises :class:`UnreadableSample` for a sample without a text."""
-        captions = [text for text in read_texts(sample, self.caption) if text.strip()]
-        texts = [AskedQuestion(text, ()) for text in captions]
-        chosen = chosen_question(
-            sample, texts + (read_questions(sample, self.questions) if self.questions else []), self.seed, at
-        )
+        chosen = chosen_question(sample, self._texts(sample), self.seed, at)
         whole = self.tokenizer(chosen.question, self.most).ids
         ids, places, swaps = whole, np.zeros(0, np.int64), False
         if at is not None:
@@ -115,6 +112,17 @@ class PretrainingTextReader:
             "answers": self._possible.targets(chosen) if chosen.answers else np.zeros(len(self.answers), np.float32),
             "swaps": swaps,
         }
+
+    def _texts(self, sample: Sample) -> list[AskedQuestion]:
+        """Captions, without answers, and questions; a sample may lack one of the two."""
+        asked = read_questions(sample, self.questions) if self.questions else []
+        try:
+            captions = [text for text in read_texts(sample, self.caption) if text.strip()]
+        except UnreadableSample:
+            if not asked:
+                raise
+            captions = []
+        return [*(AskedQuestion(text, ()) for text in captions), *asked]
 
     def collate(self, rows: list[Row]) -> Batch:
         """The tensors named above."""
