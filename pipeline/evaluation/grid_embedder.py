@@ -16,9 +16,12 @@ from pipeline.evaluation.models import load_any
 from pipeline.loaders.images import decode
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.models.clip import Clip
-from pipeline.models.towers.grid import GridTower
+from pipeline.models.towers.grid import GridTower, fold_norms
 from pipeline.models.towers.weights import digest_of
 from pipeline.stages.annotate.grid_features import PreparedImage
+
+AT_ONCE = {"cpu": 1}
+"""Images whose activations are computed together: those of one fit the cache of a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,7 @@ class GridEmbedder:
         self._transform = self._tower.transform(image_size)
         self._precision = precision
         teacher = self._tower.digest(image_size)
+        fold_norms(self._tower)
         self.maker = digest_of(None, teacher, precision)
         self.facts: Mapping[str, Any] = {
             "teacher": teacher,
@@ -81,6 +85,11 @@ class GridEmbedder:
     def encode(self, images: Sequence[Tensor]) -> NDArray[np.float32]:
         """uint8 N x [3, H, W] to float32 [N, H / stride, W / stride, D]."""
         with inference(self._tower, self._precision) as device:
-            batch = torch.stack(list(images)).to(device).contiguous(memory_format=torch.channels_last)
-            found: NDArray[np.float32] = self._tower(batch).float().permute(0, 2, 3, 1).cpu().numpy()
-        return found
+            parts = torch.stack(list(images)).split(AT_ONCE.get(device.type, len(images)))
+            found = [self._encoded(part.to(device)).cpu() for part in parts]
+        array: NDArray[np.float32] = torch.cat(found).numpy()
+        return array
+
+    def _encoded(self, images: Tensor) -> Tensor:
+        grid: Tensor = self._tower(images.contiguous(memory_format=torch.channels_last))
+        return grid.float().permute(0, 2, 3, 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.errors import SettingError
 from pipeline.models.class_vectors import untrained
 from pipeline.models.clip import Clip, Config
-from pipeline.models.towers.grid import GridTower, grid_features, resized_positions
+from pipeline.models.towers.grid import GridTower, fold_norms, grid_features, resized_positions
 
 SMALL: dict[str, Any] = {"image_size": 64, "layers": (1, 1, 1, 1), "width": 16}
 
@@ -86,6 +86,22 @@ def test_all_weights_of_the_tower_have_gradients() -> None:
         tower.requires_grad_(True)
         tower(images(64, 96)).square().sum().backward()
         assert [name for name, value in tower.named_parameters() if value.grad is None] == []
+
+
+@torch.no_grad()
+def test_folded_norms_change_no_feature() -> None:
+    for model, kept in ((resnet(), 0), (untrained("clipmill-small").model, 0), (untrained("clipmill-tiny").model, 0)):
+        tower = GridTower(model).eval()
+        for module in tower.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                for tensor in (module.running_mean, module.bias):
+                    torch.nn.init.normal_(tensor)
+                torch.nn.init.uniform_(module.running_var, 0.5, 2)
+        pixels = images(64, 96)
+        before = tower(pixels)
+        fold_norms(tower)
+        assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in tower.modules()) == kept
+        torch.testing.assert_close(tower(pixels), before, rtol=1e-3, atol=1e-3)
 
 
 def test_the_digest_is_of_weights_and_input() -> None:

@@ -18,6 +18,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline.config import require
 from pipeline.errors import SettingError
@@ -51,7 +52,8 @@ class GridTower(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] to float [B, D, H / stride, W / stride]."""
-        return grid_features(self.visual, (image.float() - self.mean) / self.std)
+        pixels = image.float().sub_(self.mean).div_(self.std)
+        return grid_features(self.visual, pixels)
 
     def train(self, mode: bool = True) -> Self:
         """Batch normalisation keeps its statistics: batches of large images are small, and workers must agree."""
@@ -91,6 +93,22 @@ class GridTower(nn.Module):
         found = self.eval()(torch.zeros(1, 3, *size, dtype=torch.uint8))
         self.train(was_training)
         return size[0] // found.shape[2], found.shape[1]
+
+
+def fold_norms(module: nn.Module) -> None:
+    """Fold batch normalisation into the convolutions before it, for inference: the same features in less time.
+
+    open_clip's and timm's names pair them: ``conv1`` and ``bn1``; in a sequence, a convolution and what follows it.
+    """
+    for child in module.modules():
+        names = list(child._modules)
+        following = dict(zip(names, names[1:], strict=False)) if isinstance(child, nn.Sequential) else {}
+        for name in names:
+            norm = following.get(name) or name.replace("conv", "bn")
+            pair = child._modules[name], child._modules.get(norm)
+            if isinstance(pair[0], nn.Conv2d) and isinstance(pair[1], nn.BatchNorm2d):
+                child._modules[name] = fuse_conv_bn_eval(*pair)
+                child._modules[norm] = nn.Identity()
 
 
 def grid_features(visual: nn.Module, image: Tensor) -> Tensor:
