@@ -23,7 +23,7 @@ from pipeline.runs.train import Pretraining, in_place, pretrain
 from pipeline.shards.objects import FIELD
 from pipeline.sources.questions import RELATIONS
 from pipeline.training.checkpoint import clip_address, resolved
-from pipeline.training.optimizer import AdamW, AdamWWithSgd, Sgd
+from pipeline.training.optimizer import AdamW, AdamWWithSgd
 from pipeline.training.run import Cluster, Run
 
 logger = logging.getLogger("train_clipvil")
@@ -45,9 +45,14 @@ class TrainClipVil(Pretraining):
 
 
 # The authors' fine-tuning for VQA: five passes over the questions, 5.4 of each image; warm-up 5 % of the steps.
-SLOW_SGD = Sgd(learning_rate=1e-3, momentum=0.0, weight_decay=0.0, drops=(0.4,))
 TRANSFORMER = AdamWWithSgd(
-    learning_rate=5e-5, weight_decay=0.01, beta2=0.999, epsilon=1e-6, decay_power=1.0, sgd=SLOW_SGD
+    learning_rate=5e-5,
+    weight_decay=0.01,
+    beta2=0.999,
+    epsilon=1e-6,
+    decay_power=1.0,
+    sgd_learning_rate=1e-3,
+    sgd_drops=(0.4,),
 )
 FINETUNED = Run(
     workers=8,
@@ -67,7 +72,7 @@ FIRST = replace(
     batch_size=512,
     epochs=9 * 51,
     warmup_steps=8000,
-    optimizer=replace(TRANSFORMER, learning_rate=1e-4, sgd=replace(SLOW_SGD, learning_rate=3e-3, drops=(0.8,))),
+    optimizer=replace(TRANSFORMER, learning_rate=1e-4, sgd_learning_rate=3e-3, sgd_drops=(0.8,)),
     caption="json:captions",
 )
 SECOND = replace(FIRST, epochs=11 * 51, optimizer=replace(FIRST.optimizer, learning_rate=5e-5))

@@ -117,14 +117,35 @@ class AdamWWithSgd(AdamW):
 
     sgd_towers: tuple[str, ...] = ("image",)
     """Towers of the method that gradient descent trains; AdamW trains all other weights."""
-    sgd: Sgd = field(default_factory=lambda: Sgd(learning_rate=1e-3, momentum=0.0, weight_decay=0.0))
-    """Gradient descent; both share the number of warm-up steps."""
+    sgd_learning_rate: float = 1e-3
+    """Learning rate of gradient descent, at the end of the warm-up that both share."""
+    sgd_momentum: float = 0.0
+    """Momentum of gradient descent, 0 to less than 1."""
+    sgd_weight_decay: float = 0.0
+    """Weight decay of gradient descent."""
+    sgd_drops: tuple[float, ...] = ()
+    """Milestones of gradient descent as parts of the run; its rate falls to a tenth at each, and is constant else."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.sgd_learning_rate > 0, "sgd_learning_rate", self.sgd_learning_rate, "more than 0")
+        require(0 <= self.sgd_momentum < 1, "sgd_momentum", self.sgd_momentum, "0 to less than 1")
+        require(self.sgd_weight_decay >= 0, "sgd_weight_decay", self.sgd_weight_decay, "0 or more")
+        require(all(0 < part < 1 for part in self.sgd_drops), "sgd_drops", self.sgd_drops, "more than 0, less than 1")
         require(bool(self.sgd_towers), "sgd_towers", self.sgd_towers, "one tower or more")
         rated = self.rates().keys() & set(self.sgd_towers)
         require(not rated, "sgd_towers", sorted(rated), "towers without a factor of AdamW's rate")
+
+    @property
+    def sgd(self) -> Sgd:
+        """The settings of gradient descent."""
+        return Sgd(
+            learning_rate=self.sgd_learning_rate,
+            momentum=self.sgd_momentum,
+            weight_decay=self.sgd_weight_decay,
+            drops=self.sgd_drops,
+            exponential=None if self.sgd_drops else 1.0,
+        )
 
 
 Optimizer = AdamW | Sgd | AdamWWithSgd

@@ -103,10 +103,10 @@ def test_the_presets(training: dict[str, Any]) -> None:
         method, run = presets[name].method, presets[name].run
         openclip.check(*openclip.parse_address(method.tower))  # type: ignore[misc]
         assert method.image_size == (384, 640) and isinstance(run.optimizer, AdamWWithSgd) and not method.frozen
-        assert run.optimizer.sgd.momentum == 0 and run.clip_grad_norm == 1.0
+        assert run.optimizer.sgd_momentum == 0 and run.clip_grad_norm == 1.0
     assert presets["snli-ve"].method.answers == RELATIONS and presets["snli-ve"].method.loss == "single"
     assert presets["pretrain"].method.questions == "" and presets["pretrain-answers"].method.asks
-    assert presets["vqa"].run.optimizer.sgd.drops == (0.4,)
+    assert presets["vqa"].run.optimizer.sgd_drops == (0.4,)
     assert [presets[name].method.most_cells for name in ("vqa", "pretrain")] == [0, 100]
 
 

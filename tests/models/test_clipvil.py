@@ -22,7 +22,7 @@ from pipeline.stages.annotate.embeddings import EmbedOptions
 from pipeline.stages.annotate.grid_features import embed_grids
 from pipeline.stages.shard_tasks import Workers
 from pipeline.training.checkpoint import Checkpoints, Meta, load_method
-from pipeline.training.optimizer import AdamW, AdamWWithSgd, Sgd, make_optimizer
+from pipeline.training.optimizer import AdamW, AdamWWithSgd, make_optimizer
 from tests.models.test_method_contract import make_data
 
 ANSWERS = replace(SMALLEST, task="answers", most_cells=0)
@@ -196,7 +196,7 @@ def test_each_sample_has_other_cells(snapshot: Snapshot) -> None:
 
 def test_two_optimisers_divide_all_weights_between_them() -> None:
     method = made(ANSWERS)
-    config = AdamWWithSgd(learning_rate=5e-5, sgd=Sgd(learning_rate=1e-3, momentum=0.0))
+    config = AdamWWithSgd(learning_rate=5e-5, sgd_learning_rate=1e-3)
     optimizer = make_optimizer(config, method)
     names = {id(value): name for name, value in method.named_parameters()}
     sgd = [names[id(v)] for group in optimizer.param_groups if group.get("sgd") for v in group["params"]]

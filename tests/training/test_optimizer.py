@@ -159,8 +159,8 @@ TwoTowers.__abstractmethods__ = frozenset()
 def test_two_optimisers_in_one() -> None:
     """AdamW moves one tower by its rate, gradient descent the other by rate x gradient; both by hand."""
     method = TwoTowers()
-    sgd = Sgd(learning_rate=0.2, momentum=0.0, weight_decay=0.0, drops=(0.5,))
-    config = AdamWWithSgd(learning_rate=0.1, weight_decay=0.5, decay_power=1.0, sgd=sgd)
+    own: dict[str, Any] = {"sgd_learning_rate": 0.2, "sgd_drops": (0.5,)}
+    config = AdamWWithSgd(learning_rate=0.1, weight_decay=0.5, decay_power=1.0, **own)
     optimizer = make_optimizer(config, method)
     assert set_rates(optimizer, config, 0, 0, 10) == 0.1
     (3 * method.weight.sum() - 5 * method.bias.sum()).backward()
@@ -176,7 +176,7 @@ def test_two_optimisers_in_one() -> None:
 
 
 def test_two_optimisers_skip_a_step_together_and_resume() -> None:
-    config = AdamWWithSgd(learning_rate=0.1, sgd=Sgd(learning_rate=0.2, momentum=0.9))
+    config = AdamWWithSgd(learning_rate=0.1, sgd_learning_rate=0.2, sgd_momentum=0.9)
     ends = []
     for restart in (False, True):
         method = TwoTowers()
@@ -200,8 +200,11 @@ def test_two_optimisers_need_towers_for_both(towers: tuple[str, ...]) -> None:
         make_optimizer(AdamWWithSgd(sgd_towers=towers), TwoTowers())
     with pytest.raises(SettingError, match="sgd_towers"):
         AdamWWithSgd(image_rate=0.1)
+    for field in ("sgd_learning_rate", "sgd_weight_decay", "sgd_momentum"):
+        with pytest.raises(SettingError, match=field):
+            AdamWWithSgd(**{field: -1.0})
 
 
-@pytest.mark.parametrize("optimizer", [AdamW(), Sgd(), AdamWWithSgd(sgd=Sgd(momentum=0.0))])
+@pytest.mark.parametrize("optimizer", [AdamW(), Sgd(), AdamWWithSgd(sgd_drops=(0.4,))])
 def test_optimisers_go_through_json(optimizer: Any) -> None:
     assert from_json(Run, to_json(Run(optimizer=optimizer))).optimizer == optimizer
