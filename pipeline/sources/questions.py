@@ -63,12 +63,13 @@ class Questions:
         require(self.layout in known, "layout", self.layout, "one of " + ", ".join(known))
         require(bool(self.questions), "questions", self.questions, "a file with questions")
         require(bool(self.images), "images", self.images, "the folder of the images")
-        needs = self.layout == "vqa"
-        allowed = "VQA's file with the answers" if needs else f"empty with {self.layout}"
-        require(bool(self.annotations) == needs, "annotations", self.annotations, allowed)
+        fits = self.layout == "vqa" or not self.annotations
+        require(fits, "annotations", self.annotations, f"empty with {self.layout}")
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
         """See :class:`~pipeline.sources.source.Source`; the digest covers questions and versions of the images."""
+        answered = self.layout != "vqa" or bool(self.annotations)
+        require(answered, "annotations", self.annotations, "VQA's file with the answers")
         return table_slices(self._table_rows(), SCHEMA, rows_per_shard, scratch, self.images)
 
     def rows(self, piece: Slice) -> Iterator[Row]:

@@ -198,14 +198,17 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     source = write(tmp_path, "gqa")
     for changes, field in (
         ({"annotations": "a.json"}, "annotations"),
-        ({"layout": "vqa"}, "annotations"),
         ({"layout": "vg"}, "layout"),
         ({"images": ""}, "images"),
     ):
         settings: dict[str, Any] = {"questions": source.questions, "images": source.images, "layout": "gqa", **changes}
         with pytest.raises(SettingError, match=field):
             Questions(**settings)
-    for changes, field in (({"images": str(tmp_path / "no")}, "images"), ({"questions": "no.json"}, "questions")):
+    for changes, field in (
+        ({"images": str(tmp_path / "no")}, "images"),
+        ({"questions": "no.json"}, "questions"),
+        ({"layout": "vqa"}, "annotations"),
+    ):
         settings = {"questions": source.questions, "images": source.images, "layout": "gqa", **changes}
         with pytest.raises(SettingError, match=field):
             rows_of(Questions(**settings), tmp_path)
