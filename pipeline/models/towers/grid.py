@@ -98,16 +98,16 @@ class GridTower(nn.Module):
 def fold_norms(module: nn.Module) -> None:
     """Fold batch normalisation into the convolutions before it, for inference: the same features in less time.
 
-    open_clip's and timm's names pair them: ``conv1`` and ``bn1``; in a sequence, a convolution and what follows it.
+    A pair are two neighbours in the order of registration, in a sequence or called ``conv1`` and ``bn1``. Norms that
+    bring an activation, as timm's, stay.
     """
     for child in module.modules():
         names = list(child._modules)
-        following = dict(zip(names, names[1:], strict=False)) if isinstance(child, nn.Sequential) else {}
-        for name in names:
-            norm = following.get(name) or name.replace("conv", "bn")
-            pair = child._modules[name], child._modules.get(norm)
-            if isinstance(pair[0], nn.Conv2d) and isinstance(pair[1], nn.BatchNorm2d):
-                child._modules[name] = fuse_conv_bn_eval(*pair)
+        for name, norm in zip(names, names[1:], strict=False):
+            pair = child._modules[name], child._modules[norm]
+            paired = isinstance(child, nn.Sequential) or norm == name.replace("conv", "bn")
+            if paired and isinstance(pair[0], nn.Conv2d) and type(pair[1]) is nn.BatchNorm2d:
+                child._modules[name] = fuse_conv_bn_eval(pair[0], pair[1])
                 child._modules[norm] = nn.Identity()
 
 
