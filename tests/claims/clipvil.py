@@ -46,7 +46,7 @@ def answered(name: str, seed: int, folder: Path, asked: Path, val: Path, *option
 def prepare(folder: Path) -> tuple[Path, Path]:
     """The folders of images with questions, for training and for validation, and both towers with their grids."""
     towers, asked, val = (folder / name for name in ("images", "asked", "val"))
-    draw = ("refresh_dataset", "drawn", "--size", SIDE, "--processes-count", 1, "--number-sample-per-shard", 500)
+    draw = ("refresh_dataset", "drawn", "--size", SIDE, "--processes-count", 0, "--number-sample-per-shard", 500)
     run(*draw, "--samples", IMAGES, "--output-folder", towers)
     more = ("--questions", 7, "--annotators", 10)
     run(*draw, "--samples", ASKED, "--first", IMAGES, *more, "--output-folder", asked)
