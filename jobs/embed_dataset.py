@@ -14,6 +14,10 @@ stores raw features of each image and of ten random crops of it instead, the tra
     ... jobs/embed_dataset.py frames --data s3://bucket/msrvtt --checkpoint ViT-B-32-quickgelu:openai
 
 stores raw features of one frame a second of every video, for methods over frozen features and for search.
+
+    ... jobs/embed_dataset.py grid --data s3://bucket/vqa --checkpoint RN50-quickgelu:openai --image-size 384 640
+
+stores the features of all cells of every image before they are pooled, for answers to questions about images.
 """
 
 import getpass
@@ -26,12 +30,14 @@ import tyro
 from pipeline.config import require, run_job, writable_folder
 from pipeline.evaluation.embedder import LoadEmbedder, Precision, Views
 from pipeline.evaluation.frame_embedder import FrameRate, LoadFrameEmbedder
+from pipeline.evaluation.grid_embedder import GridSize, LoadGridEmbedder
 from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.shards.storage import Folder
-from pipeline.stages.annotate import frame_features, view_features
+from pipeline.stages.annotate import frame_features, grid_features, view_features
 from pipeline.stages.annotate.embeddings import EmbedOptions, FeatureExport, embed
 from pipeline.stages.annotate.frame_features import embed_frames
+from pipeline.stages.annotate.grid_features import embed_grids
 from pipeline.stages.shard_tasks import Workers
 
 SMOKE = f"{tempfile.gettempdir()}/clipmill-smoke-{getpass.getuser()}/embedded"
@@ -83,6 +89,17 @@ class EmbedFrames(Embed):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmbedGrids(Embed):
+    """Features of the cells of every image."""
+
+    options: EmbedOptions = field(default_factory=lambda: EmbedOptions(name=grid_features.NAME, batch_size=8))
+    grid: GridSize = field(default_factory=GridSize)
+
+    def __post_init__(self) -> None:
+        require(not self.export, "export", self.export, "empty: features of cells are not exported")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Smoke(Embed):
     """The same job, on a snapshot that it draws first."""
 
@@ -96,6 +113,10 @@ PRESETS: dict[str, tuple[str, Embed]] = {
     "frames": (
         "Raw features of the frames of every video, one a second.",
         EmbedFrames(data=tyro.MISSING, checkpoint=tyro.MISSING),
+    ),
+    "grid": (
+        "Features of the cells of every image, for answers to questions.",
+        EmbedGrids(data=tyro.MISSING, checkpoint=tyro.MISSING),
     ),
     "smoke": (
         "Sixty-four drawn samples by an untrained model, in this process.",
@@ -130,6 +151,11 @@ def _embedded(run: Embed, snapshot: Snapshot) -> Snapshot:
             checkpoint=run.checkpoint, device=run.device, precision=run.precision, rate=run.rate
         )
         return embed_frames(snapshot, of_frames, run.options, run.workers, use_gpu)
+    if isinstance(run, EmbedGrids):
+        of_cells = LoadGridEmbedder(
+            checkpoint=run.checkpoint, device=run.device, precision=run.precision, size=run.grid
+        )
+        return embed_grids(snapshot, of_cells, run.options, run.workers, use_gpu)
     views = run.views if isinstance(run, EmbedViews) else None
     model = LoadEmbedder(checkpoint=run.checkpoint, device=run.device, precision=run.precision, views=views)
     return embed(snapshot, model, run.options, run.workers, use_gpu)

@@ -371,7 +371,8 @@ def drawn_objects(number: int, side: int = 72) -> bytes:
         polygon = [left, top, left + width, top, left + width / 2, top + height]
         name = list(COLOURS)[(number + nth) % len(COLOURS)]
         objects.append({"label": name, "bbox": [left, top, width, height], "segmentation": [polygon]})
-    return json.dumps({"width": side, "height": side, "objects": objects}).encode()
+    asked = [{"question": "what colour is it?", "answers": [objects[0]["label"]] * 9 + ["grey"]}]
+    return json.dumps({"width": side, "height": side, "objects": objects, "questions": asked}).encode()
 
 
 def write_drawn_regions(folder: Folder, shard: Shard, keys: Sequence[str], teacher: str, width: int) -> str:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from pipeline.loaders.grid import CellAttention
+
 TICK, CROSS = "\u2713", "\u2717"
 RIGHT, WRONG = "#1a7f37", "#b3261e"
 MATRIX_SIDE = 24
@@ -30,6 +32,29 @@ def image_grid(images: Sequence[Tensor], captions: Sequence[str], columns: int =
     for axis, image, caption in zip(axes, images, captions, strict=False):
         show_image(axis, image)
         axis.set_title(readable(caption), fontsize=9, parse_math=False)
+    return figure
+
+
+def attention_grid(
+    images: Sequence[Tensor], attention: Sequence["CellAttention"], captions: Sequence[str], title: str = ""
+) -> "Figure":
+    """Images, each uint8 ``[3, H, W]``, beside themselves under the attention to their cells; up to two in a row."""
+    columns = min(2, len(images))
+    rows = -(-len(images) // columns)
+    figure = blank_figure(7.0 * columns, 3.8 * rows + 0.5, title)
+    axes = figure.subplots(rows, 2 * columns, squeeze=False).flat
+    for axis in axes:
+        axis.axis("off")
+    pairs = zip(axes[::2], axes[1::2], images, attention, captions, strict=False)
+    for plain, seen, image, one, caption in pairs:
+        show_image(plain, image)
+        plain.set_title(wrapped(caption, 44, 2), fontsize=9, parse_math=False)
+        height, width = image.shape[1:]
+        show_image(seen, image)
+        bottom, right = one.weights.shape[0] * one.cell[0], one.weights.shape[1] * one.cell[1]
+        seen.imshow(one.weights.numpy(), extent=(-0.5, right - 0.5, bottom - 0.5, -0.5), cmap="magma", alpha=0.65)
+        seen.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+        seen.set_title(f"attention, at most {float(one.weights.max()):.3f} of a cell", fontsize=9)
     return figure
 
 

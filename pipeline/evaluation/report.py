@@ -54,6 +54,11 @@ def segments_table(found: Segmentation, words: Sequence[str]) -> str:
     return _aligned([["word", "pixels", "probability"], *(row for _, row in sorted(rows, reverse=True))])
 
 
+def answers_table(answers: Sequence[tuple[str, float]]) -> str:
+    """One line per answer with its probability."""
+    return _aligned([["answer", "probability"], *([text, f"{value:.3f}"] for text, value in answers)])
+
+
 def matches_table(matches: Sequence[Match]) -> str:
     """One line per match of a search: its caption, cosine and key; of videos by their frames, the best moment."""
     captions = [plain(caption_of(match.sample) or "", LONGEST) for match in matches]

@@ -35,6 +35,8 @@ CLIP_MASK = "\u00f0\u0141\u0134\u0133</w>"
 SEPARATOR = ". "
 DRAWN = "drawn"
 """Name of the tokenizer with the words of the embedded world."""
+DRAWN_QUESTIONS = "drawn-questions"
+"""Name of the tokenizer that also knows the words of its questions."""
 REMEMBERED_TEXTS = 65_536
 
 
@@ -108,15 +110,18 @@ class SpanTokenizer:
 
     @classmethod
     def load(cls, name: str) -> "SpanTokenizer":
-        """The tokenizer ``name``: a folder or model id of transformers, a ``vocab.txt``, or ``drawn``.
+        """The tokenizer ``name``: a folder or model id of transformers, a ``vocab.txt``, ``drawn`` or
+        ``drawn-questions``.
 
         Raises:
             SettingError: no such tokenizer, or one without positions of tokens.
         """
-        if name == DRAWN:
+        if name in (DRAWN, DRAWN_QUESTIONS):
+            from pipeline.sources.drawn.questions import question_words
             from pipeline.sources.drawn.words import vocabulary
 
-            return cls.of_words(small_vocabulary(vocabulary()))
+            more = question_words() if name == DRAWN_QUESTIONS else frozenset()
+            return cls.of_words(small_vocabulary(vocabulary() | more))
         file = Path(name) if name.endswith(".txt") else Path(name) / "vocab.txt"
         if name.endswith(".txt") or (file.is_file() and not file.with_name("tokenizer.json").is_file()):
             try:

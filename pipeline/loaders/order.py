@@ -88,6 +88,10 @@ class RandomStream(IntEnum):
     """Which texts and clips of a video are pairs."""
     RETRIEVED = 51
     """Which videos are queries of an epoch's batches, and which of their neighbours are read."""
+    CELLS = 60
+    """Which cells of an image's grid of features a step reads."""
+    MATCHED_TEXTS = 61
+    """Which images are paired with another image's text."""
     VIEWS = 64
     """Random crops of view v of an image: 64 + v, 64 to 127."""
     COLOURS = 128

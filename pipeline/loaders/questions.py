@@ -1,6 +1,6 @@
 """Questions about images, and the accuracy of an answer.
 
-A sample has its questions in ``boxes.json`` or in ``json``, under the key ``questions``:
+A sample has its questions in ``questions.json``, ``boxes.json`` or ``json``, under the key ``questions``:
 
     [{"question": "what colour is the star?", "answer": "red"},
      {"question": "what is he holding?", "answers": ["a bat", "bat", ...], "kind": "object"}]
@@ -9,7 +9,8 @@ A sample has its questions in ``boxes.json`` or in ``json``, under the key ``que
 
 The accuracy is that of VQA (Antol et al. 2015, arXiv 1505.00468; Goyal et al. 2017, arXiv 1612.00837): the mean over
 the annotators of min(1, matches among the others / 3). With ten annotators, 1, 2, 3 and 4 matches are 0.3, 0.6, 0.9
-and 1. With up to three, an answer is right if an annotator gave it.
+and 1. With up to three, an answer is right if an annotator gave it. The accuracies of all possible answers are the soft
+targets of training (Teney et al. 2017, arXiv 1708.02711).
 """
 
 import re
@@ -18,13 +19,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipeline.config import parse_json, require
+from pipeline.loaders.batches import SamplePosition
 from pipeline.loaders.mixture import parts_of, read_data
+from pipeline.loaders.order import RandomStream, random_bits
 from pipeline.loaders.samples import Samples, UnreadableSample
 from pipeline.shards.objects import FIELD
+from pipeline.shards.questions import QUESTIONS
 from pipeline.shards.sample import Sample
 
-FIELDS = (FIELD, "json")
+FIELDS = (FIELD, "json", QUESTIONS)
 """The sample fields that can have questions."""
 ENOUGH = 3
 """Matches among the other annotators with which an answer is right."""
@@ -33,6 +40,23 @@ _DIGITS = {
     **{"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6"},
     **{"seven": "7", "eight": "8", "nine": "9", "ten": "10"},
 }
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+"""The marks that VQA removes; others, such as ``:`` of a time or ``$``, are part of an answer."""
+_NEGATED = "are can could did does do had has have is might must need should was were would wo"
+_SHORTENED = {
+    "'ve": "could i might must should they we what who would you",
+    "'s": "he here how let she somebody someone something that there what when where who why",
+    "'d": "he how it she somebody there they who",
+    "'ll": "how it somebody someone something they what who you",
+    "'re": "they what who you",
+}
+"""Words before an ending. ``well``, ``ill``, ``were`` and ``its`` are words of their own and are not among them."""
+_CONTRACTIONS = {
+    **{f"{word}nt": f"{word}n't" for word in _NEGATED.split()},
+    **{word + end[1:]: word + end for end, words in _SHORTENED.items() for word in words.split()},
+    **{"im": "i'm", "maam": "ma'am", "oclock": "o'clock", "yall": "y'all", "twas": "'twas"},
+}
+"""Contractions without their apostrophe, and with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +98,19 @@ def _kind(record: Mapping[str, Any]) -> str:
 
 
 def plain_answer(text: str) -> str:
-    """An answer as answers are compared: VQA's rules for case, punctuation, articles and numbers.
+    """An answer as answers are compared: VQA's rules for case, punctuation, numbers, articles and contractions.
 
-    Apostrophes are removed, which makes ``dont`` equal to ``don't`` without the official list of contractions.
+    A mark becomes a space; in a text where it is beside a space, or where a comma is inside of a number, it is removed.
+    Full stops go, but for those before a digit.
     """
-    text = re.sub(r"['’`]", "", text.lower())
-    text = re.sub(r"(?<=\d),(?=\d)", "", text)
-    text = re.sub(r"(?<!\d)\.|\.(?!\d)", "", text)
-    words = re.sub(r"[^\w.\s]|_", " ", text).split()
-    return " ".join(_DIGITS.get(word, word) for word in words if word not in _ARTICLES)
+    text = " ".join(text.lower().replace("\u2019", "'").split())
+    grouped = re.search(r"\d,\d", text) is not None
+    for mark in _PUNCTUATION:
+        beside = f"{mark} " in text or f" {mark}" in text
+        text = text.replace(mark, "" if beside or grouped else " ")
+    text = re.sub(r"\.(?!\d)", "", text)
+    words = [_DIGITS.get(word, word) for word in text.split()]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def answer_accuracy(answer: str, annotators: Sequence[str]) -> float:
@@ -94,17 +122,48 @@ def answer_accuracy(answer: str, annotators: Sequence[str]) -> float:
     return sum(min(1.0, (sum(same) - mine) / ENOUGH) for mine in same) / len(same)
 
 
-def frequent_answers(questions: Iterable[AskedQuestion], most: int) -> tuple[str, ...]:
-    """The ``most`` frequent answers, in the form of :func:`plain_answer`; at ties in alphabetical order.
+class AnswerList:
+    """The possible answers of a model, which are compared in their plain form."""
 
-    Each question counts once, with the answer that most annotators gave.
+    def __init__(self, answers: Sequence[str]) -> None:
+        self.answers = tuple(answers)
+        self._numbers: dict[str, list[int]] = {}
+        for number, text in enumerate(self.answers):
+            self._numbers.setdefault(plain_answer(text), []).append(number)
+
+    def targets(self, question: AskedQuestion) -> NDArray[np.float32]:
+        """Float32 [A]: the accuracy of each answer, 0 to 1; zeros where none of the annotators' answers is possible."""
+        found = np.zeros(len(self.answers), np.float32)
+        for text in {plain_answer(one) for one in question.answers}:
+            found[self._numbers.get(text, [])] = answer_accuracy(text, question.answers)
+        return found
+
+
+def chosen_question(
+    sample: Sample, questions: Sequence[AskedQuestion], seed: int, at: SamplePosition | None
+) -> AskedQuestion:
+    """The question that is read: in evaluation the first one, in training a random one in each epoch.
+
+    Raises:
+        UnreadableSample: there is none.
+    """
+    if not questions:
+        raise UnreadableSample(f"{sample.key} has no question that can be used")
+    number = 0 if at is None else int(random_bits(seed, RandomStream.TEXTS, *at, 1)[0] % len(questions))
+    return questions[number]
+
+
+def frequent_answers(questions: Iterable[AskedQuestion], most: int, least: int = 1) -> tuple[str, ...]:
+    """The ``most`` frequent answers, each to ``least`` questions or more, in the form of :func:`plain_answer`.
+
+    At ties they are in alphabetical order. Each question counts once, with the answer that most annotators gave.
     """
     counts: Counter[str] = Counter()
     for one in questions:
         given = Counter(plain_answer(text) for text in one.answers)
         counts[min(given, key=lambda text: (-given[text], text))] += 1
     ranked = sorted(counts, key=lambda text: (-counts[text], text))
-    return tuple(text for text in ranked if text)[:most]
+    return tuple(text for text in ranked if text and counts[text] >= least)[:most]
 
 
 def questions_of(data: str, field: str) -> Iterator[AskedQuestion]:

@@ -34,8 +34,7 @@ from pipeline.loaders.detection import RandomResize
 from pipeline.loaders.grounding import padded_tokens
 from pipeline.loaders.grounding_prompts import MASK, SpanTokenizer
 from pipeline.loaders.images import decode, encoded_image
-from pipeline.loaders.order import RandomStream, random_bits
-from pipeline.loaders.questions import FIELDS, answer_accuracy, plain_answer, read_questions
+from pipeline.loaders.questions import FIELDS, AnswerList, chosen_question, read_questions
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.loaders.text import caption_field, read_caption
 from pipeline.models.glip.config import SMALLEST
@@ -44,8 +43,8 @@ from pipeline.models.glip.fusion import Pixels
 from pipeline.models.glip.model import Glip
 from pipeline.models.glip.network import EncodedText, flattened, unflattened
 from pipeline.models.glipv2.heads import load_heads
-from pipeline.models.glipv2.language import LanguageHead
 from pipeline.models.towers.layers import Layer
+from pipeline.models.towers.word_head import LanguageHead
 from pipeline.shards.objects import FIELD
 from pipeline.shards.sample import Sample
 from pipeline.shards.sidecar import Wanted
@@ -101,13 +100,8 @@ class ImageWithTextReader:
         """The values of one sample; raises ``UnreadableSample`` for one without a text."""
         targets: dict[str, Any] = {}
         if self.questions:
-            asked = read_questions(sample, self.questions)
-            if not asked:
-                raise UnreadableSample(f"{sample.key} has no question in {self.questions}")
-            number = 0 if at is None else int(random_bits(self.seed, RandomStream.TEXTS, *at, 1)[0] % len(asked))
-            given = {plain_answer(text) for text in asked[number].answers}
-            right = [answer_accuracy(one, asked[number].answers) if one in given else 0.0 for one in self._plain]
-            targets, text = {"answers": np.array(right, np.float32)}, asked[number].question
+            asked = chosen_question(sample, read_questions(sample, self.questions), self.seed, at)
+            targets, text = {"answers": self._possible.targets(asked)}, asked.question
         else:
             text = read_caption(sample, self.caption)
             if not text.strip():
@@ -117,8 +111,8 @@ class ImageWithTextReader:
         return {"image": placement.image(pixels), "tokens": self.tokenizer(text, self.most), **targets}
 
     @cached_property
-    def _plain(self) -> tuple[str, ...]:
-        return tuple(map(plain_answer, self.answers))
+    def _possible(self) -> AnswerList:
+        return AnswerList(self.answers)
 
     def collate(self, rows: list[Row]) -> Batch:
         """The tensors named above."""

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import require
 from pipeline.errors import SampleError
+from pipeline.shards.questions import QUESTIONS
 from pipeline.shards.storage import Folder, split_file
 from pipeline.sources.source import Cell, Part, Row, Slice
 
@@ -37,6 +38,9 @@ MOST_PIXELS = 1 << 26
 _TRANSLATION = re.compile(r"([A-Za-z]+(?:[_@-][A-Za-z]+)*)\.utf8=(.*)")
 _PNG_HEADER = b"\x89PNG\r\n\x1a\n"
 _MIRROR = "_mirror"
+_WORD = re.compile(r"[^\W\d_]+")
+ASKED_VERSION = 1
+"""Version of the questions: another one makes shards anew."""
 _ALLOWED = f"the folder of the Debian package {PACKAGE} (apt-get install {PACKAGE}), installed or unpacked"
 
 
@@ -64,6 +68,9 @@ class TuxPaintStamps:
     """Language of spoken texts: `en` (few), or a code of the package; bg, ca, es, fr, ro and ru have most."""
     translations: bool = False
     """Store the captions of all languages as the list `captions`, and their codes as the list `languages`."""
+    questions: bool = False
+    """Ask about each stamp what kind it is (its top folder), what it is (the name of its file), and whether it is of a
+    kind, of its own or of another one; in `questions.json`."""
 
     def __post_init__(self) -> None:
         require(0 < self.held_out_share < 1, "held_out_share", self.held_out_share, "a number between 0 and 1")
@@ -128,6 +135,7 @@ class TuxPaintStamps:
         options: list[object] = [self.language, self.fall_back_to_english]
         options += [self.sound, self.sound_language] if self.sound != "none" else []
         options += ["translations"] if self.translations else []
+        options += [f"questions {ASKED_VERSION}"] if self.questions else []
         digest = hashlib.sha256(json.dumps([options, part]).encode())
         for path in part:
             for file in (self._root / path, self._text_file(path), *self._sound_files(path)):
@@ -143,9 +151,29 @@ class TuxPaintStamps:
         caption = captions.get(self.language, captions.get("en", "") if self.fall_back_to_english else "")
         try:
             parts = (Part("image", self._image(path)), *self._sounds(path))
-            return Row(url=path, caption=caption, parts=parts, columns=columns)
+            members = {QUESTIONS: self._questions(path)} if self.questions else {}
+            return Row(url=path, caption=caption, parts=parts, columns=columns, members=members)
         except SampleError as problem:
             return Row(url=path, caption=caption, columns=columns, problem=problem)
+
+    def _questions(self, path: str) -> bytes:
+        """``questions.json``: answers follow from the path, the same for a stamp and its mirror image."""
+        kind, name = path.partition("/")[0], " ".join(_WORD.findall(_stamp(path).rpartition("/")[2].lower()))
+        number = int.from_bytes(hashlib.sha256(f"asked {_stamp(path)}".encode()).digest()[:8], "big")
+        others = [one for one in self._kinds if one != kind]
+        own = number % 2 == 0 or not others
+        named = kind if own else others[number // 2 % len(others)]
+        asked = [
+            {"kind": "what_kind", "question": "what kind of thing is this?", "answer": kind},
+            {"kind": "which_kind", "question": f"does it belong to {named}?", "answer": "yes" if own else "no"},
+            *([{"kind": "name", "question": "what is this?", "answer": name}] if name else []),
+        ]
+        return json.dumps({"questions": asked}).encode()
+
+    @cached_property
+    def _kinds(self) -> list[str]:
+        """The top folders, sorted."""
+        return sorted(folder.name for folder in self._root.iterdir() if folder.is_dir())
 
     def _sounds(self, path: str) -> tuple[Part, ...]:
         """The sound of a stamp, if it has one."""

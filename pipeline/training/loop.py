@@ -35,10 +35,9 @@ from pipeline.training.devices import GpuMemoryError, computes_in_bf16, out_of_m
 from pipeline.training.gradient_cache import backward_in_parts, normalises_batches
 from pipeline.training.measure import Profile, make_clock, memory, sizes, tower_norms, towers
 from pipeline.training.moving_average import MovingAverage
-from pipeline.training.optimizer import make_optimizer, set_rate, take_step
+from pipeline.training.optimizer import make_optimizer, set_rates, take_step
 from pipeline.training.preemption import Notice, never
 from pipeline.training.run import RunPlan
-from pipeline.training.schedule import learning_rate
 from pipeline.training.skipping import Skipping
 from pipeline.training.tracker import Tracker
 from pipeline.training.writer import CheckpointWriter, assist
@@ -284,20 +283,7 @@ class _TrainingState:
 
     def _set_learning_rate(self) -> float:
         config = self.config
-        peak = config.optimizer.learning_rate
-        rate = learning_rate(
-            self.done,
-            peak=peak,
-            warmup_steps=config.warmup_steps,
-            steps=self.plan.steps,
-            first=config.optimizer.first_learning_rate,
-            final=config.optimizer.final_learning_rate,
-            milestones=config.optimizer.drops,
-            power=config.optimizer.decay_power,
-            exponential=config.optimizer.exponential,
-        )
-        set_rate(self.optimizer, rate)
-        return rate
+        return set_rates(self.optimizer, config.optimizer, self.done, config.warmup_steps, self.plan.steps)
 
     def _clipped_norm(self) -> Tensor:
         """The norm of the whole gradient before clipping; clips it if configured."""

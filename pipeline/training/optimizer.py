@@ -1,6 +1,6 @@
-"""AdamW with the CLIP paper's values, SGD, and learning rates that fall with a layer's depth or differ by tower."""
+"""AdamW with the CLIP paper's values, SGD, both together, and learning rates that differ by depth or by tower."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,8 +9,10 @@ from torch import Tensor
 
 from pipeline.config import require
 from pipeline.models.method import Method
+from pipeline.training.schedule import learning_rate
 
 SCALE = "rate_scale"  # in a parameter group: factor of the run's learning rate
+OWN = "sgd"  # in a parameter group: whether it follows the schedule of AdamWWithSgd's second optimiser
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,17 +111,96 @@ class Sgd(OptimizerConfig):
         require(self.momentum > 0 or not self.nesterov, "nesterov", True, "False without momentum")
 
 
-Optimizer = AdamW | Sgd
+@dataclass(frozen=True, kw_only=True)
+class AdamWWithSgd(AdamW):
+    """AdamW for most weights, and gradient descent with its own rate and schedule for some towers."""
+
+    sgd_towers: tuple[str, ...] = ("image",)
+    """Towers of the method that gradient descent trains; AdamW trains all other weights."""
+    sgd_learning_rate: float = 1e-3
+    """Learning rate of gradient descent, at the end of the warm-up that both share."""
+    sgd_momentum: float = 0.0
+    """Momentum of gradient descent, 0 to less than 1."""
+    sgd_weight_decay: float = 0.0
+    """Weight decay of gradient descent."""
+    sgd_drops: tuple[float, ...] = ()
+    """Milestones of gradient descent as parts of the run; its rate falls to a tenth at each, and is constant else."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.sgd_learning_rate > 0, "sgd_learning_rate", self.sgd_learning_rate, "more than 0")
+        require(0 <= self.sgd_momentum < 1, "sgd_momentum", self.sgd_momentum, "0 to less than 1")
+        require(self.sgd_weight_decay >= 0, "sgd_weight_decay", self.sgd_weight_decay, "0 or more")
+        require(all(0 < part < 1 for part in self.sgd_drops), "sgd_drops", self.sgd_drops, "more than 0, less than 1")
+        require(bool(self.sgd_towers), "sgd_towers", self.sgd_towers, "one tower or more")
+        rated = self.rates().keys() & set(self.sgd_towers)
+        require(not rated, "sgd_towers", sorted(rated), "towers without a factor of AdamW's rate")
+
+    @property
+    def sgd(self) -> Sgd:
+        """The settings of gradient descent."""
+        return Sgd(
+            learning_rate=self.sgd_learning_rate,
+            momentum=self.sgd_momentum,
+            weight_decay=self.sgd_weight_decay,
+            drops=self.sgd_drops,
+            exponential=None if self.sgd_drops else 1.0,
+        )
+
+
+Optimizer = AdamW | Sgd | AdamWWithSgd
+
+
+class CombinedOptimizer(torch.optim.Optimizer):
+    """Several optimisers over disjoint parameters as one, with one state and one list of groups."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self._parts = tuple(parts)
+        super().__init__([group for part in parts for group in part.param_groups], {})
+
+    def step(self, closure: Any = None) -> None:
+        """Step each part with its groups; fused parts read ``found_inf`` as :func:`take_step` sets it."""
+        start = 0
+        for part in self._parts:
+            # Loading a state replaces groups and state, so a part gets both anew.
+            end = start + len(part.param_groups)
+            part.param_groups, part.state = self.param_groups[start:end], self.state
+            part.found_inf = getattr(self, "found_inf", None)  # type: ignore[attr-defined]
+            part.step()
+            start = end
 
 
 def make_optimizer(config: Optimizer, method: Method) -> torch.optim.Optimizer:
-    """The optimiser over the method's parameter groups, split by learning rate; see :func:`set_rate`."""
+    """The optimiser over the method's parameter groups, split by learning rate; see :func:`set_rates`.
+
+    Raises:
+        SettingError: the config names a tower that the method lacks.
+    """
+    groups = _groups(config, method)
+    if not isinstance(config, AdamWWithSgd):
+        return _optimizer(config, groups)
+    _check_towers("sgd_towers", config.sgd_towers, method)
+    names = {id(value): name for name, value in method.named_parameters()}
+    moved = {name for name, layer in method.layers().items() if layer.tower in config.sgd_towers}
+    parts = [
+        [_part(group, names, lambda name, of=of: (name in moved) == of) for group in groups] for of in (False, True)
+    ]
+    adam, sgd = ([group for group in part if group["params"]] for part in parts)
+    require(bool(adam) and bool(sgd), "sgd_towers", config.sgd_towers, "towers that are trained, but not all of them")
+    return CombinedOptimizer([_optimizer(config, adam), _optimizer(config.sgd, [{**one, OWN: True} for one in sgd])])
+
+
+def _part(group: Mapping[str, Any], names: Mapping[int, str], wanted: Callable[[str], bool]) -> dict[str, Any]:
+    """The group with those of its parameters whose name is ``wanted``."""
+    return {**group, "params": [value for value in group["params"] if wanted(names[id(value)])]}
+
+
+def _optimizer(config: AdamW | Sgd, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
     if isinstance(config, Sgd):
-        groups = _groups(config, method)
         return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **common)
     betas = config.beta1, config.beta2
-    return torch.optim.AdamW(_groups(config, method), betas=betas, eps=config.epsilon, **common)
+    return torch.optim.AdamW(groups, betas=betas, eps=config.epsilon, **common)
 
 
 def rate_scales(config: OptimizerConfig, method: Method) -> dict[str, float]:
@@ -130,17 +211,41 @@ def rate_scales(config: OptimizerConfig, method: Method) -> dict[str, float]:
     """
     decay = 1.0 if config.layer_decay is None else config.layer_decay
     rates, layers = config.rates(), method.layers()
-    towers = {layer.tower for layer in layers.values()}
-    unknown = sorted(config.tower_rates.keys() - towers)
-    known = ", ".join(sorted(towers)) or "it has none"
-    require(not unknown, "tower_rates", unknown, f"towers of the method: {known}")
+    _check_towers("tower_rates", config.tower_rates, method)
     return {name: rates.get(layer.tower, 1.0) * decay**layer.above for name, layer in layers.items()}
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of a step: ``rate`` times the factor of each group."""
+def _check_towers(field_name: str, towers: Iterable[str], method: Method) -> None:
+    """Raise ``SettingError`` if the method lacks one of ``towers``."""
+    known = {layer.tower for layer in method.layers().values()}
+    unknown = sorted(set(towers) - known)
+    require(not unknown, field_name, unknown, f"towers of the method: {', '.join(sorted(known)) or 'it has none'}")
+
+
+def set_rates(optimizer: torch.optim.Optimizer, config: Optimizer, done: int, warmup_steps: int, steps: int) -> float:
+    """Set each group's learning rate for the step after ``done`` steps: its schedule's rate times its factor.
+
+    Returns the rate without a factor, of AdamW where there are two optimisers.
+    """
+    rate = _rate(config, done, warmup_steps, steps)
+    own = _rate(config.sgd, done, warmup_steps, steps) if isinstance(config, AdamWWithSgd) else rate
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get(SCALE, 1.0)
+        group["lr"] = (own if group.get(OWN) else rate) * group.get(SCALE, 1.0)
+    return rate
+
+
+def _rate(config: OptimizerConfig, done: int, warmup_steps: int, steps: int) -> float:
+    return learning_rate(
+        done,
+        peak=config.learning_rate,
+        warmup_steps=warmup_steps,
+        steps=steps,
+        first=config.first_learning_rate,
+        final=config.final_learning_rate,
+        milestones=config.drops,
+        power=config.decay_power,
+        exponential=config.exponential,
+    )
 
 
 def _groups(config: OptimizerConfig, method: Method) -> list[dict[str, Any]]:

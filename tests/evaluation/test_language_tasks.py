@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.errors import SettingError
 from pipeline.evaluation.suite import Evaluations, evaluate
 from pipeline.evaluation.task import tasks
+from pipeline.loaders.grid import CellAttention
 from pipeline.loaders.questions import AskedQuestion
 from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Snapshot
@@ -111,3 +112,22 @@ def test_models_that_cannot_and_settings_that_are_wrong(kind: str, data: Snapsho
 def test_questions_need_a_field_that_the_data_have(data: Snapshot) -> None:
     with pytest.raises(SettingError, match="vqa_questions.*boxes.json"):
         Evaluations(vqa=(data.folder,)).prepare()
+
+
+def test_figures_of_answers_and_of_where_a_model_looks(data: Snapshot) -> None:
+    """The attention is drawn for models that have it."""
+
+    class Looker(Speaker):
+        def attention(self, images: list[Tensor], questions: list[str]) -> list[CellAttention]:
+            assert len(images) == len(questions)
+            return [CellAttention(torch.rand(2, 3) / 6, (20.0, 30.0)) for _ in images]
+
+    sets = Evaluations(vqa=(f"own={data.folder},questions=json",)).prepare()
+    (one,) = sets.sets
+    task = tasks()["vqa"]
+    assert set(task.figures(Speaker(), one, "")) == {"answers"}
+    found = task.figures(Looker(), one, "step 3")
+    assert set(found) == {"answers", "attention"}
+    axes = [axis for axis in found["attention"].axes if axis.images]
+    assert [len(axis.images) for axis in axes] == [1, 2] * 2  # the third image has no question
+    assert all(tuple(axis.images[-1].get_extent()) == (-0.5, 89.5, 39.5, -0.5) for axis in axes[1::2])

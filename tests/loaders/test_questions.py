@@ -4,9 +4,11 @@ import itertools
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.loaders.questions import (
+    AnswerList,
     AskedQuestion,
     answer_accuracy,
     frequent_answers,
@@ -29,7 +31,16 @@ from pipeline.sources.drawn.truth import to_bytes
         ("1,000", "1000"),
         ("3.5", "3.5"),
         ("u.s.", "us"),
-        ("don't", "dont"),
+        ("don't", "don't"),
+        ("Dont", "don't"),
+        ("they\u2019re", "they're"),
+        ("it is well", "it is well"),
+        ("were", "were"),
+        (".5", ".5"),
+        ("5:30", "5:30"),
+        ("$5", "$5"),
+        ("black, white", "black white"),
+        ("sign @ 1,000 (feet)", "sign 1000 feet"),
         ("black/white", "black white"),
         ("yes!!", "yes"),
         ("\tyes\n", "yes"),
@@ -53,6 +64,30 @@ def test_ten_annotators(agreeing: int) -> None:
     found = answer_accuracy("Red", annotators)
     assert found == pytest.approx(leave_one_out("red", annotators))
     assert found == pytest.approx([0, 0.3, 0.6, 0.9, *[1.0] * 7][agreeing])
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_soft_targets_by_brute_force(seed: int) -> None:
+    """Every possible answer against the definition, with ten random annotators of five answers in many spellings."""
+    random = np.random.default_rng(seed)
+    spelt = {
+        "2": ["two", "2", "Two."],
+        "red car": ["the red car", "Red car!"],
+        "yes": ["yes"],
+        "no": ["no"],
+        "it": ["it"],
+    }
+    names = list(spelt)
+    plain = [names[n] for n in random.choice(5, 10, p=random.dirichlet(np.ones(5)))]
+    asked = AskedQuestion("q", tuple(str(random.choice(spelt[one])) for one in plain))
+    possible = ["Yes", "2", "a dog", "red car", "no"]
+    wanted = [leave_one_out(plain_answer(one), plain) for one in possible]
+    assert AnswerList(possible).targets(asked).tolist() == pytest.approx(wanted)
+
+
+def test_answers_outside_of_the_possible_ones_have_no_target() -> None:
+    targets = AnswerList(["red", "blue"]).targets(AskedQuestion("q", ("green",) * 10))
+    assert targets.tolist() == [0, 0] and targets.dtype == np.float32
 
 
 def test_few_annotators() -> None:
@@ -119,3 +154,4 @@ def test_frequent_answers_count_each_question_once() -> None:
     ]
     assert frequent_answers(asked, 10) == ("2", "cat", "dog")
     assert frequent_answers(asked, 1) == ("2",)
+    assert frequent_answers(asked, 10, least=2) == ("2",) and frequent_answers(asked, 10, least=3) == ()

@@ -17,9 +17,13 @@ from pipeline.codecs.audio import AudioOptions
 from pipeline.codecs.image import ImageCodec
 from pipeline.codecs.image_encoding import ImageOptions
 from pipeline.codecs.options import MediaOptions
+from pipeline.dataset import load_card
 from pipeline.errors import SampleError, SettingError
 from pipeline.loaders.audio import AudioTransform
+from pipeline.loaders.questions import read_questions
 from pipeline.loaders.text import read_captions
+from pipeline.shards.questions import QUESTIONS
+from pipeline.shards.sample import Sample
 from pipeline.shards.selection import read_samples
 from pipeline.shards.storage import Folder
 from pipeline.sources.source import Row
@@ -284,3 +288,23 @@ def test_the_package_itself(read: Callable[..., list[Row]]) -> None:
     assert len({row.columns["label"] for row in rows}) >= 15
     (tiger,) = [row for row in rows if row.url == "animals/mammals/cats/tiger.png"]
     assert tiger.caption == "Ein Tiger." and (pixels(tiger)[0, 0] == 255).all()
+
+
+@pytest.mark.real
+def test_questions_about_the_package() -> None:
+    """What each stamp is, its kind, and a question with yes and no in balance; the same for a mirror image."""
+    source = TuxPaintStamps(split="held_out", questions=True)
+    rows = [row for row in (source._row(path) for path in source._images()) if row.problem is None]
+    kinds: dict[str, list[str]] = {"what_kind": [], "which_kind": [], "name": []}
+    for row in rows:
+        asked = read_questions(Sample("0", dict(row.members)), QUESTIONS)
+        for one in asked:
+            kinds[one.kind].append(one.answers[0])
+            if one.kind == "which_kind":
+                named = one.question.removeprefix("does it belong to ").removesuffix("?")
+                assert (named == row.columns["label"]) == (one.answers == ("yes",))
+        assert asked[0].answers == (row.columns["label"],)
+    assert len(rows) == load_card("tuxpaint_questions").samples
+    assert 0.4 < kinds["which_kind"].count("yes") / len(rows) < 0.65
+    assert {"crow", "apple red"} & set(kinds["name"]) or len(set(kinds["name"])) > 50
+    assert TuxPaintStamps(questions=True)._digest(["a"]) != TuxPaintStamps()._digest(["a"])

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.config import from_json, to_json
 from pipeline.errors import SettingError
 from pipeline.models.clip import Clip, Config
 from pipeline.models.method import Method, build_method
 from pipeline.models.towers.layers import Layer
 from pipeline.training.checkpoint import Checkpoints, read_weights
 from pipeline.training.loop import run_training
-from pipeline.training.optimizer import AdamW, Sgd, make_optimizer, rate_scales, take_step
+from pipeline.training.optimizer import AdamW, AdamWWithSgd, Sgd, make_optimizer, rate_scales, set_rates, take_step
 from pipeline.training.run import Run, prepare
 
 
@@ -142,3 +143,68 @@ def test_a_third_tower_has_a_rate_of_its_own() -> None:
 def test_rates_of_towers_are_checked(settings: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match="tower_rates"):
         AdamW(**settings)
+
+
+class TwoTowers(TwoParameters):
+    """The bias is a tower of its own."""
+
+    def layers(self) -> Mapping[str, Layer]:
+        """One layer each."""
+        return {"weight": Layer("text", 0), "bias": Layer("image", 0)}
+
+
+TwoTowers.__abstractmethods__ = frozenset()
+
+
+def test_two_optimisers_in_one() -> None:
+    """AdamW moves one tower by its rate, gradient descent the other by rate x gradient; both by hand."""
+    method = TwoTowers()
+    own: dict[str, Any] = {"sgd_learning_rate": 0.2, "sgd_drops": (0.5,)}
+    config = AdamWWithSgd(learning_rate=0.1, weight_decay=0.5, decay_power=1.0, **own)
+    optimizer = make_optimizer(config, method)
+    assert set_rates(optimizer, config, 0, 0, 10) == 0.1
+    (3 * method.weight.sum() - 5 * method.bias.sum()).backward()
+    take_step(optimizer, torch.tensor(0.0))
+    assert method.weight.item() == pytest.approx(2.0 * (1 - 0.1 * 0.5) - 0.1, rel=1e-5)
+    assert method.bias.item() == pytest.approx(3.0 + 0.2 * 5)
+    assert method.weight.grad is None or not method.weight.grad.any()
+    rates = {id(value): group["lr"] for group in optimizer.param_groups for value in group["params"]}
+    assert set_rates(optimizer, config, 5, 0, 10) == pytest.approx(0.05)
+    after = {id(value): group["lr"] for group in optimizer.param_groups for value in group["params"]}
+    assert [rates[id(method.weight)], rates[id(method.bias)]] == pytest.approx([0.1, 0.2])
+    assert [after[id(method.weight)], after[id(method.bias)]] == pytest.approx([0.05, 0.02])
+
+
+def test_two_optimisers_skip_a_step_together_and_resume() -> None:
+    config = AdamWWithSgd(learning_rate=0.1, sgd_learning_rate=0.2, sgd_momentum=0.9)
+    ends = []
+    for restart in (False, True):
+        method = TwoTowers()
+        optimizer = make_optimizer(config, method)
+        for step in range(6):
+            if restart and step == 3:
+                state = optimizer.state_dict()
+                optimizer = make_optimizer(config, method)
+                optimizer.load_state_dict(state)
+            before = [value.item() for value in method.parameters()]
+            ((3 + step) * method.weight.sum() - 5 * method.bias.square().sum()).backward()
+            take_step(optimizer, torch.tensor(float(step == 2)))
+            assert (before == [value.item() for value in method.parameters()]) == (step == 2)
+        ends.append([value.item() for value in method.parameters()])
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("towers", [(), ("audio",), ("image", "text")])
+def test_two_optimisers_need_towers_for_both(towers: tuple[str, ...]) -> None:
+    with pytest.raises(SettingError, match="sgd_towers"):
+        make_optimizer(AdamWWithSgd(sgd_towers=towers), TwoTowers())
+    with pytest.raises(SettingError, match="sgd_towers"):
+        AdamWWithSgd(image_rate=0.1)
+    for field in ("sgd_learning_rate", "sgd_weight_decay", "sgd_momentum"):
+        with pytest.raises(SettingError, match=field):
+            AdamWWithSgd(**{field: -1.0})
+
+
+@pytest.mark.parametrize("optimizer", [AdamW(), Sgd(), AdamWWithSgd(sgd_drops=(0.4,))])
+def test_optimisers_go_through_json(optimizer: Any) -> None:
+    assert from_json(Run, to_json(Run(optimizer=optimizer))).optimizer == optimizer

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import require
 from pipeline.evaluation.data import Data, SnapshotData, evaluation_batches
 from pipeline.evaluation.encoder import inference
-from pipeline.evaluation.figures import image_grid
+from pipeline.evaluation.figures import attention_grid, image_grid
 from pipeline.evaluation.task import SAMPLES, Cache, Column, PreparedSet, Reading, Report, Task, option
 from pipeline.loaders.batches import Row, SamplePosition
 from pipeline.loaders.questions import FIELDS, AskedQuestion, answer_accuracy, frequent_answers, read_questions
@@ -27,7 +27,7 @@ class Config:
     """The options of a set."""
 
     questions: str = option(
-        FIELD, "vqa_questions", "Sample field with the questions, under the key `questions`: boxes.json or json."
+        FIELD, "vqa_questions", "Sample field with the questions: boxes.json, json or questions.json."
     )
 
     def __post_init__(self) -> None:
@@ -68,7 +68,12 @@ class Vqa(Task):
     def check(self, model: object, one: PreparedSet) -> None:
         """Require a model that answers questions."""
         answers = callable(getattr(model, "answer", None)) and getattr(model, "answering", None) is not None
-        require(answers, "checkpoint", type(model).__name__, "a model that answers questions (jobs/finetune_glipv2.py)")
+        require(
+            answers,
+            "checkpoint",
+            type(model).__name__,
+            "a model that answers questions (jobs/train_clipvil.py, jobs/finetune_glipv2.py)",
+        )
 
     def prepare(self, config: Config, data: Data, name: str) -> str:
         """The field of the questions, which a snapshot has to have."""
@@ -94,7 +99,8 @@ class Vqa(Task):
         return {**question_metrics(asked, given), "questions": float(len(asked)), "samples": float(images)}
 
     def figures(self, model: Any, one: PreparedSet, title: str) -> dict[str, "Figure"]:
-        """``answers``: eight images with a question, the answer and an annotator's answer."""
+        """``answers``: eight images with a question, the answer and an annotator's answer; of a model that reads images
+        as cells also ``attention`` to them."""
         readers = (ImageReader(transform=None), QuestionsReader(questions=one.ready))
         (batch,) = evaluation_batches(one.samples(SHOWN), readers, SHOWN, threads=2)
         first = [some[0] for some in batch["asked"]]
@@ -104,7 +110,12 @@ class Vqa(Task):
             f"{item.question} {answer} ({item.answers[0]})" for item, (answer,) in zip(first, answers, strict=True)
         ]
         named = f"{one.name} {title}".strip()
-        return {"answers": image_grid(batch["image"], texts, columns=4, title=f"{named}: answers (annotated)")}
+        found = {"answers": image_grid(batch["image"], texts, columns=4, title=f"{named}: answers (annotated)")}
+        if callable(getattr(model, "attention", None)):
+            with inference(model):
+                seen = model.attention(batch["image"], [item.question for item in first])
+            found["attention"] = attention_grid(batch["image"], seen, texts, title=f"{named}: attention to cells")
+        return found
 
 
 def question_metrics(asked: list[AskedQuestion], given: list[str]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 config.py    settings and presets, beside those of GLIP
 model.py     the method: training step, masks of what is found
 reader.py    batches with classes of tokens, masked tokens and masks of objects
-contrast.py  the loss between images; language.py: masked tokens; segment.py: masks
+contrast.py  the loss between images; segment.py: masks
 heads.py     initial weights of these heads
 """
 

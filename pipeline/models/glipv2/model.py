@@ -51,9 +51,9 @@ from pipeline.models.glip.phrases import FoundPhrases, suppress, together
 from pipeline.models.glipv2.config import LEAST, Config
 from pipeline.models.glipv2.contrast import InterImageHead, RegionWords, choose_anchors, inter_image_loss
 from pipeline.models.glipv2.heads import load_heads
-from pipeline.models.glipv2.language import LanguageHead, masked_token_loss
 from pipeline.models.glipv2.reader import PADDING, InterImageReader
 from pipeline.models.glipv2.segment import PhraseMaskHead, has_mask, mask_loss, phrase_features
+from pipeline.models.towers.word_head import LanguageHead, masked_token_loss
 
 
 class Glipv2(Glip):

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from pipeline.loaders.batches import Batch, Row, SamplePosition
 from pipeline.loaders.detection import masks_in, padded
 from pipeline.loaders.grounding import GroundedTargets, GroundingReader
 from pipeline.loaders.grounding_prompts import clean_name
+from pipeline.loaders.masking import mask_tokens
 from pipeline.loaders.order import RandomStream, random_bits, uniform
 from pipeline.shards.sample import Sample
 
@@ -22,7 +22,6 @@ NO_CLASS, PADDING = -1, -2
 UNKNOWN = 255
 """Value of the pixels of a mask that is not annotated."""
 MASK_CELLS = 28
-MASKED, REPLACED = 0.8, 0.9  # cumulated shares among the tokens to be predicted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,27 +99,6 @@ class InterImageReader(GroundingReader):
             boxes = boxes + shift * np.tile(boxes[:, 2:] - boxes[:, :2], 2)
         cut = masks_in(boxes, targets.objects, targets.numbers, targets.placement, MASK_CELLS, UNKNOWN)
         return {"mask_boxes": torch.from_numpy(boxes).float(), "masks": cut}
-
-
-def mask_tokens(
-    ids: NDArray[np.int64],
-    allowed: NDArray[np.bool_],
-    bits: NDArray[np.uint64],
-    share: float,
-    mask: int,
-    vocabulary: int,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """BERT's masking (arXiv 1810.04805, section 3.1) of ``ids`` [M]: the changed tokens, and those to be predicted.
-
-    A token that is ``allowed`` is chosen with the probability ``share``. Of the chosen ones, 80 % become ``mask``, 10 %
-    a random token, and 10 % stay. ``bits`` [3, M] are random 64-bit integers.
-    """
-    chosen = allowed & (uniform(bits[0]) < share)
-    kind = uniform(bits[1])
-    random = (bits[2] % np.uint64(vocabulary)).astype(np.int64)
-    changed = np.where(chosen & (kind < MASKED), mask, ids)
-    changed = np.where(chosen & (kind >= MASKED) & (kind < REPLACED), random, changed)
-    return changed, np.flatnonzero(chosen)
 
 
 @lru_cache(65_536)

@@ -31,7 +31,12 @@ class ConvNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Normalised float [B, 3, H, W] to float [B, num_classes]; H and W are 64, or are pooled to it."""
-        features: Tensor = self.head(self.pool(self.blocks(image)).flatten(1))
+        features: Tensor = self.head(self.pool(self.forward_features(image)).flatten(1))
+        return features
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """Normalised float [B, 3, H, W] to the map before pooling, float [B, 192, H/16, W/16]; timm's name."""
+        features: Tensor = self.blocks(image)
         return features
 
 

@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 
 PURPOSES = (
     *("scene", "render", "words", "questions", "sound", "heard", "kinds", "motion", "film", "story", "encoding"),
-    *("solid", "room"),
+    *("solid", "room", "annotators"),
 )
 _BUFFER = 160
 

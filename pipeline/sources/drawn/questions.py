@@ -9,6 +9,7 @@ presence  is there a red star?                     yes           (half are "no":
 style     what kind of picture is this?            sketch
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -30,6 +31,14 @@ class Question:
     def record(self) -> dict[str, str]:
         """As in ``boxes.json``."""
         return asdict(self)
+
+
+def question_words() -> frozenset[str]:
+    """Every word of the questions and answers in lower case that is no word of captions: for tokenizers."""
+    said = "what colour is the texture of shape thing how many are there which further left right higher up lower down"
+    said += " or is there kind picture this yes no"
+    names = [*(world.plural(name) for name in world.SHAPE_NAMES), *world.STYLE_CLASSES.values()]
+    return frozenset([*said.split(), *(word for name in names for word in re.findall(r"[^\W_]+", name))])
 
 
 def ask(scene: Scene, draws: Draws, count: int = 4) -> tuple[Question, ...]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.sources.drawn import digits, sets, truth, words
+from pipeline.sources.drawn.annotators import answers_of
 from pipeline.sources.drawn.draws import Draws
 from pipeline.sources.drawn.questions import ask
 from pipeline.sources.drawn.render import encode, render
@@ -49,19 +50,21 @@ def columns_of(split: str) -> Mapping[str, type]:
     return RELATION_COLUMNS if name == "relations" else SCENE_COLUMNS
 
 
-def draw_sample(split: str, seed: int, index: int, size: int, captions: int = 1, questions: int = 4) -> DrawnSample:
+def draw_sample(
+    split: str, seed: int, index: int, size: int, captions: int = 1, questions: int = 4, annotators: int = 1
+) -> DrawnSample:
     """Sample ``index`` of ``split``: a pure function of its arguments."""
     if sets.recipe_name(split) in sets.IMAGE_SETS:
         return _draw_digit(split, seed, index, size)
     scene = sets.scene_of(split, Draws(seed, split, index, "scene"), index, size)
     brush = Draws(seed, split, index, "render")
     image, _ = encode(render(scene, brush), brush)
-    record, columns = describe_scene(split, seed, index, scene, captions, questions)
+    record, columns = describe_scene(split, seed, index, scene, captions, questions, annotators)
     return DrawnSample(image, record["caption"], columns, record)
 
 
 def describe_scene(
-    split: str, seed: int, index: int, scene: Scene, captions: int = 1, questions: int = 4
+    split: str, seed: int, index: int, scene: Scene, captions: int = 1, questions: int = 4, annotators: int = 1
 ) -> tuple[Record, dict[str, Value]]:
     """The record and the columns of a scene: everything but pixels."""
     pen = Draws(seed, split, index, "words")
@@ -77,7 +80,11 @@ def describe_scene(
     more = [words.write_caption(scene, pen, _wrong(split)).record() for _ in range(captions - 1)]
     asked = ask(scene, Draws(seed, split, index, "questions"), questions) if questions else ()
     record = truth.scene_record(scene) | first.record()
-    return record | {"more_captions": more, "questions": [question.record() for question in asked]}, columns
+    listed = [question.record() for question in asked]
+    if annotators > 1:
+        people = Draws(seed, split, index, "annotators")
+        listed = [{**one.record(), "answers": answers_of(one, people, annotators)} for one in asked]
+    return record | {"more_captions": more, "questions": listed}, columns
 
 
 def _wrong(split: str) -> float:

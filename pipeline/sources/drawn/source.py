@@ -10,6 +10,7 @@ from pipeline.config import require, to_json
 from pipeline.shards.depth_values import DEPTH_FIELD
 from pipeline.shards.storage import Folder
 from pipeline.sources.drawn import digits, sets, truth
+from pipeline.sources.drawn.annotators import MOST_ANNOTATORS
 from pipeline.sources.drawn.draws import Draws
 from pipeline.sources.drawn.filmed import VIDEO_COLUMNS, draw_clip
 from pipeline.sources.drawn.hearing import write_heard
@@ -63,6 +64,8 @@ class Drawn:
     """Captions per sample, 1 to 5; all but the first are in `boxes.json` only."""
     questions: int = 4
     """Questions per sample, 0 to 7."""
+    annotators: int = 1
+    """Answers per question, 1 to 10: one that is right, or those of several annotators who differ and make mistakes."""
     sound: SoundOption = "none"
     """none: images with captions; beside: a sound for each of them; alone: sounds with captions of what is heard, no
     images; mixed: image and text, sound and text, image and sound, or all three, a quarter each. In a mixed set a sound
@@ -93,6 +96,7 @@ class Drawn:
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
         require(1 <= self.captions <= 5, "captions", self.captions, "1 to 5")
         require(0 <= self.questions <= 7, "questions", self.questions, "0 to 7")
+        require(1 <= self.annotators <= MOST_ANNOTATORS, "annotators", self.annotators, f"1 to {MOST_ANNOTATORS}")
         require(self.sound in get_args(SoundOption), "sound", self.sound, "one of " + ", ".join(get_args(SoundOption)))
         scenes = self.points or sets.recipe_name(self.split) not in sets.IMAGE_SETS
         require(scenes or self.sound == "none", "sound", self.sound, f"none with {self.split}, which has no scenes")
@@ -173,6 +177,7 @@ class Drawn:
             truth=self.truth,
             captions=self.captions,
             questions=self.questions,
+            annotators=self.annotators,
             sound=self.sound,
             sound_seconds=self.sound_seconds,
             video=self.video,
@@ -181,12 +186,13 @@ class Drawn:
             cloud_points=self.cloud_points,
             depth=self.depth,
         )
-        # Without sounds, videos, clouds or depth the digest is that of the versions that had none: their folders stay
-        # valid.
+        # Without sounds, videos, clouds, depth or annotators the digest is that of the versions that had none: their
+        # folders stay valid.
         left_out = {"sound", "sound_seconds"} if self.sound == "none" else set()
         left_out |= set() if self.video else {"video", "clip_seconds"}
         left_out |= set() if self.points else {"points", "cloud_points"}
         left_out |= set() if self.depth else {"depth"}
+        left_out |= set() if self.annotators > 1 else {"annotators"}
         options = {name: value for name, value in asdict(one).items() if name not in left_out}
         return hashlib.sha256(f"drawn {WORLD_VERSION} {to_json(options)}".encode()).hexdigest()
 
@@ -209,7 +215,7 @@ class Drawn:
             return Row(url=url, caption=solid.caption, parts=(Part("points", solid.points),), columns=solid.columns)
         if self.depth:
             return self._room(url, index)
-        sample = draw_sample(self.split, self.seed, index, self.size, self.captions, self.questions)
+        sample = draw_sample(self.split, self.seed, index, self.size, self.captions, self.questions, self.annotators)
         columns: dict[str, Value | float] = self._columns(sample.columns)
         members = self._members(sample.record)
         if self.sound == "none":

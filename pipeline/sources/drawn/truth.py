@@ -11,7 +11,8 @@
      "caption": "...", "caption_true": true,
      "phrases": [{"start": 2, "end": 10, "text": "red star", "kind": "object", "objects": [0]}],
      "more_captions": [{"caption": ..., "caption_true": ..., "phrases": ...}],
-     "questions": [{"kind": "colour", "question": "what colour is the star?", "answer": "red"}],
+     "questions": [{"kind": "colour", "question": "what colour is the star?", "answer": "red",
+                    "answers": [...]}],                  of the annotators, where there are several
      "scene": {"style": "photo", "ground": "brick", "count": 2, "shapes": [...], "colours": [...]}}
 
 ``start`` and ``end`` count Unicode code points, end exclusive, so ``caption[start:end] == text``. ``objects`` of a

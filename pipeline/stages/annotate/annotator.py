@@ -8,8 +8,10 @@ import hashlib
 import logging
 import pickle
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from itertools import islice
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +31,7 @@ from pipeline.stages.shard_tasks import Workers, data_resource
 
 logger = logging.getLogger(__name__)
 
+Prepared = TypeVar("Prepared")
 MOST_THREADS = 4  # of a worker without a GPU: more workers use the cores better than more threads
 
 
@@ -93,6 +96,22 @@ def annotate_shard(folder: Folder, shard: Shard, annotator: Annotator, annotatio
     if len(table) != shard.stored:
         raise DataError(f"{folder.join(shard.tar)} holds {len(table)} samples, the snapshot says {shard.stored}")
     return write_sidecar(folder, shard, annotation.name, table, annotator.maker)
+
+
+def decoded_batches(
+    samples: Iterator[Sample], size: int, pool: ThreadPoolExecutor, prepare: Callable[[bytes], Prepared | None]
+) -> Iterator[list[tuple[Sample, Prepared | None]]]:
+    """Batches of samples with their prepared images; the next batch is prepared by ``pool`` in the meantime."""
+
+    def begin(sample: Sample) -> tuple[Sample, Any]:
+        content = sample.image()
+        return sample, None if content is None else pool.submit(prepare, content)
+
+    ahead = [begin(sample) for sample in islice(samples, size)]
+    while ahead:
+        following = [begin(sample) for sample in islice(samples, size)]
+        yield [(sample, future.result() if future is not None else None) for sample, future in ahead]
+        ahead = following
 
 
 def _annotated(

@@ -17,7 +17,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,7 +31,7 @@ from pipeline.shards.sample import Sample
 from pipeline.shards.sidecar import FACTS, read_sidecar, read_sidecar_schema, sidecar_facts, sidecar_file
 from pipeline.shards.snapshot import Shard, Snapshot
 from pipeline.shards.storage import Folder
-from pipeline.stages.annotate.annotator import Annotation, annotate
+from pipeline.stages.annotate.annotator import Annotation, annotate, decoded_batches
 from pipeline.stages.shard_tasks import Workers
 
 logger = logging.getLogger(__name__)
@@ -291,7 +290,7 @@ class RegionMaker:
         """The sidecar's rows, one chunk per batch of images; raises ``DataError`` where the check fails."""
         parts, found = [SCHEMA.empty_table()], Check()
         with ThreadPoolExecutor(self._threads, thread_name_prefix="prepare") as pool:
-            for batch in _decoded(samples, self._options.pictures_at_once, pool, self._model):
+            for batch in decoded_batches(samples, self._options.pictures_at_once, pool, self._model.prepare):
                 made, check = self._rows(batch)
                 parts.append(pa.Table.from_pylist(made, schema=SCHEMA))
                 found += check
@@ -358,19 +357,3 @@ def _row(key: str, shape: tuple[int, int], proposed: RegionProposals, encoded: N
 
 def _empty(key: str) -> dict[str, Any]:
     return {"key": key, "height": 0, "width": 0, "boxes": [], "scores": [], "features": b""}
-
-
-def _decoded(
-    samples: Iterator[Sample], size: int, pool: ThreadPoolExecutor, model: RegionModel
-) -> Iterator[list[tuple[Sample, Any | None]]]:
-    """Batches with their images; the next batch is decoded in the meantime."""
-
-    def begin(sample: Sample) -> tuple[Sample, Any]:
-        content = sample.image()
-        return sample, None if content is None else pool.submit(model.prepare, content)
-
-    ahead = [begin(sample) for sample in islice(samples, size)]
-    while ahead:
-        following = [begin(sample) for sample in islice(samples, size)]
-        yield [(sample, future.result() if future is not None else None) for sample, future in ahead]
-        ahead = following

@@ -10,6 +10,7 @@ from pipeline.loaders.batches import SamplePosition
 from pipeline.loaders.detection import RandomResize
 from pipeline.loaders.grounding import GroundingData, GroundingOptions, GroundingReader
 from pipeline.loaders.grounding_prompts import MASK, SpanTokenizer
+from pipeline.loaders.masking import mask_tokens
 from pipeline.loaders.order import random_bits
 from pipeline.models.glipv2.reader import (
     MASK_CELLS,
@@ -18,7 +19,6 @@ from pipeline.models.glipv2.reader import (
     UNKNOWN,
     InterImageReader,
     class_number,
-    mask_tokens,
 )
 from tests.grounded import SIDE, grounded, obj
 

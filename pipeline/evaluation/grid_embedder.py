@@ -1,0 +1,97 @@
+"""An image tower that computes the grids of images, for ``stages/annotate/grid_features.py``."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.config import require
+from pipeline.evaluation.embedder import Precision
+from pipeline.evaluation.encoder import inference
+from pipeline.evaluation.models import load_any
+from pipeline.loaders.images import decode
+from pipeline.loaders.samples import UnreadableSample
+from pipeline.models.clip import Clip
+from pipeline.models.towers.grid import GridTower, fold_norms
+from pipeline.models.towers.weights import digest_of
+from pipeline.stages.annotate.grid_features import PreparedImage
+
+AT_ONCE = {"cpu": 2}
+"""Images whose activations are computed together. Those of two fit the cache of a CPU; for a single one torch takes a
+slower convolution."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridSize:
+    """The input of the tower."""
+
+    image_size: tuple[int, int] = (384, 640)
+    """Height and width in pixels into which an image is resized and padded, multiples of the side of a cell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadGridEmbedder:
+    """Loads the tower at ``checkpoint`` (see :func:`pipeline.evaluation.models.load_any`) when it is called."""
+
+    checkpoint: str
+    device: str = "auto"
+    precision: Precision = "fp32"
+    size: GridSize = GridSize()
+
+    def __call__(self, threads: int) -> "GridEmbedder":
+        """``threads`` is the number of CPU threads for the model, if it does not run on a GPU.
+
+        Raises:
+            SettingError: no such checkpoint, one that is no CLIP, or a size that its tower does not take.
+        """
+        model = load_any(self.checkpoint, self.device)
+        require(isinstance(model, Clip), "checkpoint", self.checkpoint, "a CLIP, or a classifier over its tower")
+        clip = cast(Clip, model)
+        if clip.mean.device.type == "cpu":
+            torch.set_num_threads(threads)
+        return GridEmbedder(clip, self.size.image_size, self.precision)
+
+
+class GridEmbedder:
+    """The image tower of a CLIP up to its grid."""
+
+    def __init__(self, clip: Clip, image_size: tuple[int, int], precision: Precision = "fp32") -> None:
+        device = clip.mean.device
+        self._tower = GridTower(clip.model).to(device).eval()
+        self._tower.check_size(image_size)
+        self._transform = self._tower.transform(image_size)
+        self._precision = precision
+        teacher = self._tower.digest(image_size)
+        fold_norms(self._tower)
+        # With channels last, convolutions are faster on a CPU, and tensor cores need it.
+        self._tower.to(memory_format=torch.channels_last)
+        self.maker = digest_of(None, teacher, precision)
+        self.facts: Mapping[str, Any] = {
+            "teacher": teacher,
+            "width": self._tower.width,
+            "size": list(image_size),
+            "stride": self._tower.stride,
+        }
+
+    def prepare(self, image: bytes) -> PreparedImage | None:
+        """uint8 [3, H, W], and the cells; ``None`` if it cannot be decoded."""
+        try:
+            return PreparedImage(*self._transform(decode(image)))
+        except UnreadableSample:
+            return None
+
+    def encode(self, images: Sequence[Tensor]) -> NDArray[np.float32]:
+        """uint8 N x [3, H, W] to float32 [N, H / stride, W / stride, D]."""
+        with inference(self._tower, self._precision) as device:
+            parts = torch.stack(list(images)).split(AT_ONCE.get(device.type, len(images)))
+            found = [self._encoded(part.to(device)).cpu() for part in parts]
+        array: NDArray[np.float32] = torch.cat(found).numpy()
+        return array
+
+    def _encoded(self, images: Tensor) -> Tensor:
+        grid: Tensor = self._tower(images.contiguous(memory_format=torch.channels_last))
+        return grid.float().permute(0, 2, 3, 1)

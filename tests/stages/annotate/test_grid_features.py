@@ -1,0 +1,113 @@
+"""The sidecar of grids: features as from one image at a time, made once, and what is refused."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.errors import DataError, SettingError, SidecarError
+from pipeline.evaluation.grid_embedder import GridEmbedder, GridSize, LoadGridEmbedder
+from pipeline.loaders.samples import Samples, check_sidecars
+from pipeline.models.class_vectors import untrained
+from pipeline.models.towers.grid import grid_features
+from pipeline.shards.sidecar import Wanted
+from pipeline.shards.snapshot import Snapshot, read_snapshot
+from pipeline.stages.annotate import grid_features as stage
+from pipeline.stages.annotate.embeddings import EmbedOptions
+from pipeline.stages.annotate.grid_features import JOB, embed_grids, stored_grid
+from pipeline.stages.shard_tasks import Workers
+
+SIZE = GridSize(image_size=(64, 96))
+MAKE = LoadGridEmbedder(checkpoint="clipmill-tiny:untrained", device="cpu", size=SIZE)
+OPTIONS = EmbedOptions(name="grid", batch_size=3)
+HERE = Workers(processes_count=0)
+
+
+def embedded(snapshot: Snapshot, **changes: Any) -> Snapshot:
+    settings: dict[str, Any] = {"make": MAKE, "options": OPTIONS, "workers": HERE, **changes}
+    return embed_grids(snapshot, **settings)
+
+
+@torch.no_grad()
+def one_at_a_time(content: bytes) -> np.ndarray:
+    """Features [rows, columns, D] with Pillow and open_clip's tower, without any of the stage's code."""
+    clip = untrained("clipmill-tiny")
+    image = Image.open(io.BytesIO(content)).convert("RGB")
+    shrink = max(image.height / 64, image.width / 96)
+    shape = round(image.height / shrink), round(image.width / shrink)
+    fill = tuple(round(255 * one) for one in clip.model.visual.preprocess_cfg["mean"])
+    whole = Image.new("RGB", (96, 64), fill)
+    whole.paste(image.resize((shape[1], shape[0]), Image.Resampling.BICUBIC), (0, 0))
+    pixels = torch.from_numpy(np.array(whole)).permute(2, 0, 1)[None]
+    grid = grid_features(clip.model.visual, (pixels.float() - clip.mean) / clip.std)[0].permute(1, 2, 0)
+    return grid[: -(-shape[0] // 16), : -(-shape[1] // 16)].numpy()
+
+
+def test_features_are_those_of_one_image_at_a_time(make_snapshot: Callable[..., Snapshot]) -> None:
+    made = embedded(make_snapshot((5, 2), spoil={3: {"jpg": b"broken", "json": b"{}"}}))
+    facts = {"teacher": MAKE(1).facts["teacher"]}
+    samples = Samples(made, open_shards=2, sidecars=[Wanted(name="grid", job=JOB, facts=facts)])
+    for number in range(7):
+        sample = samples[number]
+        found = stored_grid(sample.rows["grid"], sample.key)
+        if number == 3:
+            assert not found.size
+            continue
+        wanted = one_at_a_time(sample.image() or b"")
+        assert found.dtype == np.float16 and found.shape == wanted.shape
+        np.testing.assert_allclose(found, wanted, rtol=2e-2, atol=2e-2)  # one level of a resized pixel, and float16
+    check_sidecars(made, [Wanted(name="grid", job=JOB)])
+
+
+def test_shards_are_made_at_most_once(make_snapshot: Callable[..., Snapshot], monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = make_snapshot((3, 2))
+    calls: list[str] = []
+    table = stage.GridMaker.table
+
+    def counted(self: Any, samples: Any, shard: Any) -> Any:
+        calls.append(shard.name)
+        if len(calls) == 2:
+            raise DataError("killed")
+        return table(self, samples, shard)
+
+    monkeypatch.setattr(stage.GridMaker, "table", counted)
+    with pytest.raises(DataError, match="killed"):
+        embedded(snapshot)
+    made = embedded(snapshot)
+    assert calls == ["00000", "00001", "00001"]
+    assert embedded(made).digest == read_snapshot(snapshot.folder).digest and len(calls) == 3
+    file = pq.read_schema(Path(made.folder) / "00000.grid.parquet")
+    assert b'"size": [64, 96]' in file.metadata[b"clipmill.facts"]
+
+
+def test_another_tower_or_size_is_refused(make_snapshot: Callable[..., Snapshot]) -> None:
+    made = embedded(make_snapshot((3,)))
+    for other in (
+        LoadGridEmbedder(checkpoint="clipmill-tiny:untrained", device="cpu", size=GridSize(image_size=(64, 64))),
+        LoadGridEmbedder(checkpoint="clipmill-small:untrained", device="cpu", size=SIZE),
+    ):
+        with pytest.raises(SidecarError):
+            embedded(made, make=other)
+    wanted = Wanted(name="grid", job=JOB, facts={"teacher": "another"})
+    with pytest.raises(SidecarError, match="teacher"):
+        Samples(made, open_shards=1, sidecars=[wanted])[0]
+
+
+def test_what_is_no_tower_is_refused() -> None:
+    with pytest.raises(SettingError, match="image_size"):
+        LoadGridEmbedder(checkpoint="clipmill-tiny:untrained", device="cpu", size=GridSize(image_size=(60, 64)))(1)
+
+
+def test_features_beyond_half_precision_are_an_error(make_snapshot: Callable[..., Snapshot]) -> None:
+    class Large(GridEmbedder):
+        def encode(self, images: Any) -> Any:
+            return super().encode(images) * 1e9
+
+    with pytest.raises(DataError, match="half precision"):
+        embedded(make_snapshot((2,)), make=lambda threads: Large(untrained("clipmill-tiny"), (64, 96)))
