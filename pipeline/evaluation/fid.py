@@ -69,19 +69,19 @@ class _PoolsWithoutPadding:
         return [*others, self.branch_pool(pooled)]
 
 
-class _FidA(_PoolsWithoutPadding, InceptionA):
+class _FidA(_PoolsWithoutPadding, InceptionA):  # type: ignore[misc]
     pass
 
 
-class _FidC(_PoolsWithoutPadding, InceptionC):
+class _FidC(_PoolsWithoutPadding, InceptionC):  # type: ignore[misc]
     pass
 
 
-class _FidE(_PoolsWithoutPadding, InceptionE):
+class _FidE(_PoolsWithoutPadding, InceptionE):  # type: ignore[misc]
     pass
 
 
-class _FidLast(InceptionE):
+class _FidLast(InceptionE):  # type: ignore[misc]
     def _forward(self, x: Tensor) -> list[Tensor]:
         *others, _ = super()._forward(x)
         return [*others, self.branch_pool(functional.max_pool2d(x, 3, stride=1, padding=1))]
@@ -90,7 +90,7 @@ class _FidLast(InceptionE):
 def fid_inception() -> nn.Module:
     """The network with random weights; 1008 outputs."""
     with torch.random.fork_rng():
-        body = inception_v3(weights=None, num_classes=CLASSES, aux_logits=False, init_weights=False)
+        body: nn.Module = inception_v3(weights=None, num_classes=CLASSES, aux_logits=False, init_weights=False)
         body.Mixed_5b, body.Mixed_5c, body.Mixed_5d = _FidA(192, 32), _FidA(256, 64), _FidA(288, 64)
         body.Mixed_6b, body.Mixed_6c = _FidC(768, 128), _FidC(768, 160)
         body.Mixed_6d, body.Mixed_6e = _FidC(768, 160), _FidC(768, 192)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from pipeline.config import parse_json, require
 from pipeline.errors import SettingError
@@ -50,8 +49,7 @@ def load_image_codes(address: str, device: str = "auto") -> ImageCodes:
     else:
         codes = load_any(address, "cpu")
         require(isinstance(codes, ImageCodes), "codes", address, ALLOWED)
-    assert isinstance(codes, nn.Module)
-    frozen: Any = codes.to(usable_device(device)).eval().requires_grad_(False)
+    frozen: ImageCodes = codes.to(usable_device(device)).eval().requires_grad_(False)
     return frozen
 
 
@@ -63,7 +61,7 @@ def _untrained() -> Vqgan:
 
 def _released(file: str, settings: str) -> Vqgan:
     sizes = released_sizes(settings, "codes")
-    only_codes = {"discriminator_weight": 0.0, "perceptual": ""}
+    only_codes: dict[str, Any] = {"discriminator_weight": 0.0, "perceptual": ""}
     return Vqgan(Config(**asdict(sizes), start_from=file, image_size=sizes.resolution, **only_codes))
 
 

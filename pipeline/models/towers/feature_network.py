@@ -131,7 +131,7 @@ def _timm_model(address: str, field: str) -> nn.Module:
     check_address(address, field)
     name, _, file = address.removeprefix(TIMM).partition(":")
     # timm converts other layouts of the weights, such as torchvision's, by rules of each of its models.
-    place = {"pretrained_cfg_overlay": {"file": str(_fetched(file))}} if file else {}
+    place: dict[str, Any] = {"pretrained_cfg_overlay": {"file": str(_fetched(file))}} if file else {}
     try:
         with torch.random.fork_rng():
             model: nn.Module = timm.create_model(name, pretrained=True, **place)

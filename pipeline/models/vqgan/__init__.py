@@ -137,7 +137,7 @@ class Vqgan(Method):
         self._spare: Tensor | None = None
         self._measured: dict[str, Tensor] = {}
         self._steps = 0  # of use.steps, without waiting for the device
-        self.register_load_state_dict_post_hook(_count_as_saved)
+        self.register_load_state_dict_post_hook(_count_as_saved)  # type: ignore[no-untyped-call]
 
     @classmethod
     def smallest(cls) -> Config:

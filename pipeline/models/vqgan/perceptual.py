@@ -60,7 +60,7 @@ class PerceptualDistance(nn.Module):
         """Two batches float [N, 3, H, W] from 0 to 1 to float32 [N]; gradients reach the first one."""
         with torch.no_grad():
             wanted = self.network.layers(others, self.names)
-        weights = list(self.buffers(recurse=False)) or [None] * len(self.names)
+        weights: list[Tensor | None] = [*self.buffers(recurse=False)] or [None for _ in self.names]
         found = self.network.layers(images, self.names)
         parts = [_distance(*three) for three in zip(found, wanted, weights, strict=True)]
         return torch.stack(parts).sum(dim=0)
