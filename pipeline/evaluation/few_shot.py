@@ -116,7 +116,8 @@ def _own_data_set(name: str, place: str) -> DataSet:
         cards = card_names()
         allowed = f"a card with `few_shot`, a snapshot's folder, or a folder of class folders{near(place, cards)}"
         raise missing("data", place) if "/" in place else SettingError("data", place, allowed)
-    card, medium = None, IMAGE.name
+    medium = IMAGE.name
+    card = None
     if snapshot_ids(folder):
         snapshot = read_snapshot(place)
         stored_fields = dict.fromkeys(snapshot.fields)

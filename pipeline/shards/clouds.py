@@ -214,7 +214,7 @@ def _read_ply(body: bytes) -> tuple[NDArray[Any], Faces]:
     for one in elements:
         _check_count(one.count, one.count * len(one.properties), len(body) - end.end())
     content = body[end.end() :]
-    reader = _AsciiPly(content) if not order else _BinaryPly(content, order)
+    reader: _AsciiPly | _BinaryPly = _BinaryPly(content, order) if order else _AsciiPly(content)
     points: NDArray[Any] | None = None
     faces = _no_faces()
     for one in elements:
