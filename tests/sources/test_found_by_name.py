@@ -18,7 +18,7 @@ from pipeline.sources.urls import UrlTable
 from tests.jobs.conftest import Type, job  # noqa: F401  (the fixture that runs jobs)
 
 KINDS = (
-    "class-masks clips coco drawn flickr30k-entities folder glip-tsv hugging-face label-maps mdetr odvg picked "
+    "class-masks clips coco drawn flickr30k-entities folder glip-tsv hugging-face label-maps mdetr odvg picked questions "
     "sound-table split-file stamp-scenes stamps stored urls video-sets webdataset"
 ).split()
 
