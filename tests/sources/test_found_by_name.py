@@ -19,7 +19,7 @@ from tests.jobs.conftest import Type, job  # noqa: F401  (the fixture that runs 
 
 KINDS = (
     "class-masks clips coco depth-maps drawn flickr30k-entities folder glip-tsv hdf5-points hugging-face label-maps "
-    "mdetr nyu-depth odvg picked sound-table split-file stamp-scenes stamps stored urls video-sets webdataset"
+    "mdetr nyu-depth odvg picked questions sound-table split-file stamp-scenes stamps stored urls video-sets webdataset"
 ).split()
 
 NEW = '''
@@ -64,7 +64,7 @@ def test_presets_come_from_the_sources() -> None:
     modes = {kind: run.options.media.image.resize_mode for kind, (_, run) in PRESETS.items() if kind in named}
     kept = {kind for kind, mode in modes.items() if mode == "no"}
     kinds = {"class-masks", "coco", "drawn", "flickr30k-entities", "glip-tsv", "label-maps", "mdetr", "odvg"}
-    kinds |= {"depth-maps", "nyu-depth", "stamp-scenes", "webdataset"}
+    kinds |= {"depth-maps", "nyu-depth", "questions", "stamp-scenes", "webdataset"}
     assert kept == kinds
 
 
