@@ -40,6 +40,7 @@ from pipeline.models.towers.weights import digest_of
 from pipeline.shards.media import POINTS
 from pipeline.shards.point_views import FEW_SHOT, ZERO_SHOT, PointViews, brightness, project, view_images
 from pipeline.shards.sample import Sample
+from pipeline.shards.sidecar import Wanted
 from pipeline.sources import open_source
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,8 @@ class PointClip(nn.Module):
         model, size = self.model, self.model.transforms(train=False).size
         images = self.clouds.images(points, mask, size, model.mean, model.std).flatten(0, 1)
         parts = [model.encode_image(part).float() for part in images.split(IMAGES_AT_ONCE)]
-        return functional.normalize(torch.cat(parts), dim=-1).unflatten(0, (len(points), -1))
+        features = functional.normalize(torch.cat(parts), dim=-1)
+        return features.view(len(points), -1, features.shape[-1])
 
     def encode_points(self, points: Tensor, mask: Tensor | None = None) -> Tensor:
         """As :meth:`encode_views`, to the weighted mean of the views, float32 [B, D]."""
@@ -331,6 +333,7 @@ class CloudEmbedder:
     """A CLIP that computes raw features of the views of clouds, for few-shot methods."""
 
     media: tuple[str, ...] = ("points",)
+    sidecars: tuple[Wanted, ...] = ()
 
     def __init__(self, model: Any, clouds: CloudViews, precision: str = "fp32") -> None:
         check_sees(model)

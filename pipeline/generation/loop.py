@@ -193,7 +193,8 @@ class Optimization:
         state = [*picture.parameters(), *picture.buffers()]
         before = [one.clone() for one in state] if slowed else []
         self.optimizer.step()
-        for old, new in zip(before, picture.parameters(), strict=False):
+        for old, parameter in zip(before, picture.parameters(), strict=False):
+            new = parameter.data
             scale = scales.to(new).view(-1, *[1] * (new.ndim - 1))
             new.copy_(old + scale * (new - old))
         picture.after_step()

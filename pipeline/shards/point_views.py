@@ -104,7 +104,7 @@ def view_images(depth: Tensor, size: tuple[int, int]) -> Tensor:
     images = depth.flatten(0, -3)[:, None]
     if images.shape[-2:] != size:
         images = functional.interpolate(images, size, mode="bilinear", align_corners=True)
-    return images.expand(-1, 3, -1, -1).unflatten(0, depth.shape[:-2])
+    return images.expand(-1, 3, -1, -1).reshape(*depth.shape[:-2], 3, *size)
 
 
 def centred(points: Tensor, mask: Tensor | None = None) -> Tensor:

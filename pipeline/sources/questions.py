@@ -33,9 +33,8 @@ logger = logging.getLogger(__name__)
 QuestionLayout = Literal["vqa", "snli-ve", "gqa"]
 RELATIONS = ("entailment", "neutral", "contradiction")
 """The classes of SNLI-VE."""
-SCHEMA = pa.schema(
-    {"url": pa.string(), "stamp": pa.string(), "count": pa.int64(), "digest": pa.string(), "questions": pa.binary()}
-)
+_TEXTS: list[tuple[str, pa.DataType]] = [(name, pa.string()) for name in ("url", "stamp", "digest")]
+SCHEMA = pa.schema([*_TEXTS, ("count", pa.int64()), ("questions", pa.binary())])
 Record = dict[str, Any]
 _BAD = (KeyError, TypeError, ValueError, AttributeError)
 

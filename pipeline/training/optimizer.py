@@ -1,6 +1,6 @@
 """AdamW with the CLIP paper's values, SGD, both together, and learning rates that differ by depth or by tower."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,7 +158,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
         self._parts = tuple(parts)
         super().__init__([group for part in parts for group in part.param_groups], {})
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Step each part with its groups; fused parts read ``found_inf`` as :func:`take_step` sets it."""
         start = 0
         for part in self._parts:
@@ -180,19 +180,16 @@ def make_optimizer(config: Optimizer, method: Method) -> torch.optim.Optimizer:
     if not isinstance(config, AdamWWithSgd):
         return _optimizer(config, groups)
     _check_towers("sgd_towers", config.sgd_towers, method)
-    names = {id(value): name for name, value in method.named_parameters()}
-    moved = {name for name, layer in method.layers().items() if layer.tower in config.sgd_towers}
-    parts = [
-        [_part(group, names, lambda name, of=of: (name in moved) == of) for group in groups] for of in (False, True)
-    ]
-    adam, sgd = ([group for group in part if group["params"]] for part in parts)
+    names = {name for name, layer in method.layers().items() if layer.tower in config.sgd_towers}
+    moved = {id(value) for name, value in method.named_parameters() if name in names}
+    adam, sgd = ([part for group in groups if (part := _part(group, moved, of))["params"]] for of in (False, True))
     require(bool(adam) and bool(sgd), "sgd_towers", config.sgd_towers, "towers that are trained, but not all of them")
     return CombinedOptimizer([_optimizer(config, adam), _optimizer(config.sgd, [{**one, OWN: True} for one in sgd])])
 
 
-def _part(group: Mapping[str, Any], names: Mapping[int, str], wanted: Callable[[str], bool]) -> dict[str, Any]:
-    """The group with those of its parameters whose name is ``wanted``."""
-    return {**group, "params": [value for value in group["params"] if wanted(names[id(value)])]}
+def _part(group: Mapping[str, Any], chosen: Collection[int], inside: bool) -> dict[str, Any]:
+    """The group with those of its parameters whose ``id`` is among the chosen ones, or is not."""
+    return {**group, "params": [value for value in group["params"] if (id(value) in chosen) == inside]}
 
 
 def _optimizer(config: AdamW | Sgd, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -92,7 +92,8 @@ class InterViewAdapter(Adapter):
         features = unit(self.adapted(images).flatten(1)).view_as(images)
         # The repeated unit class vectors have the length sqrt(V).
         mean = features.sum(dim=1) / self.config.views**0.5
-        return self.clip.scale * mean @ self.vectors.to(mean.dtype).T
+        logits: Tensor = self.clip.scale * mean @ self.vectors.to(mean.dtype).T
+        return logits
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """The cross-entropy with smoothed targets."""

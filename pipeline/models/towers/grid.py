@@ -156,7 +156,7 @@ def _timm_grid(trunk: Any, image: Tensor) -> Tensor:
     if found.ndim == 3:
         found = found[:, getattr(trunk, "num_prefix_tokens", 0) :]
         rows, columns = trunk.patch_embed.grid_size
-        return found.transpose(1, 2).unflatten(2, (rows, columns))
+        return found.transpose(1, 2).reshape(len(found), -1, rows, columns)
     return found.permute(0, 3, 1, 2) if getattr(trunk, "output_fmt", "NCHW") == "NHWC" else found
 
 

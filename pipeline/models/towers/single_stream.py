@@ -50,8 +50,9 @@ class SingleStream(nn.Module):
         """
         embedded = self.embed(tokens, grid, cells)
         mask = attention_mask(torch.cat([token_mask, cell_mask], dim=1))
-        hidden = self.bert.encoder(embedded, attention_mask=mask).last_hidden_state
-        return hidden, self.bert.pooler(hidden)
+        bert: Any = self.bert
+        hidden = bert.encoder(embedded, attention_mask=mask).last_hidden_state
+        return hidden, bert.pooler(hidden)
 
     def embed(self, tokens: Tensor, grid: Tensor, cells: Tensor) -> Tensor:
         """The input of the first layer, float [B, M + L, hidden]."""
@@ -65,7 +66,7 @@ class SingleStream(nn.Module):
 
         Inputs as above. The rest of each row's sum of 1 goes to tokens of the text.
         """
-        layers = self.bert.encoder.layer
+        layers: Any = self.bert.encoder.layer
         hidden, mask = self.embed(tokens, grid, cells), torch.cat([token_mask, cell_mask], dim=1)
         for layer in layers[:-1]:
             hidden = layer(hidden, attention_mask(mask))
@@ -74,7 +75,8 @@ class SingleStream(nn.Module):
         keys = own.key(hidden).unflatten(-1, (own.num_attention_heads, -1))
         scores = torch.einsum("bqhd,bkhd->bhk", query, keys) / math.sqrt(keys.shape[-1])
         weights = scores.masked_fill(~mask[:, None], -torch.inf).softmax(dim=-1).mean(dim=1)
-        return weights[:, tokens.shape[1] :]
+        found: Tensor = weights[:, tokens.shape[1] :]
+        return found
 
 
 def attention_mask(mask: Tensor) -> Tensor:
@@ -94,7 +96,11 @@ def bert_settings(
     """
     from transformers import AutoConfig, BertConfig
 
-    drops = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout, "attn_implementation": "sdpa"}
+    drops: dict[str, Any] = {
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+        "attn_implementation": "sdpa",
+    }
     if any(small):
         width, layers, heads = small
         return BertConfig(

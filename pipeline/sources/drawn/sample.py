@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.sources.drawn import digits, sets, truth, words
 from pipeline.sources.drawn.annotators import answers_of
@@ -80,7 +81,7 @@ def describe_scene(
     more = [words.write_caption(scene, pen, _wrong(split)).record() for _ in range(captions - 1)]
     asked = ask(scene, Draws(seed, split, index, "questions"), questions) if questions else ()
     record = truth.scene_record(scene) | first.record()
-    listed = [question.record() for question in asked]
+    listed: list[dict[str, Any]] = [question.record() for question in asked]
     if annotators > 1:
         people = Draws(seed, split, index, "annotators")
         listed = [{**one.record(), "answers": answers_of(one, people, annotators)} for one in asked]

@@ -104,7 +104,8 @@ def _tilted(draws: Draws) -> NDArray[np.float64]:
     turn, tilt = draws.uniform(0, 2 * math.pi), draws.uniform(-TILT, TILT)
     about_y = [[math.cos(turn), 0, math.sin(turn)], [0, 1, 0], [-math.sin(turn), 0, math.cos(turn)]]
     about_x = [[1, 0, 0], [0, math.cos(tilt), -math.sin(tilt)], [0, math.sin(tilt), math.cos(tilt)]]
-    return np.array(about_y) @ np.array(about_x)
+    turned: NDArray[np.float64] = np.array(about_y) @ np.array(about_x)
+    return turned
 
 
 def _revolved(profile: Outline, closed: bool = False) -> Mesh:

@@ -7,7 +7,7 @@ rows. The metadata hold ``teacher`` (the digest of the tower and of its input), 
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -129,7 +129,9 @@ class GridMaker:
 
     def _rows(self, batch: Sequence[tuple[Sample, PreparedImage | None]]) -> list[dict[str, Any]]:
         readable = [(sample.key, image) for sample, image in batch if image is not None]
-        grids = self._model.encode([image.pixels for _, image in readable]) if readable else []
+        grids: Iterable[NDArray[np.float32]] = []
+        if readable:
+            grids = self._model.encode([image.pixels for _, image in readable])
         made = {key: _row(key, image.cells, grid) for (key, image), grid in zip(readable, grids, strict=True)}
         empty = {"rows": 0, "columns": 0, "features": b""}
         return [made.get(sample.key) or {"key": sample.key, **empty} for sample, _ in batch]
