@@ -22,7 +22,8 @@ from torch.nn import functional
 from pipeline.config import require
 from pipeline.loaders.images import resize
 from pipeline.models.class_vectors import class_vectors
-from pipeline.models.towers.spatial import check_spatial, map_size, projected_map, spatial_map
+from pipeline.models.towers.grid import grid_features
+from pipeline.models.towers.spatial import check_spatial, map_size, projected_map
 
 if TYPE_CHECKING:
     from pipeline.models.clip import Clip
@@ -141,7 +142,7 @@ class WordDepth:
         """
         visual: Any = self.clip.model.visual
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            found = spatial_map(visual, self._normalised(images))
+            found = grid_features(visual, self._normalised(images))
             if self.words.mode == "released":
                 return released_map(found, self.head.vectors.shape[1])
             return functional.normalize(projected_map(visual, found), dim=1)

@@ -18,6 +18,7 @@ from pipeline.config import require
 from pipeline.errors import DataError, SampleError, missing
 from pipeline.shards.clouds import write_npy
 from pipeline.shards.storage import Folder, file_stamp
+from pipeline.sources.hdf5_arrays import own_array
 from pipeline.sources.source import Part, Row, Slice
 
 LIST = ".txt"
@@ -148,7 +149,7 @@ class Hdf5Points:
             content = stack.enter_context(self._place.open(name))
             try:
                 file = stack.enter_context(h5py.File(content, "r"))
-                arrays = [_array(file, key) for key in (self.points_key, self.label_key)]
+                arrays = [own_array(file, key) for key in (self.points_key, self.label_key)]
             except (OSError, RuntimeError, KeyError) as error:
                 raise DataError(f"{where} is no readable HDF5 file ({error})") from error
             clouds, numbers = arrays
@@ -170,14 +171,3 @@ class Hdf5Points:
         part = Part("points", write_npy(points[:, :3]), url=url)
         caption = self.label_caption.format(label.replace("_", " "))
         return Row(url=url, caption=caption, parts=(part,), columns={"label": label, "class_number": number})
-
-
-def _array(file: Any, key: str) -> Any:
-    """The array ``key``, if its content is in the file itself: links and virtual arrays may name any other file."""
-    import h5py
-
-    if not isinstance(file.get(key, getlink=True), h5py.HardLink):
-        return None
-    found = file[key]
-    own = isinstance(found, h5py.Dataset) and not found.is_virtual and not found.external
-    return found if own else None

@@ -29,6 +29,7 @@ from pipeline.config import require
 from pipeline.errors import DataError, SampleError, missing, unreadable
 from pipeline.shards.depth_values import DEPTH_FIELD, encode_depth
 from pipeline.shards.storage import Folder, file_stamp, split_file
+from pipeline.sources.hdf5_arrays import own_array
 from pipeline.sources.source import UNCHANGED, Part, Row, Slice
 
 IMAGES = "images"
@@ -128,7 +129,7 @@ class NyuDepth:
 
 def _checked(arrays: Any, file: str, depths: str) -> int:
     """The number of images; requires arrays of the published layout."""
-    shapes: dict[str, tuple[int, ...]] = {name: getattr(arrays.get(name), "shape", ()) for name in (IMAGES, depths)}
+    shapes: dict[str, tuple[int, ...]] = {one: getattr(own_array(arrays, one), "shape", ()) for one in (IMAGES, depths)}
     images, maps = shapes[IMAGES], shapes[depths]
     fits = len(images) == 4 and len(maps) == 3 and images[1] == 3 and (images[0], *images[2:]) == maps
     allowed = f"a file with images [N, 3, W, H] and {depths} [N, W, H]; these are {shapes}"
@@ -154,10 +155,13 @@ def _read_split(place: str, name: str) -> list[int]:
 
 def _text(arrays: Any, number: int) -> str:
     """The scene's class of an image: a reference to the codes of its letters."""
-    if SCENES not in arrays:
+    scenes = own_array(arrays, SCENES)
+    if scenes is None:
         return ""
-    codes = np.asarray(arrays[arrays[SCENES][0, number]]).ravel()
-    return "".join(map(chr, codes)).strip()
+    named = arrays[scenes[0, number]]
+    if named.is_virtual or named.external:  # as in own_array
+        return ""
+    return "".join(map(chr, np.asarray(named).ravel())).strip()
 
 
 def _png(pixels: NDArray[np.uint8]) -> bytes:

@@ -29,7 +29,8 @@ from pipeline.models.depth_words import (
     zero_shot_depth,
 )
 from pipeline.models.depthclip import Config, DepthClip, log_loss
-from pipeline.models.towers.spatial import map_size, projected_map, spatial_map
+from pipeline.models.towers.grid import grid_features
+from pipeline.models.towers.spatial import map_size, projected_map
 from pipeline.shards.snapshot import Snapshot
 from pipeline.training.checkpoint import Checkpoints, Meta, load_method
 from pipeline.training.optimizer import AdamW, make_optimizer
@@ -210,7 +211,7 @@ def test_a_transformers_map_is_what_its_pooling_would_see() -> None:
     made = Clip(ClipConfig(architecture="clipmill-tiny")).eval()
     visual: Any = made.model.visual
     pixels = torch.randn(2, 3, 64, 64)
-    found = projected_map(visual, spatial_map(visual, pixels))
+    found = projected_map(visual, grid_features(visual, pixels))
     visual.output_tokens, visual.pool_type = True, "tok"
     _, tokens = visual(pixels)
     expected = tokens @ visual.proj

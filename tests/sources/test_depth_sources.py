@@ -223,6 +223,16 @@ def test_files_that_are_not_nyus(nyu: tuple[str, str, dict[str, np.ndarray]], tm
     refused("testNdxs", splits=str(tmp_path / "less.mat"))
 
 
+def test_links_to_other_files_are_not_followed(tmp_path: Path) -> None:
+    labeled(tmp_path / "secret.mat")
+    labeled(tmp_path / "nyu.mat")
+    with h5py.File(tmp_path / "nyu.mat", "r+") as file:
+        del file["depths"]
+        file["depths"] = h5py.ExternalLink(str(tmp_path / "secret.mat"), "depths")
+    with pytest.raises(SettingError, match="file: "):
+        pieces(NyuDepth(file=str(tmp_path / "nyu.mat"), split="all"), tmp_path / "scratch")
+
+
 def test_distances_in_millimetres_are_a_problem_of_their_row(tmp_path: Path) -> None:
     labeled(tmp_path / "nyu.mat", count=2)
     with h5py.File(tmp_path / "nyu.mat", "r+") as file:

@@ -1,4 +1,4 @@
-"""The map of an open_clip image tower before pooling, and its projection into the space of texts at each location.
+"""The projection of an image tower's grid into the space of texts, at each location.
 
 A ResNet's map is the output of its last stage; the value and output projections of its attention pool, applied at each
 location, put it where the pooled vector is (MaskCLIP: Zhou, Loy, Dai, 2021, arXiv 2112.01071). A vision transformer's
@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.config import require
-
-RESNET_STRIDE = 32
+from pipeline.models.towers.grid import RESNET_STRIDE
 
 
 def check_spatial(visual: nn.Module, address: str) -> None:
@@ -36,21 +35,8 @@ def map_size(visual: Any, height: int, width: int) -> tuple[int, int]:
     return own
 
 
-def spatial_map(visual: Any, image: Tensor) -> Tensor:
-    """Normalised float [B, 3, H, W] to float [B, C, h, w]."""
-    if isinstance(visual, ModifiedResNet):
-        hidden: Tensor = visual.stem(image)
-        for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
-            hidden = stage(hidden)
-        return hidden
-    tokens = visual.ln_post(visual.transformer(visual._embeds(image)))
-    rows, columns = visual.grid_size
-    patches: Tensor = tokens[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
-    return patches
-
-
 def projected_map(visual: Any, found: Tensor) -> Tensor:
-    """A :func:`spatial_map` [B, C, h, w] in the space of texts, float [B, D, h, w], not normalised."""
+    """A grid of :mod:`~pipeline.models.towers.grid`, float [B, C, h, w], in the space of texts: [B, D, h, w], raw."""
     cells = found.movedim(1, -1)
     if isinstance(visual, ModifiedResNet):
         pool = visual.attnpool
