@@ -21,11 +21,11 @@ from pipeline.evaluation.figures import RIGHT, WRONG
 from pipeline.evaluation.shown_clips import video_picture
 from pipeline.loaders.batches import Row, SamplePosition
 from pipeline.loaders.images import as_stored, decode
+from pipeline.loaders.point_views import depth_picture
 from pipeline.loaders.points import PointReader
 from pipeline.loaders.sample_figures import blank_figure, show_image, wrapped
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.shards.media import AUDIO, MEDIA, POINTS, VIDEO
-from pipeline.shards.point_views import depth_picture
 from pipeline.shards.sample import Sample
 from pipeline.shards.waveforms import Waveform, encode_flac, read_waveform
 

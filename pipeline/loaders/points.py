@@ -12,10 +12,10 @@ from pipeline.config import require
 from pipeline.errors import SampleError
 from pipeline.loaders.batches import Batch, Row, SamplePosition
 from pipeline.loaders.order import RandomStream
+from pipeline.loaders.point_views import centred
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.shards.clouds import MOST_POINTS, cloud_points, random_of, subset
 from pipeline.shards.media import POINTS
-from pipeline.shards.point_views import centred
 from pipeline.shards.sample import Sample
 
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from pipeline.errors import DataError, SampleError
 from pipeline.loaders.frames import FrameSampling
 from pipeline.loaders.images import ImageTransform, resize
+from pipeline.loaders.point_views import depth_picture
 from pipeline.loaders.points import PointReader
 from pipeline.loaders.readers import FirstCaptionReader, ImageReader
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.shards.media import POINTS, VIDEO
-from pipeline.shards.point_views import depth_picture
 from pipeline.shards.sample import Sample
 from pipeline.shards.video_frames import Frames, read_frames
 

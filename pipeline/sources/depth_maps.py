@@ -112,13 +112,14 @@ class DepthMaps:
         """Images by their name, each with the path that its depth map has."""
         start, end = (re.escape(part) for part in self.image_name.split("{}"))
         name = re.compile(f"{start}(.+){end}")
+        before, after = self.depth_name.split("{}")
         root = self.images.strip("/") + "/" if self.images else ""
         pairs = []
         for path in sorted(path for path in found if path.startswith(root) and not is_hidden(path)):
             stem, ending = posixpath.splitext(path.removeprefix(root))
             matched = name.fullmatch(posixpath.basename(stem))
             if matched and ending.lower() in ENDINGS:
-                depth = self.depth_name.replace("{}", matched[1])
+                depth = before + matched[1] + after
                 where = _joined(self.depths, posixpath.join(posixpath.dirname(stem), depth))
                 pairs += [(path, where)] if where != path else []
         return [pair for pair in pairs if pair[0] not in {depth for _, depth in pairs}]

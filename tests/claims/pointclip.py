@@ -62,7 +62,7 @@ def _views(folder: Path) -> Path:
     from PIL import Image
 
     from pipeline.evaluation.point_clip import CloudViews
-    from pipeline.shards.point_views import centred
+    from pipeline.loaders.point_views import centred
     from pipeline.sources.drawn.solids import draw_solid
 
     shards, files = folder / "shards", folder / "images"
@@ -165,7 +165,7 @@ def _clouds(split: str, first: int, count: int) -> tuple["object", Sequence[str]
     import numpy as np
     import torch
 
-    from pipeline.shards.point_views import centred
+    from pipeline.loaders.point_views import centred
     from pipeline.sources.drawn.solids import SOLIDS, draw_solid, solid_class
 
     numbers = range(first, first + count)

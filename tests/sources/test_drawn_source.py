@@ -17,7 +17,9 @@ from pipeline.shards.storage import Folder
 from pipeline.sources import open_source
 from pipeline.sources.drawn import sets, world
 from pipeline.sources.drawn.motion import ACTION_SPLITS, MOTION_SPLITS, MOTIONS, action_name, actions
+from pipeline.sources.drawn.rooms import ROOM_KINDS
 from pipeline.sources.drawn.sample import draw_sample
+from pipeline.sources.drawn.solids import SOLIDS
 from pipeline.sources.drawn.source import Drawn
 from pipeline.sources.source import Row, Slice
 
@@ -225,6 +227,10 @@ def test_cards_fit_their_split(name: str) -> None:
     assert card.samples == source.samples and card.templates
     if source.split in ACTION_SPLITS:  # all actions in both sets, so that the two numbers are comparable
         wanted = {action_name(*pair) for unseen in (False, True) for pair in actions(unseen)}
+    elif source.points:
+        wanted = set(SOLIDS)
+    elif source.depth:
+        wanted = {kind.name for kind in ROOM_KINDS}
     else:
         of_motion = card.label == "motion" or source.split in MOTION_SPLITS
         wanted = set(MOTIONS if of_motion else sets.classes_of(source.split))

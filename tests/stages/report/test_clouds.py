@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pipeline.loaders.images import decode
+from pipeline.loaders.point_views import depth_picture
 from pipeline.shards.clouds import write_npy
-from pipeline.shards.point_views import depth_picture
 from pipeline.shards.sample import Sample
 from pipeline.shards.storage import Folder
 from pipeline.sources.drawn.source import Drawn
