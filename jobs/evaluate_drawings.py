@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Evaluate the images of jobs/draw_prompts.py by a CLIP that guided none of them.
 
-    python jobs/evaluate_drawings.py prompts --drawings runs/drawn --judge ViT-L-14-quickgelu:openai --distractors texts.txt
+    python jobs/evaluate_drawings.py prompts --drawings runs/drawn \
+        --judge ViT-L-14-quickgelu:openai --distractors texts.txt
     python jobs/evaluate_drawings.py sketches --drawings runs/sketched --classes classes.txt --labels labels.csv
 
 Prints a table with a row for each method: the cosine with the prompts, the R-precision of the prompts among all prompts

@@ -1,7 +1,7 @@
 """Classify point clouds by the image tower of any CLIP: PointCLIP without training.
 
 Zhang, Guo, Zhang, Li, Miao, Cui, Qiao, Gao, Li, 2021, arXiv 2112.02413, section 3.2. A cloud becomes depth views, see
-:mod:`pipeline.loaders.point_views`; the tower encodes each of them. With unit features f_v of the views, unit class
+:mod:`pipeline.codecs.point_views`; the tower encodes each of them. With unit features f_v of the views, unit class
 vectors t_c and weights w_v
 
     logits_c = s sum_v w_v <f_v, t_c> / sum_v w_v
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.codecs.point_views import FEW_SHOT, ZERO_SHOT, PointViews, brightness, project, view_images
 from pipeline.config import require
 from pipeline.errors import SettingError
 from pipeline.evaluation.accuracy import FoldCounts, label_ranks
@@ -34,7 +35,6 @@ from pipeline.evaluation.data import CardData, Data, SnapshotData, open_data
 from pipeline.evaluation.encoder import inference
 from pipeline.evaluation.media import encoded_media, inputs_of
 from pipeline.evaluation.task import PreparedSet, Reading, option
-from pipeline.loaders.point_views import FEW_SHOT, ZERO_SHOT, PointViews, brightness, project, view_images
 from pipeline.loaders.points import PointReader, PointTransform
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.models.towers.weights import digest_of

@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.codecs.point_views import depth_picture
 from pipeline.errors import SampleError
 from pipeline.evaluation.figures import RIGHT, WRONG
 from pipeline.evaluation.shown_clips import video_picture
 from pipeline.loaders.batches import Row, SamplePosition
 from pipeline.loaders.images import as_stored, decode
-from pipeline.loaders.point_views import depth_picture
 from pipeline.loaders.points import PointReader
 from pipeline.loaders.sample_figures import blank_figure, show_image, wrapped
 from pipeline.loaders.samples import UnreadableSample

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from pipeline.codecs.point_views import centred
 from pipeline.config import require
 from pipeline.errors import SampleError
 from pipeline.loaders.batches import Batch, Row, SamplePosition
 from pipeline.loaders.order import RandomStream
-from pipeline.loaders.point_views import centred
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.shards.clouds import MOST_POINTS, cloud_points, random_of, subset
 from pipeline.shards.media import POINTS

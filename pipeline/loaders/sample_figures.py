@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.codecs.point_views import depth_picture
 from pipeline.errors import DataError, SampleError
 from pipeline.loaders.frames import FrameSampling
 from pipeline.loaders.images import ImageTransform, resize
-from pipeline.loaders.point_views import depth_picture
 from pipeline.loaders.points import PointReader
 from pipeline.loaders.readers import FirstCaptionReader, ImageReader
 from pipeline.loaders.samples import UnreadableSample

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pipeline.loaders.point_views import FEW_SHOT, ZERO_SHOT, PointViews, project
+from pipeline.codecs.point_views import FEW_SHOT, ZERO_SHOT, PointViews, project
 
 AT_ONCE = 8
 

@@ -61,8 +61,8 @@ def _views(folder: Path) -> Path:
     import torch
     from PIL import Image
 
+    from pipeline.codecs.point_views import centred
     from pipeline.evaluation.point_clip import CloudViews
-    from pipeline.loaders.point_views import centred
     from pipeline.sources.drawn.solids import draw_solid
 
     shards, files = folder / "shards", folder / "images"
@@ -165,7 +165,7 @@ def _clouds(split: str, first: int, count: int) -> tuple["object", Sequence[str]
     import numpy as np
     import torch
 
-    from pipeline.loaders.point_views import centred
+    from pipeline.codecs.point_views import centred
     from pipeline.sources.drawn.solids import SOLIDS, draw_solid, solid_class
 
     numbers = range(first, first + count)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.codecs.point_views import FEW_SHOT, ZERO_SHOT, centred, project, view_images
 from pipeline.errors import DataError, SettingError
 from pipeline.evaluation.embedder import LoadEmbedder
 from pipeline.evaluation.ensemble import joined, read_scores, scores_file, search_weight
@@ -20,7 +21,6 @@ from pipeline.evaluation.models import load_model
 from pipeline.evaluation.point_clip import CloudEmbedder, CloudViews, PointClip, read_weights, search_weights
 from pipeline.evaluation.showcase import model_figures, model_files
 from pipeline.evaluation.suite import Evaluations, evaluate
-from pipeline.loaders.point_views import FEW_SHOT, ZERO_SHOT, centred, project, view_images
 from pipeline.loaders.points import PointReader
 from pipeline.loaders.samples import Samples
 from pipeline.models.clip import Clip

@@ -33,7 +33,7 @@ def example_cloud(body: bytes) -> tuple[str, int, int] | None:
     """Six views of a cloud, in two rows, as JPEG in base64, with width and height; None for an unreadable one."""
     import torch  # reports of other media do not need it
 
-    from pipeline.loaders.point_views import depth_picture
+    from pipeline.codecs.point_views import depth_picture
 
     try:
         points = cloud_points(body)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.codecs.point_views import depth_picture
 from pipeline.loaders.images import decode
-from pipeline.loaders.point_views import depth_picture
 from pipeline.shards.clouds import write_npy
 from pipeline.shards.sample import Sample
 from pipeline.shards.storage import Folder

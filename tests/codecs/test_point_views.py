@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.loaders.point_views import (
+from pipeline.codecs.point_views import (
     FEW_SHOT,
     ZERO_SHOT,
     PointViews,
