@@ -11,6 +11,7 @@ import yaml
 from pipeline.config import from_json, to_json
 from pipeline.errors import SettingError
 from pipeline.evaluation.suite import Evaluations, evaluate
+from pipeline.loaders.batches import LoaderConfig
 from pipeline.models.vqgan import Vqgan
 from pipeline.runs.drawn_data import drawn_snapshot
 from pipeline.shards.storage import Folder
@@ -85,14 +86,15 @@ def test_released_weights_become_a_checkpoint(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.slow
 def test_a_small_vqgan_learns_to_reconstruct_drawn_images(script: dict[str, Any], tmp_path: Path) -> None:
-    """Better than the mean colour of each image, which needs no code of a place."""
+    """Against the same network before its training."""
     drawn_snapshot(Folder(str(tmp_path / "data")), 192, rows_per_shard=64, card=None)
     preset = script["PRESETS"]["drawn"][1]
     config = replace(
         preset.method, resolution=32, image_size=32, multipliers=(1, 2), attention_at=(16,), perceptual="",
-        discriminator_start=120, restart_after=20,
+        discriminator_start=180, restart_after=20,
     )  # fmt: skip
-    run = replace(preset.run, data=str(tmp_path / "data"), output_folder=str(tmp_path / "run"), steps=150)
+    run = replace(preset.run, data=str(tmp_path / "data"), output_folder=str(tmp_path / "run"), steps=200)
+    run = replace(run, batch_size=8, loader=LoaderConfig(loader_workers=0))
     plan = prepare(config, run)[0]
 
     class Quiet:
@@ -106,6 +108,6 @@ def test_a_small_vqgan_learns_to_reconstruct_drawn_images(script: dict[str, Any]
     sets = Evaluations(reconstruction=(f"it={tmp_path}/data",), evaluation_samples=48).prepare()
     before, after = (evaluate(one.eval(), sets) for one in (Vqgan(config), load_method(run.output_folder)))
     name = "reconstruction/it/"
-    assert after[f"{name}psnr"] > before[f"{name}psnr"] + 5
-    assert after[f"{name}ssim"] > before[f"{name}ssim"] + 0.1
+    assert after[f"{name}psnr"] > before[f"{name}psnr"] + 4
+    assert after[f"{name}ssim"] > before[f"{name}ssim"] + 0.08
     assert after[f"{name}codebook_usage"] > 0.2
