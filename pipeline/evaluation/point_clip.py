@@ -15,7 +15,7 @@ To hold a run against: ModelNet40 with RN50, 20.18 % (first version of the paper
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any, Literal
@@ -52,6 +52,9 @@ CHOICES = (0.25, 0.5, 0.75, 1.0)
 MOST_SEARCHED = 6
 """Views in an exhaustive search: 4,096 combinations."""
 WEIGHTS_AT_ONCE, IMAGES_AT_ONCE = 64, 256
+CLOUDS_AT_ONCE = {"cpu": 4}
+"""Clouds whose views are projected and encoded together; elsewhere as many as make ``IMAGES_AT_ONCE`` images. Views of
+more clouds do not fit the cache of a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +120,7 @@ class PointClip(nn.Module):
 
     def encode_views(self, points: Tensor, mask: Tensor | None = None) -> Tensor:
         """Float [B, N, 3] in the unit ball and bool [B, N] to unit features of the views, float32 [B, V, D]."""
-        model, size = self.model, self.model.transforms(train=False).size
-        images = self.clouds.images(points, mask, size, model.mean, model.std).flatten(0, 1)
-        parts = [model.encode_image(part).float() for part in images.split(IMAGES_AT_ONCE)]
-        features = functional.normalize(torch.cat(parts), dim=-1)
-        return features.view(len(points), -1, features.shape[-1])
+        return functional.normalize(_encoded(self.model.encode_image, self.model, self.clouds, points, mask), dim=-1)
 
     def encode_points(self, points: Tensor, mask: Tensor | None = None) -> Tensor:
         """As :meth:`encode_views`, to the weighted mean of the views, float32 [B, D]."""
@@ -132,6 +131,20 @@ class PointClip(nn.Module):
         """As the CLIP."""
         features: Tensor = self.model.encode_text(text)
         return features
+
+
+def _encoded(
+    encode: Callable[[Tensor], Tensor], model: Any, clouds: CloudViews, points: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Features of the views by ``encode``, float32 [B, V, D], a few clouds at a time."""
+    size = model.transforms(train=False).size
+    at_once = CLOUDS_AT_ONCE.get(points.device.type, max(1, IMAGES_AT_ONCE // clouds.views.count))
+    masks = points.split(at_once) if mask is None else mask.split(at_once)
+    parts = []
+    for some, kept in zip(points.split(at_once), masks, strict=True):
+        images = clouds.images(some, None if mask is None else kept, size, model.mean, model.std)
+        parts.append(encode(images.flatten(0, 1)).float().unflatten(0, (len(some), -1)))
+    return torch.cat(parts)
 
 
 def check_sees(model: Any) -> None:
@@ -353,11 +366,10 @@ class CloudEmbedder:
         """Rows of the reader to raw features [B, V, D]."""
         batch, model = self._reader.collate(list(inputs)), self._model
         with inference(model, self._precision) as device:
-            points, mask = inputs_of(batch, POINTS.name, device)
-            images = self._clouds.images(points, mask, self._size, model.mean, model.std).flatten(0, 1)
-            parts = [
-                model.model.encode_image((part - model.mean) / model.std).float().cpu()
-                for part in images.split(IMAGES_AT_ONCE)
-            ]
-        array: NDArray[np.float32] = torch.cat(parts).unflatten(0, (len(inputs), -1)).numpy()
+            features = _encoded(self._raw, model, self._clouds, *inputs_of(batch, POINTS.name, device))
+        array: NDArray[np.float32] = features.cpu().numpy()
         return array
+
+    def _raw(self, images: Tensor) -> Tensor:
+        features: Tensor = self._model.model.encode_image((images - self._model.mean) / self._model.std)
+        return features

@@ -12,6 +12,7 @@ Then a transformer trains from the stored grids for ``--steps`` steps. Asked: it
 """
 
 import argparse
+import copy
 import io
 import json
 import statistics
@@ -102,7 +103,8 @@ def write_shards(folder: Path, images: list[bytes], rows: int) -> Snapshot:
 def compare(clip: Any, options: argparse.Namespace, images: list[bytes]) -> dict[str, Any]:
     """Images a second of both ways, in turns, and the largest difference of their features."""
     size = (options.height, options.width)
-    plain, stage = Plain(clip, size), GridMaker(GridEmbedder(clip, size), options.batch_size, threads=2)
+    # The stage changes the tower that it is given, and the plain way has it as open_clip builds it.
+    plain, stage = Plain(copy.deepcopy(clip), size), GridMaker(GridEmbedder(clip, size), options.batch_size, threads=2)
     samples = [Sample(f"{number:09d}", {"jpg": image}) for number, image in enumerate(images)]
     shard: Any = None
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from pipeline.codecs.point_views import FEW_SHOT, ZERO_SHOT, PointViews, project
+from pipeline.evaluation.point_clip import CLOUDS_AT_ONCE
 
-AT_ONCE = 8
+AT_ONCE = CLOUDS_AT_ONCE["cpu"]
 
 
 def looped(points: Tensor, views: PointViews) -> Iterator[Tensor]:
