@@ -10,7 +10,7 @@ from pathlib import Path
 
 from claim import Claim, drawn_videos, embed_frames, named, run, trained_clip
 
-IMAGES, IMAGE_EPOCHS = 6000, 5
+IMAGES, IMAGE_EPOCHS = 12_000, 5
 VIDEOS, EVALUATED, EPOCHS = 1600, 480, 25
 BATCH, BATCHES = 32, 12
 RATE = 4  # features per second
