@@ -41,7 +41,7 @@ def measure(seed: int, folder: Path) -> dict[str, float]:
     adapted = folder / f"adapted-{seed}"
     few = ("--methods", "zero_shot", "pointclip", "--data", "drawn_solids", "--shots", SHOTS, "--seeds", seed + 1)
     where = ("--output", adapted, "--processes-count", 0, "--no-track", "--no-keep-adapters")
-    clouds = ("--clouds.pixels", "image", "--samples", TESTED, "--validation", "whole")
+    clouds = ("--pixels", "image", "--samples", TESTED, "--validation", "whole")
     run("adapt", "few-shot", "--model", output, *few, *where, *clouds)
     both = ("--output", folder / f"ensemble-{seed}", "--ensemble", scores, *where[2:])
     run("adapt", "few-shot", "--model", output, *few[:1], "pointclip", *few[3:], *both, *clouds)
