@@ -14,7 +14,7 @@ from claim import Claim, Metrics, drawn, named, run, trained_clip
 
 IMAGES, EPOCHS, SIDE = 12_000, 5, 64
 STROKES, START_STROKES = (4, 8, 16, 32), (8, 16)
-PHOTOS = 2  # of each shape
+PHOTOS = 1  # of each shape
 FAR = 5  # times chance
 DRAW = "strokes=24,side=64,rates.points=0.5,loop.steps=300,loop.evaluate_every=100,loop.checkpoint_every=100"
 SKETCH = (
