@@ -14,7 +14,7 @@ from pathlib import Path
 from claim import Claim, drawn, named, run
 
 VIEWS, SCENES, EPOCHS, SIZE = 5_000, 5_000, 6, 64
-TRAINED, VALIDATED, TESTED, POINTS = 400, 320, 800, 512
+TRAINED, TESTED, POINTS = 400, 800, 512
 NETWORK_EPOCHS, SHOTS = 40, 16
 PIXELS = "pixels=image"
 ONE_VIEW = "1+0+0+0+0+0"
@@ -140,7 +140,7 @@ def _network(seed: int, folder: Path) -> tuple[Path, float]:
             optimizer.step()
         schedule.step()
     network.eval()
-    parts = [_clouds("solids_train", 1_000_000, VALIDATED), _clouds("solids", 0, TESTED)]
+    parts = [_clouds("solids_train", 1_000_000, TESTED), _clouds("solids", 0, TESTED)]
     with torch.no_grad():
         logits = [torch.cat([network(part) for part in clouds.split(100)]) for clouds, _, _ in parts]
     keys = [key for _, names, _ in parts for key in names]
