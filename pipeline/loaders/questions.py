@@ -50,7 +50,7 @@ _SHORTENED = {
     "'ll": "how it somebody someone something they what who why you",
     "'re": "there they what why you",
 }
-"""Words before an ending, as in VQA's table. Words of their own, such as ``well``, ``shed`` and ``its``, are not in it."""
+"""Words before an ending, as in VQA's table: without ``well``, ``shed``, ``its`` and others of two meanings."""
 _WITH_TWO = {
     "n't've": "could had might should would",
     "'d've": "he it she somebody someone something there they we who you",
