@@ -31,8 +31,8 @@ from pipeline.shards.objects import FIELD
 from pipeline.shards.questions import QUESTIONS
 from pipeline.shards.sample import Sample
 
-FIELDS = (FIELD, "json", QUESTIONS)
-"""The sample fields that can have questions."""
+FIELDS = (QUESTIONS, FIELD, "json")
+"""The sample fields that can have questions; where one has to be chosen, in this order."""
 ENOUGH = 3
 """Matches among the other annotators with which an answer is right."""
 _ARTICLES = {"a", "an", "the"}
