@@ -12,7 +12,6 @@ there with half the rate; the others repeat their steps.
 import copy
 import io
 import logging
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -202,9 +201,14 @@ class Optimization:
             new[scales == 0] = old[scales == 0]
 
     @torch.no_grad()
+    def images(self) -> Tensor:
+        """The images as they are shown: float [N, 3, H, W]."""
+        return self.picture.shown()
+
+    @torch.no_grad()
     def evaluate(self) -> Tensor:
         """Add an entry to the history, and stop images that do not change any more; returns the images."""
-        images = self.picture.shown()
+        images = self.images()
         entry: dict[str, Any] = {"step": self.progress.step, "loss": self.objective.evaluation(images).tolist()}
         if self.judge is not None and self.references is not None:
             entry["judge"] = (self.judge.images(images) * self.references).sum(1).tolist()
@@ -267,9 +271,3 @@ class Optimization:
             self._restore(state)
         except (RuntimeError, ValueError, LookupError, TypeError, UnpicklingError, EOFError, OSError) as error:
             raise DataError(f"this is no checkpoint of these images ({str(error).strip()[:200]})") from error
-
-
-def best_of(progress: LoopProgress) -> int:
-    """The image with the lowest last loss without augmentation; the first of equal ones."""
-    last = [loss if math.isfinite(loss) else math.inf for loss in progress.history[-1]["loss"]]
-    return min(range(len(last)), key=last.__getitem__)

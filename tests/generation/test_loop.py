@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import DataError, SettingError
 from pipeline.generation.guides import Guide
-from pipeline.generation.loop import LoopConfig, Optimization, Picture, best_of
+from pipeline.generation.loop import LoopConfig, Optimization, Picture
 from pipeline.generation.prompts import parse_prompts
 from pipeline.generation.similarity import spherical_distance
 from pipeline.generation.streams import Draw, generators, uniform
@@ -195,12 +195,6 @@ def test_an_image_that_does_not_change_stops_and_others_go_on() -> None:
     assert torch.equal(run.picture.render()[0], first[0]) and not torch.equal(run.picture.render()[1], first[1])
     alone = optimization(["red:1:9"], [1], steps=40, evaluate_every=2, patience=2)
     assert alone.run().step == 6
-
-
-def test_the_best_image_has_the_lowest_last_loss() -> None:
-    run = optimization(["red", "red", "red"], [1, 2, 3])
-    run.progress.history = [{"step": 5, "loss": [0, 9.0, 9]}, {"step": 10, "loss": [float("nan"), 0.5, 0.25]}]
-    assert best_of(run.progress) == 2
 
 
 def test_several_clips_add_up_and_read_their_own_sizes() -> None:
