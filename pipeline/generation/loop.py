@@ -164,7 +164,8 @@ class Optimization:
         return self.progress
 
     def step(self) -> list[int]:
-        """One step of all images; the numbers of those whose loss or gradient is not finite, and then no step."""
+        """One step of all images that have not stopped; the numbers of those whose loss or gradient is not finite, and
+        then no step."""
         progress = self.progress
         factors = self.picture.rates(progress.step / self.config.steps)
         for group, rate, factor in zip(self.optimizer.param_groups, self.rates, factors, strict=True):
@@ -178,7 +179,7 @@ class Optimization:
         for parameter in self.picture.parameters():
             if parameter.grad is not None:
                 finite = finite & parameter.grad.flatten(1).isfinite().all(1)
-        broken: list[int] = (~finite).nonzero()[:, 0].tolist()
+        broken = [image for image in (~finite).nonzero()[:, 0].tolist() if progress.scale[image]]
         if not broken:
             self._update()
             progress.step += 1

@@ -267,16 +267,17 @@ class DrawingRunner:
         began, folder = time.monotonic(), Folder(self.output)
         run, film = self._start(units), Film(self.frames, self.shown)
         key = hashlib.sha256("\n".join(self.settings(unit) for unit in units).encode()).hexdigest()[:24]
-        kept = folder.folder(CHECKPOINTS)
+        kept, who = folder.folder(CHECKPOINTS), units[0].name + (f" and {len(units) - 1} more" if units[1:] else "")
         loop, shots = f"{key}.pt", f"{key}-film.npz"
         if _resume(run, film, kept, loop, shots):
-            logger.info("%s and %d more go on from step %d", units[0].name, len(units) - 1, run.progress.step)
+            logger.info("%s: goes on from step %d", who, run.progress.step)
         else:
             film.add(0, run.images())
 
         def save(content: bytes) -> None:
             kept.write_atomic(shots, film.content())
             kept.write_atomic(loop, content)
+            logger.info("%s: step %d of %d", who, run.progress.step, run.config.steps)
 
         def watch(progress: LoopProgress, images: Tensor) -> None:
             if progress.step in film.steps(run.config.steps, run.config.evaluate_every):

@@ -186,6 +186,18 @@ def test_a_loss_that_is_not_finite_repeats_with_half_the_rate_and_leaves_others_
         hopeless.run()
 
 
+def test_a_stopped_image_cannot_break_the_others() -> None:
+    """Its parameters stay, and so do those of the others, as without its broken losses."""
+    runs = [optimization(TEXTS, SEEDS), optimization(TEXTS, SEEDS)]
+    runs[1].picture.__class__ = Breaking
+    runs[1].picture.times = 100  # type: ignore[assignment]
+    for run in runs:
+        run.progress.scale = [1, 0, 1]
+        run.run()
+        assert run.progress.step == 20 and run.progress.retries == 0
+    assert torch.equal(runs[0].picture.pixels, runs[1].picture.pixels)  # type: ignore[arg-type]
+
+
 def test_an_image_that_does_not_change_stops_and_others_go_on() -> None:
     """The stop of the prompt is met at once: its image has no gradient."""
     run = optimization(["red:1:9", "blue"], [1, 2], steps=40, evaluate_every=2, patience=2)
