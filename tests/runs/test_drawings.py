@@ -371,6 +371,18 @@ def test_prompts_come_from_files_and_masks_whiten_images(tmp_path: Path) -> None
         read_subjects([], [str(tmp_path / "photo.png")], [str(tmp_path / "small.png")])
 
 
+@pytest.mark.parametrize("mode", ["CMYK", "I;16", "LA", "P", "1"])
+@pytest.mark.parametrize("size", [(1, 1), (7, 1), (5, 9)])
+def test_images_of_any_kind_and_size_are_squares_of_colours(mode: str, size: tuple[int, int], tmp_path: Path) -> None:
+    """Black, with white beside it where the image is no square."""
+    place = tmp_path / ("photo.tiff" if mode in ("CMYK", "I;16") else "photo.png")
+    Image.new(mode, size, {"CMYK": (0, 0, 0, 255), "LA": (0, 255)}.get(mode, 0)).save(place)
+    (found,) = read_subjects([], [str(place)], [])
+    assert found.pixels is not None and found.pixels.shape == (max(size), max(size), 3)
+    assert int((found.pixels < 60).all(axis=2).sum()) == size[0] * size[1]
+    assert int((found.pixels == 255).all(axis=2).sum()) == max(size) ** 2 - size[0] * size[1]
+
+
 def test_everything_is_checked_before_anything_is_drawn(tmp_path: Path) -> None:
     made = runner(tmp_path)
     made = replace(made, subjects={"red red red red": SubjectSource("red red red red")})
