@@ -31,8 +31,8 @@ from pipeline.shards.objects import FIELD
 from pipeline.shards.questions import QUESTIONS
 from pipeline.shards.sample import Sample
 
-FIELDS = (FIELD, "json", QUESTIONS)
-"""The sample fields that can have questions."""
+FIELDS = (QUESTIONS, FIELD, "json")
+"""The sample fields that can have questions; where one has to be chosen, in this order."""
 ENOUGH = 3
 """Matches among the other annotators with which an answer is right."""
 _ARTICLES = {"a", "an", "the"}
@@ -42,21 +42,31 @@ _DIGITS = {
 }
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 """The marks that VQA removes; others, such as ``:`` of a time or ``$``, are part of an answer."""
-_NEGATED = "are can could did does do had has have is might must need should was were would wo"
+_NEGATED = "ai are ca could did does do had has have is might must need ought sha should was were wo would"
 _SHORTENED = {
-    "'ve": "could i might must should they we what who would you",
-    "'s": "he here how let she somebody someone something that there what when where who why",
-    "'d": "he how it she somebody there they who",
-    "'ll": "how it somebody someone something they what who you",
-    "'re": "they what who you",
+    "'ve": "could might must not should they we what where who would you",
+    "'s": "he how somebody someone that there what when where who why",
+    "'d": "he how it someone something there they where who you",
+    "'ll": "how it somebody someone something they what who why you",
+    "'re": "there they what why you",
 }
-"""Words before an ending. ``well``, ``ill``, ``were`` and ``its`` are words of their own and are not among them."""
+"""Words before an ending, as in VQA's table: without ``well``, ``shed``, ``its`` and others of two meanings."""
+_WITH_TWO = {
+    "n't've": "could had might should would",
+    "'d've": "he it she somebody someone something there they we who you",
+}
 _CONTRACTIONS = {
     **{f"{word}nt": f"{word}n't" for word in _NEGATED.split()},
     **{word + end[1:]: word + end for end, words in _SHORTENED.items() for word in words.split()},
-    **{"im": "i'm", "maam": "ma'am", "oclock": "o'clock", "yall": "y'all", "twas": "'twas"},
+    **{
+        word + lacking: word + end
+        for end, words in _WITH_TWO.items()
+        for word in words.split()
+        for lacking in (end.replace("'", "", 1), end[:-3] + "ve")
+    },
+    **{"maam": "ma'am", "oclock": "o'clock", "yall": "y'all", "twas": "'twas"},
 }
-"""Contractions without their apostrophe, and with it."""
+"""Contractions without an apostrophe, and with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +113,10 @@ def plain_answer(text: str) -> str:
     A mark becomes a space; in a text where it is beside a space, or where a comma is inside of a number, it is removed.
     Full stops go, but for those before a digit.
     """
-    text = " ".join(text.lower().replace("\u2019", "'").split())
-    grouped = re.search(r"\d,\d", text) is not None
+    whole = text = " ".join(text.lower().replace("\u2019", "'").split())
+    grouped = re.search(r"\d,\d", whole) is not None
     for mark in _PUNCTUATION:
-        beside = f"{mark} " in text or f" {mark}" in text
+        beside = f"{mark} " in whole or f" {mark}" in whole
         text = text.replace(mark, "" if beside or grouped else " ")
     text = re.sub(r"\.(?!\d)", "", text)
     words = [_DIGITS.get(word, word) for word in text.split()]

@@ -60,6 +60,7 @@ from pipeline.shards.sidecar import Wanted
 from pipeline.shards.storage import Folder
 from pipeline.stages.annotate.grid_features import JOB
 
+QUESTIONS_AT_ONCE = 64
 TEXT_SETTINGS, FACTS = "bert.json", "grid.json"
 """Files of a checkpoint: the settings of the transformer, and the tower with the digest of its grids."""
 FILES = ("model.safetensors", "method.safetensors")
@@ -335,11 +336,11 @@ class ClipVil(Method):
 
     def _read(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The states of tokens and cells, and the pooled first token; see :class:`SingleStream`."""
-        return self.model(*self._inputs(batch))  # type: ignore[no-any-return]
-
-    def _inputs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         grid = batch["grid"] if "grid" in batch else self._grid(batch["image"], batch["cells"])
-        return batch["tokens"], batch["token_mask"], grid, batch["cells"], batch["cell_mask"]
+        found: tuple[Tensor, Tensor] = self.model(
+            batch["tokens"], batch["token_mask"], grid, batch["cells"], batch["cell_mask"]
+        )
+        return found
 
     def _grid(self, image: Tensor, cells: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] to the features of the cells int64 [B, L, 2], float [B, L, D]."""
@@ -358,24 +359,35 @@ class ClipVil(Method):
 
         Images are uint8 [3, H, W] of any sizes. With the loss ``soft`` each answer has a probability of its own.
         """
+        return self._probabilities(images, [[text] for text in questions])
+
+    def _probabilities(self, images: Sequence[Tensor], questions: Sequence[Sequence[str]]) -> Tensor:
+        """Float32 [Q, A] of all questions, those about the first image first; the tower reads each image once."""
         require(self.answering is not None, "questions", self.config.questions, "a model that was trained on questions")
-        logits = self._answer_logits(self._read(self._asked(images, questions))[1])
+        grid, cells, cell_mask = self._seen(images)
+        rows = [(image, text) for image, some in enumerate(questions) for text in some]
+        parts = []
+        for start in range(0, len(rows), QUESTIONS_AT_ONCE):
+            some = rows[start : start + QUESTIONS_AT_ONCE]
+            about = torch.tensor([image for image, _ in some], device=grid.device)
+            asked = self._asked([text for _, text in some])
+            parts.append(self._answer_logits(self.model(*asked, grid[about], cells[about], cell_mask[about])[1]))
+        logits = torch.cat(parts)
         return logits.sigmoid() if self.config.loss == "soft" else logits.softmax(dim=1)
 
     @torch.no_grad()
     def answer(self, images: Sequence[Tensor], questions: Sequence[Sequence[str]]) -> list[list[str]]:
         """One of ``config.answers`` for each of the ``questions`` about each of ``images``, uint8 [3, H, W]."""
-        rows = [(image, text) for image, some in zip(images, questions, strict=True) for text in some]
-        if not rows:
+        if not any(questions):
             return [[] for _ in images]
-        best = self.answer_probabilities([image for image, _ in rows], [text for _, text in rows]).argmax(dim=1)
+        best = self._probabilities(images, questions).argmax(dim=1)
         texts = iter([self.config.answers[number] for number in best.tolist()])
         return [[next(texts) for _ in some] for some in questions]
 
     @torch.no_grad()
     def attention(self, images: Sequence[Tensor], questions: Sequence[str]) -> list[CellAttention]:
         """For each image uint8 [3, H, W] and its question, the last layer's attention to each cell."""
-        weights = self.model.attention(*self._inputs(self._asked(images, questions))).float().cpu()
+        weights = self.model.attention(*self._asked(questions), *self._seen(images)).float().cpu()
         found = []
         for row, image in zip(weights, images, strict=True):
             rows, columns = self.transform.cells(*image.shape[1:])
@@ -383,14 +395,19 @@ class ClipVil(Method):
             found.append(CellAttention(cells, self.transform.cell_size(*image.shape[1:])))
         return found
 
-    def _asked(self, images: Sequence[Tensor], questions: Sequence[str]) -> dict[str, Tensor]:
-        """A batch as the readers give it, without answers."""
+    def _seen(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The features of the images' cells, float [B, L, D], the cells and their mask, as the readers give them."""
         placed = [self.transform(image.permute(1, 2, 0).cpu().numpy()) for image in images]
-        most = self.config.text_tokens
-        tokens, mask = padded_tokens([one.ids for one in self.tokenizer.batch(questions, most)], self.tokenizer.pad)
-        cells = padded_cells([chosen_cells(shape, 0, 0, None) for _, shape in placed])
-        batch = {"image": torch.stack([image for image, _ in placed]), "tokens": tokens, "token_mask": mask, **cells}
-        return {name: value.to(self.tower.mean.device) for name, value in batch.items()}
+        found = padded_cells([chosen_cells(shape, 0, 0, None) for _, shape in placed])
+        device = self.tower.mean.device
+        cells, mask = found["cells"].to(device), found["cell_mask"].to(device)
+        return self._grid(torch.stack([image for image, _ in placed]).to(device), cells), cells, mask
+
+    def _asked(self, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Tokens and their mask, as the readers give them."""
+        ids = [one.ids for one in self.tokenizer.batch(questions, self.config.text_tokens)]
+        tokens, mask = padded_tokens(ids, self.tokenizer.pad)
+        return tokens.to(self.tower.mean.device), mask.to(self.tower.mean.device)
 
 
 def answer_loss(

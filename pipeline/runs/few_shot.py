@@ -32,7 +32,15 @@ from pipeline.evaluation.zero_shot import classifier
 from pipeline.loaders.samples import Samples
 from pipeline.models.adapters.adapter import Adapter, FrozenClip, adapter_class, unit
 from pipeline.models.clip import Clip
-from pipeline.runs.few_shot_ensemble import ENSEMBLE, PartLogits, ensemble_accuracy, part_logits, urls_of, write_scores
+from pipeline.runs.few_shot_ensemble import (
+    ENSEMBLE,
+    PartLogits,
+    digest_of_scores,
+    ensemble_accuracy,
+    part_logits,
+    urls_of,
+    write_scores,
+)
 from pipeline.shards.media import MEDIA, POINTS
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.shards.storage import Folder
@@ -242,7 +250,7 @@ def check(
         able = one.medium == POINTS.name if reads == "views" else one.medium != POINTS.name or reads == "features"
         require(able, "methods", spec.text, f"another one for {one.name}, which has {MEDIA[one.medium].noun} each")
     if reads == "views" and views is not None:
-        allowed = f"{views}, the views of a cloud by --clouds.projection"
+        allowed = f"{views}, the views of a cloud by --projection"
         require(config.views == views, f"{spec.text}: views", config.views, allowed)
     classes = data.classes
     new: tuple[str, ...] = ()
@@ -355,14 +363,15 @@ class TrialRunner:
         return Folder(self.output).folder("trials")
 
     def settings(self, trial: Trial) -> str:
-        """SHA-256 of everything that determines the result."""
+        """SHA-256 of everything that determines the result and the files beside it."""
         config, recipe = self.specs[trial.method].build(trial.protocol, trial.shots, trial.data)
         listed = [_digest(self.ready[name]) for name in (trial.data, *self.targets)]
         anywhere = replace(self.embedder, device="auto")
         prompts = [self.specs[trial.method].prompts(self.ready[name].data) for name in (trial.data, *self.targets)]
         said = [fingerprint(trial), repr(config), repr(recipe), repr(anywhere), self.clip, repr(listed)]
         said += [repr(prompts), self.validation]
-        said += [repr((self.ensemble, self.ensemble_weight))] if self.ensemble else []
+        said += [repr((digest_of_scores(self.ensemble), self.ensemble_weight))] if self.ensemble else []
+        said += ["scores"] if self.keep_scores else []  # a trial that has not written them is not finished
         return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
     def run(self, trial: Trial, settings: str = "") -> Result:

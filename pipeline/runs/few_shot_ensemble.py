@@ -1,5 +1,6 @@
 """The logits of few-shot trials by the urls of their samples, and ensembles of a trial with another classifier."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -10,7 +11,7 @@ from pipeline.evaluation.ensemble import joined, read_scores, scores_file, searc
 from pipeline.loaders.samples import Samples, json_of_sample
 from pipeline.models.adapters.adapter import Adapter
 from pipeline.shards.snapshot import read_snapshot
-from pipeline.shards.storage import Folder
+from pipeline.shards.storage import Folder, split_file
 from pipeline.training.adapt import Accuracy, Labelled, batch_logits
 
 ENSEMBLE = "ensemble"
@@ -37,6 +38,13 @@ def urls_of(uri: str) -> tuple[str, ...]:
     """The urls of all samples of a snapshot, in order: their names in the source."""
     samples = Samples(read_snapshot(uri), open_shards=2)
     return tuple(str(json_of_sample(samples[number]).get("url", "")) for number in range(len(samples)))
+
+
+@cache
+def digest_of_scores(place: str) -> str:
+    """SHA-256 hex of the file of scores at ``place``."""
+    folder, name = split_file(place)
+    return hashlib.sha256(folder.read_bytes(name)).hexdigest()
 
 
 def write_scores(folder: Folder, name: str, classes: Sequence[str], logits: Mapping[str, PartLogits]) -> None:

@@ -13,15 +13,20 @@ from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.config import require
 from pipeline.errors import DataError, SampleError, missing
-from pipeline.shards.clouds import write_npy
+from pipeline.shards.clouds import MOST_POINTS, write_npy
 from pipeline.shards.storage import Folder, file_stamp
 from pipeline.sources.hdf5_arrays import own_array
 from pipeline.sources.source import Part, Row, Slice
 
 LIST = ".txt"
+WIDEST = 64
+"""Numbers of a point."""
+BLOCK = 64 << 20
+"""Bytes of clouds that are read together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +84,9 @@ class Hdf5Points:
             if first >= last:
                 continue
             with self._opened(name) as (clouds, numbers):
-                points, labels = np.asarray(clouds[first:last]), np.asarray(numbers[first:last]).reshape(-1)
-            for at in range(last - first):
-                yield self._row(name, first + at, points[at], int(labels[at]))
+                labels = self._labels(name, numbers, first, last)
+                for at, points in enumerate(_clouds(clouds, first, last)):
+                    yield self._row(name, first + at, points, labels[at])
 
     def schema(self) -> Mapping[str, type]:
         """The class by name, and its number."""
@@ -96,7 +101,7 @@ class Hdf5Points:
         found: list[str] = []
         for name, _ in self._counts:
             with self._opened(name) as (_, numbers):
-                labels = np.asarray(numbers[:]).reshape(-1).tolist()
+                labels = self._labels(name, numbers, 0, numbers.shape[0])
             beyond = next((number for number in labels if not 0 <= number < len(self._names)), None)
             if beyond is not None:
                 raise DataError(f"{self._place.join(name)}: class number {beyond} of {len(self._names)} classes")
@@ -138,6 +143,13 @@ class Hdf5Points:
             raise missing(field, self._place.join(name)) from error
         return [line.strip() for line in text.splitlines() if line.strip()]
 
+    def _labels(self, name: str, numbers: Any, first: int, last: int) -> list[int]:
+        try:
+            found: list[int] = np.asarray(numbers[first:last]).reshape(-1).tolist()
+        except OSError as error:
+            raise DataError(f"{self._place.join(name)}: cannot read the class numbers ({error})") from error
+        return found
+
     @contextmanager
     def _opened(self, name: str) -> Iterator[tuple[Any, Any]]:
         """The arrays of clouds and of class numbers of a file."""
@@ -149,21 +161,27 @@ class Hdf5Points:
             content = stack.enter_context(self._place.open(name))
             try:
                 file = stack.enter_context(h5py.File(content, "r"))
-                arrays = [own_array(file, key) for key in (self.points_key, self.label_key)]
+                arrays = [own_array(file, key, where) for key in (self.points_key, self.label_key)]
             except (OSError, RuntimeError, KeyError) as error:
                 raise DataError(f"{where} is no readable HDF5 file ({error})") from error
             clouds, numbers = arrays
             if clouds is None or numbers is None:
                 keys = ", ".join(file.keys())
                 raise DataError(f"{where} has no arrays {self.points_key} and {self.label_key}; it has {keys}")
-            fits = clouds.ndim == 3 and clouds.shape[2] >= 3 and clouds.dtype.kind in "fiu"
-            if not fits or numbers.dtype.kind not in "iu" or numbers.size != len(clouds):
+            fits = clouds.ndim == 3 and 3 <= clouds.shape[2] <= WIDEST and clouds.dtype.kind in "fiu"
+            paired = numbers.ndim in (1, 2) and numbers.size == numbers.shape[0] == len(clouds)
+            if not fits or numbers.dtype.kind not in "iu" or not paired:
                 shapes = f"{clouds.dtype} {clouds.shape} and {numbers.dtype} {numbers.shape}"
                 raise DataError(f"{where} has {shapes}, expected clouds [M, N, 3] and M whole class numbers")
+            if clouds.shape[1] > MOST_POINTS:
+                raise DataError(f"{where} has clouds of {clouds.shape[1]:,} points, more than {MOST_POINTS:,}")
             yield clouds, numbers
 
-    def _row(self, name: str, index: int, points: Any, number: int) -> Row:
+    def _row(self, name: str, index: int, points: NDArray[Any] | None, number: int) -> Row:
         url = f"{name}#{index}"
+        if points is None:
+            problem = SampleError("failed_to_resize", "damaged", "the file is damaged at this cloud")
+            return Row(url=url, caption="", columns={"label": "", "class_number": number}, problem=problem)
         if not 0 <= number < len(self._names):
             problem = SampleError("failed_to_resize", "unknown_class", f"the class number {number} has no name")
             return Row(url=url, caption="", columns={"label": "", "class_number": number}, problem=problem)
@@ -171,3 +189,22 @@ class Hdf5Points:
         part = Part("points", write_npy(points[:, :3]), url=url)
         caption = self.label_caption.format(label.replace("_", " "))
         return Row(url=url, caption=caption, parts=(part,), columns={"label": label, "class_number": number})
+
+
+def _clouds(array: Any, first: int, last: int) -> Iterator[NDArray[Any] | None]:
+    """The clouds from ``first`` to before ``last``, a block at a time; None for those that cannot be read."""
+    at_once = max(1, BLOCK // max(1, array.dtype.itemsize * array.shape[1] * array.shape[2]))
+    for start in range(first, last, at_once):
+        yield from _block(array, start, min(start + at_once, last))
+
+
+def _block(array: Any, first: int, last: int) -> Iterator[NDArray[Any] | None]:
+    try:
+        yield from np.asarray(array[first:last])
+    except OSError:
+        if last - first == 1:
+            yield None
+            return
+        middle = (first + last) // 2
+        yield from _block(array, first, middle)
+        yield from _block(array, middle, last)

@@ -30,11 +30,15 @@ from pipeline.errors import DataError, SampleError, missing, unreadable
 from pipeline.shards.depth_values import DEPTH_FIELD, encode_depth
 from pipeline.shards.storage import Folder, file_stamp, split_file
 from pipeline.sources.hdf5_arrays import own_array
+from pipeline.sources.matlab5 import LARGEST, whole_numbers
 from pipeline.sources.source import UNCHANGED, Part, Row, Slice
 
 IMAGES = "images"
 SCENES = "sceneTypes"
 READ_ERRORS = (OSError, KeyError, ValueError, RuntimeError)  # h5py's, by the kind of damage
+LONGEST_SCENE = 100  # letters
+MOST_PIXELS = 1 << 26
+"""Pixels of an image."""
 PARTS = {"train": "trainNdxs", "test": "testNdxs"}
 
 
@@ -111,7 +115,6 @@ class NyuDepth:
         try:
             pixels = np.asarray(arrays[IMAGES][number]).transpose(2, 1, 0)
             metres = np.asarray(arrays[self.depths][number]).T
-            scene = _text(arrays, number)
             depth = encode_depth(metres)
         except READ_ERRORS as error:
             problem = SampleError("failed_to_resize", "damaged", f"cannot read image {number + 1}: {error}")
@@ -123,45 +126,52 @@ class NyuDepth:
             url=url,
             parts=(Part("image", _png(pixels)),),
             members={DEPTH_FIELD: depth},
-            columns={"scene": scene},
+            columns={"scene": self._scene(arrays, number)},
         )
+
+    def _scene(self, arrays: Any, number: int) -> str:
+        """The scene's class of an image; empty without a readable one."""
+        try:
+            return _scene_name(arrays, number, self.file)
+        except (*READ_ERRORS, DataError):
+            return ""
 
 
 def _checked(arrays: Any, file: str, depths: str) -> int:
     """The number of images; requires arrays of the published layout."""
-    shapes: dict[str, tuple[int, ...]] = {one: getattr(own_array(arrays, one), "shape", ()) for one in (IMAGES, depths)}
+    found = {one: own_array(arrays, one, file) for one in (IMAGES, depths)}
+    shapes: dict[str, tuple[int, ...]] = {name: getattr(one, "shape", ()) for name, one in found.items()}
     images, maps = shapes[IMAGES], shapes[depths]
     fits = len(images) == 4 and len(maps) == 3 and images[1] == 3 and (images[0], *images[2:]) == maps
     allowed = f"a file with images [N, 3, W, H] and {depths} [N, W, H]; these are {shapes}"
-    require(fits and images[0] > 0, "file", file, allowed)
+    require(fits and min(images) > 0, "file", file, allowed)
+    require(images[2] * images[3] <= MOST_PIXELS, "file", file, f"images of up to {MOST_PIXELS:,} pixels")
     require(arrays[IMAGES].dtype == np.uint8, "file", file, "images of uint8")
+    require(arrays[depths].dtype.kind in "fiu", "file", file, f"{depths} that are numbers")
     return int(images[0])
 
 
 def _read_split(place: str, name: str) -> list[int]:
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
-
     folder, file = split_file(place)
     try:
         with folder.open(file) as stream:
-            values = loadmat(stream)[name]
-        return [int(value) - 1 for value in np.asarray(values).ravel()]
-    except FileNotFoundError as error:
-        raise missing("splits", place) from error
-    except (OSError, ValueError, KeyError, TypeError, NotImplementedError, MatReadError) as error:
+            return [value - 1 for value in whole_numbers(stream.read(LARGEST + 1), name)]
+    except (OSError, ValueError) as error:
         raise unreadable("splits", place, f"a file of MATLAB 5 with {name}", error) from error
 
 
-def _text(arrays: Any, number: int) -> str:
-    """The scene's class of an image: a reference to the codes of its letters."""
-    scenes = own_array(arrays, SCENES)
-    if scenes is None:
+def _scene_name(arrays: Any, number: int, file: str) -> str:
+    """The scene's class of an image: a reference to the codes of its letters; empty without any."""
+    scenes = own_array(arrays, SCENES, file)
+    if scenes is None or scenes.ndim != 2 or number >= scenes.shape[1]:
         return ""
-    named = arrays[scenes[0, number]]
-    if named.is_virtual or named.external:  # as in own_array
+    reference = scenes[0, number]
+    if not isinstance(reference, type(scenes.ref)) or not reference:
         return ""
-    return "".join(map(chr, np.asarray(named).ravel())).strip()
+    letters = own_array(arrays, arrays[reference].name or "", file)
+    if letters is None or letters.size > LONGEST_SCENE or letters.dtype.kind != "u":
+        return ""
+    return "".join(map(chr, np.asarray(letters).ravel())).strip()
 
 
 def _png(pixels: NDArray[np.uint8]) -> bytes:

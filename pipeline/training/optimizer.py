@@ -118,7 +118,7 @@ class AdamWWithSgd(AdamW):
     sgd_towers: tuple[str, ...] = ("image",)
     """Towers of the method that gradient descent trains; AdamW trains all other weights."""
     sgd_learning_rate: float = 1e-3
-    """Learning rate of gradient descent, at the end of the warm-up that both share."""
+    """Learning rate of gradient descent from the first step on; the warm-up is AdamW's alone."""
     sgd_momentum: float = 0.0
     """Momentum of gradient descent, 0 to less than 1."""
     sgd_weight_decay: float = 0.0
@@ -225,7 +225,7 @@ def set_rates(optimizer: torch.optim.Optimizer, config: Optimizer, done: int, wa
     Returns the rate without a factor, of AdamW where there are two optimisers.
     """
     rate = _rate(config, done, warmup_steps, steps)
-    own = _rate(config.sgd, done, warmup_steps, steps) if isinstance(config, AdamWWithSgd) else rate
+    own = _rate(config.sgd, done, 0, steps) if isinstance(config, AdamWWithSgd) else rate
     for group in optimizer.param_groups:
         group["lr"] = (own if group.get(OWN) else rate) * group.get(SCALE, 1.0)
     return rate

@@ -111,7 +111,21 @@ def test_models_that_cannot_and_settings_that_are_wrong(kind: str, data: Snapsho
 
 def test_questions_need_a_field_that_the_data_have(data: Snapshot) -> None:
     with pytest.raises(SettingError, match="vqa_questions.*boxes.json"):
-        Evaluations(vqa=(data.folder,)).prepare()
+        Evaluations(vqa=(f"{data.folder},questions=boxes.json",)).prepare()
+
+
+def test_the_field_of_the_questions_is_found(data: Snapshot, tmp_path: Path) -> None:
+    """In json; and in questions.json before json, where boxes.json has none."""
+    assert evaluate(Speaker(), Evaluations(vqa=(f"it={data.folder}",)).prepare())["vqa/it/questions"] == 3
+    asked = json.dumps({"questions": [{"question": "is it red?", "answer": "red"}]}).encode()
+    more = [
+        Sample(one.key, {**one.fields, "boxes.json": b"{}", **({"questions.json": asked} if one.key == "0" else {})})
+        for one in samples()
+    ]
+    snapshot = publish(tmp_path / "more", more)
+    found = evaluate(Speaker(), Evaluations(vqa=(f"it={snapshot.folder}",)).prepare())
+    assert found["vqa/it/questions"] == 3 and found["vqa/it/accuracy"] == pytest.approx((1 + 0.3 + 1) / 3)
+    assert "vqa/it/accuracy_colour" in found
 
 
 def test_figures_of_answers_and_of_where_a_model_looks(data: Snapshot) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline.evaluation.ensemble import read_scores, scores_file
+from pipeline.runs.few_shot_ensemble import digest_of_scores
 from pipeline.sources.drawn.solids import SOLIDS
 from tests.jobs.conftest import Type
 
@@ -59,6 +60,20 @@ def test_methods_on_clouds_and_their_ensembles(job: Type, tmp_path: Path, capsys
         rows = {row["method"]: float(row["top1_mean"]) for row in csv.DictReader(lines)}
     assert rows["pointclip:epochs=2 + ensemble"] == 1
     assert "pointclip:epochs=2 + ensemble" in capsys.readouterr().out
+
+
+def test_a_changed_file_of_scores_and_scores_that_are_missing_make_a_trial_run_again(job: Type, tmp_path: Path) -> None:
+    words = ("--methods", "zero_shot", "--ensemble", "network.parquet", "--ensemble-weight", "1")
+    keys, labels = [f"drawn://solids/0/{number}" for number in range(32)], torch.arange(32) % 16
+    for right in (1.0, 0.0):
+        scores = (2 * right - 1) * torch.eye(16)[labels]
+        (tmp_path / "network.parquet").write_bytes(scores_file(keys, SOLIDS, scores))
+        digest_of_scores.cache_clear()  # as in another process
+        assert adapt(job, *words) == 0
+        assert results(tmp_path)["zero_shot"]["scores"]["ensemble"]["top1"] == right
+    assert not (tmp_path / "out/scores").exists()
+    assert adapt(job, *words, "--keep-scores") == 0
+    assert len(list((tmp_path / "out/scores").iterdir())) == 1
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,11 @@ def test_answers_and_where_it_looks(snapshot: Snapshot, tmp_path: Path) -> None:
         best = [method.config.answers[n] for n in found.argmax(dim=1).tolist()]
         assert method.answer(images, [[asked[0]], [asked[1], asked[1]]]) == [[best[0]], [best[1], best[1]]]
         assert method.answer(images, [[], []]) == [[], []]
+        read: list[int] = []
+        hook = method.tower.register_forward_hook(lambda _, given, __, read=read: read.append(len(given[0])))
+        many = method.answer(images, [[asked[0]] * 80, asked])
+        hook.remove()
+        assert many[0] == [best[0]] * 80 and many[1][1] == best[1] and read == [2], "the tower reads an image once"
         seen = method.attention(images, asked)
         assert [one.weights.shape for one in seen] == [(3, 4), (4, 4)]
         meta = Meta(step=1, samples_seen=8, batch_size=8, lanes=2, seed=0, snapshot=snapshot.digest)

@@ -171,6 +171,7 @@ class KilledOnce(DrawingRunner):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_killed_tasks_of_a_cluster_go_on_to_the_same_bytes(ray_cluster: Any, tmp_path: Path) -> None:
     whole, units = runner(tmp_path / "whole", *METHODS)
     run_drawings(whole, units, HERE, together=2)

@@ -15,7 +15,7 @@ from pipeline.codecs.image_annotations import fitted_depth
 from pipeline.codecs.image_encoding import ImageOptions
 from pipeline.codecs.options import MediaOptions
 from pipeline.dataset import load_card
-from pipeline.errors import SampleError, SettingError, SnapshotError
+from pipeline.errors import DataError, SampleError, SettingError, SnapshotError
 from pipeline.loaders.depth import DepthReader
 from pipeline.shards.depth_values import decode_depth
 from pipeline.shards.storage import Folder
@@ -231,6 +231,57 @@ def test_links_to_other_files_are_not_followed(tmp_path: Path) -> None:
         file["depths"] = h5py.ExternalLink(str(tmp_path / "secret.mat"), "depths")
     with pytest.raises(SettingError, match="file: "):
         pieces(NyuDepth(file=str(tmp_path / "nyu.mat"), split="all"), tmp_path / "scratch")
+
+
+def hollow(file: Any, name: str, shape: tuple[int, ...], kind: str) -> None:
+    """An array that has a shape and no content."""
+    if name in file:
+        del file[name]
+    file.create_dataset(name, shape=shape, dtype=kind, chunks=tuple(min(side, 64) for side in shape))
+
+
+def test_headers_that_claim_more_than_the_file_has(tmp_path: Path) -> None:
+    """10^9 images, images of 10^9 pixels, and depth that is text."""
+    for images, depths, kind in (
+        ((10**9, 3, 8, 6), (10**9, 8, 6), "f4"),
+        ((2, 3, 32_000, 32_000), (2, 32_000, 32_000), "f4"),
+        ((2, 3, 8, 6), (2, 8, 6), "S4"),
+    ):
+        with h5py.File(tmp_path / "nyu.mat", "w") as file:
+            hollow(file, "images", images, "u1")
+            hollow(file, "depths", depths, kind)
+        with pytest.raises(DataError, match="nyu.mat: the array images has the shape .* but only 0 bytes"):
+            pieces(NyuDepth(file=str(tmp_path / "nyu.mat"), split="all"), tmp_path / "scratch")
+    labeled(tmp_path / "nyu.mat", count=2)
+    with h5py.File(tmp_path / "nyu.mat", "r+") as file:
+        del file["depths"]
+        file["depths"] = np.full((2, 8, 6), b"text")
+    with pytest.raises(SettingError, match="file: .*depths that are numbers"):
+        pieces(NyuDepth(file=str(tmp_path / "nyu.mat"), split="all"), tmp_path / "scratch")
+
+
+@pytest.mark.parametrize("kind", ["numbers", "flat", "few", "nothing", "a group", "floats", "long", "hollow"])
+def test_damaged_names_of_scenes(kind: str, tmp_path: Path) -> None:
+    """The images are as they were; their scene is not known."""
+    labeled(tmp_path / "nyu.mat", count=2)
+    with h5py.File(tmp_path / "nyu.mat", "r+") as file:
+        del file["sceneTypes"]
+        references = np.empty((1, 2), h5py.ref_dtype)
+        if kind == "hollow":
+            hollow(file, "#refs#/x", (10**10,), "u2")
+            references[:] = file["#refs#/x"].ref
+        elif kind not in ("numbers", "nothing"):
+            content: dict[str, Any] = {"floats": np.ones(3), "long": np.full(5_000, 65, np.uint16)}
+            target = (
+                file.create_group("g") if kind == "a group" else file.create_dataset("x", data=content.get(kind, 1))
+            )
+            references[:] = target.ref
+        data = {"numbers": np.zeros((1, 2)), "flat": references[0], "few": references[:, :0]}.get(kind, references)
+        made = h5py.ref_dtype if kind != "numbers" else None
+        file.create_dataset("sceneTypes", data=data, dtype=made)
+    source = NyuDepth(file=str(tmp_path / "nyu.mat"), split="all")
+    rows = pieces(source, tmp_path / "scratch")
+    assert [(row.problem, row.columns["scene"], len(row.parts)) for row in rows] == [(None, "", 1)] * 2
 
 
 def test_distances_in_millimetres_are_a_problem_of_their_row(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pipeline.errors import DataError, SettingError
 from pipeline.evaluation.few_shot import read_data_set
 from pipeline.shards.clouds import extent_of
 from pipeline.shards.storage import Folder
-from pipeline.sources import open_source
+from pipeline.sources import hdf5_points, open_source
 from pipeline.sources.drawn.solids import MESHES, NOVEL_SOLIDS, SOLIDS, SYNONYMS
 from pipeline.sources.drawn.source import Drawn
 from pipeline.sources.folder import ImageFolder
@@ -133,7 +133,27 @@ def truncated(path: Path) -> None:
     path.write_bytes(write_h5(path).read_bytes()[:200])
 
 
+def hollow(clouds: tuple[int, ...], labels: tuple[int, ...]) -> Any:
+    """Arrays that have a shape and no content."""
+
+    def make(path: Path) -> None:
+        with h5py.File(path, "w") as file:
+            for name, shape, kind in (("data", clouds, "f4"), ("label", labels, "i8")):
+                file.create_dataset(name, shape=shape, dtype=kind, chunks=tuple(min(side, 64) for side in shape))
+
+    return make
+
+
+CLAIMS = "a.h5: the array data has the shape .*, but only 0 bytes in the file"
 BROKEN = {
+    "a header of 10^9 clouds": (hollow((10**9, 2048, 3), (10**9,)), CLAIMS),
+    "a header of 10^9 points": (hollow((2, 10**9, 3), (2,)), CLAIMS),
+    "a large cloud": (
+        lambda path: write_h5(path, np.zeros((1, 4_000_001, 3), np.float16)),
+        "clouds of 4,000,001 points",
+    ),
+    "a wide cloud": (lambda path: write_h5(path, np.zeros((2, 4, 65))), r"expected clouds \[M, N, 3\]"),
+    "labels in a row": (lambda path: write_h5(path, labels=[[0] * 7]), "and M whole class numbers"),
     "text": (lambda path: path.write_text("no HDF5"), "is no readable HDF5 file"),
     "truncated": (truncated, "is no readable HDF5 file"),
     "flat": (lambda path: write_h5(path, CLOUDS[0]), r"expected clouds \[M, N, 3\]"),
@@ -151,6 +171,24 @@ def test_broken_files_are_named(name: str, tmp_path: Path) -> None:
     source = Hdf5Points(folder=str(tmp_path), files=("a.h5",), classes=("chair",))
     with pytest.raises(DataError, match=message):
         list(source.slices(3, Folder(tmp_path / "scratch")))
+
+
+def test_a_damaged_part_of_a_file_costs_the_clouds_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten clouds of five chunks; the second chunk cannot be unpacked. Clouds are read in blocks of three."""
+    monkeypatch.setattr(hdf5_points, "BLOCK", 3 * 32 * 3 * 4)
+    clouds = RANDOM.normal(0, 1, (10, 32, 3)).astype(np.float32)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        made = file.create_dataset("data", data=clouds, chunks=(2, 32, 3), compression="gzip")
+        file["label"] = np.zeros(10, int)
+        where = made.id.get_chunk_info(1)
+    body = bytearray((tmp_path / "a.h5").read_bytes())
+    body[where.byte_offset : where.byte_offset + where.size] = bytes(where.size)
+    (tmp_path / "a.h5").write_bytes(body)
+    rows = rows_of(Hdf5Points(folder=str(tmp_path), files=("a.h5",), classes=("chair",)), tmp_path, at_once=7)
+    reasons = [row.problem.error_class if row.problem else "" for row in rows]
+    assert reasons == ["", "", "damaged", "damaged", *[""] * 6]
+    for number in (0, 1, 4, 9):
+        np.testing.assert_array_equal(points_of(rows[number]), clouds[number])
 
 
 def test_settings_of_files(tmp_path: Path) -> None:

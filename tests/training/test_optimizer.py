@@ -173,6 +173,10 @@ def test_two_optimisers_in_one() -> None:
     after = {id(value): group["lr"] for group in optimizer.param_groups for value in group["params"]}
     assert [rates[id(method.weight)], rates[id(method.bias)]] == pytest.approx([0.1, 0.2])
     assert [after[id(method.weight)], after[id(method.bias)]] == pytest.approx([0.05, 0.02])
+    # As in CLIP-ViL's code, the warm-up is AdamW's.
+    assert set_rates(optimizer, config, 1, 4, 10) == pytest.approx(0.05)
+    warming = {id(value): group["lr"] for group in optimizer.param_groups for value in group["params"]}
+    assert [warming[id(method.weight)], warming[id(method.bias)]] == pytest.approx([0.05, 0.2])
 
 
 def test_two_optimisers_skip_a_step_together_and_resume() -> None:

@@ -13,13 +13,13 @@ from pipeline.loaders.batches import Row, SamplePosition
 from pipeline.loaders.questions import FIELDS, AskedQuestion, answer_accuracy, frequent_answers, read_questions
 from pipeline.loaders.readers import ImageReader
 from pipeline.loaders.samples import UnreadableSample
-from pipeline.shards.objects import FIELD
 from pipeline.shards.sample import Sample
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 IMAGES_AT_ONCE, SHOWN = 16, 8
+AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,26 +27,31 @@ class Config:
     """The options of a set."""
 
     questions: str = option(
-        FIELD, "vqa_questions", "Sample field with the questions: boxes.json, json or questions.json."
+        AUTO,
+        "vqa_questions",
+        "Sample field with the questions: questions.json, boxes.json or json; auto takes the first of these that has "
+        "some.",
     )
 
     def __post_init__(self) -> None:
-        require(self.questions in FIELDS, "vqa_questions", self.questions, "one of " + ", ".join(FIELDS))
+        known = (AUTO, *FIELDS)
+        require(self.questions in known, "vqa_questions", self.questions, "one of " + ", ".join(known))
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionsReader:
-    """``asked``: the questions of each sample, one or more, with their answers."""
+    """``asked``: the questions of each sample, one or more, with their answers; of its first field that has some."""
 
-    questions: str
+    questions: tuple[str, ...]
     fields = ()
 
     def read(self, sample: Sample, at: SamplePosition | None = None) -> Row:
         """The questions; raises ``UnreadableSample`` without any."""
-        found = read_questions(sample, self.questions)
-        if not found:
-            raise UnreadableSample(f"{sample.key} has no question in {self.questions}")
-        return {"asked": found}
+        for field in self.questions:
+            found = read_questions(sample, field)
+            if found:
+                return {"asked": found}
+        raise UnreadableSample(f"{sample.key} has no question in {' or '.join(self.questions)}")
 
     def collate(self, rows: list[Row]) -> dict[str, Any]:
         """A list of lists."""
@@ -54,7 +59,7 @@ class QuestionsReader:
 
 
 class Vqa(Task):
-    """The mean accuracy over questions; ``ready`` is the field of the questions."""
+    """The mean accuracy over questions; ``ready`` are the fields of the questions."""
 
     report = Report(
         "vqa",
@@ -75,12 +80,14 @@ class Vqa(Task):
             "a model that answers questions (jobs/train_clipvil.py, jobs/finetune_glipv2.py)",
         )
 
-    def prepare(self, config: Config, data: Data, name: str) -> str:
-        """The field of the questions, which a snapshot has to have."""
-        if isinstance(data, SnapshotData):
-            fields = data.snapshot.fields
-            require(config.questions in fields, "vqa_questions", config.questions, "one of " + ", ".join(fields))
-        return config.questions
+    def prepare(self, config: Config, data: Data, name: str) -> tuple[str, ...]:
+        """The fields of the questions, one of which a snapshot has to have."""
+        wanted = FIELDS if config.questions == AUTO else (config.questions,)
+        if not isinstance(data, SnapshotData):
+            return wanted
+        fields = data.snapshot.fields
+        require(not set(wanted).isdisjoint(fields), "vqa_questions", config.questions, "one of " + ", ".join(fields))
+        return tuple(field for field in wanted if field in fields)
 
     def run(self, model: Any, one: PreparedSet, reading: Reading, cache: Cache) -> dict[str, float]:
         """``accuracy``, ``accuracy_<kind>`` of each kind of questions, and ``constant``, that of the most frequent
