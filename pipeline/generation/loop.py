@@ -1,9 +1,9 @@
 """The loop that optimises images: render, compare, step; restartable, and deterministic by seed.
 
 N images of one method are optimised together. Every parameter has the images as its first dimension, and every random
-number is a function of an image's seed and the step. So an image is the same alone and in any batch, and an
-interrupted optimisation goes on as if it had not been. Losses of images are summed, and Adam acts on each number by
-itself, so images do not disturb each other.
+number is a function of an image's seed and the step. So an image is the same alone and in any batch, up to rounding,
+and an interrupted optimisation goes on as if it had not been. Losses of images are summed, and Adam acts on each number
+by itself, so images do not disturb each other.
 
 A loss or a gradient that is not finite sends the batch back to its last checkpoint. The images that had it go on from
 there with half the rate; the others repeat their steps.
