@@ -13,6 +13,7 @@ views are not normalised by the mean and deviation of CLIP's images, as in the a
 To hold a run against: ModelNet40 with RN50, 20.18 % (first version of the paper; later papers cite 23.78 %).
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,7 +29,7 @@ from torch.nn import functional
 
 from pipeline.codecs.point_views import FEW_SHOT, ZERO_SHOT, PointViews, brightness, project, view_images
 from pipeline.config import require
-from pipeline.errors import SettingError
+from pipeline.errors import DataError, SettingError
 from pipeline.evaluation.accuracy import FoldCounts, label_ranks
 from pipeline.evaluation.classes import labelled_batches
 from pipeline.evaluation.data import CardData, Data, SnapshotData, open_data
@@ -164,6 +165,12 @@ def view_scores(
                 yield (features @ vectors.to(device).float().T).cpu(), batch
 
 
+def cloud_digests(batch: Mapping[str, Any]) -> list[bytes]:
+    """The SHA-256 of each cloud of a batch, by its points without padding."""
+    pairs = zip(batch[POINTS.name], batch[f"{POINTS.name}_mask"], strict=True)
+    return [hashlib.sha256(points[kept].cpu().numpy().tobytes()).digest() for points, kept in pairs]
+
+
 def search_weights(scores: Tensor, labels: Tensor) -> tuple[tuple[float, ...], float]:
     """The most accurate weights of the views among ``CHOICES``, and their accuracy.
 
@@ -195,12 +202,19 @@ def classify_clouds(
     batches: Iterable[Mapping[str, Any]],
     vectors: Tensor,
     precision: str = "fp32",
+    searched: frozenset[bytes] = frozenset(),
 ) -> dict[str, float]:
     """The metrics of :func:`~pipeline.evaluation.zero_shot.zero_shot` with the weights of ``seen``, and ``equal_top1``,
-    the accuracy with equal weights."""
+    the accuracy with equal weights.
+
+    Raises:
+        DataError: a cloud whose digest is among ``searched``: the weights of the views were searched on it.
+    """
     counts, equal = FoldCounts(len(vectors)), FoldCounts(len(vectors))
     given = torch.tensor(seen.weights)
     for scores, batch in view_scores(seen, batches, vectors, precision):
+        if searched and not searched.isdisjoint(cloud_digests(batch)):
+            raise DataError("the data of the search have clouds of the evaluated ones; give others to `search`")
         labels, folds = batch["label"].cpu(), batch.get("fold")
         counts.add(label_ranks(torch.einsum("bvc,v->bc", scores, given), labels), labels, folds)
         equal.add(label_ranks(scores.mean(dim=1), labels), labels, folds)
@@ -240,15 +254,19 @@ class CloudSetting:
 
     def run(self, model: Any, one: PreparedSet, reading: Reading, vectors: Tensor) -> dict[str, float]:
         """The metrics of a set; finds the weights first, if they are to be searched."""
-        precision = reading.evaluation_precision
+        precision, searched = reading.evaluation_precision, frozenset[bytes]()
         if self.search is not None:
-            self.found = self._searched(model, self.search, reading, vectors)
+            self.found, searched = self._searched(model, self.search, reading, vectors)
         assert self.found is not None, "given, or searched"
         seen = PointClip(model, self.clouds, self.found.weights)
-        metrics = classify_clouds(seen, labelled_batches(seen.points_reader(), one, reading), vectors, precision)
+        batches = labelled_batches(seen.points_reader(), one, reading)
+        metrics = classify_clouds(seen, batches, vectors, precision, searched)
         return metrics | {"searched_samples": float(self.found.searched_samples)}
 
-    def _searched(self, model: Any, data: PreparedSet, reading: Reading, vectors: Tensor) -> WeightsFound:
+    def _searched(
+        self, model: Any, data: PreparedSet, reading: Reading, vectors: Tensor
+    ) -> tuple[WeightsFound, frozenset[bytes]]:
+        """The weights, and the digests of the clouds on which they were searched."""
         seen = PointClip(model, self.clouds)
         batches = labelled_batches(seen.points_reader(), data, reading)
         parts = list(view_scores(seen, batches, vectors, reading.evaluation_precision))
@@ -256,7 +274,8 @@ class CloudSetting:
         weights, accuracy = search_weights(torch.cat([scores for scores, _ in parts]), labels)
         shown = ", ".join(f"{weight:g}" for weight in weights)
         logger.info("view weights %s, the best on %d samples of %s (%.4f)", shown, len(labels), data.name, accuracy)
-        return WeightsFound(weights=weights, searched_on=data.name, searched_samples=len(labels), accuracy=accuracy)
+        found = WeightsFound(weights=weights, searched_on=data.name, searched_samples=len(labels), accuracy=accuracy)
+        return found, frozenset(digest for _, batch in parts for digest in cloud_digests(batch))
 
 
 @dataclass(frozen=True, kw_only=True)

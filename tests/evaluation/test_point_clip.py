@@ -179,6 +179,15 @@ def test_results_say_that_weights_were_searched_and_on_what(solids: dict[str, Sn
     assert record["view_weights"] == [1, 1, 1, 1, 0, 0] and not record["searched"] and record["searched_on"] == ""
 
 
+def test_a_search_on_a_copy_of_the_evaluated_data_is_refused(solids: dict[str, Snapshot], tmp_path: Path) -> None:
+    """A part of the same clouds, in other shards and under another name; and in the snapshot of an evaluated card."""
+    part = Drawn(points=True, split="solids", samples=8, first=24, cloud_points=256)
+    copy = refresh(part, Folder(tmp_path / "copy"), ShardOptions(), HERE, card=None).uri
+    one = f"{solids['solids'].uri},medium=points,view_weights=search,search={copy}"
+    with pytest.raises(DataError, match="the data of the search have clouds of the evaluated ones"):
+        evaluate(load_model(TINY, "cpu"), Evaluations(zero_shot=(one,)).prepare())
+
+
 def test_the_training_part_of_a_card_is_searched() -> None:
     one = "drawn_solids,medium=points,view_weights=search,search=train,search_samples=16,samples=16"
     (ready,) = Evaluations(zero_shot=(one,)).prepare().sets
