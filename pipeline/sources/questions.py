@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from pipeline.config import parse_json, require
 from pipeline.errors import ReadError, SampleError, missing, unreadable
+from pipeline.shards.media import IMAGE
 from pipeline.shards.questions import QUESTIONS
 from pipeline.shards.storage import Folder, file_stamp, file_system, read_errors
 from pipeline.sources.annotation_table import table_rows, table_slices
@@ -36,6 +37,7 @@ RELATIONS = ("entailment", "neutral", "contradiction")
 _TEXTS: list[tuple[str, pa.DataType]] = [(name, pa.string()) for name in ("url", "stamp", "digest")]
 SCHEMA = pa.schema([*_TEXTS, ("count", pa.int64()), ("questions", pa.binary())])
 Record = dict[str, Any]
+ENDINGS = tuple(f".{ending}" for ending in IMAGE.endings)
 _BAD = (KeyError, TypeError, ValueError, AttributeError)
 
 
@@ -96,8 +98,9 @@ class Questions:
         if self._place.kind() != "directory":
             raise missing("images", self.images)
         by_image = self._by_image()
-        files = {image_name(path, self.layout): path for path in sorted(self._place.find()) if not is_hidden(path)}
-        stamps = {path: file_stamp(about) for path, about in self._place.find().items()}
+        listed = self._place.find()
+        paths = sorted(path for path in listed if path.lower().endswith(ENDINGS) and not is_hidden(path))
+        files = {image_name(path, self.layout): path for path in paths}
         found = [(files[name], asked) for name, asked in by_image.items() if name in files]
         require(bool(found), "images", self.images, f"a folder with the images of {self.questions}")
         if len(found) < len(by_image):
@@ -106,7 +109,13 @@ class Questions:
             content = json.dumps({"questions": asked}, separators=(",", ":"), ensure_ascii=False)
             text = content.encode("utf-8", "replace")
             digest = hashlib.sha256(text).hexdigest()[:16]
-            yield {"url": path, "stamp": stamps[path], "count": len(asked), "digest": digest, "questions": text}
+            yield {
+                "url": path,
+                "stamp": file_stamp(listed[path]),
+                "count": len(asked),
+                "digest": digest,
+                "questions": text,
+            }
 
     def _by_image(self) -> dict[str, list[Record]]:
         """The questions with answers of each image, by its name in :func:`image_name`'s form, in the file's order."""
