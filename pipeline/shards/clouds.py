@@ -32,6 +32,7 @@ _PLY_TYPES = {
     **{"float": "f4", "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2"},
     **{"int32": "i4", "uint32": "u4", "float32": "f4", "float64": "f8"},
 }
+_PLY_COUNTS = {name: kind for name, kind in _PLY_TYPES.items() if kind[0] != "f"}
 _ORDERS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
 
 
@@ -248,7 +249,7 @@ def _ply_header(head: bytes) -> tuple[str, list[_Element]]:
                 last = elements.pop()
                 listed = words[1] == "list"
                 kind, length = (words[3], words[2]) if listed else (words[1], "")
-                made = _Property(words[-1], _PLY_TYPES[kind], _PLY_TYPES[length] if listed else "")
+                made = _Property(words[-1], _PLY_TYPES[kind], _PLY_COUNTS[length] if listed else "")
                 elements.append(_Element(last.name, last.count, (*last.properties, made)))
     except (LookupError, ValueError) as error:
         raise SampleError("failed_to_resize", "bad_header", "a damaged PLY header") from error

@@ -156,6 +156,10 @@ HOSTILE = {
     "PLY without a format": (b"ply\nelement vertex 1\nproperty float x\nend_header\n1\n", "bad_header"),
     "PLY of another format": (b"ply\nformat zip 1.0\nelement vertex 1\nend_header\n", "bad_header"),
     "PLY of unknown type": (b"ply\nformat ascii 1.0\nelement vertex 1\nproperty text x\nend_header\n1\n", "bad_header"),
+    "PLY with a length that is no whole number": (
+        ply("<", faces=FACES).replace(b"list uchar", b"list float"),
+        "bad_header",
+    ),
     "PLY without an element": (b"ply\nformat ascii 1.0\nproperty float x\nend_header\n", "bad_header"),
     "PLY with a huge count": (ply("<").replace(b"vertex 4", b"vertex 99999999999"), "too_many"),
     "PLY with a count beyond its end": (ply("<").replace(b"vertex 4", b"vertex 400"), "truncated"),
