@@ -85,7 +85,7 @@ def main(run: Ask) -> None:
         if place is not None:
             content = BytesIO()
             seen = model.attention([image], [run.question])
-            attention_grid([image], seen, [run.question]).savefig(content, format="png")
+            attention_grid([image], seen, [f"{run.question} {answers[0][0]}"]).savefig(content, format="png")
             place[0].write_atomic(place[1], content.getvalue())
     rows = [{"answer": text, "probability": value} for text, value in answers]
     print(json.dumps(rows, indent=2) if run.json else answers_table(answers))

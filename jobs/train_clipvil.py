@@ -5,7 +5,7 @@
         --vqa val=s3://bucket/vqa-val --output-folder s3://bucket/runs/clipvil
     python jobs/train_clipvil.py drawn --data data/drawn --vqa val=data/drawn-val --output-folder runs/clipvil
 
-A frozen tower can read stored grids: jobs/embed_dataset.py grid writes them, --frozen --grid grid reads them.
+A frozen tower can read stored grids: jobs/embed_dataset.py grid writes them, the preset vqa-frozen reads them.
 --start-from RUN goes on from a pre-training. Questions, their sources and the recipes: docs/questions.md. The same
 command resumes from the last complete checkpoint.
 """
@@ -42,24 +42,22 @@ class TrainClipVil(Pretraining):
     def __post_init__(self) -> None:
         require(self.most_answers >= 2, "most_answers", self.most_answers, "2 or more")
         require(self.least_count >= 1, "least_count", self.least_count, "1 or more")
+        both = self.method.frozen and isinstance(self.run.optimizer, AdamWWithSgd)
+        allowed = "False with two optimisers, one of which trains the tower; the preset vqa-frozen has AdamW alone"
+        require(not both, "frozen", self.method.frozen, allowed)
 
 
-# The authors' fine-tuning for VQA: five passes over the questions, 5.4 of each image; warm-up 5 % of the steps.
-TRANSFORMER = AdamWWithSgd(
-    learning_rate=5e-5,
-    weight_decay=0.01,
-    beta2=0.999,
-    epsilon=1e-6,
-    decay_power=1.0,
-    sgd_learning_rate=1e-3,
-    sgd_drops=(0.4,),
-)
+# The authors' fine-tuning for VQA: five passes over the questions, 5.4 of each image; warm-up 5 % of the steps, here of
+# the training split's.
+RATES = {"learning_rate": 5e-5, "weight_decay": 0.01, "beta2": 0.999, "epsilon": 1e-6, "decay_power": 1.0}
+ADAMW = AdamW(**RATES)
+TRANSFORMER = AdamWWithSgd(**RATES, sgd_learning_rate=1e-3, sgd_drops=(0.4,))
 FINETUNED = Run(
     workers=8,
     precision="bf16",
     batch_size=256,
     epochs=27,
-    warmup_steps=650,
+    warmup_steps=440,
     optimizer=TRANSFORMER,
     clip_grad_norm=1.0,
     cluster=Cluster(accelerator="gpu", cpus_per_worker=10),
@@ -102,6 +100,12 @@ PRESETS = {
     "vqa": (
         "VQA v2 with RN50x4, end to end.",
         TrainClipVil(method=LARGE, run=FINETUNED, least_count=9),
+    ),
+    "vqa-frozen": (
+        "VQA v2 from stored grids of a frozen RN50x4; the rates are those of vqa.",
+        TrainClipVil(
+            method=replace(LARGE, frozen=True, grid="grid"), run=replace(FINETUNED, optimizer=ADAMW), least_count=9
+        ),
     ),
     "snli-ve": (
         "SNLI-VE's three classes; rates as for VQA.",

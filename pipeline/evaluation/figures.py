@@ -54,7 +54,7 @@ def attention_grid(
         bottom, right = one.weights.shape[0] * one.cell[0], one.weights.shape[1] * one.cell[1]
         seen.imshow(one.weights.numpy(), extent=(-0.5, right - 0.5, bottom - 0.5, -0.5), cmap="magma", alpha=0.65)
         seen.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
-        seen.set_title(f"attention, at most {float(one.weights.max()):.3f} of a cell", fontsize=9)
+        seen.set_title(f"attention (highest of a cell: {float(one.weights.max()):.3f})", fontsize=9)
     return figure
 
 

@@ -138,15 +138,20 @@ def clip_grid(
 
 
 def cloud_grid(
-    samples: Sequence[Sample], captions: Sequence[str], colours: Sequence[str] = (), title: str = ""
+    samples: Sequence[Sample],
+    captions: Sequence[str],
+    colours: Sequence[str] = (),
+    title: str = "",
+    reader: PointReader | None = None,
 ) -> "Figure":
     """Six views of each point cloud in a row, bright where points are near, with its caption above.
 
-    Samples without a readable cloud are shown as an empty row. ``colours`` are those of the captions.
+    Samples without a readable cloud are shown as an empty row. ``colours`` are those of the captions. ``reader`` knows
+    the vertical axis; it is y without one.
     """
     figure = blank_figure(9, 1.75 * len(samples) + 0.5, title)
     axes = figure.subplots(len(samples), 1, squeeze=False).flat
-    reader = PointReader()
+    reader = reader or PointReader()
     for number, (axis, sample, caption) in enumerate(zip(axes, samples, captions, strict=True)):
         words = wrapped(caption, 110, 2)
         try:

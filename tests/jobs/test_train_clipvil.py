@@ -19,7 +19,7 @@ from pipeline.shards.storage import Folder
 from pipeline.sources.questions import RELATIONS
 from pipeline.tracking.runs import Tracking
 from pipeline.training.checkpoint import Checkpoints, load_method
-from pipeline.training.optimizer import AdamWWithSgd
+from pipeline.training.optimizer import AdamW, AdamWWithSgd
 from tests.jobs.conftest import Type, load_job
 
 
@@ -104,6 +104,11 @@ def test_the_presets(training: dict[str, Any]) -> None:
         openclip.check(*openclip.parse_address(method.tower))  # type: ignore[misc]
         assert method.image_size == (384, 640) and isinstance(run.optimizer, AdamWWithSgd) and not method.frozen
         assert run.optimizer.sgd_momentum == 0 and run.clip_grad_norm == 1.0
+    frozen = presets["vqa-frozen"]
+    assert frozen.method.frozen and frozen.method.grid == "grid" and type(frozen.run.optimizer) is AdamW
+    assert frozen.run.optimizer.learning_rate == presets["vqa"].run.optimizer.learning_rate
+    with pytest.raises(SettingError, match="frozen: got True.*vqa-frozen"):
+        replace(presets["vqa"], method=frozen.method)
     assert presets["snli-ve"].method.answers == RELATIONS and presets["snli-ve"].method.loss == "single"
     assert presets["pretrain"].method.questions == "" and presets["pretrain-answers"].method.asks
     assert presets["vqa"].run.optimizer.sgd_drops == (0.4,)
