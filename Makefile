@@ -60,8 +60,9 @@ demo: setup ## Refresh, pre-train, evaluate on a local Ray and MLflow; ends with
 test: setup ## Run the tests except the slow ones (make test ARGS='tests/shards -k tar')
 	@.venv/bin/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow" $(ARGS)
 
-test-all: test ## Run every test: first `make test`, then the slow ones, one at a time, because they measure time
-	@.venv/bin/python -m pytest -m slow $(ARGS)
+test-all: test ## Run every test: first `make test`, then the slow ones, last and one at a time those that watch the clock
+	@.venv/bin/python -m pytest -n $(JOBS) --dist loadgroup -m "slow and not alone" $(ARGS)
+	@.venv/bin/python -m pytest -m "slow and alone" $(ARGS)
 
 check: setup ## Formatting, lint and types
 	@.venv/bin/ruff format --check .

@@ -138,7 +138,9 @@ def main(run: DrawPrompts) -> None:
         frames=run.frames,
         shown=run.shown,
     )
-    runner.check(units, "cpu" if place.device == "cuda" else place.device)
+    here = "cpu" if place.device == "cuda" else place.device
+    runner.check(units, here)
+    runner = runner.with_contents(units, here)
     with DrawingRecord(run.tracking, run, folder, run.track) as record:
         results = run_drawings(runner, units, run.workers, run.together, place.gpus, record.add)
         facts = {"judge": run.judge, "seeds": ", ".join(map(str, run.seeds))}

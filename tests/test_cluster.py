@@ -45,6 +45,7 @@ def test_no_command_of_rays_defaults_is_left(prepared):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_ray_finds_the_nodes_on_a_simulated_aws(prepared, tmp_path, monkeypatch):
     from moto import mock_aws
 

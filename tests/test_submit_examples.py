@@ -83,6 +83,7 @@ open(sys.argv[1], "w").write(json.dumps(ray.get(read.remote())))
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_cluster_runs_them(tmp_path: Path) -> None:
     """On a Ray of its own: a variable of the cluster in the command, and one of the user that the job sets, too."""
     import runpy

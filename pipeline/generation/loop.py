@@ -1,9 +1,9 @@
 """The loop that optimises images: render, compare, step; restartable, and deterministic by seed.
 
 N images of one method are optimised together. Every parameter has the images as its first dimension, and every random
-number is a function of an image's seed and the step. So an image is the same alone and in any batch, and an
-interrupted optimisation goes on as if it had not been. Losses of images are summed, and Adam acts on each number by
-itself, so images do not disturb each other.
+number is a function of an image's seed and the step. So an image is the same alone and in any batch, up to rounding,
+and an interrupted optimisation goes on as if it had not been. Losses of images are summed, and Adam acts on each number
+by itself, so images do not disturb each other.
 
 A loss or a gradient that is not finite sends the batch back to its last checkpoint. The images that had it go on from
 there with half the rate; the others repeat their steps.
@@ -12,7 +12,6 @@ there with half the rate; the others repeat their steps.
 import copy
 import io
 import logging
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -165,7 +164,8 @@ class Optimization:
         return self.progress
 
     def step(self) -> list[int]:
-        """One step of all images; the numbers of those whose loss or gradient is not finite, and then no step."""
+        """One step of all images that have not stopped; the numbers of those whose loss or gradient is not finite, and
+        then no step."""
         progress = self.progress
         factors = self.picture.rates(progress.step / self.config.steps)
         for group, rate, factor in zip(self.optimizer.param_groups, self.rates, factors, strict=True):
@@ -179,7 +179,7 @@ class Optimization:
         for parameter in self.picture.parameters():
             if parameter.grad is not None:
                 finite = finite & parameter.grad.flatten(1).isfinite().all(1)
-        broken: list[int] = (~finite).nonzero()[:, 0].tolist()
+        broken = [image for image in (~finite).nonzero()[:, 0].tolist() if progress.scale[image]]
         if not broken:
             self._update()
             progress.step += 1
@@ -202,9 +202,14 @@ class Optimization:
             new[scales == 0] = old[scales == 0]
 
     @torch.no_grad()
+    def images(self) -> Tensor:
+        """The images as they are shown: float [N, 3, H, W]."""
+        return self.picture.shown()
+
+    @torch.no_grad()
     def evaluate(self) -> Tensor:
         """Add an entry to the history, and stop images that do not change any more; returns the images."""
-        images = self.picture.shown()
+        images = self.images()
         entry: dict[str, Any] = {"step": self.progress.step, "loss": self.objective.evaluation(images).tolist()}
         if self.judge is not None and self.references is not None:
             entry["judge"] = (self.judge.images(images) * self.references).sum(1).tolist()
@@ -267,9 +272,3 @@ class Optimization:
             self._restore(state)
         except (RuntimeError, ValueError, LookupError, TypeError, UnpicklingError, EOFError, OSError) as error:
             raise DataError(f"this is no checkpoint of these images ({str(error).strip()[:200]})") from error
-
-
-def best_of(progress: LoopProgress) -> int:
-    """The image with the lowest last loss without augmentation; the first of equal ones."""
-    last = [loss if math.isfinite(loss) else math.inf for loss in progress.history[-1]["loss"]]
-    return min(range(len(last)), key=last.__getitem__)

@@ -1,7 +1,8 @@
 """The methods that optimise images: one file each in ``pipeline/generation/methods``, found by its name.
 
-A method's module has a frozen dataclass ``Config`` with the paper's values and one :class:`GenerationMethod`. It makes
-the first images and says what makes them better; :mod:`pipeline.generation.loop` does the rest.
+A method's module has one :class:`GenerationMethod`, and a frozen dataclass ``Config`` with the paper's values and a
+``loop``. The method makes the first images and says what makes them better; :mod:`pipeline.generation.loop` does the
+rest.
 """
 
 import inspect
@@ -44,9 +45,10 @@ class GenerationMethod(ABC):
         self.config = config
 
     @property
-    @abstractmethod
     def loop(self) -> LoopConfig:
-        """Length of the optimisation."""
+        """Length of the optimisation: ``loop`` of the config."""
+        loop: LoopConfig = self.config.loop
+        return loop
 
     @property
     @abstractmethod
@@ -56,6 +58,11 @@ class GenerationMethod(ABC):
     @property
     def codes(self) -> tuple[str, ...]:
         """Addresses of the image codes that it needs."""
+        return ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Paths or URIs of other files that its images depend on."""
         return ()
 
     @abstractmethod

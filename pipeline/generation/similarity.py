@@ -19,8 +19,7 @@ def weighted(distances: Tensor, weights: Tensor, stops: Tensor) -> Tensor:
     """VQGAN-CLIP's loss of prompts: |w| s d, with the sign s of the weight; without a gradient where s d is below the
     stop.
 
-    ``distances`` float [P, A] of P prompts and A views; ``weights`` and ``stops`` float [P].
+    ``distances`` float [P, A] of P prompts and A views; ``weights`` and ``stops``, which may be infinite, float [P].
     """
     signed = distances * weights.sign()[:, None]
-    stopped = torch.maximum(signed, stops[:, None])
-    return weights.abs()[:, None] * (stopped + (signed - stopped.detach()).detach())
+    return weights.abs()[:, None] * torch.where(signed > stops[:, None], signed, signed.detach())

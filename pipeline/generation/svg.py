@@ -2,11 +2,13 @@
 
 Written are paths with round caps and joins, with coordinates to a thousandth of a pixel. Read are the elements path,
 line, polyline, polygon and rect, in groups as well, with colours and widths as attributes or in ``style``. Differences
-from other readers: caps and joins are round, curves of an arc, transforms and style sheets are refused, and fill rules
-are one for the whole file. An SVG file may come from anyone: entities are refused before it is parsed.
+from other readers: caps and joins are round; curves of an arc, transforms, style sheets, clips, dashes and hidden
+elements are refused; fill rules are one for the whole file. An SVG file may come from anyone: entities are refused
+before it is parsed, and its depth and its size in memory are limited.
 """
 
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
@@ -23,8 +25,18 @@ IGNORED = {"title", "desc", "metadata"}
 INHERITED = ("stroke", "stroke-width", "stroke-opacity", "fill", "fill-opacity", "fill-rule")
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 TOKENS = re.compile(rf"[A-Za-z]|{NUMBER}")
+NO_EFFECT = {
+    **dict.fromkeys(("transform", "clip-path", "mask", "filter", "stroke-dasharray"), ("none",)),
+    **dict.fromkeys(("rx", "ry"), ("0",)),
+    "display": ("inline", "block"),
+    "visibility": ("visible",),
+}
+"""Attributes that are not read, with their values that change nothing."""
 ARGUMENTS = {"M": 2, "L": 2, "H": 1, "V": 1, "C": 6, "S": 4, "Q": 4, "T": 2, "Z": 0}
 LONGEST = 20_000_000
+DEEPEST = 100
+MOST_POINTS = 20_000_000
+"""Points of all paths, each with room for the longest one."""
 MOST_PIXELS = 16_384
 
 Point = tuple[float, float]
@@ -94,10 +106,11 @@ def read_svg(text: str, origin: str = "svg") -> SvgScene:
     background = None
     if elements and _covers(elements[0], height / scale, width / scale):
         background = _colour(elements.pop(0)["fill"], origin)
+    del root  # of a large file, the most memory
     paths = [path for one in elements for path in _paths(one, origin)]
     rules = {one.get("fill-rule", "nonzero") for one in elements if one.get("fill", "black") != "none"}
     require(len(rules) <= 1, origin, sorted(rules), "one fill rule for all paths")
-    return SvgScene(_strokes(paths, scale, rules == {"evenodd"}), height, width, background)
+    return SvgScene(_strokes(paths, scale, rules == {"evenodd"}, origin), height, width, background)
 
 
 @dataclass(frozen=True)
@@ -108,15 +121,20 @@ class _Path:
     filled: bool
 
 
-def _strokes(paths: Sequence[_Path], scale: float, even_odd: bool) -> Strokes:
+def _strokes(paths: Sequence[_Path], scale: float, even_odd: bool, origin: str) -> Strokes:
     most = max((len(path.curves) for path in paths), default=1)
+    room = len(paths) * (3 * most + 1)
+    require(room <= MOST_POINTS, origin, f"{len(paths)} paths of up to {most} curves", f"at most {MOST_POINTS} points")
     points = torch.zeros(1, len(paths), 3 * most + 1, 2)
     for number, path in enumerate(paths):
         flat = [path.curves[0][0], *(point for curve in path.curves for point in curve[1:])]
         points[0, number] = torch.tensor(flat + flat[-1:] * (3 * most + 1 - len(flat)))
+    widths = torch.tensor([[path.width for path in paths]]).view(1, -1)
+    finite = bool(points.isfinite().all()) and bool(widths.isfinite().all())
+    require(finite, origin, "numbers that are not finite", "finite numbers")
     return Strokes(
         points=points * scale,
-        widths=torch.tensor([[path.width for path in paths]]).view(1, -1) * scale,
+        widths=widths * scale,
         colours=torch.tensor([path.colour for path in paths]).view(1, -1, 4),
         segments=torch.tensor([len(path.curves) for path in paths], dtype=torch.long).view(1, -1),
         filled=torch.tensor([path.filled for path in paths], dtype=torch.bool).view(1, -1),
@@ -132,7 +150,8 @@ def _canvas(root: ElementTree.Element, origin: str) -> tuple[int, int, float]:
     """Height and width in whole pixels, and the factor from the file's units to pixels."""
     box = [float(one) for one in re.findall(NUMBER, root.get("viewBox", ""))]
     require(len(box) in (0, 4) and box[:2] in ([], [0, 0]), origin, root.get("viewBox"), "a viewBox from 0 0")
-    sides = [_length(root.get(name, ""), origin) for name in ("width", "height")]
+    given = [root.get(name, "") for name in ("width", "height")]
+    sides = [_length(text, origin) if text and not text.endswith("%") else 0.0 for text in given]
     width, height = (one or (box[2:] or [0, 0])[number] for number, one in enumerate(sides))
     fits = 1 <= width <= MOST_PIXELS and 1 <= height <= MOST_PIXELS
     require(fits, origin, (width, height), f"a width and a height of 1 to {MOST_PIXELS} pixels")
@@ -143,26 +162,29 @@ def _canvas(root: ElementTree.Element, origin: str) -> tuple[int, int, float]:
 
 
 def _length(text: str, origin: str) -> float:
-    """A length in pixels; 0 if there is none, or a percentage."""
-    if not text or text.endswith("%"):
-        return 0.0
+    """A length in pixels."""
     found = re.fullmatch(rf"({NUMBER})(px)?", text.strip())
     if found is None:
         raise SettingError(origin, text, "lengths in pixels")
     return float(found[1])
 
 
-def _elements(parent: ElementTree.Element, style: Mapping[str, str], origin: str) -> Iterator[dict[str, str]]:
+def _elements(
+    parent: ElementTree.Element, style: Mapping[str, str], origin: str, depth: int = 0
+) -> Iterator[dict[str, str]]:
     """The attributes of all drawn elements, with those that they inherit; their kind is under ``kind``."""
+    require(depth <= DEEPEST, origin, f"groups deeper than {DEEPEST}", f"groups {DEEPEST} deep at most")
     own = {key.strip(): value.strip() for key, _, value in _declarations(parent.get("style", ""))}
     inherited = {**style, **{key: parent.attrib[key] for key in INHERITED if key in parent.attrib}, **own}
-    require("transform" not in parent.attrib, origin, parent.get("transform"), "a file without transforms")
+    said = {**parent.attrib, **own}
+    for name, values in NO_EFFECT.items():
+        require(said.get(name, values[0]) in values, origin, f"{name} {said.get(name)}", f"a file without {name}")
     kind = _name(parent)
-    if kind in ("svg", "g"):
-        opaque = float(inherited.pop("opacity", parent.get("opacity", "1"))) == 1
+    if kind == "g" or not depth:
+        opaque = _opacity(inherited.pop("opacity", parent.get("opacity", "1")), origin) == 1
         require(opaque, origin, "opacity of a group", "opacity of paths alone")
         for child in parent:
-            yield from _elements(child, inherited, origin)
+            yield from _elements(child, inherited, origin, depth + 1)
     elif kind not in IGNORED:
         require(kind in SHAPES, origin, kind, f"the elements g, {', '.join(SHAPES)}")
         yield {**parent.attrib, **inherited, "kind": kind}
@@ -173,30 +195,39 @@ def _declarations(style: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _covers(element: Mapping[str, str], height: float, width: float) -> bool:
-    """Whether it is a rectangle over the whole canvas."""
+    """Whether it is an opaque rectangle over the whole canvas."""
     sides = (element.get("width"), width), (element.get("height"), height)
     whole = all(text in ("100%", f"{side:g}") for text, side in sides)
-    plain = element.get("fill", "none") != "none" and "stroke" not in element and "fill-opacity" not in element
-    return element["kind"] == "rect" and whole and plain and not float(element.get("x", 0) or 0)
+    whole = whole and all(element.get(name, "0") in ("", "0") for name in ("x", "y"))
+    plain = element.get("fill", "none") != "none" and not {"stroke", "opacity", "fill-opacity"} & element.keys()
+    return element["kind"] == "rect" and whole and plain
 
 
 def _paths(element: Mapping[str, str], origin: str) -> Iterator[_Path]:
     try:
         parts = SHAPES[element["kind"]](element)
-        opacity = float(element.get("opacity", 1))
+        opacity = _opacity(element.get("opacity", "1"), origin)
         fill, line = element.get("fill", "black"), element.get("stroke", "none")
         if fill != "none":
             require(len(parts) <= 1, origin, "a filled path of several parts", "filled paths of one part")
-            alpha = opacity * float(element.get("fill-opacity", 1))
+            alpha = opacity * _opacity(element.get("fill-opacity", "1"), origin)
             yield from (_Path(part, 0.0, (*_colour(fill, origin), alpha), True) for part in parts)
         if line != "none":
-            alpha = opacity * float(element.get("stroke-opacity", 1))
+            alpha = opacity * _opacity(element.get("stroke-opacity", "1"), origin)
             width = _length(element.get("stroke-width", "1"), origin)
             yield from (_Path(part, width, (*_colour(line, origin), alpha), False) for part in parts)
     except (ValueError, LookupError) as error:
         if isinstance(error, SettingError):
             raise
         raise SettingError(origin, dict(element), f"an element that can be read ({error})") from error
+
+
+def _opacity(text: str, origin: str) -> float:
+    """A number or a percentage, limited to 0 to 1."""
+    found = re.fullmatch(rf"({NUMBER})(%?)", text.strip())
+    if found is None:
+        raise SettingError(origin, text, "an opacity of 0 to 1")
+    return min(max(float(found[1]) / (100 if found[2] else 1), 0.0), 1.0)
 
 
 def _colour(text: str, origin: str) -> Colour:
@@ -206,9 +237,10 @@ def _colour(text: str, origin: str) -> Colour:
         parts = [min(max(float(found[n]) / (100 if found[n + 1] else 255), 0.0), 1.0) for n in (1, 3, 5)]
         return parts[0], parts[1], parts[2]
     try:
-        red, green, blue = ImageColor.getrgb(text)[:3]
+        red, green, blue, *alpha = ImageColor.getrgb(text)
     except ValueError as error:
         raise SettingError(origin, text, "a colour") from error
+    require(alpha in ([], [255]), origin, text, "a colour without alpha, and an opacity")
     return red / 255, green / 255, blue / 255
 
 
@@ -245,20 +277,23 @@ def curves_of(data: str) -> list[list[Curve]]:
     """The parts of a path's ``d``, each a list of cubic curves; straight and quadratic ones are raised, exactly.
 
     Raises:
-        ValueError: a command that is not read, or a missing number.
+        ValueError: a command or a sign that is not read.
+        IndexError: a missing number.
     """
     parts: list[list[Curve]] = []
     here, begin, command, last = (0.0, 0.0), (0.0, 0.0), "", ""
-    tokens = TOKENS.findall(data)
+    if strange := re.sub(r"[\s,]+", "", TOKENS.sub("", data)):
+        raise ValueError(f"the sign {strange[0]}")
+    tokens = deque(TOKENS.findall(data))
     while tokens:
         if tokens[0].isalpha():
-            command = tokens.pop(0)
+            command = tokens.popleft()
         elif command in "zZ":
             raise ValueError(f"a number after {command or 'nothing'}")
         kind = command.upper()
         if kind not in ARGUMENTS:
             raise ValueError(f"the command {command}")
-        numbers = [float(tokens.pop(0)) for _ in range(ARGUMENTS[kind])]
+        numbers = [float(tokens.popleft()) for _ in range(ARGUMENTS[kind])]
         points = _points(kind, numbers, here, command.islower())
         if kind == "M":
             here = begin = points[0]

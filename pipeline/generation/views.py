@@ -137,7 +137,7 @@ class Cutouts:
         keep = (numbers[:, :3] >= self.part)[..., None, None]
         same = torch.eye(3)
         turned = torch.where(keep[:, 0], same, affine(2 * numbers[:, 3:7] - 1))
-        views = sampled(views, turned, size, mode="border")
+        views = sampled(views, turned, size)
         bent = torch.where(keep[:, 1], same, perspective(numbers[:, 7:15] * 0.35))
         views = sampled(views, bent, size)
         jitter = torch.where(keep[:, 2, 0], 0, 2 * numbers[:, 15:19] - 1) * 0.1
@@ -204,14 +204,14 @@ def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
     return functional.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def sampled(images: Tensor, maps: Tensor, size: tuple[int, int], fill: float = 0.0, mode: str = "zeros") -> Tensor:
+def sampled(images: Tensor, maps: Tensor, size: tuple[int, int], fill: float = 0.0) -> Tensor:
     """Bilinear samples of ``images`` [n, 3, H, W] where ``maps`` [n, 3, 3] take the pixels of a view of this size."""
     maps = maps.to(images)
     rows, columns = ((torch.arange(length).to(images) + 0.5) / length for length in size)
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     places = torch.stack([x, y, torch.ones_like(x)], dim=2) @ maps[:, None].mT
     grid = 2 * places[..., :2] / places[..., 2:] - 1
-    found = functional.grid_sample(images - fill, grid, padding_mode=mode, align_corners=False)
+    found = functional.grid_sample(images - fill, grid, align_corners=False)
     filled: Tensor = found + fill
     return filled
 

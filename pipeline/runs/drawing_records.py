@@ -1,5 +1,6 @@
 """Optimised images in MLflow: a parent run for a job, and a child run for every image that shows how it came to be."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from pipeline.runs.drawing_report import SCORES, drawings_table, gallery, metric
 from pipeline.runs.drawing_sheet import sheet
 from pipeline.runs.drawings import IMAGES, DrawingResult
 from pipeline.shards.privacy import masked
+
+logger = logging.getLogger(__name__)
 
 GALLERY, TABLE, SHEET = "gallery.html", "table.md", "sheet.png"
 
@@ -61,6 +64,7 @@ class DrawingRecord(ChildRuns):
         self._parent.describe(table)
         self._parent.log_text(TABLE, table)
         self._parent.log_file(SHEET, overview)
+        logger.info("all images on one page: %s", self._folder.join(GALLERY))
         for method in dict.fromkeys(one.unit.method for one in results):
             some = [one.judge for one in results if one.unit.method == method]
             self._parent.log({f"drawing/{metric_name(method)}/judge": sum(some) / len(some)}, 0)

@@ -1,5 +1,6 @@
 """The results of optimised images: a table, a parquet file, and a gallery as one HTML page."""
 
+import hashlib
 import html
 import io
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from pipeline.runs.drawings import IMAGES, DrawingResult
 from pipeline.stages.report.dataset_report import plain
 
 SCORES = "scores.parquet"
+LONGEST_METRIC = 200
 TYPES: dict[str, pa.DataType] = {
     **dict.fromkeys(("name", "method", "subject"), pa.string()),
     "seed": pa.int64(),
@@ -80,8 +82,10 @@ def _files(result: DrawingResult) -> dict[str, str | None]:
 
 
 def metric_name(method: str) -> str:
-    """A method with its options as a part of a metric's name."""
-    return "".join(letter if letter.isalnum() or letter in "_-." else "_" for letter in method)
+    """A method with its options as a part of a metric's name, of which MLflow takes 250 characters."""
+    name = "".join(letter if letter.isalnum() or letter in "_-." else "_" for letter in method)
+    digest = hashlib.sha256(method.encode()).hexdigest()[:10]
+    return name if len(name) <= LONGEST_METRIC else f"{name[: LONGEST_METRIC - 11]}-{digest}"
 
 
 def drawings_table(results: Sequence[DrawingResult]) -> str:

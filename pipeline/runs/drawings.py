@@ -12,8 +12,8 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, cached_property, partial
 from itertools import product
 from typing import Any
 
@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.config import from_plain, near, parse_json, require, to_json
-from pipeline.errors import DataError, SettingError
+from pipeline.errors import DataError, SettingError, unreadable
 from pipeline.evaluation.image_codes import load_image_codes
 from pipeline.evaluation.models import load_model
 from pipeline.generation.guides import Guide
@@ -38,8 +38,10 @@ from pipeline.generation.method import (
 from pipeline.generation.prompts import parse_prompts
 from pipeline.generation.views import as_float
 from pipeline.models.towers.image_codes import ImageCodes
+from pipeline.models.towers.weights import digest_of
 from pipeline.runs.films import Film, FilmKind
-from pipeline.shards.storage import Folder
+from pipeline.shards.privacy import masked
+from pipeline.shards.storage import Folder, split_file
 from pipeline.stages.ray_session import log_as_job
 from pipeline.stages.shard_tasks import Workers, run_tasks
 
@@ -75,8 +77,13 @@ class SubjectSource:
             return Subject(prompts=parse_prompts(self.text))
         return Subject(image=as_float(self.pixels))
 
+    def files(self) -> tuple[str, ...]:
+        """Paths or URIs of image prompts."""
+        return () if self.pixels is not None else tuple(one.image for one in parse_prompts(self.text) if one.image)
+
+    @cached_property
     def digest(self) -> str:
-        """SHA-256 of the content."""
+        """SHA-256 of the text and the pixels."""
         pixels = b"" if self.pixels is None else repr(self.pixels.shape).encode() + self.pixels.tobytes()
         return hashlib.sha256(self.text.encode() + pixels).hexdigest()
 
@@ -91,10 +98,11 @@ class DrawingUnit:
 
     @property
     def name(self) -> str:
-        """``clipdraw-a-red-star-1f0c2a-seed-1``, valid as a file name and different for each image."""
-        words = (re.sub(r"[^\w.]+", "-", text).strip("-")[:40] for text in (self.method, self.subject))
-        digest = hashlib.sha256(f"{self.method}\n{self.subject}".encode()).hexdigest()[:6]
-        return f"{'-'.join(words)}-{digest}-seed-{self.seed}"
+        """``clipdraw-a-red-star-1f0c2a5b77-seed-1``, valid as a file name and different for each image."""
+        words = (re.sub(r"[^\w.]+", "-", masked(text)).strip("-") for text in (self.method, self.subject))
+        short = (word.encode()[:40].decode(errors="ignore") for word in words)  # names are limited in bytes
+        digest = hashlib.sha256(f"{self.method}\n{self.subject}".encode()).hexdigest()[:10]
+        return f"{'-'.join(short)}-{digest}-seed-{self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,10 +138,13 @@ def parse_drawing_spec(text: str, steps: int | None = None) -> DrawingSpec:
         *parents, last = name.split(".")
         owner = plain
         for parent in parents:
-            owner = owner.get(parent, {})
+            owner = inner if isinstance(inner := owner.get(parent), dict) else {}
         known = [key for key, value in owner.items() if not isinstance(value, dict)]
         require(bool(given) and last in known, text, part, f"{', '.join(known)}, each with =VALUE{near(last, known)}")
-        owner[last] = yaml.safe_load(value)
+        try:
+            owner[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SettingError(text, part, f"{name}= and a value of YAML") from error
     if steps is not None:
         plain["loop"]["steps"] = steps
     return DrawingSpec(text, method, from_plain(kind, plain, text))
@@ -184,6 +195,8 @@ class DrawingRunner:
     """Images of the film."""
     shown: int = 4
     """Images of chosen steps that are kept."""
+    contents: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the models and files at their addresses, see :meth:`with_contents`."""
 
     def check(self, units: Sequence[DrawingUnit], device: str) -> None:
         """Start one image of each method and subject on ``device``, before anything is drawn.
@@ -196,7 +209,24 @@ class DrawingRunner:
             try:
                 here._start([unit])
             except SettingError as error:
-                raise error.within(f"{unit.method}: ") from error
+                is_image = self.subjects[unit.subject].pixels is not None
+                raise error.within(f"{unit.method}: {f'{unit.subject}: ' if is_image else ''}") from error
+
+    def with_contents(self, units: Sequence[DrawingUnit], device: str) -> "DrawingRunner":
+        """The same runner, for which an image is unfinished if a model or a file that it depends on has changed.
+
+        Raises:
+            SettingError: a judge with the weights of a CLIP that guides, under whatever address.
+        """
+        methods = [spec.build() for spec in self.specs.values()]
+        guides = {name for method in methods for name in method.models}
+        found = {name: digest_of(load_guide(name, device).model) for name in {self.judge, *guides}}
+        same = [name for name in guides if found[name] == found[self.judge]]
+        require(not same, "judge", self.judge, f"another CLIP than {', '.join(same)}, which has the same weights")
+        found |= {name: digest_of(load_codes(name, device)) for method in methods for name in method.codes}
+        files = {file for method in methods for file in method.files}
+        files |= {file for name in {unit.subject for unit in units} for file in self.subjects[name].files()}
+        return replace(self, contents=found | {file: _digest(file) for file in files})
 
     def __call__(self, units: Sequence[DrawingUnit]) -> str:
         """Make the images of one method, unless all are finished; returns their names."""
@@ -205,18 +235,23 @@ class DrawingRunner:
         return " ".join(unit.name for unit in units)
 
     def finished(self, unit: DrawingUnit) -> DrawingResult | None:
-        """The result of ``unit``, if it exists with the same settings."""
+        """The result of ``unit``, if it and its PNG exist, with the same settings."""
         folder, file = Folder(self.output).folder(RESULTS), f"{unit.name}.json"
         try:
             result = from_plain(DrawingResult, parse_json(folder.read_bytes(file)), folder.join(file))
         except (FileNotFoundError, ValueError):
             return None
-        return result if result.settings == self.settings(unit) else None
+        whole = result.settings == self.settings(unit) and Folder(self.output).folder(IMAGES).exists(f"{unit.name}.png")
+        return result if whole else None
 
     def settings(self, unit: DrawingUnit) -> str:
         """SHA-256 of all that determines the image and its files."""
-        said = [to_json(self.specs[unit.method].config), self.subjects[unit.subject].digest(), str(unit.seed)]
+        spec, subject = self.specs[unit.method], self.subjects[unit.subject]
+        said = [to_json(spec.config), subject.digest, str(unit.seed)]
         said += [self.judge, self.film, str(self.frames), str(self.shown)]
+        method = spec.build()
+        read = (self.judge, *method.models, *method.codes, *method.files, *subject.files())
+        said += [self.contents.get(name, "") for name in read]
         return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
     def _start(self, units: Sequence[DrawingUnit]) -> Optimization:
@@ -232,38 +267,39 @@ class DrawingRunner:
         began, folder = time.monotonic(), Folder(self.output)
         run, film = self._start(units), Film(self.frames, self.shown)
         key = hashlib.sha256("\n".join(self.settings(unit) for unit in units).encode()).hexdigest()[:24]
-        kept = folder.folder(CHECKPOINTS)
+        kept, who = folder.folder(CHECKPOINTS), units[0].name + (f" and {len(units) - 1} more" if units[1:] else "")
         loop, shots = f"{key}.pt", f"{key}-film.npz"
-        try:
-            run.resume(kept.read_bytes(loop))
-            film.read(kept.read_bytes(shots), run.progress.step)
-            logger.info("%s and %d more go on from step %d", units[0].name, len(units) - 1, run.progress.step)
-        except FileNotFoundError:
-            film.add(0, run.picture)
+        if _resume(run, film, kept, loop, shots):
+            logger.info("%s: goes on from step %d", who, run.progress.step)
+        else:
+            film.add(0, run.images())
 
         def save(content: bytes) -> None:
             kept.write_atomic(shots, film.content())
             kept.write_atomic(loop, content)
+            logger.info("%s: step %d of %d", who, run.progress.step, run.config.steps)
 
         def watch(progress: LoopProgress, images: Tensor) -> None:
             if progress.step in film.steps(run.config.steps, run.config.evaluate_every):
-                film.add(progress.step, run.picture)
+                film.add(progress.step, images)
 
         run.run(save, watch)
         if film.last != run.progress.step:
-            film.add(run.progress.step, run.picture)
+            film.add(run.progress.step, run.images())
+        drawings, seconds = run.picture.drawings(), (time.monotonic() - began) / len(units)
         for number, unit in enumerate(units):
-            self._write(unit, number, run, film, (time.monotonic() - began) / len(units))
+            self._write(unit, number, run, film, drawings[number] if drawings else "", seconds)
         kept.delete(loop)
         kept.delete(shots)
 
-    def _write(self, unit: DrawingUnit, number: int, run: Optimization, film: Film, seconds: float) -> None:
+    def _write(
+        self, unit: DrawingUnit, number: int, run: Optimization, film: Film, drawing: str, seconds: float
+    ) -> None:
         folder, name = Folder(self.output), unit.name
         images, files = folder.folder(IMAGES), dict[str, bytes]()
         files[f"{name}.png"] = png_of(film.frames[-1][number])
-        drawings = run.picture.drawings()
-        if drawings:
-            files[f"{name}.svg"] = drawings[number].encode()
+        if drawing:
+            files[f"{name}.svg"] = drawing.encode()
         if self.film != "none":
             files[f"{name}.{self.film}"] = film.encoded(number, self.film)
         for step, frame in film.chosen(number):
@@ -283,6 +319,33 @@ class DrawingRunner:
             files=tuple(files),
         )
         folder.folder(RESULTS).write_atomic(f"{name}.json", json.dumps(asdict(result), indent=1).encode())
+
+
+def _resume(run: Optimization, film: Film, folder: Folder, loop: str, shots: str) -> bool:
+    """Go on from the files ``loop`` and ``shots`` of ``folder``; returns whether both exist.
+
+    Raises:
+        DataError: one of them cannot be read; the message names it.
+    """
+    try:
+        state, frames = folder.read_bytes(loop), folder.read_bytes(shots)
+    except FileNotFoundError:
+        return False
+    try:
+        run.resume(state)
+        film.read(frames, run.progress.step)
+    except DataError as error:
+        files = f"{folder.join(loop)} and {shots}"
+        raise DataError(f"{files} cannot be used ({error}); delete them to draw from the beginning") from error
+    return True
+
+
+def _digest(place: str) -> str:
+    folder, name = split_file(place)
+    try:
+        return hashlib.sha256(folder.read_bytes(name)).hexdigest()
+    except (OSError, ValueError) as error:
+        raise unreadable("image", place, "an image", error) from error
 
 
 def _entry(entry: Mapping[str, Any], number: int) -> dict[str, float]:

@@ -250,7 +250,7 @@ def check(
         able = one.medium == POINTS.name if reads == "views" else one.medium != POINTS.name or reads == "features"
         require(able, "methods", spec.text, f"another one for {one.name}, which has {MEDIA[one.medium].noun} each")
     if reads == "views" and views is not None:
-        allowed = f"{views}, the views of a cloud by --clouds.projection"
+        allowed = f"{views}, the views of a cloud by --projection"
         require(config.views == views, f"{spec.text}: views", config.views, allowed)
     classes = data.classes
     new: tuple[str, ...] = ()

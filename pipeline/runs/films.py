@@ -1,15 +1,17 @@
 """Films of how images came to be, as GIF or MP4."""
 
 import io
+import zlib
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from pipeline.errors import DataError
-from pipeline.generation.loop import Picture
 
 FilmKind = Literal["gif", "mp4", "none"]
 FRAMES_PER_SECOND, LAST_SECONDS = 10, 2
@@ -34,12 +36,11 @@ class Film:
         times = max(1, -(-steps // (every * max(self.most - 1, 1))))
         return {*range(0, steps, every * times), steps}
 
-    def add(self, step: int, picture: Picture) -> None:
-        """The images as they are; frames of this step and of later ones are dropped, since the loop went back."""
+    def add(self, step: int, images: Tensor) -> None:
+        """Add images float [N, 3, H, W], 0 to 1; drops frames of this and later steps, since the loop went back."""
         while self.numbers and self.last >= step:
             del self.numbers[-1], self.frames[-1]
-        with torch.no_grad():
-            pixels = (picture.shown().clamp(0, 1) * 255).round().to(torch.uint8)
+        pixels = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8)
         self.numbers.append(step)
         self.frames.append(pixels.permute(0, 2, 3, 1).cpu().numpy())
 
@@ -54,14 +55,14 @@ class Film:
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as stored:
                 numbers, frames = stored["numbers"].tolist(), stored["frames"]
-        except (ValueError, OSError, LookupError) as error:
+        except (ValueError, OSError, LookupError, EOFError, BadZipFile, zlib.error) as error:
             raise DataError(f"this is no film of a checkpoint ({error})") from error
         kept = [place for place, number in enumerate(numbers) if number <= step]
         self.numbers, self.frames = [numbers[place] for place in kept], [frames[place] for place in kept]
 
     def chosen(self, image: int) -> list[tuple[int, Frame]]:
         """About ``shown`` frames of one image, evenly over the film, with their steps; the last one is among them."""
-        places = np.unique(np.linspace(0, len(self.numbers) - 1, self.shown).round().astype(int))
+        places = np.unique(np.linspace(len(self.numbers) - 1, 0, self.shown).round().astype(int))
         return [(self.numbers[place], self.frames[place][image]) for place in places]
 
     def encoded(self, image: int, kind: FilmKind) -> bytes:

@@ -12,7 +12,7 @@ from pathlib import Path
 from claim import Claim, named, run
 
 IMAGES, ASKED, VALIDATED = 12_000, 4_000, 800
-CLIP_EPOCHS, LABEL_EPOCHS, EPOCHS = 7, 7, 12
+CLIP_EPOCHS, LABEL_EPOCHS, EPOCHS = 7, 7, 40
 SIDE = 64
 SIZE = ("--image-size", SIDE, SIDE)
 ONE_THREAD = ("--workers", 0, "--loader-workers", 0)

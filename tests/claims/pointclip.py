@@ -14,7 +14,7 @@ from pathlib import Path
 from claim import Claim, drawn, named, run
 
 VIEWS, SCENES, EPOCHS, SIZE = 5_000, 5_000, 6, 64
-TRAINED, VALIDATED, TESTED, POINTS = 400, 320, 800, 512
+TRAINED, TESTED, POINTS = 400, 800, 512
 NETWORK_EPOCHS, SHOTS = 40, 16
 PIXELS = "pixels=image"
 ONE_VIEW = "1+0+0+0+0+0"
@@ -41,7 +41,7 @@ def measure(seed: int, folder: Path) -> dict[str, float]:
     adapted = folder / f"adapted-{seed}"
     few = ("--methods", "zero_shot", "pointclip", "--data", "drawn_solids", "--shots", SHOTS, "--seeds", seed + 1)
     where = ("--output", adapted, "--processes-count", 0, "--no-track", "--no-keep-adapters")
-    clouds = ("--clouds.pixels", "image", "--samples", TESTED, "--validation", "whole")
+    clouds = ("--pixels", "image", "--samples", TESTED, "--validation", "whole")
     run("adapt", "few-shot", "--model", output, *few, *where, *clouds)
     both = ("--output", folder / f"ensemble-{seed}", "--ensemble", scores, *where[2:])
     run("adapt", "few-shot", "--model", output, *few[:1], "pointclip", *few[3:], *both, *clouds)
@@ -140,7 +140,7 @@ def _network(seed: int, folder: Path) -> tuple[Path, float]:
             optimizer.step()
         schedule.step()
     network.eval()
-    parts = [_clouds("solids_train", 1_000_000, VALIDATED), _clouds("solids", 0, TESTED)]
+    parts = [_clouds("solids_train", 1_000_000, TESTED), _clouds("solids", 0, TESTED)]
     with torch.no_grad():
         logits = [torch.cat([network(part) for part in clouds.split(100)]) for clouds, _, _ in parts]
     keys = [key for _, names, _ in parts for key in names]

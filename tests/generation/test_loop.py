@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import DataError, SettingError
 from pipeline.generation.guides import Guide
-from pipeline.generation.loop import LoopConfig, Optimization, Picture, best_of
+from pipeline.generation.loop import LoopConfig, Optimization, Picture
 from pipeline.generation.prompts import parse_prompts
 from pipeline.generation.similarity import spherical_distance
 from pipeline.generation.streams import Draw, generators, uniform
@@ -186,6 +186,18 @@ def test_a_loss_that_is_not_finite_repeats_with_half_the_rate_and_leaves_others_
         hopeless.run()
 
 
+def test_a_stopped_image_cannot_break_the_others() -> None:
+    """Its parameters stay, and so do those of the others, as without its broken losses."""
+    runs = [optimization(TEXTS, SEEDS), optimization(TEXTS, SEEDS)]
+    runs[1].picture.__class__ = Breaking
+    runs[1].picture.times = 100  # type: ignore[assignment]
+    for run in runs:
+        run.progress.scale = [1, 0, 1]
+        run.run()
+        assert run.progress.step == 20 and run.progress.retries == 0
+    assert torch.equal(runs[0].picture.pixels, runs[1].picture.pixels)  # type: ignore[arg-type]
+
+
 def test_an_image_that_does_not_change_stops_and_others_go_on() -> None:
     """The stop of the prompt is met at once: its image has no gradient."""
     run = optimization(["red:1:9", "blue"], [1, 2], steps=40, evaluate_every=2, patience=2)
@@ -195,12 +207,6 @@ def test_an_image_that_does_not_change_stops_and_others_go_on() -> None:
     assert torch.equal(run.picture.render()[0], first[0]) and not torch.equal(run.picture.render()[1], first[1])
     alone = optimization(["red:1:9"], [1], steps=40, evaluate_every=2, patience=2)
     assert alone.run().step == 6
-
-
-def test_the_best_image_has_the_lowest_last_loss() -> None:
-    run = optimization(["red", "red", "red"], [1, 2, 3])
-    run.progress.history = [{"step": 5, "loss": [0, 9.0, 9]}, {"step": 10, "loss": [float("nan"), 0.5, 0.25]}]
-    assert best_of(run.progress) == 2
 
 
 def test_several_clips_add_up_and_read_their_own_sizes() -> None:

@@ -17,6 +17,7 @@ from pipeline.generation.similarity import cosine_distance, spherical_distance, 
         ("a red star", WeightedPrompt("a red star")),
         ("a logo:-0.3", WeightedPrompt("a logo", -0.3)),
         ("a city : 2 : 0.6", WeightedPrompt("a city", 2, 0.6)),
+        ("a city:2:inf", WeightedPrompt("a city", 2, math.inf)),
         ("note: a cat", WeightedPrompt("note: a cat")),
         ("ratio 4:3:2", WeightedPrompt("ratio 4", 3, 2)),
         ("a:b:1e-2:-inf", WeightedPrompt("a:b", 0.01)),
@@ -53,10 +54,10 @@ def test_the_spherical_distance_is_half_the_squared_angle() -> None:
 
 def test_weights_and_stops() -> None:
     """|w| s d: the gradient is w where s d is above the stop, else 0; the value does not depend on the stop."""
-    distances = torch.tensor([[0.2, 0.8], [0.2, 0.8], [0.2, 0.8]]).requires_grad_()
-    weights, stops = torch.tensor([2.0, -0.5, 3.0]), torch.tensor([0.5, -math.inf, -math.inf])
+    distances = torch.tensor([[0.2, 0.8], [0.2, 0.8], [0.2, 0.8], [0.2, 0.8]]).requires_grad_()
+    weights, stops = torch.tensor([2.0, -0.5, 3.0, 1.0]), torch.tensor([0.5, -math.inf, -math.inf, math.inf])
     loss = weighted(distances, weights, stops)
-    assert torch.allclose(loss, torch.tensor([[0.4, 1.6], [-0.1, -0.4], [0.6, 2.4]]))
+    assert torch.allclose(loss, torch.tensor([[0.4, 1.6], [-0.1, -0.4], [0.6, 2.4], [0.2, 0.8]]))
     loss.sum().backward()
     assert distances.grad is not None
-    assert torch.allclose(distances.grad, torch.tensor([[0, 2.0], [-0.5, -0.5], [3, 3]]))
+    assert torch.allclose(distances.grad, torch.tensor([[0, 2.0], [-0.5, -0.5], [3, 3], [0, 0]]))

@@ -1,5 +1,6 @@
 """SVG out and in: the same strokes, files by hand and by others, and hostile ones."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -56,7 +57,9 @@ def test_an_empty_drawing_has_no_strokes() -> None:
     assert tuple(scene.strokes.points.shape) == (1, 0, 4, 2)
 
 
-@pytest.mark.parametrize("data", ["5 5", "M 1 1 A 1 1 0 0 0 2 2", "M 1", "M 1 1 L 2", "Z 3", "M1 1 C 1 2 3 4 5 x"])
+@pytest.mark.parametrize(
+    "data", ["5 5", "M 1 1 A 1 1 0 0 0 2 2", "M 1", "M 1 1 L 2", "Z 3", "M1 1 C 1 2 3 4 5 x", "M1 1 # L 2 2"]
+)
 def test_paths_that_cannot_be_read_are_refused(data: str) -> None:
     with pytest.raises((ValueError, IndexError)):
         curves_of(data)
@@ -65,6 +68,9 @@ def test_paths_that_cannot_be_read_are_refused(data: str) -> None:
 
 
 BOMB = '<!DOCTYPE a [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><svg viewBox="0 0 9 9"><title>&b;</title></svg>'
+
+GROUPS = f'<svg viewBox="0 0 9 9">{"<g>" * 3000}{"</g>" * 3000}</svg>'
+CROWD = f'<svg viewBox="0 0 9 9">{"""<path d="M1 1h1v1"/>""" * 5000}<path d="M0 0{" 1 2" * 9000}"/></svg>'
 
 
 @pytest.mark.parametrize(
@@ -79,7 +85,7 @@ BOMB = '<!DOCTYPE a [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><svg viewBox="0 0 9
         ('<svg width="20" height="20" viewBox="0 0 10 40"/>', "aspect ratio"),
         ('<svg width="9" height="9" viewBox="1 0 9 9"/>', "from 0 0"),
         ('<svg viewBox="0 0 9 9"><circle r="1"/></svg>', "the elements g, path"),
-        ('<svg viewBox="0 0 9 9"><g transform="scale(2)"/></svg>', "without transforms"),
+        ('<svg viewBox="0 0 9 9"><g transform="scale(2)"/></svg>', "a file without transform"),
         ('<svg viewBox="0 0 9 9"><g opacity="0.5"/></svg>', "opacity of paths"),
         ('<svg viewBox="0 0 9 9"><path d="M1 1h1v1M3 3h1v1"/></svg>', "one part"),
         ('<svg viewBox="0 0 9 9"><path d="M1 1h1v1" fill="url(#x)"/></svg>', "a colour"),
@@ -88,8 +94,46 @@ BOMB = '<!DOCTYPE a [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><svg viewBox="0 0 9
             '<svg viewBox="0 0 9 9"><path d="M1 1h1v1" fill-rule="evenodd"/><path d="M1 1h1v1"/></svg>',
             "one fill rule",
         ),
+        (GROUPS, "groups 100 deep at most"),
+        ('<svg viewBox="0 0 9 9"><g opacity="x"/></svg>', "an opacity of 0 to 1"),
+        ('<svg viewBox="0 0 9 9"><g style="display: none"><path d="M1 1h1v1"/></g></svg>', "without display"),
+        ('<svg viewBox="0 0 9 9"><rect width="4" height="4" visibility="hidden"/></svg>', "without visibility"),
+        ('<svg viewBox="0 0 9 9"><rect width="4" height="4" rx="2"/></svg>', "without rx"),
+        (
+            '<svg viewBox="0 0 9 9"><path d="M1 1h1" stroke="red" stroke-dasharray="2"/></svg>',
+            "without stroke-dasharray",
+        ),
+        ('<svg viewBox="0 0 9 9"><path d="M1 1h1v1" clip-path="url(#a)"/></svg>', "without clip-path"),
+        ('<svg viewBox="0 0 9 9"><svg><path d="M1 1h1v1"/></svg></svg>', "the elements g, path"),
+        ('<svg viewBox="0 0 9 9"><path d="M1 1h1v1" fill="#ff000080"/></svg>', "a colour without alpha"),
+        ('<svg viewBox="0 0 9 9"><path d="M1 1h1" stroke="red" stroke-width="9%"/></svg>', "lengths in pixels"),
+        ('<svg viewBox="0 0 9 9"><path d="M1 1h1e999v1"/></svg>', "finite numbers"),
+        (CROWD, "5001 paths of up to 9000 curves"),
     ],
 )
 def test_files_with_more_than_is_read_are_refused(text: str, sentence: str) -> None:
     with pytest.raises(SettingError, match=sentence):
         read_svg(text)
+
+
+@pytest.mark.parametrize(
+    ("more", "left", "top", "alpha"),
+    [('y="4"', 0, 4, 1), ('x="1"', 1, 0, 1), ('opacity="0.5"', 0, 0, 0.5), ('fill-opacity="25%"', 0, 0, 0.25)],
+)
+def test_a_first_rectangle_that_does_not_cover_all_is_a_path(more: str, left: int, top: int, alpha: float) -> None:
+    found = read_svg(f'<svg width="24" height="24"><rect width="24" height="24" fill="red" {more}/></svg>')
+    wanted = torch.ones(3, 24, 24)
+    wanted[1:, top:, left:] = 1 - alpha
+    assert found.background is None
+    torch.testing.assert_close(render(found.strokes, 24, 24)[0], wanted, atol=1e-5, rtol=0)
+
+
+def test_time_grows_with_the_length_of_a_path() -> None:
+    """A list whose first item is removed would take 16 times as long for a path of four times the length."""
+    times = []
+    for count in (10_000, 40_000):
+        began = time.process_time()
+        (curves,) = curves_of("M1 1" + " 2 3" * count)
+        times.append(time.process_time() - began)
+        assert len(curves) == count
+    assert times[1] < 8 * times[0]

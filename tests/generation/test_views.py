@@ -72,17 +72,30 @@ def test_crops_have_the_asked_areas_and_stay_inside() -> None:
 
 
 def test_affine_is_torchvisions() -> None:
-    """A map from the view to the image is the inverse of the one that torchvision is given."""
-    image, turned = smooth(1), affine(torch.tensor([[0.8, 0, 0, 0]]))
-    theirs = v2_functional.affine(
-        image, angle=-0.8 * 15, translate=[0, 0], scale=1, shear=[0, 0], interpolation=v2.InterpolationMode.BILINEAR
-    )
-    ours = sampled(image, turned, (48, 48))
-    alternatives = [theirs, v2_functional.affine(image, 12, [0, 0], 1, [0, 0], v2.InterpolationMode.BILINEAR)]
-    assert min((ours - one).abs()[..., 8:-8, 8:-8].max() for one in alternatives) < 5e-3
-    moved = sampled(image, affine(torch.tensor([[0, 0.5, 0, 0]])), (40, 48))
-    wanted = sampled(image, affine(torch.zeros(1, 4)), (40, 48))
-    assert not torch.allclose(moved, wanted, atol=0.01)
+    """Rotation, shift and shear, black outside; a map from the view to the image is the inverse of torchvision's."""
+    image, bilinear = smooth(1), v2.InterpolationMode.BILINEAR
+    for numbers, angle, shift, shear in (
+        ([0.8, 0, 0, 0], -12.0, [0, 0], 0.0),
+        ([0, 0.625, -0.625, 0], 0.0, [-3, 3], 0.0),
+        ([0, 0, 0, 0.9], 0.0, [0, 0], 4.5),
+    ):
+        ours = sampled(image, affine(torch.tensor([numbers])), (48, 48))
+        theirs = v2_functional.affine(image, angle, shift, 1.0, [shear, 0.0], bilinear)
+        assert (ours - theirs).abs()[..., 8:-8, 8:-8].max() < 5e-3, numbers
+        assert not torch.allclose(theirs[..., 8:-8, 8:-8], image[..., 8:-8, 8:-8], atol=0.01)
+
+
+def test_cutouts_are_black_where_an_affine_leaves_the_image() -> None:
+    """As the authors' (padding with zeros); the map of each view is made of its own random numbers."""
+    views, image = Cutouts(count=8, part=1, noise=0), torch.full((1, 3, 32, 32), 0.9)
+    drawn = views.draw(generators([4], 0, Draw.VIEWS))
+    drawn[..., 7:15] = 0  # no perspective
+    drawn[..., 15:19] = 0.5  # no colours
+    drawn[..., 22] = 1  # nothing is erased
+    seen = views.apply(image, drawn, (32, 32))
+    for view, numbers in zip(seen, drawn[0], strict=True):
+        wanted = sampled(image, affine(2 * numbers[None, 3:7] - 1), (32, 32))[0]
+        assert torch.allclose(view, wanted, atol=1e-4) and 0 < float((view == 0).float().mean()) < 0.5
 
 
 def test_colours_are_torchvisions() -> None:

@@ -65,6 +65,7 @@ def test_two_parts_of_a_dry_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_all_parts_of_a_dry_run(tmp_path: Path) -> None:
     code, lines, errors = command("--dry", "--seconds", "800", output=tmp_path / "gpu.jsonl")
     assert code == 0, errors
@@ -75,6 +76,7 @@ def test_all_parts_of_a_dry_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_command_says_so(tmp_path: Path) -> None:
     code, lines, _ = command("--seconds", "800", output=tmp_path / "gpu.jsonl")

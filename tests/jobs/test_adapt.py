@@ -84,6 +84,7 @@ def test_a_job_goes_on_where_it_was_stopped(job: Type, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_trials_on_a_cluster_are_those_in_this_process(job: Type, tmp_path: Path, ray_cluster: RayCluster) -> None:
     assert job("adapt", "smoke", *QUICK) == 0
     here = top1(tmp_path)
@@ -93,6 +94,7 @@ def test_trials_on_a_cluster_are_those_in_this_process(job: Type, tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_workers_that_share_a_trials_classes_are_one_process(
     job: Type, tmp_path: Path, ray_cluster: RayCluster
 ) -> None:

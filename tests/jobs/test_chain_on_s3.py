@@ -15,7 +15,7 @@ from pipeline.stages.annotate.embeddings import read_features
 from pipeline.stages.filters.run import read_reasons
 from tests.jobs.conftest import JOBS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 def start(name: str, *words: str) -> subprocess.Popen[str]:

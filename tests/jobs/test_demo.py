@@ -71,6 +71,7 @@ def run(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
 def test_an_interrupt_leaves_no_process(run, name):
     number = getattr(signal, name)
@@ -93,6 +94,7 @@ def test_an_interrupt_leaves_no_process(run, name):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_failing_job_ends_the_demo_with_its_last_words(run, tmp_path):
     """A file is in the place of the shards' folder; the demo shows the error of the refresh job."""
     folder = tmp_path / "demo"

@@ -90,6 +90,7 @@ def images(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_killed_job_goes_on_and_tasks_of_ray_give_the_same_images(ray_cluster: RayCluster, tmp_path: Path) -> None:
     """Killed without a word once the first image is finished; then four images of two tasks at a time."""
     steps = ("--steps", "100")

@@ -18,7 +18,7 @@ from tests.jobs.conftest import JOBS
 
 ROOT = JOBS.parent
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 # A source whose captions say on which node they were read.
 WHERE = """

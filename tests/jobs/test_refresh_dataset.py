@@ -116,6 +116,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_killed_at_any_moment_and_run_again_it_ends_in_the_same_bytes(tmp_path: Path, ray_cluster: Any) -> None:
     environment = ray_cluster.environment
     subprocess.run(command(tmp_path / "whole"), env=environment, check=True, timeout=200)

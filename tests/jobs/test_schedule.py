@@ -62,6 +62,7 @@ def test_smoke_shows_coming_fires(job: Type, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_fire_is_submitted_to_ray_once(
     job: Type, job_server: str, tmp_path: Path, own_store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

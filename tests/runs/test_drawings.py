@@ -11,11 +11,14 @@ import av
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.errors import DataError, SettingError
+from pipeline.generation.guides import Guide
 from pipeline.generation.loop import Optimization
-from pipeline.runs.drawing_report import best_names, drawings_table, gallery, scores_parquet
+from pipeline.models.class_vectors import untrained
+from pipeline.runs.drawing_report import best_names, drawings_table, gallery, metric_name, scores_parquet
 from pipeline.runs.drawing_sheet import CELL, GAP, LABEL, sheet, short_names
 from pipeline.runs.drawing_subjects import read_subjects
 from pipeline.runs.drawings import (
@@ -30,7 +33,7 @@ from pipeline.runs.drawings import (
 from pipeline.runs.films import Film
 from pipeline.shards.storage import Folder
 from pipeline.stages.shard_tasks import Workers
-from tests.generation.toy_clip import colour_guide
+from tests.generation.toy_clip import ColourClip, colour_guide
 
 HERE = Workers(processes_count=0)
 TOY = "clipdraw:clips=[toy],strokes=5,side=32,views=2,loop.steps=12,loop.evaluate_every=3,loop.checkpoint_every=5"
@@ -76,6 +79,8 @@ def test_options_of_a_method_follow_its_name() -> None:
         ("clipdraw:strokes", "each with =VALUE"),
         ("clipdraw:loop=3", "each with =VALUE"),
         ("clipdraw:nothing.steps=3", "each with =VALUE"),
+        ("clipdraw:strokes.steps=3", "each with =VALUE"),
+        ("clipdraw:clips=[a", "clips= and a value of YAML"),
         ("clipdraw:strokes=0", "strokes: got 0"),
         ("clipdraw:strokes=many", "strokes"),
     ],
@@ -95,8 +100,10 @@ def test_methods_get_the_subjects_that_they_read() -> None:
     ]
     with pytest.raises(SettingError, match="images: nothing given, expected one or more, for clipasso"):
         plan_drawings(specs, [SubjectSource("red")], [1])
-    names = {DrawingUnit(method="m", subject=text, seed=1).name for text in ("a b", "a-b", "a/b", "ä" * 500)}
-    assert len(names) == 4 and all(len(name) < 120 and "/" not in name for name in names)
+    texts = ("a b", "a-b", "a/b", "ä" * 500, "\u732b" * 500, "https://me:secret@host/x.png")
+    names = {DrawingUnit(method=method, subject=text, seed=1).name for text in texts for method in ("m", "\u732b" * 90)}
+    assert len(names) == 12 and all(len(name.encode()) < 120 and "/" not in name for name in names)
+    assert not any("secret" in name for name in names)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -178,6 +185,86 @@ def test_other_settings_draw_again_and_other_seeds_only_add(tmp_path: Path) -> N
     assert not any(file.endswith(".gif") for file in result.files)
 
 
+def test_an_image_without_its_file_is_made_again(tmp_path: Path) -> None:
+    made = runner(tmp_path)
+    first = run_drawings(made, plan(made, (1,)), HERE)
+    before = files_of(tmp_path)
+    (tmp_path / "out/images" / f"{first[0].unit.name}.png").unlink()
+    run_drawings(made, plan(made, (1,)), HERE)
+    assert files_of(tmp_path) == before
+
+
+def test_changed_models_and_files_draw_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the same addresses; what an image does not depend on changes nothing."""
+    guides = {"toy": colour_guide(8), "judge": other_guide()}
+    monkeypatch.setattr("pipeline.runs.drawings.load_guide", lambda address, device: guides[address])
+    place, other = tmp_path / "sky.png", tmp_path / "start.png"
+    for file in (place, other):
+        Image.new("RGB", (9, 9), "blue").save(file)
+    codes = f"vqgan_clip:codes=vqgan:untrained,clips=[toy],size=[16,16],views=1,start=image,start_image={other}"
+    prompted = f"red|image={place}"
+    made = replace(
+        runner(tmp_path, TOY, f"{codes},loop.steps=2"), subjects={one: SubjectSource(one) for one in ("red", prompted)}
+    )
+    units = plan(made, (1,))
+
+    def unfinished() -> list[tuple[str, str]]:
+        now = made.with_contents(units, "cpu")
+        return [(one.method.partition(":")[0], one.subject) for one in units if now.finished(one) is None]
+
+    run_drawings(made.with_contents(units, "cpu"), units, HERE)
+    every = [(one.method.partition(":")[0], one.subject) for one in units]
+    assert unfinished() == [] and len(every) == 4
+    Image.new("RGB", (9, 9), "green").save(place)
+    assert unfinished() == [one for one in every if one[1] == prompted]
+    Image.new("RGB", (9, 9), "blue").save(place)
+    Image.new("RGB", (9, 9), "green").save(other)
+    assert unfinished() == [one for one in every if one[0] == "vqgan_clip"]
+    Image.new("RGB", (9, 9), "blue").save(other)
+    guides["judge"] = other_guide(3)
+    assert unfinished() == every
+    guides["judge"] = colour_guide(16)
+    with pytest.raises(SettingError, match="judge: got 'judge', expected another CLIP than toy, which has the same"):
+        made.with_contents(units, "cpu")
+
+
+def other_guide(factor: float = 2) -> Guide:
+    model = ColourClip(16)
+    model.weight.data *= factor
+    return Guide(model, "other")
+
+
+@pytest.mark.parametrize("damaged", [".pt", ".npz"])
+def test_a_damaged_checkpoint_is_named(damaged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = runner(tmp_path)
+    write = DrawingRunner._write
+    monkeypatch.setattr(DrawingRunner, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_drawings(made, plan(made, (1,)), HERE, together=3)
+    monkeypatch.setattr(DrawingRunner, "_write", write)
+    (file,) = (tmp_path / "out/checkpoints").glob(f"*{damaged}")
+    content = file.read_bytes()
+    file.write_bytes(content[:50])
+    with pytest.raises(DataError, match=r"checkpoints/\w+\.pt and \w+-film\.npz cannot be used .*delete them"):
+        run_drawings(made, plan(made, (1,)), HERE, together=3)
+    file.unlink()
+    assert len(run_drawings(made, plan(made, (1,)), HERE, together=3)) == 3  # from the beginning
+
+
+@pytest.mark.parametrize(("shown", "steps"), [(1, [6]), (2, [0, 6]), (3, [0, 3, 6]), (9, [0, 3, 6])])
+def test_chosen_frames_have_the_last_one(shown: int, steps: list[int]) -> None:
+    film = Film(9, shown)
+    for step in (0, 3, 6):
+        film.add(step, torch.full((2, 3, 4, 4), step / 255))
+    assert [(step, int(frame[0, 0, 0])) for step, frame in film.chosen(1)] == [(step, step) for step in steps]
+
+
+def test_metrics_of_long_methods_have_names_that_mlflow_takes() -> None:
+    names = [metric_name(f"clipdraw:clips=[{'x' * 300}],strokes={number}") for number in (1, 2)]
+    assert len(set(names)) == 2 and all(len(f"drawing/{name}/r_precision") <= 250 for name in names)
+    assert metric_name("clipdraw:strokes=4") == "clipdraw_strokes_4"
+
+
 def test_a_film_as_mp4_has_all_frames(tmp_path: Path) -> None:
     made = runner(tmp_path, film="mp4", frames=3)
     (result, *_) = run_drawings(made, plan(made, (1,))[:1], HERE)
@@ -189,8 +276,12 @@ def test_a_film_as_mp4_has_all_frames(tmp_path: Path) -> None:
 
 
 def test_a_damaged_film_of_a_checkpoint_is_an_error() -> None:
-    with pytest.raises(DataError, match="no film"):
-        Film(3, 3).read(b"abc", 5)
+    film = Film(3, 3)
+    film.add(0, torch.rand(1, 3, 9, 9))
+    content = film.content()
+    for damaged in (b"abc", content[:50], content[:-9], content[:100] + b"abc" * 9 + content[127:]):
+        with pytest.raises(DataError, match="no film"):
+            Film(3, 3).read(damaged, 5)
 
 
 def some_results(tmp_path: Path) -> list[DrawingResult]:
@@ -262,7 +353,7 @@ def test_prompts_come_from_files_and_masks_whiten_images(tmp_path: Path) -> None
     (masked,) = read_subjects([], [str(tmp_path / "photo.png")], [str(tmp_path / "mask.png")])
     assert masked.pixels is not None
     assert (masked.pixels[:3] == 255).all() and (masked.pixels[3:5, :3] == (10, 20, 30)).all()
-    assert masked.digest() != found[3].digest()
+    assert masked.digest != found[3].digest
     for prompts, images, masks, sentence in (
         ([str(tmp_path / "none.txt")], [], [], "no such file"),
         (["red", "red"], [], [], "each prompt and image once"),
@@ -280,12 +371,37 @@ def test_prompts_come_from_files_and_masks_whiten_images(tmp_path: Path) -> None
         read_subjects([], [str(tmp_path / "photo.png")], [str(tmp_path / "small.png")])
 
 
+@pytest.mark.parametrize("mode", ["CMYK", "I;16", "LA", "P", "1"])
+@pytest.mark.parametrize("size", [(1, 1), (7, 1), (5, 9)])
+def test_images_of_any_kind_and_size_are_squares_of_colours(mode: str, size: tuple[int, int], tmp_path: Path) -> None:
+    """Black, with white beside it where the image is no square."""
+    place = tmp_path / ("photo.tiff" if mode in ("CMYK", "I;16") else "photo.png")
+    Image.new(mode, size, {"CMYK": (0, 0, 0, 255), "LA": (0, 255)}.get(mode, 0)).save(place)
+    (found,) = read_subjects([], [str(place)], [])
+    assert found.pixels is not None and found.pixels.shape == (max(size), max(size), 3)
+    assert int((found.pixels < 60).all(axis=2).sum()) == size[0] * size[1]
+    assert int((found.pixels == 255).all(axis=2).sum()) == max(size) ** 2 - size[0] * size[1]
+
+
 def test_everything_is_checked_before_anything_is_drawn(tmp_path: Path) -> None:
     made = runner(tmp_path)
     made = replace(made, subjects={"red red red red": SubjectSource("red red red red")})
     with pytest.raises(SettingError, match=r"clipdraw:.*prompt: got 'red red red red', expected at most 5 tokens"):
         made.check(plan(made), "cpu")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_image_that_cannot_be_sketched_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pixel, or one colour."""
+    guide = Guide(untrained("clipmill-tiny"), "tiny")  # type: ignore[arg-type]
+    monkeypatch.setattr("pipeline.runs.drawings.load_guide", lambda address, device: guide)
+    made = runner(tmp_path, "clipasso:clip=a,saliency=a,layers=[transformer.resblocks.1],side=32,strokes=2")
+    good = np.full((20, 20, 3), 255, np.uint8)
+    good[5:12, 5:12] = 0
+    subjects = [SubjectSource("good.png", good), SubjectSource("dot.png", np.zeros((1, 1, 3), np.uint8))]
+    made = replace(made, subjects={one.text: one for one in subjects})
+    with pytest.raises(SettingError, match=r"clipasso:.*: dot\.png: images: got 'an image without edges'"):
+        made.check(plan(made, (1,)), "cpu")
 
 
 def test_a_damaged_result_is_made_again(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def at_a_time(times: list[list[float]]) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_progress_of_trials_on_workers_is_in_the_jobs_log() -> None:
     command = [sys.executable, "-c", ON_A_WORKER]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=200)
@@ -70,6 +71,7 @@ def test_the_progress_of_trials_on_workers_is_in_the_jobs_log() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_each_trial_gets_its_part_of_a_gpu() -> None:
     command = [sys.executable, "-c", ON_GPUS]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=200)

@@ -482,6 +482,7 @@ def _starts(store: str, barrier: Any, answers: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_processes_that_start_at_once_on_a_new_store_share_it(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     for attempt in range(3):
@@ -571,6 +572,7 @@ def server(migrated_store: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_server_gets_everything_that_a_sqlite_store_gets(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ from pipeline.shards.storage import Folder, file_digest
 from pipeline.shards.tar import TarWriter
 from pipeline.training.checkpoint import Checkpoints
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 TOYS = Path(__file__).parents[1] / "models" / "toys"
 STEPS = 40

@@ -125,6 +125,7 @@ def test_what_needs_gpus_is_refused_before_workers_are_asked_for(
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_killed_ray_worker_is_replaced(
     run: MakeRun, tiny_config: Config, remember: Any, tmp_path: Path, ray_cluster: Any
 ) -> None:

@@ -130,7 +130,7 @@ class ZeroShot(Task):
         if medium == "video":
             return {"clips": clip_grid(samples, captions, colours, named)}
         if medium == "points":
-            return {"clouds": cloud_grid(samples, captions, colours, named, medium_reader(model, medium))}
+            return {"clouds": cloud_grid(samples, captions, colours, named, model.points_reader())}
         return {"sounds": sound_grid(samples, captions, right, title=named)}
 
     def files(self, model: Any, one: PreparedSet) -> dict[str, bytes]:

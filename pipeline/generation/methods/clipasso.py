@@ -95,11 +95,6 @@ class ClipAsso(GenerationMethod):
     config: Config
 
     @property
-    def loop(self) -> LoopConfig:
-        """The config's."""
-        return self.config.loop
-
-    @property
     def models(self) -> tuple[str, ...]:
         """The one that is compared and, if needed, the one that looks."""
         looks = self.config.start in ("salient", "attention")

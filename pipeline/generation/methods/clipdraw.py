@@ -76,11 +76,6 @@ class ClipDraw(GenerationMethod):
     config: Config
 
     @property
-    def loop(self) -> LoopConfig:
-        """The config's."""
-        return self.config.loop
-
-    @property
     def models(self) -> tuple[str, ...]:
         """Those that guide."""
         return self.config.clips

@@ -88,11 +88,6 @@ class VqganClip(GenerationMethod):
     config: Config
 
     @property
-    def loop(self) -> LoopConfig:
-        """The config's."""
-        return self.config.loop
-
-    @property
     def models(self) -> tuple[str, ...]:
         """Those that guide."""
         return self.config.clips
@@ -101,6 +96,11 @@ class VqganClip(GenerationMethod):
     def codes(self) -> tuple[str, ...]:
         """The VQGAN."""
         return (self.config.codes,)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The start image and the mask, if there are any."""
+        return tuple(filter(None, (self.config.start_image, self.config.edit_mask)))
 
     def start(
         self,

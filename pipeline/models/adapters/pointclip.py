@@ -31,7 +31,7 @@ class Config:
     """The authors' values."""
 
     views: int = 10
-    """Views of a cloud; 10 with --clouds.projection few_shot, 6 with zero_shot."""
+    """Views of a cloud; 10 with --projection few_shot, 6 with zero_shot."""
     ratio: float = 0.6
     """Blend ratio a of the adapted features, 0 to 1: 0 is CLIP."""
     gate: float = 0.5
@@ -110,7 +110,7 @@ class InterViewAdapter(Adapter):
 
     def _check_views(self, views: Tensor) -> None:
         count = views.shape[1]
-        allowed = f"{count}, the views of a cloud by --clouds.projection"
+        allowed = f"{count}, the views of a cloud by --projection"
         require(count == self.config.views, "pointclip: views", self.config.views, allowed)
 
 

@@ -26,7 +26,7 @@ from pipeline.stages.refresh.refresh import refresh
 from pipeline.stages.refresh.settings import FROM_NOTHING, Renewal
 from pipeline.stages.shard_tasks import Workers
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 HERE = Workers(processes_count=0)
 OPTIONS = ShardOptions(media=AS_IT_IS.media, number_sample_per_shard=4)
