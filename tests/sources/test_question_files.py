@@ -97,6 +97,7 @@ def write(folder: Path, layout: str, content: Any = None) -> Questions:
         settings |= {"questions": str(folder / "q.json")}
     for number, name in enumerate(names):
         (images / f"{name}.jpg").write_bytes(jpeg(number))
+        (images / f"{name}.json").write_text("{}")  # not an image, and no rival of one
     (folder / "images" / ".hidden.jpg").write_bytes(b"")
     return Questions(**settings)
 
