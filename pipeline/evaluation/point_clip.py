@@ -140,12 +140,13 @@ def _encoded(
     """Features of the views by ``encode``, float32 [B, V, D], a few clouds at a time."""
     size = model.transforms(train=False).size
     at_once = CLOUDS_AT_ONCE.get(points.device.type, max(1, IMAGES_AT_ONCE // clouds.views.count))
-    masks = points.split(at_once) if mask is None else mask.split(at_once)
-    parts = []
-    for some, kept in zip(points.split(at_once), masks, strict=True):
-        images = clouds.images(some, None if mask is None else kept, size, model.mean, model.std)
-        parts.append(encode(images.flatten(0, 1)).float().unflatten(0, (len(some), -1)))
-    return torch.cat(parts)
+    parts = points.split(at_once)
+    masks = [None] * len(parts) if mask is None else mask.split(at_once)
+    features = []
+    for some, kept in zip(parts, masks, strict=True):
+        images = clouds.images(some, kept, size, model.mean, model.std)
+        features.append(encode(images.flatten(0, 1)).float().unflatten(0, (len(some), -1)))
+    return torch.cat(features)
 
 
 def check_sees(model: Any) -> None:
@@ -370,8 +371,8 @@ class CloudEmbedder:
     def __init__(self, model: Any, clouds: CloudViews, precision: str = "fp32") -> None:
         check_sees(model)
         self._model, self._clouds, self._precision = model, clouds, precision
-        self._size, self._reader = model.transforms(train=False).size, clouds.reader()
-        self.maker = digest_of(model, "views of clouds", repr(clouds), repr(self._size), precision)
+        self._reader, size = clouds.reader(), model.transforms(train=False).size
+        self.maker = digest_of(model, "views of clouds", repr(clouds), repr(size), precision)
         self.facts: Mapping[str, str | int] = {"views": clouds.views.count, "clouds": repr(clouds)}
 
     def prepare(self, sample: Sample, medium: str) -> Mapping[str, Any] | None:
