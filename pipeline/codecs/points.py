@@ -25,7 +25,7 @@ from pipeline.shards.media import POINTS
 from pipeline.shards.segments import Segment
 
 _FIELD = POINTS.endings[0]
-_COPIES = 200  # bytes per byte of a text body of short numbers: the words, their array, float64, float32
+_POINT = 512  # bytes: the columns of a point and of a face in float64, their coordinates in float32 and int64, copies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +96,9 @@ class PointsCodec(Codec[PointsOptions, Points]):
         return cloud_points(body)
 
     def needs_care(self, body: bytes) -> bool:
-        """PLY and OFF, whose texts and polygons take much more memory than their bytes."""
+        """PLY and OFF, whose texts and polygons take more memory and time than arrays."""
         return not body.startswith(NPY)
 
     def memory(self, options: PointsOptions) -> int:
-        """The words of a text file, and the points on a surface."""
-        return _COPIES * 3 * options.points_max + 256 * options.points_surface + (64 << 20)
+        """The numbers of all points and faces, and the points on a surface."""
+        return _POINT * options.points_max + 256 * options.points_surface + (64 << 20)

@@ -1,14 +1,17 @@
 """Point clouds and meshes as files: ``.npy`` arrays, PLY (ASCII and binary, both byte orders) and OFF.
 
 Bodies are hostile: headers are read within a fixed length, counts are compared with the length of the body before
-anything is allocated, and arrays of Python objects are refused, so nothing is unpickled. Colours, normals and other
-values of a point are not read. Coordinates keep the units of their file.
+anything is allocated, and arrays of Python objects are refused, so nothing is unpickled. Texts and polygons are read
+piece by piece, since their Python objects take up to a hundred times their bytes. Colours, normals and other values of
+a point are not read. Coordinates keep the units of their file.
 """
 
 import hashlib
 import io
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -19,7 +22,13 @@ from pipeline.errors import SampleError
 MOST_POINTS = 4_000_000
 """Points and faces of a file, at most."""
 LONGEST_HEADER = 1 << 16
+LONGEST_LINE = 1 << 18
+"""Bytes of a line of an OFF file."""
 LONGEST_NUMBER = 40  # characters
+PIECE = 1 << 18
+"""Bytes of a text that are split into words at once."""
+ROWS = 1 << 12
+"""Rows of a file that are Python objects at once."""
 NPY = b"\x93NUMPY"
 SURFACE = 2_048
 """Points on the faces of a mesh; the number of ModelNet40's published clouds."""
@@ -220,8 +229,8 @@ def _read_ply(body: bytes) -> tuple[NDArray[Any], Faces]:
     faces = _no_faces()
     for one in elements:
         if one.has_lists:
-            polygons = reader.lists(one)
-            faces = _triangles(polygons) if one.name == "face" else faces
+            read = _triangles(reader.lists(one))
+            faces = read if one.name == "face" else faces
             continue
         values = reader.table(one)
         places = one.place(("x", "y", "z"))
@@ -269,12 +278,13 @@ class _BinaryPly:
         values = self._take(row, one.count)
         return [values[str(place)] for place in range(len(one.properties))]
 
-    def lists(self, one: _Element) -> list[NDArray[Any]]:
-        """The polygons of each row: the first list of its properties."""
-        alike = self._alike(one)
-        if alike is not None:
-            return alike
-        found = []
+    def lists(self, one: _Element) -> Iterator[NDArray[Any]]:
+        """The polygons: the first list of the properties of each row, or one array for all rows."""
+        if len(one.properties) == 1 and one.count:
+            alike = self._alike(one)
+            if alike is not None:
+                yield alike
+                return
         for _ in range(one.count):
             polygon = None
             for each in one.properties:
@@ -282,22 +292,25 @@ class _BinaryPly:
                 values = self._take(np.dtype(self._order + each.kind), length)
                 polygon = values if each.length and polygon is None else polygon
             assert polygon is not None
-            found.append(polygon)
-        return found
+            yield polygon
 
-    def _alike(self, one: _Element) -> list[NDArray[Any]] | None:
-        """The polygons where all rows have three corners and nothing else."""
-        if len(one.properties) != 1:
-            return None
+    def _alike(self, one: _Element) -> NDArray[Any] | None:
+        """The polygons of all rows, [F, corners], where they have as many corners as the first one."""
         (only,) = one.properties
-        row = np.dtype([("length", self._order + only.length), ("values", self._order + only.kind, (3,))])
-        if self._at + row.itemsize * one.count > len(self._content):
+        length = np.dtype(self._order + only.length)
+        _check_count(1, length.itemsize, len(self._content) - self._at)
+        corners = int(np.frombuffer(self._content, length, 1, self._at)[0])
+        row = length.itemsize + np.dtype(only.kind).itemsize * corners
+        if corners < 0 or self._at + row * one.count > len(self._content):
             return None
-        rows = np.frombuffer(self._content, row, one.count, self._at)
-        if not (rows["length"] == 3).all():
+        rows = np.frombuffer(
+            self._content, [("length", length), ("values", self._order + only.kind, (corners,))], one.count, self._at
+        )
+        if not (rows["length"] == corners).all():
             return None
-        self._at += row.itemsize * one.count
-        return [rows["values"]]
+        self._at += row * one.count
+        values: NDArray[Any] = rows["values"]
+        return values
 
     def _take(self, row: np.dtype[Any], count: int) -> NDArray[Any]:
         _check_count(count, row.itemsize * count, len(self._content) - self._at)
@@ -310,14 +323,20 @@ class _AsciiPly:
     """Reads the elements of an ASCII file in turn."""
 
     def __init__(self, content: bytes) -> None:
-        self._values, self._at = _numbers(content.split()), 0
+        self._values, self._at = _numbers_of_text(content), 0
 
     def table(self, one: _Element) -> list[NDArray[Any]]:
         width = len(one.properties)
         return list(self._take(one.count * width).reshape(one.count, width).T)
 
-    def lists(self, one: _Element) -> list[NDArray[Any]]:
-        found = []
+    def lists(self, one: _Element) -> Iterator[NDArray[Any]]:
+        if len(one.properties) == 1 and self._at < len(self._values):
+            row = 1 + _whole(self._values[self._at])
+            rows = self._values[self._at : self._at + row * one.count]
+            if len(rows) == row * one.count and (rows[::row] == row - 1).all():
+                self._at += len(rows)
+                yield rows.reshape(one.count, row)[:, 1:]
+                return
         for _ in range(one.count):
             polygon = None
             for each in one.properties:
@@ -325,8 +344,7 @@ class _AsciiPly:
                 values = self._take(length)
                 polygon = values if each.length and polygon is None else polygon
             assert polygon is not None
-            found.append(polygon)
-        return found
+            yield polygon
 
     def _take(self, count: int) -> NDArray[np.float64]:
         _check_count(count, count, len(self._values) - self._at)
@@ -334,46 +352,90 @@ class _AsciiPly:
         return self._values[self._at - count : self._at]
 
 
-def _triangles(polygons: list[NDArray[Any]]) -> Faces:
-    """Fans of triangles, int64 [F, 3]; an array [F, 3] counts as F triangles."""
-    fans = []
-    for polygon in polygons:
-        corners = np.asarray(polygon, np.float64)
-        if not np.isfinite(corners).all() or (np.abs(corners) > MOST_POINTS).any():
-            bad_cloud("bad_faces", "faces with corners that do not exist")
-        whole = corners.astype(np.int64)
-        if whole.ndim == 2:
-            fans.append(whole)
-        elif len(whole) >= 3:
-            first = np.full(len(whole) - 2, whole[0])
-            fans.append(np.stack([first, whole[1:-1], whole[2:]], axis=1))
-    return np.concatenate(fans) if fans else _no_faces()
+def _triangles(polygons: Iterable[NDArray[Any]]) -> Faces:
+    """Fans of triangles, int64 [F, 3]; an array is a polygon [corners], or several [N, corners]."""
+    parts, count, rows = [_no_faces()], 0, iter(polygons)
+    while some := list(islice(rows, ROWS)):
+        parts.append(np.concatenate([_fan(polygon) for polygon in some]))
+        count += len(parts[-1])
+        _check_count(count, 0, 0)
+    return np.concatenate(parts)
+
+
+def _fan(polygons: NDArray[Any]) -> Faces:
+    corners = np.atleast_2d(np.asarray(polygons, np.float64))
+    if not np.isfinite(corners).all() or (np.abs(corners) > MOST_POINTS).any():
+        bad_cloud("bad_faces", "faces with corners that do not exist")
+    whole = corners.astype(np.int64)
+    second, third = whole[:, 1:-1], whole[:, 2:]
+    return np.stack([np.broadcast_to(whole[:, :1], second.shape), second, third], axis=-1).reshape(-1, 3)
 
 
 def _read_off(body: bytes) -> tuple[NDArray[Any], Faces]:
     """Comments begin with ``#``; the counts may follow the word OFF without a space, as in files of ModelNet40."""
     head = _OFF.match(body)
     assert head is not None
-    text = re.sub(rb"#[^\n]*", b"", body[head.end() :]) if b"#" in body else body[head.end() :]
-    lines = [words for line in text.splitlines() if (words := line.split())]
-    if not lines or len(lines[0]) < 2:
+    rows = _rows(body[head.end() :])
+    counts = next(rows, [])
+    if len(counts) < 2:
         bad_cloud("bad_header", "an OFF file without counts")
-    count, faces = (_whole(value) for value in _numbers(lines[0][:2]))
-    _check_count(count, count, len(lines) - 1)
-    _check_count(faces, count + faces, len(lines) - 1)
-    rows = lines[1 : 1 + count]
-    if any(len(row) < 3 for row in rows):
-        bad_cloud("truncated", "a point with fewer than three coordinates")
-    points = _numbers([word for row in rows for word in row[:3]]).reshape(count, 3)
+    count, faces = (_whole(value) for value in _numbers(counts[:2]))
+    _check_count(count, count, len(body))
+    _check_count(faces, count + faces, len(body))
+    points = [np.zeros((0, 3))]
+    for some in _taken(rows, count):
+        if any(len(row) < 3 for row in some):
+            bad_cloud("truncated", "a point with fewer than three coordinates")
+        points.append(_numbers([word for row in some for word in row[:3]]).reshape(-1, 3))
+    return np.concatenate(points), _triangles(polygon for some in _taken(rows, faces) for polygon in _polygons(some))
+
+
+def _rows(text: bytes) -> Iterator[list[bytes]]:
+    """The words of each line that has some before a comment."""
+    for piece in _pieces(text, rb"\r\n"):
+        for line in piece.splitlines():
+            if len(line) > LONGEST_LINE:
+                bad_cloud("too_many", f"a line of more than {LONGEST_LINE:,} bytes")
+            if words := line.partition(b"#")[0].split():
+                yield words
+
+
+def _taken(rows: Iterator[list[bytes]], count: int) -> Iterator[list[list[bytes]]]:
+    """The next ``count`` rows, some at a time."""
+    while count:
+        some = list(islice(rows, min(count, ROWS)))
+        if not some:
+            bad_cloud("truncated", "the file is shorter than its header states")
+        count -= len(some)
+        yield some
+
+
+def _polygons(rows: list[list[bytes]]) -> Iterator[NDArray[Any]]:
+    """The corners of an OFF file's faces, an array for each row, or one array [N, corners] for all."""
     polygons = []
-    for row in lines[1 + count : 1 + count + faces]:
-        length = _whole(_numbers(row[:1])[0])
-        if length > len(row) - 1:
+    for row, length in zip(rows, _numbers([row[0] for row in rows]), strict=True):
+        if _whole(length) > len(row) - 1:
             bad_cloud("truncated", "a face with fewer corners than it states")
-        polygons.append(row[1 : 1 + length])
-    if polygons and all(len(polygon) == 3 for polygon in polygons):
-        return points, _triangles([_numbers([word for polygon in polygons for word in polygon]).reshape(-1, 3)])
-    return points, _triangles([_numbers(polygon) for polygon in polygons])
+        polygons.append(row[1 : 1 + int(length)])
+    if all(len(polygon) == len(polygons[0]) for polygon in polygons):
+        yield _numbers([word for polygon in polygons for word in polygon]).reshape(len(polygons), -1)
+    else:
+        yield from map(_numbers, polygons)
+
+
+def _pieces(text: bytes, ends: bytes) -> Iterator[bytes]:
+    """Pieces of about ``PIECE`` bytes that end behind one of the bytes ``ends``."""
+    start, border = 0, re.compile(b"[" + ends + b"]")
+    while start < len(text):
+        found = border.search(text, start + PIECE)
+        end = found.end() if found else len(text)
+        yield text[start:end]
+        start = end
+
+
+def _numbers_of_text(text: bytes) -> NDArray[np.float64]:
+    """All numbers of a text, float64 [N]."""
+    return np.concatenate([np.zeros(0), *(_numbers(piece.split()) for piece in _pieces(text, rb"\s"))])
 
 
 def _numbers(words: list[bytes]) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -179,6 +180,7 @@ HOSTILE = {
     "a truncated OFF": (b"OFF\n4 1 0\n0 0 0\n1 0 0\n", "truncated"),
     "OFF with a short row": (b"OFF\n2 0 0\n0 0\n1 0 0\n", "truncated"),
     "OFF with a short face": (b"OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n4 0 1 2\n", "truncated"),
+    "OFF with an endless line": (b"OFF\n1 1 0\n0 0 0\n200000" + b" 0" * 200_000, "too_many"),
     "one point": (npy(np.ones((1, 3), np.float32)), "no_extent"),
     "one place": (npy(np.full((50, 3), 3e5, np.float32)), "no_extent"),
     "a flat mesh of no area": (ply("<", faces=np.array([[0, 0, 1]])), "no_extent"),
@@ -191,6 +193,35 @@ def test_hostile_bodies_fail_with_a_reason(name: str) -> None:
     with pytest.raises(SampleError) as caught:
         cloud_points(body)
     assert caught.value.error_class == error_class, caught.value.message
+
+
+def mesh(kind: str, corners: list[int]) -> bytes:
+    """A mesh of 20,000 points of short numbers, and as many faces with these numbers of corners in turn."""
+    count = 20_000
+    polygons = [[corners[number % len(corners)], *range(corners[number % len(corners)])] for number in range(count)]
+    head = b"OFF\n%d %d 0\n" % (count, count)
+    points = b"".join(b"%d %d 1 7\n" % (number % 9, number % 7) for number in range(count))
+    if kind != "off":
+        head = ply(kind)[: ply(kind).index(b"end_header")].replace(b"vertex 4", b"vertex %d" % count)
+        head += b"element face %d\nproperty list uchar uchar corners\nend_header\n" % count
+    if kind == "<":
+        return head + bytes(13 * count) + b"".join(map(bytes, polygons))
+    return head + points + b"".join(b" ".join(b"%d" % value for value in one) + b"\n" for one in polygons)
+
+
+@pytest.mark.parametrize("kind", ["off", "", "<"])
+@pytest.mark.parametrize("corners", [[3], [4], [3, 4], [0], [0, 1]])
+def test_memory_is_a_small_multiple_of_the_file(kind: str, corners: list[int]) -> None:
+    """Words and polygons are Python objects of 50 bytes and more; a training process reads meshes without a limit."""
+    body = mesh(kind, corners)
+    read_cloud(mesh(kind, [3]))
+    tracemalloc.start()
+    faces = read_cloud(body).faces
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    triangles = [[0, end - 1, end] for number in range(20_000) for end in range(2, corners[number % len(corners)])]
+    assert faces.tolist() == triangles
+    assert peak < 20 * len(body) + 48 * len(triangles) + (4 << 20)
 
 
 def test_damage_anywhere_gives_an_error_of_a_sample_or_a_cloud() -> None:
