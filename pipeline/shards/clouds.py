@@ -25,9 +25,9 @@ LONGEST_HEADER = 1 << 16
 LONGEST_LINE = 1 << 18
 """Bytes of a line of an OFF file."""
 LONGEST_NUMBER = 40  # characters
-PIECE = 1 << 18
+PIECE = 1 << 14
 """Bytes of a text that are split into words at once."""
-ROWS = 1 << 12
+ROWS = 1 << 8
 """Rows of a file that are Python objects at once."""
 NPY = b"\x93NUMPY"
 SURFACE = 2_048
