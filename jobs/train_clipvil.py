@@ -88,7 +88,7 @@ ON_A_CPU = Run(
     batch_size=64,
     epochs=12,
     warmup_steps=100,
-    optimizer=AdamW(learning_rate=1e-3, weight_decay=0.01),
+    optimizer=AdamW(learning_rate=5e-4, weight_decay=0.01),
     clip_grad_norm=1.0,
     log_every_steps=25,
     loader=LoaderConfig(loader_workers=1),

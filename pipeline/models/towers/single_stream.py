@@ -109,6 +109,7 @@ def bert_settings(
             num_hidden_layers=layers,
             num_attention_heads=heads,
             intermediate_size=4 * width,
+            initializer_range=width**-0.5,  # BERT's 0.02 is for 768; at 128 attention is uniform for thousands of steps
             max_position_embeddings=-(-tokens // MULTIPLE) * MULTIPLE,
             pad_token_id=pad,
             **drops,
