@@ -1,7 +1,7 @@
 """Videos for people: clips that every browser and MLflow play, and single frames."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
@@ -21,11 +21,18 @@ LONGEST_SIDE = 320  # of a played clip's shorter side: larger ones are reduced
 
 def clip_files(captioned: Iterable[tuple[Sample, str]]) -> dict[str, bytes]:
     """The clips of samples as MP4, named by number and caption; samples without a readable video are left out."""
+    return named_files(captioned, playable_clip, "mp4")
+
+
+def named_files(
+    captioned: Iterable[tuple[Sample, str]], play: Callable[[Sample], bytes], ending: str
+) -> dict[str, bytes]:
+    """What ``play`` makes of samples, by number and caption; samples that it cannot read are left out."""
     files = {}
     for number, (sample, caption) in enumerate(captioned):
         try:
             name = re.sub(r"[^\w.-]+", "_", caption, flags=re.ASCII).strip("_.")[:60]
-            files[f"{number:02d}_{name or sample.key}.mp4"] = playable_clip(sample)
+            files[f"{number:02d}_{name or sample.key}.{ending}"] = play(sample)
         except UnreadableSample:
             continue
     return files

@@ -5,7 +5,6 @@ of a video are frames in a row, see ``shown_clips.py``.
 """
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +18,7 @@ from torch import Tensor
 from pipeline.codecs.point_views import depth_picture
 from pipeline.errors import SampleError
 from pipeline.evaluation.figures import RIGHT, WRONG
-from pipeline.evaluation.shown_clips import video_picture
+from pipeline.evaluation.shown_clips import named_files, video_picture
 from pipeline.loaders.batches import Row, SamplePosition
 from pipeline.loaders.images import as_stored, decode
 from pipeline.loaders.points import PointReader
@@ -157,14 +156,7 @@ def sound_grid(
 
 def sound_files(captioned: Iterable[tuple[Sample, str]]) -> dict[str, bytes]:
     """The sounds of samples as FLAC, named by number and caption; samples without a readable sound are left out."""
-    files = {}
-    for number, (sample, caption) in enumerate(captioned):
-        try:
-            name = re.sub(r"[^\w.-]+", "_", caption, flags=re.ASCII).strip("_.")[:60]
-            files[f"{number:02d}_{name or sample.key}.flac"] = playable(sample)
-        except UnreadableSample:
-            continue
-    return files
+    return named_files(captioned, playable, "flac")
 
 
 def playable(sample: Sample) -> bytes:

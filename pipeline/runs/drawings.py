@@ -343,7 +343,7 @@ def _resume(run: Optimization, film: Film, folder: Folder, loop: str, shots: str
 def _digest(place: str) -> str:
     folder, name = split_file(place)
     try:
-        return hashlib.sha256(folder.read_bytes(name)).hexdigest()
+        return folder.digest(name)
     except (OSError, ValueError) as error:
         raise unreadable("image", place, "an image", error) from error
 

@@ -1,6 +1,5 @@
 """The logits of few-shot trials by the urls of their samples, and ensembles of a trial with another classifier."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -44,7 +43,7 @@ def urls_of(uri: str) -> tuple[str, ...]:
 def digest_of_scores(place: str) -> str:
     """SHA-256 hex of the file of scores at ``place``."""
     folder, name = split_file(place)
-    return hashlib.sha256(folder.read_bytes(name)).hexdigest()
+    return folder.digest(name)
 
 
 def write_scores(folder: Folder, name: str, classes: Sequence[str], logits: Mapping[str, PartLogits]) -> None:

@@ -148,6 +148,11 @@ class Folder:
             content: bytes = self.fs.cat_file(self._at(name))
         return content
 
+    def digest(self, name: str) -> str:
+        """SHA-256 (hex) of a file, which is read in parts."""
+        with self.open(name) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # fsspec's are such files
+
     def read_text(self, name: str) -> str:
         """The whole file ``name`` as UTF-8 text, without the byte-order mark that Windows' editors write."""
         return self.read_bytes(name).decode("utf-8-sig")

@@ -9,7 +9,6 @@ FSS-1000: Li, Wei, Chen, Tai, Tang, 2020, arXiv 1907.12347. A mask becomes one o
 ``boxes.json``, whose label is the folder's name with spaces for underscores. An empty mask has no object.
 """
 
-import hashlib
 import json
 import posixpath
 import warnings
@@ -30,6 +29,7 @@ from pipeline.shards.objects import FIELD
 from pipeline.shards.pixels import MOST_PIXELS
 from pipeline.shards.segmentation import run_lengths
 from pipeline.shards.storage import Folder, file_stamp, split_file
+from pipeline.sources.record_slices import digest_of, record_slices, slice_records
 from pipeline.sources.source import UNCHANGED, Part, Row, Slice, is_hidden
 
 MASK_ENDING = ".png"
@@ -65,17 +65,13 @@ class ClassMasks:
         Raises:
             SettingError: no such folder or file, a class without a folder, or no images.
         """
-        for start in range(0, len(self._files), rows_per_shard):
-            part = self._files[start : start + rows_per_shard]
-            name = f"class-masks-{start:09d}.json"
-            digest = hashlib.sha256(json.dumps(part).encode()).hexdigest()
-            scratch.write_atomic(name, json.dumps([file[:3] for file in part]).encode())
-            yield Slice(count=len(part), digest=digest, where={"list": scratch.join(name)})
+        yield from record_slices(
+            list(self._files), rows_per_shard, scratch, "class-masks", digest=digest_of, stored=lambda file: file[:3]
+        )
 
     def rows(self, piece: Slice) -> Iterator[Row]:
         """See :class:`~pipeline.sources.source.Source`; a file that is missing or cannot be used is a problem."""
-        place, name = split_file(str(piece.where["list"]))
-        for folder, image, mask in json.loads(place.read_bytes(name)):
+        for folder, image, mask in slice_records(piece):
             yield self._row(_readable(folder), image, mask)
 
     def schema(self) -> Mapping[str, type]:

@@ -1,7 +1,5 @@
 """Long sounds and videos of a folder, cut into clips: a sound, with a frame if wanted, or a video, and a text."""
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,9 +11,10 @@ from pipeline.config import require
 from pipeline.errors import SampleError, missing
 from pipeline.shards.media import AUDIO, VIDEO
 from pipeline.shards.segments import with_segment
-from pipeline.shards.storage import Folder, file_stamp, split_file
+from pipeline.shards.storage import Folder, file_stamp
 from pipeline.shards.text import decoded
 from pipeline.sources.cut_clips import read_clip, read_video
+from pipeline.sources.record_slices import digest_of, record_slices, slice_records
 from pipeline.sources.source import Cell, Row, Slice, is_hidden
 
 ENDINGS = tuple(f".{ending}" for ending in (*AUDIO.endings, *VIDEO.endings))
@@ -76,21 +75,18 @@ class Clips:
         """
         stamps = self._files()
         clips = [clip for path, (_, caption, _) in stamps.items() for clip in self._clips(path, caption)]
-        for start in range(0, len(clips), rows_per_shard):
-            part = clips[start : start + rows_per_shard]
-            known = [
-                "video" if self.video else self.frames,
-                [(clip, stamps[clip[0]][0], stamps[clip[0]][2]) for clip in part],
-            ]
-            name = f"clips-{start:09d}.json"
-            scratch.write_atomic(name, json.dumps(part).encode())
-            digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
-            yield Slice(count=len(part), digest=digest, where={"list": scratch.join(name)})
+        kind = "video" if self.video else self.frames
+        yield from record_slices(
+            clips,
+            rows_per_shard,
+            scratch,
+            "clips",
+            digest=lambda part: digest_of([kind, [(clip, stamps[clip[0]][0], stamps[clip[0]][2]) for clip in part]]),
+        )
 
     def rows(self, piece: Slice) -> Iterator[Row]:
         """See :class:`~pipeline.sources.source.Source`."""
-        place, name = split_file(str(piece.where["list"]))
-        for path, caption_file, start, end in json.loads(place.read_bytes(name)):
+        for path, caption_file, start, end in slice_records(piece):
             yield self._row((path, caption_file, start, end))
 
     def schema(self) -> Mapping[str, type]:

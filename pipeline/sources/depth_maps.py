@@ -14,7 +14,6 @@ is ``kitchen``.
 """
 
 import hashlib
-import json
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
@@ -28,7 +27,8 @@ from pipeline.config import require
 from pipeline.errors import DataError, SampleError, missing
 from pipeline.shards.depth_values import DEPTH_FIELD, PER_METRE, depth_values, encode_depth
 from pipeline.shards.media import IMAGE
-from pipeline.shards.storage import Folder, file_stamp, split_file
+from pipeline.shards.storage import Folder, file_stamp
+from pipeline.sources.record_slices import digest_of, record_slices, slice_records
 from pipeline.sources.source import UNCHANGED, Part, Row, Slice, is_hidden
 
 ENDINGS = tuple(f".{ending}" for ending in IMAGE.endings)
@@ -74,18 +74,18 @@ class DepthMaps:
         Raises:
             SettingError: no such folder or list, or no pair.
         """
-        files = self._files()
-        for start in range(0, len(files), rows_per_shard):
-            part = files[start : start + rows_per_shard]
-            name = f"depth-maps-{start:09d}.json"
-            digest = hashlib.sha256(json.dumps([self.values_per_metre, part]).encode()).hexdigest()
-            scratch.write_atomic(name, json.dumps([[image, depth] for image, depth, *_ in part]).encode())
-            yield Slice(count=len(part), digest=digest, where={"list": scratch.join(name)})
+        yield from record_slices(
+            self._files(),
+            rows_per_shard,
+            scratch,
+            "depth-maps",
+            digest=lambda part: digest_of([self.values_per_metre, part]),
+            stored=lambda file: file[:2],
+        )
 
     def rows(self, piece: Slice) -> Iterator[Row]:
         """See :class:`~pipeline.sources.source.Source`; a file that is missing or cannot be used is a problem."""
-        place, name = split_file(str(piece.where["list"]))
-        for image, depth in json.loads(place.read_bytes(name)):
+        for image, depth in slice_records(piece):
             yield self._row(image, depth)
 
     def schema(self) -> Mapping[str, type]:

@@ -1,8 +1,6 @@
 """A folder of images, sounds, videos or point clouds with captions: ``cat.jpg``, ``cat.flac`` and ``cat.txt`` are one
 row."""
 
-import hashlib
-import json
 import logging
 import posixpath
 from collections import Counter
@@ -14,8 +12,9 @@ from typing import Any, ClassVar
 from pipeline.config import require
 from pipeline.errors import SampleError, missing
 from pipeline.shards.media import IMAGE, MEDIA, POINTS, check_media, medium_of
-from pipeline.shards.storage import Folder, file_stamp, split_file
+from pipeline.shards.storage import Folder, file_stamp
 from pipeline.shards.text import decoded
+from pipeline.sources.record_slices import digest_of, record_slices, slice_records
 from pipeline.sources.source import Part, Row, Slice, is_hidden
 
 logger = logging.getLogger(__name__)
@@ -73,18 +72,18 @@ class ImageFolder:
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
         """See :class:`~pipeline.sources.source.Source`; the digest covers names, sizes and times of the files."""
-        files = self._files()
-        for start in range(0, len(files), rows_per_shard):
-            part = files[start : start + rows_per_shard]
-            name = f"files-{start:09d}.json"
-            digest = hashlib.sha256(json.dumps([self._identity(row) for row in part]).encode()).hexdigest()
-            scratch.write_atomic(name, json.dumps([[row.paths, row.caption] for row in part]).encode())
-            yield Slice(count=len(part), digest=digest, where={"list": scratch.join(name)})
+        yield from record_slices(
+            self._files(),
+            rows_per_shard,
+            scratch,
+            "files",
+            digest=lambda part: digest_of([self._identity(row) for row in part]),
+            stored=lambda row: [row.paths, row.caption],
+        )
 
     def rows(self, piece: Slice) -> Iterator[Row]:
         """See :class:`~pipeline.sources.source.Source`; a file that cannot be read is a row with a problem."""
-        place, name = split_file(str(piece.where["list"]))
-        for paths, caption in json.loads(place.read_bytes(name)):
+        for paths, caption in slice_records(piece):
             yield self._row(paths, caption)
 
     def schema(self) -> Mapping[str, type]:

@@ -13,7 +13,6 @@ unless ``other_values`` says what such pixels are.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,7 +34,8 @@ from pipeline.shards.label_values import (
     encode_values,
 )
 from pipeline.shards.media import IMAGE
-from pipeline.shards.storage import Folder, file_stamp, split_file
+from pipeline.shards.storage import Folder, file_stamp
+from pipeline.sources.record_slices import digest_of, record_slices, slice_records
 from pipeline.sources.source import UNCHANGED, Part, Row, Slice, is_hidden
 
 ENDINGS = tuple(f".{ending}" for ending in IMAGE.endings)
@@ -96,18 +96,18 @@ class LabelMaps:
             SettingError: no such folder or split, no images, or a value with two meanings.
         """
         mapping = hashlib.sha256(self._table.tobytes()).hexdigest()
-        files = self._files()
-        for start in range(0, len(files), rows_per_shard):
-            part = files[start : start + rows_per_shard]
-            name = f"label-maps-{start:09d}.json"
-            digest = hashlib.sha256(json.dumps([mapping, self.images, self.labels, part]).encode()).hexdigest()
-            scratch.write_atomic(name, json.dumps([[image, label] for image, label, *_ in part]).encode())
-            yield Slice(count=len(part), digest=digest, where={"list": scratch.join(name)})
+        yield from record_slices(
+            self._files(),
+            rows_per_shard,
+            scratch,
+            "label-maps",
+            digest=lambda part: digest_of([mapping, self.images, self.labels, part]),
+            stored=lambda file: file[:2],
+        )
 
     def rows(self, piece: Slice) -> Iterator[Row]:
         """See :class:`~pipeline.sources.source.Source`; a file that is missing or cannot be used is a problem."""
-        place, name = split_file(str(piece.where["list"]))
-        for image, label in json.loads(place.read_bytes(name)):
+        for image, label in slice_records(piece):
             yield self._row(image, label)
 
     def schema(self) -> Mapping[str, type]:

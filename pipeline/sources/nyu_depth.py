@@ -14,8 +14,6 @@ The file is HDF5 (MATLAB 7.3), whose arrays are read with reversed dimensions:
 ``splits.mat`` is a file of MATLAB 5 with ``trainNdxs`` (795) and ``testNdxs`` (654), counted from 1.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from pipeline.shards.depth_values import DEPTH_FIELD, encode_depth
 from pipeline.shards.storage import Folder, file_stamp, split_file
 from pipeline.sources.hdf5_arrays import own_array
 from pipeline.sources.matlab5 import LARGEST, whole_numbers
+from pipeline.sources.record_slices import digest_of, record_slices, slice_records
 from pipeline.sources.source import UNCHANGED, Part, Row, Slice
 
 IMAGES = "images"
@@ -69,18 +68,14 @@ class NyuDepth:
         with self._opened() as arrays:
             numbers = self._numbers(_checked(arrays, self.file, self.depths))
         stamps = [_stamp(place) for place in (self.file, self.splits) if place]
-        for start in range(0, len(numbers), rows_per_shard):
-            part = numbers[start : start + rows_per_shard]
-            name = f"nyu-depth-{start:09d}.json"
-            digest = hashlib.sha256(json.dumps([stamps, self.depths, part]).encode()).hexdigest()
-            scratch.write_atomic(name, json.dumps(part).encode())
-            yield Slice(count=len(part), digest=digest, where={"list": scratch.join(name)})
+        yield from record_slices(
+            numbers, rows_per_shard, scratch, "nyu-depth", digest=lambda part: digest_of([stamps, self.depths, part])
+        )
 
     def rows(self, piece: Slice) -> Iterator[Row]:
         """See :class:`~pipeline.sources.source.Source`; a damaged part of the file is a row with a problem."""
-        place, name = split_file(str(piece.where["list"]))
         with self._opened() as arrays:
-            for number in json.loads(place.read_bytes(name)):
+            for number in slice_records(piece):
                 yield self._row(arrays, number)
 
     def schema(self) -> Mapping[str, type]:

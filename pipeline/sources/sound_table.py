@@ -6,9 +6,7 @@ the segment of it. Rows of one segment are joined: their captions and labels bec
 """
 
 import csv
-import hashlib
 import io
-import json
 import logging
 import string
 from collections.abc import Iterator, Mapping
@@ -18,9 +16,10 @@ from typing import Any, ClassVar
 
 from pipeline.config import require
 from pipeline.errors import DataError, SampleError, SettingError
-from pipeline.shards.storage import Folder, file_stamp, split_file
+from pipeline.shards.storage import Folder, file_stamp
 from pipeline.shards.text import decoded
 from pipeline.sources.cut_clips import read_clip
+from pipeline.sources.record_slices import digest_of, record_slices, slice_records
 from pipeline.sources.source import Cell, Row, Slice
 
 logger = logging.getLogger(__name__)
@@ -100,19 +99,16 @@ class SoundTable:
         require(absent < len(records), "file", self.file, f"files of the table, such as {records[0]['path']}")
         if absent:
             logger.warning("%s: %d of %d files of the table are not there", self.folder, absent, len(records))
-        for start in range(0, len(records), rows_per_shard):
-            part = records[start : start + rows_per_shard]
+
+        def digest(part: list[dict[str, Any]]) -> str:
             stamps = [file_stamp(found.get(record["path"], {})) for record in part]
-            options = [self.label_caption, self.frames]
-            name = f"sounds-{start:09d}.json"
-            scratch.write_atomic(name, json.dumps(part).encode())
-            digest = hashlib.sha256(json.dumps([options, part, stamps]).encode()).hexdigest()
-            yield Slice(count=len(part), digest=digest, where={"list": scratch.join(name)})
+            return digest_of([[self.label_caption, self.frames], part, stamps])
+
+        yield from record_slices(records, rows_per_shard, scratch, "sounds", digest)
 
     def rows(self, piece: Slice) -> Iterator[Row]:
         """See :class:`~pipeline.sources.source.Source`."""
-        place, name = split_file(str(piece.where["list"]))
-        for record in json.loads(place.read_bytes(name)):
+        for record in slice_records(piece):
             yield self._row(record)
 
     def schema(self) -> Mapping[str, type]:

@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from pipeline.config import require
 from pipeline.errors import SampleError
 from pipeline.shards.questions import QUESTIONS
-from pipeline.shards.storage import Folder, split_file
+from pipeline.shards.storage import Folder
+from pipeline.sources.record_slices import record_slices, slice_records
 from pipeline.sources.source import Cell, Part, Row, Slice
 
 PACKAGE = "tuxpaint-stamps-default"
@@ -84,16 +85,11 @@ class TuxPaintStamps:
         """
         paths = self._images()
         self._check_language(paths)
-        for start in range(0, len(paths), rows_per_shard):
-            part = paths[start : start + rows_per_shard]
-            name = f"stamps-{self.split}-{start:09d}.json"
-            scratch.write_atomic(name, json.dumps(part).encode())
-            yield Slice(count=len(part), digest=self._digest(part), where={"list": scratch.join(name)})
+        yield from record_slices(paths, rows_per_shard, scratch, f"stamps-{self.split}", digest=self._digest)
 
     def rows(self, piece: Slice) -> Iterator[Row]:
         """See :class:`~pipeline.sources.source.Source`; an image that cannot be read is a row with a problem."""
-        place, name = split_file(str(piece.where["list"]))
-        for path in json.loads(place.read_bytes(name)):
+        for path in slice_records(piece):
             yield self._row(path)
 
     def schema(self) -> Mapping[str, type]:

@@ -3,8 +3,6 @@
 The files lie in a folder, as their owners distribute them or as a download of one's own has stored them.
 """
 
-import hashlib
-import json
 import logging
 import math
 import string
@@ -17,9 +15,10 @@ from pipeline.config import require
 from pipeline.errors import SampleError, SettingError
 from pipeline.shards.media import VIDEO
 from pipeline.shards.segments import with_segment
-from pipeline.shards.storage import Folder, file_stamp, split_file
+from pipeline.shards.storage import Folder, file_stamp
 from pipeline.shards.text import decoded
 from pipeline.sources.cut_clips import read_video
+from pipeline.sources.record_slices import digest_of, record_slices, slice_records
 from pipeline.sources.source import Cell, Row, Slice, TimedCaption
 from pipeline.sources.video_layouts import FILES, LAYOUTS, VideoListOptions, VideoRecord, is_timed, timed_clips
 
@@ -110,18 +109,16 @@ class VideoSets:
         require(absent < len(records), "file", self.file, f"files of the list, such as {records[0]['path']}")
         if absent:
             logger.warning("%s: the files of %d of %d clips are not there", self.folder, absent, len(records))
-        for start in range(0, len(records), rows_per_shard):
-            part = records[start : start + rows_per_shard]
+
+        def digest(part: list[dict[str, Any]]) -> str:
             stamps = [file_stamp(found.get(record["path"], {})) for record in part]
-            name = f"videos-{start:09d}.json"
-            scratch.write_atomic(name, json.dumps(part).encode())
-            digest = hashlib.sha256(json.dumps([self.label_caption, part, stamps]).encode()).hexdigest()
-            yield Slice(count=len(part), digest=digest, where={"list": scratch.join(name)})
+            return digest_of([self.label_caption, part, stamps])
+
+        yield from record_slices(records, rows_per_shard, scratch, "videos", digest)
 
     def rows(self, piece: Slice) -> Iterator[Row]:
         """See :class:`~pipeline.sources.source.Source`."""
-        place, name = split_file(str(piece.where["list"]))
-        for record in json.loads(place.read_bytes(name)):
+        for record in slice_records(piece):
             yield self._row(record)
 
     def schema(self) -> Mapping[str, type]:

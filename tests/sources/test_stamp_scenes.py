@@ -1,7 +1,6 @@
 """Scenes of stamps: hand-made images whose pixels are known, and (mark `real`) the Debian package itself."""
 
 import json
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -22,7 +21,6 @@ from pipeline.sources import open_source
 from pipeline.sources.source import Row
 from pipeline.sources.stamp_classes import CLASSES, NOVEL
 from pipeline.sources.stamp_scenes import StampScenes
-from pipeline.sources.stamps import INSTALLED
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 COLOURS = {"apple": RED, "penguin": GREEN, "flag": BLUE}
@@ -219,11 +217,8 @@ def test_cards_have_the_classes_of_the_source() -> None:
 
 
 @pytest.mark.real
-def test_the_package_has_every_class_on_both_sides(tmp_path: Path) -> None:
-    folder = os.environ.get("TUXPAINT_STAMPS", INSTALLED)
-    if not Path(folder).is_dir():
-        pytest.skip("the Debian package tuxpaint-stamps-default is not here")
-    train, val = (StampScenes(folder=folder, split=split, samples=30) for split in ("train", "val"))  # type: ignore[arg-type]
+def test_the_package_has_every_class_on_both_sides(package: str, tmp_path: Path) -> None:
+    train, val = (StampScenes(folder=package, split=split, samples=30) for split in ("train", "val"))  # type: ignore[arg-type]
     assert set(train.stamps) == set(val.stamps) == set(CLASSES)
     listed = {path for stamps in (train.stamps, val.stamps) for paths in stamps.values() for path in paths}
     for name, places in CLASSES.items():

@@ -258,12 +258,9 @@ def test_captions_of_all_languages(stamps: Path, read: Callable[..., list[Row]])
 
 
 @pytest.mark.real
-def test_tri_modal_shards_of_the_package(tmp_path: Path) -> None:
+def test_tri_modal_shards_of_the_package(package: str, tmp_path: Path) -> None:
     """Image, spoken French and captions in many languages: most stamps have all three."""
-    folder = os.environ.get("TUXPAINT_STAMPS", INSTALLED)
-    if not Path(folder).is_dir():
-        pytest.skip("the Debian package tuxpaint-stamps-default is not here")
-    source = TuxPaintStamps(folder=folder, split="held_out", sound="spoken", translations=True)
+    source = TuxPaintStamps(folder=package, split="held_out", sound="spoken", translations=True)
     options = ShardOptions(media=MediaOptions(image=ImageOptions(image_size=64), audio=AudioOptions(audio_rate=16_000)))
     snapshot = refresh(source, Folder(tmp_path), options, Workers(processes_count=0))
     samples = [sample for shard in snapshot.shards for sample in read_samples(Folder(tmp_path), shard)]
@@ -276,11 +273,8 @@ def test_tri_modal_shards_of_the_package(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-def test_the_package_itself(read: Callable[..., list[Row]]) -> None:
-    folder = os.environ.get("TUXPAINT_STAMPS", INSTALLED)
-    if not Path(folder).is_dir():
-        pytest.skip("the Debian package tuxpaint-stamps-default is not here")
-    rows = read(TuxPaintStamps(folder=folder, language="de", fall_back_to_english=True))
+def test_the_package_itself(package: str, read: Callable[..., list[Row]]) -> None:
+    rows = read(TuxPaintStamps(folder=package, language="de", fall_back_to_english=True))
     outcome = Counter(row.problem.error_class if row.problem else "good" for row in rows)
     assert outcome["good"] > 700 and set(outcome) <= {"good", "vector_picture"}
     # Debian's tuxpaint-data, where it is installed too, adds stamps without texts.
@@ -291,9 +285,9 @@ def test_the_package_itself(read: Callable[..., list[Row]]) -> None:
 
 
 @pytest.mark.real
-def test_questions_about_the_package() -> None:
+def test_questions_about_the_package(package: str) -> None:
     """What each stamp is, its kind, and a question with yes and no in balance; the same for a mirror image."""
-    source = TuxPaintStamps(split="held_out", questions=True)
+    source = TuxPaintStamps(folder=package, split="held_out", questions=True)
     rows = [row for row in (source._row(path) for path in source._images()) if row.problem is None]
     kinds: dict[str, list[str]] = {"what_kind": [], "which_kind": [], "name": []}
     for row in rows:
