@@ -28,9 +28,11 @@ from tests.models.test_method_contract import make_data
 ANSWERS = replace(SMALLEST, task="answers", most_cells=0)
 
 
-def stream(width: int = 6) -> SingleStream:
+def stream(width: int = 6, initial: float | None = None) -> SingleStream:
     torch.manual_seed(0)
-    return SingleStream(bert_settings("", (32, 2, 4), 50, 0, 16, 0.0), width, 25).eval()
+    settings = bert_settings("", (32, 2, 4), 50, 0, 16, 0.0)
+    settings.initializer_range = initial or settings.initializer_range
+    return SingleStream(settings, width, 25).eval()
 
 
 def inputs(width: int = 6) -> tuple[Tensor, ...]:
@@ -82,6 +84,17 @@ def test_the_transformer_is_visual_berts() -> None:
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_a_small_transformer_starts_with_attention_that_tells_keys_apart() -> None:
+    """BERT's standard deviation of 0.02 is for 768 features: with 32 a query sees the same in every key."""
+    spreads = []
+    for model in (stream(), stream(initial=0.02)):
+        tokens, mask, grid, cells, cell_mask = inputs()
+        seen = model.attention(tokens, torch.ones_like(mask), grid, cells, torch.ones_like(cell_mask))
+        spreads.append(float((seen.std(dim=1) / seen.mean(dim=1)).mean()))
+    assert spreads[0] > 0.1 > 0.02 > spreads[1]
+
+
 def test_the_order_of_cells_does_not_matter_and_their_places_do() -> None:
     ours, (tokens, mask, grid, cells, cell_mask) = stream(), inputs()
     _, pooled = ours(tokens, mask, grid, cells, cell_mask)
@@ -241,7 +254,7 @@ def test_pretraining_is_where_answers_begin(snapshot: Snapshot, tmp_path: Path) 
             parameter.add_(0.01)
     meta = Meta(step=1, samples_seen=8, batch_size=8, lanes=2, seed=0, snapshot=snapshot.digest)
     place = Checkpoints(str(tmp_path)).save(first, make_optimizer(AdamW(), first), meta).folder.uri
-    second = made(replace(ANSWERS, start_from=place, answers=("a", "b")))
+    second = made(replace(ANSWERS, start_from=place, answers=("a", "b"), text_tokens=40))
     for part in ("model", "tower"):
         for name, value in getattr(first, part).state_dict().items():
             assert torch.equal(getattr(second, part).state_dict()[name], value), name

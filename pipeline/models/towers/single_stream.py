@@ -16,6 +16,10 @@ from pipeline.config import require
 from pipeline.loaders.grounding import MULTIPLE
 
 
+POSITIONS = 64
+"""Fewest positions of a small transformer, so that one begins with the weights of another for longer texts."""
+
+
 class SingleStream(nn.Module):
     """A BERT with a second kind of input; ``settings`` is a ``BertConfig``."""
 
@@ -110,7 +114,7 @@ def bert_settings(
             num_attention_heads=heads,
             intermediate_size=4 * width,
             initializer_range=width**-0.5,  # BERT's 0.02 is for 768; at 128 attention is uniform for thousands of steps
-            max_position_embeddings=-(-tokens // MULTIPLE) * MULTIPLE,
+            max_position_embeddings=max(POSITIONS, -(-tokens // MULTIPLE) * MULTIPLE),
             pad_token_id=pad,
             **drops,
         )
