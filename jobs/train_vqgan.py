@@ -55,7 +55,7 @@ PAPER = Run(
 )
 DRAWN = Run(
     batch_size=16,
-    steps=500,
+    steps=1500,
     warmup_steps=20,
     precision="fp32",
     optimizer=replace(recipe(16), learning_rate=1e-3, beta2=0.99),
@@ -75,7 +75,7 @@ SMALL = Config(
     perceptual="clipmill-small:untrained",
     perceptual_layers=("trunk.blocks.0", "trunk.blocks.1", "trunk.blocks.2"),
     perceptual_weight=0.1,
-    discriminator_start=350,
+    discriminator_start=1200,
     discriminator_channels=32,
     discriminator_layers=2,
 )
@@ -85,7 +85,7 @@ PRESETS = {
     "imagenet-f16": ("The authors' ImageNet model: 16 pixels a code, 1024 codes.", Train(run=PAPER)),
     "imagenet-f16-16384": ("The same with 16,384 codes.", Train(method=Config(codes=16_384), run=PAPER)),
     "drawn": (
-        "Images of 64 pixels in minutes on two cores; features of a network with random weights.",
+        "Images of 64 pixels in half an hour of a core; features of a network with random weights.",
         Train(method=SMALL, run=DRAWN),
     ),
     "smoke": (
