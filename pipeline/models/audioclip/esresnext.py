@@ -65,7 +65,10 @@ class EsResNextFbsp(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        window = torch.signal.windows.general_cosine(FRAME, a=BLACKMAN_HARRIS, sym=False, dtype=torch.float64).float()
+        device = torch.get_default_device()  # torch takes two devices if none is given and the default is not the CPU
+        window = torch.signal.windows.general_cosine(
+            FRAME, a=BLACKMAN_HARRIS, sym=False, dtype=torch.float64, device=device
+        ).float()
         self.register_buffer("window", window, persistent=False)
 
     def forward(self, audio: Tensor, gather: Gather = alone) -> tuple[Tensor, Tensor]:
