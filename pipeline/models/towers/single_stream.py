@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from pipeline.config import require
 from pipeline.loaders.grounding import MULTIPLE
 
-
 POSITIONS = 64
 """Fewest positions of a small transformer, so that one begins with the weights of another for longer texts."""
 
