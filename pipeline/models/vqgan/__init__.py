@@ -141,13 +141,14 @@ class Vqgan(Method):
 
     @classmethod
     def smallest(cls) -> Config:
-        """Sixteen codes a side of 64 pixels, pixels and a discriminator from the first step."""
+        """Eight codes a side of 32 pixels, pixels and a discriminator from the first step."""
         return Config(
-            resolution=64,
-            image_size=64,
+            resolution=32,
+            image_size=32,
             channels=32,
             multipliers=(1, 1, 2),
             residual_blocks=1,
+            attention_at=(8,),
             latent_channels=16,
             codes=32,
             code_width=8,

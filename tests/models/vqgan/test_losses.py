@@ -171,7 +171,8 @@ def test_the_perceptual_distance_is_that_of_lpips(vgg: str, tmp_path: Path) -> N
 
 
 def test_lpips_layers_are_the_last_activations_before_each_pooling() -> None:
-    features = timm.create_model("vgg16").features
+    with torch.device("meta"):
+        features = timm.create_model("vgg16").features
     pools = [number for number, module in enumerate(features) if isinstance(module, nn.MaxPool2d)]
     assert LPIPS_LAYERS == tuple(f"features.{number - 1}" for number in pools)
 
@@ -185,16 +186,18 @@ def test_layers_of_a_clip_are_compared(layers: tuple[str, ...]) -> None:
     assert (distance(images, torch.rand(2, 3, 64, 64)) > 0).all() and not distance(images, images).any()
 
 
-def test_networks_that_are_none_are_refused(vgg: str, tmp_path: Path) -> None:
+def test_networks_that_are_none_are_refused(tmp_path: Path) -> None:
+    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "small.safetensors")
+    small = f"timm:test_resnet:{tmp_path}/small.safetensors"
     with pytest.raises(SettingError, match="perceptual"):
-        PerceptualDistance("timm:no_such_model", ("features.1",))
+        PerceptualDistance("timm:no_such_model", ("layer1",))
     with pytest.raises(SettingError, match="perceptual_layers"):
-        PerceptualDistance(vgg, ("features.99",))
+        PerceptualDistance(small, ("layer9",))
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(SettingError, match="perceptual_linear"):
-        PerceptualDistance(vgg, ("features.1",), str(tmp_path / "text.pth"))
-    with pytest.raises(SettingError, match="weights of timm's vgg16"):
-        PerceptualDistance(vgg.replace("timm:vgg11:", "timm:vgg16:"), ("features.1",))
+        PerceptualDistance(small, ("layer1",), str(tmp_path / "text.pth"))
+    with pytest.raises(SettingError, match="weights of timm's test_vit"):
+        PerceptualDistance(small.replace("test_resnet", "test_vit"), ("blocks.1",))
     torch.save({"lin0.model.1.weight": torch.zeros(1, 64, 1, 1)}, tmp_path / "one.pth")
     with pytest.raises(SettingError, match="weights of 2 layers"):
-        PerceptualDistance(vgg, ("features.1", "features.4"), str(tmp_path / "one.pth"))
+        PerceptualDistance(small, ("layer1", "layer2"), str(tmp_path / "one.pth"))
