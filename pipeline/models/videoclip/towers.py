@@ -111,7 +111,6 @@ def caption_settings(
         sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
         values = {**sizes, "intermediate_size": 4 * width, "vocab_size": tokenizer.vocab_size}
         values |= {"max_position_embeddings": length, "pad_token_id": tokenizer.pad}
-        values["initializer_range"] = width**-0.5  # as in single_stream.py
     else:
         allowed = "a folder or model id of a BERT in transformers' layout, or drawn"
         try:
