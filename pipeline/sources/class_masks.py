@@ -29,7 +29,7 @@ from pipeline.shards.objects import FIELD
 from pipeline.shards.pixels import MOST_PIXELS
 from pipeline.shards.segmentation import run_lengths
 from pipeline.shards.storage import Folder, file_stamp, split_file
-from pipeline.sources.record_slices import digest_of, record_slices, slice_records
+from pipeline.sources.record_slices import json_digest, record_slices, slice_records
 from pipeline.sources.source import UNCHANGED, Part, Row, Slice, is_hidden
 
 MASK_ENDING = ".png"
@@ -66,7 +66,7 @@ class ClassMasks:
             SettingError: no such folder or file, a class without a folder, or no images.
         """
         yield from record_slices(
-            list(self._files), rows_per_shard, scratch, "class-masks", digest=digest_of, stored=lambda file: file[:3]
+            list(self._files), rows_per_shard, scratch, "class-masks", digest=json_digest, stored=lambda file: file[:3]
         )
 
     def rows(self, piece: Slice) -> Iterator[Row]:

@@ -14,7 +14,7 @@ from pipeline.shards.segments import with_segment
 from pipeline.shards.storage import Folder, file_stamp
 from pipeline.shards.text import decoded
 from pipeline.sources.cut_clips import read_clip, read_video
-from pipeline.sources.record_slices import digest_of, record_slices, slice_records
+from pipeline.sources.record_slices import json_digest, record_slices, slice_records
 from pipeline.sources.source import Cell, Row, Slice, is_hidden
 
 ENDINGS = tuple(f".{ending}" for ending in (*AUDIO.endings, *VIDEO.endings))
@@ -81,7 +81,7 @@ class Clips:
             rows_per_shard,
             scratch,
             "clips",
-            digest=lambda part: digest_of([kind, [(clip, stamps[clip[0]][0], stamps[clip[0]][2]) for clip in part]]),
+            digest=lambda part: json_digest([kind, [(clip, stamps[clip[0]][0], stamps[clip[0]][2]) for clip in part]]),
         )
 
     def rows(self, piece: Slice) -> Iterator[Row]:

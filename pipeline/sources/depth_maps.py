@@ -28,7 +28,7 @@ from pipeline.errors import DataError, SampleError, missing
 from pipeline.shards.depth_values import DEPTH_FIELD, PER_METRE, depth_values, encode_depth
 from pipeline.shards.media import IMAGE
 from pipeline.shards.storage import Folder, file_stamp
-from pipeline.sources.record_slices import digest_of, record_slices, slice_records
+from pipeline.sources.record_slices import json_digest, record_slices, slice_records
 from pipeline.sources.source import UNCHANGED, Part, Row, Slice, is_hidden
 
 ENDINGS = tuple(f".{ending}" for ending in IMAGE.endings)
@@ -79,7 +79,7 @@ class DepthMaps:
             rows_per_shard,
             scratch,
             "depth-maps",
-            digest=lambda part: digest_of([self.values_per_metre, part]),
+            digest=lambda part: json_digest([self.values_per_metre, part]),
             stored=lambda file: file[:2],
         )
 

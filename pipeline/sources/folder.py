@@ -14,7 +14,7 @@ from pipeline.errors import SampleError, missing
 from pipeline.shards.media import IMAGE, MEDIA, POINTS, check_media, medium_of
 from pipeline.shards.storage import Folder, file_stamp
 from pipeline.shards.text import decoded
-from pipeline.sources.record_slices import digest_of, record_slices, slice_records
+from pipeline.sources.record_slices import json_digest, record_slices, slice_records
 from pipeline.sources.source import Part, Row, Slice, is_hidden
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class ImageFolder:
             rows_per_shard,
             scratch,
             "files",
-            digest=lambda part: digest_of([self._identity(row) for row in part]),
+            digest=lambda part: json_digest([self._identity(row) for row in part]),
             stored=lambda row: [row.paths, row.caption],
         )
 

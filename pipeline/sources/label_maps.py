@@ -35,7 +35,7 @@ from pipeline.shards.label_values import (
 )
 from pipeline.shards.media import IMAGE
 from pipeline.shards.storage import Folder, file_stamp
-from pipeline.sources.record_slices import digest_of, record_slices, slice_records
+from pipeline.sources.record_slices import json_digest, record_slices, slice_records
 from pipeline.sources.source import UNCHANGED, Part, Row, Slice, is_hidden
 
 ENDINGS = tuple(f".{ending}" for ending in IMAGE.endings)
@@ -101,7 +101,7 @@ class LabelMaps:
             rows_per_shard,
             scratch,
             "label-maps",
-            digest=lambda part: digest_of([mapping, self.images, self.labels, part]),
+            digest=lambda part: json_digest([mapping, self.images, self.labels, part]),
             stored=lambda file: file[:2],
         )
 

@@ -29,7 +29,7 @@ from pipeline.shards.depth_values import DEPTH_FIELD, encode_depth
 from pipeline.shards.storage import Folder, file_stamp, split_file
 from pipeline.sources.hdf5_arrays import own_array
 from pipeline.sources.matlab5 import LARGEST, whole_numbers
-from pipeline.sources.record_slices import digest_of, record_slices, slice_records
+from pipeline.sources.record_slices import json_digest, record_slices, slice_records
 from pipeline.sources.source import UNCHANGED, Part, Row, Slice
 
 IMAGES = "images"
@@ -69,7 +69,7 @@ class NyuDepth:
             numbers = self._numbers(_checked(arrays, self.file, self.depths))
         stamps = [_stamp(place) for place in (self.file, self.splits) if place]
         yield from record_slices(
-            numbers, rows_per_shard, scratch, "nyu-depth", digest=lambda part: digest_of([stamps, self.depths, part])
+            numbers, rows_per_shard, scratch, "nyu-depth", digest=lambda part: json_digest([stamps, self.depths, part])
         )
 
     def rows(self, piece: Slice) -> Iterator[Row]:

@@ -37,6 +37,6 @@ def slice_records(piece: Slice) -> list[Any]:
     return records
 
 
-def digest_of(content: object) -> str:
+def json_digest(content: object) -> str:
     """SHA-256 in hex of what JSON can say, such as records with the sizes and times of their files."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -19,7 +19,7 @@ from pipeline.errors import DataError, SampleError, SettingError
 from pipeline.shards.storage import Folder, file_stamp
 from pipeline.shards.text import decoded
 from pipeline.sources.cut_clips import read_clip
-from pipeline.sources.record_slices import digest_of, record_slices, slice_records
+from pipeline.sources.record_slices import json_digest, record_slices, slice_records
 from pipeline.sources.source import Cell, Row, Slice
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class SoundTable:
 
         def digest(part: list[dict[str, Any]]) -> str:
             stamps = [file_stamp(found.get(record["path"], {})) for record in part]
-            return digest_of([[self.label_caption, self.frames], part, stamps])
+            return json_digest([[self.label_caption, self.frames], part, stamps])
 
         yield from record_slices(records, rows_per_shard, scratch, "sounds", digest)
 

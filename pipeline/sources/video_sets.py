@@ -18,7 +18,7 @@ from pipeline.shards.segments import with_segment
 from pipeline.shards.storage import Folder, file_stamp
 from pipeline.shards.text import decoded
 from pipeline.sources.cut_clips import read_video
-from pipeline.sources.record_slices import digest_of, record_slices, slice_records
+from pipeline.sources.record_slices import json_digest, record_slices, slice_records
 from pipeline.sources.source import Cell, Row, Slice, TimedCaption
 from pipeline.sources.video_layouts import FILES, LAYOUTS, VideoListOptions, VideoRecord, is_timed, timed_clips
 
@@ -112,7 +112,7 @@ class VideoSets:
 
         def digest(part: list[dict[str, Any]]) -> str:
             stamps = [file_stamp(found.get(record["path"], {})) for record in part]
-            return digest_of([self.label_caption, part, stamps])
+            return json_digest([self.label_caption, part, stamps])
 
         yield from record_slices(records, rows_per_shard, scratch, "videos", digest)
 

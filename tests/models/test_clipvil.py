@@ -84,7 +84,6 @@ def test_the_transformer_is_visual_berts() -> None:
 
 
 @torch.no_grad()
-@torch.no_grad()
 def test_a_small_transformer_starts_with_attention_that_tells_keys_apart() -> None:
     """BERT's standard deviation of 0.02 is for 768 features: with 32 a query sees the same in every key."""
     spreads = []
@@ -95,6 +94,7 @@ def test_a_small_transformer_starts_with_attention_that_tells_keys_apart() -> No
     assert spreads[0] > 0.1 > 0.02 > spreads[1]
 
 
+@torch.no_grad()
 def test_the_order_of_cells_does_not_matter_and_their_places_do() -> None:
     ours, (tokens, mask, grid, cells, cell_mask) = stream(), inputs()
     _, pooled = ours(tokens, mask, grid, cells, cell_mask)
