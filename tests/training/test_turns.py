@@ -28,7 +28,11 @@ CONFIG = replace(
 
 @pytest.fixture
 def plan(run: MakeRun) -> RunPlan:
-    constant = AdamW(learning_rate=1e-3, exponential=1.0)
+    """AdamW divides gradients that are zero but for rounding by ``epsilon``.
+
+    With CLIP's 1e-6 the order of a sum decides such steps: after four of them a loss in two ranks was 0.8 % off.
+    """
+    constant = AdamW(learning_rate=1e-3, exponential=1.0, epsilon=1e-3)
     return prepare(CONFIG, run(steps=6, warmup_steps=0, optimizer=constant, clip_grad_norm=0.5))[0]
 
 
@@ -39,7 +43,7 @@ def test_turns_follow_each_other(plan: RunPlan, remember: Any) -> None:
     torch.manual_seed(plan.run.seed)
     method = Vqgan(CONFIG).to(memory_format=torch.channels_last).train()
     assert method.discriminator is not None
-    decay = {"lr": 1e-3, "betas": (0.9, 0.98), "eps": 1e-6, "fused": True}
+    decay = {"lr": 1e-3, "betas": (0.9, 0.98), "eps": 1e-3, "fused": True}
     parts = {"autoencoder": method.model, "discriminator": method.discriminator}
     two = {}
     for name, part in parts.items():
@@ -111,7 +115,7 @@ def test_two_ranks_train_as_one(plan: RunPlan, remember: Any, tmp_path: Path, ch
         assert logged[step].keys() >= {name for name in whole.history[step] if name.startswith("train/")}
         for name, value in whole.history[step].items():
             if name.startswith("train/"):
-                assert logged[step][name] == pytest.approx(value, rel=5e-3, abs=1e-4), (step, name)
+                assert logged[step][name] == pytest.approx(value, rel=1e-4, abs=1e-6), (step, name)
 
 
 @pytest.mark.slow
@@ -128,7 +132,7 @@ def test_codes_restart_in_sharded_codebooks_as_in_copied_ones(plan: RunPlan, tmp
     for step, metrics in logged[0].items():
         for name in ("train/pixels", "train/codebook", "train/discriminator_real", "train/codebook_perplexity"):
             if name in metrics:
-                assert logged[1][step][name] == pytest.approx(metrics[name], rel=2e-2), (step, name)
+                assert logged[1][step][name] == pytest.approx(metrics[name], rel=1e-4), (step, name)
 
 
 def test_a_skipped_turn_counts_as_one_step(plan: RunPlan, remember: Any, monkeypatch: pytest.MonkeyPatch) -> None:
