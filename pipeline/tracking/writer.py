@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 NAMED = 10  # tasks and refusals that log lines name
 AT_ONCE = 1000  # MLflow's limit for metrics in a batch
 LIMIT = 100_000
-LINGER = 0.3  # seconds in which the metrics of several steps are collected into one request
+LINGER = 0.3  # seconds in which the metrics of several steps are collected into one request, if nobody waits for them
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 PATIENCE = 16.0  # the pause at which flush gives up: the server has been unreachable for about as long
 
@@ -91,6 +91,7 @@ class MetricWriter:
         self._queue: deque[Point | UploadTask] = deque()
         self._changed = threading.Condition()
         self._under_way: list[Point | UploadTask] = []
+        self._waiting = 0  # calls of flush
         self._closing = False
         self._away = False
         self._pause = 0.0
@@ -112,8 +113,10 @@ class MetricWriter:
         """Wait until all queued entries are sent; ``False`` on a timeout or if the server stays unreachable."""
         with self._changed:
             self._pause = 0.0  # retry at once
+            self._waiting += 1
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._is_empty() or self._pause >= PATIENCE, seconds)
+            self._waiting -= 1
             return self._is_empty()
 
     def close(self, seconds: float) -> int:
@@ -138,6 +141,12 @@ class MetricWriter:
     def _is_empty(self) -> bool:
         return not self._queue and not self._under_way
 
+    def _is_batch(self) -> bool:
+        """Whether the next batch need not wait for more metrics: a task is or ends it, it is full, or somebody waits."""
+        if self._closing or self._waiting or len(self._queue) >= AT_ONCE:
+            return True
+        return bool(self._queue) and any(isinstance(self._queue[end], UploadTask) for end in (0, -1))
+
     def _append(self, items: "list[Point] | list[UploadTask]") -> None:
         with self._changed:
             self._queue.extend(items)
@@ -149,10 +158,7 @@ class MetricWriter:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._closing)
-                if self._closing:
-                    return
-            time.sleep(LINGER)
-            with self._changed:
+                self._changed.wait_for(self._is_batch, LINGER)
                 if self._closing:
                     return
                 batch = self._under_way = self._next()

@@ -185,3 +185,22 @@ def test_a_server_that_does_not_answer_is_not_asked() -> None:
     assert not writer.flush(0.2)
     assert writer.close(0.1) == 1
     assert server.requests == 0
+
+
+def test_only_metrics_that_nobody_waits_for_are_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child run has a dozen uploads; a pause before each would make a job of many small runs wait for minutes."""
+    monkeypatch.setattr(module, "LINGER", 60.0)
+    server, done = Server(), threading.Event()
+    writer = MetricWriter(server.send, refuses)
+    writer.put({"loss": 1.0}, 1)
+    writer.put({"loss": 2.0}, 2)
+    assert not server.points
+    for _ in range(20):
+        writer.do(lambda: None, "an upload")
+    writer.do(done.set, "the last upload")
+    assert done.wait(10)
+    assert [point.step for point in server.points] == [1, 2] and server.requests == 1
+    writer.put({"loss": 3.0}, 3)
+    assert writer.flush(10) and server.points[-1].step == 3
+    writer.put({"loss": 4.0}, 4)
+    assert writer.close(10) == 0 and server.points[-1].step == 4
