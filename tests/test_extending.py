@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ job(added / "jobs/train_tones.py", "smoke", "--data", "data", "--output-folder",
     "--tone-accuracy", "seen=data,least=0.9", "--tracking-uri", "sqlite:///mlflow.db")
 job(root / "jobs/evaluate.py", "sets", "--checkpoint", "runs", "--output", "result.json",
     "--tone-accuracy", "all=data", "few=data,samples=4,least=1.0", "--tone-floor", "0.5")
-job(root / "jobs/verify_dataset.py", "snapshot", "data")
+job(root / "jobs/verify_dataset.py", "snapshot", "data", "--processes-count", "0")
 
 job(root / "jobs/filter_dataset.py", "custom", "--data", "data", "--processes-count", "0",
     "--steps", "length", "no_squares", "--forbidden-word", "square")
@@ -51,9 +52,10 @@ def examples() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def used(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def used(tmp_path_factory: pytest.TempPathFactory, migrated_store: Path) -> Path:
     """The folder in which the files were used."""
     folder = tmp_path_factory.mktemp("extending")
+    shutil.copy(migrated_store, folder)
     for path, content in examples().items():
         place = folder / "added" / path
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -142,7 +142,7 @@ class MetricWriter:
         return not self._queue and not self._under_way
 
     def _is_batch(self) -> bool:
-        """Whether the next batch need not wait for more metrics: a task is or ends it, it is full, or somebody waits."""
+        """Whether the next batch need not wait for more metrics: it has a task, is full, or somebody waits for it."""
         if self._closing or self._waiting or len(self._queue) >= AT_ONCE:
             return True
         return bool(self._queue) and any(isinstance(self._queue[end], UploadTask) for end in (0, -1))

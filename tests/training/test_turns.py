@@ -99,9 +99,8 @@ def test_a_resumed_run_is_the_same_bit_for_bit(plan: RunPlan, remember: Any, tmp
         assert all(torch.equal(value, optimizers[1][number][key]) for key, value in values.items())
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, pytest.param({"sharding": "full", "checkpoint_activations": True}, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"sharding": "full", "checkpoint_activations": True}])
 def test_two_ranks_train_as_one(plan: RunPlan, remember: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Without restarts, whose random latents depend on the rank."""
     plan = replace(plan, method=replace(CONFIG, restart_after=None), run=replace(plan.run, steps=4), steps=4)
