@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from pipeline.config import parse_json, require
-from pipeline.dataset import Card
+from pipeline.dataset import Card, card_names, load_card
 from pipeline.errors import SettingError, unreadable
 from pipeline.evaluation.data import evaluation_batches
 from pipeline.evaluation.folds import FoldReader, of_folds
@@ -19,9 +19,9 @@ from pipeline.shards.storage import Folder
 
 IMAGENET = ("imagenet", "imagenet_v2", "imagenet_sketch")  # the sets with all of ImageNet's 1,000 classes
 DEFAULT_TEMPLATES = ("a photo of a {}.",)  # section 3.1.4 of the CLIP paper
-CLASSES = "auto, imagenet, or a file with one name a line (or a YAML or JSON list)"
+CLASSES = "auto, imagenet, a card such as drawn_shapes, or a file with one name a line (or a YAML or JSON list)"
 TEMPLATES = "auto, imagenet (80), imagenet-simple (7), none, or a file with one template a line"
-CLASSES_HELP = "Class names: auto (the card's, or ImageNet's for a set named imagenet), imagenet, or a file of names."
+CLASSES_HELP = "Class names: auto (the card's, or ImageNet's for a set named imagenet), imagenet, a card, or a file."
 LABEL_HELP = "Key of the samples' json that holds the class; empty for the card's; cls for webdataset's member .cls."
 
 
@@ -82,11 +82,11 @@ def read_classes(setting: str, card: Card | None, name: str) -> tuple[str, ...]:
         from open_clip import IMAGENET_CLASSNAMES
 
         return tuple(IMAGENET_CLASSNAMES)
+    if setting in card_names():
+        card, setting = load_card(setting), "auto"
     if setting == "auto":
         if card is None or not card.classes:
-            raise SettingError(
-                "classes", setting, f"something else for {name}, which has no card with classes: {CLASSES}"
-            )
+            raise SettingError("classes", setting, f"{CLASSES}; the data of {name} have no card with classes")
         return card.classes
     names = lines_of("classes", setting, CLASSES)
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []

@@ -10,6 +10,7 @@ import open_clip
 import pytest
 import torch
 
+from pipeline.dataset import load_card
 from pipeline.errors import DataError, SettingError, SnapshotError
 from pipeline.evaluation.classes import read_classes, read_templates
 from pipeline.evaluation.suite import Evaluations, evaluate
@@ -202,6 +203,7 @@ def test_names_of_sets() -> None:
 def test_imagenets_names_and_prompts_are_open_clips() -> None:
     assert read_classes("auto", None, "imagenet") == tuple(open_clip.IMAGENET_CLASSNAMES)
     assert read_classes("imagenet", None, "other") == tuple(open_clip.IMAGENET_CLASSNAMES)
+    assert read_classes("drawn_solids", None, "other") == load_card("drawn_solids").classes
     filled = [template.replace("{}", "tench") for template in read_templates("auto", None, "imagenet")]
     assert filled == [template("tench") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     assert len(read_templates("imagenet-simple", None, "x")) == 7
