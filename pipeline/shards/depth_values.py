@@ -37,14 +37,18 @@ def depth_values(content: bytes, most_pixels: int = MOST_PIXELS) -> Values:
     return values
 
 
-def encode_depth(metres: NDArray[Any]) -> bytes:
+def encode_depth(metres: NDArray[Any], unit_known: bool = False) -> bytes:
     """Distances in metres, float [H, W], as ``depth.png``; NaN, infinity, zero and below are missing.
 
+    With ``unit_known``, distances beyond ``FARTHEST`` are missing, too, unless most distances are.
+
     Raises:
-        DataError: a distance beyond ``FARTHEST``: another unit.
+        DataError: a distance beyond ``FARTHEST``, or most of them with ``unit_known``: another unit.
     """
     known = np.isfinite(metres) & (metres > 0)
     values = np.round(np.where(known, metres, 0).astype(np.float64) * PER_METRE)
-    if values.max(initial=0) > FARTHEST * PER_METRE:
-        raise DataError(f"a distance of {values.max() / PER_METRE:.6g} m, more than {FARTHEST} m")
-    return encode_values(values.astype(np.uint16))
+    far = values > FARTHEST * PER_METRE
+    if (2 * far.sum() > known.sum()) if unit_known else far.any():
+        many = f"{far.sum()} of {known.sum()} distances are" if unit_known else "a distance is"
+        raise DataError(f"{many} more than {FARTHEST} m, the largest {values.max() / PER_METRE:.6g} m: another unit?")
+    return encode_values(np.where(far, MISSING, values).astype(np.uint16))

@@ -8,9 +8,9 @@
     nyu     bathroom/rgb_00045.jpg                 bathroom/sync_depth_00045.png           1000 values per metre
     kitti   ..._drive_0002_sync/image_02/....png   ..._sync/proj_depth/groundtruth/...png   256 values per metre
 
-Values become millimetres in ``depth.png`` (``shards/depth_values.py``); 0 is a pixel without a measurement. The column
-``scene`` is the class of the scene by the folder of the image, without the number of a recording: ``kitchen_0028b``
-is ``kitchen``.
+Values become millimetres in ``depth.png`` (``shards/depth_values.py``); 0 is a pixel without a measurement, and so are
+distances beyond 65.535 m, such as KITTI's farthest. The column ``scene`` is the class of the scene by the folder of the
+image, without the number of a recording: ``kitchen_0028b`` is ``kitchen``.
 """
 
 import hashlib
@@ -156,12 +156,13 @@ class DepthMaps:
             raise SampleError("failed_to_download", "unreadable", f"cannot read {path}: {error}") from error
 
     def _depth(self, content: bytes, path: str) -> bytes:
-        """A depth map as ``depth.png``: the file itself where it has millimetres."""
+        """A depth map as ``depth.png``: the file itself where it has millimetres; otherwise distances beyond 65.535 m
+        are missing."""
         try:
             values = depth_values(content)
             if self.values_per_metre == PER_METRE:
                 return content
-            return encode_depth(values.astype(np.float64) / self.values_per_metre)
+            return encode_depth(values.astype(np.float64) / self.values_per_metre, unit_known=True)
         except DataError as error:
             raise SampleError("failed_to_resize", "bad_depth", f"{path}: {error}") from error
 

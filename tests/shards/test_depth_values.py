@@ -32,6 +32,18 @@ def test_what_is_no_distance_is_missing() -> None:
     assert decode_depth(encode_depth(metres)).tolist() == [[0, 0, 0], [0, 0, 2]]
 
 
+def test_of_a_known_unit_distances_too_far_are_missing_unless_most_are() -> None:
+    """Half of the known ones may be; missing ones do not count."""
+    metres = np.array([[65.5354, 65.5356, 80.0], [3.0, np.nan, 0.0]])
+    assert decode_depth(encode_depth(metres, unit_known=True)).round(3).tolist() == [
+        [np.float32(65.535), 0, 0],
+        [3, 0, 0],
+    ]
+    metres[0, 0] = 70
+    with pytest.raises(DataError, match="3 of 4 distances are more than 65.535 m, the largest 80 m"):
+        encode_depth(metres, unit_known=True)
+
+
 def test_a_file_by_pillow_is_read_as_it_is() -> None:
     values = np.array([[0, 1, 256], [1000, 40_000, 65_535]], np.uint16)
     assert depth_values(png(values)).tolist() == values.tolist()
@@ -39,8 +51,8 @@ def test_a_file_by_pillow_is_read_as_it_is() -> None:
 
 
 def test_other_units_and_files_are_refused() -> None:
-    with pytest.raises(DataError, match="1234 m, more than 65.535 m"):
-        encode_depth(np.full((2, 2), 1234.0))  # millimetres
+    with pytest.raises(DataError, match="a distance is more than 65.535 m, the largest 1234 m"):
+        encode_depth(np.array([[1234.0, 2.0, 2.0]]))  # millimetres
     for values in (np.zeros((2, 2), np.uint8), np.zeros((2, 2), bool)):
         with pytest.raises(DataError, match="8 bits or fewer"):
             decode_depth(png(values))

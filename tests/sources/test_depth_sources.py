@@ -96,9 +96,19 @@ def test_pairs_in_two_folders_with_another_unit(tmp_path: Path) -> None:
     source = DepthMaps(folder=str(tmp_path), images="image", depths="truth", values_per_metre=256)
     (row,) = pieces(source, tmp_path / "scratch")
     assert depth_of(row).tolist() == [[1, 0, 2.5], [0, 0, 62.5]]
-    write(tmp_path / "truth/drive_0002/a.png", encoded(np.full((2, 3), 60_000, np.uint16)))
+
+
+def test_kittis_farthest_pixels_are_missing(tmp_path: Path) -> None:
+    """They are beyond what millimetres of 16 bits hold; where most are, the unit is wrong."""
+    write(tmp_path / "image/a.png", photo())
+    write(tmp_path / "truth/a.png", encoded(np.array([[256, 0, 640], [0, 0, 22_016]], np.uint16)))
+    source = DepthMaps(folder=str(tmp_path), images="image", depths="truth", values_per_metre=256)
     (row,) = pieces(source, tmp_path / "scratch")
-    assert row.problem is not None and "234.375 m" in row.problem.message
+    assert depth_of(row).tolist() == [[1, 0, 2.5], [0, 0, 0]]
+    write(tmp_path / "truth/a.png", encoded(np.array([[60_000, 0, 640], [0, 0, 60_000]], np.uint16)))
+    (row,) = pieces(source, tmp_path / "scratch")
+    assert row.problem is not None and row.problem.error_class == "bad_depth"
+    assert "2 of 3 distances" in row.problem.message and "234.375 m" in row.problem.message
 
 
 def test_bad_depth_maps_are_rows_with_a_reason(tmp_path: Path) -> None:
