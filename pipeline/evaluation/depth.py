@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from logging import getLogger
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from pipeline.shards.sample import Sample
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+logger = getLogger(__name__)
 
 METRICS = ("delta1", "delta2", "delta3", "abs_rel", "log10", "rmse")
 STEP = 1.25
@@ -54,11 +57,15 @@ def evaluate_depth(
     Raises:
         DataError: no readable sample with a valid pixel.
     """
-    total, count = dict.fromkeys(METRICS, 0.0), 0
-    for _, truth, found, valid in estimated_images(model, samples, one, batch, threads):
-        for name, value in depth_metrics(truth[valid], found[valid], one.depth_range.farthest).items():
-            total[name] += value
-        count += 1
+    total, count, known = dict.fromkeys(METRICS, 0.0), 0, 0
+    for rows in _estimated_batches(model, samples, one, batch, threads):
+        for truth, found, valid in zip(rows["depth"], rows["found"], rows["valid"], strict=True):
+            for name, value in depth_metrics(truth[valid], found[valid], one.depth_range.farthest).items():
+                total[name] += value
+        count, known = count + len(rows["scene"]), known + int((rows["scene"] >= 0).sum())
+    if one.scenes and len(model.scenes) > 1 and not known:
+        message = "no %r of %d samples is one of the model's %d classes of scenes: depth is by the mean of their bins"
+        logger.warning(message, one.scene_key, count, len(model.scenes))
     return {**{name: value / count for name, value in total.items()}, "samples": float(count)}
 
 
@@ -85,6 +92,14 @@ def estimated_images(
 
     They are those of ``input_crop``. Images without a counted pixel are left out.
     """
+    for rows in _estimated_batches(model, samples, one, batch, threads):
+        yield from zip(rows["image"], rows["depth"], rows["found"], rows["valid"], strict=True)
+
+
+def _estimated_batches(
+    model: DepthEstimator, samples: Iterable[Sample], one: DepthSet, batch: int, threads: int
+) -> Iterator[dict[str, Any]]:
+    """Batches of :class:`CroppedDepthReader`, with the estimates as ``found``."""
     reader = CroppedDepthReader(
         size=None,
         depth_range=one.depth_range,
@@ -97,7 +112,7 @@ def estimated_images(
         with inference(model):
             scenes = rows["scene"].tolist() if one.scenes else None
             found = model.estimate_depth(rows["image"], scenes, one.flip)
-        yield from zip(rows["image"], rows["depth"], found, rows["valid"], strict=True)
+        yield {**rows, "found": found}
 
 
 @dataclass(frozen=True, kw_only=True)

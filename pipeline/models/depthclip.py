@@ -173,7 +173,7 @@ class DepthClip(clip.Clip):
         """The loss of each image, float32 [B]."""
         found = self._words.map(batch["image"])
         with torch.autocast(found.device.type, enabled=False):
-            depth = self.head(found, batch["scene"] + 1)
+            depth = self.head(found, batch["scene"])
             size = batch["depth"].shape[1:]
             whole = functional.interpolate(depth[:, None], size=size, mode="bilinear", align_corners=True)[:, 0]
             return {"losses": log_loss(whole, batch["depth"], batch["valid"], self.config.variance)}

@@ -176,6 +176,21 @@ def test_a_clip_in_training_mode_is_evaluated_as_in_evaluation_mode(resnet: Clip
     assert resnet.training and resnet.model.visual.bn2.training and not resnet.model.visual.bn1.training
 
 
+def test_a_set_without_known_scenes_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Not where one sample has a known class, the model names them or has only one."""
+    unknown = [sample(np.ones((4, 4)), np.ones((4, 4)), str(key), scene="attic") for key in range(6)]
+    known = sample(np.ones((4, 4)), np.ones((4, 4)), "7", scene="office")
+    single = Ramp()
+    single.scenes = ("kitchen",)
+    evaluate_depth(Ramp(), [*unknown, known], DepthSet(), batch=2)
+    evaluate_depth(Ramp(), unknown, DepthSet(scenes=False), batch=2)
+    evaluate_depth(single, unknown, DepthSet(), batch=2)
+    assert not caplog.records
+    evaluate_depth(Ramp(), unknown, DepthSet(), batch=2)
+    (record,) = caplog.records
+    assert "no 'scene' of 6 samples is one of the model's 2 classes" in record.getMessage()
+
+
 # Options
 
 
