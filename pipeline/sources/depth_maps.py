@@ -25,8 +25,9 @@ import numpy as np
 
 from pipeline.config import require
 from pipeline.errors import DataError, SampleError, missing
-from pipeline.shards.depth_values import DEPTH_FIELD, PER_METRE, depth_values, encode_depth
+from pipeline.shards.depth_values import DEPTH_FIELD, PER_METRE, depth_size, depth_values, encode_depth
 from pipeline.shards.media import IMAGE
+from pipeline.shards.pixels import read_header
 from pipeline.shards.storage import Folder, file_stamp
 from pipeline.sources.record_slices import json_digest, record_slices, slice_records
 from pipeline.sources.source import UNCHANGED, Part, Row, Slice, is_hidden
@@ -141,7 +142,9 @@ class DepthMaps:
     def _row(self, image: str, depth: str) -> Row:
         columns = {"scene": scene_of(image), "depth_digest": ""}
         try:
-            content, metres = self._read(image, "unreadable"), self._depth(self._read(depth, "no_depth"), depth)
+            content, values = self._read(image, "unreadable"), self._read(depth, "no_depth")
+            check_same_size(content, values, depth)
+            metres = self._depth(values, depth)
         except SampleError as problem:
             return Row(url=image, columns=columns, problem=problem)
         columns["depth_digest"] = hashlib.sha256(metres).hexdigest()[:16]
@@ -165,6 +168,24 @@ class DepthMaps:
             return encode_depth(values.astype(np.float64) / self.values_per_metre, unit_known=True)
         except DataError as error:
             raise SampleError("failed_to_resize", "bad_depth", f"{path}: {error}") from error
+
+
+def check_same_size(image: bytes, depth: bytes, path: str) -> None:
+    """Refuse a depth map of another size than its image by the headers, before it is decoded.
+
+    The sides may be exchanged, since the image may be displayed turned. Files without a readable header pass: whatever
+    decodes them gives the reason.
+
+    Raises:
+        SampleError: ``stale_annotation``.
+    """
+    try:
+        header, (height, width) = read_header(image), depth_size(depth)
+    except (SampleError, DataError):
+        return
+    if sorted((header.width, header.height)) != sorted((width, height)):
+        sizes = f"{width} x {height} pixels, the image has {header.width} x {header.height}"
+        raise SampleError("failed_to_resize", "stale_annotation", f"{path} has {sizes}")
 
 
 def scene_of(image: str) -> str:

@@ -1,19 +1,30 @@
 """``depth.png``: values by Pillow, and files that are none."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from pipeline.errors import DataError
-from pipeline.shards.depth_values import decode_depth, depth_values, encode_depth
+from pipeline.shards.depth_values import decode_depth, depth_size, depth_values, encode_depth
 
 
 def png(values: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(values).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def made_png(width: int, height: int, body: bytes) -> bytes:
+    """A grey PNG of 16 bits with these compressed rows."""
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0)), (b"IDAT", body), (b"IEND", b""))
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 NOISE = png(np.random.default_rng(0).integers(0, 65_535, (30, 30), np.uint16))
@@ -63,3 +74,28 @@ def test_other_units_and_files_are_refused() -> None:
             decode_depth(broken)
     with pytest.raises(DataError, match="more than 3"):
         decode_depth(png(np.zeros((2, 2), np.uint16)), most_pixels=3)
+
+
+def test_sizes_are_read_from_the_header() -> None:
+    assert depth_size(made_png(70_000, 3, b"")) == (3, 70_000)
+    jpeg = io.BytesIO()
+    Image.new("L", (2, 2)).save(jpeg, format="JPEG")
+    for other in (b"", b"no image", jpeg.getvalue()):
+        with pytest.raises(DataError, match="not a PNG"):
+            depth_size(other)
+
+
+def test_a_small_file_of_many_pixels_is_refused_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64,008,000 black pixels are 125 kB, and decoded would be 128 MB; a header may claim any size."""
+    packer = zlib.compressobj(1)
+    band = bytes(1 + 2 * 8000) * 127
+    bomb = made_png(8000, 8001, b"".join(packer.compress(band) for _ in range(63)) + packer.flush())
+    assert len(bomb) < 1_000_000
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
+        for content, size in ((bomb, "8000 x 8001"), (made_png(32_768, 32_768, b""), "32768 x 32768")):
+            with pytest.raises(DataError, match=f"{size} pixels, more than 64000000"):
+                decode_depth(content)
+    with pytest.raises(DataError):
+        decode_depth(made_png(2**31 - 1, 2**31 - 1, b""))
+    assert decode_depth(made_png(3, 2, zlib.compress(bytes(14)))).tolist() == [[0, 0, 0], [0, 0, 0]]
