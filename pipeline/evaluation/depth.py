@@ -13,6 +13,7 @@ from pipeline.evaluation.data import evaluation_batches
 from pipeline.evaluation.encoder import inference
 from pipeline.loaders.depth import Box, DepthRange, DepthReader
 from pipeline.loaders.depth_figures import depth_figure
+from pipeline.loaders.samples import UnreadableSample
 from pipeline.models.clip import Clip
 from pipeline.models.depth_words import DepthEstimator, DepthWords, zero_shot_depth
 from pipeline.shards.sample import Sample
@@ -121,12 +122,21 @@ class CroppedDepthReader(DepthReader):
 
     counted: Box | None = None
 
-    def select(self, valid: Tensor) -> Tensor:
-        """Bool [H, W] of the crop, without the pixels outside of ``counted``."""
+    def select(self, valid: Tensor, key: str) -> Tensor:
+        """Bool [H, W] of the crop, without the pixels outside of ``counted``.
+
+        Raises:
+            UnreadableSample: all pixels are outside.
+        """
         if self.counted is None:
             return valid
         top, bottom, left, right = self.counted
         above, before = (self.crop[0], self.crop[2]) if self.crop else (0, 0)
+        rows, columns = valid.shape
+        if top >= above + rows or left >= before + columns or bottom <= above or right <= before:
+            seen = f"rows {above} to {above + rows} and columns {before} to {before + columns}"
+            box = f"{top}:{bottom}:{left}:{right}"
+            raise UnreadableSample(f"the counted crop {box} is outside of the image of sample {key}, {seen}")
         inside = torch.zeros_like(valid)
         inside[max(0, top - above) : max(0, bottom - above), max(0, left - before) : max(0, right - before)] = True
         return valid & inside

@@ -99,14 +99,14 @@ class DepthReader:
             image, metres = resize(pixels, self.size, "bilinear"), torch.from_numpy(nearest(depth, self.size))
         if at is not None and self._mirrors(at):
             image, metres = image.flip(-1), metres.flip(-1)
-        valid = self.select(self.depth_range.valid(metres))
+        valid = self.select(self.depth_range.valid(metres), sample.key)
         if not valid.any():
             low, high = self.depth_range.nearest, self.depth_range.farthest
             raise UnreadableSample(f"{DEPTH_FIELD} of sample {sample.key} has no pixel of {low} to {high} m")
         return {"image": image, "depth": metres, "valid": valid, "scene": self._scene(sample)}
 
-    def select(self, valid: Tensor) -> Tensor:
-        """The pixels, bool [H, W], that are counted of the valid ones: all."""
+    def select(self, valid: Tensor, key: str) -> Tensor:
+        """The pixels, bool [H, W], that are counted of the valid ones of sample ``key``: all."""
         return valid
 
     def _mirrors(self, at: SamplePosition) -> bool:

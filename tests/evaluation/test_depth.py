@@ -131,6 +131,20 @@ def test_images_smaller_than_the_crop_are_an_error() -> None:
         evaluate_depth(Ramp(), [sample(np.ones((48, 64)), np.ones((48, 64)))], one)
 
 
+@pytest.mark.parametrize(
+    ("crop", "input_crop", "seen"),
+    [
+        ((0, 4, 9, 12), None, "rows 0 to 4 and columns 0 to 8"),
+        ((4, 9, 0, 4), None, "rows 0 to 4 and columns 0 to 8"),
+        ((0, 2, 0, 8), (2, 4, 0, 8), "rows 2 to 4 and columns 0 to 8"),
+    ],
+)
+def test_a_counted_crop_outside_of_the_image_is_named(crop: Any, input_crop: Any, seen: str) -> None:
+    one = DepthSet(crop=crop, input_crop=input_crop)
+    with pytest.raises(DataError, match=f"counted crop {':'.join(map(str, crop))} is outside .*, {seen}"):
+        evaluate_depth(Ramp(), [sample(np.ones((4, 8)), np.ones((4, 8)))], one)
+
+
 def test_a_set_without_a_valid_pixel_is_an_error_with_the_range() -> None:
     """As depth in metres where millimetres are expected: 2 mm for 2 m."""
     with pytest.raises(DataError, match="no pixel of 0.01 to 10.0 m"):

@@ -371,6 +371,19 @@ def test_bins_stay_positive() -> None:
     assert (method.head.bins == 1e-3).all()
 
 
+def test_training_images_have_whole_cells(resnet: str) -> None:
+    """32 pixels of a ResNet, 16 of the smallest transformer, before a model is built."""
+    tiny = DepthClip.smallest()
+    for config, good, bad in (
+        (Config(architecture=resnet, pretrained=None), (416, 544), (416, 528)),
+        (tiny, (48, 64), (48, 72)),
+    ):
+        DepthClip.check(config)
+        DepthClip.check(replace(config, input_size=good))
+        with pytest.raises(SettingError, match="input_size.*two multiples of"):
+            DepthClip.check(replace(config, input_size=bad))
+
+
 @pytest.mark.parametrize(
     ("settings", "field"),
     [
