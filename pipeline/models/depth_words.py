@@ -42,8 +42,8 @@ class DepthWords:
     """Words for distances and how they are compared with an image, with the authors' values."""
 
     mode: MapMode = "released"
-    """Map that is compared with words: released (the authors' code: unit vectors of the tower's last map, of whose
-    channels every second one is taken, or as many as texts have), or projected (into the space of texts)."""
+    """Map that is compared with words: released (the authors' code: the tower's last map as unit vectors, then as many
+    of its channels as texts have, in RN50 every second one), or projected (into the space of texts)."""
     words: tuple[str, ...] = WORDS
     """Words for distances, from near to far; quote those of several words."""
     template: str = TEMPLATE
@@ -119,7 +119,7 @@ class DepthHead(nn.Module):
 
 
 def released_map(found: Tensor, width: int) -> Tensor:
-    """A map [B, C, h, w] as the authors compare it: unit vectors, of whose channels ``width`` at equal distances stay.
+    """A map [B, C, h, w] as the authors compare it: unit vectors, then ``width`` of their channels at equal distances.
 
     Of 2048 channels for texts of 1024 numbers these are 0, 2, 4, ... The result is no unit vector.
     """

@@ -59,7 +59,7 @@ Trained = Literal["bins", "temperature", "words"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(clip.Config):
-    """CLIP's settings, of which only the architecture and its weights count, the words, and what is trained."""
+    """The words, what is trained, and CLIP's settings; its losses, temperature and locks have no effect."""
 
     architecture: str = "RN50-quickgelu"
     """open_clip architecture with a ResNet or a vision transformer, local-dir:FOLDER or hf-hub:REPO."""
