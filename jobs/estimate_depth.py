@@ -40,6 +40,9 @@ class EstimateDepth:
     """Map of a plain CLIP: released (the authors' code) or projected (into the space of texts)."""
     words: str = "auto"
     """Words of a plain CLIP with their distances: auto (the paper's), or a JSON file {"word": metres}."""
+    pixels: Literal["imagenet", "model"] = "imagenet"
+    """Normalisation of a plain CLIP's pixels: by the statistics of imagenet, as the authors do, or by the model's
+    own."""
     temperature: float = 1e-3
     """Temperature of the softmax over words, for a plain CLIP."""
     scene: str = ""
@@ -47,7 +50,7 @@ class EstimateDepth:
     output: str = "depth-figure.png"
     """PNG file for the image beside its depth: a path or a URI."""
     depth_output: str = ""
-    """PNG file of 16 bits for the depth in millimetres; none if empty."""
+    """PNG file of 16 bits for the depth in millimetres, 0 beyond 65.535 m; none if empty."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the model; auto uses a GPU if available."""
 
@@ -72,7 +75,7 @@ def main(run: EstimateDepth) -> None:
     places = [
         split_file(writable_file(name, getattr(run, name))) for name in ("output", "depth_output") if getattr(run, name)
     ]
-    words = read_words(Config(mode=run.mode, words=run.words, temperature=run.temperature))
+    words = read_words(Config(mode=run.mode, words=run.words, temperature=run.temperature, pixels=run.pixels))
     image = as_stored(read_image(run.image))
     model = load_any(run.checkpoint, run.device)
     estimator = as_depth_estimator(model, run.checkpoint, words)
@@ -84,7 +87,7 @@ def main(run: EstimateDepth) -> None:
     print(f"{low:.2f} to {high:.2f} m, half of the pixels nearer than {middle:.2f} m")
     figure = BytesIO()
     estimate_figure(image, depth).savefig(figure, format="png")
-    contents = [figure.getvalue(), *([encode_depth(depth.numpy())] if run.depth_output else [])]
+    contents = [figure.getvalue(), *([encode_depth(depth.numpy(), unit_known=True)] if run.depth_output else [])]
     for (folder, name), content in zip(places, contents, strict=True):
         folder.write_atomic(name, content)
 

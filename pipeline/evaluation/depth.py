@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from logging import getLogger
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -12,12 +13,15 @@ from pipeline.evaluation.data import evaluation_batches
 from pipeline.evaluation.encoder import inference
 from pipeline.loaders.depth import Box, DepthRange, DepthReader
 from pipeline.loaders.depth_figures import depth_figure
+from pipeline.loaders.samples import UnreadableSample
 from pipeline.models.clip import Clip
 from pipeline.models.depth_words import DepthEstimator, DepthWords, zero_shot_depth
 from pipeline.shards.sample import Sample
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+logger = getLogger(__name__)
 
 METRICS = ("delta1", "delta2", "delta3", "abs_rel", "log10", "rmse")
 STEP = 1.25
@@ -54,11 +58,15 @@ def evaluate_depth(
     Raises:
         DataError: no readable sample with a valid pixel.
     """
-    total, count = dict.fromkeys(METRICS, 0.0), 0
-    for _, truth, found, valid in estimated_images(model, samples, one, batch, threads):
-        for name, value in depth_metrics(truth[valid], found[valid], one.depth_range.farthest).items():
-            total[name] += value
-        count += 1
+    total, count, known = dict.fromkeys(METRICS, 0.0), 0, 0
+    for rows in _estimated_batches(model, samples, one, batch, threads):
+        for truth, found, valid in zip(rows["depth"], rows["found"], rows["valid"], strict=True):
+            for name, value in depth_metrics(truth[valid], found[valid], one.depth_range.farthest).items():
+                total[name] += value
+        count, known = count + len(rows["scene"]), known + int((rows["scene"] >= 0).sum())
+    if one.scenes and len(model.scenes) > 1 and not known:
+        message = "no %r of %d samples is one of the model's %d classes of scenes: depth is by the mean of their bins"
+        logger.warning(message, one.scene_key, count, len(model.scenes))
     return {**{name: value / count for name, value in total.items()}, "samples": float(count)}
 
 
@@ -85,6 +93,14 @@ def estimated_images(
 
     They are those of ``input_crop``. Images without a counted pixel are left out.
     """
+    for rows in _estimated_batches(model, samples, one, batch, threads):
+        yield from zip(rows["image"], rows["depth"], rows["found"], rows["valid"], strict=True)
+
+
+def _estimated_batches(
+    model: DepthEstimator, samples: Iterable[Sample], one: DepthSet, batch: int, threads: int
+) -> Iterator[dict[str, Any]]:
+    """Batches of :class:`CroppedDepthReader`, with the estimates as ``found``."""
     reader = CroppedDepthReader(
         size=None,
         depth_range=one.depth_range,
@@ -97,7 +113,7 @@ def estimated_images(
         with inference(model):
             scenes = rows["scene"].tolist() if one.scenes else None
             found = model.estimate_depth(rows["image"], scenes, one.flip)
-        yield from zip(rows["image"], rows["depth"], found, rows["valid"], strict=True)
+        yield {**rows, "found": found}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +122,21 @@ class CroppedDepthReader(DepthReader):
 
     counted: Box | None = None
 
-    def select(self, valid: Tensor) -> Tensor:
-        """Bool [H, W] of the crop, without the pixels outside of ``counted``."""
+    def select(self, valid: Tensor, key: str) -> Tensor:
+        """Bool [H, W] of the crop, without the pixels outside of ``counted``.
+
+        Raises:
+            UnreadableSample: all pixels are outside.
+        """
         if self.counted is None:
             return valid
         top, bottom, left, right = self.counted
         above, before = (self.crop[0], self.crop[2]) if self.crop else (0, 0)
+        rows, columns = valid.shape
+        if top >= above + rows or left >= before + columns or bottom <= above or right <= before:
+            seen = f"rows {above} to {above + rows} and columns {before} to {before + columns}"
+            box = f"{top}:{bottom}:{left}:{right}"
+            raise UnreadableSample(f"the counted crop {box} is outside of the image of sample {key}, {seen}")
         inside = torch.zeros_like(valid)
         inside[max(0, top - above) : max(0, bottom - above), max(0, left - before) : max(0, right - before)] = True
         return valid & inside

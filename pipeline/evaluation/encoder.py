@@ -11,6 +11,7 @@ from torch.nn import functional
 from pipeline.config import require
 from pipeline.loaders.images import ImageTransform
 from pipeline.loaders.text import cut_text
+from pipeline.models.towers.modes import evaluation_mode
 
 TEXTS_AT_ONCE = 512
 
@@ -39,23 +40,26 @@ class Evaluable(Encoder, Protocol):
 
 @contextmanager
 def inference(model: object, precision: str = "fp32") -> Iterator[torch.device]:
-    """Evaluation mode without gradients; yields the device of the model and restores its mode at the end.
+    """Evaluation mode without gradients; yields the device of the model and restores the mode of every part at the end.
 
+    ``model`` is a module, or an object that has modules as attributes, such as the depth that words give.
     ``precision`` "bf16" computes features in bfloat16 where the operation allows; similarities stay float32.
     """
-    module = model if isinstance(model, nn.Module) else None
-    device = torch.device("cpu")
-    if module is not None:
-        device = next((parameter.device for parameter in module.parameters()), device)
-    was_training = module is not None and module.training
-    if module is not None:
-        module.eval()
-    try:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            yield device
-    finally:
-        if module is not None:
-            module.train(was_training)
+    modules = modules_of(model)
+    device = next((one.device for module in modules for one in module.parameters()), torch.device("cpu"))
+    with (
+        evaluation_mode(*modules),
+        torch.no_grad(),
+        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        yield device
+
+
+def modules_of(model: object) -> list[nn.Module]:
+    """``model`` itself if it is a module, otherwise the modules among its attributes."""
+    if isinstance(model, nn.Module):
+        return [model]
+    return [value for value in getattr(model, "__dict__", {}).values() if isinstance(value, nn.Module)]
 
 
 def encode_tokens(model: Encoder, tokens: Tensor, device: torch.device) -> Tensor:

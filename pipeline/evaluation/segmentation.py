@@ -241,8 +241,9 @@ class _PatchLogits:
         return len(self.vectors)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """[D, r, w] to [W, r, w]."""
-        found: Tensor = torch.einsum("nd,dhw->nhw", self.vectors, rows)
+        """[D, r, w] to [W, r, w], in float32: bfloat16 would round logits to halves."""
+        with torch.autocast(rows.device.type, enabled=False):
+            found: Tensor = torch.einsum("nd,dhw->nhw", self.vectors, rows)
         return found
 
 

@@ -13,10 +13,10 @@ from torch.utils.data import default_collate
 from pipeline.config import require
 from pipeline.errors import DataError
 from pipeline.loaders.batches import Row, SamplePosition
-from pipeline.loaders.images import MAX_PIXELS, as_stored, decode, encoded_image, resize
+from pipeline.loaders.images import as_stored, decode, encoded_image, resize
 from pipeline.loaders.order import RandomStream, random_bits
 from pipeline.loaders.samples import UnreadableSample, json_of_sample
-from pipeline.shards.depth_values import DEPTH_FIELD, decode_depth
+from pipeline.shards.depth_values import DEPTH_FIELD, decode_depth, depth_size
 from pipeline.shards.sample import Sample
 
 Box = tuple[int, int, int, int]
@@ -32,13 +32,13 @@ def read_depth(sample: Sample, height: int, width: int) -> NDArray[np.float32]:
     if content is None:
         raise UnreadableSample(f"sample {sample.key} has no {DEPTH_FIELD}")
     try:
-        metres = decode_depth(content, MAX_PIXELS)
+        rows, columns = depth_size(content)
+        if (rows, columns) != (height, width):
+            sizes = f"{columns} x {rows} pixels, its image {width} x {height}"
+            raise UnreadableSample(f"{DEPTH_FIELD} of sample {sample.key} has {sizes}")
+        return decode_depth(content)
     except DataError as error:
         raise UnreadableSample(f"{DEPTH_FIELD} of sample {sample.key}: {error}") from error
-    if metres.shape != (height, width):
-        sizes = f"{metres.shape[1]} x {metres.shape[0]} pixels, its image {width} x {height}"
-        raise UnreadableSample(f"{DEPTH_FIELD} of sample {sample.key} has {sizes}")
-    return metres
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +99,14 @@ class DepthReader:
             image, metres = resize(pixels, self.size, "bilinear"), torch.from_numpy(nearest(depth, self.size))
         if at is not None and self._mirrors(at):
             image, metres = image.flip(-1), metres.flip(-1)
-        valid = self.select(self.depth_range.valid(metres))
+        valid = self.select(self.depth_range.valid(metres), sample.key)
         if not valid.any():
             low, high = self.depth_range.nearest, self.depth_range.farthest
             raise UnreadableSample(f"{DEPTH_FIELD} of sample {sample.key} has no pixel of {low} to {high} m")
         return {"image": image, "depth": metres, "valid": valid, "scene": self._scene(sample)}
 
-    def select(self, valid: Tensor) -> Tensor:
-        """The pixels, bool [H, W], that are counted of the valid ones: all."""
+    def select(self, valid: Tensor, key: str) -> Tensor:
+        """The pixels, bool [H, W], that are counted of the valid ones of sample ``key``: all."""
         return valid
 
     def _mirrors(self, at: SamplePosition) -> bool:

@@ -6,7 +6,7 @@ With the vector x of a location, the unit vectors t_k of K words ("This object i
     sum_k softmax_k(x.t_k / T) b_k
 
 Bins may depend on the class of the scene: "far" is farther in a hall than in a bathroom. The class is given with an
-image, or CLIP names it.
+image, or CLIP names it. The bins of an unknown class are the mean over classes.
 """
 
 import math
@@ -42,20 +42,21 @@ class DepthWords:
     """Words for distances and how they are compared with an image, with the authors' values."""
 
     mode: MapMode = "released"
-    """Map that is compared with words: released (the authors' code: unit vectors of the tower's last map, of whose
-    channels every second one is taken, or as many as texts have), or projected (into the space of texts)."""
+    """Map that is compared with words: released (the authors' code: the tower's last map as unit vectors, then as many
+    of its channels as texts have, in RN50 every second one), or projected (into the space of texts)."""
     words: tuple[str, ...] = WORDS
     """Words for distances, from near to far; quote those of several words."""
     template: str = TEMPLATE
     """Prompt with {} for a word."""
     bins: tuple[float, ...] = BINS
-    """Distance of each word in metres."""
+    """Distance of each word in metres, for each class of scenes unless `scene_bins` are given."""
     word_temperature: float = 1e-3
     """Temperature of the softmax over words; the authors multiply cosines by 100 and divide by 0.1."""
     pixels: Literal["imagenet", "model"] = "imagenet"
     """Normalisation of the pixels: by the statistics of imagenet, as the authors do, or by the model's own."""
     scenes: tuple[str, ...] = ()
-    """Classes of scenes with bins of their own, such as kitchen bathroom; none for the same bins everywhere."""
+    """Classes of scenes with bins of their own, such as kitchen bathroom; an unknown one gets their mean. None for the
+    same bins everywhere."""
     scene_bins: Annotated[tuple[tuple[float, ...], ...], tyro.conf.UseAppendAction] = ()
     """Distances of the words in a class of scenes; repeat the option for each of `scenes`. Empty = `bins` for all."""
 
@@ -72,8 +73,8 @@ class DepthWords:
             require(known, name, bins, f"{count} distances in metres, one for each word")
 
     def table(self) -> Tensor:
-        """Float32 [1 + S, K]: the bins for any scene, then those of each class of scenes."""
-        return torch.tensor([self.bins, *(self.scene_bins or (self.bins for _ in self.scenes))])
+        """Float32 [S, K]: the bins of each class of scenes; without classes one row."""
+        return torch.tensor(self.scene_bins or [self.bins] * max(1, len(self.scenes)))
 
 
 class DepthEstimator(Protocol):
@@ -107,14 +108,18 @@ class DepthHead(nn.Module):
         self.log_scale = nn.Parameter(scale, requires_grad="temperature" in trained)
 
     def forward(self, found: Tensor, scenes: Tensor) -> Tensor:
-        """float32 [B, D, h, w] and int64 [B], the rows of the bins, to metres, float32 [B, h, w]."""
+        """float32 [B, D, h, w] and int64 [B], the classes of the scenes, to metres, float32 [B, h, w].
+
+        A class of -1 is unknown: its bins are the mean over classes, so it trains those of all.
+        """
         vectors = functional.normalize(self.vectors, dim=-1)
         logits = self.log_scale.exp() * torch.einsum("bdhw,kd->bkhw", found, vectors)
-        return torch.einsum("bkhw,bk->bhw", logits.softmax(dim=1), self.bins[scenes])
+        bins = torch.cat([self.bins.mean(dim=0, keepdim=True), self.bins])[scenes + 1]
+        return torch.einsum("bkhw,bk->bhw", logits.softmax(dim=1), bins)
 
 
 def released_map(found: Tensor, width: int) -> Tensor:
-    """A map [B, C, h, w] as the authors compare it: unit vectors, of whose channels ``width`` at equal distances stay.
+    """A map [B, C, h, w] as the authors compare it: unit vectors, then ``width`` of their channels at equal distances.
 
     Of 2048 channels for texts of 1024 numbers these are 0, 2, 4, ... The result is no unit vector.
     """
@@ -167,7 +172,7 @@ class WordDepth:
         device = self.head.bins.device
         size = map_size(self.clip.model.visual, height, width)
         pixels = resize(image.permute(1, 2, 0).cpu().numpy(), size, "bilinear")[None].to(device)
-        row = torch.tensor([scene + 1], device=device)
+        row = torch.tensor([scene], device=device)
         with torch.autocast(device.type, enabled=False):
             depth = self.head(self.map(pixels), row)
             if flip:

@@ -44,6 +44,7 @@ from pipeline.loaders.depth_figures import samples_with_depth
 from pipeline.models import clip
 from pipeline.models.depth_words import NEAREST, DepthHead, DepthWords, WordDepth, word_vectors
 from pipeline.models.towers import openclip
+from pipeline.models.towers.grid import RESNET_STRIDE
 from pipeline.models.towers.layers import Layer
 from pipeline.models.towers.spatial import check_spatial
 from pipeline.shards.depth_values import DEPTH_FIELD
@@ -58,7 +59,7 @@ Trained = Literal["bins", "temperature", "words"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(clip.Config):
-    """CLIP's settings, of which only the architecture and its weights count, the words, and what is trained."""
+    """The words, what is trained, and CLIP's settings; its losses, temperature and locks have no effect."""
 
     architecture: str = "RN50-quickgelu"
     """open_clip architecture with a ResNet or a vision transformer, local-dir:FOLDER or hf-hub:REPO."""
@@ -71,8 +72,8 @@ class Config(clip.Config):
     """Parts that are trained: bins (a number for each word and class of scenes), temperature (one), words (a vector for
     each word)."""
     input_size: tuple[int, int] | None = None
-    """Height and width to which training images are squashed; none for the model's own size. Multiples of 32 for a
-    ResNet."""
+    """Height and width to which training images are squashed: multiples of 32 for a ResNet, of the patch for a
+    transformer; none for the model's own size."""
     input_crop: Box | None = None
     """Top, bottom, left and right of the part of training images that is used: 56 472 60 604 for NYUv2; none = all."""
     depth_range: DepthRange = DepthRange()
@@ -118,6 +119,17 @@ class DepthClip(clip.Clip):
         """The smallest CLIP with bins for four classes of scenes; a softmax that random weights do not saturate."""
         words = DepthWords(mode="projected", word_temperature=0.1, scenes=("red", "green", "blue", "yellow"))
         return Config(architecture="clipmill-tiny", pretrained=None, words=words, scene_key="label")
+
+    @classmethod
+    def check(cls, config: clip.Config) -> None:
+        """As CLIP's; ``input_size`` is that of whole cells of the map."""
+        super().check(config)
+        assert isinstance(config, Config)
+        vision = openclip.check_architecture(config.architecture)["vision_cfg"]
+        cell = RESNET_STRIDE if isinstance(vision.get("layers"), list) else int(vision.get("patch_size") or 1)
+        whole = all(side % cell == 0 for side in config.input_size or ())
+        allowed = f"two multiples of {cell} pixels, as {config.architecture} has, or none"
+        require(whole, "input_size", config.input_size, allowed)
 
     def _locked(self) -> tuple[nn.Module, ...]:
         """All of the CLIP."""
@@ -173,7 +185,7 @@ class DepthClip(clip.Clip):
         """The loss of each image, float32 [B]."""
         found = self._words.map(batch["image"])
         with torch.autocast(found.device.type, enabled=False):
-            depth = self.head(found, batch["scene"] + 1)
+            depth = self.head(found, batch["scene"])
             size = batch["depth"].shape[1:]
             whole = functional.interpolate(depth[:, None], size=size, mode="bilinear", align_corners=True)[:, 0]
             return {"losses": log_loss(whole, batch["depth"], batch["valid"], self.config.variance)}

@@ -8,9 +8,9 @@
     nyu     bathroom/rgb_00045.jpg                 bathroom/sync_depth_00045.png           1000 values per metre
     kitti   ..._drive_0002_sync/image_02/....png   ..._sync/proj_depth/groundtruth/...png   256 values per metre
 
-Values become millimetres in ``depth.png`` (``shards/depth_values.py``); 0 is a pixel without a measurement. The column
-``scene`` is the class of the scene by the folder of the image, without the number of a recording: ``kitchen_0028b``
-is ``kitchen``.
+Values become millimetres in ``depth.png`` (``shards/depth_values.py``); 0 is a pixel without a measurement, and so are
+distances beyond 65.535 m, such as KITTI's farthest. The column ``scene`` is the class of the scene by the folder of the
+image, without the number of a recording: ``kitchen_0028b`` is ``kitchen``.
 """
 
 import hashlib
@@ -25,8 +25,9 @@ import numpy as np
 
 from pipeline.config import require
 from pipeline.errors import DataError, SampleError, missing
-from pipeline.shards.depth_values import DEPTH_FIELD, PER_METRE, depth_values, encode_depth
+from pipeline.shards.depth_values import DEPTH_FIELD, PER_METRE, depth_size, depth_values, encode_depth
 from pipeline.shards.media import IMAGE
+from pipeline.shards.pixels import read_header
 from pipeline.shards.storage import Folder, file_stamp
 from pipeline.sources.record_slices import json_digest, record_slices, slice_records
 from pipeline.sources.source import UNCHANGED, Part, Row, Slice, is_hidden
@@ -141,7 +142,9 @@ class DepthMaps:
     def _row(self, image: str, depth: str) -> Row:
         columns = {"scene": scene_of(image), "depth_digest": ""}
         try:
-            content, metres = self._read(image, "unreadable"), self._depth(self._read(depth, "no_depth"), depth)
+            content, values = self._read(image, "unreadable"), self._read(depth, "no_depth")
+            check_same_size(content, values, depth)
+            metres = self._depth(values, depth)
         except SampleError as problem:
             return Row(url=image, columns=columns, problem=problem)
         columns["depth_digest"] = hashlib.sha256(metres).hexdigest()[:16]
@@ -156,14 +159,33 @@ class DepthMaps:
             raise SampleError("failed_to_download", "unreadable", f"cannot read {path}: {error}") from error
 
     def _depth(self, content: bytes, path: str) -> bytes:
-        """A depth map as ``depth.png``: the file itself where it has millimetres."""
+        """A depth map as ``depth.png``: the file itself where it has millimetres; otherwise distances beyond 65.535 m
+        are missing."""
         try:
             values = depth_values(content)
             if self.values_per_metre == PER_METRE:
                 return content
-            return encode_depth(values.astype(np.float64) / self.values_per_metre)
+            return encode_depth(values.astype(np.float64) / self.values_per_metre, unit_known=True)
         except DataError as error:
             raise SampleError("failed_to_resize", "bad_depth", f"{path}: {error}") from error
+
+
+def check_same_size(image: bytes, depth: bytes, path: str) -> None:
+    """Refuse a depth map of another size than its image by the headers, before it is decoded.
+
+    The sides may be exchanged, since the image may be displayed turned. Files without a readable header pass: whatever
+    decodes them gives the reason.
+
+    Raises:
+        SampleError: ``stale_annotation``.
+    """
+    try:
+        header, (height, width) = read_header(image), depth_size(depth)
+    except (SampleError, DataError):
+        return
+    if sorted((header.width, header.height)) != sorted((width, height)):
+        sizes = f"{width} x {height} pixels, the image has {header.width} x {header.height}"
+        raise SampleError("failed_to_resize", "stale_annotation", f"{path} has {sizes}")
 
 
 def scene_of(image: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -25,7 +26,9 @@ from pipeline.evaluation.suite import Evaluations, evaluate
 from pipeline.evaluation.tasks.depth import NAMED_CROPS, Config, read_crop, read_words
 from pipeline.loaders.depth import DepthRange
 from pipeline.models.class_vectors import untrained
-from pipeline.models.depth_words import BINS, WORDS, WordDepth
+from pipeline.models.clip import Clip
+from pipeline.models.clip import Config as ClipConfig
+from pipeline.models.depth_words import BINS, WORDS, DepthWords, WordDepth
 from pipeline.shards.depth_values import encode_depth
 from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Snapshot
@@ -128,6 +131,20 @@ def test_images_smaller_than_the_crop_are_an_error() -> None:
         evaluate_depth(Ramp(), [sample(np.ones((48, 64)), np.ones((48, 64)))], one)
 
 
+@pytest.mark.parametrize(
+    ("crop", "input_crop", "seen"),
+    [
+        ((0, 4, 9, 12), None, "rows 0 to 4 and columns 0 to 8"),
+        ((4, 9, 0, 4), None, "rows 0 to 4 and columns 0 to 8"),
+        ((0, 2, 0, 8), (2, 4, 0, 8), "rows 2 to 4 and columns 0 to 8"),
+    ],
+)
+def test_a_counted_crop_outside_of_the_image_is_named(crop: Any, input_crop: Any, seen: str) -> None:
+    one = DepthSet(crop=crop, input_crop=input_crop)
+    with pytest.raises(DataError, match=f"counted crop {':'.join(map(str, crop))} is outside .*, {seen}"):
+        evaluate_depth(Ramp(), [sample(np.ones((4, 8)), np.ones((4, 8)))], one)
+
+
 def test_a_set_without_a_valid_pixel_is_an_error_with_the_range() -> None:
     """As depth in metres where millimetres are expected: 2 mm for 2 m."""
     with pytest.raises(DataError, match="no pixel of 0.01 to 10.0 m"):
@@ -141,6 +158,51 @@ def test_scenes_are_those_of_the_json_or_left_to_the_model() -> None:
     evaluate_depth(model, some, DepthSet())
     evaluate_depth(model, some, DepthSet(scenes=False, flip=False))
     assert model.seen == [([1, -1], True), (None, False)]
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory: pytest.TempPathFactory) -> Clip:
+    """A CLIP whose tower normalises by statistics of batches."""
+    place = tmp_path_factory.mktemp("configs") / "depth-set-resnet.json"
+    tower = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "patch_size": None}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    place.write_text(json.dumps({"embed_dim": 16, "vision_cfg": tower, "text_cfg": text}))
+    open_clip.add_model_config(place.parent)
+    torch.manual_seed(0)
+    return Clip(ClipConfig(architecture=place.stem))
+
+
+def test_a_clip_in_training_mode_is_evaluated_as_in_evaluation_mode(resnet: Clip) -> None:
+    """Statistics of the evaluated images neither change the estimate nor are kept."""
+    numbers = np.random.default_rng(0)
+    some = [sample(numbers.integers(0, 256, (64, 64)), numbers.uniform(1, 3, (64, 64)), str(key)) for key in range(3)]
+    one = DepthSet(words=DepthWords(mode="projected", word_temperature=0.02))
+
+    def measured() -> dict[str, float]:
+        return evaluate_depth(as_depth_estimator(resnet, "here", one.words), some, one, batch=3)
+
+    resnet.eval()
+    expected = measured()
+    before = {name: value.clone() for name, value in resnet.state_dict().items()}
+    resnet.train().model.visual.bn1.eval()
+    assert measured() == expected
+    assert all(torch.equal(value, before[name]) for name, value in resnet.state_dict().items())
+    assert resnet.training and resnet.model.visual.bn2.training and not resnet.model.visual.bn1.training
+
+
+def test_a_set_without_known_scenes_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Not where one sample has a known class, the model names them or has only one."""
+    unknown = [sample(np.ones((4, 4)), np.ones((4, 4)), str(key), scene="attic") for key in range(6)]
+    known = sample(np.ones((4, 4)), np.ones((4, 4)), "7", scene="office")
+    single = Ramp()
+    single.scenes = ("kitchen",)
+    evaluate_depth(Ramp(), [*unknown, known], DepthSet(), batch=2)
+    evaluate_depth(Ramp(), unknown, DepthSet(scenes=False), batch=2)
+    evaluate_depth(single, unknown, DepthSet(), batch=2)
+    assert not caplog.records
+    evaluate_depth(Ramp(), unknown, DepthSet(), batch=2)
+    (record,) = caplog.records
+    assert "no 'scene' of 6 samples is one of the model's 2 classes" in record.getMessage()
 
 
 # Options

@@ -13,8 +13,9 @@ from sklearn.metrics import accuracy_score, jaccard_score, recall_score
 from torch import Tensor
 
 from pipeline.errors import DataError, SettingError
+from pipeline.evaluation.encoder import inference
 from pipeline.evaluation.pixel_counts import PixelCounts
-from pipeline.evaluation.segmentation import PatchSegmenter, as_segmenter
+from pipeline.evaluation.segmentation import PatchSegmenter, _PatchLogits, as_segmenter
 from pipeline.evaluation.showcase import model_figures
 from pipeline.evaluation.suite import Evaluations, evaluate
 from pipeline.models.clip import Clip
@@ -277,6 +278,17 @@ def test_patches_of_a_clip(clip: Clip) -> None:
     assert found.labels.shape == (30, 50) and float(found.scores.min()) >= 0.5
     with pytest.raises(SettingError, match="views"):
         segmenter.segment([images[0]], ("red",), ImageViews(flip=True))
+
+
+def test_logits_of_patches_stay_float32(clip: Clip) -> None:
+    """Whatever the precision of the tower: the same rows have the same logits."""
+    segmenter = as_segmenter(clip, "x")
+    logits = _PatchLogits(40 * torch.nn.functional.normalize(torch.randn(3, 32), dim=-1))
+    rows = torch.nn.functional.normalize(torch.randn(32, 4, 5), dim=0)
+    with inference(segmenter, "bf16"):
+        found = logits(rows)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, torch.tensordot(logits.vectors, rows, dims=1), atol=1e-5)
 
 
 def test_other_models_are_refused() -> None:

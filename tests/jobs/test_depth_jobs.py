@@ -11,6 +11,8 @@ from PIL import Image
 
 from pipeline.errors import SettingError
 from pipeline.evaluation.suite import Evaluations, evaluate
+from pipeline.models.class_vectors import untrained
+from pipeline.models.depth_words import DepthWords, zero_shot_depth
 from pipeline.shards.depth_values import decode_depth
 from pipeline.tracking.runs import Tracking
 from pipeline.training.checkpoint import Checkpoints, load_method
@@ -27,9 +29,9 @@ def test_smoke_trains_bins_that_estimate_depth(tmp_path: Path, own_store: str, c
     script["run_pretraining"](replace(smoke, method=replace(smoke.method, words=words), tracking=store, run=run))
     (saved,) = Checkpoints(str(tmp_path / "run")).whole()
     method: Any = load_method(saved.folder.uri)
-    assert saved.meta.step == 3 and method.head.bins.shape == (4, 7)
+    assert saved.meta.step == 3 and method.head.bins.shape == (3, 7)
     moved = (method.head.bins - words.table()).abs()
-    assert (moved[1:].max(dim=1).values > 0.001).all() and (moved[0] == 0).all()  # all rooms have a class
+    assert (moved.max(dim=1).values > 0.001).all()
     metrics = evaluate(method, Evaluations(depth=("drawn_depth,samples=3",)).prepare())  # type: ignore[call-arg]
     assert 0 < metrics["depth/drawn_depth/rmse"] < 5
     from mlflow import MlflowClient
@@ -49,6 +51,24 @@ def test_smoke_trains_bins_that_estimate_depth(tmp_path: Path, own_store: str, c
     assert found.shape == (50, 70) and np.abs(found - expected.numpy()).max() < 0.00051
     with Image.open(figure) as drawn:
         assert drawn.width > 500
+
+
+def test_pixels_of_a_plain_clip_are_normalised_as_asked(tmp_path: Path) -> None:
+    """Against the CLIP's words with the same statistics."""
+    show = load_job("estimate_depth")
+    image, depth = str(tmp_path / "image.png"), tmp_path / "depth.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(pixels).save(image)
+    found = {}
+    for name in ("imagenet", "model"):
+        asked = replace(show["PRESETS"]["smoke"][1], image=image, pixels=name, temperature=0.01)
+        show["main"](replace(asked, output=str(tmp_path / "figure.png"), depth_output=str(depth)))
+        found[name] = decode_depth(depth.read_bytes())
+        words = DepthWords(mode="projected", word_temperature=0.01, pixels=name)  # type: ignore[arg-type]
+        model = zero_shot_depth(untrained("clipmill-tiny"), words, "")
+        expected = model.estimate_depth([torch.from_numpy(pixels).permute(2, 0, 1)])[0]
+        assert np.abs(found[name] - expected.numpy()).max() < 0.00051
+    assert np.abs(found["imagenet"] - found["model"]).max() > 0.004
 
 
 def test_bad_settings_of_an_image(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from pipeline.errors import DataError, SettingError
+from pipeline.loaders import depth
 from pipeline.loaders.depth import DepthRange, DepthReader, read_depth
 from pipeline.loaders.depth_figures import depth_figure, estimate_figure, samples_with_depth
 from pipeline.loaders.samples import UnreadableSample
@@ -98,6 +99,13 @@ def test_a_sample_without_depth_or_smaller_than_the_crop() -> None:
         read_depth(Sample("1", {"png": image(2, 4)}), 2, 4)
     with pytest.raises(UnreadableSample, match="4 x 2 pixels, less than the crop to row 3"):
         DepthReader(size=None, crop=(0, 3, 0, 2)).read(sample())
+
+
+def test_a_map_of_another_size_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(depth, "decode_depth", lambda content: pytest.fail("decoded"))
+    made = Sample("1", {"depth.png": encode_depth(np.ones((30, 40)))})
+    with pytest.raises(UnreadableSample, match="40 x 30 pixels, its image 4 x 2"):
+        read_depth(made, 2, 4)
 
 
 def test_figures_have_an_axis_for_each_map() -> None:

@@ -20,7 +20,7 @@ from pipeline.loaders.depth import DepthReader
 from pipeline.shards.depth_values import decode_depth
 from pipeline.shards.storage import Folder
 from pipeline.shards.tar import iterate_tar
-from pipeline.sources import open_source
+from pipeline.sources import depth_maps, open_source
 from pipeline.sources.depth_maps import DepthMaps, scene_of
 from pipeline.sources.nyu_depth import NyuDepth
 from pipeline.sources.source import UNCHANGED, Row, Source
@@ -96,9 +96,19 @@ def test_pairs_in_two_folders_with_another_unit(tmp_path: Path) -> None:
     source = DepthMaps(folder=str(tmp_path), images="image", depths="truth", values_per_metre=256)
     (row,) = pieces(source, tmp_path / "scratch")
     assert depth_of(row).tolist() == [[1, 0, 2.5], [0, 0, 62.5]]
-    write(tmp_path / "truth/drive_0002/a.png", encoded(np.full((2, 3), 60_000, np.uint16)))
+
+
+def test_kittis_farthest_pixels_are_missing(tmp_path: Path) -> None:
+    """They are beyond what millimetres of 16 bits hold; where most are, the unit is wrong."""
+    write(tmp_path / "image/a.png", photo())
+    write(tmp_path / "truth/a.png", encoded(np.array([[256, 0, 640], [0, 0, 22_016]], np.uint16)))
+    source = DepthMaps(folder=str(tmp_path), images="image", depths="truth", values_per_metre=256)
     (row,) = pieces(source, tmp_path / "scratch")
-    assert row.problem is not None and "234.375 m" in row.problem.message
+    assert depth_of(row).tolist() == [[1, 0, 2.5], [0, 0, 0]]
+    write(tmp_path / "truth/a.png", encoded(np.array([[60_000, 0, 640], [0, 0, 60_000]], np.uint16)))
+    (row,) = pieces(source, tmp_path / "scratch")
+    assert row.problem is not None and row.problem.error_class == "bad_depth"
+    assert "2 of 3 distances" in row.problem.message and "234.375 m" in row.problem.message
 
 
 def test_bad_depth_maps_are_rows_with_a_reason(tmp_path: Path) -> None:
@@ -110,6 +120,21 @@ def test_bad_depth_maps_are_rows_with_a_reason(tmp_path: Path) -> None:
     rows = pieces(DepthMaps(folder=str(tmp_path), images="i", depths="d"), tmp_path / "scratch")
     reasons = [row.problem.error_class if row.problem else "" for row in rows]
     assert reasons == ["bad_depth", "bad_depth", "bad_depth", "no_depth"]
+
+
+@pytest.mark.parametrize("unit", [1000, 256])
+def test_a_map_of_another_size_is_not_decoded(tmp_path: Path, unit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the headers; one of exchanged sides may belong to an image that is displayed turned."""
+    write(tmp_path / "i/a.jpg", photo())
+    write(tmp_path / "d/a.png", encoded(np.ones((2000, 2000), np.uint16)))
+    source = DepthMaps(folder=str(tmp_path), images="i", depths="d", values_per_metre=unit)
+    with monkeypatch.context() as patch:
+        patch.setattr(depth_maps, "depth_values", lambda content: pytest.fail("decoded"))
+        (row,) = pieces(source, tmp_path / "scratch")
+    assert row.problem is not None and row.problem.error_class == "stale_annotation"
+    assert "a.png has 2000 x 2000 pixels, the image has 3 x 2" in row.problem.message
+    write(tmp_path / "d/a.png", encoded(np.ones((3, 2), np.uint16)))
+    assert depth_of(pieces(source, tmp_path / "scratch")[0]).shape == (3, 2)
 
 
 @pytest.mark.parametrize(
@@ -333,8 +358,10 @@ def test_a_refresh_keeps_depth_or_resizes_it_with_the_image(tmp_path: Path) -> N
 
 def test_another_size_or_8_bits_fail_with_their_reason(tmp_path: Path) -> None:
     """And a file of 8 bits that a source hands on, such as a WebDataset's."""
-    with pytest.raises(SnapshotError, match="stale_annotation 1.*depth.png has 30 x 20 pixels, the image has 60 x 40"):
+    with pytest.raises(SnapshotError, match="stale_annotation 1.*a.png has 30 x 20 pixels, the image has 60 x 40"):
         refreshed(pairs(tmp_path, np.zeros((20, 30), np.uint16)), tmp_path / "out")
+    with pytest.raises(SampleError, match="depth.png has 30 x 20 pixels, the image has 60 x 40"):
+        fitted_depth(encoded(np.zeros((20, 30), np.uint16)), (60, 40), ImageOptions(resize_mode="no"))
     narrow = encoded(np.zeros((40, 60), np.uint8))
     with pytest.raises(SampleError, match="8 bits"):
         fitted_depth(narrow, (60, 40), ImageOptions(resize_mode="no"))

@@ -68,14 +68,14 @@ def write_distances(room: Room, pen: Draws) -> tuple[str, bool]:
     if pen.chance(world.WRONG_CAPTIONS):
         return dressed(pen.pick(UNRELATED), pen), False
     order = pen.shuffled(range(len(room.distances)))
-    parts = [_told(room, number, pen) for number in order[: 2 if pen.chance(0.4) else 1]]
+    parts = [_object_at_distance(room, number, pen) for number in order[: 2 if pen.chance(0.4) else 1]]
     if pen.chance(0.35):
         parts.append(f"the wall is {pen.pick(distance_words(room.wall))}")
     text = " and ".join(parts)
     return dressed(f"{text} {pen.pick(room.kind.phrases)}" if pen.chance(0.35) else text, pen), True
 
 
-def _told(room: Room, number: int, pen: Draws) -> str:
+def _object_at_distance(room: Room, number: int, pen: Draws) -> str:
     named = _named(room.scene.objects[number].look, pen)
     words = pen.pick(distance_words(room.distances[number]))
     return pen.pick(FORMS).format(a=f"{article(named)} {named}", o=named, d=words)
