@@ -69,7 +69,7 @@ def test_r_precision_and_score_by_hand(tmp_path: Path, judge: Guide) -> None:
     assert [one.strokes for one in judged] == [5] * 4 and all(one.label is None for one in judged)
     assert summaries(judged)[CLIPDRAW]["r_precision"] == 0.5
     assert "| 5 | 4 | 0.518 | 0.500 |" in (table := evaluation_table(judged, JudgingTexts()))
-    assert "among 3 texts, by chance 0.333" in table and "Recognition" not in table
+    assert "among 3 different texts, by chance 0.333" in table and "Recognition" not in table
 
 
 def test_distractors_are_rivals_and_doubles_of_prompts_are_not(tmp_path: Path, judge: Guide) -> None:
@@ -78,7 +78,20 @@ def test_distractors_are_rivals_and_doubles_of_prompts_are_not(tmp_path: Path, j
     assert [one.texts_before for one in alone] == [0, 0]
     texts = JudgingTexts(distractors=("blue", "red", "blue"))
     assert [one.texts_before for one in evaluate_drawings(folder, judge, texts)] == [1, 0]
-    assert "among 3 texts" in evaluation_table(evaluate_drawings(folder, judge, texts), texts)
+    assert "among 3 different texts" in evaluation_table(evaluate_drawings(folder, judge, texts), texts)
+
+
+def test_prompts_with_the_same_vector_are_no_rivals(tmp_path: Path, judge: Guide) -> None:
+    """Equal positive prompts up to a common factor, in any order; images that show them are all first."""
+    subjects = ("red", "red|blue:-0.3", "red:3", "red:0.5|red:0.1|green:-1")
+    mixed = ("red:2|blue:2", "blue:0.7|red:0.7")
+    drawn = [image(CLIPDRAW, subject, "red") for subject in subjects]
+    drawn += [image(CLIPDRAW, subject, "purple") for subject in mixed]
+    texts = JudgingTexts(distractors=("green", "red", "red:3"))
+    judged = evaluate_drawings(folder_of(tmp_path, *drawn), judge, texts)
+    assert [one.texts_before for one in judged] == [0] * 6
+    assert {one.texts for one in judged} == {3}
+    assert "among 3 different texts, by chance 0.333" in evaluation_table(judged, texts)
 
 
 def test_recognition_by_the_number_of_strokes(tmp_path: Path, judge: Guide) -> None:
