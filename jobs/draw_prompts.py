@@ -22,7 +22,7 @@ from typing import Literal
 from pipeline.config import require, run_job, writable_folder
 from pipeline.runs.drawing_records import DrawingRecord
 from pipeline.runs.drawing_subjects import read_subjects
-from pipeline.runs.drawings import DrawingRunner, parse_drawing_spec, plan_drawings, run_drawings
+from pipeline.runs.drawings import DrawingRunner, parse_drawing_spec, plan_drawings, refuse_failed, run_drawings
 from pipeline.runs.few_shot import find_place
 from pipeline.runs.films import FilmKind
 from pipeline.shards.storage import Folder
@@ -146,6 +146,7 @@ def main(run: DrawPrompts) -> None:
         facts = {"judge": run.judge, "seeds": ", ".join(map(str, run.seeds))}
         photos = {one.text: one.pixels for one in subjects if one.pixels is not None}
         print(record.conclude(results, facts, photos))
+    refuse_failed(results)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
@@ -27,6 +28,8 @@ from pipeline.loaders.images import image_at
 from pipeline.runs.drawing_report import SCORES
 from pipeline.runs.drawings import parse_drawing_spec
 from pipeline.shards.storage import Folder
+
+logger = logging.getLogger(__name__)
 
 AT_ONCE = 64
 """Images that are encoded together."""
@@ -74,7 +77,7 @@ class JudgedImage:
 
 
 def evaluate_drawings(folder: Folder, judge: Guide, texts: JudgingTexts, best_only: bool = False) -> list[JudgedImage]:
-    """Judge all images of ``scores.parquet`` in ``folder``, or the best seed of each method and subject.
+    """Judge the finished images of ``scores.parquet`` in ``folder``, or the best seed of each method and subject.
 
     Raises:
         SettingError: a folder without scores, a judge that guided an image, or a text that it would cut.
@@ -106,7 +109,7 @@ def evaluate_drawings(folder: Folder, judge: Guide, texts: JudgingTexts, best_on
 
 
 def read_scores(folder: Folder) -> list[dict[str, Any]]:
-    """The rows of ``scores.parquet``; raises as :func:`evaluate_drawings`."""
+    """The rows of ``scores.parquet`` about images that have not failed; raises as :func:`evaluate_drawings`."""
     place = folder.join(SCORES)
     try:
         rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(folder.read_bytes(SCORES))).to_pylist()
@@ -117,7 +120,12 @@ def read_scores(folder: Folder) -> list[dict[str, Any]]:
     wanted = {"name", "method", "subject", "seed", "best", "png"}
     if not rows or not wanted <= rows[0].keys():
         raise DataError(f"{place} has no rows with {', '.join(sorted(wanted))}")
-    return rows
+    found = [row for row in rows if row.get("status") != "failed"]
+    if not found:
+        raise DataError(f"{place} has failed images only")
+    if len(found) < len(rows):
+        logger.warning("%d of %d images of %s failed and are left out", len(rows) - len(found), len(rows), place)
+    return found
 
 
 def read_labels(place: str) -> dict[str, str]:

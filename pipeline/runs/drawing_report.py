@@ -22,6 +22,7 @@ TYPES: dict[str, pa.DataType] = {
     **dict.fromkeys(("loss", "judge"), pa.float64()),
     **dict.fromkeys(("steps", "retries"), pa.int64()),
     "seconds": pa.float64(),
+    "status": pa.string(),
     **dict.fromkeys(("png", "svg", "film"), pa.string()),
 }
 FILMS = (".gif", ".mp4")
@@ -51,11 +52,17 @@ a { color: inherit; }
 
 
 def best_names(results: Sequence[DrawingResult]) -> set[str]:
-    """For each method and subject the image with the lowest loss without augmentation, as CLIPasso chooses it."""
+    """For each method and subject the image with the lowest loss without augmentation, as CLIPasso chooses it; never a
+    failed one."""
     groups: dict[tuple[str, str], list[DrawingResult]] = {}
-    for result in results:
+    for result in finished(results):
         groups.setdefault((result.unit.method, result.unit.subject), []).append(result)
     return {min(some, key=lambda one: (one.loss != one.loss, one.loss)).unit.name for some in groups.values()}
+
+
+def finished(results: Sequence[DrawingResult]) -> list[DrawingResult]:
+    """Those that have not failed."""
+    return [one for one in results if one.status == "finished"]
 
 
 def scores_parquet(results: Sequence[DrawingResult]) -> bytes:
@@ -65,7 +72,7 @@ def scores_parquet(results: Sequence[DrawingResult]) -> bytes:
         unit = one.unit
         row = {"name": unit.name, "method": unit.method, "subject": unit.subject, "seed": unit.seed}
         row |= {"best": unit.name in best, "loss": one.loss, "judge": one.judge, "steps": one.steps}
-        row |= {"retries": one.retries, "seconds": one.seconds, **_files(one)}
+        row |= {"retries": one.retries, "seconds": one.seconds, "status": one.status, **_files(one)}
         rows.append(row)
     content = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(TYPES)), content)
@@ -89,14 +96,18 @@ def metric_name(method: str) -> str:
 
 
 def drawings_table(results: Sequence[DrawingResult]) -> str:
-    """Markdown: the judge's mean over subjects and seeds of each method, and of the best seeds."""
+    """Markdown: the judge's mean over subjects and seeds of each method, and of the best seeds, without failed images;
+    and their number."""
     best = best_names(results)
-    lines = ["| method | images | judge, mean | judge, best seeds | seconds each |", "| --- | --- | --- | --- | --- |"]
+    names = ("method", "images", "judge, mean", "judge, best seeds", "seconds each", "failed")
+    lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
     for method in dict.fromkeys(one.unit.method for one in results):
-        some = [one for one in results if one.unit.method == method]
-        chosen = mean(one.judge for one in some if one.unit.name in best)
-        numbers = f"{mean(one.judge for one in some):.3f} | {chosen:.3f} | {mean(one.seconds for one in some):.1f}"
-        lines.append(f"| {method} | {len(some)} | {numbers} |")
+        every = [one for one in results if one.unit.method == method]
+        some = finished(every)
+        scores = [one.judge for one in some], [one.judge for one in some if one.unit.name in best]
+        means = " | ".join(f"{mean(one):.3f}" if one else "-" for one in scores)
+        seconds = mean(one.seconds for one in every)
+        lines.append(f"| {method} | {len(every)} | {means} | {seconds:.1f} | {len(every) - len(some)} |")
     return "\n".join(lines)
 
 
@@ -134,7 +145,10 @@ def _figure(result: DrawingResult, is_best: bool) -> str:
     )
     links = [f'<a href="{quote(path)}">{kind}</a>' for kind, path in files.items() if path]
     words = f"{_text(unit.method)}, seed {unit.seed}{' (best)' if is_best else ''}<br>"
-    words += f"judge {result.judge:.3f}, loss {result.loss:.4g}, {result.steps} steps<br>{' · '.join(links)}"
+    if result.status == "failed":
+        words += f"failed: not finite after {result.steps} steps<br>{' · '.join(links)}"
+    else:
+        words += f"judge {result.judge:.3f}, loss {result.loss:.4g}, {result.steps} steps<br>{' · '.join(links)}"
     return (
         f'<figure{" class=best" if is_best else ""}>{shown}<div class="steps">{steps}</div>'
         f"<figcaption>{words}</figcaption></figure>\n"

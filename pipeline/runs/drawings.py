@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property, partial
 from itertools import product
-from typing import Any
+from math import nan
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -24,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.config import from_plain, near, parse_json, require, to_json
-from pipeline.errors import DataError, SettingError, unreadable
+from pipeline.errors import DataError, ImagesFailed, SettingError, unreadable
 from pipeline.evaluation.image_codes import load_image_codes
 from pipeline.evaluation.models import load_model
 from pipeline.generation.guides import Guide
@@ -48,6 +49,8 @@ from pipeline.stages.shard_tasks import Workers, run_tasks
 logger = logging.getLogger(__name__)
 
 IMAGES, RESULTS, CHECKPOINTS = "images", "results", "checkpoints"
+MOST_NAMES = 5
+"""Failed images that an error names."""
 
 
 @dataclass(frozen=True)
@@ -113,15 +116,17 @@ class DrawingResult:
     settings: str
     steps: int
     loss: float
-    """Without augmentation."""
+    """Without augmentation; not a number if the image failed before its first evaluation, like ``judge``."""
     judge: float
     """Cosine with its prompts, or its image, of the CLIP that gave no gradients."""
     retries: int
-    """How often the task went back because a loss was not finite."""
+    """How often the image went back because its loss was not finite."""
     seconds: float
     history: tuple[Mapping[str, float], ...]
     files: tuple[str, ...]
     """Below ``images``: PNG, SVG, film, and images of some steps."""
+    status: Literal["finished", "failed"] = "finished"
+    """Failed: its loss was not finite again and again, and it stays as it was before."""
 
 
 def parse_drawing_spec(text: str, steps: int | None = None) -> DrawingSpec:
@@ -261,7 +266,8 @@ class DrawingRunner:
         seeds = [unit.seed for unit in units]
         subjects = [self.subjects[unit.subject].read() for unit in units]
         picture, objective = method.start(subjects, seeds, guides, codes)
-        return Optimization(picture, objective, method.loop, seeds, load_guide(self.judge, self.device))
+        judge, names = load_guide(self.judge, self.device), [unit.name for unit in units]
+        return Optimization(picture, objective, method.loop, seeds, judge, names)
 
     def _make(self, units: Sequence[DrawingUnit]) -> None:
         began, folder = time.monotonic(), Folder(self.output)
@@ -297,26 +303,29 @@ class DrawingRunner:
     ) -> None:
         folder, name = Folder(self.output), unit.name
         images, files = folder.folder(IMAGES), dict[str, bytes]()
+        progress, end = run.progress, run.progress.steps(number)
         files[f"{name}.png"] = png_of(film.frames[-1][number])
         if drawing:
             files[f"{name}.svg"] = drawing.encode()
         if self.film != "none":
-            files[f"{name}.{self.film}"] = film.encoded(number, self.film)
-        for step, frame in film.chosen(number):
+            files[f"{name}.{self.film}"] = film.encoded(number, end, self.film)
+        for step, frame in film.chosen(number, end):
             files[f"{name}-step-{step:06d}.png"] = png_of(frame)
         for file, content in files.items():
             images.write_atomic(file, content)
-        history = tuple(_entry(entry, number) for entry in run.progress.history)
+        history = tuple(progress.numbers(number))
+        last = history[-1] if history else {"loss": nan, "judge": nan}
         result = DrawingResult(
             unit=unit,
             settings=self.settings(unit),
-            steps=run.progress.step,
-            loss=history[-1]["loss"],
-            judge=history[-1]["judge"],
-            retries=run.progress.retries,
+            steps=end,
+            loss=last["loss"],
+            judge=last["judge"],
+            retries=progress.retries[number],
             seconds=seconds,
             history=history,
             files=tuple(files),
+            status="failed" if progress.failed[number] else "finished",
         )
         folder.folder(RESULTS).write_atomic(f"{name}.json", json.dumps(asdict(result), indent=1).encode())
 
@@ -346,11 +355,6 @@ def _digest(place: str) -> str:
         return folder.digest(name)
     except (OSError, ValueError) as error:
         raise unreadable("image", place, "an image", error) from error
-
-
-def _entry(entry: Mapping[str, Any], number: int) -> dict[str, float]:
-    values = {name: float(values[number]) for name, values in entry.items() if name != "step"}
-    return {"step": float(entry["step"]), **values}
 
 
 def png_of(pixels: NDArray[np.uint8]) -> bytes:
@@ -383,10 +387,21 @@ def run_drawings(
                 file = f"{runner.output}/{RESULTS}/{unit.name}.json"
                 raise DataError(f"{file} is missing, or was written by another run in the same folder")
             results[unit.name] = result
-            logger.info("%d of %d images: %s, judge %.3f", len(results), len(units), unit.name, result.judge)
+            outcome = "failed" if result.status == "failed" else f"judge {result.judge:.3f}"
+            logger.info("%d of %d images: %s, %s", len(results), len(units), unit.name, outcome)
             if done is not None:
                 done(result)
     return [results[unit.name] for unit in units]
+
+
+def refuse_failed(results: Sequence[DrawingResult]) -> None:
+    """Raises ``ImagesFailed`` if there are failed images; the others are finished."""
+    failed = [one.unit.name for one in results if one.status == "failed"]
+    if failed:
+        more = f" and {len(failed) - MOST_NAMES} more" if failed[MOST_NAMES:] else ""
+        count = f"{len(failed)} of {len(results)} images failed"
+        why = "losses are not finite, also with smaller rates"
+        raise ImagesFailed(f"{count} ({why}), the others are finished: {', '.join(failed[:MOST_NAMES])}{more}")
 
 
 def _batches(runner: DrawingRunner, units: Sequence[DrawingUnit], together: int) -> Iterator[tuple[DrawingUnit, ...]]:

@@ -60,14 +60,19 @@ class Film:
         kept = [place for place, number in enumerate(numbers) if number <= step]
         self.numbers, self.frames = [numbers[place] for place in kept], [frames[place] for place in kept]
 
-    def chosen(self, image: int) -> list[tuple[int, Frame]]:
-        """About ``shown`` frames of one image, evenly over the film, with their steps; the last one is among them."""
-        places = np.unique(np.linspace(len(self.numbers) - 1, 0, self.shown).round().astype(int))
-        return [(self.numbers[place], self.frames[place][image]) for place in places]
+    def frames_of(self, image: int, end: int) -> list[tuple[int, Frame]]:
+        """The frames of one image with their steps; ``end`` is its last step, after which it has not changed."""
+        before = [place for place, number in enumerate(self.numbers) if number < end]
+        return [*((self.numbers[place], self.frames[place][image]) for place in before), (end, self.frames[-1][image])]
 
-    def encoded(self, image: int, kind: FilmKind) -> bytes:
-        """The film of one image; its last frame stays for two seconds."""
-        frames = [frame[image] for frame in self.frames]
+    def chosen(self, image: int, end: int) -> list[tuple[int, Frame]]:
+        """About ``shown`` of :meth:`frames_of`, evenly over the film; the last one is among them."""
+        frames = self.frames_of(image, end)
+        return [frames[place] for place in np.unique(np.linspace(len(frames) - 1, 0, self.shown).round().astype(int))]
+
+    def encoded(self, image: int, end: int, kind: FilmKind) -> bytes:
+        """The film of :meth:`frames_of`; its last frame stays for two seconds."""
+        frames = [frame for _, frame in self.frames_of(image, end)]
         return _gif(frames) if kind == "gif" else _mp4(frames)
 
 

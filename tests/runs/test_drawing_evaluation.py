@@ -94,6 +94,20 @@ def test_prompts_with_the_same_vector_are_no_rivals(tmp_path: Path, judge: Guide
     assert "among 3 different texts, by chance 0.333" in evaluation_table(judged, texts)
 
 
+def test_failed_images_are_left_out(tmp_path: Path, judge: Guide, caplog: pytest.LogCaptureFixture) -> None:
+    folder = prompts(tmp_path)
+    table = pq.read_table(tmp_path / SCORES)
+    for failed, found in ((1, 3), (4, 0)):
+        status = ["failed"] * failed + ["finished"] * (4 - failed)
+        pq.write_table(table.set_column(table.schema.get_field_index("status"), "status", [status]), tmp_path / SCORES)
+        if found:
+            assert len(evaluate_drawings(folder, judge, JudgingTexts())) == found
+            assert "1 of 4 images" in caplog.text
+        else:
+            with pytest.raises(DataError, match="failed images only"):
+                evaluate_drawings(folder, judge, JudgingTexts())
+
+
 def test_recognition_by_the_number_of_strokes(tmp_path: Path, judge: Guide) -> None:
     """Of four strokes one of three is recognised, of 32 two of three; the fourth image has no class."""
     many, few = SKETCHES

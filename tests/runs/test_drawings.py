@@ -13,11 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from pipeline.errors import DataError, SettingError
+from pipeline.errors import DataError, ImagesFailed, SettingError
 from pipeline.generation.guides import Guide
 from pipeline.generation.loop import Optimization
 from pipeline.models.class_vectors import untrained
+from pipeline.runs.drawing_records import DrawingRecord
 from pipeline.runs.drawing_report import best_names, drawings_table, gallery, metric_name, scores_parquet
 from pipeline.runs.drawing_sheet import CELL, GAP, LABEL, sheet, short_names
 from pipeline.runs.drawing_subjects import read_subjects
@@ -28,11 +30,13 @@ from pipeline.runs.drawings import (
     SubjectSource,
     parse_drawing_spec,
     plan_drawings,
+    refuse_failed,
     run_drawings,
 )
 from pipeline.runs.films import Film
 from pipeline.shards.storage import Folder
 from pipeline.stages.shard_tasks import Workers
+from pipeline.tracking.runs import NoTracker, Tracking
 from tests.generation.toy_clip import ColourClip, colour_guide
 
 HERE = Workers(processes_count=0)
@@ -104,6 +108,70 @@ def test_methods_get_the_subjects_that_they_read() -> None:
     names = {DrawingUnit(method=method, subject=text, seed=1).name for text in texts for method in ("m", "\u732b" * 90)}
     assert len(names) == 12 and all(len(name.encode()) < 120 and "/" not in name for name in names)
     assert not any("secret" in name for name in names)
+
+
+def hopeless(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """The losses of these images are never finite from step 7 on."""
+    start = DrawingRunner._start
+
+    def poisoned(self: DrawingRunner, units: Any) -> Optimization:
+        run = start(self, units)
+        losses, bad = run.objective.losses, torch.tensor([unit.name in names for unit in units])
+
+        def of_a_step(images: Tensor, random: Any) -> dict[str, Tensor]:
+            found = losses(images, random)
+            return {name: loss.masked_fill(bad & (run.progress.step >= 7), torch.nan) for name, loss in found.items()}
+
+        monkeypatch.setattr(run.objective, "losses", of_a_step)
+        return run
+
+    monkeypatch.setattr(DrawingRunner, "_start", poisoned)
+
+
+def test_a_hopeless_image_has_failed_and_the_others_are_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healthy, made = runner(tmp_path / "healthy"), runner(tmp_path)
+    units = plan(made, (1,))
+    wanted = run_drawings(healthy, units, HERE, together=3)
+    bad = units[1].name
+    hopeless(monkeypatch, bad)
+    results = run_drawings(made, units, HERE, together=3)
+    assert [one.status for one in results] == ["finished", "failed", "finished"]
+    assert [one.retries for one in results] == [0, 5, 0]
+    assert (results[1].steps, results[1].history) == (5, wanted[1].history[:1])
+    for one, other in zip(results, wanted, strict=True):
+        assert one.status == "failed" or one.history == other.history
+    assert [file for file in results[1].files if "-step-" in file][-1] == f"{bad}-step-000005.png"
+    monkeypatch.setattr(DrawingRunner, "_make", lambda *_: pytest.fail("again"))
+    assert run_drawings(made, units, HERE, together=3) == results
+    rows = pq.read_table(io.BytesIO(scores_parquet(results))).to_pylist()
+    assert [row["status"] for row in rows] == [one.status for one in results]
+    assert best_names(results) == {units[0].name, units[2].name}
+    judge = np.mean([one.judge for one in results if one.status == "finished"])
+    assert f"| 3 | {judge:.3f} |" in (line := drawings_table(results).splitlines()[2]) and line.endswith(" | 1 |")
+    assert gallery(results, {}).count("failed: not finite after 5 steps") == 1
+    with pytest.raises(ImagesFailed, match=rf"^1 of 3 images failed .*: {bad}$"):
+        refuse_failed(results)
+    refuse_failed(wanted)
+    record = DrawingRecord(Tracking(), None, Folder(str(tmp_path / "out")), track=False)
+    children = [NoTracker() for _ in results]
+    for child, result in zip(children, results, strict=True):
+        monkeypatch.setattr(record, "_child", lambda *_, child=child: child)
+        record.add(result)
+    assert [child.status for child in children] == ["FINISHED", "FAILED", "FINISHED"]
+
+
+def test_reports_of_failed_images_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an evaluation before, they have no scores."""
+    made = runner(tmp_path, TOY.replace("loop.evaluate_every=3", "loop.evaluate_every=9"))
+    units = plan(made, (1,))
+    hopeless(monkeypatch, *(unit.name for unit in units))
+    results = run_drawings(made, units, HERE, together=3)
+    assert all(one.status == "failed" and one.loss != one.loss and one.history == () for one in results)
+    assert "| 3 | - | - |" in drawings_table(results) and best_names(results) == set()
+    assert gallery(results, {}).count("<figure") == 3 and len(scores_parquet(results)) > 0
+    assert sheet(results, Folder(str(tmp_path / "out")), {})
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -256,7 +324,16 @@ def test_chosen_frames_have_the_last_one(shown: int, steps: list[int]) -> None:
     film = Film(9, shown)
     for step in (0, 3, 6):
         film.add(step, torch.full((2, 3, 4, 4), step / 255))
-    assert [(step, int(frame[0, 0, 0])) for step, frame in film.chosen(1)] == [(step, step) for step in steps]
+    assert [(step, int(frame[0, 0, 0])) for step, frame in film.chosen(1, 6)] == [(step, step) for step in steps]
+
+
+def test_a_film_ends_with_its_image() -> None:
+    """After step 4 the others went on, and it did not change."""
+    film = Film(9, 9)
+    for step in (0, 3, 6, 9):
+        film.add(step, torch.full((2, 3, 4, 4), min(step, 4) / 255))
+    assert [(step, int(frame[0, 0, 0])) for step, frame in film.frames_of(0, 4)] == [(0, 0), (3, 3), (4, 4)]
+    assert [step for step, _ in film.frames_of(1, 9)] == [0, 3, 6, 9]
 
 
 def test_metrics_of_long_methods_have_names_that_mlflow_takes() -> None:

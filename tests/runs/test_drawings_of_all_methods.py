@@ -124,8 +124,8 @@ def test_a_loss_that_is_none_is_redone_with_half_the_rate(
     monkeypatch.setattr(DrawingRunner, "_start", poisoned)
     with caplog.at_level(logging.WARNING):
         results = run_drawings(made, units, HERE, together=2)
-    assert "not finite at step 5: they go on from step 4 with half the rate" in caplog.text
-    assert [one.retries for one in results] == [1, 1] and [one.steps for one in results] == [9, 9]
+    assert f"the loss of {units[1].name} is not finite at step 5: it goes on from step 4 with" in caplog.text
+    assert [one.retries for one in results] == [0, 1] and [one.steps for one in results] == [9, 9]
     assert results[0].history == plain[0].history and results[1].history != plain[1].history
 
 
