@@ -25,8 +25,9 @@ from pipeline.generation.method import generation_class
 from pipeline.generation.prompts import WeightedPrompt, parse_prompts
 from pipeline.generation.text_objective import reference
 from pipeline.loaders.images import image_at
+from pipeline.models.towers.weights import digest_of
 from pipeline.runs.drawing_report import SCORES
-from pipeline.runs.drawings import parse_drawing_spec
+from pipeline.runs.drawings import DrawingSpec, parse_drawing_spec
 from pipeline.shards.storage import Folder
 
 logger = logging.getLogger(__name__)
@@ -85,9 +86,7 @@ def evaluate_drawings(folder: Folder, judge: Guide, texts: JudgingTexts, best_on
     """
     rows = [row for row in read_scores(folder) if row["best"] or not best_only]
     specs = {text: parse_drawing_spec(text) for text in {row["method"] for row in rows}}
-    for spec in specs.values():
-        models = spec.build().models
-        require(judge.name not in models, "judge", judge.name, f"another CLIP than those of {spec.method}, {models}")
+    _check_held_out(judge, rows, specs)
     images = _features(folder, [row["png"] for row in rows], judge)
     of_text = [generation_class(specs[row["method"]].method).reads == "text" for row in rows]
     scores, before, count = _compared(rows, of_text, images, judge, texts.distractors)
@@ -106,6 +105,19 @@ def evaluate_drawings(folder: Folder, judge: Guide, texts: JudgingTexts, best_on
         )
         for number, row in enumerate(rows)
     ]
+
+
+def _check_held_out(judge: Guide, rows: Sequence[Mapping[str, Any]], specs: Mapping[str, DrawingSpec]) -> None:
+    """That the judge guided no image, by addresses and by weights; rows of older jobs have no digests of weights."""
+    for spec in specs.values():
+        models = spec.build().models
+        require(judge.name not in models, "judge", judge.name, f"another CLIP than those of {spec.method}, {models}")
+    digest = digest_of(judge.model)
+    same = next((row["method"] for row in rows if digest in (row.get("guides") or ())), None)
+    if same is not None:
+        models = specs[same].build().models
+        allowed = f"another CLIP than those of {specs[same].method}, {models}: one has the same weights"
+        raise SettingError("judge", judge.name, allowed)
 
 
 def read_scores(folder: Folder) -> list[dict[str, Any]]:

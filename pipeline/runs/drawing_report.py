@@ -23,6 +23,7 @@ TYPES: dict[str, pa.DataType] = {
     **dict.fromkeys(("steps", "retries"), pa.int64()),
     "seconds": pa.float64(),
     "status": pa.string(),
+    "guides": pa.list_(pa.string()),
     **dict.fromkeys(("png", "svg", "film"), pa.string()),
 }
 FILMS = (".gif", ".mp4")
@@ -72,7 +73,8 @@ def scores_parquet(results: Sequence[DrawingResult]) -> bytes:
         unit = one.unit
         row = {"name": unit.name, "method": unit.method, "subject": unit.subject, "seed": unit.seed}
         row |= {"best": unit.name in best, "loss": one.loss, "judge": one.judge, "steps": one.steps}
-        row |= {"retries": one.retries, "seconds": one.seconds, "status": one.status, **_files(one)}
+        row |= {"retries": one.retries, "seconds": one.seconds, "status": one.status}
+        row |= {"guides": sorted(set(one.guides.values())), **_files(one)}
         rows.append(row)
     content = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(TYPES)), content)

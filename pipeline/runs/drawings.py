@@ -127,6 +127,8 @@ class DrawingResult:
     """Below ``images``: PNG, SVG, film, and images of some steps."""
     status: Literal["finished", "failed"] = "finished"
     """Failed: its loss was not finite again and again, and it stays as it was before."""
+    guides: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the CLIPs that guided, by address; older results have none."""
 
 
 def parse_drawing_spec(text: str, steps: int | None = None) -> DrawingSpec:
@@ -304,6 +306,7 @@ class DrawingRunner:
         folder, name = Folder(self.output), unit.name
         images, files = folder.folder(IMAGES), dict[str, bytes]()
         progress, end = run.progress, run.progress.steps(number)
+        models = self.specs[unit.method].build().models
         files[f"{name}.png"] = png_of(film.frames[-1][number])
         if drawing:
             files[f"{name}.svg"] = drawing.encode()
@@ -326,6 +329,7 @@ class DrawingRunner:
             history=history,
             files=tuple(files),
             status="failed" if progress.failed[number] else "finished",
+            guides={model: self.contents[model] for model in models if model in self.contents},
         )
         folder.folder(RESULTS).write_atomic(f"{name}.json", json.dumps(asdict(result), indent=1).encode())
 

@@ -1,15 +1,18 @@
 """Evaluation of drawn images by a toy judge that sees the mean colour: hand-made images, counted by hand."""
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from torch import nn
 
 from pipeline.errors import DataError, SettingError
 from pipeline.generation.guides import Guide
+from pipeline.models.towers.weights import digest_of
 from pipeline.runs.drawing_evaluation import (
     JudgedImage,
     JudgingTexts,
@@ -40,13 +43,14 @@ def image(method: str, subject: str, colour: str, seed: int = 1, loss: float = 0
     return DrawingUnit(method=method, subject=subject, seed=seed), COLOURS[colour], loss, side
 
 
-def folder_of(tmp_path: Path, *images: Drawn) -> Folder:
+def folder_of(tmp_path: Path, *images: Drawn, guides: Mapping[str, str] | None = None) -> Folder:
     results = []
     (tmp_path / "images").mkdir()
     for unit, colour, loss, side in images:
         Image.new("RGB", (side, side), colour).save(tmp_path / "images" / f"{unit.name}.png")
         numbers: dict[str, Any] = {"steps": 1, "loss": loss, "judge": 0.0, "retries": 0, "seconds": 1.0}
-        results.append(DrawingResult(unit=unit, settings="", history=(), files=(f"{unit.name}.png",), **numbers))
+        numbers |= {"files": (f"{unit.name}.png",), "guides": guides or {}}
+        results.append(DrawingResult(unit=unit, settings="", history=(), **numbers))
     (tmp_path / SCORES).write_bytes(scores_parquet(results))
     return Folder(str(tmp_path))
 
@@ -141,6 +145,22 @@ def test_labels_from_a_file_and_the_best_seed_only(tmp_path: Path, judge: Guide)
         ("blue|green:-1", 1, "green", 2),
         ("green", 1, None, None),
     ]
+
+
+@pytest.mark.parametrize("address", ["toy/", "a/copy/of/toy"])
+def test_a_judge_with_the_weights_of_a_guide_is_refused_under_any_address(address: str, tmp_path: Path) -> None:
+    """Of a job, and of an older one that stored no digests, where addresses count."""
+    guides = {"toy": digest_of(ColourClip(16)), "more": digest_of(nn.Linear(2, 2))}
+    new, old = tmp_path / "new", tmp_path / "old"
+    for folder, known in ((new, guides), (old, {})):
+        folder.mkdir()
+        folder_of(folder, image(CLIPDRAW, "red", "red"), guides=known)
+    with pytest.raises(SettingError, match="judge: got .*, expected another CLIP .*: one has the same weights"):
+        evaluate_drawings(Folder(str(new)), Guide(ColourClip(8), address), JudgingTexts())
+    other = ColourClip(8)
+    other.weight.data *= 2
+    for folder, judge in ((new, Guide(other, address)), (old, Guide(ColourClip(8), address))):
+        assert len(evaluate_drawings(Folder(str(folder)), judge, JudgingTexts())) == 1
 
 
 def test_what_cannot_be_judged_is_an_error(tmp_path: Path, judge: Guide) -> None:

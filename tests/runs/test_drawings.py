@@ -19,6 +19,7 @@ from pipeline.errors import DataError, ImagesFailed, SettingError
 from pipeline.generation.guides import Guide
 from pipeline.generation.loop import Optimization
 from pipeline.models.class_vectors import untrained
+from pipeline.models.towers.weights import digest_of
 from pipeline.runs.drawing_records import DrawingRecord
 from pipeline.runs.drawing_report import best_names, drawings_table, gallery, metric_name, scores_parquet
 from pipeline.runs.drawing_sheet import CELL, GAP, LABEL, sheet, short_names
@@ -283,6 +284,12 @@ def test_changed_models_and_files_draw_again(tmp_path: Path, monkeypatch: pytest
     run_drawings(made.with_contents(units, "cpu"), units, HERE)
     every = [(one.method.partition(":")[0], one.subject) for one in units]
     assert unfinished() == [] and len(every) == 4
+    digest = digest_of(guides["toy"].model)
+    found = [made.with_contents(units, "cpu").finished(unit) for unit in units]
+    assert [one.guides for one in found if one] == [{"toy": digest}] * 4
+    assert [
+        row["guides"] for row in pq.read_table(io.BytesIO(scores_parquet([one for one in found if one]))).to_pylist()
+    ]
     Image.new("RGB", (9, 9), "green").save(place)
     assert unfinished() == [one for one in every if one[1] == prompted]
     Image.new("RGB", (9, 9), "blue").save(place)
