@@ -67,7 +67,7 @@ class DrawPrompts:
     film: FilmKind = "gif"
     """Film of the steps."""
     frames: int = 30
-    """Images of the film."""
+    """Images of the film, the last one among them; 1 or more."""
     shown: int = 4
     """Images of steps that are kept as PNG and logged to MLflow."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -122,6 +122,7 @@ def main(run: DrawPrompts) -> None:
     """Wire methods, subjects and tasks; checks all settings before anything is drawn."""
     folder = Folder(writable_folder("output_folder", run.output_folder))
     specs = {spec.text: spec for spec in (parse_drawing_spec(text, run.steps) for text in run.methods)}
+    require(len(specs) == len(run.methods), "methods", run.methods, "methods that differ in more than loop.steps")
     subjects = read_subjects(run.prompts, run.images, run.masks)
     units = plan_drawings(list(specs.values()), subjects, run.seeds)
     for spec in specs.values():

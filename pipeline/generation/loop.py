@@ -13,6 +13,7 @@ as it was at the checkpoint, and the others go on.
 import copy
 import io
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -115,6 +116,8 @@ class LoopProgress:
     """Whether each image was given up, after too many of them."""
     ended: list[int | None] = field(default_factory=list)
     """The last step of each image that has stopped before the others; none for all steps."""
+    seconds: float = 0.0
+    """Time of all steps, also before an interruption."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """For each evaluation: ``step``, and by name a list of N numbers."""
 
@@ -171,6 +174,7 @@ class Optimization:
         ``save`` gets the bytes of each checkpoint; ``watch`` the progress and the images float [N, 3, H, W] after each
         evaluation.
         """
+        began = time.monotonic() - self.progress.seconds
         kept = self._state()
         while self.progress.step < self.config.steps and any(self.progress.scale):
             broken = self.step()
@@ -184,9 +188,11 @@ class Optimization:
                 if watch is not None:
                     watch(self.progress, images)
             if step % self.config.checkpoint_every == 0 or last:
+                self.progress.seconds = time.monotonic() - began
                 kept = self._state()
                 if save is not None:
                     save(self.checkpoint())
+        self.progress.seconds = time.monotonic() - began
         return self.progress
 
     def step(self) -> list[int]:

@@ -10,7 +10,6 @@ import io
 import json
 import logging
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property, partial
@@ -49,6 +48,7 @@ from pipeline.stages.shard_tasks import Workers, run_tasks
 logger = logging.getLogger(__name__)
 
 IMAGES, RESULTS, CHECKPOINTS = "images", "results", "checkpoints"
+STEPS = re.compile(r"loop\.steps=")
 MOST_NAMES = 5
 """Failed images that an error names."""
 
@@ -122,6 +122,7 @@ class DrawingResult:
     retries: int
     """How often the image went back because its loss was not finite."""
     seconds: float
+    """Of the steps of its batch, from the first to the last, divided by the images of the batch."""
     history: tuple[Mapping[str, float], ...]
     files: tuple[str, ...]
     """Below ``images``: PNG, SVG, film, and images of some steps."""
@@ -132,7 +133,7 @@ class DrawingResult:
 
 
 def parse_drawing_spec(text: str, steps: int | None = None) -> DrawingSpec:
-    """Parse a method with its overrides; ``steps`` replaces the length of its loop.
+    """Parse a method with its overrides; ``steps`` replaces the length of its loop, also in its text.
 
     Raises:
         SettingError: an unknown method or option, or an invalid value.
@@ -140,7 +141,8 @@ def parse_drawing_spec(text: str, steps: int | None = None) -> DrawingSpec:
     method, _, settings = text.partition(":")
     kind = generation_config(method)
     plain = json.loads(to_json(kind()))
-    for part in filter(None, re.split(r",(?=[\w.]+=)", settings)):
+    parts = list(filter(None, re.split(r",(?=[\w.]+=)", settings)))
+    for part in parts:
         name, given, value = part.partition("=")
         *parents, last = name.split(".")
         owner = plain
@@ -154,6 +156,7 @@ def parse_drawing_spec(text: str, steps: int | None = None) -> DrawingSpec:
             raise SettingError(text, part, f"{name}= and a value of YAML") from error
     if steps is not None:
         plain["loop"]["steps"] = steps
+        text = f"{method}:{','.join([*(part for part in parts if not STEPS.match(part)), f'loop.steps={steps}'])}"
     return DrawingSpec(text, method, from_plain(kind, plain, text))
 
 
@@ -272,7 +275,7 @@ class DrawingRunner:
         return Optimization(picture, objective, method.loop, seeds, judge, names)
 
     def _make(self, units: Sequence[DrawingUnit]) -> None:
-        began, folder = time.monotonic(), Folder(self.output)
+        folder = Folder(self.output)
         run, film = self._start(units), Film(self.frames, self.shown)
         key = hashlib.sha256("\n".join(self.settings(unit) for unit in units).encode()).hexdigest()[:24]
         kept, who = folder.folder(CHECKPOINTS), units[0].name + (f" and {len(units) - 1} more" if units[1:] else "")
@@ -280,7 +283,8 @@ class DrawingRunner:
         if _resume(run, film, kept, loop, shots):
             logger.info("%s: goes on from step %d", who, run.progress.step)
         else:
-            film.add(0, run.images())
+            if 0 in film.steps(run.config.steps, run.config.evaluate_every):
+                film.add(0, run.images())
 
         def save(content: bytes) -> None:
             kept.write_atomic(shots, film.content())
@@ -294,7 +298,7 @@ class DrawingRunner:
         run.run(save, watch)
         if film.last != run.progress.step:
             film.add(run.progress.step, run.images())
-        drawings, seconds = run.picture.drawings(), (time.monotonic() - began) / len(units)
+        drawings, seconds = run.picture.drawings(), run.progress.seconds / len(units)
         for number, unit in enumerate(units):
             self._write(unit, number, run, film, drawings[number] if drawings else "", seconds)
         kept.delete(loop)

@@ -28,12 +28,14 @@ class Film:
 
     @property
     def last(self) -> int:
-        """The last step that is in it."""
-        return self.numbers[-1]
+        """The last step that is in it; -1 for none."""
+        return self.numbers[-1] if self.numbers else -1
 
     def steps(self, steps: int, every: int) -> set[int]:
-        """The steps with a frame: multiples of ``every``, about ``most``, and the last one."""
-        times = max(1, -(-steps // (every * max(self.most - 1, 1))))
+        """The steps with a frame, ``most`` or fewer: multiples of ``every``, and the last one."""
+        if self.most == 1:
+            return {steps}
+        times = max(1, -(-steps // (every * (self.most - 1))))
         return {*range(0, steps, every * times), steps}
 
     def add(self, step: int, images: Tensor) -> None:
@@ -47,7 +49,8 @@ class Film:
     def content(self) -> bytes:
         """All frames as bytes of numpy."""
         stream = io.BytesIO()
-        np.savez_compressed(stream, numbers=np.array(self.numbers), frames=np.stack(self.frames))
+        frames = np.stack(self.frames) if self.frames else np.empty(0, np.uint8)
+        np.savez_compressed(stream, numbers=np.array(self.numbers, np.int64), frames=frames)
         return stream.getvalue()
 
     def read(self, content: bytes, step: int) -> None:

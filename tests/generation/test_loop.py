@@ -134,9 +134,11 @@ def test_a_resumed_optimization_has_the_same_bits() -> None:
     again = optimization(TEXTS, SEEDS, checkpoint_every=7)
     again.resume(kept[0])
     assert again.progress.step == 7
+    taken = again.progress.seconds = again.progress.seconds + 100
     again.run()
     assert torch.equal(again.picture.render(), whole.picture.render())
     assert again.progress.history == whole.progress.history
+    assert 0 < whole.progress.seconds < 100 < taken < again.progress.seconds < taken + 100
 
 
 def test_checkpoints_of_other_images_or_none_are_refused() -> None:

@@ -68,6 +68,10 @@ def test_smoke_draws_and_records_children_and_goes_on(
         (["clipasso", "--images", "drawn://val/0/0", "--judge", "RN101-quickgelu:openai"], "judge: "),
         (["clipdraw", "--prompts", "red", "--per-gpu", "0"], "--per-gpu: got 0"),
         (["clipdraw", "--prompts", "red", "--steps", "0"], "steps: got 0"),
+        (
+            ["clipdraw", "--prompts", "red", "--steps", "9", "--methods", "clipdraw", "clipdraw:loop.steps=3"],
+            "more than loop.steps",
+        ),
         (["clipdraw", "--prompts", "red " * 90, "--methods", TINY, *JUDGE], "at most 77 tokens"),
         (["clipdraw", "--prompts", "red", "--methods", TINY, "--judge", "none:untrained"], "architecture: "),
         (["clipdraw", "--prompts", "red", "--methods", TINY, *JUDGE, "--device", "cuda"], "device: got 'cuda'"),

@@ -76,6 +76,17 @@ def test_options_of_a_method_follow_its_name() -> None:
     assert parse_drawing_spec("clipdraw", steps=3).config.loop.steps == 3
 
 
+def test_the_name_of_a_method_has_the_steps_that_it_takes() -> None:
+    for text, wanted in (
+        ("clipdraw", "clipdraw:loop.steps=3"),
+        ("clipdraw:loop.steps=7", "clipdraw:loop.steps=3"),
+        ("clipdraw:clips=[a,b],loop.steps=7,side=32", "clipdraw:clips=[a,b],side=32,loop.steps=3"),
+    ):
+        spec = parse_drawing_spec(text, steps=3)
+        assert spec.text == wanted and parse_drawing_spec(spec.text) == spec
+        assert parse_drawing_spec(text).text == text
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -332,6 +343,33 @@ def test_chosen_frames_have_the_last_one(shown: int, steps: list[int]) -> None:
     for step in (0, 3, 6):
         film.add(step, torch.full((2, 3, 4, 4), step / 255))
     assert [(step, int(frame[0, 0, 0])) for step, frame in film.chosen(1, 6)] == [(step, step) for step in steps]
+
+
+def test_an_image_that_stops_in_a_batch_has_the_numbers_and_files_it_has_alone(tmp_path: Path) -> None:
+    """The stop of its prompt is met at once, so that it does not change."""
+    found = []
+    for folder, texts in (("alone", ["red:1:9"]), ("together", ["blue", "red:1:9"])):
+        made = runner(tmp_path / folder, TOY.replace("loop.steps=12", "loop.steps=18,loop.patience=2"), frames=3)
+        made = replace(made, subjects={text: SubjectSource(text) for text in texts})
+        *_, result = run_drawings(made, plan(made, (1,)), HERE, together=2)
+        found.append(result)
+    assert [(one.steps, one.history[-1]["step"]) for one in found] == [(9, 9)] * 2
+    assert found[0].files == found[1].files and "-step-000009.png" in found[0].files[-1]
+    assert [entry["step"] for entry in found[0].history] == [entry["step"] for entry in found[1].history]
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 5])
+def test_a_film_has_as_many_frames_as_wanted(frames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a break at its first checkpoint."""
+    made = runner(tmp_path, frames=frames)
+    units, step = plan(made, (1,))[:1], Optimization.step
+    with monkeypatch.context() as patch:
+        patch.setattr(Optimization, "step", lambda self: step(self) if self.progress.step < 6 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_drawings(made, units, HERE)
+    (result,) = run_drawings(made, units, HERE)
+    with Image.open(tmp_path / "out/images" / f"{result.unit.name}.gif") as film:
+        assert film.n_frames == frames
 
 
 def test_a_film_ends_with_its_image() -> None:
