@@ -140,8 +140,8 @@ def main(run: DrawPrompts) -> None:
         shown=run.shown,
     )
     here = "cpu" if place.device == "cuda" else place.device
-    runner.check(units, here)
     runner = runner.with_contents(units, here)
+    runner.check(units, here)
     with DrawingRecord(run.tracking, run, folder, run.track) as record:
         results = run_drawings(runner, units, run.workers, run.together, place.gpus, record.add)
         facts = {"judge": run.judge, "seeds": ", ".join(map(str, run.seeds))}

@@ -39,6 +39,7 @@ from pipeline.generation.prompts import parse_prompts
 from pipeline.generation.views import as_float
 from pipeline.models.towers.image_codes import ImageCodes
 from pipeline.models.towers.weights import digest_of
+from pipeline.runs.drawing_checks import check_subject
 from pipeline.runs.films import Film, FilmKind
 from pipeline.shards.privacy import masked
 from pipeline.shards.storage import Folder, split_file
@@ -209,18 +210,30 @@ class DrawingRunner:
     """SHA-256 of the models and files at their addresses, see :meth:`with_contents`."""
 
     def check(self, units: Sequence[DrawingUnit], device: str) -> None:
-        """Start one image of each method and subject on ``device``, before anything is drawn.
+        """Start one image of each method on ``device``, and check all its subjects, before anything is drawn.
+
+        Units that are finished need no check.
 
         Raises:
             SettingError: a model, an option or a subject that does not fit; the field begins with the method.
         """
-        here = replace(self, device=device)
-        for unit in {(one.method, one.subject): one for one in units}.values():
+        here, started, readable = replace(self, device=device), set[str](), set[str]()
+        unfinished = {(one.method, one.subject): one for one in units if self.finished(one) is None}
+        for unit in unfinished.values():
             try:
-                here._start([unit])
+                here._check_subject(unit, readable)
+                if unit.method not in started:
+                    here._start([unit])
+                    started.add(unit.method)
             except SettingError as error:
                 is_image = self.subjects[unit.subject].pixels is not None
                 raise error.within(f"{unit.method}: {f'{unit.subject}: ' if is_image else ''}") from error
+
+    def _check_subject(self, unit: DrawingUnit, readable: set[str]) -> None:
+        method = self.specs[unit.method].build()
+        guides = [load_guide(name, self.device) for name in method.models]
+        judge, subject = load_guide(self.judge, self.device), self.subjects[unit.subject].read()
+        check_subject(method, subject, guides, judge, readable)
 
     def with_contents(self, units: Sequence[DrawingUnit], device: str) -> "DrawingRunner":
         """The same runner, for which an image is unfinished if a model or a file that it depends on has changed.

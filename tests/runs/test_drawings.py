@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline.errors import DataError, ImagesFailed, SettingError
 from pipeline.generation.guides import Guide
 from pipeline.generation.loop import Optimization
+from pipeline.loaders.images import image_at
 from pipeline.models.class_vectors import untrained
 from pipeline.models.towers.weights import digest_of
 from pipeline.runs.drawing_records import DrawingRecord
@@ -505,6 +506,44 @@ def test_images_of_any_kind_and_size_are_squares_of_colours(mode: str, size: tup
     assert int((found.pixels == 255).all(axis=2).sum()) == max(size) ** 2 - size[0] * size[1]
 
 
+def test_each_method_is_started_once_and_finished_images_are_not_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three subjects the last one is encoded by no CLIP, and still refused."""
+    started: list[tuple[str, str]] = []
+    start = DrawingRunner._start
+
+    def counted(self: DrawingRunner, units: Any) -> Optimization:
+        started.extend((unit.method, unit.subject) for unit in units)
+        return start(self, units)
+
+    monkeypatch.setattr(DrawingRunner, "_start", counted)
+    made = runner(tmp_path, TOY, TOY.replace("strokes=5", "strokes=2"))
+    units = plan(made)
+    made.check(units, "cpu")
+    assert started == [(method, "red") for method in made.specs]
+    first = [unit for unit in units if unit.method == TOY]
+    run_drawings(made, first, HERE, together=6)
+    started.clear()
+    made.check(units, "cpu")
+    assert [method for method, _ in started] == list(made.specs)[1:]
+    started.clear()
+    made.check(first, "cpu")
+    assert started == []
+    place, read = str(tmp_path / "sky.png"), image_at
+    Image.new("RGB", (9, 9), "blue").save(place)
+    places: list[str] = []
+    monkeypatch.setattr("pipeline.runs.drawing_checks.image_at", lambda one: places.append(one) or read(one))
+    texts = ("green", f"red|image={place}", f"blue|image={place}:0.5")
+    prompted = replace(made, subjects={text: SubjectSource(text) for text in texts})
+    prompted.check(plan(prompted), "cpu")
+    assert places == [place]
+    bad = "red|green green green green:-1"
+    more = replace(made, subjects={**made.subjects, bad: SubjectSource(bad)})
+    with pytest.raises(SettingError, match=r"clipdraw:.*prompt: got 'green green green green', .*for colours"):
+        more.check(plan(more), "cpu")
+
+
 def test_everything_is_checked_before_anything_is_drawn(tmp_path: Path) -> None:
     made = runner(tmp_path)
     made = replace(made, subjects={"red red red red": SubjectSource("red red red red")})
@@ -524,6 +563,11 @@ def test_the_image_that_cannot_be_sketched_is_named(tmp_path: Path, monkeypatch:
     made = replace(made, subjects={one.text: one for one in subjects})
     with pytest.raises(SettingError, match=r"clipasso:.*: dot\.png: images: got 'an image without edges'"):
         made.check(plan(made, (1,)), "cpu")
+    started: list[str] = []
+    monkeypatch.setattr(DrawingRunner, "_start", lambda _, units: started.append(units[0].subject))
+    with pytest.raises(SettingError, match=r"clipasso:.*: dot\.png: images: got 'an image without edges'"):
+        made.check(plan(made, (1,)), "cpu")
+    assert started == ["good.png"]
 
 
 def test_a_damaged_result_is_made_again(tmp_path: Path) -> None:
