@@ -28,6 +28,7 @@ from pipeline.loaders.images import image_at
 from pipeline.models.towers.weights import digest_of
 from pipeline.runs.drawing_report import SCORES
 from pipeline.runs.drawings import DrawingSpec, parse_drawing_spec
+from pipeline.shards.privacy import masked
 from pipeline.shards.storage import Folder
 
 logger = logging.getLogger(__name__)
@@ -260,7 +261,7 @@ def evaluation_table(judged: Sequence[JudgedImage], texts: JudgingTexts) -> str:
     names = ("score", "r_precision", "top1", "top5")
     lines = ["| method | strokes | images | score | R-precision | top-1 | top-5 |", "| --- " * 7 + "|"]
     for method, numbers in summaries(judged).items():
-        cells = [method, str(strokes[method] or "-"), f"{numbers['images']:.0f}"]
+        cells = [masked(method), str(strokes[method] or "-"), f"{numbers['images']:.0f}"]
         cells += [f"{numbers[name]:.3f}" if name in numbers else "-" for name in names]
         lines.append(f"| {' | '.join(cells)} |")
     count = next((one.texts for one in judged if one.texts), 0)
@@ -272,10 +273,10 @@ def evaluation_table(judged: Sequence[JudgedImage], texts: JudgingTexts) -> str:
 
 
 def judged_parquet(judged: Sequence[JudgedImage]) -> bytes:
-    """A row for each image with the fields of :class:`JudgedImage`."""
+    """A row for each image with the fields of :class:`JudgedImage`; secrets in addresses are masked."""
     types: dict[str, pa.DataType] = {"strokes": pa.int64(), "seed": pa.int64(), "score": pa.float64()}
     types |= dict.fromkeys(("texts_before", "texts", "classes_before"), pa.int64())
-    rows = [asdict(one) for one in judged]
+    rows = [{**asdict(one), "method": masked(one.method), "subject": masked(one.subject)} for one in judged]
     schema = pa.schema({name: types.get(name, pa.string()) for name in rows[0]})
     content = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), content)

@@ -44,7 +44,7 @@ class DrawingRecord(ChildRuns):
         The run of a failed image has MLflow's status FAILED.
         """
         unit, key = result.unit, f"{result.unit.name} {result.settings}"
-        parameters = DrawingParameters(method=unit.method, subject=masked(unit.subject), seed=unit.seed)
+        parameters = DrawingParameters(method=masked(unit.method), subject=masked(unit.subject), seed=unit.seed)
         run = self._child(key, unit.name, parameters)
         if run is None:
             return

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.runs.drawings import IMAGES, DrawingResult
+from pipeline.shards.privacy import masked
 from pipeline.stages.report.dataset_report import plain
 
 SCORES = "scores.parquet"
@@ -91,8 +92,8 @@ def _files(result: DrawingResult) -> dict[str, str | None]:
 
 
 def metric_name(method: str) -> str:
-    """A method with its options as a part of a metric's name, of which MLflow takes 250 characters."""
-    name = "".join(letter if letter.isalnum() or letter in "_-." else "_" for letter in method)
+    """A method with its options, secrets masked, as a part of a metric's name, of which MLflow takes 250 characters."""
+    name = "".join(letter if letter.isalnum() or letter in "_-." else "_" for letter in masked(method))
     digest = hashlib.sha256(method.encode()).hexdigest()[:10]
     return name if len(name) <= LONGEST_METRIC else f"{name[: LONGEST_METRIC - 11]}-{digest}"
 
@@ -109,7 +110,7 @@ def drawings_table(results: Sequence[DrawingResult]) -> str:
         scores = [one.judge for one in some], [one.judge for one in some if one.unit.name in best]
         means = " | ".join(f"{mean(one):.3f}" if one else "-" for one in scores)
         seconds = mean(one.seconds for one in every)
-        lines.append(f"| {method} | {len(every)} | {means} | {seconds:.1f} | {len(every) - len(some)} |")
+        lines.append(f"| {masked(method)} | {len(every)} | {means} | {seconds:.1f} | {len(every) - len(some)} |")
     return "\n".join(lines)
 
 
@@ -162,4 +163,5 @@ def _step(file: str) -> int:
 
 
 def _text(text: str, longest: int = 120) -> str:
-    return html.escape(plain(text, longest), quote=True)
+    """For HTML, with secrets masked."""
+    return html.escape(plain(masked(text), longest), quote=True)

@@ -227,7 +227,7 @@ class DrawingRunner:
                     started.add(unit.method)
             except SettingError as error:
                 is_image = self.subjects[unit.subject].pixels is not None
-                raise error.within(f"{unit.method}: {f'{unit.subject}: ' if is_image else ''}") from error
+                raise error.within(masked(f"{unit.method}: {f'{unit.subject}: ' if is_image else ''}")) from error
 
     def _check_subject(self, unit: DrawingUnit, readable: set[str]) -> None:
         method = self.specs[unit.method].build()

@@ -21,8 +21,9 @@ from pipeline.generation.loop import Optimization
 from pipeline.loaders.images import image_at
 from pipeline.models.class_vectors import untrained
 from pipeline.models.towers.weights import digest_of
+from pipeline.runs.drawing_evaluation import JudgedImage, JudgingTexts, evaluation_table, judged_parquet
 from pipeline.runs.drawing_records import DrawingRecord
-from pipeline.runs.drawing_report import best_names, drawings_table, gallery, metric_name, scores_parquet
+from pipeline.runs.drawing_report import SCORES, best_names, drawings_table, gallery, metric_name, scores_parquet
 from pipeline.runs.drawing_sheet import CELL, GAP, LABEL, sheet, short_names
 from pipeline.runs.drawing_subjects import read_subjects
 from pipeline.runs.drawings import (
@@ -428,6 +429,48 @@ def test_scores_table_and_gallery_tell_of_all_images(tmp_path: Path) -> None:
     page = gallery([hostile, *results[1:]], {"judge": "a&b"})
     assert "<script>" not in page and "a&amp;b" in page and page.count("<figure") == 6
     assert page.count("class=best") == 4  # the first has a subject of its own now
+
+
+def test_secrets_in_options_and_subjects_are_in_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metrics, parameters, table, gallery and sheet of MLflow, and those of the evaluation."""
+    (result, *_) = some_results(tmp_path)
+    address = "https://me:hunter2@host/x.png?token=hunter2"
+    spec = f"vqgan_clip:clips=[toy],start=image,start_image={address}"
+    folder = Folder(str(tmp_path / "out"))
+    unit = DrawingUnit(method=spec, subject=f"red|image={address}", seed=1)
+    (tmp_path / "out/images" / f"{unit.name}.png").write_bytes(folder.read_bytes(f"images/{result.unit.name}.png"))
+    hidden = [replace(result, unit=unit)]
+    written: list[str] = []
+    monkeypatch.setattr("pipeline.runs.drawing_sheet.wrapped", lambda text, *_: written.append(text) or text)
+    record = DrawingRecord(Tracking(), None, folder, track=False)
+    parent = NoTracker()
+    monkeypatch.setattr(record, "_parent", parent)
+    children: list[str] = []
+    monkeypatch.setattr(record, "_child", lambda *some: children.append(repr(some)))
+    record.add(hidden[0])
+    table = record.conclude(hidden, {"judge": address}, {})
+    judged = [
+        JudgedImage(
+            name=unit.name,
+            method=spec,
+            strokes=None,
+            subject=unit.subject,
+            seed=1,
+            score=1.0,
+            texts_before=0,
+            texts=1,
+            label=None,
+            predicted=None,
+            classes_before=None,
+        )
+    ]
+    rows = pq.read_table(io.BytesIO(judged_parquet(judged))).to_pylist()
+    reports = [table, folder.read_text("gallery.html"), folder.read_text("table.md"), repr(parent.history), *written]
+    reports += [repr(children), repr(rows), evaluation_table(judged, JudgingTexts()), metric_name(spec)]
+    assert len(written) == 2 and not any("hunter2" in text for text in reports)
+    assert all("***" in text for text in (table, reports[1], written[0], *reports[-4:-1]))
+    (row,) = pq.read_table(tmp_path / "out" / SCORES).to_pylist()
+    assert row["method"] == spec  # what the evaluation reads
 
 
 def test_the_sheet_has_the_best_image_of_each_method_and_subject(tmp_path: Path) -> None:
