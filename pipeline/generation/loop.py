@@ -272,6 +272,7 @@ class Optimization:
                 progress.scale[image] /= 2
                 text = "the loss of %s is not finite at step %d: it goes on from step %d with half the rate"
                 logger.warning(text, self.names[image], at, progress.step)
+        kept["progress"] = vars(progress)
         self._restore(kept)
 
     def _state(self) -> dict[str, Any]:

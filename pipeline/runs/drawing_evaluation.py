@@ -265,7 +265,7 @@ def evaluation_table(judged: Sequence[JudgedImage], texts: JudgingTexts) -> str:
         cells += [f"{numbers[name]:.3f}" if name in numbers else "-" for name in names]
         lines.append(f"| {' | '.join(cells)} |")
     count = next((one.texts for one in judged if one.texts), 0)
-    lines += ["", f"R-precision among {count} different texts, by chance {1 / count:.3f}."] if count else []
+    lines += ["", f"R-precision among {count} texts, by chance {1 / count:.3f}."] if count else []
     if any(one.label for one in judged):
         chance, without = 1 / len(texts.classes), sum(one.label is None for one in judged)
         lines += ["", f"Recognition among {len(texts.classes)} classes, by chance {chance:.3f}; {without} unlabelled."]

@@ -265,7 +265,15 @@ class DrawingRunner:
         except (FileNotFoundError, ValueError):
             return None
         whole = result.settings == self.settings(unit) and Folder(self.output).folder(IMAGES).exists(f"{unit.name}.png")
-        return result if whole else None
+        if not whole:
+            return None
+        # Equal settings mean equal guides, which results of older versions do not have.
+        return result if result.guides else replace(result, guides=self._guides(unit))
+
+    def _guides(self, unit: DrawingUnit) -> dict[str, str]:
+        """SHA-256 of the CLIPs that guide, by address, as far as they are known."""
+        models = self.specs[unit.method].build().models
+        return {model: self.contents[model] for model in models if model in self.contents}
 
     def settings(self, unit: DrawingUnit) -> str:
         """SHA-256 of all that determines the image and its files."""
@@ -323,7 +331,6 @@ class DrawingRunner:
         folder, name = Folder(self.output), unit.name
         images, files = folder.folder(IMAGES), dict[str, bytes]()
         progress, end = run.progress, run.progress.steps(number)
-        models = self.specs[unit.method].build().models
         files[f"{name}.png"] = png_of(film.frames[-1][number])
         if drawing:
             files[f"{name}.svg"] = drawing.encode()
@@ -346,7 +353,7 @@ class DrawingRunner:
             history=history,
             files=tuple(files),
             status="failed" if progress.failed[number] else "finished",
-            guides={model: self.contents[model] for model in models if model in self.contents},
+            guides=self._guides(unit),
         )
         folder.folder(RESULTS).write_atomic(f"{name}.json", json.dumps(asdict(result), indent=1).encode())
 
