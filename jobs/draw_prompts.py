@@ -22,7 +22,7 @@ from typing import Literal
 from pipeline.config import require, run_job, writable_folder
 from pipeline.runs.drawing_records import DrawingRecord
 from pipeline.runs.drawing_subjects import read_subjects
-from pipeline.runs.drawings import DrawingRunner, parse_drawing_spec, plan_drawings, run_drawings
+from pipeline.runs.drawings import DrawingRunner, parse_drawing_spec, plan_drawings, refuse_failed, run_drawings
 from pipeline.runs.few_shot import find_place
 from pipeline.runs.films import FilmKind
 from pipeline.shards.storage import Folder
@@ -67,7 +67,7 @@ class DrawPrompts:
     film: FilmKind = "gif"
     """Film of the steps."""
     frames: int = 30
-    """Images of the film."""
+    """Images of the film, the last one among them; 1 or more."""
     shown: int = 4
     """Images of steps that are kept as PNG and logged to MLflow."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -122,6 +122,7 @@ def main(run: DrawPrompts) -> None:
     """Wire methods, subjects and tasks; checks all settings before anything is drawn."""
     folder = Folder(writable_folder("output_folder", run.output_folder))
     specs = {spec.text: spec for spec in (parse_drawing_spec(text, run.steps) for text in run.methods)}
+    require(len(specs) == len(run.methods), "methods", run.methods, "methods that differ in more than loop.steps")
     subjects = read_subjects(run.prompts, run.images, run.masks)
     units = plan_drawings(list(specs.values()), subjects, run.seeds)
     for spec in specs.values():
@@ -139,13 +140,14 @@ def main(run: DrawPrompts) -> None:
         shown=run.shown,
     )
     here = "cpu" if place.device == "cuda" else place.device
-    runner.check(units, here)
     runner = runner.with_contents(units, here)
+    runner.check(units, here)
     with DrawingRecord(run.tracking, run, folder, run.track) as record:
         results = run_drawings(runner, units, run.workers, run.together, place.gpus, record.add)
         facts = {"judge": run.judge, "seeds": ", ".join(map(str, run.seeds))}
         photos = {one.text: one.pixels for one in subjects if one.pixels is not None}
         print(record.conclude(results, facts, photos))
+    refuse_failed(results)
 
 
 if __name__ == "__main__":

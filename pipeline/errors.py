@@ -11,6 +11,7 @@ ClipmillError
   ClusterError     Ray did not start on this machine; run again, or with fewer workers
   GpuMemoryError   a step needs more memory than the GPU has (pipeline.training.devices); other options need less
   TooManyFailures  a job gave up because fewer rows became samples than the user's floor allows
+  ImagesFailed     a drawing job gave up some images, whose losses are not finite; the others are finished
   SampleError      one sample is bad; caught at a stage's sample boundary and counted, never seen by a user
 """
 
@@ -75,6 +76,10 @@ class ClusterError(ClipmillError):
 
 class TooManyFailures(ClipmillError):
     """Fewer rows became samples than the user's floor allows; finished work is kept."""
+
+
+class ImagesFailed(ClipmillError):
+    """Images of a drawing job were given up; the others are finished, and the report has all."""
 
 
 class SampleError(ClipmillError):

@@ -66,11 +66,13 @@ class Guide:
         Raises:
             SettingError: a text that is longer than the context, and would be cut.
         """
-        for text in texts:
-            room, length = self._room(), count_tokens(self.model.tokenizer, text)
-            require(length <= room, "prompt", text, f"at most {room} tokens for {self.name}; it has {length}")
+        self.check_lengths(texts)
         tokens = self.model.tokenizer(list(texts)).to(self.device)
         return functional.normalize(self.model.encode_text(tokens).float(), dim=-1)
 
-    def _room(self) -> int:
-        return int(self.model.tokenizer([""]).shape[1])
+    def check_lengths(self, texts: Sequence[str]) -> None:
+        """Raises as :meth:`texts`; encodes nothing."""
+        room = int(self.model.tokenizer([""]).shape[1])
+        for text in texts:
+            length = count_tokens(self.model.tokenizer, text)
+            require(length <= room, "prompt", text, f"at most {room} tokens for {self.name}; it has {length}")

@@ -6,12 +6,14 @@ and an interrupted optimisation goes on as if it had not been. Losses of images 
 by itself, so images do not disturb each other.
 
 A loss or a gradient that is not finite sends the batch back to its last checkpoint. The images that had it go on from
-there with half the rate; the others repeat their steps.
+there with half the rate; the others repeat their steps. An image that has it more than five times has failed: it stays
+as it was at the checkpoint, and the others go on.
 """
 
 import copy
 import io
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +31,7 @@ from pipeline.generation.streams import Draw, generators
 logger = logging.getLogger(__name__)
 
 MOST_RETRIES = 5
+"""Of one image; the next loss that is not finite is its end."""
 
 
 class Picture(nn.Module, ABC):
@@ -107,9 +110,35 @@ class LoopProgress:
     step: int = 0
     scale: list[float] = field(default_factory=list)
     """Factor of each image's rate: halved after losses that are not finite, 0 once it has stopped."""
-    retries: int = 0
+    retries: list[int] = field(default_factory=list)
+    """How often each image went back because its loss was not finite."""
+    failed: list[bool] = field(default_factory=list)
+    """Whether each image was given up, after too many of them."""
+    ended: list[int | None] = field(default_factory=list)
+    """The last step of each image that has stopped before the others; none for all steps."""
+    seconds: float = 0.0
+    """Time of all steps, also before an interruption."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """For each evaluation: ``step``, and by name a list of N numbers."""
+
+    @classmethod
+    def of(cls, count: int) -> "LoopProgress":
+        """The progress of ``count`` images before the first step."""
+        return cls(scale=[1.0] * count, retries=[0] * count, failed=[False] * count, ended=[None] * count)
+
+    def steps(self, image: int) -> int:
+        """The steps that one image has taken."""
+        ended = self.ended[image]
+        return self.step if ended is None else ended
+
+    def numbers(self, image: int) -> list[dict[str, float]]:
+        """The entries of the history about one image, up to its last step."""
+        found = []
+        for entry in self.history:
+            if entry["step"] <= self.steps(image):
+                values = {name: float(some[image]) for name, some in entry.items() if name != "step"}
+                found.append({"step": float(entry["step"]), **values})
+        return found
 
 
 Watch = Callable[[LoopProgress, Tensor], None]
@@ -126,11 +155,14 @@ class Optimization:
         config: LoopConfig,
         seeds: Sequence[int],
         judge: Guide | None = None,
+        names: Sequence[str] = (),
     ) -> None:
+        """``names`` are those of the images in the log; none for their seeds."""
+        self.names = list(names) or [f"seed {seed}" for seed in seeds]
         self.picture, self.objective, self.config, self.seeds = picture, objective, config, list(seeds)
         self.optimizer = torch.optim.Adam(picture.parameter_groups())
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.progress = LoopProgress(scale=[1.0] * len(self.seeds))
+        self.progress = LoopProgress.of(len(self.seeds))
         self.judge = judge
         self.references = None if judge is None else objective.references(judge)
         for name, parameter in (*picture.named_parameters(), *picture.named_buffers()):
@@ -141,10 +173,8 @@ class Optimization:
 
         ``save`` gets the bytes of each checkpoint; ``watch`` the progress and the images float [N, 3, H, W] after each
         evaluation.
-
-        Raises:
-            DataError: losses that are not finite, again and again.
         """
+        began = time.monotonic() - self.progress.seconds
         kept = self._state()
         while self.progress.step < self.config.steps and any(self.progress.scale):
             broken = self.step()
@@ -158,9 +188,11 @@ class Optimization:
                 if watch is not None:
                     watch(self.progress, images)
             if step % self.config.checkpoint_every == 0 or last:
+                self.progress.seconds = time.monotonic() - began
                 kept = self._state()
                 if save is not None:
                     save(self.checkpoint())
+        self.progress.seconds = time.monotonic() - began
         return self.progress
 
     def step(self) -> list[int]:
@@ -224,20 +256,24 @@ class Optimization:
         for image in range(len(self.seeds)):
             last = [entry["loss"][image] for entry in history[-patience - 1 :]]
             changes = (abs(one - other) for one, other in zip(last, last[1:], strict=False))
-            if max(changes) <= self.config.least_change:
-                self.progress.scale[image] = 0.0
+            if self.progress.scale[image] and max(changes) <= self.config.least_change:
+                self.progress.scale[image], self.progress.ended[image] = 0.0, self.progress.step
 
     def _go_back(self, kept: dict[str, Any], broken: Sequence[int]) -> None:
-        """To the checkpoint ``kept``, which from now on has the smaller rates, too."""
-        seeds, step = [self.seeds[image] for image in broken], self.progress.step
-        kept["progress"]["retries"] += 1
-        if kept["progress"]["retries"] > MOST_RETRIES:
-            raise DataError(f"the loss of seeds {seeds} is not finite at step {step}, also with a smaller rate")
+        """To the checkpoint ``kept``, which from now on has the smaller rates and the failed images, too."""
+        at, progress = self.progress.step, LoopProgress(**kept["progress"])
         for image in broken:
-            kept["progress"]["scale"][image] /= 2
+            if progress.retries[image] == MOST_RETRIES:
+                progress.scale[image], progress.failed[image], progress.ended[image] = 0.0, True, progress.step
+                text = "the loss of %s is not finite at step %d, also with smaller rates: failed, stays at step %d"
+                logger.error(text, self.names[image], at, progress.step)
+            else:
+                progress.retries[image] += 1
+                progress.scale[image] /= 2
+                text = "the loss of %s is not finite at step %d: it goes on from step %d with half the rate"
+                logger.warning(text, self.names[image], at, progress.step)
+        kept["progress"] = vars(progress)
         self._restore(kept)
-        text = "the loss of seeds %s is not finite at step %d: they go on from step %d with half the rate"
-        logger.warning(text, seeds, step, self.progress.step)
 
     def _state(self) -> dict[str, Any]:
         state = {
@@ -269,6 +305,8 @@ class Optimization:
             state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
             if state["seeds"] != self.seeds:
                 raise ValueError(f"its seeds are {state['seeds']}")
+            if len(state["progress"]["failed"]) != len(self.seeds):
+                raise ValueError("it is of other images")
             self._restore(state)
         except (RuntimeError, ValueError, LookupError, TypeError, UnpicklingError, EOFError, OSError) as error:
             raise DataError(f"this is no checkpoint of these images ({str(error).strip()[:200]})") from error

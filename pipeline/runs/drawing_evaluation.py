@@ -2,7 +2,8 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from statistics import mean
@@ -21,12 +22,16 @@ from pipeline.evaluation.generated_images import class_in, r_precision, texts_be
 from pipeline.evaluation.zero_shot import classifier
 from pipeline.generation.guides import Guide
 from pipeline.generation.method import generation_class
-from pipeline.generation.prompts import parse_prompts
+from pipeline.generation.prompts import WeightedPrompt, parse_prompts
 from pipeline.generation.text_objective import reference
 from pipeline.loaders.images import image_at
+from pipeline.models.towers.weights import digest_of
 from pipeline.runs.drawing_report import SCORES
-from pipeline.runs.drawings import parse_drawing_spec
+from pipeline.runs.drawings import DrawingSpec, parse_drawing_spec
+from pipeline.shards.privacy import masked
 from pipeline.shards.storage import Folder
+
+logger = logging.getLogger(__name__)
 
 AT_ONCE = 64
 """Images that are encoded together."""
@@ -63,7 +68,9 @@ class JudgedImage:
     score: float | None
     """Cosine with its prompts; none for images of images."""
     texts_before: int | None
-    """Number of texts at least as close as its prompts; 0 is the first place."""
+    """Number of rivals at least as close as its prompts; 0 is the first place."""
+    texts: int | None
+    """Number of different texts among which its prompts should be first."""
     label: str | None
     """Its class."""
     predicted: str | None
@@ -72,7 +79,7 @@ class JudgedImage:
 
 
 def evaluate_drawings(folder: Folder, judge: Guide, texts: JudgingTexts, best_only: bool = False) -> list[JudgedImage]:
-    """Judge all images of ``scores.parquet`` in ``folder``, or the best seed of each method and subject.
+    """Judge the finished images of ``scores.parquet`` in ``folder``, or the best seed of each method and subject.
 
     Raises:
         SettingError: a folder without scores, a judge that guided an image, or a text that it would cut.
@@ -80,12 +87,10 @@ def evaluate_drawings(folder: Folder, judge: Guide, texts: JudgingTexts, best_on
     """
     rows = [row for row in read_scores(folder) if row["best"] or not best_only]
     specs = {text: parse_drawing_spec(text) for text in {row["method"] for row in rows}}
-    for spec in specs.values():
-        models = spec.build().models
-        require(judge.name not in models, "judge", judge.name, f"another CLIP than those of {spec.method}, {models}")
+    _check_held_out(judge, rows, specs)
     images = _features(folder, [row["png"] for row in rows], judge)
     of_text = [generation_class(specs[row["method"]].method).reads == "text" for row in rows]
-    scores, before = _compared(rows, of_text, images, judge, texts.distractors)
+    scores, before, count = _compared(rows, of_text, images, judge, texts.distractors)
     labels = [_label(row["subject"], text, texts) for row, text in zip(rows, of_text, strict=True)]
     predicted, ranks = _recognised(images, labels, judge, texts)
     return [
@@ -94,6 +99,7 @@ def evaluate_drawings(folder: Folder, judge: Guide, texts: JudgingTexts, best_on
             strokes=getattr(specs[row["method"]].config, "strokes", None),
             score=scores[number],
             texts_before=before[number],
+            texts=count if of_text[number] else None,
             label=labels[number],
             predicted=predicted[number],
             classes_before=ranks[number],
@@ -102,8 +108,21 @@ def evaluate_drawings(folder: Folder, judge: Guide, texts: JudgingTexts, best_on
     ]
 
 
+def _check_held_out(judge: Guide, rows: Sequence[Mapping[str, Any]], specs: Mapping[str, DrawingSpec]) -> None:
+    """That the judge guided no image, by addresses and by weights; rows of older jobs have no digests of weights."""
+    for spec in specs.values():
+        models = spec.build().models
+        require(judge.name not in models, "judge", judge.name, f"another CLIP than those of {spec.method}, {models}")
+    digest = digest_of(judge.model)
+    same = next((row["method"] for row in rows if digest in (row.get("guides") or ())), None)
+    if same is not None:
+        models = specs[same].build().models
+        allowed = f"another CLIP than those of {specs[same].method}, {models}: one has the same weights"
+        raise SettingError("judge", judge.name, allowed)
+
+
 def read_scores(folder: Folder) -> list[dict[str, Any]]:
-    """The rows of ``scores.parquet``; raises as :func:`evaluate_drawings`."""
+    """The rows of ``scores.parquet`` about images that have not failed; raises as :func:`evaluate_drawings`."""
     place = folder.join(SCORES)
     try:
         rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(folder.read_bytes(SCORES))).to_pylist()
@@ -114,7 +133,12 @@ def read_scores(folder: Folder) -> list[dict[str, Any]]:
     wanted = {"name", "method", "subject", "seed", "best", "png"}
     if not rows or not wanted <= rows[0].keys():
         raise DataError(f"{place} has no rows with {', '.join(sorted(wanted))}")
-    return rows
+    found = [row for row in rows if row.get("status") != "failed"]
+    if not found:
+        raise DataError(f"{place} has failed images only")
+    if len(found) < len(rows):
+        logger.warning("%d of %d images of %s failed and are left out", len(rows) - len(found), len(rows), place)
+    return found
 
 
 def read_labels(place: str) -> dict[str, str]:
@@ -144,20 +168,42 @@ def _features(folder: Folder, files: Sequence[str], judge: Guide) -> Tensor:
 
 def _compared(
     rows: Sequence[Mapping[str, Any]], of_text: Sequence[bool], images: Tensor, judge: Guide, distractors: Sequence[str]
-) -> tuple[list[float | None], list[int | None]]:
-    """For images of texts, the cosine with their prompts, and the number of texts that are at least as close."""
-    subjects = list(dict.fromkeys(row["subject"] for row, text in zip(rows, of_text, strict=True) if text))
-    if not subjects:
-        return [None] * len(rows), [None] * len(rows)
-    vectors = [torch.stack([reference(judge, parse_prompts(subject)) for subject in subjects])]
-    others = [text for text in dict.fromkeys(distractors) if text not in subjects]
-    vectors += [judge.texts(others)] if others else []
-    texts = torch.cat(vectors)
+) -> tuple[list[float | None], list[int | None], int]:
+    """For images of texts, the cosine with their prompts, and the number of rivals that are at least as close; and the
+    number of all texts. Prompts with the same vector are one text, and no rivals of each other."""
     some = [number for number, text in enumerate(of_text) if text]
-    own = torch.tensor([subjects.index(rows[number]["subject"]) for number in some], device=texts.device)
+    if not some:
+        return [None] * len(rows), [None] * len(rows), 0
+    prompts = {subject: parse_prompts(subject) for subject in dict.fromkeys(rows[number]["subject"] for number in some)}
+    vectors, places = dict[Wanted, Tensor](), dict[str, int]()
+    for subject, those in prompts.items():
+        vector = reference(judge, those)  # first, since it refuses texts that would be cut
+        wanted = _wanted(judge, those)
+        vectors.setdefault(wanted, vector)
+        places[subject] = list(vectors).index(wanted)
+    others = [text for text in dict.fromkeys(distractors) if text not in prompts]
+    for text, vector in zip(others, judge.texts(others) if others else (), strict=True):
+        vectors.setdefault(_wanted(judge, [WeightedPrompt(text)]), vector)
+    texts = torch.stack(list(vectors.values()))
+    own = torch.tensor([places[rows[number]["subject"]] for number in some], device=texts.device)
     cosines = (images[some] * texts[own]).sum(1).tolist()
-    places = texts_before(images[some], texts, own).tolist()
-    return _filled(len(rows), some, cosines), _filled(len(rows), some, places)
+    before = texts_before(images[some], texts, own).tolist()
+    return _filled(len(rows), some, cosines), _filled(len(rows), some, before), len(texts)
+
+
+Wanted = frozenset[tuple[Hashable, float]]
+"""Texts, as the judge reads them, or images, each with its part of the positive weights."""
+
+
+def _wanted(judge: Guide, prompts: Sequence[WeightedPrompt]) -> Wanted:
+    """The positive prompts up to a common factor: equal ones have equal references."""
+    weights: dict[Hashable, float] = {}
+    for one in prompts:
+        if one.weight > 0:
+            read = one.image or tuple(judge.model.tokenizer([one.text])[0].tolist())
+            weights[read] = weights.get(read, 0.0) + one.weight
+    total = sum(weights.values())
+    return frozenset((read, round(weight / total, 9)) for read, weight in weights.items())
 
 
 def _label(subject: str, is_text: bool, texts: JudgingTexts) -> str | None:
@@ -215,12 +261,11 @@ def evaluation_table(judged: Sequence[JudgedImage], texts: JudgingTexts) -> str:
     names = ("score", "r_precision", "top1", "top5")
     lines = ["| method | strokes | images | score | R-precision | top-1 | top-5 |", "| --- " * 7 + "|"]
     for method, numbers in summaries(judged).items():
-        cells = [method, str(strokes[method] or "-"), f"{numbers['images']:.0f}"]
+        cells = [masked(method), str(strokes[method] or "-"), f"{numbers['images']:.0f}"]
         cells += [f"{numbers[name]:.3f}" if name in numbers else "-" for name in names]
         lines.append(f"| {' | '.join(cells)} |")
-    prompts = {one.subject for one in judged if one.score is not None}
-    count = len(prompts | set(texts.distractors))
-    lines += ["", f"R-precision among {count} texts, by chance {1 / count:.3f}."] if prompts else []
+    count = next((one.texts for one in judged if one.texts), 0)
+    lines += ["", f"R-precision among {count} texts, by chance {1 / count:.3f}."] if count else []
     if any(one.label for one in judged):
         chance, without = 1 / len(texts.classes), sum(one.label is None for one in judged)
         lines += ["", f"Recognition among {len(texts.classes)} classes, by chance {chance:.3f}; {without} unlabelled."]
@@ -228,10 +273,10 @@ def evaluation_table(judged: Sequence[JudgedImage], texts: JudgingTexts) -> str:
 
 
 def judged_parquet(judged: Sequence[JudgedImage]) -> bytes:
-    """A row for each image with the fields of :class:`JudgedImage`."""
+    """A row for each image with the fields of :class:`JudgedImage`; secrets in addresses are masked."""
     types: dict[str, pa.DataType] = {"strokes": pa.int64(), "seed": pa.int64(), "score": pa.float64()}
-    types |= dict.fromkeys(("texts_before", "classes_before"), pa.int64())
-    rows = [asdict(one) for one in judged]
+    types |= dict.fromkeys(("texts_before", "texts", "classes_before"), pa.int64())
+    rows = [{**asdict(one), "method": masked(one.method), "subject": masked(one.subject)} for one in judged]
     schema = pa.schema({name: types.get(name, pa.string()) for name in rows[0]})
     content = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), content)

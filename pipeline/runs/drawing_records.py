@@ -2,13 +2,21 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.runs.child_runs import ChildRuns
-from pipeline.runs.drawing_report import SCORES, drawings_table, gallery, metric_name, scores_parquet
+from pipeline.runs.drawing_report import (
+    SCORES,
+    drawings_table,
+    finished,
+    gallery,
+    metric_name,
+    scores_parquet,
+)
 from pipeline.runs.drawing_sheet import sheet
 from pipeline.runs.drawings import IMAGES, DrawingResult
 from pipeline.shards.privacy import masked
@@ -31,14 +39,18 @@ class DrawingRecord(ChildRuns):
     """The MLflow runs of one job, and the files about all its images."""
 
     def add(self, result: DrawingResult) -> None:
-        """Create a child run for ``result``, unless it exists: curves, images of chosen steps, SVG and film."""
+        """Create a child run for ``result``, unless it exists: curves, images of chosen steps, SVG and film.
+
+        The run of a failed image has MLflow's status FAILED.
+        """
         unit, key = result.unit, f"{result.unit.name} {result.settings}"
-        parameters = DrawingParameters(method=unit.method, subject=masked(unit.subject), seed=unit.seed)
+        parameters = DrawingParameters(method=masked(unit.method), subject=masked(unit.subject), seed=unit.seed)
         run = self._child(key, unit.name, parameters)
         if run is None:
             return
         images = self._folder.folder(IMAGES)
-        with run as child:
+        with ExitStack() as after_an_error:
+            child = after_an_error.enter_context(run)
             for entry in result.history:
                 numbers = {f"drawing/{name}": value for name, value in entry.items() if name != "step"}
                 child.log(numbers, int(entry["step"]))
@@ -46,6 +58,8 @@ class DrawingRecord(ChildRuns):
             for file in result.files:
                 folder = "steps" if "-step-" in file else "image"
                 child.log_file(f"{folder}/{file}", images.read_bytes(file))
+            after_an_error.pop_all()
+        run.finish("FAILED" if result.status == "failed" else "FINISHED")
         self._remember(key, run.run_id)
 
     def conclude(
@@ -66,6 +80,7 @@ class DrawingRecord(ChildRuns):
         self._parent.log_file(SHEET, overview)
         logger.info("all images on one page: %s", self._folder.join(GALLERY))
         for method in dict.fromkeys(one.unit.method for one in results):
-            some = [one.judge for one in results if one.unit.method == method]
-            self._parent.log({f"drawing/{metric_name(method)}/judge": sum(some) / len(some)}, 0)
+            some = [one.judge for one in finished(results) if one.unit.method == method]
+            if some:
+                self._parent.log({f"drawing/{metric_name(method)}/judge": sum(some) / len(some)}, 0)
         return table

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.runs.drawings import IMAGES, DrawingResult
+from pipeline.shards.privacy import masked
 from pipeline.stages.report.dataset_report import plain
 
 SCORES = "scores.parquet"
@@ -22,6 +23,8 @@ TYPES: dict[str, pa.DataType] = {
     **dict.fromkeys(("loss", "judge"), pa.float64()),
     **dict.fromkeys(("steps", "retries"), pa.int64()),
     "seconds": pa.float64(),
+    "status": pa.string(),
+    "guides": pa.list_(pa.string()),
     **dict.fromkeys(("png", "svg", "film"), pa.string()),
 }
 FILMS = (".gif", ".mp4")
@@ -51,11 +54,17 @@ a { color: inherit; }
 
 
 def best_names(results: Sequence[DrawingResult]) -> set[str]:
-    """For each method and subject the image with the lowest loss without augmentation, as CLIPasso chooses it."""
+    """For each method and subject the image with the lowest loss without augmentation, as CLIPasso chooses it; never a
+    failed one."""
     groups: dict[tuple[str, str], list[DrawingResult]] = {}
-    for result in results:
+    for result in finished(results):
         groups.setdefault((result.unit.method, result.unit.subject), []).append(result)
     return {min(some, key=lambda one: (one.loss != one.loss, one.loss)).unit.name for some in groups.values()}
+
+
+def finished(results: Sequence[DrawingResult]) -> list[DrawingResult]:
+    """Those that have not failed."""
+    return [one for one in results if one.status == "finished"]
 
 
 def scores_parquet(results: Sequence[DrawingResult]) -> bytes:
@@ -65,7 +74,8 @@ def scores_parquet(results: Sequence[DrawingResult]) -> bytes:
         unit = one.unit
         row = {"name": unit.name, "method": unit.method, "subject": unit.subject, "seed": unit.seed}
         row |= {"best": unit.name in best, "loss": one.loss, "judge": one.judge, "steps": one.steps}
-        row |= {"retries": one.retries, "seconds": one.seconds, **_files(one)}
+        row |= {"retries": one.retries, "seconds": one.seconds, "status": one.status}
+        row |= {"guides": sorted(set(one.guides.values())), **_files(one)}
         rows.append(row)
     content = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(TYPES)), content)
@@ -82,21 +92,25 @@ def _files(result: DrawingResult) -> dict[str, str | None]:
 
 
 def metric_name(method: str) -> str:
-    """A method with its options as a part of a metric's name, of which MLflow takes 250 characters."""
-    name = "".join(letter if letter.isalnum() or letter in "_-." else "_" for letter in method)
+    """A method with its options, secrets masked, as a part of a metric's name, of which MLflow takes 250 characters."""
+    name = "".join(letter if letter.isalnum() or letter in "_-." else "_" for letter in masked(method))
     digest = hashlib.sha256(method.encode()).hexdigest()[:10]
     return name if len(name) <= LONGEST_METRIC else f"{name[: LONGEST_METRIC - 11]}-{digest}"
 
 
 def drawings_table(results: Sequence[DrawingResult]) -> str:
-    """Markdown: the judge's mean over subjects and seeds of each method, and of the best seeds."""
+    """Markdown: the judge's mean over subjects and seeds of each method, and of the best seeds, without failed images;
+    and their number."""
     best = best_names(results)
-    lines = ["| method | images | judge, mean | judge, best seeds | seconds each |", "| --- | --- | --- | --- | --- |"]
+    names = ("method", "images", "judge, mean", "judge, best seeds", "seconds each", "failed")
+    lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
     for method in dict.fromkeys(one.unit.method for one in results):
-        some = [one for one in results if one.unit.method == method]
-        chosen = mean(one.judge for one in some if one.unit.name in best)
-        numbers = f"{mean(one.judge for one in some):.3f} | {chosen:.3f} | {mean(one.seconds for one in some):.1f}"
-        lines.append(f"| {method} | {len(some)} | {numbers} |")
+        every = [one for one in results if one.unit.method == method]
+        some = finished(every)
+        scores = [one.judge for one in some], [one.judge for one in some if one.unit.name in best]
+        means = " | ".join(f"{mean(one):.3f}" if one else "-" for one in scores)
+        seconds = mean(one.seconds for one in every)
+        lines.append(f"| {masked(method)} | {len(every)} | {means} | {seconds:.1f} | {len(every) - len(some)} |")
     return "\n".join(lines)
 
 
@@ -134,7 +148,10 @@ def _figure(result: DrawingResult, is_best: bool) -> str:
     )
     links = [f'<a href="{quote(path)}">{kind}</a>' for kind, path in files.items() if path]
     words = f"{_text(unit.method)}, seed {unit.seed}{' (best)' if is_best else ''}<br>"
-    words += f"judge {result.judge:.3f}, loss {result.loss:.4g}, {result.steps} steps<br>{' · '.join(links)}"
+    if result.status == "failed":
+        words += f"failed: not finite after {result.steps} steps<br>{' · '.join(links)}"
+    else:
+        words += f"judge {result.judge:.3f}, loss {result.loss:.4g}, {result.steps} steps<br>{' · '.join(links)}"
     return (
         f'<figure{" class=best" if is_best else ""}>{shown}<div class="steps">{steps}</div>'
         f"<figcaption>{words}</figcaption></figure>\n"
@@ -146,4 +163,5 @@ def _step(file: str) -> int:
 
 
 def _text(text: str, longest: int = 120) -> str:
-    return html.escape(plain(text, longest), quote=True)
+    """For HTML, with secrets masked."""
+    return html.escape(plain(masked(text), longest), quote=True)

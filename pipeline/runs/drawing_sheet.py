@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pipeline.loaders.sample_figures import FONT, wrapped
 from pipeline.runs.drawing_report import best_names
 from pipeline.runs.drawings import IMAGES, DrawingResult
+from pipeline.shards.privacy import masked
 from pipeline.shards.storage import Folder
 
 MOST_COLUMNS, MOST_ROWS = 12, 10
@@ -73,7 +74,7 @@ def _fitted(image: Image.Image) -> Image.Image:
 
 
 def _write(pen: ImageDraw.ImageDraw, text: str, at: tuple[int, int]) -> None:
-    pen.multiline_text(at, wrapped(text, LETTERS, LINES), fill="black", font=_font(), spacing=2)
+    pen.multiline_text(at, wrapped(masked(text), LETTERS, LINES), fill="black", font=_font(), spacing=2)
 
 
 @cache

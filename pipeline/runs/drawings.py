@@ -10,12 +10,12 @@ import io
 import json
 import logging
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property, partial
 from itertools import product
-from typing import Any
+from math import nan
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.config import from_plain, near, parse_json, require, to_json
-from pipeline.errors import DataError, SettingError, unreadable
+from pipeline.errors import DataError, ImagesFailed, SettingError, unreadable
 from pipeline.evaluation.image_codes import load_image_codes
 from pipeline.evaluation.models import load_model
 from pipeline.generation.guides import Guide
@@ -39,6 +39,7 @@ from pipeline.generation.prompts import parse_prompts
 from pipeline.generation.views import as_float
 from pipeline.models.towers.image_codes import ImageCodes
 from pipeline.models.towers.weights import digest_of
+from pipeline.runs.drawing_checks import check_subject
 from pipeline.runs.films import Film, FilmKind
 from pipeline.shards.privacy import masked
 from pipeline.shards.storage import Folder, split_file
@@ -48,6 +49,9 @@ from pipeline.stages.shard_tasks import Workers, run_tasks
 logger = logging.getLogger(__name__)
 
 IMAGES, RESULTS, CHECKPOINTS = "images", "results", "checkpoints"
+STEPS = re.compile(r"loop\.steps=")
+MOST_NAMES = 5
+"""Failed images that an error names."""
 
 
 @dataclass(frozen=True)
@@ -113,19 +117,24 @@ class DrawingResult:
     settings: str
     steps: int
     loss: float
-    """Without augmentation."""
+    """Without augmentation; not a number if the image failed before its first evaluation, like ``judge``."""
     judge: float
     """Cosine with its prompts, or its image, of the CLIP that gave no gradients."""
     retries: int
-    """How often the task went back because a loss was not finite."""
+    """How often the image went back because its loss was not finite."""
     seconds: float
+    """Of the steps of its batch, from the first to the last, divided by the images of the batch."""
     history: tuple[Mapping[str, float], ...]
     files: tuple[str, ...]
     """Below ``images``: PNG, SVG, film, and images of some steps."""
+    status: Literal["finished", "failed"] = "finished"
+    """Failed: its loss was not finite again and again, and it stays as it was before."""
+    guides: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the CLIPs that guided, by address; older results have none."""
 
 
 def parse_drawing_spec(text: str, steps: int | None = None) -> DrawingSpec:
-    """Parse a method with its overrides; ``steps`` replaces the length of its loop.
+    """Parse a method with its overrides; ``steps`` replaces the length of its loop, also in its text.
 
     Raises:
         SettingError: an unknown method or option, or an invalid value.
@@ -133,7 +142,8 @@ def parse_drawing_spec(text: str, steps: int | None = None) -> DrawingSpec:
     method, _, settings = text.partition(":")
     kind = generation_config(method)
     plain = json.loads(to_json(kind()))
-    for part in filter(None, re.split(r",(?=[\w.]+=)", settings)):
+    parts = list(filter(None, re.split(r",(?=[\w.]+=)", settings)))
+    for part in parts:
         name, given, value = part.partition("=")
         *parents, last = name.split(".")
         owner = plain
@@ -147,6 +157,7 @@ def parse_drawing_spec(text: str, steps: int | None = None) -> DrawingSpec:
             raise SettingError(text, part, f"{name}= and a value of YAML") from error
     if steps is not None:
         plain["loop"]["steps"] = steps
+        text = f"{method}:{','.join([*(part for part in parts if not STEPS.match(part)), f'loop.steps={steps}'])}"
     return DrawingSpec(text, method, from_plain(kind, plain, text))
 
 
@@ -199,18 +210,30 @@ class DrawingRunner:
     """SHA-256 of the models and files at their addresses, see :meth:`with_contents`."""
 
     def check(self, units: Sequence[DrawingUnit], device: str) -> None:
-        """Start one image of each method and subject on ``device``, before anything is drawn.
+        """Start one image of each method on ``device``, and check all its subjects, before anything is drawn.
+
+        Units that are finished need no check.
 
         Raises:
             SettingError: a model, an option or a subject that does not fit; the field begins with the method.
         """
-        here = replace(self, device=device)
-        for unit in {(one.method, one.subject): one for one in units}.values():
+        here, started, readable = replace(self, device=device), set[str](), set[str]()
+        unfinished = {(one.method, one.subject): one for one in units if self.finished(one) is None}
+        for unit in unfinished.values():
             try:
-                here._start([unit])
+                here._check_subject(unit, readable)
+                if unit.method not in started:
+                    here._start([unit])
+                    started.add(unit.method)
             except SettingError as error:
                 is_image = self.subjects[unit.subject].pixels is not None
-                raise error.within(f"{unit.method}: {f'{unit.subject}: ' if is_image else ''}") from error
+                raise error.within(masked(f"{unit.method}: {f'{unit.subject}: ' if is_image else ''}")) from error
+
+    def _check_subject(self, unit: DrawingUnit, readable: set[str]) -> None:
+        method = self.specs[unit.method].build()
+        guides = [load_guide(name, self.device) for name in method.models]
+        judge, subject = load_guide(self.judge, self.device), self.subjects[unit.subject].read()
+        check_subject(method, subject, guides, judge, readable)
 
     def with_contents(self, units: Sequence[DrawingUnit], device: str) -> "DrawingRunner":
         """The same runner, for which an image is unfinished if a model or a file that it depends on has changed.
@@ -242,7 +265,15 @@ class DrawingRunner:
         except (FileNotFoundError, ValueError):
             return None
         whole = result.settings == self.settings(unit) and Folder(self.output).folder(IMAGES).exists(f"{unit.name}.png")
-        return result if whole else None
+        if not whole:
+            return None
+        # Equal settings mean equal guides, which results of older versions do not have.
+        return result if result.guides else replace(result, guides=self._guides(unit))
+
+    def _guides(self, unit: DrawingUnit) -> dict[str, str]:
+        """SHA-256 of the CLIPs that guide, by address, as far as they are known."""
+        models = self.specs[unit.method].build().models
+        return {model: self.contents[model] for model in models if model in self.contents}
 
     def settings(self, unit: DrawingUnit) -> str:
         """SHA-256 of all that determines the image and its files."""
@@ -261,10 +292,11 @@ class DrawingRunner:
         seeds = [unit.seed for unit in units]
         subjects = [self.subjects[unit.subject].read() for unit in units]
         picture, objective = method.start(subjects, seeds, guides, codes)
-        return Optimization(picture, objective, method.loop, seeds, load_guide(self.judge, self.device))
+        judge, names = load_guide(self.judge, self.device), [unit.name for unit in units]
+        return Optimization(picture, objective, method.loop, seeds, judge, names)
 
     def _make(self, units: Sequence[DrawingUnit]) -> None:
-        began, folder = time.monotonic(), Folder(self.output)
+        folder = Folder(self.output)
         run, film = self._start(units), Film(self.frames, self.shown)
         key = hashlib.sha256("\n".join(self.settings(unit) for unit in units).encode()).hexdigest()[:24]
         kept, who = folder.folder(CHECKPOINTS), units[0].name + (f" and {len(units) - 1} more" if units[1:] else "")
@@ -272,7 +304,8 @@ class DrawingRunner:
         if _resume(run, film, kept, loop, shots):
             logger.info("%s: goes on from step %d", who, run.progress.step)
         else:
-            film.add(0, run.images())
+            if 0 in film.steps(run.config.steps, run.config.evaluate_every):
+                film.add(0, run.images())
 
         def save(content: bytes) -> None:
             kept.write_atomic(shots, film.content())
@@ -286,7 +319,7 @@ class DrawingRunner:
         run.run(save, watch)
         if film.last != run.progress.step:
             film.add(run.progress.step, run.images())
-        drawings, seconds = run.picture.drawings(), (time.monotonic() - began) / len(units)
+        drawings, seconds = run.picture.drawings(), run.progress.seconds / len(units)
         for number, unit in enumerate(units):
             self._write(unit, number, run, film, drawings[number] if drawings else "", seconds)
         kept.delete(loop)
@@ -297,26 +330,30 @@ class DrawingRunner:
     ) -> None:
         folder, name = Folder(self.output), unit.name
         images, files = folder.folder(IMAGES), dict[str, bytes]()
+        progress, end = run.progress, run.progress.steps(number)
         files[f"{name}.png"] = png_of(film.frames[-1][number])
         if drawing:
             files[f"{name}.svg"] = drawing.encode()
         if self.film != "none":
-            files[f"{name}.{self.film}"] = film.encoded(number, self.film)
-        for step, frame in film.chosen(number):
+            files[f"{name}.{self.film}"] = film.encoded(number, end, self.film)
+        for step, frame in film.chosen(number, end):
             files[f"{name}-step-{step:06d}.png"] = png_of(frame)
         for file, content in files.items():
             images.write_atomic(file, content)
-        history = tuple(_entry(entry, number) for entry in run.progress.history)
+        history = tuple(progress.numbers(number))
+        last = history[-1] if history else {"loss": nan, "judge": nan}
         result = DrawingResult(
             unit=unit,
             settings=self.settings(unit),
-            steps=run.progress.step,
-            loss=history[-1]["loss"],
-            judge=history[-1]["judge"],
-            retries=run.progress.retries,
+            steps=end,
+            loss=last["loss"],
+            judge=last["judge"],
+            retries=progress.retries[number],
             seconds=seconds,
             history=history,
             files=tuple(files),
+            status="failed" if progress.failed[number] else "finished",
+            guides=self._guides(unit),
         )
         folder.folder(RESULTS).write_atomic(f"{name}.json", json.dumps(asdict(result), indent=1).encode())
 
@@ -346,11 +383,6 @@ def _digest(place: str) -> str:
         return folder.digest(name)
     except (OSError, ValueError) as error:
         raise unreadable("image", place, "an image", error) from error
-
-
-def _entry(entry: Mapping[str, Any], number: int) -> dict[str, float]:
-    values = {name: float(values[number]) for name, values in entry.items() if name != "step"}
-    return {"step": float(entry["step"]), **values}
 
 
 def png_of(pixels: NDArray[np.uint8]) -> bytes:
@@ -383,10 +415,21 @@ def run_drawings(
                 file = f"{runner.output}/{RESULTS}/{unit.name}.json"
                 raise DataError(f"{file} is missing, or was written by another run in the same folder")
             results[unit.name] = result
-            logger.info("%d of %d images: %s, judge %.3f", len(results), len(units), unit.name, result.judge)
+            outcome = "failed" if result.status == "failed" else f"judge {result.judge:.3f}"
+            logger.info("%d of %d images: %s, %s", len(results), len(units), unit.name, outcome)
             if done is not None:
                 done(result)
     return [results[unit.name] for unit in units]
+
+
+def refuse_failed(results: Sequence[DrawingResult]) -> None:
+    """Raises ``ImagesFailed`` if there are failed images; the others are finished."""
+    failed = [one.unit.name for one in results if one.status == "failed"]
+    if failed:
+        more = f" and {len(failed) - MOST_NAMES} more" if failed[MOST_NAMES:] else ""
+        count = f"{len(failed)} of {len(results)} images failed"
+        why = "losses are not finite, also with smaller rates"
+        raise ImagesFailed(f"{count} ({why}), the others are finished: {', '.join(failed[:MOST_NAMES])}{more}")
 
 
 def _batches(runner: DrawingRunner, units: Sequence[DrawingUnit], together: int) -> Iterator[tuple[DrawingUnit, ...]]:

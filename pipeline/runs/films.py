@@ -28,12 +28,14 @@ class Film:
 
     @property
     def last(self) -> int:
-        """The last step that is in it."""
-        return self.numbers[-1]
+        """The last step that is in it; -1 for none."""
+        return self.numbers[-1] if self.numbers else -1
 
     def steps(self, steps: int, every: int) -> set[int]:
-        """The steps with a frame: multiples of ``every``, about ``most``, and the last one."""
-        times = max(1, -(-steps // (every * max(self.most - 1, 1))))
+        """The steps with a frame, ``most`` or fewer: multiples of ``every``, and the last one."""
+        if self.most == 1:
+            return {steps}
+        times = max(1, -(-steps // (every * (self.most - 1))))
         return {*range(0, steps, every * times), steps}
 
     def add(self, step: int, images: Tensor) -> None:
@@ -47,7 +49,8 @@ class Film:
     def content(self) -> bytes:
         """All frames as bytes of numpy."""
         stream = io.BytesIO()
-        np.savez_compressed(stream, numbers=np.array(self.numbers), frames=np.stack(self.frames))
+        frames = np.stack(self.frames) if self.frames else np.empty(0, np.uint8)
+        np.savez_compressed(stream, numbers=np.array(self.numbers, np.int64), frames=frames)
         return stream.getvalue()
 
     def read(self, content: bytes, step: int) -> None:
@@ -60,14 +63,19 @@ class Film:
         kept = [place for place, number in enumerate(numbers) if number <= step]
         self.numbers, self.frames = [numbers[place] for place in kept], [frames[place] for place in kept]
 
-    def chosen(self, image: int) -> list[tuple[int, Frame]]:
-        """About ``shown`` frames of one image, evenly over the film, with their steps; the last one is among them."""
-        places = np.unique(np.linspace(len(self.numbers) - 1, 0, self.shown).round().astype(int))
-        return [(self.numbers[place], self.frames[place][image]) for place in places]
+    def frames_of(self, image: int, end: int) -> list[tuple[int, Frame]]:
+        """The frames of one image with their steps; ``end`` is its last step, after which it has not changed."""
+        before = [place for place, number in enumerate(self.numbers) if number < end]
+        return [*((self.numbers[place], self.frames[place][image]) for place in before), (end, self.frames[-1][image])]
 
-    def encoded(self, image: int, kind: FilmKind) -> bytes:
-        """The film of one image; its last frame stays for two seconds."""
-        frames = [frame[image] for frame in self.frames]
+    def chosen(self, image: int, end: int) -> list[tuple[int, Frame]]:
+        """About ``shown`` of :meth:`frames_of`, evenly over the film; the last one is among them."""
+        frames = self.frames_of(image, end)
+        return [frames[place] for place in np.unique(np.linspace(len(frames) - 1, 0, self.shown).round().astype(int))]
+
+    def encoded(self, image: int, end: int, kind: FilmKind) -> bytes:
+        """The film of :meth:`frames_of`; its last frame stays for two seconds."""
+        frames = [frame for _, frame in self.frames_of(image, end)]
         return _gif(frames) if kind == "gif" else _mp4(frames)
 
 

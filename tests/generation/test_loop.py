@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import DataError, SettingError
 from pipeline.generation.guides import Guide
-from pipeline.generation.loop import LoopConfig, Optimization, Picture
+from pipeline.generation.loop import MOST_RETRIES, LoopConfig, Optimization, Picture
 from pipeline.generation.prompts import parse_prompts
 from pipeline.generation.similarity import spherical_distance
 from pipeline.generation.streams import Draw, generators, uniform
@@ -134,9 +134,11 @@ def test_a_resumed_optimization_has_the_same_bits() -> None:
     again = optimization(TEXTS, SEEDS, checkpoint_every=7)
     again.resume(kept[0])
     assert again.progress.step == 7
+    taken = again.progress.seconds = again.progress.seconds + 100
     again.run()
     assert torch.equal(again.picture.render(), whole.picture.render())
     assert again.progress.history == whole.progress.history
+    assert 0 < whole.progress.seconds < 100 < taken < again.progress.seconds < taken + 100
 
 
 def test_checkpoints_of_other_images_or_none_are_refused() -> None:
@@ -175,15 +177,74 @@ def test_a_loss_that_is_not_finite_repeats_with_half_the_rate_and_leaves_others_
     broken.picture.__class__ = Breaking
     with caplog.at_level(logging.WARNING):
         broken.run()
-    assert "seeds [5] is not finite at step 8: they go on from step 5 with half the rate" in caplog.text
-    assert broken.progress.scale == [1, 0.5, 1] and broken.progress.retries == 1
+    assert "the loss of seed 5 is not finite at step 8: it goes on from step 5 with half the rate" in caplog.text
+    assert broken.progress.scale == [1, 0.5, 1] and broken.progress.retries == [0, 1, 0]
     ours, theirs = broken.picture.render(), healthy.picture.render()
     assert torch.equal(ours[[0, 2]], theirs[[0, 2]]) and not torch.equal(ours[1], theirs[1])
-    hopeless = optimization(TEXTS, SEEDS)
-    hopeless.picture.__class__ = Breaking
-    hopeless.picture.times = 100  # type: ignore[assignment]
-    with pytest.raises(DataError, match=r"seeds \[5\] is not finite"):
-        hopeless.run()
+
+
+def test_a_hopeless_image_fails_and_leaves_the_others_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """It stays as it was at the last checkpoint before its first loss that is not finite."""
+    healthy = optimization(TEXTS, SEEDS, colour_guide(), checkpoint_every=5, evaluate_every=2)
+    frames: dict[int, Tensor] = {}
+    healthy.run(save=lambda _: frames.update({healthy.progress.step: healthy.images().clone()}))
+    run = optimization(TEXTS, SEEDS, colour_guide(), checkpoint_every=5, evaluate_every=2)
+    run.names = ["one", "two", "three"]
+    run.picture.__class__ = Breaking
+    run.picture.times = 100  # type: ignore[assignment]
+    progress = run.run()
+    assert "the loss of two is not finite at step 5, also with smaller rates: failed, stays at step 5" in caplog.text
+    assert progress.step == 20 and progress.failed == [False, True, False]
+    assert progress.retries == [0, MOST_RETRIES, 0] and progress.scale == [1, 0, 1]
+    ours, theirs = run.images(), healthy.images()
+    assert torch.equal(ours[[0, 2]], theirs[[0, 2]]) and torch.equal(ours[1], frames[5][1])
+    assert progress.numbers(0) == healthy.progress.numbers(0)
+    assert progress.steps(1) == 5 and progress.numbers(1) == healthy.progress.numbers(1)[:2]
+    again = optimization(TEXTS, SEEDS, colour_guide())
+    again.resume(run.checkpoint())
+    assert again.progress.failed == [False, True, False]
+
+
+class Unlucky(Pixels):
+    """Each image has two losses that are not finite, in steps of its own."""
+
+    def render(self) -> Tensor:
+        bad = torch.zeros_like(image := super().render())
+        if torch.is_grad_enabled():
+            for number in range(len(image)):
+                if self.step >= 6 * number and self.seen[number] < 2:
+                    self.seen[number] += 1
+                    bad[number] = torch.nan
+                    break
+        return image + bad
+
+    def after_step(self) -> None:
+        super().after_step()
+        self.step += 1
+
+
+def test_retries_are_those_of_each_image() -> None:
+    """Six of a batch, more than one image may have."""
+    run = optimization(TEXTS, SEEDS, checkpoint_every=5)
+    run.picture.__class__ = Unlucky
+    run.picture.step, run.picture.seen = 0, [0, 0, 0]  # type: ignore[assignment]
+    progress = run.run()
+    assert progress.step == 20 and progress.retries == [2, 2, 2] and not any(progress.failed)
+    assert progress.scale == [0.25] * 3
+
+
+def test_a_batch_of_failed_images_ends() -> None:
+    run = optimization(["red", "blue"], [1, 2], steps=9)
+    run.picture.__class__ = Hopeless
+    progress = run.run()
+    assert progress.failed == [True, True] and progress.step == 0 and progress.numbers(1) == []
+
+
+class Hopeless(Pixels):
+    """No loss is finite."""
+
+    def render(self) -> Tensor:
+        return super().render() * torch.nan
 
 
 def test_a_stopped_image_cannot_break_the_others() -> None:
@@ -194,7 +255,7 @@ def test_a_stopped_image_cannot_break_the_others() -> None:
     for run in runs:
         run.progress.scale = [1, 0, 1]
         run.run()
-        assert run.progress.step == 20 and run.progress.retries == 0
+        assert run.progress.step == 20 and run.progress.retries == [0, 0, 0]
     assert torch.equal(runs[0].picture.pixels, runs[1].picture.pixels)  # type: ignore[arg-type]
 
 
@@ -204,6 +265,8 @@ def test_an_image_that_does_not_change_stops_and_others_go_on() -> None:
     first = run.picture.render().detach().clone()
     run.run()
     assert run.progress.scale == [0, 1] and run.progress.step == 40
+    assert [run.progress.steps(image) for image in (0, 1)] == [6, 40]
+    assert [entry["step"] for entry in run.progress.numbers(0)] == [2, 4, 6] and len(run.progress.numbers(1)) == 20
     assert torch.equal(run.picture.render()[0], first[0]) and not torch.equal(run.picture.render()[1], first[1])
     alone = optimization(["red:1:9"], [1], steps=40, evaluate_every=2, patience=2)
     assert alone.run().step == 6

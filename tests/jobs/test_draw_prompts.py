@@ -6,12 +6,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from mlflow import MlflowClient
 from PIL import Image
+from torch import Tensor
 
+from pipeline.generation.text_objective import TextObjective
 from tests.conftest import ROOT, RayCluster
 from tests.jobs.conftest import Type
 
@@ -64,6 +68,10 @@ def test_smoke_draws_and_records_children_and_goes_on(
         (["clipasso", "--images", "drawn://val/0/0", "--judge", "RN101-quickgelu:openai"], "judge: "),
         (["clipdraw", "--prompts", "red", "--per-gpu", "0"], "--per-gpu: got 0"),
         (["clipdraw", "--prompts", "red", "--steps", "0"], "steps: got 0"),
+        (
+            ["clipdraw", "--prompts", "red", "--steps", "9", "--methods", "clipdraw", "clipdraw:loop.steps=3"],
+            "more than loop.steps",
+        ),
         (["clipdraw", "--prompts", "red " * 90, "--methods", TINY, *JUDGE], "at most 77 tokens"),
         (["clipdraw", "--prompts", "red", "--methods", TINY, "--judge", "none:untrained"], "architecture: "),
         (["clipdraw", "--prompts", "red", "--methods", TINY, *JUDGE, "--device", "cuda"], "device: got 'cuda'"),
@@ -77,6 +85,25 @@ def test_wrong_options_are_one_sentence(
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert sentence in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_image_is_an_exit_code_after_all_others(
+    job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = TextObjective.losses
+
+    def poisoned(self: TextObjective, images: Tensor, random: Any) -> dict[str, Tensor]:
+        bad = torch.tensor([some[0].text == "a disc" for some in self.prompts])
+        return {name: loss.masked_fill(bad, torch.nan) for name, loss in losses(self, images, random).items()}
+
+    monkeypatch.setattr(TextObjective, "losses", poisoned)
+    typed = ("clipdraw", "--methods", TINY, "--prompts", "a disc", "a star", *JUDGE, "--film", "none")
+    assert job("draw_prompts", *typed, "--processes-count", "0", "--no-track", "--output-folder", "out") == 1
+    said = capsys.readouterr()
+    assert "error: 1 of 2 images failed" in said.err.splitlines()[-1] and "-a-disc-" in said.err.splitlines()[-1]
+    assert said.out.splitlines()[-1].endswith("| 1 |") and (tmp_path / "out/gallery.html").is_file()
+    rows = pq.read_table(tmp_path / "out/scores.parquet").to_pylist()
+    assert [row["status"] for row in rows] == ["failed", "finished"]
 
 
 def typed(folder: Path, *more: str) -> list[str]:

@@ -1,15 +1,18 @@
 """Evaluation of drawn images by a toy judge that sees the mean colour: hand-made images, counted by hand."""
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from torch import nn
 
 from pipeline.errors import DataError, SettingError
 from pipeline.generation.guides import Guide
+from pipeline.models.towers.weights import digest_of
 from pipeline.runs.drawing_evaluation import (
     JudgedImage,
     JudgingTexts,
@@ -40,13 +43,14 @@ def image(method: str, subject: str, colour: str, seed: int = 1, loss: float = 0
     return DrawingUnit(method=method, subject=subject, seed=seed), COLOURS[colour], loss, side
 
 
-def folder_of(tmp_path: Path, *images: Drawn) -> Folder:
+def folder_of(tmp_path: Path, *images: Drawn, guides: Mapping[str, str] | None = None) -> Folder:
     results = []
     (tmp_path / "images").mkdir()
     for unit, colour, loss, side in images:
         Image.new("RGB", (side, side), colour).save(tmp_path / "images" / f"{unit.name}.png")
         numbers: dict[str, Any] = {"steps": 1, "loss": loss, "judge": 0.0, "retries": 0, "seconds": 1.0}
-        results.append(DrawingResult(unit=unit, settings="", history=(), files=(f"{unit.name}.png",), **numbers))
+        numbers |= {"files": (f"{unit.name}.png",), "guides": guides or {}}
+        results.append(DrawingResult(unit=unit, settings="", history=(), **numbers))
     (tmp_path / SCORES).write_bytes(scores_parquet(results))
     return Folder(str(tmp_path))
 
@@ -79,6 +83,33 @@ def test_distractors_are_rivals_and_doubles_of_prompts_are_not(tmp_path: Path, j
     texts = JudgingTexts(distractors=("blue", "red", "blue"))
     assert [one.texts_before for one in evaluate_drawings(folder, judge, texts)] == [1, 0]
     assert "among 3 texts" in evaluation_table(evaluate_drawings(folder, judge, texts), texts)
+
+
+def test_prompts_with_the_same_vector_are_no_rivals(tmp_path: Path, judge: Guide) -> None:
+    """Equal positive prompts up to a common factor, in any order; images that show them are all first."""
+    subjects = ("red", "red|blue:-0.3", "red:3", "red:0.5|red:0.1|green:-1")
+    mixed = ("red:2|blue:2", "blue:0.7|red:0.7")
+    drawn = [image(CLIPDRAW, subject, "red") for subject in subjects]
+    drawn += [image(CLIPDRAW, subject, "purple") for subject in mixed]
+    texts = JudgingTexts(distractors=("green", "red", "red:3"))
+    judged = evaluate_drawings(folder_of(tmp_path, *drawn), judge, texts)
+    assert [one.texts_before for one in judged] == [0] * 6
+    assert {one.texts for one in judged} == {3}
+    assert "among 3 texts, by chance 0.333" in evaluation_table(judged, texts)
+
+
+def test_failed_images_are_left_out(tmp_path: Path, judge: Guide, caplog: pytest.LogCaptureFixture) -> None:
+    folder = prompts(tmp_path)
+    table = pq.read_table(tmp_path / SCORES)
+    for failed, found in ((1, 3), (4, 0)):
+        status = ["failed"] * failed + ["finished"] * (4 - failed)
+        pq.write_table(table.set_column(table.schema.get_field_index("status"), "status", [status]), tmp_path / SCORES)
+        if found:
+            assert len(evaluate_drawings(folder, judge, JudgingTexts())) == found
+            assert "1 of 4 images" in caplog.text
+        else:
+            with pytest.raises(DataError, match="failed images only"):
+                evaluate_drawings(folder, judge, JudgingTexts())
 
 
 def test_recognition_by_the_number_of_strokes(tmp_path: Path, judge: Guide) -> None:
@@ -114,6 +145,22 @@ def test_labels_from_a_file_and_the_best_seed_only(tmp_path: Path, judge: Guide)
         ("blue|green:-1", 1, "green", 2),
         ("green", 1, None, None),
     ]
+
+
+@pytest.mark.parametrize("address", ["toy/", "a/copy/of/toy"])
+def test_a_judge_with_the_weights_of_a_guide_is_refused_under_any_address(address: str, tmp_path: Path) -> None:
+    """Of a job, and of an older one that stored no digests, where addresses count."""
+    guides = {"toy": digest_of(ColourClip(16)), "more": digest_of(nn.Linear(2, 2))}
+    new, old = tmp_path / "new", tmp_path / "old"
+    for folder, known in ((new, guides), (old, {})):
+        folder.mkdir()
+        folder_of(folder, image(CLIPDRAW, "red", "red"), guides=known)
+    with pytest.raises(SettingError, match="judge: got .*, expected another CLIP .*: one has the same weights"):
+        evaluate_drawings(Folder(str(new)), Guide(ColourClip(8), address), JudgingTexts())
+    other = ColourClip(8)
+    other.weight.data *= 2
+    for folder, judge in ((new, Guide(other, address)), (old, Guide(ColourClip(8), address))):
+        assert len(evaluate_drawings(Folder(str(folder)), judge, JudgingTexts())) == 1
 
 
 def test_what_cannot_be_judged_is_an_error(tmp_path: Path, judge: Guide) -> None:

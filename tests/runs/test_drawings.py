@@ -13,12 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from pipeline.errors import DataError, SettingError
+from pipeline.errors import DataError, ImagesFailed, SettingError
 from pipeline.generation.guides import Guide
 from pipeline.generation.loop import Optimization
+from pipeline.loaders.images import image_at
 from pipeline.models.class_vectors import untrained
-from pipeline.runs.drawing_report import best_names, drawings_table, gallery, metric_name, scores_parquet
+from pipeline.models.towers.weights import digest_of
+from pipeline.runs.drawing_evaluation import JudgedImage, JudgingTexts, evaluation_table, judged_parquet
+from pipeline.runs.drawing_records import DrawingRecord
+from pipeline.runs.drawing_report import SCORES, best_names, drawings_table, gallery, metric_name, scores_parquet
 from pipeline.runs.drawing_sheet import CELL, GAP, LABEL, sheet, short_names
 from pipeline.runs.drawing_subjects import read_subjects
 from pipeline.runs.drawings import (
@@ -28,11 +33,13 @@ from pipeline.runs.drawings import (
     SubjectSource,
     parse_drawing_spec,
     plan_drawings,
+    refuse_failed,
     run_drawings,
 )
 from pipeline.runs.films import Film
 from pipeline.shards.storage import Folder
 from pipeline.stages.shard_tasks import Workers
+from pipeline.tracking.runs import NoTracker, Tracking
 from tests.generation.toy_clip import ColourClip, colour_guide
 
 HERE = Workers(processes_count=0)
@@ -71,6 +78,17 @@ def test_options_of_a_method_follow_its_name() -> None:
     assert parse_drawing_spec("clipdraw", steps=3).config.loop.steps == 3
 
 
+def test_the_name_of_a_method_has_the_steps_that_it_takes() -> None:
+    for text, wanted in (
+        ("clipdraw", "clipdraw:loop.steps=3"),
+        ("clipdraw:loop.steps=7", "clipdraw:loop.steps=3"),
+        ("clipdraw:clips=[a,b],loop.steps=7,side=32", "clipdraw:clips=[a,b],side=32,loop.steps=3"),
+    ):
+        spec = parse_drawing_spec(text, steps=3)
+        assert spec.text == wanted and parse_drawing_spec(spec.text) == spec
+        assert parse_drawing_spec(text).text == text
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -104,6 +122,70 @@ def test_methods_get_the_subjects_that_they_read() -> None:
     names = {DrawingUnit(method=method, subject=text, seed=1).name for text in texts for method in ("m", "\u732b" * 90)}
     assert len(names) == 12 and all(len(name.encode()) < 120 and "/" not in name for name in names)
     assert not any("secret" in name for name in names)
+
+
+def hopeless(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """The losses of these images are never finite from step 7 on."""
+    start = DrawingRunner._start
+
+    def poisoned(self: DrawingRunner, units: Any) -> Optimization:
+        run = start(self, units)
+        losses, bad = run.objective.losses, torch.tensor([unit.name in names for unit in units])
+
+        def of_a_step(images: Tensor, random: Any) -> dict[str, Tensor]:
+            found = losses(images, random)
+            return {name: loss.masked_fill(bad & (run.progress.step >= 7), torch.nan) for name, loss in found.items()}
+
+        monkeypatch.setattr(run.objective, "losses", of_a_step)
+        return run
+
+    monkeypatch.setattr(DrawingRunner, "_start", poisoned)
+
+
+def test_a_hopeless_image_has_failed_and_the_others_are_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healthy, made = runner(tmp_path / "healthy"), runner(tmp_path)
+    units = plan(made, (1,))
+    wanted = run_drawings(healthy, units, HERE, together=3)
+    bad = units[1].name
+    hopeless(monkeypatch, bad)
+    results = run_drawings(made, units, HERE, together=3)
+    assert [one.status for one in results] == ["finished", "failed", "finished"]
+    assert [one.retries for one in results] == [0, 5, 0]
+    assert (results[1].steps, results[1].history) == (5, wanted[1].history[:1])
+    for one, other in zip(results, wanted, strict=True):
+        assert one.status == "failed" or one.history == other.history
+    assert [file for file in results[1].files if "-step-" in file][-1] == f"{bad}-step-000005.png"
+    monkeypatch.setattr(DrawingRunner, "_make", lambda *_: pytest.fail("again"))
+    assert run_drawings(made, units, HERE, together=3) == results
+    rows = pq.read_table(io.BytesIO(scores_parquet(results))).to_pylist()
+    assert [row["status"] for row in rows] == [one.status for one in results]
+    assert best_names(results) == {units[0].name, units[2].name}
+    judge = np.mean([one.judge for one in results if one.status == "finished"])
+    assert f"| 3 | {judge:.3f} |" in (line := drawings_table(results).splitlines()[2]) and line.endswith(" | 1 |")
+    assert gallery(results, {}).count("failed: not finite after 5 steps") == 1
+    with pytest.raises(ImagesFailed, match=rf"^1 of 3 images failed .*: {bad}$"):
+        refuse_failed(results)
+    refuse_failed(wanted)
+    record = DrawingRecord(Tracking(), None, Folder(str(tmp_path / "out")), track=False)
+    children = [NoTracker() for _ in results]
+    for child, result in zip(children, results, strict=True):
+        monkeypatch.setattr(record, "_child", lambda *_, child=child: child)
+        record.add(result)
+    assert [child.status for child in children] == ["FINISHED", "FAILED", "FINISHED"]
+
+
+def test_reports_of_failed_images_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an evaluation before, they have no scores."""
+    made = runner(tmp_path, TOY.replace("loop.evaluate_every=3", "loop.evaluate_every=9"))
+    units = plan(made, (1,))
+    hopeless(monkeypatch, *(unit.name for unit in units))
+    results = run_drawings(made, units, HERE, together=3)
+    assert all(one.status == "failed" and one.loss != one.loss and one.history == () for one in results)
+    assert "| 3 | - | - |" in drawings_table(results) and best_names(results) == set()
+    assert gallery(results, {}).count("<figure") == 3 and len(scores_parquet(results)) > 0
+    assert sheet(results, Folder(str(tmp_path / "out")), {})
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -215,6 +297,17 @@ def test_changed_models_and_files_draw_again(tmp_path: Path, monkeypatch: pytest
     run_drawings(made.with_contents(units, "cpu"), units, HERE)
     every = [(one.method.partition(":")[0], one.subject) for one in units]
     assert unfinished() == [] and len(every) == 4
+    digest = digest_of(guides["toy"].model)
+    found = [made.with_contents(units, "cpu").finished(unit) for unit in units]
+    assert [one.guides for one in found if one] == [{"toy": digest}] * 4
+    for file in (tmp_path / "out/results").iterdir():  # as older versions wrote them
+        stored = json.loads(file.read_text())
+        assert stored.pop("guides") == {"toy": digest}
+        file.write_text(json.dumps(stored))
+    assert [made.with_contents(units, "cpu").finished(unit) for unit in units] == found
+    assert [
+        row["guides"] for row in pq.read_table(io.BytesIO(scores_parquet([one for one in found if one]))).to_pylist()
+    ]
     Image.new("RGB", (9, 9), "green").save(place)
     assert unfinished() == [one for one in every if one[1] == prompted]
     Image.new("RGB", (9, 9), "blue").save(place)
@@ -256,7 +349,43 @@ def test_chosen_frames_have_the_last_one(shown: int, steps: list[int]) -> None:
     film = Film(9, shown)
     for step in (0, 3, 6):
         film.add(step, torch.full((2, 3, 4, 4), step / 255))
-    assert [(step, int(frame[0, 0, 0])) for step, frame in film.chosen(1)] == [(step, step) for step in steps]
+    assert [(step, int(frame[0, 0, 0])) for step, frame in film.chosen(1, 6)] == [(step, step) for step in steps]
+
+
+def test_an_image_that_stops_in_a_batch_has_the_numbers_and_files_it_has_alone(tmp_path: Path) -> None:
+    """The stop of its prompt is met at once, so that it does not change."""
+    found = []
+    for folder, texts in (("alone", ["red:1:9"]), ("together", ["blue", "red:1:9"])):
+        made = runner(tmp_path / folder, TOY.replace("loop.steps=12", "loop.steps=18,loop.patience=2"), frames=3)
+        made = replace(made, subjects={text: SubjectSource(text) for text in texts})
+        *_, result = run_drawings(made, plan(made, (1,)), HERE, together=2)
+        found.append(result)
+    assert [(one.steps, one.history[-1]["step"]) for one in found] == [(9, 9)] * 2
+    assert found[0].files == found[1].files and "-step-000009.png" in found[0].files[-1]
+    assert [entry["step"] for entry in found[0].history] == [entry["step"] for entry in found[1].history]
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 5])
+def test_a_film_has_as_many_frames_as_wanted(frames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a break at its first checkpoint."""
+    made = runner(tmp_path, frames=frames)
+    units, step = plan(made, (1,))[:1], Optimization.step
+    with monkeypatch.context() as patch:
+        patch.setattr(Optimization, "step", lambda self: step(self) if self.progress.step < 6 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_drawings(made, units, HERE)
+    (result,) = run_drawings(made, units, HERE)
+    with Image.open(tmp_path / "out/images" / f"{result.unit.name}.gif") as film:
+        assert film.n_frames == frames
+
+
+def test_a_film_ends_with_its_image() -> None:
+    """After step 4 the others went on, and it did not change."""
+    film = Film(9, 9)
+    for step in (0, 3, 6, 9):
+        film.add(step, torch.full((2, 3, 4, 4), min(step, 4) / 255))
+    assert [(step, int(frame[0, 0, 0])) for step, frame in film.frames_of(0, 4)] == [(0, 0), (3, 3), (4, 4)]
+    assert [step for step, _ in film.frames_of(1, 9)] == [0, 3, 6, 9]
 
 
 def test_metrics_of_long_methods_have_names_that_mlflow_takes() -> None:
@@ -305,6 +434,49 @@ def test_scores_table_and_gallery_tell_of_all_images(tmp_path: Path) -> None:
     page = gallery([hostile, *results[1:]], {"judge": "a&b"})
     assert "<script>" not in page and "a&amp;b" in page and page.count("<figure") == 6
     assert page.count("class=best") == 4  # the first has a subject of its own now
+
+
+def test_secrets_in_options_and_subjects_are_in_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metrics, parameters, table, gallery and sheet of MLflow, and those of the evaluation."""
+    made = runner(tmp_path)
+    (result,) = run_drawings(made, plan(made)[:1], HERE)
+    address = "https://me:hunter2@host/x.png?token=hunter2"
+    spec = f"vqgan_clip:clips=[toy],start=image,start_image={address}"
+    folder = Folder(str(tmp_path / "out"))
+    unit = DrawingUnit(method=spec, subject=f"red|image={address}", seed=1)
+    (tmp_path / "out/images" / f"{unit.name}.png").write_bytes(folder.read_bytes(f"images/{result.unit.name}.png"))
+    hidden = [replace(result, unit=unit)]
+    written: list[str] = []
+    monkeypatch.setattr("pipeline.runs.drawing_sheet.wrapped", lambda text, *_: written.append(text) or text)
+    record = DrawingRecord(Tracking(), None, folder, track=False)
+    parent = NoTracker()
+    monkeypatch.setattr(record, "_parent", parent)
+    children: list[str] = []
+    monkeypatch.setattr(record, "_child", lambda *some: children.append(repr(some)))
+    record.add(hidden[0])
+    table = record.conclude(hidden, {"judge": address}, {})
+    judged = [
+        JudgedImage(
+            name=unit.name,
+            method=spec,
+            strokes=None,
+            subject=unit.subject,
+            seed=1,
+            score=1.0,
+            texts_before=0,
+            texts=1,
+            label=None,
+            predicted=None,
+            classes_before=None,
+        )
+    ]
+    rows = pq.read_table(io.BytesIO(judged_parquet(judged))).to_pylist()
+    reports = [table, folder.read_text("gallery.html"), folder.read_text("table.md"), repr(parent.history), *written]
+    reports += [repr(children), repr(rows), evaluation_table(judged, JudgingTexts()), metric_name(spec)]
+    assert len(written) == 2 and not any("hunter2" in text for text in reports)
+    assert all("***" in text for text in (table, reports[1], written[0], *reports[-4:-1]))
+    (row,) = pq.read_table(tmp_path / "out" / SCORES).to_pylist()
+    assert row["method"] == spec  # what the evaluation reads
 
 
 def test_the_sheet_has_the_best_image_of_each_method_and_subject(tmp_path: Path) -> None:
@@ -383,6 +555,44 @@ def test_images_of_any_kind_and_size_are_squares_of_colours(mode: str, size: tup
     assert int((found.pixels == 255).all(axis=2).sum()) == max(size) ** 2 - size[0] * size[1]
 
 
+def test_each_method_is_started_once_and_finished_images_are_not_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three subjects the last one is encoded by no CLIP, and still refused."""
+    started: list[tuple[str, str]] = []
+    start = DrawingRunner._start
+
+    def counted(self: DrawingRunner, units: Any) -> Optimization:
+        started.extend((unit.method, unit.subject) for unit in units)
+        return start(self, units)
+
+    monkeypatch.setattr(DrawingRunner, "_start", counted)
+    made = runner(tmp_path, TOY, TOY.replace("strokes=5", "strokes=2"))
+    units = plan(made)
+    made.check(units, "cpu")
+    assert started == [(method, "red") for method in made.specs]
+    first = [unit for unit in units if unit.method == TOY]
+    run_drawings(made, first, HERE, together=6)
+    started.clear()
+    made.check(units, "cpu")
+    assert [method for method, _ in started] == list(made.specs)[1:]
+    started.clear()
+    made.check(first, "cpu")
+    assert started == []
+    place, read = str(tmp_path / "sky.png"), image_at
+    Image.new("RGB", (9, 9), "blue").save(place)
+    places: list[str] = []
+    monkeypatch.setattr("pipeline.runs.drawing_checks.image_at", lambda one: places.append(one) or read(one))
+    texts = ("green", f"red|image={place}", f"blue|image={place}:0.5")
+    prompted = replace(made, subjects={text: SubjectSource(text) for text in texts})
+    prompted.check(plan(prompted), "cpu")
+    assert places == [place]
+    bad = "red|green green green green:-1"
+    more = replace(made, subjects={**made.subjects, bad: SubjectSource(bad)})
+    with pytest.raises(SettingError, match=r"clipdraw:.*prompt: got 'green green green green', .*for colours"):
+        more.check(plan(more), "cpu")
+
+
 def test_everything_is_checked_before_anything_is_drawn(tmp_path: Path) -> None:
     made = runner(tmp_path)
     made = replace(made, subjects={"red red red red": SubjectSource("red red red red")})
@@ -402,6 +612,11 @@ def test_the_image_that_cannot_be_sketched_is_named(tmp_path: Path, monkeypatch:
     made = replace(made, subjects={one.text: one for one in subjects})
     with pytest.raises(SettingError, match=r"clipasso:.*: dot\.png: images: got 'an image without edges'"):
         made.check(plan(made, (1,)), "cpu")
+    started: list[str] = []
+    monkeypatch.setattr(DrawingRunner, "_start", lambda _, units: started.append(units[0].subject))
+    with pytest.raises(SettingError, match=r"clipasso:.*: dot\.png: images: got 'an image without edges'"):
+        made.check(plan(made, (1,)), "cpu")
+    assert started == ["good.png"]
 
 
 def test_a_damaged_result_is_made_again(tmp_path: Path) -> None:

@@ -101,10 +101,12 @@ def test_an_interrupted_batch_goes_on_to_the_same_bytes_and_alone_to_the_same_im
 def test_a_loss_that_is_none_is_redone_with_half_the_rate(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In the second image's sixth step; the first ends as it would have."""
+    """In the second image's sixth step; the first ends as it would have. Also if the second has no gradient in any
+    step: both are rendered and encoded together."""
     healthy, units = runner(tmp_path / "healthy", method)
     plain = run_drawings(healthy, units, HERE, together=2)
     made, _ = runner(tmp_path / "broken", method)
+    hopeless, _ = runner(tmp_path / "hopeless", method)
     start, broken = DrawingRunner._start, [False]
 
     def poisoned(self: DrawingRunner, units: Any) -> Optimization:
@@ -112,6 +114,8 @@ def test_a_loss_that_is_none_is_redone_with_half_the_rate(
         losses = run.objective.losses
 
         def once(images: Tensor, random: Any) -> dict[str, Tensor]:
+            if self is hopeless:
+                return losses(images * torch.tensor([1.0, torch.nan])[:, None, None, None], random)
             found = losses(images, random)
             if run.progress.step == 5 and not broken[0]:
                 broken[0] = True
@@ -124,9 +128,11 @@ def test_a_loss_that_is_none_is_redone_with_half_the_rate(
     monkeypatch.setattr(DrawingRunner, "_start", poisoned)
     with caplog.at_level(logging.WARNING):
         results = run_drawings(made, units, HERE, together=2)
-    assert "not finite at step 5: they go on from step 4 with half the rate" in caplog.text
-    assert [one.retries for one in results] == [1, 1] and [one.steps for one in results] == [9, 9]
+    assert f"the loss of {units[1].name} is not finite at step 5: it goes on from step 4 with" in caplog.text
+    assert [one.retries for one in results] == [0, 1] and [one.steps for one in results] == [9, 9]
     assert results[0].history == plain[0].history and results[1].history != plain[1].history
+    results = run_drawings(hopeless, units, HERE, together=2)
+    assert [one.status for one in results] == ["finished", "failed"] and results[0].history == plain[0].history
 
 
 @pytest.mark.parametrize("method", ["clipdraw", "vqgan_clip"])
