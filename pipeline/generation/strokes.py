@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.config import require
 from pipeline.generation.compose import paint
-from pipeline.generation.curves import Chords, Strokes, chords_of
+from pipeline.generation.curves import Chords, Strokes, chords_of, rows
 from pipeline.generation.fills import cover_inside
 
 SOFTNESS = 0.7
@@ -49,7 +49,7 @@ def render(
     below = strokes.points.new_ones(()) if background is None else background.to(strokes.points)
     canvas = below.expand(images, 3, height, width).permute(0, 2, 3, 1).reshape(-1, 3)
     owner, pixel, coverage = _coverage(strokes, height, width, softness)
-    colour = strokes.colours.flatten(0, 1)[owner]
+    colour = rows(strokes.colours.flatten(0, 1), owner)
     cell = owner // max(paths, 1) * (height * width) + pixel
     painted = paint(canvas, coverage * colour[:, 3], colour[:, :3], cell, owner)
     return painted.view(images, height, width, 3).permute(0, 3, 1, 2)
@@ -62,7 +62,7 @@ def _coverage(strokes: Strokes, height: int, width: int, softness: float) -> tup
     chords = chords_of(strokes, ~filled, longest=2 * reach + 8)
     near = _nearest(chords, reach.flatten(), height, width)
     distance = _distance(chords, near, width)
-    half = strokes.widths.flatten()[near.owner] / 2
+    half = rows(strokes.widths.flatten(), near.owner) / 2
     lines = edge(half - distance, softness) - edge(-half - distance, softness)
     if not bool(filled.any()):
         return near.owner, near.pixel, lines
@@ -89,7 +89,7 @@ class _Near:
 
 def _distance(chords: Chords, near: _Near, width: int) -> Tensor:
     """Distances float [n] of the pixels' centres from their chords."""
-    start, end = chords.start[near.chord], chords.end[near.chord]
+    start, end = rows(chords.start, near.chord), rows(chords.end, near.chord)
     centre = torch.stack([near.pixel % width, near.pixel // width], dim=1).to(start.dtype) + 0.5
     with torch.no_grad():
         along = end - start

@@ -101,7 +101,7 @@ class TextObjective:
             if size not in seen:
                 seen[size] = views.apply(images, drawn, size)
             features = guide.images(seen[size]).unflatten(0, (len(images), views.count))
-            distances = self.distance(features[self.image], targets[:, None])
+            distances = self.distance(features.index_select(0, self.image), targets[:, None])
             loss = weighted(distances, self.weights, self.stops)
             per_prompt = loss.sum(1) if self.reduce == "sum" else loss.mean(1)
             total = torch.zeros(len(images), device=loss.device).index_add(0, self.image, per_prompt)
