@@ -4,7 +4,7 @@ A path of N curves has 3N + 1 points: each curve begins where the one before end
 right and y down; the centre of the first pixel is at (0.5, 0.5), as in SVG.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -66,10 +66,6 @@ class Strokes:
     def fills(self) -> Tensor:
         """``filled``, or its default: bool [B, S]."""
         return torch.zeros_like(self.widths, dtype=torch.bool) if self.filled is None else self.filled
-
-    def scaled(self, factor: float) -> "Strokes":
-        """The same scene on a canvas that is ``factor`` times as large."""
-        return replace(self, points=self.points * factor, widths=self.widths * factor)
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,35 @@ class _ChordBoxes:
     def nearest(self, part: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor]:
         """Path, pixel and nearest chord of every pixel within reach of the paths of one part."""
         some, paths = part
+        first, *others = self._divided(some)
+        best, chord = self._compared(first, paths)
+        for other in others:
+            closer, its_chord = self._compared(other, paths)
+            chord = torch.where(closer < best, its_chord, chord)
+            best = torch.minimum(best, closer)
+        found = (best < torch.inf).nonzero()[:, 0]
+        cells = self.cells[paths]
+        begin = cells.cumsum(0) - cells
+        path = torch.searchsorted(begin, found, right=True) - 1
+        local, low = found - begin[path], self.low[paths]
+        columns = self.box[paths][path, 0]
+        row = local // columns
+        pixel = (low[path, 1] + row) * self.width + low[path, 0] + local - row * columns
+        return self.owner[paths][path], pixel, self.index[chord[found]]
+
+    def _divided(self, some: slice) -> list[slice]:
+        """Consecutive chords of about ``AT_ONCE`` pairs each, for paths that have many more."""
+        at_once = AT_ONCE if self.index.device.type == "cpu" else AT_ONCE_ON_GPU
+        pairs = self.sizes[some].prod(1).cumsum(0)
+        if int(pairs[-1]) <= 2 * at_once:
+            return [some]
+        counts = torch.unique_consecutive(pairs // at_once, return_counts=True)[1]
+        ends = [some.start, *(some.start + counts.cumsum(0)).tolist()]
+        return [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
+
+    def _compared(self, some: slice, paths: slice) -> tuple[Tensor, Tensor]:
+        """For the cells of the boxes of ``paths``: the squared distance of the nearest of ``some`` chords within reach,
+        or infinity, and the chord."""
         sizes, box, low = self.sizes[some], self.box[paths], self.low[paths]
         group = self.group[some] - paths.start
         counts = sizes.prod(1)
@@ -169,12 +198,7 @@ class _ChordBoxes:
         # Of equally near chords the first one, so that results do not depend on the order of threads.
         ties = squared == best[place]
         chord = place.new_full(best.shape, len(self.index)).scatter_reduce(0, place[ties], pair[ties], "amin")
-        found = (best < torch.inf).nonzero()[:, 0]
-        path = torch.searchsorted(begin, found, right=True) - 1
-        local = found - begin[path]
-        row = local // box[path, 0]
-        pixel = (low[path, 1] + row) * self.width + low[path, 0] + local - row * box[path, 0]
-        return self.owner[paths][path], pixel, self.index[some][chord[found]]
+        return best, chord + some.start
 
     def _squared(self, some: slice, pair: Tensor, row: Tensor, column: Tensor) -> Tensor:
         """Squared distances of pixels, by row and column of a chord's box, from the chord."""

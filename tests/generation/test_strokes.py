@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import pipeline.generation.strokes as strokes_module
 from pipeline.errors import SettingError
 from pipeline.generation.curves import Strokes, rows
 from pipeline.generation.strokes import render
@@ -107,6 +108,29 @@ def test_a_batch_is_its_images_one_by_one_in_parts_or_at_once(monkeypatch: pytes
         assert torch.allclose(render(alone, 50, 40)[0], together[image], atol=1e-12)
     monkeypatch.setattr("pipeline.generation.strokes.AT_ONCE", 500)
     assert torch.equal(render(strokes, 50, 40), together)
+
+
+def test_a_path_of_many_curves_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same pixels and gradients, and never many more pairs than are allowed."""
+    most: list[int] = []
+    squared = strokes_module._ChordBoxes._squared
+
+    def recorded(self: Any, some: slice, pair: Tensor, *more: Tensor) -> Tensor:
+        most.append(len(pair))
+        return squared(self, some, pair, *more)
+
+    monkeypatch.setattr(strokes_module._ChordBoxes, "_squared", recorded)
+    turns = torch.linspace(0, 40, 601, dtype=torch.float64)
+    spiral = 40 + torch.stack([turns.cos(), turns.sin()], dim=1) * turns[:, None]
+    results = []
+    for at_once in (1 << 18, 3000):
+        monkeypatch.setattr(strokes_module, "AT_ONCE", at_once)
+        points = spiral.clone().requires_grad_()
+        image = render(black(points, width=6), 80, 80)
+        results.append([image.detach(), *torch.autograd.grad(image[0, :, :40].sum(), points)])
+    assert most[0] > 30_000 and len(most) > 10 and max(most[1:]) < 6000
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
 
 
 def accumulated(node: Any) -> set[str]:
