@@ -1,5 +1,6 @@
 """CLIPasso: attention against torch's own, edges, probabilities, the loss by hand, and a sketch of a drawn shape."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -303,13 +304,20 @@ def test_a_sketch_gets_nearer_to_its_photo(resnet: Guide, vision_transformer: Gu
 
 @pytest.mark.parametrize("start", ["attention", "edges", "random"])
 def test_other_starts_need_what_they_need(start: str, resnet: Guide, vision_transformer: Guide) -> None:
-    method = ClipAsso(small(start=start))
+    method = ClipAsso(small(start=start, strokes=400))
     guides = {"resnet": resnet, "vit": vision_transformer}
     picture, _ = method.start([Subject(image=photo())], [3], {name: guides[name] for name in method.models})
     assert ("vit" in method.models) == (start == "attention")
     begin = picture.points[0, :, 0].detach().long()  # type: ignore[index]
-    if start == "edges":
-        assert bool(edges(photo())[begin[:, 1], begin[:, 0]].all())
+    image = photo()
+    on_edges = edges(image)[begin[:, 1], begin[:, 0]].mean()
+    (seen,) = functional.interpolate(attention_maps(vision_transformer, image[None])[None], (64, 64), mode="bicubic")[0]
+    part = float((seen[begin[:, 1], begin[:, 0]] > seen.median()).float().mean())  # half of all pixels are above
+    quadrants = torch.bincount(begin[:, 0] // 32 * 2 + begin[:, 1] // 32, minlength=4)
+    assert len(begin.unique(dim=0)) == 400
+    assert (on_edges == 1) == (start == "edges") and on_edges > float(edges(image).mean()) / 2
+    assert (part > 0.65) == (start == "attention")
+    assert (start != "random") or (quadrants.min() > 70 and abs(part - 0.5) < 0.1)
 
 
 @pytest.mark.parametrize(
@@ -318,6 +326,13 @@ def test_other_starts_need_what_they_need(start: str, resnet: Guide, vision_tran
         ({"strokes": 0}, "strokes"),
         ({"temperature": 0}, "temperature"),
         ({"layer_weights": (1.0,)}, "layer_weights"),
+        ({"layer_weights": (1.0, math.nan)}, "layer_weights"),
+        ({"layer_weights": (math.inf, 1.0)}, "layer_weights"),
+        ({"embedding_weight": math.inf}, "embedding_weight"),
+        ({"width": math.inf}, "width"),
+        ({"rate": math.inf}, "rate"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"temperature": math.inf}, "temperature"),
         ({"layers": (), "embedding_weight": 0}, "layers"),
         ({"attention_layers": -1}, "attention_layers"),
     ],
