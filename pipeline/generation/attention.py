@@ -1,5 +1,6 @@
 """Where an image tower looks: the attention of its class token to places of the image; and its layers' features."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,10 +9,12 @@ import torch
 from open_clip.modified_resnet import AttentionPool2d
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
-from pipeline.config import near
+from pipeline.config import near, require
 from pipeline.errors import SettingError
 from pipeline.generation.guides import Guide
+from pipeline.models.towers.feature_network import in_order, recorded
 
 
 def visual_of(guide: Guide) -> nn.Module:
@@ -30,60 +33,80 @@ def attention_maps(guide: Guide, images: Tensor, last: int = 0) -> Tensor:
     without a class token has the mean over all queries. A ResNet of CLIP has one layer, its attention pooling.
 
     Raises:
-        SettingError: a tower without attention.
+        SettingError: a tower without attention, or whose attention is not one between all places of an image.
     """
     visual = visual_of(guide)
-    layers = [module for module in visual.modules() if _has_weights(module)]
-    if not layers:
-        allowed = "a CLIP whose image tower has attention: a vision transformer, or CLIP's ResNets"
-        raise SettingError("saliency", guide.name, allowed)
-    inputs: list[tuple[nn.Module, Tensor]] = []
-    handles = [
-        layer.register_forward_pre_hook(
-            lambda module, given, named: inputs.append((module, given[0] if given else named["query"])),
-            with_kwargs=True,
-        )
-        for layer in layers[-last:]
-    ]
-    try:
+    with _recorded_weights(visual) as found:
         guide.images(images)
+    if not found:
+        allowed = "a CLIP whose image tower has attention that can be read: of open_clip's vision transformers without "
+        raise SettingError("saliency", guide.name, f"{allowed}changed blocks, timm's, or CLIP's ResNets")
+    whole = all(weights.shape == found[0].shape and len(weights) == len(images) for weights in found)
+    require(whole, "saliency", guide.name, "a CLIP whose layers compare all places of an image, without windows")
+    return _map(torch.stack(found[-last:]).mean(0), visual, guide.name)
+
+
+def _map(weights: Tensor, visual: nn.Module, name: str) -> Tensor:
+    """The row of the class token, or the mean of all rows, of weights [B, L, L] as a map [B, h, w]."""
+    length = weights.shape[1]
+    towers: list[Any] = [one for one in visual.modules() if isinstance(getattr(one, "num_prefix_tokens", None), int)]
+    before = 0 if math.isqrt(length) ** 2 == length else 1
+    has_class = before == 1
+    if towers:  # timm's, which may have registers as well
+        before, has_class = towers[0].num_prefix_tokens, getattr(towers[0], "cls_token", None) is not None
+    side = math.isqrt(length - before)
+    require(side * side == length - before, "saliency", name, "a CLIP whose patches are a square")
+    rows = (weights[:, 0] if has_class else weights.mean(1))[:, before:]
+    found: Tensor = rows.unflatten(1, (side, side))
+    return found
+
+
+@contextmanager
+def _recorded_weights(visual: nn.Module) -> Iterator[list[Tensor]]:
+    """The weights of each layer of attention that runs, in their order: the mean over heads, float32 [B, L, L]."""
+    found: list[Tensor] = []
+
+    def ask(module: nn.Module, given: Any, named: Any) -> tuple[Any, Any]:
+        return given, {**named, "need_weights": True, "average_attn_weights": True}
+
+    def answer(module: nn.Module, given: Any, named: Any, out: Any) -> None:
+        query, key = (given[n] if len(given) > n else named[name] for n, name in enumerate(("query", "key")))
+        if query is key:  # not so in a pooling, whose queries are no places of the image
+            found.append(out[1].float())
+
+    fused: list[tuple[Any, bool]] = []
+    module: Any
+    handles: list[RemovableHandle] = []
+    for module in visual.modules():
+        dropout = getattr(module, "attn_drop", None)
+        if isinstance(module, AttentionPool2d):
+            handles.append(module.register_forward_pre_hook(lambda one, given: found.append(_pooling(one, given[0]))))
+        elif isinstance(module, nn.MultiheadAttention):
+            handles.append(module.register_forward_pre_hook(ask, with_kwargs=True))
+            handles.append(module.register_forward_hook(answer, with_kwargs=True))
+        elif isinstance(dropout, nn.Module) and isinstance(getattr(module, "fused_attn", None), bool):
+            # Without the fused kernel, timm's layers give their weights to the dropout.
+            handles.append(dropout.register_forward_pre_hook(lambda _, given: found.append(given[0].float().mean(1))))
+            fused.append((module, module.fused_attn))
+    try:
+        for module, _ in fused:
+            module.fused_attn = False
+        yield found
     finally:
+        for module, before in fused:
+            module.fused_attn = before
         for handle in handles:
             handle.remove()
-    rows = torch.stack([_row(module, given.float(), len(images)) for module, given in inputs]).mean(0)
-    side = int(rows.shape[1] ** 0.5)
-    maps: Tensor = rows[:, -side * side :].unflatten(1, (side, side))
-    return maps
 
 
-def _has_weights(module: nn.Module) -> bool:
-    is_timm = isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "num_heads")
-    return isinstance(module, nn.MultiheadAttention | AttentionPool2d) or is_timm
-
-
-def _row(module: Any, given: Tensor, images: int) -> Tensor:
-    """Attention of the first token to the others, [B, L], mean over heads."""
-    if isinstance(module, AttentionPool2d):
-        tokens = given.flatten(2).mT
-        tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1) + module.positional_embedding.float()
-        query, key = module.q_proj(tokens), module.k_proj(tokens)
-        return _weights(query, key, module.num_heads)[:, 0, 1:]
-    if isinstance(module, nn.MultiheadAttention):
-        tokens = given if module.batch_first else given.transpose(0, 1)
-        weight, bias = module.in_proj_weight, module.in_proj_bias
-        query, key, _ = functional.linear(tokens, weight, bias).chunk(3, dim=-1)
-        return _weights(query, key, module.num_heads)[:, 0, 1:]
-    tokens = given
-    query, key, _ = module.qkv(tokens).chunk(3, dim=-1)
-    weights = _weights(query, key, module.num_heads)
-    side = int(tokens.shape[1] ** 0.5)
-    has_class = side * side != tokens.shape[1]
-    return weights[:, 0, 1:] if has_class else weights.mean(1)
-
-
-def _weights(query: Tensor, key: Tensor, heads: int) -> Tensor:
-    """Softmax of the scaled products, mean over heads: [B, L, L]."""
-    query, key = (one.unflatten(2, (heads, -1)).transpose(1, 2) for one in (query, key))
+def _pooling(module: Any, given: Tensor) -> Tensor:
+    """Weights [B, L, L] of the attention pooling of CLIP's ResNets, whose first token is the mean of the others."""
+    tokens = given.float().flatten(2).mT
+    tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1) + module.positional_embedding.float()
+    projected = (
+        functional.linear(tokens, one.weight.float(), one.bias.float()) for one in (module.q_proj, module.k_proj)
+    )
+    query, key = (one.unflatten(2, (module.num_heads, -1)).transpose(1, 2) for one in projected)
     weights: Tensor = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1)
     return weights.mean(1)
 
@@ -102,20 +125,14 @@ class LayerFeatures:
             if name not in modules:
                 some = ", ".join(one for one in modules if one and one.count(".") <= 2)[:300]
                 raise SettingError("layers", name, f"modules of the image tower, such as {some}{near(name, modules)}")
-        self._modules = [modules[name] for name in self.names]
+        self._modules = {name: modules[name] for name in self.names}
 
     def __call__(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The layers' outputs, float [B, ...] each, and unit embeddings [B, D]."""
-        with self._recorded() as found:
-            embedding = self.guide.images(images)
-        return found, embedding
+        """The layers' outputs in the order of their names, float [B, ...] each, and unit embeddings [B, D].
 
-    @contextmanager
-    def _recorded(self) -> Iterator[list[Tensor]]:
-        found: list[Tensor] = []
-        handles = [module.register_forward_hook(lambda _, __, out: found.append(out)) for module in self._modules]
-        try:
-            yield found
-        finally:
-            for handle in handles:
-                handle.remove()
+        Raises:
+            SettingError: a layer that gives no output.
+        """
+        with recorded(self._modules) as found:
+            embedding = self.guide.images(images)
+        return in_order(found, self.names, "layers"), embedding

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pipeline.generation.curves import rows
+
 
 @dataclass(frozen=True)
 class _Levels:
@@ -36,7 +38,7 @@ def paint(background: Tensor, alpha: Tensor, colour: Tensor, pixel: Tensor, orde
     if not len(alpha):
         return background
     levels = _levels(pixel, order)
-    painted: Tensor = _Paint.apply(background, alpha[levels.order], colour[levels.order], levels)
+    painted: Tensor = _Paint.apply(background, rows(alpha, levels.order), rows(colour, levels.order), levels)
     return painted
 
 

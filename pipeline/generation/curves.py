@@ -4,7 +4,7 @@ A path of N curves has 3N + 1 points: each curve begins where the one before end
 right and y down; the centre of the first pixel is at (0.5, 0.5), as in SVG.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -67,10 +67,6 @@ class Strokes:
         """``filled``, or its default: bool [B, S]."""
         return torch.zeros_like(self.widths, dtype=torch.bool) if self.filled is None else self.filled
 
-    def scaled(self, factor: float) -> "Strokes":
-        """The same scene on a canvas that is ``factor`` times as large."""
-        return replace(self, points=self.points * factor, widths=self.widths * factor)
-
 
 @dataclass(frozen=True)
 class Chords:
@@ -87,10 +83,10 @@ def chords_of(strokes: Strokes, chosen: Tensor, longest: Tensor | None = None, c
     Chords differ from their curve by at most ``TOLERANCE``, and have at most about ``longest`` pixels, float [B, S].
     """
     counts, number = strokes.counts(), torch.arange(strokes.most_segments, device=strokes.points.device)
-    curves = strokes.points.unfold(2, 4, 3).flatten(0, 1)  # [B x S, N, 2, 4]
-    used = ((number < counts[..., None]) & chosen[..., None]).flatten(0, 1)
-    owner = used.nonzero()[:, 0]
-    found = curves[used]
+    curves = strokes.points.unfold(2, 4, 3).flatten(0, 2)  # [B x S x N, 2, 4]
+    used = ((number < counts[..., None]) & chosen[..., None]).flatten().nonzero()[:, 0]
+    owner = used // len(number)
+    found = rows(curves, used)
     if close:
         found, owner = _closed(strokes, chosen, found, owner)
     limit = None if longest is None else longest.flatten()[owner]
@@ -105,13 +101,23 @@ def chords_of(strokes: Strokes, chosen: Tensor, longest: Tensor | None = None, c
 def _closed(strokes: Strokes, chosen: Tensor, curves: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
     """With a straight curve from the end to the start of each chosen path; order within a path does not matter."""
     index = chosen.flatten().nonzero()[:, 0]
-    points, last = strokes.points.flatten(0, 1)[index], 3 * strokes.counts().flatten()[index]
+    points, last = rows(strokes.points.flatten(0, 1), index), 3 * strokes.counts().flatten()[index]
     end = points.gather(1, last[:, None, None].expand(-1, 1, 2))[:, 0]
     part = torch.arange(4, device=points.device, dtype=points.dtype) / 3
     lines = torch.lerp(end[..., None], points[:, 0, :, None], part)
     every, owners = torch.cat([curves, lines]), torch.cat([owner, index])
     by_owner = torch.argsort(owners, stable=True)
-    return every[by_owner], owners[by_owner]
+    return rows(every, by_owner), owners[by_owner]
+
+
+def rows(table: Tensor, index: Tensor) -> Tensor:
+    """``table[index]`` for an ``index`` int64 [n] that may repeat, with a gradient that is summed in a fixed order.
+
+    The gradient of ``table[index]`` itself is summed by atomic additions of all threads, in the order of their arrival.
+    """
+    # Of two dimensions, since torch sums those in parallel and more of them one by one.
+    picked: Tensor = table.flatten(1).index_select(0, index) if table.ndim > 1 else table.index_select(0, index)
+    return picked.view(-1, *table.shape[1:])
 
 
 @torch.no_grad()
@@ -134,5 +140,5 @@ def _at(curves: Tensor, index: Tensor, t: Tensor) -> Tensor:
     """Points of the curves ``index`` at the parameters ``t``, both [M]: float [M, 2]."""
     s = 1 - t
     basis = torch.stack([s**3, 3 * s**2 * t, 3 * s * t**2, t**3], dim=1)
-    points: Tensor = (curves[index] * basis[:, None]).sum(dim=2)
+    points: Tensor = (rows(curves, index) * basis[:, None]).sum(dim=2)
     return points

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.generation.curves import Chords
+from pipeline.generation.curves import Chords, rows
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,12 @@ def cover_inside(chords: Chords, paths: int, height: int, width: int, even_odd: 
     """What the closed paths of ``chords`` cover; a path that overlaps itself follows SVG's rule nonzero or evenodd."""
     box = _Boxes.of(chords, paths, height, width)
     row_of, row = _expand(*_whole(chords.start[:, 1], chords.end[:, 1], height))
-    down, x_in, x_out = _through_rows(chords.start[row_of], chords.end[row_of], row)
+    down, x_in, x_out = _through_rows(rows(chords.start, row_of), rows(chords.end, row_of), row)
     first, last = _whole(x_in, x_out, width)
     # The chord's last pixel is followed by one where the difference ends; a chord beyond the right edge has that alone.
     piece, column = _expand(first, torch.minimum(last + 1, torch.full_like(last, width)))
-    difference = _differences(column, down[piece], x_in[piece], x_out[piece], width)
+    down, x_in, x_out = (rows(one, piece) for one in (down, x_in, x_out))
+    difference = _differences(column, down, x_in, x_out, width)
     owner = chords.owner[row_of][piece]
     place = box.place(owner, row[piece], column)
     # All rows are one running sum: each row's differences sum to 0, in float64 to 1e-12.
@@ -41,7 +42,7 @@ def cover_inside(chords: Chords, paths: int, height: int, width: int, even_odd: 
     owner, row, column = box.back(kept)
     inside = column < width
     kept, owner, row, column = (one[inside] for one in (kept, owner, row, column))
-    return Covered(owner, row * width + column, covered[kept].to(difference.dtype))
+    return Covered(owner, row * width + column, rows(covered, kept).to(difference.dtype))
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,8 @@ class Guide:
         SettingError: a model through which images have no gradient.
     """
 
-    def __init__(self, model: ImageTextEncoder, name: str, weight: float = 1.0) -> None:
-        """``weight`` is that of its loss among several."""
-        self.model, self.name, self.weight = model, name, weight
+    def __init__(self, model: ImageTextEncoder, name: str) -> None:
+        self.model, self.name = model, name
         self.size = model.transforms(train=False).size
         if isinstance(model, nn.Module):
             model.eval().requires_grad_(False)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pipeline.config import require
 
 IMAGE = "image="
-NUMBER = re.compile(r":\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|-?inf|nan)\s*$")
+NUMBER = re.compile(r":\s*([-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|-?inf|nan)\s*$")
 
 
 @dataclass(frozen=True)

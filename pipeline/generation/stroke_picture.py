@@ -1,5 +1,6 @@
 """Images made of strokes, as parameters of an optimisation."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ class StrokeRates:
 
     def __post_init__(self) -> None:
         for name in ("points", "widths", "colours"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
         require(max(self.points, self.widths, self.colours) > 0, "rates", 0, "one rate above 0")
 
 

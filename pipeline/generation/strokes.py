@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.config import require
 from pipeline.generation.compose import paint
-from pipeline.generation.curves import Chords, Strokes, chords_of
+from pipeline.generation.curves import Chords, Strokes, chords_of, rows
 from pipeline.generation.fills import cover_inside
 
 SOFTNESS = 0.7
@@ -49,7 +49,7 @@ def render(
     below = strokes.points.new_ones(()) if background is None else background.to(strokes.points)
     canvas = below.expand(images, 3, height, width).permute(0, 2, 3, 1).reshape(-1, 3)
     owner, pixel, coverage = _coverage(strokes, height, width, softness)
-    colour = strokes.colours.flatten(0, 1)[owner]
+    colour = rows(strokes.colours.flatten(0, 1), owner)
     cell = owner // max(paths, 1) * (height * width) + pixel
     painted = paint(canvas, coverage * colour[:, 3], colour[:, :3], cell, owner)
     return painted.view(images, height, width, 3).permute(0, 3, 1, 2)
@@ -62,7 +62,7 @@ def _coverage(strokes: Strokes, height: int, width: int, softness: float) -> tup
     chords = chords_of(strokes, ~filled, longest=2 * reach + 8)
     near = _nearest(chords, reach.flatten(), height, width)
     distance = _distance(chords, near, width)
-    half = strokes.widths.flatten()[near.owner] / 2
+    half = rows(strokes.widths.flatten(), near.owner) / 2
     lines = edge(half - distance, softness) - edge(-half - distance, softness)
     if not bool(filled.any()):
         return near.owner, near.pixel, lines
@@ -89,7 +89,7 @@ class _Near:
 
 def _distance(chords: Chords, near: _Near, width: int) -> Tensor:
     """Distances float [n] of the pixels' centres from their chords."""
-    start, end = chords.start[near.chord], chords.end[near.chord]
+    start, end = rows(chords.start, near.chord), rows(chords.end, near.chord)
     centre = torch.stack([near.pixel % width, near.pixel // width], dim=1).to(start.dtype) + 0.5
     with torch.no_grad():
         along = end - start
@@ -150,6 +150,35 @@ class _ChordBoxes:
     def nearest(self, part: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor]:
         """Path, pixel and nearest chord of every pixel within reach of the paths of one part."""
         some, paths = part
+        first, *others = self._divided(some)
+        best, chord = self._compared(first, paths)
+        for other in others:
+            closer, its_chord = self._compared(other, paths)
+            chord = torch.where(closer < best, its_chord, chord)
+            best = torch.minimum(best, closer)
+        found = (best < torch.inf).nonzero()[:, 0]
+        cells = self.cells[paths]
+        begin = cells.cumsum(0) - cells
+        path = torch.searchsorted(begin, found, right=True) - 1
+        local, low = found - begin[path], self.low[paths]
+        columns = self.box[paths][path, 0]
+        row = local // columns
+        pixel = (low[path, 1] + row) * self.width + low[path, 0] + local - row * columns
+        return self.owner[paths][path], pixel, self.index[chord[found]]
+
+    def _divided(self, some: slice) -> list[slice]:
+        """Consecutive chords of about ``AT_ONCE`` pairs each, for paths that have many more."""
+        at_once = AT_ONCE if self.index.device.type == "cpu" else AT_ONCE_ON_GPU
+        pairs = self.sizes[some].prod(1).cumsum(0)
+        if int(pairs[-1]) <= 2 * at_once:
+            return [some]
+        counts = torch.unique_consecutive(pairs // at_once, return_counts=True)[1]
+        ends = [some.start, *(some.start + counts.cumsum(0)).tolist()]
+        return [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
+
+    def _compared(self, some: slice, paths: slice) -> tuple[Tensor, Tensor]:
+        """For the cells of the boxes of ``paths``: the squared distance of the nearest of ``some`` chords within reach,
+        or infinity, and the chord."""
         sizes, box, low = self.sizes[some], self.box[paths], self.low[paths]
         group = self.group[some] - paths.start
         counts = sizes.prod(1)
@@ -169,12 +198,7 @@ class _ChordBoxes:
         # Of equally near chords the first one, so that results do not depend on the order of threads.
         ties = squared == best[place]
         chord = place.new_full(best.shape, len(self.index)).scatter_reduce(0, place[ties], pair[ties], "amin")
-        found = (best < torch.inf).nonzero()[:, 0]
-        path = torch.searchsorted(begin, found, right=True) - 1
-        local = found - begin[path]
-        row = local // box[path, 0]
-        pixel = (low[path, 1] + row) * self.width + low[path, 0] + local - row * box[path, 0]
-        return self.owner[paths][path], pixel, self.index[some][chord[found]]
+        return best, chord + some.start
 
     def _squared(self, some: slice, pair: Tensor, row: Tensor, column: Tensor) -> Tensor:
         """Squared distances of pixels, by row and column of a chord's box, from the chord."""

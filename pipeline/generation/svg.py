@@ -8,9 +8,9 @@ before it is parsed, and its depth and its size in memory are limited.
 """
 
 import re
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from xml.etree import ElementTree
 
 import torch
@@ -23,7 +23,7 @@ from pipeline.generation.curves import Strokes
 NAMESPACE = "http://www.w3.org/2000/svg"
 IGNORED = {"title", "desc", "metadata"}
 INHERITED = ("stroke", "stroke-width", "stroke-opacity", "fill", "fill-opacity", "fill-rule")
-NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
 TOKENS = re.compile(rf"[A-Za-z]|{NUMBER}")
 NO_EFFECT = {
     **dict.fromkeys(("transform", "clip-path", "mask", "filter", "stroke-dasharray"), ("none",)),
@@ -34,10 +34,16 @@ NO_EFFECT = {
 """Attributes that are not read, with their values that change nothing."""
 ARGUMENTS = {"M": 2, "L": 2, "H": 1, "V": 1, "C": 6, "S": 4, "Q": 4, "T": 2, "Z": 0}
 LONGEST = 20_000_000
+LONGEST_ATTRIBUTE = 200
+"""Characters of a length, an opacity or a colour."""
 DEEPEST = 100
 MOST_POINTS = 20_000_000
 """Points of all paths, each with room for the longest one."""
+MOST_CURVES = 1_000_000
+"""Curves of all paths; while a file is read, each takes about 600 bytes."""
 MOST_PIXELS = 16_384
+
+TOO_MANY = f"more than {MOST_CURVES} curves in the file"
 
 Point = tuple[float, float]
 Curve = tuple[Point, Point, Point, Point]
@@ -102,12 +108,14 @@ def read_svg(text: str, origin: str = "svg") -> SvgScene:
         raise SettingError(origin, text[:40], f"an SVG file ({error})") from error
     require(_name(root) == "svg", origin, _name(root), "the element svg")
     height, width, scale = _canvas(root, origin)
-    elements = list(_elements(root, dict[str, str](), origin))
+    elements = list(islice(_elements(root, dict[str, str](), origin), MOST_CURVES + 1))
+    require(len(elements) <= MOST_CURVES, origin, "too many elements", f"at most {MOST_CURVES}")
     background = None
     if elements and _covers(elements[0], height / scale, width / scale):
         background = _colour(elements.pop(0)["fill"], origin)
     del root  # of a large file, the most memory
-    paths = [path for one in elements for path in _paths(one, origin)]
+    room = _Room(origin)
+    paths = [path for one in elements for path in _paths(one, room)]
     rules = {one.get("fill-rule", "nonzero") for one in elements if one.get("fill", "black") != "none"}
     require(len(rules) <= 1, origin, sorted(rules), "one fill rule for all paths")
     return SvgScene(_strokes(paths, scale, rules == {"evenodd"}, origin), height, width, background)
@@ -121,20 +129,41 @@ class _Path:
     filled: bool
 
 
+@dataclass
+class _Room:
+    """Counts what is read of one file, to stop before it takes too much memory."""
+
+    origin: str
+    paths: int = 0
+    curves: int = 0
+    most: int = 1
+
+    @property
+    def left(self) -> int:
+        """Curves that may follow."""
+        return MOST_CURVES - self.curves
+
+    def take(self, path: _Path) -> _Path:
+        """The path; raises ``SettingError`` if the points need too much room with it."""
+        self.paths, self.most = self.paths + 1, max(self.most, len(path.curves))
+        found = f"{self.paths} paths of up to {self.most} curves"
+        require(self.paths * (3 * self.most + 1) <= MOST_POINTS, self.origin, found, f"at most {MOST_POINTS} points")
+        return path
+
+
 def _strokes(paths: Sequence[_Path], scale: float, even_odd: bool, origin: str) -> Strokes:
     most = max((len(path.curves) for path in paths), default=1)
-    room = len(paths) * (3 * most + 1)
-    require(room <= MOST_POINTS, origin, f"{len(paths)} paths of up to {most} curves", f"at most {MOST_POINTS} points")
     points = torch.zeros(1, len(paths), 3 * most + 1, 2)
     for number, path in enumerate(paths):
         flat = [path.curves[0][0], *(point for curve in path.curves for point in curve[1:])]
         points[0, number] = torch.tensor(flat + flat[-1:] * (3 * most + 1 - len(flat)))
     widths = torch.tensor([[path.width for path in paths]]).view(1, -1)
+    points, widths = points.mul_(scale), widths * scale
     finite = bool(points.isfinite().all()) and bool(widths.isfinite().all())
     require(finite, origin, "numbers that are not finite", "finite numbers")
     return Strokes(
-        points=points * scale,
-        widths=widths * scale,
+        points=points,
+        widths=widths,
         colours=torch.tensor([path.colour for path in paths]).view(1, -1, 4),
         segments=torch.tensor([len(path.curves) for path in paths], dtype=torch.long).view(1, -1),
         filled=torch.tensor([path.filled for path in paths], dtype=torch.bool).view(1, -1),
@@ -148,7 +177,7 @@ def _name(element: ElementTree.Element) -> str:
 
 def _canvas(root: ElementTree.Element, origin: str) -> tuple[int, int, float]:
     """Height and width in whole pixels, and the factor from the file's units to pixels."""
-    box = [float(one) for one in re.findall(NUMBER, root.get("viewBox", ""))]
+    box = _numbers(root.get("viewBox", ""), 5)
     require(len(box) in (0, 4) and box[:2] in ([], [0, 0]), origin, root.get("viewBox"), "a viewBox from 0 0")
     given = [root.get(name, "") for name in ("width", "height")]
     sides = [_length(text, origin) if text and not text.endswith("%") else 0.0 for text in given]
@@ -161,9 +190,20 @@ def _canvas(root: ElementTree.Element, origin: str) -> tuple[int, int, float]:
     return round(height), round(width), scale
 
 
+def _numbers(text: str, most: int) -> list[float]:
+    """The first numbers of a list."""
+    return [float(found[0]) for found in islice(re.finditer(NUMBER, text), most)]
+
+
+def _matched(pattern: str, text: str, origin: str, allowed: str) -> re.Match[str] | None:
+    """The match of a whole attribute, which is short."""
+    require(len(text) <= LONGEST_ATTRIBUTE, origin, f"{text[:20]}…", f"{allowed} in {LONGEST_ATTRIBUTE} characters")
+    return re.fullmatch(pattern, text.strip())
+
+
 def _length(text: str, origin: str) -> float:
     """A length in pixels."""
-    found = re.fullmatch(rf"({NUMBER})(px)?", text.strip())
+    found = _matched(rf"({NUMBER})(px)?", text, origin, "lengths in pixels")
     if found is None:
         raise SettingError(origin, text, "lengths in pixels")
     return float(found[1])
@@ -203,28 +243,32 @@ def _covers(element: Mapping[str, str], height: float, width: float) -> bool:
     return element["kind"] == "rect" and whole and plain
 
 
-def _paths(element: Mapping[str, str], origin: str) -> Iterator[_Path]:
+def _paths(element: Mapping[str, str], room: _Room) -> Iterator[_Path]:
+    origin = room.origin
     try:
-        parts = SHAPES[element["kind"]](element)
+        parts = SHAPES[element["kind"]](element, room.left)
+        room.curves += sum(map(len, parts))
         opacity = _opacity(element.get("opacity", "1"), origin)
         fill, line = element.get("fill", "black"), element.get("stroke", "none")
         if fill != "none":
             require(len(parts) <= 1, origin, "a filled path of several parts", "filled paths of one part")
             alpha = opacity * _opacity(element.get("fill-opacity", "1"), origin)
-            yield from (_Path(part, 0.0, (*_colour(fill, origin), alpha), True) for part in parts)
+            yield from (room.take(_Path(part, 0.0, (*_colour(fill, origin), alpha), True)) for part in parts)
         if line != "none":
             alpha = opacity * _opacity(element.get("stroke-opacity", "1"), origin)
             width = _length(element.get("stroke-width", "1"), origin)
-            yield from (_Path(part, width, (*_colour(line, origin), alpha), False) for part in parts)
+            yield from (room.take(_Path(part, width, (*_colour(line, origin), alpha), False)) for part in parts)
     except (ValueError, LookupError) as error:
         if isinstance(error, SettingError):
             raise
-        raise SettingError(origin, dict(element), f"an element that can be read ({error})") from error
+        raise SettingError(
+            origin, str(dict(element))[:LONGEST_ATTRIBUTE], f"an element that can be read ({error})"
+        ) from error
 
 
 def _opacity(text: str, origin: str) -> float:
     """A number or a percentage, limited to 0 to 1."""
-    found = re.fullmatch(rf"({NUMBER})(%?)", text.strip())
+    found = _matched(rf"({NUMBER})(%?)", text, origin, "an opacity of 0 to 1")
     if found is None:
         raise SettingError(origin, text, "an opacity of 0 to 1")
     return min(max(float(found[1]) / (100 if found[2] else 1), 0.0), 1.0)
@@ -232,7 +276,8 @@ def _opacity(text: str, origin: str) -> float:
 
 def _colour(text: str, origin: str) -> Colour:
     """A name, ``#rgb``, ``#rrggbb`` or ``rgb(…)`` of numbers to 255 or of percentages: 0 to 1 each."""
-    found = re.fullmatch(rf"rgb\(\s*({NUMBER})(%?)[\s,]+({NUMBER})(%?)[\s,]+({NUMBER})(%?)\s*\)", text)
+    rgb = rf"rgb\(\s*({NUMBER})(%?)[\s,]+({NUMBER})(%?)[\s,]+({NUMBER})(%?)\s*\)"
+    found = _matched(rgb, text, origin, "a colour")
     if found is not None:
         parts = [min(max(float(found[n]) / (100 if found[n + 1] else 255), 0.0), 1.0) for n in (1, 3, 5)]
         return parts[0], parts[1], parts[2]
@@ -244,56 +289,67 @@ def _colour(text: str, origin: str) -> Colour:
     return red / 255, green / 255, blue / 255
 
 
-def _path(element: Mapping[str, str]) -> list[list[Curve]]:
-    return curves_of(element.get("d", ""))
+def _path(element: Mapping[str, str], most: int) -> list[list[Curve]]:
+    return curves_of(element.get("d", ""), most)
 
 
-def _line(element: Mapping[str, str]) -> list[list[Curve]]:
+def _line(element: Mapping[str, str], most: int) -> list[list[Curve]]:
+    if most < 1:
+        raise ValueError(TOO_MANY)
     ends = [(float(element.get(f"x{n}", 0)), float(element.get(f"y{n}", 0))) for n in (1, 2)]
     return [[_straight(*ends)]]
 
 
-def _polyline(element: Mapping[str, str]) -> list[list[Curve]]:
-    numbers = [float(one) for one in re.findall(NUMBER, element.get("points", ""))]
+def _polyline(element: Mapping[str, str], most: int) -> list[list[Curve]]:
+    numbers = _numbers(element.get("points", ""), 2 * most + 4)
+    if len(numbers) > 2 * most + 2:
+        raise ValueError(TOO_MANY)
     corners = list(zip(numbers[::2], numbers[1::2], strict=True))
     lines = [_straight(one, other) for one, other in zip(corners, corners[1:], strict=False)]
     return [lines] if lines else []
 
 
-def _polygon(element: Mapping[str, str]) -> list[list[Curve]]:
-    return [[*lines, _straight(lines[-1][3], lines[0][0])] for lines in _polyline(element)]
+def _polygon(element: Mapping[str, str], most: int) -> list[list[Curve]]:
+    return [[*lines, _straight(lines[-1][3], lines[0][0])] for lines in _polyline(element, most - 1)]
 
 
-def _rect(element: Mapping[str, str]) -> list[list[Curve]]:
+def _rect(element: Mapping[str, str], most: int) -> list[list[Curve]]:
     x, y = float(element.get("x", 0)), float(element.get("y", 0))
     right, bottom = x + float(element["width"]), y + float(element["height"])
-    return _polygon({"points": f"{x} {y} {right} {y} {right} {bottom} {x} {bottom}"})
+    return _polygon({"points": f"{x} {y} {right} {y} {right} {bottom} {x} {bottom}"}, most)
 
 
 SHAPES = {"path": _path, "line": _line, "polyline": _polyline, "polygon": _polygon, "rect": _rect}
 
 
-def curves_of(data: str) -> list[list[Curve]]:
+def curves_of(data: str, most: int = MOST_CURVES) -> list[list[Curve]]:
     """The parts of a path's ``d``, each a list of cubic curves; straight and quadratic ones are raised, exactly.
 
     Raises:
-        ValueError: a command or a sign that is not read.
-        IndexError: a missing number.
+        ValueError: a command or a sign that is not read, a missing number, or more than ``most`` commands.
     """
     parts: list[list[Curve]] = []
     here, begin, command, last = (0.0, 0.0), (0.0, 0.0), "", ""
     if strange := re.sub(r"[\s,]+", "", TOKENS.sub("", data)):
         raise ValueError(f"the sign {strange[0]}")
-    tokens = deque(TOKENS.findall(data))
-    while tokens:
-        if tokens[0].isalpha():
-            command = tokens.popleft()
+    tokens, count = (found[0] for found in TOKENS.finditer(data)), 0
+    for token in tokens:
+        numbers = []
+        if token.isalpha():
+            command = token
         elif command in "zZ":
             raise ValueError(f"a number after {command or 'nothing'}")
+        else:
+            numbers = [float(token)]
         kind = command.upper()
         if kind not in ARGUMENTS:
             raise ValueError(f"the command {command}")
-        numbers = [float(tokens.popleft()) for _ in range(ARGUMENTS[kind])]
+        count += 1
+        if count > most:
+            raise ValueError(TOO_MANY)
+        numbers += [float(one) for one in islice(tokens, ARGUMENTS[kind] - len(numbers))]
+        if len(numbers) < ARGUMENTS[kind]:
+            raise ValueError(f"a missing number of {command}")
         points = _points(kind, numbers, here, command.islower())
         if kind == "M":
             here = begin = points[0]

@@ -38,8 +38,8 @@ def _targets(guide: Guide, prompt: WeightedPrompt, views: ViewMaker) -> Tensor:
     if not prompt.image:
         return guide.texts([prompt.text])
     image = as_float(image_at(prompt.image)).to(guide.device)
-    drawn = views.draw(generators([0], 0, Draw.PROMPTS))
-    return guide.images(views.apply(image[None], drawn, guide.size))
+    random_numbers = views.draw(generators([0], 0, Draw.PROMPTS))
+    return guide.images(views.apply(image[None], random_numbers, guide.size))
 
 
 class TextObjective:
@@ -79,7 +79,7 @@ class TextObjective:
             self.targets.append(torch.cat([vectors[one] for _, one, _ in rows]))
 
     def losses(self, images: Tensor, random: Sequence[torch.Generator]) -> dict[str, Tensor]:
-        """One for each CLIP, with its weight."""
+        """One for each CLIP."""
         return self._compared(images, self.views, self.views.draw(random))
 
     def evaluation(self, images: Tensor) -> Tensor:
@@ -92,18 +92,18 @@ class TextObjective:
         """:func:`reference` of each image's prompts."""
         return torch.stack([reference(guide, some) for some in self.prompts])
 
-    def _compared(self, images: Tensor, views: ViewMaker, drawn: Tensor) -> dict[str, Tensor]:
+    def _compared(self, images: Tensor, views: ViewMaker, random_numbers: Tensor) -> dict[str, Tensor]:
         # All CLIPs see the same views; a kind that makes them at the size of the image leaves the resizing to the CLIP.
         seen: dict[tuple[int, int], Tensor] = {}
         found = {}
         for number, (guide, targets) in enumerate(zip(self.guides, self.targets, strict=True)):
             size = guide.size if views.at_input_size else (images.shape[2], images.shape[3])
             if size not in seen:
-                seen[size] = views.apply(images, drawn, size)
+                seen[size] = views.apply(images, random_numbers, size)
             features = guide.images(seen[size]).unflatten(0, (len(images), views.count))
-            distances = self.distance(features[self.image], targets[:, None])
+            distances = self.distance(features.index_select(0, self.image), targets[:, None])
             loss = weighted(distances, self.weights, self.stops)
             per_prompt = loss.sum(1) if self.reduce == "sum" else loss.mean(1)
             total = torch.zeros(len(images), device=loss.device).index_add(0, self.image, per_prompt)
-            found[f"{guide.name}#{number}"] = guide.weight * total
+            found[f"{guide.name}#{number}"] = total
         return found

@@ -1,6 +1,6 @@
 """Augmented views of images, in one operation for all images and all views, with gradients.
 
-Views are drawn from random numbers first and applied then, so that two images can share them, as CLIPasso's sketch and
+Random numbers are sampled first and applied then, so that two images can share them, as CLIPasso's sketch and
 photo do. A view is a projective map from the unit square of the view to that of the image.
 """
 
@@ -40,7 +40,7 @@ class ViewMaker(Protocol):
         """The random numbers of N images: float32 [N, count, K]."""
         ...
 
-    def apply(self, images: Tensor, drawn: Tensor, size: tuple[int, int]) -> Tensor:
+    def apply(self, images: Tensor, random_numbers: Tensor, size: tuple[int, int]) -> Tensor:
         """Images float [N, 3, H, W] to views [N x count, 3, h, w] of this ``size``, image after image."""
         ...
 
@@ -57,7 +57,7 @@ class Unchanged:
         """No numbers."""
         return torch.empty(len(random), 1, 0)
 
-    def apply(self, images: Tensor, drawn: Tensor, size: tuple[int, int]) -> Tensor:
+    def apply(self, images: Tensor, random_numbers: Tensor, size: tuple[int, int]) -> Tensor:
         """Resized, if its size differs."""
         return resized(images, size)
 
@@ -77,7 +77,7 @@ class PerspectiveCrops:
     scale: tuple[float, float] = (0.7, 0.9)
     """Area of the crop, as a part of the image's."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Aspect ratios of the crop; of these, those that fit are drawn."""
+    """Aspect ratios of the crop; of these, those that fit are sampled."""
     fill: float = 1.0
     """Value outside of the image."""
 
@@ -88,9 +88,9 @@ class PerspectiveCrops:
         """Eight for the corners, four for the crop."""
         return uniform(random, self.count, 12)
 
-    def apply(self, images: Tensor, drawn: Tensor, size: tuple[int, int]) -> Tensor:
+    def apply(self, images: Tensor, random_numbers: Tensor, size: tuple[int, int]) -> Tensor:
         """One sampling for both."""
-        numbers = drawn.flatten(0, 1)
+        numbers = random_numbers.flatten(0, 1)
         maps = perspective(numbers[:, :8] * self.distortion / 2) @ self.crop(numbers[:, 8:])
         return sampled(images.repeat_interleave(self.count, 0), maps, size, self.fill)
 
@@ -126,14 +126,16 @@ class Cutouts:
         require(self.count >= 1, "views", self.count, "1 or more")
 
     def draw(self, random: Sequence[torch.Generator]) -> Tensor:
-        """22 from 0 to 1, a seed of the noise, and five for the erased box, which are those of the first view."""
+        """By index: 0-2 which parts apply, 3-6 affine, 7-14 perspective, 15-18 colours, 19 seed and 20 strength of the
+        noise, 22-26 the erased box. The seed and the box of an image are those of its first view; 21 and 27 are spare.
+        """
         return uniform(random, self.count, 28)
 
-    def apply(self, images: Tensor, drawn: Tensor, size: tuple[int, int]) -> Tensor:
+    def apply(self, images: Tensor, random_numbers: Tensor, size: tuple[int, int]) -> Tensor:
         """All parts in a row."""
         pools = functional.adaptive_avg_pool2d(images, size), functional.adaptive_max_pool2d(images, size)
         views = ((pools[0] + pools[1]) / 2).repeat_interleave(self.count, 0)
-        numbers = drawn.flatten(0, 1)
+        numbers = random_numbers.flatten(0, 1)
         keep = (numbers[:, :3] >= self.part)[..., None, None]
         same = torch.eye(3)
         turned = torch.where(keep[:, 0], same, affine(2 * numbers[:, 3:7] - 1))
@@ -142,9 +144,9 @@ class Cutouts:
         views = sampled(views, bent, size)
         jitter = torch.where(keep[:, 2, 0], 0, 2 * numbers[:, 15:19] - 1) * 0.1
         views = coloured(views, jitter.to(views))
-        whole = _erased(drawn[:, 0, 22:], self.part, size).repeat_interleave(self.count, 0)
+        whole = _erased(random_numbers[:, 0, 22:], self.part, size).repeat_interleave(self.count, 0)
         views = views * whole.to(views)
-        seeds = [torch.Generator().manual_seed(int(one)) for one in (drawn[:, 0, 19] * 2**31).tolist()]
+        seeds = [torch.Generator().manual_seed(int(one)) for one in (random_numbers[:, 0, 19] * 2**31).tolist()]
         strength = self.noise * numbers[:, 20, None, None, None]
         return views + (strength * normal(seeds, self.count, 3, *size).flatten(0, 1)).to(views)
 
@@ -167,13 +169,13 @@ class RandomSquares:
         """Size, left and top."""
         return uniform(random, self.count, 3)
 
-    def apply(self, images: Tensor, drawn: Tensor, size: tuple[int, int]) -> Tensor:
+    def apply(self, images: Tensor, random_numbers: Tensor, size: tuple[int, int]) -> Tensor:
         """One by one, since each has another size."""
         height, width = images.shape[2:]
         most = min(height, width)
         least = min(most, *size)
         found = []
-        for image, views in zip(images, drawn.tolist(), strict=True):
+        for image, views in zip(images, random_numbers.tolist(), strict=True):
             for share, left, top in views:
                 side = int(share**self.power * (most - least) + least)
                 x, y = int(left * (width - side + 1)), int(top * (height - side + 1))

@@ -1,11 +1,13 @@
 """CLIPasso: attention against torch's own, edges, probabilities, the loss by hand, and a sketch of a drawn shape."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import timm
 import torch
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,6 +26,7 @@ from pipeline.generation.methods.clipasso import (
 )
 from pipeline.generation.streams import Draw, generators
 from pipeline.generation.views import PerspectiveCrops
+from pipeline.loaders.images import ImageTransform
 from pipeline.models.class_vectors import untrained
 from pipeline.models.clip import Clip
 from pipeline.models.clip import Config as ClipConfig
@@ -99,25 +102,126 @@ def test_attention_of_a_resnet_is_that_of_its_pooling(resnet: Guide) -> None:
     assert torch.allclose(found.flatten(1), weights[:, 0, 1:], atol=1e-5)
 
 
-def test_attention_of_timms_towers_sums_to_one() -> None:
-    tower = timm.create_model("vit_tiny_patch16_224", img_size=64, embed_dim=48, depth=2, num_heads=2).eval()
+class Tower(nn.Module):
+    """A CLIP whose image tower is any module for 64 pixels."""
 
-    class Timm(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = nn.Module()
-            self.model.visual, self.tokenizer = tower, None
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        self.model, self.tokenizer = nn.Module(), None
+        self.model.visual = visual
 
-        def transforms(self, train: bool) -> Any:
-            from pipeline.loaders.images import ImageTransform
+    def transforms(self, train: bool) -> ImageTransform:
+        return ImageTransform(size=(64, 64))
 
-            return ImageTransform(size=(64, 64))
+    def encode_image(self, image: Tensor) -> Tensor:
+        return functional.normalize(self.model.visual(image / 255).flatten(1), dim=1)
 
-        def encode_image(self, image: Tensor) -> Tensor:
-            return functional.normalize(self.model.visual(image / 255), dim=1)
 
-    found = attention_maps(Guide(Timm(), "timm"), torch.rand(1, 3, 64, 64))  # type: ignore[arg-type]
-    assert tuple(found.shape) == (1, 4, 4) and 0.5 < float(found.sum()) < 1
+SMALL: dict[str, Any] = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
+TIMM = {
+    "plain": lambda: timm.models.VisionTransformer(**SMALL, num_classes=8),
+    "normed": lambda: timm.models.VisionTransformer(**SMALL, num_classes=8, qk_norm=True, reg_tokens=4),
+    "no class": lambda: timm.models.VisionTransformer(**SMALL, num_classes=8, class_token=False, global_pool="map"),
+    "rotated": lambda: timm.models.Eva(**SMALL, num_classes=8, use_rot_pos_emb=True, qkv_fused=False),
+    "biased": lambda: timm.models.Eva(**SMALL, num_classes=8, use_rot_pos_emb=True),
+    "relative": lambda: timm.models.Beit(**SMALL, num_classes=8, use_rel_pos_bias=True),
+}
+
+
+@pytest.mark.parametrize("kind", TIMM)
+def test_attention_of_timms_towers_is_that_of_their_fused_kernel(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the queries and keys that torch's kernel gets, with norms, biases and rotations; registers are no patches."""
+    torch.manual_seed(1)
+    visual = TIMM[kind]().eval()
+    for parameter in visual.parameters():  # biases and relative places begin at 0
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    guide, images, kept = Guide(Tower(visual), kind), torch.rand(2, 3, 64, 64), []  # type: ignore[arg-type]
+    kernel = functional.scaled_dot_product_attention
+
+    def spied(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **more: Any) -> Tensor:
+        weights = (query @ key.mT / query.shape[-1] ** 0.5 + (0 if attn_mask is None else attn_mask)).softmax(-1)
+        kept.append(weights.mean(1)) if query.shape == key.shape else None
+        out = kernel(query, key, value, attn_mask=attn_mask, **more)
+        assert torch.allclose(weights @ value, out, atol=1e-5)
+        return out
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", spied)
+    before = guide.images(images)
+    assert len(kept) == 2
+    rows = [weights.mean(1) if kind == "no class" else weights[:, 0] for weights in kept]
+    wanted = [row[:, -16:].unflatten(1, (4, 4)) for row in rows]
+    assert torch.allclose(attention_maps(guide, images), (wanted[0] + wanted[1]) / 2, atol=1e-5)
+    assert torch.allclose(attention_maps(guide, images, last=1), wanted[1], atol=1e-5)
+    assert not torch.allclose(wanted[0], wanted[1], atol=1e-4) and wanted[1].flatten(1).std(1).min() > 1e-4
+    assert len(kept) == 2 and torch.equal(guide.images(images), before) and len(kept) == 4  # fused again
+
+
+def coca(**changed: Any) -> VisionTransformer:
+    """A small image tower of open_clip, with CoCa's pooling if asked."""
+    sizes = {"image_size": 64, "patch_size": 16, "width": 32, "layers": 2, "heads": 2, "mlp_ratio": 2.0}
+    return VisionTransformer(**{**sizes, "output_dim": 32, **changed}).eval()
+
+
+def test_queries_of_a_pooling_are_no_layer_of_attention() -> None:
+    """CoCa's pooling has its own queries, also as many as there are tokens."""
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 64, 64)
+    for queries in (17, 5):
+        pooled = coca(attentional_pool=True, attn_pooler_queries=queries, attn_pooler_heads=2)
+        plain = coca()
+        plain.load_state_dict(pooled.state_dict(), strict=False)
+        maps = [attention_maps(Guide(Tower(one), "tower"), images) for one in (Pooled(pooled), plain)]  # type: ignore[arg-type]
+        assert torch.allclose(*maps, atol=1e-6)
+
+
+class Pooled(nn.Module):
+    """The first of several results."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: Tensor) -> Tensor:
+        out = self.inner(images)
+        pooled: Tensor = out[0] if isinstance(out, tuple) else out
+        return pooled
+
+
+def test_towers_whose_attention_is_no_map_are_refused() -> None:
+    """Windows, and blocks of open_clip whose weights are not at hand."""
+    swin = timm.models.SwinTransformer(
+        img_size=64, window_size=4, embed_dim=16, depths=(1,), num_heads=(2,), num_classes=8
+    )
+    for visual, reason in ((swin, "without windows"), (coca(qk_norm=True), "without changed blocks")):
+        with pytest.raises(SettingError, match=f"^saliency: got 'odd', expected .*{reason}"):
+            attention_maps(Guide(Tower(visual), "odd"), torch.rand(1, 3, 64, 64))  # type: ignore[arg-type]
+
+
+def test_layers_come_in_the_order_of_their_names(resnet: Guide) -> None:
+    """Also where they run in another one; each has its own weight."""
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        forward, _ = LayerFeatures(resnet, ["layer2", "layer3"])(images)
+        backward, _ = LayerFeatures(resnet, ["layer3", "layer2"])(images)
+    assert forward[0].shape == backward[1].shape == (2, 64, 8, 8)
+    assert all(torch.equal(*pair) for pair in zip(forward, reversed(backward), strict=True))
+    views = PerspectiveCrops(count=1)
+    losses = {}
+    for names, weights in ((("layer2", "layer3"), (1.0, 5.0)), (("layer3", "layer2"), (5.0, 1.0))):
+        objective = SketchObjective(images.flip(0), LayerFeatures(resnet, names), weights, 0.0, views)
+        found = objective.compared(images, images.flip(0), 2)
+        losses[names] = {name: found[name].tolist() for name in ("layer2", "layer3")}
+    assert losses["layer2", "layer3"] == losses["layer3", "layer2"]
+    apart = (forward[1] - forward[1].flip(0)).square().flatten(1).mean(1)
+    assert losses["layer3", "layer2"]["layer3"] == pytest.approx((5 * apart).tolist())
+
+
+def test_a_layer_without_an_output_is_refused(vision_transformer: Guide) -> None:
+    """It is in the tower, but never called: a projection inside torch's attention."""
+    name = "transformer.resblocks.0.attn.out_proj"
+    features = LayerFeatures(vision_transformer, [name])
+    with pytest.raises(SettingError, match=f"^layers: got '{name}', expected layers that run"):
+        features(torch.rand(1, 3, 64, 64))
 
 
 def test_towers_without_attention_or_layers_are_refused(vision_transformer: Guide) -> None:
@@ -200,13 +304,20 @@ def test_a_sketch_gets_nearer_to_its_photo(resnet: Guide, vision_transformer: Gu
 
 @pytest.mark.parametrize("start", ["attention", "edges", "random"])
 def test_other_starts_need_what_they_need(start: str, resnet: Guide, vision_transformer: Guide) -> None:
-    method = ClipAsso(small(start=start))
+    method = ClipAsso(small(start=start, strokes=400))
     guides = {"resnet": resnet, "vit": vision_transformer}
     picture, _ = method.start([Subject(image=photo())], [3], {name: guides[name] for name in method.models})
     assert ("vit" in method.models) == (start == "attention")
     begin = picture.points[0, :, 0].detach().long()  # type: ignore[index]
-    if start == "edges":
-        assert bool(edges(photo())[begin[:, 1], begin[:, 0]].all())
+    image = photo()
+    on_edges = edges(image)[begin[:, 1], begin[:, 0]].mean()
+    (seen,) = functional.interpolate(attention_maps(vision_transformer, image[None])[None], (64, 64), mode="bicubic")[0]
+    part = float((seen[begin[:, 1], begin[:, 0]] > seen.median()).float().mean())  # half of all pixels are above
+    quadrants = torch.bincount(begin[:, 0] // 32 * 2 + begin[:, 1] // 32, minlength=4)
+    assert len(begin.unique(dim=0)) == 400
+    assert (on_edges == 1) == (start == "edges") and on_edges > float(edges(image).mean()) / 2
+    assert (part > 0.65) == (start == "attention")
+    assert (start != "random") or (quadrants.min() > 70 and abs(part - 0.5) < 0.1)
 
 
 @pytest.mark.parametrize(
@@ -215,6 +326,13 @@ def test_other_starts_need_what_they_need(start: str, resnet: Guide, vision_tran
         ({"strokes": 0}, "strokes"),
         ({"temperature": 0}, "temperature"),
         ({"layer_weights": (1.0,)}, "layer_weights"),
+        ({"layer_weights": (1.0, math.nan)}, "layer_weights"),
+        ({"layer_weights": (math.inf, 1.0)}, "layer_weights"),
+        ({"embedding_weight": math.inf}, "embedding_weight"),
+        ({"width": math.inf}, "width"),
+        ({"rate": math.inf}, "rate"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"temperature": math.inf}, "temperature"),
         ({"layers": (), "embedding_weight": 0}, "layers"),
         ({"attention_layers": -1}, "attention_layers"),
     ],

@@ -1,5 +1,7 @@
 """CLIPDraw: the authors' start, loss and rates, and a drawing that a small CLIP takes for its prompt."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional
@@ -10,7 +12,7 @@ from pipeline.generation.method import Subject, generation_class, generation_con
 from pipeline.generation.methods.clipdraw import ClipDraw, Config, random_strokes
 from pipeline.generation.prompts import parse_prompts
 from pipeline.generation.streams import Draw, generators
-from pipeline.generation.stroke_picture import StrokePicture
+from pipeline.generation.stroke_picture import StrokePicture, StrokeRates
 from pipeline.generation.strokes import render
 from pipeline.generation.svg import read_svg
 from pipeline.generation.views import PerspectiveCrops
@@ -108,3 +110,10 @@ def test_methods_are_found_by_their_files() -> None:
 def test_wrong_settings_are_refused(changed: dict[str, object], field: str) -> None:
     with pytest.raises(SettingError, match=f"^{field}: "):
         small(**changed)
+
+
+@pytest.mark.parametrize("rate", [-1.0, math.inf, math.nan])
+@pytest.mark.parametrize("name", ["points", "widths", "colours"])
+def test_rates_are_finite(name: str, rate: float) -> None:
+    with pytest.raises(SettingError, match=f"^{name}: "):
+        StrokeRates(**{name: rate})

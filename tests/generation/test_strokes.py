@@ -3,6 +3,7 @@
 import io
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import pipeline.generation.strokes as strokes_module
 from pipeline.errors import SettingError
-from pipeline.generation.curves import Strokes
+from pipeline.generation.curves import Strokes, rows
 from pipeline.generation.strokes import render
 from pipeline.generation.svg import write_svg
 from tests.benchmarks.strokes import dense
@@ -106,6 +108,64 @@ def test_a_batch_is_its_images_one_by_one_in_parts_or_at_once(monkeypatch: pytes
         assert torch.allclose(render(alone, 50, 40)[0], together[image], atol=1e-12)
     monkeypatch.setattr("pipeline.generation.strokes.AT_ONCE", 500)
     assert torch.equal(render(strokes, 50, 40), together)
+
+
+def test_a_path_of_many_curves_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same pixels and gradients, and never many more pairs than are allowed."""
+    most: list[int] = []
+    squared = strokes_module._ChordBoxes._squared
+
+    def recorded(self: Any, some: slice, pair: Tensor, *more: Tensor) -> Tensor:
+        most.append(len(pair))
+        return squared(self, some, pair, *more)
+
+    monkeypatch.setattr(strokes_module._ChordBoxes, "_squared", recorded)
+    turns = torch.linspace(0, 40, 601, dtype=torch.float64)
+    spiral = 40 + torch.stack([turns.cos(), turns.sin()], dim=1) * turns[:, None]
+    results = []
+    for at_once in (1 << 18, 3000):
+        monkeypatch.setattr(strokes_module, "AT_ONCE", at_once)
+        points = spiral.clone().requires_grad_()
+        image = render(black(points, width=6), 80, 80)
+        results.append([image.detach(), *torch.autograd.grad(image[0, :, :40].sum(), points)])
+    assert most[0] > 30_000 and len(most) > 10 and max(most[1:]) < 6000
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+
+
+def accumulated(node: Any) -> set[str]:
+    """The kinds of operations whose gradients lead to the one of ``node``."""
+    kinds, ahead, seen = set(), [node], set()
+    while ahead:
+        one = ahead.pop()
+        if one is not None and one not in seen:
+            seen.add(one)
+            kinds.add(one.name())
+            ahead += [before for before, _ in one.next_functions]
+    return kinds
+
+
+def test_gradients_have_the_same_bits_on_two_threads() -> None:
+    """``table[index]`` is an IndexBackward0, whose atomic additions are in the order in which threads arrive."""
+    strokes = scene(9, 256, 224, widths=2.0)
+    strokes = replace(strokes, **{name: getattr(strokes, name).float() for name in ("points", "widths", "colours")})
+    weights, results, threads = torch.rand(1, 3, 224, 224), [], torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(2):
+            leaves = [one.clone().requires_grad_() for one in (strokes.points, strokes.widths, strokes.colours)]
+            image = render(replace(strokes, points=leaves[0], widths=leaves[1], colours=leaves[2]), 224, 224)
+            kinds = accumulated(image.grad_fn)
+            results.append([image.detach(), *torch.autograd.grad((image * weights).sum(), leaves)])
+        table, index = torch.zeros(8, 2, 2).requires_grad_(), torch.randint(8, (100_000,))
+        wide = torch.randn(100_000, 2, 2)
+        sums = [torch.autograd.grad(rows(table, index), table, wide)[0] for _ in range(4)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    exact = torch.zeros(8, 2, 2, dtype=torch.float64).index_add(0, index, wide.double())
+    assert all(torch.equal(sums[0], one) for one in sums) and torch.allclose(sums[0], exact.float(), atol=1e-2)
+    assert "IndexSelectBackward0" in kinds and "IndexBackward0" not in kinds
 
 
 def around(x: float, y: float, radius: float) -> Tensor:

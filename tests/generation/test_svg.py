@@ -1,5 +1,6 @@
 """SVG out and in: the same strokes, files by hand and by others, and hostile ones."""
 
+import re
 import time
 from dataclasses import replace
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 from pipeline.errors import SettingError
+from pipeline.generation import svg
+from pipeline.generation.prompts import parse_prompt
 from pipeline.generation.strokes import render
 from pipeline.generation.svg import curves_of, read_svg, write_svg
 from tests.generation.test_strokes import decibels, scene, supersampled
@@ -61,7 +64,7 @@ def test_an_empty_drawing_has_no_strokes() -> None:
     "data", ["5 5", "M 1 1 A 1 1 0 0 0 2 2", "M 1", "M 1 1 L 2", "Z 3", "M1 1 C 1 2 3 4 5 x", "M1 1 # L 2 2"]
 )
 def test_paths_that_cannot_be_read_are_refused(data: str) -> None:
-    with pytest.raises((ValueError, IndexError)):
+    with pytest.raises(ValueError):
         curves_of(data)
     with pytest.raises(SettingError, match="in.svg"):
         read_svg(f'<svg viewBox="0 0 9 9"><path d="{data}"/></svg>', "in.svg")
@@ -108,8 +111,10 @@ CROWD = f'<svg viewBox="0 0 9 9">{"""<path d="M1 1h1v1"/>""" * 5000}<path d="M0 
         ('<svg viewBox="0 0 9 9"><path d="M1 1h1v1" fill="#ff000080"/></svg>', "a colour without alpha"),
         ('<svg viewBox="0 0 9 9"><path d="M1 1h1" stroke="red" stroke-width="9%"/></svg>', "lengths in pixels"),
         ('<svg viewBox="0 0 9 9"><path d="M1 1h1e999v1"/></svg>', "finite numbers"),
+        ('<svg width="9" height="9" viewBox="0 0 1e-40 1e-40"><path d="M1 1h1v1"/></svg>', "finite numbers"),
         (CROWD, "5001 paths of up to 9000 curves"),
     ],
+    ids=lambda one: one[-60:],
 )
 def test_files_with_more_than_is_read_are_refused(text: str, sentence: str) -> None:
     with pytest.raises(SettingError, match=sentence):
@@ -137,3 +142,58 @@ def test_time_grows_with_the_length_of_a_path() -> None:
         times.append(time.process_time() - began)
         assert len(curves) == count
     assert times[1] < 8 * times[0]
+
+
+DIGITS = "1" * 20_000
+
+
+@pytest.mark.parametrize("name", ["stroke-width", "stroke-opacity", "stroke", "points"])
+def test_long_numbers_take_no_time(name: str) -> None:
+    """The square of their lengths would be 17 s."""
+    began = time.process_time()
+    attributes = {"fill": "none", "stroke": "red", "points": "0,0 1,1"}
+    attributes[name] = {"stroke": f"rgb({DIGITS}x)", "points": f"0 0 1 {DIGITS}"}.get(name, f"{DIGITS}x")
+    written = " ".join(f'{key}="{value}"' for key, value in attributes.items())
+    with pytest.raises(SettingError, match="in.svg: got .{,250}, expected (length|an opacity|a colour|finite)"):
+        read_svg(f'<svg viewBox="0 0 9 9"><polyline {written}/></svg>', "in.svg")
+    assert re.fullmatch(svg.NUMBER, f"{DIGITS}x") is None
+    assert parse_prompt(f"a:{DIGITS}x").weight == 1 and parse_prompt(f"a:{'1' * 300}.5e-300").weight > 0.1
+    assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        f'<path d="M0 0{"h1" * 5000}"/>',
+        '<path d="M0 0h1v1"/>' * 1000,
+        f'<polyline points="{"1 2 " * 5000}"/>',
+        f'<polygon points="{"1 2 " * 102}"/>',
+        '<line x2="5"/>' * 1000,
+    ],
+    ids=["path", "paths", "polyline", "polygon", "lines"],
+)
+def test_reading_stops_at_the_first_curve_too_many(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+
+    def counted(*given: object) -> object:
+        made.append(given)
+        return straight(*given)  # type: ignore[arg-type]
+
+    straight = svg._straight
+    monkeypatch.setattr(svg, "MOST_CURVES", 100)
+    monkeypatch.setattr(svg, "_straight", counted)
+    with pytest.raises(SettingError, match="in.svg: .*(more than .* curves|too many elements)"):
+        read_svg(f'<svg viewBox="0 0 9 9">{shape}</svg>', "in.svg")
+    assert len(made) <= 101
+
+
+def test_a_path_of_many_curves_and_others_of_few_take_their_room_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Points have room for the longest path; reading stops at the first element for which there is none."""
+    read: list[object] = []
+    path = svg.SHAPES["path"]
+    monkeypatch.setitem(svg.SHAPES, "path", lambda *given: read.append(given) or path(*given))
+    monkeypatch.setattr(svg, "MOST_POINTS", 2000)
+    rest = '<path d="M0 0h1v1"/>' * 100
+    with pytest.raises(SettingError, match="7 paths of up to 100 curves"):
+        read_svg(f'<svg viewBox="0 0 9 9"><path d="M0 0{"h1v1" * 50}"/>{rest}</svg>')
+    assert len(read) == 7

@@ -1,5 +1,7 @@
 """Augmented views against torchvision's functions with the same parameters, and their random numbers."""
 
+import cmath
+import colorsys
 import math
 
 import pytest
@@ -108,8 +110,16 @@ def test_colours_are_torchvisions() -> None:
     assert torch.allclose(contrast, v2_functional.adjust_contrast(images[0], 1.1), atol=2e-3)
     whole = coloured(images, torch.tensor([[0, 0, 0, 1.0]]).expand(2, 4))  # once around
     assert torch.allclose(whole, images, atol=1e-3)
-    third = coloured(torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1), torch.tensor([[0, 0, 0, 1 / 3]])).flatten()
-    assert int(third.argmax()) != 0
+
+
+@pytest.mark.parametrize("turns", [0.1, -0.1, 1 / 3])
+def test_hues_turn_in_the_plane_of_yiqs_colours(turns: float) -> None:
+    """By Python's YIQ, whose numbers are rounded: the same brightness and saturation, another angle from I to Q."""
+    for colour in ((0.9, 0.2, 0.1), (0.2, 0.6, 0.3), (0.1, 0.3, 0.8)):
+        found = coloured(torch.tensor(colour).view(1, 3, 1, 1), torch.tensor([[0, 0, 0, turns]])).flatten().tolist()
+        (y, i, q), (luma, in_phase, quadrature) = colorsys.rgb_to_yiq(*colour), colorsys.rgb_to_yiq(*found)
+        turned = complex(i, q) * cmath.exp(2j * math.pi * turns)
+        assert abs(luma - y) < 0.02 and abs(complex(in_phase, quadrature) - turned) < 0.02 and abs(turned) > 0.1
 
 
 KINDS: list[ViewMaker] = [

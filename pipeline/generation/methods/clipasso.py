@@ -19,6 +19,7 @@ To hold a run against: the paper's table 1, recognition of classes by CLIP's zer
 grows with the number of strokes (4, 8, 16, 32).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -79,10 +80,12 @@ class Config:
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         require(16 <= self.side <= 4096, "side", self.side, "16 to 4096")
         for name in ("width", "rate", "temperature"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
+            require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "more than 0")
         fits = len(self.layer_weights) in (0, len(self.layers))
         require(fits, "layer_weights", self.layer_weights, f"{len(self.layers)} numbers, one for each of the layers")
-        require(self.embedding_weight >= 0, "embedding_weight", self.embedding_weight, "0 or more")
+        finite = all(map(math.isfinite, self.layer_weights))
+        require(finite, "layer_weights", self.layer_weights, "finite numbers")
+        require(0 <= self.embedding_weight < math.inf, "embedding_weight", self.embedding_weight, "0 or more")
         some = bool(self.layers) or self.embedding_weight > 0
         require(some, "layers", self.layers, "one layer, or an embedding_weight above 0")
         require(self.attention_layers >= 0, "attention_layers", self.attention_layers, "0 or more")
@@ -115,12 +118,12 @@ class ClipAsso(GenerationMethod):
         photos = torch.cat([resized(one[None].to(guide.device), size) for one in images])
         probabilities = start_probabilities(self._saliency(photos, guides), config.temperature)
         first = salient_strokes(probabilities.cpu(), seeds, config.strokes, config.width)
-        picture = StrokePicture(first, config.side, StrokeRates(points=config.rate))
+        sketch = StrokePicture(first, config.side, StrokeRates(points=config.rate))
         weights = config.layer_weights or (1.0,) * len(config.layers)
         views = PerspectiveCrops(count=config.views, scale=(0.8, 0.8), ratio=(1.0, 1.0), fill=0.0)
         features = LayerFeatures(guide, config.layers)
         objective = SketchObjective(photos, features, weights, config.embedding_weight, views)
-        return picture.to(guide.device), objective
+        return sketch.to(guide.device), objective
 
     def _saliency(self, photos: Tensor, guides: Mapping[str, Guide]) -> Tensor:
         """Where strokes may start, float [N, side, side], 0 or more."""
@@ -152,10 +155,10 @@ class SketchObjective:
 
     def losses(self, images: Tensor, random: Sequence[torch.Generator]) -> dict[str, Tensor]:
         """Of the sketch and its augmented views."""
-        drawn, size = self.views.draw(random), (images.shape[2], images.shape[3])
+        random_numbers, size = self.views.draw(random), (images.shape[2], images.shape[3])
         both = []
         for one in (images, self.photos):
-            views = self.views.apply(one, drawn, size).unflatten(0, (len(one), self.views.count))
+            views = self.views.apply(one, random_numbers, size).unflatten(0, (len(one), self.views.count))
             both.append(torch.cat([one[:, None], views], dim=1).flatten(0, 1))
         return self.compared(both[0], both[1], len(images))
 
@@ -189,11 +192,11 @@ def edges(photo: Tensor) -> Tensor:
     grey = (photo.detach().cpu().float().numpy().transpose(1, 2, 0) @ (0.2125, 0.7154, 0.0721)).astype(np.float32)
     fine, coarse = (cv2.GaussianBlur(grey, (0, 0), sigma, borderType=cv2.BORDER_REFLECT) for sigma in (0.8, 8.0))
     difference = fine - 0.98 * coarse
-    drawn = np.where(difference < -0.1, 1.0, 1.0 + np.tanh(200 * difference))
-    drawn -= drawn.min()
-    if not drawn.any():  # one colour
+    light = np.where(difference < -0.1, 1.0, 1.0 + np.tanh(200 * difference))
+    light -= light.min()
+    if not light.any():  # one colour
         return torch.zeros(grey.shape)
-    levels = np.round(255 * drawn / drawn.max()).astype(np.uint8)
+    levels = np.round(255 * light / light.max()).astype(np.uint8)
     _, paper = cv2.threshold(levels, 0, 1, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
     return 1 - torch.from_numpy(paper.astype(np.float32))
 
@@ -211,7 +214,7 @@ def start_probabilities(saliency: Tensor, temperature: float) -> Tensor:
 
 
 def salient_strokes(probabilities: Tensor, seeds: Sequence[int], count: int, width: float) -> Strokes:
-    """Black curves whose first points are drawn without replacement, the others near the ones before.
+    """Black curves whose first points are sampled without replacement, the others near the ones before.
 
     Raises:
         SettingError: fewer places than strokes.

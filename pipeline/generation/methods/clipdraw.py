@@ -93,8 +93,8 @@ class ClipDraw(GenerationMethod):
         prompts = [subject.prompts for subject in subjects]
         objective = TextObjective(prompts, some, views_of(config.augmentation, config.views), config.distance, reduce)
         first = random_strokes(seeds, config.strokes, config.segments, config.side, config.width)
-        picture = StrokePicture(first, config.side, config.rates, (1.0, MOST_WIDTH), FALLS)
-        return picture.to(some[0].device), objective
+        drawing = StrokePicture(first, config.side, config.rates, (1.0, MOST_WIDTH), FALLS)
+        return drawing.to(some[0].device), objective
 
 
 def random_strokes(seeds: Sequence[int], count: int, segments: int, side: int, width: float) -> Strokes:

@@ -121,10 +121,10 @@ class VqganClip(GenerationMethod):
         kept = None
         if given is not None and config.edit_mask:
             kept = given.to(device), self._mask((height, width)).to(device)
-        picture = CodePicture(vqgan, first, config.rate, config.init_weight, config.average, kept)
+        painted = CodePicture(vqgan, first, config.rate, config.init_weight, config.average, kept)
         views = views_of(config.augmentation, config.views, config.cut_power)
         objective = TextObjective([one.prompts for one in subjects], some, views, "spherical", "mean")
-        return picture.to(device), objective
+        return painted.to(device), objective
 
     def _mask(self, size: tuple[int, int]) -> Tensor:
         """1 where the image is changed, 0 where the start image stays: float [1, H, W]."""
@@ -255,11 +255,11 @@ def start_codes(
 
 def gradients(random: Sequence[torch.Generator], size: tuple[int, int]) -> Tensor:
     """Each channel goes from one random value to another, down or to the right: float [N, 3, *size], 0 to 1."""
-    drawn = uniform(random, 3, 3)[..., None, None]
+    values = uniform(random, 3, 3)[..., None, None]
     down = torch.linspace(0, 1, size[0])[:, None]
     right = torch.linspace(0, 1, size[1])[None]
-    along = torch.where(drawn[:, :, 2] < 0.5, down, right)
-    return drawn[:, :, 0] + (drawn[:, :, 1] - drawn[:, :, 0]) * along
+    along = torch.where(values[:, :, 2] < 0.5, down, right)
+    return values[:, :, 0] + (values[:, :, 1] - values[:, :, 0]) * along
 
 
 def _read(place: str, size: tuple[int, int]) -> Tensor:

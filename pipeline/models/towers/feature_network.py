@@ -6,7 +6,7 @@ Addresses:
 - ``timm:NAME`` with timm's own weights, or ``timm:NAME:FILE`` with those of a file; images keep their size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -79,10 +79,11 @@ class FeatureNetwork(nn.Module):
 
         A vision transformer's tokens [N, L, C] become [N, C, L]. Gradients reach the images.
         """
-        with self._recorded(names) as found:
+        with recorded({name: self.module(name) for name in names}) as found:
             inputs = self._inputs(images)
             self.body(inputs) if self.size else self.body.forward_features(inputs)
-        return [one.mT if one.ndim == 3 else one for one in found]
+        outputs = in_order(found, names, f"{self.field}_layers")
+        return [one.mT if one.ndim == 3 else one for one in outputs]
 
     def vectors(self, images: Tensor) -> Tensor:
         """The last features of images float [N, 3, H, W] from 0 to 1: float32 [N, D].
@@ -103,15 +104,32 @@ class FeatureNetwork(nn.Module):
             images = functional.interpolate(images, self.size, mode="bicubic", antialias=True)
         return (images - self.mean) / self.std
 
-    @contextmanager
-    def _recorded(self, names: Sequence[str]) -> Iterator[list[Tensor]]:
-        found: list[Tensor] = []
-        handles = [self.module(name).register_forward_hook(lambda _, __, out: found.append(out)) for name in names]
-        try:
-            yield found
-        finally:
-            for handle in handles:
-                handle.remove()
+
+@contextmanager
+def recorded(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Any]]:
+    """The outputs of modules by their names, filled while they run within the context; the last one of each."""
+    found: dict[str, Any] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda _, __, out: found.update({name: out})
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def in_order(found: Mapping[str, Any], names: Sequence[str], field: str) -> list[Tensor]:
+    """The recorded outputs of the layers ``names``, in this order.
+
+    Raises:
+        SettingError: a layer that did not run, or whose output is no tensor; ``field`` is the name of the option.
+    """
+    for name in names:
+        require(isinstance(found.get(name), Tensor), field, name, "layers that run and have a tensor as their output")
+    return [found[name] for name in names]
 
 
 def check_address(address: str, field: str = "network") -> None:

@@ -17,7 +17,7 @@ GROUPS = 32  # of group normalisation
 
 @dataclass(frozen=True, kw_only=True)
 class VqganSizes:
-    """VqganSizes of the network, with the values of taming's ImageNet model with 16 pixels per code (f16)."""
+    """Sizes of the network, with the values of taming's ImageNet model with 16 pixels per code (f16)."""
 
     resolution: int = 256
     """Side in pixels that says where attention is; the network reads images of other sizes as well."""
@@ -61,7 +61,7 @@ class VqganSizes:
 
 
 class VqganNetwork(nn.Module):
-    """VqganEncoder, codebook and decoder."""
+    """Encoder, codebook and decoder."""
 
     def __init__(self, sizes: VqganSizes) -> None:
         super().__init__()

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from pipeline.errors import SettingError
 from pipeline.models.class_vectors import untrained
+from pipeline.models.towers.feature_network import FeatureNetwork
 from pipeline.models.towers.image_codes import perplexity
 from pipeline.models.vqgan.codebook import (
     CodebookUse,
@@ -168,6 +169,27 @@ def test_the_perceptual_distance_is_that_of_lpips(vgg: str, tmp_path: Path) -> N
         assert float(distance(others, others).abs().max()) == 0
         assert not distance.state_dict() and not any(one.requires_grad for one in distance.parameters())
         assert torch.autograd.grad(found.sum(), images, retain_graph=True)[0].any()
+
+
+def test_weights_of_lpips_belong_to_the_layers_in_the_order_of_their_names(tmp_path: Path) -> None:
+    """Not in the order in which layers run."""
+    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "small.safetensors")
+    address, layers = f"timm:test_resnet:{tmp_path}/small.safetensors", ("layer1", "layer3")
+    images, others, found = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), []
+    channels = [one.shape[1] for one in FeatureNetwork(address).layers(images, layers)]
+    assert channels[0] != channels[1]
+    weights = {name: torch.rand(1, count, 1, 1) for name, count in zip(layers, channels, strict=True)}
+    for names in (layers, layers[::-1]):
+        file = tmp_path / f"{names[0]}.pth"
+        torch.save({f"lin{number}.model.1.weight": weights[name] for number, name in enumerate(names)}, file)
+        found.append(PerceptualDistance(address, names, str(file))(images, others))
+    torch.testing.assert_close(*found)
+
+
+def test_a_layer_that_does_not_run_is_refused() -> None:
+    distance = PerceptualDistance("clipmill-tiny:untrained", ("transformer.resblocks.0.attn.out_proj",))
+    with pytest.raises(SettingError, match="^perceptual_layers: got 'transformer.resblocks.0.attn.out_proj'"):
+        distance(torch.rand(1, 3, 64, 64), torch.rand(1, 3, 64, 64))
 
 
 def test_lpips_layers_are_the_last_activations_before_each_pooling() -> None:
