@@ -65,6 +65,13 @@ class GenerationMethod(ABC):
         """Paths or URIs of other files that its images depend on."""
         return ()
 
+    def check(self, subject: Subject) -> None:  # noqa: B027  # most subjects fit if they can be read
+        """Check what can be told of one subject without a model, before anything is drawn; nothing by default.
+
+        Raises:
+            SettingError: a subject that does not fit the method.
+        """
+
     @abstractmethod
     def start(
         self,

@@ -4,15 +4,13 @@ from collections.abc import Sequence
 
 from pipeline.generation.guides import Guide
 from pipeline.generation.method import GenerationMethod, Subject
-from pipeline.generation.methods.clipasso import ClipAsso, edges, salient_strokes, start_probabilities
-from pipeline.generation.views import resized
 from pipeline.loaders.images import image_at
 
 
 def check_subject(
     method: GenerationMethod, subject: Subject, guides: Sequence[Guide], judge: Guide, readable: set[str]
 ) -> None:
-    """Lengths of texts, files of image prompts, and whether an image has edges where CLIPasso's strokes start.
+    """Lengths of texts, files of image prompts, and what the method says of the subject.
 
     ``readable`` are the files that were read before; new ones are added.
 
@@ -27,7 +25,4 @@ def check_subject(
         if one.image and one.image not in readable:
             image_at(one.image)
             readable.add(one.image)
-    if isinstance(method, ClipAsso) and subject.image is not None and method.config.start in ("salient", "edges"):
-        config = method.config
-        photo = resized(subject.image[None], (config.side, config.side))[0]
-        salient_strokes(start_probabilities(edges(photo)[None], config.temperature), [0], config.strokes, config.width)
+    method.check(subject)

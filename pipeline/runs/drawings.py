@@ -49,7 +49,6 @@ from pipeline.stages.shard_tasks import Workers, run_tasks
 logger = logging.getLogger(__name__)
 
 IMAGES, RESULTS, CHECKPOINTS = "images", "results", "checkpoints"
-STEPS = re.compile(r"loop\.steps=")
 MOST_NAMES = 5
 """Failed images that an error names."""
 
@@ -157,7 +156,8 @@ def parse_drawing_spec(text: str, steps: int | None = None) -> DrawingSpec:
             raise SettingError(text, part, f"{name}= and a value of YAML") from error
     if steps is not None:
         plain["loop"]["steps"] = steps
-        text = f"{method}:{','.join([*(part for part in parts if not STEPS.match(part)), f'loop.steps={steps}'])}"
+        others = [part for part in parts if not part.startswith("loop.steps=")]
+        text = f"{method}:{','.join([*others, f'loop.steps={steps}'])}"
     return DrawingSpec(text, method, from_plain(kind, plain, text))
 
 
@@ -303,9 +303,8 @@ class DrawingRunner:
         loop, shots = f"{key}.pt", f"{key}-film.npz"
         if _resume(run, film, kept, loop, shots):
             logger.info("%s: goes on from step %d", who, run.progress.step)
-        else:
-            if 0 in film.steps(run.config.steps, run.config.evaluate_every):
-                film.add(0, run.images())
+        elif 0 in film.steps(run.config.steps, run.config.evaluate_every):
+            film.add(0, run.images())
 
         def save(content: bytes) -> None:
             kept.write_atomic(shots, film.content())

@@ -103,6 +103,14 @@ class ClipAsso(GenerationMethod):
         looks = self.config.start in ("salient", "attention")
         return (self.config.clip, *([self.config.saliency] if looks else []))
 
+    def check(self, subject: Subject) -> None:
+        """An image has edges at which all strokes can start."""
+        config = self.config
+        if subject.image is None or config.start not in ("salient", "edges"):
+            return
+        photo = resized(subject.image[None], (config.side, config.side))[0]
+        salient_strokes(start_probabilities(edges(photo)[None], config.temperature), [0], config.strokes, config.width)
+
     def start(
         self,
         subjects: Sequence[Subject],
