@@ -59,13 +59,18 @@ FEW_SHOT = PointViews(angles=(*_SIDES, *_DIAGONALS, *_TOP_AND_BOTTOM), distance=
 
 
 def project(points: Tensor, views: PointViews, mask: Tensor | None = None) -> Tensor:
-    """Depth views, float32 [B, V, S, S].
+    """Depth views, float32 [B, V, S, S]. They are computed in float32 also within autocast.
 
     Args:
         points: float [B, N, 3], y up, within the unit ball.
         views: the cameras.
         mask: bool [B, N], False for padding; ``None`` without padding.
     """
+    with torch.autocast(points.device.type, enabled=False):
+        return _project(points, views, mask)
+
+
+def _project(points: Tensor, views: PointViews, mask: Tensor | None) -> Tensor:
     count, size = len(points), views.grid
     rotations = views.rotations().to(points.device, torch.float32)
     turned = torch.einsum("vij,bnj->ibvn", rotations, points.float())

@@ -126,7 +126,9 @@ class PointClip(nn.Module):
     def encode_points(self, points: Tensor, mask: Tensor | None = None) -> Tensor:
         """As :meth:`encode_views`, to the weighted mean of the views, float32 [B, D]."""
         weights = torch.tensor(self.weights, device=points.device)
-        return torch.einsum("bvd,v->bd", self.encode_views(points, mask), weights / weights.sum())
+        features = self.encode_views(points, mask)
+        with torch.autocast(points.device.type, enabled=False):
+            return torch.einsum("bvd,v->bd", features, weights / weights.sum())
 
     def encode_text(self, text: Tensor) -> Tensor:
         """As the CLIP."""

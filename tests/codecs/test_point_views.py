@@ -153,6 +153,15 @@ def test_pictures_are_bright_where_points_are_near() -> None:
     assert picture.shape == (3, 32, 6 * 32) and picture.dtype == torch.uint8 and 50 < int(picture.max()) <= 255
 
 
+def test_autocast_changes_no_view() -> None:
+    cloud = centred(torch.randn(2, 300, 3, generator=torch.Generator().manual_seed(5)))
+    mask = torch.arange(300) < torch.tensor([[300], [200]])
+    plain = view_images(project(cloud, ZERO_SHOT, mask), (160, 160))
+    with torch.autocast("cpu", torch.bfloat16):
+        within = view_images(project(cloud, ZERO_SHOT, mask), (160, 160))
+    assert within.dtype == torch.float32 and torch.equal(within, plain)
+
+
 def test_gradients_reach_the_points() -> None:
     cloud = torch.tensor([[[0.1, 0.2, 0.3]]], requires_grad=True)
     project(cloud, replace(ONE, grid=16)).sum().backward()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipeline.codecs.point_views import FEW_SHOT, ZERO_SHOT, centred, project, view_images
 from pipeline.errors import DataError, SettingError
 from pipeline.evaluation.embedder import LoadEmbedder
+from pipeline.evaluation.encoder import inference
 from pipeline.evaluation.ensemble import joined, read_scores, scores_file, search_weight
 from pipeline.evaluation.models import load_model
 from pipeline.evaluation.point_clip import CloudEmbedder, CloudViews, PointClip, read_weights, search_weights
@@ -243,6 +244,28 @@ def test_stored_features_are_those_of_the_views(solids: dict[str, Snapshot]) -> 
     unit = features / np.linalg.norm(features, axis=2, keepdims=True)
     np.testing.assert_allclose(unit, views.numpy(), atol=1e-5)
     assert CloudEmbedder(model, CloudViews()).maker != embedder.maker
+
+
+def test_bf16_is_for_the_tower_alone(solids: dict[str, Snapshot]) -> None:
+    """Views are those of fp32, so features differ only by the rounding of the tower, and are float32."""
+    model = load_model(TINY, "cpu")
+    inputs: list[Tensor] = []
+    model.model.visual.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    samples = Samples(solids["solids"])
+    features = []
+    for precision in ("fp32", "bf16"):
+        embedder = CloudEmbedder(model, CloudViews(), precision)
+        features.append(embedder.encode("points", [embedder.prepare(samples[number], "points") for number in range(2)]))
+    assert len(inputs) == 2 and torch.equal(inputs[0].float(), inputs[1].float())
+    assert features[1].dtype == np.float32 and not np.array_equal(*features)
+    cosines = [(one / np.linalg.norm(one, axis=2, keepdims=True)) for one in features]
+    assert (cosines[0] * cosines[1]).sum(axis=2).min() > 0.999
+    seen = PointClip(model, CloudViews())
+    with inference(seen, "bf16"):
+        assert seen.encode_points(torch.rand(1, 9, 3)).dtype == torch.float32
+    one = f"solids={solids['solids'].uri},medium=points,samples=8"
+    prepared = Evaluations(zero_shot=(one,), evaluation_precision="bf16").prepare()
+    assert evaluate(model, prepared)["zeroshot/solids/samples"] == 8
 
 
 # -- Ensembles
