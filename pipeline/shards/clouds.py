@@ -88,8 +88,10 @@ def read_cloud(body: bytes) -> Cloud:
     return Cloud(points, faces)
 
 
-def cloud_points(body: bytes, surface: int = SURFACE) -> Points:
+def cloud_points(body: bytes, surface: int = SURFACE, bits: np.random.Philox | None = None) -> Points:
     """The points of a cloud; of a mesh ``surface`` points on its faces, chosen by the content. float32 [N, 3].
+
+    ``bits`` are those of :func:`random_of`, for a caller that takes more of them; ``None`` makes them.
 
     Raises:
         SampleError: as :func:`read_cloud`; no_extent.
@@ -98,7 +100,7 @@ def cloud_points(body: bytes, surface: int = SURFACE) -> Points:
     check_extent(cloud.points)
     if not len(cloud.faces):
         return cloud.points
-    return on_surface(cloud, surface, random_of(body))
+    return on_surface(cloud, surface, bits or random_of(body))
 
 
 def extent_of(points: Points) -> float:
@@ -115,7 +117,10 @@ def check_extent(points: Points) -> None:
 
 
 def random_of(body: bytes) -> np.random.Philox:
-    """Random bits that are a pure function of the content."""
+    """Random bits that are a pure function of the content.
+
+    Choices about one body take them from one generator, in turn: two generators give the same bits twice.
+    """
     return np.random.Philox(key=int.from_bytes(hashlib.sha256(body).digest()[:16], "little"))
 
 
