@@ -31,6 +31,8 @@ PIECE = 1 << 14
 """Bytes of a text that are split into words at once."""
 ROWS = 1 << 8
 """Rows of a file that are Python objects at once."""
+LARGEST_ROUNDING = 1 / 256
+"""Error of a coordinate in float32, as a part of the longest side of the cloud: half a pixel of a view or less."""
 NPY = b"\x93NUMPY"
 SURFACE = 2_048
 """Points on the faces of a mesh; the number of ModelNet40's published clouds."""
@@ -72,7 +74,7 @@ def read_cloud(body: bytes) -> Cloud:
     """Decode a file.
 
     Raises:
-        SampleError: error classes empty, not_a_cloud, bad_header, truncated, too_many, bad_faces, not_finite.
+        SampleError: error classes empty, not_a_cloud, bad_header, truncated, too_many, bad_faces, not_finite, too_far.
     """
     if not body:
         bad_cloud("empty", "empty body")
@@ -80,12 +82,13 @@ def read_cloud(body: bytes) -> Cloud:
     if not kind:
         bad_cloud("not_a_cloud", "not a point cloud of a known kind")
     with np.errstate(all="ignore"):  # what does not fit float32 becomes infinite, and is refused below
-        points, faces = {"npy": _read_npy, "ply": _read_ply, "off": _read_off}[kind](body)
-        points = np.ascontiguousarray(points, np.float32)
+        wide, faces = {"npy": _read_npy, "ply": _read_ply, "off": _read_off}[kind](body)
+        points = np.ascontiguousarray(wide, np.float32)
     if not len(points):
         bad_cloud("empty", "no points")
     if not np.isfinite(points).all():
         bad_cloud("not_finite", "coordinates that are not finite")
+    check_rounding(wide, points)
     if len(faces) and not (0 <= faces.min() and faces.max() < len(points)):
         bad_cloud("bad_faces", "faces with corners that do not exist")
     return Cloud(points, faces)
@@ -113,10 +116,25 @@ def extent_of(points: Points) -> float:
 
 
 def check_extent(points: Points) -> None:
-    """Raise ``SampleError`` with the class no_extent for one point, or points that are all in one place."""
+    """Raise ``SampleError`` with the class no_extent for one point, or points that are all in one place: within a
+    millionth of their coordinates."""
     size = float(np.abs(points.astype(np.float64)).max())
     if not extent_of(points) > 1e-6 * size:  # less than float32 resolves
-        bad_cloud("no_extent", "one point, or all points in one place")
+        bad_cloud("no_extent", "one point, or all points in one place or within a millionth of their coordinates")
+
+
+def check_rounding(wide: NDArray[Any], points: Points) -> None:
+    """Raise ``SampleError`` with the class too_far where ``points``, the finite coordinates ``wide`` as float32, differ
+    from them by more than ``LARGEST_ROUNDING`` of the longest side of their box."""
+    if np.can_cast(wide.dtype, np.float32):
+        return
+    low, high = wide.min(axis=0).astype(np.float64), wide.max(axis=0).astype(np.float64)
+    side, size = float((high - low).max()), float(np.abs([low, high]).max())
+    limit = LARGEST_ROUNDING * side
+    if not side > 1e-12 * size or np.spacing(np.float32(size)) <= limit:
+        return
+    if float(np.abs(wide - points.astype(np.float64)).max()) > limit:
+        bad_cloud("too_far", "so far from the origin that float32 cannot resolve it; subtract its mean first")
 
 
 def random_of(body: bytes) -> np.random.Philox:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import require
 from pipeline.errors import DataError, SampleError, missing
-from pipeline.shards.clouds import MOST_POINTS, write_npy
+from pipeline.shards.clouds import MOST_POINTS, Points, check_rounding, write_npy
 from pipeline.shards.storage import Folder, file_stamp
 from pipeline.sources.hdf5_arrays import own_array
 from pipeline.sources.source import Part, Row, Slice
@@ -189,9 +189,21 @@ class Hdf5Points:
             problem = SampleError("failed_to_resize", "unknown_class", f"the class number {number} has no name")
             return Row(url=url, caption="", columns={"label": "", "class_number": number}, problem=problem)
         label = self._names[number]
-        part = Part("points", write_npy(points[:, :3]), url=url)
+        try:
+            part = Part("points", write_npy(_as_float32(points[:, :3])), url=url)
+        except SampleError as problem:
+            return Row(url=url, caption="", columns={"label": label, "class_number": number}, problem=problem)
         caption = self.label_caption.format(label.replace("_", " "))
         return Row(url=url, caption=caption, parts=(part,), columns={"label": label, "class_number": number})
+
+
+def _as_float32(points: NDArray[Any]) -> Points:
+    """float32 [N, 3]; raises ``SampleError`` for coordinates that lose too much."""
+    with np.errstate(over="ignore"):  # infinite coordinates have their own reason later
+        narrow = points.astype(np.float32)
+    if len(points) and np.isfinite(narrow).all():
+        check_rounding(points, narrow)
+    return narrow
 
 
 def _clouds(array: Any, first: int, last: int) -> Iterator[NDArray[Any] | None]:

@@ -112,7 +112,7 @@ def test_the_test_set_is_classified_once_and_scores_are_read_once(
     monkeypatch.setattr(few_shot_ensemble, "read_scores", lambda place: (reads.append(place), read(place))[1])
     keys = [f"drawn://solids/0/{number}" for number in range(32)]
     (tmp_path / "network.parquet").write_bytes(scores_file(keys, SOLIDS, 7 * torch.eye(16).repeat(2, 1)))
-    words = ("--ensemble", "network.parquet", "--ensemble-weight", "0.5", "--keep-scores")
+    words = ("--ensemble", "network.parquet", "--ensemble-weight", "0.5", "--keep-scores", "--precision", "bf16")
     assert adapt(job, "--methods", "zero_shot", "tip_adapter:search=false", "--shots", "1", *words) == 0
     assert len(results(tmp_path)) == 2 and len(reads) == 1
 

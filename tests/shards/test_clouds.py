@@ -24,6 +24,10 @@ POINTS = np.array([[0, 0, 0], [1, 0, 0], [0, 2, 0], [0, 0, 3.5]], np.float32)
 FACES = np.array([[0, 1, 2], [0, 1, 3]])
 
 
+FAR = np.array([500_000.3, 5_300_000.3, 400.3])
+"""An origin in UTM coordinates, in metres."""
+
+
 def npy(array: np.ndarray) -> bytes:
     content = io.BytesIO()
     np.save(content, array)
@@ -191,6 +195,14 @@ def test_extent_is_the_largest_distance_from_the_mean() -> None:
     assert extent_of(np.array([[0, 0, 0], [0, 0, 2], [0, 0, 4]], np.float32)) == 2
 
 
+def test_large_coordinates_that_float32_resolves_are_kept() -> None:
+    """A town in UTM; and whole numbers, which float32 has exactly up to 2 ** 24."""
+    town = FAR + 1_000 * POINTS.astype(np.float64)
+    np.testing.assert_allclose(read_cloud(npy(town)).points, town, atol=0.25)
+    cells = (POINTS * 2).astype(np.int32) + 10**6
+    np.testing.assert_array_equal(read_cloud(npy(cells)).points, cells)
+
+
 def header(shape: str, descr: str = "'<f4'", order: str = "False") -> bytes:
     text = f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}".encode()
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
@@ -259,6 +271,11 @@ HOSTILE = {
     "OFF with a short row": (b"OFF\n2 0 0\n0 0\n1 0 0\n", "truncated"),
     "OFF with a short face": (b"OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n4 0 1 2\n", "truncated"),
     "OFF with an endless line": (b"OFF\n1 1 0\n0 0 0\n200000" + b" 0" * 200_000, "too_many"),
+    "an object of 3 m in UTM": (npy(FAR + 3 * POINTS.astype(np.float64)), "too_far"),
+    "an object of 3 m in UTM, as PLY": (ply("<", FAR + POINTS.astype(np.float64), kind="double"), "too_far"),
+    "an object of 3 m in UTM, as text": (ply("", FAR + POINTS.astype(np.float64)), "too_far"),
+    "whole numbers beyond float32": (npy((POINTS * 10).astype(np.int64) + 10**12), "too_far"),
+    "one place, not a number of float32": (npy(np.full((50, 3), 0.1)), "no_extent"),
     "one point": (npy(np.ones((1, 3), np.float32)), "no_extent"),
     "one place": (npy(np.full((50, 3), 3e5, np.float32)), "no_extent"),
     "a flat mesh of no area": (ply("<", faces=np.array([[0, 0, 1]])), "no_extent"),

@@ -207,6 +207,17 @@ def test_a_damaged_part_of_a_file_costs_the_clouds_in_it(tmp_path: Path, monkeyp
         np.testing.assert_array_equal(points_of(rows[number]), clouds[number])
 
 
+def test_doubles_that_float32_cannot_resolve_are_rows_with_a_problem(tmp_path: Path) -> None:
+    clouds = CLOUDS.astype(np.float64)
+    clouds[1] += 5e6
+    clouds[2, 0, 0] = 1e300
+    write_h5(tmp_path / "a.h5", clouds)
+    rows = rows_of(Hdf5Points(folder=str(tmp_path), files=("a.h5",), classes=("a", "b", "c")), tmp_path)
+    assert [row.problem.error_class if row.problem else "" for row in rows] == ["", "too_far", *[""] * 5]
+    np.testing.assert_array_equal(points_of(rows[0]), CLOUDS[0])
+    assert np.isinf(points_of(rows[2])[0, 0])  # not_finite when it is encoded
+
+
 def test_settings_of_files(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="no such file or folder"):
         list(Hdf5Points(folder=str(tmp_path), files=("a.h5",), classes=("x",)).slices(1, Folder(tmp_path)))
