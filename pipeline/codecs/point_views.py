@@ -82,8 +82,8 @@ def _project(points: Tensor, views: PointViews, mask: Tensor | None) -> Tensor:
     with torch.no_grad():
         middle = turned.new_tensor((size - 1) / 2)
         places = torch.addcmul(middle, turned[:2], near, value=size / 2).ceil_()
-        rows, columns = clamped = places.clamp(0, size - 1)
-        inside = clamped == places
+        clamped = places.clamp(0, size - 1)
+        (rows, columns), inside = clamped, clamped == places
         seen = (depth > SMALLEST_DEPTH).logical_and_(inside[0]).logical_and_(inside[1])
         if mask is not None:
             seen &= mask
@@ -137,7 +137,7 @@ def brightness(depth: Tensor, views: PointViews) -> Tensor:
     return torch.where(depth > 0, 1 - 0.4 * (depth - least), 0.0).clamp(0, 1)
 
 
-def depth_picture(points: Tensor, views: PointViews = ZERO_SHOT, size: int = 128) -> Tensor:
+def depth_image(points: Tensor, views: PointViews = ZERO_SHOT, size: int = 128) -> Tensor:
     """The views of one cloud, float [N, 3], side by side: uint8 [3, size, V * size], bright where points are near."""
     (depth,) = project(centred(points[None]), replace(views, grid=size))
     grey = torch.cat(list(brightness(depth, views)), dim=1)

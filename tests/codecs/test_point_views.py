@@ -13,7 +13,7 @@ from pipeline.codecs.point_views import (
     PointViews,
     brightness,
     centred,
-    depth_picture,
+    depth_image,
     project,
     view_images,
 )
@@ -153,11 +153,11 @@ def test_centred_clouds_have_no_units() -> None:
     assert not centred(torch.full((1, 4, 3), 7.0)).any()
 
 
-def test_pictures_are_bright_where_points_are_near() -> None:
+def test_images_are_bright_where_points_are_near() -> None:
     depth = torch.tensor([0.0, 0.6, 1.6, 2.6])
     torch.testing.assert_close(brightness(depth, ZERO_SHOT), torch.tensor([0.0, 1.0, 0.6, 0.2]))
-    picture = depth_picture(torch.randn(64, 3), size=32)
-    assert picture.shape == (3, 32, 6 * 32) and picture.dtype == torch.uint8 and 50 < int(picture.max()) <= 255
+    image = depth_image(torch.randn(64, 3), size=32)
+    assert image.shape == (3, 32, 6 * 32) and image.dtype == torch.uint8 and 50 < int(image.max()) <= 255
 
 
 def test_autocast_changes_no_view() -> None:
