@@ -16,6 +16,7 @@ other in this process), each with a part of a GPU if the cluster has GPUs. The s
 import getpass
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import tyro
@@ -31,6 +32,7 @@ from pipeline.runs.few_shot import (
     Protocol,
     TrialRunner,
     check,
+    check_scores,
     find_place,
     frozen_clip,
     parse_spec,
@@ -205,7 +207,9 @@ def main(run: Adapt) -> None:
         for name in sets
     }
     if run.ensemble:
-        read_scores(run.ensemble)
+        scores = read_scores(run.ensemble)
+        for data in learned.values():
+            scores.check_classes(data.classes)
     place = find_place(run.device, run.gpus_per_trial, run.workers_per_trial, run.workers)
     clip = frozen_clip(run.model, "cpu" if place.device == "cuda" else place.device)
     for (name, _), trial in {(one.data, one.method): one for one in trials}.items():
@@ -224,6 +228,7 @@ def main(run: Adapt) -> None:
                 None if reads == {"pixels"} else embedder,
                 run.workers,
                 place.device == "cuda",
+                partial(check_scores, run.ensemble, run.ensemble_weight, drawings[name]) if run.ensemble else None,
             )
             for name, data in sets.items()
         }

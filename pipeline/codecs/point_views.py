@@ -4,11 +4,12 @@ Zhang, Guo, Zhang, Li, Miao, Cui, Qiao, Gao, Li, 2021, "PointCLIP: Point Cloud U
 section 3.1. A camera looks at the cloud from several sides; y is up. For a view with the rotation R, the distance d and
 S pixels, a point p has (a, b, z) = R p + (0, 0, d), and falls on
 
-    row = ceil((a / z + 1) S / 2),    column = ceil((b / z + 1) S / 2)
+    row = ceil((a / z + 1) S / 2 - 1 / 2),    column = ceil((b / z + 1) S / 2 - 1 / 2)
 
-if both are within 0 to S - 1 and z is positive. A pixel is the mean of its points' depths z with the weights 1 / z,
-that is n / sum(1 / z), which the nearest points dominate; a pixel without points is 0. So values are depths in the
-units of the points: black is empty, and nearer is darker.
+that is the nearest pixel, if both are within 0 to S - 1 and z is positive. The half is in the authors' code, not in the
+paper. A pixel is the mean of its points' depths z with the weights 1 / z, that is n / sum(1 / z), which the nearest
+points dominate; a pixel without points is 0. So values are depths in the units of the points: black is empty, and
+nearer is darker.
 
 ``ZERO_SHOT`` are the six views of the zero-shot model, ``FEW_SHOT`` the ten of the few-shot model. Points are expected
 within the unit ball around the origin, see :func:`centred`.
@@ -59,40 +60,50 @@ FEW_SHOT = PointViews(angles=(*_SIDES, *_DIAGONALS, *_TOP_AND_BOTTOM), distance=
 
 
 def project(points: Tensor, views: PointViews, mask: Tensor | None = None) -> Tensor:
-    """Depth views, float32 [B, V, S, S].
+    """Depth views, float32 [B, V, S, S]. They are computed in float32 also within autocast.
 
     Args:
         points: float [B, N, 3], y up, within the unit ball.
         views: the cameras.
         mask: bool [B, N], False for padding; ``None`` without padding.
     """
-    count, size = len(points), views.grid
-    rotations = views.rotations().to(points.device, torch.float32)
-    turned = torch.einsum("vij,bnj->ibvn", rotations, points.float())
+    with torch.autocast(points.device.type, enabled=False):
+        return _project(points, views, mask)
+
+
+def _project(points: Tensor, views: PointViews, mask: Tensor | None) -> Tensor:
+    size, count = views.grid, views.count
+    # Products of tensors, not a matrix product: a GPU may compute that with the 10 bits of TF32.
+    by_axis = _by_axis(views.angles).to(points.device)
+    x, y, z = points.float().permute(2, 0, 1).contiguous()
+    turned = torch.addcmul(torch.addcmul(by_axis[0] * x, by_axis[1], y), by_axis[2], z)  # [3, V, B, N]
     depth = turned[2] + views.distance
-    seen = depth > SMALLEST_DEPTH
-    near = torch.where(seen, depth, 1.0).reciprocal()
-    rows, columns = (torch.ceil((axis * near + 1) * (size / 2)) for axis in turned[:2])
-    seen = seen & (rows.clamp(0, size - 1) == rows) & (columns.clamp(0, size - 1) == columns)
-    if mask is not None:
-        seen = seen & mask[:, None]
-    picture = torch.arange(count * views.count, device=points.device).view(count, views.count, 1)
-    # Points that are not seen fall on one more pixel, behind the last.
-    last = count * views.count * size * size
-    pixels = torch.where(seen, (rows * size + columns).long() + picture * size**2, last).flatten()
+    near = depth.clamp(min=SMALLEST_DEPTH).reciprocal()
+    with torch.no_grad():
+        middle = turned.new_tensor((size - 1) / 2)
+        places = torch.addcmul(middle, turned[:2], near, value=size / 2).ceil_()
+        clamped = places.clamp(0, size - 1)
+        (rows, columns), inside = clamped, clamped == places
+        seen = (depth > SMALLEST_DEPTH).logical_and_(inside[0]).logical_and_(inside[1])
+        if mask is not None:
+            seen &= mask
+        # Points that are not seen fall on one more pixel, behind the last.
+        last = len(points) * count * size**2
+        starts = torch.arange(0, last, size**2, device=points.device).view(-1, count).T[..., None]
+        pixels = torch.where(seen, torch.add(columns, rows, alpha=size).long().add_(starts), last).flatten()
     # There are far more pixels than points, so nothing but the zeros is computed for each pixel: first the sum of the
     # weights, read back at each point; then each of the n points adds 1 / sum.
-    images = torch.zeros(last + 1, device=points.device)
-    sums = images.index_add(0, pixels, near.flatten())[pixels] if near.requires_grad else _sums(images, pixels, near)
-    images.index_add_(0, pixels, sums.reciprocal())
-    return images[:last].view(count, views.count, size, size)
+    images, weights = torch.zeros(last + 1, device=points.device), near.flatten()
+    sums = _sums(images.clone() if near.requires_grad else images, pixels, weights)
+    images.scatter_add_(0, pixels, sums.reciprocal())
+    return images[:last].view(-1, count, size, size)
 
 
-def _sums(images: Tensor, pixels: Tensor, near: Tensor) -> Tensor:
-    """The sum of the weights on the pixel of each point; ``images`` are zeros, and are left so."""
-    images.index_add_(0, pixels, near.flatten())
-    sums = images[pixels]
-    images.index_fill_(0, pixels, 0.0)
+def _sums(images: Tensor, pixels: Tensor, weights: Tensor) -> Tensor:
+    """The sum of the weights on the pixel of each point; ``images`` are zeros, and are left so without gradients."""
+    sums = images.scatter_add_(0, pixels, weights).index_select(0, pixels)
+    if not weights.requires_grad:
+        images.scatter_(0, pixels, weights.new_zeros(()).expand_as(weights))
     return sums
 
 
@@ -110,7 +121,7 @@ def view_images(depth: Tensor, size: tuple[int, int]) -> Tensor:
 def centred(points: Tensor, mask: Tensor | None = None) -> Tensor:
     """The clouds moved to their means and scaled into the unit ball, so that units do not matter: float32 [B, N, 3].
 
-    Sums are in float64. Padding becomes 0; a cloud without an extent lies in the origin.
+    Sums are in float64. Padding becomes 0; the points of a cloud without an extent become 0, too.
     """
     wide = points.double()
     kept = torch.ones_like(wide[..., :1]) if mask is None else mask[..., None].double()
@@ -126,11 +137,17 @@ def brightness(depth: Tensor, views: PointViews) -> Tensor:
     return torch.where(depth > 0, 1 - 0.4 * (depth - least), 0.0).clamp(0, 1)
 
 
-def depth_picture(points: Tensor, views: PointViews = ZERO_SHOT, size: int = 128) -> Tensor:
+def depth_image(points: Tensor, views: PointViews = ZERO_SHOT, size: int = 128) -> Tensor:
     """The views of one cloud, float [N, 3], side by side: uint8 [3, size, V * size], bright where points are near."""
     (depth,) = project(centred(points[None]), replace(views, grid=size))
     grey = torch.cat(list(brightness(depth, views)), dim=1)
     return (255 * grey).round().to(torch.uint8).expand(3, -1, -1)
+
+
+@cache
+def _by_axis(angles: tuple[tuple[int, int, int], ...]) -> Tensor:
+    """The rotations of all views by the axis of the points, then of the camera: float32 [3, 3, V, 1, 1]."""
+    return torch.stack([_rotation(*angle) for angle in angles]).permute(2, 1, 0)[..., None, None].float().contiguous()
 
 
 @cache

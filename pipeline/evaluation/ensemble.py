@@ -47,30 +47,44 @@ class Scores:
         Raises:
             SettingError: a class without scores. DataError: a sample without scores.
         """
-        lacking = [name for name in classes if name not in self.classes]
-        require(not lacking, "ensemble", self.place, f"scores of all classes; it lacks {', '.join(lacking[:5])}")
+        self.check_classes(classes)
+        self.check_keys(keys)
         places = {key: row for row, key in enumerate(self.keys)}
-        absent = [key for key in keys if key not in places]
-        if absent:
-            raise DataError(f"{self.place} has no scores of {len(absent)} of {len(keys)} samples, such as {absent[0]}")
         rows = self.values[[places[key] for key in keys]]
         return rows[:, [self.classes.index(name) for name in classes]]
+
+    def check_classes(self, classes: Sequence[str]) -> None:
+        """Raise ``SettingError`` for a class without scores."""
+        lacking = [name for name in classes if name not in self.classes]
+        require(not lacking, "ensemble", self.place, f"scores of all classes; it lacks {', '.join(lacking[:5])}")
+
+    def check_keys(self, keys: Sequence[str]) -> None:
+        """Raise ``DataError`` for a sample without scores."""
+        known = set(self.keys)
+        absent = [key for key in keys if key not in known]
+        if absent:
+            raise DataError(f"{self.place} has no scores of {len(absent)} of {len(keys)} samples, such as {absent[0]}")
 
 
 def read_scores(place: str) -> Scores:
     """The file of scores at a path or URI.
 
     Raises:
-        SettingError: missing, of another form, with keys twice, or with numbers that are not finite.
+        SettingError: missing, of another form, with keys or classes twice, or with numbers that are not finite.
     """
     folder, name = split_file(place)
     try:
         table = pq.read_table(pa.BufferReader(folder.read_bytes(name)))
-        classes = tuple(json.loads((table.schema.metadata or {})[CLASSES]))
+        named = json.loads((table.schema.metadata or {})[CLASSES])
         keys = tuple(str(key) for key in table["key"].to_pylist())
         values = torch.from_numpy(np.array(table["scores"].to_pylist(), np.float32))
     except (OSError, KeyError, ValueError, TypeError, pa.ArrowException) as error:
         raise unreadable("ensemble", place, FORM, error) from error
+    texts = isinstance(named, list) and all(isinstance(name, str) for name in named)
+    require(texts, "ensemble", place, f"{FORM}; its classes are no list of names")
+    classes = tuple(named)
+    twice = sorted({name for name in classes if classes.count(name) > 1})
+    require(not twice, "ensemble", place, f"each class once; it has several of {', '.join(twice[:5])}")
     fits = values.ndim == 2 and values.shape == (len(keys), len(classes))
     require(fits, "ensemble", place, f"{FORM}; it has scores {tuple(values.shape)} of {len(classes)} classes")
     require(bool(values.isfinite().all()), "ensemble", place, "numbers that are finite")

@@ -108,6 +108,7 @@ class PointClip(nn.Module):
         super().__init__()
         check_sees(model)
         self.model, self.clouds = model, clouds
+        self.training = bool(getattr(model, "training", False))  # so that `inference` restores the model's own mode
         self.weights = tuple(weights) or (1.0,) * clouds.views.count
         count = clouds.views.count
         require(len(self.weights) == count, "view_weights", self.weights, f"{count} weights")
@@ -126,7 +127,9 @@ class PointClip(nn.Module):
     def encode_points(self, points: Tensor, mask: Tensor | None = None) -> Tensor:
         """As :meth:`encode_views`, to the weighted mean of the views, float32 [B, D]."""
         weights = torch.tensor(self.weights, device=points.device)
-        return torch.einsum("bvd,v->bd", self.encode_views(points, mask), weights / weights.sum())
+        features = self.encode_views(points, mask)
+        with torch.autocast(points.device.type, enabled=False):
+            return torch.einsum("bvd,v->bd", features, weights / weights.sum())
 
     def encode_text(self, text: Tensor) -> Tensor:
         """As the CLIP."""
@@ -159,11 +162,12 @@ def view_scores(
     seen: PointClip, batches: Iterable[Mapping[str, Any]], vectors: Tensor, precision: str = "fp32"
 ) -> Iterable[tuple[Tensor, Mapping[str, Any]]]:
     """Cosines of each view with the class vectors [C, D], float32 [B, V, C] on the CPU, with their batch."""
-    with inference(seen, precision) as device:
-        for batch in batches:
+    for batch in batches:
+        with inference(seen, precision) as device:
             features = seen.encode_views(*inputs_of(batch, POINTS.name, device))
             with torch.autocast(device.type, enabled=False):
-                yield (features @ vectors.to(device).float().T).cpu(), batch
+                scores = (features @ vectors.to(device).float().T).cpu()
+        yield scores, batch
 
 
 def cloud_digests(batch: Mapping[str, Any]) -> list[bytes]:

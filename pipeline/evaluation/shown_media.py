@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.codecs.point_views import depth_picture
+from pipeline.codecs.point_views import depth_image
 from pipeline.errors import SampleError
 from pipeline.evaluation.figures import RIGHT, WRONG
 from pipeline.evaluation.shown_clips import named_files, video_picture
@@ -82,7 +82,7 @@ def picture(sample: Sample, medium: str) -> Tensor:
     if medium == VIDEO.name:
         return video_picture(sample)
     if medium == POINTS.name:
-        return depth_picture(PointReader().read(sample)["points"])
+        return depth_image(PointReader().read(sample)["points"])
     return as_stored(decode(_part(sample, medium)))
 
 

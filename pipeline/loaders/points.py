@@ -14,7 +14,7 @@ from pipeline.errors import SampleError
 from pipeline.loaders.batches import Batch, Row, SamplePosition
 from pipeline.loaders.order import RandomStream
 from pipeline.loaders.samples import UnreadableSample
-from pipeline.shards.clouds import MOST_POINTS, cloud_points, random_of, subset
+from pipeline.shards.clouds import MOST_POINTS, check_extent, cloud_points, random_of, subset
 from pipeline.shards.media import POINTS
 from pipeline.shards.sample import Sample
 
@@ -24,7 +24,7 @@ class PointTransform:
     """Converts a cloud to points float32 [N, 3] with y up."""
 
     count: int = 0
-    """Most points, at most 4,000,000; of a larger cloud a random subset: in training another one in each epoch, in
+    """Most points, 2 to 4,000,000; of a larger cloud a random subset: in training another one in each epoch, in
     evaluation always the same. 0 keeps all points."""
     scale: Literal["unit", "none"] = "unit"
     """unit: centre on the mean and scale to the unit ball, so that units do not matter; none: as in the file."""
@@ -32,19 +32,23 @@ class PointTransform:
     """The vertical axis of the file; z becomes y, by a rotation."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.count <= MOST_POINTS, "count", self.count, f"0 to {MOST_POINTS:,}")
+        fits = self.count == 0 or 2 <= self.count <= MOST_POINTS
+        require(fits, "count", self.count, f"0, or 2 to {MOST_POINTS:,}")
 
     def read(self, content: bytes, bits: np.random.Philox | None = None) -> Tensor:
         """float32 [N, 3]; ``bits`` choose a subset in training.
 
         Raises:
-            UnreadableSample: not a cloud, a broken one, or one without an extent.
+            UnreadableSample: not a cloud, a broken one, or one without an extent, also of its subset.
         """
+        own = random_of(content)  # for the points on a mesh and then the subset: new ones would be the same bits
         try:
-            points = cloud_points(content)
+            points = cloud_points(content, bits=own)
+            few = subset(points, self.count or len(points), bits or own)
+            if len(few) < len(points):
+                check_extent(few)
         except SampleError as error:
             raise UnreadableSample(error.message) from error
-        few = subset(points, self.count or len(points), bits or random_of(content))
         found = torch.from_numpy(np.array(few, np.float32))
         if self.up == "z":
             found = torch.stack([found[:, 0], found[:, 2], -found[:, 1]], dim=1)

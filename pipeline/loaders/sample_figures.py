@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.codecs.point_views import depth_picture
+from pipeline.codecs.point_views import depth_image
 from pipeline.errors import DataError, SampleError
 from pipeline.loaders.frames import FrameSampling
 from pipeline.loaders.images import ImageTransform, resize
@@ -155,7 +155,7 @@ def cloud_grid(
     for number, (axis, sample, caption) in enumerate(zip(axes, samples, captions, strict=True)):
         words = wrapped(caption, 110, 2)
         try:
-            row = depth_picture(reader.read(sample)[reader.key], size=HEIGHT)
+            row = depth_image(reader.read(sample)[reader.key], size=HEIGHT)
         except UnreadableSample:
             row = torch.full((3, HEIGHT, HEIGHT * 6), 255, dtype=torch.uint8)
             words = f"{wrapped(caption, 90, 1)} (not readable)"

@@ -38,6 +38,7 @@ from pipeline.runs.few_shot_ensemble import (
     digest_of_scores,
     ensemble_accuracy,
     part_logits,
+    scores_at,
     urls_of,
     write_scores,
 )
@@ -277,10 +278,12 @@ def prepare(
     embedder: LoadEmbedder | None,
     workers: Workers,
     use_gpu: bool | None = None,
+    check_data: Callable[[Ready], None] | None = None,
 ) -> Ready:
     """Read the images of all ``drawings`` and of the test, and embed them; existing results are kept.
 
-    ``embedder`` computes the views of sampled images; ``None`` if no method reads features.
+    ``embedder`` computes the views of sampled images; ``None`` if no method reads features. ``check_data`` may raise
+    before they are embedded.
 
     Raises:
         DataError: an image of the split cannot be read; other shots would differ from the papers'.
@@ -293,10 +296,24 @@ def prepare(
         numbers = [(parts.index(part), number) for part, number in wanted]
         source = Picked(sources=[data.sources[part] for part in parts], numbers=numbers)
         drawn = _snapshot(source, folder, "drawn", len(wanted), workers)
-        _embed(drawn, embedder, workers, use_gpu)
     tested = _snapshot(open_source(data.sources["test"]), folder, "tested", len(data.labels["test"]), workers)
+    ready = Ready(data=data, drawn=drawn, rows={one: row for row, one in enumerate(wanted)}, tested=tested)
+    if check_data is not None:
+        check_data(ready)
+    if drawn:
+        _embed(drawn, embedder, workers, use_gpu)
     _embed(tested, None if embedder is None else test_embedder(embedder), workers, use_gpu)
-    return Ready(data=data, drawn=drawn, rows={one: row for row, one in enumerate(wanted)}, tested=tested)
+    return ready
+
+
+def check_scores(place: str, weight: float | None, drawings: Sequence[Drawing], ready: Ready) -> None:
+    """Raise ``DataError`` unless the file of scores at ``place`` has the test samples and, where no ``weight`` is
+    given, the validation samples of all ``drawings``."""
+    keys = list(urls_of(ready.tested))
+    if weight is None:
+        validation = {one for drawing in drawings for one in drawing.validation}
+        keys += [urls_of(ready.drawn)[ready.rows[one]] for one in sorted(validation)]
+    scores_at(place).check_keys(keys)
 
 
 def embedder_of(data: DataSet, embedder: LoadEmbedder) -> LoadEmbedder:
@@ -383,14 +400,18 @@ class TrialRunner:
         if self.keep_adapters and trial.shots and distributed.rank() == 0:
             about = {"checkpoint": self.embedder.checkpoint, "data": trial.data, "settings": settings}
             save(adapted, Folder(self.output).folder("adapters").folder(trial.name), about)
-        scores, chosen = self._scores(trial, adapted.adapter, ready), dict(adapted.chosen)
+        chosen = dict(adapted.chosen)
         if self.keep_scores or self.ensemble:
+            assert trial.protocol == "few_shot", "other protocols have several sets of classes or of samples"
             logits = self._logits(trial, adapted.adapter, ready)
+            scores = {trial.data: _counts(logits["test"].accuracy())}
             if self.keep_scores and distributed.rank() == 0:
                 write_scores(Folder(self.output).folder("scores"), trial.name, adapted.adapter.classes, logits)
             if self.ensemble:
                 found, weight = ensemble_accuracy(self.ensemble, self.ensemble_weight, adapted.adapter.classes, logits)
                 scores[ENSEMBLE], chosen["ensemble_weight"] = _counts(found), weight
+        else:
+            scores = self._scores(trial, adapted.adapter, ready)
         return Result(
             trial=trial,
             settings=settings,

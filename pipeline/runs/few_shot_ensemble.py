@@ -6,12 +6,12 @@ from functools import cache
 
 import torch
 
-from pipeline.evaluation.ensemble import joined, read_scores, scores_file, search_weight
+from pipeline.evaluation.ensemble import Scores, joined, read_scores, scores_file, search_weight
 from pipeline.loaders.samples import Samples, json_of_sample
 from pipeline.models.adapters.adapter import Adapter
 from pipeline.shards.snapshot import read_snapshot
 from pipeline.shards.storage import Folder, split_file
-from pipeline.training.adapt import Accuracy, Labelled, batch_logits
+from pipeline.training.adapt import Accuracy, Labelled, accuracy_of, batch_logits
 
 ENSEMBLE = "ensemble"
 """Name of the ensemble's accuracy among the scores of a trial."""
@@ -24,6 +24,10 @@ class PartLogits:
     keys: tuple[str, ...]
     logits: torch.Tensor
     labels: torch.Tensor
+
+    def accuracy(self) -> Accuracy:
+        """Of the logits."""
+        return accuracy_of([(self.logits, self.labels)], self.logits.shape[1])
 
 
 def part_logits(adapter: Adapter, data: Labelled, keys: Sequence[str]) -> PartLogits:
@@ -46,6 +50,16 @@ def digest_of_scores(place: str) -> str:
     return folder.digest(name)
 
 
+def scores_at(place: str) -> Scores:
+    """The file of scores at ``place``, read once by this process."""
+    return _scores(place, digest_of_scores(place))
+
+
+@cache
+def _scores(place: str, digest: str) -> Scores:
+    return read_scores(place)
+
+
 def write_scores(folder: Folder, name: str, classes: Sequence[str], logits: Mapping[str, PartLogits]) -> None:
     """Write ``<name>-<part>.parquet`` for each part, see :mod:`pipeline.evaluation.ensemble`."""
     for part, one in logits.items():
@@ -55,19 +69,16 @@ def write_scores(folder: Folder, name: str, classes: Sequence[str], logits: Mapp
 def ensemble_accuracy(
     place: str, weight: float | None, classes: Sequence[str], logits: Mapping[str, PartLogits]
 ) -> tuple[Accuracy, float]:
-    """The counts of the ensemble with the scores at ``place`` on the part ``test``, and the weight of these scores.
+    """The accuracy of the ensemble with the scores at ``place`` on the part ``test``, and the weight of these scores.
 
     Without a ``weight`` it is the best one on the part ``validation``.
 
     Raises:
         SettingError, DataError: the file of scores does not fit, see :mod:`pipeline.evaluation.ensemble`.
     """
-    others, test = read_scores(place), logits["test"]
+    others, test = scores_at(place), logits["test"]
     if weight is None:
         held = logits["validation"]
         weight = search_weight(held.logits, others.of(held.keys, classes), held.labels)
     both = joined(test.logits, others.of(test.keys, classes), weight)
-    hits = both.argmax(dim=1) == test.labels
-    right, seen = (torch.bincount(labels, minlength=len(classes)) for labels in (test.labels[hits], test.labels))
-    loss = float(torch.nn.functional.cross_entropy(both, test.labels))
-    return Accuracy(right, seen, loss), weight
+    return accuracy_of([(both, test.labels)], len(classes)), weight

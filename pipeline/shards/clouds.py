@@ -25,10 +25,14 @@ LONGEST_HEADER = 1 << 16
 LONGEST_LINE = 1 << 18
 """Bytes of a line of an OFF file."""
 LONGEST_NUMBER = 40  # characters
+LONGEST_ROW = 1 << 20
+"""Bytes of a row of a PLY file, where rows are read together."""
 PIECE = 1 << 14
 """Bytes of a text that are split into words at once."""
 ROWS = 1 << 8
 """Rows of a file that are Python objects at once."""
+LARGEST_ROUNDING = 1 / 256
+"""Error of a coordinate in float32, as a part of the longest side of the cloud: half a pixel of a view or less."""
 NPY = b"\x93NUMPY"
 SURFACE = 2_048
 """Points on the faces of a mesh; the number of ModelNet40's published clouds."""
@@ -42,6 +46,7 @@ _PLY_TYPES = {
     **{"int32": "i4", "uint32": "u4", "float32": "f4", "float64": "f8"},
 }
 _PLY_COUNTS = {name: kind for name, kind in _PLY_TYPES.items() if kind[0] != "f"}
+_CORNERS = ("vertex_indices", "vertex_index")
 _ORDERS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
 
 
@@ -69,7 +74,7 @@ def read_cloud(body: bytes) -> Cloud:
     """Decode a file.
 
     Raises:
-        SampleError: error classes empty, not_a_cloud, bad_header, truncated, too_many, bad_faces, not_finite.
+        SampleError: error classes empty, not_a_cloud, bad_header, truncated, too_many, bad_faces, not_finite, too_far.
     """
     if not body:
         bad_cloud("empty", "empty body")
@@ -77,19 +82,22 @@ def read_cloud(body: bytes) -> Cloud:
     if not kind:
         bad_cloud("not_a_cloud", "not a point cloud of a known kind")
     with np.errstate(all="ignore"):  # what does not fit float32 becomes infinite, and is refused below
-        points, faces = {"npy": _read_npy, "ply": _read_ply, "off": _read_off}[kind](body)
-        points = np.ascontiguousarray(points, np.float32)
+        wide, faces = {"npy": _read_npy, "ply": _read_ply, "off": _read_off}[kind](body)
+        points = np.ascontiguousarray(wide, np.float32)
     if not len(points):
         bad_cloud("empty", "no points")
     if not np.isfinite(points).all():
         bad_cloud("not_finite", "coordinates that are not finite")
+    check_rounding(wide, points)
     if len(faces) and not (0 <= faces.min() and faces.max() < len(points)):
         bad_cloud("bad_faces", "faces with corners that do not exist")
     return Cloud(points, faces)
 
 
-def cloud_points(body: bytes, surface: int = SURFACE) -> Points:
+def cloud_points(body: bytes, surface: int = SURFACE, bits: np.random.Philox | None = None) -> Points:
     """The points of a cloud; of a mesh ``surface`` points on its faces, chosen by the content. float32 [N, 3].
+
+    ``bits`` are those of :func:`random_of`, for a caller that takes more of them; ``None`` makes them.
 
     Raises:
         SampleError: as :func:`read_cloud`; no_extent.
@@ -98,7 +106,7 @@ def cloud_points(body: bytes, surface: int = SURFACE) -> Points:
     check_extent(cloud.points)
     if not len(cloud.faces):
         return cloud.points
-    return on_surface(cloud, surface, random_of(body))
+    return on_surface(cloud, surface, bits or random_of(body))
 
 
 def extent_of(points: Points) -> float:
@@ -108,14 +116,32 @@ def extent_of(points: Points) -> float:
 
 
 def check_extent(points: Points) -> None:
-    """Raise ``SampleError`` with the class no_extent for one point, or points that are all in one place."""
+    """Raise ``SampleError`` with the class no_extent for one point, or points that are all in one place: within a
+    millionth of their coordinates."""
     size = float(np.abs(points.astype(np.float64)).max())
     if not extent_of(points) > 1e-6 * size:  # less than float32 resolves
-        bad_cloud("no_extent", "one point, or all points in one place")
+        bad_cloud("no_extent", "one point, or all points in one place or within a millionth of their coordinates")
+
+
+def check_rounding(wide: NDArray[Any], points: Points) -> None:
+    """Raise ``SampleError`` with the class too_far where ``points``, the finite coordinates ``wide`` as float32, differ
+    from them by more than ``LARGEST_ROUNDING`` of the longest side of their box."""
+    if np.can_cast(wide.dtype, np.float32):
+        return
+    low, high = wide.min(axis=0).astype(np.float64), wide.max(axis=0).astype(np.float64)
+    side, size = float((high - low).max()), float(np.abs([low, high]).max())
+    limit = LARGEST_ROUNDING * side
+    if not side > 1e-12 * size or np.spacing(np.float32(size)) <= limit:
+        return
+    if float(np.abs(wide - points.astype(np.float64)).max()) > limit:
+        bad_cloud("too_far", "so far from the origin that float32 cannot resolve it; subtract its mean first")
 
 
 def random_of(body: bytes) -> np.random.Philox:
-    """Random bits that are a pure function of the content."""
+    """Random bits that are a pure function of the content.
+
+    Choices about one body take them from one generator, in turn: two generators give the same bits twice.
+    """
     return np.random.Philox(key=int.from_bytes(hashlib.sha256(body).digest()[:16], "little"))
 
 
@@ -207,17 +233,14 @@ class _Element:
     count: int
     properties: tuple[_Property, ...]
 
-    @property
-    def has_lists(self) -> bool:
-        return any(one.length for one in self.properties)
-
-    def place(self, names: tuple[str, ...]) -> list[int]:
-        known = [one.name for one in self.properties]
-        return [known.index(name) for name in names if name in known]
+    def find(self, *names: str, listed: bool = False) -> list[int]:
+        """Positions of the properties with these names, lists or single values, in the order of the names."""
+        known = {one.name: place for place, one in enumerate(self.properties) if bool(one.length) == listed}
+        return [known[name] for name in names if name in known]
 
 
 def _read_ply(body: bytes) -> tuple[NDArray[Any], Faces]:
-    end = re.search(rb"\bend_header[ \t]*\r?\n", body[:LONGEST_HEADER])
+    end = re.search(rb"^end_header[ \t]*\r?\n", body[:LONGEST_HEADER], re.MULTILINE)
     if end is None:
         bad_cloud("bad_header", "a PLY header without an end")
     order, elements = _ply_header(body[: end.start()])
@@ -228,17 +251,38 @@ def _read_ply(body: bytes) -> tuple[NDArray[Any], Faces]:
     points: NDArray[Any] | None = None
     faces = _no_faces()
     for one in elements:
-        if one.has_lists:
-            read = _triangles(reader.lists(one))
-            faces = read if one.name == "face" else faces
-            continue
-        values = reader.table(one)
-        places = one.place(("x", "y", "z"))
-        if one.name == "vertex" and len(places) == 3:
-            points = np.stack([values[place] for place in places], axis=1)
+        axes, corners = one.find("x", "y", "z"), one.find(*_CORNERS, listed=True)[:1]
+        if one.name == "vertex" and len(axes) == 3:
+            points = _stacked(_blocks(reader, one, axes))
+        elif one.name == "face" and corners:
+            faces = _triangles(polygons for (polygons,) in _blocks(reader, one, corners))
+        elif one.name == "face" and one.count and any(each.length for each in one.properties):
+            bad_cloud("bad_faces", f"faces without a list {' or '.join(_CORNERS)}")
+        else:
+            for _ in _blocks(reader, one, []):
+                pass
     if points is None:
         bad_cloud("not_a_cloud", "a PLY file without x, y and z of a vertex")
     return points, faces
+
+
+def _blocks(reader: "_AsciiPly | _BinaryPly", one: _Element, wanted: list[int]) -> Iterator[list[NDArray[Any]]]:
+    """The ``wanted`` properties of some rows of an element at a time: arrays [rows], of a list [rows, length]."""
+    rows = reader.alike(one) if one.count else None
+    if rows is not None:
+        yield [rows[place] for place in wanted]
+        return
+    for _ in range(one.count):
+        row = reader.row(one)
+        yield [row[place] for place in wanted]
+
+
+def _stacked(blocks: Iterable[list[NDArray[Any]]]) -> NDArray[Any]:
+    """Blocks of three arrays [rows] as one array [N, 3]."""
+    parts, rest = [], iter(blocks)
+    while some := list(islice(rest, ROWS)):
+        parts.append(np.concatenate([np.stack(block, axis=1) for block in some]))
+    return np.concatenate(parts or [np.zeros((0, 3))])
 
 
 def _ply_header(head: bytes) -> tuple[str, list[_Element]]:
@@ -273,78 +317,90 @@ class _BinaryPly:
     def __init__(self, content: bytes, order: str) -> None:
         self._content, self._order, self._at = content, order, 0
 
-    def table(self, one: _Element) -> list[NDArray[Any]]:
-        row = np.dtype([(str(place), self._order + each.kind) for place, each in enumerate(one.properties)])
-        values = self._take(row, one.count)
-        return [values[str(place)] for place in range(len(one.properties))]
-
-    def lists(self, one: _Element) -> Iterator[NDArray[Any]]:
-        """The polygons: the first list of the properties of each row, or one array for all rows."""
-        if len(one.properties) == 1 and one.count:
-            alike = self._alike(one)
-            if alike is not None:
-                yield alike
-                return
-        for _ in range(one.count):
-            polygon = None
-            for each in one.properties:
-                length = int(self._take(np.dtype(self._order + each.length), 1)[0]) if each.length else 1
-                values = self._take(np.dtype(self._order + each.kind), length)
-                polygon = values if each.length and polygon is None else polygon
-            assert polygon is not None
-            yield polygon
-
-    def _alike(self, one: _Element) -> NDArray[Any] | None:
-        """The polygons of all rows, [F, corners], where they have as many corners as the first one."""
-        (only,) = one.properties
-        length = np.dtype(self._order + only.length)
-        _check_count(1, length.itemsize, len(self._content) - self._at)
-        corners = int(np.frombuffer(self._content, length, 1, self._at)[0])
-        row = length.itemsize + np.dtype(only.kind).itemsize * corners
-        if corners < 0 or self._at + row * one.count > len(self._content):
+    def alike(self, one: _Element) -> list[NDArray[Any]] | None:
+        """All rows, an array for each property, where their lists are as long as those of the first row; else None."""
+        fields: list[tuple[str, str, tuple[int, ...]]] = []
+        at = self._at
+        for place, each in enumerate(one.properties):
+            length = 1
+            if each.length:
+                size = np.dtype(each.length).itemsize
+                if at + size > len(self._content):
+                    return None
+                length = int(np.frombuffer(self._content, self._order + each.length, 1, at)[0])
+                fields.append((f"length {place}", self._order + each.length, ()))
+                at += size
+            at += length * np.dtype(each.kind).itemsize
+            if length < 0 or at - self._at > LONGEST_ROW:
+                return None
+            fields.append((str(place), self._order + each.kind, (length,) if each.length else ()))
+        row = np.dtype(fields)
+        lists = [place for place, each in enumerate(one.properties) if each.length]
+        if lists and self._at + row.itemsize * one.count > len(self._content):
             return None
-        rows = np.frombuffer(
-            self._content, [("length", length), ("values", self._order + only.kind, (corners,))], one.count, self._at
-        )
-        if not (rows["length"] == corners).all():
+        rows = np.frombuffer(self._content, row, self._room(row.itemsize, one.count), self._at) if fields else None
+        if rows is not None and any((rows[f"length {place}"] != rows[str(place)].shape[1]).any() for place in lists):
             return None
-        self._at += row * one.count
-        values: NDArray[Any] = rows["values"]
+        self._at += row.itemsize * one.count
+        return [] if rows is None else [rows[str(place)] for place in range(len(one.properties))]
+
+    def row(self, one: _Element) -> list[NDArray[Any]]:
+        """The next row, an array [1] for each property, of a list [1, length]."""
+        found = []
+        for each in one.properties:
+            length = int(self._take(each.length, 1)[0]) if each.length else 1
+            values = self._take(each.kind, length)
+            found.append(values[None] if each.length else values)
+        return found
+
+    def _take(self, kind: str, count: int) -> NDArray[Any]:
+        size = np.dtype(kind).itemsize
+        values = np.frombuffer(self._content, self._order + kind, self._room(size, count), self._at)
+        self._at += size * count
         return values
 
-    def _take(self, row: np.dtype[Any], count: int) -> NDArray[Any]:
-        _check_count(count, row.itemsize * count, len(self._content) - self._at)
-        values = np.frombuffer(self._content, row, count, self._at) if row.itemsize else np.zeros(count, row)
-        self._at += row.itemsize * count
-        return values
+    def _room(self, size: int, count: int) -> int:
+        """``count``, if as many values of ``size`` bytes are left."""
+        _check_count(count, size * count, len(self._content) - self._at)
+        return count
 
 
 class _AsciiPly:
-    """Reads the elements of an ASCII file in turn."""
+    """Reads the elements of an ASCII file in turn, as :class:`_BinaryPly`."""
 
     def __init__(self, content: bytes) -> None:
         self._values, self._at = _numbers_of_text(content), 0
 
-    def table(self, one: _Element) -> list[NDArray[Any]]:
-        width = len(one.properties)
-        return list(self._take(one.count * width).reshape(one.count, width).T)
+    def alike(self, one: _Element) -> list[NDArray[Any]] | None:
+        places: list[tuple[int, int | None]] = []
+        """Where a property begins in a row, and its length if it is a list."""
+        width = 0
+        for each in one.properties:
+            length = None
+            if each.length:
+                if self._at + width >= len(self._values):
+                    return None
+                length = _whole(self._values[self._at + width])
+                width += 1
+            places.append((width, length))
+            width += 1 if length is None else length
+        lists = [(start, length) for start, length in places if length is not None]
+        if lists and self._at + width * one.count > len(self._values):
+            return None
+        _check_count(one.count, width * one.count, len(self._values) - self._at)
+        rows = self._values[self._at : self._at + width * one.count].reshape(one.count, width)
+        if any((rows[:, start - 1] != length).any() for start, length in lists):
+            return None
+        self._at += rows.size
+        return [rows[:, start] if length is None else rows[:, start : start + length] for start, length in places]
 
-    def lists(self, one: _Element) -> Iterator[NDArray[Any]]:
-        if len(one.properties) == 1 and self._at < len(self._values):
-            row = 1 + _whole(self._values[self._at])
-            rows = self._values[self._at : self._at + row * one.count]
-            if len(rows) == row * one.count and (rows[::row] == row - 1).all():
-                self._at += len(rows)
-                yield rows.reshape(one.count, row)[:, 1:]
-                return
-        for _ in range(one.count):
-            polygon = None
-            for each in one.properties:
-                length = _whole(self._take(1)[0]) if each.length else 1
-                values = self._take(length)
-                polygon = values if each.length and polygon is None else polygon
-            assert polygon is not None
-            yield polygon
+    def row(self, one: _Element) -> list[NDArray[Any]]:
+        found = []
+        for each in one.properties:
+            length = _whole(self._take(1)[0]) if each.length else 1
+            values = self._take(length)
+            found.append(values[None] if each.length else values)
+        return found
 
     def _take(self, count: int) -> NDArray[np.float64]:
         _check_count(count, count, len(self._values) - self._at)
@@ -367,6 +423,8 @@ def _fan(polygons: NDArray[Any]) -> Faces:
     if not np.isfinite(corners).all() or (np.abs(corners) > MOST_POINTS).any():
         bad_cloud("bad_faces", "faces with corners that do not exist")
     whole = corners.astype(np.int64)
+    if (whole != corners).any():
+        bad_cloud("bad_faces", "corners that are no whole numbers")
     second, third = whole[:, 1:-1], whole[:, 2:]
     return np.stack([np.broadcast_to(whole[:, :1], second.shape), second, third], axis=-1).reshape(-1, 3)
 

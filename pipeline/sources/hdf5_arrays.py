@@ -11,7 +11,8 @@ MOST_INFLATED = 1100
 def own_array(file: Any, key: str, where: str) -> Any | None:
     """The array ``key`` of an open h5py file, the one at ``where``; None unless its content is in the file itself.
 
-    Links, external storage and virtual arrays may name any other file of the machine.
+    Links, external storage and virtual arrays may name any other file of the machine. An array without a shape (HDF5's
+    null dataspace) is none.
 
     Raises:
         DataError: an array of which the file has too few bytes. HDF5 would fill it with zeros.
@@ -22,7 +23,7 @@ def own_array(file: Any, key: str, where: str) -> Any | None:
         return None
     found = file[key]
     own = isinstance(found, h5py.Dataset) and not found.is_virtual and not found.external
-    if not own:
+    if not own or found.shape is None:
         return None
     stored = int(found.id.get_storage_size())
     if found.nbytes > MOST_INFLATED * stored:

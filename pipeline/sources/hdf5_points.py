@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import require
 from pipeline.errors import DataError, SampleError, missing
-from pipeline.shards.clouds import MOST_POINTS, write_npy
+from pipeline.shards.clouds import MOST_POINTS, Points, check_rounding, write_npy
 from pipeline.shards.storage import Folder, file_stamp
 from pipeline.sources.hdf5_arrays import own_array
 from pipeline.sources.source import Part, Row, Slice
@@ -41,8 +41,8 @@ class Hdf5Points:
     folder: str
     """Folder of the files: a path or fsspec URI that every worker can read."""
     files: tuple[str, ...]
-    """HDF5 files in the folder, or text files that list them, one path a line, of which the last part counts
-    (ModelNet40's train_files.txt)."""
+    """HDF5 files in the folder, or text files that list them, one path a line (ModelNet40's train_files.txt). Only the
+    last part of such a path counts."""
     classes: tuple[str, ...] = ()
     """Names of the classes 0, 1, ..."""
     class_file: str = ""
@@ -52,12 +52,15 @@ class Hdf5Points:
     label_key: str = "label"
     """Name of the array of class numbers."""
     label_caption: str = "a {}"
-    """Caption, with the name of the class in place of {}."""
+    """Caption, with the name of the class in place of its only {}."""
 
     def __post_init__(self) -> None:
         require(bool(self.folder), "folder", self.folder, "a folder or an fsspec URI")
         require(bool(self.files), "files", self.files, "one file or more")
         require(not (self.classes and self.class_file), "classes", self.classes, "nothing with class_file")
+        around = self.label_caption.split("{}")
+        plain = len(around) == 2 and not set("{}") & set("".join(around))
+        require(plain, "label_caption", self.label_caption, "a text with one {} and no other braces")
 
     def slices(self, rows_per_shard: int, scratch: Folder) -> Iterator[Slice]:
         """See :class:`~pipeline.sources.source.Source`; the digest covers names, sizes and times of the files.
@@ -169,8 +172,8 @@ class Hdf5Points:
                 keys = ", ".join(file.keys())
                 raise DataError(f"{where} has no arrays {self.points_key} and {self.label_key}; it has {keys}")
             fits = clouds.ndim == 3 and 3 <= clouds.shape[2] <= WIDEST and clouds.dtype.kind in "fiu"
-            paired = numbers.ndim in (1, 2) and numbers.size == numbers.shape[0] == len(clouds)
-            if not fits or numbers.dtype.kind not in "iu" or not paired:
+            paired = fits and numbers.ndim in (1, 2) and numbers.size == numbers.shape[0] == clouds.shape[0]
+            if not paired or numbers.dtype.kind not in "iu":
                 shapes = f"{clouds.dtype} {clouds.shape} and {numbers.dtype} {numbers.shape}"
                 raise DataError(f"{where} has {shapes}, expected clouds [M, N, 3] and M whole class numbers")
             if clouds.shape[1] > MOST_POINTS:
@@ -186,9 +189,21 @@ class Hdf5Points:
             problem = SampleError("failed_to_resize", "unknown_class", f"the class number {number} has no name")
             return Row(url=url, caption="", columns={"label": "", "class_number": number}, problem=problem)
         label = self._names[number]
-        part = Part("points", write_npy(points[:, :3]), url=url)
+        try:
+            part = Part("points", write_npy(_as_float32(points[:, :3])), url=url)
+        except SampleError as problem:
+            return Row(url=url, caption="", columns={"label": label, "class_number": number}, problem=problem)
         caption = self.label_caption.format(label.replace("_", " "))
         return Row(url=url, caption=caption, parts=(part,), columns={"label": label, "class_number": number})
+
+
+def _as_float32(points: NDArray[Any]) -> Points:
+    """float32 [N, 3]; raises ``SampleError`` for coordinates that lose too much."""
+    with np.errstate(over="ignore"):  # infinite coordinates have their own reason later
+        narrow = points.astype(np.float32)
+    if len(points) and np.isfinite(narrow).all():
+        check_rounding(points, narrow)
+    return narrow
 
 
 def _clouds(array: Any, first: int, last: int) -> Iterator[NDArray[Any] | None]:

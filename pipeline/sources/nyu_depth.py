@@ -84,7 +84,7 @@ class NyuDepth:
 
     @contextmanager
     def _opened(self) -> Iterator[Any]:
-        import h5py  # a tenth of a second, and no other source needs it
+        import h5py  # a tenth of a second, and few sources need it
 
         place, name = split_file(self.file)
         try:

@@ -14,7 +14,7 @@ rank.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -170,14 +170,18 @@ def accuracy(adapter: Adapter, data: Labelled) -> Accuracy:
     Raises:
         SettingError: labels outside of the classes, or data without the method's inputs.
     """
-    count = len(adapter.classes)
+    return accuracy_of(batch_logits(adapter, data), len(adapter.classes))
+
+
+def accuracy_of(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> Accuracy:
+    """The accuracy by logits of ``count`` classes, float [B, C], and labels, int64 [B], of one sample or more."""
     right, seen, loss = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64), 0.0
-    for logits, labels in batch_logits(adapter, data):
+    for logits, labels in batches:
         loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
         hits = logits.argmax(dim=1) == labels
         seen += torch.bincount(labels, minlength=count)
         right += torch.bincount(labels[hits], minlength=count)
-    return Accuracy(right, seen, loss / len(data))
+    return Accuracy(right, seen, loss / int(seen.sum()))
 
 
 def batch_logits(adapter: Adapter, data: Labelled) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""Depth views against a z-buffer in plain numpy, hand-made clouds, and the published cameras."""
+"""Depth views against a loop over points in plain Python, hand-made clouds, and the published cameras."""
 
 import math
 from dataclasses import replace
@@ -13,7 +13,7 @@ from pipeline.codecs.point_views import (
     PointViews,
     brightness,
     centred,
-    depth_picture,
+    depth_image,
     project,
     view_images,
 )
@@ -48,7 +48,7 @@ PUBLISHED = {
 
 
 def by_loops(points: np.ndarray, angles: list[tuple[float, float, float]], distance: float, grid: int) -> np.ndarray:
-    """One point after the other, for each view."""
+    """One point after the other, for each view. The authors' code shifts both coordinates by half a pixel."""
     found = np.zeros((len(angles), grid, grid))
     for view, angle in enumerate(angles):
         total, number = np.zeros((grid, grid)), np.zeros((grid, grid))
@@ -56,7 +56,7 @@ def by_loops(points: np.ndarray, angles: list[tuple[float, float, float]], dista
             a, b, z = rotation(*angle) @ point + [0, 0, distance]
             if z <= 0:
                 continue
-            row, column = math.ceil((a / z + 1) * grid / 2), math.ceil((b / z + 1) * grid / 2)
+            row, column = (math.ceil((side / z + 1) * grid / 2 - 0.5) for side in (a, b))
             if 0 <= row < grid and 0 <= column < grid:
                 total[row, column] += 1 / z
                 number[row, column] += 1
@@ -83,6 +83,13 @@ def test_a_point_on_the_axis_falls_on_the_middle_pixel_of_every_view() -> None:
         middle = views.grid // 2
         assert depth[:, middle, middle].tolist() == pytest.approx([views.distance] * views.count)
         assert int((depth > 0).sum()) == views.count
+
+
+@pytest.mark.parametrize(("at", "pixel"), [(64.4, 64), (64.5, 64), (64.6, 65), (-0.4, 0), (-0.6, None), (127.6, None)])
+def test_a_point_falls_on_the_nearest_pixel(at: float, pixel: int | None) -> None:
+    """In the plane through the origin, 1.6 from the camera, a column is (x / 1.6 + 1) 64."""
+    (found,) = project(torch.tensor([[[1.6 * (at / 64 - 1), 0.0, 0.0]]]), ONE)[0]
+    assert found.nonzero().tolist() == ([] if pixel is None else [[64, pixel]])
 
 
 def test_points_on_one_pixel_give_their_harmonic_mean() -> None:
@@ -146,11 +153,20 @@ def test_centred_clouds_have_no_units() -> None:
     assert not centred(torch.full((1, 4, 3), 7.0)).any()
 
 
-def test_pictures_are_bright_where_points_are_near() -> None:
+def test_images_are_bright_where_points_are_near() -> None:
     depth = torch.tensor([0.0, 0.6, 1.6, 2.6])
     torch.testing.assert_close(brightness(depth, ZERO_SHOT), torch.tensor([0.0, 1.0, 0.6, 0.2]))
-    picture = depth_picture(torch.randn(64, 3), size=32)
-    assert picture.shape == (3, 32, 6 * 32) and picture.dtype == torch.uint8 and 50 < int(picture.max()) <= 255
+    image = depth_image(torch.randn(64, 3), size=32)
+    assert image.shape == (3, 32, 6 * 32) and image.dtype == torch.uint8 and 50 < int(image.max()) <= 255
+
+
+def test_autocast_changes_no_view() -> None:
+    cloud = centred(torch.randn(2, 300, 3, generator=torch.Generator().manual_seed(5)))
+    mask = torch.arange(300) < torch.tensor([[300], [200]])
+    plain = view_images(project(cloud, ZERO_SHOT, mask), (160, 160))
+    with torch.autocast("cpu", torch.bfloat16):
+        within = view_images(project(cloud, ZERO_SHOT, mask), (160, 160))
+    assert within.dtype == torch.float32 and torch.equal(within, plain)
 
 
 def test_gradients_reach_the_points() -> None:

@@ -16,9 +16,17 @@ from torch import Tensor, nn
 from pipeline.codecs.point_views import FEW_SHOT, ZERO_SHOT, centred, project, view_images
 from pipeline.errors import DataError, SettingError
 from pipeline.evaluation.embedder import LoadEmbedder
+from pipeline.evaluation.encoder import inference
 from pipeline.evaluation.ensemble import joined, read_scores, scores_file, search_weight
 from pipeline.evaluation.models import load_model
-from pipeline.evaluation.point_clip import CloudEmbedder, CloudViews, PointClip, read_weights, search_weights
+from pipeline.evaluation.point_clip import (
+    CloudEmbedder,
+    CloudViews,
+    PointClip,
+    read_weights,
+    search_weights,
+    view_scores,
+)
 from pipeline.evaluation.showcase import model_figures, model_files
 from pipeline.evaluation.suite import Evaluations, evaluate
 from pipeline.loaders.points import PointReader
@@ -26,6 +34,7 @@ from pipeline.loaders.samples import Samples
 from pipeline.models.clip import Clip
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.shards.storage import Folder
+from pipeline.sources.drawn.solids import SOLIDS
 from pipeline.sources.drawn.source import Drawn
 from pipeline.stages.refresh.make_shard import ShardOptions
 from pipeline.stages.refresh.refresh import refresh
@@ -245,6 +254,62 @@ def test_stored_features_are_those_of_the_views(solids: dict[str, Snapshot]) -> 
     assert CloudEmbedder(model, CloudViews()).maker != embedder.maker
 
 
+def test_bf16_is_for_the_tower_alone(solids: dict[str, Snapshot]) -> None:
+    """Views are those of fp32, so features differ only by the rounding of the tower, and are float32."""
+    model = load_model(TINY, "cpu")
+    inputs: list[Tensor] = []
+    model.model.visual.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    samples = Samples(solids["solids"])
+    features = []
+    for precision in ("fp32", "bf16"):
+        embedder = CloudEmbedder(model, CloudViews(), precision)
+        features.append(embedder.encode("points", [embedder.prepare(samples[number], "points") for number in range(2)]))
+    assert len(inputs) == 2 and torch.equal(inputs[0].float(), inputs[1].float())
+    assert features[1].dtype == np.float32 and not np.array_equal(*features)
+    cosines = [(one / np.linalg.norm(one, axis=2, keepdims=True)) for one in features]
+    assert (cosines[0] * cosines[1]).sum(axis=2).min() > 0.999
+    seen = PointClip(model, CloudViews())
+    with inference(seen, "bf16"):
+        assert seen.encode_points(torch.rand(1, 9, 3)).dtype == torch.float32
+    one = f"solids={solids['solids'].uri},medium=points,samples=8"
+    prepared = Evaluations(zero_shot=(one,), evaluation_precision="bf16").prepare()
+    assert evaluate(model, prepared)["zeroshot/solids/samples"] == 8
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_evaluation_leaves_the_model_as_it_was(solids: dict[str, Snapshot], training: bool) -> None:
+    """A model with batch normalisation, whose statistics would change in training mode."""
+
+    class Normalised(Counter):
+        def __init__(self) -> None:
+            super().__init__({name: [1.0, 2.0, 3.0, 4.0] for name in SOLIDS})
+            self.norm = nn.BatchNorm1d(4)
+
+        def encode_image(self, image: Tensor) -> Tensor:
+            normalised: Tensor = self.norm(super().encode_image(image))
+            return normalised
+
+    model = Normalised().train(training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train = solids["solids_train"].uri
+    one = f"solids={solids['solids'].uri},medium=points,templates=none,samples=4"
+    searched = f"again={one.partition('=')[2]},view_weights=search,search={train},search_samples=4"
+    prepared = Evaluations(zero_shot=(one, searched)).prepare()
+    for _ in range(2):
+        evaluate(model, prepared)
+        assert model.training == model.norm.training == training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_scores_leave_the_callers_mode_alone(solids: dict[str, Snapshot]) -> None:
+    seen = PointClip(load_model(TINY, "cpu"), CloudViews())
+    batch = seen.points_reader().collate([seen.points_reader().read(Samples(solids["solids"])[0])])
+    width = seen.encode_points(batch["points"]).shape[1]
+    for scores, _ in view_scores(seen, [batch, batch], torch.eye(width)[:3], "bf16"):
+        assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+        assert scores.dtype == torch.float32 and not scores.requires_grad
+
+
 # -- Ensembles
 
 CLASSES = ("a", "b", "c")
@@ -275,6 +340,9 @@ def broken(**changes: Any) -> pa.Table:
         {"scores": None},
         {"classes": None},
         {"classes": ["a", "b", "c"]},
+        {"classes": ["a", "a"]},
+        {"classes": [1, 2]},
+        {"classes": "ab"},
         {"scores": [[1.0, 2.0], [3.0]]},
         {"scores": [[1.0, 2.0], [3.0, float("nan")]]},
         {"scores": [["x", "y"], ["z", "w"]]},

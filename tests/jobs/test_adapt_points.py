@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.evaluation.embedder import LoadEmbedder
 from pipeline.evaluation.ensemble import read_scores, scores_file
+from pipeline.runs import few_shot_ensemble
 from pipeline.runs.few_shot_ensemble import digest_of_scores
 from pipeline.sources.drawn.solids import SOLIDS
 from tests.jobs.conftest import Type
@@ -74,6 +76,45 @@ def test_a_changed_file_of_scores_and_scores_that_are_missing_make_a_trial_run_a
     assert not (tmp_path / "out/scores").exists()
     assert adapt(job, *words, "--keep-scores") == 0
     assert len(list((tmp_path / "out/scores").iterdir())) == 1
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise AssertionError("not reached")
+
+
+def test_a_file_of_scores_that_does_not_fit_is_refused_before_any_work(
+    job: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a class before data are read; without a sample before they are embedded."""
+    monkeypatch.setattr(LoadEmbedder, "__call__", refuse)
+    words = ("--methods", "pointclip", "--shots", "1", "--ensemble", "network.parquet")
+    (tmp_path / "network.parquet").write_bytes(scores_file(["a"], SOLIDS[1:], torch.zeros(1, 15)))
+    assert adapt(job, *words) != 0
+    assert f"it lacks {SOLIDS[0]}" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out/data").exists()
+    tested = [f"drawn://solids/0/{number}" for number in range(32)]
+    validation = [f"drawn://solids_train/0/{1_000_000 + number}" for number in range(31)]
+    for keys, lacking in ((tested[:-1] + validation, "solids/0/31"), (tested + validation, "solids_train/0/1000031")):
+        (tmp_path / "network.parquet").write_bytes(scores_file(keys, SOLIDS, torch.zeros(len(keys), 16)))
+        digest_of_scores.cache_clear()  # as in another process
+        assert adapt(job, *words) != 0
+        assert f"such as drawn://{lacking}" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out/trials").exists()
+
+
+def test_the_test_set_is_classified_once_and_scores_are_read_once(
+    job: Type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+    monkeypatch.setattr("pipeline.runs.few_shot.accuracy", refuse)
+    digest_of_scores.cache_clear()  # as in another process
+    read = few_shot_ensemble.read_scores
+    monkeypatch.setattr(few_shot_ensemble, "read_scores", lambda place: (reads.append(place), read(place))[1])
+    keys = [f"drawn://solids/0/{number}" for number in range(32)]
+    (tmp_path / "network.parquet").write_bytes(scores_file(keys, SOLIDS, 7 * torch.eye(16).repeat(2, 1)))
+    words = ("--ensemble", "network.parquet", "--ensemble-weight", "0.5", "--keep-scores", "--precision", "bf16")
+    assert adapt(job, "--methods", "zero_shot", "tip_adapter:search=false", "--shots", "1", *words) == 0
+    assert len(results(tmp_path)) == 2 and len(reads) == 1
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,31 @@ def test_subsets_are_a_function_of_the_position_in_training_and_fixed_in_evaluat
     assert {tuple(row) for row in other.read(sample(CLOUD), (0, 5))["points"].tolist()} != read(0, 5)
 
 
+def strip(faces: int) -> bytes:
+    """A mesh: a strip of squares from x = 0 to ``faces``, each a face."""
+    rows = [f"{x} {y} 0" for x in range(faces + 1) for y in (0, 1)]
+    sides = [f"4 {2 * x} {2 * x + 1} {2 * x + 3} {2 * x + 2}" for x in range(faces)]
+    return "\n".join(["OFF", f"{len(rows)} {len(sides)} 0", *rows, *sides, ""]).encode()
+
+
+@pytest.mark.parametrize("at", [None, (0, 5)])
+def test_the_subset_of_a_mesh_covers_all_of_it(at: tuple[int, int] | None) -> None:
+    """Eight parts of a strip are equally large, so each has an eighth of the points."""
+    reader = PointReader(transform=PointTransform(count=512, scale="none"))
+    points = reader.read(Sample("7", {"off": strip(64)}), at)["points"]  # type: ignore[arg-type]
+    assert points.shape == (512, 3)
+    parts, _ = np.histogram(points[:, 0].numpy(), bins=8, range=(0, 64))
+    assert parts.min() > 35 and parts.max() < 100, parts  # 64 each, with a deviation of 7.5
+
+
+def test_a_subset_without_an_extent_is_unreadable() -> None:
+    cloud = np.zeros((1_000, 3), np.float32)
+    cloud[500] = 1
+    assert len(PointReader().read(sample(cloud))["points"]) == 1_000
+    with pytest.raises(UnreadableSample, match="all points in one place"):
+        PointReader(transform=PointTransform(count=2)).read(sample(cloud))
+
+
 def test_z_up_becomes_y_up_by_a_rotation() -> None:
     reader = PointReader(transform=PointTransform(up="z", scale="none"))
     turned = reader.read(sample(np.eye(3, dtype=np.float32)))["points"]
@@ -79,5 +104,6 @@ def test_other_arrays_are_no_clouds() -> None:
 
 
 def test_settings() -> None:
-    with pytest.raises(SettingError, match="count: got -1"):
-        PointTransform(count=-1)
+    for count in (-1, 1):
+        with pytest.raises(SettingError, match=f"count: got {count}"):
+            PointTransform(count=count)

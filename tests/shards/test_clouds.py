@@ -24,6 +24,10 @@ POINTS = np.array([[0, 0, 0], [1, 0, 0], [0, 2, 0], [0, 0, 3.5]], np.float32)
 FACES = np.array([[0, 1, 2], [0, 1, 3]])
 
 
+FAR = np.array([500_000.3, 5_300_000.3, 400.3])
+"""An origin in UTM coordinates, in metres."""
+
+
 def npy(array: np.ndarray) -> bytes:
     content = io.BytesIO()
     np.save(content, array)
@@ -58,7 +62,7 @@ def test_ply_in_both_byte_orders_and_as_text(order: str, kind: str) -> None:
 
 @pytest.mark.parametrize("order", ["", "<", ">"])
 def test_polygons_become_fans(order: str) -> None:
-    head = ply(order).replace(b"end_header\n", b"element face 2\nproperty list uchar short corners\nend_header\n")
+    head = ply(order).replace(b"end_header\n", b"element face 2\nproperty list uchar short vertex_index\nend_header\n")
     square, triangle = ([4, 0, 1, 2, 3], [3, 1, 2, 3])
     if order:
         tail = struct.pack(f"{order}B4h", *square) + struct.pack(f"{order}B3h", *triangle)
@@ -73,6 +77,71 @@ def test_elements_before_the_points_are_skipped() -> None:
         b"element vertex 2\nproperty float z\nproperty float y\nproperty float x\nend_header\n2 9 9 1\n3 2 1 6 5 4\n"
     )
     assert read_cloud(body).points.tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
+LETTERS = {"uchar": "B", "int": "i", "float": "f"}
+
+
+def elements(order: str, *parts: tuple[str, list[str], list[list[object]]]) -> bytes:
+    """A PLY of elements: name, properties, and rows whose lists are Python lists."""
+    head = "ply\nformat " + {"": "ascii", "<": "binary_little_endian", ">": "binary_big_endian"}[order] + " 1.0\n"
+    body = b""
+    for name, properties, rows in parts:
+        head += f"element {name} {len(rows)}\n" + "".join(f"property {one}\n" for one in properties)
+        for row in rows:
+            for each, value in zip(properties, row, strict=True):
+                letter = LETTERS[each.split()[-2]]
+                values = value if isinstance(value, list) else [value]
+                length = [len(value)] if isinstance(value, list) else []
+                if order:
+                    body += struct.pack(f"{order}{'B' * len(length)}{len(values)}{letter}", *length, *values)
+                else:
+                    body += " ".join(map(str, [*length, *values, ""])).encode()
+    return (head + "end_header\n").encode() + body + (b"" if order else b"\n")
+
+
+AXES = ["float x", "float y", "float z"]
+VERTICES: list[list[object]] = POINTS.tolist()
+CORNERS = "list uchar int vertex_indices"
+
+
+@pytest.mark.parametrize("order", ["", "<", ">"])
+@pytest.mark.parametrize("even", [True, False], ids=["even", "uneven"])
+def test_faces_are_the_corners_and_nothing_else(order: str, even: bool) -> None:
+    """Texture coordinates before the corners, as many of each row or not; and lists of another element."""
+    rows: list[list[object]] = [[[0.5] * 6, 9, [0, 1, 2]], [[0.5] * (6 if even else 4), 9, [0, 1, 3]]]
+    face = ("face", ["list uchar float texcoord", "uchar red", CORNERS], rows)
+    strips = ("tristrips", ["list uchar int vertex_indices"], [[[0, 1, 2, 3]], [[7] * (4 if even else 9)]])
+    cloud = read_cloud(elements(order, strips, ("vertex", AXES, VERTICES), face, strips))
+    np.testing.assert_array_equal(cloud.points, POINTS)
+    assert cloud.faces.tolist() == FACES.tolist()
+
+
+@pytest.mark.parametrize("order", ["", "<", ">"])
+@pytest.mark.parametrize("even", [True, False], ids=["even", "uneven"])
+def test_points_may_have_a_list(order: str, even: bool) -> None:
+    rows: list[list[object]] = [[x, [5] * (2 if even else place), y, z] for place, (x, y, z) in enumerate(VERTICES)]
+    vertex = ("vertex", ["float x", "list uchar int seen_by", "float y", "float z"], rows)
+    cloud = read_cloud(elements(order, vertex, ("face", [CORNERS], [[[0, 1, 2]]])))
+    np.testing.assert_array_equal(cloud.points, POINTS)
+    assert cloud.faces.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("order", ["", "<", ">"])
+def test_elements_may_be_without_rows_or_properties(order: str) -> None:
+    empty: list[list[object]] = []
+    parts = (("face", ["list uchar float texcoord"], empty), ("face", [CORNERS], empty), ("material", [], [[], []]))
+    cloud = read_cloud(elements(order, *parts, ("vertex", AXES, VERTICES)))
+    np.testing.assert_array_equal(cloud.points, POINTS)
+    assert not len(cloud.faces)
+    with pytest.raises(SampleError, match="no points"):
+        read_cloud(elements(order, ("vertex", AXES, empty), parts[1]))
+
+
+@pytest.mark.parametrize("order", ["", "<", ">"])
+def test_a_header_ends_at_the_start_of_a_line(order: str) -> None:
+    body = ply(order).replace(b"comment made here", b"comment see end_header\ncomment end_header")
+    np.testing.assert_array_equal(read_cloud(body).points, POINTS)
 
 
 @pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", ">f8", "<f2", "<i4", "u1"])
@@ -126,6 +195,14 @@ def test_extent_is_the_largest_distance_from_the_mean() -> None:
     assert extent_of(np.array([[0, 0, 0], [0, 0, 2], [0, 0, 4]], np.float32)) == 2
 
 
+def test_large_coordinates_that_float32_resolves_are_kept() -> None:
+    """A town in UTM; and whole numbers, which float32 has exactly up to 2 ** 24."""
+    town = FAR + 1_000 * POINTS.astype(np.float64)
+    np.testing.assert_allclose(read_cloud(npy(town)).points, town, atol=0.25)
+    cells = (POINTS * 2).astype(np.int32) + 10**6
+    np.testing.assert_array_equal(read_cloud(npy(cells)).points, cells)
+
+
 def header(shape: str, descr: str = "'<f4'", order: str = "False") -> bytes:
     text = f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}".encode()
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
@@ -174,6 +251,19 @@ HOSTILE = {
     "PLY without z": (ply("").replace(b"property float z", b"property float w"), "not_a_cloud"),
     "a face without its corner": (ply("<", faces=np.array([[0, 1, 9]])), "bad_faces"),
     "a face with a negative corner": (ply("", faces=np.array([[0, 1, -1]])), "bad_faces"),
+    "corners that are fractions": (
+        elements("<", ("vertex", AXES, VERTICES), ("face", ["list uchar float vertex_index"], [[[0, 1, 1.5]]])),
+        "bad_faces",
+    ),
+    "corners that are fractions, as text": (
+        ply("", faces=FACES).replace(b"3 0 1 3", b"3 0 1 2.5"),
+        "bad_faces",
+    ),
+    "corners of another name": (
+        ply("", faces=FACES).replace(b"vertex_indices", b"texcoord"),
+        "bad_faces",
+    ),
+    "OFF with corners that are fractions": (b"OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 1.5\n", "bad_faces"),
     "OFF without counts": (b"OFF\n", "bad_header"),
     "OFF with huge counts": (b"OFF\n99999999999 1 0\n0 0 0\n", "too_many"),
     "OFF with fractions": (b"OFF\n1.5 0 0\n0 0 0\n0 0 0\n", "bad_number"),
@@ -181,6 +271,11 @@ HOSTILE = {
     "OFF with a short row": (b"OFF\n2 0 0\n0 0\n1 0 0\n", "truncated"),
     "OFF with a short face": (b"OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n4 0 1 2\n", "truncated"),
     "OFF with an endless line": (b"OFF\n1 1 0\n0 0 0\n200000" + b" 0" * 200_000, "too_many"),
+    "an object of 3 m in UTM": (npy(FAR + 3 * POINTS.astype(np.float64)), "too_far"),
+    "an object of 3 m in UTM, as PLY": (ply("<", FAR + POINTS.astype(np.float64), kind="double"), "too_far"),
+    "an object of 3 m in UTM, as text": (ply("", FAR + POINTS.astype(np.float64)), "too_far"),
+    "whole numbers beyond float32": (npy((POINTS * 10).astype(np.int64) + 10**12), "too_far"),
+    "one place, not a number of float32": (npy(np.full((50, 3), 0.1)), "no_extent"),
     "one point": (npy(np.ones((1, 3), np.float32)), "no_extent"),
     "one place": (npy(np.full((50, 3), 3e5, np.float32)), "no_extent"),
     "a flat mesh of no area": (ply("<", faces=np.array([[0, 0, 1]])), "no_extent"),
@@ -206,7 +301,7 @@ def mesh(kind: str, corners: list[int]) -> bytes:
     points = b"".join(b"%d %d 1 7\n" % (number % 9, number % 7) for number in range(MESHES))
     if kind != "off":
         head = ply(kind)[: ply(kind).index(b"end_header")].replace(b"vertex 4", b"vertex %d" % MESHES)
-        head += b"element face %d\nproperty list uchar uchar corners\nend_header\n" % MESHES
+        head += b"element face %d\nproperty list uchar uchar vertex_indices\nend_header\n" % MESHES
     if kind == "<":
         return head + bytes(13 * MESHES) + b"".join(map(bytes, polygons))
     return head + points + b"".join(b" ".join(b"%d" % value for value in one) + b"\n" for one in polygons)

@@ -285,6 +285,17 @@ def test_headers_that_claim_more_than_the_file_has(tmp_path: Path) -> None:
         pieces(NyuDepth(file=str(tmp_path / "nyu.mat"), split="all"), tmp_path / "scratch")
 
 
+@pytest.mark.parametrize("name", ["images", "depths"])
+@pytest.mark.parametrize("value", [5.0, h5py.Empty("f4")], ids=["scalar", "without a shape"])
+def test_arrays_that_are_none(name: str, value: Any, tmp_path: Path) -> None:
+    labeled(tmp_path / "nyu.mat", count=2)
+    with h5py.File(tmp_path / "nyu.mat", "r+") as file:
+        del file[name]
+        file[name] = value
+    with pytest.raises(SettingError, match="file: .*images \\[N, 3, W, H\\]"):
+        pieces(NyuDepth(file=str(tmp_path / "nyu.mat"), split="all"), tmp_path / "scratch")
+
+
 @pytest.mark.parametrize("kind", ["numbers", "flat", "few", "nothing", "a group", "floats", "long", "hollow"])
 def test_damaged_names_of_scenes(kind: str, tmp_path: Path) -> None:
     """The images are as they were; their scene is not known."""

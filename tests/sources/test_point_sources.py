@@ -144,6 +144,18 @@ def hollow(clouds: tuple[int, ...], labels: tuple[int, ...]) -> Any:
     return make
 
 
+def replaced(name: str, value: Any) -> Any:
+    """A file with another value in place of an array."""
+
+    def make(path: Path) -> None:
+        write_h5(path)
+        with h5py.File(path, "r+") as file:
+            del file[name]
+            file[name] = value
+
+    return make
+
+
 CLAIMS = "a.h5: the array data has the shape .*, but only 0 bytes in the file"
 BROKEN = {
     "a header of 10^9 clouds": (hollow((10**9, 2048, 3), (10**9,)), CLAIMS),
@@ -159,6 +171,10 @@ BROKEN = {
     "flat": (lambda path: write_h5(path, CLOUDS[0]), r"expected clouds \[M, N, 3\]"),
     "too few labels": (lambda path: write_h5(path, labels=[0]), "and M whole class numbers"),
     "labels that are no numbers": (lambda path: write_h5(path, labels=[0.5] * 7), "and M whole class numbers"),
+    "a scalar of clouds": (replaced("data", 5.0), r"expected clouds \[M, N, 3\]"),
+    "a scalar of labels": (replaced("label", 5), "and M whole class numbers"),
+    "clouds without a shape": (replaced("data", h5py.Empty("f4")), "has no arrays data and label"),
+    "labels without a shape": (replaced("label", h5py.Empty("i4")), "has no arrays data and label"),
     "an external link": (external, "has no arrays data and label"),
     "a virtual array": (virtual, "has no arrays data and label"),
 }
@@ -191,6 +207,17 @@ def test_a_damaged_part_of_a_file_costs_the_clouds_in_it(tmp_path: Path, monkeyp
         np.testing.assert_array_equal(points_of(rows[number]), clouds[number])
 
 
+def test_doubles_that_float32_cannot_resolve_are_rows_with_a_problem(tmp_path: Path) -> None:
+    clouds = CLOUDS.astype(np.float64)
+    clouds[1] += 5e6
+    clouds[2, 0, 0] = 1e300
+    write_h5(tmp_path / "a.h5", clouds)
+    rows = rows_of(Hdf5Points(folder=str(tmp_path), files=("a.h5",), classes=("a", "b", "c")), tmp_path)
+    assert [row.problem.error_class if row.problem else "" for row in rows] == ["", "too_far", *[""] * 5]
+    np.testing.assert_array_equal(points_of(rows[0]), CLOUDS[0])
+    assert np.isinf(points_of(rows[2])[0, 0])  # not_finite when it is encoded
+
+
 def test_settings_of_files(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="no such file or folder"):
         list(Hdf5Points(folder=str(tmp_path), files=("a.h5",), classes=("x",)).slices(1, Folder(tmp_path)))
@@ -200,6 +227,12 @@ def test_settings_of_files(tmp_path: Path) -> None:
         list(Hdf5Points(folder=str(tmp_path), files=("a.h5",)).slices(1, Folder(tmp_path)))
     with pytest.raises(SettingError, match="classes: got"):
         Hdf5Points(folder="x", files=("a.h5",), classes=("x",), class_file="y.txt")
+
+
+@pytest.mark.parametrize("caption", ["a {name}", "a {} of {}", "a thing", "a {", "a {{}}", "a {0}", "a {:>5}"])
+def test_captions_have_one_blank(caption: str) -> None:
+    with pytest.raises(SettingError, match="^label_caption: got"):
+        Hdf5Points(folder="x", files=("a.h5",), classes=("x",), label_caption=caption)
 
 
 def test_class_folders_with_parts(tmp_path: Path) -> None:

@@ -33,13 +33,13 @@ def example_cloud(body: bytes) -> tuple[str, int, int] | None:
     """Six views of a cloud, in two rows, as JPEG in base64, with width and height; None for an unreadable one."""
     import torch  # reports of other media do not need it
 
-    from pipeline.codecs.point_views import depth_picture
+    from pipeline.codecs.point_views import depth_image
 
     try:
         points = cloud_points(body)
     except SampleError:
         return None
-    pixels = depth_picture(torch.from_numpy(np.array(points)), size=EXAMPLE_SIZE)
+    pixels = depth_image(torch.from_numpy(np.array(points)), size=EXAMPLE_SIZE)
     rows = torch.cat(pixels.split(3 * EXAMPLE_SIZE, dim=2), dim=1).permute(1, 2, 0).contiguous().numpy()
     image = simplejpeg.encode_jpeg(rows, quality=85, colorspace="RGB")
     return base64.b64encode(image).decode(), rows.shape[1], rows.shape[0]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.codecs.point_views import depth_picture
+from pipeline.codecs.point_views import depth_image
 from pipeline.loaders.images import decode
 from pipeline.shards.clouds import write_npy
 from pipeline.shards.sample import Sample
@@ -38,7 +38,7 @@ def test_an_example_shows_six_views_in_two_rows() -> None:
     assert made is not None
     pixels = decode(base64.b64decode(made[0]))
     assert pixels.shape == (2 * EXAMPLE_SIZE, 3 * EXAMPLE_SIZE, 3) and made[1:] == (3 * EXAMPLE_SIZE, 2 * EXAMPLE_SIZE)
-    row = depth_picture(torch.from_numpy(points), size=EXAMPLE_SIZE)[0].float()
+    row = depth_image(torch.from_numpy(points), size=EXAMPLE_SIZE)[0].float()
     wanted = torch.cat(row.split(3 * EXAMPLE_SIZE, dim=1))
     shown = torch.from_numpy(pixels[..., 0].astype(np.float32))
     assert float(torch.corrcoef(torch.stack([wanted.flatten(), shown.flatten()]))[0, 1]) > 0.98
