@@ -11,7 +11,7 @@ Strokes are paths of one to three cubic curves with a width and a colour; all of
 random perspective and a random crop, which keep the drawing from being an adversarial example.
 
 Left out: the paper's own runs had no normalisation of CLIP's input; here it is each model's own, as in the authors'
-notebook. The crops' aspect ratio is drawn from those that fit, where torchvision tries ten times.
+notebook. The crops' aspect ratio is sampled from those that fit, where torchvision tries ten times.
 
 The paper reports no numbers; a run is held against a second CLIP's score (``judge``) of the same prompts.
 """

@@ -13,7 +13,7 @@ images, with weights and stops. An image starts from random codes, noise, a grad
 a mask only a part of it is changed.
 
 Left out: the authors' video and zoom loops, and optimisers other than Adam. Views are those of
-:mod:`pipeline.generation.views`, in which each augmentation is drawn by itself.
+:mod:`pipeline.generation.views`, in which each augmentation is sampled by itself.
 
 The paper reports human ratings; a run is held against a second CLIP's score (``judge``) and R-precision.
 """
