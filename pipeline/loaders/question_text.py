@@ -74,7 +74,7 @@ class PretrainingTextReader:
     asked                bool [B]: the text is a question about its own image, and has a possible answer
 
     With the probability ``mismatched`` a row gets the text of its neighbour in the batch, rows 2i and 2i + 1 being
-    neighbours; where both have the same text, it still matches.
+    neighbours; where both have the same text, the row keeps its own.
     """
 
     tokenizer: SpanTokenizer
@@ -126,8 +126,12 @@ class PretrainingTextReader:
 
     def collate(self, rows: list[Row]) -> Batch:
         """The tensors named above."""
-        texts = [rows[partner(number, len(rows))] if row["swaps"] else row for number, row in enumerate(rows)]
-        matched = np.array([one["text"] == row["text"] for one, row in zip(texts, rows, strict=True)])
+        neighbours = [rows[partner(number, len(rows))] for number in range(len(rows))]
+        # An equal text stays the own one, since its answers are those of the own image.
+        matched = np.array(
+            [not row["swaps"] or row["text"] == other["text"] for row, other in zip(rows, neighbours, strict=True)]
+        )
+        texts = [row if own else other for row, other, own in zip(rows, neighbours, matched, strict=True)]
         tokens, mask = padded_tokens([one["tokens"] for one in texts], self.tokenizer.pad)
         answers = np.stack([one["answers"] for one in texts])
         return {
