@@ -2,20 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.config import require
+from pipeline.errors import SettingError
 from pipeline.evaluation.embedder import Precision
 from pipeline.evaluation.encoder import inference
 from pipeline.evaluation.models import load_any
 from pipeline.loaders.images import decode
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.models.clip import Clip
+from pipeline.models.method import Method
 from pipeline.models.towers.grid import GridTower, fold_norms
 from pipeline.models.towers.weights import digest_of
 from pipeline.stages.annotate.grid_features import PreparedImage
@@ -35,7 +36,10 @@ class GridSize:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadGridEmbedder:
-    """Loads the tower at ``checkpoint`` (see :func:`pipeline.evaluation.models.load_any`) when it is called."""
+    """Loads the tower at ``checkpoint`` when it is called: that of a CLIP, or the one that a CLIP-ViL was trained with.
+
+    ``checkpoint`` is an address of :func:`pipeline.evaluation.models.load_any`.
+    """
 
     checkpoint: str
     device: str = "auto"
@@ -46,22 +50,30 @@ class LoadGridEmbedder:
         """``threads`` is the number of CPU threads for the model, if it does not run on a GPU.
 
         Raises:
-            SettingError: no such checkpoint, one that is no CLIP, or a size that its tower does not take.
+            SettingError: no such checkpoint, one without such a tower, or a size that its tower does not take.
         """
         model = load_any(self.checkpoint, self.device)
-        require(isinstance(model, Clip), "checkpoint", self.checkpoint, "a CLIP, or a classifier over its tower")
-        clip = cast(Clip, model)
-        if clip.mean.device.type == "cpu":
+        tower = grid_tower(model)
+        if tower is None:
+            raise SettingError("checkpoint", self.checkpoint, "a CLIP, a classifier over its tower, or a CLIP-ViL")
+        if tower.mean.device.type == "cpu":
             torch.set_num_threads(threads)
-        return GridEmbedder(clip, self.size.image_size, self.precision)
+        return GridEmbedder(tower, self.size.image_size, self.precision)
+
+
+def grid_tower(model: Method) -> GridTower | None:
+    """The image tower of a CLIP up to its grid, or the one that a CLIP-ViL has; ``None`` for other methods."""
+    if isinstance(model, Clip):
+        return GridTower(model.model).to(model.mean.device)
+    own = getattr(model, "tower", None)
+    return own if isinstance(own, GridTower) else None
 
 
 class GridEmbedder:
-    """The image tower of a CLIP up to its grid."""
+    """A tower that computes grids; it is changed for inference."""
 
-    def __init__(self, clip: Clip, image_size: tuple[int, int], precision: Precision = "fp32") -> None:
-        device = clip.mean.device
-        self._tower = GridTower(clip.model).to(device).eval()
+    def __init__(self, tower: GridTower, image_size: tuple[int, int], precision: Precision = "fp32") -> None:
+        self._tower = tower.eval()
         self._tower.check_size(image_size)
         self._transform = self._tower.transform(image_size)
         self._precision = precision

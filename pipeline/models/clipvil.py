@@ -173,6 +173,9 @@ class ClipVil(Method):
         self.matching = nn.Linear(self.settings.hidden_size, 2) if pretrains else None
         self.answering = _answer_head(self.settings.hidden_size, len(config.answers)) if config.asks else None
         self._initialise(description is None)
+        if description is None:
+            # Of the weights that train: those of start_from replace the tower's own.
+            self.facts["teacher"] = self.tower.digest(config.image_size)
         self.tower.requires_grad_(not config.frozen)
 
     @classmethod
@@ -215,7 +218,7 @@ class ClipVil(Method):
         return bert_settings(config.text, small, *numbers)
 
     def _tower(self, description: Mapping[str, str] | None) -> tuple[GridTower, dict[str, Any], dict[str, str]]:
-        """The tower, its name and digest, and the files that describe its architecture."""
+        """The tower, its facts (a new one's lack the digest), and the files that describe its architecture."""
         if description is not None:
             facts = json.loads(description[FACTS])
             card = json.loads(description[openclip.MODEL_CARD])
@@ -228,8 +231,7 @@ class ClipVil(Method):
         files = dict(clip.description())
         tower = GridTower(clip.model).requires_grad_(True)
         tower.check_size(self.config.image_size)
-        facts = {"architecture": architecture, "teacher": tower.digest(self.config.image_size), "files": sorted(files)}
-        return tower, facts, files
+        return tower, {"architecture": architecture, "files": sorted(files)}, files
 
     def _initialise(self, new: bool) -> None:
         config = self.config

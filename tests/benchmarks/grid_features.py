@@ -35,6 +35,7 @@ from pipeline.loaders.batches import LoaderConfig, training_batches
 from pipeline.loaders.order import Order
 from pipeline.models.clipvil import SMALLEST, ClipVil, Config
 from pipeline.models.method import build_method
+from pipeline.models.towers.grid import GridTower
 from pipeline.shards.sample import Sample
 from pipeline.shards.snapshot import Shard, Snapshot, publish_shards
 from pipeline.shards.storage import Folder, file_digest
@@ -79,6 +80,11 @@ class Plain:
         return found[0].permute(1, 2, 0).half().cpu().numpy()
 
 
+def tower_of(clip: Any) -> GridTower:
+    """The image tower up to its grid."""
+    return GridTower(clip.model).to(clip.mean.device)
+
+
 def write_shards(folder: Path, images: list[bytes], rows: int) -> Snapshot:
     """A snapshot of these images, each with a question."""
     shards = []
@@ -104,7 +110,10 @@ def compare(clip: Any, options: argparse.Namespace, images: list[bytes]) -> dict
     """Images a second of both ways, in turns, and the largest difference of their features."""
     size = (options.height, options.width)
     # The stage changes the tower that it is given, and the plain way has it as open_clip builds it.
-    plain, stage = Plain(copy.deepcopy(clip), size), GridMaker(GridEmbedder(clip, size), options.batch_size, threads=2)
+    plain, stage = (
+        Plain(copy.deepcopy(clip), size),
+        GridMaker(GridEmbedder(tower_of(clip), size), options.batch_size, threads=2),
+    )
     samples = [Sample(f"{number:09d}", {"jpg": image}) for number, image in enumerate(images)]
     shard: Any = None
 
@@ -198,7 +207,7 @@ def main() -> None:
     print(json.dumps({"name": "grid_features", **rates, "ratio": ratio, "unit": "images/s", "conditions": conditions}))
     with tempfile.TemporaryDirectory() as folder:
         size = (options.height, options.width)
-        embedder = GridEmbedder(clip, size)
+        embedder = GridEmbedder(tower_of(clip), size)
         snapshot = write_shards(Path(folder), images, options.rows_per_shard)
         made = embed_grids(
             snapshot, lambda threads: embedder, EmbedOptions(name="grid", batch_size=8), Workers(processes_count=0)

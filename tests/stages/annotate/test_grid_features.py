@@ -15,7 +15,7 @@ from pipeline.errors import DataError, SettingError, SidecarError
 from pipeline.evaluation.grid_embedder import GridEmbedder, GridSize, LoadGridEmbedder
 from pipeline.loaders.samples import Samples, check_sidecars
 from pipeline.models.class_vectors import untrained
-from pipeline.models.towers.grid import grid_features
+from pipeline.models.towers.grid import GridTower, grid_features
 from pipeline.shards.sidecar import Wanted
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.stages.annotate import grid_features as stage
@@ -110,4 +110,4 @@ def test_features_beyond_half_precision_are_an_error(make_snapshot: Callable[...
             return super().encode(images) * 1e9
 
     with pytest.raises(DataError, match="half precision"):
-        embedded(make_snapshot((2,)), make=lambda threads: Large(untrained("clipmill-tiny"), (64, 96)))
+        embedded(make_snapshot((2,)), make=lambda threads: Large(GridTower(untrained("clipmill-tiny").model), (64, 96)))
