@@ -17,6 +17,7 @@ from pipeline.loaders.questions import AnswerList, AskedQuestion, chosen_questio
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.loaders.text import caption_field, read_texts
 from pipeline.shards.sample import Sample
+from pipeline.shards.text import storable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,7 @@ class PretrainingTextReader:
         """Captions, without answers, and questions; a sample may lack one of the two."""
         asked = read_questions(sample, self.questions) if self.questions else []
         try:
-            captions = [text for text in read_texts(sample, self.caption) if text.strip()]
+            captions = [storable(text) for text in read_texts(sample, self.caption) if text.strip()]
         except UnreadableSample:
             if not asked:
                 raise

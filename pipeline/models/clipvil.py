@@ -31,7 +31,7 @@ To hold a run against (RN50x4): VQA v2 test-dev 76.48, test-std 76.70, about 73.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -455,11 +455,6 @@ def load_start(method: ClipVil, place: str) -> None:
         found = {key.removeprefix(f"{name}."): value for key, value in beside.items() if key.startswith(f"{name}.")}
         if head is not None and found and not misfit(head.state_dict(), found):
             head.load_state_dict(found)
-
-
-def with_answers(config: Config, answers: Sequence[str]) -> Config:
-    """``config`` with the possible answers, where it has none."""
-    return config if config.answers or not config.asks else replace(config, answers=tuple(answers))
 
 
 def _answer_head(width: int, answers: int) -> nn.Module:

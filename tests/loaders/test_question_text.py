@@ -76,6 +76,11 @@ def test_captions_and_questions_are_read_alike_often() -> None:
     assert {alone.read(one, SamplePosition(epoch, 0))["text"] for epoch in range(20)} == {"a red star.", "two discs."}
 
 
+def test_half_an_emoji_is_a_question_mark() -> None:
+    one = pretraining(questions="", answers=()).read(sample(captions=["a \ud83d star."]))
+    assert one["text"] == "a ? star."
+
+
 def test_half_of_the_rows_get_their_neighbours_text() -> None:
     rows = [
         pretraining(questions="", answers=()).read(
