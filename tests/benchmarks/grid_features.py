@@ -80,6 +80,19 @@ class Plain:
         return found[0].permute(1, 2, 0).half().cpu().numpy()
 
 
+def load(model: str, device: str) -> Any:
+    """A CLIP with random weights, also of its norms: open_clip's zeros would hide the residual blocks."""
+    clip: Any = load_model(f"{model}:untrained", device)
+    torch.manual_seed(0)
+    for norm in clip.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+            torch.nn.init.normal_(norm.bias, std=0.2)
+            torch.nn.init.normal_(norm.running_mean, std=0.2)
+            torch.nn.init.uniform_(norm.running_var, 0.5, 2)
+    return clip
+
+
 def tower_of(clip: Any) -> GridTower:
     """The image tower up to its grid."""
     return GridTower(clip.model).to(clip.mean.device)
@@ -197,8 +210,7 @@ def main() -> None:
     torch.set_num_threads(1)
     register()
     images = photographs(options.images)
-    clip: Any = load_model(f"{options.model}:untrained", options.device)
-    found = compare(load_model(f"{options.model}:untrained", options.device), options, images)
+    found = compare(load(options.model, options.device), options, images)
     where = torch.cuda.get_device_name() if options.device == "cuda" else "one CPU thread, two that decode in the stage"
     cosine = f"cosine of features {found['cosine']:.5f} at worst"
     conditions = f"{options.model}, {options.height} x {options.width}, {len(images)} images, {where}, {cosine}"
@@ -207,7 +219,7 @@ def main() -> None:
     print(json.dumps({"name": "grid_features", **rates, "ratio": ratio, "unit": "images/s", "conditions": conditions}))
     with tempfile.TemporaryDirectory() as folder:
         size = (options.height, options.width)
-        embedder = GridEmbedder(tower_of(clip), size)
+        embedder = GridEmbedder(tower_of(load_model(f"{options.model}:untrained", options.device)), size)
         snapshot = write_shards(Path(folder), images, options.rows_per_shard)
         made = embed_grids(
             snapshot, lambda threads: embedder, EmbedOptions(name="grid", batch_size=8), Workers(processes_count=0)
