@@ -145,3 +145,11 @@ def test_figures_of_answers_and_of_where_a_model_looks(data: Snapshot) -> None:
     axes = [axis for axis in found["attention"].axes if axis.images]
     assert [len(axis.images) for axis in axes] == [1, 2] * 2  # the third image has no question
     assert all(tuple(axis.images[-1].get_extent()) == (-0.5, 89.5, 39.5, -0.5) for axis in axes[1::2])
+
+
+def test_figures_show_images_that_have_a_question(tmp_path: Path) -> None:
+    """Here the first eight have none."""
+    silent = [Sample(f"{n:02}", {"jpg": jpeg(seed=n), "json": b'{"questions": []}'}) for n in range(9)]
+    data = publish(tmp_path / "later", [*silent, Sample("9", samples()[0].fields)])
+    (one,) = Evaluations(vqa=(f"own={data.folder},questions=json",)).prepare().sets
+    assert set(tasks()["vqa"].figures(Speaker(), one, "")) == {"answers"}

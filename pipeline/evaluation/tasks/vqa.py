@@ -106,10 +106,10 @@ class Vqa(Task):
         return {**question_metrics(asked, given), "questions": float(len(asked)), "samples": float(images)}
 
     def figures(self, model: Any, one: PreparedSet, title: str) -> dict[str, "Figure"]:
-        """``answers``: eight images with a question, the answer and an annotator's answer; of a model that reads images
-        as cells also ``attention`` to them."""
+        """``answers``: the first eight images that have a question, with the answer and an annotator's answer; of a
+        model that reads images as cells also ``attention`` to them."""
         readers = (ImageReader(transform=None), QuestionsReader(questions=one.ready))
-        (batch,) = evaluation_batches(one.samples(SHOWN), readers, SHOWN, threads=2)
+        batch = next(evaluation_batches(one.samples(), readers, SHOWN, threads=2))
         first = [some[0] for some in batch["asked"]]
         with inference(model):
             answers = model.answer(batch["image"], [[item.question] for item in first])
