@@ -13,6 +13,7 @@ from PIL import Image
 
 from pipeline.errors import DataError, SettingError, SidecarError
 from pipeline.evaluation.grid_embedder import GridEmbedder, GridSize, LoadGridEmbedder
+from pipeline.loaders.images import decode
 from pipeline.loaders.samples import Samples, check_sidecars
 from pipeline.models.class_vectors import untrained
 from pipeline.models.towers.grid import GridTower
@@ -84,6 +85,21 @@ def test_features_are_those_of_one_image_at_a_time(
     check_sidecars(made, [Wanted(name="grid", job=JOB)])
 
 
+@torch.no_grad()
+def test_threads_that_prepare_give_the_tower_what_it_would_compute(make_snapshot: Callable[..., Snapshot]) -> None:
+    """Bit for bit, and no matter how many images are encoded together."""
+    tower = GridTower(resnet_with_norms())
+    embedder, samples = GridEmbedder(tower, (64, 96)), Samples(make_snapshot((5,)), open_shards=1)
+    contents = [samples[number].image() or b"" for number in range(5)]
+    prepared = [embedder.prepare(content) for content in contents]
+    pixels = torch.stack([tower.transform((64, 96))(decode(content))[0] for content in contents])
+    wanted = tower(pixels[:2].contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1).half().numpy()
+    images = [one.pixels for one in prepared if one is not None]
+    assert images[0].dtype == torch.float32 and images[0].is_contiguous(memory_format=torch.channels_last)
+    assert np.array_equal(embedder.encode(images[:2]), wanted)
+    assert len(embedder.encode(images)) == 5 and np.array_equal(embedder.encode(images)[:2], wanted)
+
+
 def test_shards_are_made_at_most_once(make_snapshot: Callable[..., Snapshot], monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = make_snapshot((3, 2))
     calls: list[str] = []
@@ -123,10 +139,10 @@ def test_what_is_no_tower_is_refused() -> None:
         LoadGridEmbedder(checkpoint="clipmill-tiny:untrained", device="cpu", size=GridSize(image_size=(60, 64)))(1)
 
 
-def test_features_beyond_half_precision_are_an_error(make_snapshot: Callable[..., Snapshot]) -> None:
-    class Large(GridEmbedder):
-        def encode(self, images: Any) -> Any:
-            return super().encode(images) * 1e9
-
+@pytest.mark.parametrize("factor", [1e9, float("nan")])
+def test_features_beyond_half_precision_are_an_error(factor: float, make_snapshot: Callable[..., Snapshot]) -> None:
+    tower = GridTower(untrained("clipmill-tiny").model)
+    with torch.no_grad():
+        tower.visual.ln_post.weight[3] *= factor
     with pytest.raises(DataError, match="half precision"):
-        embedded(make_snapshot((2,)), make=lambda threads: Large(GridTower(untrained("clipmill-tiny").model), (64, 96)))
+        embedded(make_snapshot((2,)), make=lambda threads: GridEmbedder(tower, (64, 96)))
