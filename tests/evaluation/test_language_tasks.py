@@ -79,6 +79,7 @@ def test_questions(data: Snapshot) -> None:
     assert found["vqa/it/accuracy_colour"] == pytest.approx(1.3 / 2) and found["vqa/it/accuracy_count"] == 1
     assert found["vqa/it/samples"] == 2, "one image has no question"
     assert found["vqa/it/constant"] == pytest.approx(1 / 3), "of equally frequent ones the first: 2"
+    assert found["vqa/it/constant_by_kind"] == pytest.approx((0.6 + 1 + 1) / 3), "blue, and 2"
 
 
 def test_constant_answers_count_with_the_accuracy() -> None:
@@ -90,7 +91,8 @@ def test_constant_answers_count_with_the_accuracy() -> None:
         AskedQuestion("c?", ("x",)),
     ]
     found = question_metrics(asked, ["red", "blue", "y"])
-    assert found == {"accuracy": pytest.approx(1.3 / 3), "constant": pytest.approx(2 / 3)}
+    constant = pytest.approx(2 / 3)
+    assert found == {"accuracy": pytest.approx(1.3 / 3), "constant": constant, "constant_by_kind": constant}
 
 
 def test_figures(data: Snapshot) -> None:
