@@ -96,20 +96,20 @@ class PretrainingTextReader:
         """Raises :class:`UnreadableSample` for a sample without a text."""
         chosen = chosen_question(sample, self._texts(sample), self.seed, at)
         whole = self.tokenizer(chosen.question, self.most).ids
-        ids, places, swaps = whole, np.zeros(0, np.int64), False
+        ids, positions, swaps = whole, np.zeros(0, np.int64), False
         if at is not None:
             bits = random_bits(self.seed, RandomStream.MASKED_TOKENS, *at, 3 * len(whole)).reshape(3, -1)
             allowed = (whole != self.tokenizer.start) & (whole != self.tokenizer.end)
             assert self.tokenizer.mask is not None
             vocabulary = self.tokenizer.vocab_size
-            ids, places = mask_tokens(whole, allowed, bits, self.share, self.tokenizer.mask, vocabulary)
+            ids, positions = mask_tokens(whole, allowed, bits, self.share, self.tokenizer.mask, vocabulary)
             drawn = random_bits(self.seed, RandomStream.MATCHED_TEXTS, *at, 1)
             swaps = bool(uniform(drawn)[0] < self.mismatched)
         return {
             "text": chosen.question,
             "tokens": ids,
-            "masked_at": torch.from_numpy(places),
-            "masked_tokens": torch.from_numpy(whole[places]),
+            "masked_at": torch.from_numpy(positions),
+            "masked_tokens": torch.from_numpy(whole[positions]),
             "answers": self._possible.targets(chosen) if chosen.answers else np.zeros(len(self.answers), np.float32),
             "swaps": swaps,
         }

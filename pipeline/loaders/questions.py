@@ -144,6 +144,14 @@ def answer_accuracy(answer: str, annotators: Sequence[str]) -> float:
     return sum(min(1.0, (sum(same) - mine) / ENOUGH) for mine in same) / len(same)
 
 
+def check_answers(answers: Sequence[str]) -> None:
+    """Raise ``SettingError`` for possible answers that are equal, or empty, in their plain form."""
+    plain = {text: plain_answer(text) for text in answers}
+    counts = Counter(plain[text] for text in answers)
+    same = next((text for text in answers if not plain[text] or counts[plain[text]] > 1), None)
+    require(same is None, "answers", same, "answers that differ in their plain form, by VQA's rules, and have one")
+
+
 class AnswerList:
     """The possible answers of a model, which are compared in their plain form."""
 

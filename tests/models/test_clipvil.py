@@ -279,13 +279,13 @@ def test_pretraining_is_where_answers_begin(snapshot: Snapshot, tmp_path: Path) 
         for parameter in first.parameters():
             parameter.add_(0.01)
     meta = Meta(step=1, samples_seen=8, batch_size=8, lanes=2, seed=0, snapshot=snapshot.digest)
-    place = Checkpoints(str(tmp_path)).save(first, make_optimizer(AdamW(), first), meta).folder.uri
-    second = made(replace(ANSWERS, start_from=place, answers=("a", "b"), text_tokens=40))
+    trained = Checkpoints(str(tmp_path)).save(first, make_optimizer(AdamW(), first), meta).folder.uri
+    second = made(replace(ANSWERS, start_from=trained, answers=("x", "y"), text_tokens=40))
     for part in ("model", "tower"):
         for name, value in getattr(first, part).state_dict().items():
             assert torch.equal(getattr(second, part).state_dict()[name], value), name
     with pytest.raises(SettingError, match="the same network"):
-        made(replace(ANSWERS, start_from=place, small_text=(64, 2, 2)))
+        made(replace(ANSWERS, start_from=trained, small_text=(64, 2, 2)))
     with pytest.raises(SettingError, match="start_from"):
         made(replace(ANSWERS, start_from=str(tmp_path / "nothing")))
 
@@ -300,6 +300,8 @@ def test_pretraining_is_where_answers_begin(snapshot: Snapshot, tmp_path: Path) 
         ({"dropout": 1.0}, "dropout"),
         ({"small_text": (30, 2, 4)}, "small_text"),
         ({"most_cells": -1}, "most_cells"),
+        ({"answers": ("red", "two", "2")}, "answers: got 'two'"),
+        ({"answers": ("red", "the")}, "answers: got 'the'"),
     ],
 )
 def test_wrong_configs_are_refused(changes: dict[str, Any], field: str) -> None:
