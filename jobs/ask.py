@@ -71,7 +71,7 @@ PRESETS: dict[str, tuple[str, Ask]] = {
 def main(run: Ask) -> None:
     """Check image and model, then answer, print and draw."""
     require(bool(run.question.strip()), "question", run.question, "a text")
-    place = split_file(writable_file("output", run.output)) if run.output else None
+    target = split_file(writable_file("output", run.output)) if run.output else None
     image = as_stored(read_image(run.image))
     model: Any = build_method(SMALLEST).eval() if isinstance(run, Smoke) else load_any(run.checkpoint, run.device)
     able = callable(getattr(model, "answer_probabilities", None))
@@ -82,11 +82,11 @@ def main(run: Ask) -> None:
         answers = [
             (model.config.answers[n], p) for n, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
-        if place is not None:
+        if target is not None:
             content = BytesIO()
             seen = model.attention([image], [run.question])
             attention_grid([image], seen, [f"{run.question} {answers[0][0]}"]).savefig(content, format="png")
-            place[0].write_atomic(place[1], content.getvalue())
+            target[0].write_atomic(target[1], content.getvalue())
     rows = [{"answer": text, "probability": value} for text, value in answers]
     print(json.dumps(rows, indent=2) if run.json else answers_table(answers))
 

@@ -10,20 +10,17 @@ The network's options have to be those of the run in --start-from. Captions are 
 sample's boxes.json or json: see docs/grounding.md.
 """
 
-import logging
 from dataclasses import dataclass, field, replace
 
 from pipeline.config import require, run_job
-from pipeline.loaders.questions import frequent_answers, questions_of
 from pipeline.models.glip.config import SMALL as SMALL_NETWORK
 from pipeline.models.glipv2.config import BASE, HUGE
 from pipeline.models.glipv2_language import Config
+from pipeline.runs.answers import answers_of
 from pipeline.runs.grounding import SMALL, SMOKE, TINY
 from pipeline.runs.train import Pretraining, in_place, pretrain
 from pipeline.training.checkpoint import resolved
 from pipeline.training.optimizer import AdamW
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +75,7 @@ def with_answers(job: FinetuneGlipv2) -> FinetuneGlipv2:
     method = job.method
     if method.task == "captions" or method.answers:
         return job
-    answers = frequent_answers(questions_of(job.run.data, method.questions), job.most_answers)
-    require(
-        len(answers) > 1, "answers", answers, f"two or more; {job.run.data} has questions with fewer answers or none"
-    )
-    logger.info("%d possible answers, the most frequent one: %s", len(answers), answers[0])
+    answers = answers_of(job.run, method.questions, job.most_answers)
     return replace(job, method=replace(method, answers=answers))
 
 

@@ -10,23 +10,20 @@ A frozen tower can read stored grids: jobs/embed_dataset.py grid writes them, th
 command resumes from the last complete checkpoint.
 """
 
-import logging
 from dataclasses import dataclass, field, replace
 
 from pipeline.config import require, run_job
 from pipeline.evaluation.suite import Evaluations
 from pipeline.loaders.batches import LoaderConfig
 from pipeline.loaders.grounding_prompts import DRAWN_QUESTIONS
-from pipeline.loaders.questions import frequent_answers, questions_of
-from pipeline.models.clipvil import SMALLEST, Config, with_answers
+from pipeline.models.clipvil import SMALLEST, Config
+from pipeline.runs.answers import answers_of
 from pipeline.runs.train import Pretraining, in_place, pretrain
 from pipeline.shards.objects import FIELD
 from pipeline.sources.questions import RELATIONS
 from pipeline.training.checkpoint import clip_address, resolved
 from pipeline.training.optimizer import AdamW, AdamWWithSgd
 from pipeline.training.run import Cluster, Run
-
-logger = logging.getLogger("train_clipvil")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,11 +150,8 @@ def answered(job: TrainClipVil) -> TrainClipVil:
     method = job.method
     if method.answers or not method.asks:
         return job
-    answers = frequent_answers(questions_of(job.run.data, method.questions), job.most_answers, job.least_count)
-    found = f"two or more; {job.run.data} has questions with fewer answers or none"
-    require(len(answers) > 1, "answers", answers, found)
-    logger.info("%d possible answers, the most frequent one: %s", len(answers), answers[0])
-    return replace(job, method=with_answers(method, answers))
+    answers = answers_of(job.run, method.questions, job.most_answers, job.least_count)
+    return replace(job, method=replace(method, answers=answers))
 
 
 if __name__ == "__main__":

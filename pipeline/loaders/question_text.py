@@ -17,6 +17,7 @@ from pipeline.loaders.questions import AnswerList, AskedQuestion, chosen_questio
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.loaders.text import caption_field, read_texts
 from pipeline.shards.sample import Sample
+from pipeline.shards.text import storable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class PretrainingTextReader:
     asked                bool [B]: the text is a question about its own image, and has a possible answer
 
     With the probability ``mismatched`` a row gets the text of its neighbour in the batch, rows 2i and 2i + 1 being
-    neighbours; where both have the same text, it still matches.
+    neighbours; where both have the same text, the row keeps its own.
     """
 
     tokenizer: SpanTokenizer
@@ -95,20 +96,20 @@ class PretrainingTextReader:
         """Raises :class:`UnreadableSample` for a sample without a text."""
         chosen = chosen_question(sample, self._texts(sample), self.seed, at)
         whole = self.tokenizer(chosen.question, self.most).ids
-        ids, places, swaps = whole, np.zeros(0, np.int64), False
+        ids, positions, swaps = whole, np.zeros(0, np.int64), False
         if at is not None:
             bits = random_bits(self.seed, RandomStream.MASKED_TOKENS, *at, 3 * len(whole)).reshape(3, -1)
             allowed = (whole != self.tokenizer.start) & (whole != self.tokenizer.end)
             assert self.tokenizer.mask is not None
             vocabulary = self.tokenizer.vocab_size
-            ids, places = mask_tokens(whole, allowed, bits, self.share, self.tokenizer.mask, vocabulary)
+            ids, positions = mask_tokens(whole, allowed, bits, self.share, self.tokenizer.mask, vocabulary)
             drawn = random_bits(self.seed, RandomStream.MATCHED_TEXTS, *at, 1)
             swaps = bool(uniform(drawn)[0] < self.mismatched)
         return {
             "text": chosen.question,
             "tokens": ids,
-            "masked_at": torch.from_numpy(places),
-            "masked_tokens": torch.from_numpy(whole[places]),
+            "masked_at": torch.from_numpy(positions),
+            "masked_tokens": torch.from_numpy(whole[positions]),
             "answers": self._possible.targets(chosen) if chosen.answers else np.zeros(len(self.answers), np.float32),
             "swaps": swaps,
         }
@@ -117,7 +118,7 @@ class PretrainingTextReader:
         """Captions, without answers, and questions; a sample may lack one of the two."""
         asked = read_questions(sample, self.questions) if self.questions else []
         try:
-            captions = [text for text in read_texts(sample, self.caption) if text.strip()]
+            captions = [storable(text) for text in read_texts(sample, self.caption) if text.strip()]
         except UnreadableSample:
             if not asked:
                 raise
@@ -126,8 +127,12 @@ class PretrainingTextReader:
 
     def collate(self, rows: list[Row]) -> Batch:
         """The tensors named above."""
-        texts = [rows[partner(number, len(rows))] if row["swaps"] else row for number, row in enumerate(rows)]
-        matched = np.array([one["text"] == row["text"] for one, row in zip(texts, rows, strict=True)])
+        neighbours = [rows[partner(number, len(rows))] for number in range(len(rows))]
+        # An equal text stays the own one, since its answers are those of the own image.
+        matched = np.array(
+            [not row["swaps"] or row["text"] == other["text"] for row, other in zip(rows, neighbours, strict=True)]
+        )
+        texts = [row if own else other for row, other, own in zip(rows, neighbours, matched, strict=True)]
         tokens, mask = padded_tokens([one["tokens"] for one in texts], self.tokenizer.pad)
         answers = np.stack([one["answers"] for one in texts])
         return {

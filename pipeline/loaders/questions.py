@@ -5,7 +5,8 @@ A sample has its questions in ``questions.json``, ``boxes.json`` or ``json``, un
     [{"question": "what colour is the star?", "answer": "red"},
      {"question": "what is he holding?", "answers": ["a bat", "bat", ...], "kind": "object"}]
 
-``answers`` are those of several annotators, as texts or as VQA's ``{"answer": "bat"}``. ``kind`` groups questions.
+``answers`` are those of several annotators, as texts or as VQA's ``{"answer": "bat"}``. ``kind`` groups questions. A
+question without an answer is left out; values of other types make the sample unreadable.
 
 The accuracy is that of VQA (Antol et al. 2015, arXiv 1505.00468; Goyal et al. 2017, arXiv 1612.00837): the mean over
 the annotators of min(1, matches among the others / 3). With ten annotators, 1, 2, 3 and 4 matches are 0.3, 0.6, 0.9
@@ -24,12 +25,13 @@ from numpy.typing import NDArray
 
 from pipeline.config import parse_json, require
 from pipeline.loaders.batches import SamplePosition
-from pipeline.loaders.mixture import parts_of, read_data
+from pipeline.loaders.mixture import TrainingData, parts_of
 from pipeline.loaders.order import RandomStream, random_bits
 from pipeline.loaders.samples import Samples, UnreadableSample
 from pipeline.shards.objects import FIELD
 from pipeline.shards.questions import QUESTIONS
 from pipeline.shards.sample import Sample
+from pipeline.shards.text import decoded, storable
 
 FIELDS = (QUESTIONS, FIELD, "json")
 """The sample fields that can have questions; where one has to be chosen, in this order."""
@@ -88,23 +90,33 @@ def read_questions(sample: Sample, field: str) -> list[AskedQuestion]:
     if content is None:
         return []
     try:
-        listed = parse_json(content.decode()).get("questions") or []
-        found = [_question(one) for one in listed]
+        found = [_question(one) for one in parse_json(decoded(content)).get("questions") or []]
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise UnreadableSample(f"questions in {sample.key}.{field} are not as described ({error!r})") from error
     return [one for one in found if one.question and one.answers]
 
 
 def _question(record: Mapping[str, Any]) -> AskedQuestion:
-    several = record["answers"] if "answers" in record else [record["answer"]]
-    answers = [one["answer"] if isinstance(one, Mapping) else one for one in several]
-    if not isinstance(record["question"], str) or not all(isinstance(one, str) for one in answers):
+    """One question, without answers if it has none; raises ``TypeError`` for values of other types."""
+    given = _listed(record.get("answers")) or [record.get("answer")]
+    texts = [one["answer"] if isinstance(one, Mapping) else one for one in given if one is not None]
+    if not all(isinstance(one, str) for one in (record["question"], *texts)):
         raise TypeError("a question or an answer that is no text")
-    return AskedQuestion(record["question"].strip(), tuple(one for one in answers if one.strip()), _kind(record))
+    return AskedQuestion(storable(record["question"]).strip(), _answers(texts), _kind(record))
+
+
+def _listed(answers: Any) -> list[Any]:
+    if not isinstance(answers, list | None):
+        raise TypeError("answers that are no list")
+    return answers or []
+
+
+def _answers(texts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(text for text in map(storable, texts) if text.strip())
 
 
 def _kind(record: Mapping[str, Any]) -> str:
-    return re.sub(r"\W+", "_", str(record.get("kind") or ""))
+    return re.sub(r"\W+", "_", storable(str(record.get("kind") or "")))
 
 
 def plain_answer(text: str) -> str:
@@ -130,6 +142,14 @@ def answer_accuracy(answer: str, annotators: Sequence[str]) -> float:
     if len(same) <= ENOUGH:
         return float(any(same))
     return sum(min(1.0, (sum(same) - mine) / ENOUGH) for mine in same) / len(same)
+
+
+def check_answers(answers: Sequence[str]) -> None:
+    """Raise ``SettingError`` for possible answers that are equal, or empty, in their plain form."""
+    plain = {text: plain_answer(text) for text in answers}
+    counts = Counter(plain[text] for text in answers)
+    same = next((text for text in answers if not plain[text] or counts[plain[text]] > 1), None)
+    require(same is None, "answers", same, "answers that differ in their plain form, by VQA's rules, and have one")
 
 
 class AnswerList:
@@ -176,13 +196,13 @@ def frequent_answers(questions: Iterable[AskedQuestion], most: int, least: int =
     return tuple(text for text in ranked if text and counts[text] >= least)[:most]
 
 
-def questions_of(data: str, field: str) -> Iterator[AskedQuestion]:
-    """All questions of the snapshots that a ``data`` setting names; unreadable samples have none.
+def questions_of(data: TrainingData, field: str) -> Iterator[AskedQuestion]:
+    """All questions of the data; unreadable samples have none.
 
     Raises:
         SettingError: a snapshot without the ``field``.
     """
-    for part in parts_of(read_data(data)):
+    for part in parts_of(data):
         require(field in part.fields, "questions", field, "one of the data's fields: " + ", ".join(part.fields))
         samples = Samples(part, open_shards=2)
         for number in range(len(samples)):

@@ -31,7 +31,7 @@ To hold a run against (RN50x4): VQA v2 test-dev 76.48, test-std 76.70, about 73.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -45,11 +45,12 @@ from pipeline.loaders.grid import CellAttention, GridFeatureReader, GridImageRea
 from pipeline.loaders.grounding import padded_tokens
 from pipeline.loaders.grounding_prompts import DRAWN_QUESTIONS, MASK, SpanTokenizer
 from pipeline.loaders.question_text import PretrainingTextReader, QuestionReader
-from pipeline.loaders.questions import FIELDS
+from pipeline.loaders.questions import FIELDS, check_answers
 from pipeline.loaders.text import caption_field
 from pipeline.models import class_vectors
 from pipeline.models.method import Method
 from pipeline.models.towers import openclip
+from pipeline.models.towers.answer_head import answer_head
 from pipeline.models.towers.grid import GridTower
 from pipeline.models.towers.layers import Layer, block_depths, blocks
 from pipeline.models.towers.single_stream import SingleStream, bert_settings
@@ -101,7 +102,8 @@ class Config:
     dropout: float = 0.1
     """Dropout of the transformer, 0 to less than 1."""
     answers: tuple[str, ...] = ()
-    """Possible answers; the most frequent ones of the data if empty."""
+    """Possible answers, which differ by VQA's rules (two and 2 are equal); the most frequent ones of the data if
+    empty."""
     questions: str = QUESTIONS
     """Sample field with the questions: questions.json, boxes.json or json; empty pre-trains on captions alone."""
     masked_tokens: float = 0.15
@@ -117,6 +119,7 @@ class Config:
         require(asks and (not self.questions or self.questions in FIELDS), "questions", self.questions, known)
         require(not self.grid or self.frozen, "grid", self.grid, "empty, since a tower that is trained needs images")
         require(not self.grid or self.grid.isidentifier(), "grid", self.grid, "the name of a sidecar, or empty")
+        check_answers(self.answers)
         require(self.most_cells >= 0, "most_cells", self.most_cells, "0 or more")
         require(self.positions >= 1, "positions", self.positions, "1 or more")
         require(min(self.image_size) >= 1, "image_size", self.image_size, "two sides of 1 pixel or more")
@@ -171,8 +174,11 @@ class ClipVil(Method):
         pretrains = config.task == "pretrain"
         self.words = LanguageHead(self.settings) if pretrains else None
         self.matching = nn.Linear(self.settings.hidden_size, 2) if pretrains else None
-        self.answering = _answer_head(self.settings.hidden_size, len(config.answers)) if config.asks else None
+        self.answering = answer_head(self.settings.hidden_size, len(config.answers)) if config.asks else None
         self._initialise(description is None)
+        if description is None:
+            # Of the weights that train: those of start_from replace the tower's own.
+            self.facts["teacher"] = self.tower.digest(config.image_size)
         self.tower.requires_grad_(not config.frozen)
 
     @classmethod
@@ -215,7 +221,7 @@ class ClipVil(Method):
         return bert_settings(config.text, small, *numbers)
 
     def _tower(self, description: Mapping[str, str] | None) -> tuple[GridTower, dict[str, Any], dict[str, str]]:
-        """The tower, its name and digest, and the files that describe its architecture."""
+        """The tower, its facts (a new one's lack the digest), and the files that describe its architecture."""
         if description is not None:
             facts = json.loads(description[FACTS])
             card = json.loads(description[openclip.MODEL_CARD])
@@ -228,8 +234,7 @@ class ClipVil(Method):
         files = dict(clip.description())
         tower = GridTower(clip.model).requires_grad_(True)
         tower.check_size(self.config.image_size)
-        facts = {"architecture": architecture, "teacher": tower.digest(self.config.image_size), "files": sorted(files)}
-        return tower, facts, files
+        return tower, {"architecture": architecture, "files": sorted(files)}, files
 
     def _initialise(self, new: bool) -> None:
         config = self.config
@@ -319,13 +324,13 @@ class ClipVil(Method):
         if self.config.task == "answers":
             return {"answer": answer_loss(self._answer_logits(pooled), batch["answers"], self.config.loss)}
         assert self.words is not None and self.matching is not None
-        places, originals = batch["masked_at"], batch["masked_tokens"]
+        positions, originals = batch["masked_at"], batch["masked_tokens"]
         counts = torch.stack([(originals >= 0).sum(), batch["asked"].sum()]).float()
         masked, asked = self.gather(counts[None]).mean(dim=0).clamp(min=1 / len(pooled)).unbind()
         with torch.autocast(pooled.device.type, enabled=False):
             matches = self.matching(pooled.float())
         losses = {
-            "words": masked_token_loss(self.words, hidden, self.model.words, places, originals) / masked,
+            "words": masked_token_loss(self.words, hidden, self.model.words, positions, originals) / masked,
             "match": functional.cross_entropy(matches, batch["matched"]),
         }
         if self.answering is not None:
@@ -426,39 +431,30 @@ def answer_loss(
 
 def features_of(grid: Tensor, cells: Tensor) -> Tensor:
     """The features float [B, L, D] of the cells (row, column) int64 [B, L, 2] of a grid float [B, D, H, W]."""
-    places = cells[..., 0] * grid.shape[3] + cells[..., 1]
+    numbers = cells[..., 0] * grid.shape[3] + cells[..., 1]
     flat = grid.flatten(2).transpose(1, 2)
-    return flat.gather(1, places[..., None].expand(-1, -1, flat.shape[2]))
+    return flat.gather(1, numbers[..., None].expand(-1, -1, flat.shape[2]))
 
 
-def load_start(method: ClipVil, place: str) -> None:
-    """Load transformer, tower and the heads of pre-training from the checkpoint folder at ``place``.
+def load_start(method: ClipVil, address: str) -> None:
+    """Load transformer, tower and the heads of pre-training from the checkpoint folder at ``address``.
 
     Raises:
         SettingError: no checkpoint of a CLIP-ViL with the same network.
     """
-    folder = Folder(place)
+    folder = Folder(address)
     absent = [name for name in FILES if not folder.exists(name)]
-    require(not absent, "start_from", place, "a checkpoint of a CLIP-ViL")
-    inner, beside = (read_any_weights(FileCache().fetch(folder, name), place) for name in FILES)
+    require(not absent, "start_from", address, "a checkpoint of a CLIP-ViL")
+    inner, beside = (read_any_weights(FileCache().fetch(folder, name), address) for name in FILES)
     problem = misfit(method.model.state_dict(), inner)
-    require(not problem, "start_from", place, f"weights of the same network; this is {problem}")
+    require(not problem, "start_from", address, f"weights of the same network; this is {problem}")
     method.model.load_state_dict(inner)
     own = {name.removeprefix("tower."): value for name, value in beside.items() if name.startswith("tower.")}
     problem = misfit(method.tower.state_dict(), own)
-    require(not problem, "start_from", place, f"weights of the same tower; this is {problem}")
+    require(not problem, "start_from", address, f"weights of the same tower; this is {problem}")
     method.tower.load_state_dict(own)
     for name in ("words", "matching"):
         head = getattr(method, name)
         found = {key.removeprefix(f"{name}."): value for key, value in beside.items() if key.startswith(f"{name}.")}
         if head is not None and found and not misfit(head.state_dict(), found):
             head.load_state_dict(found)
-
-
-def with_answers(config: Config, answers: Sequence[str]) -> Config:
-    """``config`` with the possible answers, where it has none."""
-    return config if config.answers or not config.asks else replace(config, answers=tuple(answers))
-
-
-def _answer_head(width: int, answers: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.LayerNorm(2 * width), nn.Linear(2 * width, answers))

@@ -34,7 +34,7 @@ from pipeline.loaders.detection import RandomResize
 from pipeline.loaders.grounding import padded_tokens
 from pipeline.loaders.grounding_prompts import MASK, SpanTokenizer
 from pipeline.loaders.images import decode, encoded_image
-from pipeline.loaders.questions import FIELDS, AnswerList, chosen_question, read_questions
+from pipeline.loaders.questions import FIELDS, AnswerList, check_answers, chosen_question, read_questions
 from pipeline.loaders.samples import UnreadableSample
 from pipeline.loaders.text import caption_field, read_caption
 from pipeline.models.glip.config import SMALLEST
@@ -43,6 +43,7 @@ from pipeline.models.glip.fusion import Pixels
 from pipeline.models.glip.model import Glip
 from pipeline.models.glip.network import EncodedText, flattened, unflattened
 from pipeline.models.glipv2.heads import load_heads
+from pipeline.models.towers.answer_head import answer_head
 from pipeline.models.towers.layers import Layer
 from pipeline.models.towers.word_head import LanguageHead
 from pipeline.shards.objects import FIELD
@@ -72,6 +73,7 @@ class Config(GlipConfig):
         require(3 <= self.caption_tokens <= most, "caption_tokens", self.caption_tokens, f"3 to {most}")
         require(1 <= self.beams <= 100, "beams", self.beams, "1 to 100")
         require(self.questions in FIELDS, "questions", self.questions, "one of " + ", ".join(FIELDS))
+        check_answers(self.answers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +137,7 @@ class Glipv2Language(Glip):
         super().__init__(config, description)
         writes, width = config.task == "captions", self.settings.hidden_size
         self.language = LanguageHead(self.settings) if writes else None
-        self.answering = None if writes else _answer_head(width, len(config.answers))
+        self.answering = None if writes else answer_head(width, len(config.answers))
         if description is None and self.language is not None:
             load_heads({"language": self.language}, config.start_from)
         self._freeze_unused()
@@ -308,7 +310,3 @@ class Glipv2Language(Glip):
             for row, best in zip(rows, logits.argmax(dim=1).tolist(), strict=True):
                 found[group.numbers[row]].append(self.config.answers[best])
         return found
-
-
-def _answer_head(width: int, answers: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.LayerNorm(2 * width), nn.Linear(2 * width, answers))

@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, get_args
 import pyarrow as pa
 
 from pipeline.config import parse_json, require
-from pipeline.errors import ReadError, SampleError, missing, unreadable
+from pipeline.errors import ReadError, SampleError, SettingError, missing, unreadable
 from pipeline.shards.media import IMAGE
 from pipeline.shards.questions import QUESTIONS
 from pipeline.shards.storage import Folder, file_stamp, file_system, read_errors
@@ -38,7 +38,7 @@ _TEXTS: list[tuple[str, pa.DataType]] = [(name, pa.string()) for name in ("url",
 SCHEMA = pa.schema([*_TEXTS, ("count", pa.int64()), ("questions", pa.binary())])
 Record = dict[str, Any]
 ENDINGS = tuple(f".{ending}" for ending in IMAGE.endings)
-_BAD = (KeyError, TypeError, ValueError, AttributeError)
+_BAD = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class Questions:
         by_image = self._by_image()
         listed = self._place.find()
         paths = sorted(path for path in listed if path.lower().endswith(ENDINGS) and not is_hidden(path))
-        files = {image_name(path, self.layout): path for path in paths}
+        files = self._files(paths, by_image)
         found = [(files[name], asked) for name, asked in by_image.items() if name in files]
         require(bool(found), "images", self.images, f"a folder with the images of {self.questions}")
         if len(found) < len(by_image):
@@ -117,6 +117,15 @@ class Questions:
                 "questions": text,
             }
 
+    def _files(self, paths: Sequence[str], wanted: Container[str]) -> dict[str, str]:
+        """The path of each image that is wanted, by the name that questions have for it."""
+        files: dict[str, str] = {}
+        for name, path in ((image_name(path, self.layout), path) for path in paths):
+            first = files.setdefault(name, path) if name in wanted else path
+            one = f"a folder with one file for each image, not {first} and {path}"
+            require(first == path, "images", self.images, one)
+        return files
+
     def _by_image(self) -> dict[str, list[Record]]:
         """The questions with answers of each image, by its name in :func:`image_name`'s form, in the file's order."""
         read = {"vqa": self._vqa, "snli-ve": self._relations, "gqa": self._gqa}[self.layout]
@@ -130,6 +139,8 @@ class Questions:
                     unanswered += 1
                     continue
                 by_image.setdefault(name, []).append({**record, "answers": answers})
+        except SettingError:  # a file that cannot be read, with its own field
+            raise
         except _BAD as error:
             require(False, "questions", self.questions, f"questions in the layout {self.layout} ({error!r})")
         answered = f"questions with answers; none of {count} has one"
@@ -139,12 +150,23 @@ class Questions:
         return by_image
 
     def _vqa(self) -> Iterator[tuple[str, Record]]:
-        answers = {one["question_id"]: one for one in _parsed(self.annotations, "annotations")["annotations"]}
+        answers = self._answers()
         for one in _parsed(self.questions, "questions")["questions"]:
-            known = answers.get(one["question_id"], {"answers": []})
-            given = [_text(answer["answer"]) for answer in known["answers"]]
-            kind = str(known.get("answer_type", ""))
+            given, kind = answers.get(one["question_id"], ([], ""))
             yield str(int(one["image_id"])), {"question": _text(one["question"]), "answers": given, "kind": kind}
+
+    def _answers(self) -> dict[Any, tuple[list[str], str]]:
+        """VQA's answers by the question's id, with their kind."""
+        try:
+            return {
+                one["question_id"]: (
+                    [_text(given["answer"]) for given in one["answers"]],
+                    str(one.get("answer_type", "")),
+                )
+                for one in _parsed(self.annotations, "annotations")["annotations"]
+            }
+        except _BAD as error:
+            raise SettingError("annotations", self.annotations, f"answers in the layout vqa ({error!r})") from error
 
     def _gqa(self) -> Iterator[tuple[str, Record]]:
         for one in _parsed(self.questions, "questions").values():
@@ -153,7 +175,7 @@ class Questions:
             yield str(one["imageId"]), {**record, "kind": str(kinds.get("structural", ""))}
 
     def _relations(self) -> Iterator[tuple[str, Record]]:
-        for line in _lines(self.questions):
+        for line in filter(str.strip, _lines(self.questions)):
             one = parse_json(line)
             label = str(one.get("gold_label", "-"))
             answers = [label] if label in RELATIONS else []

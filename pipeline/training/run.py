@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 RECORD = "run.json"
 MOST_WORKERS = 100_000
+DATA_FOLDER = "the folder of a snapshot; jobs/refresh_dataset.py makes one"
 
 # Settings that may change between starts: places, speed, intervals of writing; and the length, which may grow.
 LENGTH = ("epochs", "steps")
@@ -262,7 +263,7 @@ def prepare(method: Any, run: Run, *, evaluates: bool = False, guard: Guard | No
     best = run.saving.keep_best
     require(evaluates or not best, "keep_best", best, "0 without evaluations, which rank the checkpoints")
     run = replace(run, output_folder=writable_folder("output_folder", run.output_folder))
-    require(bool(run.data), "data", run.data, "the folder of a snapshot; jobs/refresh_dataset.py makes one")
+    require(bool(run.data), "data", run.data, DATA_FOLDER)
     folder = Folder(run.output_folder, guard)
     earlier = read_record(folder)
     snapshot = _pinned(run.data, earlier)
@@ -282,6 +283,17 @@ def prepare(method: Any, run: Run, *, evaluates: bool = False, guard: Guard | No
         write_record(folder, record)
     plan = RunPlan(method=started, run=run, snapshot=snapshot, steps=steps, evaluates=evaluates, guard=guard)
     return plan, record
+
+
+def pinned_data(run: Run) -> TrainingData:
+    """The data of the run in the output folder, as :func:`prepare` pins them: of a new run the newest ones.
+
+    Raises:
+        SettingError: no data, or others than those of the run in the folder.
+        DataError: the data or the record cannot be read.
+    """
+    require(bool(run.data), "data", run.data, DATA_FOLDER)
+    return _pinned(run.data, read_record(Folder(run.output_folder)) if run.output_folder else None)
 
 
 def with_weights(method: Any) -> Any:

@@ -79,6 +79,7 @@ def test_questions(data: Snapshot) -> None:
     assert found["vqa/it/accuracy_colour"] == pytest.approx(1.3 / 2) and found["vqa/it/accuracy_count"] == 1
     assert found["vqa/it/samples"] == 2, "one image has no question"
     assert found["vqa/it/constant"] == pytest.approx(1 / 3), "of equally frequent ones the first: 2"
+    assert found["vqa/it/constant_by_kind"] == pytest.approx((0.6 + 1 + 1) / 3), "blue, and 2"
 
 
 def test_constant_answers_count_with_the_accuracy() -> None:
@@ -90,7 +91,8 @@ def test_constant_answers_count_with_the_accuracy() -> None:
         AskedQuestion("c?", ("x",)),
     ]
     found = question_metrics(asked, ["red", "blue", "y"])
-    assert found == {"accuracy": pytest.approx(1.3 / 3), "constant": pytest.approx(2 / 3)}
+    constant = pytest.approx(2 / 3)
+    assert found == {"accuracy": pytest.approx(1.3 / 3), "constant": constant, "constant_by_kind": constant}
 
 
 def test_figures(data: Snapshot) -> None:
@@ -145,3 +147,11 @@ def test_figures_of_answers_and_of_where_a_model_looks(data: Snapshot) -> None:
     axes = [axis for axis in found["attention"].axes if axis.images]
     assert [len(axis.images) for axis in axes] == [1, 2] * 2  # the third image has no question
     assert all(tuple(axis.images[-1].get_extent()) == (-0.5, 89.5, 39.5, -0.5) for axis in axes[1::2])
+
+
+def test_figures_show_images_that_have_a_question(tmp_path: Path) -> None:
+    """Here the first eight have none."""
+    silent = [Sample(f"{n:02}", {"jpg": jpeg(seed=n), "json": b'{"questions": []}'}) for n in range(9)]
+    data = publish(tmp_path / "later", [*silent, Sample("9", samples()[0].fields)])
+    (one,) = Evaluations(vqa=(f"own={data.folder},questions=json",)).prepare().sets
+    assert set(tasks()["vqa"].figures(Speaker(), one, "")) == {"answers"}

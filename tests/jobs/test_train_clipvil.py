@@ -20,6 +20,7 @@ from pipeline.sources.questions import RELATIONS
 from pipeline.tracking.runs import Tracking
 from pipeline.training.checkpoint import Checkpoints, load_method
 from pipeline.training.optimizer import AdamW, AdamWWithSgd
+from pipeline.training.run import prepare
 from tests.jobs.conftest import Type, load_job
 
 
@@ -58,8 +59,9 @@ def test_stored_grids_then_training_then_a_question(
     (one,) = [item for some in client.search_experiments() for item in client.search_runs([some.experiment_id])]
     assert {"vqa/own/accuracy", "vqa/own/constant", "train/answer"} <= set(one.data.metrics)
     assert one.data.tags["grid.teacher"] == method.facts["teacher"]
-    drawn = [f.path for f in client.list_artifacts(one.info.run_id)]
-    assert any("figure" in name for name in drawn) or drawn
+    kinds = ("answers", "attention")
+    figures = [f.path for kind in kinds for f in client.list_artifacts(one.info.run_id, f"figures/{kind}")]
+    assert figures == ["figures/answers/own.png", "figures/attention/own.png"]
     pixels = tmp_path / "image.png"
     Image.new("RGB", (90, 60), (200, 30, 30)).save(pixels)
     asked = ["picture", str(pixels), "--question", "how many stars are there?", "--checkpoint", str(run), "--json"]
@@ -113,6 +115,28 @@ def test_the_presets(training: dict[str, Any]) -> None:
     assert presets["pretrain"].method.questions == "" and presets["pretrain-answers"].method.asks
     assert presets["vqa"].run.optimizer.sgd_drops == (0.4,)
     assert [presets[name].method.most_cells for name in ("vqa", "pretrain")] == [0, 100]
+
+
+def test_a_run_resumes_after_its_data_have_grown(training: dict[str, Any], job: Type, tmp_path: Path) -> None:
+    """The answers are those of the snapshot on which it began."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    draw = ("drawn", "--size", "64", "--processes-count", "0", "--output-folder", str(data))
+    assert job("refresh_dataset", *draw, "--samples", "8") == 0
+    preset = training["PRESETS"]["smoke"][1]
+    start = replace(preset, run=replace(preset.run, data=str(data), output_folder=str(run)), draw=0)
+    first = training["answered"](start)
+    prepare(first.method, first.run)
+    assert job("refresh_dataset", *draw, "--samples", "40", "--parent", "latest") == 0
+    assert len(training["answered"](replace(start, run=replace(start.run, output_folder=""))).method.answers) > len(
+        first.method.answers
+    )
+    again = training["answered"](start)
+    assert again.method.answers == first.method.answers
+    plan, _ = prepare(again.method, again.run)
+    assert plan.snapshot.samples == 8
+    with pytest.raises(SettingError, match="answers"):
+        fewer = training["answered"](replace(start, most_answers=3))
+        prepare(fewer.method, fewer.run)
 
 
 def test_data_without_questions_are_refused(training: dict[str, Any], tmp_path: Path, own_store: str) -> None:

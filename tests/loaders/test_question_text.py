@@ -76,6 +76,11 @@ def test_captions_and_questions_are_read_alike_often() -> None:
     assert {alone.read(one, SamplePosition(epoch, 0))["text"] for epoch in range(20)} == {"a red star.", "two discs."}
 
 
+def test_half_an_emoji_is_a_question_mark() -> None:
+    one = pretraining(questions="", answers=()).read(sample(captions=["a \ud83d star."]))
+    assert one["text"] == "a ? star."
+
+
 def test_half_of_the_rows_get_their_neighbours_text() -> None:
     rows = [
         pretraining(questions="", answers=()).read(
@@ -107,13 +112,17 @@ def test_equal_texts_match_wherever_they_are() -> None:
 
 def test_answers_count_for_questions_about_the_own_image() -> None:
     settings = pretraining(mismatched=1.0)
-    rows = [settings.read(sample(ASKED[:1], [], key), SamplePosition(0, n)) for n, key in ((0, "a"), (1, "b"))]
+    other = [{**ASKED[0], "answers": ["blue"] * 2 + ["red"] * 8}]
+    rows = [
+        settings.read(sample(asked, [], key), SamplePosition(0, n))
+        for n, (key, asked) in enumerate((("a", ASKED[:1]), ("b", other)))
+    ]
     rows += [settings.read(sample([], ["a disc."], "c"), SamplePosition(0, 2))]
     rows += [settings.read(sample(ASKED[2:], [], "d"), SamplePosition(0, 3))]
     batch = settings.collate(rows)
     assert batch["asked"].tolist() == [True, True, False, False]
     assert batch["matched"].tolist() == [1, 1, 0, 0]
-    np.testing.assert_allclose(batch["answers"][0], [0.6, 1, 0], rtol=1e-6)
+    np.testing.assert_allclose(batch["answers"][:2], [[0.6, 1, 0], [1, 0.6, 0]], rtol=1e-6)
     assert not settings.read(sample(ASKED[:1], []), None)["masked_tokens"].numel()  # evaluation masks nothing
     assert batch["asked"].dtype == torch.bool
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.loaders.grounding_prompts import SpanTokenizer
 from pipeline.loaders.questions import (
     AnswerList,
     AskedQuestion,
@@ -121,11 +122,16 @@ def test_the_forms_of_answers() -> None:
         {"question": "c?", "answers": [{"answer": "x", "answer_id": 1}, {"answer": "z"}]},
         {"question": " ", "answer": "x"},
         {"question": "d?", "answers": []},
+        {"question": "d?", "answers": None},
+        {"question": "d?", "answer": None},
+        {"question": "d?"},
+        {"question": "e?", "answers": [], "answer": "x"},
     ]
     assert read_questions(sample({"questions": listed}), "json") == [
         AskedQuestion("a?", ("x",), "count_of_things"),
         AskedQuestion("b?", ("x", "y")),
         AskedQuestion("c?", ("x", "z")),
+        AskedQuestion("e?", ("x",)),
     ]
     assert read_questions(sample({}), "json") == [] and read_questions(sample({}), "boxes.json") == []
     assert read_questions(sample({"questions": None}), "json") == []
@@ -140,7 +146,9 @@ def test_the_forms_of_answers() -> None:
         {"questions": 3},
         {"questions": ["what?"]},
         {"questions": [{"answer": "x"}]},
-        {"questions": [{"question": "a?"}]},
+        {"questions": [{"question": "a?", "answers": "red"}]},
+        {"questions": [{"question": "a?", "answers": {"answer": "red"}}]},
+        {"questions": [{"question": "a?", "answer": 3}]},
         {"questions": [{"question": 3, "answer": "x"}]},
         {"questions": [{"question": "a?", "answers": [3]}]},
         {"questions": [{"question": "a?", "answers": [{"text": "x"}]}]},
@@ -149,6 +157,20 @@ def test_the_forms_of_answers() -> None:
 def test_malformed_questions(record: Any) -> None:
     with pytest.raises(UnreadableSample, match="questions in 7.json"):
         read_questions(sample(record), "json")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_questions_in_other_encodings(encoding: str) -> None:
+    content = json.dumps({"questions": [{"question": "été?", "answer": "oui"}]}, ensure_ascii=False).encode(encoding)
+    assert read_questions(sample(content), "json") == [AskedQuestion("été?", ("oui",))]
+
+
+def test_lone_surrogates_are_replaced() -> None:
+    """A tokenizer cannot read them."""
+    listed = [{"question": "a \ud800?", "answers": ["\udfff", "red"], "kind": "\ud800"}]
+    (found,) = read_questions(sample({"questions": listed}), "json")
+    assert found == AskedQuestion("a ??", ("?", "red"), "_")
+    assert len(SpanTokenizer.load("drawn-questions")(found.question, 20).ids) > 2
 
 
 def test_the_drawn_world_asks() -> None:

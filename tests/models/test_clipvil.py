@@ -200,6 +200,32 @@ def test_grids_of_another_tower_are_refused(snapshot: Snapshot) -> None:
         batch_of(method, snapshot)
 
 
+def test_grids_are_those_of_the_tower_that_a_pretraining_trained(
+    make_snapshot: Callable[..., Snapshot], tmp_path: Path
+) -> None:
+    """Grids of the CLIP with which it began are refused; those of its own tower are what it computes itself."""
+    first = made(SMALLEST)
+    with torch.no_grad():
+        for parameter in first.tower.parameters():
+            parameter.mul_(1.1)
+    data = make_data(make_snapshot)
+    meta = Meta(step=1, samples_seen=8, batch_size=8, lanes=2, seed=0, snapshot=data.digest)
+    trained = Checkpoints(str(tmp_path)).save(first, make_optimizer(AdamW(), first), meta).folder.uri
+    for name, checkpoint in (("before", SMALLEST.tower), ("after", trained)):
+        make = LoadGridEmbedder(checkpoint=checkpoint, device="cpu", size=GridSize(image_size=(64, 64)))
+        data = embed_grids(data, make, EmbedOptions(name=name, batch_size=8), Workers(processes_count=0))
+    start = replace(ANSWERS, start_from=trained, frozen=True)
+    with pytest.raises(SidecarError, match="before.* teacher .*, not .*make it again with"):
+        batch_of(made(replace(start, grid="before")), data)
+    method = made(replace(start, grid="after"))
+    stored, images = batch_of(method, data), batch_of(made(start), data)
+    with torch.no_grad():
+        computed = features_of(method.tower(images["image"]), images["cells"])
+    assert torch.equal(stored["cells"], images["cells"])
+    mask = images["cell_mask"]
+    torch.testing.assert_close(stored["grid"].float()[mask], computed[mask], rtol=1e-3, atol=1e-3)
+
+
 def test_each_sample_has_other_cells(snapshot: Snapshot) -> None:
     method = made(replace(ANSWERS, most_cells=5))
     batches = [batch_of(method, snapshot, step) for step in (0, 0, 1)]
@@ -253,13 +279,13 @@ def test_pretraining_is_where_answers_begin(snapshot: Snapshot, tmp_path: Path) 
         for parameter in first.parameters():
             parameter.add_(0.01)
     meta = Meta(step=1, samples_seen=8, batch_size=8, lanes=2, seed=0, snapshot=snapshot.digest)
-    place = Checkpoints(str(tmp_path)).save(first, make_optimizer(AdamW(), first), meta).folder.uri
-    second = made(replace(ANSWERS, start_from=place, answers=("a", "b"), text_tokens=40))
+    trained = Checkpoints(str(tmp_path)).save(first, make_optimizer(AdamW(), first), meta).folder.uri
+    second = made(replace(ANSWERS, start_from=trained, answers=("x", "y"), text_tokens=40))
     for part in ("model", "tower"):
         for name, value in getattr(first, part).state_dict().items():
             assert torch.equal(getattr(second, part).state_dict()[name], value), name
     with pytest.raises(SettingError, match="the same network"):
-        made(replace(ANSWERS, start_from=place, small_text=(64, 2, 2)))
+        made(replace(ANSWERS, start_from=trained, small_text=(64, 2, 2)))
     with pytest.raises(SettingError, match="start_from"):
         made(replace(ANSWERS, start_from=str(tmp_path / "nothing")))
 
@@ -274,6 +300,8 @@ def test_pretraining_is_where_answers_begin(snapshot: Snapshot, tmp_path: Path) 
         ({"dropout": 1.0}, "dropout"),
         ({"small_text": (30, 2, 4)}, "small_text"),
         ({"most_cells": -1}, "most_cells"),
+        ({"answers": ("red", "two", "2")}, "answers: got 'two'"),
+        ({"answers": ("red", "the")}, "answers: got 'the'"),
     ],
 )
 def test_wrong_configs_are_refused(changes: dict[str, Any], field: str) -> None:

@@ -262,6 +262,8 @@ def test_bad_settings(changes: dict[str, Any], field: str) -> None:
         replace(CAPTIONS, **changes)
     with pytest.raises(SettingError, match="answers"):
         Glipv2Language.check(replace(ANSWERS, answers=()))
+    with pytest.raises(SettingError, match="answers: got '2'"):
+        replace(ANSWERS, answers=("2", "red", "two"))
     with pytest.raises(SettingError, match="questions"):
         replace(ANSWERS, questions="txt")
     for method, call in ((built(), "answer"), (built(ANSWERS), "describe")):

@@ -30,6 +30,16 @@ def resnet() -> Any:
     return model.eval()
 
 
+def random_norms(module: torch.nn.Module) -> None:
+    """Batch normalisation that changes every activation; open_clip's weights of 0 would hide the residual blocks."""
+    for norm in module.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+            torch.nn.init.normal_(norm.bias, std=0.2)
+            torch.nn.init.normal_(norm.running_mean, std=0.2)
+            torch.nn.init.uniform_(norm.running_var, 0.5, 2)
+
+
 def images(height: int, width: int) -> Tensor:
     return torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8)
 
@@ -92,16 +102,26 @@ def test_all_weights_of_the_tower_have_gradients() -> None:
 def test_folded_norms_change_no_feature() -> None:
     for model, kept in ((resnet(), 0), (untrained("clipmill-small").model, 0), (untrained("clipmill-tiny").model, 0)):
         tower = GridTower(model).eval()
-        for module in tower.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                for tensor in (module.running_mean, module.bias):
-                    torch.nn.init.normal_(tensor)
-                torch.nn.init.uniform_(module.running_var, 0.5, 2)
+        random_norms(tower)
         pixels = images(64, 96)
         before = tower(pixels)
         fold_norms(tower)
         assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in tower.modules()) == kept
         torch.testing.assert_close(tower(pixels), before, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_every_convolution_of_a_block_counts() -> None:
+    """What the test of folded norms needs to be able to fail."""
+    model, pixels = resnet(), images(64, 64)
+    tower = GridTower(model).eval()
+    random_norms(tower)
+    before = tower(pixels)
+    for name, norm in tower.named_modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.bias.add_(0.5)
+            assert not torch.allclose(tower(pixels), before, rtol=1e-3, atol=1e-3), name
+            norm.bias.sub_(0.5)
 
 
 def test_the_digest_is_of_weights_and_input() -> None:

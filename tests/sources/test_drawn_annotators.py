@@ -46,6 +46,14 @@ def test_they_are_the_same_on_every_worker_and_in_the_sample() -> None:
         assert [len(one.answers) for one in asked] == [10] * len(asked)
 
 
+def test_they_answer_about_rooms_too() -> None:
+    source = Drawn(split="val", samples=2, size=64, annotators=10, depth=True)
+    (piece,) = source.slices(5, Folder("."))
+    for row in source.rows(piece):
+        asked = read_questions(Sample("0", {"boxes.json": row.members["boxes.json"]}), "boxes.json")
+        assert asked and [len(one.answers) for one in asked] == [10] * len(asked)
+
+
 def test_one_annotator_changes_no_folder() -> None:
     def digest(**options: int) -> str:
         (piece,) = Drawn(samples=3, size=64, **options).slices(5, Folder("."))

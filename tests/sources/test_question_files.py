@@ -138,6 +138,40 @@ def test_snli_ve(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "1 of 4 questions have no answer" in caplog.text and "1 of 2 images have no file" in caplog.text
 
 
+def test_blank_lines_are_skipped(tmp_path: Path) -> None:
+    source = write(tmp_path, "snli-ve")
+    lines = [json.dumps(one) for one in RELATIONS]
+    (tmp_path / "q.jsonl.gz").write_bytes(gzip.compress("\n\n".join([*lines, " \n"]).encode(), mtime=0))
+    (row,) = rows_of(source, tmp_path)
+    assert len(asked(row)) == 2
+
+
+def test_two_files_of_one_image_are_refused(tmp_path: Path) -> None:
+    source = write(tmp_path, "gqa")
+    for folder in ("images", "images/deeper"):
+        (tmp_path / folder / "unasked.png").write_bytes(jpeg(0))
+    assert len(rows_of(source, tmp_path)) == 2
+    (tmp_path / "images" / "2354786.png").write_bytes(jpeg(0))
+    with pytest.raises(SettingError, match="images.*one file for each image, not .*2354786.*2354786"):
+        rows_of(source, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{}",
+        b'{"annotations": [{"answers": []}]}',
+        b'{"annotations": [{"question_id": 17000, "answers": 3}]}',
+        b'{"annotations": [{"question_id": 17000, "answers": [{"answer": ["yes"]}]}]}',
+    ],
+)
+def test_a_bad_file_of_answers_is_named(content: bytes, tmp_path: Path) -> None:
+    source = write(tmp_path, "vqa")
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(SettingError, match="^annotations: got .*a.json.*answers in the layout vqa"):
+        rows_of(source, tmp_path)
+
+
 def test_gqa(tmp_path: Path) -> None:
     rows = rows_of(write(tmp_path, "gqa"), tmp_path)
     assert [asked(row) for row in rows] == [
@@ -181,6 +215,7 @@ def test_names_of_images(path: str, layout: Any, name: str) -> None:
     [
         ("vqa", {"questions": [{"image_id": 17, "question": "a?"}]}, "questions"),
         ("vqa", {"questions": [{"image_id": "x", "question": "a?", "question_id": 17000}]}, "questions"),
+        ("vqa", {"questions": [{"image_id": float("inf"), "question": "a?", "question_id": 17000}]}, "questions"),
         ("vqa", [], "questions"),
         ("vqa", {"questions": [{"image_id": 18, "question": "a?", "question_id": 1}]}, "annotations"),
         ("gqa", {"1": {"imageId": "2354786", "question": ["a"], "answer": "b"}}, "questions"),

@@ -64,7 +64,13 @@ class Vqa(Task):
     report = Report(
         "vqa",
         "visual question answering",
-        (Column("accuracy"), Column("constant", "one answer"), Column("questions", format=",.0f"), SAMPLES),
+        (
+            Column("accuracy"),
+            Column("constant", "one answer"),
+            Column("constant_by_kind", "one of each kind"),
+            Column("questions", format=",.0f"),
+            SAMPLES,
+        ),
     )
     help = "Sets with questions for a model that answers them; see --zero-shot."
     rank = 5
@@ -90,8 +96,8 @@ class Vqa(Task):
         return tuple(field for field in wanted if field in fields)
 
     def run(self, model: Any, one: PreparedSet, reading: Reading, cache: Cache) -> dict[str, float]:
-        """``accuracy``, ``accuracy_<kind>`` of each kind of questions, and ``constant``, that of the most frequent
-        answer."""
+        """``accuracy``, ``accuracy_<kind>`` of each kind of questions, ``constant``, that of the most frequent answer,
+        and ``constant_by_kind``, the mean over questions where each kind has its own most frequent answer."""
         readers = (ImageReader(transform=None), QuestionsReader(questions=one.ready))
         size = min(reading.evaluation_batch, IMAGES_AT_ONCE)
         asked: list[AskedQuestion] = []
@@ -106,10 +112,10 @@ class Vqa(Task):
         return {**question_metrics(asked, given), "questions": float(len(asked)), "samples": float(images)}
 
     def figures(self, model: Any, one: PreparedSet, title: str) -> dict[str, "Figure"]:
-        """``answers``: eight images with a question, the answer and an annotator's answer; of a model that reads images
-        as cells also ``attention`` to them."""
+        """``answers``: the first eight images that have a question, with the answer and an annotator's answer; of a
+        model that reads images as cells also ``attention`` to them."""
         readers = (ImageReader(transform=None), QuestionsReader(questions=one.ready))
-        (batch,) = evaluation_batches(one.samples(SHOWN), readers, SHOWN, threads=2)
+        batch = next(evaluation_batches(one.samples(), readers, SHOWN, threads=2))
         first = [some[0] for some in batch["asked"]]
         with inference(model):
             answers = model.answer(batch["image"], [[item.question] for item in first])
@@ -128,11 +134,25 @@ class Vqa(Task):
 def question_metrics(asked: list[AskedQuestion], given: list[str]) -> dict[str, float]:
     """The accuracies of :meth:`Vqa.run`, 0 to 1."""
     right = [answer_accuracy(text, one.answers) for text, one in zip(given, asked, strict=True)]
+    by_kind: dict[str, list[AskedQuestion]] = defaultdict(list)
     kinds: dict[str, list[float]] = defaultdict(list)
     for one, value in zip(asked, right, strict=True):
+        by_kind[one.kind].append(one)
         if one.kind:
             kinds[f"accuracy_{one.kind}"].append(value)
+    found = {
+        "accuracy": _mean(right),
+        "constant": _mean(_constant(asked)),
+        "constant_by_kind": _mean([value for some in by_kind.values() for value in _constant(some)]),
+    }
+    return found | {name: _mean(values) for name, values in sorted(kinds.items())}
+
+
+def _constant(asked: list[AskedQuestion]) -> list[float]:
+    """The accuracy of their most frequent answer for each question."""
     (most,) = frequent_answers(asked, 1) or ("",)
-    constant = [answer_accuracy(most, one.answers) for one in asked]
-    found = {"accuracy": sum(right) / len(right), "constant": sum(constant) / len(constant)}
-    return found | {name: sum(values) / len(values) for name, values in sorted(kinds.items())}
+    return [answer_accuracy(most, one.answers) for one in asked]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -52,8 +52,11 @@ class GridTower(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] to float [B, D, H / stride, W / stride]."""
-        pixels = image.float().sub_(self.mean).div_(self.std)
-        return grid_features(self.visual, pixels)
+        return grid_features(self.visual, self.normalised(image))
+
+    def normalised(self, image: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] to float32, in the same memory format."""
+        return image.float().sub_(self.mean).div_(self.std)
 
     def train(self, mode: bool = True) -> Self:
         """Batch normalisation keeps its statistics: batches of large images are small, and workers must agree."""

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pipeline.shards.depth_values import encode_depth
 from pipeline.sources.drawn import truth, world
 from pipeline.sources.drawn.draws import Draws
-from pipeline.sources.drawn.questions import ask
 from pipeline.sources.drawn.render import encode
 from pipeline.sources.drawn.rooms import Room, render_room, sample_room
-from pipeline.sources.drawn.sample import SCENE_COLUMNS, Value
+from pipeline.sources.drawn.sample import SCENE_COLUMNS, Value, asked_of
 from pipeline.sources.drawn.scenes import Look
 from pipeline.sources.drawn.truth import Record
 from pipeline.sources.drawn.words import UNRELATED, article, dressed
@@ -42,7 +41,9 @@ class DrawnRoom:
     record: Record
 
 
-def draw_room(split: str, seed: int, index: int, size: int, captions: int = 1, questions: int = 4) -> DrawnRoom:
+def draw_room(
+    split: str, seed: int, index: int, size: int, captions: int = 1, questions: int = 4, annotators: int = 1
+) -> DrawnRoom:
     """Sample ``index`` of ``split``: a pure function of its arguments."""
     room = sample_room(Draws(seed, split, index, "room"), index, size)
     brush, pen = Draws(seed, split, index, "render"), Draws(seed, split, index, "words")
@@ -51,9 +52,9 @@ def draw_room(split: str, seed: int, index: int, size: int, captions: int = 1, q
     record = truth.scene_record(room.scene)
     for one, distance in zip(record["objects"], room.distances, strict=True):
         one["distance"] = round(distance, 3)
-    asked = ask(room.scene, Draws(seed, split, index, "questions"), questions) if questions else ()
+    asked = asked_of(split, seed, index, room.scene, questions, annotators)
     said: list[Record] = [{"caption": text, "caption_true": true, "phrases": []} for text, true in texts]
-    record |= said[0] | {"more_captions": said[1:], "questions": [question.record() for question in asked]}
+    record |= said[0] | {"more_captions": said[1:], "questions": asked}
     columns = _columns(split, index, room, texts[0][1])
     return DrawnRoom(image, encode_depth(room.depth()), texts[0][0], columns, record)
 

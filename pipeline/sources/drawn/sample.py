@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.sources.drawn import digits, sets, truth, words
 from pipeline.sources.drawn.annotators import answers_of
@@ -79,13 +78,18 @@ def describe_scene(
         first = words.write_caption(scene, pen, _wrong(split))
     columns["caption_true"] = first.truthful
     more = [words.write_caption(scene, pen, _wrong(split)).record() for _ in range(captions - 1)]
-    asked = ask(scene, Draws(seed, split, index, "questions"), questions) if questions else ()
     record = truth.scene_record(scene) | first.record()
-    listed: list[dict[str, Any]] = [question.record() for question in asked]
-    if annotators > 1:
-        people = Draws(seed, split, index, "annotators")
-        listed = [{**one.record(), "answers": answers_of(one, people, annotators)} for one in asked]
-    return record | {"more_captions": more, "questions": listed}, columns
+    asked = asked_of(split, seed, index, scene, questions, annotators)
+    return record | {"more_captions": more, "questions": asked}, columns
+
+
+def asked_of(split: str, seed: int, index: int, scene: Scene, questions: int, annotators: int) -> list[Record]:
+    """So many questions about a scene, each with the answers of several annotators if there are more than one."""
+    asked = ask(scene, Draws(seed, split, index, "questions"), questions) if questions else ()
+    if annotators == 1:
+        return [question.record() for question in asked]
+    people = Draws(seed, split, index, "annotators")
+    return [{**one.record(), "answers": answers_of(one, people, annotators)} for one in asked]
 
 
 def _wrong(split: str) -> float:

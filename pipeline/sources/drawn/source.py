@@ -241,7 +241,7 @@ class Drawn:
         )
 
     def _room(self, url: str, index: int) -> Row:
-        room = draw_room(self.split, self.seed, index, self.size, self.captions, self.questions)
+        room = draw_room(self.split, self.seed, index, self.size, self.captions, self.questions, self.annotators)
         members = {DEPTH_FIELD: room.depth, **self._members(room.record)}
         columns = self._columns(room.columns)
         return Row(url=url, caption=room.caption, parts=(Part("image", room.image),), columns=columns, members=members)

@@ -55,8 +55,8 @@ class GridModel(Protocol):
         """The image for the tower; ``None`` if unreadable. Called from many threads."""
         ...
 
-    def encode(self, images: Sequence[Any]) -> NDArray[np.float32]:
-        """Features [N, H, W, D] of N prepared images."""
+    def encode(self, images: Sequence[Any]) -> NDArray[np.float16]:
+        """Features [N, H, W, D] of N prepared images; infinite where half precision is exceeded."""
         ...
 
 
@@ -129,7 +129,7 @@ class GridMaker:
 
     def _rows(self, batch: Sequence[tuple[Sample, PreparedImage | None]]) -> list[dict[str, Any]]:
         readable = [(sample.key, image) for sample, image in batch if image is not None]
-        grids: Iterable[NDArray[np.float32]] = []
+        grids: Iterable[NDArray[np.float16]] = []
         if readable:
             grids = self._model.encode([image.pixels for _, image in readable])
         made = {key: _row(key, image.cells, grid) for (key, image), grid in zip(readable, grids, strict=True)}
@@ -137,9 +137,9 @@ class GridMaker:
         return [made.get(sample.key) or {"key": sample.key, **empty} for sample, _ in batch]
 
 
-def _row(key: str, cells: tuple[int, int], grid: NDArray[np.float32]) -> dict[str, Any]:
-    with np.errstate(over="ignore"):
-        halves = np.ascontiguousarray(grid[: cells[0], : cells[1]], np.float16)
-    if not np.isfinite(halves).all():
+def _row(key: str, cells: tuple[int, int], grid: NDArray[np.float16]) -> dict[str, Any]:
+    halves = np.ascontiguousarray(grid[: cells[0], : cells[1]])
+    # Bits of the exponent, all of which are set in infinity and NaN; numpy's isfinite takes eight times as long.
+    if (halves.view(np.uint16) & 0x7C00 == 0x7C00).any():
         raise DataError(f"sample {key}: the model gives features that are not finite, or too large for half precision")
     return {"key": key, "rows": cells[0], "columns": cells[1], "features": halves.tobytes()}

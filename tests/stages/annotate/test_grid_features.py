@@ -13,15 +13,17 @@ from PIL import Image
 
 from pipeline.errors import DataError, SettingError, SidecarError
 from pipeline.evaluation.grid_embedder import GridEmbedder, GridSize, LoadGridEmbedder
+from pipeline.loaders.images import decode
 from pipeline.loaders.samples import Samples, check_sidecars
 from pipeline.models.class_vectors import untrained
-from pipeline.models.towers.grid import grid_features
+from pipeline.models.towers.grid import GridTower
 from pipeline.shards.sidecar import Wanted
 from pipeline.shards.snapshot import Snapshot, read_snapshot
 from pipeline.stages.annotate import grid_features as stage
 from pipeline.stages.annotate.embeddings import EmbedOptions
 from pipeline.stages.annotate.grid_features import JOB, embed_grids, stored_grid
 from pipeline.stages.shard_tasks import Workers
+from tests.models.test_grid_tower import random_norms, resnet
 
 SIZE = GridSize(image_size=(64, 96))
 MAKE = LoadGridEmbedder(checkpoint="clipmill-tiny:untrained", device="cpu", size=SIZE)
@@ -35,23 +37,40 @@ def embedded(snapshot: Snapshot, **changes: Any) -> Snapshot:
 
 
 @torch.no_grad()
-def one_at_a_time(content: bytes) -> np.ndarray:
-    """Features [rows, columns, D] with Pillow and open_clip's tower, without any of the stage's code."""
-    clip = untrained("clipmill-tiny")
+def one_at_a_time(model: Any, content: bytes, size: tuple[int, int], stride: int) -> np.ndarray:
+    """Features [rows, columns, D] with Pillow and open_clip's own ``forward_intermediates``."""
+    settings = model.visual.preprocess_cfg
     image = Image.open(io.BytesIO(content)).convert("RGB")
-    shrink = max(image.height / 64, image.width / 96)
+    shrink = max(image.height / size[0], image.width / size[1])
     shape = round(image.height / shrink), round(image.width / shrink)
-    fill = tuple(round(255 * one) for one in clip.model.visual.preprocess_cfg["mean"])
-    whole = Image.new("RGB", (96, 64), fill)
-    whole.paste(image.resize((shape[1], shape[0]), Image.Resampling.BICUBIC), (0, 0))
-    pixels = torch.from_numpy(np.array(whole)).permute(2, 0, 1)[None]
-    grid = grid_features(clip.model.visual, (pixels.float() - clip.mean) / clip.std)[0].permute(1, 2, 0)
-    return grid[: -(-shape[0] // 16), : -(-shape[1] // 16)].numpy()
+    whole = Image.new("RGB", size[::-1], tuple(round(255 * one) for one in settings["mean"]))
+    whole.paste(image.resize(shape[::-1], Image.Resampling.BICUBIC), (0, 0))
+    mean, std = (torch.tensor(settings[name]).view(3, 1, 1) for name in ("mean", "std"))
+    pixels = (torch.from_numpy(np.array(whole)).permute(2, 0, 1) / 255 - mean) / std
+    found = model.visual.forward_intermediates(
+        pixels[None], indices=1, normalize_intermediates=True, intermediates_only=True
+    )["image_intermediates"][0][0]
+    return found.permute(1, 2, 0)[: -(-shape[0] // stride), : -(-shape[1] // stride)].numpy()
 
 
-def test_features_are_those_of_one_image_at_a_time(make_snapshot: Callable[..., Snapshot]) -> None:
-    made = embedded(make_snapshot((5, 2), spoil={3: {"jpg": b"broken", "json": b"{}"}}))
-    facts = {"teacher": MAKE(1).facts["teacher"]}
+def resnet_with_norms() -> Any:
+    model = resnet()
+    random_norms(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("tower", "size", "stride"),
+    [(resnet_with_norms, (64, 96), 32), (lambda: untrained("clipmill-tiny").model, (64, 64), 16)],
+    ids=["resnet", "transformer"],
+)
+def test_features_are_those_of_one_image_at_a_time(
+    tower: Callable[[], Any], size: tuple[int, int], stride: int, make_snapshot: Callable[..., Snapshot]
+) -> None:
+    snapshot = make_snapshot((5, 2), spoil={3: {"jpg": b"broken", "json": b"{}"}})
+    embedder = GridEmbedder(GridTower(tower()), size)
+    made = embedded(snapshot, make=lambda threads: embedder)
+    facts, model = {"teacher": embedder.facts["teacher"]}, tower()
     samples = Samples(made, open_shards=2, sidecars=[Wanted(name="grid", job=JOB, facts=facts)])
     for number in range(7):
         sample = samples[number]
@@ -59,10 +78,26 @@ def test_features_are_those_of_one_image_at_a_time(make_snapshot: Callable[..., 
         if number == 3:
             assert not found.size
             continue
-        wanted = one_at_a_time(sample.image() or b"")
+        wanted = one_at_a_time(model, sample.image() or b"", size, stride)
         assert found.dtype == np.float16 and found.shape == wanted.shape
-        np.testing.assert_allclose(found, wanted, rtol=2e-2, atol=2e-2)  # one level of a resized pixel, and float16
+        # One level of a resized pixel, and float16.
+        np.testing.assert_allclose(found, wanted, rtol=2e-2, atol=2e-2 * np.abs(wanted).max())
     check_sidecars(made, [Wanted(name="grid", job=JOB)])
+
+
+@torch.no_grad()
+def test_threads_that_prepare_give_the_tower_what_it_would_compute(make_snapshot: Callable[..., Snapshot]) -> None:
+    """Bit for bit, and no matter how many images are encoded together."""
+    tower = GridTower(resnet_with_norms())
+    embedder, samples = GridEmbedder(tower, (64, 96)), Samples(make_snapshot((5,)), open_shards=1)
+    contents = [samples[number].image() or b"" for number in range(5)]
+    prepared = [embedder.prepare(content) for content in contents]
+    pixels = torch.stack([tower.transform((64, 96))(decode(content))[0] for content in contents])
+    wanted = tower(pixels[:2].contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1).half().numpy()
+    images = [one.pixels for one in prepared if one is not None]
+    assert images[0].dtype == torch.float32 and images[0].is_contiguous(memory_format=torch.channels_last)
+    assert np.array_equal(embedder.encode(images[:2]), wanted)
+    assert len(embedder.encode(images)) == 5 and np.array_equal(embedder.encode(images)[:2], wanted)
 
 
 def test_shards_are_made_at_most_once(make_snapshot: Callable[..., Snapshot], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,10 +139,10 @@ def test_what_is_no_tower_is_refused() -> None:
         LoadGridEmbedder(checkpoint="clipmill-tiny:untrained", device="cpu", size=GridSize(image_size=(60, 64)))(1)
 
 
-def test_features_beyond_half_precision_are_an_error(make_snapshot: Callable[..., Snapshot]) -> None:
-    class Large(GridEmbedder):
-        def encode(self, images: Any) -> Any:
-            return super().encode(images) * 1e9
-
+@pytest.mark.parametrize("factor", [1e9, float("nan")])
+def test_features_beyond_half_precision_are_an_error(factor: float, make_snapshot: Callable[..., Snapshot]) -> None:
+    tower = GridTower(untrained("clipmill-tiny").model)
+    with torch.no_grad():
+        tower.visual.ln_post.weight[3] *= factor
     with pytest.raises(DataError, match="half precision"):
-        embedded(make_snapshot((2,)), make=lambda threads: Large(untrained("clipmill-tiny"), (64, 96)))
+        embedded(make_snapshot((2,)), make=lambda threads: GridEmbedder(tower, (64, 96)))
