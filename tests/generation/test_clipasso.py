@@ -1,4 +1,4 @@
-"""CLIPasso: attention against torch's own, edges, probabilities, the loss by hand, and a sketch of a drawn shape."""
+"""CLIPasso: attention by hand and by torch's kernel, edges, probabilities, the loss by hand, a sketch of a shape."""
 
 import math
 from collections.abc import Iterator
@@ -58,15 +58,17 @@ def photo(side: int = 64) -> Tensor:
     return torch.where(((distance - side / 3).abs() < 3), 0.1, 1.0).expand(3, -1, -1)
 
 
-def test_attention_of_a_vision_transformer_is_torchs(vision_transformer: Guide) -> None:
-    """Weights that MultiheadAttention gives, of the class token, mean over heads and layers."""
+def test_attention_of_a_vision_transformer_is_the_softmax_of_its_products(vision_transformer: Guide) -> None:
+    """By hand from the projections of each block, of the class token, mean over heads and layers."""
     images = torch.rand(2, 3, 64, 64)
     visual = vision_transformer.model.model.visual  # type: ignore[attr-defined]
     kept: list[Tensor] = []
 
     def weights(module: nn.MultiheadAttention, given: Any, named: Any, _: Any) -> None:
-        query = given[0] if given else named["query"]
-        kept.append(nn.MultiheadAttention.forward(module, query, query, query, need_weights=True)[1][:, 0, 1:])
+        tokens = given[0] if given else named["query"]
+        both = functional.linear(tokens, module.in_proj_weight, module.in_proj_bias).chunk(3, dim=-1)[:2]
+        query, key = (one.unflatten(2, (module.num_heads, -1)).transpose(1, 2) for one in both)
+        kept.append((query @ key.mT / query.shape[-1] ** 0.5).softmax(-1).mean(1)[:, 0, 1:])
 
     handles = [block.attn.register_forward_hook(weights, with_kwargs=True) for block in visual.transformer.resblocks]
     with torch.no_grad():
