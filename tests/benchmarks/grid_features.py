@@ -6,21 +6,23 @@
 Both start from encoded JPEGs (640 x 480) and end with float16 features [rows, columns, D] of the same weights. The
 plain way opens an image with Pillow, resizes and pads it with open_clip's own transform (``resize_mode`` longest), and
 runs open_clip's tower on it, one after another. That transform centres an image, so images are chosen that fill the
-input, and features are compared where both see the same. Rounds in turns, both in one process that keeps its memory as
-the stage's workers do. CPU seconds of the thread that runs the tower are reported, too, since a machine may be shared.
-Asked: twice as fast, equal features.
+input, and features are compared where both see the same. Rounds in turns, each way in a process of its own: the stage's
+keeps freed memory, as its workers do. CPU seconds of the threads with the towers are compared, too, since a machine may
+be shared. Asked: twice as fast, equal features.
 
 Then a transformer trains from the stored grids for ``--steps`` steps. Asked: it waits 3 % of the time for data at most.
 """
 
 import argparse
-import copy
 import io
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,12 @@ class Plain:
         return found[0].permute(1, 2, 0).half().cpu().numpy()
 
 
+def prepare_process() -> None:
+    """One CPU thread for the towers of this process, and the small ResNet."""
+    torch.set_num_threads(1)
+    register()
+
+
 def load(model: str, device: str) -> Any:
     """A CLIP with random weights, also of its norms: open_clip's zeros would hide the residual blocks."""
     clip: Any = load_model(f"{model}:untrained", device)
@@ -122,32 +130,54 @@ def write_shards(folder: Path, images: list[bytes], rows: int) -> Snapshot:
     )
 
 
-def compare(clip: Any, options: argparse.Namespace, images: list[bytes]) -> dict[str, Any]:
-    """Images a second of both ways, in turns, and the largest difference of their features."""
-    size = (options.height, options.width)
-    # The stage changes the tower that it is given, and the plain way has it as open_clip builds it.
-    plain, stage = (
-        Plain(copy.deepcopy(clip), size),
-        GridMaker(GridEmbedder(tower_of(clip), size), options.batch_size, threads=2),
+def plain_features(options: argparse.Namespace, measured: Connection) -> None:
+    """The plain way in its process: at each message it sends the features of all images and the seconds they took."""
+    prepare_process()
+    plain, images = (
+        Plain(load(options.model, options.device), (options.height, options.width)),
+        photographs(options.images),
     )
+    while measured.recv():
+        measured.send(timed(lambda: [plain(image) for image in images]))
+
+
+def timed(run: Callable[[], list[np.ndarray]]) -> tuple[list[np.ndarray], float, float]:
+    """What ``run`` returns, seconds by the clock, and CPU seconds of this thread."""
+    begin, busy = time.perf_counter(), time.thread_time()
+    found = run()
+    return found, time.perf_counter() - begin, time.thread_time() - busy
+
+
+def compare(options: argparse.Namespace, images: list[bytes]) -> dict[str, Any]:
+    """Images a second of both ways, in turns, and the lowest cosine of their features."""
+    if options.device == "cpu":
+        keep_freed_memory()  # as the workers of the stage do
+    embedder = GridEmbedder(tower_of(load(options.model, options.device)), (options.height, options.width))
+    stage = GridMaker(embedder, options.batch_size, threads=2)
     samples = [Sample(f"{number:09d}", {"jpg": image}) for number, image in enumerate(images)]
     shard: Any = None
 
     def run_ours() -> list[np.ndarray]:
         return [stored_grid(row, row["key"]) for row in stage.table(iter(samples), shard).to_pylist()]
 
-    def run_plain() -> list[np.ndarray]:
-        return [plain(image) for image in images]
+    def run_plain() -> tuple[list[np.ndarray], float, float]:
+        here.send(True)
+        found: tuple[list[np.ndarray], float, float] = here.recv()
+        return found
 
-    pairs = list(zip(run_ours(), run_plain(), strict=True))
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=plain_features, args=(options, there))
+    process.start()
+    pairs = list(zip(run_ours(), run_plain()[0], strict=True))
     cosine = min(_cosine(ours, theirs) for ours, theirs in pairs)
     seconds: dict[str, list[float]] = {"ours": [], "plain": [], "ours_cpu": [], "plain_cpu": []}
     for _ in range(options.rounds):
-        for name, run in (("ours", run_ours), ("plain", run_plain)):
-            begin, busy = time.perf_counter(), time.thread_time()
-            run()
-            seconds[name].append(time.perf_counter() - begin)
-            seconds[f"{name}_cpu"].append(time.thread_time() - busy)
+        for name, (_, took, busy) in (("ours", timed(run_ours)), ("plain", run_plain())):
+            seconds[name].append(took)
+            seconds[f"{name}_cpu"].append(busy)
+    here.send(False)
+    process.join()
     speed = {name: len(images) / statistics.median(took) for name, took in seconds.items()}
     return {**speed, "cosine": cosine}
 
@@ -211,13 +241,12 @@ def main() -> None:
     parser.add_argument("--loader-workers", type=int, default=1)
     parser.add_argument("--small-text", type=int, nargs=3, default=(256, 4, 4), help="width, layers, heads")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    if options.device == "cpu":
-        keep_freed_memory()  # as the stage's workers do; the plain way shares the process
-    register()
+    prepare_process()
     images = photographs(options.images)
-    found = compare(load(options.model, options.device), options, images)
-    where = torch.cuda.get_device_name() if options.device == "cuda" else "one CPU thread, two that decode in the stage"
+    found = compare(options, images)
+    where = (
+        torch.cuda.get_device_name() if options.device == "cuda" else "one CPU thread, two that prepare in the stage"
+    )
     cosine = f"cosine of features {found['cosine']:.5f} at worst"
     conditions = f"{options.model}, {options.height} x {options.width}, {len(images)} images, {where}, {cosine}"
     rates = {"ours": round(found["ours"], 1), "peer": round(found["plain"], 1)}
